@@ -1,0 +1,6 @@
+"""Distributed Shampoo and its parts, usable with plain optax by people who never see the trainer."""
+
+from .options import ShampooOptions, Treatment
+from .shampoo import DistributedShampoo, ShampooState, distributed_shampoo
+
+__all__ = ["DistributedShampoo", "ShampooOptions", "ShampooState", "Treatment", "distributed_shampoo"]

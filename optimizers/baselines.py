@@ -1,0 +1,144 @@
+"""The methods that Shampoo is compared with, from optax, under the same config field."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+import optax.contrib
+from optax.contrib import MuonDimensionNumbers
+
+from . import patterns
+from .options import ShampooOptions, Treatment
+from .views import matrix_axes, names_by_path
+
+NO_DECAY = (
+    # (regex over the path, whether weight decay applies), first match wins
+    (r"(.*/)?[^/]*(bias|scale|norm|embed)[^/]*(/.*)?", False),
+    (r".*", True),
+)
+
+
+def _decay_mask(rules: tuple[tuple[str, bool], ...]):
+    return lambda params: patterns.map_paths(rules, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamWOptions:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.99  # decay of the second moment
+    epsilon: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.0  # parameters shrink by learning rate x weight decay
+    decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
+    nesterov: bool = False  # look one step ahead along the momentum
+
+    def build(self, learning_rate: optax.Schedule, *, mesh: jax.sharding.Mesh | None = None, axis_names: Any = None):
+        """The optimizer; it needs neither mesh nor axis names."""
+        del mesh, axis_names
+        return optax.adamw(
+            learning_rate,
+            b1=self.beta1,
+            b2=self.beta2,
+            eps=self.epsilon,
+            weight_decay=self.weight_decay,
+            mask=_decay_mask(self.decay_rules),
+            nesterov=self.nesterov,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentumOptions:
+    """Stochastic gradient descent with momentum, and coupled weight decay as is usual for it."""
+
+    momentum: float = 0.9  # heavy-ball decay
+    nesterov: bool = True  # look one step ahead along the momentum
+    weight_decay: float = 0.0  # added to the gradient
+    decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
+
+    def build(self, learning_rate: optax.Schedule, *, mesh: jax.sharding.Mesh | None = None, axis_names: Any = None):
+        """The optimizer; it needs neither mesh nor axis names."""
+        del mesh, axis_names
+        return optax.chain(
+            optax.add_decayed_weights(self.weight_decay, _decay_mask(self.decay_rules)),
+            optax.sgd(learning_rate, momentum=self.momentum, nesterov=self.nesterov),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdafactorOptions:
+    """Adafactor (Shazeer and Stern 2018)."""
+
+    decay_rate: float = 0.8  # exponent of the second moment's decay schedule
+    momentum: float = 0.9  # 0 turns it off
+    clipping_threshold: float = 1.0  # largest root mean square of an update
+    multiply_by_parameter_scale: bool = False  # relative step sizes
+    weight_decay: float = 0.0  # decoupled, scaled by the learning rate
+    decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
+
+    def build(self, learning_rate: optax.Schedule, *, mesh: jax.sharding.Mesh | None = None, axis_names: Any = None):
+        """The optimizer; it needs neither mesh nor axis names."""
+        del mesh, axis_names
+        return optax.chain(
+            optax.adafactor(
+                learning_rate=None,
+                multiply_by_parameter_scale=self.multiply_by_parameter_scale,
+                clipping_threshold=self.clipping_threshold,
+                decay_rate=self.decay_rate,
+                momentum=self.momentum or None,
+            ),
+            # Without a learning rate optax's adafactor already ends in a sign flip.
+            optax.add_decayed_weights(-self.weight_decay, _decay_mask(self.decay_rules)),
+            optax.scale_by_schedule(learning_rate),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MuonOptions:
+    """Muon (Jordan 2024) on matrices, Adam on what `treatments` calls diagonal."""
+
+    beta: float = 0.95  # decay of the momentum that is orthogonalised
+    nesterov: bool = True  # look one step ahead along the momentum
+    steps: int = 5  # Newton-Schulz iterations
+    beta1: float = 0.9  # Adam's, for diagonal parameters
+    beta2: float = 0.99  # Adam's, for diagonal parameters
+    adam_learning_rate: float = 1.0  # Adam's learning rate as a multiple of Muon's
+    weight_decay: float = 0.0  # decoupled
+    decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
+    treatments: tuple[tuple[str, str], ...] = ShampooOptions.treatments  # "diagonal" means Adam
+
+    def build(self, learning_rate: optax.Schedule, *, mesh: jax.sharding.Mesh | None = None, axis_names: Any = None):
+        """The optimizer; axis names tell the sides of its matrices, as they do for Shampoo."""
+        del mesh
+        rules = [(pattern, Treatment.parse(text)) for pattern, text in self.treatments]
+        names = names_by_path(axis_names)
+
+        def dimensions(params: Any) -> Any:
+            """MuonDimensionNumbers per parameter, None for Adam's."""
+            result = []
+            for path, leaf in zip(patterns.paths(params), jax.tree.leaves(params), strict=True):
+                treatment = patterns.first_match(rules, path)
+                _, inputs, outputs = matrix_axes(
+                    leaf.ndim,
+                    names[path] if names else None,
+                    stack_axes=ShampooOptions.stack_axes,
+                    fold_axes=ShampooOptions.fold_axes,
+                    stack=min(treatment.stack, leaf.ndim),
+                )
+                matrix = treatment.kind != "diagonal" and inputs and outputs
+                result.append(MuonDimensionNumbers(tuple(inputs), tuple(outputs)) if matrix else None)
+            return jax.tree.structure(params).unflatten(result)
+
+        return optax.contrib.muon(
+            learning_rate,
+            beta=self.beta,
+            nesterov=self.nesterov,
+            ns_steps=self.steps,
+            weight_decay=self.weight_decay,
+            weight_decay_mask=_decay_mask(self.decay_rules),
+            adam_b1=self.beta1,
+            adam_b2=self.beta2,
+            adam_learning_rate=lambda count: self.adam_learning_rate * learning_rate(count),
+            muon_weight_dimension_numbers=dimensions,
+        )
