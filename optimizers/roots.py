@@ -161,8 +161,9 @@ def _newton(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> RootResult:
         next_m = jnp.matmul(_matrix_power(t, p), m, precision=HIGHEST)
         next_m = (next_m + jnp.swapaxes(next_m, -2, -1)) / 2
         now = error(next_m)
-        # Far from the solution the error may rise a little; close to it a rise is rounding, and the old value stays.
-        better = running & ((now < previous) | ((now < 1.2 * previous) & (previous > 0.1)))
+        # Far from the solution an entry may grow while the eigenvalues approach 1, which keep it below p + 1; close to
+        # the solution a rise is rounding, and the old value stays.
+        better = running & ((now < previous) | ((now < p + 1) & (previous > 0.1)))
         keep = better[:, None, None]
         x, m = jnp.where(keep, next_x, x), jnp.where(keep, next_m, m)
         return iteration + 1, x, m, jnp.where(better, now, previous), better & (now > TOLERANCE)

@@ -193,7 +193,7 @@ class DistributedShampoo(optax.GradientTransformation):
         diagonal = {}
         for i in plan.diagonal:
             key = _state_key(names[i])
-            diagonal[key], directions[i] = self._moments_step(state.diagonal[key], leaves[i], step)
+            diagonal[key], _, directions[i] = self._moments_step(state.diagonal[key], leaves[i], step)
 
         sliced = {
             bucket.name: [owners.slice_blocks(to_blocks(leaves[leaf.index], leaf, bucket)) for leaf in bucket.leaves]
@@ -208,7 +208,7 @@ class DistributedShampoo(optax.GradientTransformation):
             for bucket in plan.buckets
         }
         updates, (buckets, _), _ = owners.run(
-            lambda sliced, owned, step: self._owners_step(plan.buckets, sliced, *owned, step),
+            lambda sliced, owned, step: self._owners_step(plan.buckets, sliced, owned[0], owned[1], step),
             sliced,
             (state.buckets, constants),
             step,
@@ -218,7 +218,7 @@ class DistributedShampoo(optax.GradientTransformation):
                 elements = bucket.rows * bucket.cols
                 directions[leaf.index] = from_blocks(blocks[:, :elements], leaf, bucket)
 
-        rate = self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate
+        rate = jnp.asarray(self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate)
         if options.weight_decay:
             for i, (name, param) in enumerate(zip(names, jax.tree.leaves(params), strict=True)):
                 if patterns.first_match(options.decay_rules, name):
@@ -232,20 +232,22 @@ class DistributedShampoo(optax.GradientTransformation):
         new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), accepted, refused)
         return jax.tree.unflatten(jax.tree.structure(grads), updates), new_state
 
-    def _moments_step(self, moments: Moments, g: jax.Array, step: jax.Array) -> tuple[Moments, jax.Array]:
-        """New moments and the diagonal method's direction, for an array of any shape."""
+    def _moments_step(
+        self, moments: Moments, g: jax.Array, step: jax.Array
+    ) -> tuple[Moments, jax.Array, jax.Array]:
+        """New moments, the momentum to act on and the diagonal method's direction, for an array of any shape."""
         options = self.options
         g = g.astype(jnp.float32)
-        momentum, look_ahead = moments.momentum, g
+        momentum, acting = moments.momentum, g
         if momentum is not None:
             momentum = options.beta1 * momentum + (1 - options.beta1) * g
-            ahead = options.beta1 * momentum + (1 - options.beta1) * g if options.nesterov else momentum
-            look_ahead = ahead / (1 - options.beta1 ** step.astype(jnp.float32))
+            acting = options.beta1 * momentum + (1 - options.beta1) * g if options.nesterov else momentum
+            acting = acting / (1 - options.beta1 ** step.astype(jnp.float32))
         second_moment = moments.second_moment
         if second_moment is not None:
             second_moment = options.diagonal.accumulate(second_moment, g, options.beta2)
-        direction = options.diagonal.direction(look_ahead, second_moment, self._correction(step), options.epsilon)
-        return Moments(momentum, second_moment), direction
+        direction = options.diagonal.direction(acting, second_moment, self._correction(step), options.epsilon)
+        return Moments(momentum, second_moment), acting, direction
 
     def _correction(self, step: jax.Array) -> jax.Array:
         """Divisor that makes an average of second moments unbiased; 1 for sums."""
@@ -261,8 +263,7 @@ class DistributedShampoo(optax.GradientTransformation):
         for bucket in buckets:
             g_nrc = owners.to_owners(sliced[bucket.name], bucket)
             state = states[bucket.name]
-            new_moments, graft_nrc = self._moments_step(state.moments, g_nrc, step)
-            m_nrc = g_nrc if new_moments.momentum is None else new_moments.momentum
+            new_moments, m_nrc, graft_nrc = self._moments_step(state.moments, g_nrc, step)
             direction_nrc = self._precondition(m_nrc, state.roots, bucket)
             usable = self._usable(state.roots)[:, None, None]
             gradients[bucket.name], moments[bucket.name], grafts[bucket.name] = g_nrc, new_moments, graft_nrc

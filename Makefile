@@ -1,0 +1,86 @@
+# Targets for people. `make train` is the quick start; `make help` lists the rest.
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+LOCK := requirements.lock
+LOCK_PYTHON := 3.11
+QUICKSTART := runs/quickstart
+WORKDIRS ?= $(QUICKSTART)
+
+# XLA sizes its CPU thread pool by NPROC: simulated devices on few cores deadlock below 2 threads a device.
+export NPROC ?= 32
+# XLA's LAPACK calls go through OpenBLAS, whose spinning threads starve a small machine.
+export OPENBLAS_NUM_THREADS ?= 1
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint format lock report clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make train    set up $(VENV) (once) and train the quick start into $(QUICKSTART)"
+	@echo "make report   draw WORKDIRS=\"$(WORKDIRS)\" to a PNG and an HTML page"
+	@echo "make test     run the tests; ARGS=\"tests/models -k lm\" chooses some"
+	@echo "make lint     ruff and pyright"
+	@echo "make format   let ruff rewrite what it can"
+	@echo "make lock     resolve pyproject.toml anew into $(LOCK)"
+	@echo "make install  only set up $(VENV)"
+	@echo "make clean    remove build products and caches; $(VENV) and runs/ stay"
+
+install: $(INSTALLED)
+
+train: $(INSTALLED)
+	@echo "==> Training the quick start into $(QUICKSTART): about 4 minutes on 2 cores. Ctrl-C is safe; make train resumes."
+	$(BIN)/python -m shampax.launch.train --config=shampax/configs/lm.py:sample --workdir=$(QUICKSTART)
+
+# A candidate is run, not only looked up: version managers leave shims for interpreters that are not there.
+$(BIN)/python:
+	@set -e; found=; \
+	for candidate in $${PYTHON:-python3.13 python3.12 python3.11 python3}; do \
+	  if $$candidate -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    found=$$candidate; break; \
+	  fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "error: no Python >= 3.11 with venv among: $${PYTHON:-python3.13 python3.12 python3.11 python3}; install one (Debian: python3-venv too) or name it: make train PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; \
+	fi; \
+	echo "==> Creating $(VENV) with $$($$found --version)"; \
+	$$found -m venv $(VENV)
+
+$(INSTALLED): $(LOCK) pyproject.toml | $(BIN)/python
+	@echo "==> Installing the packages of $(LOCK) into $(VENV): 1 to 5 minutes, about 2.5 GB on disk, once"
+	@$(BIN)/python -m pip install --quiet --requirement $(LOCK)
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+	@echo "==> Installed"
+
+# The CPU backend with simulated devices, also on a machine that has an accelerator.
+test: export JAX_PLATFORMS = cpu
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Python $(LOCK_PYTHON) is the oldest supported; --universal adds markers for newer ones and other systems. The
+# versions already locked stay unless pyproject.toml forbids them; `make lock ARGS=--upgrade` takes the newest.
+lock: $(INSTALLED)
+	$(BIN)/uv pip compile --quiet --universal --python-version $(LOCK_PYTHON) --extra dev $(ARGS) \
+	  --custom-compile-command "make lock" --no-emit-index-url --no-emit-find-links \
+	  --output-file $(LOCK) pyproject.toml
+
+report: $(INSTALLED)
+	$(BIN)/python -m shampax.launch.report $(WORKDIRS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -path ./runs -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,423 @@
+"""Compare config variants, each at its best learning rate: a grid of rates and seeds on the real trainer.
+
+    python -m shampax.benchmarks.lm_grid --output=runs/grid --markdown=docs/results.md
+
+trains every variant with every learning rate and seed, one run after the other (a run of the sample takes
+about four minutes on two cores), and reports each run, the best rate of each variant by the mean over seeds,
+and how soon each variant at its best falls to the held-out loss at which each other ends. JSON goes to
+standard output, progress and the tables to standard error. The same command goes on where it was stopped.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ..framework import curves, ownership, workdir
+from ..framework.config import load
+from ..framework.errors import UserError
+
+BEGIN, END = "<!-- lm_grid begin -->", "<!-- lm_grid end -->"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run of the grid: a variant with a learning rate and a seed."""
+
+    variant: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its workdir."""
+        return f"{self.variant}-lr{self.learning_rate:g}-seed{self.seed}"
+
+    @property
+    def settings(self) -> tuple[str, str]:
+        """What it changes in its variant's config, as "key=value"."""
+        return f"schedule.learning_rate={self.learning_rate}", f"seed={self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a trial; `result` is the content of its `result.json`."""
+
+    trial: Trial
+    run: workdir.Run
+    result: dict[str, Any]
+
+    @property
+    def complete(self) -> bool:
+        """Whether it trained to its end with a finite loss; a run that diverged did not."""
+        return self.result["stopped"] is None and self.result["heldout_loss"] is not None
+
+
+def trials(variants: Sequence[str], learning_rates: Sequence[float], seeds: Sequence[int]) -> list[Trial]:
+    """The whole grid; the first seed of everything comes first, so that an unfinished grid is balanced."""
+    return [Trial(variant, rate, seed) for seed, rate, variant in itertools.product(seeds, learning_rates, variants)]
+
+
+def config_of(trial: Trial, file: str, settings: Sequence[str]) -> ConfigDict:
+    """The trial's config: a variant of a config file with `settings` ("key=value"), rate and seed.
+
+    Raises:
+      UserError: there is no such file, variant or key.
+    """
+    return load(f"{file}:{trial.variant}", [*settings, *trial.settings])
+
+
+def read_outcome(trial: Trial, path: pathlib.Path) -> Outcome | None:
+    """Read a workdir; None where no run has ended."""
+    result = workdir.read_json(path / workdir.RESULT)
+    return None if result is None else Outcome(trial, workdir.read(path), result)
+
+
+def best_rates(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """For each variant the learning rate with the lowest mean held-out loss at the end, over all its seeds.
+
+    A rate with which any seed diverged is not eligible.
+
+    Raises:
+      UserError: no rate of a variant is eligible.
+    """
+    best = {}
+    for variant, of_variant in _by(outcomes, lambda outcome: outcome.trial.variant).items():
+        rates = _by(of_variant, lambda outcome: outcome.trial.learning_rate)
+        means = {rate: mean_loss(runs) for rate, runs in rates.items() if all(run.complete for run in runs)}
+        if not means:
+            raise UserError(f"{variant} diverged with every one of {sorted(rates)}; try lower --learning_rates")
+        best[variant] = min(means, key=lambda rate: means[rate])
+    return best
+
+
+def mean_loss(outcomes: Sequence[Outcome]) -> float:
+    """Mean held-out loss at the end, in nats per token."""
+    return float(np.mean([outcome.result["heldout_loss"] for outcome in outcomes]))
+
+
+def crossings(challengers: Sequence[Outcome], baselines: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """When each challenger's held-out loss falls to the baselines' mean at their end; one entry for each.
+
+    `steps` and `seconds` are interpolated linearly between the evaluations around the crossing,
+    `evaluated_at` is the step of the first evaluation at or below the target, fractions are of the
+    baselines' mean steps and seconds; None where the challenger never gets there.
+    """
+    target = mean_loss(baselines)
+    whole_steps = float(np.mean([outcome.result["steps"] for outcome in baselines]))
+    whole_seconds = float(np.mean([outcome.result["seconds"] for outcome in baselines]))
+    entries = []
+    for challenger in challengers:
+        steps, losses = challenger.run.curve("heldout/loss", "step")
+        at_step = curves.reach(steps, losses, target)
+        at_second = curves.reach(*challenger.run.curve("heldout/loss", "seconds"), target)
+        entries.append(
+            {
+                "variant": challenger.trial.variant,
+                "reaches": baselines[0].trial.variant,
+                "target": target,
+                "seed": challenger.trial.seed,
+                "steps": at_step,
+                "evaluated_at": None if at_step is None else int(steps[losses <= target][0]),
+                "fraction_of_steps": None if at_step is None else at_step / whole_steps,
+                "seconds": at_second,
+                "fraction_of_seconds": None if at_second is None else at_second / whole_seconds,
+            }
+        )
+    return entries
+
+
+def analyse(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Everything the grid tells, as JSON: `runs`, `rates` (means over seeds), `best` and `crossings`."""
+    best = best_rates(outcomes)
+    cells = _by(outcomes, lambda outcome: (outcome.trial.variant, outcome.trial.learning_rate))
+    at_best = {variant: cells[variant, rate] for variant, rate in best.items()}
+    return {
+        "runs": [
+            {
+                **dataclasses.asdict(outcome.trial),
+                "heldout_loss": outcome.result["heldout_loss"],
+                "bits_per_character": outcome.result["bits_per_character"],
+                "steps": outcome.result["steps"],
+                "seconds": outcome.result["seconds"],
+                "stopped": outcome.result["stopped"],
+            }
+            for outcome in outcomes
+        ],
+        "rates": [
+            {
+                "variant": variant,
+                "learning_rate": rate,
+                "seeds": len(runs),
+                "mean_heldout_loss": mean_loss(runs) if all(run.complete for run in runs) else None,
+                "best": best[variant] == rate,
+            }
+            for (variant, rate), runs in cells.items()
+        ],
+        "best": best,
+        "crossings": [
+            entry
+            for challenger, baseline in itertools.permutations(best, 2)
+            for entry in crossings(at_best[challenger], at_best[baseline])
+        ],
+    }
+
+
+def markdown(analysis: dict[str, Any], command: str) -> str:
+    """The analysis as Markdown tables, with the command that makes them."""
+    runs = [
+        [
+            run["variant"],
+            f"{run['learning_rate']:g}",
+            str(run["seed"]),
+            _decimals(run["heldout_loss"]),
+            _decimals(run["bits_per_character"]),
+            f"{run['steps']:,}",
+            f"{run['seconds']:,.0f}",
+            run["stopped"] or "complete",
+        ]
+        for run in analysis["runs"]
+    ]
+    rates = [
+        [
+            rate["variant"],
+            f"{rate['learning_rate']:g}",
+            str(rate["seeds"]),
+            "incomplete" if rate["mean_heldout_loss"] is None else _decimals(rate["mean_heldout_loss"]),
+            "best" if rate["best"] else "",
+        ]
+        for rate in analysis["rates"]
+    ]
+    reached = [
+        [
+            entry["variant"],
+            f"{entry['reaches']}'s {entry['target']:.4f}",
+            str(entry["seed"]),
+            *(
+                ["not reached", "", "", "", ""]
+                if entry["steps"] is None
+                else [
+                    f"{entry['steps']:,.0f}",
+                    f"{entry['fraction_of_steps']:.1%}",
+                    f"{entry['evaluated_at']:,}",
+                    f"{entry['seconds']:,.0f}",
+                    f"{entry['fraction_of_seconds']:.1%}",
+                ]
+            ),
+        ]
+        for entry in analysis["crossings"]
+    ]
+    parts = [
+        f"Made by `{command}`.",
+        "Mean held-out loss at the end, over seeds (nats per token):",
+        _table(["variant", "learning rate", "seeds", "held-out loss", ""], rates),
+        *(f"The best rate of {variant} stands at the edge of the grid." for variant in _at_edge(analysis)),
+        "At its best rate, when each variant falls to the mean loss at which the other ends (interpolated "
+        "between evaluations; shares are of the other's whole run):",
+        _table(
+            ["variant", "falls to", "seed", "steps", "share", "first evaluation there", "seconds", "share"],
+            reached,
+        ),
+        "Every run:",
+        _table(
+            [
+                "variant",
+                "learning rate",
+                "seed",
+                "held-out loss",
+                "bits per character",
+                "steps",
+                "seconds",
+                "state",
+            ],
+            runs,
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def insert(document: str, section: str) -> str:
+    """The document with what stands between the two markers replaced.
+
+    Raises:
+      UserError: it does not hold each marker once, in order.
+    """
+    if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
+        raise UserError(f"the --markdown file must hold the lines {BEGIN} and {END}, each once; add them")
+    before, rest = document.split(BEGIN)
+    return f"{before}{BEGIN}\n{section}{END}{rest.split(END)[1]}"
+
+
+def train(trial: Trial, path: pathlib.Path, config: str, settings: Sequence[str]) -> None:
+    """Make one run in a process of its own, its output beside the workdir.
+
+    Raises:
+      UserError: it left no result.
+    """
+    log = path.with_name(f"{path.name}.log")
+    command = [
+        sys.executable,
+        "-m",
+        "shampax.launch.train",
+        f"--config={config}:{trial.variant}",
+        f"--workdir={path}",
+        *(f"--config.{setting}" for setting in (*settings, *trial.settings)),
+    ]
+    with log.open("a") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait()
+        finally:
+            # Interrupted: the trainer saves and ends before we do, or it would train on unseen.
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if workdir.read_json(path / workdir.RESULT) is None:
+        lines = log.read_text().splitlines() or ["nothing"]
+        raise UserError(f"{trial.name} ended with exit code {code} and no result; it said: {lines[-1]} (all: {log})")
+
+
+def run_grid(grid: Sequence[Trial], options: argparse.Namespace) -> list[Outcome]:
+    """Make the runs that are not complete yet; returns all.
+
+    Raises:
+      UserError: a config cannot be made, a workdir belongs to another config, or a run left no result.
+    """
+    folders = [folder for folder in (options.output, options.reuse) if folder]
+    # What can be refused is refused before hours of training.
+    for trial in grid:
+        config = config_of(trial, options.config, options.set)
+        for folder in folders:
+            ownership.refuse_foreign(folder / trial.name, config)
+    options.output.mkdir(parents=True, exist_ok=True)
+    outcomes: list[Outcome] = []
+    durations: list[float] = []
+    for number, trial in enumerate(grid, start=1):
+        path, place = options.output / trial.name, f"[{number}/{len(grid)}] {trial.name}"
+        complete = [folder / trial.name for folder in folders if ownership.finished(folder / trial.name)]
+        if not complete:
+            left = np.mean(durations or [np.nan]) * (len(grid) - number + 1) / 60
+            _say(f"{place}: training{f', about {left:.0f} minutes left' if durations else ''}")
+            start = time.monotonic()
+            train(trial, path, options.config, options.set)
+            durations.append(time.monotonic() - start)
+        outcome = read_outcome(trial, complete[0] if complete else path)
+        assert outcome is not None, "complete runs and trained ones have a result"
+        result = outcome.result
+        _say(
+            f"{place}: held-out {_decimals(result['heldout_loss'])} after {result['steps']} steps, "
+            f"{result['seconds']:.0f} s ({result['stopped'] or 'complete'})"
+        )
+        outcomes.append(outcome)
+    return outcomes
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; returns the exit code: 2 after one line for the user, 130 when stopped."""
+    options = _parser().parse_args(arguments)
+    command = "python -m shampax.benchmarks.lm_grid " + shlex.join(
+        [
+            f"--variants={','.join(options.variants)}",
+            f"--learning_rates={','.join(f'{rate:g}' for rate in options.learning_rates)}",
+            f"--seeds={','.join(map(str, options.seeds))}",
+            *(["--set", *options.set] if options.set else []),
+        ]
+    )
+    try:
+        if options.markdown:
+            # Before hours of training, not after.
+            insert(_document(options.markdown), "")
+        analysis = analyse(run_grid(trials(options.variants, options.learning_rates, options.seeds), options))
+        section = markdown(analysis, command)
+        if options.markdown:
+            options.markdown.parent.mkdir(parents=True, exist_ok=True)
+            options.markdown.write_text(insert(_document(options.markdown), section))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        _say("stopped; the same command goes on from here")
+        return 130
+    _say(section)
+    print(json.dumps(analysis, indent=2))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m shampax.benchmarks.lm_grid",
+        description="A grid of learning rates and seeds for several config variants, and who learns fastest.",
+    )
+
+    def several(of: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+        return lambda text: [of(part) for part in text.split(",")]
+
+    parser.add_argument("--config", default="shampax/configs/lm.py", metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--variants", type=several(str), default=["sample", "sample_adamw"], metavar="NAME,NAME")
+    parser.add_argument("--learning_rates", type=several(float), default=[1e-3, 2e-3, 4e-3], metavar="RATE,RATE")
+    parser.add_argument("--seeds", type=several(int), default=[0, 1, 2], metavar="SEED,SEED")
+    parser.add_argument("--output", type=pathlib.Path, required=True, metavar="DIR", help="folder of the workdirs")
+    parser.add_argument("--reuse", type=pathlib.Path, metavar="DIR", help="take finished workdirs from here, too")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="config values for all runs",
+    )
+    parser.add_argument(
+        "--markdown",
+        type=pathlib.Path,
+        metavar="FILE",
+        help=f"write the tables between {BEGIN} and {END} in it",
+    )
+    return parser
+
+
+def _document(path: pathlib.Path) -> str:
+    return path.read_text() if path.exists() else f"# Results\n\n{BEGIN}\n{END}\n"
+
+
+def _at_edge(analysis: dict[str, Any]) -> list[str]:
+    edges = {}
+    for variant, rates in _by(analysis["rates"], lambda rate: rate["variant"]).items():
+        tried = [rate["learning_rate"] for rate in rates]
+        edges[variant] = len(tried) > 1 and analysis["best"][variant] in (min(tried), max(tried))
+    return [variant for variant, edge in edges.items() if edge]
+
+
+def _by(items: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def _decimals(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main(sys.argv[1:]))

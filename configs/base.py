@@ -1,0 +1,86 @@
+"""Every knob of the trainer, once: its name, its default, its type and, beside it, the reason it is there.
+
+A config file starts from `get_config()` and sets what is its own. The config is locked: a misspelt key is an error.
+Durations are "600 steps", "2 epochs", "1e6 examples", "5e6 tokens" or "10%" of the run, everywhere; "0 steps" after
+`every` is never.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ..framework.components import component
+
+__all__ = ["MAY_CHANGE", "component", "get_config"]
+
+MAY_CHANGE = (
+    # A workdir belongs to its config. These keys may still differ when a run resumes: they decide where it computes,
+    # what it shows and keeps and when it gives up, and leave every step the same up to rounding.
+    "mesh",
+    "simulated_devices",
+    "sharding_rules",
+    "microbatches",
+    "log",
+    "checkpoint",
+    "evaluation.every",
+    "guard",
+    "data.data_dir",  # the same data may lie elsewhere on another cluster
+    "task.remat",
+    "resume_from",  # both are read only while the workdir has no checkpoint
+    "init_from",
+    "may_change",
+)
+
+
+def get_config() -> Any:
+    """The locked ConfigDict with every default. Task, data and optimizer are the config file's to choose."""
+    config: Any = ConfigDict()
+    config.seed = 0  # all random keys and the order of the examples derive from it
+    config.duration = "600 steps"  # length of the run
+    config.batch_size = 32  # examples per step, over all devices and processes together
+    config.microbatches = 1  # parts of a batch whose gradients are summed one after the other, to save memory
+
+    # Components: base.component("package.module:Class", field=value, ...)
+    config.task = ConfigDict({"name": ""})  # what is learnt: the model, its loss and its metrics
+    config.data = ConfigDict({"name": ""})  # what it is learnt from
+    config.optimizer = ConfigDict({"name": ""})  # how it is learnt
+
+    config.schedule = ConfigDict()
+    config.schedule.learning_rate = 1e-3  # at the peak; the knob to tune first
+    config.schedule.warmup = "10%"  # linear rise to the peak, while statistics are young
+    config.schedule.decay = "cosine"  # to the end of the run: "cosine", "linear", "constant" or "rsqrt"
+    config.schedule.final_fraction = 0.0  # of the peak, left at the last step; "rsqrt" takes no notice of it
+    config.gradient_clip = 0.0  # largest global norm of a gradient; 0 leaves gradients as they are
+    config.guard = ConfigDict()
+    config.guard.max_consecutive_skips = 20  # steps in a row without a finite gradient, after which the run stops
+
+    config.evaluation = ConfigDict()
+    config.evaluation.every = "10%"  # held-out data cost time and teach nothing; the last step always evaluates
+    config.evaluation.batches = -1  # of held-out data, the same each time; -1 takes all
+    config.evaluation.best_metric = "loss"  # the held-out metric whose lowest value is the best checkpoint's
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = "10%"  # what a crash can cost; a signal and the last step always save
+    config.checkpoint.keep_last = 2  # newest checkpoints kept, in case one is damaged
+    config.checkpoint.keep_best = 1  # best checkpoints kept besides
+    config.resume_from = ""  # workdir or checkpoint to go on from, its step included, when this workdir has none
+    config.init_from = ""  # workdir or checkpoint to take only the parameters from, when this workdir has none
+    config.log = ConfigDict()
+    config.log.every = "10 steps"  # metrics to the console and the workdir
+    config.may_change = MAY_CHANGE  # keys that may differ from the workdir's config when a run resumes
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # groups of devices that see different examples; -1 is all devices the others leave
+    config.mesh.fsdp = 1  # devices that see different examples and share one copy of the parameters
+    config.mesh.tensor = 1  # devices that share each matrix multiplication; keep it within one host
+    config.simulated_devices = 0  # CPU devices to simulate where there is no accelerator; JAX_NUM_CPU_DEVICES wins
+    config.sharding_rules = (  # (logical axis of a parameter, mesh axis or axes or None), first match wins
+        ("embed", "fsdp"),
+        ("mlp", "tensor"),
+        ("heads", "tensor"),
+        ("kv_heads", "tensor"),
+        ("vocab", "tensor"),
+        ("kv", None),
+        ("layers", None),
+        ("norm", None),
+    )
+    return config.lock()

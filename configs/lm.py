@@ -1,0 +1,145 @@
+"""Decoder-only language models.
+
+sample, sample_adamw: the quick start and the baseline it is measured against, equally tuned.
+
+    python -m shampax.launch.train --config=shampax/configs/lm.py:sample --workdir=runs/quickstart
+
+  A Transformer of 2.0 M parameters learns the vendored Wikipedia articles on 2 CPU cores, which simulate 4 devices so
+  that the preconditioner's blocks have owners to be shared among. Watch heldout/loss, in nats per token.
+
+1b: 1.2 B parameters, 25 B tokens of C4, for a v5e slice of 256 chips.
+
+    python -m shampax.launch.train --config=shampax/configs/lm.py:1b --workdir=/mnt/runs/lm_1b \
+        --config.data.data_dir=gs://BUCKET/tensorflow_datasets
+
+8b: 8.0 B parameters, 160 B tokens of C4, for a v5p slice of 128 chips or a multiple of that.
+
+    python -m shampax.launch.train --config=shampax/configs/lm.py:8b --workdir=/mnt/runs/lm_8b \
+        --config.data.data_dir=gs://BUCKET/tensorflow_datasets
+
+  Both run the same command on every host, with a workdir on a file system that all hosts share.
+"""
+
+from typing import Any
+
+from . import base
+
+SHAMPOO = "shampax.optimizers.shampoo:ShampooOptions"
+ADAMW = "shampax.optimizers.baselines:AdamWOptions"
+
+
+def sample(config: Any) -> None:
+    """Minutes on a laptop."""
+    _select(
+        config,
+        vocab_size=2_048,
+        source="sample:enwiki",
+        sequence_length=128,
+        layers=4,
+        embed_dim=192,
+        heads=6,
+        kv_heads=2,
+        head_dim=32,
+        mlp_dim=512,
+    )
+    config.optimizer = base.component(SHAMPOO)
+    config.duration = "400 steps"
+    config.batch_size = 16
+    config.schedule.learning_rate = 6e-3
+    config.simulated_devices = 4
+
+
+def sample_adamw(config: Any) -> None:
+    """The same model, data and budget under AdamW."""
+    sample(config)
+    config.optimizer = base.component(ADAMW)
+    config.schedule.learning_rate = 3e-3
+
+
+def one_billion(config: Any) -> None:
+    """Each copy of the parameters is shared by 16 chips, one row of a v5e slice."""
+    _select(
+        config,
+        vocab_size=32_768,
+        source="tfds:c4/en:3.1.0",
+        sequence_length=2_048,
+        layers=24,
+        embed_dim=2_048,
+        heads=16,
+        kv_heads=8,
+        head_dim=128,
+        mlp_dim=5_632,
+        compute_dtype="bfloat16",
+        remat="full",
+        z_loss=1e-4,
+    )
+    config.optimizer = base.component(SHAMPOO, block_size=1_024, interval=50, weight_decay=0.1)
+    config.duration = "25e9 tokens"
+    config.batch_size = 512
+    config.mesh.fsdp = 16
+    config.schedule.learning_rate = 1e-3
+    config.schedule.warmup = "1_000 steps"
+    config.schedule.final_fraction = 0.1
+    config.gradient_clip = 1.0
+    _pace(config)
+
+
+def eight_billion(config: Any) -> None:
+    """Llama 3 8B's shape (arXiv 2407.21783, table 3) with a vocabulary trained on the data."""
+    _select(
+        config,
+        vocab_size=128_256,
+        source="tfds:c4/en:3.1.0",
+        sequence_length=4_096,
+        layers=32,
+        embed_dim=4_096,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        mlp_dim=14_336,
+        rope_theta=500_000.0,
+        tied_head=False,
+        compute_dtype="bfloat16",
+        remat="full",
+        z_loss=1e-4,
+    )
+    config.optimizer = base.component(SHAMPOO, block_size=2_048, interval=50, weight_decay=0.1)
+    config.duration = "160e9 tokens"
+    config.batch_size = 1_024
+    config.microbatches = 4  # the logits of a whole batch would take 17 GB of each chip
+    config.mesh.fsdp = 32
+    config.mesh.tensor = 4
+    config.schedule.learning_rate = 3e-4
+    config.schedule.warmup = "2_000 steps"
+    config.schedule.final_fraction = 0.1
+    config.gradient_clip = 1.0
+    _pace(config)
+
+
+VARIANTS = {"sample": sample, "sample_adamw": sample_adamw, "1b": one_billion, "8b": eight_billion}
+
+
+def get_config(variant: str = "sample") -> Any:
+    """One of `VARIANTS`."""
+    config = base.get_config()
+    VARIANTS[variant](config)
+    return config
+
+
+def _select(config: Any, *, vocab_size: int, source: str, sequence_length: int, **model: Any) -> None:
+    """The task and its data, which share one vocabulary: an override of either size moves both."""
+    config.task = base.component("shampax.models.lm:LMTask", vocab_size=vocab_size, **model)
+    config.data = base.component(
+        "shampax.framework.data.text:TextData",
+        source=source,
+        sequence_length=sequence_length,
+        vocab_size=config.task.get_ref("vocab_size"),
+    )
+
+
+def _pace(config: Any) -> None:
+    """Pauses fit for runs of days."""
+    config.log.every = "50 steps"
+    config.evaluation.every = "1_000 steps"
+    config.evaluation.batches = 32
+    config.checkpoint.every = "1_000 steps"

@@ -1,0 +1,136 @@
+"""Configs as the trainer takes them: loaded from a file, overridden, checked, and compared with an earlier run's."""
+
+import importlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from . import config_files, durations, overrides, values
+from .components import build, is_component
+from .errors import UserError
+
+_SHOWN_DIFFERENCES = 5
+
+
+def load(spec: str, changes: Sequence[str] = ()) -> Any:
+    """The locked ConfigDict of a file with some of its knobs changed, checked.
+
+    Args:
+      spec: FILE.py or FILE.py:VARIANT; see `config_files.run`.
+      changes: "batch_size=32", "optimizer.name=package.module:Class"; see `overrides.apply`.
+
+    Raises:
+      UserError: anything at all is wrong with either; the message has the place and the fix.
+    """
+    config = config_files.run(spec).lock()
+    for key in ("task", "data", "optimizer"):
+        if key not in config or not is_component(config[key]):
+            raise UserError(f"{spec}: config.{key} is not the section of a component; set it by base.component(...)")
+    overrides.apply(config, changes)
+    check(config)
+    return config
+
+
+def check(config: ConfigDict) -> None:
+    """Refuse a config that lacks a knob, has one too many, or holds a value of another type than the declared.
+
+    Components are built once, so that what they refuse is refused here.
+
+    Raises:
+      UserError: naming the key.
+    """
+    declared = dict(_knobs(_schema()))
+    given = dict(_knobs(config))
+    for key in given:
+        if key not in declared:
+            raise UserError(overrides.unknown_key(key, declared))
+    for key, default in declared.items():
+        if key not in given:
+            raise UserError(f"config.{key} is missing; let get_config start from base.get_config()")
+        if is_component(default):
+            _build(key, given[key])
+        else:
+            _check_value(key, given[key], default)
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as text for the workdir: references resolved, keys sorted, tuples as lists."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def differences(old_json: str, config: ConfigDict, may_change: Sequence[str]) -> list[str]:
+    """How a config differs from an earlier one: "batch_size: 16 -> 32", one line for each key.
+
+    Args:
+      old_json: what `to_json` once returned.
+      config: of now.
+      may_change: keys and sections whose changes do not count.
+
+    Raises:
+      UserError: the earlier config is damaged.
+    """
+    try:
+        old, new = (dict(overrides.flat(json.loads(text))) for text in (old_json, to_json(config)))
+    except json.JSONDecodeError as error:
+        raise UserError(f"the workdir's config is no JSON ({error}); restore it or use another workdir") from error
+    switched = [key.removesuffix("name") for key in old if key.endswith(".name") and old[key] != new.get(key, old[key])]
+    lines = []
+    for key in sorted(old | new):
+        if any(key == prefix or key.startswith(f"{prefix}.") for prefix in may_change):
+            continue
+        if any(key.startswith(section) and key != f"{section}name" for section in switched):
+            continue  # another class has other fields; that it is another says it all
+        before, after = (json.dumps(side[key]) if key in side else "absent" for side in (old, new))
+        if before != after:
+            lines.append(f"{key}: {before} -> {after}")
+    return lines
+
+
+def foreign(workdir: Any, changed: Sequence[str]) -> str:
+    """The message for a workdir that belongs to another config, from the lines of `differences`."""
+    shown = ", ".join(changed[:_SHOWN_DIFFERENCES])
+    more = f" and {len(changed) - _SHOWN_DIFFERENCES} more" if len(changed) > _SHOWN_DIFFERENCES else ""
+    return (
+        f"{workdir} belongs to another config ({shown}{more}); use another --workdir, restore the old values, "
+        "or add these keys to config.may_change"
+    )
+
+
+def _schema() -> ConfigDict:
+    # By name, as config files are: this floor knows where configs lie, not what is in them.
+    return importlib.import_module("..configs.base", __package__).get_config()
+
+
+def _knobs(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by dotted keys; a component is one value."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict) and not is_component(value):
+            yield from _knobs(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _build(key: str, section: Any) -> None:
+    if not is_component(section):
+        raise UserError(f"config.{key} is not the section of a component; set it by base.component(...)")
+    try:
+        build(section)
+    except UserError as error:
+        raise UserError(f"config.{key}: {error}") from error
+
+
+def _check_value(key: str, value: Any, default: Any) -> None:
+    try:
+        values.convert(value, type(default))
+    except TypeError:
+        expected = values.describe(type(default))
+        raise UserError(f"config.{key}: expected {expected}, given {value!r}") from None
+    if isinstance(default, str) and durations.is_duration(default):
+        # Any units do: this finds what is no duration. The run itself has no length to be a part of.
+        units = durations.Units(1, 1, 1, total_steps=None if key == "duration" else 1)
+        try:
+            durations.to_steps(value, units)
+        except UserError as error:
+            raise UserError(f"config.{key}: {error}") from error

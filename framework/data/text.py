@@ -1,0 +1,170 @@
+"""Text for a language model: documents, tokenized and packed once into the cache, then read by row at random."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+from . import packing
+from .documents import Documents, Split, open_documents
+from .tokenizer import (
+    SMALLEST_VOCABULARY,
+    Tokenizer,
+    characters_per_token,
+    encode,
+    load_tokenizer,
+    train_tokenizer,
+)
+
+# Part of every cache name: raise it when the meaning of cached files changes.
+_CACHE_FORMAT = 1
+_SPLITS: tuple[Split, ...] = ("train", "heldout")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextData:
+    """Documents from a vendored sample, local files or a prepared tfds set, packed into rows.
+
+    The cache holds `tokenizer-HASH.json` and `rows-HASH/`, named by a hash of the settings and of the source, so that
+    other settings or a changed source never meet old files.
+    """
+
+    source: str = "sample:enwiki"  # or "tfds:lm1b:1.1.0", "tfds:c4/en:3.1.0", "file:/path/*.txt"
+    sequence_length: int = 256  # inputs per row; a row holds one token more, the last target
+    vocab_size: int = 4096  # tokens, the end of a document and the 256 bytes included
+    data_dir: str = ""  # where tfds sets lie, local or gs://; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets
+    text_key: str = "text"  # feature of a tfds set that holds the document
+    train_split: str = "train"  # tfds split to train on
+    heldout_split: str = "validation"  # tfds split to evaluate on ("test" for lm1b); samples and files use every 10th
+    tokenizer: str = ""  # tokenizers JSON file, byte-level; "" trains one on the training documents
+    max_documents: int = 0  # per split, for packing and for training the tokenizer; 0 takes all
+
+    def __post_init__(self):
+        if self.source.partition(":")[0] not in ("sample", "file", "tfds"):
+            raise ValueError(
+                f"data.source is {self.source!r}; write 'sample:enwiki', 'file:/path/*.txt' or 'tfds:lm1b:1.1.0'"
+            )
+        if self.sequence_length < 1:
+            raise ValueError(f"data.sequence_length is {self.sequence_length}; it must be at least 1")
+        if self.vocab_size < SMALLEST_VOCABULARY:
+            raise ValueError(f"data.vocab_size is {self.vocab_size}; bytes alone need {SMALLEST_VOCABULARY}")
+        if self.max_documents < 0:
+            raise ValueError(f"data.max_documents is {self.max_documents}; give a count, or 0 for all")
+
+    @property
+    def tokens_per_example(self) -> int:
+        """Inputs, and as many targets, in one row."""
+        return self.sequence_length
+
+    def prepare(self, cache: Path) -> None:
+        """Train the tokenizer and pack both splits into `cache`, unless they are there already.
+
+        For one process, before any other reads. Streams the source; a failure leaves no partial rows behind.
+
+        Raises:
+          UserError: the source or the tokenizer file cannot be used; nothing has been written then.
+        """
+        documents = self._documents()
+        rows = self._rows_path(cache, documents)
+        if rows.exists():
+            return
+        tokenizer = self._given_tokenizer() or self._trained_tokenizer(cache, documents)
+        with packing.AtomicDirectory(rows) as partial:
+            characters = characters_per_token(tokenizer, self.vocab_size)
+            np.save(partial / "characters.npy", characters)
+            totals = {split: self._pack_split(partial, split, documents, tokenizer, characters) for split in _SPLITS}
+            packing.write_json(partial / "stamp.json", {"settings": self._settings(documents), "splits": totals})
+
+    def examples(self, split: Split, cache: Path) -> packing.PackedRows:
+        """The rows of a split that `prepare` has packed: random access, picklable, arrays int32 [sequence_length + 1].
+
+        Raises:
+          UserError: nothing is prepared for these settings in `cache`.
+        """
+        rows = self._rows_path(cache, self._documents())
+        if not rows.exists():
+            raise UserError(f"{cache} holds no rows for {self.source} with these settings; call prepare first")
+        return packing.PackedRows(rows / split, rows / "characters.npy")
+
+    def load_tokenizer(self, cache: Path) -> Tokenizer:
+        """The tokenizer that the rows were made with, for decoding."""
+        return self._given_tokenizer() or load_tokenizer(
+            self._tokenizer_path(cache, self._documents()), self.vocab_size
+        )
+
+    def _documents(self) -> Documents:
+        return open_documents(
+            self.source,
+            data_dir=self.data_dir,
+            text_key=self.text_key,
+            train_split=self.train_split,
+            heldout_split=self.heldout_split,
+        )
+
+    def _stream(self, documents: Documents, split: Split) -> Iterator[str]:
+        return itertools.islice(documents.stream(split), self.max_documents or None)
+
+    def _given_tokenizer(self) -> Tokenizer | None:
+        return load_tokenizer(Path(self.tokenizer).expanduser(), self.vocab_size) if self.tokenizer else None
+
+    def _trained_tokenizer(self, cache: Path, documents: Documents) -> Tokenizer:
+        path = self._tokenizer_path(cache, documents)
+        if not path.exists():
+            trained = train_tokenizer(self._stream(documents, "train"), self.vocab_size)
+            cache.mkdir(parents=True, exist_ok=True)
+            packing.write_atomically(path, trained.to_str(pretty=True))
+        return load_tokenizer(path, self.vocab_size)
+
+    def _pack_split(
+        self, directory: Path, split: Split, documents: Documents, tokenizer: Tokenizer, characters: np.ndarray
+    ) -> dict[str, int]:
+        progress = packing.Progress(f"packing {split}")
+
+        def counted() -> Iterator[np.ndarray]:
+            for text, tokens in encode(tokenizer, self._stream(documents, split)):
+                if characters[tokens].sum() != len(text):
+                    raise UserError(
+                        f"tokenizer {self.tokenizer} turns {len(text)} characters into {characters[tokens].sum()} "
+                        f"({text[:40]!r}...); use a byte-level tokenizer"
+                    )
+                progress.add(len(text), len(tokens) - 1)
+                yield tokens
+
+        row_length = self.sequence_length + 1
+        count = packing.write_rows(directory / split, packing.pack(counted(), row_length), row_length, self.vocab_size)
+        return progress.finish(count, row_length)
+
+    def _settings(self, documents: Documents) -> dict[str, str | int]:
+        """What decides the content of the rows."""
+        return {
+            "format": _CACHE_FORMAT,
+            "source": self.source,
+            "fingerprint": documents.fingerprint,
+            "sequence_length": self.sequence_length,
+            "vocab_size": self.vocab_size,
+            "max_documents": self.max_documents,
+            "tokenizer": _hash_file(self.tokenizer) if self.tokenizer else "",
+        }
+
+    def _rows_path(self, cache: Path, documents: Documents) -> Path:
+        return cache / f"rows-{_hash(self._settings(documents))}"
+
+    def _tokenizer_path(self, cache: Path, documents: Documents) -> Path:
+        settings = {name: value for name, value in self._settings(documents).items() if name != "sequence_length"}
+        return cache / f"tokenizer-{_hash(settings)}.json"
+
+
+def _hash(settings: dict[str, str | int]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _hash_file(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"data.tokenizer {path} cannot be read ({error.strerror}); check the path") from error

@@ -1,0 +1,86 @@
+"""What a run reports while it goes: each measurement to the console and to the workdir."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from . import progress
+from .clock import Clock, seconds_since_process_start
+from .metrics import MetricsWriter
+from .periods import Period
+
+
+class Journal:
+    """Reads the metrics of steps off the devices, and reports those that are due.
+
+    Args:
+      writer: to the workdir; None in all processes but the first.
+      speedometer: of this process.
+      clock: training time.
+      start: the step that this process begins after, and the tokens trained on until then.
+      tokens_per_step: trained on in one step.
+      total_steps: of the whole run.
+      period: of reports; the first and last step of a run are always reported.
+    """
+
+    def __init__(
+        self,
+        writer: MetricsWriter | None,
+        speedometer: progress.Speedometer,
+        clock: Clock,
+        *,
+        start: tuple[int, int],
+        tokens_per_step: int,
+        total_steps: int,
+        period: Period,
+    ):
+        self._writer = writer
+        self._speedometer = speedometer
+        self._clock = clock
+        self._start_step, self._start_tokens = start
+        self._tokens_per_step = tokens_per_step
+        self._total_steps = total_steps
+        self._period = period
+        self.seconds_to_first_step: float | None = None
+        self.consecutive_skips = 0
+
+    def tokens(self, step: int) -> int:
+        """Tokens trained on up to and including a step."""
+        return self._start_tokens + (step - self._start_step) * self._tokens_per_step
+
+    def step_done(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Wait for a step and report it if that is due. Steps come in order, each once."""
+        numbers = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        seconds = self._clock.seconds
+        self.consecutive_skips = int(numbers.pop("consecutive_skips"))
+        if self.seconds_to_first_step is None:
+            self.seconds_to_first_step = seconds_since_process_start()
+            progress.say(f"first step done {self.seconds_to_first_step:.1f} s after the process started")
+            self._speedometer.warmed_up(step, seconds)
+        if not (step == 1 or step == self._total_steps or self._period.due(step)):
+            return
+        values = {
+            name if name.startswith("optimizer/") else f"train/{name}": n for name, n in numbers.items()
+        }
+        speed = self._speedometer.read(step, seconds)
+        remaining = self._speedometer.remaining(step, seconds)
+        progress.say(progress.progress_line(step, self._total_steps, values, speed, remaining))
+        self._write(step, seconds, values | (speed.values() if speed else {}))
+
+    def evaluated(self, step: int, values: Mapping[str, float], *, best: bool) -> None:
+        """Report an evaluation after a step."""
+        progress.say(progress.evaluation_line(step, values, best))
+        self._write(step, self._clock.seconds, {f"heldout/{name}": value for name, value in values.items()})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        """Wait until everything is on disk."""
+        if self._writer:
+            self._writer.close()
+
+    def _write(self, step: int, seconds: float, values: dict[str, Any]) -> None:
+        if self._writer:
+            self._writer.write(step=step, seconds=seconds, tokens=self.tokens(step), values=values)

@@ -1,0 +1,76 @@
+"""What is measured, on disk: JSON lines for people and programs, TensorBoard events for browsers."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from . import workdir as layout
+
+
+class MetricsWriter:
+    """Writes one line of `metrics.jsonl` per call, and the same numbers as TensorBoard events.
+
+    For one process of a run. On disk, the history of a resumed run is that of an uninterrupted one: lines
+    after the step it resumes from are dropped.
+    """
+
+    def __init__(self, workdir: Path, *, after_step: int):
+        """Keep what was measured up to `after_step`."""
+        self._path = workdir / layout.METRICS
+        self._workdir = workdir
+        # TensorFlow takes seconds to import; in a thread of its own it delays no step.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorboard")
+        self._events: Any = None
+        self._pending: list[Future[None]] = []
+        _drop_after(self._path, after_step)
+
+    def write(self, *, step: int, seconds: float, tokens: int, values: Mapping[str, float]) -> None:
+        """Append what was measured after `step`; a number that is not finite becomes null."""
+        line = {"step": step, "seconds": round(seconds, 3), "tokens": tokens} | {
+            name: value if math.isfinite(value) else None for name, value in values.items()
+        }
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._pending.append(self._thread.submit(self._write_events, step, dict(values)))
+
+    def close(self) -> None:
+        """Wait until all is on disk; raises what went wrong in the background."""
+        self._pending.append(self._thread.submit(self._close_events))
+        self._thread.shutdown()
+        for written in self._pending:
+            written.result()
+
+    def _write_events(self, step: int, values: dict[str, float]) -> None:
+        if self._events is None:
+            os.environ.setdefault(
+                "TF_CPP_MIN_LOG_LEVEL", "2"
+            )  # its greetings would fall between progress lines
+            from clu import metric_writers
+
+            self._events = metric_writers.SummaryWriter(str(self._workdir))
+        self._events.write_scalars(step, values)
+        self._events.flush()
+
+    def _close_events(self) -> None:
+        if self._events is not None:
+            self._events.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if _measured_by(line, step)]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in kept))
+    partial.replace(path)
+
+
+def _measured_by(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except json.JSONDecodeError:
+        return False  # cut short when the run was killed

@@ -1,0 +1,75 @@
+"""What the trainer asks of an optimizer beyond optax's contract, with an answer for those that offer no more.
+
+An optimizer is an `optax.GradientTransformation`. It may also have `state_shardings(params)`,
+`diagnostics(state)` and `treatments(params)`; Distributed Shampoo has them, plain optax has not.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from ..optimizers import patterns
+from . import partitioning
+
+
+class OptimizerOptions(Protocol):
+    """The options of an optimizer, a frozen dataclass: what the config's `optimizer` section names."""
+
+    def build(
+        self, learning_rate: optax.Schedule, *, mesh: Mesh | None, axis_names: Any
+    ) -> optax.GradientTransformation:
+        """The optimizer for parameters that lie on `mesh` and whose dimensions are named by `axis_names`."""
+        ...
+
+
+@runtime_checkable
+class _Shards(Protocol):
+    def state_shardings(self, params: Any) -> Any: ...
+
+
+@runtime_checkable
+class _Diagnoses(Protocol):
+    def diagnostics(self, state: Any) -> dict[str, jax.Array]: ...
+
+
+@runtime_checkable
+class _Treats(Protocol):
+    def treatments(self, params: Any) -> dict[str, str]: ...
+
+
+def state_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
+    """Where each array of the optimizer's state lies: a tree of NamedSharding shaped like `tx.init(params)`.
+
+    Where the optimizer does not say, an array that mirrors a parameter (its path ends with the parameter's,
+    its shape is the same: momenta, second moments) lies as the parameter does, and everything else is
+    replicated.
+
+    Args:
+      tx: the optimizer.
+      params: ShapeDtypeStructs with shardings.
+      mesh: the mesh.
+    """
+    if isinstance(tx, _Shards):
+        return tx.state_shardings(params)
+    mirrored = dict(zip(patterns.paths(params), jax.tree.leaves(params), strict=True))
+
+    def sharding(key_path, leaf):
+        for start in range(len(key_path)):
+            parameter = mirrored.get(patterns.path_name(key_path[start:]))
+            if parameter is not None and parameter.shape == leaf.shape:
+                return parameter.sharding
+        return partitioning.replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(tx.init, params))
+
+
+def diagnostics(tx: optax.GradientTransformation, state: Any) -> dict[str, jax.Array]:
+    """Scalars about the optimizer (refreshes, failures, residuals), by name; `{}` where it has none."""
+    return tx.diagnostics(state) if isinstance(tx, _Diagnoses) else {}
+
+
+def treatments(tx: optax.GradientTransformation, params: Any) -> dict[str, str]:
+    """A short text per parameter path on how the optimizer treats it; `{}` where it treats all alike."""
+    return tx.treatments(params) if isinstance(tx, _Treats) else {}

@@ -1,0 +1,51 @@
+"""The learning rate as a function of the step: warm-up, then decay."""
+
+import functools
+
+import jax
+import optax
+
+from .errors import UserError
+
+DECAYS = ("cosine", "linear", "constant", "rsqrt")
+
+
+def make_schedule(
+    learning_rate: float, *, warmup_steps: int, total_steps: int, decay: str, final_fraction: float
+) -> optax.Schedule:
+    """Linear warm-up over `warmup_steps` to `learning_rate`, then decay to `final_fraction` of it at the last
+    step.
+
+    Step 0 has the rate `learning_rate / (warmup_steps + 1)`: no step is spent on a rate of zero. `rsqrt`
+    falls as sqrt(w / step), w being the warm-up (at least 1), and takes no notice of `final_fraction`.
+
+    Raises:
+      UserError: unknown decay, or a warm-up longer than the run.
+    """
+    if decay not in DECAYS:
+        raise UserError(f"schedule.decay {decay!r} is none of {', '.join(DECAYS)}")
+    if not 0 <= final_fraction <= 1:
+        raise UserError(f"schedule.final_fraction {final_fraction} must lie between 0 and 1")
+    if warmup_steps >= total_steps:
+        raise UserError(
+            f"schedule.warmup of {warmup_steps} steps must be shorter than the run of {total_steps} steps"
+        )
+    decay_steps = max(total_steps - 1 - warmup_steps, 1)
+    after: optax.Schedule
+    if decay == "cosine":
+        after = optax.cosine_decay_schedule(learning_rate, decay_steps, alpha=final_fraction)
+    elif decay == "linear":
+        after = optax.linear_schedule(learning_rate, learning_rate * final_fraction, decay_steps)
+    elif decay == "constant":
+        after = optax.constant_schedule(learning_rate)
+    else:
+        start = max(warmup_steps, 1)
+        after = functools.partial(_rsqrt, learning_rate, start)
+    if warmup_steps == 0:
+        return after
+    before = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
+    return optax.join_schedules([before, after], [warmup_steps])
+
+
+def _rsqrt(learning_rate: float, start: int, count: jax.typing.ArrayLike) -> jax.Array:
+    return learning_rate * jax.lax.rsqrt(1.0 + count / start)

@@ -1,0 +1,105 @@
+"""The train state: everything a step reads and writes, a pytree of arrays laid out on the mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from . import optimizer, partitioning
+from .task import BatchSpec, Task
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a train step takes and returns, and what a checkpoint holds.
+
+    Attributes:
+      step: int32 scalar, steps taken, skipped ones included; the next batch is that of this number.
+      params: what the optimizer trains.
+      opt_state: the optimizer's state.
+      model_state: the task's collections other than "params".
+      skipped: int32 scalar, steps that the guard has skipped.
+      consecutive_skips: int32 scalar, how many of the last steps were skipped in a row.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    model_state: Any
+    skipped: Any
+    consecutive_skips: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Params and model state in the form that the task takes."""
+        return {"params": self.params, **self.model_state}
+
+
+def abstract_variables(task: Task, batch_spec: BatchSpec) -> dict[str, Any]:
+    """Shapes and types of the task's variables; nothing is computed."""
+    return jax.eval_shape(task.init, jax.random.key(0), batch_spec)
+
+
+def abstract_state(
+    task: Task,
+    tx: optax.GradientTransformation,
+    batch_spec: BatchSpec,
+    placements: dict[str, partitioning.Placement],
+    mesh: Mesh,
+) -> TrainState:
+    """The train state as ShapeDtypeStructs with shardings: what to compile for, initialise and restore.
+
+    `placements` are those of the task's variables, by path. The counters are replicated.
+    """
+    variables = abstract_variables(task, batch_spec)
+    variables = _with_shardings(variables, partitioning.shardings(variables, placements, mesh))
+    params = variables.pop("params")
+    opt_state = _with_shardings(jax.eval_shape(tx.init, params), optimizer.state_shardings(tx, params, mesh))
+    counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated(mesh))
+    return TrainState(
+        step=counter,
+        params=params,
+        opt_state=opt_state,
+        model_state=variables,
+        skipped=counter,
+        consecutive_skips=counter,
+    )
+
+
+def initial_state(
+    task: Task, tx: optax.GradientTransformation, batch_spec: BatchSpec, abstract: TrainState, seed: int
+) -> TrainState:
+    """The state before the first step: each device computes its part, with the same values on every mesh."""
+
+    def init() -> TrainState:
+        # No step uses this key: steps fold in 0, 1, 2, ...
+        variables = dict(task.init(jax.random.fold_in(jax.random.key(seed), 2**32 - 1), batch_spec))
+        params = variables.pop("params")
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(
+            step=zero,
+            params=params,
+            opt_state=tx.init(params),
+            model_state=variables,
+            skipped=zero,
+            consecutive_skips=zero,
+        )
+
+    return jax.jit(init, out_shardings=shardings(abstract))()
+
+
+def shardings(abstract: Any) -> Any:
+    """The shardings of a tree of ShapeDtypeStructs or arrays, as a tree."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _with_shardings(tree: Any, tree_shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        tree_shardings,
+    )

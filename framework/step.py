@@ -1,0 +1,167 @@
+"""The train step and the evaluation step: pure functions, jitted, with every sharding in plain sight."""
+
+import functools
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from . import optimizer, partitioning
+from .state import TrainState, shardings
+from .task import Batch, Metrics, Task
+
+
+def make_train_step(
+    task: Task,
+    tx: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    abstract: TrainState,
+    mesh: Mesh,
+    *,
+    seed: int,
+    microbatches: int = 1,
+    gradient_clip: float = 0.0,
+) -> jax.stages.Wrapped:
+    """The jitted train step `(state, batch) -> (state, metrics)`; it donates the state.
+
+    The batch is cut into `microbatches`, whose gradients are added up with the weight of their loss (the
+    number of targets, say), so that the result is the gradient of the whole batch however uneven the masks.
+    Where the loss or any element of the gradient is not finite, params, optimizer state and model state stay
+    bitwise as they were, and `skipped` and `consecutive_skips` grow; `step` advances all the same.
+
+    Args:
+      task: gives the loss.
+      tx: the optimizer; the learning rate is its business.
+      learning_rate: the schedule given to `tx`, for reporting. It sees the number of steps not skipped.
+      abstract: the state's shapes and shardings.
+      mesh: the mesh.
+      seed: of the random keys: micro-batch i of step t has fold_in(fold_in(key(seed), t), i).
+      microbatches: number of micro-batches, dividing each device's share of the batch.
+      gradient_clip: bound on the global norm of the gradient; 0 leaves it alone.
+
+    Metrics are float32 scalars (counters int32), the same on all devices: the task's (total / weight),
+    `gradient_norm` (before clipping), `update_norm`, `learning_rate`, `skipped`, `consecutive_skips`,
+    `optimizer/<diagnostic>`.
+    """
+    params_shardings = shardings(abstract.params)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        gradients, model_state, sums = _whole_batch_gradients(
+            task, state, _cut(batch, microbatches, mesh), key, params_shardings
+        )
+        metrics = {name: total / weight for name, (total, weight) in sums.items()}
+        metrics["learning_rate"] = jnp.asarray(learning_rate(state.step - state.skipped), jnp.float32)
+        metrics["gradient_norm"] = global_norm(gradients)
+
+        # The test is a reduction over the global arrays, hence one decision for all devices.
+        finite = jnp.isfinite(metrics["loss"]) & _all_finite(gradients)
+        if gradient_clip:
+            scale = gradient_clip / jnp.maximum(metrics["gradient_norm"], gradient_clip)
+            gradients = jax.tree.map(lambda leaf: leaf * scale, gradients)
+        # A solver inside the optimizer must never see a NaN, not even in a step that is thrown away: LAPACK
+        # may not return from one.
+        gradients = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0), gradients)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        metrics["update_norm"] = jnp.where(finite, global_norm(updates), 0.0)
+
+        def guarded(new: Any, old: Any) -> Any:
+            return jax.tree.map(functools.partial(jnp.where, finite), new, old)
+
+        state = TrainState(
+            step=state.step + 1,
+            params=guarded(optax.apply_updates(state.params, updates), state.params),
+            opt_state=guarded(opt_state, state.opt_state),
+            model_state=guarded(model_state, state.model_state),
+            skipped=state.skipped + jnp.where(finite, 0, 1),
+            consecutive_skips=jnp.where(finite, 0, state.consecutive_skips + 1),
+        )
+        metrics["skipped"] = state.skipped
+        metrics["consecutive_skips"] = state.consecutive_skips
+        diagnostics = optimizer.diagnostics(tx, state.opt_state)
+        return state, metrics | {f"optimizer/{name}": value for name, value in diagnostics.items()}
+
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings(abstract), partitioning.batch_sharding(mesh)),
+        out_shardings=(shardings(abstract), partitioning.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(task: Task, abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+    """The jitted `(variables, batch) -> metrics` of one evaluation batch, (total, weight) pairs to add up."""
+
+    def eval_step(variables: dict[str, Any], batch: Batch) -> Metrics:
+        _, (_, metrics) = task.loss(variables, batch, key=jax.random.key(0), train=False)
+        return metrics
+
+    return jax.jit(
+        eval_step,
+        in_shardings=(shardings(abstract.variables), partitioning.batch_sharding(mesh)),
+        out_shardings=partitioning.replicated(mesh),
+    )
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Root of the sum of all squares, float32; it overflows only where the result does, not the squares."""
+    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf), initial=0.0) for leaf in leaves])
+    unit = jnp.where(largest > 0, largest, 1.0)
+    return unit * jnp.sqrt(sum(jnp.sum(jnp.square(leaf / unit)) for leaf in leaves))
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    return functools.reduce(operator.and_, [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
+
+
+def _cut(batch: Batch, microbatches: int, mesh: Mesh) -> Batch:
+    """[batch, ...] to [microbatches, batch / microbatches, ...].
+
+    Micro-batch i has the examples i, i + microbatches, ...: a device cuts the examples it has, and none
+    moves.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(None, partitioning.batch_axes(mesh)))
+
+    def cut(leaf: jax.Array) -> jax.Array:
+        rows = leaf.reshape(leaf.shape[0] // microbatches, microbatches, *leaf.shape[1:])
+        return jax.lax.with_sharding_constraint(jnp.swapaxes(rows, 0, 1), sharding)
+
+    return jax.tree.map(cut, dict(batch))
+
+
+def _whole_batch_gradients(
+    task: Task, state: TrainState, microbatches: Batch, key: jax.Array, params_shardings: Any
+) -> tuple[Any, dict[str, Any], Metrics]:
+    """Gradient of sum(totals) / sum(weights) over the micro-batches, last model state, summed metrics."""
+
+    def loss(params, model_state, batch, key):
+        return task.loss({"params": params, **model_state}, batch, key=key, train=True)
+
+    def lay_out(gradients):
+        return jax.tree.map(jax.lax.with_sharding_constraint, gradients, params_shardings)
+
+    def accumulate(carry, numbered_batch):
+        gradients, model_state = carry
+        number, batch = numbered_batch
+        (_, (model_state, metrics)), new = jax.value_and_grad(loss, has_aux=True)(
+            state.params, model_state, batch, jax.random.fold_in(key, number)
+        )
+        weight = metrics["loss"][1]
+        # A micro-batch without targets may have a loss of 0 / 0 and says nothing.
+        gradients = jax.tree.map(
+            lambda total, leaf: total + jnp.where(weight > 0, weight * leaf, 0), gradients, new
+        )
+        return (lay_out(gradients), model_state), metrics
+
+    count = jax.tree.leaves(microbatches)[0].shape[0]
+    start = lay_out(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.params))
+    (gradients, model_state), stacked = jax.lax.scan(
+        accumulate, (start, state.model_state), (jnp.arange(count), microbatches)
+    )
+    sums = jax.tree.map(lambda leaf: leaf.sum(axis=0), stacked)
+    weight = sums["loss"][1]
+    return jax.tree.map(lambda leaf: leaf / weight, gradients), model_state, sums

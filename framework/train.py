@@ -1,0 +1,277 @@
+"""Training, from a config and a workdir to a result: the whole story, to be read from top to bottom."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from . import checkpoints, components, durations, optimizer, ownership, partitioning, progress
+from . import workdir as layout
+from .clock import Clock
+from .config import check
+from .data import pipeline
+from .errors import UserError
+from .evaluation import evaluate
+from .journal import Journal
+from .metrics import MetricsWriter
+from .periods import Period
+from .schedule import make_schedule
+from .state import TrainState, abstract_state, abstract_variables, initial_state
+from .step import make_eval_step, make_train_step
+from .stopping import StopSignals, TrainingStopped
+
+
+def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = None) -> dict[str, Any]:
+    """Train as `config` says, in `workdir`; the same call again resumes, and after the end only returns the
+    result.
+
+    The first SIGINT or SIGTERM makes it finish its step, save a checkpoint and return.
+
+    Args:
+      config: an `ml_collections.ConfigDict` from a `get_config`, with whatever changes.
+      workdir: made if it does not exist; from then on it belongs to this config.
+      devices: what to train on; None takes every device of the job.
+
+    Returns:
+      The content of `result.json`. `stopped` is None, or the name of the signal that ended the run early.
+      Held-out metrics are those of the last evaluation, None before the first.
+
+    Raises:
+      UserError: something in the config or the workdir cannot work; nothing has been written.
+      TrainingStopped: too many steps in a row had a loss or gradient that was not finite; a checkpoint is
+        saved.
+    """
+    # Set-up: what can be refused is refused before anything is written
+    check(config)
+    workdir = Path(workdir).expanduser().absolute()
+    task, data, options = (
+        components.build(section) for section in (config.task, config.data, config.optimizer)
+    )
+    ownership.refuse_foreign(workdir, config)
+    finished = ownership.finished(workdir)
+    if finished is not None:
+        progress.say(f"{workdir} is complete after {finished['steps']} steps: nothing left to train")
+        return finished
+    origin = checkpoints.find_origin(workdir, resume_from=config.resume_from, init_from=config.init_from)
+
+    # Mesh
+    mesh = partitioning.make_mesh(config.mesh, devices)
+    partitioning.check_rules(config.sharding_rules, mesh)
+    partitioning.check_batch(config.batch_size, config.microbatches, mesh)
+    progress.say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
+
+    # Data: batch = batches[step], on any number of processes
+    cache = workdir / layout.CACHE
+    if jax.process_index() == 0:
+        data.prepare(cache)
+    multihost_utils.sync_global_devices("data prepared")
+    source = data.examples("train", cache)
+    share = {
+        "global_batch_size": config.batch_size,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    batches = pipeline.Batches(source, seed=config.seed, **share)
+    heldout = pipeline.HeldoutBatches(
+        data.examples("heldout", cache), limit=config.evaluation.batches, **share
+    )
+    to_devices = functools.partial(global_batch, mesh=mesh)
+    batch_spec = jax.tree.map(as_spec, to_devices(batches[0]))
+
+    units = durations.Units(config.batch_size, len(source), data.tokens_per_example)
+    total_steps = durations.to_steps(config.duration, units)
+    in_steps = functools.partial(
+        durations.to_steps, units=dataclasses.replace(units, total_steps=total_steps)
+    )
+    tokens_per_step = config.batch_size * data.tokens_per_example
+
+    with jax.set_mesh(mesh):
+        # State: its shapes and where it lies; nothing is computed yet
+        variables = abstract_variables(task, batch_spec)
+        axes = task.logical_axes(variables)
+        placements = partitioning.place_all(variables, axes, config.sharding_rules, mesh)
+        learning_rate = make_schedule(
+            config.schedule.learning_rate,
+            warmup_steps=in_steps(config.schedule.warmup),
+            total_steps=total_steps,
+            decay=config.schedule.decay,
+            final_fraction=config.schedule.final_fraction,
+        )
+        tx = options.build(learning_rate, mesh=mesh, axis_names=axes["params"])
+        abstract = abstract_state(task, tx, batch_spec, placements, mesh)
+        eval_step = make_eval_step(task, abstract, mesh)
+        metric_names = list(jax.eval_shape(eval_step, abstract.variables, batch_spec))
+        refuse_unknown_metric(config.evaluation.best_metric, metric_names)
+        ownership.claim(workdir, config)
+        treatments = optimizer.treatments(tx, abstract.params)
+        progress.show_parameters(progress.parameter_rows(abstract.params, placements, treatments), workdir)
+
+        # Restore
+        progress.say(str(origin))
+        fresh = functools.partial(initial_state, task, tx, batch_spec, abstract, config.seed)
+        state, record = begin(origin, abstract, fresh)
+
+        # Compile, apart from the loop, so that it is not taken for training time
+        progress.say("compiling the train step ...")
+        train_step = make_train_step(
+            task,
+            tx,
+            learning_rate,
+            abstract,
+            mesh,
+            seed=config.seed,
+            microbatches=config.microbatches,
+            gradient_clip=config.gradient_clip,
+        )
+        compiled_step = train_step.lower(abstract, batch_spec).compile()
+
+        # Loop: evaluate, save, train up to the next pause
+        evaluation, saving = (
+            Period(in_steps(config.evaluation.every)),
+            Period(in_steps(config.checkpoint.every)),
+        )
+        clock = Clock(record.seconds)
+        pace = {"total_steps": total_steps, "tokens_per_step": tokens_per_step}
+        journal = Journal(
+            MetricsWriter(workdir, after_step=record.step) if jax.process_index() == 0 else None,
+            progress.Speedometer(mesh, flops_per_step=task.flops(batch_spec), **pace),
+            clock,
+            start=(record.step, record.tokens),
+            period=Period(in_steps(config.log.every)),
+            **pace,
+        )
+        saver = checkpoints.Checkpoints(
+            workdir,
+            keep_last=config.checkpoint.keep_last,
+            keep_best=config.checkpoint.keep_best,
+            best_metric=config.evaluation.best_metric,
+        )
+        upcoming = map(to_devices, batches.from_step(record.step))
+        stopped = None
+        with StopSignals() as signals, journal, saver:
+
+            def stop_reason(step: int) -> str | None:
+                return signals.reason(step) or too_many_skips(journal, config.guard.max_consecutive_skips)
+
+            while True:
+                at_end = record.step == total_steps
+                improved = False
+                # A run that was stopped before a due evaluation makes up for it when it resumes.
+                if (at_end or (evaluation.due(record.step) and not stopped)) and not record.evaluated:
+                    values = evaluate(eval_step, state.variables, map(to_devices, heldout))
+                    record = record.with_evaluation(values, config.evaluation.best_metric)
+                    improved = record.best == record.last
+                    journal.evaluated(record.step, values, best=improved)
+                if at_end or stopped or saving.due(record.step) or (improved and config.checkpoint.keep_best):
+                    saver.save(state, record)
+                if at_end or stopped:
+                    break
+                pause = min(evaluation.next(record.step), saving.next(record.step), total_steps)
+                with clock:
+                    steps = range(record.step, pause)
+                    state, step, stopped = advance(
+                        compiled_step, state, upcoming, steps, journal, stop_reason
+                    )
+                record = dataclasses.replace(
+                    record, step=step, seconds=clock.seconds, tokens=journal.tokens(step)
+                )
+
+        # Result
+        heldout_metrics = record.last.values if record.last else dict.fromkeys(metric_names)
+        diagnostics = jax.jit(functools.partial(optimizer.diagnostics, tx))(state.opt_state)
+        result = {
+            "heldout_loss" if name == "loss" else name: value for name, value in heldout_metrics.items()
+        } | {
+            "steps": record.step,
+            "seconds": round(record.seconds, 3),
+            "tokens": record.tokens,
+            "best_heldout_loss": record.best.values["loss"] if record.best else None,
+            "optimizer": type(options).__name__,
+            "skipped_steps": int(state.skipped),
+            "refreshes": int(diagnostics["refreshes"]) if "refreshes" in diagnostics else 0,
+            "devices": mesh.size,
+            "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
+            "seconds_to_first_step": journal.seconds_to_first_step,
+            "stopped": stopped,
+        }
+    result = ownership.finish(workdir, result)
+    if too_many_skips(journal, config.guard.max_consecutive_skips):
+        raise TrainingStopped(f"{stopped}; a checkpoint after step {record.step} is saved in {workdir}")
+    return result
+
+
+def advance(
+    train_step: Callable[..., Any],
+    state: TrainState,
+    batches: Iterator[Any],
+    steps: range,
+    journal: Journal,
+    stop_reason: Callable[[int], str | None],
+) -> tuple[TrainState, int, str | None]:
+    """Train from step `steps.start` to `steps.stop`, or until there is a reason to stop.
+
+    The host runs one step ahead of what it has seen: it dispatches a step and then waits for the one before.
+
+    Returns:
+      The state, the number of steps it has taken, and why it stopped early, if it did.
+    """
+    step, stopped, unread = steps.start, None, None
+    for step in range(steps.start + 1, steps.stop + 1):
+        state, metrics = train_step(state, next(batches))
+        if unread is not None:
+            journal.step_done(*unread)
+        unread = (step, metrics)
+        stopped = stop_reason(step)
+        if stopped:
+            break
+    if unread is not None:
+        journal.step_done(*unread)
+    return state, step, stopped or stop_reason(step)
+
+
+def begin(
+    origin: checkpoints.Origin, abstract: TrainState, fresh: Callable[[], TrainState]
+) -> tuple[TrainState, checkpoints.Record]:
+    """The state and the record that a run starts with."""
+    if origin.path is None:
+        return fresh(), checkpoints.Record()
+    if origin.kind == "init":
+        taken = checkpoints.restore_variables(origin.path, abstract)
+        return dataclasses.replace(fresh(), **taken), checkpoints.Record()
+    return checkpoints.restore(origin.path, abstract), checkpoints.read_record(origin.path)
+
+
+def global_batch(local: dict[str, np.ndarray], *, mesh: Mesh) -> dict[str, jax.Array]:
+    """The batch that all processes hold shares of, laid over the mesh."""
+    sharding = partitioning.batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in local.items()}
+
+
+def as_spec(array: jax.Array) -> jax.ShapeDtypeStruct:
+    """Shape, type and place of an array."""
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def too_many_skips(journal: Journal, limit: int) -> str | None:
+    """Why the guard ends the run, or None."""
+    if journal.consecutive_skips < limit:
+        return None
+    return (
+        f"{journal.consecutive_skips} steps in a row had a loss or gradient that was not finite "
+        f"(guard.max_consecutive_skips {limit}); lower schedule.learning_rate or set gradient_clip"
+    )
+
+
+def refuse_unknown_metric(best_metric: str, names: Sequence[str]) -> None:
+    """Raise UserError if the task does not report the metric that checkpoints are to be ranked by."""
+    if best_metric not in names:
+        raise UserError(
+            f"evaluation.best_metric {best_metric!r} is none of the task's metrics: {', '.join(names)}"
+        )

@@ -1,0 +1,120 @@
+"""What a workdir holds: the names of its files, and how its metrics, config and result are read back."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any, Literal
+
+import numpy as np
+
+from .errors import UserError
+
+CONFIG = "config.json"  # the resolved config
+PARAMETERS = "parameters.txt"  # the table printed at start
+METRICS = "metrics.jsonl"  # one JSON object per line and measured step
+RESULT = "result.json"  # written when the run ends
+CHECKPOINTS = "checkpoints"
+CACHE = "data"  # tokenizer and packed examples
+
+Axis = Literal["step", "seconds", "tokens"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One workdir, read.
+
+    Attributes:
+      path: the workdir.
+      points: what was measured, one dict per step in rising order; each has `step`, `seconds` (of training,
+        over all resumes) and `tokens` (seen so far), and the keys measured at that step.
+      config: the resolved config, `{}` where the workdir has none.
+      result: the content of `result.json`, or None while the run has not ended.
+      notes: what a reader of the numbers should know, such as a line that could not be read.
+    """
+
+    path: pathlib.Path
+    points: tuple[dict[str, Any], ...]
+    config: dict[str, Any]
+    result: dict[str, Any] | None
+    notes: tuple[str, ...]
+
+    def keys(self) -> list[str]:
+        """Names of everything measured, axes left out, sorted."""
+        return sorted(set().union(*self.points) - {"step", "seconds", "tokens"})
+
+    def curve(self, key: str, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
+        """`key` against `axis`: two float64 arrays [points with both]; NaN where null or not finite."""
+        pairs = [(point[axis], point[key]) for point in self.points if key in point and axis in point]
+        x, y = np.array([[_number(value) for value in pair] for pair in pairs]).reshape(-1, 2).T
+        return x, y
+
+
+def read(path: pathlib.Path) -> Run:
+    """Read a workdir, finished or not.
+
+    Raises:
+      UserError: it is no directory, or holds no metrics.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} is no directory; give the --workdir of a training run")
+    if not (path / METRICS).is_file():
+        raise UserError(f"{path} holds no {METRICS}; give the --workdir of a run that has logged a step")
+    points, notes = read_points(path / METRICS)
+    if not points:
+        raise UserError(f"{path / METRICS} holds no readable line; wait until the run has logged a step")
+    config, result = read_json(path / CONFIG), read_json(path / RESULT)
+    if config is None:
+        notes.append(f"{path}: no {CONFIG}")
+    if result is None:
+        notes.append(f"{path}: no {RESULT}: the run has not ended, numbers are those of its last evaluation")
+    return Run(path=path, points=tuple(points), config=config or {}, result=result, notes=tuple(notes))
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any] | None:
+    """The object in a JSON file, or None where there is no such file.
+
+    Raises:
+      UserError: the file holds something else.
+    """
+    if not path.is_file():
+        return None
+    content = _parse(path.read_text())
+    if content is None:
+        raise UserError(f"{path} is not a JSON object; restore it or use another workdir")
+    return content
+
+
+def read_points(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read a metrics file as (points by rising step, notes about lines left out).
+
+    Lines of one step are one point. A run that was killed goes on from its last checkpoint and measures some
+    steps anew: what it wrote last holds. A line cut short by the kill is left out and noted.
+    """
+    points: dict[int, dict[str, Any]] = {}
+    notes = []
+    last = 0
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        point = _parse(line)
+        if point is None or not isinstance(point.get("step"), int):
+            notes.append(f"{path}: line {number} is cut short or no measurement and was left out")
+            continue
+        step = point["step"]
+        if step < last:
+            points = {earlier: kept for earlier, kept in points.items() if earlier < step}
+        points[step] = points.get(step, {}) | point
+        last = step
+    return [points[step] for step in sorted(points)], notes
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _number(value: Any) -> float:
+    number = math.nan if value is None else float(value)
+    return number if math.isfinite(number) else math.nan

@@ -1,0 +1,53 @@
+"""The commands worth typing after a run: its baseline, both in one report, one knob changed."""
+
+import dataclasses
+import shlex
+from typing import Any
+
+from ..framework import config_files
+from .flags import Command
+
+_SHAMPOO = "shampax.optimizers.shampoo:ShampooOptions"
+_ADAMW = "shampax.optimizers.baselines:AdamWOptions"
+_SUFFIX = "_adamw"  # of the variant that is another variant's baseline
+_RATE = "schedule.learning_rate"
+
+
+def next_steps(command: Command, config: Any) -> list[str]:
+    """Three shell commands, ready to paste, for the run that `command` has completed."""
+    other = _counterpart(command, config)
+    rate = f"{config.schedule.learning_rate / 2:g}"
+    slower = dataclasses.replace(
+        command,
+        workdir=f"{_stem(command)}_rate_{rate}",
+        overrides=(*_without(command.overrides, _RATE), f"{_RATE}={rate}"),
+    )
+    report = ["python", "-m", "shampax.launch.report", command.workdir, other.workdir]
+    return [_shell(other), shlex.join(report), _shell(slower)]
+
+
+def _counterpart(command: Command, config: Any) -> Command:
+    """The baseline of this run, or the run whose baseline this is: a variant of its own, tuned, where there is one."""
+    file, colon, variant = command.config.rpartition(":")
+    is_baseline = config.optimizer.name == _ADAMW
+    other = variant.removesuffix(_SUFFIX) if is_baseline else variant + _SUFFIX
+    workdir = f"{_stem(command)}_{'shampoo' if is_baseline else 'adamw'}"
+    overrides = _without(command.overrides, "optimizer.", _RATE)
+    if colon and other != variant and other in config_files.variants(command.config):
+        return dataclasses.replace(command, config=f"{file}:{other}", workdir=workdir, overrides=overrides)
+    switch = f"optimizer.name={_SHAMPOO if is_baseline else _ADAMW}"
+    return dataclasses.replace(command, workdir=workdir, overrides=(*overrides, switch))
+
+
+def _stem(command: Command) -> str:
+    return command.workdir.rstrip("/")
+
+
+def _without(overrides: tuple[str, ...], *prefixes: str) -> tuple[str, ...]:
+    return tuple(override for override in overrides if not override.startswith(prefixes))
+
+
+def _shell(command: Command) -> str:
+    flags = [f"--config={command.config}", f"--workdir={command.workdir}"]
+    flags += [f"--config.{override}" for override in command.overrides]
+    return shlex.join(["python", "-m", "shampax.launch.train", *flags])

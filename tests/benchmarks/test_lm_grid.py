@@ -1,0 +1,252 @@
+import json
+import os
+import shutil
+import signal
+import stat
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from shampax.benchmarks import lm_grid
+from shampax.framework import workdir
+from shampax.framework.errors import UserError
+
+TRAINER = """#!{python}
+import json, pathlib, sys
+given = dict(argument.removeprefix("--").split("=", 1) for argument in sys.argv[3:])
+path = pathlib.Path(given["workdir"])
+with open(path.parent / "calls", "a") as calls:
+    calls.write(json.dumps(sys.argv[1:]) + "\\n")
+if given["config"].endswith(":fail"):
+    sys.exit("error: out of memory")
+path.mkdir(exist_ok=True)
+rate = float(given["config.schedule.learning_rate"])
+config = {{"seed": int(given["config.seed"]), "schedule": {{"learning_rate": rate}}, "batch_size": 4}}
+(path / "config.json").write_text(json.dumps(config))
+line = {{"step": 10, "seconds": 1, "tokens": 1, "heldout/loss": 1 / rate}}
+(path / "metrics.jsonl").write_text(json.dumps(line))
+result = {{"steps": 10, "seconds": 1.0, "heldout_loss": 1 / rate, "bits_per_character": 1.0, "stopped": None}}
+(path / "result.json").write_text(json.dumps(result))
+"""
+
+
+@pytest.fixture
+def trainer(tmp_path, monkeypatch):
+    """In place of the trainer, a script that leaves a workdir and writes down how it was called; small configs."""
+
+    def load(spec, settings):
+        assert spec.startswith("shampax/configs/lm.py:")
+        values = dict(setting.split("=") for setting in settings)
+        rate, batch_size = float(values["schedule.learning_rate"]), int(values.get("batch_size", 4))
+        config = {"seed": int(values["seed"]), "schedule": {"learning_rate": rate}, "batch_size": batch_size}
+        return ConfigDict(config | {"may_change": ("may_change",)})
+
+    monkeypatch.setattr(lm_grid, "load", load)
+    script = tmp_path / "python"
+    script.write_text(TRAINER.format(python=sys.executable))
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sys, "executable", str(script))
+
+
+def write(folder, trial, heldout, *, stopped=None, seconds_per_step=1.0):
+    """A finished workdir whose held-out loss at steps 10, 20, ... is `heldout`."""
+    path = folder / trial.name
+    path.mkdir(parents=True)
+    lines = [
+        {"step": step, "seconds": step * seconds_per_step, "tokens": step, "heldout/loss": loss}
+        for step, loss in zip(range(10, 10 * len(heldout) + 1, 10), heldout, strict=True)
+    ]
+    (path / workdir.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = {
+        "steps": lines[-1]["step"],
+        "seconds": lines[-1]["seconds"],
+        "heldout_loss": heldout[-1],
+        "bits_per_character": heldout[-1] / 2,
+        "stopped": stopped,
+    }
+    (path / workdir.RESULT).write_text(json.dumps(result))
+    return lm_grid.read_outcome(trial, path)
+
+
+@pytest.fixture
+def outcomes(tmp_path):
+    """Variants a and b, two rates, two seeds; b at its best ends at 3.0 on average."""
+    losses = {
+        ("a", 0.1, 0): [6.0, 3.5, 2.5, 2.0],
+        ("a", 0.1, 1): [6.0, 4.0, 3.0, 2.4],
+        ("a", 0.2, 0): [6.0, 1.0, 1.0, 1.0],
+        ("a", 0.2, 1): [6.0, 9.0, 9.0, 9.0],
+        ("b", 0.1, 0): [7.0, 6.0, 4.0, 2.8],
+        ("b", 0.1, 1): [7.0, 6.0, 4.0, 3.2],
+        ("b", 0.2, 0): [7.0, 6.0, 5.0, 4.0],
+        ("b", 0.2, 1): [7.0, 6.0, 5.0, 4.0],
+    }
+    return [
+        write(tmp_path, lm_grid.Trial(*cell), heldout, seconds_per_step=2.0 if cell[0] == "a" else 1.0)
+        for cell, heldout in losses.items()
+    ]
+
+
+def test_grid_is_every_combination_once_seed_by_seed():
+    grid = lm_grid.trials(["a", "b"], [0.1, 0.2], [0, 1])
+    assert [trial.name for trial in grid[:4]] == [
+        "a-lr0.1-seed0",
+        "b-lr0.1-seed0",
+        "a-lr0.2-seed0",
+        "b-lr0.2-seed0",
+    ]
+    assert len({trial.name for trial in grid}) == len(grid) == 8
+
+
+def test_best_rate_has_the_lowest_mean_not_the_lowest_run(outcomes):
+    assert lm_grid.best_rates(outcomes) == {"a": 0.1, "b": 0.1}
+
+
+def test_rate_with_a_diverged_seed_is_not_eligible(outcomes, tmp_path):
+    low = write(tmp_path, lm_grid.Trial("a", 0.3, 0), [1.0, 0.1])
+    stopped = write(tmp_path, lm_grid.Trial("a", 0.3, 1), [1.0, 0.1], stopped="8 steps in a row were not finite")
+    assert lm_grid.best_rates([*outcomes, low, stopped])["a"] == 0.1
+    with pytest.raises(UserError, match="lower --learning_rates"):
+        lm_grid.best_rates([stopped])
+
+
+def test_crossings_are_interpolated_per_seed_as_a_share_of_the_baseline(outcomes):
+    first, second = lm_grid.crossings(outcomes[0:2], outcomes[4:6])
+    assert first == {
+        "variant": "a",
+        "reaches": "b",
+        "target": 3.0,
+        "seed": 0,
+        "steps": pytest.approx(25.0),  # halfway from 3.5 at 20 to 2.5 at 30
+        "evaluated_at": 30,
+        "fraction_of_steps": pytest.approx(25 / 40),
+        "seconds": pytest.approx(50.0),
+        "fraction_of_seconds": pytest.approx(50 / 40),
+    }
+    assert (second["seed"], second["steps"], second["evaluated_at"]) == (1, pytest.approx(30.0), 30)
+
+
+def test_crossing_never_made_is_null_and_said(outcomes):
+    analysis = lm_grid.analyse(outcomes)
+    b_to_a = [entry for entry in analysis["crossings"] if entry["variant"] == "b"]
+    assert [entry["fraction_of_steps"] for entry in b_to_a] == [None, None]
+    assert "| b | a's 2.2000 | 0 | not reached |" in lm_grid.markdown(analysis, "command")
+
+
+def test_analysis_is_json_and_its_tables_hold_every_run(outcomes):
+    analysis = json.loads(json.dumps(lm_grid.analyse(outcomes), allow_nan=False))
+    text = lm_grid.markdown(analysis, "python -m grid")
+    assert "`python -m grid`" in text
+    assert "| a | 0.2 | 1 | 9.0000 | 4.5000 | 40 | 80 | complete |" in text
+    assert "| a | 0.1 | 2 | 2.2000 | best |" in text
+    assert "| a | b's 3.0000 | 0 | 25 | 62.5% | 30 | 50 | 125.0% |" in text
+    assert "The best rate of a stands at the edge" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 3 * 2 + 4 + 4 + 8
+
+
+def test_insert_replaces_only_what_stands_between_the_markers():
+    old = f"before\n{lm_grid.BEGIN}\nold\n{lm_grid.END}\nafter\n"
+    new = lm_grid.insert(old, "table\n")
+    assert new == f"before\n{lm_grid.BEGIN}\ntable\n{lm_grid.END}\nafter\n"
+    assert lm_grid.insert(new, "table\n") == new
+    for wrong in ("", lm_grid.BEGIN, f"{lm_grid.END}{lm_grid.BEGIN}", old + old):
+        with pytest.raises(UserError, match="add them"):
+            lm_grid.insert(wrong, "table\n")
+
+
+def test_trial_config_is_the_shipped_variant_with_rate_seed_and_settings():
+    trial = lm_grid.Trial("sample_adamw", 2e-5, 7)
+    config = lm_grid.config_of(trial, "shampax/configs/lm.py", ["batch_size=4", "seed=1"])
+    assert (config.schedule.learning_rate, config.seed, config.batch_size) == (2e-5, 7, 4)
+    assert "AdamW" in config.optimizer.name
+
+
+@pytest.mark.parametrize(("variant", "setting"), [("sampel", "batch_size=4"), ("sample", "batch_sise=4")])
+def test_misspelt_variant_or_setting_is_refused_before_training(tmp_path, capsys, variant, setting):
+    given = [f"--variants={variant}", f"--output={tmp_path / 'grid'}", "--set", setting]
+    assert lm_grid.main(given) == 2
+    assert "did you mean" in capsys.readouterr().err
+    assert not (tmp_path / "grid").exists()
+
+
+def arguments(tmp_path, *more):
+    grid = ["--variants=a,b", "--learning_rates=1e-1,2e-1", "--seeds=0", f"--output={tmp_path / 'grid'}"]
+    return [*grid, "--set", "batch_size=4", *more]
+
+
+def test_command_trains_the_grid_once_and_writes_the_section(tmp_path, trainer, capsys):
+    results = tmp_path / "docs" / "results.md"
+    assert lm_grid.main(arguments(tmp_path, f"--markdown={results}")) == 0
+    first = capsys.readouterr().out
+    calls = [json.loads(line) for line in (tmp_path / "grid" / "calls").read_text().splitlines()]
+    assert len(calls) == 4
+    assert calls[1] == [
+        "-m",
+        "shampax.launch.train",
+        "--config=shampax/configs/lm.py:b",
+        f"--workdir={tmp_path / 'grid' / 'b-lr0.1-seed0'}",
+        "--config.batch_size=4",
+        "--config.schedule.learning_rate=0.1",
+        "--config.seed=0",
+    ]
+    assert json.loads(first)["best"] == {"a": 0.2, "b": 0.2}
+    assert "| b | 0.2 | 1 | 5.0000 | best |" in results.read_text()
+
+    assert lm_grid.main(arguments(tmp_path)) == 0
+    assert capsys.readouterr().out == first
+    assert len((tmp_path / "grid" / "calls").read_text().splitlines()) == 4
+
+
+def test_stopped_run_is_trained_again_and_reused_ones_are_not(tmp_path, trainer, capsys):
+    assert lm_grid.main(arguments(tmp_path)) == 0
+    stopped = tmp_path / "grid" / "a-lr0.2-seed0"
+    result = json.loads((stopped / workdir.RESULT).read_text())
+    (stopped / workdir.RESULT).write_text(json.dumps(result | {"stopped": "SIGINT"}))
+    more = [f"--reuse={tmp_path / 'grid'}"]
+    assert lm_grid.main([part.replace("/grid", "/second") for part in arguments(tmp_path)] + more) == 0
+    calls = (tmp_path / "second" / "calls").read_text().splitlines()
+    assert [json.loads(call)[3].rpartition("/")[2] for call in calls] == ["a-lr0.2-seed0"]
+
+
+def test_failing_trainer_is_one_line_with_its_last_words(tmp_path, trainer, capsys):
+    given = ["--variants=fail", "--seeds=0", f"--output={tmp_path / 'grid'}"]
+    assert lm_grid.main(given) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "out of memory" in errors[0]
+    assert "exit code 1" in errors[0]
+
+
+def test_workdirs_of_another_config_are_refused_before_training(tmp_path, trainer, capsys):
+    assert lm_grid.main(arguments(tmp_path)) == 0
+    shutil.rmtree(tmp_path / "grid" / "a-lr0.1-seed0")
+    assert lm_grid.main([*arguments(tmp_path), "batch_size=8"]) == 2
+    assert "batch_size: 4 -> 8" in capsys.readouterr().err
+    assert not (tmp_path / "grid" / "a-lr0.1-seed0").exists()
+
+
+def test_markdown_without_markers_is_refused_before_training(tmp_path, trainer, capsys):
+    results = tmp_path / "results.md"
+    results.write_text("# Results\n")
+    assert lm_grid.main(arguments(tmp_path, f"--markdown={results}")) == 2
+    assert not (tmp_path / "grid").exists()
+    assert "add them" in capsys.readouterr().err
+
+
+def test_interrupted_grid_leaves_no_trainer_behind(tmp_path, monkeypatch):
+    script = tmp_path / "python"
+    script.write_text(f"#!{sys.executable}\nimport os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n")
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sys, "executable", str(script))
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.5)
+        with pytest.raises(KeyboardInterrupt):
+            lm_grid.train(lm_grid.Trial("a", 0.1, 0), tmp_path / "a", "lm.py", [])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "a.log").read_text()), 0)

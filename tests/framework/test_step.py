@@ -1,0 +1,231 @@
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy
+from jax.sharding import PartitionSpec as P
+
+from shampax.framework import partitioning, state
+from shampax.framework.data.pipeline import Batches
+from shampax.framework.step import global_norm, make_eval_step, make_train_step
+from shampax.framework.train import global_batch
+from shampax.optimizers.baselines import AdafactorOptions, AdamWOptions, MuonOptions
+
+RULES = (("vocab", "tensor"), ("mlp", "tensor"), ("embed", "fsdp"))
+SEED = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """An optimizer that only keeps the gradient it is given as its state, and as its update."""
+
+    def build(self, learning_rate, *, mesh, axis_names):
+        def update(gradients, state, params):
+            return gradients, gradients
+
+        return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+
+
+class Bench:
+    """A toy run, up to the first step."""
+
+    def __init__(self, sizes, *, task=None, options=None, batch_size=16, rules=RULES, **step_options):
+        sizes = {"data": 1, "fsdp": 1, "tensor": 1} | sizes
+        self.mesh = partitioning.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+        self.task = task or toy.ToyTask()
+        self.batches = Batches(
+            toy.ToySource(200, 1), seed=SEED, global_batch_size=batch_size, process_index=0, process_count=1
+        )
+        spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(self.batches[0]))
+        variables = state.abstract_variables(self.task, spec)
+        axes = self.task.logical_axes(variables)
+        placements = partitioning.place_all(variables, axes, rules, self.mesh)
+        rate = optax.linear_schedule(0.01, 0.001, 20)
+        self.tx = (options or AdamWOptions()).build(rate, mesh=self.mesh, axis_names=axes["params"])
+        self.abstract = state.abstract_state(self.task, self.tx, spec, placements, self.mesh)
+        self.initial = lambda: state.initial_state(self.task, self.tx, spec, self.abstract, SEED)
+        self.step = make_train_step(self.task, self.tx, rate, self.abstract, self.mesh, seed=SEED, **step_options)
+        self.eval_step = make_eval_step(self.task, self.abstract, self.mesh)
+
+    def batch(self, step):
+        return global_batch(self.batches[step], mesh=self.mesh)
+
+    def losses(self, steps):
+        current, losses = self.initial(), []
+        for step in range(steps):
+            current, metrics = self.step(current, self.batch(step))
+            losses.append(float(metrics["loss"]))
+        return losses
+
+
+@functools.cache
+def shared_bench(**sizes):
+    return Bench(sizes)
+
+
+def host(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def assert_bitwise_equal(first, second):
+    jax.tree.map(np.testing.assert_array_equal, host(first), host(second))
+
+
+MESHES = [{"data": 2}, {"fsdp": 4}, {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    bench = Bench({"data": 1})
+    return host(bench.initial()), bench.losses(20)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_same_start_and_same_losses_on_every_mesh(sizes, on_one_device):
+    initial, losses = on_one_device
+    bench = shared_bench(**sizes)
+    assert_bitwise_equal(bench.initial(), initial)
+    assert losses[-1] < losses[0] - 0.3
+    np.testing.assert_allclose(bench.losses(20), losses, rtol=1e-4)
+
+
+def test_state_lies_where_the_rules_say_and_stays_there():
+    bench = Bench({"fsdp": 4, "tensor": 2})
+    current = bench.initial()
+    for _ in range(2):
+        assert current.params["embed"]["kernel"].sharding.spec == P("tensor", "fsdp")
+        assert current.opt_state[0].mu["embed"]["kernel"].sharding.spec == P("tensor", "fsdp")
+        assert current.opt_state[0].nu["out"]["kernel"].sharding.spec == P("tensor")  # vocab comes second there
+        current, _ = bench.step(current, bench.batch(0))
+
+
+@pytest.mark.parametrize("options", [AdafactorOptions(), MuonOptions()], ids=lambda o: type(o).__name__)
+def test_plain_optax_states_get_shardings(options):
+    bench = Bench({"fsdp": 4, "tensor": 2}, options=options)
+    sharded = [leaf for leaf in jax.tree.leaves(bench.abstract.opt_state) if any(leaf.sharding.spec)]
+    assert len(sharded) >= 3  # at least one array mirrors each parameter
+    for leaf in sharded:
+        assert leaf.shape in {(16, 16), (16, 32), (32, 16)}
+
+
+def test_accumulated_gradient_is_that_of_the_whole_batch_with_uneven_masks():
+    microbatches = 4
+    gradients, losses = [], []
+    for count in (1, microbatches):
+        bench = Bench({"data": 2, "fsdp": 2}, options=Keep(), batch_size=32, microbatches=count)
+        batch = host(bench.batch(0))
+        batch["weights"][::microbatches] = 0  # the first micro-batch has no targets at all
+        weights = batch["weights"].reshape(-1, microbatches, 8).sum((0, 2))
+        assert weights[0] == 0
+        assert len(set(weights)) > microbatches / 2
+        new, metrics = bench.step(bench.initial(), batch)
+        assert int(metrics["skipped"]) == 0
+        gradients.append(host(new.opt_state))
+        losses.append(float(metrics["loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    for whole, accumulated in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(accumulated, whole, rtol=0, atol=1e-6 * np.abs(whole).max())
+
+
+def test_microbatches_stay_on_their_devices():
+    bench = Bench({"data": 8}, microbatches=2)
+    text = bench.step.lower(bench.abstract, bench.batch(0)).compile().as_text()
+    assert "all-reduce" in text
+    assert not any(word in text for word in ("all-to-all", "collective-permute", "all-gather"))
+
+
+@pytest.mark.parametrize(("sizes", "microbatches"), [({"data": 8}, 1), ({"fsdp": 8}, 2)], ids=str)
+def test_one_bad_element_on_one_device_changes_nothing_but_the_counters(sizes, microbatches):
+    bench = Bench(sizes, microbatches=2) if microbatches > 1 else shared_bench(**sizes)
+    current, _ = bench.step(bench.initial(), bench.batch(0))
+    before = host(current)
+    bad = host(bench.batch(1))
+    bad["weights"][11, 3] = np.nan  # example 11 lies on device 5 or, with micro-batches, thereabouts
+    current, metrics = bench.step(current, bad)
+    after = host(current)
+    for part in ("params", "opt_state", "model_state"):
+        assert_bitwise_equal(getattr(before, part), getattr(after, part))
+    assert (after.step, after.skipped, after.consecutive_skips) == (2, 1, 1)
+    assert (metrics["skipped"], metrics["consecutive_skips"], metrics["update_norm"]) == (1, 1, 0)
+    assert not np.isfinite(metrics["loss"])
+    for leaf in jax.tree.leaves(current):
+        shards = {}
+        for shard in leaf.addressable_shards:
+            shards.setdefault(str(shard.index), []).append(np.array(shard.data))
+        assert all((copy == copies[0]).all() for copies in shards.values() for copy in copies)
+
+    current, metrics = bench.step(current, bench.batch(2))
+    assert (int(current.step), int(current.skipped), int(current.consecutive_skips)) == (3, 1, 0)
+    assert np.isfinite(metrics["loss"])
+    assert any(
+        (a != b).any() for a, b in zip(*map(jax.tree.leaves, (host(current.params), before.params)), strict=True)
+    )
+
+
+def test_a_gradient_that_is_infinite_in_one_shard_is_seen_by_all_devices():
+    @dataclasses.dataclass(frozen=True)
+    class Steep(toy.ToyTask):
+        """The loss is finite; the gradient of one element of one sharded parameter is not."""
+
+        def loss(self, variables, batch, *, key, train):
+            loss, (rest, metrics) = super().loss(variables, batch, key=key, train=train)
+            element = variables["params"]["embed"]["kernel"][3, 7]
+            loss += jnp.sqrt(jnp.abs(element - jax.lax.stop_gradient(element)))
+            return loss, (rest, metrics)
+
+    bench = Bench({"fsdp": 8}, task=Steep())
+    before = host(bench.initial())
+    current, metrics = bench.step(bench.initial(), bench.batch(0))
+    assert np.isfinite(metrics["loss"])
+    assert_bitwise_equal(current.params, before.params)
+    assert_bitwise_equal(current.opt_state, before.opt_state)
+    assert int(current.skipped) == 1
+
+
+def test_learning_rate_waits_for_skipped_steps():
+    bench = shared_bench(data=8)
+    current, rates = bench.initial(), []
+    for step in range(4):
+        batch = host(bench.batch(step))
+        if step == 1:
+            batch["weights"][0, 0] = np.inf
+        current, metrics = bench.step(current, batch)
+        rates.append(float(metrics["learning_rate"]))
+    drop = (0.01 - 0.001) / 20
+    np.testing.assert_allclose(rates, [0.01, 0.01 - drop, 0.01 - drop, 0.01 - 2 * drop], rtol=1e-5)
+
+
+def test_clipping_bounds_what_the_optimizer_sees():
+    for bound in (0.01, 1e6):
+        bench = Bench({"data": 1}, options=Keep(), gradient_clip=bound)
+        _, metrics = bench.step(bench.initial(), bench.batch(0))
+        norm = float(metrics["gradient_norm"])
+        assert norm > 0.1
+        assert float(metrics["update_norm"]) == pytest.approx(min(norm, bound))
+
+
+@pytest.mark.parametrize("scale", [2.0**-70, 1.0, 2.0**100])
+def test_global_norm_does_not_overflow_in_the_squares(scale):
+    tree = {"a": jnp.array([3.0, 0.0]) * scale, "b": jnp.array([[4.0]]) * scale}
+    assert float(global_norm(tree)) == 5 * scale
+
+
+def test_global_norm_of_zeros_is_zero():
+    assert float(global_norm({"a": jnp.zeros(3)})) == 0.0
+
+
+def test_evaluation_sums_are_those_of_the_loss():
+    bench = shared_bench(data=2, fsdp=2, tensor=2)
+    initial = bench.initial()
+    metrics = bench.eval_step(initial.variables, bench.batch(0))
+    loss, (_, expected) = bench.task.loss(
+        host(initial.variables), host(bench.batch(0)), key=jax.random.key(0), train=False
+    )
+    total, weight = metrics["loss"]
+    assert float(weight) == float(expected["loss"][1])
+    assert float(total / weight) == pytest.approx(float(loss), rel=1e-6)

@@ -1,0 +1,106 @@
+"""A model and a data set of a user's own, without any neural-network library.
+
+Two-layer MLP: predicts the next of random tokens from a Markov chain; pure functions over a dict of arrays.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+VOCAB = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyTask:
+    """`embed` [V, D], `hidden` [D, M], `out` [M, V]; model state counts the batches seen."""
+
+    width: int = 16  # D
+    hidden: int = 32  # M
+    nan_from: int = -1  # after so many batches, some examples have a loss that is not a number; -1 never
+
+    def init(self, key, batch_spec):
+        width, hidden = self.width, self.hidden
+        shapes = {"embed": (VOCAB, width), "hidden": (width, hidden), "out": (hidden, VOCAB)}
+        # One draw for all: it is the drawing that takes long to compile.
+        noise = jax.random.normal(key, (sum(rows * cols for rows, cols in shapes.values()),))
+        params = {}
+        for name, (rows, cols) in shapes.items():
+            drawn, noise = jnp.split(noise, [rows * cols])
+            params[name] = {"kernel": drawn.reshape(rows, cols) / rows**0.5}
+        return {"params": params, "counters": {"batches": jnp.zeros((), jnp.int32)}}
+
+    def loss(self, variables, batch, *, key, train):
+        params = variables["params"]
+        x = params["embed"]["kernel"][batch["tokens"][:, :-1]]
+        x = jnp.tanh(x @ params["hidden"]["kernel"])
+        logits = x @ params["out"]["kernel"]
+        targets = batch["tokens"][:, 1:]
+        nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+        counters = variables["counters"]
+        if train:
+            counters = {"batches": counters["batches"] + 1}
+            broken = (self.nan_from >= 0) & (counters["batches"] > self.nan_from)
+            nats = jnp.where(broken & (batch["index"] % 7 == 0)[:, None], jnp.nan, nats)
+        weights = batch["weights"]
+        total, weight = (nats * weights).sum(), weights.sum()
+        metrics = {
+            "loss": (total, weight),
+            "accuracy": (((logits.argmax(-1) == targets) * weights).sum(), weight),
+        }
+        return total / weight, ({"counters": counters}, metrics)
+
+    def logical_axes(self, variables):
+        return {
+            "params": {
+                "embed": {"kernel": ("vocab", "embed")},
+                "hidden": {"kernel": ("embed", "mlp")},
+                "out": {"kernel": ("mlp", "vocab")},
+            },
+            "counters": {"batches": ()},
+        }
+
+    def flops(self, batch_spec):
+        rows, length = batch_spec["tokens"].shape
+        return 6.0 * rows * (length - 1) * self.hidden * (self.width + VOCAB)
+
+
+class ToySource:
+    """Rows of a Markov chain, each a function of its index; weights are uneven."""
+
+    def __init__(self, length, seed):
+        self.length, self.seed = length, seed
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng((self.seed, index))
+        tokens = [int(rng.integers(VOCAB))]
+        for _ in range(8):
+            tokens.append((3 * tokens[-1] + int(rng.integers(3))) % VOCAB)
+        weights = (np.arange(8) < rng.integers(1, 9)).astype(np.float32)
+        return {
+            "tokens": np.array(tokens, np.int32),
+            "weights": weights,
+            "index": np.array(index, np.int32),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyData:
+    """Random access to the toy rows."""
+
+    rows: int = 200  # of the training split
+    heldout_rows: int = 20  # of the held-out split
+
+    @property
+    def tokens_per_example(self):
+        return 8
+
+    def prepare(self, cache):
+        cache.mkdir(parents=True, exist_ok=True)
+
+    def examples(self, split, cache):
+        return ToySource(self.rows, 1) if split == "train" else ToySource(self.heldout_rows, 2)

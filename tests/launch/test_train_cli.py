@@ -1,0 +1,220 @@
+import os
+import shlex
+import subprocess
+import sys
+import textwrap
+
+import jax
+import pytest
+
+from shampax.configs import base
+from shampax.framework import config as config_lib
+from shampax.framework import train as trainer
+from shampax.framework.errors import UserError
+from shampax.framework.stopping import TrainingStopped
+from shampax.launch import environment, flags, knobs
+from shampax.launch.next_steps import next_steps
+from shampax.launch.train import main
+
+SAMPLE = "--config=shampax/configs/lm.py:sample"
+
+
+@pytest.fixture
+def broken_file(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text(
+        "from shampax.configs import base\n"
+        "def get_config():\n"
+        "    config = base.get_config()\n"
+        "    config.batchsize = 3\n"
+        "    return config\n"
+    )
+    return path
+
+
+def ran(arguments, capsys):
+    """Exit code, lines of stdout and lines of stderr."""
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out.splitlines(), captured.err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([SAMPLE, "--config.batchsize=3"], "unknown key 'config.batchsize'; did you mean 'config.batch_size'?"),
+        ([SAMPLE, "--config.batch_size", "many"], "config.batch_size: expected int, given 'many'"),
+        ([SAMPLE, "--config.batch_size="], "config.batch_size: expected int, given ''"),
+        ([SAMPLE, "--config.seed=a\nb\tc"], r"config.seed: expected int, given 'a\nb\tc'"),
+        ([SAMPLE, "--config.a\nb=1"], r"unknown key 'config.a\nb'; --help lists all"),
+        ([SAMPLE, "--config.duration=5 epoks"], "did you mean 5 epochs?"),
+        (
+            [SAMPLE, "--config.optimizer.beta3=1"],
+            "unknown key 'config.optimizer.beta3'; did you mean 'config.optimizer.beta",
+        ),
+        ([SAMPLE, "--config.task.heads=7"], "task.heads 7 is not divisible by task.kv_heads 2"),
+        ([SAMPLE, "--config.task.name=no_such.module:Task"], "No module named 'no_such'"),
+        ([SAMPLE, "--config.task.name=shampax.models.lm:LMTsak"], "did you mean 'LMTask'?"),
+        ([SAMPLE + "s"], "shampax/configs/lm.py has no variant 'samples'; did you mean 'sample'?"),
+        (["--config=configs/no.py"], "no config file 'configs/no.py'"),
+        (["--config=sample"], "is no FILE.py or FILE.py:VARIANT"),
+        ([], "--config is missing; add for example --config=shampax/configs/lm.py:sample"),
+        (["--config="], "--config has no value"),
+        ([SAMPLE, SAMPLE], "--config is given twice"),
+        ([SAMPLE, "--config.seed"], "--config.seed has no value; write --config.seed=VALUE"),
+        ([SAMPLE, "--config.seed", "--config.batch_size=3"], "--config.seed has no value"),
+        ([SAMPLE, "--verbose"], "unknown flag '--verbose'; there are --config, --workdir, --config.KEY and --help"),
+        ([SAMPLE, "runs/other"], "unknown flag 'runs/other'"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(arguments, message, tmp_path, capsys):
+    workdir = tmp_path / "work"
+    code, out, err = ran([f"--workdir={workdir}", *arguments], capsys)
+    assert code == 2
+    assert out == []
+    assert len(err) == 1
+    assert err[0].startswith("error: ")
+    assert message in err[0]
+    assert not workdir.exists()
+
+
+def test_a_misspelt_key_in_a_file_is_one_line_with_its_place(broken_file, tmp_path, capsys):
+    code, out, err = ran([f"--config={broken_file}", f"--workdir={tmp_path / 'work'}"], capsys)
+    assert (code, out) == (2, [])
+    assert err == [f"error: {broken_file}:4: unknown key 'batchsize'; did you mean 'batch_size'?"]
+    assert not (tmp_path / "work").exists()
+
+
+def test_without_a_workdir_there_is_an_example(capsys):
+    assert ran([SAMPLE], capsys)[2] == ["error: --workdir is missing; add for example --workdir=runs/quickstart"]
+
+
+def test_the_command_itself(broken_file, tmp_path):
+    command = [sys.executable, "-m", "shampax.launch.train", f"--config={broken_file}", "--workdir=work"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert not (tmp_path / "work").exists()
+
+
+def test_simulated_devices_survive_steps_that_nobody_waits_for():
+    """What `main` does before the trainer, in a process of its own: a small thread pool would make this hang."""
+    program = """
+        from shampax.launch import environment
+        environment.before_jax()
+        import jax, jax.numpy as jnp
+        environment.simulate_devices(8)
+        mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+        x = jax.device_put(jnp.ones((8, 8)), jax.NamedSharding(mesh, jax.P("d")))
+        step = jax.jit(lambda x: x - x.mean(0, keepdims=True) / 1000)
+        for _ in range(300):
+            x = step(x)
+        print(jax.device_count(), jax.block_until_ready(x).shape)
+    """
+    settings = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "NPROC", "OPENBLAS_NUM_THREADS", "TF_CPP_MIN_LOG_LEVEL")
+    bare = {name: value for name, value in os.environ.items() if name not in settings} | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split(maxsplit=1) == ["8", "(8, 8)\n"], done.stderr
+
+
+def test_settings_of_the_user_stay(monkeypatch):
+    chosen = {"JAX_PLATFORMS": "tpu", "OPENBLAS_NUM_THREADS": "5", "NPROC": "9", "JAX_NUM_CPU_DEVICES": "2"}
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    environment.before_jax()
+    environment.simulate_devices(4)
+    assert {name: os.environ[name] for name in chosen} == chosen
+
+
+def test_simulating_devices_after_jax_has_started_is_a_user_error(monkeypatch):
+    present = jax.device_count()
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
+    with pytest.raises(UserError, match="set JAX_NUM_CPU_DEVICES=3 in the environment"):
+        environment.simulate_devices(3)
+    assert jax.device_count() == present
+
+
+RESULT = {"stopped": None, "steps": 3}
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Stands in for training: exit codes and messages are this module's, what is trained is not."""
+    calls = []
+
+    def answer(outcome):
+        def train(config, workdir):
+            calls.append((config, workdir))
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        monkeypatch.setattr(trainer, "train", train)
+        return calls
+
+    return answer
+
+
+@pytest.mark.parametrize(("stopped", "code"), [(None, 0), ("SIGINT", 130), ("SIGTERM", 143)])
+def test_the_exit_code_says_how_training_ended(stopped, code, trained, capsys):
+    calls = trained(RESULT | {"stopped": stopped})
+    returned, out, err = ran([SAMPLE, "--workdir=w", "--config.batch_size", "8"], capsys)
+    assert returned == code
+    assert err == []
+    [(config, workdir)] = calls
+    assert (config.batch_size, workdir) == (8, "w")
+    assert "Results: w (" in "\n".join(out)
+    assert ("Next:" in out) == (stopped is None)
+    assert ("the same command goes on from there" in "\n".join(out)) == (stopped is not None)
+
+
+def test_training_that_cannot_go_on(trained, capsys):
+    trained(TrainingStopped("20 steps in a row"))
+    assert ran([SAMPLE, "--workdir=w"], capsys) == (1, [], ["error: 20 steps in a row"])
+
+
+def test_what_the_trainer_refuses(trained, capsys):
+    trained(UserError("batch 100 is not\ndivisible"))
+    assert ran([SAMPLE, "--workdir=w"], capsys) == (2, [], ["error: batch 100 is not divisible"])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--help", SAMPLE], [SAMPLE, "-h", "--config.batch_size=77"]])
+def test_help_shows_every_knob_with_its_reason(arguments, capsys):
+    code, out, err = ran(arguments, capsys)
+    assert (code, err) == (0, [])
+    shown = {line.split()[0]: line for line in out if line.startswith("  --config.")}
+    assert {"--config.schedule.learning_rate", "--config.mesh.fsdp", "--config.task.name"} <= set(shown)
+    assert ("--config.optimizer.interval" in shown) == (SAMPLE in arguments)
+    assert all(len(line.split()) > 2 for line in shown.values())
+    assert ("77" in shown["--config.batch_size"]) == ("-h" in arguments)
+
+
+def test_every_knob_has_a_reason():
+    config = base.get_config()
+    declared = knobs.reasons(base.get_config)
+    for key, value in config.items():
+        inner = [key] if key in declared else [f"{key}.{name}" for name in value]
+        assert all(declared[name] for name in inner)
+
+
+@pytest.mark.parametrize("variant", ["sample", "sample_adamw", "1b"])
+def test_the_next_steps_are_commands_that_work(variant):
+    arguments = [f"--config=configs/lm.py:{variant}", "--workdir=my runs/x/", "--config.optimizer.beta1=0.8"]
+    command = flags.parse([*arguments, "--config.seed=3", "--config.schedule.learning_rate=0.5"])
+    config = config_lib.load(command.config, command.overrides)
+    baseline, report, slower = map(shlex.split, next_steps(command, config))
+
+    other = flags.parse(baseline[3:])
+    other_config = config_lib.load(other.config, other.overrides)
+    assert other_config.optimizer.name != config.optimizer.name
+    assert other_config.seed == 3
+    assert other_config.schedule.learning_rate != 0.5
+    assert report == ["python", "-m", "shampax.launch.report", command.workdir, other.workdir]
+
+    changed = flags.parse(slower[3:])
+    assert config_lib.differences(
+        config_lib.to_json(config), config_lib.load(changed.config, changed.overrides), ()
+    ) == ["schedule.learning_rate: 0.5 -> 0.25"]
+    assert len({command.workdir, other.workdir, changed.workdir}) == 3

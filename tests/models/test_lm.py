@@ -1,0 +1,393 @@
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend import core
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from shampax.models import lm
+from shampax.models.lm import LMTask
+
+SMALL = LMTask(vocab_size=64, layers=2, embed_dim=32, heads=4, kv_heads=2, head_dim=8, mlp_dim=48)
+SEGMENTS = [[1] * 4 + [2] * 7 + [3] * 5 + [0], [1] * 17, [1] * 9 + [0] * 8, [1] + [2] * 16]
+# Programs are small and run once: without LLVM's optimisations they compile in a third of the time.
+quick_jit = functools.partial(
+    jax.jit,
+    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+)
+
+
+def batch_of(segments=SEGMENTS, vocab_size=64, seed=0):
+    """Random tokens under the given segments, positions that restart in each."""
+    segments = np.array(segments, np.int32)
+    rows, length = segments.shape
+    starts = np.diff(segments, prepend=-1, axis=1) != 0
+    slots = np.tile(np.arange(length), (rows, 1))
+    random = np.random.default_rng(seed)
+    return {
+        "tokens": random.integers(0, vocab_size, segments.shape, np.int32),
+        "segments": segments,
+        "positions": (slots - np.maximum.accumulate(np.where(starts, slots, 0), axis=1)).astype(np.int32),
+        "characters": random.integers(0, 5, segments.shape, np.int32),
+    }
+
+
+def spec_of(batch):
+    return {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()}
+
+
+@functools.cache
+def variables_of(task):
+    """Parameters drawn by numpy, norms and embeddings large enough that everything matters."""
+    random = np.random.default_rng(1)
+    abstract = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch_of()))
+    return jax.tree.map(lambda x: random.normal(0.1, 0.25, x.shape).astype(np.float32), abstract)
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def logits_of(task, variables, batch):
+    return task.logits(variables, batch)
+
+
+@functools.partial(quick_jit, static_argnums=(0, 3))
+def loss_of(task, variables, batch, train=True):
+    return task.loss(variables, batch, key=jax.random.key(0), train=train)
+
+
+def value_and_grad(task, variables, batch):
+    return jax.value_and_grad(lambda v: task.loss(v, batch, key=jax.random.key(0), train=True)[0])(variables)
+
+
+grad_of = quick_jit(value_and_grad, static_argnums=0)
+
+
+def assert_close(left, right, tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), left, right)
+
+
+def test_causality():
+    """Fault: a slot that reads itself as its own target, or anything after it."""
+    batch, variables = batch_of([[1] * 17] * 2), variables_of(SMALL)
+    before = np.asarray(logits_of(SMALL, variables, batch))
+    for slot in (3, 8, 15):
+        tokens = batch["tokens"].copy()
+        tokens[:, slot:] = (tokens[:, slot:] + 1) % 64
+        after = np.asarray(logits_of(SMALL, variables, batch | {"tokens": tokens}))
+        np.testing.assert_array_equal(before[:, :slot], after[:, :slot])
+        assert (np.abs(before[:, slot:] - after[:, slot:]).max(axis=-1) > 1e-3).all()
+
+
+def test_attention_stays_inside_a_document():
+    """Fault: attention that crosses documents packed into one row, or reads padding."""
+    batch, variables = batch_of(), variables_of(SMALL)
+    before = np.asarray(logits_of(SMALL, variables, batch))
+    for segment in (1, 2, 3, 0):
+        others = batch["segments"] != segment
+        tokens = np.where(others, (batch["tokens"] + 7) % 64, batch["tokens"])
+        after = np.asarray(logits_of(SMALL, variables, batch | {"tokens": tokens}))
+        kept = batch["segments"][:, :-1] == segment
+        np.testing.assert_array_equal(before[kept], after[kept])
+
+
+def test_a_packed_document_is_predicted_as_if_alone():
+    """Fault: positions or masks that make a document's prediction depend on its place in the row."""
+    batch, variables = batch_of(), variables_of(SMALL)
+    packed = np.asarray(logits_of(SMALL, variables, batch))[0, 4:11]
+    alone = batch_of([[1] * 7 + [0] * 10])
+    alone["tokens"][0, :7] = batch["tokens"][0, 4:11]
+    assert_close(packed, np.asarray(logits_of(SMALL, variables, alone))[0, :7], 1e-5)
+
+
+def test_rotary_positions_are_relative():
+    """Fault: rotation by absolute position, or none at all."""
+    batch, variables = batch_of(), variables_of(SMALL)
+    shifted = batch | {"positions": batch["positions"] + 100}
+    stretched = batch | {"positions": batch["positions"] * 2}
+    before = np.asarray(logits_of(SMALL, variables, batch))
+    assert_close(before, logits_of(SMALL, variables, shifted), 1e-4)
+    assert np.abs(before - logits_of(SMALL, variables, stretched)).max() > 0.01
+
+
+def test_rotation_against_complex_numbers():
+    """Fault: wrong pairing or frequencies, checked in float64 against multiplication by exp(i position / theta^...)."""
+    x = np.random.default_rng(0).normal(size=(2, 5, 3, 8))
+    positions = np.array([[0, 1, 2, 3, 4], [7, 8, 1000, 0, 1]])
+    pairs = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[:, :, None, None] * 10_000.0 ** (-np.arange(4) / 4))
+    expected = np.concatenate([pairs.real, pairs.imag], axis=-1)
+    rotation = lm.rotary_angles(jnp.asarray(positions), 8, 10_000.0)
+    np.testing.assert_allclose(lm.rotate(jnp.asarray(x, jnp.float32), rotation), expected, atol=2e-4)
+
+
+def test_attention_against_jax():
+    """Fault: a wrong scale, softmax axis or assignment of query heads to key heads."""
+    random = np.random.default_rng(0)
+    shapes = [(2, 7, 6, 8), (2, 7, 3, 8), (2, 7, 3, 8)]
+    query, key, value = (random.normal(size=shape).astype(np.float32) for shape in shapes)
+    visible = np.tril(np.ones((2, 7, 7), bool))
+    expected = quick_jit(jax.nn.dot_product_attention)(query, key, value, mask=visible[:, None])
+    assert_close(quick_jit(lm.attend)(query, key, value, visible), expected, 1e-5)
+
+
+def test_grouped_heads_equal_repeated_heads():
+    """Fault: grouped queries that read the wrong key-value head."""
+    variables = variables_of(SMALL)
+    full = jax.tree.map(lambda x: x, variables)
+    for name in ("key", "value"):
+        kernel = full["params"]["layers"]["attention"][name]["kernel"]
+        full["params"]["layers"]["attention"][name]["kernel"] = np.repeat(kernel, 2, axis=2)
+    multi_head = dataclasses.replace(SMALL, kv_heads=4)
+    assert_close(logits_of(SMALL, variables, batch_of()), logits_of(multi_head, full, batch_of()), 1e-5)
+
+
+def unscanned(variables):
+    """The same weights under the names of separate layers."""
+    params = dict(variables["params"])
+    layers = params.pop("layers")
+    names = {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(SMALL.layers)}
+    return {"params": params | names}
+
+
+def test_scanned_layers_equal_a_loop():
+    """Fault: scan that shares, reorders or skips layers."""
+    task = dataclasses.replace(SMALL, qk_norm=True, tied_head=False)
+    loop = dataclasses.replace(task, scan_layers=False)
+    variables = variables_of(task)
+    loss, gradient = grad_of(task, variables, batch_of())
+    loop_loss, loop_gradient = grad_of(loop, unscanned(variables), batch_of())
+    assert_close(loss, loop_loss, 1e-5)
+    assert_close(unscanned(gradient), loop_gradient, 1e-5)
+
+
+@pytest.mark.parametrize(("remat", "recomputed"), [("full", 9), ("dots", 2)])
+def test_remat_changes_nothing_but_memory(remat, recomputed):
+    """Fault: recomputation that changes the loss or gradient, or another policy than the one named."""
+    task = dataclasses.replace(SMALL, remat=remat)
+    variables, batch = variables_of(SMALL), batch_of()
+    assert_close(grad_of(SMALL, variables, batch), grad_of(task, variables, batch), 1e-6)
+
+    def matmuls(task):
+        jaxpr = jax.make_jaxpr(functools.partial(value_and_grad, task))(variables, batch).jaxpr
+        return sum(eqn.primitive.name == "dot_general" for eqn in equations(jaxpr))
+
+    # All nine of a block, or only attention's two; the last one's result is needed by nobody.
+    assert matmuls(task) - matmuls(SMALL) in (recomputed, recomputed - 1)
+
+
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_initial_loss_is_that_of_a_uniform_guess(tied_head):
+    """Fault: an initialisation under which the model begins confident, for one by repeating its input."""
+    task = dataclasses.replace(SMALL, vocab_size=2048, embed_dim=256, mlp_dim=512, tied_head=tied_head)
+    batch = batch_of([[1] * 17] * 64, vocab_size=2048)
+    variables = quick_jit(task.init)(jax.random.key(0), batch)
+    repeating = batch | {"tokens": np.tile(np.arange(64)[:, None], 17)}
+    for each in (batch, repeating):
+        assert abs(loss_of(task, variables, each)[0] - math.log(2048)) < 0.2
+
+
+def test_initial_scales():
+    """Fault: wrong fan-in of folded or scanned kernels, residual outputs not scaled down, truncation uncorrected."""
+    task = LMTask(
+        vocab_size=512, layers=8, embed_dim=128, heads=8, kv_heads=4, head_dim=32, mlp_dim=256, tied_head=False
+    )
+    params = quick_jit(task.init)(jax.random.key(0), batch_of())["params"]
+    params = jax.device_get(params)
+    layers = params["layers"]
+    fan_in = 128**-0.5
+    expected = [
+        (params["embedding"], 0.02),
+        (params["head"], 0.02),
+        (layers["attention"]["query"]["kernel"], fan_in),
+        (layers["attention"]["value"]["kernel"], fan_in),
+        (layers["attention"]["out"]["kernel"], 256**-0.5 / 4),
+        (layers["mlp"]["up"]["kernel"], fan_in),
+        (layers["mlp"]["down"]["kernel"], 256**-0.5 / 4),
+    ]
+    for kernel, std in expected:
+        assert kernel.dtype == jnp.float32
+        assert abs(kernel.std() / std - 1) < 0.03
+    assert layers["attention"]["out"]["kernel"].shape == (8, 8, 32, 128)
+    assert not np.array_equal(layers["mlp"]["up"]["kernel"][0], layers["mlp"]["up"]["kernel"][1])
+
+
+def test_loss_and_metrics_by_hand():
+    """Fault: targets across documents or in padding counted, or totals over the wrong weights."""
+    task = dataclasses.replace(SMALL, z_loss=0.01)
+    variables, batch = variables_of(SMALL), batch_of()
+    logits = np.asarray(logits_of(task, variables, batch), np.float64)
+    logsumexp = np.log(np.exp(logits).sum(-1))
+    nats = z = right = characters = count = 0
+    for row in range(4):
+        for slot in range(16):
+            segment = batch["segments"][row, slot]
+            if segment == 0 or batch["segments"][row, slot + 1] != segment:
+                continue
+            target = batch["tokens"][row, slot + 1]
+            nats += logsumexp[row, slot] - logits[row, slot, target]
+            z += 0.01 * logsumexp[row, slot] ** 2
+            right += logits[row, slot].argmax() == target
+            characters += batch["characters"][row, slot + 1]
+            count += 1
+    for train, objective in ((True, nats + z), (False, nats)):
+        loss, (model_state, metrics) = loss_of(task, variables, batch, train)
+        assert model_state == {}
+        expected = {
+            "loss": (objective, count),
+            "bits_per_character": (nats / math.log(2), characters),
+            "accuracy": (right, count),
+        }
+        assert_close(metrics, expected, 1e-4)
+        assert_close(loss, objective / count, 1e-4)
+
+
+def test_padding_has_no_weight_and_no_gradient():
+    """Fault: a NaN from rows of padding, which the guard would take for a diverged step."""
+    variables, padding = variables_of(SMALL), jax.tree.map(np.zeros_like, batch_of())
+    loss, gradient = grad_of(SMALL, variables, padding)
+    assert loss == 0
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
+    batch = batch_of()
+    padded = jax.tree.map(lambda x, zeros: np.concatenate([x, zeros]), batch, padding)
+    assert_close(loss_of(SMALL, variables, batch), loss_of(SMALL, variables, padded), 1e-6)
+
+
+def test_bfloat16_is_used_where_it_should_be():
+    """Fault: parameters, logits or softmax in bfloat16, or matmuls left in float32."""
+    task = dataclasses.replace(SMALL, compute_dtype="bfloat16", qk_norm=True, tied_head=False)
+    single = dataclasses.replace(task, compute_dtype="float32")
+    variables, batch = variables_of(task), batch_of()
+    half, full = (np.asarray(logits_of(each, variables, batch)) for each in (task, single))
+    assert half.dtype == jnp.float32
+    error = np.abs(half - full).mean() / np.abs(full).mean()
+    assert 1e-5 < error < 0.05
+    gradient = jax.eval_shape(functools.partial(value_and_grad, task), variables, batch)[1]
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
+    loop = dataclasses.replace(task, scan_layers=False)
+    abstract = jax.eval_shape(loop.init, jax.random.key(0), spec_of(batch))
+    jaxpr = jax.make_jaxpr(functools.partial(loop.logits))(abstract, batch)
+    dots = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
+    assert {var.aval.dtype for eqn in dots for var in eqn.invars} == {jnp.dtype("bfloat16")}
+    exponentials = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "exp"]
+    assert {eqn.outvars[0].aval.dtype for eqn in exponentials} == {jnp.dtype("float32")}
+
+
+def equations(jaxpr):
+    """All equations, also those inside calls."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for parameter in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, core.Jaxpr)):
+            inner = parameter.jaxpr if isinstance(parameter, core.ClosedJaxpr) else parameter
+            if isinstance(inner, core.Jaxpr):
+                yield from equations(inner)
+
+
+def dot_flops(eqn):
+    (contract, _), _ = eqn.params["dimension_numbers"]
+    return 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[axis] for axis in contract)
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_heads": 4, "tied_head": False}])
+def test_flops_are_those_of_the_traced_matmuls(options):
+    """Fault: a term of the formula forgotten or counted twice, found by counting every matmul of loss and gradient."""
+    task = dataclasses.replace(SMALL, scan_layers=False, **options)
+    batch = batch_of()
+    abstract = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch))
+    jaxpr = jax.make_jaxpr(functools.partial(value_and_grad, task))(abstract, batch).jaxpr
+    counted = sum(dot_flops(eqn) for eqn in equations(jaxpr) if eqn.primitive.name == "dot_general")
+    assert task.flops(spec_of(batch)) == counted
+    assert dataclasses.replace(task, scan_layers=True, remat="full").flops(spec_of(batch)) == counted
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "tied_head": False}, {"scan_layers": False}])
+def test_logical_axes_name_every_dimension(options):
+    """Fault: axes that do not fit the arrays, boxes left in the tree, or names no rule knows."""
+    task = dataclasses.replace(SMALL, **options)
+    variables = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch_of()))
+    axes = task.logical_axes(variables)
+    sizes = {"embed": 32, "mlp": 48, "heads": 4, "kv_heads": 2, "kv": 8, "vocab": 64, "layers": 2, "norm": None}
+
+    def check(array, names):
+        assert type(array) is jax.ShapeDtypeStruct
+        assert len(names) == array.ndim
+        for name, size in zip(names, array.shape, strict=True):
+            assert sizes[name] in (size, None)
+
+    assert type(variables) is type(axes) is dict
+    jax.tree.map(check, variables, axes)
+    with pytest.raises(ValueError, match=r"structure|Dict"):
+        task.logical_axes({"params": {"other": variables["params"]["embedding"]}})
+
+
+SPECS = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "vocab": "tensor"}
+
+
+def lower_on_mesh(task, sizes, batch):
+    """Loss and gradient compiled with the parameters sharded by the usual rules and the batch over data and fsdp."""
+    mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    variables = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch))
+    shardings = jax.tree.map(
+        lambda _, names: NamedSharding(mesh, P(*(SPECS.get(name) for name in names))),
+        variables,
+        task.logical_axes(variables),
+    )
+    by_batch = NamedSharding(mesh, P(("data", "fsdp")))
+    step = quick_jit(
+        functools.partial(value_and_grad, task),
+        in_shardings=(shardings, by_batch),
+        out_shardings=(NamedSharding(mesh, P()), shardings),
+    )
+    with jax.set_mesh(mesh):
+        return step.lower(variables, spec_of(batch)).compile(), shardings, by_batch
+
+
+def test_sharded_equals_single():
+    """Fault: constraints that change the result on a mesh of data, fsdp and tensor."""
+    batch, variables = batch_of(), variables_of(SMALL)
+    step, shardings, by_batch = lower_on_mesh(SMALL, (2, 2, 2), batch)
+    sharded = step(jax.device_put(variables, shardings), jax.device_put(batch, by_batch))
+    assert_close(grad_of(SMALL, variables, batch), jax.device_get(sharded), 1e-4)
+
+
+def test_fsdp_moves_weights_and_not_activations():
+    """Fault: without the constraints on activations the partitioner all-reduces them, many times the weights' size."""
+    task = dataclasses.replace(SMALL, layers=1)  # so that the scanned body is counted in full
+    batch = batch_of([[1] * 129] * 32)
+    step, _, _ = lower_on_mesh(task, (1, 8, 1), batch)
+    moved = 0
+    for shapes in re.findall(
+        r"= (.*?) (?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", step.as_text()
+    ):
+        moved += sum(math.prod(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", shapes))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables_of(task)))
+    activations = 32 * 128 * 32
+    assert activations > 4 * parameters
+    # Each weight is gathered forward and backward, its gradient reduced once; the tied table has two uses.
+    assert moved < 5 * parameters
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"heads": 4, "kv_heads": 3}, "heads 4 is not divisible by task.kv_heads 3"),
+        ({"head_dim": 7}, "head_dim is 7"),
+        ({"remat": "some"}, "'some'; use one of none, full, dots"),
+        ({"compute_dtype": "float16"}, "'float16'"),
+        ({"layers": 0}, "layers is 0"),
+        ({"z_loss": -1.0}, "z_loss -1.0"),
+    ],
+)
+def test_fields_are_checked(fields, message):
+    """Fault: nonsense accepted at construction and met inside a trace."""
+    with pytest.raises(ValueError, match=message):
+        LMTask(**fields)
+
+
+def test_a_batch_without_tokens_is_refused():
+    """Fault: a data section for another kind of model gives a KeyError inside a trace."""
+    with pytest.raises(ValueError, match=r"\['image'\] and no 'tokens'"):
+        SMALL.init(jax.random.key(0), {"image": jax.ShapeDtypeStruct((2, 2), jnp.int32)})
