@@ -1,6 +1,6 @@
 """Compare config variants, each at its best learning rate: a grid of rates and seeds on the real trainer.
 
-    python -m shampax.benchmarks.lm_grid --output=runs/grid --markdown=docs/results.md
+    python -m shampax.benchmarks.lm_grid --markdown=docs/results.md
 
 trains every variant with every learning rate and seed, one run after the other (a run of the sample takes
 about four minutes on two cores), and reports each run, the best rate of each variant by the mean over seeds,
@@ -328,6 +328,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     command = "python -m shampax.benchmarks.lm_grid " + shlex.join(
         [
+            f"--config={options.config}",
             f"--variants={','.join(options.variants)}",
             f"--learning_rates={','.join(f'{rate:g}' for rate in options.learning_rates)}",
             f"--seeds={','.join(map(str, options.seeds))}",
@@ -367,7 +368,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--variants", type=several(str), default=["sample", "sample_adamw"], metavar="NAME,NAME")
     parser.add_argument("--learning_rates", type=several(float), default=[1e-3, 2e-3, 4e-3], metavar="RATE,RATE")
     parser.add_argument("--seeds", type=several(int), default=[0, 1, 2], metavar="SEED,SEED")
-    parser.add_argument("--output", type=pathlib.Path, required=True, metavar="DIR", help="folder of the workdirs")
+    parser.add_argument("--output", type=pathlib.Path, default="runs/grid", metavar="DIR", help="of the workdirs")
     parser.add_argument("--reuse", type=pathlib.Path, metavar="DIR", help="take finished workdirs from here, too")
     parser.add_argument(
         "--set",

@@ -63,9 +63,7 @@ class Record:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Record":
         """The inverse of `to_json`."""
-        evaluations = {
-            key: Evaluation(**content[key]) for key in ("last", "best") if content[key] is not None
-        }
+        evaluations = {key: Evaluation(**content[key]) for key in ("last", "best") if content[key] is not None}
         return cls(**{**content, **evaluations})
 
 
@@ -80,6 +78,13 @@ class Origin:
 
     kind: Literal["own", "resume", "init", "scratch"]
     path: Path | None = None
+
+    def record(self) -> Record:
+        """What the host knows at the start of a run with this origin."""
+        if self.path is None or self.kind == "init":
+            return Record()
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            return Record.from_json(checkpointer.restore(self.path.absolute() / _RECORD))
 
     def __str__(self):
         """One line for the console."""
@@ -114,13 +119,9 @@ def find_origin(workdir: Path, *, resume_from: str, init_from: str) -> Origin:
 
 def _named(key: str, text: str) -> Path:
     path = Path(text).expanduser().absolute()
-    found = (
-        path if path.name.isdecimal() and path in _all(path.parent) else _newest(path / layout.CHECKPOINTS)
-    )
+    found = path if path.name.isdecimal() and path in _all(path.parent) else _newest(path / layout.CHECKPOINTS)
     if found is None:
-        raise UserError(
-            f"{key} {text} holds no finished checkpoint; give a workdir or WORKDIR/checkpoints/STEP"
-        )
+        raise UserError(f"{key} {text} holds no finished checkpoint; give a workdir or WORKDIR/checkpoints/STEP")
     return found
 
 
@@ -132,12 +133,6 @@ def _all(directory: Path) -> list[Path]:
 
 def _newest(directory: Path) -> Path | None:
     return next(reversed(_all(directory)), None)
-
-
-def read_record(path: Path) -> Record:
-    """The record saved with a checkpoint."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return Record.from_json(checkpointer.restore(path.absolute() / _RECORD))
 
 
 def restore(path: Path, abstract: TrainState) -> TrainState:
@@ -212,7 +207,7 @@ class Checkpoints:
         self._best_metric = best_metric
         self._policy = _KeepLastAndBest(keep_last, keep_best)
         for path in _all(directory):
-            self._note_score(read_record(path))
+            self._note_score(Origin("own", path).record())
         self._manager = ocp.CheckpointManager(
             directory,
             options=ocp.CheckpointManagerOptions(

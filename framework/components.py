@@ -79,7 +79,7 @@ def load_class(name: str) -> type:
     Raises:
       UserError: there is none; the message says which half of the string is at fault.
     """
-    if not _IMPORT_STRING.fullmatch(name):
+    if not isinstance(name, str) or not _IMPORT_STRING.fullmatch(name):
         raise UserError(f"{name!r} is no import string; write 'package.module:Class'")
     module_name, _, class_name = name.partition(":")
     try:

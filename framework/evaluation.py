@@ -9,9 +9,7 @@ import numpy as np
 from .task import Batch
 
 
-def evaluate(
-    eval_step: Callable[[Any, Batch], Any], variables: Any, batches: Iterable[Batch]
-) -> dict[str, float]:
+def evaluate(eval_step: Callable[[Any, Batch], Any], variables: Any, batches: Iterable[Batch]) -> dict[str, float]:
     """Metrics over all batches by name: sum of totals / sum of weights, added up in float64 in the batches'
     order.
 

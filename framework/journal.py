@@ -51,18 +51,16 @@ class Journal:
 
     def step_done(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Wait for a step and report it if that is due. Steps come in order, each once."""
-        numbers = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        numbers = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
         seconds = self._clock.seconds
-        self.consecutive_skips = int(numbers.pop("consecutive_skips"))
+        self.consecutive_skips = numbers.pop("consecutive_skips")
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = seconds_since_process_start()
             progress.say(f"first step done {self.seconds_to_first_step:.1f} s after the process started")
             self._speedometer.warmed_up(step, seconds)
         if not (step == 1 or step == self._total_steps or self._period.due(step)):
             return
-        values = {
-            name if name.startswith("optimizer/") else f"train/{name}": n for name, n in numbers.items()
-        }
+        values = {name if name.startswith("optimizer/") else f"train/{name}": n for name, n in numbers.items()}
         speed = self._speedometer.read(step, seconds)
         remaining = self._speedometer.remaining(step, seconds)
         progress.say(progress.progress_line(step, self._total_steps, values, speed, remaining))

@@ -46,9 +46,7 @@ class MetricsWriter:
 
     def _write_events(self, step: int, values: dict[str, float]) -> None:
         if self._events is None:
-            os.environ.setdefault(
-                "TF_CPP_MIN_LOG_LEVEL", "2"
-            )  # its greetings would fall between progress lines
+            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its greetings would fall between progress lines
             from clu import metric_writers
 
             self._events = metric_writers.SummaryWriter(str(self._workdir))

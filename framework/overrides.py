@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from . import values
-from .components import component, field_types, is_component
+from .components import component, did_you_mean, field_types, is_component
 from .errors import UserError
 
 
@@ -43,10 +43,17 @@ def flat(config: ConfigDict | dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def type_of(section: Any, key: str) -> Any:
-    """The type a key is declared with: the annotation of a component's field, else the type of its value."""
-    if is_component(section) and key != "name":
-        return field_types(section.name)[key]
-    return type(section[key])
+    """The type a key is declared with: the annotation of a component's field, else the type of its value.
+
+    Raises:
+      UserError: a component's class has no such field, which happens where a file sets its name without its fields.
+    """
+    if not is_component(section) or key == "name":
+        return type(section[key])
+    hints = field_types(section.name)
+    if key not in hints:
+        raise UserError(f"{section.name} has no field {key!r}{did_you_mean(key, hints)}")
+    return hints[key]
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
@@ -75,7 +82,8 @@ def _section(config: ConfigDict, key: str) -> Any:
     return section if isinstance(section, ConfigDict) else None
 
 
-def _switch(config: ConfigDict, key: str, name: str) -> None:
+def _switch(config: ConfigDict, key: str, text: str) -> None:
+    name = values.parse(text, str)
     path = key.removesuffix(".name")
     parent = _section(config, path)
     last = path.rpartition(".")[2]

@@ -43,8 +43,7 @@ def claim(workdir: Path, config: Any) -> None:
 def finish(workdir: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Write the result and return what was written: numbers that are not finite become None."""
     result = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in result.items()
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in result.items()
     }
     if jax.process_index() == 0:
         _write(workdir / layout.RESULT, json.dumps(result, indent=2) + "\n")

@@ -56,9 +56,7 @@ def _fill(sizes: Mapping[str, int], available: int) -> tuple[int, ...]:
             )
         return tuple(available // fixed if size == -1 else size for size in shape)
     if fixed < available:
-        raise UserError(
-            f"mesh {text} ({names}) uses {fixed} of {available} devices; set one axis to -1 (the rest)"
-        )
+        raise UserError(f"mesh {text} ({names}) uses {fixed} of {available} devices; set one axis to -1 (the rest)")
     return shape
 
 
@@ -95,9 +93,7 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
     if batch_size % parts:
         below, above = batch_size // parts * parts, -(-batch_size // parts) * parts
         fix = f"use {below} or {above}" if below else f"use {above}"
-        by = f"{shards} data shards" + (
-            f" x {microbatches} microbatches = {parts}" if microbatches > 1 else ""
-        )
+        by = f"{shards} data shards" + (f" x {microbatches} microbatches = {parts}" if microbatches > 1 else "")
         raise UserError(f"batch {batch_size} is not divisible by {by}; {fix}")
 
 
@@ -125,9 +121,7 @@ def place(shape: tuple[int, ...], names: tuple[str | None, ...], rules: Rules, m
       ValueError: `names` does not fit `shape`, or a name has no rule.
     """
     if len(names) != len(shape):
-        raise ValueError(
-            f"logical axes {names} name {len(names)} dimensions, but the shape {shape} has {len(shape)}"
-        )
+        raise ValueError(f"logical axes {names} name {len(names)} dimensions, but the shape {shape} has {len(shape)}")
     spec: list[str | tuple[str, ...] | None] = []
     notes = []
     used: set[str] = set()

@@ -89,20 +89,21 @@ def progress_line(
     parts.append(f"loss {values['train/loss']:.4f}")
     parts.append(f"learning rate {values['train/learning_rate']:.2e}")
     if values["train/skipped"]:
-        parts.append(f"skipped {values['train/skipped']:.0f}")
+        parts.append(f"skipped {values['train/skipped']}")
     if speed:
         parts.append(f"{speed.steps_per_second:.3g} steps/s")
         parts.append(f"{_short(speed.tokens_per_second)} tokens/s")
         if speed.mfu is not None:
             parts.append(f"MFU {speed.mfu:.1%}")
-    if remaining is not None:
+    if remaining:
         parts.append(f"ETA {datetime.timedelta(seconds=round(remaining))}")
     return "  ".join(parts)
 
 
 def evaluation_line(step: int, values: Mapping[str, float], best: bool) -> str:
     """`held-out after step 120: loss 5.1, accuracy 0.2 (best so far)`."""
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    loss_first = sorted(values, key=lambda name: name != "loss")
+    shown = ", ".join(f"{name} {values[name]:.4f}" for name in loss_first)
     return f"held-out after step {step}: {shown}{' (best so far)' if best else ''}"
 
 

@@ -13,11 +13,12 @@ DECAYS = ("cosine", "linear", "constant", "rsqrt")
 def make_schedule(
     learning_rate: float, *, warmup_steps: int, total_steps: int, decay: str, final_fraction: float
 ) -> optax.Schedule:
-    """Linear warm-up over `warmup_steps` to `learning_rate`, then decay to `final_fraction` of it at the last
-    step.
+    """Linear warm-up over `warmup_steps` to `learning_rate`, then decay to `final_fraction` of it at
+    `total_steps`.
 
-    Step 0 has the rate `learning_rate / (warmup_steps + 1)`: no step is spent on a rate of zero. `rsqrt`
-    falls as sqrt(w / step), w being the warm-up (at least 1), and takes no notice of `final_fraction`.
+    No step is spent on a rate of zero: step 0 has `learning_rate / (warmup_steps + 1)`, and the last step,
+    number `total_steps` - 1, is the last before the end of the decay. `rsqrt` falls as sqrt(w / step), w
+    being the warm-up (at least 1), and takes no notice of `final_fraction`.
 
     Raises:
       UserError: unknown decay, or a warm-up longer than the run.
@@ -27,10 +28,8 @@ def make_schedule(
     if not 0 <= final_fraction <= 1:
         raise UserError(f"schedule.final_fraction {final_fraction} must lie between 0 and 1")
     if warmup_steps >= total_steps:
-        raise UserError(
-            f"schedule.warmup of {warmup_steps} steps must be shorter than the run of {total_steps} steps"
-        )
-    decay_steps = max(total_steps - 1 - warmup_steps, 1)
+        raise UserError(f"schedule.warmup of {warmup_steps} steps must be shorter than the run of {total_steps} steps")
+    decay_steps = total_steps - warmup_steps
     after: optax.Schedule
     if decay == "cosine":
         after = optax.cosine_decay_schedule(learning_rate, decay_steps, alpha=final_fraction)

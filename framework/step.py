@@ -152,9 +152,7 @@ def _whole_batch_gradients(
         )
         weight = metrics["loss"][1]
         # A micro-batch without targets may have a loss of 0 / 0 and says nothing.
-        gradients = jax.tree.map(
-            lambda total, leaf: total + jnp.where(weight > 0, weight * leaf, 0), gradients, new
-        )
+        gradients = jax.tree.map(lambda total, leaf: total + jnp.where(weight > 0, weight * leaf, 0), gradients, new)
         return (lay_out(gradients), model_state), metrics
 
     count = jax.tree.leaves(microbatches)[0].shape[0]

@@ -51,9 +51,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
     # Set-up: what can be refused is refused before anything is written
     check(config)
     workdir = Path(workdir).expanduser().absolute()
-    task, data, options = (
-        components.build(section) for section in (config.task, config.data, config.optimizer)
-    )
+    task, data, options = (components.build(section) for section in (config.task, config.data, config.optimizer))
     ownership.refuse_foreign(workdir, config)
     finished = ownership.finished(workdir)
     if finished is not None:
@@ -79,17 +77,13 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         "process_count": jax.process_count(),
     }
     batches = pipeline.Batches(source, seed=config.seed, **share)
-    heldout = pipeline.HeldoutBatches(
-        data.examples("heldout", cache), limit=config.evaluation.batches, **share
-    )
+    heldout = pipeline.HeldoutBatches(data.examples("heldout", cache), limit=config.evaluation.batches, **share)
     to_devices = functools.partial(global_batch, mesh=mesh)
     batch_spec = jax.tree.map(as_spec, to_devices(batches[0]))
 
     units = durations.Units(config.batch_size, len(source), data.tokens_per_example)
     total_steps = durations.to_steps(config.duration, units)
-    in_steps = functools.partial(
-        durations.to_steps, units=dataclasses.replace(units, total_steps=total_steps)
-    )
+    in_steps = functools.partial(durations.to_steps, units=dataclasses.replace(units, total_steps=total_steps))
     tokens_per_step = config.batch_size * data.tokens_per_example
 
     with jax.set_mesh(mesh):
@@ -109,6 +103,8 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         eval_step = make_eval_step(task, abstract, mesh)
         metric_names = list(jax.eval_shape(eval_step, abstract.variables, batch_spec))
         refuse_unknown_metric(config.evaluation.best_metric, metric_names)
+        record = origin.record()
+        refuse_overrun(record.step, total_steps, origin)
         ownership.claim(workdir, config)
         treatments = optimizer.treatments(tx, abstract.params)
         progress.show_parameters(progress.parameter_rows(abstract.params, placements, treatments), workdir)
@@ -116,7 +112,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         # Restore
         progress.say(str(origin))
         fresh = functools.partial(initial_state, task, tx, batch_spec, abstract, config.seed)
-        state, record = begin(origin, abstract, fresh)
+        state = begin(origin, abstract, fresh)
 
         # Compile, apart from the loop, so that it is not taken for training time
         progress.say("compiling the train step ...")
@@ -176,22 +172,18 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
                 pause = min(evaluation.next(record.step), saving.next(record.step), total_steps)
                 with clock:
                     steps = range(record.step, pause)
-                    state, step, stopped = advance(
-                        compiled_step, state, upcoming, steps, journal, stop_reason
-                    )
-                record = dataclasses.replace(
-                    record, step=step, seconds=clock.seconds, tokens=journal.tokens(step)
-                )
+                    state, step, stopped = advance(compiled_step, state, upcoming, steps, journal, stop_reason)
+                record = dataclasses.replace(record, step=step, seconds=clock.seconds, tokens=journal.tokens(step))
 
         # Result
+        trouble = too_many_skips(journal, config.guard.max_consecutive_skips)
         heldout_metrics = record.last.values if record.last else dict.fromkeys(metric_names)
         diagnostics = jax.jit(functools.partial(optimizer.diagnostics, tx))(state.opt_state)
-        result = {
-            "heldout_loss" if name == "loss" else name: value for name, value in heldout_metrics.items()
-        } | {
+        result = {name: value for name, value in heldout_metrics.items() if name != "loss"} | {
             "steps": record.step,
             "seconds": round(record.seconds, 3),
             "tokens": record.tokens,
+            "heldout_loss": heldout_metrics["loss"],
             "best_heldout_loss": record.best.values["loss"] if record.best else None,
             "optimizer": type(options).__name__,
             "skipped_steps": int(state.skipped),
@@ -199,11 +191,11 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             "devices": mesh.size,
             "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
             "seconds_to_first_step": journal.seconds_to_first_step,
-            "stopped": stopped,
+            "stopped": trouble or (stopped if record.step < total_steps else None),
         }
     result = ownership.finish(workdir, result)
-    if too_many_skips(journal, config.guard.max_consecutive_skips):
-        raise TrainingStopped(f"{stopped}; a checkpoint after step {record.step} is saved in {workdir}")
+    if trouble:
+        raise TrainingStopped(f"{trouble}; a checkpoint after step {record.step} is saved in {workdir}")
     return result
 
 
@@ -236,16 +228,13 @@ def advance(
     return state, step, stopped or stop_reason(step)
 
 
-def begin(
-    origin: checkpoints.Origin, abstract: TrainState, fresh: Callable[[], TrainState]
-) -> tuple[TrainState, checkpoints.Record]:
-    """The state and the record that a run starts with."""
+def begin(origin: checkpoints.Origin, abstract: TrainState, fresh: Callable[[], TrainState]) -> TrainState:
+    """The state that a run starts with."""
     if origin.path is None:
-        return fresh(), checkpoints.Record()
+        return fresh()
     if origin.kind == "init":
-        taken = checkpoints.restore_variables(origin.path, abstract)
-        return dataclasses.replace(fresh(), **taken), checkpoints.Record()
-    return checkpoints.restore(origin.path, abstract), checkpoints.read_record(origin.path)
+        return dataclasses.replace(fresh(), **checkpoints.restore_variables(origin.path, abstract))
+    return checkpoints.restore(origin.path, abstract)
 
 
 def global_batch(local: dict[str, np.ndarray], *, mesh: Mesh) -> dict[str, jax.Array]:
@@ -272,6 +261,12 @@ def too_many_skips(journal: Journal, limit: int) -> str | None:
 def refuse_unknown_metric(best_metric: str, names: Sequence[str]) -> None:
     """Raise UserError if the task does not report the metric that checkpoints are to be ranked by."""
     if best_metric not in names:
+        raise UserError(f"evaluation.best_metric {best_metric!r} is none of the task's metrics: {', '.join(names)}")
+
+
+def refuse_overrun(step: int, total_steps: int, origin: checkpoints.Origin) -> None:
+    """Raise UserError if a run would begin after its own end."""
+    if step > total_steps:
         raise UserError(
-            f"evaluation.best_metric {best_metric!r} is none of the task's metrics: {', '.join(names)}"
+            f"{origin.path} has {step} steps behind it, but config.duration is {total_steps} steps; use more"
         )

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(error)
         return 2
     except KeyboardInterrupt:
-        print("stopped before training began", file=sys.stderr)
+        print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
         return 128 + signal.SIGINT
 
 

@@ -205,6 +205,7 @@ def test_a_fault_in_a_file_is_found_by_file_and_line(file, line, message):
         ("config.task.width = 3", f"config.task: {TOY}: width 3 is odd; use 4"),
         ("config.unlock(); config.mesh.pipe = 1", "unknown key 'config.mesh.pipe'; did you mean 'config."),
         ("config.mesh = {'data': 1}", "config.mesh.fsdp is missing; let get_config start from base.get_config()"),
+        ("config.task.name = None", "no component is chosen"),
         ("config.task = {'width': 1}", "config.task is not the section of a component"),
     ],
 )
@@ -286,6 +287,18 @@ def test_another_component_brings_its_own_fields_before_other_overrides(file):
     assert config_lib.load(str(file), changes).task.to_dict() == {"name": OTHER, "vocab_size": 7, "depth": 5}
     gone = refusal(config_lib.load, str(file), ["task.width=4", f"task.name={OTHER}"])
     assert gone.startswith("unknown key 'config.task.width'; ")
+
+
+def test_of_two_components_the_later_holds(file):
+    config = config_lib.load(str(file), [f"task.name={OTHER}", "task.width=6", f"task.name='{TOY}'"])
+    assert build(config.task) == Toy(width=6, rate=1.0)
+
+
+def test_a_file_that_names_another_component_but_keeps_the_fields_is_refused(file):
+    spec = rewritten(file, f"config.task.name = {OTHER!r}")
+    expected = f"{OTHER} has no field '"
+    assert expected in refusal(config_lib.load, spec)
+    assert expected in refusal(config_lib.load, spec, ["task.width=4"])
 
 
 def test_naming_the_component_that_is_there_changes_nothing(file):
@@ -373,6 +386,7 @@ def test_any_override_gives_a_config_or_a_user_error(file, changes):
     assert config_lib.differences(config_lib.to_json(config), config, ()) == []
 
 
+@settings(deadline=None)
 @given(text=st.text() | LITERALS, hint=st.sampled_from([int, float, str, bool, tuple, Any, int | None, list[int]]))
 def test_a_parsed_value_has_its_type_and_parses_again(text, hint):
     try:

@@ -1,7 +1,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shampax.framework.durations import UNITS, Units, to_steps
@@ -65,12 +65,14 @@ def test_a_run_cannot_be_a_percentage_of_itself():
         to_steps("10%", dataclasses.replace(RUN, total_steps=None))
 
 
+@settings(deadline=None)
 @given(number=st.integers(min_value=0, max_value=10**9), units=units_of_a_run)
 def test_examples_fit_into_their_steps_and_into_no_fewer(number, units):
     steps = to_steps(f"{number} examples", units)
     assert (steps - 1) * units.batch_size < number <= steps * units.batch_size
 
 
+@settings(deadline=None)
 @given(number=st.integers(min_value=0, max_value=10**6), units=units_of_a_run)
 def test_one_duration_said_in_three_units_is_one_number_of_steps(number, units):
     steps = to_steps(f"{number} epochs", units)
@@ -79,6 +81,7 @@ def test_one_duration_said_in_three_units_is_one_number_of_steps(number, units):
     assert to_steps(f"{examples * units.tokens_per_example} tokens", units) == steps
 
 
+@settings(deadline=None)
 @given(percent=st.decimals(min_value=0, max_value=100, places=3), units=units_of_a_run)
 def test_a_part_of_a_run_is_no_longer_than_the_run(percent, units):
     steps = to_steps(f"{percent:f}%", units)
@@ -86,12 +89,14 @@ def test_a_part_of_a_run_is_no_longer_than_the_run(percent, units):
     assert (steps == 0) == (percent == 0)
 
 
+@settings(deadline=None)
 @given(unit=st.sampled_from(UNITS), units=units_of_a_run, numbers=st.tuples(counts, counts))
 def test_longer_durations_take_no_fewer_steps(unit, units, numbers):
     short, long = sorted(numbers)
     assert to_steps(f"{short} {unit}", units) <= to_steps(f"{long} {unit}", units)
 
 
+@settings(deadline=None)
 @given(st.text() | st.from_regex(r"[0-9_.eE+-]* ?[a-z%]*", fullmatch=True))
 def test_any_text_is_a_duration_or_a_user_error(text):
     try:

@@ -81,7 +81,7 @@ def test_same_run_on_any_mesh():
     ]:
         there, state = train(options, stream, params, mesh=mesh, param_spec=spec)
         for k in params:
-            np.testing.assert_allclose(there[-1][k], alone[-1][k], atol=1e-6)
+            np.testing.assert_allclose(there[-1][k], alone[-1][k], atol=2e-4 * np.abs(alone[-1][k]).max())
         for array in jax.tree.leaves(state.buckets):
             assert array.addressable_shards[0].data.shape[0] * mesh.size == array.shape[0]
 
