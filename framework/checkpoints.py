@@ -51,9 +51,14 @@ class Record:
         return self.last is not None and self.last.step == self.step
 
     def with_evaluation(self, values: dict[str, float], best_metric: str) -> "Record":
-        """This record after an evaluation at its step; `best` is kept where the metric is not lower."""
+        """This record after an evaluation at its step; `best` is kept where the metric is not lower, or not finite."""
         new = Evaluation(self.step, values)
-        better = self.best is None or values[best_metric] < self.best.values[best_metric]
+
+        def rank(evaluation: Evaluation) -> float:
+            value = evaluation.values[best_metric]
+            return value if math.isfinite(value) else math.inf
+
+        better = self.best is None or rank(new) < rank(self.best)
         return dataclasses.replace(self, last=new, best=new if better else self.best)
 
     def to_json(self) -> dict[str, Any]:
@@ -160,17 +165,15 @@ def restore_variables(path: Path, abstract: TrainState) -> dict[str, Any]:
 
 def _restore(path: Path, abstract: Any, *, partial: bool) -> Any:
     path = path.absolute() / _STATE
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        saved = checkpointer.metadata(path).item_metadata.tree
-        if partial:
-            saved = {key: saved[key] for key in abstract}
-        # Orbax would pad, cut or keep initial values where shapes or names differ.
-        _check_same_arrays(path, saved, abstract)
-        args = ocp.args.PyTreeRestore(
-            abstract,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-            partial_restore=partial,
-        )
+    handler = ocp.PyTreeCheckpointHandler()
+    saved = handler.metadata(path).tree  # type: ignore  (typed for etils' paths, takes pathlib's)
+    if partial:
+        saved = {key: saved[key] for key in abstract}
+    # Orbax would pad, cut or keep initial values where shapes or names differ.
+    _check_same_arrays(path, saved, abstract)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    with ocp.Checkpointer(handler) as checkpointer:
+        args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
         return checkpointer.restore(path, args=args)
 
 

@@ -29,8 +29,7 @@ from .stopping import StopSignals, TrainingStopped
 
 
 def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = None) -> dict[str, Any]:
-    """Train as `config` says, in `workdir`; the same call again resumes, and after the end only returns the
-    result.
+    """Train as `config` says, in `workdir`; the same call again resumes, or returns the result of a complete run.
 
     The first SIGINT or SIGTERM makes it finish its step, save a checkpoint and return.
 
@@ -129,10 +128,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         compiled_step = train_step.lower(abstract, batch_spec).compile()
 
         # Loop: evaluate, save, train up to the next pause
-        evaluation, saving = (
-            Period(in_steps(config.evaluation.every)),
-            Period(in_steps(config.checkpoint.every)),
-        )
+        evaluation, saving = Period(in_steps(config.evaluation.every)), Period(in_steps(config.checkpoint.every))
         clock = Clock(record.seconds)
         pace = {"total_steps": total_steps, "tokens_per_step": tokens_per_step}
         journal = Journal(

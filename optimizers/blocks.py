@@ -106,7 +106,11 @@ class Bucket:
         width = self.slots.shape[1]
         rows = [
             [
-                [slot for slot in range(width) if slots[slot] < self.blocks and (self.first + slots[slot]) % self.phases == phase]
+                [
+                    slot
+                    for slot in range(width)
+                    if slots[slot] < self.blocks and (self.first + slots[slot]) % self.phases == phase
+                ]
                 for phase in range(self.phases)
             ]
             for slots in self.slots.tolist()

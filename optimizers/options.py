@@ -104,7 +104,9 @@ class ShampooOptions:
         if self.ridge > 0 and self.cut > 0:
             raise ValueError(f"ridge {self.ridge} and cut {self.cut} are both set; set one of them to 0")
         if self.beta2 == 1 and self.graft in ("adam", "rmsprop"):
-            raise ValueError(f"beta2 1.0 sums second moments but graft {self.graft!r} averages them; use graft 'adagrad'")
+            raise ValueError(
+                f"beta2 1.0 sums second moments but graft {self.graft!r} averages them; use graft 'adagrad'"
+            )
         device_solvers = [name for name in SOLVERS if name != "host"]
         for name, allowed in (
             ("solver", device_solvers),

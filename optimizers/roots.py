@@ -120,9 +120,7 @@ def _prepare(stack_nrr: jax.Array, sizes_n: jax.Array | None) -> tuple[jax.Array
     return jnp.where(real[:, :, None] & real[:, None, :], a, 0), exponent, real
 
 
-def _finish(
-    x_nrr: jax.Array, residual_n: jax.Array, largest_n: jax.Array, exponent_n: jax.Array, p: int
-) -> RootResult:
+def _finish(x_nrr: jax.Array, residual_n: jax.Array, largest_n: jax.Array, exponent_n: jax.Array, p: int) -> RootResult:
     """Undo the scaling; a zero matrix has the zero root and residual 1."""
     nonzero = largest_n > 0
     scale = jnp.exp2(-exponent_n / p)

@@ -232,9 +232,7 @@ class DistributedShampoo(optax.GradientTransformation):
         new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), accepted, refused)
         return jax.tree.unflatten(jax.tree.structure(grads), updates), new_state
 
-    def _moments_step(
-        self, moments: Moments, g: jax.Array, step: jax.Array
-    ) -> tuple[Moments, jax.Array, jax.Array]:
+    def _moments_step(self, moments: Moments, g: jax.Array, step: jax.Array) -> tuple[Moments, jax.Array, jax.Array]:
         """New moments, the momentum to act on and the diagonal method's direction, for an array of any shape."""
         options = self.options
         g = g.astype(jnp.float32)
@@ -272,9 +270,7 @@ class DistributedShampoo(optax.GradientTransformation):
         if options.graft != "none":
             directions = self._graft(buckets, directions, grafts, constants)
 
-        roots = {
-            bucket.name: self._accumulate(states[bucket.name].roots, gradients[bucket.name]) for bucket in buckets
-        }
+        roots = {bucket.name: self._accumulate(states[bucket.name].roots, gradients[bucket.name]) for bucket in buckets}
         roots = self._refresh(buckets, roots, constants, step)
         new_states = {bucket.name: BucketState(moments[bucket.name], roots[bucket.name]) for bucket in buckets}
         updates = {bucket.name: owners.from_owners(directions[bucket.name], bucket) for bucket in buckets}

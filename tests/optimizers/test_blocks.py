@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from shampax.optimizers.blocks import cut, from_blocks, make_plan, to_blocks
 from shampax.optimizers.options import ShampooOptions
 from shampax.optimizers.views import matrix_view

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from shampax.optimizers.roots import SOLVERS, inverse_pth_root
 
 RANDOM = np.random.default_rng(0)

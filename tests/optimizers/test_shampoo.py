@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from shampax.optimizers import ShampooOptions, distributed_shampoo, roots
-
 import shampoo_reference as reference
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from shampax.optimizers import ShampooOptions, distributed_shampoo, roots
 
 SHAPES = {"a": (24, 40), "b": (40, 24), "c": (33, 65)}
 
@@ -150,9 +150,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     for k in params:
         np.testing.assert_array_equal(hit[3][k], hit[2][k])
         np.testing.assert_array_equal(hit[-1][k], clean[-1][k])
-    jax.tree.map(
-        np.testing.assert_array_equal, hit_state._replace(skipped=0), clean_state._replace(skipped=0)
-    )
+    jax.tree.map(np.testing.assert_array_equal, hit_state._replace(skipped=0), clean_state._replace(skipped=0))
 
 
 def test_a_failing_solver_keeps_the_roots_then_falls_back_then_recovers(monkeypatch):

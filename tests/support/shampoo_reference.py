@@ -30,7 +30,10 @@ class Matrix:
     def __init__(self, shape, options):
         self.short_first = shape[0] <= shape[1]
         rows, cols = sorted(shape)
-        (row_spans, row_length), (col_spans, col_length) = spans(rows, options.block_size), spans(cols, options.block_size)
+        (row_spans, row_length), (col_spans, col_length) = (
+            spans(rows, options.block_size),
+            spans(cols, options.block_size),
+        )
         self.bucket = (row_length, col_length)
         self.m, self.v = np.zeros((rows, cols)), np.zeros((rows, cols))
         self.blocks = [
@@ -60,7 +63,9 @@ def run(params, gradients, options, rate, one_sided=False):
     params = [np.array(x, np.float64) for x in params]
     states = [Matrix(x.shape, o) for x in params]
     # Block numbers run through the buckets in the order of their shapes.
-    numbered = [b for bucket in sorted({s.bucket for s in states}) for s in states if s.bucket == bucket for b in s.blocks]
+    numbered = [
+        b for bucket in sorted({s.bucket for s in states}) for s in states if s.bucket == bucket for b in s.blocks
+    ]
     history = []
     for t, step_gradients in enumerate(gradients, 1):
         correction = 1 if o.beta2 == 1 else 1 - o.beta2**t

@@ -1,0 +1,292 @@
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from shampax.configs import base
+from shampax.framework import checkpoints, journal
+from shampax.framework import train as train_module
+from shampax.framework.errors import UserError
+from shampax.framework.stopping import StopSignals, TrainingStopped
+from shampax.framework.train import train
+
+ADAMW = "shampax.optimizers.baselines:AdamWOptions"
+SHAMPOO = "shampax.optimizers.options:ShampooOptions"
+TIMES = ("seconds", "throughput/steps_per_second", "throughput/tokens_per_second")
+
+
+def make_config(**changes):
+    config = base.get_config()
+    config.task = base.component("toy:ToyTask", **changes.pop("task", {}))
+    config.data = base.component("toy:ToyData")
+    config.optimizer = changes.pop("optimizer", base.component(ADAMW))
+    config.duration = "12 steps"
+    config.batch_size = 8
+    config.evaluation.every = "4 steps"
+    config.checkpoint.every = "5 steps"
+    config.log.every = "2 steps"
+    config.schedule.learning_rate = 0.02
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def two():
+    return jax.devices()[:2]
+
+
+def lines(workdir):
+    """The history without what depends on the clock."""
+    read = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in read]
+
+
+def saved(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def arrays(workdir, step):
+    """Every array of a checkpoint, read without the trainer."""
+    import orbax.checkpoint as ocp
+
+    path = workdir / "checkpoints" / str(step) / "state"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+        restore_args = jax.tree.map(lambda _: as_numpy, checkpointer.metadata(path).item_metadata.tree)
+        return checkpointer.restore(path, restore_args=restore_args)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    before = dict(toy.TRACES)
+    result = train(make_config(), workdir, devices=two())
+    traced = {name: toy.TRACES[name] - before[name] for name in before}
+    return workdir, result, traced
+
+
+def test_a_run_leaves_what_it_should(uninterrupted):
+    workdir, result, traced = uninterrupted
+    assert result == json.loads((workdir / "result.json").read_text())
+    assert (result["steps"], result["tokens"], result["stopped"]) == (12, 12 * 8 * 8, None)
+    assert (result["optimizer"], result["devices"], result["parameters"]) == ("AdamWOptions", 2, 16 * 16 + 2 * 16 * 32)
+    assert (result["skipped_steps"], result["refreshes"]) == (0, 0)
+    assert 0 < result["seconds"] < result["seconds_to_first_step"] + 600
+    assert result["best_heldout_loss"] == result["heldout_loss"] < 2.7 < np.log(16)
+    assert 0 < result["accuracy"] < 1
+    assert traced["train"] == 1
+    history = lines(workdir)
+    assert [line["step"] for line in history if "train/loss" in line] == [1, 2, 4, 6, 8, 10, 12]
+    heldout = {line["step"]: line["heldout/loss"] for line in history if "heldout/loss" in line}
+    assert list(heldout) == [4, 8, 12]
+    assert heldout[12] == result["heldout_loss"]
+    assert all(line["tokens"] == line["step"] * 64 for line in history)
+    assert {"train/gradient_norm", "train/update_norm", "train/learning_rate", "train/skipped"} < set(history[0])
+    assert list(workdir.glob("events.out.tfevents.*"))
+    assert json.loads((workdir / "config.json").read_text())["batch_size"] == 8
+    assert "hidden/kernel" in (workdir / "parameters.txt").read_text()
+
+
+def test_heldout_loss_is_the_weighted_mean_over_all_rows_padding_left_out(uninterrupted):
+    workdir, result, _ = uninterrupted
+    source = toy.ToySource(20, 2)  # 20 rows in batches of 8: the last one is half padding
+    batch = {name: np.stack([source[i][name] for i in range(20)]) for name in source[0]}
+    variables = {"params": arrays(workdir, 12)["params"], "counters": {"batches": 0}}
+    loss, _ = toy.ToyTask().loss(variables, batch, key=None, train=False)
+    assert result["heldout_loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_keeps_last_and_best(uninterrupted):
+    workdir, _, _ = uninterrupted
+    assert saved(workdir) == [10, 12]  # the best is the last here
+
+
+def test_a_finished_run_trains_no_further(uninterrupted, capsys):
+    workdir, result, _ = uninterrupted
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    traces = dict(toy.TRACES)
+    assert train(make_config(), workdir, devices=two()) == result
+    assert "complete after 12 steps" in capsys.readouterr().out
+    assert traces == toy.TRACES
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+@pytest.mark.parametrize(("step", "number"), [(7, signal.SIGINT), (8, signal.SIGTERM)], ids=["SIGINT", "SIGTERM"])
+def test_stopped_by_a_signal_and_resumed_is_bitwise_the_uninterrupted_run(
+    uninterrupted, tmp_path, monkeypatch, capsys, step, number
+):
+    whole, whole_result, _ = uninterrupted
+    step_done = journal.Journal.step_done
+
+    def kill_then(self, now, metrics):
+        if now == step - 1:  # read while step `step` is in flight
+            os.kill(os.getpid(), number)
+        step_done(self, now, metrics)
+
+    handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "step_done", kill_then)
+        stopped = train(make_config(), tmp_path, devices=two())
+    assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == handlers
+    assert (stopped["stopped"], stopped["steps"]) == (number.name, step)
+    assert saved(tmp_path)[-1] == step
+    assert stopped["heldout_loss"] == next(line["heldout/loss"] for line in lines(whole) if "heldout/loss" in line)
+
+    result = train(make_config(), tmp_path, devices=two())
+    assert f"resuming from {tmp_path / 'checkpoints' / str(step)}" in capsys.readouterr().out
+    assert lines(tmp_path) == lines(whole)
+    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 12), arrays(whole, 12))
+    changing = ("seconds", "seconds_to_first_step")
+    assert {k: v for k, v in result.items() if k not in changing} == {
+        k: v for k, v in whole_result.items() if k not in changing
+    }
+    assert result["seconds"] > stopped["seconds"]
+
+
+def test_killed_between_checkpoints_drops_the_history_that_is_repeated(uninterrupted, tmp_path, monkeypatch):
+    whole, _, _ = uninterrupted
+
+    class Killed(BaseException):
+        pass
+
+    step_done = journal.Journal.step_done
+
+    def die_at_8(self, now, metrics):
+        if now == 8:
+            raise Killed
+        step_done(self, now, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "step_done", die_at_8)
+        with pytest.raises(Killed):
+            train(make_config(), tmp_path, devices=two())
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "train/lo')
+    assert saved(tmp_path) == [4, 5]
+    train(make_config(), tmp_path, devices=two())
+    assert lines(tmp_path) == lines(whole)
+    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 12), arrays(whole, 12))
+
+
+def test_resumes_on_another_mesh(uninterrupted, tmp_path, monkeypatch):
+    whole, _, _ = uninterrupted
+    monkeypatch.setattr(StopSignals, "reason", lambda self, step: "SIGINT" if step == 6 else None)
+    train(make_config(), tmp_path, devices=two())
+    monkeypatch.undo()
+    other = make_config(**{"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2})
+    train(other, tmp_path, devices=jax.devices()[:4])
+    for line, expected in zip(lines(tmp_path), lines(whole), strict=True):
+        assert line == pytest.approx(expected, rel=1e-4)
+
+
+def test_workdir_of_another_config_is_refused_and_left_alone(uninterrupted):
+    workdir, _, _ = uninterrupted
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"belongs to another config .*batch_size: 8 -> 16"):
+        train(make_config(batch_size=16), workdir, devices=two())
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 3}, "batch 3 is not divisible by 2 data shards; use 2 or 4"),
+        ({"mesh.fsdp": 16}, "needs 16 devices but 2 are here"),
+        ({"resume_from": "nowhere"}, "resume_from nowhere holds no finished checkpoint"),
+        ({"sharding_rules": (("embed", "expert"),)}, 'names the mesh axis "expert"'),
+    ],
+    ids=["batch", "mesh", "resume_from", "rules"],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(make_config(**changes), tmp_path / "run", devices=two())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluation.best_metric": "bleu"}, "'bleu' is none of the task's metrics: accuracy, loss"),
+        ({"schedule.warmup": "20 steps"}, "warmup of 20 steps must be shorter than the run of 12 steps"),
+        ({"sharding_rules": (("embed", None), ("mlp", None))}, r'parameter params/.*"vocab" has no rule'),
+    ],
+    ids=["metric", "warmup", "rule"],
+)
+def test_what_needs_the_data_to_be_seen_wrong_claims_no_workdir(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(make_config(**changes), tmp_path / "run", devices=two())
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_resume_from_continues_and_init_from_starts_afresh(uninterrupted, tmp_path, capsys):
+    whole, _, _ = uninterrupted
+    longer = make_config(duration="14 steps", resume_from=str(whole))
+    assert train(longer, tmp_path / "resumed", devices=two())["steps"] == 14
+    assert f"continuing the run of resume_from {whole}" in capsys.readouterr().out
+    assert lines(tmp_path / "resumed")[0]["step"] == 14
+    assert lines(tmp_path / "resumed")[0]["tokens"] == 14 * 64
+
+    config = make_config(init_from=str(whole), optimizer=base.component(ADAMW, nesterov=True))
+    train(config, tmp_path / "tuned", devices=two())
+    assert f"parameters from init_from {whole}" in capsys.readouterr().out
+    first = lines(tmp_path / "tuned")[0]
+    assert first["step"] == 1
+    assert first["train/loss"] < lines(whole)[0]["train/loss"] - 0.2
+
+    shorter = make_config(duration="11 steps", resume_from=str(whole))
+    with pytest.raises(UserError, match=r"has 12 steps behind it, but config.duration is 11 steps"):
+        train(shorter, tmp_path / "short", devices=two())
+
+
+def test_too_many_skips_stop_the_run_with_a_checkpoint(tmp_path):
+    config = make_config(task={"nan_from": 3}, **{"guard.max_consecutive_skips": 3})
+    with pytest.raises(TrainingStopped, match=r"4 steps in a row .*not finite.*learning_rate.*checkpoint after step 7"):
+        train(config, tmp_path, devices=two())
+    stored = json.loads((tmp_path / "result.json").read_text())
+    assert (stored["steps"], stored["skipped_steps"]) == (7, 4)  # 3, and the one in flight
+    assert "4 steps in a row" in stored["stopped"]
+    assert saved(tmp_path)[-1] == 7
+    assert int(arrays(tmp_path, 7)["model_state"]["counters"]["batches"]) == 3
+    with pytest.raises(TrainingStopped, match=r"5 steps in a row .*after step 8"):
+        train(config, tmp_path, devices=two())
+
+
+def test_shampoo_trains_and_reports_its_inner_life(tmp_path):
+    optimizer = base.component(SHAMPOO, block_size=16, interval=2)
+    result = train(make_config(optimizer=optimizer, **{"mesh.fsdp": 2}), tmp_path, devices=jax.devices()[:4])
+    assert result["optimizer"] == "ShampooOptions"
+    assert result["refreshes"] > 0
+    assert "optimizer/refreshes" in lines(tmp_path)[0]
+    assert "shampoo" in (tmp_path / "parameters.txt").read_text()
+    assert result["heldout_loss"] < 2.7
+
+
+def test_second_interrupt_aborts():
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.reason(1) == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_host_runs_one_step_ahead_and_no_further():
+    events = []
+
+    class Log:
+        def step_done(self, step, metrics):
+            events.append(f"read {step}")
+
+    def step(state, batch):
+        events.append(f"dispatch {batch}")
+        return state, {}
+
+    train_module.advance(step, None, iter("abc"), range(4, 7), Log(), lambda step: None)
+    assert events == ["dispatch a", "dispatch b", "read 5", "dispatch c", "read 6", "read 7"]
+
+
+def test_checkpoint_record_survives_json():
+    record = checkpoints.Record(3, 1.5, 10).with_evaluation({"loss": 2.0}, "loss")
+    assert checkpoints.Record.from_json(json.loads(json.dumps(record.to_json()))) == record
