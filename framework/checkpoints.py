@@ -35,6 +35,7 @@ class Record:
       step: steps taken.
       seconds: training time, evaluation, saving and compilation left out.
       tokens: tokens trained on.
+      devices: how many devices have saved the state; the layout of an optimizer's state may depend on it.
       last: the latest evaluation, if there was one.
       best: the best evaluation so far, by the config's best metric.
     """
@@ -42,6 +43,7 @@ class Record:
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0
+    devices: int = 0
     last: Evaluation | None = None
     best: Evaluation | None = None
 

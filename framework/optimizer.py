@@ -1,7 +1,8 @@
 """What the trainer asks of an optimizer beyond optax's contract, with an answer for those that offer no more.
 
-An optimizer is an `optax.GradientTransformation`. It may also have `state_shardings(params)`,
-`diagnostics(state)` and `treatments(params)`; Distributed Shampoo has them, plain optax has not.
+An optimizer is an `optax.GradientTransformation`. It may also have `state_shardings(params)`, `diagnostics(state)` and
+`treatments(params)`; and, if the layout of its state depends on the number of devices, `state_of_owners(params, n)` and
+`adopt(state, params, n)`. Distributed Shampoo has them all, plain optax has none.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -39,6 +40,13 @@ class _Treats(Protocol):
     def treatments(self, params: Any) -> dict[str, str]: ...
 
 
+@runtime_checkable
+class _Partitions(Protocol):
+    def state_of_owners(self, params: Any, owners: int) -> Any: ...
+
+    def adopt(self, state: Any, params: Any, owners: int) -> Any: ...
+
+
 def state_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
     """Where each array of the optimizer's state lies: a tree of NamedSharding shaped like `tx.init(params)`.
 
@@ -73,3 +81,16 @@ def diagnostics(tx: optax.GradientTransformation, state: Any) -> dict[str, jax.A
 def treatments(tx: optax.GradientTransformation, params: Any) -> dict[str, str]:
     """A short text per parameter path on how the optimizer treats it; `{}` where it treats all alike."""
     return tx.treatments(params) if isinstance(tx, _Treats) else {}
+
+
+def state_of_devices(tx: optax.GradientTransformation, abstract: Any, params: Any, devices: int) -> Any:
+    """The optimizer's state as a run on `devices` devices has saved it: ShapeDtypeStructs with shardings here."""
+    return tx.state_of_owners(params, devices) if isinstance(tx, _Partitions) else abstract
+
+
+def adopt(tx: optax.GradientTransformation, state: Any, abstract: Any, params: Any, devices: int) -> Any:
+    """The state of a run on `devices` devices, laid out for this one."""
+    if not isinstance(tx, _Partitions):
+        return state
+    own = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(lambda state: tx.adopt(state, params, devices), out_shardings=own)(state)

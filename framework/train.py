@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -111,7 +112,8 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         # Restore
         progress.say(str(origin))
         fresh = functools.partial(initial_state, task, tx, batch_spec, abstract, config.seed)
-        state = begin(origin, abstract, fresh)
+        state = begin(origin, abstract, fresh, tx, saved_by=record.devices)
+        record = dataclasses.replace(record, devices=mesh.size)
 
         # Compile, apart from the loop, so that it is not taken for training time
         progress.say("compiling the train step ...")
@@ -224,13 +226,23 @@ def advance(
     return state, step, stopped or stop_reason(step)
 
 
-def begin(origin: checkpoints.Origin, abstract: TrainState, fresh: Callable[[], TrainState]) -> TrainState:
-    """The state that a run starts with."""
+def begin(
+    origin: checkpoints.Origin,
+    abstract: TrainState,
+    fresh: Callable[[], TrainState],
+    tx: optax.GradientTransformation,
+    *,
+    saved_by: int,
+) -> TrainState:
+    """The state that a run starts with; a checkpoint may have been saved by another number of devices."""
     if origin.path is None:
         return fresh()
     if origin.kind == "init":
         return dataclasses.replace(fresh(), **checkpoints.restore_variables(origin.path, abstract))
-    return checkpoints.restore(origin.path, abstract)
+    there = optimizer.state_of_devices(tx, abstract.opt_state, abstract.params, saved_by)
+    state = checkpoints.restore(origin.path, dataclasses.replace(abstract, opt_state=there))
+    here = optimizer.adopt(tx, state.opt_state, abstract.opt_state, abstract.params, saved_by)
+    return dataclasses.replace(state, opt_state=here)
 
 
 def global_batch(local: dict[str, np.ndarray], *, mesh: Mesh) -> dict[str, jax.Array]:

@@ -1,7 +1,10 @@
 """The commands worth typing after a run: its baseline, both in one report, one knob changed."""
 
 import dataclasses
+import os
 import shlex
+import shutil
+import sys
 from typing import Any
 
 from ..framework import config_files
@@ -22,7 +25,7 @@ def next_steps(command: Command, config: Any) -> list[str]:
         workdir=f"{_stem(command)}_rate_{rate}",
         overrides=(*_without(command.overrides, _RATE), f"{_RATE}={rate}"),
     )
-    report = ["python", "-m", "shampax.launch.report", command.workdir, other.workdir]
+    report = [_python(), "-m", "shampax.launch.report", command.workdir, other.workdir]
     return [_shell(other), shlex.join(report), _shell(slower)]
 
 
@@ -50,4 +53,12 @@ def _without(overrides: tuple[str, ...], *prefixes: str) -> tuple[str, ...]:
 def _shell(command: Command) -> str:
     flags = [f"--config={command.config}", f"--workdir={command.workdir}"]
     flags += [f"--config.{override}" for override in command.overrides]
-    return shlex.join(["python", "-m", "shampax.launch.train", *flags])
+    return shlex.join([_python(), "-m", "shampax.launch.train", *flags])
+
+
+def _python() -> str:
+    """What to type for this interpreter: nobody needs to have activated its environment."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    path = os.path.relpath(sys.executable)
+    return sys.executable if path.startswith("..") else path

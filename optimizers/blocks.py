@@ -44,8 +44,8 @@ class Leaf:
 class Bucket:
     """Blocks of one shape and one treatment: arrays [slots, rows, cols], whose slots are shared out over all devices.
 
-    Block i of the bucket is block `first + i` of the whole plan. That number alone decides in which phase of the refresh
-    interval the block is due, so that a run does not depend on the number of devices; see `slots` for its owner.
+    Block i of the bucket is block `first + i` of the whole plan. That number alone decides in which phase of the
+    refresh interval the block is due, so that a run does not depend on the number of devices; `slots` tells its owner.
 
     Attributes:
       name: "rows x cols" and what else tells it from other buckets.

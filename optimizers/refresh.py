@@ -56,9 +56,9 @@ def refresh(
     """New roots for the due blocks of one device.
 
     Matrices of one side length and root order are solved in one batch, whatever bucket they come from; a batch with
-    nothing due is not solved. A root is accepted only if it is finite, its residual is within bound, and so is its norm:
-    no entry may exceed (regulariser x largest eigenvalue)^(-1/p) by more than a twentieth. A block accepts the roots
-    of all its sides or of none; otherwise it keeps those it has, and its failure count grows.
+    nothing due is not solved. A root is accepted only if it is finite, its residual is within bound, and so is its
+    norm: no entry may exceed (regulariser x largest eigenvalue)^(-1/p) by more than a twentieth. A block accepts the
+    roots of all its sides or of none; otherwise it keeps those it has, and its failure count grows.
 
     Args:
       roots: bucket name -> the device's blocks.

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from . import patterns
-from .blocks import Bucket, from_blocks, make_plan, to_blocks
+from .blocks import Bucket, Plan, from_blocks, make_plan, to_blocks
 from .exchange import Owners
 from .options import ShampooOptions
 from .refresh import Due, Roots, refresh
@@ -75,6 +76,7 @@ class DistributedShampoo(optax.GradientTransformation):
     axis_names: Any
 
     def __new__(cls, learning_rate, options: ShampooOptions, mesh: Mesh | None, axis_names: Any):
+        """A NamedTuple, as optax has it, with attributes beside its two functions."""
         self = super().__new__(cls, lambda params: self._init(params), lambda *args: self._update(*args))  # type: ignore
         self.learning_rate = learning_rate
         self.options = options
@@ -82,9 +84,9 @@ class DistributedShampoo(optax.GradientTransformation):
         self.axis_names = axis_names
         return self
 
-    def plan(self, params: Any):
-        """The static plan for a tree of arrays or ShapeDtypeStructs."""
-        return make_plan(params, self.axis_names, self.options, self.owners.count)
+    def plan(self, params: Any, owners: int | None = None) -> Plan:
+        """The static plan for a tree of arrays or ShapeDtypeStructs, for this mesh or another number of owners."""
+        return make_plan(params, self.axis_names, self.options, owners or self.owners.count)
 
     def treatments(self, params: Any) -> dict[str, str]:
         """Path -> treatment, for a table."""
@@ -120,6 +122,34 @@ class DistributedShampoo(optax.GradientTransformation):
             diagonal=diagonal,
         )
 
+    def state_of_owners(self, params: Any, owners: int) -> ShampooState:
+        """The state as `owners` devices keep it: ShapeDtypeStructs, laid out on this mesh to restore a checkpoint."""
+        own = self.state_shardings(params)
+        state = jax.eval_shape(lambda params: self._zeros(params, self.plan(params, owners)), params)
+
+        def spec(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+            if leaf.ndim and leaf.shape[0] % self.owners.count and self.owners.mesh is not None:
+                sharding = self.owners.sharding(PartitionSpec())
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        buckets = jax.tree.map(spec, state.buckets, own.buckets)
+        kept = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state._replace(buckets={}),
+            own._replace(buckets={}),
+        )
+        return kept._replace(buckets=buckets)
+
+    def adopt(self, state: ShampooState, params: Any, owners: int) -> ShampooState:
+        """A state kept by `owners` devices, its blocks moved to their owners on this mesh; no value changes."""
+        buckets = {}
+        for old, new in zip(self.plan(params, owners).buckets, self.plan(params).buckets, strict=True):
+            source = np.append(old.slot_of_block, old.slots.size)[new.slots.reshape(-1)]
+            buckets[new.name] = jax.tree.map(
+                lambda x, source=source: x.at[source].get(mode="fill", fill_value=0), state.buckets[new.name]
+            )
+        return state._replace(buckets=buckets)
+
     def diagnostics(self, state: ShampooState) -> dict[str, jax.Array]:
         """Scalars about the state: refreshes in all, and per bucket residual, staleness, failures and fall-backs.
 
@@ -151,7 +181,13 @@ class DistributedShampoo(optax.GradientTransformation):
         )
 
     def _init(self, params: Any) -> ShampooState:
-        plan = self.plan(params)
+        state = self._zeros(params, self.plan(params))
+        if self.owners.mesh is None:
+            return state
+        by_block = self.owners.sharding(self.owners.by_block)
+        return state._replace(buckets=jax.tree.map(lambda x: lax.with_sharding_constraint(x, by_block), state.buckets))
+
+    def _zeros(self, params: Any, plan: Plan) -> ShampooState:
         leaves, names = jax.tree.leaves(params), patterns.paths(params)
 
         def bucket_state(bucket: Bucket) -> BucketState:
@@ -169,14 +205,10 @@ class DistributedShampoo(optax.GradientTransformation):
                 ),
             )
 
-        buckets = {bucket.name: bucket_state(bucket) for bucket in plan.buckets}
-        if self.owners.mesh is not None:
-            by_block = self.owners.sharding(self.owners.by_block)
-            buckets = jax.tree.map(lambda x: lax.with_sharding_constraint(x, by_block), buckets)
         return ShampooState(
             count=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
-            buckets=buckets,
+            buckets={bucket.name: bucket_state(bucket) for bucket in plan.buckets},
             diagonal={_state_key(names[i]): self._moments(leaves[i].shape) for i in plan.diagonal},
         )
 

@@ -211,7 +211,7 @@ def test_the_next_steps_are_commands_that_work(variant):
     assert other_config.optimizer.name != config.optimizer.name
     assert other_config.seed == 3
     assert other_config.schedule.learning_rate != 0.5
-    assert report == ["python", "-m", "shampax.launch.report", command.workdir, other.workdir]
+    assert report[1:] == ["-m", "shampax.launch.report", command.workdir, other.workdir]
 
     changed = flags.parse(slower[3:])
     assert config_lib.differences(
