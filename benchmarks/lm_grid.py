@@ -3,7 +3,7 @@
     python -m shampax.benchmarks.lm_grid --markdown=docs/results.md
 
 trains every variant with every learning rate and seed, one run after the other (a run of the sample takes
-about four minutes on two cores), and reports each run, the best rate of each variant by the mean over seeds,
+about a minute and a half on two cores), and reports each run, the best rate of each variant by the mean over seeds,
 and how soon each variant at its best falls to the held-out loss at which each other ends. JSON goes to
 standard output, progress and the tables to standard error. The same command goes on where it was stopped.
 """
@@ -366,7 +366,9 @@ def _parser() -> argparse.ArgumentParser:
 
     parser.add_argument("--config", default="shampax/configs/lm.py", metavar="FILE", help="default: %(default)s")
     parser.add_argument("--variants", type=several(str), default=["sample", "sample_adamw"], metavar="NAME,NAME")
-    parser.add_argument("--learning_rates", type=several(float), default=[1e-3, 2e-3, 4e-3], metavar="RATE,RATE")
+    parser.add_argument(
+        "--learning_rates", type=several(float), default=[1.5e-3, 3e-3, 6e-3, 1.2e-2], metavar="RATE,RATE"
+    )
     parser.add_argument("--seeds", type=several(int), default=[0, 1, 2], metavar="SEED,SEED")
     parser.add_argument("--output", type=pathlib.Path, default="runs/grid", metavar="DIR", help="of the workdirs")
     parser.add_argument("--reuse", type=pathlib.Path, metavar="DIR", help="take finished workdirs from here, too")

@@ -29,6 +29,13 @@ class Treatment:
     exponent: float = 0.0
     stack: int = 0
 
+    def __post_init__(self):
+        if min(self.block_size, self.exponent, self.stack) < 0:
+            raise ValueError(
+                f"a treatment has block_size {self.block_size}, exponent {self.exponent}, stack {self.stack}; "
+                "none may be negative"
+            )
+
     @classmethod
     def parse(cls, text: str) -> "Treatment":
         """Parse a kind followed by key=value words.
@@ -116,8 +123,14 @@ class ShampooOptions:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
-        for pattern, text in self.treatments:
-            re.compile(pattern)
+        if self.diagonal.has_second_moment and self.epsilon == 0:
+            raise ValueError(f"epsilon is 0, so graft {self.graft!r} divides 0 by 0 where no gradient was; use 1e-8")
+        for pattern, _ in (*self.treatments, *self.decay_rules):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        for _, text in self.treatments:
             treatment = Treatment.parse(text)
             for sides in (1, 2):
                 self.root_order(treatment, sides)
@@ -134,7 +147,7 @@ class ShampooOptions:
           ValueError: the exponent is not one over a whole number.
         """
         exponent = treatment.exponent or self.exponent or 1 / (2 * sides)
-        p = round(1 / exponent)
+        p = max(1, round(1 / exponent))
         if abs(p * exponent - 1) > 1e-6:
             raise ValueError(f"exponent {exponent} is not 1/p for a whole p; the nearest is 1/{p} = {1 / p:.6g}")
         return p

@@ -9,7 +9,9 @@ For a block G (r x c) of a matrix parameter, per step:
     for the blocks that are due: new roots of L and R, used from the next step on
 """
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -49,7 +51,8 @@ class ShampooState(NamedTuple):
 
     Attributes:
       count: int32, steps taken.
-      skipped: int32, updates refused because a gradient was not finite; such a step changes nothing else.
+      skipped: int32, updates refused because a gradient, its squares or the update were not finite; such a step
+        changes nothing else.
       buckets: bucket name -> its state.
       diagonal: path (joined with dots) -> moments of a parameter under diagonal treatment.
     """
@@ -77,7 +80,11 @@ class DistributedShampoo(optax.GradientTransformation):
 
     def __new__(cls, learning_rate, options: ShampooOptions, mesh: Mesh | None, axis_names: Any):
         """A NamedTuple, as optax has it, with attributes beside its two functions."""
-        self = super().__new__(cls, lambda params: self._init(params), lambda *args: self._update(*args))  # type: ignore
+        self = super().__new__(
+            cls,
+            lambda params: self._init(params),
+            lambda updates, state, params=None: self._update(updates, state, params),  # type: ignore
+        )
         self.learning_rate = learning_rate
         self.options = options
         self.owners = Owners(mesh)
@@ -153,20 +160,20 @@ class DistributedShampoo(optax.GradientTransformation):
     def diagnostics(self, state: ShampooState) -> dict[str, jax.Array]:
         """Scalars about the state: refreshes in all, and per bucket residual, staleness, failures and fall-backs.
 
-        Staleness is in steps, the mean over blocks that have a root; a fall-back is a block that uses the graft method
-        because it has no root or its refreshes keep failing.
+        Staleness is in steps, the mean over blocks that have a root; a fall-back is a block with statistics that uses
+        the graft method, because it has no root yet or its refreshes keep failing.
         """
-        result = {"skipped": state.skipped, "refreshes": jnp.zeros((), jnp.int32)}
+        result = {"refreshes": jnp.zeros((), jnp.int32)}
         for name, bucket in state.buckets.items():
             roots = bucket.roots
             rooted = roots.refreshed > 0
             number = jnp.maximum(jnp.sum(rooted), 1)
-            touched = rooted | (roots.failures > 0)
+            seen = jnp.trace(roots.statistics[0], axis1=-2, axis2=-1) > 0
             result["refreshes"] += jnp.sum(roots.refreshes)
             result[f"{name}/residual"] = jnp.max(jnp.where(rooted, roots.residual, 0))
             result[f"{name}/staleness"] = jnp.sum(jnp.where(rooted, state.count - roots.refreshed, 0)) / number
             result[f"{name}/failures"] = jnp.sum(roots.failures)
-            result[f"{name}/fallbacks"] = jnp.sum(touched & ~self._usable(roots))
+            result[f"{name}/fallbacks"] = jnp.sum(seen & ~self._usable(roots))
         return result
 
     def _usable(self, roots: Roots) -> jax.Array:
@@ -218,7 +225,7 @@ class DistributedShampoo(optax.GradientTransformation):
             raise ValueError("weight decay needs the parameters: call update(grads, state, params)")
         plan = self.plan(grads)
         leaves, names = jax.tree.leaves(grads), patterns.paths(grads)
-        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves])) if leaves else jnp.bool_(True)
+        finite = _all_finite([jnp.square(leaf.astype(jnp.float32)) for leaf in leaves])
         step = state.count + 1
         directions: list[jax.Array] = [jnp.zeros(())] * len(leaves)
 
@@ -239,7 +246,7 @@ class DistributedShampoo(optax.GradientTransformation):
             )
             for bucket in plan.buckets
         }
-        updates, (buckets, _), _ = owners.run(
+        updates, buckets, overflows = owners.run(
             lambda sliced, owned, step: self._owners_step(plan.buckets, sliced, owned[0], owned[1], step),
             sliced,
             (state.buckets, constants),
@@ -250,6 +257,8 @@ class DistributedShampoo(optax.GradientTransformation):
                 elements = bucket.rows * bucket.cols
                 directions[leaf.index] = from_blocks(blocks[:, :elements], leaf, bucket)
 
+        # Squares may overflow where gradients do not; what they would leave behind in the state could never recover.
+        finite &= (overflows == 0) & _all_finite(directions)
         rate = jnp.asarray(self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate)
         if options.weight_decay:
             for i, (name, param) in enumerate(zip(names, jax.tree.leaves(params), strict=True)):
@@ -289,24 +298,31 @@ class DistributedShampoo(optax.GradientTransformation):
     ) -> tuple[Any, Any, Any]:
         """On each device: gradients arrive, directions leave, statistics and due roots are renewed."""
         options, owners = self.options, self.owners
-        gradients, moments, directions, grafts = {}, {}, {}, {}
+        gradients, moments, directions, grafts, acting = {}, {}, {}, {}, {}
         for bucket in buckets:
             g_nrc = owners.to_owners(sliced[bucket.name], bucket)
             state = states[bucket.name]
             new_moments, m_nrc, graft_nrc = self._moments_step(state.moments, g_nrc, step)
             direction_nrc = self._precondition(m_nrc, state.roots, bucket)
-            usable = self._usable(state.roots)[:, None, None]
+            usable = self._usable(state.roots)
             gradients[bucket.name], moments[bucket.name], grafts[bucket.name] = g_nrc, new_moments, graft_nrc
-            directions[bucket.name] = jnp.where(usable, direction_nrc, graft_nrc)
+            directions[bucket.name], acting[bucket.name] = (
+                jnp.where(usable[:, None, None], direction_nrc, graft_nrc),
+                usable,
+            )
 
         if options.graft != "none":
-            directions = self._graft(buckets, directions, grafts, constants)
+            directions = self._graft(buckets, directions, grafts, acting, constants)
 
         roots = {bucket.name: self._accumulate(states[bucket.name].roots, gradients[bucket.name]) for bucket in buckets}
         roots = self._refresh(buckets, roots, constants, step)
         new_states = {bucket.name: BucketState(moments[bucket.name], roots[bucket.name]) for bucket in buckets}
+        overflows = jnp.zeros((), jnp.int32)
+        for bucket in buckets:
+            traces = [jnp.trace(s, axis1=-2, axis2=-1).sum() for s in roots[bucket.name].statistics]
+            overflows += sum(~jnp.isfinite(x) for x in (*traces, directions[bucket.name].sum()))
         updates = {bucket.name: owners.from_owners(directions[bucket.name], bucket) for bucket in buckets}
-        return updates, (new_states, constants), step
+        return updates, new_states, owners.sum(overflows)
 
     def _precondition(self, m_nrc: jax.Array, roots: Roots, bucket: Bucket) -> jax.Array:
         """L^(-1/p) M R^(-1/p), batched over the blocks."""
@@ -344,13 +360,21 @@ class DistributedShampoo(optax.GradientTransformation):
         return lax.cond((step - 1) % self.options.interval == 0, renew, lambda roots: roots, roots)
 
     def _graft(
-        self, buckets: Sequence[Bucket], directions: dict[str, Any], grafts: dict[str, Any], constants: Any
+        self,
+        buckets: Sequence[Bucket],
+        directions: dict[str, Any],
+        grafts: dict[str, Any],
+        acting: dict[str, Any],
+        constants: Any,
     ) -> dict[str, Any]:
-        """Give each matrix (or block) of the directions the norm of the graft's direction; one sum over the devices."""
+        """Give the directions of each matrix (or block) the norm of the graft's; one sum over the devices.
+
+        Only blocks acting with their roots take part: the others have the graft's direction, which stays as it is.
+        """
         own, wanted = {}, {}
         for bucket in buckets:
-            own[bucket.name] = jnp.sum(directions[bucket.name] ** 2, axis=(1, 2))
-            wanted[bucket.name] = jnp.sum(grafts[bucket.name] ** 2, axis=(1, 2))
+            for squares, of in ((own, directions), (wanted, grafts)):
+                squares[bucket.name] = jnp.where(acting[bucket.name], jnp.sum(of[bucket.name] ** 2, axis=(1, 2)), 0)
         if self.options.graft_norm == "parameter":
             members = {
                 bucket.name: constants[bucket.name][0][:, None] == jnp.arange(bucket.matrices) for bucket in buckets
@@ -371,8 +395,13 @@ class DistributedShampoo(optax.GradientTransformation):
         for bucket in buckets:
             squares = own[bucket.name]
             ratio = jnp.where(squares > 0, jnp.sqrt(wanted[bucket.name] / jnp.where(squares > 0, squares, 1)), 0)
+            ratio = jnp.where(acting[bucket.name], ratio, 1)
             result[bucket.name] = directions[bucket.name] * ratio[:, None, None]
         return result
+
+
+def _all_finite(leaves: Sequence[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.and_, [jnp.isfinite(leaf).all() for leaf in leaves], jnp.bool_(True))
 
 
 def _state_key(path: str) -> str:

@@ -132,6 +132,10 @@ def test_the_plan_prints_treatments():
         ({"ridge": 1e-6, "cut": 1e-6}, "set one of them to 0"),
         ({"solver": "host"}, "choose one of newton, eigh"),
         ({"interval": 0}, "at least 1"),
+        ({"exponent": 3.0}, "nearest is 1/1"),
+        ({"epsilon": 0.0}, "divides 0 by 0"),
+        ({"treatments": (("(", "shampoo"),)}, "not a regular expression"),
+        ({"treatments": ((".*", "shampoo stack=-1"),)}, "none may be negative"),
     ],
 )
 def test_bad_options(options, words):

@@ -85,10 +85,13 @@ def run(params, gradients, options, rate, one_sided=False):
                     direction[at] = b["roots"][0] @ (ahead / (1 - o.beta1**t))[at]
                 else:
                     direction[at] = b["roots"][0] @ (ahead / (1 - o.beta1**t))[at] @ b["roots"][1]
+            rooted = [b["at"] for b in s.blocks if b["roots"] is not None]
             if o.graft != "none":
-                for at in [b["at"] for b in s.blocks] if o.graft_norm == "block" else [np.s_[:, :]]:
-                    norm = np.linalg.norm(direction[at])
-                    direction[at] *= np.linalg.norm(graft[at]) / norm if norm else 0
+                for together in [[at] for at in rooted] if o.graft_norm == "block" else [rooted]:
+                    norm = np.sqrt(sum(np.sum(direction[at] ** 2) for at in together))
+                    wanted = np.sqrt(sum(np.sum(graft[at] ** 2) for at in together))
+                    for at in together:
+                        direction[at] *= wanted / norm if norm else 0
             x -= rate * ((direction if s.short_first else direction.T) + o.weight_decay * x)
             new = 1 if o.beta2 == 1 else 1 - o.beta2
             for b in s.blocks:
