@@ -35,17 +35,17 @@ class Record:
       step: steps taken.
       seconds: training time, evaluation, saving and compilation left out.
       tokens: tokens trained on.
-      devices: how many devices have saved the state; the layout of an optimizer's state may depend on it.
       last: the latest evaluation, if there was one.
       best: the best evaluation so far, by the config's best metric.
+      devices: how many devices have saved the state; the layout of an optimizer's state may depend on it.
     """
 
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0
-    devices: int = 0
     last: Evaluation | None = None
     best: Evaluation | None = None
+    devices: int = 0
 
     @property
     def evaluated(self) -> bool:
@@ -147,34 +147,41 @@ def restore(path: Path, abstract: TrainState) -> TrainState:
 
     Args:
       path: the checkpoint.
-      abstract: ShapeDtypeStructs with shardings.
-
-    Raises:
-      UserError: the checkpoint holds other arrays.
+      abstract: ShapeDtypeStructs with shardings, which `check` has compared with the checkpoint.
     """
     return _restore(path, abstract, partial=False)
 
 
 def restore_variables(path: Path, abstract: TrainState) -> dict[str, Any]:
-    """`{"params": ..., "model_state": ...}` of a checkpoint, laid out as in `abstract`; the rest is not read.
+    """`{"params": ..., "model_state": ...}` of a checkpoint, laid out as in `abstract`; the rest is not read."""
+    return _restore(path, _variables(abstract), partial=True)
+
+
+def check(origin: Origin, abstract: TrainState) -> None:
+    """Compare the names, shapes and types of a checkpoint's arrays with `abstract`; reads no array.
 
     Raises:
-      UserError: the checkpoint holds other variables.
+      UserError: they differ; Orbax would pad, cut or keep initial values.
     """
-    wanted = {"params": abstract.params, "model_state": abstract.model_state}
-    return _restore(path, wanted, partial=True)
+    if origin.path is None:
+        return
+    path = origin.path.absolute() / _STATE
+    saved = ocp.PyTreeCheckpointHandler().metadata(path).tree  # type: ignore  (typed for etils' paths)
+    wanted: Any = abstract
+    if origin.kind == "init":
+        wanted = _variables(abstract)
+        saved = {key: saved[key] for key in wanted}
+    _check_same_arrays(path, saved, wanted)
+
+
+def _variables(abstract: TrainState) -> dict[str, Any]:
+    return {"params": abstract.params, "model_state": abstract.model_state}
 
 
 def _restore(path: Path, abstract: Any, *, partial: bool) -> Any:
     path = path.absolute() / _STATE
-    handler = ocp.PyTreeCheckpointHandler()
-    saved = handler.metadata(path).tree  # type: ignore  (typed for etils' paths, takes pathlib's)
-    if partial:
-        saved = {key: saved[key] for key in abstract}
-    # Orbax would pad, cut or keep initial values where shapes or names differ.
-    _check_same_arrays(path, saved, abstract)
     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-    with ocp.Checkpointer(handler) as checkpointer:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
         return checkpointer.restore(path, args=args)
 
@@ -226,9 +233,9 @@ class Checkpoints:
 
         A step that is already saved is left as it is. Every process calls this.
         """
+        self._note_score(record)
         if record.step in self._manager.all_steps():
             return
-        self._note_score(record)
         self._manager.save(
             record.step,
             args=ocp.args.Composite(

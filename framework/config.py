@@ -53,6 +53,7 @@ def check(config: ConfigDict) -> None:
             _build(key, given[key])
         else:
             _check_value(key, given[key], default)
+    _check_ranges(config)
 
 
 def to_json(config: ConfigDict) -> str:
@@ -110,6 +111,21 @@ def _knobs(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _knobs(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _check_ranges(config: Any) -> None:
+    """Numbers that have the right type and no sense."""
+    checkpoint, batches, skips = config.checkpoint, config.evaluation.batches, config.guard.max_consecutive_skips
+    for key, value, fine, wanted in (
+        ("seed", config.seed, 0 <= config.seed < 2**32, "from 0 to 2**32 - 1"),
+        ("gradient_clip", config.gradient_clip, config.gradient_clip >= 0, "at least 0, which is off"),
+        ("evaluation.batches", batches, batches == -1 or batches > 0, "-1 (all) or above 0"),
+        ("checkpoint.keep_last", checkpoint.keep_last, checkpoint.keep_last >= 1, "at least 1, to resume from"),
+        ("checkpoint.keep_best", checkpoint.keep_best, checkpoint.keep_best >= 0, "at least 0"),
+        ("guard.max_consecutive_skips", skips, skips >= 1, "at least 1"),
+    ):
+        if not fine:
+            raise UserError(f"config.{key} is {value}; it must be {wanted}")
 
 
 def _build(key: str, section: Any) -> None:

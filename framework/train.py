@@ -1,5 +1,6 @@
 """Training, from a config and a workdir to a result: the whole story, to be read from top to bottom."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -9,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -44,7 +44,8 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
       Held-out metrics are those of the last evaluation, None before the first.
 
     Raises:
-      UserError: something in the config or the workdir cannot work; nothing has been written.
+      UserError: something in the config or the workdir cannot work. Nothing has been written, or where only the
+        data could tell, no more than their cache in the workdir.
       TrainingStopped: too many steps in a row had a loss or gradient that was not finite; a checkpoint is
         saved.
     """
@@ -67,9 +68,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
 
     # Data: batch = batches[step], on any number of processes
     cache = workdir / layout.CACHE
-    if jax.process_index() == 0:
-        data.prepare(cache)
-    multihost_utils.sync_global_devices("data prepared")
+    prepare_once(data, cache)
     source = data.examples("train", cache)
     share = {
         "global_batch_size": config.batch_size,
@@ -98,21 +97,30 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             decay=config.schedule.decay,
             final_fraction=config.schedule.final_fraction,
         )
-        tx = options.build(learning_rate, mesh=mesh, axis_names=axes["params"])
+        with refusals():
+            tx = options.build(learning_rate, mesh=mesh, axis_names=axes["params"])
+            treatments = optimizer.treatments(tx, variables["params"])
         abstract = abstract_state(task, tx, batch_spec, placements, mesh)
         eval_step = make_eval_step(task, abstract, mesh)
         metric_names = list(jax.eval_shape(eval_step, abstract.variables, batch_spec))
         refuse_unknown_metric(config.evaluation.best_metric, metric_names)
         record = origin.record()
         refuse_overrun(record.step, total_steps, origin)
+        there = dataclasses.replace(
+            abstract,
+            opt_state=optimizer.state_of_devices(tx, abstract.opt_state, abstract.params, record.devices or mesh.size),
+        )
+        checkpoints.check(origin, there)
         ownership.claim(workdir, config)
-        treatments = optimizer.treatments(tx, abstract.params)
         progress.show_parameters(progress.parameter_rows(abstract.params, placements, treatments), workdir)
 
         # Restore
         progress.say(str(origin))
         fresh = functools.partial(initial_state, task, tx, batch_spec, abstract, config.seed)
-        state = begin(origin, abstract, fresh, tx, saved_by=record.devices)
+        state = begin(origin, there, abstract, fresh)
+        if record.devices not in (0, mesh.size):
+            here = optimizer.adopt(tx, state.opt_state, abstract.opt_state, abstract.params, record.devices)
+            state = dataclasses.replace(state, opt_state=here)
         record = dataclasses.replace(record, devices=mesh.size)
 
         # Compile, apart from the loop, so that it is not taken for training time
@@ -157,8 +165,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             while True:
                 at_end = record.step == total_steps
                 improved = False
-                # A run that was stopped before a due evaluation makes up for it when it resumes.
-                if (at_end or (evaluation.due(record.step) and not stopped)) and not record.evaluated:
+                if (at_end or evaluation.due(record.step)) and not record.evaluated:
                     values = evaluate(eval_step, state.variables, map(to_devices, heldout))
                     record = record.with_evaluation(values, config.evaluation.best_metric)
                     improved = record.best == record.last
@@ -226,23 +233,39 @@ def advance(
     return state, step, stopped or stop_reason(step)
 
 
+def prepare_once(data: Any, cache: Path) -> None:
+    """Process 0 prepares the data while the others wait; if it cannot, all of them fail."""
+    failure = None
+    if jax.process_index() == 0:
+        try:
+            data.prepare(cache)
+        except UserError as error:
+            failure = error
+    failed = multihost_utils.process_allgather(np.int32(failure is not None)).any()
+    if failure is not None:
+        raise failure
+    if failed:
+        raise UserError("process 0 could not prepare the data; its message says why")
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What an optimizer refuses of the parameters it is given is the user's to mend."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def begin(
-    origin: checkpoints.Origin,
-    abstract: TrainState,
-    fresh: Callable[[], TrainState],
-    tx: optax.GradientTransformation,
-    *,
-    saved_by: int,
+    origin: checkpoints.Origin, there: TrainState, abstract: TrainState, fresh: Callable[[], TrainState]
 ) -> TrainState:
-    """The state that a run starts with; a checkpoint may have been saved by another number of devices."""
+    """The state that a run starts with; a checkpoint's has the layout `there` of the devices that saved it."""
     if origin.path is None:
         return fresh()
     if origin.kind == "init":
         return dataclasses.replace(fresh(), **checkpoints.restore_variables(origin.path, abstract))
-    there = optimizer.state_of_devices(tx, abstract.opt_state, abstract.params, saved_by)
-    state = checkpoints.restore(origin.path, dataclasses.replace(abstract, opt_state=there))
-    here = optimizer.adopt(tx, state.opt_state, abstract.opt_state, abstract.params, saved_by)
-    return dataclasses.replace(state, opt_state=here)
+    return checkpoints.restore(origin.path, there)
 
 
 def global_batch(local: dict[str, np.ndarray], *, mesh: Mesh) -> dict[str, jax.Array]:
@@ -262,7 +285,8 @@ def too_many_skips(journal: Journal, limit: int) -> str | None:
         return None
     return (
         f"{journal.consecutive_skips} steps in a row had a loss or gradient that was not finite "
-        f"(guard.max_consecutive_skips {limit}); lower schedule.learning_rate or set gradient_clip"
+        f"(guard.max_consecutive_skips {limit}); in a new workdir, use a lower schedule.learning_rate or a "
+        "gradient_clip, with resume_from this one"
     )
 
 

@@ -3,8 +3,8 @@
 The same command again resumes from the newest checkpoint; once the run is complete it only says so. --help lists every
 knob; with a --config, its values too.
 
-Exit codes: 0, complete; 1, training could not go on (a checkpoint is saved); 2, something given cannot work (nothing is
-written); 130 and 143, stopped by Ctrl-C or SIGTERM (a checkpoint is saved, the same command goes on from it).
+Exit codes: 0, complete; 1, training could not go on (a checkpoint is saved); 2, something given cannot work (no run
+has begun); 130 and 143, stopped by Ctrl-C or SIGTERM (a checkpoint is saved, the same command goes on from it).
 """
 
 import signal
@@ -47,6 +47,8 @@ def _train(command: flags.Command, config: Any) -> int:
 
     try:
         result = train(config, command.workdir)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"workdir {command.workdir} cannot be used: {error}") from error
     except TrainingStopped as error:
         _complain(error)
         return 1

@@ -12,11 +12,7 @@ from . import patterns
 from .options import ShampooOptions, Treatment
 from .views import matrix_axes, names_by_path
 
-NO_DECAY = (
-    # (regex over the path, whether weight decay applies), first match wins
-    (r"(.*/)?[^/]*(bias|scale|norm|embed)[^/]*(/.*)?", False),
-    (r".*", True),
-)
+NO_DECAY = ShampooOptions.decay_rules
 
 
 def _decay_mask(rules: tuple[tuple[str, bool], ...]):

@@ -80,10 +80,10 @@ class DistributedShampoo(optax.GradientTransformation):
 
     def __new__(cls, learning_rate, options: ShampooOptions, mesh: Mesh | None, axis_names: Any):
         """A NamedTuple, as optax has it, with attributes beside its two functions."""
-        self = super().__new__(
+        self = super().__new__(  # type: ignore
             cls,
             lambda params: self._init(params),
-            lambda updates, state, params=None: self._update(updates, state, params),  # type: ignore
+            lambda updates, state, params=None: self._update(updates, state, params),
         )
         self.learning_rate = learning_rate
         self.options = options
@@ -187,7 +187,7 @@ class DistributedShampoo(optax.GradientTransformation):
             jnp.zeros(shape, jnp.float32) if options.diagonal.has_second_moment else None,
         )
 
-    def _init(self, params: Any) -> ShampooState:
+    def _init(self, params: Any) -> Any:
         state = self._zeros(params, self.plan(params))
         if self.owners.mesh is None:
             return state
@@ -219,7 +219,7 @@ class DistributedShampoo(optax.GradientTransformation):
             diagonal={_state_key(names[i]): self._moments(leaves[i].shape) for i in plan.diagonal},
         )
 
-    def _update(self, grads: Any, state: ShampooState, params: Any = None) -> tuple[Any, ShampooState]:
+    def _update(self, grads: Any, state: Any, params: Any = None) -> tuple[Any, ShampooState]:
         options, owners = self.options, self.owners
         if options.weight_decay and params is None:
             raise ValueError("weight decay needs the parameters: call update(grads, state, params)")

@@ -67,7 +67,7 @@ def twenty_steps():
 
 
 @pytest.mark.parametrize(
-    ("devices", "mesh"), [(2, {}), (4, {"fsdp": 2, "tensor": 2}), (8, {"fsdp": 2, "tensor": 2}), (8, {})]
+    ("devices", "mesh"), [(2, {}), (4, {"fsdp": 2, "tensor": 2}), (8, {"fsdp": 2, "tensor": 2})]
 )
 def test_the_same_run_on_every_mesh(on_one_device, tmp_path, devices, mesh):
     """Catches a loss, an update or a refresh that depends on where things lie."""

@@ -15,6 +15,7 @@ from shampax.framework.checkpoints import (
     Evaluation,
     Origin,
     Record,
+    check,
     find_origin,
     restore,
     restore_variables,
@@ -128,15 +129,16 @@ def test_other_shapes_and_names_are_refused_with_both(tmp_path):
     state, _ = make_state({"data": 8}, P())
     save(tmp_path, state, {1: None})
     path = tmp_path / "checkpoints" / "1"
+    own, init = Origin("own", path), Origin("init", path)
     _, wider = make_state({"data": 8}, P(), width=24)
     with pytest.raises(UserError, match=r"params/layer/w is float32\[16,8\] there and float32\[16,24\] here"):
-        restore(path, wider)
+        check(own, wider)
     with pytest.raises(UserError, match=r"params/layer/w is float32\[16,8\] there and float32\[16,24\] here"):
-        restore_variables(path, wider)
+        check(init, wider)
     _, abstract = make_state({"data": 8}, P())
     renamed = dataclasses.replace(abstract, params={"block": abstract.params["layer"]})
     with pytest.raises(UserError, match="params/block/w is absent there and"):
-        restore(path, renamed)
+        check(own, renamed)
 
 
 def test_variables_alone_need_no_like_optimizer(tmp_path):

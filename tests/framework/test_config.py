@@ -413,3 +413,19 @@ def test_hostile_text_is_a_value_or_a_type_error(text, recwarn):
 def test_did_you_mean_lists_all_where_nothing_is_near():
     assert components.did_you_mean("zzz", ["alpha", "beta"]) == "; there is alpha, beta"
     assert components.did_you_mean("zzz", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("gradient_clip=-1", "gradient_clip is -1.0; it must be at least 0"),
+        ("seed=-1", "from 0 to"),
+        ("evaluation.batches=0", "-1 .all. or above 0"),
+        ("checkpoint.keep_last=0", "to resume from"),
+        ("guard.max_consecutive_skips=0", "at least 1"),
+    ],
+)
+def test_numbers_without_sense_are_refused(change, words):
+    """Catches a knob that would turn the gradient round, or keep no checkpoint."""
+    with pytest.raises(UserError, match=words):
+        config_lib.load("shampax/configs/lm.py:sample", [change])
