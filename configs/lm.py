@@ -56,7 +56,6 @@ def sample_adamw(config: Any) -> None:
     """The same model, data and budget under AdamW."""
     sample(config)
     config.optimizer = base.component(ADAMW)
-    config.schedule.learning_rate = 3e-3
 
 
 def one_billion(config: Any) -> None:
