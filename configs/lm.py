@@ -5,7 +5,9 @@ sample, sample_adamw: the quick start and the baseline it is measured against, e
     python -m shampax.launch.train --config=shampax/configs/lm.py:sample --workdir=runs/quickstart
 
   A Transformer of 0.7 M parameters learns the vendored Wikipedia articles on 2 CPU cores, which simulate 4 devices so
-  that the preconditioner's blocks have owners to be shared among. Watch heldout/loss, in nats per token.
+  that the preconditioner's blocks have owners to be shared among: about a minute of training. The held-out loss after
+  200 steps is 5.12 nats per token, 3.50 bits per character; AdamW's 5.57 and 3.82 (means of three seeds, each at the
+  best of the same four learning rates, docs/results.md).
 
 1b: 1.2 B parameters, 25 B tokens of C4, for a v5e slice of 256 chips.
 
