@@ -11,12 +11,16 @@ from .blocks import Bucket
 from .options import ShampooOptions
 from .roots import inverse_pth_root
 
+NO_GRADIENT = -1000
+
 
 class Roots(NamedTuple):
     """What a refresh reads and writes for the blocks of one bucket; axis 0 of every array numbers the slots.
 
     Attributes:
-      statistics: per preconditioned side [n, r, r] (and [n, c, c]).
+      statistics: per preconditioned side [n, r, r] (and [n, c, c]), of gradients divided by 2^exponent.
+      exponent: [n] int32, of the largest gradient entry so far: squares of gradients would leave float32 far sooner
+        than gradients do. NO_GRADIENT before the first that is not zero.
       roots: like statistics; zero before the first accepted refresh.
       residual: [n] float32 of the newest accepted roots, the worse side.
       refreshed: [n] int32, the step count after which the roots were accepted; 0 before the first.
@@ -25,6 +29,7 @@ class Roots(NamedTuple):
     """
 
     statistics: tuple[jax.Array, ...]
+    exponent: jax.Array
     roots: tuple[jax.Array, ...]
     residual: jax.Array
     refreshed: jax.Array
@@ -109,9 +114,12 @@ def refresh(
             return x.at[slot].set(new.astype(x.dtype), mode="drop")
 
         failures = state.failures.at[slot].get(mode="clip")
+        # Roots of the gradients as they are: A = 2^(2 exponent) x statistics, hence 2^(-2 exponent / p) x their root.
+        scale = jnp.exp2(-2.0 * state.exponent.at[slot].get(mode="clip") / bucket.order)[:, None, None]
         result[bucket.name] = Roots(
             statistics=state.statistics,
-            roots=tuple(put(old, new, accepted) for old, (new, _, _) in zip(state.roots, sides, strict=True)),
+            exponent=state.exponent,
+            roots=tuple(put(old, new * scale, accepted) for old, (new, _, _) in zip(state.roots, sides, strict=True)),
             residual=put(state.residual, residual, accepted),
             refreshed=put(state.refreshed, step, accepted),
             failures=put(state.failures, jnp.where(accepted, 0, failures + 1), accepted | seen),

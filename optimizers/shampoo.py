@@ -26,7 +26,7 @@ from . import patterns
 from .blocks import Bucket, Plan, from_blocks, make_plan, to_blocks
 from .exchange import Owners
 from .options import ShampooOptions
-from .refresh import Due, Roots, refresh
+from .refresh import NO_GRADIENT, Due, Roots, refresh
 
 # Smaller diagonal states are not worth the latency of spreading them over the devices.
 SPREAD_FROM = 2**16
@@ -204,6 +204,7 @@ class DistributedShampoo(optax.GradientTransformation):
                 self._moments((n, bucket.rows, bucket.cols)),
                 Roots(
                     statistics=tuple(jnp.zeros((n, r, r), jnp.float32) for r in sides),
+                    exponent=jnp.full(n, NO_GRADIENT, jnp.int32),
                     roots=tuple(jnp.zeros((n, r, r), jnp.float32) for r in sides),
                     residual=jnp.zeros(n, jnp.float32),
                     refreshed=jnp.zeros(n, jnp.int32),
@@ -332,15 +333,21 @@ class DistributedShampoo(optax.GradientTransformation):
         return direction
 
     def _accumulate(self, roots: Roots, g_nrc: jax.Array) -> Roots:
-        """L <- beta2 L + (1 - beta2) G G', R likewise; sums where beta2 is 1."""
+        """L <- beta2 L + (1 - beta2) G G', R likewise; sums where beta2 is 1; all of G / 2^exponent."""
         beta2 = self.options.beta2
         old, new = (1.0, 1.0) if beta2 == 1 else (beta2, 1 - beta2)
+        largest = jnp.max(jnp.abs(g_nrc), axis=(1, 2))
+        exponent = jnp.maximum(roots.exponent, jnp.where(largest > 0, jnp.frexp(largest)[1], NO_GRADIENT))
+        one = jnp.float32(1)  # ldexp: a power of two to the last bit, which exp2 need not be
+        grown = jnp.ldexp(one, jnp.maximum(2 * (roots.exponent - exponent), -300))[:, None, None]
+        g_nrc = g_nrc * jnp.ldexp(one, -exponent)[:, None, None]
+        g_nrc = jnp.where(largest[:, None, None] > 0, g_nrc, 0)
         products = ("nik,njk->nij", "nki,nkj->nij")
         statistics = tuple(
-            old * s_nrr + new * jnp.einsum(product, g_nrc, g_nrc, precision=lax.Precision.HIGHEST)
+            old * grown * s_nrr + new * jnp.einsum(product, g_nrc, g_nrc, precision=lax.Precision.HIGHEST)
             for s_nrr, product in zip(roots.statistics, products, strict=False)
         )
-        return roots._replace(statistics=statistics)
+        return roots._replace(statistics=statistics, exponent=exponent)
 
     def _refresh(
         self, buckets: Sequence[Bucket], roots: dict[str, Roots], constants: Any, step: jax.Array

@@ -155,18 +155,18 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
 
 def test_a_failing_solver_keeps_the_roots_then_falls_back_then_recovers(monkeypatch):
     """Catches a bad root that is used, a failure that is not counted, or one that spreads to other blocks."""
-    newton, broken = roots.SOLVERS["newton"], jnp.float32(1e3)
+    newton = roots.SOLVERS["newton"]
 
-    def fails_for_large_matrices(stack, p, ridge, cut, sizes):
+    def fails_for_diagonal_matrices(stack, p, ridge, cut, sizes):
         result = newton(stack, p, ridge, cut, sizes)
-        return result._replace(residual=jnp.where(result.largest > broken, 9.0, result.residual))
+        return result._replace(residual=jnp.where(stack[:, 0, 1] == 0, 9.0, result.residual))
 
-    monkeypatch.setitem(roots.SOLVERS, "newton", fails_for_large_matrices)
+    monkeypatch.setitem(roots.SOLVERS, "newton", fails_for_diagonal_matrices)
     shapes = {"a": (16, 16), "b": (16, 16)}
     options = ShampooOptions(interval=1, ridge=1e-4, beta2=0.0, max_failures=3, graft_norm="block")
     stream = gradients(9, shapes)
     for t in range(3, 7):
-        stream[t]["a"] *= 1e3
+        stream[t]["a"] = np.diag(np.diag(stream[t]["a"]))
     tx = distributed_shampoo(0.01, options)
     params, counts = zeros(shapes), []
     state, update = tx.init(params), jax.jit(tx.update)
