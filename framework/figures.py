@@ -22,35 +22,30 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ("-", "--", ":")
 
 
-def loss_figure(groups: Sequence[Group]) -> Figure:
-    """Held-out loss (thick, with its range) and training loss (thin) against steps, time and tokens."""
-    figure = Figure(figsize=(15, 5.4), layout="constrained", dpi=DPI)
-    panels: Sequence[Axes] = figure.subplots(1, 3, sharey=True)
-    styles, (unit, unit_seconds) = _styles(groups), time_unit(groups)
-    axes: tuple[tuple[Axis, str, float], ...] = (
-        ("step", "optimizer steps", 1.0),
-        ("seconds", f"training time ({unit})", unit_seconds),
-        ("tokens", "tokens seen", 1.0),
-    )
-    for panel, (axis, label, scale) in zip(panels, axes, strict=True):
+def loss_figure(groups: Sequence[Group], axes: Sequence[Axis] = ("step", "seconds", "tokens")) -> Figure:
+    """Held-out loss (thick, with its range) and, where it was measured, training loss (thin); a panel for each axis."""
+    figure = Figure(figsize=(min(15, 7.5 * len(axes)), 5.4), layout="constrained", dpi=DPI)
+    panels: Sequence[Axes] = np.ravel(figure.subplots(1, len(axes), sharey=True, squeeze=False)).tolist()
+    styles = _styles(groups)
+    for panel, axis in zip(panels, axes, strict=True):
+        unit, scale = time_unit(groups) if axis == "seconds" else ("", 1.0)
         for group in groups:
             style = styles[group.label]
             _line(panel, group, TRAIN, axis, style | {"linewidth": 0.8, "alpha": 0.45}, scale)
             _line(panel, group, HELDOUT, axis, style | {"linewidth": 2.2}, scale)
         _mark_reached(panel, groups, axis, scale)
-        panel.set_xlabel(label, fontsize=12)
+        labels = {"step": "optimizer steps", "seconds": f"training time ({unit})", "tokens": "tokens seen"}
+        panel.set_xlabel(labels[axis], fontsize=12)
         panel.set_xlim(left=0)
         _dress(panel)
-    panels[2].xaxis.set_major_formatter(EngFormatter(sep=""))
+        if axis == "tokens":
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panels[0].set_ylabel("loss (nats per token)", fontsize=12)
-    _legend(
-        figure,
-        [
-            *(Line2D([], [], linewidth=2.2, label=_with_end(group), **styles[group.label]) for group in groups),
-            Line2D([], [], color="#666666", linewidth=2.2, label="held-out"),
-            Line2D([], [], color="#666666", linewidth=0.8, alpha=0.6, label="training batches"),
-        ],
-    )
+    handles = [Line2D([], [], linewidth=2.2, label=_with_end(group), **styles[group.label]) for group in groups]
+    if any(TRAIN in keys for keys in map(Group.keys, groups)):
+        handles.append(Line2D([], [], color="#666666", linewidth=2.2, label="held-out"))
+        handles.append(Line2D([], [], color="#666666", linewidth=0.8, alpha=0.6, label="training batches"))
+    _legend(figure, handles)
     return figure
 
 

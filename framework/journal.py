@@ -49,6 +49,10 @@ class Journal:
         """Tokens trained on up to and including a step."""
         return self._start_tokens + (step - self._start_step) * self._tokens_per_step
 
+    def due(self, step: int) -> bool:
+        """Whether a step is reported."""
+        return step == 1 or step == self._total_steps or self._period.due(step)
+
     def step_done(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Wait for a step and report it if that is due. Steps come in order, each once."""
         numbers = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
@@ -58,7 +62,7 @@ class Journal:
             self.seconds_to_first_step = seconds_since_process_start()
             progress.say(f"first step done {self.seconds_to_first_step:.1f} s after the process started")
             self._speedometer.warmed_up(step, seconds)
-        if not (step == 1 or step == self._total_steps or self._period.due(step)):
+        if not self.due(step):
             return
         values = {name if name.startswith("optimizer/") else f"train/{name}": n for name, n in numbers.items()}
         speed = self._speedometer.read(step, seconds)

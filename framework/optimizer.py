@@ -2,7 +2,7 @@
 
 An optimizer is an `optax.GradientTransformation`. It may also have `state_shardings(params)`, `diagnostics(state)` and
 `treatments(params)`; and, if the layout of its state depends on the number of devices, `state_of_owners(params, n)` and
-`adopt(state, params, n)`. Distributed Shampoo has them all, plain optax has none.
+`adopt(state, params)`. Distributed Shampoo has them all, plain optax has none.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -19,9 +19,9 @@ class OptimizerOptions(Protocol):
     """The options of an optimizer, a frozen dataclass: what the config's `optimizer` section names."""
 
     def build(
-        self, learning_rate: optax.Schedule, *, mesh: Mesh | None, axis_names: Any
+        self, learning_rate: optax.Schedule, *, mesh: Mesh | None, axis_names: Any, param_specs: Any
     ) -> optax.GradientTransformation:
-        """The optimizer for parameters that lie on `mesh` and whose dimensions are named by `axis_names`."""
+        """The optimizer for parameters that lie on `mesh` as `param_specs` say, dimensions named by `axis_names`."""
         ...
 
 
@@ -44,7 +44,7 @@ class _Treats(Protocol):
 class _Partitions(Protocol):
     def state_of_owners(self, params: Any, owners: int) -> Any: ...
 
-    def adopt(self, state: Any, params: Any, owners: int) -> Any: ...
+    def adopt(self, state: Any, params: Any) -> Any: ...
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
@@ -88,9 +88,9 @@ def state_of_devices(tx: optax.GradientTransformation, abstract: Any, params: An
     return tx.state_of_owners(params, devices) if isinstance(tx, _Partitions) else abstract
 
 
-def adopt(tx: optax.GradientTransformation, state: Any, abstract: Any, params: Any, devices: int) -> Any:
-    """The state of a run on `devices` devices, laid out for this one."""
+def adopt(tx: optax.GradientTransformation, state: Any, abstract: Any, params: Any) -> Any:
+    """The state of a run on another mesh, laid out for this one."""
     if not isinstance(tx, _Partitions):
         return state
     own = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(lambda state: tx.adopt(state, params, devices), out_shardings=own)(state)
+    return jax.jit(lambda state: tx.adopt(state, params), out_shardings=own)(state)

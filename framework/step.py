@@ -1,7 +1,6 @@
 """The train step and the evaluation step: pure functions, jitted, with every sharding in plain sight."""
 
 import functools
-import operator
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ..optimizers.finite import all_finite
 from . import optimizer, partitioning
 from .state import TrainState, shardings
 from .task import Batch, Metrics, Task
@@ -43,8 +43,7 @@ def make_train_step(
       gradient_clip: bound on the global norm of the gradient; 0 leaves it alone.
 
     Metrics are float32 scalars (counters int32), the same on all devices: the task's (total / weight),
-    `gradient_norm` (before clipping), `update_norm`, `learning_rate`, `skipped`, `consecutive_skips`,
-    `optimizer/<diagnostic>`.
+    `gradient_norm` (before clipping), `update_norm`, `learning_rate`, `skipped`, `consecutive_skips`.
     """
     params_shardings = shardings(abstract.params)
 
@@ -58,7 +57,7 @@ def make_train_step(
         metrics["gradient_norm"] = global_norm(gradients)
 
         # The test is a reduction over the global arrays, hence one decision for all devices.
-        finite = jnp.isfinite(metrics["loss"]) & _all_finite(gradients)
+        finite = jnp.isfinite(metrics["loss"]) & all_finite(gradients)
         if gradient_clip:
             scale = gradient_clip / jnp.maximum(metrics["gradient_norm"], gradient_clip)
             gradients = jax.tree.map(lambda leaf: leaf * scale, gradients)
@@ -81,8 +80,7 @@ def make_train_step(
         )
         metrics["skipped"] = state.skipped
         metrics["consecutive_skips"] = state.consecutive_skips
-        diagnostics = optimizer.diagnostics(tx, state.opt_state)
-        return state, metrics | {f"optimizer/{name}": value for name, value in diagnostics.items()}
+        return state, metrics
 
     return jax.jit(
         train_step,
@@ -90,6 +88,15 @@ def make_train_step(
         out_shardings=(shardings(abstract), partitioning.replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def make_diagnosis(tx: optax.GradientTransformation, abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+    """The jitted `opt_state -> {"optimizer/<diagnostic>": scalar}`, apart from the step: few steps are reported."""
+
+    def diagnose(opt_state: Any) -> dict[str, jax.Array]:
+        return {f"optimizer/{name}": value for name, value in optimizer.diagnostics(tx, opt_state).items()}
+
+    return jax.jit(diagnose, in_shardings=(shardings(abstract.opt_state),), out_shardings=partitioning.replicated(mesh))
 
 
 def make_eval_step(task: Task, abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
@@ -112,10 +119,6 @@ def global_norm(tree: Any) -> jax.Array:
     largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf), initial=0.0) for leaf in leaves])
     unit = jnp.where(largest > 0, largest, 1.0)
     return unit * jnp.sqrt(sum(jnp.sum(jnp.square(leaf / unit)) for leaf in leaves))
-
-
-def _all_finite(tree: Any) -> jax.Array:
-    return functools.reduce(operator.and_, [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
 
 
 def _cut(batch: Batch, microbatches: int, mesh: Mesh) -> Batch:

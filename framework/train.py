@@ -25,7 +25,7 @@ from .metrics import MetricsWriter
 from .periods import Period
 from .schedule import make_schedule
 from .state import TrainState, abstract_state, abstract_variables, initial_state
-from .step import make_eval_step, make_train_step
+from .step import make_diagnosis, make_eval_step, make_train_step
 from .stopping import StopSignals, TrainingStopped
 
 
@@ -98,7 +98,8 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             final_fraction=config.schedule.final_fraction,
         )
         with refusals():
-            tx = options.build(learning_rate, mesh=mesh, axis_names=axes["params"])
+            specs = partitioning.shardings(variables, placements, mesh)
+            tx = options.build(learning_rate, mesh=mesh, axis_names=axes["params"], param_specs=specs["params"])
             treatments = optimizer.treatments(tx, variables["params"])
         abstract = abstract_state(task, tx, batch_spec, placements, mesh)
         eval_step = make_eval_step(task, abstract, mesh)
@@ -118,8 +119,8 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         progress.say(str(origin))
         fresh = functools.partial(initial_state, task, tx, batch_spec, abstract, config.seed)
         state = begin(origin, there, abstract, fresh)
-        if record.devices not in (0, mesh.size):
-            here = optimizer.adopt(tx, state.opt_state, abstract.opt_state, abstract.params, record.devices)
+        if record.devices:  # the owners of blocks follow from the mesh and from how parameters lie on it
+            here = optimizer.adopt(tx, state.opt_state, abstract.opt_state, abstract.params)
             state = dataclasses.replace(state, opt_state=here)
         record = dataclasses.replace(record, devices=mesh.size)
 
@@ -136,6 +137,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             gradient_clip=config.gradient_clip,
         )
         compiled_step = train_step.lower(abstract, batch_spec).compile()
+        diagnose = make_diagnosis(tx, abstract, mesh).lower(abstract.opt_state).compile()
 
         # Loop: evaluate, save, train up to the next pause
         evaluation, saving = Period(in_steps(config.evaluation.every)), Period(in_steps(config.checkpoint.every))
@@ -177,13 +179,15 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
                 pause = min(evaluation.next(record.step), saving.next(record.step), total_steps)
                 with clock:
                     steps = range(record.step, pause)
-                    state, step, stopped = advance(compiled_step, state, upcoming, steps, journal, stop_reason)
+                    state, step, stopped = advance(
+                        compiled_step, diagnose, state, upcoming, steps, journal, stop_reason
+                    )
                 record = dataclasses.replace(record, step=step, seconds=clock.seconds, tokens=journal.tokens(step))
 
         # Result
         trouble = too_many_skips(journal, config.guard.max_consecutive_skips)
         heldout_metrics = record.last.values if record.last else dict.fromkeys(metric_names)
-        diagnostics = jax.jit(functools.partial(optimizer.diagnostics, tx))(state.opt_state)
+        diagnostics = diagnose(state.opt_state)
         result = {name: value for name, value in heldout_metrics.items() if name != "loss"} | {
             "steps": record.step,
             "seconds": round(record.seconds, 3),
@@ -192,7 +196,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             "best_heldout_loss": record.best.values["loss"] if record.best else None,
             "optimizer": type(options).__name__,
             "skipped_steps": int(state.skipped),
-            "refreshes": int(diagnostics["refreshes"]) if "refreshes" in diagnostics else 0,
+            "refreshes": int(diagnostics["optimizer/refreshes"]) if "optimizer/refreshes" in diagnostics else 0,
             "devices": mesh.size,
             "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
             "seconds_to_first_step": journal.seconds_to_first_step,
@@ -206,6 +210,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
 
 def advance(
     train_step: Callable[..., Any],
+    diagnose: Callable[..., Any],
     state: TrainState,
     batches: Iterator[Any],
     steps: range,
@@ -222,6 +227,8 @@ def advance(
     step, stopped, unread = steps.start, None, None
     for step in range(steps.start + 1, steps.stop + 1):
         state, metrics = train_step(state, next(batches))
+        if journal.due(step):
+            metrics |= diagnose(state.opt_state)
         if unread is not None:
             journal.step_done(*unread)
         unread = (step, metrics)

@@ -19,6 +19,16 @@ def _decay_mask(rules: tuple[tuple[str, bool], ...]):
     return lambda params: patterns.map_paths(rules, params)
 
 
+def scale_by_rules(rate_rules: patterns.Rules[float]) -> optax.GradientTransformation:
+    """Multiply the update of each parameter by the factor of the first rule that matches its path."""
+
+    def scale(updates: Any, params: Any = None) -> Any:
+        del params
+        return jax.tree.map(lambda x, factor: x * factor, updates, patterns.map_paths(rate_rules, updates))
+
+    return optax.stateless(scale)
+
+
 @dataclasses.dataclass(frozen=True)
 class AdamWOptions:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
@@ -28,12 +38,14 @@ class AdamWOptions:
     epsilon: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.0  # parameters shrink by learning rate x weight decay
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
+    rate_rules: tuple[tuple[str, float], ...] = ShampooOptions.rate_rules  # factors of the learning rate
     nesterov: bool = False  # look one step ahead along the momentum
 
-    def build(self, learning_rate: optax.Schedule, *, mesh: jax.sharding.Mesh | None = None, axis_names: Any = None):
-        """The optimizer; it needs neither mesh nor axis names."""
-        del mesh, axis_names
-        return optax.adamw(
+    def build(self, learning_rate: optax.Schedule, **layout: Any):
+        """The optimizer; it need not know how parameters lie or what their axes are called."""
+        del layout
+
+        adamw = optax.adamw(
             learning_rate,
             b1=self.beta1,
             b2=self.beta2,
@@ -42,6 +54,7 @@ class AdamWOptions:
             mask=_decay_mask(self.decay_rules),
             nesterov=self.nesterov,
         )
+        return optax.chain(adamw, scale_by_rules(self.rate_rules))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +66,9 @@ class MomentumOptions:
     weight_decay: float = 0.0  # added to the gradient
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
 
-    def build(self, learning_rate: optax.Schedule, *, mesh: jax.sharding.Mesh | None = None, axis_names: Any = None):
-        """The optimizer; it needs neither mesh nor axis names."""
-        del mesh, axis_names
+    def build(self, learning_rate: optax.Schedule, **layout: Any):
+        """The optimizer; it need not know how parameters lie or what their axes are called."""
+        del layout
         return optax.chain(
             optax.add_decayed_weights(self.weight_decay, _decay_mask(self.decay_rules)),
             optax.sgd(learning_rate, momentum=self.momentum, nesterov=self.nesterov),
@@ -73,9 +86,9 @@ class AdafactorOptions:
     weight_decay: float = 0.0  # decoupled, scaled by the learning rate
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
 
-    def build(self, learning_rate: optax.Schedule, *, mesh: jax.sharding.Mesh | None = None, axis_names: Any = None):
-        """The optimizer; it needs neither mesh nor axis names."""
-        del mesh, axis_names
+    def build(self, learning_rate: optax.Schedule, **layout: Any):
+        """The optimizer; it need not know how parameters lie or what their axes are called."""
+        del layout
         return optax.chain(
             optax.adafactor(
                 learning_rate=None,
@@ -104,9 +117,9 @@ class MuonOptions:
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
     treatments: tuple[tuple[str, str], ...] = ShampooOptions.treatments  # "diagonal" means Adam
 
-    def build(self, learning_rate: optax.Schedule, *, mesh: jax.sharding.Mesh | None = None, axis_names: Any = None):
+    def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
         """The optimizer; axis names tell the sides of its matrices, as they do for Shampoo."""
-        del mesh
+        del layout
         rules = [(pattern, Treatment.parse(text)) for pattern, text in self.treatments]
         names = names_by_path(axis_names)
 

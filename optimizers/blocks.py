@@ -7,15 +7,18 @@ so a checkpoint can name a block by path and coordinates.
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from . import patterns
-from .options import ShampooOptions, Treatment
-from .views import MatrixView, matrix_view, names_by_path
+from .assignment import assign_owners
+from .options import Rule, ShampooOptions, Treatment
+from .tiles import Tiling, make_tiling
+from .views import View, matrix_axes, matrix_view, names_by_path, tensor_view
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,74 +28,96 @@ class Leaf:
     Attributes:
       index: position among the leaves of the parameter tree.
       path: the parameter's path.
-      view: the parameter as [stack, rows, cols].
-      pieces: how many blocks its rows and its columns are cut into.
+      tiling: its view, its blocks and how its shards are cut into tiles.
     """
 
     index: int
     path: str
-    view: MatrixView
-    pieces: tuple[int, int]
+    tiling: Tiling
+
+    @property
+    def view(self) -> View:
+        """The parameter as a stack of tensors."""
+        return self.tiling.view
 
     @property
     def blocks(self) -> int:
-        """Number of blocks: stack x row pieces x column pieces, in this order."""
-        return self.view.stack * self.pieces[0] * self.pieces[1]
+        """Number of blocks: stack x pieces of the sides, in this order."""
+        return self.tiling.blocks
 
 
 @dataclasses.dataclass(frozen=True)
-class Bucket:
-    """Blocks of one shape and one treatment: arrays [slots, rows, cols], whose slots are shared out over all devices.
-
-    Block i of the bucket is block `first + i` of the whole plan. That number alone decides in which phase of the
-    refresh interval the block is due, so that a run does not depend on the number of devices; `slots` tells its owner.
+class Group:
+    """What blocks must agree in to share a bucket; buckets are ordered by it.
 
     Attributes:
-      name: "rows x cols" and what else tells it from other buckets.
-      rows, cols: the block's sides, padding included.
-      sides: which sides are preconditioned: "both" or "rows".
-      order: the p of the inverse p-th roots.
+      shape: the block's sides, padding included, shorter parameter sides first.
+      sides: which of them are preconditioned.
+      p: the order of the inverse roots, 0 where nothing is preconditioned.
+      beta2, ridge, cut: of statistics and roots.
+    """
+
+    shape: tuple[int, ...]
+    sides: tuple[int, ...]
+    p: int
+    beta2: float
+    ridge: float
+    cut: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bucket:
+    """Blocks of one shape and one treatment: arrays [slots, *shape], whose slots are shared out over all devices.
+
+    Block i of the bucket is block `first + i` of the whole plan. That number alone decides in which phase of the
+    refresh interval it is due, so that a run does not depend on the number of devices; `owner` tells whose it is.
+
+    Attributes:
+      name: of the group, as far as it tells the bucket from others.
+      group: what its blocks have in common.
       leaves: the parameters whose blocks it holds, in order.
       first: number of blocks in the buckets before it.
-      devices: number of owners.
+      owners: number of devices that share its slots.
       phases: number of steps over which the refresh of all blocks is spread.
+      owner: the owner of each block.
     """
 
     name: str
-    rows: int
-    cols: int
-    sides: str
-    order: int
+    group: Group
     leaves: tuple[Leaf, ...]
     first: int
-    devices: int
+    owners: int
     phases: int
+    owner: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Lengths of a block's sides, padding included."""
+        return self.group.shape
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The preconditioned sides."""
+        return self.group.sides
 
     @property
     def blocks(self) -> int:
         """Number of blocks."""
-        return sum(leaf.blocks for leaf in self.leaves)
+        return len(self.owner)
 
     @property
     def matrices(self) -> int:
-        """Number of whole matrices (each matrix of a stack counts), plus one for the empty slots."""
-        return sum(leaf.view.stack for leaf in self.leaves) + 1
+        """Number of whole matrices (each of a stack counts), plus one for the empty slots."""
+        return sum(leaf.view.stacked for leaf in self.leaves) + 1
 
     @functools.cached_property
     def slots(self) -> np.ndarray:
-        """[devices, slots per device] int32: the block in each slot, or `blocks` where the slot is empty.
-
-        Block number g of the plan belongs to device (g + g // lcm(phases, devices)) % devices. Consecutive blocks then
-        go to consecutive devices, and so do consecutive blocks of one phase: each device owns its share of every
-        bucket (plus at most one), and its share of what is due in every phase.
-        """
-        number = self.first + np.arange(self.blocks)
-        owner = (number + number // math.lcm(self.phases, self.devices)) % self.devices
-        own = [np.flatnonzero(owner == device) for device in range(self.devices)]
-        width = max(len(blocks) for blocks in own)
-        slots = np.full((self.devices, width), self.blocks, np.int32)
-        for device, blocks in enumerate(own):
-            slots[device, : len(blocks)] = blocks
+        """[owners, slots per owner] int32: the block in each slot, or `blocks` where the slot is empty."""
+        slots = np.full((self.owners, slots_per_owner(self.blocks, self.owners)), self.blocks, np.int32)
+        owner = np.asarray(self.owner, np.int64)
+        for device in range(self.owners):
+            own = np.flatnonzero(owner == device)
+            slots[device, : len(own)] = own
         return slots
 
     @functools.cached_property
@@ -102,44 +127,44 @@ class Bucket:
 
     @functools.cached_property
     def due(self) -> np.ndarray:
-        """[devices, phases, window] int32: slots (of the device) due in each phase, filled up with slots per device."""
+        """[owners, phases, window] int32: slots (of the owner) due in each phase, filled up with slots per owner."""
         width = self.slots.shape[1]
-        rows = [
-            [
-                [
-                    slot
-                    for slot in range(width)
-                    if slots[slot] < self.blocks and (self.first + slots[slot]) % self.phases == phase
-                ]
-                for phase in range(self.phases)
-            ]
-            for slots in self.slots.tolist()
-        ]
+        rows: list[list[list[int]]] = []
+        for blocks in self.slots.tolist():
+            rows.append([[] for _ in range(self.phases)])
+            for slot, block in enumerate(blocks):
+                if block < self.blocks:
+                    rows[-1][(self.first + block) % self.phases].append(slot)
         window = max(len(phase) for device in rows for phase in device)
         return np.array([[phase + [width] * (window - len(phase)) for phase in device] for device in rows], np.int32)
 
+    @functools.cached_property
     def matrix_of_slot(self) -> np.ndarray:
-        """[devices * slots] int32: which matrix each slot's block belongs to; empty slots belong to the last."""
+        """[owners * slots] int32: which matrix each slot's block belongs to; empty slots belong to the last."""
         ids, first = [], 0
         for leaf in self.leaves:
-            ids.append(first + np.repeat(np.arange(leaf.view.stack), leaf.pieces[0] * leaf.pieces[1]))
-            first += leaf.view.stack
+            ids.append(first + np.repeat(np.arange(leaf.view.stacked), math.prod(leaf.tiling.pieces)))
+            first += leaf.view.stacked
         return np.concatenate([*ids, [first]]).astype(np.int32)[self.slots.reshape(-1)]
 
+    @functools.cached_property
+    def elements_of_matrix(self) -> np.ndarray:
+        """[matrices] float32: number of elements of each matrix; 1 for the empty slots."""
+        counts = [np.full(leaf.view.stacked, math.prod(leaf.view.lengths)) for leaf in self.leaves]
+        return np.concatenate([*counts, [1]]).astype(np.float32)
+
+    @functools.cached_property
     def real_sizes(self) -> np.ndarray:
-        """[devices * slots, 2] int32: how many rows and columns of each slot's block are not padding."""
+        """[owners * slots, sides of a block] int32: how much of each side of each slot's block is not padding."""
         sizes = []
         for leaf in self.leaves:
             sides = [
                 np.clip(whole - part * np.arange(count), 0, part)
-                for whole, part, count in (
-                    (leaf.view.rows, self.rows, leaf.pieces[0]),
-                    (leaf.view.cols, self.cols, leaf.pieces[1]),
-                )
+                for whole, part, count in zip(leaf.view.lengths, self.shape, leaf.tiling.pieces, strict=True)
             ]
-            grid = np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, 2)
-            sizes.append(np.tile(grid, (leaf.view.stack, 1)))
-        return np.concatenate([*sizes, np.zeros((1, 2))]).astype(np.int32)[self.slots.reshape(-1)]
+            grid = np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, len(sides))
+            sizes.append(np.tile(grid, (leaf.view.stacked, 1)))
+        return np.concatenate([*sizes, np.zeros((1, len(self.shape)))]).astype(np.int32)[self.slots.reshape(-1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,92 +172,150 @@ class Plan:
     """Every parameter's treatment: in a bucket, or diagonal.
 
     Attributes:
-      buckets: the buckets, ordered by name.
-      diagonal: indices of the leaves under diagonal treatment.
+      buckets: the buckets, ordered by group.
+      diagonal: index of each leaf under diagonal treatment -> its beta2.
       treatments: path -> a short text for tables.
     """
 
     buckets: tuple[Bucket, ...]
-    diagonal: tuple[int, ...]
+    diagonal: dict[int, float]
     treatments: dict[str, str]
+
+
+def slots_per_owner(blocks: int, owners: int) -> int:
+    """Slots that each owner of a bucket needs."""
+    return math.ceil(blocks / owners)
 
 
 def cut(side: int, block_size: int) -> tuple[int, int]:
     """Cut a side into equal parts: (number of parts, length of each with padding).
 
-    The length is rounded up to a multiple of 8 and of 1/16 of its power of two, which keeps the number of
-    different shapes small for at most one part in sixteen of padding.
+    The length is rounded up to a multiple of 1/16 of its power of two (a multiple of 8 from 128 on), which keeps the
+    number of different shapes small for at most one part in sixteen of padding.
     """
     pieces = math.ceil(side / block_size)
     length = math.ceil(side / pieces)
-    granule = max(8, 2 ** (length.bit_length() - 1) // 16)
-    rounded = math.ceil(length / granule) * granule
+    granule = max(1, 2 ** (length.bit_length() - 1) // 16)
     # Never beyond the block size itself: a longer part could leave the last block empty.
-    return pieces, max(length, min(rounded, math.ceil(block_size / 8) * 8))
+    return pieces, min(math.ceil(length / granule) * granule, block_size)
 
 
-def make_plan(params: Any, axis_names: Any, options: ShampooOptions, devices: int) -> Plan:
-    """Decide the treatment of every parameter and gather blocks into buckets.
+def make_plan(params: Any, axis_names: Any, param_specs: Any, options: ShampooOptions, mesh: Mapping[str, int]) -> Plan:
+    """Decide the treatment of every parameter, gather blocks into buckets and share them out.
 
     Args:
       params: tree of arrays or ShapeDtypeStructs.
       axis_names: None, or a tree shaped like params whose leaves are tuples with one name (or None) per axis.
-      options: treatments, block size, exponent.
-      devices: number of owners.
+      param_specs: None (replicated), or a tree shaped like params of PartitionSpecs or NamedShardings.
+      options: treatments, block size, exponent and so on.
+      mesh: axis name -> number of devices; all together own the blocks.
 
     Raises:
-      ValueError: a path that no treatment covers, or axis names that do not fit a parameter.
+      ValueError: a path that no treatment covers, or axis names or specs that do not fit the parameters.
     """
     leaves = jax.tree.leaves(params)
-    names = names_by_path(axis_names)
-    rules = [(pattern, Treatment.parse(text)) for pattern, text in options.treatments]
-    grouped: dict[tuple[int, int, str, int], list[Leaf]] = {}
-    diagonal: list[int] = []
+    names, specs = names_by_path(axis_names), _specs_by_path(param_specs)
+    rules = [(pattern, options.resolve(Treatment.parse(text))) for pattern, text in options.treatments]
+    grouped: dict[Group, list[Leaf]] = {}
+    diagonal: dict[int, float] = {}
     treatments: dict[str, str] = {}
     for index, (path, leaf) in enumerate(zip(patterns.paths(params), leaves, strict=True)):
-        treatment = patterns.first_match(rules, path)
-        view = matrix_view(
-            leaf.shape,
-            names[path] if names else None,
-            stack_axes=options.stack_axes,
-            fold_axes=options.fold_axes,
-            stack=min(treatment.stack, len(leaf.shape)),
-        )
-        if treatment.kind == "diagonal" or not view.is_matrix:
-            diagonal.append(index)
+        if (names and path not in names) or (specs and path not in specs):
+            raise ValueError(f"{path!r} is a parameter, but the axis names or the specs given have none for it")
+        _check_spec(path, leaf.shape, specs.get(path), mesh)
+        rule = patterns.first_match(rules, path)
+        view, sides = _view(leaf.shape, names.get(path), rule, options)
+        if rule.kind == "diagonal" or not view.is_matrix:
+            diagonal[index] = rule.beta2
             treatments[path] = f"diagonal ({options.graft})"
             continue
-        block_size = treatment.block_size or options.block_size
-        (row_pieces, rows), (col_pieces, cols) = cut(view.rows, block_size), cut(view.cols, block_size)
-        sides = "both" if treatment.kind == "shampoo" else "rows"
-        order = options.root_order(treatment, 2 if sides == "both" else 1)
-        entry = Leaf(index, path, view, (row_pieces, col_pieces))
-        grouped.setdefault((rows, cols, sides, order), []).append(entry)
-        treatments[path] = f"{treatment.kind} {rows}x{cols} x{entry.blocks}"
+        cuts = [cut(length, rule.block_size) for length in view.lengths]
+        pieces, shape = (tuple(part[i] for part in cuts) for i in (0, 1))
+        p = options.root_order(rule, len(sides))
+        group = Group(shape, sides if p else (), p, rule.beta2, rule.ridge, rule.cut)
+        entry = Leaf(index, path, make_tiling(view, pieces, shape, specs.get(path), mesh))
+        grouped.setdefault(group, []).append(entry)
+        treatments[path] = f"{rule.kind} {_title(group)} x{entry.blocks}"
     phases = 1 if options.refresh == "periodic" else options.interval
-    buckets: list[Bucket] = []
-    first = 0
-    for (rows, cols, sides, order), members in sorted(grouped.items()):
-        name = f"{rows}x{cols}_{sides}_p{order}"
-        buckets.append(Bucket(name, rows, cols, sides, order, tuple(members), first, devices, phases))
-        first += buckets[-1].blocks
-    return Plan(tuple(buckets), tuple(diagonal), treatments)
+    return Plan(_buckets(grouped, math.prod(mesh.values()), phases, options), diagonal, treatments)
 
 
-def to_blocks(x: jax.Array, leaf: Leaf, bucket: Bucket) -> jax.Array:
-    """A parameter-shaped array as its blocks, [leaf.blocks, rows * cols] float32, zeros in the padding."""
-    view, (row_pieces, col_pieces) = leaf.view, leaf.pieces
-    x = jnp.transpose(x.astype(jnp.float32), view.order).reshape(view.stack, view.rows, view.cols)
-    padding = (row_pieces * bucket.rows - view.rows, col_pieces * bucket.cols - view.cols)
-    x = jnp.pad(x, ((0, 0), (0, padding[0]), (0, padding[1])))
-    x = x.reshape(view.stack, row_pieces, bucket.rows, col_pieces, bucket.cols)
-    return x.transpose(0, 1, 3, 2, 4).reshape(leaf.blocks, bucket.rows * bucket.cols)
+def _view(
+    shape: tuple[int, ...], names: tuple[str | None, ...] | None, rule: Rule, options: ShampooOptions
+) -> tuple[View, tuple[int, ...]]:
+    """The parameter's view and which of its sides are preconditioned."""
+    stack = min(rule.stack, len(shape))
+    if rule.view == "tensor" and rule.kind != "one_sided":
+        view = tensor_view(shape, names, stack_axes=options.stack_axes, merge_dims=options.merge_dims, stack=stack)
+        return view, tuple(range(len(view.sides)))
+    axes = {"stack_axes": options.stack_axes, "fold_axes": options.fold_axes, "stack": stack}
+    view = matrix_view(shape, names, **axes)
+    if rule.kind != "one_sided":
+        return view, (0, 1)
+    if rule.side == "short":
+        return view, (0,)
+    _, left, right = matrix_axes(len(shape), names, **axes)
+    return view, (view.sides.index(tuple(left if rule.side == "left" else right)),)
 
 
-def from_blocks(blocks: jax.Array, leaf: Leaf, bucket: Bucket) -> jax.Array:
-    """The inverse of `to_blocks`, float32."""
-    view, (row_pieces, col_pieces) = leaf.view, leaf.pieces
-    x = blocks.reshape(view.stack, row_pieces, col_pieces, bucket.rows, bucket.cols).transpose(0, 1, 3, 2, 4)
-    x = x.reshape(view.stack, row_pieces * bucket.rows, col_pieces * bucket.cols)[:, : view.rows, : view.cols]
-    x = x.reshape([view.shape[axis] for axis in view.order])
-    return jnp.transpose(x, [int(axis) for axis in np.argsort(view.order)])
+def _buckets(
+    grouped: Mapping[Group, list[Leaf]], owners: int, phases: int, options: ShampooOptions
+) -> tuple[Bucket, ...]:
+    groups = sorted(grouped, key=dataclasses.astuple)
+    counts = [sum(leaf.blocks for leaf in grouped[group]) for group in groups]
+    bucket = np.repeat(np.arange(len(groups)), counts)
+    # Blocks of different parameters have one holder if the parameters' shards lie on the same devices.
+    holders: dict[tuple[Any, int], int] = {}
+    holder = [
+        holders.setdefault((tuple(names for _, names in leaf.tiling.sharded), shard), len(holders))
+        for group in groups
+        for leaf in grouped[group]
+        for shard in leaf.tiling.holder.tolist()
+    ]
+    number = np.arange(len(bucket))
+    owner = assign_owners(bucket, np.asarray(holder, np.int64), number % phases, owners)
+    result, first = [], 0
+    for group, count in zip(groups, counts, strict=True):
+        part = tuple(owner[first : first + count].tolist())
+        name = _name(group, options)
+        result.append(Bucket(name, group, tuple(grouped[group]), first, owners, phases, part))
+        first += count
+    return tuple(result)
+
+
+def _title(group: Group) -> str:
+    """As in "128x512 p4"; where not all sides are preconditioned, those that are have a mark: "128*x512 p2"."""
+    marked = group.sides if len(group.sides) < len(group.shape) else ()
+    lengths = "x".join(f"{length}{'*' if side in marked else ''}" for side, length in enumerate(group.shape))
+    return f"{lengths} p{group.p}" if group.p else f"{lengths} momentum"
+
+
+def _name(group: Group, options: ShampooOptions) -> str:
+    """A key for the state: letters, digits, dots, dashes, underscores."""
+    sides = "all" if len(group.sides) == len(group.shape) else "side" + "".join(map(str, group.sides))
+    parts = ["x".join(map(str, group.shape)), sides, f"p{group.p}"]
+    for field in ("beta2", "ridge", "cut"):
+        if getattr(group, field) != getattr(options, field):
+            parts.append(f"{field}-{getattr(group, field)!r}".replace("+", ""))
+    return "_".join(parts)
+
+
+def _check_spec(path: str, shape: tuple[int, ...], spec: PartitionSpec | None, mesh: Mapping[str, int]) -> None:
+    if len(spec or ()) > len(shape):
+        raise ValueError(
+            f"{path!r} has the spec {spec} with {len(spec or ())} entries, but its shape {shape} has {len(shape)}"
+        )
+    for entry in spec or ():
+        for name in (entry,) if isinstance(entry, str) else entry or ():
+            if name not in mesh:
+                found = f"the mesh has no axis {name!r}; it has {', '.join(mesh)}" if mesh else "no mesh is given"
+                raise ValueError(f"{path!r} has the spec {spec}, but {found}")
+
+
+def _specs_by_path(param_specs: Any) -> dict[str, PartitionSpec]:
+    """A tree of PartitionSpecs or NamedShardings as a dict from path to spec; empty for None."""
+    entries = jax.tree_util.tree_leaves_with_path(param_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return {
+        patterns.path_name(key_path): spec.spec if isinstance(spec, NamedSharding) else spec
+        for key_path, spec in entries
+    }

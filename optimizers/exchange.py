@@ -1,20 +1,50 @@
 """Moves blocks between the parameters' layout and their owners: one all-to-all each way per bucket.
 
-Outside `shard_map` every block of a parameter lies flattened, sliced evenly over all devices. Inside, the slices of a
-bucket's parameters are joined locally and one all-to-all brings whole blocks to their owners. (Joining blocks along
-a sharded axis under the automatic partitioner instead costs a permutation per block.)
+Outside `shard_map` every parameter lies as tiles, each on the devices that hold its shard, divided among them. Inside,
+each device sorts its tiles by the owners of their blocks and one all-to-all brings them there; an owner puts its blocks
+together from tiles. Both orders are fixed when the program is built: where a tile goes, and where an owner finds it.
+(Joining blocks along a sharded axis under the automatic partitioner instead costs a permutation per block.)
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .blocks import Bucket
+from .blocks import Bucket, Leaf
+from .tiles import from_tiles, slice_tiles, to_tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """The way of the tiles of one shape in a bucket, between the devices that hold them and the owners.
+
+    Attributes:
+      leaves: the parameters with such tiles, as positions among the bucket's leaves.
+      tile, per_block: lengths of a tile, and number of tiles of a block along each side.
+      copies: devices that divide each tile.
+      elements: of the part of a tile that one device holds.
+      depth: most tiles that any device sends to any other.
+      position: [devices, tiles of a device] int32, owner x depth + rank of each tile among those sent there.
+      source: [devices, slots, tiles of a block, copies] int32, the sender x depth + rank that each part of each own
+        block comes from; devices x depth where it is padding.
+    """
+
+    leaves: tuple[int, ...]
+    tile: tuple[int, ...]
+    per_block: tuple[int, ...]
+    copies: int
+    elements: int
+    depth: int
+    position: np.ndarray
+    source: np.ndarray
 
 
 class Owners:
@@ -27,7 +57,8 @@ class Owners:
     def __init__(self, mesh: Mesh | None):
         self.mesh = mesh
         self.axes = tuple(mesh.axis_names) if mesh is not None else ()
-        self.count = mesh.size if mesh is not None else 1
+        self.sizes = dict(mesh.shape) if mesh is not None else {}
+        self.count = math.prod(self.sizes.values())
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         """A sharding over the owners' mesh."""
@@ -39,62 +70,167 @@ class Owners:
         """Axis 0 (the blocks) over all devices."""
         return PartitionSpec(self.axes)
 
-    @property
-    def sliced(self) -> PartitionSpec:
-        """Axis 1 (the elements of a block) over all devices."""
-        return PartitionSpec(None, self.axes)
-
-    def slice_blocks(self, blocks: jax.Array) -> jax.Array:
-        """Flattened blocks [blocks, elements], padded so that they divide, each sliced over all devices."""
-        if self.mesh is None:
-            return blocks
-        elements = blocks.shape[1]
-        padding = math.ceil(elements / self.count) * self.count - elements
-        padded = jnp.pad(blocks, ((0, 0), (0, padding)))
-        return lax.with_sharding_constraint(padded, self.sharding(self.sliced))
-
-    def run(self, local: Callable[..., Any], sliced: Any, owned: Any, shared: Any) -> tuple[Any, Any, Any]:
-        """Call `local(sliced, owned, shared)` on every device on what is its own.
+    def run(self, local: Callable[..., Any], tiles: Any, specs: Any, owned: Any, shared: Any) -> tuple[Any, Any, Any]:
+        """Call `local(tiles, owned, shared)` on every device on what is its own.
 
         Args:
-          local: returns (sliced, owned, shared), laid out as its arguments are.
-          sliced: tree of arrays made by `slice_blocks`.
-          owned: tree of arrays whose axis 0 is a bucket's block axis.
+          local: returns (tiles, owned, shared), laid out as its arguments are.
+          tiles: tree of arrays made by `cut`.
+          specs: how they lie, a tree shaped like `tiles`.
+          owned: tree of arrays whose axis 0 is a bucket's slots, or the devices.
           shared: tree of replicated arrays.
         """
         if self.mesh is None:
-            return local(sliced, owned, shared)
+            return local(tiles, owned, shared)
         return jax.shard_map(
             local,
             mesh=self.mesh,
-            in_specs=(self.sliced, self.by_block, PartitionSpec()),
-            out_specs=(self.sliced, self.by_block, PartitionSpec()),
+            in_specs=(specs, self.by_block, PartitionSpec()),
+            out_specs=(specs, self.by_block, PartitionSpec()),
             check_vma=False,  # eigh's scan carries change their varying axes and fail the check
-        )(sliced, owned, shared)
+        )(tiles, owned, shared)
 
-    def to_owners(self, slices: Sequence[jax.Array], bucket: Bucket) -> jax.Array:
-        """Inside `run`: the slices of a bucket's parameters become own blocks [slots per device, rows, cols]."""
-        joined = jnp.concatenate([*slices, jnp.zeros_like(slices[0][:1])])
-        joined = joined[bucket.slots.reshape(-1)]
-        if self.mesh is not None:
-            joined = lax.all_to_all(joined, self.axes, split_axis=0, concat_axis=1, tiled=True)
-        elements = bucket.rows * bucket.cols
-        return joined[:, :elements].reshape(-1, bucket.rows, bucket.cols)
+    def cut(self, x: jax.Array, leaf: Leaf) -> jax.Array:
+        """A parameter-shaped array as tiles, each on the devices that hold its shard, divided among them."""
+        if self.mesh is None:
+            return to_tiles(x, leaf.tiling, None)
+        return slice_tiles(to_tiles(x, leaf.tiling, self.mesh), leaf.tiling, self.mesh)
 
-    def from_owners(self, blocks_nrc: jax.Array, bucket: Bucket) -> list[jax.Array]:
-        """Inside `run`: own blocks become the slices of the bucket's parameters, in the order of its leaves."""
-        joined = blocks_nrc.reshape(blocks_nrc.shape[0], -1)
+    def join(self, tiles: jax.Array, leaf: Leaf) -> jax.Array:
+        """The inverse of `cut`."""
         if self.mesh is not None:
-            elements = joined.shape[1]
-            padding = math.ceil(elements / self.count) * self.count - elements
-            joined = jnp.pad(joined, ((0, 0), (0, padding)))
-            joined = lax.all_to_all(joined, self.axes, split_axis=1, concat_axis=0, tiled=True)
-        slices, first = [], 0
-        for leaf in bucket.leaves:
-            slices.append(joined[bucket.slot_of_block[first : first + leaf.blocks]])
-            first += leaf.blocks
-        return slices
+            tiles = lax.with_sharding_constraint(tiles, self.sharding(leaf.tiling.spec(())))
+        return from_tiles(tiles, leaf.tiling, self.mesh)
+
+    def specs(self, bucket: Bucket) -> list[PartitionSpec]:
+        """How the tiles of a bucket's parameters lie."""
+        return [leaf.tiling.spec(leaf.tiling.free) for leaf in bucket.leaves]
+
+    def tables(self, bucket: Bucket) -> list[tuple[jax.Array, jax.Array]]:
+        """(position, source) of each of the bucket's routes, for `run` to share out."""
+        if self.mesh is None:
+            return []
+        return [(jnp.asarray(route.position), jnp.asarray(route.source)) for route in self._routes(bucket)]
+
+    def to_owners(self, tiles: Sequence[jax.Array], tables: Any, bucket: Bucket) -> jax.Array:
+        """Inside `run`: the tiles of a bucket's parameters become own blocks [slots per owner, *shape]."""
+        if self.mesh is None:
+            return jnp.concatenate([x.reshape(-1, *bucket.shape) for x in tiles])
+        routes, outgoing = self._routes(bucket), []
+        for route, (position, _) in zip(routes, tables, strict=True):
+            x = jnp.concatenate([tiles[i].reshape(-1, route.elements) for i in route.leaves])
+            places = jnp.full(self.count * route.depth, len(x)).at[position[0]].set(jnp.arange(len(x)))
+            outgoing.append(x.at[places].get(mode="fill", fill_value=0).reshape(self.count, -1))
+        incoming = lax.all_to_all(jnp.concatenate(outgoing, axis=1), self.axes, split_axis=0, concat_axis=0, tiled=True)
+        blocks, first = jnp.zeros((), jnp.float32), 0
+        for route, (_, source) in zip(routes, tables, strict=True):
+            width = route.depth * route.elements
+            x = incoming[:, first : first + width].reshape(-1, route.elements)
+            first += width
+            blocks += _assemble(x.at[source[0]].get(mode="fill", fill_value=0), route, bucket)
+        return blocks
+
+    def from_owners(self, blocks: jax.Array, tables: Any, bucket: Bucket) -> list[jax.Array]:
+        """Inside `run`: own blocks become the tiles of the bucket's parameters, in the order of its leaves."""
+        shapes = [_local_shape(leaf, self.mesh) for leaf in bucket.leaves]
+        if self.mesh is None:
+            parts = jnp.split(blocks, np.cumsum([leaf.blocks for leaf in bucket.leaves])[:-1])
+            return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+        routes, outgoing = self._routes(bucket), []
+        for route, (_, source) in zip(routes, tables, strict=True):
+            x = _disassemble(blocks, route)
+            places = jnp.full(self.count * route.depth, len(x))
+            places = places.at[source.reshape(-1)].set(jnp.arange(len(x)), mode="drop")
+            outgoing.append(x.at[places].get(mode="fill", fill_value=0).reshape(self.count, -1))
+        incoming = lax.all_to_all(jnp.concatenate(outgoing, axis=1), self.axes, split_axis=0, concat_axis=0, tiled=True)
+        result, first = [jnp.zeros(())] * len(bucket.leaves), 0
+        for route, (position, _) in zip(routes, tables, strict=True):
+            width = route.depth * route.elements
+            x = incoming[:, first : first + width].reshape(-1, route.elements)[position[0]]
+            first += width
+            counts = [math.prod(shapes[i]) // route.elements for i in route.leaves]
+            for i, part in zip(route.leaves, jnp.split(x, np.cumsum(counts)[:-1]), strict=True):
+                result[i] = part.reshape(shapes[i])
+        return result
 
     def sum(self, x: jax.Array) -> jax.Array:
         """Inside `run`: the sum over all owners, replicated."""
         return lax.psum(x, self.axes) if self.mesh is not None else x
+
+    def _routes(self, bucket: Bucket) -> tuple[Route, ...]:
+        return _routes(bucket, tuple(self.sizes.items()))
+
+
+def _assemble(parts: jax.Array, route: Route, bucket: Bucket) -> jax.Array:
+    """[slots, tiles of a block, copies, elements] as blocks [slots, *shape]."""
+    sides = range(len(route.tile))
+    x = parts.reshape(*parts.shape[:2], -1)[:, :, : math.prod(route.tile)]
+    x = x.reshape(-1, *route.per_block, *route.tile)
+    x = x.transpose(0, *[1 + i + offset for i in sides for offset in (0, len(route.tile))])
+    x = x.reshape(-1, *[count * tile for count, tile in zip(route.per_block, route.tile, strict=True)])
+    return jnp.pad(x, [(0, 0), *[(0, whole - part) for whole, part in zip(bucket.shape, x.shape[1:], strict=True)]])
+
+
+def _disassemble(blocks: jax.Array, route: Route) -> jax.Array:
+    """The inverse of `_assemble`, flattened to [parts, elements]."""
+    sides = range(len(route.tile))
+    pairs = list(zip(route.per_block, route.tile, strict=True))
+    x = blocks[(slice(None), *[slice(count * tile) for count, tile in pairs])]
+    x = x.reshape(-1, *[size for pair in pairs for size in pair])
+    x = x.transpose(0, *[1 + 2 * i for i in sides], *[2 + 2 * i for i in sides])
+    elements = math.prod(route.tile)
+    x = x.reshape(-1, elements)
+    x = jnp.pad(x, ((0, 0), (0, route.elements * route.copies - elements)))
+    return x.reshape(-1, route.elements)
+
+
+def _local_shape(leaf: Leaf, mesh: Mesh | None) -> tuple[int, ...]:
+    """Shape of one device's part of a parameter's tiles."""
+    tiling = leaf.tiling
+    if mesh is None:
+        return (tiling.blocks, math.prod(tiling.tile))
+    return (*[1] * len(tiling.sharded), tiling.places[0].shape[1], tiling.slice)
+
+
+@functools.lru_cache(maxsize=256)
+def _routes(bucket: Bucket, mesh: tuple[tuple[str, int], ...]) -> tuple[Route, ...]:
+    """The routes of a bucket over a mesh of (axis, number of devices)."""
+    by_shape: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(bucket.leaves):
+        tiling = leaf.tiling
+        by_shape.setdefault((tiling.tile, tiling.per_block, tiling.copies, tiling.slice), []).append(i)
+    names, sizes = zip(*mesh, strict=True)
+    coordinates = [dict(zip(names, at, strict=True)) for at in np.ndindex(*sizes)]
+    owner, first = np.asarray(bucket.owner), np.cumsum([0, *[leaf.blocks for leaf in bucket.leaves]])
+    slot = bucket.slot_of_block % bucket.slots.shape[1]
+    result = []
+    for (tile, per_block, copies, elements), members in by_shape.items():
+        tilings = [bucket.leaves[i].tiling for i in members]
+        held = [[tiling.position_of(at) for tiling in tilings] for at in coordinates]
+        blocks, places, ranks = [], [], []
+        for positions in held:
+            at = [(tiling.places, shard) for tiling, (shard, _) in zip(tilings, positions, strict=True)]
+            blocks.append(np.concatenate([first[i] + p[0][s] for i, (p, s) in zip(members, at, strict=True)]))
+            places.append(np.concatenate([p[1][s] for p, s in at]))
+            ranks.append(_rank(owner[blocks[-1]]))
+        depth = 1 + max(int(rank.max()) for rank in ranks)
+        position = np.stack([owner[b] * depth + rank for b, rank in zip(blocks, ranks, strict=True)])
+        source = np.full((bucket.owners, bucket.slots.shape[1], math.prod(per_block), copies), bucket.owners * depth)
+        for device, positions in enumerate(held):
+            copy = np.concatenate(
+                [np.full(tiling.places[0].shape[1], c) for tiling, (_, c) in zip(tilings, positions, strict=True)]
+            )
+            b = blocks[device]
+            source[owner[b], slot[b], places[device], copy] = device * depth + ranks[device]
+        tables = position.astype(np.int32), source.astype(np.int32)
+        result.append(Route(tuple(members), tile, per_block, copies, elements, depth, *tables))
+    return tuple(result)
+
+
+def _rank(x: np.ndarray) -> np.ndarray:
+    """How many equal elements precede each element."""
+    order = np.argsort(x, kind="stable")
+    _, first, counts = np.unique(x[order], return_index=True, return_counts=True)
+    rank = np.empty(len(x), np.int64)
+    rank[order] = np.arange(len(x)) - np.repeat(first, counts)
+    return rank

@@ -16,11 +16,13 @@ class Diagonal(NamedTuple):
 
     Attributes:
       has_second_moment: whether it keeps an accumulator shaped like the parameter.
+      follows_scale: whether twice the gradients make twice the direction; otherwise they leave it as it is.
       accumulate: (second moment, gradient, beta2) -> second moment.
       direction: (momentum, second moment, bias correction of the second moment, epsilon) -> direction.
     """
 
     has_second_moment: bool
+    follows_scale: bool
     accumulate: Callable[[jax.Array, jax.Array, float], jax.Array]
     direction: Callable[[jax.Array, jax.Array | None, jax.Array, float], jax.Array]
 
@@ -71,9 +73,12 @@ def _sign(m: jax.Array, v: jax.Array | None, correction: jax.Array, epsilon: flo
 
 
 DIAGONALS = {
-    "adam": Diagonal(True, _moving_average, _adam),
-    "rmsprop": Diagonal(True, _moving_average, _rmsprop),
-    "adagrad": Diagonal(True, _sum, _adagrad),
-    "sgd": Diagonal(False, _unchanged, _sgd),
-    "sign": Diagonal(False, _unchanged, _sign),
+    "adam": Diagonal(True, False, _moving_average, _adam),
+    "rmsprop": Diagonal(True, False, _moving_average, _rmsprop),
+    "adagrad": Diagonal(True, False, _sum, _adagrad),
+    "sgd": Diagonal(False, True, _unchanged, _sgd),
+    "sign": Diagonal(False, False, _unchanged, _sign),
 }
+
+# What an update may take its norm from. A normalized form sees each gradient divided by its norm.
+GRAFTS = ("none", *DIAGONALS, *(f"{name}_normalized" for name, method in DIAGONALS.items() if method.has_second_moment))

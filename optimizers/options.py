@@ -1,40 +1,49 @@
 """What a user of Distributed Shampoo may choose, validated at construction."""
 
 import dataclasses
+import math
 import re
+import typing
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import optax
 
-from .grafting import DIAGONALS
+from .grafting import DIAGONALS, GRAFTS
 from .roots import SOLVERS
 
 KINDS = ("shampoo", "one_sided", "diagonal")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Treatment:
     """How one group of parameters is treated; parsed from text such as "shampoo block_size=512 exponent=0.5".
 
+    A field that is None takes the options' value.
+
     Attributes:
-      kind: "shampoo" (both sides), "one_sided" (the smaller side only) or "diagonal" (the graft method alone).
-      block_size: largest side of a block; 0 takes the options' block size.
-      exponent: the power each side is raised to is -exponent; 0 takes the options' exponent.
+      kind: "shampoo" (all sides), "one_sided" (one side of a matrix) or "diagonal" (the graft method alone).
+      side: of a one-sided treatment, "left" (the axes that come first), "right" or "short" (the shorter of the two).
+      view: "matrix" or "tensor".
+      block_size: largest side of a block.
+      exponent: the power each side is raised to is -exponent; 0 preconditions nothing and leaves the momentum.
+      ridge, cut: relative regularisers; setting one of them takes the place of the options' other.
+      beta2: decay of the statistics and of the graft's second moment.
       stack: number of leading axes that are stacks of matrices where no axis names are given.
     """
 
     kind: str = "shampoo"
-    block_size: int = 0
-    exponent: float = 0.0
+    side: str = "short"
+    view: str | None = None
+    block_size: int | None = None
+    exponent: float | None = None
+    ridge: float | None = None
+    cut: float | None = None
+    beta2: float | None = None
     stack: int = 0
-
-    def __post_init__(self):
-        if min(self.block_size, self.exponent, self.stack) < 0:
-            raise ValueError(
-                f"a treatment has block_size {self.block_size}, exponent {self.exponent}, stack {self.stack}; "
-                "none may be negative"
-            )
 
     @classmethod
     def parse(cls, text: str) -> "Treatment":
@@ -46,27 +55,90 @@ class Treatment:
         kind, *words = text.split() or [""]
         if kind not in KINDS:
             raise ValueError(f"treatment {text!r} must begin with one of {', '.join(KINDS)}")
-        types = {"block_size": int, "exponent": float, "stack": int}
+        types = {name: typing.get_args(hint) or (hint,) for name, hint in typing.get_type_hints(cls).items()}
+        del types["kind"]
         values: dict[str, Any] = {}
         for word in words:
             key, _, value = word.partition("=")
             if key not in types:
                 raise ValueError(f"treatment {text!r} sets {key!r}; it may set {', '.join(types)} as key=value")
             try:
-                values[key] = types[key](value)
+                values[key] = types[key][0](value)
             except ValueError:
-                raise ValueError(f"treatment {text!r}: {key} needs a {types[key].__name__}, not {value!r}") from None
-        return cls(kind, **values)
+                raise ValueError(f"treatment {text!r}: {key} needs a {types[key][0].__name__}, not {value!r}") from None
+        treatment = cls(kind, **values)
+        if treatment.side not in ("left", "right", "short"):
+            raise ValueError(f"treatment {text!r}: side is {treatment.side!r}; choose left, right or short")
+        if "side" in values and kind != "one_sided":
+            raise ValueError(f"treatment {text!r}: side is for one_sided treatments only")
+        if kind == "one_sided" and treatment.view == "tensor":
+            raise ValueError(f"treatment {text!r}: one_sided treatments are of matrices; leave view=tensor out")
+        if treatment.stack < 0:
+            raise ValueError(f"treatment {text!r}: stack is {treatment.stack}; it must not be negative")
+        return treatment
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A treatment with nothing left open; the fields are those of Treatment."""
+
+    kind: str
+    side: str
+    view: str
+    block_size: int
+    exponent: float | None
+    ridge: float
+    cut: float
+    beta2: float
+    stack: int
+
+    def __post_init__(self):
+        if self.view not in ("matrix", "tensor"):
+            raise ValueError(f"view is {self.view!r}; choose one of matrix, tensor")
+        if self.block_size < 1:
+            raise ValueError(f"block_size is {self.block_size}; it must be at least 1")
+        for name in ("ridge", "cut"):
+            value = getattr(self, name)
+            if value < 0 or not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; it must be a finite number and not negative")
+        if self.ridge > 0 and self.cut > 0:
+            raise ValueError(f"ridge {self.ridge} and cut {self.cut} are both set; set one of them to 0")
+        if not 0 <= self.beta2 <= 1:
+            raise ValueError(f"beta2 is {self.beta2}; it must lie between 0 and 1")
+
+    @property
+    def power(self) -> float:
+        """The exponents of a matrix's sides, added up."""
+        if self.kind == "diagonal":
+            return 0.0
+        if self.exponent is None:
+            return 0.5
+        return self.exponent if self.kind == "one_sided" else 2 * self.exponent
+
+    @property
+    def growth(self) -> float:
+        """How many times longer than the direction seen most the roots make one that statistics have not seen."""
+        regulariser = max(self.ridge, self.cut)
+        if self.power == 0:
+            return 1.0
+        return regulariser**-self.power if regulariser > 0 else math.inf
+
+
+# What a treatment may set in place of the options.
+OVERRIDABLE = ("view", "block_size", "exponent", "ridge", "cut", "beta2")
 
 
 @dataclasses.dataclass(frozen=True)
 class ShampooOptions:
     """Options of Distributed Shampoo; a user who sets only the learning rate gets the measured defaults.
 
-    The comment beside each attribute describes it.
+    The comment beside each attribute describes it; docs/optimizer.md gives formulas and the peers' names.
     """
 
+    # What is preconditioned
     block_size: int = 1024  # largest side of a block; a longer side is cut into equal parts
+    view: str = "matrix"  # "matrix" (axes fold into two sides) or "tensor" (every axis is a side)
+    merge_dims: int = 0  # in the tensor view, neighbouring axes merge while their product is at most this
     treatments: tuple[tuple[str, str], ...] = (
         # (regex over the path, treatment), first match wins; vectors and scalars are always diagonal
         (r"(.*/)?[^/]*embed[^/]*(/.*)?", "diagonal"),
@@ -74,82 +146,181 @@ class ShampooOptions:
     )
     stack_axes: tuple[str, ...] = ("layers", "experts")  # axis names that stack matrices and are never mixed with them
     fold_axes: tuple[str, ...] = ("heads", "kv_heads", "kv", "head_dim")  # neighbours among these fold into one side
+
+    # Statistics and their roots
     beta2: float = 0.99  # decay of the statistics and of the graft's second moment; 1.0 sums, as AdaGrad
-    exponent: float = 0.0  # each side's inverse power; 0 means 1 / (2 x preconditioned sides)
-    ridge: float = 1e-6  # relative to the largest eigenvalue, added before the root is taken
+    statistics_every: int = 1  # steps whose mean gradient makes one update of the statistics
+    exponent: float | None = 0.5  # each side's inverse power; None is 1 / (2 x sides), 0 leaves the momentum as it is
+    ridge: float = 1e-4  # relative to the largest eigenvalue, added before the root is taken
     cut: float = 0.0  # relative; with it, eigen-directions below contribute nothing, and ridge must be 0
     solver: str = "newton"  # "newton" (matmuls only) or "eigh", both on the owner's device
-    refresh: str = "staggered"  # "staggered" (a share of the blocks each step) or "periodic" (all every interval)
-    interval: int = 20  # steps from one refresh of a block's roots to the next
-    residual_bound: float = 0.5  # a root is accepted with max |X^p A - I| at most this
+    residual_bound: float = 0.1  # a root is accepted with a residual of at most this
     max_failures: int = 3  # refused refreshes in a row after which a block uses the graft method until one succeeds
-    graft: str = "adam"  # "none" or a diagonal method: adam, rmsprop, adagrad, sgd, sign
+
+    # When roots are computed and used
+    refresh: str = "staggered"  # "staggered" (a share of the blocks each step) or "periodic" (all every interval)
+    interval: int = 10  # steps from one refresh of a block's roots to the next
+    early_intervals: tuple[tuple[int, int], ...] = ()  # (last step, interval) pairs before `interval` takes over
+    start_step: int = 0  # before this step the graft method acts alone
+
+    # The update's length
+    graft: str = "adam"  # none, sgd, sign, adagrad, rmsprop, adam, or one of the last three with "_normalized"
     graft_norm: str = "parameter"  # the norm is taken over the "parameter" (each matrix of a stack) or the "block"
     epsilon: float = 1e-8  # of the diagonal method, absolute
+    clip_rms: float = 0.0  # largest root mean square of a grafted update, over what graft_norm says; 0 is no limit
+
+    # Momentum and weight decay
     beta1: float = 0.9  # decay of the momentum, which is taken before preconditioning; 0 turns it off
+    momentum: str = "ema"  # "ema" (beta1 M + (1 - beta1) G) or "heavy_ball" (beta1 M + G)
     nesterov: bool = False  # look one step ahead along the momentum
-    weight_decay: float = 0.0  # decoupled: parameters shrink by learning rate x weight decay
+    bias_correction: bool = True  # divide averages that began at zero by 1 - beta^t
+    weight_decay: float = 0.0  # "decoupled": parameters shrink by learning rate x weight decay
+    decay: str = "decoupled"  # or "coupled": weight decay x parameter is added to the gradient
     decay_rules: tuple[tuple[str, bool], ...] = (
         # (regex over the path, whether weight decay applies), first match wins
         (r"(.*/)?[^/]*(bias|scale|norm|embed)[^/]*(/.*)?", False),
         (r".*", True),
     )
 
+    rate_rules: tuple[tuple[str, float], ...] = (
+        (r".*", 1.0),
+    )  # (regex, factor of the learning rate), first match wins
+
+    # How state is stored; all arithmetic is float32
+    statistics_dtype: str = "float32"  # or "bfloat16"
+    roots_dtype: str = "float32"  # or "bfloat16"
+    momentum_dtype: str = "float32"  # or "bfloat16"
+
     def __post_init__(self):
-        for name, low, high in (("beta1", 0.0, 1.0), ("beta2", 0.0, 1.0)):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")
-        if self.beta1 == 1:
-            raise ValueError("beta1 is 1.0, so no gradient would ever count; use a value below 1, such as 0.9")
-        for name in ("block_size", "interval", "max_failures"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("ridge", "cut", "epsilon", "weight_decay", "exponent"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if self.ridge > 0 and self.cut > 0:
-            raise ValueError(f"ridge {self.ridge} and cut {self.cut} are both set; set one of them to 0")
-        if self.beta2 == 1 and self.graft in ("adam", "rmsprop"):
-            raise ValueError(
-                f"beta2 1.0 sums second moments but graft {self.graft!r} averages them; use graft 'adagrad'"
-            )
-        device_solvers = [name for name in SOLVERS if name != "host"]
-        for name, allowed in (
-            ("solver", device_solvers),
-            ("refresh", ["staggered", "periodic"]),
-            ("graft", ["none", *DIAGONALS]),
-            ("graft_norm", ["parameter", "block"]),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
-        if self.diagonal.has_second_moment and self.epsilon == 0:
-            raise ValueError(f"epsilon is 0, so graft {self.graft!r} divides 0 by 0 where no gradient was; use 1e-8")
-        for pattern, _ in (*self.treatments, *self.decay_rules):
+        self._check_choices()
+        self._check_numbers()
+        for pattern, _ in (*self.treatments, *self.decay_rules, *self.rate_rules):
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-        for _, text in self.treatments:
-            treatment = Treatment.parse(text)
+        for pattern, factor in self.rate_rules:
+            if not 0 <= factor < math.inf:
+                raise ValueError(f"the learning rate of {pattern!r} has the factor {factor}; it must not be negative")
+        rules = [self.resolve(Treatment.parse(text)) for _, text in self.treatments]
+        for rule in rules:
             for sides in (1, 2):
-                self.root_order(treatment, sides)
+                self.root_order(rule, sides)
+        self._warn(rules)
+
+    def _check_numbers(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name} is {value}; it must be a finite number")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        if self.beta1 == 1:
+            raise ValueError("beta1 is 1.0, so no gradient would ever count; use a value below 1, such as 0.9")
+        for name in ("block_size", "interval", "max_failures", "statistics_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("ridge", "cut", "epsilon", "weight_decay", "clip_rms", "start_step", "merge_dims"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.diagonal.has_second_moment and self.epsilon == 0:
+            raise ValueError(f"epsilon is 0, so graft {self.graft!r} divides 0 by 0 where no gradient was; use 1e-8")
+        before = 0
+        for last, interval in self.early_intervals:
+            if last <= before:
+                raise ValueError(f"early_intervals end at step {before} and then at step {last}; their ends must rise")
+            if interval < 1 or self.interval % interval:
+                divisors = [str(d) for d in range(1, self.interval + 1) if self.interval % d == 0]
+                raise ValueError(
+                    f"early interval {interval} does not divide interval {self.interval}; use one of "
+                    f"{', '.join(divisors)}"
+                )
+            before = last
+
+    def _check_choices(self) -> None:
+        for name, allowed in (
+            ("view", ["matrix", "tensor"]),
+            ("solver", [name for name in SOLVERS if name != "host"]),
+            ("refresh", ["staggered", "periodic"]),
+            ("graft", GRAFTS),
+            ("graft_norm", ["parameter", "block"]),
+            ("momentum", ["ema", "heavy_ball"]),
+            ("decay", ["decoupled", "coupled"]),
+            ("statistics_dtype", DTYPES),
+            ("roots_dtype", DTYPES),
+            ("momentum_dtype", DTYPES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+
+    def _warn(self, rules: Sequence[Rule]) -> None:
+        """Say which combinations are allowed but seldom wanted."""
+        rule = max(rules, key=lambda rule: rule.growth)
+        if self.graft == "none" and self.interval > 1 and rule.growth > 10.001:
+            warnings.warn(
+                f"graft 'none' with interval {self.interval}: between two refreshes a gradient in a direction that the "
+                f"roots have not seen grows by up to {rule.growth:.3g} times; graft, use interval 1, or ridge or cut "
+                f">= {10 ** (-1 / rule.power):.3g}",
+                stacklevel=4,
+            )
+        if self.statistics_dtype == "bfloat16":
+            if 1 > self.beta2 > 0.99:
+                warnings.warn(
+                    f"statistics_dtype bfloat16 rounds away an average's new part of 1 - beta2 = {1 - self.beta2:.2g}; "
+                    "use beta2 <= 0.99",
+                    stacklevel=4,
+                )
+            if max(self.ridge, self.cut) < 1e-3:
+                warnings.warn(
+                    f"statistics_dtype bfloat16 has rounding errors of 4e-3, far above {max(self.ridge, self.cut):g}; "
+                    "use ridge or cut >= 1e-3",
+                    stacklevel=4,
+                )
 
     @property
     def diagonal(self):
         """The diagonal method; without grafting, diagonal parameters use plain momentum."""
-        return DIAGONALS["sgd" if self.graft == "none" else self.graft]
+        return DIAGONALS["sgd" if self.graft == "none" else self.graft.removesuffix("_normalized")]
 
-    def root_order(self, treatment: Treatment, sides: int) -> int:
-        """The p of each side's inverse p-th root.
+    @property
+    def normalizes(self) -> bool:
+        """Whether gradients are divided by their norm before momentum and second moment."""
+        return self.graft.endswith("_normalized")
+
+    def resolve(self, treatment: Treatment) -> Rule:
+        """The treatment with the options' values in place of None.
 
         Raises:
-          ValueError: the exponent is not one over a whole number.
+          ValueError: its values are out of range or contradict each other.
         """
-        exponent = treatment.exponent or self.exponent or 1 / (2 * sides)
-        p = max(1, round(1 / exponent))
-        if abs(p * exponent - 1) > 1e-6:
-            raise ValueError(f"exponent {exponent} is not 1/p for a whole p; the nearest is 1/{p} = {1 / p:.6g}")
+        own: dict[str, Any] = {name: x for name, x in dataclasses.asdict(treatment).items() if x is not None}
+        if "ridge" in own or "cut" in own:
+            own = {"ridge": 0.0, "cut": 0.0} | own
+        values: dict[str, Any] = {name: getattr(self, name) for name in OVERRIDABLE} | own
+        rule = Rule(**values)
+        if rule.beta2 == 1 and self.graft.startswith(("adam", "rmsprop")):
+            raise ValueError(
+                f"beta2 1.0 sums second moments but graft {self.graft!r} averages them; use graft 'adagrad'"
+            )
+        return rule
+
+    def root_order(self, rule: Rule, sides: int) -> int:
+        """The p of each side's inverse p-th root, for a number of preconditioned sides; 0 where the exponent is 0.
+
+        Raises:
+          ValueError: the exponent is neither 0 nor one over a whole number.
+        """
+        exponent = rule.exponent
+        if exponent == 0:
+            return 0
+        if exponent is None:
+            exponent = 1 / (2 * sides)
+        p = max(1, round(1 / exponent)) if exponent > 0 else 1
+        if not abs(p * exponent - 1) <= 1e-5:
+            raise ValueError(
+                f"exponent {exponent} is neither 0 nor 1/p for a whole p; the nearest is 1/{p} = {1 / p:.6g}"
+            )
         return p
 
     def build(
@@ -158,8 +329,9 @@ class ShampooOptions:
         *,
         mesh: jax.sharding.Mesh | None = None,
         axis_names: Any = None,
+        param_specs: Any = None,
     ) -> optax.GradientTransformation:
         """The optimizer; see `distributed_shampoo`."""
         from .shampoo import distributed_shampoo
 
-        return distributed_shampoo(learning_rate, self, mesh=mesh, axis_names=axis_names)
+        return distributed_shampoo(learning_rate, self, mesh=mesh, axis_names=axis_names, param_specs=param_specs)

@@ -1,4 +1,4 @@
-"""Fresh inverse roots for the blocks that are due, accepted only if they can be trusted."""
+"""Statistics of gradients, and fresh inverse roots of them for the blocks that are due, accepted only if sound."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .blocks import Bucket
+from .moments import correction
 from .options import ShampooOptions
 from .roots import inverse_pth_root
 
@@ -18,11 +19,13 @@ class Roots(NamedTuple):
     """What a refresh reads and writes for the blocks of one bucket; axis 0 of every array numbers the slots.
 
     Attributes:
-      statistics: per preconditioned side [n, r, r] (and [n, c, c]), of gradients divided by 2^exponent.
+      statistics: per preconditioned side [n, r, r], of gradients divided by 2^exponent.
       exponent: [n] int32, of the largest gradient entry so far: squares of gradients would leave float32 far sooner
         than gradients do. NO_GRADIENT before the first that is not zero.
       roots: like statistics; zero before the first accepted refresh.
-      residual: [n] float32 of the newest accepted roots, the worse side.
+      residual: [n] float32 of the newest accepted roots, the worst side.
+      condition: [n] float32, estimate of the condition number of the regularised statistics, the worst side.
+      effective_rank: [n] float32, trace / largest eigenvalue of the statistics, the side where it is least.
       refreshed: [n] int32, the step count after which the roots were accepted; 0 before the first.
       failures: [n] int32, refused refreshes in a row.
       refreshes: [n] int32, accepted refreshes in all.
@@ -32,6 +35,8 @@ class Roots(NamedTuple):
     exponent: jax.Array
     roots: tuple[jax.Array, ...]
     residual: jax.Array
+    condition: jax.Array
+    effective_rank: jax.Array
     refreshed: jax.Array
     failures: jax.Array
     refreshes: jax.Array
@@ -42,103 +47,182 @@ class Due(NamedTuple):
 
     Attributes:
       slot: [window] int32, the device's slots; one past the last where nothing is due.
-      sizes: [window, 2] int32, real rows and columns of the blocks.
+      sizes: [window, sides of a block] int32, the blocks' real lengths.
     """
 
     slot: jax.Array
     sizes: jax.Array
 
 
+def initial_roots(bucket: Bucket, slots: int, options: ShampooOptions) -> Roots:
+    """Before the first gradient."""
+    lengths = [bucket.shape[side] for side in bucket.sides]
+    return Roots(
+        statistics=tuple(jnp.zeros((slots, r, r), options.statistics_dtype) for r in lengths),
+        exponent=jnp.full(slots, NO_GRADIENT, jnp.int32),
+        roots=tuple(jnp.zeros((slots, r, r), options.roots_dtype) for r in lengths),
+        residual=jnp.zeros(slots, jnp.float32),
+        condition=jnp.zeros(slots, jnp.float32),
+        effective_rank=jnp.zeros(slots, jnp.float32),
+        refreshed=jnp.zeros(slots, jnp.int32),
+        failures=jnp.zeros(slots, jnp.int32),
+        refreshes=jnp.zeros(slots, jnp.int32),
+    )
+
+
+def usable(roots: Roots, bucket: Bucket, options: ShampooOptions) -> jax.Array:
+    """[n] whether a block has roots to act with, rather than the graft method."""
+    if not bucket.sides:
+        return jnp.ones_like(roots.refreshed, dtype=bool)
+    return (roots.refreshed > 0) & (roots.failures < options.max_failures)
+
+
+def accumulate(roots: Roots, g: jax.Array, bucket: Bucket) -> Roots:
+    """L <- beta2 L + (1 - beta2) G G' for each preconditioned side, G unfolded along it; sums where beta2 is 1."""
+    beta2 = bucket.group.beta2
+    old, new = (1.0, 1.0) if beta2 == 1 else (beta2, 1 - beta2)
+    largest = jnp.max(jnp.abs(g), axis=tuple(range(1, g.ndim)))
+    exponent = jnp.maximum(roots.exponent, jnp.where(largest > 0, jnp.frexp(largest)[1], NO_GRADIENT))
+    one = jnp.float32(1)  # ldexp: a power of two to the last bit, which exp2 need not be
+    grown = jnp.ldexp(one, jnp.maximum(2 * (roots.exponent - exponent), -300))[:, None, None]
+    scale = jnp.where(largest > 0, jnp.ldexp(one, -exponent), 0).reshape(-1, *[1] * (g.ndim - 1))
+    g = jnp.where(scale > 0, g * scale, 0)
+    statistics = []
+    for side, s_nrr in zip(bucket.sides, roots.statistics, strict=True):
+        others = [axis for axis in range(1, g.ndim) if axis != side + 1]
+        product = lax.dot_general(g, g, ((others, others), ((0,), (0,))), precision=lax.Precision.HIGHEST)
+        statistics.append((old * grown * s_nrr.astype(jnp.float32) + new * product).astype(s_nrr.dtype))
+    return roots._replace(statistics=tuple(statistics), exponent=exponent)
+
+
+def precondition(m: jax.Array, roots: Roots, bucket: Bucket) -> jax.Array:
+    """Each preconditioned side of the blocks [n, *shape] multiplied by its root: L^(-1/p) M R^(-1/p) for a matrix."""
+    for side, x_nrr in zip(bucket.sides, roots.roots, strict=True):
+        axis, x_nrr = side + 1, x_nrr.astype(jnp.float32)
+        product = lax.dot_general(x_nrr, m, (((2,), (axis,)), ((0,), (0,))), precision=lax.Precision.HIGHEST)
+        m = jnp.moveaxis(product, 1, axis)
+    return m
+
+
 def refresh(
-    roots: dict[str, Roots],
-    due: dict[str, Due],
-    buckets: Sequence[Bucket],
-    options: ShampooOptions,
-    *,
-    correction: jax.Array,
-    step: jax.Array,
+    roots: dict[str, Roots], due: dict[str, Due], buckets: Sequence[Bucket], options: ShampooOptions, *, step: jax.Array
 ) -> dict[str, Roots]:
     """New roots for the due blocks of one device.
 
-    Matrices of one side length and root order are solved in one batch, whatever bucket they come from; a batch with
-    nothing due is not solved. A root is accepted only if it is finite, its residual is within bound, and so is its
-    norm: no entry may exceed (regulariser x largest eigenvalue)^(-1/p) by more than a twentieth. A block accepts the
-    roots of all its sides or of none; otherwise it keeps those it has, and its failure count grows.
+    Matrices of one side length, root order and regulariser are solved in one batch, whatever bucket they come from; a
+    batch with nothing due is not solved. A root is accepted only if it is finite, its residual is within bound, and so
+    is its norm: no entry may exceed (regulariser x largest eigenvalue)^(-1/p) by more than a twentieth. A block accepts
+    the roots of all its sides or of none; otherwise it keeps those it has, and its failure count grows.
 
     Args:
       roots: bucket name -> the device's blocks.
       due: bucket name -> which of them are due.
       buckets: the buckets.
-      options: solver, regulariser and bounds.
-      correction: the statistics' bias correction, a divisor.
+      options: solver and bounds.
       step: count of the steps whose gradients are in the statistics.
     """
-    batches: dict[tuple[int, int], list[tuple[str, int]]] = {}
+    updates = step // options.statistics_every
+    batches: dict[tuple[int, int, float, float], list[tuple[Bucket, int]]] = {}
     for bucket in buckets:
-        for side in range(len(roots[bucket.name].statistics)):
-            length = (bucket.rows, bucket.cols)[side]
-            batches.setdefault((length, bucket.order), []).append((bucket.name, side))
+        group = bucket.group
+        for number, side in enumerate(bucket.sides):
+            key = (bucket.shape[side], group.p, group.ridge, group.cut)
+            batches.setdefault(key, []).append((bucket, number))
 
-    solved: dict[tuple[str, int], tuple[jax.Array, jax.Array, jax.Array]] = {}
-    for (_, order), members in batches.items():
-        statistics = [roots[name].statistics[side].at[due[name].slot].get(mode="clip") for name, side in members]
-        wanted = jnp.concatenate([due[name].slot < roots[name].residual.shape[0] for name, _ in members])
-        stack = jnp.where(wanted[:, None, None], jnp.concatenate(statistics) / correction, 0)
-        sizes = jnp.concatenate([due[name].sizes[:, side] for name, side in members])
-        root, residual, accepted = lax.cond(
+    solved: dict[tuple[str, int], _Solved] = {}
+    before = None
+    for (_, p, ridge, cut), members in batches.items():
+        wanted = jnp.concatenate([due[b.name].slot < roots[b.name].residual.shape[0] for b, _ in members])
+        stack = jnp.concatenate(
+            [
+                roots[b.name].statistics[number].at[due[b.name].slot].get(mode="clip").astype(jnp.float32)
+                / correction(b.group.beta2, updates, options)
+                for b, number in members
+            ]
+        )
+        stack = jnp.where(wanted[:, None, None], stack, 0)
+        sizes = jnp.concatenate([due[b.name].sizes[:, b.sides[number]] for b, number in members])
+        if before is not None and options.solver == "eigh":
+            # Two LAPACK calls in flight can deadlock on a CPU: the next begins when this one has ended.
+            stack, before = lax.optimization_barrier((stack, before))
+        batch = lax.cond(
             jnp.any(wanted),
-            lambda stack, sizes, order=order: _solve(stack, sizes, order, options),
-            lambda stack, sizes: (stack, jnp.ones(len(stack)), jnp.zeros(len(stack), bool)),
+            lambda stack, sizes, p=p, ridge=ridge, cut=cut: _solve(stack, sizes, p, ridge, cut, options),
+            lambda stack, sizes: _unsolved(stack),
             stack,
             sizes,
         )
-        first = 0
-        for name, side in members:
-            part = slice(first, first + due[name].slot.shape[0])
-            solved[name, side] = root[part], residual[part], accepted[part]
+        before, first = batch.residual, 0
+        for bucket, number in members:
+            part = slice(first, first + due[bucket.name].slot.shape[0])
+            solved[bucket.name, number] = jax.tree.map(lambda x, part=part: x[part], batch)
             first = part.stop
 
-    result = {}
-    for bucket in buckets:
-        state, slot = roots[bucket.name], due[bucket.name].slot
-        sides = [solved[bucket.name, side] for side in range(len(state.statistics))]
-        residual = jnp.stack([residual for _, residual, _ in sides]).max(axis=0)
-        accepted = jnp.stack([accepted for _, _, accepted in sides]).all(axis=0)
-        # A block that has seen nothing but zero gradients has nothing to fail at.
-        trace = [jnp.trace(s.at[slot].get(mode="clip"), axis1=-2, axis2=-1) for s in state.statistics]
-        seen = jnp.stack(trace).all(axis=0)
-
-        def put(x: jax.Array, new: jax.Array, keep: jax.Array, slot: jax.Array = slot) -> jax.Array:
-            old = x.at[slot].get(mode="clip")
-            new = jnp.where(keep.reshape(-1, *([1] * (x.ndim - 1))), new, old)
-            return x.at[slot].set(new.astype(x.dtype), mode="drop")
-
-        failures = state.failures.at[slot].get(mode="clip")
-        # Roots of the gradients as they are: A = 2^(2 exponent) x statistics, hence 2^(-2 exponent / p) x their root.
-        scale = jnp.exp2(-2.0 * state.exponent.at[slot].get(mode="clip") / bucket.order)[:, None, None]
-        result[bucket.name] = Roots(
-            statistics=state.statistics,
-            exponent=state.exponent,
-            roots=tuple(put(old, new * scale, accepted) for old, (new, _, _) in zip(state.roots, sides, strict=True)),
-            residual=put(state.residual, residual, accepted),
-            refreshed=put(state.refreshed, step, accepted),
-            failures=put(state.failures, jnp.where(accepted, 0, failures + 1), accepted | seen),
-            refreshes=put(state.refreshes, state.refreshes.at[slot].get(mode="clip") + 1, accepted),
+    return {
+        bucket.name: _install(
+            roots[bucket.name],
+            due[bucket.name].slot,
+            [solved[bucket.name, number] for number in range(len(bucket.sides))],
+            bucket,
+            step,
         )
-    return result
+        if bucket.sides
+        else roots[bucket.name]
+        for bucket in buckets
+    }
+
+
+class _Solved(NamedTuple):
+    root: jax.Array
+    residual: jax.Array
+    condition: jax.Array
+    effective_rank: jax.Array
+    accepted: jax.Array
 
 
 def _solve(
-    stack_nrr: jax.Array, sizes_n: jax.Array, order: int, options: ShampooOptions
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Roots [n, r, r], residuals [n] and whether each root by itself is acceptable [n]."""
-    result = inverse_pth_root(
-        stack_nrr, order, solver=options.solver, ridge=options.ridge, cut=options.cut, sizes_n=sizes_n
-    )
+    stack_nrr: jax.Array, sizes_n: jax.Array, p: int, ridge: float, cut: float, options: ShampooOptions
+) -> _Solved:
+    result = inverse_pth_root(stack_nrr, p, solver=options.solver, ridge=ridge, cut=cut, sizes_n=sizes_n)
     accepted = (result.residual <= options.residual_bound) & (result.largest > 0)
     accepted &= jnp.all(jnp.isfinite(result.root), axis=(-2, -1))
-    regulariser = options.ridge or options.cut
-    if regulariser:
-        bound = 1.05 * (regulariser * result.largest) ** (-1 / order)
+    if ridge or cut:
+        bound = 1.05 * ((ridge or cut) * result.largest) ** (-1 / p)
         accepted &= jnp.max(jnp.abs(result.root), axis=(-2, -1)) <= bound
-    return result.root, result.residual, accepted
+    return _Solved(result.root, result.residual, result.condition, result.effective_rank, accepted)
+
+
+def _unsolved(stack_nrr: jax.Array) -> _Solved:
+    nothing = jnp.zeros(len(stack_nrr))
+    return _Solved(stack_nrr, nothing, nothing, nothing, nothing > 0)
+
+
+def _install(state: Roots, slot: jax.Array, sides: Sequence[_Solved], bucket: Bucket, step: jax.Array) -> Roots:
+    """Accepted roots take the places of the old ones."""
+
+    def old(x: jax.Array) -> jax.Array:
+        return x.at[slot].get(mode="clip")
+
+    def put(x: jax.Array, new: jax.Array, keep: jax.Array) -> jax.Array:
+        new = jnp.where(keep.reshape(-1, *([1] * (x.ndim - 1))), new, old(x))
+        return x.at[slot].set(new.astype(x.dtype), mode="drop")
+
+    accepted = jnp.stack([side.accepted for side in sides]).all(axis=0)
+    # A block that has seen nothing but zero gradients has nothing to fail at.
+    traces = [jnp.trace(old(s).astype(jnp.float32), axis1=-2, axis2=-1) for s in state.statistics]
+    seen = (jnp.stack(traces) > 0).all(axis=0)
+    # Roots of the gradients as they are: A = 2^(2 exponent) x statistics, hence 2^(-2 exponent / p) x their root.
+    scale = jnp.exp2(-2.0 * old(state.exponent) / bucket.group.p)[:, None, None]
+    return Roots(
+        statistics=state.statistics,
+        exponent=state.exponent,
+        roots=tuple(put(x, side.root * scale, accepted) for x, side in zip(state.roots, sides, strict=True)),
+        residual=put(state.residual, jnp.stack([side.residual for side in sides]).max(axis=0), accepted),
+        condition=put(state.condition, jnp.stack([side.condition for side in sides]).max(axis=0), accepted),
+        effective_rank=put(
+            state.effective_rank, jnp.stack([side.effective_rank for side in sides]).min(axis=0), accepted
+        ),
+        refreshed=put(state.refreshed, step, accepted),
+        failures=put(state.failures, jnp.where(accepted, 0, old(state.failures) + 1), accepted | seen),
+        refreshes=put(state.refreshes, old(state.refreshes) + 1, accepted),
+    )

@@ -14,28 +14,31 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-HIGHEST = lax.Precision.HIGHEST
-
-# Newton multiplies the smallest eigenvalue by at least ((p + 1) / p)^p >= 2 in each iteration: 40 cover float32.
-MAX_ITERATIONS = 40
-TOLERANCE = 1e-6
+from . import newton
 
 
 class RootResult(NamedTuple):
     """Roots of a stack and how far they can be trusted.
 
+    A matrix that is zero has the root zero and the residual 1. So has one with a NaN or an infinity in it, but for its
+    residual, which is NaN.
+
     Attributes:
-      root: [n, r, r] float32, symmetric; zero for a matrix that is zero.
-      residual: [n] float32, max |X^p A - P| recomputed from the root, where A is the matrix with its ridge and P the
-        identity (the projector on the kept eigenvectors with a cut); 1 for a matrix that is zero.
+      root: [n, r, r] float32, symmetric.
+      residual: [n] float32, max |X^(p/2) A X^(p/2) - P| recomputed from the root, where A is the matrix with its ridge
+        and P the identity (the projector on the kept eigenvectors with a cut); an odd p is split unevenly. At least 1
+        for a matrix that is singular and has no regulariser.
       largest: [n] float32, the largest eigenvalue of the matrix as given.
+      condition: [n] float32, estimate of the condition number of A on the range of P; 1 for a matrix that is zero.
+      effective_rank: [n] float32, trace over largest eigenvalue of the matrix as given; 0 for a matrix that is zero.
     """
 
     root: jax.Array
     residual: jax.Array
     largest: jax.Array
+    condition: jax.Array
+    effective_rank: jax.Array
 
 
 def inverse_pth_root(
@@ -50,11 +53,13 @@ def inverse_pth_root(
     """A^(-1/p) for each matrix A of a stack.
 
     Args:
-      stack_nrr: [n, r, r] symmetric positive semidefinite up to rounding, any scale within float32.
+      stack_nrr: [n, r, r] symmetric, positive semidefinite up to rounding (of bfloat16, say), of any scale for which
+        matrix and root are within float32.
       p: positive integer; the root's order.
       solver: "newton" (coupled Newton, matmuls only), "eigh" (on device) or "host" (float64 LAPACK, outside jit).
       ridge: relative ridge rho >= 0.
-      cut: relative cut tau >= 0; at most one of the two is positive.
+      cut: relative cut tau >= 0; at most one of the two is positive. For an eigenvalue within float32 rounding of the
+        cut the solver "newton" may answer anything between 0 and the root.
       sizes_n: [n] how many leading rows and columns of each matrix are real; the rest is padding, and zero in the root.
 
     Raises:
@@ -69,139 +74,120 @@ def inverse_pth_root(
     return SOLVERS[solver](stack_nrr, int(p), ridge, cut, sizes_n)
 
 
-def _power_of_two(x_n: jax.Array) -> jax.Array:
-    """Exponent e of each positive x with 2^(e-1) <= x < 2^e; 0 for zero."""
-    return jnp.frexp(x_n)[1]
+class _Prepared(NamedTuple):
+    """Matrices fit for a solver.
 
-
-def _largest_eigenvalue(a_nrr: jax.Array) -> jax.Array:
-    """Largest eigenvalue of matrices scaled to max |a| in [1/2, 1), from power iterations on A^16.
-
-    The start is the column of A^16 with the largest diagonal entry, whose overlap with the leading eigenvector is at
-    least 1/r; 144 iterations in effect, so that the Rayleigh quotient is low by at most ln(r) / 288.
+    Attributes:
+      a: [n, r, r] symmetric, with its largest entry in [1/2, 1), zero in the padding and where not finite.
+      padding: [n, r, r] that largest entry on the diagonal of the padding: no eigenvalue of it is the largest or the
+        smallest. It is 1 wherever the matrix is zero.
+      real: [n, r, r] whether an entry is none of the padding.
+      exponent: [n] the matrix as given is 2^exponent times `a`.
+      finite: [n] whether all entries of the matrix are.
     """
-    frobenius = jnp.sqrt(jnp.sum(a_nrr * a_nrr, axis=(-2, -1), keepdims=True))
-    power = a_nrr / jnp.where(frobenius > 0, frobenius, 1)
-    power = lax.fori_loop(0, 4, lambda _, x: jnp.matmul(x, x, precision=HIGHEST), power)
-    start = jnp.argmax(jnp.diagonal(power, axis1=-2, axis2=-1), axis=-1)
-    v = jnp.take_along_axis(power, start[:, None, None], axis=-1)
 
-    def normalised(v: jax.Array) -> jax.Array:
-        norm = jnp.sqrt(jnp.sum(v * v, axis=(-2, -1), keepdims=True))
-        return v / jnp.where(norm > 0, norm, 1)
-
-    v = lax.fori_loop(0, 8, lambda _, v: normalised(jnp.matmul(power, v, precision=HIGHEST)), normalised(v))
-    return jnp.sum(v * jnp.matmul(a_nrr, v, precision=HIGHEST), axis=(-2, -1))
+    a: jax.Array
+    padding: jax.Array
+    real: jax.Array
+    exponent: jax.Array
+    finite: jax.Array
 
 
-def _matrix_power(x_nrr: jax.Array, p: int) -> jax.Array:
-    """X^p by repeated squaring with static p."""
-    result = None
-    while p:
-        if p & 1:
-            result = x_nrr if result is None else jnp.matmul(result, x_nrr, precision=HIGHEST)
-        p >>= 1
-        if p:
-            x_nrr = jnp.matmul(x_nrr, x_nrr, precision=HIGHEST)
-    assert result is not None
-    return result
-
-
-def _prepare(stack_nrr: jax.Array, sizes_n: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Symmetrise, scale to max |a| in [1/2, 1) and clear the padding: scaled stack, exponents [n], mask [n, r]."""
+def _prepare(stack_nrr, sizes_n) -> _Prepared:
     a = jnp.asarray(stack_nrr, jnp.float32)
-    r = a.shape[-1]
-    real = jnp.ones((a.shape[0], r), bool) if sizes_n is None else jnp.arange(r) < sizes_n[:, None]
-    exponent = _power_of_two(jnp.max(jnp.abs(a), axis=(-2, -1), initial=0.0))
+    n, r, _ = a.shape
+    real = jnp.ones((n, r), bool) if sizes_n is None else jnp.arange(r) < sizes_n[:, None]
+    real = real[:, :, None] & real[:, None, :]
+    finite = jnp.all(jnp.isfinite(a) | ~real, axis=(-2, -1))
+    a = jnp.where(real & finite[:, None, None], a, 0)
+    largest, exponent = jnp.frexp(jnp.max(jnp.abs(a), axis=(-2, -1)))
     # Two halves: 2^-exponent alone overflows for the smallest float32 numbers.
     for part in (exponent // 2, exponent - exponent // 2):
         a = a * jnp.ldexp(jnp.float32(1), -part)[:, None, None]
-    a = (a + jnp.swapaxes(a, -2, -1)) / 2
-    return jnp.where(real[:, :, None] & real[:, None, :], a, 0), exponent, real
+    zero = largest == 0
+    padding = jnp.where(zero, 1, largest)[:, None, None] * jnp.eye(r, dtype=a.dtype)
+    return _Prepared(newton.symmetric(a), jnp.where(real & ~zero[:, None, None], 0, padding), real, exponent, finite)
 
 
-def _finish(x_nrr: jax.Array, residual_n: jax.Array, largest_n: jax.Array, exponent_n: jax.Array, p: int) -> RootResult:
-    """Undo the scaling; a zero matrix has the zero root and residual 1."""
-    nonzero = largest_n > 0
-    scale = jnp.exp2(-exponent_n / p)
-    root = jnp.where(nonzero[:, None, None], x_nrr * scale[:, None, None], 0)
-    return RootResult(root, jnp.where(nonzero, residual_n, 1.0), jnp.ldexp(largest_n, exponent_n))
+def _finish(given: _Prepared, p: int, x_nrr, residual_n, largest_n, condition_n) -> RootResult:
+    """Undo the scaling; answer for zero, and for what is not finite."""
+    whole, part = jnp.divmod(given.exponent, p)
+    x = x_nrr * jnp.ldexp(jnp.exp2(-part / p), -whole)[:, None, None]
+    trace = jnp.trace(given.a, axis1=-2, axis2=-1)
+    nonzero = (largest_n > 0) & (trace > 0)
+    return RootResult(
+        root=jnp.where(given.real & nonzero[:, None, None], x, 0),
+        residual=jnp.where(given.finite, jnp.where(nonzero, residual_n, 1), jnp.nan),
+        largest=jnp.ldexp(jnp.where(nonzero, largest_n, 0), given.exponent),
+        condition=jnp.where(nonzero, condition_n, 1),
+        effective_rank=jnp.where(nonzero, trace / jnp.where(nonzero, largest_n, 1), 0),
+    )
 
 
 def _newton(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> RootResult:
-    """Coupled Newton iteration (Guo and Higham 2006; Anil et al. 2020, appendix).
-
-    M_0 = A z, X_0 = z^(1/p) I with z = (p + 1) / (2 lmax); T = ((p + 1) I - M) / p; X <- X T; M <- T^p M.
-    A cut tau is the soft pseudo-inverse: with a ridge of tau / 16, X (I - ridge X^p)^4 leaves directions well above
-    the ridge alone and suppresses those below it, matmuls only.
-    """
-    a, exponent, real = _prepare(stack_nrr, sizes_n)
-    n, r, _ = a.shape
-    identity = jnp.eye(r, dtype=a.dtype)
-    largest = jnp.maximum(_largest_eigenvalue(a), 0)
+    given = _prepare(stack_nrr, sizes_n)
+    largest = newton.largest_eigenvalue(given.a)
+    # A matrix that is zero must not keep the others waiting, nor ask for a second attempt.
     bound = jnp.where(largest > 0, largest, 1)[:, None, None]
-    rho = ridge if cut == 0 else cut / 16
-    # Padding takes the largest eigenvalue, so that it converges at once and cannot change the others.
-    a = a / bound + identity * jnp.where(real, rho, 1.0)[:, None, :]
-    start = (p + 1) / (2 * (1 + rho))
-
-    def error(m: jax.Array) -> jax.Array:
-        return jnp.max(jnp.abs(m - identity), axis=(-2, -1), initial=0.0)
-
-    def active(state) -> jax.Array:
-        iteration, _, _, _, running = state
-        return jnp.any(running) & (iteration < MAX_ITERATIONS)
-
-    def iterate(state):
-        iteration, x, m, previous, running = state
-        t = ((p + 1) * identity - m) / p
-        next_x = jnp.matmul(x, t, precision=HIGHEST)
-        next_m = jnp.matmul(_matrix_power(t, p), m, precision=HIGHEST)
-        next_m = (next_m + jnp.swapaxes(next_m, -2, -1)) / 2
-        now = error(next_m)
-        # Far from the solution an entry may grow while the eigenvalues approach 1, which keep it below p + 1; close to
-        # the solution a rise is rounding, and the old value stays.
-        better = running & ((now < previous) | ((now < p + 1) & (previous > 0.1)))
-        keep = better[:, None, None]
-        x, m = jnp.where(keep, next_x, x), jnp.where(keep, next_m, m)
-        return iteration + 1, x, m, jnp.where(better, now, previous), better & (now > TOLERANCE)
-
-    m = a * start
-    x = jnp.broadcast_to(identity * start ** (1 / p), (n, r, r))
-    first = error(m)
-    _, x, _, _, _ = lax.while_loop(active, iterate, (0, x, m, first, first > TOLERANCE))
-    x = (x + jnp.swapaxes(x, -2, -1)) / 2
-    x_to_p = _matrix_power(x, p)
-    residual = error(jnp.matmul(x_to_p, a, precision=HIGHEST))
-    if cut:
-        suppress = _matrix_power(identity - rho * x_to_p, 4)
-        x = jnp.matmul(x, suppress, precision=HIGHEST)
-        x = (x + jnp.swapaxes(x, -2, -1)) / 2
-    x = jnp.where(real[:, :, None] & real[:, None, :], x, 0) * bound ** (-1 / p)
-    return _finish(x, residual, largest, exponent, p)
-
-
-def _regularised_powers(w, lmax, p: int, ridge: float, cut: float, xp):
-    """Eigenvalues of the regularised matrix (0 where cut) and of its root; `xp` is numpy or jax.numpy."""
-    w = xp.maximum(w, 0)
-    kept = (w > cut * lmax) if cut else (w + ridge * lmax > 0)
-    w = w if cut else w + ridge * lmax
-    return xp.where(kept, w, 0), xp.where(kept, xp.where(kept, w, 1) ** (-1 / p), 0), kept
+    identity = jnp.eye(given.a.shape[-1], dtype=given.a.dtype)
+    a = jnp.where(given.real & (largest > 0)[:, None, None], given.a / bound, identity)
+    x, residual, condition = newton.inverse_root(a, p, ridge, cut)
+    return _finish(given, p, x * bound ** (-1 / p), residual, largest, condition)
 
 
 def _eigh(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> RootResult:
-    """Eigendecomposition on the device. One batched call: two at once can deadlock on a CPU."""
-    a, exponent, real = _prepare(stack_nrr, sizes_n)
-    w, v = jnp.linalg.eigh(a)
-    largest = jnp.maximum(w[:, -1], 0)
-    kept_w, root_w, kept = _regularised_powers(w, largest[:, None], p, ridge, cut, jnp)
-    x = jnp.einsum("nij,nj,nkj->nik", v, root_w, v, precision=HIGHEST)
-    regularised = jnp.einsum("nij,nj,nkj->nik", v, kept_w, v, precision=HIGHEST)
-    projector = jnp.einsum("nij,nj,nkj->nik", v, kept.astype(v.dtype), v, precision=HIGHEST)
-    difference = jnp.matmul(_matrix_power(x, p), regularised, precision=HIGHEST) - projector
-    both = real[:, :, None] & real[:, None, :]
-    residual = jnp.max(jnp.abs(jnp.where(both, difference, 0)), axis=(-2, -1), initial=0.0)
-    return _finish(jnp.where(both, x, 0), residual, largest, exponent, p)
+    """One batched eigendecomposition, improved by perturbation theory.
+
+    LAPACK's eigenvalues are wrong by several units of rounding of the largest, which for the smallest is a few per
+    cent at condition 1e6. In the basis V it finds, B = V' A V = diag(w) + G with a small G, and
+      f(B)_ij = f(w_i) on the diagonal, f[w_i, w_j] G_ij off it (Daleckii and Krein), plus second order
+    where f[.,.] is the divided difference. Of the second order, sum_k f[w_i, w_k, w_j] G_ik G_kj, what is right for
+    equal eigenvalues and right up to a factor near 1 for others: there G may be a tenth of w.
+    """
+    given = _prepare(stack_nrr, sizes_n)
+    a = given.a + given.padding
+    # One call for the whole batch: two LAPACK calls that do not depend on each other can deadlock a CPU.
+    _, v = jnp.linalg.eigh(a)
+    transposed = jnp.swapaxes(v, -2, -1)
+    b = newton.symmetric(newton.matmul(transposed, newton.accurate_matmul(a, v)))
+    w = jnp.diagonal(b, axis1=-2, axis2=-1)
+    largest = jnp.max(w, axis=-1)
+    w_shifted, root_w, above = _regularised(w, largest[:, None], p, ridge, cut, jnp)
+
+    both, one = above[:, :, None] & above[:, None, :], above[:, :, None] ^ above[:, None, :]
+    shifted_i, shifted_j = w_shifted[:, :, None], w_shifted[:, None, :]
+    mean, gap = (shifted_i + shifted_j) / 2, w[:, :, None] - w[:, None, :]
+    near = both & (jnp.abs(gap) <= 0.02 * mean)
+    quotient = (root_w[:, :, None] - root_w[:, None, :]) / jnp.where(near | (gap == 0), 1, gap)
+    slope = jnp.where(near, -(jnp.where(near, mean, 1) ** (-1 / p - 1)) / p, quotient)
+    g = jnp.where(jnp.eye(a.shape[-1], dtype=bool), 0, b)
+    # Across the cut the quotient has no bound, and means something only for eigenvalues that are well apart.
+    first = jnp.where(both | (one & ((ridge > 0) | (jnp.abs(gap) > mean))), slope, 0) * g
+    inverse = jnp.where(above, 1 / jnp.where(above, w_shifted, 1), 0)
+    outer = inverse ** ((1 / p + 1) / 2)
+    second = (p + 1) / (2 * p * p) * outer[:, :, None] * newton.matmul(g * inverse[:, None, :], g) * outer[:, None, :]
+    f = newton.symmetric(first + second) + root_w[:, :, None] * jnp.eye(a.shape[-1], dtype=a.dtype)
+    x = newton.symmetric(newton.matmul(newton.matmul(v, f), transposed))
+
+    if cut:
+        unit = newton.matmul(v * above[:, None, :], transposed)
+    else:
+        unit = jnp.zeros_like(a) + jnp.eye(a.shape[-1], dtype=a.dtype)
+        a = a + ridge * largest[:, None, None] * unit - newton.matmul(v * jnp.minimum(w, 0)[:, None, :], transposed)
+    low, high = newton.halves(x, p)
+    residual = newton.residual(low, high, a, unit)
+    if not ridge and not cut:
+        residual = jnp.where(jnp.all(above, axis=-1), residual, jnp.maximum(residual, 1))
+    smallest = jnp.min(jnp.where(root_w > 0, w_shifted, jnp.inf), axis=-1)
+    return _finish(given, p, x, residual, largest, jnp.max(w_shifted, axis=-1) / smallest)
+
+
+def _regularised(w, lmax, p: int, ridge: float, cut: float, xp):
+    """Eigenvalues with their ridge, those of the root, and which are above zero or the cut; `xp` is NumPy or JAX."""
+    above = w > cut * lmax
+    shifted = xp.where(above, w, 0) + ridge * lmax
+    kept = shifted > 0
+    return shifted, xp.where(kept, xp.where(kept, shifted, 1) ** (-1 / p), 0), above
 
 
 def _host(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> RootResult:
@@ -209,17 +195,31 @@ def _host(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> RootResult:
     stack = np.asarray(stack_nrr, np.float64)
     n, r, _ = stack.shape
     sizes = np.full(n, r) if sizes_n is None else np.asarray(sizes_n)
-    root, residual, largest = np.zeros((n, r, r), np.float32), np.ones(n, np.float32), np.zeros(n, np.float32)
+    root, numbers = np.zeros((n, r, r), np.float32), np.tile(np.array([1, 0, 1, 0], np.float32), (n, 1))
     for i, size in enumerate(sizes):
         a = stack[i, :size, :size]
-        w, v = np.linalg.eigh((a + a.T) / 2)
+        if not np.all(np.isfinite(a)):
+            numbers[i, 0] = np.nan
+            continue
+        a = (a + a.T) / 2
+        trace = np.trace(a)
+        w, v = np.linalg.eigh(a)
         if size == 0 or w[-1] <= 0:
             continue
-        kept_w, root_w, kept = _regularised_powers(w, w[-1], p, ridge, cut, np)
+        shifted, root_w, above = _regularised(w, w[-1], p, ridge, cut, np)
         x = (v * root_w) @ v.T
-        difference = np.linalg.matrix_power(x, p) @ ((v * kept_w) @ v.T) - (v * kept) @ v.T
-        root[i, :size, :size], residual[i], largest[i] = x, np.max(np.abs(difference)), w[-1]
-    return RootResult(jnp.asarray(root), jnp.asarray(residual), jnp.asarray(largest))
+        if cut:
+            unit = (v * above) @ v.T
+        else:
+            unit = np.eye(size)
+            a = a + ridge * w[-1] * unit - (v * np.minimum(w, 0)) @ v.T
+        low, high = np.linalg.matrix_power(x, p // 2), np.linalg.matrix_power(x, (p + 1) // 2)
+        residual = np.max(np.abs(low @ a @ high - unit))
+        if not ridge and not cut and not np.all(above):
+            residual = max(residual, 1)
+        root[i, :size, :size] = x
+        numbers[i] = residual, w[-1], shifted[-1] / np.min(shifted[root_w > 0]), trace / w[-1]
+    return RootResult(jnp.asarray(root), *jnp.asarray(numbers.T))
 
 
 SOLVERS: dict[str, Callable[..., RootResult]] = {"newton": _newton, "eigh": _eigh, "host": _host}

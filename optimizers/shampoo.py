@@ -9,9 +9,7 @@ For a block G (r x c) of a matrix parameter, per step:
     for the blocks that are due: new roots of L and R, used from the next step on
 """
 
-import functools
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,28 +20,35 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from . import patterns
-from .blocks import Bucket, Plan, from_blocks, make_plan, to_blocks
+from . import moments, norms, patterns, schedule
+from .blocks import Bucket, Plan, make_plan, slots_per_owner
 from .exchange import Owners
+from .finite import all_finite, largest
+from .moments import Moments
 from .options import ShampooOptions
-from .refresh import NO_GRADIENT, Due, Roots, refresh
+from .refresh import Due, Roots, accumulate, initial_roots, precondition, refresh, usable
 
 # Smaller diagonal states are not worth the latency of spreading them over the devices.
 SPREAD_FROM = 2**16
 
 
-class Moments(NamedTuple):
-    """Momentum and second moment, shaped like what they belong to; None where the options keep none."""
-
-    momentum: jax.Array | None
-    second_moment: jax.Array | None
-
-
 class BucketState(NamedTuple):
-    """State of a bucket; axis 0 of every array numbers the slots, whose devices own the blocks."""
+    """State of a bucket; axis 0 of every array numbers the slots, whose devices own the blocks.
 
+    Attributes:
+      block: [n] int32, which block of the bucket is in each slot; the number of blocks where the slot is empty.
+      moments: momentum and second moment of the blocks.
+      roots: statistics and roots.
+      gathered: sum of the gradients since the statistics were last renewed; None where they are renewed every step.
+      graft_ratio: [n] float32, what the newest direction was multiplied by to have the graft's norm; 0 for blocks that
+        act by the graft method.
+    """
+
+    block: jax.Array
     moments: Moments
     roots: Roots
+    gathered: jax.Array | None
+    graft_ratio: jax.Array
 
 
 class ShampooState(NamedTuple):
@@ -63,6 +68,16 @@ class ShampooState(NamedTuple):
     diagonal: dict[str, Moments]
 
 
+class _Tables(NamedTuple):
+    """Static facts about a bucket, shared out over the owners; axis 0 numbers the slots or the devices."""
+
+    routes: Any
+    matrix: jax.Array
+    elements: jax.Array
+    sizes: jax.Array
+    due: jax.Array
+
+
 class DistributedShampoo(optax.GradientTransformation):
     """What `distributed_shampoo` returns: optax's (init, update), and what a trainer wants to know.
 
@@ -71,14 +86,17 @@ class DistributedShampoo(optax.GradientTransformation):
       options: see ShampooOptions.
       mesh: the devices that own the blocks.
       axis_names: tree like the parameters with a tuple of axis names for each.
+      param_specs: tree like the parameters with the PartitionSpec of each.
     """
 
     learning_rate: float | optax.Schedule
     options: ShampooOptions
     owners: Owners
     axis_names: Any
+    param_specs: Any
+    _plans: dict[Any, Plan]
 
-    def __new__(cls, learning_rate, options: ShampooOptions, mesh: Mesh | None, axis_names: Any):
+    def __new__(cls, learning_rate, options: ShampooOptions, mesh: Mesh | None, axis_names: Any, param_specs: Any):
         """A NamedTuple, as optax has it, with attributes beside its two functions."""
         self = super().__new__(  # type: ignore
             cls,
@@ -89,11 +107,19 @@ class DistributedShampoo(optax.GradientTransformation):
         self.options = options
         self.owners = Owners(mesh)
         self.axis_names = axis_names
+        self.param_specs = param_specs
+        self._plans = {}
         return self
 
-    def plan(self, params: Any, owners: int | None = None) -> Plan:
-        """The static plan for a tree of arrays or ShapeDtypeStructs, for this mesh or another number of owners."""
-        return make_plan(params, self.axis_names, self.options, owners or self.owners.count)
+    def plan(self, params: Any) -> Plan:
+        """The static plan for a tree of arrays or ShapeDtypeStructs."""
+        key = tuple(
+            (path, leaf.shape) for path, leaf in zip(patterns.paths(params), jax.tree.leaves(params), strict=True)
+        )
+        if key not in self._plans:
+            specs = self.param_specs if self.owners.mesh is not None else None
+            self._plans[key] = make_plan(params, self.axis_names, specs, self.options, self.owners.sizes)
+        return self._plans[key]
 
     def treatments(self, params: Any) -> dict[str, str]:
         """Path -> treatment, for a table."""
@@ -132,7 +158,7 @@ class DistributedShampoo(optax.GradientTransformation):
     def state_of_owners(self, params: Any, owners: int) -> ShampooState:
         """The state as `owners` devices keep it: ShapeDtypeStructs, laid out on this mesh to restore a checkpoint."""
         own = self.state_shardings(params)
-        state = jax.eval_shape(lambda params: self._zeros(params, self.plan(params, owners)), params)
+        state = jax.eval_shape(lambda params: self._zeros(params, owners), params)
 
         def spec(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
             if leaf.ndim and leaf.shape[0] % self.owners.count and self.owners.mesh is not None:
@@ -147,77 +173,79 @@ class DistributedShampoo(optax.GradientTransformation):
         )
         return kept._replace(buckets=buckets)
 
-    def adopt(self, state: ShampooState, params: Any, owners: int) -> ShampooState:
-        """A state kept by `owners` devices, its blocks moved to their owners on this mesh; no value changes."""
+    def adopt(self, state: ShampooState, params: Any) -> ShampooState:
+        """A state kept on any mesh, its blocks moved to their owners on this one; no value changes."""
         buckets = {}
-        for old, new in zip(self.plan(params, owners).buckets, self.plan(params).buckets, strict=True):
-            source = np.append(old.slot_of_block, old.slots.size)[new.slots.reshape(-1)]
-            buckets[new.name] = jax.tree.map(
-                lambda x, source=source: x.at[source].get(mode="fill", fill_value=0), state.buckets[new.name]
-            )
+        for bucket in self.plan(params).buckets:
+            old = state.buckets[bucket.name]
+            slot_of_block = jnp.argsort(old.block, stable=True)[: bucket.blocks]
+            slots = bucket.slots.reshape(-1)
+            source = jnp.append(slot_of_block, len(old.block))[slots]
+            moved = jax.tree.map(lambda x, source=source: x.at[source].get(mode="fill", fill_value=0), old)
+            buckets[bucket.name] = moved._replace(block=jnp.asarray(slots))
         return state._replace(buckets=buckets)
 
     def diagnostics(self, state: ShampooState) -> dict[str, jax.Array]:
-        """Scalars about the state: refreshes in all, and per bucket residual, staleness, failures and fall-backs.
+        """Scalars about the state: refreshes in all, and for every bucket, over its blocks with roots,
 
-        Staleness is in steps, the mean over blocks that have a root; a fall-back is a block with statistics that uses
-        the graft method, because it has no root yet or its refreshes keep failing.
+        residual and condition (the largest), effective_rank (the mean of trace / largest eigenvalue of the smaller
+        side), staleness (mean steps since the roots' refresh), graft_ratio (the mean); failures (refused refreshes in
+        a row, summed) and fallbacks: blocks that have seen a gradient and act by the graft method, because they have no
+        roots yet or their refreshes keep failing.
         """
         result = {"refreshes": jnp.zeros((), jnp.int32)}
         for name, bucket in state.buckets.items():
             roots = bucket.roots
+            if not roots.statistics:
+                continue
             rooted = roots.refreshed > 0
+            acting = rooted & (roots.failures < self.options.max_failures)
             number = jnp.maximum(jnp.sum(rooted), 1)
-            seen = jnp.trace(roots.statistics[0], axis1=-2, axis2=-1) > 0
+            seen = jnp.trace(roots.statistics[0].astype(jnp.float32), axis1=-2, axis2=-1) > 0
             result["refreshes"] += jnp.sum(roots.refreshes)
-            result[f"{name}/residual"] = jnp.max(jnp.where(rooted, roots.residual, 0))
-            result[f"{name}/staleness"] = jnp.sum(jnp.where(rooted, state.count - roots.refreshed, 0)) / number
-            result[f"{name}/failures"] = jnp.sum(roots.failures)
-            result[f"{name}/fallbacks"] = jnp.sum(seen & ~self._usable(roots))
+            result |= {
+                f"{name}/residual": jnp.max(jnp.where(rooted, roots.residual, 0)),
+                f"{name}/condition": jnp.max(jnp.where(rooted, roots.condition, 0)),
+                f"{name}/effective_rank": jnp.sum(jnp.where(rooted, roots.effective_rank, 0)) / number,
+                f"{name}/staleness": jnp.sum(jnp.where(rooted, state.count - roots.refreshed, 0)) / number,
+                f"{name}/graft_ratio": jnp.sum(jnp.where(acting, bucket.graft_ratio, 0))
+                / jnp.maximum(jnp.sum(acting), 1),
+                f"{name}/failures": jnp.sum(roots.failures),
+                f"{name}/fallbacks": jnp.sum(seen & ~acting),
+            }
         return result
 
-    def _usable(self, roots: Roots) -> jax.Array:
-        """[n] whether a block acts with its roots rather than with the graft method."""
-        return (roots.refreshed > 0) & (roots.failures < self.options.max_failures)
-
-    def _moments(self, shape: tuple[int, ...]) -> Moments:
-        options = self.options
-        return Moments(
-            jnp.zeros(shape, jnp.float32) if options.beta1 else None,
-            jnp.zeros(shape, jnp.float32) if options.diagonal.has_second_moment else None,
-        )
-
     def _init(self, params: Any) -> Any:
-        state = self._zeros(params, self.plan(params))
-        if self.owners.mesh is None:
-            return state
-        by_block = self.owners.sharding(self.owners.by_block)
-        return state._replace(buckets=jax.tree.map(lambda x: lax.with_sharding_constraint(x, by_block), state.buckets))
+        state = self._zeros(params, self.owners.count)
+        buckets = {
+            bucket.name: state.buckets[bucket.name]._replace(block=jnp.asarray(bucket.slots.reshape(-1)))
+            for bucket in self.plan(params).buckets
+        }
+        if self.owners.mesh is not None:
+            by_block = self.owners.sharding(self.owners.by_block)
+            buckets = jax.tree.map(lambda x: lax.with_sharding_constraint(x, by_block), buckets)
+        return state._replace(buckets=buckets)
 
-    def _zeros(self, params: Any, plan: Plan) -> ShampooState:
-        leaves, names = jax.tree.leaves(params), patterns.paths(params)
+    def _zeros(self, params: Any, owners: int) -> ShampooState:
+        leaves, names, plan = jax.tree.leaves(params), patterns.paths(params), self.plan(params)
 
         def bucket_state(bucket: Bucket) -> BucketState:
-            n = bucket.slots.size
-            sides = (bucket.rows, bucket.cols) if bucket.sides == "both" else (bucket.rows,)
+            n = owners * slots_per_owner(bucket.blocks, owners)
             return BucketState(
-                self._moments((n, bucket.rows, bucket.cols)),
-                Roots(
-                    statistics=tuple(jnp.zeros((n, r, r), jnp.float32) for r in sides),
-                    exponent=jnp.full(n, NO_GRADIENT, jnp.int32),
-                    roots=tuple(jnp.zeros((n, r, r), jnp.float32) for r in sides),
-                    residual=jnp.zeros(n, jnp.float32),
-                    refreshed=jnp.zeros(n, jnp.int32),
-                    failures=jnp.zeros(n, jnp.int32),
-                    refreshes=jnp.zeros(n, jnp.int32),
-                ),
+                block=jnp.zeros(n, jnp.int32),
+                moments=moments.initial_moments((n, *bucket.shape), self.options),
+                roots=initial_roots(bucket, n, self.options),
+                gathered=jnp.zeros((n, *bucket.shape), jnp.float32) if self.options.statistics_every > 1 else None,
+                graft_ratio=jnp.zeros(n, jnp.float32),
             )
 
         return ShampooState(
             count=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
             buckets={bucket.name: bucket_state(bucket) for bucket in plan.buckets},
-            diagonal={_state_key(names[i]): self._moments(leaves[i].shape) for i in plan.diagonal},
+            diagonal={
+                _state_key(names[i]): moments.initial_moments(leaves[i].shape, self.options) for i in plan.diagonal
+            },
         )
 
     def _update(self, grads: Any, state: Any, params: Any = None) -> tuple[Any, ShampooState]:
@@ -226,189 +254,224 @@ class DistributedShampoo(optax.GradientTransformation):
             raise ValueError("weight decay needs the parameters: call update(grads, state, params)")
         plan = self.plan(grads)
         leaves, names = jax.tree.leaves(grads), patterns.paths(grads)
-        finite = _all_finite([jnp.square(leaf.astype(jnp.float32)) for leaf in leaves])
+        decays = [bool(options.weight_decay) and patterns.first_match(options.decay_rules, name) for name in names]
+        params_leaves = jax.tree.leaves(params) if options.weight_decay else leaves
+        gradients = leaves
+        if options.decay == "coupled":
+            gradients = [
+                leaf + options.weight_decay * param if decay else leaf
+                for leaf, param, decay in zip(leaves, params_leaves, decays, strict=True)
+            ]
+        # Squares may overflow where gradients do not.
+        length = largest(gradients)
+        finite = jnp.isfinite(length * length)
+        exponent = jnp.frexp(jnp.where(finite, length, 0))[1]
+        # LAPACK may not return from a NaN, not even in a step that is thrown away.
+        gradients = [jnp.where(finite, leaf, 0) for leaf in gradients]
         step = state.count + 1
         directions: list[jax.Array] = [jnp.zeros(())] * len(leaves)
 
         diagonal = {}
-        for i in plan.diagonal:
-            key = _state_key(names[i])
-            diagonal[key], _, directions[i] = self._moments_step(state.diagonal[key], leaves[i], step)
+        for i, beta2 in plan.diagonal.items():
+            key, g = _state_key(names[i]), gradients[i].astype(jnp.float32)
+            if options.normalizes:
+                g = _times_power(g, -exponent)
+                g = g * _reciprocal(jnp.sqrt(jnp.sum(g * g)))
+            diagonal[key], _, directions[i] = moments.advance(state.diagonal[key], g, step, beta2, options)
 
-        sliced = {
-            bucket.name: [owners.slice_blocks(to_blocks(leaves[leaf.index], leaf, bucket)) for leaf in bucket.leaves]
-            for bucket in plan.buckets
-        }
-        constants = {
-            bucket.name: (
-                jnp.asarray(bucket.matrix_of_slot()),
-                jnp.asarray(bucket.real_sizes()),
-                jnp.asarray(bucket.due),
-            )
-            for bucket in plan.buckets
-        }
-        updates, buckets, overflows = owners.run(
-            lambda sliced, owned, step: self._owners_step(plan.buckets, sliced, owned[0], owned[1], step),
-            sliced,
-            (state.buckets, constants),
-            step,
+        tiles = {b.name: [owners.cut(gradients[leaf.index], leaf) for leaf in b.leaves] for b in plan.buckets}
+        specs = {b.name: owners.specs(b) for b in plan.buckets}
+        tables = {b.name: self._tables(b) for b in plan.buckets}
+        tiles, buckets, overflows = owners.run(
+            lambda tiles, owned, shared: self._owners_step(plan.buckets, tiles, *owned, *shared),
+            tiles,
+            specs,
+            (state.buckets, tables),
+            (step, exponent),
         )
         for bucket in plan.buckets:
-            for leaf, blocks in zip(bucket.leaves, updates[bucket.name], strict=True):
-                elements = bucket.rows * bucket.cols
-                directions[leaf.index] = from_blocks(blocks[:, :elements], leaf, bucket)
+            for leaf, x in zip(bucket.leaves, tiles[bucket.name], strict=True):
+                directions[leaf.index] = owners.join(x, leaf)
 
-        # Squares may overflow where gradients do not; what they would leave behind in the state could never recover.
-        finite &= (overflows == 0) & _all_finite(directions)
+        # What an overflow would leave behind in the state could never recover.
+        finite &= (overflows == 0) & all_finite(directions)
         rate = jnp.asarray(self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate)
-        if options.weight_decay:
-            for i, (name, param) in enumerate(zip(names, jax.tree.leaves(params), strict=True)):
-                if patterns.first_match(options.decay_rules, name):
-                    directions[i] = directions[i] + options.weight_decay * param
+        if options.decay == "decoupled":
+            directions = [
+                direction + options.weight_decay * param if decay else direction
+                for direction, param, decay in zip(directions, params_leaves, decays, strict=True)
+            ]
+        factors = [patterns.first_match(options.rate_rules, name) for name in names]
         updates = [
-            jnp.where(finite, -rate * direction, 0).astype(leaf.dtype)
-            for direction, leaf in zip(directions, leaves, strict=True)
+            jnp.where(finite, -rate * factor * direction, 0).astype(leaf.dtype)
+            for direction, leaf, factor in zip(directions, leaves, factors, strict=True)
         ]
         accepted = ShampooState(step, state.skipped, buckets, diagonal)
         refused = state._replace(skipped=state.skipped + 1)
         new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), accepted, refused)
         return jax.tree.unflatten(jax.tree.structure(grads), updates), new_state
 
-    def _moments_step(self, moments: Moments, g: jax.Array, step: jax.Array) -> tuple[Moments, jax.Array, jax.Array]:
-        """New moments, the momentum to act on and the diagonal method's direction, for an array of any shape."""
-        options = self.options
-        g = g.astype(jnp.float32)
-        momentum, acting = moments.momentum, g
-        if momentum is not None:
-            momentum = options.beta1 * momentum + (1 - options.beta1) * g
-            acting = options.beta1 * momentum + (1 - options.beta1) * g if options.nesterov else momentum
-            acting = acting / (1 - options.beta1 ** step.astype(jnp.float32))
-        second_moment = moments.second_moment
-        if second_moment is not None:
-            second_moment = options.diagonal.accumulate(second_moment, g, options.beta2)
-        direction = options.diagonal.direction(acting, second_moment, self._correction(step), options.epsilon)
-        return Moments(momentum, second_moment), acting, direction
-
-    def _correction(self, step: jax.Array) -> jax.Array:
-        """Divisor that makes an average of second moments unbiased; 1 for sums."""
-        beta2 = self.options.beta2
-        return jnp.float32(1) if beta2 == 1 else 1 - beta2 ** step.astype(jnp.float32)
+    def _tables(self, bucket: Bucket) -> _Tables:
+        if self.options.graft_norm == "block":
+            elements = np.maximum(np.prod(bucket.real_sizes, axis=1), 1)
+        else:
+            elements = bucket.elements_of_matrix[bucket.matrix_of_slot]
+        return _Tables(
+            routes=self.owners.tables(bucket),
+            matrix=jnp.asarray(bucket.matrix_of_slot),
+            elements=jnp.asarray(elements, jnp.float32),
+            sizes=jnp.asarray(bucket.real_sizes),
+            due=jnp.asarray(bucket.due),
+        )
 
     def _owners_step(
-        self, buckets: Sequence[Bucket], sliced: Any, states: dict[str, BucketState], constants: Any, step: jax.Array
-    ) -> tuple[Any, Any, Any]:
-        """On each device: gradients arrive, directions leave, statistics and due roots are renewed."""
-        options, owners = self.options, self.owners
-        gradients, moments, directions, grafts, acting = {}, {}, {}, {}, {}
-        for bucket in buckets:
-            g_nrc = owners.to_owners(sliced[bucket.name], bucket)
-            state = states[bucket.name]
-            new_moments, m_nrc, graft_nrc = self._moments_step(state.moments, g_nrc, step)
-            direction_nrc = self._precondition(m_nrc, state.roots, bucket)
-            usable = self._usable(state.roots)
-            gradients[bucket.name], moments[bucket.name], grafts[bucket.name] = g_nrc, new_moments, graft_nrc
-            directions[bucket.name], acting[bucket.name] = (
-                jnp.where(usable[:, None, None], direction_nrc, graft_nrc),
-                usable,
-            )
-
-        if options.graft != "none":
-            directions = self._graft(buckets, directions, grafts, acting, constants)
-
-        roots = {bucket.name: self._accumulate(states[bucket.name].roots, gradients[bucket.name]) for bucket in buckets}
-        roots = self._refresh(buckets, roots, constants, step)
-        new_states = {bucket.name: BucketState(moments[bucket.name], roots[bucket.name]) for bucket in buckets}
-        overflows = jnp.zeros((), jnp.int32)
-        for bucket in buckets:
-            traces = [jnp.trace(s, axis1=-2, axis2=-1).sum() for s in roots[bucket.name].statistics]
-            overflows += sum(~jnp.isfinite(x) for x in (*traces, directions[bucket.name].sum()))
-        updates = {bucket.name: owners.from_owners(directions[bucket.name], bucket) for bucket in buckets}
-        return updates, new_states, owners.sum(overflows)
-
-    def _precondition(self, m_nrc: jax.Array, roots: Roots, bucket: Bucket) -> jax.Array:
-        """L^(-1/p) M R^(-1/p), batched over the blocks."""
-        direction = jnp.einsum("nij,njk->nik", roots.roots[0], m_nrc, precision=lax.Precision.HIGHEST)
-        if bucket.sides == "both":
-            direction = jnp.einsum("nij,njk->nik", direction, roots.roots[1], precision=lax.Precision.HIGHEST)
-        return direction
-
-    def _accumulate(self, roots: Roots, g_nrc: jax.Array) -> Roots:
-        """L <- beta2 L + (1 - beta2) G G', R likewise; sums where beta2 is 1; all of G / 2^exponent."""
-        beta2 = self.options.beta2
-        old, new = (1.0, 1.0) if beta2 == 1 else (beta2, 1 - beta2)
-        largest = jnp.max(jnp.abs(g_nrc), axis=(1, 2))
-        exponent = jnp.maximum(roots.exponent, jnp.where(largest > 0, jnp.frexp(largest)[1], NO_GRADIENT))
-        one = jnp.float32(1)  # ldexp: a power of two to the last bit, which exp2 need not be
-        grown = jnp.ldexp(one, jnp.maximum(2 * (roots.exponent - exponent), -300))[:, None, None]
-        g_nrc = g_nrc * jnp.ldexp(one, -exponent)[:, None, None]
-        g_nrc = jnp.where(largest[:, None, None] > 0, g_nrc, 0)
-        products = ("nik,njk->nij", "nki,nkj->nij")
-        statistics = tuple(
-            old * grown * s_nrr + new * jnp.einsum(product, g_nrc, g_nrc, precision=lax.Precision.HIGHEST)
-            for s_nrr, product in zip(roots.statistics, products, strict=False)
-        )
-        return roots._replace(statistics=statistics, exponent=exponent)
-
-    def _refresh(
-        self, buckets: Sequence[Bucket], roots: dict[str, Roots], constants: Any, step: jax.Array
-    ) -> dict[str, Roots]:
-        """Refresh what is due on this step: a share of the blocks, or with a periodic schedule all or none."""
-        due = {}
-        for bucket in buckets:
-            _, sizes_n2, due_1kw = constants[bucket.name]
-            slot = due_1kw[0, (step - 1) % bucket.phases]
-            due[bucket.name] = Due(slot, sizes_n2.at[slot].get(mode="clip"))
-
-        def renew(roots: dict[str, Roots]) -> dict[str, Roots]:
-            return refresh(roots, due, buckets, self.options, correction=self._correction(step), step=step)
-
-        if self.options.refresh == "staggered":
-            return renew(roots)
-        return lax.cond((step - 1) % self.options.interval == 0, renew, lambda roots: roots, roots)
-
-    def _graft(
         self,
         buckets: Sequence[Bucket],
-        directions: dict[str, Any],
-        grafts: dict[str, Any],
-        acting: dict[str, Any],
-        constants: Any,
-    ) -> dict[str, Any]:
-        """Give the directions of each matrix (or block) the norm of the graft's; one sum over the devices.
+        tiles: dict[str, list[jax.Array]],
+        states: dict[str, BucketState],
+        tables: dict[str, _Tables],
+        step: jax.Array,
+        exponent: jax.Array,
+    ) -> tuple[Any, Any, Any]:
+        """On each device: gradients arrive, directions leave, statistics and due roots are renewed.
 
-        Only blocks acting with their roots take part: the others have the graft's direction, which stays as it is.
+        Norms are taken in units of powers of two, found from `exponent`, that of the largest gradient entry.
         """
-        own, wanted = {}, {}
+        options, owners = self.options, self.owners
+        gradients = {b.name: owners.to_owners(tiles[b.name], tables[b.name].routes, b) for b in buckets}
+        scaled = self._normalized(gradients, tables, buckets, exponent) if options.normalizes else gradients
+        grafted = options.graft != "none"
+        of_graft = exponent if grafted and options.diagonal.follows_scale else 0
+        of_direction = {b.name: exponent - _of_roots(b, exponent) if grafted else 0 for b in buckets}
+        # The roots are those of gradients as they are.
+        taken = exponent if options.normalizes else 0
+        new_moments, directions, grafts, acting, squares = {}, {}, {}, {}, {}
         for bucket in buckets:
-            for squares, of in ((own, directions), (wanted, grafts)):
-                squares[bucket.name] = jnp.where(acting[bucket.name], jnp.sum(of[bucket.name] ** 2, axis=(1, 2)), 0)
+            name, state = bucket.name, states[bucket.name]
+            new_moments[name], momentum, grafts[name] = moments.advance(
+                state.moments, scaled[name], step, bucket.group.beta2, options
+            )
+            direction = precondition(_times_power(momentum, taken), state.roots, bucket)
+            directions[name] = _times_power(direction, -of_direction[name])
+            grafts[name] = _times_power(grafts[name], -of_graft)
+            acting[name] = usable(state.roots, bucket, options) & (step >= options.start_step)
+            own, wanted = _squares(directions[name]), _squares(grafts[name])
+            squares[name] = norms.Squares(
+                own=jnp.where(acting[name], own, 0),
+                wanted=jnp.where(acting[name], wanted, 0),
+                rest=jnp.where(acting[name], 0, wanted),
+            )
+        elements = {name: table.elements for name, table in tables.items()}
+        matrices = {name: table.matrix for name, table in tables.items()}
+        by_roots, by_graft = norms.factors(squares, elements, matrices, buckets, owners, options, of_graft)
+
+        new_states, overflows = {}, jnp.zeros((), jnp.int32)
+        roots = self._renew(buckets, states, gradients, tables, step)
+        for bucket in buckets:
+            name, state = bucket.name, states[bucket.name]
+            ones = [1] * len(bucket.shape)
+            direction = jnp.where(
+                acting[name].reshape(-1, *ones),
+                directions[name] * by_roots[name].reshape(-1, *ones),
+                grafts[name] * by_graft[name].reshape(-1, *ones),
+            )
+            directions[name] = _times_power(direction, of_graft)
+            new_roots, gathered = roots[name]
+            new_states[name] = BucketState(
+                block=state.block,
+                moments=new_moments[name],
+                roots=new_roots,
+                gathered=gathered,
+                graft_ratio=_times_power(
+                    jnp.where(acting[name], by_roots[name], 0), of_graft - of_direction[name] + taken
+                ),
+            )
+            traces = [jnp.trace(s.astype(jnp.float32), axis1=-2, axis2=-1).sum() for s in new_roots.statistics]
+            overflows += sum(~jnp.isfinite(x) for x in (*traces, directions[name].sum()))
+        tiles = {b.name: owners.from_owners(directions[b.name], tables[b.name].routes, b) for b in buckets}
+        return tiles, new_states, owners.sum(overflows)
+
+    def _normalized(
+        self,
+        gradients: dict[str, jax.Array],
+        tables: dict[str, _Tables],
+        buckets: Sequence[Bucket],
+        exponent: jax.Array,
+    ) -> dict[str, jax.Array]:
+        """Gradients divided by their norm over the matrix or the block."""
+        gradients = {name: _times_power(g, -exponent) for name, g in gradients.items()}
+        squares = {name: _squares(g)[None] for name, g in gradients.items()}
         if self.options.graft_norm == "parameter":
-            members = {
-                bucket.name: constants[bucket.name][0][:, None] == jnp.arange(bucket.matrices) for bucket in buckets
-            }
-            by_matrix = {
-                name: jnp.stack(
-                    [jnp.sum(jnp.where(members[name], squares[name][:, None], 0), axis=0) for squares in (own, wanted)]
-                )
-                for name in members
-            }
-            joined = jnp.concatenate(list(by_matrix.values()), axis=1) if by_matrix else jnp.zeros((2, 0))
-            joined, first = self.owners.sum(joined), 0
-            for bucket in buckets:
-                totals = joined[:, first : first + bucket.matrices]
-                first += bucket.matrices
-                own[bucket.name], wanted[bucket.name] = totals[:, constants[bucket.name][0]]
-        result = {}
+            matrices = {name: table.matrix for name, table in tables.items()}
+            squares = norms.over_matrices(squares, matrices, buckets, self.owners)
+        return {
+            b.name: gradients[b.name] * _reciprocal(jnp.sqrt(squares[b.name][0])).reshape(-1, *[1] * len(b.shape))
+            for b in buckets
+        }
+
+    def _renew(
+        self,
+        buckets: Sequence[Bucket],
+        states: dict[str, BucketState],
+        gradients: dict[str, jax.Array],
+        tables: dict[str, _Tables],
+        step: jax.Array,
+    ) -> dict[str, tuple[Roots, jax.Array | None]]:
+        """Bucket name -> (statistics and roots after this step, gradients gathered for the next statistics)."""
+        every = self.options.statistics_every
+        roots, gathered = {}, {}
         for bucket in buckets:
-            squares = own[bucket.name]
-            ratio = jnp.where(squares > 0, jnp.sqrt(wanted[bucket.name] / jnp.where(squares > 0, squares, 1)), 0)
-            ratio = jnp.where(acting[bucket.name], ratio, 1)
-            result[bucket.name] = directions[bucket.name] * ratio[:, None, None]
-        return result
+            name, state = bucket.name, states[bucket.name]
+            if state.gathered is None:
+                roots[name], gathered[name] = accumulate(state.roots, gradients[name], bucket), None
+            else:
+                roots[name], gathered[name] = lax.cond(
+                    step % every == 0,
+                    lambda old, total, bucket=bucket: (accumulate(old, total / every, bucket), jnp.zeros_like(total)),
+                    lambda old, total: (old, total),
+                    state.roots,
+                    state.gathered + gradients[name],
+                )
+        roots = self._refresh(buckets, roots, tables, step)
+        return {bucket.name: (roots[bucket.name], gathered[bucket.name]) for bucket in buckets}
+
+    def _refresh(
+        self, buckets: Sequence[Bucket], roots: dict[str, Roots], tables: dict[str, _Tables], step: jax.Array
+    ) -> dict[str, Roots]:
+        """Refresh what is due on this step: a share of the blocks, or with a periodic schedule all or none."""
+        first, count = schedule.due_phases(step, self.options)
+
+        def renew(phase: Any, roots: dict[str, Roots]) -> dict[str, Roots]:
+            due = {}
+            for bucket in buckets:
+                slot = tables[bucket.name].due[0, phase % bucket.phases]
+                due[bucket.name] = Due(slot, tables[bucket.name].sizes.at[slot].get(mode="clip"))
+            return refresh(roots, due, buckets, self.options, step=step)
+
+        if self.options.refresh == "periodic":
+            crosses = -first % self.options.interval < count
+            return lax.cond(crosses, lambda roots: renew(0, roots), lambda roots: roots, roots)
+        if self.options.early_intervals or self.options.start_step:
+            return lax.fori_loop(0, count, lambda i, roots: renew((first + i) % self.options.interval, roots), roots)
+        return renew(first, roots)
 
 
-def _all_finite(leaves: Sequence[jax.Array]) -> jax.Array:
-    return functools.reduce(operator.and_, [jnp.isfinite(leaf).all() for leaf in leaves], jnp.bool_(True))
+def _squares(x: jax.Array) -> jax.Array:
+    return jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
+
+
+def _of_roots(bucket: Bucket, exponent: jax.Array) -> jax.Array:
+    """How many powers of two a block's roots together take from a gradient of the order of 2^exponent."""
+    return 2 * len(bucket.sides) * exponent // max(bucket.group.p, 1)
+
+
+def _times_power(x: jax.Array, exponent: jax.Array | int) -> jax.Array:
+    """The product with 2^exponent, exact as far as float32 can hold the power."""
+    return x * jnp.ldexp(jnp.float32(1), jnp.clip(exponent, -126, 127))
+
+
+def _reciprocal(x: jax.Array) -> jax.Array:
+    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
 
 
 def _state_key(path: str) -> str:
@@ -439,6 +502,7 @@ def distributed_shampoo(
     *,
     mesh: Mesh | None = None,
     axis_names: Any = None,
+    param_specs: Any = None,
 ) -> DistributedShampoo:
     """Distributed Shampoo.
 
@@ -448,8 +512,11 @@ def distributed_shampoo(
       mesh: the devices over which blocks are partitioned, whatever the sharding of the parameters; None for one device.
       axis_names: None, or a tree like the parameters with a tuple of axis names (or None) for each; names tell stacks
         of matrices (scanned layers, experts) and folded sides (heads x head_dim).
+      param_specs: None (parameters are replicated), or a tree like the parameters of the PartitionSpec or NamedSharding
+        that each has on the mesh. The result does not depend on it; the traffic does: with it, blocks travel from the
+        shards they lie in straight to their owners.
 
     Returns:
       An optax gradient transformation with `state_shardings(params)`, `treatments(params)` and `diagnostics(state)`.
     """
-    return DistributedShampoo(learning_rate, options or ShampooOptions(), mesh, axis_names)
+    return DistributedShampoo(learning_rate, options or ShampooOptions(), mesh, axis_names, param_specs)

@@ -80,9 +80,9 @@ def test_the_same_run_on_every_mesh(on_one_device, tmp_path, devices, mesh):
 def test_golden_steps(on_one_device):
     """Catches any unmeant change to initialisation, data, model, loss or optimizer."""
     golden = {
-        "train/loss": [5.72604, 5.58291, 5.27571],
-        "train/gradient_norm": [0.99700, 1.32204, 1.05267],
-        "train/update_norm": [0.47543, 0.65867, 0.58602],
+        "train/loss": [5.72604, 5.29300, 4.54431],
+        "train/gradient_norm": [0.99700, 1.84962, 0.92179],
+        "train/update_norm": [1.23361, 1.88266, 1.72268],
     }
     for key, values in golden.items():
         np.testing.assert_allclose(history(on_one_device, key)[:5:2], values, rtol=2e-3, err_msg=key)

@@ -12,6 +12,7 @@ from shampax.configs import base
 from shampax.framework import checkpoints, journal
 from shampax.framework import train as train_module
 from shampax.framework.errors import UserError
+from shampax.framework.state import TrainState
 from shampax.framework.stopping import StopSignals, TrainingStopped
 from shampax.framework.train import train
 
@@ -288,6 +289,31 @@ def test_shampoo_trains_and_reports_its_inner_life(tmp_path):
     assert result["heldout_loss"] < 2.7
 
 
+def test_one_trace_serves_every_kind_of_step(tmp_path):
+    """Catches a shape, type or Python value that depends on the step: every such step would compile anew."""
+    toy.TRACES["train"] = 0
+    optimizer = base.component(SHAMPOO, block_size=16, interval=4, early_intervals=((20, 2),), start_step=6)
+    config = make_config(
+        optimizer=optimizer,
+        task={"nan_seed": 1},
+        **{
+            "duration": "100 steps",
+            "evaluation.every": "25 steps",
+            "schedule.warmup": "20 steps",
+            "log.every": "7 steps",
+        },
+    )
+    result = train(config, tmp_path, devices=two())
+    assert result["steps"] == 100 and result["skipped_steps"] > 3 and result["refreshes"] > 100
+    assert len([line for line in lines(tmp_path) if "heldout/loss" in line]) >= 4
+    traced = toy.TRACES["train"]
+    once = make_config(
+        optimizer=optimizer, task={"nan_seed": 1}, **{"duration": "1 steps", "schedule.warmup": "0 steps"}
+    )
+    train(once, tmp_path / "one", devices=two())
+    assert toy.TRACES["train"] == 2 * traced
+
+
 def test_second_interrupt_aborts():
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
@@ -300,15 +326,28 @@ def test_the_host_runs_one_step_ahead_and_no_further():
     events = []
 
     class Log:
+        def due(self, step):
+            return step == 6
+
         def step_done(self, step, metrics):
-            events.append(f"read {step}")
+            events.append(f"read {step} {metrics}")
 
     def step(state, batch):
         events.append(f"dispatch {batch}")
-        return state, {}
+        return TrainState(None, None, f"after {batch}", None, None, None), {}
 
-    train_module.advance(step, None, iter("abc"), range(4, 7), Log(), lambda step: None)
-    assert events == ["dispatch a", "dispatch b", "read 5", "dispatch c", "read 6", "read 7"]
+    def diagnose(opt_state):
+        return {"diagnosed": opt_state}
+
+    train_module.advance(step, diagnose, None, iter("abc"), range(4, 7), Log(), lambda step: None)
+    assert events == [
+        "dispatch a",
+        "dispatch b",
+        "read 5 {}",
+        "dispatch c",
+        "read 6 {'diagnosed': 'after b'}",
+        "read 7 {}",
+    ]
 
 
 def test_checkpoint_record_survives_json():

@@ -20,6 +20,7 @@ class ToyTask:
     width: int = 16  # D
     hidden: int = 32  # M
     nan_from: int = -1  # after so many batches, one element of the loss is not a number; -1 never
+    nan_seed: int = -1  # in steps whose key draws a number above 0.9, with so many added to it; -1 never
 
     def init(self, key, batch_spec):
         width, hidden = self.width, self.hidden
@@ -44,6 +45,8 @@ class ToyTask:
         if train:
             counters = {"batches": counters["batches"] + 1}
             broken = (self.nan_from >= 0) & (counters["batches"] > self.nan_from)
+            if self.nan_seed >= 0:
+                broken |= jax.random.uniform(jax.random.fold_in(key, self.nan_seed)) > 0.9
             nats = nats.at[0, 0].set(jnp.where(broken, jnp.nan, nats[0, 0]))
         weights = batch["weights"]
         total, weight = (nats * weights).sum(), weights.sum()

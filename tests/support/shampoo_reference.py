@@ -1,106 +1,299 @@
 """Distributed Shampoo in float64 NumPy, one block at a time: the algorithm as written, and no machinery."""
 
+import dataclasses
+import itertools
+import math
+import re
+from typing import Any
+
+import ml_dtypes
 import numpy as np
+
+from shampax.optimizers.blocks import cut
+from shampax.optimizers.options import Treatment
 
 
 def inverse_root(a, p, ridge=0.0, cut=0.0):
     """V diag(w)^(-1/p) V' with a ridge or a cut relative to the largest eigenvalue."""
     w, v = np.linalg.eigh((a + a.T) / 2)
     w = np.maximum(w, 0)
-    if w[-1] == 0:
-        return np.zeros_like(a)
     if cut:
         kept = w > cut * w[-1]
         return (v * np.where(kept, np.where(kept, w, 1) ** (-1 / p), 0)) @ v.T
     return (v * (w + ridge * w[-1]) ** (-1 / p)) @ v.T
 
 
-def spans(side, block_size):
-    """The pieces a side is cut into: (start, stop) of equal padded lengths."""
-    pieces = -(-side // block_size)
-    length = -(-side // pieces)
-    granule = max(8, 2 ** (length.bit_length() - 1) // 16)
-    length = max(length, min(-(-length // granule) * granule, -(-block_size // 8) * 8))
-    return [(i * length, min((i + 1) * length, side)) for i in range(pieces)], length
+def stored(x, dtype):
+    """What is left of x after it was stored in a dtype."""
+    return x.astype(ml_dtypes.bfloat16).astype(np.float64) if dtype == "bfloat16" else x
 
 
+def ratio(a, b):
+    return a / b if b else 0.0
+
+
+def unfolding(tensor, side):
+    return np.moveaxis(tensor, side, 0).reshape(tensor.shape[side], -1)
+
+
+def along(tensor, side, matrix):
+    """The tensor with a matrix applied along one of its sides: from the left for side 0, from the right for side 1."""
+    return np.moveaxis(np.tensordot(matrix, tensor, (1, side)), 0, side)
+
+
+def first_match(rules, path):
+    return next(value for pattern, value in rules if re.fullmatch(pattern, path))
+
+
+def view(shape, names, treatment, options):
+    """(axes that stack matrices, groups of neighbouring axes that form the sides, in the order of the parameter)."""
+    if names is None:
+        stack = list(range(min(treatment.stack, len(shape))))
+    else:
+        stack = [i for i, name in enumerate(names) if name in options.stack_axes]
+    axes = [i for i in range(len(shape)) if i not in stack]
+
+    if treatment.view == "tensor" and treatment.kind != "one_sided":
+        sides = [[i] for i in axes if shape[i] != 1]
+        at = 1
+        while at < len(sides):
+            if len(sides) > 2 and math.prod(shape[i] for i in sides[at - 1] + sides[at]) <= options.merge_dims:
+                sides[at - 1] += sides.pop(at)
+            else:
+                at += 1
+        return stack, sides
+
+    folds = [names is not None and names[i] in options.fold_axes for i in axes]
+    split = len(axes) - 1
+    if not all(folds):
+        leading, trailing = folds.index(False), folds[::-1].index(False)
+        split = leading or (len(axes) - trailing if trailing else split)
+    return stack, [axes[:split], axes[split:]]
+
+
+@dataclasses.dataclass
+class Block:
+    """One block of one matrix: where it lies, and for each preconditioned side its statistics and root."""
+
+    at: tuple[slice, ...]
+    statistics: dict[int, Any]
+    roots: dict[int, Any] | None = None
+
+
+@dataclasses.dataclass
 class Matrix:
-    """State of one matrix parameter."""
+    """A matrix (or tensor) of a parameter's stack; a whole parameter, without blocks, under diagonal treatment."""
 
-    def __init__(self, shape, options):
-        self.short_first = shape[0] <= shape[1]
-        rows, cols = sorted(shape)
-        (row_spans, row_length), (col_spans, col_length) = (
-            spans(rows, options.block_size),
-            spans(cols, options.block_size),
-        )
-        self.bucket = (row_length, col_length)
-        self.m, self.v = np.zeros((rows, cols)), np.zeros((rows, cols))
-        self.blocks = [
-            {"at": np.s_[r0:r1, c0:c1], "l": 0.0, "r": 0.0, "roots": None}
-            for r0, r1 in row_spans
-            for c0, c1 in col_spans
-        ]
+    momentum: Any
+    second: Any
+    buffer: Any
+    blocks: list[Block]
 
 
-def graft_direction(o, m_hat, v, t):
-    """The diagonal methods, written out."""
-    correction = 1 if o.beta2 == 1 else 1 - o.beta2**t
+class Parameter:
+    """One parameter: its treatment, its view as a stack of matrices with sides sorted by length, and their state."""
+
+    def __init__(self, path, x, names, options):
+        self.x = np.array(x, np.float64)
+        self.rule = options.resolve(Treatment.parse(first_match(options.treatments, path)))
+        self.decay = options.weight_decay if first_match(options.decay_rules, path) else 0.0
+
+        stack, sides = view(self.x.shape, names, self.rule, options)
+        lengths = [math.prod(self.x.shape[i] for i in side) for side in sides]
+        self.diagonal = self.rule.kind == "diagonal" or sum(length > 1 for length in lengths) < 2 or self.x.size == 0
+        if self.diagonal:
+            self.matrices = [Matrix(np.zeros(self.x.shape), np.zeros(self.x.shape), np.zeros(self.x.shape), [])]
+            return
+
+        self.lengths = lengths
+        self.order = sorted(range(len(sides)), key=lambda i: lengths[i])
+        # Axes of length 1 belong to no side of a tensor; anywhere will do.
+        self.axes = (*stack, *(i for i in range(self.x.ndim) if i not in stack))
+        self.stacks = math.prod(self.x.shape[i] for i in stack)
+
+        if self.rule.kind == "one_sided":
+            preconditioned = ({"left": self.order.index(0), "right": self.order.index(1), "short": 0}[self.rule.side],)
+        else:
+            preconditioned = tuple(range(len(sides)))
+        self.p = options.root_order(self.rule, len(preconditioned))
+        if self.p == 0:
+            preconditioned = ()
+        shape = [lengths[i] for i in self.order]
+        pieces = [cut(side, self.rule.block_size) for side in shape]
+        padded = tuple(length for _, length in pieces)
+        self.bucket = (padded, preconditioned, self.p, self.rule.beta2, self.rule.ridge, self.rule.cut)
+        self.matrices = []
+        for _ in range(self.stacks):
+            blocks = []
+            for piece in itertools.product(*(range(count) for count, _ in pieces)):
+                at = tuple(
+                    slice(i * length, min((i + 1) * length, side))
+                    for i, length, side in zip(piece, padded, shape, strict=True)
+                )
+                sizes = {side: at[side].stop - at[side].start for side in preconditioned}
+                statistics = {side: np.zeros((n, n)) for side, n in sizes.items()}
+                blocks.append(Block(at, statistics, roots=None if preconditioned else {}))
+            self.matrices.append(Matrix(np.zeros(shape), np.zeros(shape), np.zeros(shape), blocks))
+
+    def split(self, x):
+        """A tensor of the parameter's shape as the list of its matrices."""
+        if self.diagonal:
+            return [x]
+        stack = x.transpose(self.axes).reshape(self.stacks, *self.lengths)
+        return [matrix.transpose(self.order) for matrix in stack]
+
+    def join(self, matrices):
+        """The other way."""
+        if self.diagonal:
+            return matrices[0]
+        stack = np.stack([matrix.transpose(np.argsort(self.order)) for matrix in matrices])
+        return stack.reshape([self.x.shape[i] for i in self.axes]).transpose(np.argsort(self.axes))
+
+
+def normalize(g, units):
+    """The gradient with each unit divided by its norm."""
+    h = np.zeros_like(g)
+    for at in units:
+        h[at] = g[at] * ratio(1.0, np.linalg.norm(g[at]))
+    return h
+
+
+def diagonal_method(o, a, v, beta2, t):
+    """The methods that can graft, written out."""
+    correction = 1 - beta2**t if o.bias_correction and beta2 < 1 else 1.0
     return {
-        "adam": lambda: m_hat / (np.sqrt(v / correction) + o.epsilon),
-        "rmsprop": lambda: m_hat / np.sqrt(v + o.epsilon),
-        "adagrad": lambda: m_hat / (np.sqrt(v) + o.epsilon),
-        "sgd": lambda: m_hat,
-        "none": lambda: m_hat,
-        "sign": lambda: np.sign(m_hat),
-    }[o.graft]()
+        "adam": lambda: a / (np.sqrt(v / correction) + o.epsilon),
+        "rmsprop": lambda: a / np.sqrt(v + o.epsilon),
+        "adagrad": lambda: a / (np.sqrt(v) + o.epsilon),
+        "sgd": lambda: a,
+        "none": lambda: a,
+        "sign": lambda: np.sign(a),
+    }[o.graft.removesuffix("_normalized")]()
 
 
-def run(params, gradients, options, rate, one_sided=False):
-    """Parameters after each step. `params`: list of 2-D arrays, all under one treatment, in tree order."""
+def direction(o, rule, matrix, g, t):
+    """What one matrix moves by, per unit of learning rate and before weight decay."""
+    whole = (slice(None),) * g.ndim
+    units = [b.at for b in matrix.blocks] if o.graft_norm == "block" and matrix.blocks else [whole]
+    h = normalize(g, units) if o.graft.endswith("_normalized") else g
+
+    a = h
+    if o.beta1 > 0:
+        new = 1 - o.beta1 if o.momentum == "ema" else 1.0
+        matrix.momentum = stored(o.beta1 * matrix.momentum + new * h, o.momentum_dtype)
+        a = o.beta1 * matrix.momentum + new * h if o.nesterov else matrix.momentum
+        if o.momentum == "ema" and o.bias_correction:
+            a = a / (1 - o.beta1**t)
+
+    if o.graft.startswith("adagrad"):
+        matrix.second = matrix.second + h**2
+    else:
+        matrix.second = rule.beta2 * matrix.second + (1 - rule.beta2) * h**2
+    graft = diagonal_method(o, a, matrix.second, rule.beta2, t)
+
+    d = graft.copy()
+    acting = [b for b in matrix.blocks if b.roots is not None and t >= o.start_step]
+    for b in acting:
+        block = a[b.at]
+        for side, root in b.roots.items():
+            block = along(block, side, root)
+        d[b.at] = block
+
+    if o.graft != "none":
+        for together in [[b] for b in acting] if o.graft_norm == "block" else [acting]:
+            wanted = math.sqrt(sum(np.sum(graft[b.at] ** 2) for b in together))
+            norm = math.sqrt(sum(np.sum(d[b.at] ** 2) for b in together))
+            for b in together:
+                d[b.at] *= ratio(wanted, norm)
+    if o.clip_rms > 0 and matrix.blocks:
+        for at in units:
+            rms = math.sqrt(np.mean(d[at] ** 2))
+            d[at] *= min(1.0, o.clip_rms / rms) if rms else 1.0
+    return d
+
+
+def accumulate(o, rule, matrix, g, t):
+    """Statistics of every block: the mean gradient of the last few steps makes one update."""
+    matrix.buffer = matrix.buffer + g
+    if t % o.statistics_every:
+        return
+    mean, matrix.buffer = matrix.buffer / o.statistics_every, np.zeros_like(g)
+    new = 1 - rule.beta2 if rule.beta2 < 1 else 1.0
+    for b in matrix.blocks:
+        for side in b.statistics:
+            u = unfolding(mean[b.at], side)
+            b.statistics[side] = stored(rule.beta2 * b.statistics[side] + new * u @ u.T, o.statistics_dtype)
+
+
+def due_phases(o, t):
+    """The numbers modulo the interval whose blocks are refreshed at step t."""
+    if t < o.start_step - o.interval:
+        return set()
+    interval_at = [next((k for last, k in o.early_intervals if s <= last), o.interval) for s in range(1, t + 1)]
+    ticks = [o.interval // k for k in interval_at]
+    before, now = sum(ticks[:-1]), ticks[-1]
+    if o.refresh == "periodic":
+        return set(range(o.interval)) if -before % o.interval < now else set()
+    return {tick % o.interval for tick in range(before, before + now)}
+
+
+def refresh(o, rule, p, block, t):
+    """New roots of one block, once it has seen a gradient."""
+    updates = t // o.statistics_every
+    correction = 1 - rule.beta2**updates if o.bias_correction and rule.beta2 < 1 and updates > 0 else 1.0
+    if block.statistics and all(s.any() for s in block.statistics.values()):
+        block.roots = {
+            side: stored(inverse_root(s / correction, p, rule.ridge, rule.cut), o.roots_dtype)
+            for side, s in block.statistics.items()
+        }
+
+
+def flatten(tree, path=""):
+    """{path: leaf} of nested dicts, in the order of jax.tree.leaves."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    joined = {key: f"{path}/{key}" if path else key for key in sorted(tree)}
+    return {leaf: x for key, name in joined.items() for leaf, x in flatten(tree[key], name).items()}
+
+
+def run(params, gradients, options, rate, axis_names=None):
+    """Parameters after each step, as a list of {path: array}.
+
+    Args:
+      params: nested dicts of arrays.
+      gradients: one tree like params for each step.
+      options: ShampooOptions.
+      rate: learning rate, or a function of the number of steps already made.
+      axis_names: None, or a tree like params with a tuple of names for each leaf.
+    """
     o = options
-    p = round(1 / o.exponent) if o.exponent else (2 if one_sided else 4)
-    params = [np.array(x, np.float64) for x in params]
-    states = [Matrix(x.shape, o) for x in params]
-    # Block numbers run through the buckets in the order of their shapes.
+    names = flatten(axis_names) if axis_names is not None else {}
+    parameters = {path: Parameter(path, x, names.get(path), o) for path, x in flatten(params).items()}
+    preconditioned = [q for q in parameters.values() if not q.diagonal]
+    # Stable: in a bucket the parameters keep the order of the tree.
     numbered = [
-        b for bucket in sorted({s.bucket for s in states}) for s in states if s.bucket == bucket for b in s.blocks
+        (q, block)
+        for q in sorted(preconditioned, key=lambda q: q.bucket)
+        for matrix in q.matrices
+        for block in matrix.blocks
     ]
     history = []
-    for t, step_gradients in enumerate(gradients, 1):
-        correction = 1 if o.beta2 == 1 else 1 - o.beta2**t
-        for x, g, s in zip(params, step_gradients, states, strict=True):
-            g = np.asarray(g, np.float64)
-            g = g if s.short_first else g.T
-            s.m = o.beta1 * s.m + (1 - o.beta1) * g
-            ahead = o.beta1 * s.m + (1 - o.beta1) * g if o.nesterov else s.m
-            s.v = s.v + g * g if o.graft == "adagrad" else o.beta2 * s.v + (1 - o.beta2) * g * g
-            graft = graft_direction(o, ahead / (1 - o.beta1**t), s.v, t)
-            direction = np.zeros_like(g)
-            for b in s.blocks:
-                at = b["at"]
-                if b["roots"] is None:
-                    direction[at] = graft[at]
-                elif one_sided:
-                    direction[at] = b["roots"][0] @ (ahead / (1 - o.beta1**t))[at]
-                else:
-                    direction[at] = b["roots"][0] @ (ahead / (1 - o.beta1**t))[at] @ b["roots"][1]
-            rooted = [b["at"] for b in s.blocks if b["roots"] is not None]
-            if o.graft != "none":
-                for together in [[at] for at in rooted] if o.graft_norm == "block" else [rooted]:
-                    norm = np.sqrt(sum(np.sum(direction[at] ** 2) for at in together))
-                    wanted = np.sqrt(sum(np.sum(graft[at] ** 2) for at in together))
-                    for at in together:
-                        direction[at] *= wanted / norm if norm else 0
-            x -= rate * ((direction if s.short_first else direction.T) + o.weight_decay * x)
-            new = 1 if o.beta2 == 1 else 1 - o.beta2
-            for b in s.blocks:
-                block = g[b["at"]]
-                b["l"] = o.beta2 * b["l"] + new * block @ block.T
-                b["r"] = o.beta2 * b["r"] + new * block.T @ block
-        for number, b in enumerate(numbered):
-            due = (t - 1) % o.interval == 0 if o.refresh == "periodic" else number % o.interval == (t - 1) % o.interval
-            if due and np.trace(b["l"]) > 0:
-                b["roots"] = [inverse_root(b[side] / correction, p, o.ridge, o.cut) for side in "lr"]
-        history.append([x.copy() for x in params])
+    for t, tree in enumerate(gradients, 1):
+        for path, g in flatten(tree).items():
+            q = parameters[path]
+            g = np.array(g, np.float64)
+            if o.decay == "coupled":
+                g = g + q.decay * q.x
+            parts = q.split(g)
+            moved = q.join([direction(o, q.rule, m, part, t) for m, part in zip(q.matrices, parts, strict=True)])
+            for m, part in zip(q.matrices, parts, strict=True):
+                accumulate(o, q.rule, m, part, t)
+            if o.decay == "decoupled":
+                moved = moved + q.decay * q.x
+            q.x = q.x - (rate(t - 1) if callable(rate) else rate) * moved
+        phases = due_phases(o, t)
+        for number, (q, block) in enumerate(numbered):
+            if number % o.interval in phases:
+                refresh(o, q.rule, q.p, block, t)
+        history.append({path: q.x for path, q in parameters.items()})
     return history

@@ -1,0 +1,58 @@
+"""Momentum, second moment and the direction of the diagonal method, for an array of any shape."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .options import ShampooOptions
+
+
+class Moments(NamedTuple):
+    """Momentum and second moment, shaped like what they belong to; None where the options keep none."""
+
+    momentum: jax.Array | None
+    second_moment: jax.Array | None
+
+
+def initial_moments(shape: tuple[int, ...], options: ShampooOptions) -> Moments:
+    """Zeros for an array of a shape."""
+    return Moments(
+        jnp.zeros(shape, options.momentum_dtype) if options.beta1 else None,
+        jnp.zeros(shape, jnp.float32) if options.diagonal.has_second_moment else None,
+    )
+
+
+def correction(beta: float, count: jax.Array, options: ShampooOptions) -> jax.Array:
+    """Divisor that makes an average of `count` terms, begun at zero, unbiased; 1 for sums and without correction."""
+    if beta == 1 or not options.bias_correction:
+        return jnp.float32(1)
+    return jnp.where(count > 0, 1 - beta ** count.astype(jnp.float32), 1)
+
+
+def advance(
+    moments: Moments, g: jax.Array, step: jax.Array, beta2: float, options: ShampooOptions
+) -> tuple[Moments, jax.Array, jax.Array]:
+    """(new moments, the momentum to act on, the diagonal method's direction).
+
+    Args:
+      moments: of the step before.
+      g: float32, the gradient; for a normalized graft divided by its norm.
+      step: number of this step, from 1.
+      beta2: of the second moment.
+      options: the rest.
+    """
+    beta1, momentum, acting = options.beta1, moments.momentum, g
+    if momentum is not None:
+        new = g if options.momentum == "heavy_ball" else (1 - beta1) * g
+        momentum = (beta1 * momentum.astype(jnp.float32) + new).astype(momentum.dtype)
+        acting = momentum.astype(jnp.float32)
+        if options.nesterov:
+            acting = beta1 * acting + new
+        if options.momentum == "ema":
+            acting = acting / correction(beta1, step, options)
+    second_moment = moments.second_moment
+    if second_moment is not None:
+        second_moment = options.diagonal.accumulate(second_moment, g, beta2)
+    direction = options.diagonal.direction(acting, second_moment, correction(beta2, step, options), options.epsilon)
+    return Moments(momentum, second_moment), acting, direction

@@ -1,0 +1,271 @@
+"""Tiles: the pieces of blocks that a parameter's shards consist of, and how arrays are cut into them and joined again.
+
+A sharded parameter's blocks seldom coincide with its shards. A tile is a rectangle of one block that lies within one
+shard; devices that hold copies of a shard divide each of its tiles evenly among them. Cutting is local to every
+device, so that the only traffic is the exchange of tiles between the devices that hold them and the blocks' owners.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .views import View
+
+SMALLEST_TILE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How one parameter is cut into tiles.
+
+    Attributes:
+      view: the parameter as a stack of tensors.
+      pieces: number of blocks along each side.
+      block: lengths of a block, padding included.
+      sharded: (axis of the parameter, mesh axes that divide it), in the order of the axes.
+      free: the other mesh axes; they divide each tile.
+      mesh: axis name -> number of devices.
+      tile: lengths of a tile.
+    """
+
+    view: View
+    pieces: tuple[int, ...]
+    block: tuple[int, ...]
+    sharded: tuple[tuple[int, tuple[str, ...]], ...]
+    free: tuple[str, ...]
+    mesh: Mapping[str, int]
+    tile: tuple[int, ...]
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks: stack x pieces of the sides, in this order."""
+        return self.view.stacked * math.prod(self.pieces)
+
+    @functools.cached_property
+    def parts(self) -> dict[int, int]:
+        """Axis of the parameter -> number of shards along it."""
+        return {axis: math.prod(self.mesh[name] for name in names) for axis, names in self.sharded}
+
+    @property
+    def copies(self) -> int:
+        """Number of devices that hold each shard."""
+        return math.prod(self.mesh[name] for name in self.free)
+
+    @property
+    def slice(self) -> int:
+        """Elements of the part of a tile that one device holds, the last part padded."""
+        return math.ceil(math.prod(self.tile) / self.copies)
+
+    @functools.cached_property
+    def per_block(self) -> tuple[int, ...]:
+        """Number of tiles of a block along each side; where tiles do not divide a block, its rest is padding."""
+        return tuple(
+            block // tile if block % tile == 0 else length // tile
+            for block, tile, length in zip(self.block, self.tile, self.view.lengths, strict=True)
+        )
+
+    def shards_of(self, axes: Sequence[int]) -> list[int]:
+        """The sharded ones of some axes."""
+        return [axis for axis in axes if axis in self.parts]
+
+    @functools.cached_property
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """([shards, tiles] the block of each tile, [shards, tiles] its place among the tiles of that block).
+
+        Shards and the tiles of a shard are numbered row-major, as `to_tiles` lays them out.
+        """
+        groups = [_positions(self.view.shape, self.view.stack, self.parts)]
+        for side, tile, pieces, block in zip(self.view.sides, self.tile, self.pieces, self.block, strict=True):
+            positions = _positions(self.view.shape, side, self.parts)
+            if not self.shards_of(side):
+                positions = np.arange(pieces * block)[None]
+            groups.append(positions[:, ::tile])
+        # Every shard is one choice of an index along each sharded axis; a group knows only its own axes.
+        counts = [self.parts[axis] for axis, _ in self.sharded]
+        grid = np.indices(counts).reshape(len(counts), math.prod(counts))
+        index_of = {axis: grid[i] for i, (axis, _) in enumerate(self.sharded)}
+        block_number = place = np.zeros((math.prod(counts), *[1] * len(groups)), np.int64)
+        for i, (axes, positions) in enumerate(zip((self.view.stack, *self.view.sides), groups, strict=True)):
+            shard = np.zeros(block_number.shape[0], np.int64)
+            for axis in self.shards_of(axes):
+                shard = shard * self.parts[axis] + index_of[axis]
+            at = positions[shard].reshape(len(shard), *[-1 if i == j else 1 for j in range(len(groups))])
+            if i == 0:
+                block_number = block_number + at
+            else:
+                block, tile = self.block[i - 1], self.tile[i - 1]
+                block_number = block_number * self.pieces[i - 1] + at // block
+                place = place * self.per_block[i - 1] + at % block // tile
+        tiles = np.broadcast_shapes(block_number.shape, place.shape)
+        return tuple(np.broadcast_to(x, tiles).reshape(tiles[0], -1) for x in (block_number, place))  # type: ignore
+
+    @functools.cached_property
+    def holder(self) -> np.ndarray:
+        """[blocks] int: the first shard that has a tile of each block."""
+        block, _ = self.places
+        holder = np.full(self.blocks, len(block))
+        for shard in reversed(range(len(block))):
+            holder[block[shard]] = shard
+        return holder
+
+    def position_of(self, coordinates: Mapping[str, int]) -> tuple[int, int]:
+        """(shard, copy) that the device at some mesh coordinates holds."""
+        shard = copy = 0
+        for _, names in self.sharded:
+            for name in names:
+                shard = shard * self.mesh[name] + coordinates[name]
+        for name in self.free:
+            copy = copy * self.mesh[name] + coordinates[name]
+        return shard, copy
+
+    def spec(self, free: Sequence[str]) -> PartitionSpec:
+        """Of the array that `to_tiles` returns, the elements of each tile divided over `free` mesh axes."""
+        return PartitionSpec(*[names for _, names in self.sharded], None, tuple(free) or None)
+
+
+def make_tiling(
+    view: View, pieces: Sequence[int], block: Sequence[int], spec: PartitionSpec | None, mesh: Mapping[str, int]
+) -> Tiling:
+    """The tiling of a parameter that lies on a mesh as `spec` says.
+
+    A side whose shards and blocks fit together so badly that tiles would be shorter than SMALLEST_TILE is treated as
+    not sharded; so is an axis that its mesh axes do not divide. The partitioner then gathers it first.
+    """
+    sharded = []
+    for axis, names in enumerate(spec or ()):
+        names = () if names is None else (names,) if isinstance(names, str) else tuple(names)
+        names = tuple(name for name in names if mesh[name] > 1)
+        if names and view.shape[axis] % math.prod(mesh[name] for name in names) == 0:
+            sharded.append((axis, names))
+    tile = []
+    for side, count, length in zip(view.sides, pieces, block, strict=True):
+        parts = {axis: math.prod(mesh[name] for name in names) for axis, names in sharded if axis in side}
+        tile.append(_tile_length(view, side, parts, count, length))
+        if tile[-1] == 0:
+            sharded = [(axis, names) for axis, names in sharded if axis not in side]
+            tile[-1] = length
+    used = {name for _, names in sharded for name in names}
+    free = tuple(name for name in mesh if name not in used and mesh[name] > 1)
+    return Tiling(view, tuple(pieces), tuple(block), tuple(sharded), free, mesh, tuple(tile))
+
+
+def _positions(shape: Sequence[int], axes: Sequence[int], parts: Mapping[int, int]) -> np.ndarray:
+    """[shards, elements of a shard]: positions along the folded axes of what each shard holds."""
+    split, order_shards, order_local = [], [], []
+    for axis in axes:
+        if axis in parts:
+            order_shards.append(len(split))
+            split.append(parts[axis])
+        order_local.append(len(split))
+        split.append(shape[axis] // parts.get(axis, 1))
+    positions = np.arange(math.prod(split)).reshape(split).transpose(order_shards + order_local)
+    return positions.reshape(math.prod(split[i] for i in order_shards), -1)
+
+
+def _tile_length(view: View, side: Sequence[int], parts: Mapping[int, int], pieces: int, block: int) -> int:
+    """The longest tile that divides what shards and blocks have in common; 0 where that is too short."""
+    if not parts:
+        return block
+    length = block if pieces > 1 else 0
+    run = 0
+    for positions in _positions(view.shape, side, parts):
+        starts = np.flatnonzero(np.diff(positions, prepend=-2) != 1)
+        lengths = np.diff(starts, append=len(positions))
+        run = max(run, int(lengths.max()))
+        length = int(np.gcd.reduce([*positions[starts], *lengths, length]))
+    return length if length >= min(SMALLEST_TILE, run) else 0
+
+
+def to_tiles(x: jax.Array, tiling: Tiling, mesh: Mesh | None) -> jax.Array:
+    """A parameter-shaped array as its tiles, float32, zeros in the padding.
+
+    Returns:
+      [shards along each sharded axis..., tiles of a shard, elements of a tile], where the number of elements is rounded
+      up to a multiple of the copies.
+    """
+    view = tiling.view
+    x = x.astype(jnp.float32)
+    split: list[int] = []
+    local: dict[int, int] = {}
+    shards: list[int] = []
+    for axis, size in enumerate(view.shape):
+        if axis in tiling.parts:
+            shards.append(len(split))
+            split.append(tiling.parts[axis])
+        local[axis] = len(split)
+        split.append(size // tiling.parts.get(axis, 1))
+    order = [*shards, *[local[axis] for axis in (*view.stack, *[axis for side in view.sides for axis in side])]]
+    x = x.reshape(split).transpose(order)
+    lead = [split[i] for i in shards]
+    stack = math.prod(split[local[axis]] for axis in view.stack)
+    lengths = [math.prod(split[local[axis]] for axis in side) for side in view.sides]
+    x = _pin(x.reshape(*lead, stack, *lengths), tiling, mesh, len(lengths) + 1)
+    whole = [
+        length if tiling.shards_of(side) else pieces * block
+        for side, length, pieces, block in zip(view.sides, lengths, tiling.pieces, tiling.block, strict=True)
+    ]
+    fixed = len(lead) + 1
+    x = jnp.pad(x, [(0, 0)] * fixed + [(0, w - length) for w, length in zip(whole, lengths, strict=True)])
+    counts = [w // tile for w, tile in zip(whole, tiling.tile, strict=True)]
+    grid = [size for pair in zip(counts, tiling.tile, strict=True) for size in pair]
+    x = x.reshape(*lead, stack, *grid)
+    sides = range(len(lengths))
+    x = x.transpose(*range(fixed), *[fixed + 2 * i for i in sides], *[fixed + 2 * i + 1 for i in sides])
+    elements = math.prod(tiling.tile)
+    x = x.reshape(*lead, stack * math.prod(counts), elements)
+    return jnp.pad(x, [(0, 0)] * fixed + [(0, tiling.slice * tiling.copies - elements)])
+
+
+def from_tiles(tiles: jax.Array, tiling: Tiling, mesh: Mesh | None) -> jax.Array:
+    """The inverse of `to_tiles`."""
+    view = tiling.view
+    lead = [tiling.parts[axis] for axis, _ in tiling.sharded]
+    local = {axis: size // tiling.parts.get(axis, 1) for axis, size in enumerate(view.shape)}
+    stack = math.prod(local[axis] for axis in view.stack)
+    lengths = [math.prod(local[axis] for axis in side) for side in view.sides]
+    whole = [
+        length if tiling.shards_of(side) else pieces * block
+        for side, length, pieces, block in zip(view.sides, lengths, tiling.pieces, tiling.block, strict=True)
+    ]
+    counts = [w // tile for w, tile in zip(whole, tiling.tile, strict=True)]
+    fixed, sides = len(lead) + 1, range(len(lengths))
+    x = tiles[..., : math.prod(tiling.tile)].reshape(*lead, stack, *counts, *tiling.tile)
+    x = x.transpose(*range(fixed), *[fixed + i + offset for i in sides for offset in (0, len(lengths))])
+    x = x.reshape(*lead, stack, *whole)[(..., *[slice(length) for length in lengths])]
+    x = _pin(x, tiling, mesh, len(lengths) + 1)
+    axes = [*view.stack, *[axis for side in view.sides for axis in side]]
+    x = x.reshape(*lead, *[local[axis] for axis in axes])
+    shard_at = {axis: i for i, (axis, _) in enumerate(tiling.sharded)}
+    order = []
+    for axis in range(len(view.shape)):
+        order += [shard_at[axis]] if axis in shard_at else []
+        order.append(len(lead) + axes.index(axis))
+    return x.transpose(order).reshape(view.shape)
+
+
+def _pin(x: jax.Array, tiling: Tiling, mesh: Mesh | None, rest: int) -> jax.Array:
+    """Say where shards lie: the partitioner must not guess between a reshape and the next."""
+    if mesh is None:
+        return x
+    spec = PartitionSpec(*[names for _, names in tiling.sharded], *[None] * rest)
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def slice_tiles(tiles: jax.Array, tiling: Tiling, mesh: Mesh) -> jax.Array:
+    """Divide each tile over the devices that hold copies of it.
+
+    One mesh axis after the other: a reduction of gradients that is still to be made then becomes a reduce-scatter on
+    interconnects where only single axes have one.
+    """
+    # A padded tile is put whole first: dividing it before it is padded would shift elements between neighbours.
+    padded = tiling.slice * tiling.copies > math.prod(tiling.tile)
+    for count in range(0 if padded else 1, len(tiling.free) + 1):
+        tiles = lax.with_sharding_constraint(tiles, NamedSharding(mesh, tiling.spec(tiling.free[:count])))
+    return tiles

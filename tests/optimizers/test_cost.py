@@ -1,0 +1,304 @@
+"""What a step costs each device: program size, FLOPs, memory, padding, traffic; and that layouts change no result."""
+
+import functools
+import itertools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import programs
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from shampax.configs import lm
+from shampax.models.lm import LMTask
+from shampax.optimizers import ShampooOptions, distributed_shampoo
+from shampax.optimizers.baselines import AdamWOptions
+from shampax.optimizers.blocks import make_plan
+
+OPTIONS = ShampooOptions(block_size=128, interval=20, solver="newton")
+# What tests/conftest.py turns off for all other programs.
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+
+LAYOUTS = {
+    # mesh, specs of the parameters, width of the Transformer, its layers
+    "replicated on 8": ({"data": 8}, programs.replicated, 512, 2),
+    "fsdp on 8": ({"fsdp": 8}, programs.fsdp, 512, 2),
+    "fsdp x tensor on 8": ({"fsdp": 4, "tensor": 2}, programs.fsdp_tensor, 512, 2),
+    "data x fsdp x tensor on 8": ({"data": 2, "fsdp": 2, "tensor": 2}, programs.fsdp_tensor, 512, 2),
+    # 768 rows are 6 blocks of 128, which 6 devices do not divide.
+    "replicated on 6": ({"data": 6}, programs.replicated, 768, 1),
+    "fsdp x tensor on 6": ({"fsdp": 3, "tensor": 2}, programs.fsdp_tensor, 768, 1),
+    "fsdp on 3": ({"fsdp": 3}, programs.fsdp, 768, 1),
+}
+
+
+def lower(layout, layers):
+    """One optimizer step of a Transformer of unscanned layers in a layout."""
+    axes, specs, width, _ = LAYOUTS[layout]
+    return programs.lower_shampoo(programs.transformer(layers, width), programs.mesh_of(**axes), specs, OPTIONS)
+
+
+@functools.cache
+def compiled(layout, layers):
+    """(text of the program, CPU seconds to compile it); other work on the machine does not add to CPU seconds."""
+    lowered = lower(layout, layers).lowered
+    start = time.process_time()
+    program = lowered.compile()
+    return program.as_text(), time.process_time() - start
+
+
+def operations(step):
+    text = step.lowered.as_text()
+    return text.count("dot_general"), text.count("stablehlo.while")
+
+
+def test_the_program_has_as_much_mathematics_for_any_number_of_layers():
+    """Catches a Python loop over parameters, layers, blocks or owners around a product or a solver."""
+    seen = {layers: operations(lower("fsdp x tensor on 8", layers)) for layers in (2, 16)}
+    for layers in (2, 16):
+        shapes, names = programs.scanned_transformer(layers, 512)
+        step = programs.lower_shampoo(shapes, programs.mesh_of(data=8), programs.replicated, OPTIONS, names=names)
+        seen[f"{layers} scanned"] = operations(step)
+    assert len(set(seen.values())) == 1 and min(seen[2]) > 0, seen
+
+
+@pytest.mark.parametrize("layout", ["replicated on 8", "fsdp x tensor on 8"])
+def test_eight_times_the_layers_are_not_eight_times_the_program(layout):
+    """Catches instructions for every block, or for every pair of parameters.
+
+    Parameters that are not scanned cost a few instructions each; the mathematics is there once.
+    """
+    (small, small_seconds), (large, large_seconds) = compiled(layout, 2), compiled(layout, 16)
+    assert len(large.splitlines()) <= 2.5 * len(small.splitlines())
+    assert large_seconds <= 2.5 * small_seconds
+
+
+@functools.cache
+def step_of_776_blocks(devices):
+    """776 blocks of 128 x 128: 4 layers of 192, and 8 of one more matrix."""
+    shapes = programs.transformer(4, 512) | {"projection": (512, 256)}
+    mesh = programs.mesh_of(data=devices) if devices > 1 else None
+    step = programs.lower_shampoo(shapes, mesh, programs.replicated, OPTIONS)
+    assert [bucket.blocks for bucket in step.tx.plan(step.params).buckets] == [776]
+    return step
+
+
+@functools.cache
+def optimized(devices):
+    """(program, CPU seconds to compile it) of the 776 blocks, compiled as outside of tests."""
+    lowered = step_of_776_blocks(devices).lowered
+    start = time.process_time()
+    program = lowered.compile(compiler_options=OPTIMIZED)
+    return program, time.process_time() - start
+
+
+def test_776_blocks_compile_in_seconds():
+    """Catches a program that is linear in the blocks; a peer that has one needs 107 s for as many, this one 5 s."""
+    _, seconds = optimized(8)
+    assert seconds < 20
+
+
+def test_each_of_8_devices_has_an_eighth_of_the_work_and_of_the_memory():
+    """Catches statistics, roots or products that are repeated on devices, and refreshes that are not level: a device
+    with more blocks due than the others makes all of them wait.
+
+    XLA counts the body of a loop once, on one device as on eight.
+    """
+    alone, shared = step_of_776_blocks(1), step_of_776_blocks(8)
+    (program_alone, _), (program_shared, _) = optimized(1), optimized(8)
+    both = (program_alone, program_shared)
+    flops = [program.cost_analysis()["flops"] for program in both]
+    assert flops[0] > 776 * 8 * 128**3  # the four products with each block are among them
+    scratch = [program.memory_analysis().temp_size_in_bytes for program in both]
+    state = [programs.device_bytes(step.state) for step in (alone, shared)]
+    for on_one, on_each in (flops, scratch, state):
+        assert on_each <= 1.15 * on_one / 8
+    due = shared.tx.plan(shared.params).buckets[0].due  # [devices, phases, most blocks of a device in a phase]
+    assert due.shape[2] <= 1.15 * 776 / OPTIONS.interval / 8
+
+
+def language_model(variant):
+    """(shapes, axis names) of a shipped config at full size."""
+    fields = lm.get_config(variant).task.to_dict()
+    del fields["name"]
+    task = LMTask(**fields)
+    batch = {"tokens": jax.ShapeDtypeStruct((1, 2), jnp.int32)}
+    variables = jax.eval_shape(lambda key: task.init(key, batch), jax.random.key(0))
+    return variables["params"], task.logical_axes(variables)["params"]
+
+
+def attention_and_mlp(prefix, attentions=("self",)):
+    """A Transformer layer of width 1024 with 16 heads."""
+    shapes = {f"{prefix}/up": (1024, 4096), f"{prefix}/down": (4096, 1024)}
+    for attention in attentions:
+        shapes |= {f"{prefix}/{attention}/{kind}": (1024, 16, 64) for kind in ("query", "key", "value")}
+        shapes[f"{prefix}/{attention}/out"] = (16, 64, 1024)
+    return shapes
+
+
+def transformer_big():
+    """WMT's, arXiv 1706.03762, table 3."""
+    shapes = {"embedding": (32_768, 1024)}
+    for layer in range(6):
+        shapes |= attention_and_mlp(f"encoder/{layer}") | attention_and_mlp(f"decoder/{layer}", ("self", "cross"))
+    return shapes
+
+
+def bert_large():
+    shapes = {"embedding": (30_522, 1024), "pooler": (1024, 1024), "transform": (1024, 1024), "next": (1024, 2)}
+    for layer in range(24):
+        shapes |= attention_and_mlp(f"encoder/{layer}")
+    return shapes
+
+
+def dlrm():
+    """MLPerf's on Criteo; its tables are diagonal."""
+    layers = {"bottom": (13, 512, 256, 128), "top": (479, 1024, 1024, 512, 256, 1)}
+    return {
+        f"{name}/{i}": shape for name, widths in layers.items() for i, shape in enumerate(itertools.pairwise(widths))
+    }
+
+
+def resnet_50():
+    shapes, channels = {"stem": (7, 7, 3, 64), "head": (2048, 1000)}, 64
+    for stage, (width, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
+        for block in range(blocks):
+            name = f"{stage}/{block}"
+            shapes |= {f"{name}/a": (1, 1, channels, width), f"{name}/b": (3, 3, width, width)}
+            shapes[f"{name}/c"] = (1, 1, width, 4 * width)
+            if block == 0:
+                shapes[f"{name}/shortcut"] = (1, 1, channels, 4 * width)
+            channels = 4 * width
+    return shapes
+
+
+def named(shapes):
+    """(ShapeDtypeStructs, axis names)."""
+    kinds = {"query": ("embed", "heads", "kv"), "out": ("heads", "kv", "embed")}
+    kinds["key"] = kinds["value"] = kinds["query"]
+    names = {name: kinds.get(name.split("/")[-1], (None,) * len(shape)) for name, shape in shapes.items()}
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}, names
+
+
+WORKLOADS = {
+    "language model 1b": lambda: language_model("1b"),
+    "language model 8b": lambda: language_model("8b"),
+    "Transformer-big": lambda: named(transformer_big()),
+    "BERT-large": lambda: named(bert_large()),
+    "DLRM": lambda: named(dlrm()),
+    "ResNet-50": lambda: named(resnet_50()),
+}
+
+
+def cost(sizes):
+    """(FLOPs, elements of state) of blocks of sizes [n, 2], each up to a factor."""
+    r, c = np.asarray(sizes, np.float64).T
+    return np.array([np.sum(r * c * (r + c) + r**3 + c**3), np.sum(r**2 + c**2 + 2 * r * c)])
+
+
+@pytest.mark.parametrize("block_size", [128, 1024])
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_padding_wastes_at_most_a_quarter(workload, block_size):
+    """Catches cuts that leave slivers, and rounding by which few buckets are bought with much padding.
+
+    Empty slots count at block size 128, where even the smallest workload has blocks enough for 8 devices.
+    """
+    params, names = WORKLOADS[workload]()
+    plan = make_plan(params, names, None, ShampooOptions(block_size=block_size), {"data": 8})
+    real = padded = with_empty_slots = np.zeros(2)
+    for bucket in plan.buckets:
+        block = cost([bucket.shape])
+        filled = bucket.slots.reshape(-1) < bucket.blocks
+        real = real + cost(bucket.real_sizes[filled])
+        padded = padded + bucket.blocks * block
+        with_empty_slots = with_empty_slots + bucket.slots.size * block
+    assert np.all(padded <= 1.25 * real)
+    assert block_size > 128 or np.all(with_empty_slots <= 1.25 * real)
+    assert len(plan.buckets) <= 16
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_traffic_beyond_the_baseline(layout):
+    """Catches blocks joined by the automatic partitioner, parameters gathered to be cut, a solver that talks to other
+    devices, and all-to-alls that are mostly padding.
+
+    The baseline, AdamW, needs no collective at all. Parameters of which devices hold copies must have their updates
+    gathered over these devices besides; no way of sharing out the work avoids that.
+    """
+    axes, _, width, layers = LAYOUTS[layout]
+    text, _ = compiled(layout, layers)
+    found = programs.collectives(text)
+    whole = sum(4 * np.prod(shape) for shape in programs.transformer(layers, width).values())
+    part = whole / np.prod(list(axes.values()))
+    assert [c.kind for c in found].count("all-to-all") == 2  # one bucket
+    assert programs.total(found, "all-to-all") <= 2.5 * part
+    shards = np.prod([size for name, size in axes.items() if name != "data"])
+    gathered = whole / shards if "data" in axes else 0
+    assert gathered <= programs.total(found, "all-gather") <= 1.01 * gathered
+    assert programs.total(found, "all-reduce", "reduce-scatter", "collective-permute") <= 0.01 * part
+    inside = programs.inside_loops(text)
+    assert inside and not programs.collectives("\n".join(["loops (x) -> x {", *inside]))
+
+
+def test_the_baseline_has_no_traffic():
+    """Catches a measure that counts nothing, together with the test above: this one must find none."""
+    mesh = programs.mesh_of(fsdp=4, tensor=2)
+    params = programs.structs(programs.transformer(1, 512), mesh, programs.fsdp_tensor)
+    text = programs.lower_step(AdamWOptions().build(0.01), params, mesh).lowered.compile().as_text()
+    assert not programs.collectives(text)
+
+
+def test_parameters_of_every_kind_get_the_updates_of_one_device_wherever_their_shards_lie():
+    """Catches tiles that are cut, sent, joined or put back in another order than the blocks are numbered."""
+    shapes_and_specs = {
+        "matrix": ((64, 32), ("fsdp", "tensor")),
+        "transposed": ((32, 64), (None, ("tensor", "fsdp"))),
+        "heads": ((32, 8, 8), ("fsdp", "tensor", None)),
+        "heads out": ((8, 8, 32), ("tensor", None, "fsdp")),
+        "head dim": ((32, 4, 16), (None, None, "fsdp")),
+        "conv": ((3, 3, 16, 32), (None, None, "fsdp", "tensor")),
+        "layers": ((4, 32, 64), (None, "fsdp", "tensor")),
+        "layers over devices": ((4, 32, 32), ("fsdp", None, "tensor")),
+        "odd": ((33, 65), ("fsdp", "tensor")),  # neither side divides
+        "misfit": ((172, 32), ("fsdp", "tensor")),  # shards of 43 rows, blocks of 32
+        "bias": ((64,), ("fsdp",)),
+    }
+    axis_names = {
+        "heads": ("embed", "heads", "head_dim"),
+        "heads out": ("heads", "head_dim", "embed"),
+        "head dim": ("embed", "heads", "head_dim"),
+        "layers": ("layers", "in", "out"),
+        "layers over devices": ("layers", "in", "out"),
+    }
+    shapes = {name: shape for name, (shape, _) in shapes_and_specs.items()}
+    names = {name: axis_names.get(name, (None,) * len(shape)) for name, shape in shapes.items()}
+    specs = {name: PartitionSpec(*spec) for name, (_, spec) in shapes_and_specs.items()}
+    options = ShampooOptions(block_size=32, interval=2, ridge=1e-4, treatments=((".*", "shampoo"),))
+    random = np.random.default_rng(0)
+    stream = [{k: random.normal(size=s).astype(np.float32) for k, s in shapes.items()} for _ in range(4)]
+
+    def updates(mesh):
+        """Of every step, from gradients that lie as the parameters do; what does not divide is replicated."""
+        tx = distributed_shampoo(0.01, options, mesh=mesh, axis_names=names, param_specs=specs)
+        params, own, shardings = {k: jnp.zeros(s) for k, s in shapes.items()}, None, None
+        if mesh is not None:
+            whole = {"odd": PartitionSpec()}
+            own = {k: NamedSharding(mesh, whole.get(k, spec)) for k, spec in specs.items()}
+            params = jax.device_put(params, own)
+            shardings = tx.state_shardings(params)
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+        step = jax.jit(tx.update, out_shardings=(own, shardings) if mesh is not None else None)
+        history = []
+        for grads in stream:
+            update, state = step(jax.device_put(grads, own), state)
+            history.append(jax.tree.map(np.asarray, update))
+        assert int(state.skipped) == 0
+        assert sum(int(bucket.roots.refreshes.sum()) for bucket in state.buckets.values()) > 0
+        return history
+
+    alone, shared = updates(None), updates(programs.mesh_of(fsdp=4, tensor=2))
+    for step, (wanted, found) in enumerate(zip(alone, shared, strict=True)):
+        for k in shapes:
+            assert np.linalg.norm(found[k] - wanted[k]) <= 2e-4 * np.linalg.norm(wanted[k]), (step, k)

@@ -1,0 +1,108 @@
+"""What goes wrong in long runs, forced: gradients that are not finite and solvers that fail."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from optimizing import LAYOUTS, SHARDED_OPTIONS, SHARDED_SHAPES, by_block, gradients, optimizer, train
+
+from shampax.optimizers import ShampooOptions, roots
+
+
+def assert_same(x, y):
+    """Bitwise."""
+    jax.tree.map(np.testing.assert_array_equal, x, y)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("layout", ["replicated", "fsdp"])
+def test_a_gradient_that_is_not_finite_changes_nothing(layout, bad):
+    """Catches NaN (or squares that overflow) in one element on one device that reaches the moments, statistics, roots
+    or parameters anywhere; devices that decide differently; and a later run that is not that without the step."""
+    mesh, specs = LAYOUTS[layout]
+    stream = gradients(7, SHARDED_SHAPES)
+    clean = train(SHARDED_OPTIONS, stream, mesh=mesh, specs=specs)
+    for name, at in (("down", (50, 3)), ("bias", (9,))):
+        poisoned = {k: g.copy() for k, g in gradients(1, SHARDED_SHAPES, seed=9)[0].items()}
+        poisoned[name][at] = bad
+        hit = train(SHARDED_OPTIONS, [poisoned, *stream[5:]], state=clean.states[4], mesh=mesh, specs=specs)
+        assert not any(np.any(u) for u in hit.updates[0].values())
+        assert [int(copy.data) for copy in hit.states[0].skipped.addressable_shards] == [1] * mesh.size
+        assert_same(hit.states[0]._replace(skipped=0), clean.states[4]._replace(skipped=0))
+        for then, now in zip(clean.updates[5:], hit.updates[1:], strict=True):
+            assert_same(now, then)
+        assert_same(hit.states[-1]._replace(skipped=0), clean.states[-1]._replace(skipped=0))
+
+
+# A matrix of statistics whose first k rows are zero asks for fault number k: gradients of `a` and `b` do it.
+FAULTS = ["residual above the bound", "residual NaN", "one NaN in the root", "root Inf", "root twice too large"]
+
+
+def faulty(solver):
+    def solve(stack, p, ridge, cut, sizes):
+        result = solver(stack, p, ridge, cut, sizes)
+        fault = jnp.sum(jnp.cumprod(jnp.diagonal(stack, axis1=-2, axis2=-1) == 0, axis=-1), axis=-1)
+        residual = jnp.where(fault == 1, 0.11, jnp.where(fault == 2, jnp.nan, result.residual))
+        fault = fault[:, None, None]
+        first = jnp.zeros(stack.shape[-2:], bool).at[0, 0].set(True)
+        root = jnp.where((fault == 3) & first, jnp.nan, jnp.where(fault == 4, jnp.inf, result.root))
+        return result._replace(root=jnp.where(fault == 5, 2 * root, root), residual=residual)
+
+    return solve
+
+
+SHAPES = {"a": (16, 16), "b": (32, 16), "c": (16, 16)}
+OPTIONS = {
+    "block_size": 16,
+    "interval": 1,
+    "exponent": 0.25,
+    "ridge": 1e-4,
+    "beta2": 0.0,
+    "beta1": 0.0,
+    "graft": "sgd",
+    "max_failures": 3,
+}
+PARAMETERS = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in SHAPES.items()}
+GOOD = 3
+
+
+@pytest.fixture(scope="module")
+def faulty_options():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(roots.SOLVERS, "faulty", faulty(roots.SOLVERS["newton"]))
+        yield ShampooOptions(solver="faulty", graft_norm="block", **OPTIONS)
+
+
+@pytest.mark.parametrize(("fault", "times"), [*((k, 3) for k in range(1, 6)), (1, 1), (1, 10), (3, 1), (3, 10)])
+def test_a_failing_solver_keeps_roots_then_falls_back_then_recovers(faulty_options, fault, times):
+    """Catches a bad root that is used, a failure that is not counted or not shown, a fall-back too early, too late or
+    for ever, and a failure that reaches another block of its bucket or its parameter."""
+    stream = gradients(GOOD + times + 3, SHAPES)
+    clean = train(faulty_options, stream)
+    for t in range(GOOD, GOOD + times):
+        stream[t] = {k: g.copy() for k, g in stream[t].items()}
+        stream[t]["a"][:fault] = stream[t]["a"][:, :fault] = 0
+        stream[t]["b"][16 : 16 + fault] = stream[t]["b"][16:, :fault] = 0
+    run, tx = train(faulty_options, stream), optimizer(faulty_options)
+    (bucket,) = tx.plan(PARAMETERS).buckets
+    failing, rows = {"a": ("a", 0), "b": ("b", 1)}, {"a": slice(16), "b": slice(16, 32)}
+    before = by_block(tx, PARAMETERS, run.states[GOOD - 1])
+    for t, (update, state) in enumerate(zip(run.updates, run.states, strict=True)):
+        blocks, others = by_block(tx, PARAMETERS, state), by_block(tx, PARAMETERS, clean.states[t])
+        failures = t - GOOD + 1 if GOOD <= t < GOOD + times else 0
+        for name, block in failing.items():
+            found = blocks.pop(block).roots
+            others.pop(block)
+            assert found.failures == failures
+            assert found.refreshed == (GOOD if failures else t + 1)
+            if failures:
+                assert_same(found.roots, before[block].roots.roots)
+            direction, g = -update[name][rows[name]], stream[t][name][rows[name]]
+            falls_back = t == 0 or (min(t - GOOD, times) >= faulty_options.max_failures and t <= GOOD + times)
+            assert np.array_equal(direction, g) == falls_back, t
+        assert_same(blocks, others)
+        assert_same((update["b"][:16], update["c"]), (clean.updates[t]["b"][:16], clean.updates[t]["c"]))
+        diagnostics = tx.diagnostics(state)
+        assert diagnostics[f"{bucket.name}/failures"] == 2 * failures
+        assert diagnostics[f"{bucket.name}/fallbacks"] == 2 * (failures >= faulty_options.max_failures)
+    assert int(run.states[-1].skipped) == 0

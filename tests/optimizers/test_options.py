@@ -1,0 +1,369 @@
+import dataclasses
+import pathlib
+import re
+import warnings
+
+import pytest
+from ml_collections import ConfigDict
+
+from shampax.framework import overrides
+from shampax.framework.components import build, component
+from shampax.framework.errors import UserError
+from shampax.optimizers.grafting import GRAFTS
+from shampax.optimizers.options import ShampooOptions, Treatment
+
+# What the expectations below depend on, whatever the defaults are.
+FIXED = {
+    "block_size": 1024,
+    "view": "matrix",
+    "exponent": None,
+    "ridge": 1e-6,
+    "cut": 0.0,
+    "beta2": 0.99,
+    "graft": "adam",
+    "interval": 20,
+    "statistics_dtype": "float32",
+}
+NAME = "shampax.optimizers.shampoo:ShampooOptions"
+GUIDE = pathlib.Path(__file__).parents[2] / "docs" / "optimizer.md"
+
+
+def message(error):
+    """The whole text of an error as a pattern for pytest.raises."""
+    return f"^{re.escape(error)}$"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("shampoo", Treatment()),
+        ("diagonal", Treatment("diagonal")),
+        ("one_sided side=left", Treatment("one_sided", side="left")),
+        ("one_sided", Treatment("one_sided", side="short")),
+        ("  shampoo   block_size=512  exponent=0.5 ", Treatment(block_size=512, exponent=0.5)),
+        ("shampoo view=tensor stack=2", Treatment(view="tensor", stack=2)),
+        ("shampoo ridge=1e-4 beta2=1", Treatment(ridge=1e-4, beta2=1.0)),
+        ("shampoo cut=0 exponent=0", Treatment(cut=0.0, exponent=0.0)),
+    ],
+)
+def test_parse(text, expected):
+    """Catches a value that is dropped or keeps the type of text."""
+    parsed = Treatment.parse(text)
+    assert parsed == expected
+    assert [type(v) for v in dataclasses.astuple(parsed)] == [type(v) for v in dataclasses.astuple(expected)]
+
+
+KINDS = "must begin with one of shampoo, one_sided, diagonal"
+KEYS = "it may set side, view, block_size, exponent, ridge, cut, beta2, stack as key=value"
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", f"treatment '' {KINDS}"),
+        ("shampo", f"treatment 'shampo' {KINDS}"),
+        ("block_size=8", f"treatment 'block_size=8' {KINDS}"),
+        ("shampoo block=3", f"treatment 'shampoo block=3' sets 'block'; {KEYS}"),
+        ("shampoo kind=diagonal", f"treatment 'shampoo kind=diagonal' sets 'kind'; {KEYS}"),
+        ("shampoo one_sided", f"treatment 'shampoo one_sided' sets 'one_sided'; {KEYS}"),
+        ("shampoo ridge=x", "treatment 'shampoo ridge=x': ridge needs a float, not 'x'"),
+        ("shampoo ridge", "treatment 'shampoo ridge': ridge needs a float, not ''"),
+        ("shampoo exponent=1/4", "treatment 'shampoo exponent=1/4': exponent needs a float, not '1/4'"),
+        ("one_sided side=top", "treatment 'one_sided side=top': side is 'top'; choose left, right or short"),
+        ("shampoo side=left", "treatment 'shampoo side=left': side is for one_sided treatments only"),
+        (
+            "one_sided view=tensor",
+            "treatment 'one_sided view=tensor': one_sided treatments are of matrices; leave view=tensor out",
+        ),
+        ("shampoo stack=-1", "treatment 'shampoo stack=-1': stack is -1; it must not be negative"),
+        # What the options see when they put their own values beside it
+        ("shampoo view=vector", "view is 'vector'; choose one of matrix, tensor"),
+        ("shampoo block_size=0", "block_size is 0; it must be at least 1"),
+        ("shampoo ridge=-1", "ridge is -1.0; it must be a finite number and not negative"),
+        ("shampoo cut=-1", "cut is -1.0; it must be a finite number and not negative"),
+        ("shampoo ridge=0.5 cut=0.1", "ridge 0.5 and cut 0.1 are both set; set one of them to 0"),
+        ("shampoo beta2=-0.5", "beta2 is -0.5; it must lie between 0 and 1"),
+        ("shampoo beta2=1", "beta2 1.0 sums second moments but graft 'adam' averages them; use graft 'adagrad'"),
+        ("diagonal beta2=1", "beta2 1.0 sums second moments but graft 'adam' averages them; use graft 'adagrad'"),
+        ("shampoo exponent=0.3", "exponent 0.3 is neither 0 nor 1/p for a whole p; the nearest is 1/3 = 0.333333"),
+        ("shampoo exponent=-0.5", "exponent -0.5 is neither 0 nor 1/p for a whole p; the nearest is 1/1 = 1"),
+    ],
+)
+def test_bad_treatments(text, error):
+    """Catches a treatment that is misread, and a message that does not say what was given and what may be."""
+    with pytest.raises(ValueError, match=message(error)):
+        ShampooOptions(**FIXED, treatments=(("never", "shampoo"), (".*", text)))
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"beta1": -0.1}, "beta1 is -0.1; it must lie between 0 and 1"),
+        ({"beta2": 1.5}, "beta2 is 1.5; it must lie between 0 and 1"),
+        ({"beta2": float("nan")}, "beta2 is nan; it must be a finite number"),
+        ({"beta1": 1.0}, "beta1 is 1.0, so no gradient would ever count; use a value below 1, such as 0.9"),
+        *[
+            ({name: 0}, f"{name} is 0; it must be at least 1")
+            for name in ("block_size", "interval", "max_failures", "statistics_every")
+        ],
+        *[
+            ({name: -1}, f"{name} is -1; it must not be negative")
+            for name in ("ridge", "cut", "epsilon", "weight_decay", "clip_rms", "start_step", "merge_dims")
+        ],
+        ({"epsilon": 0.0}, "epsilon is 0, so graft 'adam' divides 0 by 0 where no gradient was; use 1e-8"),
+        (
+            {"epsilon": 0.0, "graft": "adagrad_normalized"},
+            "epsilon is 0, so graft 'adagrad_normalized' divides 0 by 0 where no gradient was; use 1e-8",
+        ),
+        ({"beta2": 1.0}, "beta2 1.0 sums second moments but graft 'adam' averages them; use graft 'adagrad'"),
+        (
+            {"beta2": 1.0, "graft": "rmsprop_normalized"},
+            "beta2 1.0 sums second moments but graft 'rmsprop_normalized' averages them; use graft 'adagrad'",
+        ),
+        ({"ridge": 1e-6, "cut": 1e-3}, "ridge 1e-06 and cut 0.001 are both set; set one of them to 0"),
+        ({"exponent": 0.3}, "exponent 0.3 is neither 0 nor 1/p for a whole p; the nearest is 1/3 = 0.333333"),
+        ({"exponent": 0.2499}, "exponent 0.2499 is neither 0 nor 1/p for a whole p; the nearest is 1/4 = 0.25"),
+        ({"exponent": 3.0}, "exponent 3.0 is neither 0 nor 1/p for a whole p; the nearest is 1/1 = 1"),
+        ({"early_intervals": ((0, 1),)}, "early_intervals end at step 0 and then at step 0; their ends must rise"),
+        (
+            {"early_intervals": ((9, 1), (9, 2))},
+            "early_intervals end at step 9 and then at step 9; their ends must rise",
+        ),
+        (
+            {"early_intervals": ((9, 8),)},
+            "early interval 8 does not divide interval 20; use one of 1, 2, 4, 5, 10, 20",
+        ),
+        ({"early_intervals": ((9, 0),)}, "early interval 0 does not divide interval 20; use one of 1, 2, 4, 5, 10, 20"),
+        ({"early_intervals": ((9, 4),), "interval": 2}, "early interval 4 does not divide interval 2; use one of 1, 2"),
+        ({"view": "vector"}, "view is 'vector'; choose one of matrix, tensor"),
+        ({"solver": "host"}, "solver is 'host'; choose one of newton, eigh"),
+        ({"refresh": "never"}, "refresh is 'never'; choose one of staggered, periodic"),
+        ({"graft_norm": "layer"}, "graft_norm is 'layer'; choose one of parameter, block"),
+        ({"momentum": "polyak"}, "momentum is 'polyak'; choose one of ema, heavy_ball"),
+        ({"decay": "l2"}, "decay is 'l2'; choose one of decoupled, coupled"),
+        *[
+            ({name: "float16"}, f"{name} is 'float16'; choose one of float32, bfloat16")
+            for name in ("statistics_dtype", "roots_dtype", "momentum_dtype")
+        ],
+        (
+            {"treatments": (("(", "shampoo"),)},
+            "'(' is not a regular expression: missing ), unterminated subpattern at position 0",
+        ),
+        (
+            {"decay_rules": (("[", True),)},
+            "'[' is not a regular expression: unterminated character set at position 0",
+        ),
+        (
+            {"rate_rules": (("*", 1.0),)},
+            "'*' is not a regular expression: nothing to repeat at position 0",
+        ),
+        (
+            {"rate_rules": (("bias", -1.0),)},
+            "the learning rate of 'bias' has the factor -1.0; it must not be negative",
+        ),
+    ],
+)
+def test_bad_options(options, error):
+    """Catches options that would fail late, or not at all, and messages without what was given and the way out."""
+    with pytest.raises(ValueError, match=message(error)):
+        ShampooOptions(**(FIXED | options))
+
+
+@pytest.mark.parametrize("name", ["ridge", "cut", "epsilon", "weight_decay", "clip_rms", "exponent"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_are_finite(name, value):
+    """Catches a NaN, which no comparison refuses, and which would be in every root from the first step on."""
+    with pytest.raises(ValueError, match=message(f"{name} is {value}; it must be a finite number")):
+        ShampooOptions(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["ridge", "cut", "exponent", "beta2"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_numbers_of_treatments_are_finite(name, value):
+    """Catches a NaN that a treatment brings past the checks of the options."""
+    with pytest.raises(ValueError, match=f"{name} .*{value}"):
+        ShampooOptions(treatments=((".*", f"shampoo {name}={value}"),))
+
+
+def test_the_graft_must_be_one_that_there_is():
+    """Catches an unknown graft that fails in a lookup before its message."""
+    with pytest.raises(ValueError, match=message(f"graft is 'lion'; choose one of {', '.join(GRAFTS)}")):
+        ShampooOptions(graft="lion")
+
+
+GOOD = [
+    *[{"graft": graft} for graft in GRAFTS if graft != "none"],
+    {"graft": "adagrad", "beta2": 1.0},
+    {"graft": "sgd", "epsilon": 0.0},
+    {"ridge": 0.0, "cut": 1e-4},
+    {"graft": "none", "interval": 1},
+    {"graft": "none", "ridge": 1e-2},
+    {"graft": "none", "ridge": 0.0, "cut": 1e-2},
+    {"statistics_dtype": "bfloat16", "ridge": 1e-3},
+    {"statistics_dtype": "bfloat16", "ridge": 1e-3, "beta2": 1.0, "graft": "adagrad"},
+    {"early_intervals": ((5, 1), (50, 10), (60, 20))},
+]
+
+
+def test_good_options_warn_of_nothing():
+    """Catches a default, or a choice that the documentation recommends, that is refused or warned of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ShampooOptions()
+        for options in GOOD:
+            ShampooOptions(**(FIXED | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"graft": "none"}, ["graft 'none' with interval 20", "by up to 1e+03 times", "ridge or cut >= 0.01"]),
+        ({"graft": "none", "interval": 2, "ridge": 9e-3}, ["graft 'none' with interval 2"]),
+        (
+            {"statistics_dtype": "bfloat16", "beta2": 0.999, "ridge": 1e-3},
+            ["rounds away an average's new part of 1 - beta2 = 0.001; use beta2 <= 0.99"],
+        ),
+        (
+            {"statistics_dtype": "bfloat16"},
+            ["rounding errors of 4e-3, far above 1e-06; use ridge or cut >= 1e-3"],
+        ),
+    ],
+)
+def test_warnings(options, words):
+    """Catches a warning that is lost, comes with another, or points to our file instead of the user's line."""
+    with pytest.warns(UserWarning, match=re.escape(words[0])) as caught:
+        ShampooOptions(**(FIXED | options))
+    (warning,) = caught
+    assert all(word in str(warning.message) for word in words)
+    assert warning.filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "expected"),
+    [
+        ({}, "shampoo", {"block_size": 1024, "view": "matrix", "ridge": 1e-6, "cut": 0.0, "beta2": 0.99}),
+        ({}, "shampoo ridge=1e-3", {"ridge": 1e-3, "cut": 0.0}),
+        ({}, "shampoo cut=1e-3", {"ridge": 0.0, "cut": 1e-3}),
+        ({"ridge": 0.0, "cut": 1e-2}, "shampoo ridge=1e-3", {"ridge": 1e-3, "cut": 0.0}),
+        ({"ridge": 0.0, "cut": 1e-2}, "shampoo", {"ridge": 0.0, "cut": 1e-2}),
+        ({}, "shampoo ridge=0", {"ridge": 0.0, "cut": 0.0}),
+        ({"exponent": 0.5}, "shampoo", {"exponent": 0.5}),
+        ({"exponent": 0.5}, "shampoo exponent=0", {"exponent": 0.0}),
+        ({}, "shampoo", {"exponent": None}),
+        ({"view": "tensor", "block_size": 64}, "shampoo", {"view": "tensor", "block_size": 64}),
+        ({"view": "tensor"}, "shampoo view=matrix block_size=8", {"view": "matrix", "block_size": 8}),
+        ({}, "one_sided side=left beta2=0", {"kind": "one_sided", "side": "left", "beta2": 0.0}),
+    ],
+)
+def test_a_treatment_goes_before_the_options(options, text, expected):
+    """Catches a rule's cut that stands beside the options' ridge, and a rule's zero that is taken for "not set"."""
+    resolved = ShampooOptions(**(FIXED | options)).resolve(Treatment.parse(text))
+    assert {name: getattr(resolved, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("exponent", "text", "orders"),
+    [
+        (None, "shampoo", {1: 2, 2: 4, 3: 6}),
+        (0.5, "shampoo", {1: 2, 2: 2, 3: 2}),
+        (1.0, "shampoo", {1: 1, 2: 1}),
+        (1 / 3, "shampoo", {1: 3, 2: 3}),
+        (0.3333333, "shampoo", {2: 3}),
+        (0.0, "shampoo", {1: 0, 2: 0, 3: 0}),
+        (0.5, "shampoo exponent=0.25", {1: 4, 2: 4}),
+        (0.5, "shampoo exponent=0", {1: 0, 2: 0}),
+        (0.0, "shampoo exponent=1", {2: 1}),
+    ],
+)
+def test_root_order(exponent, text, orders):
+    """Catches the inverse fourth root taken for every number of sides, or an exponent read as its reciprocal."""
+    options = ShampooOptions(exponent=exponent)
+    rule = options.resolve(Treatment.parse(text))
+    assert {sides: options.root_order(rule, sides) for sides in orders} == orders
+
+
+@pytest.mark.parametrize("p", range(1, 13))
+def test_the_exponent_that_the_message_suggests_is_taken(p):
+    """Catches a user who writes 0.333333 because the message says so, and gets it again."""
+    options = ShampooOptions(exponent=float(f"{1 / p:.6g}"))
+    assert options.root_order(options.resolve(Treatment()), 2) == p
+
+
+# Each field: text on the command line -> the value the options get.
+TEXTS = {
+    "block_size": {"512": 512},
+    "view": {"tensor": "tensor", "'tensor'": "tensor"},
+    "merge_dims": {"4096": 4096},
+    "treatments": {"((r'a/.*', 'diagonal'), ('.*', 'shampoo'))": ((r"a/.*", "diagonal"), (".*", "shampoo"))},
+    "stack_axes": {"('layers',)": ("layers",), "()": ()},
+    "fold_axes": {"['heads', 'kv']": ("heads", "kv")},
+    "beta2": {"0.9": 0.9, "0": 0.0},
+    "statistics_every": {"4": 4},
+    "exponent": {"0.5": 0.5, "1": 1.0, "0": 0.0, "None": None},
+    "ridge": {"1e-4": 1e-4},
+    "cut": {"0": 0.0},
+    "solver": {"eigh": "eigh"},
+    "residual_bound": {"0.5": 0.5},
+    "max_failures": {"9": 9},
+    "refresh": {"periodic": "periodic"},
+    "interval": {"100": 100},
+    "early_intervals": {"((100, 1), (500, 1))": ((100, 1), (500, 1)), "[[10, 1]]": ((10, 1),)},
+    "start_step": {"7": 7},
+    "graft": {"rmsprop_normalized": "rmsprop_normalized"},
+    "graft_norm": {"block": "block"},
+    "epsilon": {"1e-30": 1e-30},
+    "clip_rms": {"1": 1.0},
+    "beta1": {"0": 0.0},
+    "momentum": {"heavy_ball": "heavy_ball"},
+    "nesterov": {"true": True, "True": True},
+    "bias_correction": {"false": False},
+    "weight_decay": {"0.1": 0.1},
+    "decay": {"coupled": "coupled"},
+    "decay_rules": {"(('.*', False),)": ((".*", False),)},
+    "rate_rules": {"(('bias', 2), ('.*', 0.5))": (("bias", 2.0), (".*", 0.5))},
+    "statistics_dtype": {"float32": "float32"},
+    "roots_dtype": {"bfloat16": "bfloat16"},
+    "momentum_dtype": {"bfloat16": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ShampooOptions)])
+def test_fields_from_the_command_line(field):
+    """Catches an annotation that a config's section cannot hold, or a field that is missing here."""
+    for text, value in TEXTS[field].items():
+        config = ConfigDict({"optimizer": component(NAME)}).lock()
+        overrides.apply(config, [f"optimizer.{field}={text}"])
+        options = build(config.optimizer)
+        assert options == dataclasses.replace(ShampooOptions(), **{field: value})
+        assert type(getattr(options, field)) is type(value)
+
+
+def test_a_section_starts_with_given_values():
+    """Catches a section that holds other values than the options it describes."""
+    assert build(component(NAME)) == ShampooOptions()
+    section = component(NAME, exponent=0.5, interval=5, treatments=[[".*", "shampoo"]])
+    assert build(section) == ShampooOptions(exponent=0.5, interval=5, treatments=((".*", "shampoo"),))
+
+
+@pytest.mark.parametrize("text", ["exponent=half", "interval=2.5", "nesterov=1", "early_intervals=((1, 2, 3),)"])
+def test_wrong_types_are_refused(text):
+    """Catches a value of a wrong type that passes as text or is rounded."""
+    config = ConfigDict({"optimizer": component(NAME)}).lock()
+    with pytest.raises(UserError):
+        overrides.apply(config, [f"optimizer.{text}"])
+
+
+def test_a_bad_value_is_the_users_error():
+    """Catches a traceback where one line would do."""
+    with pytest.raises(UserError, match="early interval 3 does not divide interval 20"):
+        build(component(NAME, interval=20, early_intervals=((10, 3),)))
+
+
+def test_the_guide_lists_every_option_with_its_default():
+    """Catches a new option without a row, and a default that is changed in one of two places."""
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", GUIDE.read_text(), flags=re.MULTILINE))
+    defaults = {field.name: field.default for field in dataclasses.fields(ShampooOptions)}
+    assert list(defaults) == list(rows)[-len(defaults) :]
+    for name, default in defaults.items():
+        if not isinstance(default, tuple) or default == ():
+            assert rows[name] == f"`{default}`"

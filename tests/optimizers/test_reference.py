@@ -1,0 +1,290 @@
+"""Every option that changes the mathematics: the optimizer against its float64 reference over 50 steps."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import shampoo_reference as reference
+
+from shampax.optimizers import ShampooOptions, distributed_shampoo
+
+pytestmark = pytest.mark.filterwarnings("ignore:graft 'none':UserWarning", "ignore:statistics_dtype:UserWarning")
+
+STEPS = 50
+# Small blocks for small arrays, an interval within the run, and a ridge that float32 resolves.
+BASE = {"block_size": 16, "interval": 4, "exponent": None, "ridge": 1e-4}
+TREE = {"dense": {"bias": (21,), "kernel": (33, 21)}, "wide": (11, 33)}
+STACK = {"layers": (3, 20, 12), "vectors": (3, 12)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """A tree of shapes under some options.
+
+    Attributes:
+      options: what differs from BASE and the defaults; each one is shown to matter.
+      shapes: nested dicts of shapes.
+      names: nested dicts of axis names.
+      rate: learning rate or schedule.
+      noise: gradients are of rank three plus this much noise.
+      late: the first rows of every gradient are zero up to this step.
+      tolerance: largest distance from the reference, relative to the way it went.
+      margin: how many times the tolerance each option moves a parameter at least.
+      inert: options and words of treatments that must change nothing.
+    """
+
+    options: dict[str, Any]
+    shapes: dict[str, Any] = dataclasses.field(default_factory=lambda: TREE)
+    names: dict[str, Any] | None = None
+    rate: Any = 0.01
+    noise: float = 1.0
+    late: int = 0
+    tolerance: float = 2e-4
+    margin: float = 20.0
+    inert: tuple[str, ...] = ("solver",)
+
+
+def rules(**treatments):
+    return tuple((f"{path}.*", text) for path, text in treatments.items())
+
+
+CASES = {
+    "defaults": Case({}, TREE | {"odd": (3, 1, 20), "scalar": (), "empty": (0, 4), "row": (1, 9)}),
+    "learning rate schedule": Case({}, rate=lambda step: 0.1 * 0.8**step),
+    # Momentum, weight decay and step numbers
+    "block norm, nesterov, decay with one path exempt": Case(
+        {
+            "graft_norm": "block",
+            "nesterov": True,
+            "weight_decay": 0.3,
+            "decay_rules": ((r"wid", True), (r"wide", False), (r".*", True)),
+        }
+    ),
+    "coupled decay": Case({"weight_decay": 0.3, "decay": "coupled", "beta1": 0.8}),
+    "coupled decay before normalising": Case(
+        {"weight_decay": 0.3, "decay": "coupled", "graft": "adagrad_normalized", "graft_norm": "block"}
+    ),
+    "heavy ball": Case({"momentum": "heavy_ball", "weight_decay": 0.3}),
+    "heavy ball, nesterov, sgd": Case(
+        {"momentum": "heavy_ball", "nesterov": True, "graft": "sgd", "beta1": 0.8, "bias_correction": False}
+    ),
+    "no momentum, rmsprop, epsilon": Case({"beta1": 0.0, "graft": "rmsprop", "epsilon": 0.3}),
+    "no bias correction": Case({"bias_correction": False, "beta2": 0.95, "epsilon": 0.3}),
+    "no bias correction, no graft": Case({"bias_correction": False, "graft": "none", "ridge": 1e-2}),
+    # Statistics, roots and their schedule
+    "sum, adagrad, periodic": Case({"beta2": 1.0, "graft": "adagrad", "refresh": "periodic", "epsilon": 0.3}),
+    "sum, no graft, uneven early intervals": Case(
+        {"beta2": 1.0, "graft": "none", "ridge": 1e-2, "refresh": "periodic", "early_intervals": ((2, 2), (5, 1))}
+    ),
+    "exponent 1/2, no graft": Case({"exponent": 0.5, "graft": "none", "ridge": 1e-2, "nesterov": True}),
+    "exponent 1/3, sign": Case({"exponent": 1 / 3, "graft": "sign", "graft_norm": "block"}),
+    "exponent 0, start step": Case({"exponent": 0.0, "graft": "rmsprop", "beta2": 0.9, "start_step": 5}),
+    "statistics of three steps, no graft": Case({"statistics_every": 3, "graft": "none", "ridge": 1e-2}),
+    "statistics of three steps, start step, periodic": Case(
+        {"statistics_every": 3, "start_step": 10, "refresh": "periodic", "interval": 6}
+    ),
+    "early intervals": Case({"early_intervals": ((4, 1), (12, 2)), "beta2": 0.9}),
+    "early intervals, periodic": Case(
+        {"early_intervals": ((4, 1), (12, 2)), "refresh": "periodic", "start_step": 5, "graft_norm": "block"}
+    ),
+    "cut": Case({"ridge": 0.0, "cut": 1e-3}, noise=1e-3),
+    "cut, eigh, no graft": Case({"ridge": 0.0, "cut": 1e-2, "solver": "eigh", "graft": "none"}, noise=1e-3),
+    "eigh, exponent 1/2, uneven early intervals": Case(
+        {"solver": "eigh", "early_intervals": ((2, 1), (5, 2)), "exponent": 0.5, "ridge": 1e-2}
+    ),
+    # The update's length
+    "sgd, block norm": Case({"graft": "sgd", "graft_norm": "block"}, late=9),
+    "adam_normalized": Case(
+        {"graft": "adam_normalized"}, STACK, names={"layers": ("layers", "a", "b"), "vectors": ("layers", "a")}
+    ),
+    "adam_normalized, block norm": Case({"graft": "adam_normalized", "graft_norm": "block"}, late=9),
+    "rmsprop_normalized": Case({"graft": "rmsprop_normalized", "beta2": 0.9}, late=9),
+    "rmsprop_normalized, block norm": Case({"graft": "rmsprop_normalized", "graft_norm": "block", "epsilon": 1e-3}),
+    "adagrad_normalized": Case(
+        {"graft": "adagrad_normalized", "treatments": rules(layers="shampoo stack=1", vectors="shampoo stack=1")}, STACK
+    ),
+    "adagrad_normalized, exponent 0, block norm": Case(
+        {"graft": "adagrad_normalized", "graft_norm": "block", "exponent": 0.0, "beta1": 0.0, "start_step": 20}
+    ),
+    "clip": Case(
+        {"clip_rms": 0.25, "start_step": 20}, STACK, names={"layers": ("layers", "a", "b"), "vectors": ("layers", "a")}
+    ),
+    "clip by block, no graft": Case({"clip_rms": 0.1, "graft": "none", "graft_norm": "block", "ridge": 1e-2}),
+    # What is preconditioned
+    "one-sided": Case(
+        {
+            "treatments": rules(left="one_sided side=left", right="one_sided side=right", short="one_sided"),
+            "solver": "eigh",
+        },
+        {"left": (33, 21), "right": (2, 10, 40), "short": {"square": (22, 22), "tall": (33, 21)}},
+    ),
+    "one-sided, exponent 1, no graft": Case(
+        {"treatments": rules(a="one_sided side=left exponent=1"), "graft": "none", "ridge": 1e-2},
+        {"a": {"square": (16, 16), "tall": (33, 21)}},
+    ),
+    "tensors": Case({"view": "tensor"}, {"conv": (3, 3, 8, 12), "flat": (1, 20, 12)}),
+    "tensors, no graft": Case({"view": "tensor", "graft": "none", "ridge": 1e-2}, {"cube": (5, 18, 10)}),
+    "tensors with merged sides": Case(
+        {"view": "tensor", "merge_dims": 24},
+        {"deep": (13, 2, 3, 4, 5), "flat": (2, 2, 1, 6), "small": (2, 3, 4)},
+    ),
+    "rules": Case(
+        {
+            "treatments": rules(
+                a="shampoo block_size=8 exponent=0.5 ridge=1e-2",
+                b="shampoo cut=1e-2 beta2=0.9",
+                c="diagonal beta2=0.9",
+                d="shampoo exponent=0",
+                e="shampoo view=tensor beta2=0.9 stack=1",
+                f="one_sided side=right block_size=24 stack=1",
+            )
+        },
+        {
+            "a": (16, 24),
+            "b": (16, 14),
+            "c": (16, 14),
+            "d": (16, 14),
+            "e": {"bias": (9,), "kernel": (2, 4, 6, 8)},
+            "f": (2, 20, 24),
+        },
+        noise=1e-2,
+    ),
+    "axis names": Case(
+        {"stack_axes": ("experts", "scan"), "fold_axes": ("heads", "width")},
+        {"key": (12, 2, 3, 8), "layers": (4, 3, 24), "mixed": (12, 2, 12), "out": (2, 12, 4, 6), "scalars": (2, 3)},
+        names={
+            "key": ("embed", "scan", "heads", "width"),
+            "layers": ("layers", None, "mlp"),
+            "mixed": ("embed", "experts", "mlp"),
+            "out": ("scan", "heads", "a", "b"),
+            "scalars": ("scan", "experts"),
+        },
+    ),
+    "heads": Case(
+        {},
+        {"key": (12, 4, 6), "out": (4, 6, 12), "qkv": (12, 3, 2, 4), "whole": (4, 3, 12), "mlp": (2, 3, 12, 12)},
+        names={
+            "key": ("embed", "heads", "head_dim"),
+            "out": ("heads", "head_dim", "embed"),
+            "qkv": ("embed", "kv", "heads", "head_dim"),
+            "whole": ("kv_heads", "heads", "head_dim"),
+            "mlp": ("layers", "experts", "embed", "mlp"),
+        },
+    ),
+    # Storage. Where float32 and float64 fall on two sides of a tie, one element differs by 2^-8 of itself.
+    "bfloat16 statistics": Case(
+        {"statistics_dtype": "bfloat16", "ridge": 1e-2, "beta2": 0.9}, tolerance=5e-4, margin=4
+    ),
+    "bfloat16 roots": Case(
+        {"roots_dtype": "bfloat16", "graft": "sgd", "interval": 16, "exponent": 0.5}, tolerance=5e-4, margin=4
+    ),
+    "bfloat16 momentum": Case({"momentum_dtype": "bfloat16"}, tolerance=5e-4, margin=4),
+}
+
+
+def tree_of(case, make):
+    return jax.tree.map(make, case.shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+@functools.cache
+def problem(name):
+    """(parameters, gradients): anisotropic gradients with a mean, a part of low rank and a length that varies."""
+    case = CASES[name]
+    random = np.random.default_rng(7)
+
+    def stream(shape):
+        rows, cols = int(np.prod(shape[:-1])), shape[-1] if shape else 1
+        left, right = random.normal(size=(rows, 3)), random.normal(size=(3, cols))
+        scale = np.exp(random.normal(size=(rows, 1)) / 2) * np.exp(random.normal(size=(1, cols)) / 2)
+        core = 0.3 + random.normal(size=(STEPS, 1, 3))
+        g = (left * core) @ right + case.noise * scale * random.normal(size=(STEPS, rows, cols))
+        g *= np.exp(random.normal(size=(STEPS, 1, 1)) / 2)
+        g[: case.late, : rows // 2] = 0
+        return g.reshape(STEPS, *shape).astype(np.float32)
+
+    streams = tree_of(case, stream)
+    params = tree_of(case, lambda shape: np.asarray(random.normal(size=shape), np.float32))
+    return params, [jax.tree.map(lambda g: g[t], streams) for t in range(STEPS)]
+
+
+def options_of(values):
+    return ShampooOptions(**(BASE | values))
+
+
+def wanted(name, **changed):
+    case = dataclasses.replace(CASES[name], **changed)
+    params, gradients = problem(name)
+    return reference.run(params, gradients, options_of(case.options), case.rate, case.names)[-1]
+
+
+wanted_once = functools.cache(wanted)
+
+
+def distances(name, now):
+    """For each parameter, how far it is from the reference, relative to the way the reference went."""
+    start, there = reference.flatten(problem(name)[0]), wanted_once(name)
+    return {
+        path: np.linalg.norm(now[path] - there[path]) / max(np.linalg.norm(there[path] - start[path]), 1e-30)
+        for path in there
+    }
+
+
+def ignored(case):
+    """(what is ignored, the case's fields without it) for every option, every word of a treatment, and the names."""
+    options = case.options
+    defaults = {field.name: field.default for field in dataclasses.fields(ShampooOptions)}
+    for name in options or [name for name in BASE if BASE[name] != defaults[name]]:
+        group = {name}
+        if name in ("ridge", "cut") and "cut" in options:
+            group = {"ridge", "cut"}  # one of the two is 0
+        if name == "graft" and options.get("beta2") == 1:
+            group = {"graft", "beta2"}  # other grafts do not sum
+        rest = {k: v for k, v in options.items() if k not in group}
+        yield name, {"options": rest if options else {name: defaults[name]}}
+    treatments = options.get("treatments", ())
+    for i, (pattern, text) in enumerate(treatments):
+        kind, *words = text.split()
+        for word in words:
+            without = (pattern, " ".join([kind, *(w for w in words if w != word)]))
+            rest = (*treatments[:i], without, *treatments[i + 1 :])
+            yield word, {"options": options | {"treatments": rest}}
+    if case.names is not None:
+        yield "names", {"names": None}
+    if callable(case.rate):
+        yield "schedule", {"rate": case.rate(0)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_float64_reference(name):
+    """Catches any departure from the algorithm: order of operations, view, schedule, norms, decay, corrections."""
+    case = CASES[name]
+    params, gradients = problem(name)
+    tx = distributed_shampoo(case.rate, options_of(case.options), axis_names=case.names)
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.tree.map(jnp.asarray, params)
+    state = tx.init(params)
+    for grads in gradients:
+        params, state = step(params, state, grads)
+    far = distances(name, reference.flatten(jax.tree.map(np.asarray, params)))
+    assert all(x <= case.tolerance for x in far.values()), far  # NaN is not
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_option_can_be_ignored(name):
+    """Catches a case that would pass though the optimizer ignored one of its options."""
+    for what, changed in ignored(CASES[name]):
+        far = distances(name, wanted(name, **changed))
+        if what in CASES[name].inert:
+            assert max(far.values()) == 0, (what, far)
+        else:
+            assert max(far.values()) > CASES[name].margin * CASES[name].tolerance, (what, far)

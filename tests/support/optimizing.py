@@ -1,0 +1,133 @@
+"""Runs of Distributed Shampoo on given gradients; runs of the same options and layout share one compiled step."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from shampax.optimizers import DistributedShampoo, ShampooOptions, ShampooState, distributed_shampoo
+
+Tree = dict[str, Any]
+
+# A run that should be the same on every mesh: two buckets, a padded parameter and a diagonal one.
+SHARDED_SHAPES = {"bias": (64,), "down": (64, 24), "odd": (31, 23), "square": (32, 16), "up": (24, 64)}
+SHARDED_OPTIONS = ShampooOptions(block_size=16, interval=4, exponent=0.5, ridge=1e-4)
+
+
+def _layouts() -> dict[str, tuple[Mesh | None, Tree | None]]:
+    devices, spec = np.array(jax.devices()), PartitionSpec
+    fsdp = {"bias": spec("fsdp"), "down": spec("fsdp"), "square": spec("fsdp"), "up": spec(None, "fsdp")}
+    both = {
+        "bias": spec("tensor"),
+        "down": spec("tensor", "fsdp"),
+        "square": spec("fsdp"),
+        "up": spec("fsdp", "tensor"),
+    }
+    return {
+        "one device": (None, None),
+        "three devices": (Mesh(devices[:3], ("data",)), None),
+        "replicated": (Mesh(devices.reshape(2, 4), ("data", "fsdp")), None),
+        "fsdp": (Mesh(devices, ("fsdp",)), fsdp | {"odd": spec()}),
+        "fsdp x tensor": (Mesh(devices.reshape(4, 2), ("fsdp", "tensor")), both | {"odd": spec()}),
+    }
+
+
+# Name -> (mesh, specs of the parameters).
+LAYOUTS = _layouts()
+
+
+class Run(NamedTuple):
+    """What happened: after each step the updates (numpy, for a learning rate of 1) and the state."""
+
+    updates: list[dict[str, np.ndarray]]
+    states: list[ShampooState]
+
+    def positions(self, start: Mapping[str, np.ndarray] | None = None) -> list[dict[str, np.ndarray]]:
+        """The parameters after each step, from `start` or from zeros."""
+        now = start or {k: np.zeros_like(u) for k, u in self.updates[0].items()}
+        return [now := {k: now[k] + u for k, u in updates.items()} for updates in self.updates]
+
+
+def gradients(steps: int, shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> list[Tree]:
+    """N(0, 1) gradients."""
+    random = np.random.default_rng(seed)
+    return [{k: random.normal(size=s).astype(np.float32) for k, s in shapes.items()} for _ in range(steps)]
+
+
+def zeros(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Parameters to start from."""
+    return {k: np.zeros(s, np.float32) for k, s in shapes.items()}
+
+
+def optimizer(
+    options: ShampooOptions,
+    mesh: Mesh | None = None,
+    names: Tree | None = None,
+    specs: Tree | None = None,
+) -> DistributedShampoo:
+    """Distributed Shampoo with a learning rate of 1; without specs, parameters are replicated."""
+    return distributed_shampoo(1.0, options, mesh=mesh, axis_names=names, param_specs=specs)
+
+
+def place(tree: Tree, mesh: Mesh | None, specs: Tree | None) -> Tree:
+    """Arrays where their specs say."""
+    if mesh is None:
+        return jax.device_put(tree, jax.devices()[0])
+    return {k: jax.device_put(x, NamedSharding(mesh, (specs or {}).get(k, PartitionSpec()))) for k, x in tree.items()}
+
+
+def _frozen(tree: Tree | None) -> Any:
+    return tree and tuple(sorted(tree.items()))
+
+
+@functools.cache
+def _compiled(options: ShampooOptions, mesh: Mesh | None, names: Any, specs: Any, like: Any) -> tuple[Any, Any]:
+    """(init, step) for parameters given as (name, shape, dtype)."""
+    specs = specs and dict(specs)
+    tx = optimizer(options, mesh, names and dict(names), specs)
+    params = place({k: np.zeros(shape, dtype) for k, shape, dtype in like}, mesh, specs)
+    shardings = tx.state_shardings(params)
+    out = (jax.tree.map(lambda x: x.sharding, params), shardings) if mesh is not None else None
+    return jax.jit(tx.init, out_shardings=shardings), jax.jit(tx.update, out_shardings=out)
+
+
+def train(
+    options: ShampooOptions,
+    stream: Sequence[Tree],
+    *,
+    params: Tree | None = None,
+    state: ShampooState | None = None,
+    mesh: Mesh | None = None,
+    names: Tree | None = None,
+    specs: Tree | None = None,
+) -> Run:
+    """One step for each gradient of the stream, from a state or from the beginning."""
+    like = tuple((k, g.shape, g.dtype) for k, g in sorted(stream[0].items()))
+    init, step = _compiled(options, mesh, _frozen(names), _frozen(specs), like)
+    params = place(params or {k: np.zeros_like(g) for k, g in stream[0].items()}, mesh, specs)
+    state = init(params) if state is None else state
+    run = Run([], [])
+    for grads in stream:
+        updates, state = step(place(grads, mesh, specs), state, params)
+        params = optax.apply_updates(params, updates)
+        run.updates.append(jax.tree.map(np.asarray, updates))
+        run.states.append(state)
+    return run
+
+
+def by_block(tx: DistributedShampoo, params: Tree, state: ShampooState) -> dict[tuple[str, int], Any]:
+    """(path, number of the block within its parameter) -> the block's state, wherever it is kept."""
+    result = {}
+    for bucket in tx.plan(params).buckets:
+        kept, number = state.buckets[bucket.name], 0
+        arrays = jax.tree.map(np.asarray, kept._replace(block=None))
+        for leaf in bucket.leaves:
+            for i in range(leaf.blocks):
+                (slot,) = np.flatnonzero(np.asarray(kept.block) == number)
+                result[leaf.path, i] = jax.tree.map(lambda x, slot=slot: x[slot], arrays)
+                number += 1
+    return result
