@@ -24,44 +24,13 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ..framework import curves, ownership, workdir
+from ..framework import ownership, workdir
 from ..framework.config import load
 from ..framework.errors import UserError
+from .documents import Section, table
+from .grid import Outcome, Trial, best_rates, by, crossings, mean_loss
 
-BEGIN, END = "<!-- lm_grid begin -->", "<!-- lm_grid end -->"
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One run of the grid: a variant with a learning rate and a seed."""
-
-    variant: str
-    learning_rate: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Of its workdir."""
-        return f"{self.variant}-lr{self.learning_rate:g}-seed{self.seed}"
-
-    @property
-    def settings(self) -> tuple[str, str]:
-        """What it changes in its variant's config, as "key=value"."""
-        return f"schedule.learning_rate={self.learning_rate}", f"seed={self.seed}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What became of a trial; `result` is the content of its `result.json`."""
-
-    trial: Trial
-    run: workdir.Run
-    result: dict[str, Any]
-
-    @property
-    def complete(self) -> bool:
-        """Whether it trained to its end with a finite loss; a run that diverged did not."""
-        return self.result["stopped"] is None and self.result["heldout_loss"] is not None
+SECTION = Section("lm_grid")
 
 
 def trials(variants: Sequence[str], learning_rates: Sequence[float], seeds: Sequence[int]) -> list[Trial]:
@@ -84,64 +53,10 @@ def read_outcome(trial: Trial, path: pathlib.Path) -> Outcome | None:
     return None if result is None else Outcome(trial, workdir.read(path), result)
 
 
-def best_rates(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """For each variant the learning rate with the lowest mean held-out loss at the end, over all its seeds.
-
-    A rate with which any seed diverged is not eligible.
-
-    Raises:
-      UserError: no rate of a variant is eligible.
-    """
-    best = {}
-    for variant, of_variant in _by(outcomes, lambda outcome: outcome.trial.variant).items():
-        rates = _by(of_variant, lambda outcome: outcome.trial.learning_rate)
-        means = {rate: mean_loss(runs) for rate, runs in rates.items() if all(run.complete for run in runs)}
-        if not means:
-            raise UserError(f"{variant} diverged with every one of {sorted(rates)}; try lower --learning_rates")
-        best[variant] = min(means, key=lambda rate: means[rate])
-    return best
-
-
-def mean_loss(outcomes: Sequence[Outcome]) -> float:
-    """Mean held-out loss at the end, in nats per token."""
-    return float(np.mean([outcome.result["heldout_loss"] for outcome in outcomes]))
-
-
-def crossings(challengers: Sequence[Outcome], baselines: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """When each challenger's held-out loss falls to the baselines' mean at their end; one entry for each.
-
-    `steps` and `seconds` are interpolated linearly between the evaluations around the crossing,
-    `evaluated_at` is the step of the first evaluation at or below the target, fractions are of the
-    baselines' mean steps and seconds; None where the challenger never gets there.
-    """
-    target = mean_loss(baselines)
-    whole_steps = float(np.mean([outcome.result["steps"] for outcome in baselines]))
-    whole_seconds = float(np.mean([outcome.result["seconds"] for outcome in baselines]))
-    entries = []
-    for challenger in challengers:
-        steps, losses = challenger.run.curve("heldout/loss", "step")
-        at_step = curves.reach(steps, losses, target)
-        at_second = curves.reach(*challenger.run.curve("heldout/loss", "seconds"), target)
-        entries.append(
-            {
-                "variant": challenger.trial.variant,
-                "reaches": baselines[0].trial.variant,
-                "target": target,
-                "seed": challenger.trial.seed,
-                "steps": at_step,
-                "evaluated_at": None if at_step is None else int(steps[losses <= target][0]),
-                "fraction_of_steps": None if at_step is None else at_step / whole_steps,
-                "seconds": at_second,
-                "fraction_of_seconds": None if at_second is None else at_second / whole_seconds,
-            }
-        )
-    return entries
-
-
 def analyse(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Everything the grid tells, as JSON: `runs`, `rates` (means over seeds), `best` and `crossings`."""
     best = best_rates(outcomes)
-    cells = _by(outcomes, lambda outcome: (outcome.trial.variant, outcome.trial.learning_rate))
+    cells = by(outcomes, lambda outcome: (outcome.trial.variant, outcome.trial.learning_rate))
     at_best = {variant: cells[variant, rate] for variant, rate in best.items()}
     return {
         "runs": [
@@ -221,16 +136,16 @@ def markdown(analysis: dict[str, Any], command: str) -> str:
     parts = [
         f"Made by `{command}`.",
         "Mean held-out loss at the end, over seeds (nats per token):",
-        _table(["variant", "learning rate", "seeds", "held-out loss", ""], rates),
+        table(["variant", "learning rate", "seeds", "held-out loss", ""], rates),
         *(f"The best rate of {variant} stands at the edge of the grid." for variant in _at_edge(analysis)),
         "At its best rate, when each variant falls to the mean loss at which the other ends (interpolated "
         "between evaluations; shares are of the other's whole run):",
-        _table(
+        table(
             ["variant", "falls to", "seed", "steps", "share", "first evaluation there", "seconds", "share"],
             reached,
         ),
         "Every run:",
-        _table(
+        table(
             [
                 "variant",
                 "learning rate",
@@ -245,18 +160,6 @@ def markdown(analysis: dict[str, Any], command: str) -> str:
         ),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def insert(document: str, section: str) -> str:
-    """The document with what stands between the two markers replaced.
-
-    Raises:
-      UserError: it does not hold each marker once, in order.
-    """
-    if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
-        raise UserError(f"the --markdown file must hold the lines {BEGIN} and {END}, each once; add them")
-    before, rest = document.split(BEGIN)
-    return f"{before}{BEGIN}\n{section}{END}{rest.split(END)[1]}"
 
 
 def train(trial: Trial, path: pathlib.Path, config: str, settings: Sequence[str]) -> None:
@@ -338,12 +241,12 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if options.markdown:
             # Before hours of training, not after.
-            insert(_document(options.markdown), "")
+            SECTION.replace(_document(options.markdown), "")
         analysis = analyse(run_grid(trials(options.variants, options.learning_rates, options.seeds), options))
         section = markdown(analysis, command)
         if options.markdown:
             options.markdown.parent.mkdir(parents=True, exist_ok=True)
-            options.markdown.write_text(insert(_document(options.markdown), section))
+            options.markdown.write_text(SECTION.replace(_document(options.markdown), section))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -384,37 +287,25 @@ def _parser() -> argparse.ArgumentParser:
         "--markdown",
         type=pathlib.Path,
         metavar="FILE",
-        help=f"write the tables between {BEGIN} and {END} in it",
+        help=f"write the tables between {SECTION.begin} and {SECTION.end} in it",
     )
     return parser
 
 
 def _document(path: pathlib.Path) -> str:
-    return path.read_text() if path.exists() else f"# Results\n\n{BEGIN}\n{END}\n"
+    return path.read_text() if path.exists() else f"# Results\n\n{SECTION.begin}\n{SECTION.end}\n"
 
 
 def _at_edge(analysis: dict[str, Any]) -> list[str]:
     edges = {}
-    for variant, rates in _by(analysis["rates"], lambda rate: rate["variant"]).items():
+    for variant, rates in by(analysis["rates"], lambda rate: rate["variant"]).items():
         tried = [rate["learning_rate"] for rate in rates]
         edges[variant] = len(tried) > 1 and analysis["best"][variant] in (min(tried), max(tried))
     return [variant for variant, edge in edges.items() if edge]
 
 
-def _by(items: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
-    groups: dict[Any, list[Any]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
-
-
 def _decimals(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _say(text: str) -> None:

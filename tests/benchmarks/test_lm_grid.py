@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from shampax.benchmarks import lm_grid
+from shampax.benchmarks.grid import Trial, best_rates, crossings
 from shampax.framework import workdir
 from shampax.framework.errors import UserError
 
@@ -83,7 +84,7 @@ def outcomes(tmp_path):
         ("b", 0.2, 1): [7.0, 6.0, 5.0, 4.0],
     }
     return [
-        write(tmp_path, lm_grid.Trial(*cell), heldout, seconds_per_step=2.0 if cell[0] == "a" else 1.0)
+        write(tmp_path, Trial(*cell), heldout, seconds_per_step=2.0 if cell[0] == "a" else 1.0)
         for cell, heldout in losses.items()
     ]
 
@@ -100,19 +101,19 @@ def test_grid_is_every_combination_once_seed_by_seed():
 
 
 def test_best_rate_has_the_lowest_mean_not_the_lowest_run(outcomes):
-    assert lm_grid.best_rates(outcomes) == {"a": 0.1, "b": 0.1}
+    assert best_rates(outcomes) == {"a": 0.1, "b": 0.1}
 
 
 def test_rate_with_a_diverged_seed_is_not_eligible(outcomes, tmp_path):
-    low = write(tmp_path, lm_grid.Trial("a", 0.3, 0), [1.0, 0.1])
-    stopped = write(tmp_path, lm_grid.Trial("a", 0.3, 1), [1.0, 0.1], stopped="8 steps in a row were not finite")
-    assert lm_grid.best_rates([*outcomes, low, stopped])["a"] == 0.1
+    low = write(tmp_path, Trial("a", 0.3, 0), [1.0, 0.1])
+    stopped = write(tmp_path, Trial("a", 0.3, 1), [1.0, 0.1], stopped="8 steps in a row were not finite")
+    assert best_rates([*outcomes, low, stopped])["a"] == 0.1
     with pytest.raises(UserError, match="lower --learning_rates"):
-        lm_grid.best_rates([stopped])
+        best_rates([stopped])
 
 
 def test_crossings_are_interpolated_per_seed_as_a_share_of_the_baseline(outcomes):
-    first, second = lm_grid.crossings(outcomes[0:2], outcomes[4:6])
+    first, second = crossings(outcomes[0:2], outcomes[4:6])
     assert first == {
         "variant": "a",
         "reaches": "b",
@@ -146,18 +147,8 @@ def test_analysis_is_json_and_its_tables_hold_every_run(outcomes):
     assert len(rows) == 3 * 2 + 4 + 4 + 8
 
 
-def test_insert_replaces_only_what_stands_between_the_markers():
-    old = f"before\n{lm_grid.BEGIN}\nold\n{lm_grid.END}\nafter\n"
-    new = lm_grid.insert(old, "table\n")
-    assert new == f"before\n{lm_grid.BEGIN}\ntable\n{lm_grid.END}\nafter\n"
-    assert lm_grid.insert(new, "table\n") == new
-    for wrong in ("", lm_grid.BEGIN, f"{lm_grid.END}{lm_grid.BEGIN}", old + old):
-        with pytest.raises(UserError, match="add them"):
-            lm_grid.insert(wrong, "table\n")
-
-
 def test_trial_config_is_the_shipped_variant_with_rate_seed_and_settings():
-    trial = lm_grid.Trial("sample_adamw", 2e-5, 7)
+    trial = Trial("sample_adamw", 2e-5, 7)
     config = lm_grid.config_of(trial, "shampax/configs/lm.py", ["batch_size=4", "seed=1"])
     assert (config.schedule.learning_rate, config.seed, config.batch_size) == (2e-5, 7, 4)
     assert "AdamW" in config.optimizer.name
@@ -244,7 +235,7 @@ def test_interrupted_grid_leaves_no_trainer_behind(tmp_path, monkeypatch):
     try:
         signal.setitimer(signal.ITIMER_REAL, 1.5)
         with pytest.raises(KeyboardInterrupt):
-            lm_grid.train(lm_grid.Trial("a", 0.1, 0), tmp_path / "a", "lm.py", [])
+            lm_grid.train(Trial("a", 0.1, 0), tmp_path / "a", "lm.py", [])
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,105 @@
+"""A grid of learning rates and seeds: its runs, the best rate of each contestant, and who gets where how soon."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..framework import curves, workdir
+from ..framework.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run of the grid: a variant with a learning rate and a seed."""
+
+    variant: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its workdir."""
+        return f"{self.variant}-lr{self.learning_rate:g}-seed{self.seed}"
+
+    @property
+    def settings(self) -> tuple[str, str]:
+        """What it changes in its variant's config, as "key=value"."""
+        return f"schedule.learning_rate={self.learning_rate}", f"seed={self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a trial; `result` is the content of its `result.json`."""
+
+    trial: Trial
+    run: workdir.Run
+    result: dict[str, Any]
+
+    @property
+    def complete(self) -> bool:
+        """Whether it trained to its end with a finite loss; a run that diverged did not."""
+        return self.result["stopped"] is None and self.result["heldout_loss"] is not None
+
+
+def best_rates(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """For each variant the learning rate with the lowest mean held-out loss at the end, over all its seeds.
+
+    A rate with which any seed diverged is not eligible.
+
+    Raises:
+      UserError: no rate of a variant is eligible.
+    """
+    best = {}
+    for variant, of_variant in by(outcomes, lambda outcome: outcome.trial.variant).items():
+        rates = by(of_variant, lambda outcome: outcome.trial.learning_rate)
+        means = {rate: mean_loss(runs) for rate, runs in rates.items() if all(run.complete for run in runs)}
+        if not means:
+            raise UserError(f"{variant} diverged with every one of {sorted(rates)}; try lower --learning_rates")
+        best[variant] = min(means, key=lambda rate: means[rate])
+    return best
+
+
+def mean_loss(outcomes: Sequence[Outcome]) -> float:
+    """Mean held-out loss at the end, in nats per token."""
+    return float(np.mean([outcome.result["heldout_loss"] for outcome in outcomes]))
+
+
+def crossings(challengers: Sequence[Outcome], baselines: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """When each challenger's held-out loss falls to the baselines' mean at their end; one entry for each.
+
+    `steps` and `seconds` are interpolated linearly between the evaluations around the crossing,
+    `evaluated_at` is the step of the first evaluation at or below the target, fractions are of the
+    baselines' mean steps and seconds; None where the challenger never gets there.
+    """
+    target = mean_loss(baselines)
+    whole_steps = float(np.mean([outcome.result["steps"] for outcome in baselines]))
+    whole_seconds = float(np.mean([outcome.result["seconds"] for outcome in baselines]))
+    entries = []
+    for challenger in challengers:
+        steps, losses = challenger.run.curve("heldout/loss", "step")
+        at_step = curves.reach(steps, losses, target)
+        at_second = curves.reach(*challenger.run.curve("heldout/loss", "seconds"), target)
+        entries.append(
+            {
+                "variant": challenger.trial.variant,
+                "reaches": baselines[0].trial.variant,
+                "target": target,
+                "seed": challenger.trial.seed,
+                "steps": at_step,
+                "evaluated_at": None if at_step is None else int(steps[losses <= target][0]),
+                "fraction_of_steps": None if at_step is None else at_step / whole_steps,
+                "seconds": at_second,
+                "fraction_of_seconds": None if at_second is None else at_second / whole_seconds,
+            }
+        )
+    return entries
+
+
+def by(items: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    """Items by their key, in the order in which keys first come."""
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups

@@ -1,0 +1,267 @@
+"""AdamW, Muon, Google's Distributed Shampoo and ours on the same model, batches and grid, on one device.
+
+    pip install 'shampax[benchmarks]'
+    python -m shampax.benchmarks.optimizers learn
+    python -m shampax.benchmarks.optimizers time
+    python -m shampax.benchmarks.optimizers cost
+    python -m shampax.benchmarks.optimizers table --markdown=docs/results.md
+
+learn trains the sample of configs/lm.py with every optimizer, learning rate and seed, each run a file in the workdir;
+the same command goes on where it was stopped. time measures train steps of the same model in turns. cost measures the
+optimizers' updates alone on the parameters of a Transformer of 25 M. table puts all three together. JSON goes to
+standard output, and that of time and cost to the workdir, too; progress goes to standard error.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ..framework import figures, workdir
+from ..framework.config import load
+from ..framework.data import packing
+from ..framework.errors import UserError
+from ..framework.workdir import Axis
+from ..models.lm import LMTask
+from ..optimizers import ShampooOptions
+from . import learning, standings, timing
+from .contestants import RATES, TITLES, GoogleOptions, google_package
+from .grid import Trial
+
+COMMAND = "python -m shampax.benchmarks.optimizers"
+RUNS, TIMES, COSTS = "learn", "time.json", "cost.json"
+
+
+def learn(options: argparse.Namespace) -> dict[str, Any]:
+    """Make the runs of the grid that the workdir does not hold; returns how each ended."""
+    grid = trials(options)
+    if "google" in options.optimizers:
+        google_package()  # or refused after hours of the others' training
+    workload = _workload(options)
+    programs: dict[str, learning.Program] = {}
+
+    def run(trial: Trial) -> dict[str, Any]:
+        if trial.variant not in programs:
+            programs[trial.variant] = workload.program(workload.options[trial.variant])
+        return learning.train(workload, programs[trial.variant], trial)
+
+    results = learning.run_grid(grid, options.workdir / RUNS, lambda trial: learning.settings_of(workload, trial), run)
+    return {
+        "runs": [
+            {name: result[name] for name in ("variant", "learning_rate", "seed", "steps", "stopped", "fingerprint")}
+            | {"heldout_loss": result["heldout"][-1]["loss"]}
+            for result in results
+        ]
+    }
+
+
+def time_steps(options: argparse.Namespace) -> dict[str, Any]:
+    """Train steps of all optimizers, in turns of one refresh interval of ours."""
+    workload = _workload(options)
+    interval = workload.options["ours"].interval
+    early = -(-timing.early_steps(workload.options["ours"]) // interval)
+    rates = {name: rates[len(rates) // 2] for name, rates in _rates(options).items()}
+    measured = timing.time_steps(workload, rates, interval=interval, turns=-(-options.steps // interval) + early)
+    result = {"device": _device(), "interval": interval, "workload": workload.settings, "optimizers": measured}
+    _store(options.workdir / TIMES, result)
+    return result
+
+
+def cost(options: argparse.Namespace) -> dict[str, Any]:
+    """Updates alone: ours and Google's in turns, and then, in a process of its own, our two solvers in turns."""
+    size = options.embed_dim
+    task = LMTask(
+        vocab_size=8_192,
+        layers=options.layers,
+        embed_dim=size,
+        heads=size // 64,
+        kv_heads=size // 64,
+        head_dim=64,
+        mlp_dim=3 * size,
+        scan_layers=False,  # as Google's is made for; ours stacks equal blocks itself
+    )
+    ours = ShampooOptions(block_size=options.block_size, interval=options.interval, exponent=0.5, ridge=1e-4)
+    same: dict[str, Any] = {"p": 2, "ridge": 1e-4, "largest_side": task.vocab_size - 1}
+    sides = {
+        "google": GoogleOptions(options.block_size, options.interval, **same),
+        "ours": ours,
+        "ours_eigh": dataclasses.replace(ours, solver="eigh"),
+    }
+    chosen = ("ours", "ours_eigh") if options.eigh_only else ("google", "ours")
+    shared = {"block_size": options.block_size, "interval": options.interval, "intervals": options.intervals}
+    measured = timing.time_updates(
+        task,
+        {name: sides[name] for name in chosen},
+        interval=options.interval,
+        intervals=options.intervals,
+        repetitions=options.repetitions,
+    )
+    result = {"device": _device(), **shared, "repetitions": options.repetitions, **measured, "eigh": None}
+    if not options.eigh_only:
+        if options.eigh_timeout:
+            result["eigh"] = _eigh(options)
+        _store(options.workdir / COSTS, result)
+    return result
+
+
+def table(options: argparse.Namespace) -> dict[str, Any]:
+    """The comparison of what the workdir holds; written into the --markdown file or to standard error, and drawn."""
+    times = workdir.read_json(options.workdir / TIMES)
+    costs = workdir.read_json(options.workdir / COSTS)
+    timed = times["optimizers"] if times else {}
+    outcomes, missing = learning.read_grid(trials(options), options.workdir / RUNS, standings.seconds_per_step(timed))
+    comparison = standings.compare(outcomes, missing, timed)
+    content = standings.markdown(comparison, times, costs, f"{COMMAND} table")
+    section = standings.SECTION
+    if options.markdown and not options.markdown.is_file():
+        raise UserError(f"there is no {options.markdown}; make it with the lines {section.begin} and {section.end}")
+    if options.markdown:
+        options.markdown.write_text(section.replace(options.markdown.read_text(), content))
+    else:
+        print(content, file=sys.stderr)
+    if options.figure:
+        groups = standings.at_their_best(outcomes, comparison)
+        axes: list[Axis] = ["step", "seconds"] if set(comparison["best"]) <= set(timed) else ["step"]
+        options.figure.parent.mkdir(parents=True, exist_ok=True)
+        figures.loss_figure(groups, axes).savefig(options.figure)
+    return comparison
+
+
+def trials(options: argparse.Namespace) -> list[Trial]:
+    """The grid, one optimizer after the other within a seed: a stopped grid is balanced.
+
+    Raises:
+      UserError: the optimizers have different numbers of learning rates.
+    """
+    rates = _rates(options)
+    counts = {name: len(of_name) for name, of_name in rates.items()}
+    if len(set(counts.values())) > 1:
+        given = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise UserError(f"every optimizer is to have as many learning rates as the others, not {given}; see --rates")
+    return [Trial(name, rate, seed) for seed in options.seeds for name in options.optimizers for rate in rates[name]]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; returns the exit code: 2 after one line for the user, 130 when stopped."""
+    options = _parser().parse_args(arguments)
+    try:
+        result = options.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+def _rates(options: argparse.Namespace) -> dict[str, tuple[float, ...]]:
+    given = RATES | dict(options.rates)
+    return {name: given[name] for name in options.optimizers}
+
+
+def _workload(options: argparse.Namespace) -> learning.Workload:
+    return learning.Workload(load(options.config, options.set), options.workdir / workdir.CACHE)
+
+
+def _eigh(options: argparse.Namespace) -> dict[str, Any]:
+    """On CPU two LAPACK operations in flight can wait for each other for ever, hence the process and its time limit."""
+    numbers = ("block_size", "interval", "intervals", "repetitions", "layers", "embed_dim")
+    flags = [f"--{name}={getattr(options, name)}" for name in numbers]
+    command = [sys.executable, "-m", "shampax.benchmarks.optimizers", "cost", "--eigh_only", *flags]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=options.eigh_timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return {"stopped": f"no end within {options.eigh_timeout:g} s"}
+    if done.returncode:
+        return {"stopped": f"ended with exit code {done.returncode}"}
+    return json.loads(done.stdout) | {"stopped": None}
+
+
+def _device() -> str:
+    device = jax.devices()[0]
+    cores = f" on {os.cpu_count()} cores" if device.platform == "cpu" else ""
+    return f"one {device.device_kind} device{cores}"
+
+
+def _store(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    packing.write_atomically(path, json.dumps(result, indent=2) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=COMMAND, description="Optimizers side by side.")
+    commands = parser.add_subparsers(required=True, metavar="learn|time|cost|table")
+    workdirs = argparse.ArgumentParser(add_help=False)
+    workdirs.add_argument("--workdir", type=Path, default=Path("runs/optimizers"), metavar="DIR", help="%(default)s")
+    grid = argparse.ArgumentParser(add_help=False)
+    grid.add_argument("--optimizers", type=_names, default=list(TITLES), metavar="NAME,NAME", help=", ".join(TITLES))
+    grid.add_argument(
+        "--rates",
+        type=_named_rates,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=RATE,RATE",
+        help="peak learning rates in place of the default ones; as many for everyone",
+    )
+    grid.add_argument(
+        "--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2], metavar="SEED,SEED"
+    )
+    sample = argparse.ArgumentParser(add_help=False)
+    sample.add_argument("--config", default="shampax/configs/lm.py:sample", metavar="FILE:VARIANT", help="%(default)s")
+    sample.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="config values")
+
+    command = commands.add_parser("learn", parents=[workdirs, grid, sample], help="train the whole grid")
+    command.set_defaults(run=learn)
+    command = commands.add_parser("time", parents=[workdirs, grid, sample], help="measure train steps in turns")
+    command.add_argument("--steps", type=int, default=200, metavar="N", help="of each, at least; default: %(default)s")
+    command.set_defaults(run=time_steps)
+    command = commands.add_parser("cost", parents=[workdirs], help="measure updates alone")
+    for name, default, text in (
+        ("block_size", 128, "largest side of a block"),
+        ("interval", 20, "steps from one refresh to the next"),
+        ("intervals", 2, "whole intervals of one repetition"),
+        ("repetitions", 3, "of the measurement"),
+        ("layers", 6, "of the Transformer"),
+        ("embed_dim", 512, "of the Transformer"),
+    ):
+        command.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default: {default}")
+    command.add_argument("--eigh_timeout", type=float, default=900, metavar="S", help="seconds; 0 leaves eigh out")
+    command.add_argument("--eigh_only", action="store_true", help="our two solvers instead of Google's and ours")
+    command.set_defaults(run=cost)
+    command = commands.add_parser("table", parents=[workdirs, grid], help="put everything together")
+    command.add_argument(
+        "--markdown", type=Path, metavar="FILE", help=f"goes between {standings.SECTION.begin} and its end"
+    )
+    command.add_argument("--figure", type=Path, metavar="PNG", help="draw the losses of each at its best rate")
+    command.set_defaults(run=table)
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in TITLES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(TITLES)}")
+    return names
+
+
+def _named_rates(text: str) -> tuple[str, tuple[float, ...]]:
+    name, _, rates = text.partition("=")
+    (name,) = _names(name)
+    return name, tuple(float(rate) for rate in rates.split(","))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,285 @@
+"""Who learns faster, from the stored measurements of `benchmarks.optimizers`: the comparison and its Markdown."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..framework.curves import Group
+from ..framework.errors import UserError
+from .contestants import TITLES
+from .documents import Section, table
+from .grid import Outcome, Trial, best_rates, by, crossings, mean_loss
+
+SECTION = Section("optimizers")
+BASELINE = "adamw"
+
+
+def seconds_per_step(times: Mapping[str, Any]) -> dict[str, float]:
+    """The mean step time of each contestant that was timed."""
+    return {name: entry["mean_ms"] / 1e3 for name, entry in times.items()}
+
+
+def compare(outcomes: Sequence[Outcome], missing: Sequence[Trial], times: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that the runs of a grid tell, as JSON.
+
+    A rate counts only with all its seeds; a contestant without such a rate is left out of the comparison.
+
+    Args:
+      outcomes: the runs there are.
+      missing: the runs there are not.
+      times: what `timing.time_steps` returns; contestants that are not in it have no seconds.
+
+    Returns:
+      `missing`, names of runs. `rates`, the mean held-out loss at the end of each. `best`, by contestant its best rate,
+      whether it stands `at_edge` of its grid, and the losses `by_seed` and their `mean`. `crossings`, as
+      `grid.crossings` has them, to the baseline and from and to ours. `at_equal_steps` and `at_equal_seconds`, the mean
+      loss of each at the end of the shortest run, best first; None where there is nothing to compare.
+      `timed_otherwise`, contestants that were timed with other options than their runs had.
+
+    Raises:
+      UserError: there is no run, or a contestant diverged with every rate.
+    """
+    if not outcomes:
+        raise UserError("there is no run in the workdir; make some with the sub-command learn")
+    cells = by(outcomes, _cell)
+    lacking = {(trial.variant, trial.learning_rate) for trial in missing}
+    whole = {cell: runs for cell, runs in cells.items() if cell not in lacking}
+    best = best_rates([outcome for runs in whole.values() for outcome in runs])
+    at_best = {name: whole[name, rate] for name, rate in best.items()}
+    pairs = [
+        (challenger, baseline)
+        for challenger, baseline in itertools.permutations(best, 2)
+        if baseline == BASELINE or "ours" in (challenger, baseline)
+    ]
+    return {
+        "missing": [trial.name for trial in missing],
+        "rates": [
+            {
+                "optimizer": name,
+                "learning_rate": rate,
+                "seeds": len(runs),
+                "mean_heldout_loss": mean_loss(runs) if all(run.complete for run in runs) else None,
+                "best": best.get(name) == rate,
+            }
+            for (name, rate), runs in sorted(
+                cells.items(), key=lambda cell: (list(TITLES).index(cell[0][0]), cell[0][1])
+            )
+        ],
+        "best": {
+            name: {
+                "learning_rate": best[name],
+                "at_edge": best[name] in _edges([rate for other, rate in (*cells, *lacking) if other == name]),
+                "mean": mean_loss(runs),
+                "by_seed": {str(run.trial.seed): run.result["heldout_loss"] for run in runs},
+            }
+            for name, runs in at_best.items()
+        },
+        "crossings": [
+            entry for challenger, baseline in pairs for entry in crossings(at_best[challenger], at_best[baseline])
+        ],
+        "at_equal_steps": _standing(at_best, dict.fromkeys(at_best, 1.0)),
+        "at_equal_seconds": _standing(at_best, seconds_per_step(times)),
+        "timed_otherwise": [
+            name
+            for name, runs in at_best.items()
+            if name in times and any(run.run.config["optimizer"] != times[name]["options"] for run in runs)
+        ],
+    }
+
+
+def at_their_best(outcomes: Sequence[Outcome], comparison: Mapping[str, Any]) -> list[Group]:
+    """The runs of each contestant at its best rate, best first."""
+    ranked = sorted(comparison["best"].items(), key=lambda item: item[1]["mean"])
+    return [
+        Group(TITLES[name], tuple(o.run for o in outcomes if _cell(o) == (name, entry["learning_rate"])))
+        for name, entry in ranked
+    ]
+
+
+def _cell(outcome: Outcome) -> tuple[str, float]:
+    return outcome.trial.variant, outcome.trial.learning_rate
+
+
+def _standing(at_best: Mapping[str, Sequence[Outcome]], per_step: Mapping[str, float]) -> dict[str, Any] | None:
+    """The mean held-out losses when the shortest run ends, best first; steps last `per_step`."""
+    ends = {name: per_step[name] * runs[0].result["steps"] for name, runs in at_best.items() if name in per_step}
+    if len(ends) < 2:
+        return None
+    at = min(ends.values())
+    losses = {}
+    for name in ends:
+        curves = [outcome.run.curve("heldout/loss", "step") for outcome in at_best[name]]
+        losses[name] = float(np.mean([np.interp(at / per_step[name], steps, values) for steps, values in curves]))
+    return {
+        "at": at,
+        "ended": [name for name, end in ends.items() if end == at],
+        "losses": dict(sorted(losses.items(), key=lambda item: item[1])),
+        "steps": {name: at / per_step[name] for name in ends},
+    }
+
+
+def _edges(rates: Sequence[float]) -> tuple[float, ...]:
+    return (min(rates), max(rates)) if len(set(rates)) > 1 else ()
+
+
+def markdown(
+    comparison: dict[str, Any], times: dict[str, Any] | None, costs: dict[str, Any] | None, command: str
+) -> str:
+    """The comparison, the times of steps and the costs of updates as Markdown; what is not measured is said."""
+    parts = [f"Made by `{command}`.", *_learning(comparison)]
+    parts += _times(times) if times else ["Step times are not measured; the sub-command `time` does that."]
+    parts += _costs(costs) if costs else ["Costs of an update are not measured; the sub-command `cost` does that."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _learning(comparison: dict[str, Any]) -> list[str]:
+    best, rows = comparison["best"], []
+    for rate in comparison["rates"]:
+        loss = rate["mean_heldout_loss"]
+        rows.append(
+            [
+                TITLES[rate["optimizer"]],
+                f"{rate['learning_rate']:g}",
+                str(rate["seeds"]),
+                "diverged" if loss is None else f"{loss:.4f}",
+                "best" if rate["best"] else "",
+            ]
+        )
+    seeds = sorted({seed for entry in best.values() for seed in entry["by_seed"]}, key=int)
+    finals = [
+        [
+            TITLES[name],
+            f"{entry['learning_rate']:g}",
+            f"{entry['mean']:.4f}",
+            *(f"{entry['by_seed'][seed]:.4f}" if seed in entry["by_seed"] else "-" for seed in seeds),
+        ]
+        for name, entry in sorted(best.items(), key=lambda item: item[1]["mean"])
+    ]
+    crossings = [
+        [
+            TITLES[entry["variant"]],
+            f"{TITLES[entry['reaches']]}, {entry['target']:.4f}",
+            str(entry["seed"]),
+            _number(entry["steps"], ",.0f", "not reached"),
+            _number(entry["fraction_of_steps"], ".1%", ""),
+            _number(entry["seconds"], ",.1f", "" if entry["steps"] is None else "not measured"),
+            _number(entry["fraction_of_seconds"], ".1%", ""),
+        ]
+        for entry in comparison["crossings"]
+    ]
+    return [
+        *([f"Missing, and so not compared: {', '.join(comparison['missing'])}."] if comparison["missing"] else []),
+        _ahead(comparison["at_equal_steps"], "steps"),
+        _ahead(comparison["at_equal_seconds"], "seconds"),
+        *(
+            f"{TITLES[name]} was timed with other options than its runs had; measure its time again."
+            for name in comparison["timed_otherwise"]
+        ),
+        "Held-out loss at the end, each at its best learning rate (nats per token):",
+        table(["optimizer", "learning rate", "mean", *(f"seed {seed}" for seed in seeds)], finals),
+        *(
+            f"The best learning rate of {TITLES[name]} stands at the edge of its grid: a better one may lie beyond."
+            for name, entry in best.items()
+            if entry["at_edge"]
+        ),
+        "When each falls to the mean loss at which another ends (interpolated between evaluations; seconds are steps "
+        "x mean step time; shares are of the other's whole run):",
+        table(["optimizer", "falls to the end of", "seed", "steps", "share", "seconds", "share"], crossings),
+        "Every learning rate, mean over its seeds:",
+        table(["optimizer", "learning rate", "seeds", "held-out loss", ""], rows),
+    ]
+
+
+def _ahead(standing: dict[str, Any] | None, unit: str) -> str:
+    if standing is None:
+        return f"At equal {unit} there is nothing to compare yet."
+    leader, *others = standing["losses"].items()
+    amount = f"{standing['at']:,.0f} steps" if unit == "steps" else f"{standing['at']:,.1f} seconds"
+    followed = ", ".join(f"{TITLES[name]} {loss:.4f}" for name, loss in others)
+    sentence = f"At equal {unit}, {amount}, {TITLES[leader[0]]} is ahead with {leader[1]:.4f}; then {followed}."
+    going_on = [
+        f"{TITLES[name]} at step {steps:,.0f}"
+        for name, steps in standing["steps"].items()
+        if name not in standing["ended"]
+    ]
+    if going_on:
+        ended = " and ".join(TITLES[name] for name in standing["ended"])
+        sentence += f" This is where {ended} ends; still on their way, their rates not yet at 0: {', '.join(going_on)}."
+    return sentence
+
+
+def _times(times: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            _title(name),
+            f"{entry['median_ms']:.1f}",
+            f"{entry['mean_ms']:.1f}",
+            f"{entry['longest_ms']:.1f}",
+            f"{entry['longest_to_median']:.2f}",
+            f"{entry['slowest_phase_to_median']:.2f}",
+            *_compilation(entry),
+        ]
+        for name, entry in times["optimizers"].items()
+    ]
+    steps = min(entry["steps"] for entry in times["optimizers"].values())
+    return [
+        f"Train steps of the same model, at least {steps} of each in turns of {times['interval']} ({times['device']}). "
+        "The mean is of a whole run, the rest of the steps after early intervals. The slowest phase is the longest of "
+        "the interval's steps, each taken as its median over all turns:",
+        table(
+            ["optimizer", "median ms", "mean ms", "longest ms", "/ median", "slowest phase / median", *_COMPILATION],
+            rows,
+        ),
+    ]
+
+
+def _costs(costs: dict[str, Any]) -> list[str]:
+    optimizers = costs["optimizers"]
+    rows = [
+        [
+            _title(name),
+            " ".join(f"{mean:,.1f}" for mean in entry["mean_ms"]),
+            f"{np.mean(entry['mean_ms']) / np.mean(optimizers['ours']['mean_ms']):.2f}",
+            *_compilation(entry),
+        ]
+        for name, entry in optimizers.items()
+    ]
+    parts = [
+        f"Updates alone, for a Transformer of {costs['parameters'] / 1e6:.1f} M parameters, block size "
+        f"{costs['block_size']}, interval {costs['interval']}, on random gradients ({costs['device']}); milliseconds "
+        f"are means over {costs['intervals']} whole intervals, one for each repetition:",
+        table(["optimizer", "ms", "/ ours", *_COMPILATION], rows),
+    ]
+    eigh = costs["eigh"]
+    if eigh is not None and eigh["stopped"]:
+        parts.append(f"Ours with the solver eigh: {eigh['stopped']}.")
+    elif eigh is not None:
+        means = {name: float(np.mean(entry["mean_ms"])) for name, entry in eigh["optimizers"].items()}
+        parts.append(
+            f"Ours with the solver eigh takes {means['ours_eigh']:,.1f} ms, in turns with newton, which takes "
+            f"{means['ours']:,.1f} ms there."
+        )
+    return parts
+
+
+_COMPILATION = ("trace + compile s", "HLO instructions", "StableHLO characters", "state MB")
+
+
+def _compilation(entry: dict[str, Any]) -> list[str]:
+    return [
+        f"{entry['trace_seconds'] + entry['compile_seconds']:.1f}",
+        f"{entry['hlo_instructions']:,}",
+        f"{entry['stablehlo_characters']:,}",
+        f"{entry['state_bytes'] / 1e6:.1f}",
+    ]
+
+
+def _title(name: str) -> str:
+    first, _, kind = name.partition("_")
+    return f"{TITLES[first]}, {kind}" if kind else TITLES[first]
+
+
+def _number(value: float | None, form: str, absent: str) -> str:
+    return absent if value is None else format(value, form)

@@ -1,0 +1,312 @@
+import json
+import math
+import sys
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from shampax.benchmarks import contestants, learning, optimizers, standings
+from shampax.benchmarks.grid import Trial
+from shampax.framework import figures
+from shampax.framework.config import load
+from shampax.framework.errors import UserError
+from shampax.framework.figures import loss_figure
+
+RATES = {"adamw": (0.1, 0.2, 0.4), "ours": (0.1, 0.2, 0.4)}
+GRID = [Trial(name, rate, seed) for seed in (0, 1) for name in RATES for rate in RATES[name]]
+FLAGS = ["--optimizers=adamw,ours", "--seeds=0,1", "--rates", "adamw=0.1,0.2,0.4", "ours=0.1,0.2,0.4"]
+
+
+def curve(trial):
+    """Held-out loss at steps 0, 10, ... 40: known at the best rates, worse by one elsewhere."""
+    curves = {
+        ("adamw", 0): [9.0, 7.0, 6.0, 5.0, 3.9],
+        ("adamw", 1): [9.0, 7.0, 6.0, 5.0, 4.1],
+        ("ours", 0): [9.0, 6.0, 3.0, 2.5, 2.0],
+        ("ours", 1): [9.0, 7.0, 5.0, 3.0, 2.2],
+    }
+    best = {"adamw": 0.2, "ours": 0.4}[trial.variant]
+    return [loss + (trial.learning_rate != best) for loss in curves[trial.variant, trial.seed]]
+
+
+def fake_run(trial):
+    """What `learning.train` would return."""
+    heldout = [{"step": 10 * i, "loss": loss} for i, loss in enumerate(curve(trial))]
+    return {"steps": 40, "losses": [1.0] * 40, "heldout": heldout, "stopped": None, "seconds": 1.0}
+
+
+def fake_settings(trial):
+    return {"optimizer": {"name": trial.variant, "beta": 0.9}, "learning_rate": trial.learning_rate, "seed": trial.seed}
+
+
+def timed(mean_ms, **changes):
+    """An entry of time.json."""
+    return {
+        "options": {"name": "ours" if mean_ms == 40 else "adamw", "beta": 0.9},
+        "trace_seconds": 1.0,
+        "compile_seconds": 2.5,
+        "stablehlo_characters": 123_456,
+        "hlo_instructions": 7_890,
+        "state_bytes": 5_000_000,
+        "steps": 200,
+        "median_ms": mean_ms / 2,
+        "mean_ms": mean_ms,
+        "longest_ms": mean_ms * 2,
+        "slowest_phase_ms": mean_ms,
+        "longest_to_median": 4.0,
+        "slowest_phase_to_median": 2.0,
+    } | changes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A workdir with all runs of the grid, and times: a step of ours takes twice as long as AdamW's."""
+    learning.run_grid(GRID, tmp_path / "learn", fake_settings, fake_run)
+    times = {"adamw": timed(20.0), "ours": timed(40.0), "ours_periodic": timed(60.0)}
+    content = {"device": "one abacus", "interval": 10, "optimizers": times}
+    (tmp_path / "time.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def table(folder, capsys, *flags):
+    """Exit code, JSON and Markdown of the sub-command."""
+    code = optimizers.main(["table", f"--workdir={folder}", *FLAGS, *flags])
+    shown = capsys.readouterr()
+    return code, json.loads(shown.out) if shown.out else None, shown.err
+
+
+def test_table_finds_crossings_best_rates_and_who_is_ahead(folder, capsys):
+    """Fault: the share is of the wrong run, of steps where it is of seconds, or seeds are mixed up."""
+    code, comparison, text = table(folder, capsys)
+    assert code == 0
+    assert {name: entry["learning_rate"] for name, entry in comparison["best"].items()} == {"adamw": 0.2, "ours": 0.4}
+    assert comparison["best"]["adamw"]["by_seed"] == {"0": 3.9, "1": 4.1}
+    first, second = [entry for entry in comparison["crossings"] if entry["variant"] == "ours"]
+    # Seed 0 falls from 6 at step 10 to 3 at step 20, seed 1 from 5 at 20 to 3 at 30; AdamW ends at 4.0 on average.
+    assert (first["seed"], first["target"]) == (0, 4.0)
+    assert first["steps"] == pytest.approx(10 + 10 * 2 / 3)
+    assert second["steps"] == pytest.approx(25)
+    assert second["fraction_of_steps"] == pytest.approx(25 / 40)
+    assert second["seconds"] == pytest.approx(25 * 0.040)
+    assert second["fraction_of_seconds"] == pytest.approx(25 * 0.040 / (40 * 0.020))
+    assert "| ours | AdamW, 4.0000 | 1 | 25 | 62.5% | 1.0 | 125.0% |" in text
+    assert "| AdamW | ours, 2.1000 | 0 | not reached |" in text
+    # AdamW's 40 steps take as long as 20 of ours, whose seeds are at 3 and 5 then.
+    assert comparison["at_equal_steps"]["losses"] == pytest.approx({"ours": 2.1, "adamw": 4.0})
+    assert comparison["at_equal_seconds"]["losses"] == pytest.approx({"adamw": 4.0, "ours": 4.0})
+    assert "At equal steps, 40 steps, ours is ahead with 2.1000; then AdamW 4.0000." in text
+    assert "This is where AdamW ends; still on their way, their rates not yet at 0: ours at step 20." in text
+
+
+def test_table_says_whose_best_rate_stands_at_the_edge(folder, capsys):
+    """Fault: a best rate at the end of the grid passes for the best there is."""
+    _, comparison, text = table(folder, capsys)
+    assert {name: entry["at_edge"] for name, entry in comparison["best"].items()} == {"adamw": False, "ours": True}
+    assert "The best learning rate of ours stands at the edge of its grid" in text
+    assert "The best learning rate of AdamW stands" not in text
+
+
+def test_table_names_missing_runs_and_ranks_no_rate_without_all_its_seeds(folder, capsys):
+    """Fault: the mean of one lucky seed is compared with means of all seeds."""
+    (folder / "learn" / "adamw-lr0.2-seed1.json").unlink()
+    _, comparison, text = table(folder, capsys)
+    assert comparison["missing"] == ["adamw-lr0.2-seed1"]
+    assert "Missing, and so not compared: adamw-lr0.2-seed1." in text
+    assert comparison["best"]["adamw"]["learning_rate"] != 0.2
+
+
+@pytest.mark.parametrize("loss", [None, 1.0])
+def test_table_ranks_no_rate_with_which_a_seed_diverged(folder, capsys, loss):
+    """Fault: a run without a loss at the end is an error, or one that ended early counts as the best."""
+    path = folder / "learn" / "adamw-lr0.2-seed1.json"
+    content = json.loads(path.read_text())
+    content["heldout"][-1]["loss"] = loss
+    path.write_text(json.dumps(content | {"stopped": "the loss was not finite"}))
+    _, comparison, text = table(folder, capsys)
+    assert comparison["best"]["adamw"]["learning_rate"] != 0.2
+    assert "| AdamW | 0.2 | 2 | diverged |" in text
+
+
+def test_table_without_times_compares_steps_alone(folder, capsys):
+    """Fault: seconds of one that was not timed are made up, or its lack stops the table."""
+    (folder / "time.json").unlink()
+    code, comparison, text = table(folder, capsys)
+    assert code == 0
+    assert comparison["at_equal_seconds"] is None
+    assert comparison["crossings"][-1]["seconds"] is None
+    assert "| ours | AdamW, 4.0000 | 1 | 25 | 62.5% | not measured |  |" in text
+    assert "At equal seconds there is nothing to compare yet." in text
+
+
+def test_table_says_what_was_timed_with_other_options(folder, capsys):
+    """Fault: an optimizer is changed and trained anew, and its steps are converted at the old one's pace."""
+    times = json.loads((folder / "time.json").read_text())
+    times["optimizers"]["ours"]["options"]["beta"] = 0.95
+    (folder / "time.json").write_text(json.dumps(times))
+    _, comparison, text = table(folder, capsys)
+    assert comparison["timed_otherwise"] == ["ours"]
+    assert "ours was timed with other options than its runs had" in text
+
+
+def test_markdown_has_times_and_costs_and_replaces_only_its_section(folder, capsys):
+    """Fault: ratios are the wrong way round, a unit is off, or the rest of the document is lost."""
+    entry = {name: value for name, value in timed(1.0).items() if name != "mean_ms"}
+    costs = {
+        "device": "one abacus",
+        "block_size": 128,
+        "interval": 20,
+        "intervals": 2,
+        "parameters": 24_600_000,
+        "optimizers": {"google": entry | {"mean_ms": [300.0, 500.0]}, "ours": entry | {"mean_ms": [100.0, 100.0]}},
+        "eigh": {"stopped": "no end within 900 s"},
+    }
+    (folder / "cost.json").write_text(json.dumps(costs))
+    results = folder / "results.md"
+    results.write_text(f"before\n{standings.SECTION.begin}\nold\n{standings.SECTION.end}\nafter\n")
+    assert table(folder, capsys, f"--markdown={results}")[0] == 0
+    text = results.read_text()
+    assert text.startswith(f"before\n{standings.SECTION.begin}\nMade by")
+    assert text.endswith(f"{standings.SECTION.end}\nafter\n")
+    assert "| ours, periodic | 30.0 | 60.0 | 120.0 | 4.00 | 2.00 | 3.5 | 7,890 | 123,456 | 5.0 |" in text
+    assert "| Google's Shampoo | 300.0 500.0 | 4.00 | 3.5 | 7,890 | 123,456 | 5.0 |" in text
+    assert "24.6 M parameters" in text
+    assert "Ours with the solver eigh: no end within 900 s." in text
+
+
+def test_the_figure_has_everyone_at_its_best_rate(folder, capsys, monkeypatch):
+    """Fault: curves of another rate are drawn, seconds are made up, or no file is left."""
+    drawn = []
+    monkeypatch.setattr(figures, "loss_figure", lambda *given: drawn.append(given) or loss_figure(*given))
+    for axes in (["step", "seconds"], ["step"]):
+        picture = folder / "images" / f"{len(axes)}.png"
+        assert table(folder, capsys, f"--figure={picture}")[0] == 0
+        assert picture.stat().st_size > 10_000
+        groups, against = drawn.pop()
+        assert against == axes
+        ends = {group.label: [run.curve("heldout/loss", "step")[1][-1] for run in group.runs] for group in groups}
+        assert ends == {"ours": [2.0, 2.2], "AdamW": [3.9, 4.1]}
+        (folder / "time.json").unlink(missing_ok=True)
+
+
+def test_document_without_markers_is_refused_and_kept(folder, capsys):
+    """Fault: the section is written where nobody asked for it."""
+    results = folder / "results.md"
+    results.write_text("# Results\n")
+    code, _, text = table(folder, capsys, f"--markdown={results}")
+    assert code == 2
+    assert "add them" in text
+    assert results.read_text() == "# Results\n"
+
+
+def test_stopped_grid_goes_on_with_what_is_missing(tmp_path):
+    """Fault: finished runs are made again, or an interrupted one passes for finished."""
+    made = []
+
+    def run(trial):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(trial)
+        return fake_run(trial)
+
+    with pytest.raises(KeyboardInterrupt):
+        learning.run_grid(GRID, tmp_path, fake_settings, run)
+    assert len(list(tmp_path.iterdir())) == 3
+    again = []
+    results = learning.run_grid(GRID, tmp_path, fake_settings, lambda trial: again.append(trial) or fake_run(trial))
+    assert made + again == GRID
+    assert [result["learning_rate"] for result in results] == [trial.learning_rate for trial in GRID]
+
+
+def test_runs_of_other_settings_are_refused_before_any_is_made(tmp_path):
+    """Fault: runs before and after a change of an optimizer are averaged."""
+    learning.run_grid(GRID[-1:], tmp_path, fake_settings, fake_run)
+
+    def changed(trial):
+        return fake_settings(trial) | {"optimizer": {"name": trial.variant, "beta": 0.95}}
+
+    with pytest.raises(UserError, match=r"optimizer\.beta: 0\.9 -> 0\.95"):
+        learning.run_grid(GRID, tmp_path, changed, fake_run)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_everyone_gets_as_many_rates(capsys):
+    """Fault: one optimizer is tuned on a finer grid than the others."""
+    assert optimizers.main(["table", "--optimizers=adamw,ours", "--rates", "ours=1e-3,2e-3"]) == 2
+    assert f"adamw {len(contestants.RATES['adamw'])}, ours 2" in capsys.readouterr().err
+    assert len({len(rates) for rates in contestants.RATES.values()}) == 1
+
+
+def test_without_google_s_package_one_line_says_how_to_install_it(tmp_path, monkeypatch, capsys):
+    """Fault: a traceback after hours of the other optimizers' training."""
+    monkeypatch.setitem(sys.modules, "precondition.distributed_shampoo", None)
+    monkeypatch.setattr(learning, "run_grid", lambda *_: pytest.fail("trained the others first"))
+    assert optimizers.main(["learn", f"--workdir={tmp_path / 'runs'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install 'shampax[benchmarks]'" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_matrices_are_cut_by_layer_with_heads_folded_and_put_back():
+    """Fault: Google's optimizer sees a stack of layers as one tensor, or an update lands in another layer."""
+    params = {
+        "query": np.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5),
+        "out": np.ones((4, 5, 3)),
+        "norm": np.ones((2, 3)),
+    }
+    names = {"query": ("layers", "embed", "heads", "kv"), "out": ("heads", "kv", "embed"), "norm": ("layers", "norm")}
+    seen = []
+
+    def update(updates, state, params):
+        seen.append(jax.tree.map(np.shape, params))
+        return jax.tree.map(lambda u, p: u + p, updates, params), state
+
+    tx = contestants.as_matrices(optax.GradientTransformation(lambda params: (), update), names)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert seen[0] == {"query": [(3, 20)] * 2, "out": [(20, 3)], "norm": [(3,)] * 2}
+    assert jax.tree.all(jax.tree.map(lambda u, p: np.array_equal(u, 2 * p), updates, params))
+
+
+@pytest.fixture(scope="module")
+def workload(tmp_path_factory):
+    """The sample, shrunk to one narrow layer and two steps."""
+    changes = [
+        *(
+            "duration=2 steps",
+            "batch_size=2",
+            "evaluation.batches=1",
+            "data.sequence_length=8",
+            "data.max_documents=10",
+        ),
+        *("task.layers=1", "task.embed_dim=16", "task.heads=2", "task.kv_heads=1", "task.head_dim=8"),
+        *("task.mlp_dim=24", "task.vocab_size=264", "optimizer.block_size=16", "optimizer.interval=2"),
+    ]
+    return learning.Workload(load("shampax/configs/lm.py:sample", changes), tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def programs(workload):
+    """One for each optimizer, compiled when it first runs."""
+    return {name: workload.program(workload.options[name]) for name in ("adamw", "muon", "ours")}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "ours"])
+def test_run_learns_at_its_own_rate_with_one_program(workload, programs, name):
+    """Fault: the rate is baked into the program, so that all rates of the grid train alike."""
+    program = programs[name]
+    still, moving = (learning.train(workload, program, Trial(name, rate, 0)) for rate in (0.0, 1e-2))
+    assert program.step._cache_size() == 1
+    assert len(moving["losses"]) == moving["steps"] == 2
+    assert [metrics["step"] for metrics in moving["heldout"]] == [0, 1, 2]
+    assert moving["heldout"][0]["loss"] == still["heldout"][0]["loss"] == still["heldout"][2]["loss"]
+    assert moving["heldout"][2]["loss"] < still["heldout"][2]["loss"]
+    assert moving["stopped"] is None
+
+
+def test_run_that_diverges_stops_and_says_so(workload, programs):
+    """Fault: NaN reaches the file, which then is no JSON, or counts as a loss."""
+    result = learning.train(workload, programs["adamw"], Trial("adamw", math.inf, 0))
+    assert result["stopped"] == "the loss was not finite"
+    assert result["heldout"][-1]["loss"] is None
+    json.dumps(result, allow_nan=False)
