@@ -51,7 +51,7 @@ $(BIN)/python:
 	$$found -m venv $(VENV)
 
 $(INSTALLED): $(LOCK) pyproject.toml | $(BIN)/python
-	@echo "==> Installing the packages of $(LOCK) into $(VENV): 1 to 5 minutes, about 2.5 GB on disk, once"
+	@echo "==> Installing the packages of $(LOCK) into $(VENV): 1 to 5 minutes, about 3.2 GB on disk, once"
 	@$(BIN)/python -m pip install --quiet --requirement $(LOCK)
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
