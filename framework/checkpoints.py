@@ -86,6 +86,11 @@ class Origin:
     kind: Literal["own", "resume", "init", "scratch"]
     path: Path | None = None
 
+    @property
+    def workdirs(self) -> list[Path]:
+        """The workdir of the run that is continued, if there is one."""
+        return [] if self.path is None or self.kind == "init" else [self.path.parent.parent]
+
     def record(self) -> Record:
         """What the host knows at the start of a run with this origin."""
         if self.path is None or self.kind == "init":

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from . import progress
+from . import optimizer, progress
 from .clock import Clock, seconds_since_process_start
 from .metrics import MetricsWriter
 from .periods import Period
@@ -18,6 +18,7 @@ class Journal:
       writer: to the workdir; None in all processes but the first.
       speedometer: of this process.
       clock: training time.
+      service: the optimizer's work outside the step, whose numbers are reported with the step's.
       start: the step that this process begins after, and the tokens trained on until then.
       tokens_per_step: trained on in one step.
       total_steps: of the whole run.
@@ -29,6 +30,7 @@ class Journal:
         writer: MetricsWriter | None,
         speedometer: progress.Speedometer,
         clock: Clock,
+        service: optimizer.Service,
         *,
         start: tuple[int, int],
         tokens_per_step: int,
@@ -38,6 +40,7 @@ class Journal:
         self._writer = writer
         self._speedometer = speedometer
         self._clock = clock
+        self._service = service
         self._start_step, self._start_tokens = start
         self._tokens_per_step = tokens_per_step
         self._total_steps = total_steps
@@ -68,7 +71,9 @@ class Journal:
         speed = self._speedometer.read(step, seconds)
         remaining = self._speedometer.remaining(step, seconds)
         progress.say(progress.progress_line(step, self._total_steps, values, speed, remaining))
-        self._write(step, seconds, values | (speed.values() if speed else {}))
+        if complaint := self._service.complaint():
+            progress.say(complaint)
+        self._write(step, seconds, values | self._service.metrics() | (speed.values() if speed else {}))
 
     def evaluated(self, step: int, values: Mapping[str, float], *, best: bool) -> None:
         """Report an evaluation after a step."""

@@ -2,7 +2,8 @@
 
 An optimizer is an `optax.GradientTransformation`. It may also have `state_shardings(params)`, `diagnostics(state)` and
 `treatments(params)`; and, if the layout of its state depends on the number of devices, `state_of_owners(params, n)` and
-`adopt(state, params)`. Distributed Shampoo has them all, plain optax has none.
+`adopt(state, params)`; and, if part of its work is done outside the step, `host_roots(params)`, which gives the service
+that does it or None. Distributed Shampoo has them all, plain optax has none.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -12,7 +13,10 @@ import optax
 from jax.sharding import Mesh
 
 from ..optimizers import patterns
+from ..optimizers.host import HostRootsError as ServiceError
 from . import partitioning
+
+__all__ = ["OptimizerOptions", "Service", "ServiceError"]
 
 
 class OptimizerOptions(Protocol):
@@ -45,6 +49,74 @@ class _Partitions(Protocol):
     def state_of_owners(self, params: Any, owners: int) -> Any: ...
 
     def adopt(self, state: Any, params: Any) -> Any: ...
+
+
+@runtime_checkable
+class _Serves(Protocol):
+    def host_roots(self, params: Any) -> "Service | None": ...
+
+
+class Service(Protocol):
+    """What an optimizer does on the host, around the steps; all that it is given and returns is optimizer state."""
+
+    def start(self, state: Any) -> Any:
+        """Before the first step: begin, or go on with what `with_in_flight` has added to the state."""
+        ...
+
+    def install(self, state: Any) -> Any:
+        """Before every step; raises ServiceError, the state being as it was."""
+        ...
+
+    def take(self, state: Any) -> None:
+        """After every step, before the state is donated."""
+        ...
+
+    def with_in_flight(self, state: Any) -> Any:
+        """The state as a checkpoint holds it."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers to be reported, by name."""
+        ...
+
+    def complaint(self) -> str | None:
+        """What a person should hear of since this was asked last, if anything."""
+        ...
+
+    def close(self) -> None:
+        """End, without waiting for work that is under way."""
+        ...
+
+
+class _NoService:
+    """Of an optimizer that does everything in the step."""
+
+    def start(self, state: Any) -> Any:
+        return state
+
+    def install(self, state: Any) -> Any:
+        return state
+
+    def take(self, state: Any) -> None:
+        pass
+
+    def with_in_flight(self, state: Any) -> Any:
+        return state
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def complaint(self) -> None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+def service(tx: optax.GradientTransformation, params: Any) -> Service:
+    """The optimizer's work outside the step."""
+    found = tx.host_roots(params) if isinstance(tx, _Serves) else None
+    return found or _NoService()
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
@@ -88,9 +160,9 @@ def state_of_devices(tx: optax.GradientTransformation, abstract: Any, params: An
     return tx.state_of_owners(params, devices) if isinstance(tx, _Partitions) else abstract
 
 
-def adopt(tx: optax.GradientTransformation, state: Any, abstract: Any, params: Any) -> Any:
-    """The state of a run on another mesh, laid out for this one."""
+def adopt(tx: optax.GradientTransformation, state: Any, params: Any, mesh: Mesh) -> Any:
+    """The state of a run on another mesh, as it was saved, laid out for this one."""
     if not isinstance(tx, _Partitions):
         return state
-    own = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    own = jax.tree.map(lambda leaf: leaf.sharding, tx.state_of_owners(params, mesh.size))
     return jax.jit(lambda state: tx.adopt(state, params), out_shardings=own)(state)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from . import checkpoints, components, durations, optimizer, ownership, partitioning, progress
+from . import calibration, checkpoints, components, durations, optimizer, ownership, partitioning, progress
 from . import workdir as layout
 from .clock import Clock
 from .config import check
@@ -97,11 +97,25 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             decay=config.schedule.decay,
             final_fraction=config.schedule.final_fraction,
         )
-        with refusals():
-            specs = partitioning.shardings(variables, placements, mesh)
+        specs = partitioning.shardings(variables, placements, mesh)
+
+        def assemble(options: Any) -> tuple[Any, TrainState, jax.stages.Wrapped]:
+            """The optimizer, the layout of the state, and the train step."""
             tx = options.build(learning_rate, mesh=mesh, axis_names=axes["params"], param_specs=specs["params"])
+            abstract = abstract_state(task, tx, batch_spec, placements, mesh)
+            clip = {"microbatches": config.microbatches, "gradient_clip": config.gradient_clip}
+            step = make_train_step(task, tx, learning_rate, abstract, mesh, seed=config.seed, **clip)
+            return tx, abstract, step
+
+        def fresh(tx: Any, abstract: TrainState) -> TrainState:
+            return initial_state(task, tx, batch_spec, abstract, config.seed)
+
+        with refusals():
+            options, choice = calibration.settle(
+                options, [workdir, *origin.workdirs], assemble, fresh, to_devices(batches[0])
+            )
+            tx, abstract, train_step = assemble(options)
             treatments = optimizer.treatments(tx, variables["params"])
-        abstract = abstract_state(task, tx, batch_spec, placements, mesh)
         eval_step = make_eval_step(task, abstract, mesh)
         metric_names = list(jax.eval_shape(eval_step, abstract.variables, batch_spec))
         refuse_unknown_metric(config.evaluation.best_metric, metric_names)
@@ -113,31 +127,22 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         )
         checkpoints.check(origin, there)
         ownership.claim(workdir, config)
+        calibration.keep(workdir, choice)
         progress.show_parameters(progress.parameter_rows(abstract.params, placements, treatments), workdir)
 
         # Restore
         progress.say(str(origin))
-        fresh = functools.partial(initial_state, task, tx, batch_spec, abstract, config.seed)
-        state = begin(origin, there, abstract, fresh)
+        state = begin(origin, there, abstract, functools.partial(fresh, tx, abstract))
         if record.devices:  # the owners of blocks follow from the mesh and from how parameters lie on it
-            here = optimizer.adopt(tx, state.opt_state, abstract.opt_state, abstract.params)
+            here = optimizer.adopt(tx, state.opt_state, abstract.params, mesh)
             state = dataclasses.replace(state, opt_state=here)
         record = dataclasses.replace(record, devices=mesh.size)
 
         # Compile, apart from the loop, so that it is not taken for training time
         progress.say("compiling the train step ...")
-        train_step = make_train_step(
-            task,
-            tx,
-            learning_rate,
-            abstract,
-            mesh,
-            seed=config.seed,
-            microbatches=config.microbatches,
-            gradient_clip=config.gradient_clip,
-        )
         compiled_step = train_step.lower(abstract, batch_spec).compile()
         diagnose = make_diagnosis(tx, abstract, mesh).lower(abstract.opt_state).compile()
+        service = optimizer.service(tx, abstract.params)
 
         # Loop: evaluate, save, train up to the next pause
         evaluation, saving = Period(in_steps(config.evaluation.every)), Period(in_steps(config.checkpoint.every))
@@ -147,6 +152,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             MetricsWriter(workdir, after_step=record.step) if jax.process_index() == 0 else None,
             progress.Speedometer(mesh, flops_per_step=task.flops(batch_spec), **pace),
             clock,
+            service,
             start=(record.step, record.tokens),
             period=Period(in_steps(config.log.every)),
             **pace,
@@ -159,7 +165,8 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         )
         upcoming = map(to_devices, batches.from_step(record.step))
         stopped = None
-        with StopSignals() as signals, journal, saver:
+        with StopSignals() as signals, journal, saver, contextlib.closing(service):
+            state = dataclasses.replace(state, opt_state=service.start(state.opt_state))
 
             def stop_reason(step: int) -> str | None:
                 return signals.reason(step) or too_many_skips(journal, config.guard.max_consecutive_skips)
@@ -172,15 +179,16 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
                     record = record.with_evaluation(values, config.evaluation.best_metric)
                     improved = record.best == record.last
                     journal.evaluated(record.step, values, best=improved)
+                refuse_alone(stopped)
                 if at_end or stopped or saving.due(record.step) or (improved and config.checkpoint.keep_best):
-                    saver.save(state, record)
+                    saver.save(dataclasses.replace(state, opt_state=service.with_in_flight(state.opt_state)), record)
                 if at_end or stopped:
                     break
                 pause = min(evaluation.next(record.step), saving.next(record.step), total_steps)
                 with clock:
                     steps = range(record.step, pause)
                     state, step, stopped = advance(
-                        compiled_step, diagnose, state, upcoming, steps, journal, stop_reason
+                        compiled_step, diagnose, service, state, upcoming, steps, journal, stop_reason
                     )
                 record = dataclasses.replace(record, step=step, seconds=clock.seconds, tokens=journal.tokens(step))
 
@@ -200,23 +208,26 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             "devices": mesh.size,
             "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
             "seconds_to_first_step": journal.seconds_to_first_step,
-            "stopped": trouble or (stopped if record.step < total_steps else None),
+            "stopped": trouble or (str(stopped) if stopped and record.step < total_steps else None),
         }
     result = ownership.finish(workdir, result)
     if trouble:
         raise TrainingStopped(f"{trouble}; a checkpoint after step {record.step} is saved in {workdir}")
+    if isinstance(stopped, optimizer.ServiceError):
+        raise TrainingStopped(f"{stopped}; a checkpoint after step {record.step} is saved in {workdir}") from stopped
     return result
 
 
 def advance(
     train_step: Callable[..., Any],
     diagnose: Callable[..., Any],
+    service: optimizer.Service,
     state: TrainState,
     batches: Iterator[Any],
     steps: range,
     journal: Journal,
     stop_reason: Callable[[int], str | None],
-) -> tuple[TrainState, int, str | None]:
+) -> tuple[TrainState, int, str | optimizer.ServiceError | None]:
     """Train from step `steps.start` to `steps.stop`, or until there is a reason to stop.
 
     The host runs one step ahead of what it has seen: it dispatches a step and then waits for the one before.
@@ -225,8 +236,15 @@ def advance(
       The state, the number of steps it has taken, and why it stopped early, if it did.
     """
     step, stopped, unread = steps.start, None, None
-    for step in range(steps.start + 1, steps.stop + 1):
+    for number in steps:
+        try:
+            state = dataclasses.replace(state, opt_state=service.install(state.opt_state))
+        except optimizer.ServiceError as error:
+            stopped = error
+            break
         state, metrics = train_step(state, next(batches))
+        service.take(state.opt_state)
+        step = number + 1
         if journal.due(step):
             metrics |= diagnose(state.opt_state)
         if unread is not None:
@@ -301,6 +319,15 @@ def refuse_unknown_metric(best_metric: str, names: Sequence[str]) -> None:
     """Raise UserError if the task does not report the metric that checkpoints are to be ranked by."""
     if best_metric not in names:
         raise UserError(f"evaluation.best_metric {best_metric!r} is none of the task's metrics: {', '.join(names)}")
+
+
+def refuse_alone(stopped: Any) -> None:
+    """Raise TrainingStopped where this process has to stop and the others of the run know nothing of it.
+
+    They would never come to save a checkpoint with it; JAX ends them when this process is gone.
+    """
+    if isinstance(stopped, optimizer.ServiceError) and jax.process_count() > 1:
+        raise TrainingStopped(f"{stopped}; the same command goes on from the newest checkpoint") from stopped
 
 
 def refuse_overrun(step: int, total_steps: int, origin: checkpoints.Origin) -> None:

@@ -12,6 +12,7 @@ from .errors import UserError
 
 CONFIG = "config.json"  # the resolved config
 PARAMETERS = "parameters.txt"  # the table printed at start
+SCHEDULE = "schedule.json"  # what the optimizer's options left open and measurement has decided
 METRICS = "metrics.jsonl"  # one JSON object per line and measured step
 RESULT = "result.json"  # written when the run ends
 CHECKPOINTS = "checkpoints"

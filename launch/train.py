@@ -9,6 +9,7 @@ has begun); 130 and 143, stopped by Ctrl-C or SIGTERM (a checkpoint is saved, th
 
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,6 +80,8 @@ def _help(command: flags.Command) -> None:
 
 
 def _complain(error: Exception) -> None:
+    if isinstance(error.__cause__, RuntimeError):  # not the user's doing: whoever mends it needs to see where it was
+        traceback.print_exception(error.__cause__)
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
 
 

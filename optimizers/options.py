@@ -5,7 +5,7 @@ import math
 import re
 import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -158,8 +158,11 @@ class ShampooOptions:
     max_failures: int = 3  # refused refreshes in a row after which a block uses the graft method until one succeeds
 
     # When roots are computed and used
-    refresh: str = "staggered"  # "staggered" (a share of the blocks each step) or "periodic" (all every interval)
+    refresh: str = "staggered"  # "staggered" (a share each step), "periodic" (all every interval), "host" or "auto"
     interval: int = 10  # steps from one refresh of a block's roots to the next
+    delay: int = 2  # with "host": the roots of a step's statistics act from the (1 + delay)-th step after it on
+    overhead: float = 0.05  # with "auto": the share of a step's time that roots may cost; the trainer measures
+    host_workers: int = 0  # with "host": threads that solve, in each process; 0 is one fewer than the cores, at least 1
     early_intervals: tuple[tuple[int, int], ...] = ()  # (last step, interval) pairs before `interval` takes over
     start_step: int = 0  # before this step the graft method acts alone
 
@@ -221,7 +224,17 @@ class ShampooOptions:
         for name in ("block_size", "interval", "max_failures", "statistics_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("ridge", "cut", "epsilon", "weight_decay", "clip_rms", "start_step", "merge_dims"):
+        for name in (
+            "ridge",
+            "cut",
+            "epsilon",
+            "weight_decay",
+            "clip_rms",
+            "start_step",
+            "merge_dims",
+            "delay",
+            "host_workers",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.diagonal.has_second_moment and self.epsilon == 0:
@@ -237,12 +250,23 @@ class ShampooOptions:
                     f"{', '.join(divisors)}"
                 )
             before = last
+        if self.refresh == "auto" and (self.overhead <= 0 or self.early_intervals):
+            raise ValueError(
+                f"refresh 'auto' chooses one interval for a budget: overhead is {self.overhead} and must be above 0, "
+                f"early_intervals are {self.early_intervals} and must be ()"
+            )
+        shortest = min([self.interval, *[interval for _, interval in self.early_intervals]])
+        if self.refresh == "host" and self.delay >= shortest:
+            raise ValueError(
+                f"delay is {self.delay}, but the shortest interval is {shortest}: a block's roots must be there before "
+                f"they are due again; use a delay of at most {shortest - 1}, or intervals of at least {self.delay + 1}"
+            )
 
     def _check_choices(self) -> None:
         for name, allowed in (
             ("view", ["matrix", "tensor"]),
             ("solver", [name for name in SOLVERS if name != "host"]),
-            ("refresh", ["staggered", "periodic"]),
+            ("refresh", ["staggered", "periodic", "host", "auto"]),
             ("graft", GRAFTS),
             ("graft_norm", ["parameter", "block"]),
             ("momentum", ["ema", "heavy_ball"]),
@@ -282,6 +306,33 @@ class ShampooOptions:
     def diagonal(self):
         """The diagonal method; without grafting, diagonal parameters use plain momentum."""
         return DIAGONALS["sgd" if self.graft == "none" else self.graft.removesuffix("_normalized")]
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the refresh schedule is still to be chosen by measurement; see the module `auto`."""
+        return self.refresh == "auto"
+
+    def without_roots(self) -> "ShampooOptions":
+        """Options whose step has everything but the roots, to be timed."""
+        return dataclasses.replace(self, refresh="host", delay=0)
+
+    def decide(self, tx: Any, params: Any, step_seconds: float) -> dict[str, Any]:
+        """The schedule that this machine's solves and a step of so many seconds ask for, as JSON; see `auto.Choice`.
+
+        Args:
+          tx: the optimizer of `without_roots`.
+          params: arrays or ShapeDtypeStructs.
+          step_seconds: of a train step with it.
+        """
+        from . import auto
+
+        costs = auto.measure(tx.plan(params).buckets, self)
+        shares_cores = jax.devices()[0].platform == "cpu"
+        return dataclasses.asdict(auto.choose(costs, step_seconds, self, shares_cores=shares_cores))
+
+    def decided(self, choice: Mapping[str, Any]) -> "ShampooOptions":
+        """The options with what `decide` returned."""
+        return dataclasses.replace(self, **{name: choice[name] for name in ("refresh", "interval", "delay")})
 
     @property
     def normalizes(self) -> bool:

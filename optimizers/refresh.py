@@ -13,6 +13,8 @@ from .options import ShampooOptions
 from .roots import inverse_pth_root
 
 NO_GRADIENT = -1000
+# How far an entry of an accepted root may exceed (regulariser x largest eigenvalue)^(-1/p).
+NORM_MARGIN = 1.05
 
 
 class Roots(NamedTuple):
@@ -40,6 +42,25 @@ class Roots(NamedTuple):
     refreshed: jax.Array
     failures: jax.Array
     refreshes: jax.Array
+
+
+class Fresh(NamedTuple):
+    """What a refresh has found for blocks of one bucket; axis 0 of every array numbers the blocks that were due.
+
+    Attributes:
+      roots: per preconditioned side [m, r, r] float32, of the gradients as they are.
+      residual, condition: [m] float32, of the worst side.
+      effective_rank: [m] float32, of the side where it is least.
+      accepted: [m] bool, whether the roots of all sides may be used.
+      seen: [m] bool, whether the block has seen a gradient that is not zero: otherwise it has nothing to fail at.
+    """
+
+    roots: tuple[jax.Array, ...]
+    residual: jax.Array
+    condition: jax.Array
+    effective_rank: jax.Array
+    accepted: jax.Array
+    seen: jax.Array
 
 
 class Due(NamedTuple):
@@ -158,18 +179,42 @@ def refresh(
             solved[bucket.name, number] = jax.tree.map(lambda x, part=part: x[part], batch)
             first = part.stop
 
-    return {
-        bucket.name: _install(
-            roots[bucket.name],
-            due[bucket.name].slot,
-            [solved[bucket.name, number] for number in range(len(bucket.sides))],
-            bucket,
-            step,
-        )
-        if bucket.sides
-        else roots[bucket.name]
-        for bucket in buckets
-    }
+    result = dict(roots)
+    for bucket in buckets:
+        if bucket.sides:
+            state, slot = roots[bucket.name], due[bucket.name].slot
+            fresh = _joined(state, slot, [solved[bucket.name, number] for number in range(len(bucket.sides))], bucket)
+            result[bucket.name] = install(state, slot, fresh, step)
+    return result
+
+
+def install(state: Roots, slot: jax.Array, fresh: Fresh, step: jax.Array) -> Roots:
+    """Accepted roots take the places of the old ones.
+
+    Args:
+      state: a device's blocks.
+      slot: [m] int32, where the blocks of `fresh` are; past the last for those that are to be left out.
+      fresh: what a refresh has found.
+      step: count of the steps whose gradients are in the statistics it was made from.
+    """
+
+    def old(x: jax.Array) -> jax.Array:
+        return x.at[slot].get(mode="clip")
+
+    def put(x: jax.Array, new: jax.Array, keep: jax.Array) -> jax.Array:
+        new = jnp.where(keep.reshape(-1, *([1] * (x.ndim - 1))), new, old(x))
+        return x.at[slot].set(new.astype(x.dtype), mode="drop")
+
+    accepted = fresh.accepted
+    return state._replace(
+        roots=tuple(put(x, root, accepted) for x, root in zip(state.roots, fresh.roots, strict=True)),
+        residual=put(state.residual, fresh.residual, accepted),
+        condition=put(state.condition, fresh.condition, accepted),
+        effective_rank=put(state.effective_rank, fresh.effective_rank, accepted),
+        refreshed=put(state.refreshed, step, accepted),
+        failures=put(state.failures, jnp.where(accepted, 0, old(state.failures) + 1), accepted | fresh.seen),
+        refreshes=put(state.refreshes, old(state.refreshes) + 1, accepted),
+    )
 
 
 class _Solved(NamedTuple):
@@ -187,7 +232,7 @@ def _solve(
     accepted = (result.residual <= options.residual_bound) & (result.largest > 0)
     accepted &= jnp.all(jnp.isfinite(result.root), axis=(-2, -1))
     if ridge or cut:
-        bound = 1.05 * ((ridge or cut) * result.largest) ** (-1 / p)
+        bound = NORM_MARGIN * ((ridge or cut) * result.largest) ** (-1 / p)
         accepted &= jnp.max(jnp.abs(result.root), axis=(-2, -1)) <= bound
     return _Solved(result.root, result.residual, result.condition, result.effective_rank, accepted)
 
@@ -197,32 +242,20 @@ def _unsolved(stack_nrr: jax.Array) -> _Solved:
     return _Solved(stack_nrr, nothing, nothing, nothing, nothing > 0)
 
 
-def _install(state: Roots, slot: jax.Array, sides: Sequence[_Solved], bucket: Bucket, step: jax.Array) -> Roots:
-    """Accepted roots take the places of the old ones."""
+def _joined(state: Roots, slot: jax.Array, sides: Sequence[_Solved], bucket: Bucket) -> Fresh:
+    """What was solved side by side, as one answer for each block."""
 
     def old(x: jax.Array) -> jax.Array:
         return x.at[slot].get(mode="clip")
 
-    def put(x: jax.Array, new: jax.Array, keep: jax.Array) -> jax.Array:
-        new = jnp.where(keep.reshape(-1, *([1] * (x.ndim - 1))), new, old(x))
-        return x.at[slot].set(new.astype(x.dtype), mode="drop")
-
-    accepted = jnp.stack([side.accepted for side in sides]).all(axis=0)
-    # A block that has seen nothing but zero gradients has nothing to fail at.
     traces = [jnp.trace(old(s).astype(jnp.float32), axis1=-2, axis2=-1) for s in state.statistics]
-    seen = (jnp.stack(traces) > 0).all(axis=0)
     # Roots of the gradients as they are: A = 2^(2 exponent) x statistics, hence 2^(-2 exponent / p) x their root.
     scale = jnp.exp2(-2.0 * old(state.exponent) / bucket.group.p)[:, None, None]
-    return Roots(
-        statistics=state.statistics,
-        exponent=state.exponent,
-        roots=tuple(put(x, side.root * scale, accepted) for x, side in zip(state.roots, sides, strict=True)),
-        residual=put(state.residual, jnp.stack([side.residual for side in sides]).max(axis=0), accepted),
-        condition=put(state.condition, jnp.stack([side.condition for side in sides]).max(axis=0), accepted),
-        effective_rank=put(
-            state.effective_rank, jnp.stack([side.effective_rank for side in sides]).min(axis=0), accepted
-        ),
-        refreshed=put(state.refreshed, step, accepted),
-        failures=put(state.failures, jnp.where(accepted, 0, old(state.failures) + 1), accepted | seen),
-        refreshes=put(state.refreshes, old(state.refreshes) + 1, accepted),
+    return Fresh(
+        roots=tuple(side.root * scale for side in sides),
+        residual=jnp.stack([side.residual for side in sides]).max(axis=0),
+        condition=jnp.stack([side.condition for side in sides]).max(axis=0),
+        effective_rank=jnp.stack([side.effective_rank for side in sides]).min(axis=0),
+        accepted=jnp.stack([side.accepted for side in sides]).all(axis=0),
+        seen=(jnp.stack(traces) > 0).all(axis=0),
     )

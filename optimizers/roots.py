@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import newton
+from . import lapack, newton
 
 
 class RootResult(NamedTuple):
@@ -152,7 +152,7 @@ def _eigh(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> RootResult:
     b = newton.symmetric(newton.matmul(transposed, newton.accurate_matmul(a, v)))
     w = jnp.diagonal(b, axis1=-2, axis2=-1)
     largest = jnp.max(w, axis=-1)
-    w_shifted, root_w, above = _regularised(w, largest[:, None], p, ridge, cut, jnp)
+    w_shifted, root_w, above = lapack.regularised(w, largest[:, None], p, ridge, cut, jnp)
 
     both, one = above[:, :, None] & above[:, None, :], above[:, :, None] ^ above[:, None, :]
     shifted_i, shifted_j = w_shifted[:, :, None], w_shifted[:, None, :]
@@ -182,43 +182,15 @@ def _eigh(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> RootResult:
     return _finish(given, p, x, residual, largest, jnp.max(w_shifted, axis=-1) / smallest)
 
 
-def _regularised(w, lmax, p: int, ridge: float, cut: float, xp):
-    """Eigenvalues with their ridge, those of the root, and which are above zero or the cut; `xp` is NumPy or JAX."""
-    above = w > cut * lmax
-    shifted = xp.where(above, w, 0) + ridge * lmax
-    kept = shifted > 0
-    return shifted, xp.where(kept, xp.where(kept, shifted, 1) ** (-1 / p), 0), above
-
-
 def _host(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> RootResult:
-    """Float64 LAPACK on the host, one matrix at a time; `numpy.linalg.eigh` releases the interpreter lock."""
-    stack = np.asarray(stack_nrr, np.float64)
+    """Float64 LAPACK on the host, one matrix at a time."""
+    stack = np.asarray(stack_nrr)
     n, r, _ = stack.shape
     sizes = np.full(n, r) if sizes_n is None else np.asarray(sizes_n)
-    root, numbers = np.zeros((n, r, r), np.float32), np.tile(np.array([1, 0, 1, 0], np.float32), (n, 1))
+    root, numbers = np.zeros((n, r, r), np.float32), np.zeros((n, 4), np.float32)
     for i, size in enumerate(sizes):
-        a = stack[i, :size, :size]
-        if not np.all(np.isfinite(a)):
-            numbers[i, 0] = np.nan
-            continue
-        a = (a + a.T) / 2
-        trace = np.trace(a)
-        w, v = np.linalg.eigh(a)
-        if size == 0 or w[-1] <= 0:
-            continue
-        shifted, root_w, above = _regularised(w, w[-1], p, ridge, cut, np)
-        x = (v * root_w) @ v.T
-        if cut:
-            unit = (v * above) @ v.T
-        else:
-            unit = np.eye(size)
-            a = a + ridge * w[-1] * unit - (v * np.minimum(w, 0)) @ v.T
-        low, high = np.linalg.matrix_power(x, p // 2), np.linalg.matrix_power(x, (p + 1) // 2)
-        residual = np.max(np.abs(low @ a @ high - unit))
-        if not ridge and not cut and not np.all(above):
-            residual = max(residual, 1)
+        x, *numbers[i] = lapack.inverse_root(stack[i, :size, :size], p, ridge, cut)
         root[i, :size, :size] = x
-        numbers[i] = residual, w[-1], shifted[-1] / np.min(shifted[root_w > 0]), trace / w[-1]
     return RootResult(jnp.asarray(root), *jnp.asarray(numbers.T))
 
 

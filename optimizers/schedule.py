@@ -24,5 +24,15 @@ def due_phases(step: jax.Array, options: ShampooOptions) -> tuple[jax.Array, jax
         first += jnp.clip(step - 1 - before, 0, last - before) * (options.interval // interval)
         before = last
     first += jnp.maximum(step - 1 - before, 0)
-    count = jnp.where(step >= options.start_step - options.interval, count, 0)
+    count = jnp.where(step >= _first_due(options), count, 0)
     return first % options.interval, count
+
+
+def phases_due(step: int, options: ShampooOptions) -> int:
+    """The count of `due_phases`, on the host."""
+    interval = next((interval for last, interval in options.early_intervals if step <= last), options.interval)
+    return options.interval // interval if step >= _first_due(options) else 0
+
+
+def _first_due(options: ShampooOptions) -> int:
+    return options.start_step - options.interval - (options.delay if options.refresh == "host" else 0)

@@ -24,8 +24,10 @@ from . import moments, norms, patterns, schedule
 from .blocks import Bucket, Plan, make_plan, slots_per_owner
 from .exchange import Owners
 from .finite import all_finite, largest
+from .host import Event, HostRoots, InFlight, in_flight_spec
 from .moments import Moments
 from .options import ShampooOptions
+from .parcels import Parcels
 from .refresh import Due, Roots, accumulate, initial_roots, precondition, refresh, usable
 
 # Smaller diagonal states are not worth the latency of spreading them over the devices.
@@ -42,6 +44,7 @@ class BucketState(NamedTuple):
       gathered: sum of the gradients since the statistics were last renewed; None where they are renewed every step.
       graft_ratio: [n] float32, what the newest direction was multiplied by to have the graft's norm; 0 for blocks that
         act by the graft method.
+      in_flight: in a checkpoint of the host schedule, statistics whose roots are still to come; otherwise None.
     """
 
     block: jax.Array
@@ -49,6 +52,7 @@ class BucketState(NamedTuple):
     roots: Roots
     gathered: jax.Array | None
     graft_ratio: jax.Array
+    in_flight: InFlight | None = None
 
 
 class ShampooState(NamedTuple):
@@ -95,6 +99,7 @@ class DistributedShampoo(optax.GradientTransformation):
     axis_names: Any
     param_specs: Any
     _plans: dict[Any, Plan]
+    _parcels: dict[int, Parcels]
 
     def __new__(cls, learning_rate, options: ShampooOptions, mesh: Mesh | None, axis_names: Any, param_specs: Any):
         """A NamedTuple, as optax has it, with attributes beside its two functions."""
@@ -109,6 +114,7 @@ class DistributedShampoo(optax.GradientTransformation):
         self.axis_names = axis_names
         self.param_specs = param_specs
         self._plans = {}
+        self._parcels = {}
         return self
 
     def plan(self, params: Any) -> Plan:
@@ -132,7 +138,10 @@ class DistributedShampoo(optax.GradientTransformation):
           params: arrays, or ShapeDtypeStructs with shardings; a diagonal state follows its parameter, spread over the
             mesh axes that the parameter does not use.
         """
-        state = jax.eval_shape(self._init, params)
+        return self._shardings(params)
+
+    def _shardings(self, params: Any, *, saved: bool = False) -> ShampooState:
+        state = jax.eval_shape(lambda params: self._zeros(params, self.owners.count, saved=saved), params)
         mesh = self.owners.mesh
         if mesh is None:
             single = SingleDeviceSharding(jax.devices()[0])
@@ -155,10 +164,26 @@ class DistributedShampoo(optax.GradientTransformation):
             diagonal=diagonal,
         )
 
+    def host_roots(self, params: Any, events: list[Event] | None = None) -> HostRoots | None:
+        """The service that computes roots on the host, to be called around every step; see the module `host`.
+
+        None where the refresh schedule is another.
+
+        Args:
+          params: arrays or ShapeDtypeStructs.
+          events: a list that the service is to note a timeline in.
+        """
+        if self.options.refresh != "host":
+            return None
+        plan = self.plan(params)
+        if id(plan) not in self._parcels:
+            self._parcels[id(plan)] = Parcels(plan.buckets, self.owners, self.options)
+        return HostRoots(self._parcels[id(plan)], self.options, events)
+
     def state_of_owners(self, params: Any, owners: int) -> ShampooState:
-        """The state as `owners` devices keep it: ShapeDtypeStructs, laid out on this mesh to restore a checkpoint."""
-        own = self.state_shardings(params)
-        state = jax.eval_shape(lambda params: self._zeros(params, owners), params)
+        """The state as `owners` devices save it: ShapeDtypeStructs, laid out on this mesh to restore a checkpoint."""
+        own = self._shardings(params, saved=True)
+        state = jax.eval_shape(lambda params: self._zeros(params, owners, saved=True), params)
 
         def spec(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
             if leaf.ndim and leaf.shape[0] % self.owners.count and self.owners.mesh is not None:
@@ -226,7 +251,8 @@ class DistributedShampoo(optax.GradientTransformation):
             buckets = jax.tree.map(lambda x: lax.with_sharding_constraint(x, by_block), buckets)
         return state._replace(buckets=buckets)
 
-    def _zeros(self, params: Any, owners: int) -> ShampooState:
+    def _zeros(self, params: Any, owners: int, *, saved: bool = False) -> ShampooState:
+        """The state of so many owners with nothing in it; `saved` is the form that checkpoints have."""
         leaves, names, plan = jax.tree.leaves(params), patterns.paths(params), self.plan(params)
 
         def bucket_state(bucket: Bucket) -> BucketState:
@@ -237,6 +263,9 @@ class DistributedShampoo(optax.GradientTransformation):
                 roots=initial_roots(bucket, n, self.options),
                 gathered=jnp.zeros((n, *bucket.shape), jnp.float32) if self.options.statistics_every > 1 else None,
                 graft_ratio=jnp.zeros(n, jnp.float32),
+                in_flight=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), in_flight_spec(bucket, n))
+                if saved and self.options.refresh == "host" and bucket.sides
+                else None,
             )
 
         return ShampooState(
@@ -439,6 +468,8 @@ class DistributedShampoo(optax.GradientTransformation):
         self, buckets: Sequence[Bucket], roots: dict[str, Roots], tables: dict[str, _Tables], step: jax.Array
     ) -> dict[str, Roots]:
         """Refresh what is due on this step: a share of the blocks, or with a periodic schedule all or none."""
+        if self.options.refresh == "host":
+            return roots
         first, count = schedule.due_phases(step, self.options)
 
         def renew(phase: Any, roots: dict[str, Roots]) -> dict[str, Roots]:
@@ -519,4 +550,7 @@ def distributed_shampoo(
     Returns:
       An optax gradient transformation with `state_shardings(params)`, `treatments(params)` and `diagnostics(state)`.
     """
-    return DistributedShampoo(learning_rate, options or ShampooOptions(), mesh, axis_names, param_specs)
+    options = options or ShampooOptions()
+    if options.undecided:
+        raise ValueError("refresh 'auto' is for the trainer, which times a step; choose staggered, periodic or host")
+    return DistributedShampoo(learning_rate, options, mesh, axis_names, param_specs)

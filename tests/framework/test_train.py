@@ -15,6 +15,8 @@ from shampax.framework.errors import UserError
 from shampax.framework.state import TrainState
 from shampax.framework.stopping import StopSignals, TrainingStopped
 from shampax.framework.train import train
+from shampax.launch import train as launch_train
+from shampax.optimizers import auto, lapack
 
 ADAMW = "shampax.optimizers.baselines:AdamWOptions"
 SHAMPOO = "shampax.optimizers.options:ShampooOptions"
@@ -43,7 +45,9 @@ def two():
 def lines(workdir):
     """The history without what depends on the clock."""
     read = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in read]
+    return [
+        {key: value for key, value in line.items() if key not in TIMES and not key.startswith("host/")} for line in read
+    ]
 
 
 def saved(workdir):
@@ -175,11 +179,12 @@ def test_killed_between_checkpoints_drops_the_history_that_is_repeated(uninterru
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 12), arrays(whole, 12))
 
 
-def test_shampoo_resumes_bitwise_and_on_another_number_of_devices(tmp_path, monkeypatch):
+@pytest.mark.parametrize("refresh", ["staggered", "host"])
+def test_shampoo_resumes_bitwise_and_on_another_number_of_devices(tmp_path, monkeypatch, refresh):
     """Catches state that a checkpoint leaves out, and statistics that are given to other blocks than their own."""
 
     def config(**mesh):
-        return make_config(optimizer=base.component(SHAMPOO, block_size=8, interval=3), **mesh)
+        return make_config(optimizer=base.component(SHAMPOO, block_size=8, interval=3, refresh=refresh), **mesh)
 
     whole, same, other = (tmp_path / name for name in ("whole", "same", "other"))
     train(config(), whole, devices=two())
@@ -289,6 +294,59 @@ def test_shampoo_trains_and_reports_its_inner_life(tmp_path):
     assert result["heldout_loss"] < 2.7
 
 
+def test_a_dead_solver_on_the_host_ends_the_run_with_its_traceback_and_a_checkpoint(tmp_path, monkeypatch, capsys):
+    """Catches a run that hangs or goes on, a cause that nobody sees, and a checkpoint that lacks what was in flight."""
+    config = make_config(optimizer=base.component(SHAMPOO, block_size=8, interval=3, refresh="host"))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train(config, whole, devices=two())["refreshes"] > 0
+    assert any(
+        line["host/solves"] > 0 for line in map(json.loads, (whole / "metrics.jsonl").open()) if "host/busy" in line
+    )
+    solve, calls = lapack.inverse_root, []
+
+    def dies(*arguments):
+        calls.append(arguments)
+        if len(calls) > 60:
+            raise MemoryError("no memory left for LAPACK")
+        return solve(*arguments)
+
+    monkeypatch.setattr(lapack, "inverse_root", dies)
+    with pytest.raises(
+        TrainingStopped, match=r"MemoryError: no memory .*; a checkpoint after step \d+ is saved"
+    ) as caught:
+        train(config, broken, devices=two())
+    assert isinstance(caught.value.__cause__.__cause__, MemoryError)
+    launch_train._complain(caught.value)
+    told = capsys.readouterr().err
+    assert "in dies" in told and told.splitlines()[-1].startswith("error: a thread that takes roots on the host died")
+    monkeypatch.undo()
+    stopped = json.loads((broken / "result.json").read_text())
+    assert 2 < stopped["steps"] < 12 and "MemoryError" in stopped["stopped"]
+    train(config, broken, devices=two())
+    assert lines(broken) == lines(whole)
+    jax.tree.map(np.testing.assert_array_equal, arrays(broken, 12), arrays(whole, 12))
+
+
+def test_the_schedule_is_chosen_once_by_measurement(tmp_path, monkeypatch, capsys):
+    """Catches a resumed run that measures anew and then has another schedule, and a choice that nobody is told."""
+    config = make_config(optimizer=base.component(SHAMPOO, block_size=8, interval=3, refresh="auto"))
+    monkeypatch.setattr(StopSignals, "reason", lambda self, step: "SIGINT" if step == 6 else None)
+    train(config, tmp_path / "run", devices=two())
+    choice = json.loads((tmp_path / "run" / "schedule.json").read_text())
+    assert choice["refresh"] in ("staggered", "host") and choice["interval"] >= 3
+    assert choice["reason"] in capsys.readouterr().out
+    (tmp_path / "run" / "schedule.json").write_text(json.dumps(choice | {"refresh": "host", "interval": 3, "delay": 1}))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    monkeypatch.setattr(auto, "measure", None)
+    train(config, tmp_path / "run", devices=two())
+    monkeypatch.undo()
+    train(make_config(optimizer=config.optimizer, resume_from=str(tmp_path / "run")), tmp_path / "other", devices=two())
+    assert json.loads((tmp_path / "other" / "schedule.json").read_text())["delay"] == 1
+    fixed = base.component(SHAMPOO, block_size=8, interval=3, refresh="host", delay=1)
+    train(make_config(optimizer=fixed), tmp_path / "fixed", devices=two())
+    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "other", 12), arrays(tmp_path / "fixed", 12))
+
+
 def test_one_trace_serves_every_kind_of_step(tmp_path):
     """Catches a shape, type or Python value that depends on the step: every such step would compile anew."""
     toy.TRACES["train"] = 0
@@ -339,13 +397,20 @@ def test_the_host_runs_one_step_ahead_and_no_further():
     def diagnose(opt_state):
         return {"diagnosed": opt_state}
 
-    train_module.advance(step, diagnose, None, iter("abc"), range(4, 7), Log(), lambda step: None)
+    class Service:
+        def install(self, opt_state):
+            events.append("install")
+            return opt_state
+
+        def take(self, opt_state):
+            events.append(f"take {opt_state}")
+
+    start = TrainState(None, None, None, None, None, None)
+    train_module.advance(step, diagnose, Service(), start, iter("abc"), range(4, 7), Log(), lambda step: None)
     assert events == [
-        "dispatch a",
-        "dispatch b",
-        "read 5 {}",
-        "dispatch c",
-        "read 6 {'diagnosed': 'after b'}",
+        *["install", "dispatch a", "take after a"],
+        *["install", "dispatch b", "take after b", "read 5 {}"],
+        *["install", "dispatch c", "take after c", "read 6 {'diagnosed': 'after b'}"],
         "read 7 {}",
     ]
 

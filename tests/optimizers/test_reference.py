@@ -1,5 +1,6 @@
 """Every option that changes the mathematics: the optimizer against its float64 reference over 50 steps."""
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -11,6 +12,7 @@ import optax
 import pytest
 import shampoo_reference as reference
 
+from shampax.framework.optimizer import service
 from shampax.optimizers import ShampooOptions, distributed_shampoo
 
 pytestmark = pytest.mark.filterwarnings("ignore:graft 'none':UserWarning", "ignore:statistics_dtype:UserWarning")
@@ -94,6 +96,23 @@ CASES = {
     ),
     "cut": Case({"ridge": 0.0, "cut": 1e-3}, noise=1e-3),
     "cut, eigh, no graft": Case({"ridge": 0.0, "cut": 1e-2, "solver": "eigh", "graft": "none"}, noise=1e-3),
+    "host": Case({"refresh": "host", "interval": 6, "delay": 3, "host_workers": 2}, inert=("solver", "host_workers")),
+    "host, no delay, cut, statistics of three steps": Case(
+        {"refresh": "host", "interval": 6, "delay": 0, "ridge": 0.0, "cut": 1e-2, "statistics_every": 3},
+        noise=1e-3,
+        inert=("solver", "refresh"),
+    ),
+    "host, early intervals, start step, no graft": Case(
+        {
+            "refresh": "host",
+            "interval": 12,
+            "early_intervals": ((9, 4),),
+            "delay": 3,
+            "start_step": 8,
+            "graft": "none",
+            "ridge": 1e-2,
+        }
+    ),
     "eigh, exponent 1/2, uneven early intervals": Case(
         {"solver": "eigh", "early_intervals": ((2, 1), (5, 2)), "exponent": 0.5, "ridge": 1e-2}
     ),
@@ -272,9 +291,11 @@ def test_agrees_with_the_float64_reference(name):
         return optax.apply_updates(params, updates), state
 
     params = jax.tree.map(jnp.asarray, params)
-    state = tx.init(params)
-    for grads in gradients:
-        params, state = step(params, state, grads)
+    with contextlib.closing(service(tx, params)) as host:
+        state = host.start(tx.init(params))
+        for grads in gradients:
+            params, state = step(params, host.install(state), grads)
+            host.take(state)
     far = distances(name, reference.flatten(jax.tree.map(np.asarray, params)))
     assert all(x <= case.tolerance for x in far.values()), far  # NaN is not
 

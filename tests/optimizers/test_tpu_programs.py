@@ -1,10 +1,12 @@
 """Optimizer steps compiled ahead of time for TPU slices: their collectives, without a TPU."""
 
+import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import programs
 import pytest
@@ -14,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shampax.optimizers import ShampooOptions, distributed_shampoo
 from shampax.optimizers.baselines import AdamWOptions
+from shampax.optimizers.parcels import Parcel, Parcels
 
 pytest.importorskip("libtpu", reason="TPU programs need the compiler in libtpu, which is for Linux on x86-64")
 
@@ -116,3 +119,43 @@ def test_tpu_gradients_of_replicated_parameters_are_reduced_once():
     assert programs.total(ours, "all-reduce", "reduce-scatter") <= 1.01 * whole
     assert programs.total(ours, "all-gather") == pytest.approx(whole, rel=0.01)
     assert programs.total(ours, "all-to-all") == pytest.approx(2 * whole / mesh.size, rel=0.01)
+
+
+@pytest.mark.parametrize("layout", ["replicated", "fsdp x tensor"])
+def test_tpu_steps_with_roots_on_the_host_have_no_solver_and_parcels_no_traffic(layout):
+    """Catches a solver that is left in the step, a transfer that waits for other devices, roots that are copied to be
+    installed, and a parcel that holds more than is due."""
+    topology, axes, specs = LAYOUTS[layout]
+    mesh = slice_of(topology, **axes)
+    options = dataclasses.replace(OPTIONS, refresh="host", delay=4)
+    step = programs.lower_shampoo(SHAPES, mesh, specs, options)
+    text = step.lowered.compile().as_text()
+    assert not programs.inside_loops(text)
+    assert "stablehlo.while" not in step.lowered.as_text()
+    assert "stablehlo.while" in programs.lower_shampoo(SHAPES, mesh, specs, OPTIONS).lowered.as_text()
+
+    tx = step.tx
+    parcels = Parcels(tx.plan(step.params).buckets, tx.owners, options)
+    by_block, everywhere = tx.owners.sharding(tx.owners.by_block), tx.owners.sharding(PartitionSpec())
+
+    def struct(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    roots = {name: bucket.roots for name, bucket in step.state.buckets.items()}
+    statistics = {name: (r.statistics, r.exponent) for name, r in roots.items()}
+    tables = jax.tree.map(lambda x: struct(x, by_block), parcels.tables())
+    number = struct(np.int32(0), everywhere)
+    take = parcels.take.lower(statistics, tables, number, number, number).compile()
+    answer = parcels.empty_answer()
+    parcel = Parcel(*[struct(np.broadcast_to(x, (mesh.size, *x.shape)), by_block) for x in answer])
+    written = {name: r._replace(statistics=(), exponent=None) for name, r in roots.items()}
+    install = parcels.install.lower(written, parcel, number, number, number).compile()
+    for program in (take, install):
+        assert programs.collectives(program.as_text()) == []
+    all_roots, due = programs.device_bytes(written), sum(x.nbytes for x in answer)
+    (bucket,) = parcels.buckets
+    slots = bucket.slots.shape[1]
+    assert due <= 1.05 * all_roots * math.ceil(slots / options.interval) / slots
+    assert take.memory_analysis().output_size_in_bytes <= 1.1 * due + 4096
+    assert install.memory_analysis().alias_size_in_bytes >= all_roots
+    assert install.memory_analysis().temp_size_in_bytes <= 3 * due + 2**16

@@ -78,6 +78,7 @@ class Block:
     at: tuple[slice, ...]
     statistics: dict[int, Any]
     roots: dict[int, Any] | None = None
+    to_come: dict[int, Any] = dataclasses.field(default_factory=dict)  # step after which they act -> roots
 
 
 @dataclasses.dataclass
@@ -225,9 +226,13 @@ def accumulate(o, rule, matrix, g, t):
             b.statistics[side] = stored(rule.beta2 * b.statistics[side] + new * u @ u.T, o.statistics_dtype)
 
 
+def delay(o):
+    return o.delay if o.refresh == "host" else 0
+
+
 def due_phases(o, t):
     """The numbers modulo the interval whose blocks are refreshed at step t."""
-    if t < o.start_step - o.interval:
+    if t < o.start_step - o.interval - delay(o):
         return set()
     interval_at = [next((k for last, k in o.early_intervals if s <= last), o.interval) for s in range(1, t + 1)]
     ticks = [o.interval // k for k in interval_at]
@@ -238,11 +243,11 @@ def due_phases(o, t):
 
 
 def refresh(o, rule, p, block, t):
-    """New roots of one block, once it has seen a gradient."""
+    """New roots of one block, once it has seen a gradient; they act from the step after t + delay on."""
     updates = t // o.statistics_every
     correction = 1 - rule.beta2**updates if o.bias_correction and rule.beta2 < 1 and updates > 0 else 1.0
     if block.statistics and all(s.any() for s in block.statistics.values()):
-        block.roots = {
+        block.to_come[t + delay(o)] = {
             side: stored(inverse_root(s / correction, p, rule.ridge, rule.cut), o.roots_dtype)
             for side, s in block.statistics.items()
         }
@@ -295,5 +300,6 @@ def run(params, gradients, options, rate, axis_names=None):
         for number, (q, block) in enumerate(numbered):
             if number % o.interval in phases:
                 refresh(o, q.rule, q.p, block, t)
+            block.roots = block.to_come.pop(t, block.roots)
         history.append({path: q.x for path, q in parameters.items()})
     return history

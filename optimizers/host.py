@@ -1,0 +1,526 @@
+"""Roots on the host: threads solve in float64 by LAPACK while the devices take the next steps.
+
+Around each step, outside jit:
+
+    state = service.install(state)      roots of the statistics of `delay` steps ago take their places
+    updates, state = step(...)
+    service.take(state)                 the statistics of the blocks that are due leave for the host
+
+Roots made from the statistics after `t` accepted steps act from step t + 1 + delay on, never sooner or later, however
+slow the host was: a root that is late is waited for, and the stall counted. Each process solves what its own devices
+hold, and nothing is communicated.
+
+A step that was skipped changes no statistics and counts for no delay. Whether one was, the host knows only when it has
+read the count of that step, which it does one step late so as not to wait for the device. So it offers the roots that
+are next unless the newest step was skipped, and the program that installs them compares the count on the device; roots
+that were not taken are offered again.
+"""
+
+import operator
+import os
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import threadpoolctl
+from jax.sharding import PartitionSpec
+
+from . import lapack, schedule
+from .blocks import Bucket
+from .options import ShampooOptions
+from .parcels import Contents, Parcel, Parcels
+from .refresh import NORM_MARGIN
+from .workers import Workers
+
+# A failed solve is tried again with the regulariser this many times as large, and then as many times that.
+_RETRIES = (10.0, 100.0)
+_SMALLEST_RETRY = 1e-7
+
+
+class HostRootsError(RuntimeError):
+    """A thread that solves has died. What is in flight is still there to be saved."""
+
+
+class InFlight(NamedTuple):
+    """Statistics whose roots have not been installed yet, as a checkpoint keeps them; axis 0 numbers the slots.
+
+    Attributes:
+      statistics: per preconditioned side [n, r, r] float32.
+      correction: [n] float32, what they are to be divided by.
+      exponent: [n] int32, of the gradients they are of.
+      stamp: [n] int32, the count of the steps in them; 0 where nothing is in flight.
+    """
+
+    statistics: tuple[jax.Array, ...]
+    correction: jax.Array
+    exponent: jax.Array
+    stamp: jax.Array
+
+
+class Report(NamedTuple):
+    """What the host has done since the service began.
+
+    Attributes:
+      steps: steps that the service was asked for roots before.
+      solves: blocks solved.
+      retries: solves that were tried again with a larger regulariser.
+      stalls: steps that had to wait for roots.
+      stalled_seconds: how long they waited.
+      busy_seconds: of all threads together, solving.
+      seconds: since the service began.
+    """
+
+    steps: int
+    solves: int
+    retries: int
+    stalls: int
+    stalled_seconds: float
+    busy_seconds: float
+    seconds: float
+
+    def since(self, before: "Report") -> "Report":
+        """The difference."""
+        return Report(*map(operator.sub, self, before))
+
+
+class Event(NamedTuple):
+    """An interval of a timeline: `kind` is copy, solve, wait, take or install; seconds are those of perf_counter."""
+
+    kind: str
+    thread: str
+    start: float
+    end: float
+    stamp: int
+
+
+class _Work(NamedTuple):
+    """One device's part of a launch: what came, what goes back, and the solves that fill it in."""
+
+    device: Any
+    taken: dict[str, Contents]
+    answer: tuple[np.ndarray, np.ndarray]
+    solves: list[Future[None]]
+
+
+class _Launch:
+    """The statistics taken after one step.
+
+    Attributes:
+      count: on the device, steps accepted up to then; equal to that of the launch before if the step was skipped.
+      opened: resolves to the work of each parcel, a list for the process' devices.
+      stamp: the count, once it has been read.
+      offered: the launch whose roots were offered to the step after this one.
+    """
+
+    def __init__(self, count: jax.Array | None, opened: Future[list[list[_Work]]]):
+        self.count = count
+        self.opened = opened
+        self.stamp = 0
+        self.offered: _Launch | None = None
+
+
+class HostRoots:
+    """The service. Every process of a run makes the same calls in the same order.
+
+    Args:
+      parcels: the programs.
+      options: with refresh "host".
+      events: where to note a timeline, if anywhere.
+    """
+
+    def __init__(self, parcels: Parcels, options: ShampooOptions, events: list[Event] | None = None):
+        self._parcels = parcels
+        self._options = options
+        self._events = events
+        self._reader = Workers(1, "roots-reader")
+        self._solvers = Workers(pool_size(options), "roots")
+        # One thread for each LAPACK call: the calls run side by side, and the number changes their last bits.
+        self._blas = threadpoolctl.threadpool_limits(limits=1, user_api="blas")
+        self._tables: Any = None
+        self._known = 0
+        self._last: Any = None
+        self._unknown: deque[_Launch] = deque()
+        self._flying: list[_Launch] = []
+        self._counters = threading.Lock()
+        self._steps = self._solves = self._retries = self._stalls = 0
+        self._stalled_seconds = 0.0
+        self._began = time.perf_counter()
+        self._reported = self._complained = self.report()
+
+    def start(self, state: Any) -> Any:
+        """Begin with a state, taking over what it has in flight. Returns it without; its roots are donated."""
+        owners = self._parcels.owners
+        if owners.mesh is not None:
+            by_block, replicated = owners.sharding(owners.by_block), owners.sharding(PartitionSpec())
+        else:  # tied to its device from the first step on, lest programs be compiled once more for the second
+            (by_block,) = state.count.devices()
+            replicated, state = by_block, jax.device_put(state, by_block)
+        self._tables = jax.device_put(self._parcels.tables(), by_block)
+        self._last = jax.device_put(np.int32(0), replicated)
+        self._known = int(np.asarray(state.count))
+        self._resume(state)
+        state = state._replace(buckets={name: b._replace(in_flight=None) for name, b in state.buckets.items()})
+        # Compiles both programs, and makes of the count an array of its own. No root acts at count -1.
+        _, self._last = self._take(state, 0)
+        nothing = [(device, *self._parcels.empty_answer()) for device in self._devices(state)]
+        return self._put(state, nothing, at=-1, stamp=0)
+
+    def install(self, state: Any) -> Any:
+        """Before a step: the state with the roots that are to act from this step on. The state's roots are donated.
+
+        Raises:
+          HostRootsError: a solve has died; the state is as it was.
+        """
+        delay = self._options.delay
+        self._steps += 1
+        while len(self._unknown) > min(delay, 1):
+            self._learn()
+        launch = next((x for x in self._flying if x.stamp + delay == self._known + len(self._unknown)), None)
+        if launch is None:
+            return state
+        for part in self._solved(launch)[: schedule.phases_due(launch.stamp, self._options)]:
+            start = time.perf_counter()
+            answers = [(work.device, *work.answer) for work in part]
+            state = self._put(state, answers, at=launch.stamp + delay, stamp=launch.stamp)
+            self._note("install", start, launch.stamp)
+        if self._unknown:
+            self._unknown[-1].offered = launch
+        else:
+            self._flying.remove(launch)
+        return state
+
+    def take(self, state: Any) -> None:
+        """After a step: copy the statistics that are due, and begin to solve as soon as they are there."""
+        start = time.perf_counter()
+        counts = range(self._known + 1, self._known + len(self._unknown) + 2)
+        phases = max(schedule.phases_due(count, self._options) for count in counts)
+        parcels, count = [], self._last
+        for number in range(max(phases, 1)):
+            parcel, count = self._take(state, number)
+            for array in parcel:
+                array.copy_to_host_async()
+            parcels.append(parcel)
+        self._last = count
+        self._unknown.append(_Launch(count, self._reader.submit(self._open, parcels)))
+        self._note("take", start, self._known + len(self._unknown))
+
+    def with_in_flight(self, state: Any) -> Any:
+        """The state with what is in flight after this step, for a checkpoint; no solve is waited for."""
+        while self._unknown:
+            self._learn()
+        devices = self._devices(state)
+        banks = {device: {b.name: _bank(b) for b in self._parcels.buckets} for device in devices}
+        for launch in self._flying:
+            if launch.opened.exception() is not None:
+                continue  # the run is about to end for it; these blocks keep their roots until they are due again
+            for work in (work for part in launch.opened.result() for work in part):
+                for bucket in self._parcels.buckets:
+                    _store(banks[work.device][bucket.name], work.taken[bucket.name], launch.stamp)
+        buckets = dict(state.buckets)
+        for bucket in self._parcels.buckets:
+            leaves = [jax.tree.leaves(banks[device][bucket.name]) for device in devices]
+            arrays = [self._assemble(devices, list(parts), host=True) for parts in zip(*leaves, strict=True)]
+            structure = jax.tree.structure(_bank(bucket))
+            buckets[bucket.name] = buckets[bucket.name]._replace(in_flight=jax.tree.unflatten(structure, arrays))
+        return state._replace(buckets=buckets)
+
+    def report(self) -> Report:
+        """What the host has done so far."""
+        with self._counters:
+            return Report(
+                self._steps,
+                self._solves,
+                self._retries,
+                self._stalls,
+                self._stalled_seconds,
+                self._solvers.busy_seconds,
+                time.perf_counter() - self._began,
+            )
+
+    def metrics(self) -> dict[str, float]:
+        """Totals so far, and the share of the threads' time in which they solved since this was asked last."""
+        now, before = self.report(), self._reported
+        self._reported = now
+        totals = {name: getattr(now, name) for name in ("solves", "retries", "stalls", "stalled_seconds")}
+        return {f"host/{name}": value for name, value in totals.items()} | {"host/busy": self._busy(now.since(before))}
+
+    def complaint(self) -> str | None:
+        """Which knob to turn if steps have waited for roots since this was asked last; otherwise None."""
+        now, options = self.report(), self._options
+        new, self._complained = now.since(self._complained), now
+        if not new.stalls:
+            return None
+        busy = self._busy(new)
+        # A pool that is always busy cannot do the work; one that is not is only asked for it too early.
+        knob = (
+            f"raise interval ({options.interval}) or host_workers ({self._solvers.count})"
+            if busy > 0.8
+            else f"raise delay ({options.delay})"
+        )
+        return (
+            f"roots came late: {new.stalls} of {new.steps} steps waited {new.stalled_seconds:.2f} s for the host, "
+            f"whose threads were busy {busy:.0%} of the time; {knob}"
+        )
+
+    def _busy(self, report: Report) -> float:
+        return min(report.busy_seconds / (report.seconds * self._solvers.count), 1.0) if report.seconds else 0.0
+
+    def close(self) -> None:
+        """Solve nothing more. Returns at once, whatever the threads are doing."""
+        self._solvers.close()
+        self._reader.close()
+        self._blas.restore_original_limits()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def _learn(self) -> None:
+        """Read the oldest count that is not known yet: was the step skipped, and were roots installed after it?"""
+        launch = self._unknown.popleft()
+        stamp = int(np.asarray(launch.count))
+        if stamp > self._known:
+            launch.stamp = stamp
+            self._flying.append(launch)
+        self._known = stamp
+        offered = launch.offered
+        if offered is not None and offered.stamp + self._options.delay == stamp:
+            self._flying.remove(offered)
+
+    def _solved(self, launch: _Launch) -> list[list[_Work]]:
+        """The launch with all its answers, waited for if need be."""
+        start = time.perf_counter()
+        try:
+            parts = launch.opened.result()
+            late = False
+            for work in (work for part in parts for work in part):
+                for solve in work.solves:
+                    late |= not solve.done()
+                    solve.result()
+        except Exception as error:
+            raise HostRootsError(
+                f"a thread that takes roots on the host died: {type(error).__name__}: {error}"
+            ) from error
+        if late:
+            with self._counters:
+                self._stalls += 1
+                self._stalled_seconds += time.perf_counter() - start
+            self._note("wait", start, launch.stamp)
+        return parts
+
+    def _open(self, parcels: list[Parcel]) -> list[list[_Work]]:
+        """In the reader's thread: wait for statistics to arrive, and hand out what is due."""
+        parts = []
+        while parcels:
+            floats, ints = parcels.pop(0)  # the devices' copies are let go one after the other
+            numbers = {shard.device: shard.data for shard in floats.addressable_shards}
+            part = []
+            for shard in ints.addressable_shards:
+                start = time.perf_counter()
+                taken = self._parcels.contents(np.asarray(numbers[shard.device])[0], np.asarray(shard.data)[0])
+                self._note("copy", start, 0)
+                part.append(self._begin(shard.device, taken))
+            parts.append(part)
+        return parts
+
+    def _begin(self, device: Any, taken: dict[str, Contents]) -> _Work:
+        """Hand out the solves of one device's part of a parcel."""
+        # Workers write into an array that is never used again: a device may take it as it is.
+        answer = self._parcels.empty_answer()
+        places = self._parcels.answers(*answer)
+        solves = []
+        for bucket in self._parcels.buckets:
+            contents, (slots, fresh) = taken[bucket.name], places[bucket.name]
+            for i in np.flatnonzero(contents.slot < bucket.slots.shape[1]):
+                slots[i] = contents.slot[i]
+                solves.append(self._solvers.submit(self._solve, bucket, contents, fresh, i))
+        return _Work(device, taken, answer, solves)
+
+    def _solve(self, bucket: Bucket, contents: Contents, fresh: Any, i: int) -> None:
+        """In a worker's thread: the roots of one block."""
+        start = time.perf_counter()
+        group, sides, retries = bucket.group, [], 0
+        fresh.seen[i] = all(np.trace(s[i], dtype=np.float64) > 0 for s in contents.statistics)
+        for side, stack in zip(bucket.sides, contents.statistics, strict=True):
+            size = contents.sizes[i, side]
+            a = np.asarray(stack[i, :size, :size], np.float64) / np.float64(contents.correction[i])
+            root, tried = _sound_root(a, group.p, group.ridge, group.cut, self._options.residual_bound)
+            retries += tried
+            sides.append(root)
+        scale = 2.0 ** (-2.0 * int(contents.exponent[i]) / group.p)
+        accepted = fresh.seen[i] and all(side is not None for side in sides)
+        if accepted:
+            for place, side in zip(fresh.roots, sides, strict=True):
+                place[i, : len(side.root), : len(side.root)] = side.root * scale
+            fresh.residual[i] = max(side.residual for side in sides)
+            fresh.condition[i] = max(side.condition for side in sides)
+            fresh.effective_rank[i] = min(side.effective_rank for side in sides)
+        fresh.accepted[i] = accepted
+        with self._counters:
+            self._solves += 1
+            self._retries += retries
+        self._note("solve", start, 0)
+
+    def _take(self, state: Any, number: int) -> tuple[Parcel, jax.Array]:
+        kept = {b.name: state.buckets[b.name].roots for b in self._parcels.buckets}
+        statistics = {name: (roots.statistics, roots.exponent) for name, roots in kept.items()}
+        return self._parcels.take(statistics, self._tables, state.count, self._last, np.int32(number))
+
+    def _put(self, state: Any, answers: list[tuple[Any, np.ndarray, np.ndarray]], *, at: int, stamp: int) -> Any:
+        """The state with the answers of all devices installed."""
+        devices = [device for device, _, _ in answers]
+        floats, ints = ([answer[k][None] for answer in answers] for k in (1, 2))
+        parcel = Parcel(self._assemble(devices, floats), self._assemble(devices, ints))
+        written = {
+            b.name: state.buckets[b.name].roots._replace(statistics=(), exponent=None) for b in self._parcels.buckets
+        }
+        installed = self._parcels.install(written, parcel, state.count, np.int32(at), np.int32(stamp))
+        buckets = dict(state.buckets)
+        for name, roots in installed.items():
+            old = buckets[name].roots
+            roots = roots._replace(statistics=old.statistics, exponent=old.exponent)
+            buckets[name] = buckets[name]._replace(roots=roots)
+        return state._replace(buckets=buckets)
+
+    def _assemble(self, devices: list[Any], parts: list[np.ndarray], *, host: bool = False) -> jax.Array:
+        """One array of the devices' parts along axis 0; `host` leaves it in the hosts' memory, where devices can."""
+        owners = self._parcels.owners
+        if owners.mesh is None:
+            return jax.device_put(parts[0], devices[0])
+        sharding = owners.sharding(owners.by_block)
+        if host and all("pinned_host" in {m.kind for m in d.addressable_memories()} for d in devices):
+            sharding = sharding.with_memory_kind("pinned_host")
+        shape = (owners.count * parts[0].shape[0], *parts[0].shape[1:])
+        places = sharding.addressable_devices_indices_map(shape)
+        by_device = dict(zip(devices, parts, strict=True))
+        kind = sharding.memory_kind
+        arrays = [jax.device_put(by_device[d], jax.sharding.SingleDeviceSharding(d, memory_kind=kind)) for d in places]
+        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+    def _devices(self, state: Any) -> list[Any]:
+        mesh = self._parcels.owners.mesh
+        if mesh is None:
+            return list(state.count.devices())
+        return [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+
+    def _resume(self, state: Any) -> None:
+        """Hand out what a checkpoint had in flight, as it was handed out then."""
+        buckets = self._parcels.buckets
+        if not buckets or state.buckets[buckets[0].name].in_flight is None:
+            return
+        kept: dict[Any, dict[str, InFlight]] = {device: {} for device in self._devices(state)}
+        for bucket in buckets:
+            leaves, structure = jax.tree.flatten(state.buckets[bucket.name].in_flight)
+            for device in kept:
+                parts = [next(s.data for s in leaf.addressable_shards if s.device == device) for leaf in leaves]
+                kept[device][bucket.name] = jax.tree.unflatten(structure, [np.array(part) for part in parts])
+        tables = {bucket.name: bucket.real_sizes.reshape(*bucket.slots.shape, -1) for bucket in buckets}
+        numbers = {d: i for i, d in enumerate(self._devices_of_mesh(state))}
+        for stamp in range(max(1, self._known - self._options.delay), self._known + 1):
+            parts: list[list[_Work]] = [[] for _ in range(schedule.phases_due(stamp, self._options))]
+            for device, by_name in kept.items():
+                due = {b.name: np.flatnonzero(by_name[b.name].stamp == stamp) for b in buckets}
+                for number, part in enumerate(parts):
+                    taken = {}
+                    for bucket in buckets:
+                        window = self._parcels.window(bucket)
+                        slots = due[bucket.name][number * window : (number + 1) * window]
+                        sizes = tables[bucket.name][numbers[device]]
+                        taken[bucket.name] = _recalled(by_name[bucket.name], slots, sizes, window)
+                    part.append(self._begin(device, taken))
+            opened: Future[list[list[_Work]]] = Future()
+            opened.set_result(parts)
+            launch = _Launch(None, opened)
+            launch.stamp = stamp
+            self._flying.append(launch)
+
+    def _devices_of_mesh(self, state: Any) -> list[Any]:
+        mesh = self._parcels.owners.mesh
+        return list(mesh.devices.flat) if mesh is not None else self._devices(state)
+
+    def _note(self, kind: str, start: float, stamp: int) -> None:
+        if self._events is not None:
+            thread = threading.current_thread().name
+            self._events.append(Event(kind, thread, start, time.perf_counter(), stamp))
+
+
+def pool_size(options: ShampooOptions) -> int:
+    """Number of threads that solve."""
+    return options.host_workers or max(1, available_cores() - 1)
+
+
+def available_cores() -> int:
+    """Cores that this process may use; a batch system may give it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _sound_root(
+    a_rr: np.ndarray, p: int, ridge: float, cut: float, residual_bound: float
+) -> tuple[lapack.HostRoot | None, int]:
+    """(a root that may be used, or None; how often it was tried again with a larger regulariser)."""
+    if not np.all(np.isfinite(a_rr)):
+        return None, 0
+    regulariser = ridge or cut
+    for tried, factor in enumerate((1.0, *_RETRIES)):
+        if factor > 1:
+            regulariser = factor * max(ridge, cut, _SMALLEST_RETRY)
+        try:
+            found = lapack.inverse_root(a_rr, p, *((0.0, regulariser) if cut else (regulariser, 0.0)))
+        except np.linalg.LinAlgError:
+            continue
+        if found.largest <= 0:
+            return None, tried
+        bound = NORM_MARGIN * (regulariser * found.largest) ** (-1 / p) if regulariser else np.inf
+        if found.residual <= residual_bound and np.max(np.abs(found.root)) <= bound:
+            return found, tried
+    return None, len(_RETRIES)
+
+
+def in_flight_spec(bucket: Bucket, slots: int) -> InFlight:
+    """Shapes and types of what a checkpoint keeps of a bucket."""
+    lengths = [bucket.shape[side] for side in bucket.sides]
+    spec: Any = jax.ShapeDtypeStruct
+    return InFlight(
+        statistics=tuple(spec((slots, r, r), jnp.float32) for r in lengths),
+        correction=spec((slots,), jnp.float32),
+        exponent=spec((slots,), jnp.int32),
+        stamp=spec((slots,), jnp.int32),
+    )
+
+
+def _bank(bucket: Bucket) -> Any:
+    """One device's part of what a checkpoint keeps of a bucket, empty."""
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), in_flight_spec(bucket, bucket.slots.shape[1]))
+
+
+def _store(bank: Any, contents: Contents, stamp: int) -> None:
+    due = contents.slot < len(bank.stamp)
+    slots = contents.slot[due]
+    for place, stack in zip(bank.statistics, contents.statistics, strict=True):
+        place[slots] = stack[due]
+    bank.correction[slots], bank.exponent[slots] = contents.correction[due], contents.exponent[due]
+    bank.stamp[slots] = stamp
+
+
+def _recalled(bank: InFlight, slots: np.ndarray, sizes: np.ndarray, window: int) -> Contents:
+    """Some slots of a bank as the contents of a parcel."""
+
+    def filled(x: Any, rest: Any) -> np.ndarray:
+        x = np.asarray(x)
+        return np.concatenate([x, np.broadcast_to(np.asarray(rest, x.dtype), (window - len(x), *x.shape[1:]))])
+
+    stamp = np.asarray(bank.stamp)
+    return Contents(
+        statistics=[filled(np.asarray(s)[slots], 0) for s in bank.statistics],
+        correction=filled(np.asarray(bank.correction)[slots], 1),
+        slot=filled(slots.astype(np.int32), len(stamp)),
+        exponent=filled(np.asarray(bank.exponent)[slots], 0),
+        sizes=filled(sizes[slots], 0),
+    )

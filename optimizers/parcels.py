@@ -1,0 +1,200 @@
+"""What travels between devices and host for a refresh on the host: one parcel of a phase's blocks each way.
+
+A parcel is one array of numbers and one of integers per device, whatever the number of buckets, so that a transfer
+costs the host two calls for a device. Statistics are copied into a parcel of their own, which nothing donates: a thread
+may read it while the train step reuses the state's memory. Neither program has a collective.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from . import schedule
+from .blocks import Bucket
+from .exchange import Owners
+from .moments import correction
+from .options import ShampooOptions
+from .refresh import Fresh, Roots, install
+
+
+class Parcel(NamedTuple):
+    """Axis 0 of both numbers the owners.
+
+    Attributes:
+      floats: [owners, n] float32.
+      ints: [owners, m] int32.
+    """
+
+    floats: Any
+    ints: Any
+
+
+class Contents(NamedTuple):
+    """One device's part of a parcel of statistics, for one bucket; axis 0 numbers the blocks that may be due.
+
+    Attributes:
+      statistics: per preconditioned side [w, r, r] float32.
+      correction: [w] float32, what statistics are to be divided by.
+      slot: [w] int32, the device's slots; past the last where nothing is due.
+      exponent: [w] int32, statistics are of gradients divided by 2^exponent.
+      sizes: [w, sides of a block] int32, the blocks' real lengths.
+    """
+
+    statistics: list[Any]
+    correction: Any
+    slot: Any
+    exponent: Any
+    sizes: Any
+
+
+class _Due(NamedTuple):
+    slot: Any
+    sizes: Any
+
+
+class Parcels:
+    """The two programs, and the order of what is in a parcel.
+
+    Args:
+      buckets: all buckets of the plan.
+      owners: the devices.
+      options: the schedule.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], owners: Owners, options: ShampooOptions):
+        self.buckets = [bucket for bucket in buckets if bucket.sides]
+        self.owners = owners
+        self._options = options
+        self.take = jax.jit(self._take)
+        self.install = jax.jit(self._install, donate_argnums=0)
+
+    def tables(self) -> dict[str, _Due]:
+        """Which slots are due in each phase, and the blocks' real lengths, for `take`; axis 0 is to be shared out."""
+        return {b.name: _Due(b.due, b.real_sizes) for b in self.buckets}
+
+    def window(self, bucket: Bucket) -> int:
+        """The most blocks of a bucket that are due on one device in one phase."""
+        return bucket.due.shape[2]
+
+    def contents(self, floats: Any, ints: Any) -> dict[str, Contents]:
+        """One device's part of a parcel of statistics, taken apart; of NumPy arrays the parts are views."""
+        numbers = _split(floats, [shape for b in self.buckets for shape in self._taken_floats(b)])
+        whole = _split(ints, [shape for b in self.buckets for shape in self._taken_ints(b)])
+        result = {}
+        for bucket in self.buckets:
+            statistics = [next(numbers) for _ in bucket.sides]
+            result[bucket.name] = Contents(statistics, next(numbers), next(whole), next(whole), next(whole))
+        return result
+
+    def answers(self, floats: Any, ints: Any) -> dict[str, tuple[Any, Fresh]]:
+        """One device's part of a parcel of roots, taken apart: bucket name -> (slots, what was found for them)."""
+        numbers = _split(floats, [shape for b in self.buckets for shape in self._fresh_floats(b)])
+        whole = _split(ints, [(self.window(b),) for b in self.buckets for _ in range(3)])
+        result = {}
+        for bucket in self.buckets:
+            roots = tuple(next(numbers) for _ in bucket.sides)
+            slot = next(whole)
+            residual, condition, effective_rank = (next(numbers) for _ in range(3))
+            result[bucket.name] = (slot, Fresh(roots, residual, condition, effective_rank, next(whole), next(whole)))
+        return result
+
+    def empty_answer(self) -> tuple[np.ndarray, np.ndarray]:
+        """One device's part of a parcel of roots in which nothing is due."""
+        floats = sum(math.prod(shape) for b in self.buckets for shape in self._fresh_floats(b))
+        ints = np.zeros(sum(3 * self.window(b) for b in self.buckets), np.int32)
+        answer = np.zeros(floats, np.float32), ints
+        for bucket in self.buckets:
+            self.answers(*answer)[bucket.name][0][:] = bucket.slots.shape[1]
+        return answer
+
+    def _take(
+        self,
+        states: Mapping[str, tuple[tuple[jax.Array, ...], jax.Array]],
+        tables: Mapping[str, _Due],
+        count: jax.Array,
+        last: jax.Array,
+        number: jax.Array,
+    ) -> tuple[Parcel, jax.Array]:
+        """The blocks of one phase that is due: (their statistics, the count).
+
+        Args:
+          states: bucket name -> (statistics, exponent) of all blocks.
+          tables: of `tables`.
+          count: steps in the statistics; phases are those that are due after as many.
+          last: the count when this was asked before. Where it is the same the step was skipped, and nothing is due.
+          number: which of the phases that are due on one step.
+        """
+
+        def local(_: Any, owned: Any, shared: Any) -> Any:
+            (states, tables), (count, last, number) = owned, shared
+            first, phases = schedule.due_phases(count, self._options)
+            phase, due = (first + number) % self._options.interval, (count > last) & (number < phases)
+            updates = count // self._options.statistics_every
+            floats, ints = [jnp.zeros(0, jnp.float32)], [jnp.zeros(0, jnp.int32)]
+            for bucket in self.buckets:
+                (statistics, exponent), table = states[bucket.name], tables[bucket.name]
+                slot = jnp.where(due, table.slot[0, phase], bucket.slots.shape[1])
+                floats += [s.at[slot].get(mode="clip").astype(jnp.float32).ravel() for s in statistics]
+                divisor = correction(bucket.group.beta2, updates, self._options)
+                floats.append(jnp.broadcast_to(divisor, slot.shape))
+                own = (exponent.at[slot].get(mode="clip"), table.sizes.at[slot].get(mode="clip"))
+                ints += [slot, *[x.ravel() for x in own]]
+            parcel = Parcel(jnp.concatenate(floats)[None], jnp.concatenate(ints)[None])
+            # Not the count itself: that array the next step donates.
+            return {}, parcel, jnp.maximum(count, last)
+
+        _, parcel, count = self.owners.run(local, {}, {}, (states, tables), (count, last, number))
+        return parcel, count
+
+    def _install(
+        self, roots: Mapping[str, Roots], parcel: Parcel, count: jax.Array, at: jax.Array, stamp: jax.Array
+    ) -> dict[str, Roots]:
+        """The roots with those of a parcel in their places.
+
+        Args:
+          roots: bucket name -> what a refresh writes; the statistics are left out.
+          parcel: the new roots.
+          count: steps taken so far.
+          at: the count at which they are to act; at another one nothing changes.
+          stamp: count of the steps that were in the statistics.
+        """
+
+        def local(_: Any, owned: Any, shared: Any) -> Any:
+            (roots, parcel), (count, at, stamp) = owned, shared
+            result = {}
+            for bucket in self.buckets:
+                slot, fresh = self.answers(parcel.floats[0], parcel.ints[0])[bucket.name]
+                slot = jnp.where(count == at, slot, bucket.slots.shape[1])
+                fresh = fresh._replace(accepted=fresh.accepted > 0, seen=fresh.seen > 0)
+                result[bucket.name] = install(roots[bucket.name], slot, fresh, stamp)
+            return {}, result, ()
+
+        return self.owners.run(local, {}, {}, (dict(roots), parcel), (count, at, stamp))[1]
+
+    def _matrices(self, bucket: Bucket) -> list[tuple[int, ...]]:
+        return [(self.window(bucket), bucket.shape[side], bucket.shape[side]) for side in bucket.sides]
+
+    def _taken_floats(self, bucket: Bucket) -> list[tuple[int, ...]]:
+        return [*self._matrices(bucket), (self.window(bucket),)]
+
+    def _taken_ints(self, bucket: Bucket) -> list[tuple[int, ...]]:
+        window = self.window(bucket)
+        return [(window,), (window,), (window, len(bucket.shape))]
+
+    def _fresh_floats(self, bucket: Bucket) -> list[tuple[int, ...]]:
+        return [*self._matrices(bucket), *[(self.window(bucket),)] * 3]
+
+
+def _split(flat: Any, shapes: Sequence[tuple[int, ...]]):
+    """Consecutive parts of a vector as arrays of these shapes, one after the other."""
+    first = 0
+    for shape in shapes:
+        size = math.prod(shape)
+        part = lax.slice(flat, (first,), (first + size,)) if isinstance(flat, jax.Array) else flat[first : first + size]
+        yield part.reshape(shape)
+        first += size
