@@ -254,7 +254,7 @@ def test_a_host_that_is_too_slow_stalls_the_run_and_says_which_knob_to_turn(monk
     assert max(flying) <= OPTIONS.delay + 2
     told = [line for line in complaints if line]
     assert len(told) >= 6
-    assert "raise interval (4) or host_workers (1)" in told[-1] and "1 of 1 steps waited 0.0" in told[-1]
+    assert "raise interval (4) or host_workers (1)" in told[-1] and "1 of 1 steps waited 0." in told[-1]
 
     def latent(*arguments):
         if threading.current_thread().name == "roots-0":
