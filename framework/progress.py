@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from ..optimizers import patterns
+from ..optimizers.residence import HOST_KIND
 from . import chips, partitioning
 from . import workdir as layout
 
@@ -181,6 +182,27 @@ def show_parameters(rows: Sequence[Row], workdir: Path) -> None:
         other = Row(f"({len(rest)} more in {layout.PARAMETERS})", "", "", "", sum(row.count for row in rest))
         merged = [*large, other]
     say(table(merged))
+
+
+def memory_line(params: Any, opt_state: Any) -> str:
+    """`on each device: parameters 2.9 MB, optimizer state 11.2 MB (and 4.2 MB in its host's memory)`.
+
+    Args:
+      params: ShapeDtypeStructs with shardings.
+      opt_state: likewise.
+    """
+
+    def megabytes(tree: Any, *, on_host: bool) -> float:
+        leaves = [leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind == HOST_KIND) == on_host]
+        shapes = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in leaves]
+        return sum(math.prod(shape) * size for shape, size in shapes) / 1e6
+
+    hosted = megabytes(opt_state, on_host=True)
+    return (
+        f"on each device: parameters {megabytes(params, on_host=False):.1f} MB, optimizer state "
+        f"{megabytes(opt_state, on_host=False):.1f} MB"
+        + (f" (and {hosted:.1f} MB in its host's memory)" if hosted else "")
+    )
 
 
 def _merge(rows: Sequence[Row]) -> list[Row]:

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..optimizers.finite import all_finite
+from ..optimizers.residence import HOST_KIND
 from . import optimizer, partitioning
 from .state import TrainState, shardings
 from .task import Batch, Metrics, Task
@@ -46,6 +47,7 @@ def make_train_step(
     `gradient_norm` (before clipping), `update_norm`, `learning_rate`, `skipped`, `consecutive_skips`.
     """
     params_shardings = shardings(abstract.params)
+    hosted = any(map(_in_host_memory, jax.tree.leaves(abstract.opt_state)))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -62,8 +64,9 @@ def make_train_step(
             scale = gradient_clip / jnp.maximum(metrics["gradient_norm"], gradient_clip)
             gradients = jax.tree.map(lambda leaf: leaf * scale, gradients)
         # A solver inside the optimizer must never see a NaN, not even in a step that is thrown away: LAPACK
-        # may not return from one.
-        gradients = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0), gradients)
+        # may not return from one. An optimizer with state in host memory, which is renewed in place and cannot be
+        # chosen from here, has to see one and refuse the step itself.
+        gradients = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan if hosted else 0), gradients)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         metrics["update_norm"] = jnp.where(finite, global_norm(updates), 0.0)
 
@@ -73,7 +76,12 @@ def make_train_step(
         state = TrainState(
             step=state.step + 1,
             params=guarded(optax.apply_updates(state.params, updates), state.params),
-            opt_state=guarded(opt_state, state.opt_state),
+            opt_state=jax.tree.map(
+                lambda new, old, spec: new if _in_host_memory(spec) else jnp.where(finite, new, old),
+                opt_state,
+                state.opt_state,
+                abstract.opt_state,
+            ),
             model_state=guarded(model_state, state.model_state),
             skipped=state.skipped + jnp.where(finite, 0, 1),
             consecutive_skips=jnp.where(finite, 0, state.consecutive_skips + 1),
@@ -119,6 +127,10 @@ def global_norm(tree: Any) -> jax.Array:
     largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf), initial=0.0) for leaf in leaves])
     unit = jnp.where(largest > 0, largest, 1.0)
     return unit * jnp.sqrt(sum(jnp.sum(jnp.square(leaf / unit)) for leaf in leaves))
+
+
+def _in_host_memory(spec: jax.ShapeDtypeStruct) -> bool:
+    return spec.sharding is not None and spec.sharding.memory_kind == HOST_KIND
 
 
 def _cut(batch: Batch, microbatches: int, mesh: Mesh) -> Batch:

@@ -129,6 +129,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         ownership.claim(workdir, config)
         calibration.keep(workdir, choice)
         progress.show_parameters(progress.parameter_rows(abstract.params, placements, treatments), workdir)
+        progress.say(progress.memory_line(abstract.params, abstract.opt_state))
 
         # Restore
         progress.say(str(origin))

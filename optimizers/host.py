@@ -85,7 +85,8 @@ class Report(NamedTuple):
 
     def since(self, before: "Report") -> "Report":
         """The difference."""
-        return Report(*map(operator.sub, self, before))
+        differences: Any = map(operator.sub, self, before)
+        return Report(*differences)
 
 
 class Event(NamedTuple):

@@ -193,6 +193,7 @@ class ShampooOptions:
     statistics_dtype: str = "float32"  # or "bfloat16"
     roots_dtype: str = "float32"  # or "bfloat16"
     momentum_dtype: str = "float32"  # or "bfloat16"
+    statistics_memory: str = "device"  # or "host": in the hosts' memory, streamed through the devices at each renewal
 
     def __post_init__(self):
         self._check_choices()
@@ -250,6 +251,11 @@ class ShampooOptions:
                     f"{', '.join(divisors)}"
                 )
             before = last
+        if self.statistics_memory == "host" and self.refresh == "periodic":
+            raise ValueError(
+                "statistics_memory 'host' with refresh 'periodic' would stream all statistics through the devices at "
+                "once; use refresh 'staggered' or 'host'"
+            )
         if self.refresh == "auto" and (self.overhead <= 0 or self.early_intervals):
             raise ValueError(
                 f"refresh 'auto' chooses one interval for a budget: overhead is {self.overhead} and must be above 0, "
@@ -274,6 +280,7 @@ class ShampooOptions:
             ("statistics_dtype", DTYPES),
             ("roots_dtype", DTYPES),
             ("momentum_dtype", DTYPES),
+            ("statistics_memory", ["device", "host"]),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import schedule
+from . import residence, schedule
 from .blocks import Bucket
 from .exchange import Owners
 from .moments import correction
@@ -135,11 +135,12 @@ class Parcels:
             first, phases = schedule.due_phases(count, self._options)
             phase, due = (first + number) % self._options.interval, (count > last) & (number < phases)
             updates = count // self._options.statistics_every
+            on_host = self._options.statistics_memory == "host"
             floats, ints = [jnp.zeros(0, jnp.float32)], [jnp.zeros(0, jnp.int32)]
             for bucket in self.buckets:
                 (statistics, exponent), table = states[bucket.name], tables[bucket.name]
                 slot = jnp.where(due, table.slot[0, phase], bucket.slots.shape[1])
-                floats += [s.at[slot].get(mode="clip").astype(jnp.float32).ravel() for s in statistics]
+                floats += [residence.rows(s, slot, on_host=on_host).astype(jnp.float32).ravel() for s in statistics]
                 divisor = correction(bucket.group.beta2, updates, self._options)
                 floats.append(jnp.broadcast_to(divisor, slot.shape))
                 own = (exponent.at[slot].get(mode="clip"), table.sizes.at[slot].get(mode="clip"))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from . import residence
 from .blocks import Bucket
 from .moments import correction
 from .options import ShampooOptions
@@ -98,12 +99,22 @@ def usable(roots: Roots, bucket: Bucket, options: ShampooOptions) -> jax.Array:
     return (roots.refreshed > 0) & (roots.failures < options.max_failures)
 
 
-def accumulate(roots: Roots, g: jax.Array, bucket: Bucket) -> Roots:
-    """L <- beta2 L + (1 - beta2) G G' for each preconditioned side, G unfolded along it; sums where beta2 is 1."""
+def accumulate(
+    roots: Roots, g: jax.Array, bucket: Bucket, *, wanted: jax.Array | bool = True, on_host: bool = False
+) -> Roots:
+    """L <- beta2 L + (1 - beta2) G G' for each preconditioned side, G unfolded along it; sums where beta2 is 1.
+
+    Args:
+      roots: a device's blocks.
+      g: [n, *shape] float32, their gradients.
+      bucket: theirs.
+      wanted: scalar; where it is not, all stays as it is.
+      on_host: whether the statistics are in host memory.
+    """
     beta2 = bucket.group.beta2
     old, new = (1.0, 1.0) if beta2 == 1 else (beta2, 1 - beta2)
     largest = jnp.max(jnp.abs(g), axis=tuple(range(1, g.ndim)))
-    exponent = jnp.maximum(roots.exponent, jnp.where(largest > 0, jnp.frexp(largest)[1], NO_GRADIENT))
+    exponent = jnp.maximum(roots.exponent, jnp.where((largest > 0) & wanted, jnp.frexp(largest)[1], NO_GRADIENT))
     one = jnp.float32(1)  # ldexp: a power of two to the last bit, which exp2 need not be
     grown = jnp.ldexp(one, jnp.maximum(2 * (roots.exponent - exponent), -300))[:, None, None]
     scale = jnp.where(largest > 0, jnp.ldexp(one, -exponent), 0).reshape(-1, *[1] * (g.ndim - 1))
@@ -111,8 +122,12 @@ def accumulate(roots: Roots, g: jax.Array, bucket: Bucket) -> Roots:
     statistics = []
     for side, s_nrr in zip(bucket.sides, roots.statistics, strict=True):
         others = [axis for axis in range(1, g.ndim) if axis != side + 1]
-        product = lax.dot_general(g, g, ((others, others), ((0,), (0,))), precision=lax.Precision.HIGHEST)
-        statistics.append((old * grown * s_nrr.astype(jnp.float32) + new * product).astype(s_nrr.dtype))
+
+        def renewed(s_nrr: jax.Array, g: jax.Array, grown: jax.Array, others: Sequence[int] = others) -> jax.Array:
+            product = lax.dot_general(g, g, ((others, others), ((0,), (0,))), precision=lax.Precision.HIGHEST)
+            return (old * grown * s_nrr.astype(jnp.float32) + new * product).astype(s_nrr.dtype)
+
+        statistics.append(residence.updated(s_nrr, renewed, (g, grown), wanted=wanted, on_host=on_host))
     return roots._replace(statistics=tuple(statistics), exponent=exponent)
 
 
@@ -150,16 +165,18 @@ def refresh(
             key = (bucket.shape[side], group.p, group.ridge, group.cut)
             batches.setdefault(key, []).append((bucket, number))
 
+    on_host = options.statistics_memory == "host"
+    due_rows = {
+        (b.name, number): residence.rows(statistics, due[b.name].slot, on_host=on_host).astype(jnp.float32)
+        for b in buckets
+        for number, statistics in enumerate(roots[b.name].statistics)
+    }
     solved: dict[tuple[str, int], _Solved] = {}
     before = None
     for (_, p, ridge, cut), members in batches.items():
         wanted = jnp.concatenate([due[b.name].slot < roots[b.name].residual.shape[0] for b, _ in members])
         stack = jnp.concatenate(
-            [
-                roots[b.name].statistics[number].at[due[b.name].slot].get(mode="clip").astype(jnp.float32)
-                / correction(b.group.beta2, updates, options)
-                for b, number in members
-            ]
+            [due_rows[b.name, number] / correction(b.group.beta2, updates, options) for b, number in members]
         )
         stack = jnp.where(wanted[:, None, None], stack, 0)
         sizes = jnp.concatenate([due[b.name].sizes[:, b.sides[number]] for b, number in members])
@@ -183,7 +200,10 @@ def refresh(
     for bucket in buckets:
         if bucket.sides:
             state, slot = roots[bucket.name], due[bucket.name].slot
-            fresh = _joined(state, slot, [solved[bucket.name, number] for number in range(len(bucket.sides))], bucket)
+            numbers = range(len(bucket.sides))
+            seen = [jnp.trace(due_rows[bucket.name, k], axis1=-2, axis2=-1) > 0 for k in numbers]
+            sides = [solved[bucket.name, k] for k in numbers]
+            fresh = _joined(sides, jnp.stack(seen).all(axis=0), state.exponent.at[slot].get(mode="clip"), bucket)
             result[bucket.name] = install(state, slot, fresh, step)
     return result
 
@@ -242,20 +262,15 @@ def _unsolved(stack_nrr: jax.Array) -> _Solved:
     return _Solved(stack_nrr, nothing, nothing, nothing, nothing > 0)
 
 
-def _joined(state: Roots, slot: jax.Array, sides: Sequence[_Solved], bucket: Bucket) -> Fresh:
+def _joined(sides: Sequence[_Solved], seen: jax.Array, exponent: jax.Array, bucket: Bucket) -> Fresh:
     """What was solved side by side, as one answer for each block."""
-
-    def old(x: jax.Array) -> jax.Array:
-        return x.at[slot].get(mode="clip")
-
-    traces = [jnp.trace(old(s).astype(jnp.float32), axis1=-2, axis2=-1) for s in state.statistics]
     # Roots of the gradients as they are: A = 2^(2 exponent) x statistics, hence 2^(-2 exponent / p) x their root.
-    scale = jnp.exp2(-2.0 * old(state.exponent) / bucket.group.p)[:, None, None]
+    scale = jnp.exp2(-2.0 * exponent / bucket.group.p)[:, None, None]
     return Fresh(
         roots=tuple(side.root * scale for side in sides),
         residual=jnp.stack([side.residual for side in sides]).max(axis=0),
         condition=jnp.stack([side.condition for side in sides]).max(axis=0),
         effective_rank=jnp.stack([side.effective_rank for side in sides]).min(axis=0),
         accepted=jnp.stack([side.accepted for side in sides]).all(axis=0),
-        seen=(jnp.stack(traces) > 0).all(axis=0),
+        seen=seen,
     )

@@ -10,7 +10,7 @@ For a block G (r x c) of a matrix parameter, per step:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from . import moments, norms, patterns, schedule
+from . import moments, norms, patterns, residence, schedule
 from .blocks import Bucket, Plan, make_plan, slots_per_owner
 from .exchange import Owners
 from .finite import all_finite, largest
@@ -28,7 +28,7 @@ from .host import Event, HostRoots, InFlight, in_flight_spec
 from .moments import Moments
 from .options import ShampooOptions
 from .parcels import Parcels
-from .refresh import Due, Roots, accumulate, initial_roots, precondition, refresh, usable
+from .refresh import NO_GRADIENT, Due, Roots, accumulate, initial_roots, precondition, refresh, usable
 
 # Smaller diagonal states are not worth the latency of spreading them over the devices.
 SPREAD_FROM = 2**16
@@ -145,7 +145,8 @@ class DistributedShampoo(optax.GradientTransformation):
         mesh = self.owners.mesh
         if mesh is None:
             single = SingleDeviceSharding(jax.devices()[0])
-            return jax.tree.map(lambda _: single, state)
+            state = jax.tree.map(lambda _: single, state)
+            return self._placed(state, lambda x: x.with_memory_kind(residence.HOST_KIND))
         replicated = NamedSharding(mesh, PartitionSpec())
         by_block = self.owners.sharding(self.owners.by_block)
         leaves, names = jax.tree.leaves(params), patterns.paths(params)
@@ -157,12 +158,13 @@ class DistributedShampoo(optax.GradientTransformation):
             key = _state_key(names[index])
             spread = NamedSharding(mesh, _spread(spec, leaf.shape, mesh))
             diagonal[key] = jax.tree.map(lambda _, spread=spread: spread, state.diagonal[key])
-        return ShampooState(
+        shardings = ShampooState(
             count=replicated,  # type: ignore
             skipped=replicated,  # type: ignore
             buckets=jax.tree.map(lambda _: by_block, state.buckets),
             diagonal=diagonal,
         )
+        return self._placed(shardings, lambda x: x.with_memory_kind(residence.HOST_KIND))
 
     def host_roots(self, params: Any, events: list[Event] | None = None) -> HostRoots | None:
         """The service that computes roots on the host, to be called around every step; see the module `host`.
@@ -200,7 +202,7 @@ class DistributedShampoo(optax.GradientTransformation):
 
     def adopt(self, state: ShampooState, params: Any) -> ShampooState:
         """A state kept on any mesh, its blocks moved to their owners on this one; no value changes."""
-        buckets = {}
+        buckets, state = {}, self._placed(state, residence.to_device)
         for bucket in self.plan(params).buckets:
             old = state.buckets[bucket.name]
             slot_of_block = jnp.argsort(old.block, stable=True)[: bucket.blocks]
@@ -208,7 +210,7 @@ class DistributedShampoo(optax.GradientTransformation):
             source = jnp.append(slot_of_block, len(old.block))[slots]
             moved = jax.tree.map(lambda x, source=source: x.at[source].get(mode="fill", fill_value=0), old)
             buckets[bucket.name] = moved._replace(block=jnp.asarray(slots))
-        return state._replace(buckets=buckets)
+        return self._placed(state._replace(buckets=buckets), residence.to_host)
 
     def diagnostics(self, state: ShampooState) -> dict[str, jax.Array]:
         """Scalars about the state: refreshes in all, and for every bucket, over its blocks with roots,
@@ -226,7 +228,7 @@ class DistributedShampoo(optax.GradientTransformation):
             rooted = roots.refreshed > 0
             acting = rooted & (roots.failures < self.options.max_failures)
             number = jnp.maximum(jnp.sum(rooted), 1)
-            seen = jnp.trace(roots.statistics[0].astype(jnp.float32), axis1=-2, axis2=-1) > 0
+            seen = roots.exponent > NO_GRADIENT
             result["refreshes"] += jnp.sum(roots.refreshes)
             result |= {
                 f"{name}/residual": jnp.max(jnp.where(rooted, roots.residual, 0)),
@@ -249,6 +251,16 @@ class DistributedShampoo(optax.GradientTransformation):
         if self.owners.mesh is not None:
             by_block = self.owners.sharding(self.owners.by_block)
             buckets = jax.tree.map(lambda x: lax.with_sharding_constraint(x, by_block), buckets)
+        return self._placed(state._replace(buckets=buckets), residence.to_host)
+
+    def _placed(self, state: Any, place: Callable[[Any], Any]) -> Any:
+        """The state (or a tree like it) with `place` called on what lives in host memory."""
+        if self.options.statistics_memory == "device":
+            return state
+        buckets = {
+            name: b._replace(roots=b.roots._replace(statistics=tuple(map(place, b.roots.statistics))))
+            for name, b in state.buckets.items()
+        }
         return state._replace(buckets=buckets)
 
     def _zeros(self, params: Any, owners: int, *, saved: bool = False) -> ShampooState:
@@ -308,6 +320,8 @@ class DistributedShampoo(optax.GradientTransformation):
                 g = g * _reciprocal(jnp.sqrt(jnp.sum(g * g)))
             diagonal[key], _, directions[i] = moments.advance(state.diagonal[key], g, step, beta2, options)
 
+        # What an overflow would leave behind in the state could never recover.
+        finite &= all_finite([directions[i] for i in plan.diagonal])
         tiles = {b.name: [owners.cut(gradients[leaf.index], leaf) for leaf in b.leaves] for b in plan.buckets}
         specs = {b.name: owners.specs(b) for b in plan.buckets}
         tables = {b.name: self._tables(b) for b in plan.buckets}
@@ -316,14 +330,13 @@ class DistributedShampoo(optax.GradientTransformation):
             tiles,
             specs,
             (state.buckets, tables),
-            (step, exponent),
+            (step, exponent, finite),
         )
         for bucket in plan.buckets:
             for leaf, x in zip(bucket.leaves, tiles[bucket.name], strict=True):
                 directions[leaf.index] = owners.join(x, leaf)
 
-        # What an overflow would leave behind in the state could never recover.
-        finite &= (overflows == 0) & all_finite(directions)
+        finite &= overflows == 0
         rate = jnp.asarray(self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate)
         if options.decay == "decoupled":
             directions = [
@@ -337,8 +350,25 @@ class DistributedShampoo(optax.GradientTransformation):
         ]
         accepted = ShampooState(step, state.skipped, buckets, diagonal)
         refused = state._replace(skipped=state.skipped + 1)
-        new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), accepted, refused)
+        new_state = self._select(finite, accepted, refused)
         return jax.tree.unflatten(jax.tree.structure(grads), updates), new_state
+
+    def _select(self, accept: jax.Array, new: ShampooState, old: ShampooState) -> ShampooState:
+        """One of two states; statistics in host memory have been left alone where the step was refused."""
+
+        def without(state: ShampooState) -> tuple[ShampooState, dict[str, Any]]:
+            kept = {name: bucket.roots.statistics for name, bucket in state.buckets.items()}
+            buckets = {name: b._replace(roots=b.roots._replace(statistics=())) for name, b in state.buckets.items()}
+            return state._replace(buckets=buckets), kept
+
+        if self.options.statistics_memory == "device":
+            return jax.tree.map(lambda new, old: jnp.where(accept, new, old), new, old)
+        (new, kept), (old, _) = without(new), without(old)
+        chosen = jax.tree.map(lambda new, old: jnp.where(accept, new, old), new, old)
+        buckets = {
+            name: b._replace(roots=b.roots._replace(statistics=kept[name])) for name, b in chosen.buckets.items()
+        }
+        return chosen._replace(buckets=buckets)
 
     def _tables(self, bucket: Bucket) -> _Tables:
         if self.options.graft_norm == "block":
@@ -361,10 +391,12 @@ class DistributedShampoo(optax.GradientTransformation):
         tables: dict[str, _Tables],
         step: jax.Array,
         exponent: jax.Array,
+        finite: jax.Array,
     ) -> tuple[Any, Any, Any]:
         """On each device: gradients arrive, directions leave, statistics and due roots are renewed.
 
-        Norms are taken in units of powers of two, found from `exponent`, that of the largest gradient entry.
+        Norms are taken in units of powers of two, found from `exponent`, that of the largest gradient entry. `finite`
+        is whether the step is to be accepted, as far as it is known; returned is the number of overflows.
         """
         options, owners = self.options, self.owners
         gradients = {b.name: owners.to_owners(tiles[b.name], tables[b.name].routes, b) for b in buckets}
@@ -394,17 +426,23 @@ class DistributedShampoo(optax.GradientTransformation):
         matrices = {name: table.matrix for name, table in tables.items()}
         by_roots, by_graft = norms.factors(squares, elements, matrices, buckets, owners, options, of_graft)
 
-        new_states, overflows = {}, jnp.zeros((), jnp.int32)
-        roots = self._renew(buckets, states, gradients, tables, step)
+        overflows = jnp.zeros((), jnp.int32)
         for bucket in buckets:
-            name, state = bucket.name, states[bucket.name]
-            ones = [1] * len(bucket.shape)
+            name, ones = bucket.name, [1] * len(bucket.shape)
             direction = jnp.where(
                 acting[name].reshape(-1, *ones),
                 directions[name] * by_roots[name].reshape(-1, *ones),
                 grafts[name] * by_graft[name].reshape(-1, *ones),
             )
             directions[name] = _times_power(direction, of_graft)
+            overflows += ~jnp.isfinite(directions[name].sum())
+        overflows = owners.sum(overflows)
+        # In device memory a refused step's statistics are made and thrown away: they need not wait for the others.
+        accepted = finite & (overflows == 0) if options.statistics_memory == "host" else True
+        roots = self._renew(buckets, states, gradients, tables, step, accepted)
+        new_states = {}
+        for bucket in buckets:
+            name, state = bucket.name, states[bucket.name]
             new_roots, gathered = roots[name]
             new_states[name] = BucketState(
                 block=state.block,
@@ -415,10 +453,8 @@ class DistributedShampoo(optax.GradientTransformation):
                     jnp.where(acting[name], by_roots[name], 0), of_graft - of_direction[name] + taken
                 ),
             )
-            traces = [jnp.trace(s.astype(jnp.float32), axis1=-2, axis2=-1).sum() for s in new_roots.statistics]
-            overflows += sum(~jnp.isfinite(x) for x in (*traces, directions[name].sum()))
         tiles = {b.name: owners.from_owners(directions[b.name], tables[b.name].routes, b) for b in buckets}
-        return tiles, new_states, owners.sum(overflows)
+        return tiles, new_states, overflows
 
     def _normalized(
         self,
@@ -445,14 +481,21 @@ class DistributedShampoo(optax.GradientTransformation):
         gradients: dict[str, jax.Array],
         tables: dict[str, _Tables],
         step: jax.Array,
+        accepted: jax.Array | bool,
     ) -> dict[str, tuple[Roots, jax.Array | None]]:
         """Bucket name -> (statistics and roots after this step, gradients gathered for the next statistics)."""
-        every = self.options.statistics_every
+        every, on_host = self.options.statistics_every, self.options.statistics_memory == "host"
         roots, gathered = {}, {}
         for bucket in buckets:
             name, state = bucket.name, states[bucket.name]
             if state.gathered is None:
-                roots[name], gathered[name] = accumulate(state.roots, gradients[name], bucket), None
+                roots[name] = accumulate(state.roots, gradients[name], bucket, wanted=accepted, on_host=on_host)
+                gathered[name] = None
+            elif on_host:
+                total, renew = state.gathered + gradients[name], step % every == 0
+                wanted = accepted & renew
+                roots[name] = accumulate(state.roots, total / every, bucket, wanted=wanted, on_host=True)
+                gathered[name] = jnp.where(renew, 0, total)
             else:
                 roots[name], gathered[name] = lax.cond(
                     step % every == 0,
@@ -472,19 +515,28 @@ class DistributedShampoo(optax.GradientTransformation):
             return roots
         first, count = schedule.due_phases(step, self.options)
 
-        def renew(phase: Any, roots: dict[str, Roots]) -> dict[str, Roots]:
-            due = {}
+        def renew(phase: Any, written: dict[str, Roots]) -> dict[str, Roots]:
+            due, whole = {}, {}
             for bucket in buckets:
                 slot = tables[bucket.name].due[0, phase % bucket.phases]
                 due[bucket.name] = Due(slot, tables[bucket.name].sizes.at[slot].get(mode="clip"))
-            return refresh(roots, due, buckets, self.options, step=step)
+                whole[bucket.name] = written[bucket.name]._replace(statistics=roots[bucket.name].statistics)
+            return without(refresh(whole, due, buckets, self.options, step=step))
 
+        def without(roots: dict[str, Roots]) -> dict[str, Roots]:
+            """What a refresh writes: in a loop or a branch, statistics would be handed on."""
+            return {name: old._replace(statistics=()) for name, old in roots.items()}
+
+        written = without(roots)
         if self.options.refresh == "periodic":
             crosses = -first % self.options.interval < count
-            return lax.cond(crosses, lambda roots: renew(0, roots), lambda roots: roots, roots)
-        if self.options.early_intervals or self.options.start_step:
-            return lax.fori_loop(0, count, lambda i, roots: renew((first + i) % self.options.interval, roots), roots)
-        return renew(first, roots)
+            written = lax.cond(crosses, lambda written: renew(0, written), lambda written: written, written)
+        elif self.options.early_intervals or self.options.start_step:
+            interval = self.options.interval
+            written = lax.fori_loop(0, count, lambda i, written: renew((first + i) % interval, written), written)
+        else:
+            written = renew(first, written)
+        return {name: new._replace(statistics=roots[name].statistics) for name, new in written.items()}
 
 
 def _squares(x: jax.Array) -> jax.Array:

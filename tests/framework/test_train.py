@@ -179,12 +179,12 @@ def test_killed_between_checkpoints_drops_the_history_that_is_repeated(uninterru
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 12), arrays(whole, 12))
 
 
-@pytest.mark.parametrize("refresh", ["staggered", "host"])
-def test_shampoo_resumes_bitwise_and_on_another_number_of_devices(tmp_path, monkeypatch, refresh):
+@pytest.mark.parametrize("schedule", [{}, {"refresh": "host", "statistics_memory": "host"}], ids=["staggered", "host"])
+def test_shampoo_resumes_bitwise_and_on_another_number_of_devices(tmp_path, monkeypatch, capsys, schedule):
     """Catches state that a checkpoint leaves out, and statistics that are given to other blocks than their own."""
 
     def config(**mesh):
-        return make_config(optimizer=base.component(SHAMPOO, block_size=8, interval=3, refresh=refresh), **mesh)
+        return make_config(optimizer=base.component(SHAMPOO, block_size=8, interval=3, **schedule), **mesh)
 
     whole, same, other = (tmp_path / name for name in ("whole", "same", "other"))
     train(config(), whole, devices=two())
@@ -195,6 +195,7 @@ def test_shampoo_resumes_bitwise_and_on_another_number_of_devices(tmp_path, monk
     train(config(), same, devices=two())
     assert lines(same) == lines(whole)
     jax.tree.map(np.testing.assert_array_equal, arrays(same, 12), arrays(whole, 12))
+    assert ("in its host's memory" in capsys.readouterr().out) == bool(schedule)
     train(config(**{"mesh.fsdp": 2, "mesh.tensor": 2}), other, devices=jax.devices())
     for line, expected in zip(lines(other), lines(whole), strict=True):
         exact = {key: value for key, value in expected.items() if "residual" not in key}  # that is rounding itself

@@ -327,6 +327,7 @@ TEXTS = {
     "statistics_dtype": {"float32": "float32"},
     "roots_dtype": {"bfloat16": "bfloat16"},
     "momentum_dtype": {"bfloat16": "bfloat16"},
+    "statistics_memory": {"host": "host"},
 }
 
 

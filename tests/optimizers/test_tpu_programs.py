@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from shampax.optimizers import ShampooOptions, distributed_shampoo
+from shampax.optimizers import ShampooOptions, distributed_shampoo, residence
 from shampax.optimizers.baselines import AdamWOptions
 from shampax.optimizers.parcels import Parcel, Parcels
 
@@ -122,9 +122,9 @@ def test_tpu_gradients_of_replicated_parameters_are_reduced_once():
 
 
 @pytest.mark.parametrize("layout", ["replicated", "fsdp x tensor"])
-def test_tpu_steps_with_roots_on_the_host_have_no_solver_and_parcels_no_traffic(layout):
+def test_tpu_steps_with_roots_on_the_host_have_no_solver_and_parcels_no_traffic(layout, monkeypatch):
     """Catches a solver that is left in the step, a transfer that waits for other devices, roots that are copied to be
-    installed, and a parcel that holds more than is due."""
+    installed, a parcel that holds more than is due, and statistics in host memory that a step brings in all at once."""
     topology, axes, specs = LAYOUTS[layout]
     mesh = slice_of(topology, **axes)
     options = dataclasses.replace(OPTIONS, refresh="host", delay=4)
@@ -133,6 +133,15 @@ def test_tpu_steps_with_roots_on_the_host_have_no_solver_and_parcels_no_traffic(
     assert not programs.inside_loops(text)
     assert "stablehlo.while" not in step.lowered.as_text()
     assert "stablehlo.while" in programs.lower_shampoo(SHAPES, mesh, specs, OPTIONS).lowered.as_text()
+
+    # Statistics in the hosts' memory leave the devices' without passing through it as a whole.
+    monkeypatch.setattr(residence, "_CHUNK_BYTES", 2**18)
+    hosted = programs.lower_shampoo(SHAPES, mesh, specs, dataclasses.replace(options, statistics_memory="host"))
+    moved = programs.device_bytes({name: b.roots.statistics for name, b in step.state.buckets.items()})
+    plain, lean = (x.lowered.compile().memory_analysis() for x in (step, hosted))
+    assert lean.argument_size_in_bytes <= plain.argument_size_in_bytes - 0.99 * moved
+    assert lean.host_alias_size_in_bytes >= moved and lean.host_temp_size_in_bytes == 0
+    assert lean.temp_size_in_bytes <= plain.temp_size_in_bytes + 0.8 * moved  # gradients of the blocks, most of it
 
     tx = step.tx
     parcels = Parcels(tx.plan(step.params).buckets, tx.owners, options)
