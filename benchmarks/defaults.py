@@ -9,7 +9,6 @@ same command goes on where it was stopped. JSON goes to standard output, progres
 
 import argparse
 import dataclasses
-import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import Any
 from ..framework import workdir
 from ..framework.config import load
 from ..framework.errors import UserError
-from . import learning
+from . import command, learning
 from .documents import Section, table
 from .grid import Outcome, Trial, by, mean_loss
 
@@ -54,7 +53,14 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def trials(options: argparse.Namespace) -> list[Trial]:
-    """The grid, the first seed of everything first."""
+    """The grid, the first seed of everything first.
+
+    Raises:
+      UserError: a change that there is not.
+    """
+    unknown = [name for name in options.changes if name not in CHANGES]
+    if unknown:
+        raise UserError(f"there is no change {unknown[0]!r}; there is {', '.join(CHANGES)}")
     return [Trial(name, rate, seed) for seed in options.seeds for name in options.changes for rate in options.rates]
 
 
@@ -134,42 +140,28 @@ def tabulate(options: argparse.Namespace) -> dict[str, Any]:
     heading = ["change", "seeds", *(f"rate {rate}" for rate in rates), "best, less that of no change"]
     text = f"Made by `{COMMAND}`. Mean held-out loss at the end, nats per token:\n\n{table(heading, body)}\n"
     if options.markdown:
-        if not options.markdown.is_file():
-            raise UserError(f"there is no {options.markdown}; make it with the lines {SECTION.begin} and {SECTION.end}")
-        options.markdown.write_text(SECTION.replace(options.markdown.read_text(), text))
+        SECTION.write(options.markdown, text)
     else:
         print(text, file=sys.stderr)
     return {"rows": rows, "missing": [trial.name for trial in missing]}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line; returns the exit code: 2 after one line for the user, 130 when stopped."""
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog=COMMAND, description="Our options, one changed at a time.")
     commands = parser.add_subparsers(required=True, metavar="learn|table")
     for name, function in (("learn", learn), ("table", tabulate)):
-        command = commands.add_parser(name)
-        command.set_defaults(run=function)
-        command.add_argument("--workdir", type=Path, default=Path("runs/defaults"), metavar="DIR", help="%(default)s")
-        command.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")], default=[0])
-        command.add_argument("--rates", type=lambda text: [float(x) for x in text.split(",")], default=[6e-3, 1.2e-2])
-        command.add_argument(
+        verb = commands.add_parser(name)
+        verb.set_defaults(run=function)
+        verb.add_argument("--workdir", type=Path, default=Path("runs/defaults"), metavar="DIR", help="%(default)s")
+        verb.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")], default=[0])
+        verb.add_argument("--rates", type=lambda text: [float(x) for x in text.split(",")], default=[6e-3, 1.2e-2])
+        verb.add_argument(
             "--changes", type=lambda text: text.split(";"), default=list(CHANGES), metavar="NAME;NAME", help="which"
         )
     commands.choices["table"].add_argument("--markdown", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    try:
-        unknown = [name for name in options.changes if name not in CHANGES]
-        if unknown:
-            raise UserError(f"there is no change {unknown[0]!r}; there is {', '.join(CHANGES)}")
-        result = options.run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    print(json.dumps(result, indent=2))
-    return 0
+    return command.report(lambda: options.run(options))
 
 
 if __name__ == "__main__":

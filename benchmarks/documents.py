@@ -1,6 +1,7 @@
 """Tables in Markdown, and the section of a document that a benchmark rewrites."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..framework.errors import UserError
 
@@ -10,6 +11,16 @@ class Section:
 
     def __init__(self, name: str):
         self.begin, self.end = f"<!-- {name} begin -->", f"<!-- {name} end -->"
+
+    def write(self, path: Path, content: str) -> None:
+        """Put content into the section of a file.
+
+        Raises:
+          UserError: there is no such file, or it has no such section.
+        """
+        if not path.is_file():
+            raise UserError(f"there is no {path}; make it with the lines {self.begin} and {self.end}")
+        path.write_text(self.replace(path.read_text(), content))
 
     def replace(self, document: str, content: str) -> str:
         """The document with other content in the section.

@@ -10,7 +10,6 @@ computing gradients. JSON goes to standard output.
 import argparse
 import contextlib
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ from matplotlib.patches import Patch
 from ..framework.errors import UserError
 from ..optimizers import ShampooOptions, distributed_shampoo
 from ..optimizers.host import Event, pool_size
+from . import command
 from .documents import Section, table
 
 COMMAND = "python -m shampax.benchmarks.host_schedule"
@@ -228,17 +228,19 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help=f"goes between {SECTION.begin} and its end")
     parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the timeline of the longest interval")
     options = parser.parse_args(arguments)
-    if options.markdown and not options.markdown.is_file():
-        print(f"error: {UserError(f'there is no {options.markdown}')}", file=sys.stderr)
-        return 2
-    result, loop = measure(options)
-    if options.markdown:
-        options.markdown.write_text(SECTION.replace(options.markdown.read_text(), markdown(result)))
-    if options.figure:
-        options.figure.parent.mkdir(parents=True, exist_ok=True)
-        timeline(loop, steps=8).savefig(options.figure)
-    print(json.dumps(result, indent=2))
-    return 0
+
+    def run() -> dict[str, Any]:
+        if options.markdown and not options.markdown.is_file():
+            raise UserError(f"there is no {options.markdown}")  # rather than after minutes
+        result, loop = measure(options)
+        if options.markdown:
+            SECTION.write(options.markdown, markdown(result))
+        if options.figure:
+            options.figure.parent.mkdir(parents=True, exist_ok=True)
+            timeline(loop, steps=8).savefig(options.figure)
+        return result
+
+    return command.report(run)
 
 
 if __name__ == "__main__":

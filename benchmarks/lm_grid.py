@@ -11,7 +11,6 @@ standard output, progress and the tables to standard error. The same command goe
 import argparse
 import dataclasses
 import itertools
-import json
 import pathlib
 import shlex
 import signal
@@ -27,6 +26,7 @@ from ml_collections import ConfigDict
 from ..framework import ownership, workdir
 from ..framework.config import load
 from ..framework.errors import UserError
+from . import command
 from .documents import Section, table
 from .grid import Outcome, Trial, best_rates, by, crossings, mean_loss
 
@@ -227,9 +227,9 @@ def run_grid(grid: Sequence[Trial], options: argparse.Namespace) -> list[Outcome
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line; returns the exit code: 2 after one line for the user, 130 when stopped."""
+    """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    command = "python -m shampax.benchmarks.lm_grid " + shlex.join(
+    line = "python -m shampax.benchmarks.lm_grid " + shlex.join(
         [
             f"--config={options.config}",
             f"--variants={','.join(options.variants)}",
@@ -238,24 +238,20 @@ def main(arguments: Sequence[str]) -> int:
             *(["--set", *options.set] if options.set else []),
         ]
     )
-    try:
+
+    def run() -> dict[str, Any]:
         if options.markdown:
             # Before hours of training, not after.
             SECTION.replace(_document(options.markdown), "")
         analysis = analyse(run_grid(trials(options.variants, options.learning_rates, options.seeds), options))
-        section = markdown(analysis, command)
+        section = markdown(analysis, line)
         if options.markdown:
             options.markdown.parent.mkdir(parents=True, exist_ok=True)
             options.markdown.write_text(SECTION.replace(_document(options.markdown), section))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        _say("stopped; the same command goes on from here")
-        return 130
-    _say(section)
-    print(json.dumps(analysis, indent=2))
-    return 0
+        _say(section)
+        return analysis
+
+    return command.report(run)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -32,7 +32,7 @@ from ..framework.errors import UserError
 from ..framework.workdir import Axis
 from ..models.lm import LMTask
 from ..optimizers import ShampooOptions
-from . import learning, standings, timing
+from . import command, learning, standings, timing
 from .contestants import RATES, TITLES, GoogleOptions, google_package
 from .grid import Trial
 
@@ -120,11 +120,8 @@ def table(options: argparse.Namespace) -> dict[str, Any]:
     outcomes, missing = learning.read_grid(trials(options), options.workdir / RUNS, standings.seconds_per_step(timed))
     comparison = standings.compare(outcomes, missing, timed)
     content = standings.markdown(comparison, times, costs, f"{COMMAND} table")
-    section = standings.SECTION
-    if options.markdown and not options.markdown.is_file():
-        raise UserError(f"there is no {options.markdown}; make it with the lines {section.begin} and {section.end}")
     if options.markdown:
-        options.markdown.write_text(section.replace(options.markdown.read_text(), content))
+        standings.SECTION.write(options.markdown, content)
     else:
         print(content, file=sys.stderr)
     if options.figure:
@@ -150,18 +147,9 @@ def trials(options: argparse.Namespace) -> list[Trial]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line; returns the exit code: 2 after one line for the user, 130 when stopped."""
+    """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        result = options.run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    print(json.dumps(result, indent=2))
-    return 0
+    return command.report(lambda: options.run(options))
 
 
 def _rates(options: argparse.Namespace) -> dict[str, tuple[float, ...]]:
@@ -221,12 +209,12 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--config", default="shampax/configs/lm.py:sample", metavar="FILE:VARIANT", help="%(default)s")
     sample.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="config values")
 
-    command = commands.add_parser("learn", parents=[workdirs, grid, sample], help="train the whole grid")
-    command.set_defaults(run=learn)
-    command = commands.add_parser("time", parents=[workdirs, grid, sample], help="measure train steps in turns")
-    command.add_argument("--steps", type=int, default=200, metavar="N", help="of each, at least; default: %(default)s")
-    command.set_defaults(run=time_steps)
-    command = commands.add_parser("cost", parents=[workdirs], help="measure updates alone")
+    verb = commands.add_parser("learn", parents=[workdirs, grid, sample], help="train the whole grid")
+    verb.set_defaults(run=learn)
+    verb = commands.add_parser("time", parents=[workdirs, grid, sample], help="measure train steps in turns")
+    verb.add_argument("--steps", type=int, default=200, metavar="N", help="of each, at least; default: %(default)s")
+    verb.set_defaults(run=time_steps)
+    verb = commands.add_parser("cost", parents=[workdirs], help="measure updates alone")
     for name, default, text in (
         ("block_size", 128, "largest side of a block"),
         ("interval", 20, "steps from one refresh to the next"),
@@ -235,16 +223,16 @@ def _parser() -> argparse.ArgumentParser:
         ("layers", 6, "of the Transformer"),
         ("embed_dim", 512, "of the Transformer"),
     ):
-        command.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default: {default}")
-    command.add_argument("--eigh_timeout", type=float, default=900, metavar="S", help="seconds; 0 leaves eigh out")
-    command.add_argument("--eigh_only", action="store_true", help="our two solvers instead of Google's and ours")
-    command.set_defaults(run=cost)
-    command = commands.add_parser("table", parents=[workdirs, grid], help="put everything together")
-    command.add_argument(
+        verb.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default: {default}")
+    verb.add_argument("--eigh_timeout", type=float, default=900, metavar="S", help="seconds; 0 leaves eigh out")
+    verb.add_argument("--eigh_only", action="store_true", help="our two solvers instead of Google's and ours")
+    verb.set_defaults(run=cost)
+    verb = commands.add_parser("table", parents=[workdirs, grid], help="put everything together")
+    verb.add_argument(
         "--markdown", type=Path, metavar="FILE", help=f"goes between {standings.SECTION.begin} and its end"
     )
-    command.add_argument("--figure", type=Path, metavar="PNG", help="draw the losses of each at its best rate")
-    command.set_defaults(run=table)
+    verb.add_argument("--figure", type=Path, metavar="PNG", help="draw the losses of each at its best rate")
+    verb.set_defaults(run=table)
     return parser
 
 

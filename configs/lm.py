@@ -61,6 +61,14 @@ def sample(config: Any) -> None:
     config.simulated_devices = 4
 
 
+def sample_host(config: Any) -> None:
+    """The same with roots by LAPACK on the host, which the devices here are."""
+    sample(config)
+    config.optimizer.refresh = "host"
+    config.optimizer.delay = 1
+    config.optimizer.early_intervals = ((20, 2),)  # no shorter than the delay allows
+
+
 def sample_adamw(config: Any) -> None:
     """The same model, data and budget under AdamW."""
     sample(config)
@@ -128,7 +136,13 @@ def eight_billion(config: Any) -> None:
     _pace(config)
 
 
-VARIANTS = {"sample": sample, "sample_adamw": sample_adamw, "1b": one_billion, "8b": eight_billion}
+VARIANTS = {
+    "sample": sample,
+    "sample_host": sample_host,
+    "sample_adamw": sample_adamw,
+    "1b": one_billion,
+    "8b": eight_billion,
+}
 
 
 def get_config(variant: str = "sample") -> Any:

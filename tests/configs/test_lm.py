@@ -38,6 +38,8 @@ def history(workdir, key):
 def test_every_variant_trains_through_the_command_line(variant, tmp_path, capsys):
     """Catches a shipped config that does not build, compile, train or report."""
     changes = SMALL if variant == "sample_adamw" else SMALL + SHAMPOO
+    if variant == "sample_host":
+        changes = (*SMALL, "optimizer.block_size=32")
     if variant in ("1b", "8b"):
         changes = (*changes, "mesh.fsdp=2", "mesh.tensor=2", "duration=4 steps")
     arguments = [f"--config=shampax/configs/lm.py:{variant}", f"--workdir={tmp_path / 'run'}"]
