@@ -25,7 +25,8 @@ from matplotlib.patches import Patch
 
 from ..framework.errors import UserError
 from ..optimizers import ShampooOptions, distributed_shampoo
-from ..optimizers.host import Event, pool_size
+from ..optimizers.host import Event
+from ..optimizers.workers import pool_size
 from . import command
 from .documents import Section, table
 
@@ -69,7 +70,7 @@ class Loop:
         options = ShampooOptions(
             block_size=block_size, interval=way.interval, refresh=refresh, delay=way.delay, solver=way.solver
         )
-        self.way, self.workers = way, pool_size(options)
+        self.way, self.workers = way, pool_size(options.host_workers)
         self.events: list[Event] = []
         self.seconds: list[float] = []
         random = np.random.default_rng(0)

@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 
 from . import lapack
 from .blocks import Bucket
-from .host import available_cores, pool_size
 from .options import ShampooOptions
 from .roots import inverse_pth_root
+from .workers import available_cores, pool_size
 
 # The most of its time that the pool is to be busy: what is left absorbs solves that take longer than others.
 BUSY = 0.8
@@ -99,7 +99,7 @@ def choose(costs: Costs, step_seconds: float, options: ShampooOptions, *, shares
       shares_cores: whether devices are this host's cores, so that its threads take their time.
     """
     budget = options.overhead * step_seconds
-    threads = pool_size(options)
+    threads = pool_size(options.host_workers)
     on_device = max(options.interval, math.ceil(costs.device / budget))
     room = BUSY * step_seconds * threads
     if shares_cores:

@@ -17,7 +17,6 @@ that were not taken are offered again.
 """
 
 import operator
-import os
 import threading
 import time
 from collections import deque
@@ -25,17 +24,17 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
 from jax.sharding import PartitionSpec
 
 from . import lapack, schedule
 from .blocks import Bucket
+from .in_flight import InFlight, empty_bank, recalled, store
 from .options import ShampooOptions
 from .parcels import Contents, Parcel, Parcels
 from .refresh import NORM_MARGIN
-from .workers import Workers
+from .workers import Workers, pool_size
 
 # A failed solve is tried again with the regulariser this many times as large, and then as many times that.
 _RETRIES = (10.0, 100.0)
@@ -44,22 +43,6 @@ _SMALLEST_RETRY = 1e-7
 
 class HostRootsError(RuntimeError):
     """A thread that solves has died. What is in flight is still there to be saved."""
-
-
-class InFlight(NamedTuple):
-    """Statistics whose roots have not been installed yet, as a checkpoint keeps them; axis 0 numbers the slots.
-
-    Attributes:
-      statistics: per preconditioned side [n, r, r] float32.
-      correction: [n] float32, what they are to be divided by.
-      exponent: [n] int32, of the gradients they are of.
-      stamp: [n] int32, the count of the steps in them; 0 where nothing is in flight.
-    """
-
-    statistics: tuple[jax.Array, ...]
-    correction: jax.Array
-    exponent: jax.Array
-    stamp: jax.Array
 
 
 class Report(NamedTuple):
@@ -139,7 +122,7 @@ class HostRoots:
         self._options = options
         self._events = events
         self._reader = Workers(1, "roots-reader")
-        self._solvers = Workers(pool_size(options), "roots")
+        self._solvers = Workers(pool_size(options.host_workers), "roots")
         # One thread for each LAPACK call: the calls run side by side, and the number changes their last bits.
         self._blas = threadpoolctl.threadpool_limits(limits=1, user_api="blas")
         self._tables: Any = None
@@ -215,18 +198,18 @@ class HostRoots:
         while self._unknown:
             self._learn()
         devices = self._devices(state)
-        banks = {device: {b.name: _bank(b) for b in self._parcels.buckets} for device in devices}
+        banks = {device: {b.name: empty_bank(b) for b in self._parcels.buckets} for device in devices}
         for launch in self._flying:
             if launch.opened.exception() is not None:
                 continue  # the run is about to end for it; these blocks keep their roots until they are due again
             for work in (work for part in launch.opened.result() for work in part):
                 for bucket in self._parcels.buckets:
-                    _store(banks[work.device][bucket.name], work.taken[bucket.name], launch.stamp)
+                    store(banks[work.device][bucket.name], work.taken[bucket.name], launch.stamp)
         buckets = dict(state.buckets)
         for bucket in self._parcels.buckets:
             leaves = [jax.tree.leaves(banks[device][bucket.name]) for device in devices]
             arrays = [self._assemble(devices, list(parts), host=True) for parts in zip(*leaves, strict=True)]
-            structure = jax.tree.structure(_bank(bucket))
+            structure = jax.tree.structure(empty_bank(bucket))
             buckets[bucket.name] = buckets[bucket.name]._replace(in_flight=jax.tree.unflatten(structure, arrays))
         return state._replace(buckets=buckets)
 
@@ -434,7 +417,7 @@ class HostRoots:
                         window = self._parcels.window(bucket)
                         slots = due[bucket.name][number * window : (number + 1) * window]
                         sizes = tables[bucket.name][numbers[device]]
-                        taken[bucket.name] = _recalled(by_name[bucket.name], slots, sizes, window)
+                        taken[bucket.name] = recalled(by_name[bucket.name], slots, sizes, window)
                     part.append(self._begin(device, taken))
             opened: Future[list[list[_Work]]] = Future()
             opened.set_result(parts)
@@ -450,16 +433,6 @@ class HostRoots:
         if self._events is not None:
             thread = threading.current_thread().name
             self._events.append(Event(kind, thread, start, time.perf_counter(), stamp))
-
-
-def pool_size(options: ShampooOptions) -> int:
-    """Number of threads that solve."""
-    return options.host_workers or max(1, available_cores() - 1)
-
-
-def available_cores() -> int:
-    """Cores that this process may use; a batch system may give it fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _sound_root(
@@ -482,46 +455,3 @@ def _sound_root(
         if found.residual <= residual_bound and np.max(np.abs(found.root)) <= bound:
             return found, tried
     return None, len(_RETRIES)
-
-
-def in_flight_spec(bucket: Bucket, slots: int) -> InFlight:
-    """Shapes and types of what a checkpoint keeps of a bucket."""
-    lengths = [bucket.shape[side] for side in bucket.sides]
-    spec: Any = jax.ShapeDtypeStruct
-    return InFlight(
-        statistics=tuple(spec((slots, r, r), jnp.float32) for r in lengths),
-        correction=spec((slots,), jnp.float32),
-        exponent=spec((slots,), jnp.int32),
-        stamp=spec((slots,), jnp.int32),
-    )
-
-
-def _bank(bucket: Bucket) -> Any:
-    """One device's part of what a checkpoint keeps of a bucket, empty."""
-    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), in_flight_spec(bucket, bucket.slots.shape[1]))
-
-
-def _store(bank: Any, contents: Contents, stamp: int) -> None:
-    due = contents.slot < len(bank.stamp)
-    slots = contents.slot[due]
-    for place, stack in zip(bank.statistics, contents.statistics, strict=True):
-        place[slots] = stack[due]
-    bank.correction[slots], bank.exponent[slots] = contents.correction[due], contents.exponent[due]
-    bank.stamp[slots] = stamp
-
-
-def _recalled(bank: InFlight, slots: np.ndarray, sizes: np.ndarray, window: int) -> Contents:
-    """Some slots of a bank as the contents of a parcel."""
-
-    def filled(x: Any, rest: Any) -> np.ndarray:
-        x = np.asarray(x)
-        return np.concatenate([x, np.broadcast_to(np.asarray(rest, x.dtype), (window - len(x), *x.shape[1:]))])
-
-    stamp = np.asarray(bank.stamp)
-    return Contents(
-        statistics=[filled(np.asarray(s)[slots], 0) for s in bank.statistics],
-        correction=filled(np.asarray(bank.correction)[slots], 1),
-        slot=filled(slots.astype(np.int32), len(stamp)),
-        exponent=filled(np.asarray(bank.exponent)[slots], 0),
-        sizes=filled(sizes[slots], 0),
-    )

@@ -9,8 +9,7 @@ For a block G (r x c) of a matrix parameter, per step:
     for the blocks that are due: new roots of L and R, used from the next step on
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,58 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh
 
-from . import moments, norms, patterns, residence, schedule
-from .blocks import Bucket, Plan, make_plan, slots_per_owner
+from . import moments, norms, patterns, schedule
+from .blocks import Bucket, Plan, make_plan
+from .diagnostics import diagnose
 from .exchange import Owners
 from .finite import all_finite, largest
-from .host import Event, HostRoots, InFlight, in_flight_spec
-from .moments import Moments
+from .host import Event, HostRoots
 from .options import ShampooOptions
 from .parcels import Parcels
-from .refresh import NO_GRADIENT, Due, Roots, accumulate, initial_roots, precondition, refresh, usable
-
-# Smaller diagonal states are not worth the latency of spreading them over the devices.
-SPREAD_FROM = 2**16
-
-
-class BucketState(NamedTuple):
-    """State of a bucket; axis 0 of every array numbers the slots, whose devices own the blocks.
-
-    Attributes:
-      block: [n] int32, which block of the bucket is in each slot; the number of blocks where the slot is empty.
-      moments: momentum and second moment of the blocks.
-      roots: statistics and roots.
-      gathered: sum of the gradients since the statistics were last renewed; None where they are renewed every step.
-      graft_ratio: [n] float32, what the newest direction was multiplied by to have the graft's norm; 0 for blocks that
-        act by the graft method.
-      in_flight: in a checkpoint of the host schedule, statistics whose roots are still to come; otherwise None.
-    """
-
-    block: jax.Array
-    moments: Moments
-    roots: Roots
-    gathered: jax.Array | None
-    graft_ratio: jax.Array
-    in_flight: InFlight | None = None
-
-
-class ShampooState(NamedTuple):
-    """State of Distributed Shampoo.
-
-    Attributes:
-      count: int32, steps taken.
-      skipped: int32, updates refused because a gradient, its squares or the update were not finite; such a step
-        changes nothing else.
-      buckets: bucket name -> its state.
-      diagonal: path (joined with dots) -> moments of a parameter under diagonal treatment.
-    """
-
-    count: jax.Array
-    skipped: jax.Array
-    buckets: dict[str, BucketState]
-    diagonal: dict[str, Moments]
+from .refresh import Due, Roots, accumulate, precondition, refresh, usable
+from .state import BucketState, Layout, ShampooState, state_key
 
 
 class _Tables(NamedTuple):
@@ -105,7 +64,7 @@ class DistributedShampoo(optax.GradientTransformation):
         """A NamedTuple, as optax has it, with attributes beside its two functions."""
         self = super().__new__(  # type: ignore
             cls,
-            lambda params: self._init(params),
+            lambda params: self._layout(params).initial(params),
             lambda updates, state, params=None: self._update(updates, state, params),
         )
         self.learning_rate = learning_rate
@@ -138,33 +97,19 @@ class DistributedShampoo(optax.GradientTransformation):
           params: arrays, or ShapeDtypeStructs with shardings; a diagonal state follows its parameter, spread over the
             mesh axes that the parameter does not use.
         """
-        return self._shardings(params)
+        return self._layout(params).shardings(params)
 
-    def _shardings(self, params: Any, *, saved: bool = False) -> ShampooState:
-        state = jax.eval_shape(lambda params: self._zeros(params, self.owners.count, saved=saved), params)
-        mesh = self.owners.mesh
-        if mesh is None:
-            single = SingleDeviceSharding(jax.devices()[0])
-            state = jax.tree.map(lambda _: single, state)
-            return self._placed(state, lambda x: x.with_memory_kind(residence.HOST_KIND))
-        replicated = NamedSharding(mesh, PartitionSpec())
-        by_block = self.owners.sharding(self.owners.by_block)
-        leaves, names = jax.tree.leaves(params), patterns.paths(params)
-        diagonal = {}
-        for index in self.plan(params).diagonal:
-            leaf = leaves[index]
-            own = getattr(leaf, "sharding", None)
-            spec = own.spec if isinstance(own, NamedSharding) else PartitionSpec()
-            key = _state_key(names[index])
-            spread = NamedSharding(mesh, _spread(spec, leaf.shape, mesh))
-            diagonal[key] = jax.tree.map(lambda _, spread=spread: spread, state.diagonal[key])
-        shardings = ShampooState(
-            count=replicated,  # type: ignore
-            skipped=replicated,  # type: ignore
-            buckets=jax.tree.map(lambda _: by_block, state.buckets),
-            diagonal=diagonal,
-        )
-        return self._placed(shardings, lambda x: x.with_memory_kind(residence.HOST_KIND))
+    def state_of_owners(self, params: Any, owners: int) -> ShampooState:
+        """The state as `owners` devices save it: ShapeDtypeStructs, laid out on this mesh to restore a checkpoint."""
+        return self._layout(params).of_owners(params, owners)
+
+    def adopt(self, state: ShampooState, params: Any) -> ShampooState:
+        """A state saved on any mesh, its blocks moved to their owners on this one; no value changes."""
+        return self._layout(params).adopt(state)
+
+    def diagnostics(self, state: ShampooState) -> dict[str, jax.Array]:
+        """Scalars about the state, by name; see the module `diagnostics`."""
+        return diagnose(state, self.options)
 
     def host_roots(self, params: Any, events: list[Event] | None = None) -> HostRoots | None:
         """The service that computes roots on the host, to be called around every step; see the module `host`.
@@ -182,112 +127,8 @@ class DistributedShampoo(optax.GradientTransformation):
             self._parcels[id(plan)] = Parcels(plan.buckets, self.owners, self.options)
         return HostRoots(self._parcels[id(plan)], self.options, events)
 
-    def state_of_owners(self, params: Any, owners: int) -> ShampooState:
-        """The state as `owners` devices save it: ShapeDtypeStructs, laid out on this mesh to restore a checkpoint."""
-        own = self._shardings(params, saved=True)
-        state = jax.eval_shape(lambda params: self._zeros(params, owners, saved=True), params)
-
-        def spec(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
-            if leaf.ndim and leaf.shape[0] % self.owners.count and self.owners.mesh is not None:
-                sharding = self.owners.sharding(PartitionSpec())
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        buckets = jax.tree.map(spec, state.buckets, own.buckets)
-        kept = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            state._replace(buckets={}),
-            own._replace(buckets={}),
-        )
-        return kept._replace(buckets=buckets)
-
-    def adopt(self, state: ShampooState, params: Any) -> ShampooState:
-        """A state kept on any mesh, its blocks moved to their owners on this one; no value changes."""
-        buckets, state = {}, self._placed(state, residence.to_device)
-        for bucket in self.plan(params).buckets:
-            old = state.buckets[bucket.name]
-            slot_of_block = jnp.argsort(old.block, stable=True)[: bucket.blocks]
-            slots = bucket.slots.reshape(-1)
-            source = jnp.append(slot_of_block, len(old.block))[slots]
-            moved = jax.tree.map(lambda x, source=source: x.at[source].get(mode="fill", fill_value=0), old)
-            buckets[bucket.name] = moved._replace(block=jnp.asarray(slots))
-        return self._placed(state._replace(buckets=buckets), residence.to_host)
-
-    def diagnostics(self, state: ShampooState) -> dict[str, jax.Array]:
-        """Scalars about the state: refreshes in all, and for every bucket, over its blocks with roots,
-
-        residual and condition (the largest), effective_rank (the mean of trace / largest eigenvalue of the smaller
-        side), staleness (mean steps since the roots' refresh), graft_ratio (the mean); failures (refused refreshes in
-        a row, summed) and fallbacks: blocks that have seen a gradient and act by the graft method, because they have no
-        roots yet or their refreshes keep failing.
-        """
-        result = {"refreshes": jnp.zeros((), jnp.int32)}
-        for name, bucket in state.buckets.items():
-            roots = bucket.roots
-            if not roots.statistics:
-                continue
-            rooted = roots.refreshed > 0
-            acting = rooted & (roots.failures < self.options.max_failures)
-            number = jnp.maximum(jnp.sum(rooted), 1)
-            seen = roots.exponent > NO_GRADIENT
-            result["refreshes"] += jnp.sum(roots.refreshes)
-            result |= {
-                f"{name}/residual": jnp.max(jnp.where(rooted, roots.residual, 0)),
-                f"{name}/condition": jnp.max(jnp.where(rooted, roots.condition, 0)),
-                f"{name}/effective_rank": jnp.sum(jnp.where(rooted, roots.effective_rank, 0)) / number,
-                f"{name}/staleness": jnp.sum(jnp.where(rooted, state.count - roots.refreshed, 0)) / number,
-                f"{name}/graft_ratio": jnp.sum(jnp.where(acting, bucket.graft_ratio, 0))
-                / jnp.maximum(jnp.sum(acting), 1),
-                f"{name}/failures": jnp.sum(roots.failures),
-                f"{name}/fallbacks": jnp.sum(seen & ~acting),
-            }
-        return result
-
-    def _init(self, params: Any) -> Any:
-        state = self._zeros(params, self.owners.count)
-        buckets = {
-            bucket.name: state.buckets[bucket.name]._replace(block=jnp.asarray(bucket.slots.reshape(-1)))
-            for bucket in self.plan(params).buckets
-        }
-        if self.owners.mesh is not None:
-            by_block = self.owners.sharding(self.owners.by_block)
-            buckets = jax.tree.map(lambda x: lax.with_sharding_constraint(x, by_block), buckets)
-        return self._placed(state._replace(buckets=buckets), residence.to_host)
-
-    def _placed(self, state: Any, place: Callable[[Any], Any]) -> Any:
-        """The state (or a tree like it) with `place` called on what lives in host memory."""
-        if self.options.statistics_memory == "device":
-            return state
-        buckets = {
-            name: b._replace(roots=b.roots._replace(statistics=tuple(map(place, b.roots.statistics))))
-            for name, b in state.buckets.items()
-        }
-        return state._replace(buckets=buckets)
-
-    def _zeros(self, params: Any, owners: int, *, saved: bool = False) -> ShampooState:
-        """The state of so many owners with nothing in it; `saved` is the form that checkpoints have."""
-        leaves, names, plan = jax.tree.leaves(params), patterns.paths(params), self.plan(params)
-
-        def bucket_state(bucket: Bucket) -> BucketState:
-            n = owners * slots_per_owner(bucket.blocks, owners)
-            return BucketState(
-                block=jnp.zeros(n, jnp.int32),
-                moments=moments.initial_moments((n, *bucket.shape), self.options),
-                roots=initial_roots(bucket, n, self.options),
-                gathered=jnp.zeros((n, *bucket.shape), jnp.float32) if self.options.statistics_every > 1 else None,
-                graft_ratio=jnp.zeros(n, jnp.float32),
-                in_flight=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), in_flight_spec(bucket, n))
-                if saved and self.options.refresh == "host" and bucket.sides
-                else None,
-            )
-
-        return ShampooState(
-            count=jnp.zeros((), jnp.int32),
-            skipped=jnp.zeros((), jnp.int32),
-            buckets={bucket.name: bucket_state(bucket) for bucket in plan.buckets},
-            diagonal={
-                _state_key(names[i]): moments.initial_moments(leaves[i].shape, self.options) for i in plan.diagonal
-            },
-        )
+    def _layout(self, params: Any) -> Layout:
+        return Layout(self.plan(params), self.owners, self.options)
 
     def _update(self, grads: Any, state: Any, params: Any = None) -> tuple[Any, ShampooState]:
         options, owners = self.options, self.owners
@@ -314,7 +155,7 @@ class DistributedShampoo(optax.GradientTransformation):
 
         diagonal = {}
         for i, beta2 in plan.diagonal.items():
-            key, g = _state_key(names[i]), gradients[i].astype(jnp.float32)
+            key, g = state_key(names[i]), gradients[i].astype(jnp.float32)
             if options.normalizes:
                 g = _times_power(g, -exponent)
                 g = g * _reciprocal(jnp.sqrt(jnp.sum(g * g)))
@@ -350,25 +191,8 @@ class DistributedShampoo(optax.GradientTransformation):
         ]
         accepted = ShampooState(step, state.skipped, buckets, diagonal)
         refused = state._replace(skipped=state.skipped + 1)
-        new_state = self._select(finite, accepted, refused)
+        new_state = self._layout(grads).select(finite, accepted, refused)
         return jax.tree.unflatten(jax.tree.structure(grads), updates), new_state
-
-    def _select(self, accept: jax.Array, new: ShampooState, old: ShampooState) -> ShampooState:
-        """One of two states; statistics in host memory have been left alone where the step was refused."""
-
-        def without(state: ShampooState) -> tuple[ShampooState, dict[str, Any]]:
-            kept = {name: bucket.roots.statistics for name, bucket in state.buckets.items()}
-            buckets = {name: b._replace(roots=b.roots._replace(statistics=())) for name, b in state.buckets.items()}
-            return state._replace(buckets=buckets), kept
-
-        if self.options.statistics_memory == "device":
-            return jax.tree.map(lambda new, old: jnp.where(accept, new, old), new, old)
-        (new, kept), (old, _) = without(new), without(old)
-        chosen = jax.tree.map(lambda new, old: jnp.where(accept, new, old), new, old)
-        buckets = {
-            name: b._replace(roots=b.roots._replace(statistics=kept[name])) for name, b in chosen.buckets.items()
-        }
-        return chosen._replace(buckets=buckets)
 
     def _tables(self, bucket: Bucket) -> _Tables:
         if self.options.graft_norm == "block":
@@ -555,28 +379,6 @@ def _times_power(x: jax.Array, exponent: jax.Array | int) -> jax.Array:
 
 def _reciprocal(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
-
-
-def _state_key(path: str) -> str:
-    """A path as a key of the state: checkpoints keep slashes for their own nesting."""
-    return path.replace("/", ".")
-
-
-def _spread(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The spec with the mesh axes it does not use added to the first axis of the array that they divide."""
-    entries: list[tuple[str, ...]] = []
-    for entry in (*spec, *[None] * (len(shape) - len(spec))):
-        entries.append(() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry))
-    used = {name for entry in entries for name in entry}
-    free = tuple(name for name in mesh.axis_names if name not in used and mesh.shape[name] > 1)
-    if math.prod(shape) < SPREAD_FROM or not free:
-        return spec
-    for axis, entry in enumerate(entries):
-        parts = math.prod(mesh.shape[name] for name in (*entry, *free))
-        if shape[axis] % parts == 0:
-            entries[axis] = (*entry, *free)
-            return PartitionSpec(*[entry or None for entry in entries])
-    return spec
 
 
 def distributed_shampoo(

@@ -1,5 +1,6 @@
 """Threads for LAPACK that a process can end without waiting for."""
 
+import os
 import queue
 import threading
 import time
@@ -60,3 +61,13 @@ class Workers:
             with self._lock:
                 self.busy_seconds += time.perf_counter() - start
             del task  # its arguments are large, and the next may be long in coming
+
+
+def pool_size(asked: int) -> int:
+    """Number of threads that solve where `asked` are wanted; 0 leaves one core to the thread that dispatches steps."""
+    return asked or max(1, available_cores() - 1)
+
+
+def available_cores() -> int:
+    """Cores that this process may use; a batch system may give it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

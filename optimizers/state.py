@@ -1,0 +1,218 @@
+"""The state of Distributed Shampoo: what it holds, where each part lies, and how it comes to another mesh."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from . import moments, patterns, residence
+from .blocks import Bucket, Plan, slots_per_owner
+from .exchange import Owners
+from .in_flight import InFlight, in_flight_spec
+from .moments import Moments
+from .options import ShampooOptions
+from .refresh import Roots, initial_roots
+
+# Smaller diagonal states are not worth the latency of spreading them over the devices.
+SPREAD_FROM = 2**16
+
+
+class BucketState(NamedTuple):
+    """State of a bucket; axis 0 of every array numbers the slots, whose devices own the blocks.
+
+    Attributes:
+      block: [n] int32, which block of the bucket is in each slot; the number of blocks where the slot is empty.
+      moments: momentum and second moment of the blocks.
+      roots: statistics and roots.
+      gathered: sum of the gradients since the statistics were last renewed; None where they are renewed every step.
+      graft_ratio: [n] float32, what the newest direction was multiplied by to have the graft's norm; 0 for blocks that
+        act by the graft method.
+      in_flight: in a checkpoint of the host schedule, statistics whose roots are still to come; otherwise None.
+    """
+
+    block: jax.Array
+    moments: Moments
+    roots: Roots
+    gathered: jax.Array | None
+    graft_ratio: jax.Array
+    in_flight: InFlight | None = None
+
+
+class ShampooState(NamedTuple):
+    """State of Distributed Shampoo.
+
+    Attributes:
+      count: int32, steps taken.
+      skipped: int32, updates refused because a gradient, its squares or the update were not finite; such a step
+        changes nothing else.
+      buckets: bucket name -> its state.
+      diagonal: path (joined with dots) -> moments of a parameter under diagonal treatment.
+    """
+
+    count: jax.Array
+    skipped: jax.Array
+    buckets: dict[str, BucketState]
+    diagonal: dict[str, Moments]
+
+
+class Layout:
+    """Where the state of one plan lies.
+
+    Args:
+      plan: of the parameters.
+      owners: the devices.
+      options: what the state has to hold, and in which memory.
+    """
+
+    def __init__(self, plan: Plan, owners: Owners, options: ShampooOptions):
+        self.plan = plan
+        self.owners = owners
+        self.options = options
+
+    def initial(self, params: Any) -> Any:
+        """The state before the first step."""
+        state = self.zeros(params, self.owners.count)
+        buckets = {
+            bucket.name: state.buckets[bucket.name]._replace(block=jnp.asarray(bucket.slots.reshape(-1)))
+            for bucket in self.plan.buckets
+        }
+        if self.owners.mesh is not None:
+            by_block = self.owners.sharding(self.owners.by_block)
+            buckets = jax.tree.map(lambda x: lax.with_sharding_constraint(x, by_block), buckets)
+        return self._placed(state._replace(buckets=buckets), residence.to_host)
+
+    def zeros(self, params: Any, owners: int, *, saved: bool = False) -> ShampooState:
+        """The state of so many owners with nothing in it; `saved` is the form that checkpoints have."""
+        leaves, names, plan = jax.tree.leaves(params), patterns.paths(params), self.plan
+
+        def bucket_state(bucket: Bucket) -> BucketState:
+            n = owners * slots_per_owner(bucket.blocks, owners)
+            return BucketState(
+                block=jnp.zeros(n, jnp.int32),
+                moments=moments.initial_moments((n, *bucket.shape), self.options),
+                roots=initial_roots(bucket, n, self.options),
+                gathered=jnp.zeros((n, *bucket.shape), jnp.float32) if self.options.statistics_every > 1 else None,
+                graft_ratio=jnp.zeros(n, jnp.float32),
+                in_flight=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), in_flight_spec(bucket, n))
+                if saved and self.options.refresh == "host" and bucket.sides
+                else None,
+            )
+
+        return ShampooState(
+            count=jnp.zeros((), jnp.int32),
+            skipped=jnp.zeros((), jnp.int32),
+            buckets={bucket.name: bucket_state(bucket) for bucket in plan.buckets},
+            diagonal={
+                state_key(names[i]): moments.initial_moments(leaves[i].shape, self.options) for i in plan.diagonal
+            },
+        )
+
+    def shardings(self, params: Any, *, saved: bool = False) -> Any:
+        """A tree of shardings shaped like the state, or like its saved form."""
+        state = jax.eval_shape(lambda params: self.zeros(params, self.owners.count, saved=saved), params)
+        mesh = self.owners.mesh
+        if mesh is None:
+            single = SingleDeviceSharding(jax.devices()[0])
+            state = jax.tree.map(lambda _: single, state)
+            return self._placed(state, lambda x: x.with_memory_kind(residence.HOST_KIND))
+        replicated = NamedSharding(mesh, PartitionSpec())
+        by_block = self.owners.sharding(self.owners.by_block)
+        leaves, names = jax.tree.leaves(params), patterns.paths(params)
+        diagonal = {}
+        for index in self.plan.diagonal:
+            leaf = leaves[index]
+            own = getattr(leaf, "sharding", None)
+            spec = own.spec if isinstance(own, NamedSharding) else PartitionSpec()
+            key = state_key(names[index])
+            spread = NamedSharding(mesh, _spread(spec, leaf.shape, mesh))
+            diagonal[key] = jax.tree.map(lambda _, spread=spread: spread, state.diagonal[key])
+        shardings = ShampooState(
+            count=replicated,  # type: ignore
+            skipped=replicated,  # type: ignore
+            buckets=jax.tree.map(lambda _: by_block, state.buckets),
+            diagonal=diagonal,
+        )
+        return self._placed(shardings, lambda x: x.with_memory_kind(residence.HOST_KIND))
+
+    def of_owners(self, params: Any, owners: int) -> ShampooState:
+        """The state as `owners` devices save it: ShapeDtypeStructs, laid out on this mesh to restore a checkpoint."""
+        own = self.shardings(params, saved=True)
+        state = jax.eval_shape(lambda params: self.zeros(params, owners, saved=True), params)
+
+        def spec(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+            if leaf.ndim and leaf.shape[0] % self.owners.count and self.owners.mesh is not None:
+                sharding = self.owners.sharding(PartitionSpec())
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        buckets = jax.tree.map(spec, state.buckets, own.buckets)
+        kept = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state._replace(buckets={}),
+            own._replace(buckets={}),
+        )
+        return kept._replace(buckets=buckets)
+
+    def adopt(self, state: ShampooState) -> ShampooState:
+        """A state saved on any mesh, its blocks moved to their owners on this one; no value changes."""
+        buckets, state = {}, self._placed(state, residence.to_device)
+        for bucket in self.plan.buckets:
+            old = state.buckets[bucket.name]
+            slot_of_block = jnp.argsort(old.block, stable=True)[: bucket.blocks]
+            slots = bucket.slots.reshape(-1)
+            source = jnp.append(slot_of_block, len(old.block))[slots]
+            moved = jax.tree.map(lambda x, source=source: x.at[source].get(mode="fill", fill_value=0), old)
+            buckets[bucket.name] = moved._replace(block=jnp.asarray(slots))
+        return self._placed(state._replace(buckets=buckets), residence.to_host)
+
+    def select(self, accept: jax.Array, new: ShampooState, old: ShampooState) -> ShampooState:
+        """One of two states; statistics in host memory have been left alone where the step was refused."""
+
+        def without(state: ShampooState) -> tuple[ShampooState, dict[str, Any]]:
+            kept = {name: bucket.roots.statistics for name, bucket in state.buckets.items()}
+            buckets = {name: b._replace(roots=b.roots._replace(statistics=())) for name, b in state.buckets.items()}
+            return state._replace(buckets=buckets), kept
+
+        if self.options.statistics_memory == "device":
+            return jax.tree.map(lambda new, old: jnp.where(accept, new, old), new, old)
+        (new, kept), (old, _) = without(new), without(old)
+        chosen = jax.tree.map(lambda new, old: jnp.where(accept, new, old), new, old)
+        buckets = {
+            name: b._replace(roots=b.roots._replace(statistics=kept[name])) for name, b in chosen.buckets.items()
+        }
+        return chosen._replace(buckets=buckets)
+
+    def _placed(self, state: Any, place: Callable[[Any], Any]) -> Any:
+        """The state (or a tree like it) with `place` called on what lives in host memory."""
+        if self.options.statistics_memory == "device":
+            return state
+        buckets = {
+            name: b._replace(roots=b.roots._replace(statistics=tuple(map(place, b.roots.statistics))))
+            for name, b in state.buckets.items()
+        }
+        return state._replace(buckets=buckets)
+
+
+def state_key(path: str) -> str:
+    """A path as a key of the state: checkpoints keep slashes for their own nesting."""
+    return path.replace("/", ".")
+
+
+def _spread(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The spec with the mesh axes it does not use added to the first axis of the array that they divide."""
+    entries: list[tuple[str, ...]] = []
+    for entry in (*spec, *[None] * (len(shape) - len(spec))):
+        entries.append(() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry))
+    used = {name for entry in entries for name in entry}
+    free = tuple(name for name in mesh.axis_names if name not in used and mesh.shape[name] > 1)
+    if math.prod(shape) < SPREAD_FROM or not free:
+        return spec
+    for axis, entry in enumerate(entries):
+        parts = math.prod(mesh.shape[name] for name in (*entry, *free))
+        if shape[axis] % parts == 0:
+            entries[axis] = (*entry, *free)
+            return PartitionSpec(*[entry or None for entry in entries])
+    return spec
