@@ -39,6 +39,8 @@ from .workers import Workers, pool_size
 # A failed solve is tried again with the regulariser this many times as large, and then as many times that.
 _RETRIES = (10.0, 100.0)
 _SMALLEST_RETRY = 1e-7
+# Share of a run's time spent waiting for roots that nobody need hear of.
+_TOLERATED = 0.02
 
 
 class HostRootsError(RuntimeError):
@@ -234,10 +236,10 @@ class HostRoots:
         return {f"host/{name}": value for name, value in totals.items()} | {"host/busy": self._busy(now.since(before))}
 
     def complaint(self) -> str | None:
-        """Which knob to turn if steps have waited for roots since this was asked last; otherwise None."""
+        """Which knob to turn if waiting for roots has cost more than 2 % since this was asked last; otherwise None."""
         now, options = self.report(), self._options
         new, self._complained = now.since(self._complained), now
-        if not new.stalls:
+        if new.stalled_seconds <= _TOLERATED * new.seconds:
             return None
         busy = self._busy(new)
         # A pool that is always busy cannot do the work; one that is not is only asked for it too early.
