@@ -46,7 +46,9 @@ class MetricsWriter:
 
     def _write_events(self, step: int, values: dict[str, float]) -> None:
         if self._events is None:
-            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its greetings would fall between progress lines
+            # TensorFlow's greetings would fall between progress lines; oneDNN's, which no level silences, comes with it.
+            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+            os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
             from clu import metric_writers
 
             self._events = metric_writers.SummaryWriter(str(self._workdir))

@@ -82,9 +82,9 @@ def test_the_same_run_on_every_mesh(on_one_device, tmp_path, devices, mesh):
 def test_golden_steps(on_one_device):
     """Catches any unmeant change to initialisation, data, model, loss or optimizer."""
     golden = {
-        "train/loss": [5.72604, 5.29300, 4.54431],
-        "train/gradient_norm": [0.99700, 1.84962, 0.92179],
-        "train/update_norm": [1.23361, 1.88266, 1.72268],
+        "train/loss": [5.72604, 5.28076, 4.51951],
+        "train/gradient_norm": [0.99700, 1.81901, 0.88565],
+        "train/update_norm": [1.23361, 1.93399, 1.72495],
     }
     for key, values in golden.items():
         np.testing.assert_allclose(history(on_one_device, key)[:5:2], values, rtol=2e-3, err_msg=key)
