@@ -76,7 +76,8 @@ def test_known_condition_numbers(solver, p):
     stack = np.stack([matrix(spread(256, condition)) for condition in bounds]).astype(np.float32)
     result = solve(solver, p)(stack)
     for i, (condition, bound) in enumerate(bounds.items()):
-        assert error(result.root[i], exact(stack[i], p)) <= bound
+        # Double precision loses nothing that float32 could hold of the answer.
+        assert error(result.root[i], exact(stack[i], p)) <= (1e-6 if solver == "host" else bound)
         assert condition / 1.5 <= result.condition[i] <= condition * 1.2
     assert np.all(np.asarray(result.residual) <= [1e-3, 1e-2, 0.1])
     np.testing.assert_allclose(result.effective_rank, np.trace(stack, axis1=1, axis2=2), rtol=0.02)
