@@ -18,6 +18,7 @@ from typing import Any
 from ..framework import workdir
 from ..framework.config import load
 from ..framework.errors import UserError
+from ..optimizers import ShampooOptions
 from . import command, learning
 from .documents import Section, table
 from .grid import Outcome, Trial, by, mean_loss
@@ -64,11 +65,16 @@ def trials(options: argparse.Namespace) -> list[Trial]:
     return [Trial(name, rate, seed) for seed in options.seeds for name in options.changes for rate in options.rates]
 
 
+def variants(ours: ShampooOptions) -> dict[str, ShampooOptions]:
+    """Our options for the sample, but for the momentum, which has its default again, under every change."""
+    unchanged = dataclasses.replace(ours, beta1=ShampooOptions.beta1)
+    return {name: dataclasses.replace(unchanged, **change) for name, change in CHANGES.items()}
+
+
 def learn(options: argparse.Namespace) -> dict[str, Any]:
     """Make the runs that the workdir does not hold; returns how each ended."""
     workload = learning.Workload(load("shampax/configs/lm.py:sample"), options.workdir / workdir.CACHE)
-    ours = workload.options["ours"]
-    workload.options = {name: dataclasses.replace(ours, **change) for name, change in CHANGES.items()}
+    workload.options = variants(workload.options["ours"])
     programs: dict[str, learning.Program] = {}
 
     def run(trial: Trial) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class MetricsWriter:
 
     def _write_events(self, step: int, values: dict[str, float]) -> None:
         if self._events is None:
-            # TensorFlow's greetings would fall between progress lines; oneDNN's, which no level silences, comes with it.
+            # TensorFlow's greetings would fall between progress lines; oneDNN has one that no level silences.
             os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
             os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
             from clu import metric_writers
