@@ -121,11 +121,10 @@ def test_tpu_gradients_of_replicated_parameters_are_reduced_once():
     assert programs.total(ours, "all-to-all") == pytest.approx(2 * whole / mesh.size, rel=0.01)
 
 
-@pytest.mark.parametrize("layout", ["replicated", "fsdp x tensor"])
-def test_tpu_steps_with_roots_on_the_host_have_no_solver_and_parcels_no_traffic(layout, monkeypatch):
+def test_tpu_steps_with_roots_on_the_host_have_no_solver_and_parcels_no_traffic(monkeypatch):
     """Catches a solver that is left in the step, a transfer that waits for other devices, roots that are copied to be
     installed, a parcel that holds more than is due, and statistics in host memory that a step brings in all at once."""
-    topology, axes, specs = LAYOUTS[layout]
+    topology, axes, specs = LAYOUTS["replicated"]
     mesh = slice_of(topology, **axes)
     options = dataclasses.replace(OPTIONS, refresh="host", delay=4)
     step = programs.lower_shampoo(SHAPES, mesh, specs, options)
