@@ -120,7 +120,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], Loop]:
     k = options.interval
     ways = [
         Way(NONE, k),
-        *(Way(HOST, interval, options.delay) for interval in (k, max(k // 2, options.delay + 1), options.delay + 1)),
+        *(Way(HOST, max(interval, options.delay + 1), options.delay) for interval in (k, k // 2, k // 4, 1)),
         Way(IN_STEP, k),
         Way(IN_STEP, k, solver="eigh"),
     ]
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str]) -> int:
     for name, default, text in (
         ("block_size", 256, "side of a block"),
         ("matrices", 12, "of 2 x 2 blocks each"),
-        ("interval", 24, "the longest; half of it and the shortest are measured, too"),
+        ("interval", 24, "the longest; half and a quarter of it and the shortest are measured, too"),
         ("delay", 2, "steps"),
         ("steps", 48, "of a turn"),
         ("turns", 3, "of every way"),

@@ -306,7 +306,7 @@ class HostRoots:
         parts = []
         while parcels:
             floats, ints = parcels.pop(0)  # the devices' copies are let go one after the other
-            numbers = {shard.device: shard.data for shard in floats.addressable_shards}
+            numbers = {shard.device: shard.data for shard in jax.block_until_ready(floats).addressable_shards}
             part = []
             for shard in ints.addressable_shards:
                 start = time.perf_counter()
