@@ -140,7 +140,7 @@ def test_moves_to_another_mesh_with_roots_in_flight():
 @pytest.mark.parametrize("delay", [0, 1, 3])
 @pytest.mark.parametrize("bad", [(1,), (5,), (6, 7), (4, 6, 8, 9, 10, 11, 12, 20)], ids=str)
 def test_steps_that_are_skipped_leave_no_trace(bad, delay):
-    """Catches a delay that counts skipped steps, and roots that act twice, late or never after one."""
+    """Catches a delay that counts skipped steps, roots that act twice, late or never after one, solves for nothing."""
     options = dataclasses.replace(OPTIONS, delay=delay)
     clean = gradients(16, SHARDED_SHAPES)
     updates, state, _ = run(clean, options)
@@ -148,6 +148,14 @@ def test_steps_that_are_skipped_leave_no_trace(bad, delay):
     for at in bad:
         stream.insert(at - 1, clean[0] | {"down": np.full_like(clean[0]["down"], np.nan)})
     hit, same_state, saved = run(stream, options, save=range(1, len(stream)))
+    asked = []
+
+    def watch(service, state):
+        parts = service._unknown[-1].opened.result()
+        asked.append(sum(len(work.solves) for part in parts for work in part))
+
+    run(stream, options, watch=watch)
+    assert [n for at, n in enumerate(asked, start=1) if at in bad] == [0] * len(bad) and sum(asked) > 16
     assert all(not np.any(u) for at in bad for u in hit[at - 1].values())
     assert_same([u for at, u in enumerate(hit, start=1) if at not in bad], updates)
     assert int(same_state.skipped) == len(bad)
