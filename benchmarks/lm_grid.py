@@ -1,6 +1,6 @@
 """Compare config variants, each at its best learning rate: a grid of rates and seeds on the real trainer.
 
-    python -m shampax.benchmarks.lm_grid --markdown=docs/results.md
+    python -m shampax.benchmarks.lm_grid
 
 trains every variant with every learning rate and seed, one run after the other (a run of the sample takes
 about a minute and a half on two cores), and reports each run, the best rate of each variant by the mean over seeds,

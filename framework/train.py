@@ -101,21 +101,20 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
 
         def assemble(options: Any) -> tuple[Any, TrainState, jax.stages.Wrapped]:
             """The optimizer, the layout of the state, and the train step."""
-            tx = options.build(learning_rate, mesh=mesh, axis_names=axes["params"], param_specs=specs["params"])
-            abstract = abstract_state(task, tx, batch_spec, placements, mesh)
-            clip = {"microbatches": config.microbatches, "gradient_clip": config.gradient_clip}
-            step = make_train_step(task, tx, learning_rate, abstract, mesh, seed=config.seed, **clip)
+            with refusals():
+                tx = options.build(learning_rate, mesh=mesh, axis_names=axes["params"], param_specs=specs["params"])
+                abstract = abstract_state(task, tx, batch_spec, placements, mesh)
+                clip = {"microbatches": config.microbatches, "gradient_clip": config.gradient_clip}
+                step = make_train_step(task, tx, learning_rate, abstract, mesh, seed=config.seed, **clip)
             return tx, abstract, step
 
         def fresh(tx: Any, abstract: TrainState) -> TrainState:
             return initial_state(task, tx, batch_spec, abstract, config.seed)
 
-        with refusals():
-            options, choice = calibration.settle(
-                options, [workdir, *origin.workdirs], assemble, fresh, to_devices(batches[0])
-            )
-            tx, abstract, train_step = assemble(options)
-            treatments = optimizer.treatments(tx, variables["params"])
+        choices = [workdir, *origin.workdirs]
+        options, choice = calibration.settle(options, choices, assemble, fresh, to_devices(batches[0]))
+        tx, abstract, train_step = assemble(options)
+        treatments = optimizer.treatments(tx, variables["params"])
         eval_step = make_eval_step(task, abstract, mesh)
         metric_names = list(jax.eval_shape(eval_step, abstract.variables, batch_spec))
         refuse_unknown_metric(config.evaluation.best_metric, metric_names)

@@ -34,6 +34,7 @@ from .in_flight import InFlight, empty_bank, recalled, store
 from .options import ShampooOptions
 from .parcels import Contents, Parcel, Parcels
 from .refresh import NORM_MARGIN
+from .residence import HOST_KIND
 from .workers import Workers, pool_size
 
 # A failed solve is tried again with the regulariser this many times as large, and then as many times that.
@@ -381,8 +382,8 @@ class HostRoots:
         if owners.mesh is None:
             return jax.device_put(parts[0], devices[0])
         sharding = owners.sharding(owners.by_block)
-        if host and all("pinned_host" in {m.kind for m in d.addressable_memories()} for d in devices):
-            sharding = sharding.with_memory_kind("pinned_host")
+        if host and all(HOST_KIND in {m.kind for m in d.addressable_memories()} for d in devices):
+            sharding = sharding.with_memory_kind(HOST_KIND)
         shape = (owners.count * parts[0].shape[0], *parts[0].shape[1:])
         places = sharding.addressable_devices_indices_map(shape)
         by_device = dict(zip(devices, parts, strict=True))
