@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "task.remat",
     "resume_from",  # both are read only while the workdir has no checkpoint
     "init_from",
+    "renamed",
     "may_change",
 )
 
@@ -62,8 +63,10 @@ def get_config() -> Any:
     config.checkpoint.every = "10%"  # what a crash can cost; a signal and the last step always save
     config.checkpoint.keep_last = 2  # newest checkpoints kept, in case one is damaged
     config.checkpoint.keep_best = 1  # best checkpoints kept besides
+    config.checkpoint.on_error = "stop"  # where one cannot be saved: "stop", or "continue" with those that there are
     config.resume_from = ""  # workdir or checkpoint to go on from, its step included, when this workdir has none
     config.init_from = ""  # workdir or checkpoint to take only the parameters from, when this workdir has none
+    config.renamed = ()  # (old, new) paths of parameters, or leading parts, where a checkpoint has them otherwise
     config.log = ConfigDict()
     config.log.every = "10 steps"  # metrics to the console and the workdir
     config.may_change = MAY_CHANGE  # keys that may differ from the workdir's config when a run resumes

@@ -1,277 +1,277 @@
-"""Checkpoints: saved in the background, restored onto any mesh. The only file that knows Orbax."""
+"""Checkpoints of a workdir: saved in the background, whole or invisible, read back by name. All that knows Orbax.
 
+A checkpoint is a directory named by its step. It holds `state` (arrays, in Orbax's form), `record` and `manifest`
+(JSON), and SHA256SUMS, which is written last: without it the directory is not a checkpoint.
+"""
+
+import asyncio
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, PreservationContext, PreservationPolicy
+from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
 from ..optimizers import patterns
+from . import integrity, processes
 from . import workdir as layout
 from .errors import UserError
-from .state import TrainState
+from .record import Record
 
-_STATE = "state"
-_RECORD = "record"
+_STATE, _RECORD, _MANIFEST = "state", "record", "manifest"
+# What goes wrong with storage. Orbax and TensorStore wrap the system's errors in their own.
+_STORAGE_ERRORS = (OSError, ValueError, RuntimeError, TimeoutError)
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """Held-out metrics by name, and the step they were measured after."""
-
-    step: int
-    values: dict[str, float]
+class SaveError(Exception):
+    """A checkpoint could not be saved; those before it are as they were."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
-    """What the host knows of a run beside the train state; saved with it as JSON.
+class Array:
+    """Shape and type of a saved array."""
 
-    Attributes:
-      step: steps taken.
-      seconds: training time, evaluation, saving and compilation left out.
-      tokens: tokens trained on.
-      last: the latest evaluation, if there was one.
-      best: the best evaluation so far, by the config's best metric.
-      devices: how many devices have saved the state; the layout of an optimizer's state may depend on it.
-    """
-
-    step: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    last: Evaluation | None = None
-    best: Evaluation | None = None
-    devices: int = 0
-
-    @property
-    def evaluated(self) -> bool:
-        """Whether the latest evaluation is that of this step."""
-        return self.last is not None and self.last.step == self.step
-
-    def with_evaluation(self, values: dict[str, float], best_metric: str) -> "Record":
-        """This record after an evaluation at its step; `best` is kept where the metric is not lower, or not finite."""
-        new = Evaluation(self.step, values)
-
-        def rank(evaluation: Evaluation) -> float:
-            value = evaluation.values[best_metric]
-            return value if math.isfinite(value) else math.inf
-
-        better = self.best is None or rank(new) < rank(self.best)
-        return dataclasses.replace(self, last=new, best=new if better else self.best)
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain dicts."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Record":
-        """The inverse of `to_json`."""
-        evaluations = {key: Evaluation(**content[key]) for key in ("last", "best") if content[key] is not None}
-        return cls(**{**content, **evaluations})
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """Where the state of a run is taken from.
-
-    `own` continues this workdir, `resume` continues the run of another workdir (step, optimizer and all),
-    `init` takes only the variables of another run, `scratch` takes nothing. `path` is the checkpoint, None
-    for scratch.
-    """
-
-    kind: Literal["own", "resume", "init", "scratch"]
-    path: Path | None = None
-
-    @property
-    def workdirs(self) -> list[Path]:
-        """The workdir of the run that is continued, if there is one."""
-        return [] if self.path is None or self.kind == "init" else [self.path.parent.parent]
-
-    def record(self) -> Record:
-        """What the host knows at the start of a run with this origin."""
-        if self.path is None or self.kind == "init":
-            return Record()
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            return Record.from_json(checkpointer.restore(self.path.absolute() / _RECORD))
+    shape: tuple[int, ...]
+    dtype: Any
 
     def __str__(self):
-        """One line for the console."""
-        texts = {
-            "own": "resuming from {}",
-            "resume": "no checkpoint in this workdir; continuing the run of resume_from {}",
-            "init": "no checkpoint in this workdir; parameters from init_from {}, step 0, optimizer afresh",
-            "scratch": "starting from scratch",
-        }
-        return texts[self.kind].format(self.path)
+        return f"{np.dtype(self.dtype).name}[{','.join(map(str, self.shape))}]"
 
 
-def find_origin(workdir: Path, *, resume_from: str, init_from: str) -> Origin:
-    """The workdir's own newest checkpoint, else that of `resume_from`, else that of `init_from`, else
-    scratch.
-
-    Both strings name a workdir (its newest checkpoint counts) or one checkpoint, `WORKDIR/checkpoints/STEP`;
-    "" is none. Writes nothing.
-
-    Raises:
-      UserError: there is no checkpoint where one is to be taken from.
-    """
-    own = _newest(workdir / layout.CHECKPOINTS)
-    if own:
-        return Origin("own", own)
-    if resume_from:
-        return Origin("resume", _named("resume_from", resume_from))
-    if init_from:
-        return Origin("init", _named("init_from", init_from))
-    return Origin("scratch")
-
-
-def _named(key: str, text: str) -> Path:
-    path = Path(text).expanduser().absolute()
-    found = path if path.name.isdecimal() and path in _all(path.parent) else _newest(path / layout.CHECKPOINTS)
-    if found is None:
-        raise UserError(f"{key} {text} holds no finished checkpoint; give a workdir or WORKDIR/checkpoints/STEP")
-    return found
-
-
-def _all(directory: Path) -> list[Path]:
+def numbered(workdir: Path) -> list[Path]:
+    """What a workdir has in the places of checkpoints, oldest first, finished or not."""
+    directory = workdir / layout.CHECKPOINTS
     if not directory.is_dir():
         return []
-    return [directory / str(step) for step in sorted(ocp.utils.checkpoint_steps(directory))]
+    return sorted((path for path in directory.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
 
 
-def _newest(directory: Path) -> Path | None:
-    return next(reversed(_all(directory)), None)
+def finished(workdir: Path) -> list[Path]:
+    """The checkpoints of a workdir, oldest first; those whose save was cut short are none."""
+    return [path for path in numbered(workdir) if integrity.is_sealed(path)]
 
 
-def restore(path: Path, abstract: TrainState) -> TrainState:
-    """The state of a checkpoint, laid out as `abstract` says, whatever mesh it was saved from.
+def record(path: Path) -> Record:
+    """What the host knew when a checkpoint was saved.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return Record.from_json(_json(path, _RECORD))
+    except ValueError as error:
+        raise UserError(f"checkpoint {path}: {error}; use another one") from error
+
+
+def manifest(path: Path) -> dict[str, Any]:
+    """What describes a checkpoint's arrays; see the module `takeover`.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    content = _json(path, _MANIFEST)
+    if not isinstance(content, dict):
+        raise UserError(f"checkpoint {path} has no manifest; use another one")
+    return content
+
+
+def arrays(path: Path) -> dict[str, Array]:
+    """Shape and type of every array of a checkpoint, by its path in the train state; no array is read."""
+    return {name: Array(tuple(leaf.shape), leaf.dtype) for name, leaf in _by_name(_tree(path)).items()}
+
+
+def read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Some arrays of a checkpoint.
 
     Args:
       path: the checkpoint.
-      abstract: ShapeDtypeStructs with shardings, which `check` has compared with the checkpoint.
+      wanted: name -> ShapeDtypeStruct with a sharding for an array on the devices, None for one in NumPy. Shapes are to
+        be those of `arrays`.
     """
-    return _restore(path, abstract, partial=False)
+    if not wanted:
+        return {}
+    tree = _tree(path)
+    names = patterns.paths(tree)
 
+    def item(name: str) -> Any:
+        return 0 if name in wanted else ocp.PLACEHOLDER
 
-def restore_variables(path: Path, abstract: TrainState) -> dict[str, Any]:
-    """`{"params": ..., "model_state": ...}` of a checkpoint, laid out as in `abstract`; the rest is not read."""
-    return _restore(path, _variables(abstract), partial=True)
+    def restore_args(name: str) -> Any:
+        like = wanted.get(name)
+        if like is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray)
+        return ocp.ArrayRestoreArgs(sharding=like.sharding, global_shape=like.shape, dtype=like.dtype)
 
-
-def check(origin: Origin, abstract: TrainState) -> None:
-    """Compare the names, shapes and types of a checkpoint's arrays with `abstract`; reads no array.
-
-    Raises:
-      UserError: they differ; Orbax would pad, cut or keep initial values.
-    """
-    if origin.path is None:
-        return
-    path = origin.path.absolute() / _STATE
-    saved = ocp.PyTreeCheckpointHandler().metadata(path).tree  # type: ignore  (typed for etils' paths)
-    wanted: Any = abstract
-    if origin.kind == "init":
-        wanted = _variables(abstract)
-        saved = {key: saved[key] for key in wanted}
-    _check_same_arrays(path, saved, wanted)
-
-
-def _variables(abstract: TrainState) -> dict[str, Any]:
-    return {"params": abstract.params, "model_state": abstract.model_state}
-
-
-def _restore(path: Path, abstract: Any, *, partial: bool) -> Any:
-    path = path.absolute() / _STATE
-    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    structure = jax.tree.structure(tree)
+    items, args = (jax.tree.unflatten(structure, list(map(make, names))) for make in (item, restore_args))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
-        return checkpointer.restore(path, args=args)
+        restored = checkpointer.restore(path.absolute() / _STATE, args=ocp.args.PyTreeRestore(items, restore_args=args))
+    return {name: value for name, value in _by_name(restored).items() if name in wanted}
 
 
-def _check_same_arrays(path: Path, saved: Any, abstract: Any) -> None:
-    have, need = _arrays(saved), _arrays(abstract)
-    if have == need:
-        return
-    shown = [
-        f"{name} is {have.get(name, 'absent')} there and {need.get(name, 'absent')} here"
-        for name in sorted(have.keys() | need.keys())
-        if have.get(name) != need.get(name)
-    ]
-    more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
-    raise UserError(
-        f"checkpoint {path.parent} is of another model or optimizer: {'; '.join(shown[:3])}{more}; "
-        "use the config it was made with"
-    )
+def _tree(path: Path) -> Any:
+    return ocp.PyTreeCheckpointHandler().metadata(path.absolute() / _STATE).tree  # type: ignore  (for etils' paths)
 
 
-def _arrays(tree: Any) -> dict[str, str]:
-    leaves = jax.tree.leaves(tree)
-    return {
-        path: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-        for path, leaf in zip(patterns.paths(tree), leaves, strict=True)
-    }
+def _by_name(tree: Any) -> dict[str, Any]:
+    return dict(zip(patterns.paths(tree), jax.tree.leaves(tree), strict=True))
+
+
+def _json(path: Path, item: str) -> Any:
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(path.absolute() / item)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the {item} of checkpoint {path} cannot be read ({error}); use another one") from error
 
 
 class Checkpoints:
-    """The checkpoints of a workdir: the `keep_last` newest and `keep_best` of lowest `best_metric`."""
+    """Saves the checkpoints of a workdir, and keeps the `keep_last` newest and `keep_best` of lowest `best_metric`.
 
-    def __init__(self, workdir: Path, *, keep_last: int, keep_best: int, best_metric: str):
-        """Removes what an interrupted save has left behind."""
-        directory = (workdir / layout.CHECKPOINTS).absolute()
-        self._best_metric = best_metric
-        self._policy = _KeepLastAndBest(keep_last, keep_best)
-        for path in _all(directory):
-            self._note_score(Origin("own", path).record())
-        self._manager = ocp.CheckpointManager(
-            directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._policy,
-                cleanup_tmp_directories=True,
-            ),
+    Args:
+      workdir: theirs.
+      keep_last, keep_best: how many.
+      best_metric: a held-out metric.
+      keep: says of a step whether the newest checkpoint of such a step is to be kept besides.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        keep_last: int,
+        keep_best: int,
+        best_metric: str,
+        keep: Callable[[int], bool] = lambda step: False,
+    ):
+        """Removes what interrupted saves have left behind."""
+        self._directory = (workdir / layout.CHECKPOINTS).absolute()
+        self._keep_last, self._keep_best, self._best_metric = keep_last, keep_best, best_metric
+        self._keep = keep
+        self._first = jax.process_index() == 0
+        self._scores = {}
+        for path in finished(workdir):
+            self._note_score(record(path))
+        if self._first:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for path in self._directory.iterdir():
+                if not path.name.isdecimal():
+                    shutil.rmtree(path)
+        self._step, self._started = 0, 0.0
+        self._failure = self._told = ""
+        self._metrics: dict[str, float] = {}
+        self._checkpointer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(), temporary_path_class=_sealing(self._sealed)
         )
 
-    def save(self, state: TrainState, record: Record) -> None:
+    def save(self, state: Any, record: Record, manifest: dict[str, Any]) -> None:
         """Save in the background; returns once the state is copied off the devices and may be donated.
 
         A step that is already saved is left as it is. Every process calls this.
+
+        Raises:
+          SaveError: this could not be begun, or the save before it has failed; in all processes, where it is so in one.
         """
+        begun = time.perf_counter()
+        earlier = self._outcome(self._checkpointer.wait_until_finished)
         self._note_score(record)
-        if record.step in self._manager.all_steps():
-            return
-        self._manager.save(
-            record.step,
-            args=ocp.args.Composite(
-                **{_STATE: ocp.args.PyTreeSave(state), _RECORD: ocp.args.JsonSave(record.to_json())}
-            ),
-        )
+        path = self._directory / str(record.step)
+        if path not in finished(self._directory.parent):
+            items = {
+                _STATE: ocp.args.PyTreeSave(state),
+                _RECORD: ocp.args.JsonSave(record.to_json()),
+                _MANIFEST: ocp.args.JsonSave(manifest),
+            }
+            self._started, self._step = begun, record.step
+            earlier = self._outcome(lambda: self._checkpointer.save(path, args=ocp.args.Composite(**items))) or earlier
+            self._metrics["checkpoint/blocked_seconds"] = time.perf_counter() - begun
+        _raise_in_all(earlier)
 
-    def __enter__(self):
-        return self
+    def confirm(self) -> None:
+        """Wait for the save that is under way, if one is. Every process calls this.
 
-    def __exit__(self, *exception):
-        """Wait until the last save is complete."""
-        self._manager.close()
+        Raises:
+          SaveError: it has failed; in all processes, where it has in one.
+        """
+        _raise_in_all(self._outcome(self._checkpointer.wait_until_finished))
+
+    def metrics(self) -> dict[str, float]:
+        """Of the newest save: seconds that training stood still, seconds in all and bytes, as far as they are known."""
+        return dict(self._metrics)
+
+    def complaint(self) -> str | None:
+        """That a save has failed in this process, before the others know of it at the next one; otherwise None."""
+        self._failure = self._outcome(self._checkpointer.check_for_errors) or self._failure
+        told, self._told = self._failure != self._told, self._failure
+        return f"warning: {self._failure}" if told and self._failure else None
+
+    def close(self) -> None:
+        """End. A save that is under way is waited for, but not vouched for: see `confirm`."""
+        self._outcome(self._checkpointer.wait_until_finished)
+        self._checkpointer.close()
+
+    def _outcome(self, action: Callable[[], None]) -> str:
+        """Why an action of the checkpointer or the save before it has failed, "" if neither has."""
+        failure, self._failure = self._failure, ""
+        try:
+            action()
+        except _STORAGE_ERRORS as error:
+            steps = [int(path.name) for path in finished(self._directory.parent)]
+            rest = f"the newest whole one is of step {steps[-1]}" if steps else "there is none before it"
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            failure = f"the checkpoint of step {self._step} could not be saved in {self._directory} ({reason}); {rest}"
+        return failure
+
+    def _sealed(self, size: int) -> None:
+        """In Orbax's thread, of process 0: one more checkpoint is whole."""
+        self._metrics["checkpoint/seconds"] = time.perf_counter() - self._started
+        self._metrics["checkpoint/bytes"] = float(size)
+        prune(self._directory.parent, self._kept([int(path.name) for path in finished(self._directory.parent)]))
+
+    def _kept(self, steps: Iterable[int]) -> set[int]:
+        steps = sorted(steps)
+        scored = [step for step in steps if math.isfinite(self._scores.get(step, math.nan))]
+        best = sorted(scored, key=lambda step: self._scores[step])[: self._keep_best]
+        wanted = [step for step in steps if self._keep(step)][-1:]
+        return {*steps[max(len(steps) - self._keep_last, 0) :], *best, *wanted}
 
     def _note_score(self, record: Record) -> None:
         if record.last is not None and record.evaluated:
-            self._policy.scores[record.step] = record.last.values[self._best_metric]
+            self._scores[record.step] = record.last.values[self._best_metric]
 
 
-@dataclasses.dataclass
-class _KeepLastAndBest(PreservationPolicy):
-    keep_last: int
-    keep_best: int
-    scores: dict[int, float] = dataclasses.field(default_factory=dict)  # step -> held-out metric
+def prune(workdir: Path, keep: set[int]) -> list[Path]:
+    """Delete a workdir's checkpoints, those of the steps in `keep` left out; returns what is gone.
 
-    def should_preserve(
-        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext
-    ) -> Sequence[bool]:
-        del context
-        steps = sorted(checkpoint.step for checkpoint in checkpoints)
-        scored = [step for step in steps if math.isfinite(self.scores.get(step, math.nan))]
-        best = sorted(scored, key=lambda step: self.scores[step])[: self.keep_best]
-        keep = {*steps[max(len(steps) - self.keep_last, 0) :], *best}
-        return [checkpoint.step in keep for checkpoint in checkpoints]
+    A checkpoint is renamed before its files go: whoever looks sees all of it or nothing.
+    """
+    gone = [path for path in finished(workdir) if int(path.name) not in keep]
+    for path in gone:
+        doomed = path.with_name(f"{path.name}.deleted")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+    return gone
+
+
+def _raise_in_all(failure: str) -> None:
+    failures = [text for text in processes.gather(failure) if text]
+    if failures:
+        raise SaveError(failures[0])
+
+
+def _sealing(sealed: Callable[[int], None]) -> type[AtomicRenameTemporaryPath]:
+    """Orbax's way to make a finished directory appear, with the checksums that make it a checkpoint of ours."""
+
+    class Sealing(AtomicRenameTemporaryPath):
+        async def finalize(self) -> None:
+            await super().finalize()
+            path = Path(self.get_final())
+            sealed(await asyncio.to_thread(integrity.seal, path))
+
+    return Sealing

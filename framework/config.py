@@ -115,6 +115,7 @@ def _knobs(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _check_ranges(config: Any) -> None:
     """Numbers that have the right type and no sense."""
+    on_error = ("stop", "continue")
     checkpoint, batches, skips = config.checkpoint, config.evaluation.batches, config.guard.max_consecutive_skips
     for key, value, fine, wanted in (
         ("seed", config.seed, 0 <= config.seed < 2**32, "from 0 to 2**32 - 1"),
@@ -122,6 +123,7 @@ def _check_ranges(config: Any) -> None:
         ("evaluation.batches", batches, batches == -1 or batches > 0, "-1 (all) or above 0"),
         ("checkpoint.keep_last", checkpoint.keep_last, checkpoint.keep_last >= 1, "at least 1, to resume from"),
         ("checkpoint.keep_best", checkpoint.keep_best, checkpoint.keep_best >= 0, "at least 0"),
+        ("checkpoint.on_error", repr(checkpoint.on_error), checkpoint.on_error in on_error, f"one of {on_error}"),
         ("guard.max_consecutive_skips", skips, skips >= 1, "at least 1"),
     ):
         if not fine:

@@ -1,14 +1,27 @@
 """What a run reports while it goes: each measurement to the console and to the workdir."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 
-from . import optimizer, progress
+from . import progress
 from .clock import Clock, seconds_since_process_start
 from .metrics import MetricsWriter
 from .periods import Period
+from .record import Record
+
+
+class Reporter(Protocol):
+    """Something beside the step that has something to report."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers by name."""
+        ...
+
+    def complaint(self) -> str | None:
+        """What a person should hear of since this was asked last, if anything."""
+        ...
 
 
 class Journal:
@@ -18,8 +31,8 @@ class Journal:
       writer: to the workdir; None in all processes but the first.
       speedometer: of this process.
       clock: training time.
-      service: the optimizer's work outside the step, whose numbers are reported with the step's.
-      start: the step that this process begins after, and the tokens trained on until then.
+      reporters: whatever else has numbers to report with the step's, and complaints to make.
+      start: what this process begins after.
       tokens_per_step: trained on in one step.
       total_steps: of the whole run.
       period: of reports; the first and last step of a run are always reported.
@@ -30,9 +43,9 @@ class Journal:
         writer: MetricsWriter | None,
         speedometer: progress.Speedometer,
         clock: Clock,
-        service: optimizer.Service,
+        reporters: Sequence[Reporter],
         *,
-        start: tuple[int, int],
+        start: Record,
         tokens_per_step: int,
         total_steps: int,
         period: Period,
@@ -40,17 +53,18 @@ class Journal:
         self._writer = writer
         self._speedometer = speedometer
         self._clock = clock
-        self._service = service
-        self._start_step, self._start_tokens = start
+        self._reporters = reporters
+        self._start = start
         self._tokens_per_step = tokens_per_step
         self._total_steps = total_steps
         self._period = period
         self.seconds_to_first_step: float | None = None
         self.consecutive_skips = 0
+        self.skipped = start.skipped
 
     def tokens(self, step: int) -> int:
         """Tokens trained on up to and including a step."""
-        return self._start_tokens + (step - self._start_step) * self._tokens_per_step
+        return self._start.tokens + (step - self._start.step) * self._tokens_per_step
 
     def due(self, step: int) -> bool:
         """Whether a step is reported."""
@@ -60,7 +74,7 @@ class Journal:
         """Wait for a step and report it if that is due. Steps come in order, each once."""
         numbers = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
         seconds = self._clock.seconds
-        self.consecutive_skips = numbers.pop("consecutive_skips")
+        self.consecutive_skips, self.skipped = numbers.pop("consecutive_skips"), numbers["skipped"]
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = seconds_since_process_start()
             progress.say(f"first step done {self.seconds_to_first_step:.1f} s after the process started")
@@ -71,9 +85,11 @@ class Journal:
         speed = self._speedometer.read(step, seconds)
         remaining = self._speedometer.remaining(step, seconds)
         progress.say(progress.progress_line(step, self._total_steps, values, speed, remaining))
-        if complaint := self._service.complaint():
-            progress.say(complaint)
-        self._write(step, seconds, values | self._service.metrics() | (speed.values() if speed else {}))
+        for reporter in self._reporters:
+            if complaint := reporter.complaint():
+                progress.say(complaint)
+            values |= reporter.metrics()
+        self._write(step, seconds, values | (speed.values() if speed else {}))
 
     def evaluated(self, step: int, values: Mapping[str, float], *, best: bool) -> None:
         """Report an evaluation after a step."""

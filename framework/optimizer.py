@@ -1,11 +1,13 @@
 """What the trainer asks of an optimizer beyond optax's contract, with an answer for those that offer no more.
 
 An optimizer is an `optax.GradientTransformation`. It may also have `state_shardings(params)`, `diagnostics(state)` and
-`treatments(params)`; and, if the layout of its state depends on the number of devices, `state_of_owners(params, n)` and
-`adopt(state, params)`; and, if part of its work is done outside the step, `host_roots(params)`, which gives the service
-that does it or None. Distributed Shampoo has them all, plain optax has none.
+`treatments(params)`; and, if the layout of its state depends on more than the parameters, `saved_spec(params)`,
+`manifest(params)` and `inheritance(params, manifest, shapes, renamed)`; and, if part of its work is done outside the
+step, `host_roots(params)`, which gives the service that does it or None. Distributed Shampoo has them all, plain optax
+has none.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -14,6 +16,7 @@ from jax.sharding import Mesh
 
 from ..optimizers import patterns
 from ..optimizers.host import HostRootsError as ServiceError
+from ..optimizers.inheritance import Fresh, Kept, Source
 from . import partitioning
 
 __all__ = ["OptimizerOptions", "Service", "ServiceError"]
@@ -44,11 +47,31 @@ class _Treats(Protocol):
     def treatments(self, params: Any) -> dict[str, str]: ...
 
 
-@runtime_checkable
-class _Partitions(Protocol):
-    def state_of_owners(self, params: Any, owners: int) -> Any: ...
+class Inheritance(Protocol):
+    """What a new state takes over from a saved one."""
 
-    def adopt(self, state: Any, params: Any) -> Any: ...
+    def source(self, name: str, shape: tuple[int, ...]) -> Source:
+        """Where an array of the state comes from; `name` is its path in the state."""
+        ...
+
+    def report(self) -> dict[str, dict[str, str]]:
+        """Path of a parameter -> part of its state -> "" where it is taken over, or why it is not."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What else a person should know."""
+        ...
+
+
+@runtime_checkable
+class _Describes(Protocol):
+    def saved_spec(self, params: Any) -> Any: ...
+
+    def manifest(self, params: Any) -> dict[str, Any]: ...
+
+    def inheritance(
+        self, params: Any, manifest: Any, shapes: Mapping[str, tuple[int, ...]], renamed: Callable[[str], str]
+    ) -> Inheritance: ...
 
 
 @runtime_checkable
@@ -155,14 +178,75 @@ def treatments(tx: optax.GradientTransformation, params: Any) -> dict[str, str]:
     return tx.treatments(params) if isinstance(tx, _Treats) else {}
 
 
-def state_of_devices(tx: optax.GradientTransformation, abstract: Any, params: Any, devices: int) -> Any:
-    """The optimizer's state as a run on `devices` devices has saved it: ShapeDtypeStructs with shardings here."""
-    return tx.state_of_owners(params, devices) if isinstance(tx, _Partitions) else abstract
+def saved_spec(tx: optax.GradientTransformation, abstract: Any, params: Any) -> Any:
+    """The optimizer's state as a checkpoint holds it: ShapeDtypeStructs with shardings."""
+    return tx.saved_spec(params) if isinstance(tx, _Describes) else abstract
 
 
-def adopt(tx: optax.GradientTransformation, state: Any, params: Any, mesh: Mesh) -> Any:
-    """The state of a run on another mesh, as it was saved, laid out for this one."""
-    if not isinstance(tx, _Partitions):
-        return state
-    own = jax.tree.map(lambda leaf: leaf.sharding, tx.state_of_owners(params, mesh.size))
-    return jax.jit(lambda state: tx.adopt(state, params), out_shardings=own)(state)
+def manifest(tx: optax.GradientTransformation, params: Any) -> dict[str, Any]:
+    """What a checkpoint says of the optimizer's state beside its arrays, as JSON."""
+    return tx.manifest(params) if isinstance(tx, _Describes) else {}
+
+
+def inheritance(
+    tx: optax.GradientTransformation,
+    params: Any,
+    manifest: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    renamed: Callable[[str], str],
+) -> Inheritance:
+    """What the optimizer's state takes over from one that an optimizer of the same name has saved.
+
+    Args:
+      tx: the optimizer.
+      params: its parameters, ShapeDtypeStructs with shardings.
+      manifest: what `manifest` gave for the saved state.
+      shapes: name -> shape of the arrays that were saved.
+      renamed: gives a saved parameter's path its name of today.
+
+    Raises:
+      ValueError: the manifest is none.
+    """
+    if isinstance(tx, _Describes):
+        return tx.inheritance(params, manifest, shapes, renamed)
+    return _ByName(params, jax.eval_shape(tx.init, params), shapes, renamed)
+
+
+class _ByName:
+    """State whose arrays are known by their names, which end with those of parameters where they belong to one."""
+
+    def __init__(
+        self, params: Any, abstract: Any, shapes: Mapping[str, tuple[int, ...]], renamed: Callable[[str], str]
+    ):
+        self._shapes = shapes
+        self._saved = {_renamed_end(name, renamed): name for name in shapes}
+        self._report: dict[str, dict[str, str]] = {path: {} for path in patterns.paths(params)}
+        for name, leaf in zip(patterns.paths(abstract), jax.tree.leaves(abstract), strict=True):
+            for path, fate in self._report.items():
+                if name.endswith(f"/{path}"):
+                    source = self.source(name, leaf.shape)
+                    fate[name[: -len(path) - 1]] = source.why if isinstance(source, Fresh) else ""
+
+    def source(self, name: str, shape: tuple[int, ...]) -> Source:
+        saved = self._saved.get(name)
+        if saved is None:
+            return Fresh("there is none")
+        if self._shapes[saved] != shape:
+            return Fresh(f"of shape {list(self._shapes[saved])} there, {list(shape)} here")
+        return Kept(saved)
+
+    def report(self) -> dict[str, dict[str, str]]:
+        return self._report
+
+    def notes(self) -> list[str]:
+        return []
+
+
+def _renamed_end(name: str, renamed: Callable[[str], str]) -> str:
+    """The longest end of a name that is renamed, renamed."""
+    parts = name.split("/")
+    for start in range(len(parts)):
+        end = "/".join(parts[start:])
+        if renamed(end) != end:
+            return "/".join([*parts[:start], renamed(end)])
+    return name

@@ -1,13 +1,19 @@
 """A workdir belongs to one config, and its run is over once it holds a result: the files that say so."""
 
+import contextlib
+import fcntl
 import json
 import math
+import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from . import config as config_lib
+from . import processes
 from . import workdir as layout
 from .errors import UserError
 
@@ -26,10 +32,56 @@ def refuse_foreign(workdir: Path, config: Any) -> None:
         raise UserError(config_lib.foreign(workdir, changed))
 
 
-def finished(workdir: Path) -> dict[str, Any] | None:
-    """The result of a run that went to its end, or None."""
-    result = layout.read_json(workdir / layout.RESULT)
-    return result if result is not None and result["stopped"] is None else None
+def finished(workdir: Path, config: Any) -> dict[str, Any] | None:
+    """The result of a run that went to its end, or None; a run whose duration was changed since has another end."""
+    result, stored = (layout.read_json(workdir / name) for name in (layout.RESULT, layout.CONFIG))
+    if result is None or stored is None or stored.get("duration") != config.duration:
+        return None
+    return result if result.get("stopped", "") is None else None
+
+
+@contextlib.contextmanager
+def hold(workdir: Path) -> Iterator[None]:
+    """Keep a workdir for this run while entered; a workdir that holds nothing afterwards is removed.
+
+    The lock goes with the process, however that ends. It is taken by process 0, for all.
+
+    Raises:
+      UserError: another run holds it, or it cannot be made.
+    """
+    with contextlib.ExitStack() as stack:
+        processes.first(lambda: stack.enter_context(_locked(workdir)))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    made = not workdir.exists()
+    path = workdir / layout.LOCK
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise UserError(f"workdir {workdir} cannot be used ({error.strerror}); give another --workdir") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(
+                f"workdir {workdir} is in use by {holder}; wait for its end, stop it, or use another --workdir"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            # Whoever opened the file meanwhile would hold a lock on a file without a name.
+            if made and [*workdir.iterdir()] == [path]:
+                path.unlink()
+                workdir.rmdir()
 
 
 def claim(workdir: Path, config: Any) -> None:

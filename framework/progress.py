@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from ..optimizers import patterns
 from ..optimizers.residence import HOST_KIND
-from . import chips, partitioning
+from . import chips, partitioning, takeover
 from . import workdir as layout
 
 _CONSOLE_ROWS = 40
@@ -182,6 +182,19 @@ def show_parameters(rows: Sequence[Row], workdir: Path) -> None:
         other = Row(f"({len(rest)} more in {layout.PARAMETERS})", "", "", "", sum(row.count for row in rest))
         merged = [*large, other]
     say(table(merged))
+
+
+def show_takeover(taken: takeover.Takeover, workdir: Path) -> None:
+    """Print what a run takes over from a checkpoint and what not, and write it whole to `restored.txt`."""
+    if taken.path is None or jax.process_index() != 0:
+        return
+    first = f"taken over with all their state: {taken.whole} of {len(jax.tree.leaves(taken.spec.params))} parameters"
+    (workdir / layout.RESTORED).write_text("\n".join([f"from {taken.path}", first, *taken.lines]) + "\n")
+    say(first)
+    for line in taken.lines[:_CONSOLE_ROWS]:
+        say(f"  {line}")
+    if len(taken.lines) > _CONSOLE_ROWS:
+        say(f"  ({len(taken.lines) - _CONSOLE_ROWS} more lines in {layout.RESTORED})")
 
 
 def memory_line(params: Any, opt_state: Any) -> str:

@@ -1,6 +1,7 @@
 """The train state: everything a step reads and writes, a pytree of arrays laid out on the mesh."""
 
 import dataclasses
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from ..optimizers import patterns
 from . import optimizer, partitioning
 from .task import BatchSpec, Task
 
@@ -74,7 +76,36 @@ def initial_state(
     task: Task, tx: optax.GradientTransformation, batch_spec: BatchSpec, abstract: TrainState, seed: int
 ) -> TrainState:
     """The state before the first step: each device computes its part, with the same values on every mesh."""
+    init = _initial(task, tx, batch_spec, seed)
+    return jax.jit(init, out_shardings=shardings(abstract))()
 
+
+def initial_arrays(
+    task: Task,
+    tx: optax.GradientTransformation,
+    batch_spec: BatchSpec,
+    abstract: TrainState,
+    seed: int,
+    names: Collection[str],
+) -> dict[str, jax.Array]:
+    """Some arrays of the initial state, by their paths in it; the others take no memory."""
+    if not names:
+        return {}
+    init = _initial(task, tx, batch_spec, seed)
+
+    def chosen(state: TrainState) -> dict[str, Any]:
+        return {
+            name: leaf
+            for name, leaf in zip(patterns.paths(state), jax.tree.leaves(state), strict=True)
+            if name in names
+        }
+
+    return jax.jit(lambda: chosen(init()), out_shardings=chosen(shardings(abstract)))()
+
+
+def _initial(
+    task: Task, tx: optax.GradientTransformation, batch_spec: BatchSpec, seed: int
+) -> Callable[[], TrainState]:
     def init() -> TrainState:
         # No step uses this key: steps fold in 0, 1, 2, ...
         variables = dict(task.init(jax.random.fold_in(jax.random.key(seed), 2**32 - 1), batch_spec))
@@ -89,7 +120,7 @@ def initial_state(
             consecutive_skips=zero,
         )
 
-    return jax.jit(init, out_shardings=shardings(abstract))()
+    return init
 
 
 def shardings(abstract: Any) -> Any:

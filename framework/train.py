@@ -13,8 +13,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from . import calibration, checkpoints, components, durations, optimizer, ownership, partitioning, progress
+from . import calibration, components, durations, optimizer, origin, ownership, partitioning, progress, takeover
 from . import workdir as layout
+from .checkpoints import Checkpoints, SaveError
 from .clock import Clock
 from .config import check
 from .data import pipeline
@@ -24,7 +25,7 @@ from .journal import Journal
 from .metrics import MetricsWriter
 from .periods import Period
 from .schedule import make_schedule
-from .state import TrainState, abstract_state, abstract_variables, initial_state
+from .state import TrainState, abstract_state, abstract_variables, initial_arrays, initial_state
 from .step import make_diagnosis, make_eval_step, make_train_step
 from .stopping import StopSignals, TrainingStopped
 
@@ -54,11 +55,10 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
     workdir = Path(workdir).expanduser().absolute()
     task, data, options = (components.build(section) for section in (config.task, config.data, config.optimizer))
     ownership.refuse_foreign(workdir, config)
-    finished = ownership.finished(workdir)
+    finished = ownership.finished(workdir, config)
     if finished is not None:
         progress.say(f"{workdir} is complete after {finished['steps']} steps: nothing left to train")
         return finished
-    origin = checkpoints.find_origin(workdir, resume_from=config.resume_from, init_from=config.init_from)
 
     # Mesh
     mesh = partitioning.make_mesh(config.mesh, devices)
@@ -66,77 +66,86 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
     partitioning.check_batch(config.batch_size, config.microbatches, mesh)
     progress.say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
 
-    # Data: batch = batches[step], on any number of processes
-    cache = workdir / layout.CACHE
-    prepare_once(data, cache)
-    source = data.examples("train", cache)
-    share = {
-        "global_batch_size": config.batch_size,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
-    batches = pipeline.Batches(source, seed=config.seed, **share)
-    heldout = pipeline.HeldoutBatches(data.examples("heldout", cache), limit=config.evaluation.batches, **share)
-    to_devices = functools.partial(global_batch, mesh=mesh)
-    batch_spec = jax.tree.map(as_spec, to_devices(batches[0]))
+    with ownership.hold(workdir), jax.set_mesh(mesh):
+        start = origin.find(workdir, resume_from=config.resume_from, init_from=config.init_from)
+        record = start.record()
 
-    units = durations.Units(config.batch_size, len(source), data.tokens_per_example)
-    total_steps = durations.to_steps(config.duration, units)
-    in_steps = functools.partial(durations.to_steps, units=dataclasses.replace(units, total_steps=total_steps))
-    tokens_per_step = config.batch_size * data.tokens_per_example
+        # Data: batch = batches[step], on any number of processes
+        cache = workdir / layout.CACHE
+        prepare_once(data, cache)
+        source = data.examples("train", cache)
+        share = {
+            "global_batch_size": config.batch_size,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
+        batches = pipeline.Batches(source, seed=config.seed, **share)
+        heldout = pipeline.HeldoutBatches(data.examples("heldout", cache), limit=config.evaluation.batches, **share)
+        to_devices = functools.partial(global_batch, mesh=mesh)
+        batch_spec = jax.tree.map(as_spec, to_devices(batches[0]))
 
-    with jax.set_mesh(mesh):
+        units = durations.Units(config.batch_size, len(source), data.tokens_per_example)
+        total_steps = durations.to_steps(config.duration, units)
+        in_steps = functools.partial(durations.to_steps, units=dataclasses.replace(units, total_steps=total_steps))
+        tokens_per_step = config.batch_size * data.tokens_per_example
+        refuse_overrun(record.step, total_steps, start)
+
         # State: its shapes and where it lies; nothing is computed yet
         variables = abstract_variables(task, batch_spec)
         axes = task.logical_axes(variables)
         placements = partitioning.place_all(variables, axes, config.sharding_rules, mesh)
-        learning_rate = make_schedule(
+        specs = partitioning.shardings(variables, placements, mesh)
+        schedule = make_schedule(
             config.schedule.learning_rate,
             warmup_steps=in_steps(config.schedule.warmup),
             total_steps=total_steps,
             decay=config.schedule.decay,
             final_fraction=config.schedule.final_fraction,
         )
-        specs = partitioning.shardings(variables, placements, mesh)
+        began = takeover.optimizer_began(start, record, config.optimizer.name)
 
         def assemble(options: Any) -> tuple[Any, TrainState, jax.stages.Wrapped]:
             """The optimizer, the layout of the state, and the train step."""
             with refusals():
-                tx = options.build(learning_rate, mesh=mesh, axis_names=axes["params"], param_specs=specs["params"])
+                tx = options.build(
+                    lambda count: schedule(count + began),
+                    mesh=mesh,
+                    axis_names=axes["params"],
+                    param_specs=specs["params"],
+                )
                 abstract = abstract_state(task, tx, batch_spec, placements, mesh)
                 clip = {"microbatches": config.microbatches, "gradient_clip": config.gradient_clip}
-                step = make_train_step(task, tx, learning_rate, abstract, mesh, seed=config.seed, **clip)
+                step = make_train_step(task, tx, schedule, abstract, mesh, seed=config.seed, **clip)
             return tx, abstract, step
 
-        def fresh(tx: Any, abstract: TrainState) -> TrainState:
-            return initial_state(task, tx, batch_spec, abstract, config.seed)
-
-        choices = [workdir, *origin.workdirs]
-        options, choice = calibration.settle(options, choices, assemble, fresh, to_devices(batches[0]))
+        choices = [workdir, *start.workdirs]
+        options, choice = calibration.settle(
+            options,
+            choices,
+            assemble,
+            lambda tx, abstract: initial_state(task, tx, batch_spec, abstract, config.seed),
+            to_devices(batches[0]),
+        )
         tx, abstract, train_step = assemble(options)
         treatments = optimizer.treatments(tx, variables["params"])
         eval_step = make_eval_step(task, abstract, mesh)
         metric_names = list(jax.eval_shape(eval_step, abstract.variables, batch_spec))
         refuse_unknown_metric(config.evaluation.best_metric, metric_names)
-        record = origin.record()
-        refuse_overrun(record.step, total_steps, origin)
-        there = dataclasses.replace(
-            abstract,
-            opt_state=optimizer.state_of_devices(tx, abstract.opt_state, abstract.params, record.devices or mesh.size),
-        )
-        checkpoints.check(origin, there)
+        manifest = takeover.describe(tx, config.optimizer.name, abstract.params, treatments, mesh.shape)
+        taken = takeover.plan(start, abstract, tx, config.optimizer.name, config.renamed)
+
+        # The workdir is this run's from here on
         ownership.claim(workdir, config)
+        origin.set_aside(workdir, start)
         calibration.keep(workdir, choice)
         progress.show_parameters(progress.parameter_rows(abstract.params, placements, treatments), workdir)
         progress.say(progress.memory_line(abstract.params, abstract.opt_state))
+        progress.say(str(start))
+        progress.show_takeover(taken, workdir)
 
-        # Restore
-        progress.say(str(origin))
-        state = begin(origin, there, abstract, functools.partial(fresh, tx, abstract))
-        if record.devices:  # the owners of blocks follow from the mesh and from how parameters lie on it
-            here = optimizer.adopt(tx, state.opt_state, abstract.params, mesh)
-            state = dataclasses.replace(state, opt_state=here)
-        record = dataclasses.replace(record, devices=mesh.size)
+        fresh = initial_arrays(task, tx, batch_spec, abstract, config.seed, taken.fresh)
+        state = taken.state(fresh)
+        record = dataclasses.replace(record, optimizer_began=began)
 
         # Compile, apart from the loop, so that it is not taken for training time
         progress.say("compiling the train step ...")
@@ -148,24 +157,24 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         evaluation, saving = Period(in_steps(config.evaluation.every)), Period(in_steps(config.checkpoint.every))
         clock = Clock(record.seconds)
         pace = {"total_steps": total_steps, "tokens_per_step": tokens_per_step}
-        journal = Journal(
-            MetricsWriter(workdir, after_step=record.step) if jax.process_index() == 0 else None,
-            progress.Speedometer(mesh, flops_per_step=task.flops(batch_spec), **pace),
-            clock,
-            service,
-            start=(record.step, record.tokens),
-            period=Period(in_steps(config.log.every)),
-            **pace,
-        )
-        saver = checkpoints.Checkpoints(
+        saver = Checkpoints(
             workdir,
             keep_last=config.checkpoint.keep_last,
             keep_best=config.checkpoint.keep_best,
             best_metric=config.evaluation.best_metric,
         )
+        journal = Journal(
+            MetricsWriter(workdir, after_step=record.step) if jax.process_index() == 0 else None,
+            progress.Speedometer(mesh, flops_per_step=task.flops(batch_spec), **pace),
+            clock,
+            (service, saver),
+            start=record,
+            period=Period(in_steps(config.log.every)),
+            **pace,
+        )
         upcoming = map(to_devices, batches.from_step(record.step))
         stopped = None
-        with StopSignals() as signals, journal, saver, contextlib.closing(service):
+        with StopSignals() as signals, journal, contextlib.closing(saver), contextlib.closing(service):
             state = dataclasses.replace(state, opt_state=service.start(state.opt_state))
 
             def stop_reason(step: int) -> str | None:
@@ -181,7 +190,9 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
                     journal.evaluated(record.step, values, best=improved)
                 refuse_alone(stopped)
                 if at_end or stopped or saving.due(record.step) or (improved and config.checkpoint.keep_best):
-                    saver.save(dataclasses.replace(state, opt_state=service.with_in_flight(state.opt_state)), record)
+                    whole = dataclasses.replace(state, opt_state=service.with_in_flight(state.opt_state))
+                    with storage_faults(config.checkpoint.on_error):
+                        saver.save(whole, record, manifest)
                 if at_end or stopped:
                     break
                 pause = min(evaluation.next(record.step), saving.next(record.step), total_steps)
@@ -190,7 +201,11 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
                     state, step, stopped = advance(
                         compiled_step, diagnose, service, state, upcoming, steps, journal, stop_reason
                     )
-                record = dataclasses.replace(record, step=step, seconds=clock.seconds, tokens=journal.tokens(step))
+                record = dataclasses.replace(
+                    record, step=step, seconds=clock.seconds, tokens=journal.tokens(step), skipped=journal.skipped
+                )
+            with storage_faults("stop"):
+                saver.confirm()
 
         # Result
         trouble = too_many_skips(journal, config.guard.max_consecutive_skips)
@@ -282,15 +297,15 @@ def refusals() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def begin(
-    origin: checkpoints.Origin, there: TrainState, abstract: TrainState, fresh: Callable[[], TrainState]
-) -> TrainState:
-    """The state that a run starts with; a checkpoint's has the layout `there` of the devices that saved it."""
-    if origin.path is None:
-        return fresh()
-    if origin.kind == "init":
-        return dataclasses.replace(fresh(), **checkpoints.restore_variables(origin.path, abstract))
-    return checkpoints.restore(origin.path, there)
+@contextlib.contextmanager
+def storage_faults(on_error: str) -> Iterator[None]:
+    """Where a checkpoint cannot be saved, say so and go on, or with "stop" raise TrainingStopped."""
+    try:
+        yield
+    except SaveError as error:
+        if on_error == "stop":
+            raise TrainingStopped(f"{error}; mend the storage, and the same command goes on from there") from error
+        progress.say(f"warning: {error}; training goes on")
 
 
 def global_batch(local: dict[str, np.ndarray], *, mesh: Mesh) -> dict[str, jax.Array]:
@@ -330,9 +345,9 @@ def refuse_alone(stopped: Any) -> None:
         raise TrainingStopped(f"{stopped}; the same command goes on from the newest checkpoint") from stopped
 
 
-def refuse_overrun(step: int, total_steps: int, origin: checkpoints.Origin) -> None:
+def refuse_overrun(step: int, total_steps: int, start: origin.Origin) -> None:
     """Raise UserError if a run would begin after its own end."""
     if step > total_steps:
         raise UserError(
-            f"{origin.path} has {step} steps behind it, but config.duration is {total_steps} steps; use more"
+            f"{start.path} has {step} steps behind it, but config.duration is {total_steps} steps; use more"
         )

@@ -16,6 +16,9 @@ SCHEDULE = "schedule.json"  # what the optimizer's options left open and measure
 METRICS = "metrics.jsonl"  # one JSON object per line and measured step
 RESULT = "result.json"  # written when the run ends
 CHECKPOINTS = "checkpoints"
+DAMAGED = "damaged"  # checkpoints that were found damaged, moved out of the way
+RESTORED = "restored.txt"  # what the newest start took over from a checkpoint, line by line
+LOCK = "lock"  # held by the run that is at work here
 CACHE = "data"  # tokenizer and packed examples
 
 Axis = Literal["step", "seconds", "tokens"]

@@ -168,17 +168,26 @@ class Bucket:
 
 
 @dataclasses.dataclass(frozen=True)
+class DiagonalLeaf:
+    """One parameter under diagonal treatment: its path, its shape and the beta2 of its second moment."""
+
+    path: str
+    shape: tuple[int, ...]
+    beta2: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Every parameter's treatment: in a bucket, or diagonal.
 
     Attributes:
       buckets: the buckets, ordered by group.
-      diagonal: index of each leaf under diagonal treatment -> its beta2.
+      diagonal: the parameters under diagonal treatment, by their position among the leaves.
       treatments: path -> a short text for tables.
     """
 
     buckets: tuple[Bucket, ...]
-    diagonal: dict[int, float]
+    diagonal: dict[int, DiagonalLeaf]
     treatments: dict[str, str]
 
 
@@ -217,7 +226,7 @@ def make_plan(params: Any, axis_names: Any, param_specs: Any, options: ShampooOp
     names, specs = names_by_path(axis_names), _specs_by_path(param_specs)
     rules = [(pattern, options.resolve(Treatment.parse(text))) for pattern, text in options.treatments]
     grouped: dict[Group, list[Leaf]] = {}
-    diagonal: dict[int, float] = {}
+    diagonal: dict[int, DiagonalLeaf] = {}
     treatments: dict[str, str] = {}
     for index, (path, leaf) in enumerate(zip(patterns.paths(params), leaves, strict=True)):
         if (names and path not in names) or (specs and path not in specs):
@@ -226,7 +235,7 @@ def make_plan(params: Any, axis_names: Any, param_specs: Any, options: ShampooOp
         rule = patterns.first_match(rules, path)
         view, sides = _view(leaf.shape, names.get(path), rule, options)
         if rule.kind == "diagonal" or not view.is_matrix:
-            diagonal[index] = rule.beta2
+            diagonal[index] = DiagonalLeaf(path, tuple(leaf.shape), rule.beta2)
             treatments[path] = f"diagonal ({options.graft})"
             continue
         cuts = [cut(length, rule.block_size) for length in view.lengths]

@@ -140,7 +140,12 @@ class HostRoots:
         self._reported = self._complained = self.report()
 
     def start(self, state: Any) -> Any:
-        """Begin with a state, taking over what it has in flight. Returns it without; its roots are donated."""
+        """Begin with a state, taking over what it has in flight. Returns it without; its roots are donated.
+
+        What the service had in flight before is forgotten.
+        """
+        self._unknown.clear()
+        self._flying.clear()
         owners = self._parcels.owners
         if owners.mesh is not None:
             by_block, replicated = owners.sharding(owners.by_block), owners.sharding(PartitionSpec())

@@ -20,6 +20,11 @@ def paths(tree: Any) -> list[str]:
     return [path_name(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def state_key(path: str) -> str:
+    """A path as one key of an optimizer's state: checkpoints keep slashes for their own nesting."""
+    return path.replace("/", ".")
+
+
 def first_match(rules: Rules[Value], path: str) -> Value:
     """The value of the first rule whose regex matches the whole path.
 

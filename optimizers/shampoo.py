@@ -9,7 +9,7 @@ For a block G (r x c) of a matrix parameter, per step:
     for the blocks that are due: new roots of L and R, used from the next step on
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,10 +25,11 @@ from .diagnostics import diagnose
 from .exchange import Owners
 from .finite import all_finite, largest
 from .host import Event, HostRoots
+from .inheritance import Inheritance, describe
 from .options import ShampooOptions
 from .parcels import Parcels
 from .refresh import Due, Roots, accumulate, precondition, refresh, usable
-from .state import BucketState, Layout, ShampooState, state_key
+from .state import BucketState, Layout, ShampooState
 
 
 class _Tables(NamedTuple):
@@ -99,13 +100,23 @@ class DistributedShampoo(optax.GradientTransformation):
         """
         return self._layout(params).shardings(params)
 
-    def state_of_owners(self, params: Any, owners: int) -> ShampooState:
-        """The state as `owners` devices save it: ShapeDtypeStructs, laid out on this mesh to restore a checkpoint."""
-        return self._layout(params).of_owners(params, owners)
+    def saved_spec(self, params: Any) -> ShampooState:
+        """The state as a checkpoint holds it, what is in flight included: ShapeDtypeStructs with shardings."""
+        return self._layout(params).saved_spec(params)
 
-    def adopt(self, state: ShampooState, params: Any) -> ShampooState:
-        """A state saved on any mesh, its blocks moved to their owners on this one; no value changes."""
-        return self._layout(params).adopt(state)
+    def manifest(self, params: Any) -> dict[str, Any]:
+        """Which blocks of which parameters lie where in the state, as JSON; to be kept beside what is saved of it."""
+        return describe(self.plan(params), self.options)
+
+    def inheritance(
+        self,
+        params: Any,
+        manifest: Any,
+        shapes: Mapping[str, tuple[int, ...]],
+        renamed: Callable[[str], str] = lambda path: path,
+    ) -> Inheritance:
+        """Where each array of the state comes from when a saved one is taken over; see the module `inheritance`."""
+        return Inheritance(self.plan(params), self.options, manifest, shapes, renamed)
 
     def diagnostics(self, state: ShampooState) -> dict[str, jax.Array]:
         """Scalars about the state, by name; see the module `diagnostics`."""
@@ -154,12 +165,12 @@ class DistributedShampoo(optax.GradientTransformation):
         directions: list[jax.Array] = [jnp.zeros(())] * len(leaves)
 
         diagonal = {}
-        for i, beta2 in plan.diagonal.items():
-            key, g = state_key(names[i]), gradients[i].astype(jnp.float32)
+        for i, leaf in plan.diagonal.items():
+            key, g = patterns.state_key(leaf.path), gradients[i].astype(jnp.float32)
             if options.normalizes:
                 g = _times_power(g, -exponent)
                 g = g * _reciprocal(jnp.sqrt(jnp.sum(g * g)))
-            diagonal[key], _, directions[i] = moments.advance(state.diagonal[key], g, step, beta2, options)
+            diagonal[key], _, directions[i] = moments.advance(state.diagonal[key], g, step, leaf.beta2, options)
 
         # What an overflow would leave behind in the state could never recover.
         finite &= all_finite([directions[i] for i in plan.diagonal])

@@ -1,4 +1,4 @@
-"""The state of Distributed Shampoo: what it holds, where each part lies, and how it comes to another mesh."""
+"""The state of Distributed Shampoo: what it holds, and where each part lies."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from . import moments, patterns, residence
-from .blocks import Bucket, Plan, slots_per_owner
+from .blocks import Bucket, Plan
 from .exchange import Owners
 from .in_flight import InFlight, in_flight_spec
 from .moments import Moments
@@ -75,7 +75,7 @@ class Layout:
 
     def initial(self, params: Any) -> Any:
         """The state before the first step."""
-        state = self.zeros(params, self.owners.count)
+        state = self.zeros(params)
         buckets = {
             bucket.name: state.buckets[bucket.name]._replace(block=jnp.asarray(bucket.slots.reshape(-1)))
             for bucket in self.plan.buckets
@@ -85,12 +85,12 @@ class Layout:
             buckets = jax.tree.map(lambda x: lax.with_sharding_constraint(x, by_block), buckets)
         return self._placed(state._replace(buckets=buckets), residence.to_host)
 
-    def zeros(self, params: Any, owners: int, *, saved: bool = False) -> ShampooState:
-        """The state of so many owners with nothing in it; `saved` is the form that checkpoints have."""
-        leaves, names, plan = jax.tree.leaves(params), patterns.paths(params), self.plan
+    def zeros(self, params: Any, *, saved: bool = False) -> ShampooState:
+        """The state with nothing in it; `saved` is the form that checkpoints have."""
+        leaves, plan = jax.tree.leaves(params), self.plan
 
         def bucket_state(bucket: Bucket) -> BucketState:
-            n = owners * slots_per_owner(bucket.blocks, owners)
+            n = bucket.slots.size
             return BucketState(
                 block=jnp.zeros(n, jnp.int32),
                 moments=moments.initial_moments((n, *bucket.shape), self.options),
@@ -107,13 +107,14 @@ class Layout:
             skipped=jnp.zeros((), jnp.int32),
             buckets={bucket.name: bucket_state(bucket) for bucket in plan.buckets},
             diagonal={
-                state_key(names[i]): moments.initial_moments(leaves[i].shape, self.options) for i in plan.diagonal
+                patterns.state_key(leaf.path): moments.initial_moments(leaves[i].shape, self.options)
+                for i, leaf in plan.diagonal.items()
             },
         )
 
     def shardings(self, params: Any, *, saved: bool = False) -> Any:
         """A tree of shardings shaped like the state, or like its saved form."""
-        state = jax.eval_shape(lambda params: self.zeros(params, self.owners.count, saved=saved), params)
+        state = jax.eval_shape(lambda params: self.zeros(params, saved=saved), params)
         mesh = self.owners.mesh
         if mesh is None:
             single = SingleDeviceSharding(jax.devices()[0])
@@ -121,13 +122,13 @@ class Layout:
             return self._placed(state, lambda x: x.with_memory_kind(residence.HOST_KIND))
         replicated = NamedSharding(mesh, PartitionSpec())
         by_block = self.owners.sharding(self.owners.by_block)
-        leaves, names = jax.tree.leaves(params), patterns.paths(params)
+        leaves = jax.tree.leaves(params)
         diagonal = {}
-        for index in self.plan.diagonal:
+        for index, kept in self.plan.diagonal.items():
             leaf = leaves[index]
             own = getattr(leaf, "sharding", None)
             spec = own.spec if isinstance(own, NamedSharding) else PartitionSpec()
-            key = state_key(names[index])
+            key = patterns.state_key(kept.path)
             spread = NamedSharding(mesh, _spread(spec, leaf.shape, mesh))
             diagonal[key] = jax.tree.map(lambda _, spread=spread: spread, state.diagonal[key])
         shardings = ShampooState(
@@ -138,35 +139,13 @@ class Layout:
         )
         return self._placed(shardings, lambda x: x.with_memory_kind(residence.HOST_KIND))
 
-    def of_owners(self, params: Any, owners: int) -> ShampooState:
-        """The state as `owners` devices save it: ShapeDtypeStructs, laid out on this mesh to restore a checkpoint."""
-        own = self.shardings(params, saved=True)
-        state = jax.eval_shape(lambda params: self.zeros(params, owners, saved=True), params)
-
-        def spec(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
-            if leaf.ndim and leaf.shape[0] % self.owners.count and self.owners.mesh is not None:
-                sharding = self.owners.sharding(PartitionSpec())
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        buckets = jax.tree.map(spec, state.buckets, own.buckets)
-        kept = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            state._replace(buckets={}),
-            own._replace(buckets={}),
+    def saved_spec(self, params: Any) -> ShampooState:
+        """The state as a checkpoint holds it: ShapeDtypeStructs with shardings."""
+        shardings = self.shardings(params, saved=True)
+        state = jax.eval_shape(lambda params: self.zeros(params, saved=True), params)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
         )
-        return kept._replace(buckets=buckets)
-
-    def adopt(self, state: ShampooState) -> ShampooState:
-        """A state saved on any mesh, its blocks moved to their owners on this one; no value changes."""
-        buckets, state = {}, self._placed(state, residence.to_device)
-        for bucket in self.plan.buckets:
-            old = state.buckets[bucket.name]
-            slot_of_block = jnp.argsort(old.block, stable=True)[: bucket.blocks]
-            slots = bucket.slots.reshape(-1)
-            source = jnp.append(slot_of_block, len(old.block))[slots]
-            moved = jax.tree.map(lambda x, source=source: x.at[source].get(mode="fill", fill_value=0), old)
-            buckets[bucket.name] = moved._replace(block=jnp.asarray(slots))
-        return self._placed(state._replace(buckets=buckets), residence.to_host)
 
     def select(self, accept: jax.Array, new: ShampooState, old: ShampooState) -> ShampooState:
         """One of two states; statistics in host memory have been left alone where the step was refused."""
@@ -194,11 +173,6 @@ class Layout:
             for name, b in state.buckets.items()
         }
         return state._replace(buckets=buckets)
-
-
-def state_key(path: str) -> str:
-    """A path as a key of the state: checkpoints keep slashes for their own nesting."""
-    return path.replace("/", ".")
 
 
 def _spread(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

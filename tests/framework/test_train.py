@@ -46,7 +46,7 @@ def lines(workdir):
     """The history without what depends on the clock."""
     read = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in line.items() if key not in TIMES and not key.startswith("host/")} for line in read
+        {k: v for k, v in line.items() if k not in TIMES and not k.startswith(("host/", "checkpoint/"))} for line in read
     ]
 
 

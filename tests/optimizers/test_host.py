@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from optimizing import LAYOUTS, SHARDED_SHAPES, by_block, gradients, optimizer, place, zeros
+from optimizing import LAYOUTS, SHARDED_SHAPES, by_block, gradients, inherited, optimizer, place, zeros
 from processes import run_together
 
 from shampax.optimizers import ShampooOptions, host, lapack
@@ -43,7 +43,7 @@ def run(stream, options=OPTIONS, layout="one device", *, saved=None, save=(), wa
     """Train on a stream: (updates of each step, final state, {steps made: what a checkpoint holds}).
 
     Args:
-      saved: a checkpoint to go on from; it may be of another layout only if it was adopted.
+      saved: a checkpoint to go on from, of this layout.
       save: numbers of steps after which a checkpoint is made.
       watch: called with (service, state) after each step.
     """
@@ -53,7 +53,7 @@ def run(stream, options=OPTIONS, layout="one device", *, saved=None, save=(), wa
     if saved is None:
         state = init(params)
     else:
-        like = tx.state_of_owners(params, tx.owners.count)
+        like = tx.saved_spec(params)
         state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), saved, like)
     updates, checkpoints = [], {}
     with contextlib.closing(tx.host_roots(params)) as service:
@@ -124,14 +124,10 @@ def test_moves_to_another_mesh_with_roots_in_flight():
     mesh, specs = LAYOUTS["fsdp x tensor"]
     tx, _, _ = programs(OPTIONS, "fsdp x tensor")
     params = place(zeros(SHARDED_SHAPES), mesh, specs)
-    there = tx.state_of_owners(params, 3)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), there) == jax.tree.map(lambda x: (x.shape, x.dtype), saved[7])
-    restored = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), saved[7], there)
-    moved = jax.jit(lambda state: tx.adopt(state, params))(restored)
-    assert_same(
-        by_block(programs(OPTIONS, "three devices")[0], params, saved[7]), by_block(tx, params, as_saved(moved))
-    )
-    rest, _, _ = run(stream[7:], layout="fsdp x tensor", saved=as_saved(moved))
+    old = programs(OPTIONS, "three devices")[0]
+    moved = inherited(tx, params, old.manifest(params), saved[7])
+    assert_same(by_block(old, params, saved[7]), by_block(tx, params, moved))
+    rest, _, _ = run(stream[7:], layout="fsdp x tensor", saved=moved)
     for here, wanted in zip(rest, updates[7:], strict=True):
         for k in here:
             np.testing.assert_allclose(here[k], wanted[k], atol=2e-4 * np.abs(wanted[k]).max())
@@ -393,7 +389,7 @@ def train(state, first, keep=()):
 
 steps = (1, 2, 3, 4, 6, 7, 9, 12, 13, 17)
 updates, digest, kept, solves = train(init(params), 0, steps)
-like = tx.state_of_owners(params, mesh.size)
+like = tx.saved_spec(params)
 resumed = [train(back(kept[t], like), t)[1] == digest for t in steps]
 name = f"{sys.argv[1]}/{jax.process_count()}-{jax.process_index()}.npz"
 np.savez(name, resumed=resumed, solves=solves, **updates[-1])

@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizing import LAYOUTS, SHARDED_OPTIONS, SHARDED_SHAPES, by_block, gradients, optimizer, train, zeros
+from optimizing import (
+    LAYOUTS,
+    SHARDED_OPTIONS,
+    SHARDED_SHAPES,
+    by_block,
+    gradients,
+    inherited,
+    optimizer,
+    train,
+    zeros,
+)
 
 from shampax.optimizers import ShampooOptions, distributed_shampoo
 from shampax.optimizers.grafting import GRAFTS
@@ -409,14 +419,7 @@ def test_a_state_moves_to_another_mesh(old, new):
     txs = optimizer(SHARDED_OPTIONS, old_mesh, specs=old_specs), optimizer(SHARDED_OPTIONS, new_mesh, specs=new_specs)
     before = train(SHARDED_OPTIONS, stream, mesh=old_mesh, specs=old_specs)
 
-    def move(state, to, owners):
-        kept = to.state_of_owners(params, owners)
-        assert jax.tree.map(lambda x: (x.shape, x.dtype), kept) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-        here = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), state, kept)
-        adopt = jax.jit(lambda state: to.adopt(state, params), out_shardings=to.state_shardings(params))
-        return adopt(here)
-
-    moved = move(before.states[4], txs[1], old_mesh.size)
+    moved = inherited(txs[1], params, txs[0].manifest(params), before.states[4])
     jax.tree.map(
         np.testing.assert_array_equal, by_block(txs[0], params, before.states[4]), by_block(txs[1], params, moved)
     )
@@ -425,7 +428,7 @@ def test_a_state_moves_to_another_mesh(old, new):
     for there, here in zip(before.updates[5:], after.updates, strict=True):
         for k in params:
             assert distance(here[k], there[k]) <= 2e-4
-    back = move(moved, txs[0], new_mesh.size)
+    back = inherited(txs[0], params, txs[1].manifest(params), moved)
     again = train(SHARDED_OPTIONS, stream[5:], state=back, mesh=old_mesh, specs=old_specs)
     for there, here in zip(before.updates[5:], again.updates, strict=True):
         jax.tree.map(np.testing.assert_array_equal, here, there)

@@ -1,6 +1,7 @@
 """Runs of Distributed Shampoo on given gradients; runs of the same options and layout share one compiled step."""
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from shampax.optimizers import DistributedShampoo, ShampooOptions, ShampooState, distributed_shampoo
+from shampax.optimizers import DistributedShampoo, ShampooOptions, ShampooState, distributed_shampoo, patterns
+from shampax.optimizers.inheritance import Kept, Made
 
 Tree = dict[str, Any]
 
@@ -131,3 +133,22 @@ def by_block(tx: DistributedShampoo, params: Tree, state: ShampooState) -> dict[
                 result[leaf.path, i] = jax.tree.map(lambda x, slot=slot: x[slot], arrays)
                 number += 1
     return result
+
+
+def inherited(tx, params, manifest, saved, renamed=lambda path: path):
+    """The state of `tx` for `params`, as checkpoints hold it and in NumPy, taken over from a saved one."""
+    arrays = {name: np.asarray(x) for name, x in zip(patterns.paths(saved), jax.tree.leaves(saved), strict=True)}
+    shapes = {name: x.shape for name, x in arrays.items()}
+    inheritance = tx.inheritance(params, json.loads(json.dumps(manifest)), shapes, renamed)
+    spec = tx.saved_spec(params)
+
+    def array(name, like):
+        source = inheritance.source(name, like.shape)
+        if isinstance(source, Kept):
+            return arrays[source.name]
+        if isinstance(source, Made):
+            return np.asarray(source.make({name: arrays[name] for name in source.names}), like.dtype)
+        return np.zeros(like.shape, like.dtype)
+
+    values = [array(name, like) for name, like in zip(patterns.paths(spec), jax.tree.leaves(spec), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(spec), values)
