@@ -208,7 +208,8 @@ def run_grid(grid: Sequence[Trial], options: argparse.Namespace) -> list[Outcome
     durations: list[float] = []
     for number, trial in enumerate(grid, start=1):
         path, place = options.output / trial.name, f"[{number}/{len(grid)}] {trial.name}"
-        complete = [folder / trial.name for folder in folders if ownership.finished(folder / trial.name)]
+        config = config_of(trial, options.config, options.set)
+        complete = [folder / trial.name for folder in folders if ownership.finished(folder / trial.name, config)]
         if not complete:
             left = np.mean(durations or [np.nan]) * (len(grid) - number + 1) / 60
             _say(f"{place}: training{f', about {left:.0f} minutes left' if durations else ''}")

@@ -23,7 +23,7 @@ MAY_CHANGE = (
     "log",
     "checkpoint",
     "evaluation.every",
-    "guard",
+    "guard.max_consecutive_skips",
     "data.data_dir",  # the same data may lie elsewhere on another cluster
     "task.remat",
     "resume_from",  # both are read only while the workdir has no checkpoint
@@ -53,7 +53,10 @@ def get_config() -> Any:
     config.schedule.final_fraction = 0.0  # of the peak, left at the last step; "rsqrt" takes no notice of it
     config.gradient_clip = 0.0  # largest global norm of a gradient; 0 leaves gradients as they are
     config.guard = ConfigDict()
-    config.guard.max_consecutive_skips = 20  # steps in a row without a finite gradient, after which the run stops
+    config.guard.max_consecutive_skips = 20  # steps skipped in a row, after which the run stops: this is no bad luck
+    config.guard.on_spike = "ignore"  # on a loss far above the last ones: "ignore", "skip" or "rollback"
+    config.guard.spike_factor = 8.0  # mean deviations above the mean that make a spike; 6.4 sigma of a normal loss
+    config.guard.spike_window = 100  # accepted steps that the mean looks back on, and before the first spike
 
     config.evaluation = ConfigDict()
     config.evaluation.every = "10%"  # held-out data cost time and teach nothing; the last step always evaluates

@@ -117,6 +117,7 @@ def _check_ranges(config: Any) -> None:
     """Numbers that have the right type and no sense."""
     on_error = ("stop", "continue")
     checkpoint, batches, skips = config.checkpoint, config.evaluation.batches, config.guard.max_consecutive_skips
+    on_spike, factor, window = config.guard.on_spike, config.guard.spike_factor, config.guard.spike_window
     for key, value, fine, wanted in (
         ("seed", config.seed, 0 <= config.seed < 2**32, "from 0 to 2**32 - 1"),
         ("gradient_clip", config.gradient_clip, config.gradient_clip >= 0, "at least 0, which is off"),
@@ -125,6 +126,9 @@ def _check_ranges(config: Any) -> None:
         ("checkpoint.keep_best", checkpoint.keep_best, checkpoint.keep_best >= 0, "at least 0"),
         ("checkpoint.on_error", repr(checkpoint.on_error), checkpoint.on_error in on_error, f"one of {on_error}"),
         ("guard.max_consecutive_skips", skips, skips >= 1, "at least 1"),
+        ("guard.on_spike", on_spike, on_spike in ("ignore", "skip", "rollback"), "ignore, skip or rollback"),
+        ("guard.spike_factor", factor, factor > 0, "above 0"),
+        ("guard.spike_window", window, window >= 2, "at least 2"),
     ):
         if not fine:
             raise UserError(f"config.{key} is {value}; it must be {wanted}")

@@ -59,8 +59,9 @@ class Journal:
         self._total_steps = total_steps
         self._period = period
         self.seconds_to_first_step: float | None = None
-        self.consecutive_skips = 0
         self.skipped = start.skipped
+        self.most_consecutive_skips = 0  # of the steps read
+        self.newest_spike: int | None = None  # the number of the last step read whose loss was one
 
     def tokens(self, step: int) -> int:
         """Tokens trained on up to and including a step."""
@@ -74,7 +75,12 @@ class Journal:
         """Wait for a step and report it if that is due. Steps come in order, each once."""
         numbers = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
         seconds = self._clock.seconds
-        self.consecutive_skips, self.skipped = numbers.pop("consecutive_skips"), numbers["skipped"]
+        consecutive_skips, spike, bound = (numbers.pop(name) for name in ("consecutive_skips", "spike", "spike_bound"))
+        self.skipped = numbers["skipped"]
+        self.most_consecutive_skips = max(self.most_consecutive_skips, consecutive_skips)
+        if spike:
+            self.newest_spike = step
+            progress.say(progress.spike_line(step, numbers["loss"], bound, skipped=consecutive_skips > 0))
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = seconds_since_process_start()
             progress.say(f"first step done {self.seconds_to_first_step:.1f} s after the process started")

@@ -89,8 +89,9 @@ def progress_line(
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
     parts.append(f"loss {values['train/loss']:.4f}")
     parts.append(f"learning rate {values['train/learning_rate']:.2e}")
-    if values["train/skipped"]:
-        parts.append(f"skipped {values['train/skipped']}")
+    for count in ("skipped", "spikes"):
+        if values[f"train/{count}"]:
+            parts.append(f"{count} {values[f'train/{count}']}")
     if speed:
         parts.append(f"{speed.steps_per_second:.3g} steps/s")
         parts.append(f"{_short(speed.tokens_per_second)} tokens/s")
@@ -106,6 +107,12 @@ def evaluation_line(step: int, values: Mapping[str, float], best: bool) -> str:
     loss_first = sorted(values, key=lambda name: name != "loss")
     shown = ", ".join(f"{name} {values[name]:.4f}" for name in loss_first)
     return f"held-out after step {step}: {shown}{' (best so far)' if best else ''}"
+
+
+def spike_line(step: int, loss: float, bound: float, *, skipped: bool) -> str:
+    """`loss spike at step 120: 7.1000, above the bound of 5.6000; the step is skipped`."""
+    outcome = "the step is skipped" if skipped else "trained on all the same"
+    return f"loss spike at step {step}: {loss:.4f}, above the bound of {bound:.4f}; {outcome}"
 
 
 def _short(number: float) -> str:

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from ..optimizers import patterns
-from . import optimizer, partitioning
+from . import guard, optimizer, partitioning
 from .task import BatchSpec, Task
 
 
@@ -24,16 +24,14 @@ class TrainState:
       params: what the optimizer trains.
       opt_state: the optimizer's state.
       model_state: the task's collections other than "params".
-      skipped: int32 scalar, steps that the guard has skipped.
-      consecutive_skips: int32 scalar, how many of the last steps were skipped in a row.
+      guard: what the guard has counted, and its statistics of the loss.
     """
 
     step: Any
     params: Any
     opt_state: Any
     model_state: Any
-    skipped: Any
-    consecutive_skips: Any
+    guard: Any
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -55,20 +53,20 @@ def abstract_state(
 ) -> TrainState:
     """The train state as ShapeDtypeStructs with shardings: what to compile for, initialise and restore.
 
-    `placements` are those of the task's variables, by path. The counters are replicated.
+    `placements` are those of the task's variables, by path. The step and the guard are replicated.
     """
     variables = abstract_variables(task, batch_spec)
     variables = _with_shardings(variables, partitioning.shardings(variables, placements, mesh))
     params = variables.pop("params")
     opt_state = _with_shardings(jax.eval_shape(tx.init, params), optimizer.state_shardings(tx, params, mesh))
-    counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated(mesh))
+    replicated = partitioning.replicated(mesh)
+    scalars = jax.eval_shape(guard.initial)
     return TrainState(
-        step=counter,
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
         params=params,
         opt_state=opt_state,
         model_state=variables,
-        skipped=counter,
-        consecutive_skips=counter,
+        guard=_with_shardings(scalars, jax.tree.map(lambda _: replicated, scalars)),
     )
 
 
@@ -110,14 +108,12 @@ def _initial(
         # No step uses this key: steps fold in 0, 1, 2, ...
         variables = dict(task.init(jax.random.fold_in(jax.random.key(seed), 2**32 - 1), batch_spec))
         params = variables.pop("params")
-        zero = jnp.zeros((), jnp.int32)
         return TrainState(
-            step=zero,
+            step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=tx.init(params),
             model_state=variables,
-            skipped=zero,
-            consecutive_skips=zero,
+            guard=guard.initial(),
         )
 
     return init

@@ -10,7 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..optimizers.finite import all_finite
 from ..optimizers.residence import HOST_KIND
-from . import optimizer, partitioning
+from . import guard, optimizer, partitioning
+from .guard import GuardOptions
 from .state import TrainState, shardings
 from .task import Batch, Metrics, Task
 
@@ -25,13 +26,14 @@ def make_train_step(
     seed: int,
     microbatches: int = 1,
     gradient_clip: float = 0.0,
+    guard_options: GuardOptions,
 ) -> jax.stages.Wrapped:
     """The jitted train step `(state, batch) -> (state, metrics)`; it donates the state.
 
     The batch is cut into `microbatches`, whose gradients are added up with the weight of their loss (the
     number of targets, say), so that the result is the gradient of the whole batch however uneven the masks.
-    Where the loss or any element of the gradient is not finite, params, optimizer state and model state stay
-    bitwise as they were, and `skipped` and `consecutive_skips` grow; `step` advances all the same.
+    Where the guard does not accept the step (loss or any element of the gradient not finite, or a loss spike, by its
+    options), params, optimizer state and model state stay bitwise as they were; `step` advances all the same.
 
     Args:
       task: gives the loss.
@@ -42,9 +44,11 @@ def make_train_step(
       seed: of the random keys: micro-batch i of step t has fold_in(fold_in(key(seed), t), i).
       microbatches: number of micro-batches, dividing each device's share of the batch.
       gradient_clip: bound on the global norm of the gradient; 0 leaves it alone.
+      guard_options: what is a loss spike, and what becomes of its step.
 
-    Metrics are float32 scalars (counters int32), the same on all devices: the task's (total / weight),
-    `gradient_norm` (before clipping), `update_norm`, `learning_rate`, `skipped`, `consecutive_skips`.
+    Metrics are float32 scalars (counts int32), the same on all devices: the task's (total / weight),
+    `gradient_norm` (before clipping), `update_norm`, `learning_rate`, `spike` (0 or 1), `spike_bound` (on the loss,
+    infinite while the guard has seen too few) and the guard's `skipped`, `consecutive_skips`, `clipped`, `spikes`.
     """
     params_shardings = shardings(abstract.params)
     hosted = any(map(_in_host_memory, jax.tree.leaves(abstract.opt_state)))
@@ -55,39 +59,45 @@ def make_train_step(
             task, state, _cut(batch, microbatches, mesh), key, params_shardings
         )
         metrics = {name: total / weight for name, (total, weight) in sums.items()}
-        metrics["learning_rate"] = jnp.asarray(learning_rate(state.step - state.skipped), jnp.float32)
+        metrics["learning_rate"] = jnp.asarray(learning_rate(state.step - state.guard.skipped), jnp.float32)
         metrics["gradient_norm"] = global_norm(gradients)
 
-        # The test is a reduction over the global arrays, hence one decision for all devices.
-        finite = jnp.isfinite(metrics["loss"]) & all_finite(gradients)
+        # Loss and finiteness are reductions over the global arrays, hence one decision for all devices.
+        verdict = guard.judge(state.guard, metrics["loss"], all_finite(gradients), guard_options)
         if gradient_clip:
             scale = gradient_clip / jnp.maximum(metrics["gradient_norm"], gradient_clip)
             gradients = jax.tree.map(lambda leaf: leaf * scale, gradients)
         # A solver inside the optimizer must never see a NaN, not even in a step that is thrown away: LAPACK
         # may not return from one. An optimizer with state in host memory, which is renewed in place and cannot be
         # chosen from here, has to see one and refuse the step itself.
-        gradients = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan if hosted else 0), gradients)
+        gradients = jax.tree.map(lambda leaf: jnp.where(verdict.accepted, leaf, jnp.nan if hosted else 0), gradients)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        metrics["update_norm"] = jnp.where(finite, global_norm(updates), 0.0)
+        metrics["update_norm"] = jnp.where(verdict.accepted, global_norm(updates), 0.0)
 
         def guarded(new: Any, old: Any) -> Any:
-            return jax.tree.map(functools.partial(jnp.where, finite), new, old)
+            return jax.tree.map(functools.partial(jnp.where, verdict.accepted), new, old)
 
+        clipped = (metrics["gradient_norm"] > gradient_clip) if gradient_clip else False
         state = TrainState(
             step=state.step + 1,
             params=guarded(optax.apply_updates(state.params, updates), state.params),
             opt_state=jax.tree.map(
-                lambda new, old, spec: new if _in_host_memory(spec) else jnp.where(finite, new, old),
+                lambda new, old, spec: new if _in_host_memory(spec) else jnp.where(verdict.accepted, new, old),
                 opt_state,
                 state.opt_state,
                 abstract.opt_state,
             ),
             model_state=guarded(model_state, state.model_state),
-            skipped=state.skipped + jnp.where(finite, 0, 1),
-            consecutive_skips=jnp.where(finite, 0, state.consecutive_skips + 1),
+            guard=guard.updated(state.guard, verdict, metrics["loss"], clipped, guard_options),
         )
-        metrics["skipped"] = state.skipped
-        metrics["consecutive_skips"] = state.consecutive_skips
+        metrics |= {
+            "spike": verdict.spike.astype(jnp.int32),
+            "spike_bound": verdict.bound,
+            "skipped": state.guard.skipped,
+            "consecutive_skips": state.guard.consecutive,
+            "clipped": state.guard.clipped,
+            "spikes": state.guard.spikes,
+        }
         return state, metrics
 
     return jax.jit(

@@ -21,6 +21,7 @@ from .config import check
 from .data import pipeline
 from .errors import UserError
 from .evaluation import evaluate
+from .guard import GuardOptions
 from .journal import Journal
 from .metrics import MetricsWriter
 from .periods import Period
@@ -47,8 +48,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
     Raises:
       UserError: something in the config or the workdir cannot work. Nothing has been written, or where only the
         data could tell, no more than their cache in the workdir.
-      TrainingStopped: too many steps in a row had a loss or gradient that was not finite; a checkpoint is
-        saved.
+      TrainingStopped: the guard has skipped too many steps in a row; a checkpoint is saved.
     """
     # Set-up: what can be refused is refused before anything is written
     check(config)
@@ -115,7 +115,10 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
                 )
                 abstract = abstract_state(task, tx, batch_spec, placements, mesh)
                 clip = {"microbatches": config.microbatches, "gradient_clip": config.gradient_clip}
-                step = make_train_step(task, tx, schedule, abstract, mesh, seed=config.seed, **clip)
+                spikes = GuardOptions(config.guard.on_spike, config.guard.spike_factor, config.guard.spike_window)
+                step = make_train_step(
+                    task, tx, schedule, abstract, mesh, seed=config.seed, guard_options=spikes, **clip
+                )
             return tx, abstract, step
 
         choices = [workdir, *start.workdirs]
@@ -218,7 +221,9 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             "heldout_loss": heldout_metrics["loss"],
             "best_heldout_loss": record.best.values["loss"] if record.best else None,
             "optimizer": type(options).__name__,
-            "skipped_steps": int(state.skipped),
+            "skipped_steps": int(state.guard.skipped),
+            "clipped_steps": int(state.guard.clipped),
+            "loss_spikes": int(state.guard.spikes),
             "refreshes": int(diagnostics["optimizer/refreshes"]) if "optimizer/refreshes" in diagnostics else 0,
             "devices": mesh.size,
             "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
@@ -321,12 +326,12 @@ def as_spec(array: jax.Array) -> jax.ShapeDtypeStruct:
 
 def too_many_skips(journal: Journal, limit: int) -> str | None:
     """Why the guard ends the run, or None."""
-    if journal.consecutive_skips < limit:
+    if journal.most_consecutive_skips < limit:
         return None
     return (
-        f"{journal.consecutive_skips} steps in a row had a loss or gradient that was not finite "
-        f"(guard.max_consecutive_skips {limit}); in a new workdir, use a lower schedule.learning_rate or a "
-        "gradient_clip, with resume_from this one"
+        f"{journal.most_consecutive_skips} steps in a row were skipped for a loss or gradient that was not finite, or "
+        f"a loss spike (guard.max_consecutive_skips {limit}); in a new workdir, use a lower schedule.learning_rate, a "
+        "gradient_clip or, against spikes, a larger guard.spike_factor, with resume_from this one"
     )
 
 

@@ -34,7 +34,7 @@ def make_state(sizes, spec, *, width=8, fill=None):
         lambda leaf: jax.device_put(leaf, NamedSharding(mesh, spec if leaf.ndim else P())),
         optax.adam(1e-3).init(params),
     )
-    state = TrainState(scalars[3], params, opt_state, {"counters": {"batches": scalars[0]}}, *scalars[1:3])
+    state = TrainState(scalars[3], params, opt_state, {"counters": {"batches": scalars[0]}}, scalars[1])
     return state, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 

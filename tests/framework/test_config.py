@@ -329,6 +329,15 @@ def test_differences_leave_out_what_may_change(file):
     assert len(config_lib.differences(old, new, ("mesh.dat", "lo"))) == 4
 
 
+def test_what_the_guard_lets_through_may_not_change(file):
+    """Catches a run that goes on with other rules for its steps and does not say so."""
+    old = config_lib.to_json(config_lib.load(str(file)))
+    knobs = ("max_consecutive_skips=3", "on_spike=skip", "spike_factor=5", "spike_window=20")
+    new = config_lib.load(str(file), [f"guard.{knob}" for knob in knobs])
+    changed = config_lib.differences(old, new, base.MAY_CHANGE)
+    assert [line.split(":")[0] for line in changed] == ["guard.on_spike", "guard.spike_factor", "guard.spike_window"]
+
+
 def test_another_component_is_one_difference(file):
     old = config_lib.to_json(config_lib.load(str(file)))
     new = config_lib.load(str(file), [f"task.name={OTHER}"])
@@ -423,6 +432,9 @@ def test_did_you_mean_lists_all_where_nothing_is_near():
         ("evaluation.batches=0", "-1 .all. or above 0"),
         ("checkpoint.keep_last=0", "to resume from"),
         ("guard.max_consecutive_skips=0", "at least 1"),
+        ("guard.on_spike=stop", "on_spike is stop; it must be ignore, skip or rollback"),
+        ("guard.spike_factor=0", "above 0"),
+        ("guard.spike_window=1", "at least 2"),
     ],
 )
 def test_numbers_without_sense_are_refused(change, words):

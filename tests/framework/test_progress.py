@@ -67,12 +67,11 @@ def test_mfu_is_the_share_of_all_devices_peak(monkeypatch):
     speed = meter.read(5, 2.0)
     assert speed.mfu == pytest.approx(2 / 8)
     assert set(speed.values()) == {"throughput/steps_per_second", "throughput/tokens_per_second", "throughput/mfu"}
-    line = progress.progress_line(
-        5, 100, {"train/loss": 2.5, "train/learning_rate": 0.01, "train/skipped": 3}, speed, 61
-    )
-    assert line == (
+    values = {"train/loss": 2.5, "train/learning_rate": 0.01, "train/skipped": 3, "train/spikes": 0}
+    assert progress.progress_line(5, 100, values, speed, 61) == (
         "step   5/100  loss 2.5000  learning rate 1.00e-02  skipped 3  2 steps/s  128 tokens/s  MFU 25.0%  ETA 0:01:01"
     )
+    assert "  skipped 3  spikes 2  " in progress.progress_line(5, 100, values | {"train/spikes": 2}, speed, 61)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,15 @@ from jax.sharding import PartitionSpec as P
 
 from shampax.framework import partitioning, state
 from shampax.framework.data.pipeline import Batches
+from shampax.framework.guard import GuardOptions
 from shampax.framework.step import global_norm, make_eval_step, make_train_step
 from shampax.framework.train import global_batch
+from shampax.optimizers import ShampooOptions
 from shampax.optimizers.baselines import AdafactorOptions, AdamWOptions, MuonOptions
 
 RULES = (("vocab", "tensor"), ("mlp", "tensor"), ("embed", "fsdp"))
 SEED = 3
+IGNORE, SKIP = (GuardOptions(policy, spike_factor=20.0, spike_window=10) for policy in ("ignore", "skip"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Bench:
         self.tx = (options or AdamWOptions()).build(rate, mesh=self.mesh, axis_names=axes["params"])
         self.abstract = state.abstract_state(self.task, self.tx, spec, placements, self.mesh)
         self.initial = lambda: state.initial_state(self.task, self.tx, spec, self.abstract, SEED)
-        self.step = make_train_step(self.task, self.tx, rate, self.abstract, self.mesh, seed=SEED, **step_options)
+        options = {"seed": SEED, "guard_options": IGNORE} | step_options
+        self.step = make_train_step(self.task, self.tx, rate, self.abstract, self.mesh, **options)
         self.eval_step = make_eval_step(self.task, self.abstract, self.mesh)
 
     def batch(self, step):
@@ -74,6 +78,14 @@ def host(tree):
 
 def assert_bitwise_equal(first, second):
     jax.tree.map(np.testing.assert_array_equal, host(first), host(second))
+
+
+def assert_same_on_all_devices(tree):
+    for leaf in jax.tree.leaves(tree):
+        shards = {}
+        for shard in leaf.addressable_shards:
+            shards.setdefault(str(shard.index), []).append(np.array(shard.data))
+        assert all((copy == copies[0]).all() for copies in shards.values() for copy in copies)
 
 
 MESHES = [{"data": 2}, {"fsdp": 4}, {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
@@ -151,17 +163,13 @@ def test_one_bad_element_on_one_device_changes_nothing_but_the_counters(sizes, m
     after = host(current)
     for part in ("params", "opt_state", "model_state"):
         assert_bitwise_equal(getattr(before, part), getattr(after, part))
-    assert (after.step, after.skipped, after.consecutive_skips) == (2, 1, 1)
+    assert (after.step, after.guard.skipped, after.guard.consecutive) == (2, 1, 1)
     assert (metrics["skipped"], metrics["consecutive_skips"], metrics["update_norm"]) == (1, 1, 0)
     assert not np.isfinite(metrics["loss"])
-    for leaf in jax.tree.leaves(current):
-        shards = {}
-        for shard in leaf.addressable_shards:
-            shards.setdefault(str(shard.index), []).append(np.array(shard.data))
-        assert all((copy == copies[0]).all() for copies in shards.values() for copy in copies)
+    assert_same_on_all_devices(current)
 
     current, metrics = bench.step(current, bench.batch(2))
-    assert (int(current.step), int(current.skipped), int(current.consecutive_skips)) == (3, 1, 0)
+    assert (int(current.step), int(current.guard.skipped), int(current.guard.consecutive)) == (3, 1, 0)
     assert np.isfinite(metrics["loss"])
     assert any(
         (a != b).any() for a, b in zip(*map(jax.tree.leaves, (host(current.params), before.params)), strict=True)
@@ -185,7 +193,7 @@ def test_a_gradient_that_is_infinite_in_one_shard_is_seen_by_all_devices():
     assert np.isfinite(metrics["loss"])
     assert_bitwise_equal(current.params, before.params)
     assert_bitwise_equal(current.opt_state, before.opt_state)
-    assert int(current.skipped) == 1
+    assert int(current.guard.skipped) == 1
 
 
 def test_learning_rate_waits_for_skipped_steps():
@@ -208,6 +216,75 @@ def test_clipping_bounds_what_the_optimizer_sees():
         norm = float(metrics["gradient_norm"])
         assert norm > 0.1
         assert float(metrics["update_norm"]) == pytest.approx(min(norm, bound))
+
+
+CLIP = 0.35  # some gradients of the toy are longer
+NAN, SPIKE = (5, 6, 50), 30
+OPTIMIZERS = {
+    "adamw": AdamWOptions(),
+    "staggered": ShampooOptions(block_size=8, interval=3),
+    "statistics on the host": ShampooOptions(block_size=8, interval=3, statistics_memory="host"),
+}
+
+
+@functools.cache
+def faulty_bench(optimizer, guard_options):
+    task = toy.ToyTask(nan_steps=NAN, spike_steps=(SPIKE,), seed=SEED)
+    step_options = {"gradient_clip": CLIP, "guard_options": guard_options}
+    return Bench({"data": 8}, task=task, options=OPTIMIZERS[optimizer], **step_options)
+
+
+def steps(bench, count, without=()):
+    """The state after so many steps, and the metrics of each by name; some may be left out, with their batches."""
+    current, metrics = bench.initial(), []
+    for step in range(count):
+        if step + 1 in without:
+            current = dataclasses.replace(current, step=current.step + 1)
+            continue
+        current, measured = bench.step(current, bench.batch(step))
+        metrics.append(measured)
+    return current, {name: np.array([step[name] for step in metrics]) for name in metrics[0]}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_with_bad_steps_is_bitwise_the_run_without_them(optimizer):
+    """Catches a bad step that moves a parameter, a moment, a statistic, a root or the schedule of refreshes, that
+    enters the running loss or is counted as clipped; a spike on one device of eight that the others do not hear of; and
+    counts that do not add up."""
+    bench, bad = faulty_bench(optimizer, SKIP), (*NAN, SPIKE)
+    whole, metrics = steps(bench, 55)
+    assert_same_on_all_devices(whole)
+    numbers = np.arange(1, 56)
+    skipped = np.isin(numbers, bad)
+    assert np.array_equal(metrics["skipped"], np.cumsum(skipped))
+    assert np.array_equal(numbers[metrics["consecutive_skips"] > 0], sorted(bad))
+    assert metrics["consecutive_skips"][5] == 2
+    assert np.array_equal(numbers[metrics["spike"] == 1], [SPIKE])
+    assert np.array_equal(metrics["spikes"], numbers >= SPIKE)
+    assert metrics["loss"][SPIKE - 1] > metrics["spike_bound"][SPIKE - 1] > metrics["loss"][SPIKE]
+    assert not metrics["update_norm"][skipped].any()
+    too_long = metrics["gradient_norm"] > CLIP
+    assert too_long[SPIKE - 1] and 5 < too_long.sum() < 50
+    assert np.array_equal(metrics["clipped"], np.cumsum(too_long & ~skipped))
+
+    without, _ = steps(bench, 55, without=bad)
+    for part in ("params", "opt_state", "model_state"):
+        assert_bitwise_equal(getattr(whole, part), getattr(without, part))
+    counts = {"skipped": 0, "spikes": 0}
+    assert_bitwise_equal(dataclasses.replace(whole.guard, **counts), dataclasses.replace(without.guard, **counts))
+
+
+def test_an_ignored_spike_is_counted_and_trained_on():
+    """Catches a policy that changes steps without a spike, and one that skips where it should only count."""
+    ignore, skip = (faulty_bench("adamw", options) for options in (IGNORE, SKIP))
+    before, _ = steps(ignore, SPIKE - 1)
+    assert_bitwise_equal(before, steps(skip, SPIKE - 1)[0])
+    before = host(before)
+    after, metrics = steps(ignore, SPIKE)
+    assert [int(metrics[name][-1]) for name in ("spike", "spikes", "skipped", "consecutive_skips")] == [1, 1, 2, 0]
+    assert metrics["update_norm"][-1] > 0
+    assert int(after.guard.accepted) == SPIKE - 2
+    assert float(after.guard.loss_mean) > float(before.guard.loss_mean) + 1
 
 
 @pytest.mark.parametrize("scale", [2.0**-70, 1.0, 2.0**100])

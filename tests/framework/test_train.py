@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -46,7 +47,8 @@ def lines(workdir):
     """The history without what depends on the clock."""
     read = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [
-        {k: v for k, v in line.items() if k not in TIMES and not k.startswith(("host/", "checkpoint/"))} for line in read
+        {k: v for k, v in line.items() if k not in TIMES and not k.startswith(("host/", "checkpoint/"))}
+        for line in read
     ]
 
 
@@ -285,6 +287,30 @@ def test_too_many_skips_stop_the_run_with_a_checkpoint(tmp_path):
         train(config, tmp_path, devices=two())
 
 
+def test_twenty_bad_steps_in_a_row_stop_a_run_that_goes_on_with_a_higher_limit(tmp_path, capsys):
+    """Catches a stop that is forgotten because the step in flight was a good one, a checkpoint from which the run does
+    not go on as if it had not stopped, and counts or a spike that the user does not get to see."""
+
+    def config(**changes):
+        task = {"nan_steps": tuple(range(4, 24)), "spike_steps": (27,)}
+        guard = {"guard.on_spike": "skip", "guard.spike_window": 5}
+        return make_config(task=task, duration="30 steps", gradient_clip=0.2, **guard, **changes)
+
+    with pytest.raises(TrainingStopped, match=r"20 steps in a row .*not finite.*checkpoint after step 24"):
+        train(config(), tmp_path / "run", devices=two())
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["skipped_steps"] == 20
+    higher = config(**{"guard.max_consecutive_skips": 21})
+    capsys.readouterr()
+    result = train(higher, tmp_path / "run", devices=two())
+    told = capsys.readouterr().out
+    assert re.search(r"^loss spike at step 27: \d+\.\d+, above the bound of \d\.\d+; the step is skipped$", told, re.M)
+    assert re.search(r"^step 28/30 .* skipped 21  spikes 1 ", told, re.M)
+    assert (result["steps"], result["skipped_steps"], result["loss_spikes"]) == (30, 21, 1)
+    assert result["clipped_steps"] == lines(tmp_path / "run")[-2]["train/clipped"] > 0
+    train(higher, tmp_path / "whole", devices=two())
+    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "run", 30), arrays(tmp_path / "whole", 30))
+
+
 def test_shampoo_trains_and_reports_its_inner_life(tmp_path):
     optimizer = base.component(SHAMPOO, block_size=16, interval=2)
     result = train(make_config(optimizer=optimizer, **{"mesh.fsdp": 2}), tmp_path, devices=jax.devices()[:4])
@@ -393,7 +419,7 @@ def test_the_host_runs_one_step_ahead_and_no_further():
 
     def step(state, batch):
         events.append(f"dispatch {batch}")
-        return TrainState(None, None, f"after {batch}", None, None, None), {}
+        return TrainState(None, None, f"after {batch}", None, None), {}
 
     def diagnose(opt_state):
         return {"diagnosed": opt_state}
@@ -406,7 +432,7 @@ def test_the_host_runs_one_step_ahead_and_no_further():
         def take(self, opt_state):
             events.append(f"take {opt_state}")
 
-    start = TrainState(None, None, None, None, None, None)
+    start = TrainState(None, None, None, None, None)
     train_module.advance(step, diagnose, Service(), start, iter("abc"), range(4, 7), Log(), lambda step: None)
     assert events == [
         *["install", "dispatch a", "take after a"],

@@ -21,6 +21,9 @@ class ToyTask:
     hidden: int = 32  # M
     nan_from: int = -1  # after so many batches, one element of the loss is not a number; -1 never
     nan_seed: int = -1  # in steps whose key draws a number above 0.9, with so many added to it; -1 never
+    nan_steps: tuple[int, ...] = ()  # in these steps, counted from 1, too
+    spike_steps: tuple[int, ...] = ()  # in these, the loss of the first example is a thousand times what it should be
+    seed: int = 0  # of the run, by which the keys of these steps are known
 
     def init(self, key, batch_spec):
         width, hidden = self.width, self.hidden
@@ -47,6 +50,8 @@ class ToyTask:
             broken = (self.nan_from >= 0) & (counters["batches"] > self.nan_from)
             if self.nan_seed >= 0:
                 broken |= jax.random.uniform(jax.random.fold_in(key, self.nan_seed)) > 0.9
+            broken |= self._is_of(self.nan_steps, key)
+            nats = nats.at[0].multiply(jnp.where(self._is_of(self.spike_steps, key), 1000.0, 1.0))
             nats = nats.at[0, 0].set(jnp.where(broken, jnp.nan, nats[0, 0]))
         weights = batch["weights"]
         total, weight = (nats * weights).sum(), weights.sum()
@@ -55,6 +60,12 @@ class ToyTask:
             "accuracy": (((logits.argmax(-1) == targets) * weights).sum(), weight),
         }
         return total / weight, ({"counters": counters}, metrics)
+
+    def _is_of(self, steps, key):
+        """Whether the key is that of the first micro-batch of one of the steps."""
+        run = jax.random.key(self.seed)
+        keys = [jax.random.fold_in(jax.random.fold_in(run, step - 1), 0) for step in steps]
+        return jnp.any(jnp.array([(jax.random.key_data(k) == jax.random.key_data(key)).all() for k in keys], bool))
 
     def logical_axes(self, variables):
         return {
