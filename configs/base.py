@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "checkpoint",
     "evaluation.every",
     "guard.max_consecutive_skips",
+    "guard.max_rollbacks",
     "data.data_dir",  # the same data may lie elsewhere on another cluster
     "task.remat",
     "resume_from",  # both are read only while the workdir has no checkpoint
@@ -55,6 +56,7 @@ def get_config() -> Any:
     config.guard = ConfigDict()
     config.guard.max_consecutive_skips = 20  # steps skipped in a row, after which the run stops: this is no bad luck
     config.guard.on_spike = "ignore"  # on a loss far above the last ones: "ignore", "skip" or "rollback"
+    config.guard.max_rollbacks = 3  # to a checkpoint, past the batches up to the spike; one more spike ends the run
     config.guard.spike_factor = 8.0  # mean deviations above the mean that make a spike; 6.4 sigma of a normal loss
     config.guard.spike_window = 100  # accepted steps that the mean looks back on, and before the first spike
 

@@ -138,7 +138,7 @@ class Checkpoints:
       workdir: theirs.
       keep_last, keep_best: how many.
       best_metric: a held-out metric.
-      keep: says of a step whether the newest checkpoint of such a step is to be kept besides.
+      milestone: says which steps' newest checkpoint is kept besides, to go back to.
     """
 
     def __init__(
@@ -148,12 +148,12 @@ class Checkpoints:
         keep_last: int,
         keep_best: int,
         best_metric: str,
-        keep: Callable[[int], bool] = lambda step: False,
+        milestone: Callable[[int], bool],
     ):
         """Removes what interrupted saves have left behind."""
         self._directory = (workdir / layout.CHECKPOINTS).absolute()
         self._keep_last, self._keep_best, self._best_metric = keep_last, keep_best, best_metric
-        self._keep = keep
+        self._milestone = milestone
         self._first = jax.process_index() == 0
         self._scores = {}
         for path in finished(workdir):
@@ -238,7 +238,7 @@ class Checkpoints:
         steps = sorted(steps)
         scored = [step for step in steps if math.isfinite(self._scores.get(step, math.nan))]
         best = sorted(scored, key=lambda step: self._scores[step])[: self._keep_best]
-        wanted = [step for step in steps if self._keep(step)][-1:]
+        wanted = [step for step in steps if self._milestone(step)][-1:]
         return {*steps[max(len(steps) - self._keep_last, 0) :], *best, *wanted}
 
     def _note_score(self, record: Record) -> None:

@@ -127,6 +127,7 @@ def _check_ranges(config: Any) -> None:
         ("checkpoint.on_error", repr(checkpoint.on_error), checkpoint.on_error in on_error, f"one of {on_error}"),
         ("guard.max_consecutive_skips", skips, skips >= 1, "at least 1"),
         ("guard.on_spike", on_spike, on_spike in ("ignore", "skip", "rollback"), "ignore, skip or rollback"),
+        ("guard.max_rollbacks", config.guard.max_rollbacks, config.guard.max_rollbacks >= 0, "at least 0"),
         ("guard.spike_factor", factor, factor > 0, "above 0"),
         ("guard.spike_window", window, window >= 2, "at least 2"),
     ):

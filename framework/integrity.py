@@ -46,11 +46,12 @@ def faults(directory: Path, *, part: int = 0, parts: int = 1) -> list[str]:
     if not is_sealed(directory):
         return [f"no {SUMS}: its save did not come to an end"]
     try:
-        lines = (directory / SUMS).read_text(encoding="utf-8").splitlines()
+        text = (directory / SUMS).read_text(encoding="utf-8")
+        lines = text.splitlines()
         listed = {match[2]: match[1] for match in map(_LINE.fullmatch, lines) if match}
     except (OSError, UnicodeDecodeError) as error:
         return [f"{SUMS} cannot be read ({error})"]
-    if len(listed) != len(lines):
+    if len(listed) != len(lines) or not text.endswith("\n"):
         return [f"{SUMS} has a line that is no checksum"]
     there = set(_files(directory))
     found = [f"{name} is missing" for name in sorted(listed.keys() - there)]

@@ -61,7 +61,7 @@ class Journal:
         self.seconds_to_first_step: float | None = None
         self.skipped = start.skipped
         self.most_consecutive_skips = 0  # of the steps read
-        self.newest_spike: int | None = None  # the number of the last step read whose loss was one
+        self.first_spike: int | None = None  # the number of the first step since the start whose loss was one
 
     def tokens(self, step: int) -> int:
         """Tokens trained on up to and including a step."""
@@ -79,7 +79,7 @@ class Journal:
         self.skipped = numbers["skipped"]
         self.most_consecutive_skips = max(self.most_consecutive_skips, consecutive_skips)
         if spike:
-            self.newest_spike = step
+            self.first_spike = self.first_spike or step
             progress.say(progress.spike_line(step, numbers["loss"], bound, skipped=consecutive_skips > 0))
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = seconds_since_process_start()
@@ -96,6 +96,19 @@ class Journal:
                 progress.say(complaint)
             values |= reporter.metrics()
         self._write(step, seconds, values | (speed.values() if speed else {}))
+
+    def went_back(self, record: Record, *, limit: int) -> None:
+        """The run goes on from an earlier step, whose record this is; what was measured since is dropped."""
+        progress.say(
+            f"back to step {record.step}, with {record.batches_passed_over} batches passed over in all "
+            f"(rollback {record.rollbacks} of {limit})"
+        )
+        self.first_spike = None
+        self.skipped, self.most_consecutive_skips = record.skipped, 0
+        self._start = record
+        self._speedometer.warmed_up(record.step, self._clock.seconds)
+        if self._writer:
+            self._writer.drop_after(record.step)
 
     def evaluated(self, step: int, values: Mapping[str, float], *, best: bool) -> None:
         """Report an evaluation after a step."""

@@ -26,7 +26,7 @@ class MetricsWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorboard")
         self._events: Any = None
         self._pending: list[Future[None]] = []
-        _drop_after(self._path, after_step)
+        self.drop_after(after_step)
 
     def write(self, *, step: int, seconds: float, tokens: int, values: Mapping[str, float]) -> None:
         """Append what was measured after `step`; a number that is not finite becomes null."""
@@ -36,6 +36,15 @@ class MetricsWriter:
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self._pending.append(self._thread.submit(self._write_events, step, dict(values)))
+
+    def drop_after(self, step: int) -> None:
+        """Forget what was measured after a step."""
+        if not self._path.exists():
+            return
+        kept = [line for line in self._path.read_text().splitlines() if _measured_by(line, step)]
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in kept))
+        partial.replace(self._path)
 
     def close(self) -> None:
         """Wait until all is on disk; raises what went wrong in the background."""
@@ -58,15 +67,6 @@ class MetricsWriter:
     def _close_events(self) -> None:
         if self._events is not None:
             self._events.close()
-
-
-def _drop_after(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = [line for line in path.read_text().splitlines() if _measured_by(line, step)]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in kept))
-    partial.replace(path)
 
 
 def _measured_by(line: str, step: int) -> bool:

@@ -1,7 +1,7 @@
 """Where the state of a run is taken from: the newest whole checkpoint of its own, of another run, or nothing."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -73,6 +73,19 @@ def find(workdir: Path, *, resume_from: str, init_from: str) -> Origin:
     if init_from:
         return _named("init", init_from, damaged)
     return Origin("scratch", None, tuple(damaged))
+
+
+def newest_of(workdir: Path, steps: Callable[[int], bool]) -> Origin:
+    """The newest whole checkpoint of a workdir whose step is one of `steps`.
+
+    Raises:
+      UserError: there is none.
+    """
+    found = [path for path in checkpoints.finished(workdir) if steps(int(path.name))]
+    origin = _newest_whole("own", str(workdir), found, [])
+    if origin is None:
+        raise UserError(f"{workdir} holds no checkpoint to go back to")
+    return origin
 
 
 def set_aside(workdir: Path, origin: Origin) -> None:

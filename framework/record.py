@@ -25,6 +25,7 @@ class Record:
       last: the latest evaluation, if there was one.
       best: the best evaluation so far, by the config's best metric.
       skipped: steps that the guard has skipped.
+      began: the step that the run of this workdir began after.
       optimizer_began: accepted steps that lay behind the run when its optimizer began: above 0 where it took the place
         of another one.
       batches_passed_over: batches that were left out by rolling back; step t trains on batch t + this number.
@@ -38,6 +39,7 @@ class Record:
     last: Evaluation | None = None
     best: Evaluation | None = None
     skipped: int = 0
+    began: int = 0
     optimizer_began: int = 0
     batches_passed_over: int = 0
     rollbacks: int = 0
@@ -58,6 +60,18 @@ class Record:
 
         better = self.best is None or rank(new) < rank(self.best)
         return dataclasses.replace(self, last=new, best=new if better else self.best)
+
+    def rolled_back(self, now: "Record", spike: int) -> "Record":
+        """This record of an earlier step, to go on from when step number `spike` was one too many.
+
+        The batches of the steps in between are passed over, that of the spike included.
+        """
+        return dataclasses.replace(
+            self,
+            seconds=now.seconds,
+            rollbacks=now.rollbacks + 1,
+            batches_passed_over=now.batches_passed_over + spike - self.step,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As plain dicts."""

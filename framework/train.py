@@ -25,10 +25,13 @@ from .guard import GuardOptions
 from .journal import Journal
 from .metrics import MetricsWriter
 from .periods import Period
+from .record import Record
 from .schedule import make_schedule
 from .state import TrainState, abstract_state, abstract_variables, initial_arrays, initial_state
 from .step import make_diagnosis, make_eval_step, make_train_step
 from .stopping import StopSignals, TrainingStopped
+
+SPIKE = "loss spike"  # stops the loop, and not the run
 
 
 def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = None) -> dict[str, Any]:
@@ -148,7 +151,9 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
 
         fresh = initial_arrays(task, tx, batch_spec, abstract, config.seed, taken.fresh)
         state = taken.state(fresh)
-        record = dataclasses.replace(record, optimizer_began=began)
+        record = dataclasses.replace(
+            record, optimizer_began=began, began=record.began if start.kind == "own" else record.step
+        )
 
         # Compile, apart from the loop, so that it is not taken for training time
         progress.say("compiling the train step ...")
@@ -160,11 +165,17 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         evaluation, saving = Period(in_steps(config.evaluation.every)), Period(in_steps(config.checkpoint.every))
         clock = Clock(record.seconds)
         pace = {"total_steps": total_steps, "tokens_per_step": tokens_per_step}
+
+        def milestone(step: int) -> bool:
+            """Whether the run saves after a step whatever happens, and may go back to it."""
+            return saving.due(step) or (config.guard.on_spike == "rollback" and step == record.began)
+
         saver = Checkpoints(
             workdir,
             keep_last=config.checkpoint.keep_last,
             keep_best=config.checkpoint.keep_best,
             best_metric=config.evaluation.best_metric,
+            milestone=milestone,
         )
         journal = Journal(
             MetricsWriter(workdir, after_step=record.step) if jax.process_index() == 0 else None,
@@ -175,13 +186,13 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             period=Period(in_steps(config.log.every)),
             **pace,
         )
-        upcoming = map(to_devices, batches.from_step(record.step))
+        upcoming = map(to_devices, batches.from_step(record.step + record.batches_passed_over))
         stopped = None
         with StopSignals() as signals, journal, contextlib.closing(saver), contextlib.closing(service):
             state = dataclasses.replace(state, opt_state=service.start(state.opt_state))
 
             def stop_reason(step: int) -> str | None:
-                return signals.reason(step) or too_many_skips(journal, config.guard.max_consecutive_skips)
+                return signals.reason(step) or trouble(journal, record, config.guard) or spike(journal, config.guard)
 
             while True:
                 at_end = record.step == total_steps
@@ -192,7 +203,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
                     improved = record.best == record.last
                     journal.evaluated(record.step, values, best=improved)
                 refuse_alone(stopped)
-                if at_end or stopped or saving.due(record.step) or (improved and config.checkpoint.keep_best):
+                if at_end or stopped or milestone(record.step) or (improved and config.checkpoint.keep_best):
                     whole = dataclasses.replace(state, opt_state=service.with_in_flight(state.opt_state))
                     with storage_faults(config.checkpoint.on_error):
                         saver.save(whole, record, manifest)
@@ -207,11 +218,22 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
                 record = dataclasses.replace(
                     record, step=step, seconds=clock.seconds, tokens=journal.tokens(step), skipped=journal.skipped
                 )
+                if spike(journal, config.guard) and not trouble(journal, record, config.guard):
+                    stopped = None if stopped == SPIKE else stopped
+                    del state
+                    with storage_faults("stop"):
+                        saver.confirm()
+                    point = origin.newest_of(workdir, milestone)
+                    record = point.record().rolled_back(record, spike=journal.first_spike or step)
+                    state = takeover.plan(point, abstract, tx, config.optimizer.name, config.renamed).state({})
+                    state = dataclasses.replace(state, opt_state=service.start(state.opt_state))
+                    upcoming = map(to_devices, batches.from_step(record.step + record.batches_passed_over))
+                    journal.went_back(record, limit=config.guard.max_rollbacks)
             with storage_faults("stop"):
                 saver.confirm()
 
         # Result
-        trouble = too_many_skips(journal, config.guard.max_consecutive_skips)
+        ended = trouble(journal, record, config.guard)
         heldout_metrics = record.last.values if record.last else dict.fromkeys(metric_names)
         diagnostics = diagnose(state.opt_state)
         result = {name: value for name, value in heldout_metrics.items() if name != "loss"} | {
@@ -223,16 +245,18 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             "optimizer": type(options).__name__,
             "skipped_steps": int(state.guard.skipped),
             "clipped_steps": int(state.guard.clipped),
-            "loss_spikes": int(state.guard.spikes),
+            "loss_spikes": int(state.guard.spikes) + record.rollbacks,
+            "rollbacks": record.rollbacks,
+            "batches_passed_over": record.batches_passed_over,
             "refreshes": int(diagnostics["optimizer/refreshes"]) if "optimizer/refreshes" in diagnostics else 0,
             "devices": mesh.size,
             "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
             "seconds_to_first_step": journal.seconds_to_first_step,
-            "stopped": trouble or (str(stopped) if stopped and record.step < total_steps else None),
+            "stopped": ended or (str(stopped) if stopped and record.step < total_steps else None),
         }
     result = ownership.finish(workdir, result)
-    if trouble:
-        raise TrainingStopped(f"{trouble}; a checkpoint after step {record.step} is saved in {workdir}")
+    if ended:
+        raise TrainingStopped(f"{ended}; a checkpoint after step {record.step} is saved in {workdir}")
     if isinstance(stopped, optimizer.ServiceError):
         raise TrainingStopped(f"{stopped}; a checkpoint after step {record.step} is saved in {workdir}") from stopped
     return result
@@ -324,8 +348,20 @@ def as_spec(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
-def too_many_skips(journal: Journal, limit: int) -> str | None:
+def spike(journal: Journal, guard: Any) -> str | None:
+    """What stops the loop for the run to go back to a checkpoint, or None."""
+    return SPIKE if guard.on_spike == "rollback" and journal.first_spike is not None else None
+
+
+def trouble(journal: Journal, record: Record, guard: Any) -> str | None:
     """Why the guard ends the run, or None."""
+    if spike(journal, guard) and record.rollbacks >= guard.max_rollbacks:
+        return (
+            f"step {journal.first_spike} has a loss spike after {record.rollbacks} rollbacks (guard.max_rollbacks "
+            f"{guard.max_rollbacks}); in a new workdir, use a lower schedule.learning_rate or a larger "
+            "guard.spike_factor, with resume_from this one"
+        )
+    limit = guard.max_consecutive_skips
     if journal.most_consecutive_skips < limit:
         return None
     return (

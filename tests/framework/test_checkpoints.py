@@ -1,5 +1,7 @@
 import dataclasses
 import math
+import resource
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -9,152 +11,182 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shampax.framework import partitioning
-from shampax.framework.checkpoints import (
-    Checkpoints,
-    Evaluation,
-    Origin,
-    Record,
-    check,
-    find_origin,
-    restore,
-    restore_variables,
-)
-from shampax.framework.errors import UserError
+from shampax.framework import checkpoints, guard, integrity, partitioning
+from shampax.framework.checkpoints import Checkpoints, SaveError
+from shampax.framework.record import Record
 from shampax.framework.state import TrainState
+from shampax.optimizers import patterns
 
 
-def make_state(sizes, spec, *, width=8, fill=None):
-    """A state on a mesh of its own, and what to restore it as."""
+def make_state(sizes, spec, *, width=8):
+    """A state on a mesh of its own."""
     mesh = partitioning.make_mesh({"data": 1, "fsdp": 1, "tensor": 1} | sizes)
-    values = jnp.arange(16 * width, dtype=jnp.float32).reshape(16, width) if fill is None else fill
+    values = jnp.arange(16 * width, dtype=jnp.float32).reshape(16, width)
     params = {"layer": {"w": jax.device_put(values, NamedSharding(mesh, spec))}}
     scalars = [jax.device_put(jnp.int32(7 + i), partitioning.replicated(mesh)) for i in range(4)]
     opt_state = jax.tree.map(
         lambda leaf: jax.device_put(leaf, NamedSharding(mesh, spec if leaf.ndim else P())),
         optax.adam(1e-3).init(params),
     )
-    state = TrainState(scalars[3], params, opt_state, {"counters": {"batches": scalars[0]}}, scalars[1])
-    return state, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    counts = jax.jit(guard.initial, out_shardings=partitioning.replicated(mesh))()
+    return TrainState(scalars[3], params, opt_state, {"counters": {"batches": scalars[0]}}, counts)
+
+
+def like(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def saver(workdir, **options):
+    defaults = {"keep_last": 2, "keep_best": 1, "best_metric": "loss", "milestone": lambda step: False}
+    return Checkpoints(workdir, **(defaults | options))
 
 
 def save(workdir, state, scores, **options):
     """Save a checkpoint at each step of `scores`; None where there was no evaluation."""
-    defaults = {"keep_last": 2, "keep_best": 1, "best_metric": "loss"}
-    record = Record()
-    with Checkpoints(workdir, **(defaults | options)) as saver:
-        for step, score in scores.items():
-            record = dataclasses.replace(record, step=step, tokens=100 * step)
-            if score is not None:
-                record = record.with_evaluation({"loss": score}, "loss")
-            saver.save(state, record)
+    record, checkpoints_of = Record(), saver(workdir, **options)
+    for step, score in scores.items():
+        record = dataclasses.replace(record, step=step, tokens=100 * step)
+        if score is not None:
+            record = record.with_evaluation({"loss": score}, "loss")
+        checkpoints_of.save(state, record, {"step": step})
+    checkpoints_of.confirm()
+    checkpoints_of.close()
     return record
 
 
 def steps(workdir):
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    return [int(path.name) for path in checkpoints.finished(workdir)]
 
 
-def test_restores_onto_another_mesh_with_every_value_in_its_place(tmp_path):
-    state, _ = make_state({"data": 8}, P("data"))
+def test_comes_back_on_another_mesh_with_every_value_in_its_place(tmp_path):
+    state = make_state({"data": 8}, P("data"))
     record = save(tmp_path, state, {3: 1.5})
-    other, abstract = make_state({"fsdp": 2, "tensor": 4}, P("tensor", "fsdp"), fill=jnp.zeros((16, 8)))
-    origin = find_origin(tmp_path, resume_from="", init_from="")
-    assert origin == Origin("own", tmp_path / "checkpoints" / "3")
-    restored = restore(origin.path, abstract)
-    jax.tree.map(np.testing.assert_array_equal, restored, state)
-    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, other)
-    assert origin.record() == record == Record(3, 0.0, 300, Evaluation(3, {"loss": 1.5}), Evaluation(3, {"loss": 1.5}))
+    (path,) = checkpoints.finished(tmp_path)
+    other = make_state({"fsdp": 2, "tensor": 4}, P("tensor", "fsdp"))
+    wanted = dict(zip(patterns.paths(other), jax.tree.leaves(like(other)), strict=True))
+    found = checkpoints.arrays(path)
+    assert {name: (array.shape, array.dtype) for name, array in found.items()} == {
+        name: (spec.shape, spec.dtype) for name, spec in wanted.items()
+    }
+    restored = checkpoints.read(path, wanted)
+    for name, value in zip(patterns.paths(state), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(restored[name], value)
+        assert restored[name].sharding == wanted[name].sharding
+    some = checkpoints.read(path, {"params/layer/w": None, "step": wanted["step"]})
+    assert sorted(some) == ["params/layer/w", "step"]
+    assert isinstance(some["params/layer/w"], np.ndarray)
+    assert checkpoints.record(path) == record
+    assert checkpoints.manifest(path) == {"step": 3}
 
 
 def test_saved_state_is_that_of_the_call_even_if_donated_at_once(tmp_path):
-    state, abstract = make_state({"data": 8}, P("data"))
-    expected = jax.tree.map(np.array, state)
+    state = make_state({"data": 8}, P("data"))
+    expected = np.array(state.params["layer"]["w"])
     spoil = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
-    with Checkpoints(tmp_path, keep_last=1, keep_best=0, best_metric="loss") as saver:
-        saver.save(state, Record(step=1))
-        spoil(state)
-    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path / "checkpoints" / "1", abstract), expected)
+    saving = saver(tmp_path)
+    saving.save(state, Record(step=1), {})
+    spoil(state)
+    saving.confirm()
+    saving.close()
+    read = checkpoints.read(tmp_path / "checkpoints" / "1", {"params/layer/w": None})
+    np.testing.assert_array_equal(read["params/layer/w"], expected)
 
 
-def test_keeps_last_and_best(tmp_path):
-    state, _ = make_state({"data": 8}, P())
+def test_keeps_last_best_and_the_newest_milestone(tmp_path):
+    state = make_state({"data": 8}, P())
     scores = {1: 3.0, 2: 1.0, 3: None, 4: math.nan, 5: 2.0, 6: 2.5, 7: None}
     save(tmp_path, state, scores, keep_last=2, keep_best=2)
     assert steps(tmp_path) == [2, 5, 6, 7]
+    save(tmp_path, state, {8: None, 9: None}, keep_last=1, keep_best=0, milestone=lambda step: step % 4 == 0)
+    assert steps(tmp_path) == [8, 9]
 
 
 def test_best_is_remembered_over_a_resume_and_rubbish_is_removed(tmp_path):
-    state, _ = make_state({"data": 8}, P())
+    state = make_state({"data": 8}, P())
     save(tmp_path, state, {1: 1.0, 2: 2.0}, keep_last=1, keep_best=1)
-    rubbish = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp"
-    (rubbish / "state").mkdir(parents=True)
-    assert find_origin(tmp_path, resume_from="", init_from="").path.name == "2"
+    for name in ("3.orbax-checkpoint-tmp", "1.deleted"):
+        (tmp_path / "checkpoints" / name / "state").mkdir(parents=True)
+    assert steps(tmp_path) == [1, 2]
     save(tmp_path, state, {3: 3.0, 4: None}, keep_last=1, keep_best=1)
-    assert steps(tmp_path) == [1, 4]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "4"]
 
 
 def test_a_step_already_saved_is_left_alone(tmp_path):
-    state, _ = make_state({"data": 8}, P())
+    state = make_state({"data": 8}, P())
     save(tmp_path, state, {5: None})
+    before = (tmp_path / "checkpoints" / "5" / integrity.SUMS).stat().st_mtime_ns
     save(tmp_path, state, {5: None})
-    assert steps(tmp_path) == [5]
+    assert (tmp_path / "checkpoints" / "5" / integrity.SUMS).stat().st_mtime_ns == before
 
 
-def test_origin_own_before_resume_before_init_before_scratch(tmp_path):
-    state, _ = make_state({"data": 8}, P())
-    own, first, second = tmp_path / "own", tmp_path / "first", tmp_path / "second"
-    save(first, state, {1: None, 2: None})
-    save(second, state, {9: None})
-    assert find_origin(own, resume_from="", init_from="") == Origin("scratch")
-    assert find_origin(own, resume_from="", init_from=str(second)) == Origin("init", second / "checkpoints" / "9")
-    assert find_origin(own, resume_from=str(first), init_from=str(second)).path == first / "checkpoints" / "2"
-    named = find_origin(own, resume_from=str(first / "checkpoints" / "1"), init_from="")
-    assert named == Origin("resume", first / "checkpoints" / "1")
-    assert named.record().step == 1
-    assert find_origin(own, resume_from="", init_from=str(second)).record() == Record()
-    save(own, state, {4: None})
-    assert find_origin(own, resume_from=str(first), init_from=str(second)).kind == "own"
-    for kind, word in {"own": "resuming", "resume": "resume_from", "init": "init_from"}.items():
-        assert word in str(Origin(kind, own))
-        assert str(own) in str(Origin(kind, own))
+def test_is_invisible_until_its_checksums_are_written(tmp_path, monkeypatch):
+    """Catches a checkpoint that can be taken for whole while files of it are still to come."""
+    state, seal, waiting, go_on = make_state({"data": 8}, P()), integrity.seal, threading.Event(), threading.Event()
 
+    def late(path):
+        waiting.set()
+        assert go_on.wait(30)
+        return seal(path)
 
-def test_missing_origin_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"resume_from .*nowhere holds no finished checkpoint"):
-        find_origin(tmp_path, resume_from=str(tmp_path / "nowhere"), init_from="")
-
-
-def test_other_shapes_and_names_are_refused_with_both(tmp_path):
-    state, _ = make_state({"data": 8}, P())
     save(tmp_path, state, {1: None})
-    path = tmp_path / "checkpoints" / "1"
-    own, init = Origin("own", path), Origin("init", path)
-    _, wider = make_state({"data": 8}, P(), width=24)
-    with pytest.raises(UserError, match=r"params/layer/w is float32\[16,8\] there and float32\[16,24\] here"):
-        check(own, wider)
-    with pytest.raises(UserError, match=r"params/layer/w is float32\[16,8\] there and float32\[16,24\] here"):
-        check(init, wider)
-    _, abstract = make_state({"data": 8}, P())
-    renamed = dataclasses.replace(abstract, params={"block": abstract.params["layer"]})
-    with pytest.raises(UserError, match="params/block/w is absent there and"):
-        check(own, renamed)
+    monkeypatch.setattr(integrity, "seal", late)
+    saving = saver(tmp_path, keep_last=1)
+    saving.save(state, Record(step=2), {})
+    assert waiting.wait(30)
+    assert steps(tmp_path) == [1]
+    assert "checkpoint/seconds" not in saving.metrics()
+    go_on.set()
+    saving.confirm()
+    assert steps(tmp_path) == [2]
+    metrics = saving.metrics()
+    assert metrics["checkpoint/seconds"] >= metrics["checkpoint/blocked_seconds"] > 0
+    assert metrics["checkpoint/bytes"] == integrity.size(tmp_path / "checkpoints" / "2")
+    saving.close()
 
 
-def test_variables_alone_need_no_like_optimizer(tmp_path):
-    state, abstract = make_state({"data": 8}, P("data"))
-    save(tmp_path, state, {1: None})
-    other = dataclasses.replace(abstract, opt_state={"momentum": abstract.params})
-    taken = restore_variables(tmp_path / "checkpoints" / "1", other)
-    np.testing.assert_array_equal(taken["params"]["layer"]["w"], state.params["layer"]["w"])
-    assert int(taken["model_state"]["counters"]["batches"]) == 7
-    assert sorted(taken) == ["model_state", "params"]
+def test_a_save_that_fails_says_so_and_leaves_the_others_alone(tmp_path):
+    """A limit on the size of files stands for a full disk: catches an error that is lost, one that is told twice, an
+    older checkpoint that goes before the newer one is whole, and a saver that never recovers."""
+    state = make_state({"data": 8}, P(), width=4096)
+    save(tmp_path, state, {1: None, 2: None})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    saving, limits = saver(tmp_path, keep_last=1), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+
+    def attempt():
+        saving.save(state, Record(step=3), {})
+        saving.confirm()
+
+    try:
+        with pytest.raises(SaveError, match=r"of step 3 could not be saved in .*; the newest whole one is of step 2"):
+            attempt()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert steps(tmp_path) == [1, 2]
+    assert before == {path: path.read_bytes() for path in before}
+    saving.confirm()
+    assert saving.complaint() is None
+    saving.save(state, Record(step=4), {})
+    saving.confirm()
+    saving.close()
+    assert steps(tmp_path) == [4]
 
 
-def test_best_evaluation_is_the_lowest_finite_one():
-    record, best = Record(), []
-    for step, loss in enumerate([math.nan, 3.0, math.nan, 2.0, 2.5, -math.inf], start=1):
-        record = dataclasses.replace(record, step=step).with_evaluation({"loss": loss}, "loss")
-        best.append(record.best.step)
-    assert best == [1, 2, 2, 4, 4, 4]
-    assert record.last.step == 6
+def test_a_failure_in_the_background_is_told_once_and_raised_at_the_next_save(tmp_path, monkeypatch):
+    state = make_state({"data": 8}, P())
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    saving, seal = saver(tmp_path), integrity.seal
+    monkeypatch.setattr(integrity, "seal", full)
+    saving.save(state, Record(step=1), {})
+    saving._checkpointer._async_manager._thread.join()
+    assert "step 1 could not be saved" in saving.complaint()
+    assert saving.complaint() is None
+    monkeypatch.setattr(integrity, "seal", seal)
+    with pytest.raises(SaveError, match=r"step 1 could not be saved .*No space left on device.*there is none before"):
+        saving.save(state, Record(step=2), {})
+    saving.confirm()
+    saving.close()
+    assert steps(tmp_path) == [2]

@@ -23,6 +23,7 @@ class ToyTask:
     nan_seed: int = -1  # in steps whose key draws a number above 0.9, with so many added to it; -1 never
     nan_steps: tuple[int, ...] = ()  # in these steps, counted from 1, too
     spike_steps: tuple[int, ...] = ()  # in these, the loss of the first example is a thousand times what it should be
+    spike_sum: int = -1  # likewise that of every example whose tokens add up to this
     seed: int = 0  # of the run, by which the keys of these steps are known
 
     def init(self, key, batch_spec):
@@ -52,6 +53,8 @@ class ToyTask:
                 broken |= jax.random.uniform(jax.random.fold_in(key, self.nan_seed)) > 0.9
             broken |= self._is_of(self.nan_steps, key)
             nats = nats.at[0].multiply(jnp.where(self._is_of(self.spike_steps, key), 1000.0, 1.0))
+            spikes = batch["tokens"].sum(axis=1) == self.spike_sum
+            nats = nats * jnp.where(spikes, 1000.0, 1.0)[:, None]
             nats = nats.at[0, 0].set(jnp.where(broken, jnp.nan, nats[0, 0]))
         weights = batch["weights"]
         total, weight = (nats * weights).sum(), weights.sum()

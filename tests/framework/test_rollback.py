@@ -1,0 +1,99 @@
+"""A loss spike in the data: the run goes back to a checkpoint and passes over the batches up to it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_train import SHAMPOO, arrays, lines, make_config, saved, two
+
+from shampax.configs import base
+from shampax.framework import integrity, journal
+from shampax.framework.stopping import StopSignals, TrainingStopped
+from shampax.framework.train import train
+
+# With this sum of tokens, batches 17, 41 and 51 of the toy data hold an example whose loss is a spike.
+SPIKE_SUM = 22
+
+
+def config(*, spikes=True, **changes):
+    return make_config(
+        task={"spike_sum": SPIKE_SUM if spikes else -1},
+        optimizer=base.component(SHAMPOO, block_size=8, interval=3, refresh="host"),
+        **{"duration": "30 steps", "guard.on_spike": "rollback", "guard.spike_window": 8, "schedule.warmup": "2 steps"}
+        | changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def rolled_back(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("rollback") / "run"
+    return workdir, train(config(), workdir, devices=two())
+
+
+def test_goes_back_to_the_newest_regular_checkpoint_and_past_the_spike(rolled_back, tmp_path, monkeypatch):
+    """Catches a wrong number of batches passed over, state or roots in flight that stay behind, lost counts."""
+    workdir, result = rolled_back
+    assert (result["steps"], result["rollbacks"], result["batches_passed_over"]) == (30, 1, 3)
+    assert (result["loss_spikes"], result["skipped_steps"], result["stopped"]) == (1, 0, None)
+    steps = [line["step"] for line in lines(workdir) if "train/loss" in line]
+    assert steps == [1, *range(2, 31, 2)]
+    # The same by hand: stop where it went back to, and say that three batches are to be left out.
+    monkeypatch.setattr(StopSignals, "reason", lambda self, step: "SIGINT" if step == 15 else None)
+    train(config(spikes=False), tmp_path, devices=two())
+    monkeypatch.undo()
+    checkpoint = tmp_path / "checkpoints" / "15"
+    kept = checkpoint / "record" / "metadata"
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"batches_passed_over": 3}))
+    integrity.seal(checkpoint)
+    train(config(spikes=False), tmp_path, devices=two())
+    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 30), arrays(workdir, 30))
+
+
+@pytest.mark.parametrize("step", [18, 19])
+def test_stopped_around_the_spike_and_resumed_is_bitwise_the_same(rolled_back, tmp_path, monkeypatch, step):
+    """Catches a spike that a stop hides, and a rollback to a checkpoint that only the stop has made."""
+    workdir, result = rolled_back
+    asked = []
+
+    def once(self, now):
+        asked.append(now)
+        return "SIGTERM" if now == step and asked.count(now) == 1 else None
+
+    monkeypatch.setattr(StopSignals, "reason", once)
+    stopped = train(config(), tmp_path, devices=two())
+    monkeypatch.undo()
+    assert stopped["stopped"] == "SIGTERM"
+    again = train(config(), tmp_path, devices=two())
+    for key in ("rollbacks", "batches_passed_over", "heldout_loss", "loss_spikes"):
+        assert again[key] == result[key]
+    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 30), arrays(workdir, 30))
+    assert lines(tmp_path) == lines(workdir)
+
+
+def test_killed_after_the_rollback_comes_to_the_same_end(rolled_back, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    went_back = journal.Journal.went_back
+
+    def die(self, *arguments, **options):
+        went_back(self, *arguments, **options)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "went_back", die)
+        with pytest.raises(Killed):
+            train(config(), tmp_path, devices=two())
+    assert train(config(), tmp_path, devices=two())["rollbacks"] == 1
+    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 30), arrays(rolled_back[0], 30))
+
+
+def test_back_to_the_first_step_and_no_further_than_the_limit(tmp_path):
+    """Catches a run without a checkpoint to go back to, and one that goes back for ever."""
+    early = config(**{"checkpoint.every": "0 steps", "duration": "60 steps", "guard.max_rollbacks": 1})
+    with pytest.raises(TrainingStopped, match=r"step 24 has a loss spike after 1 rollbacks \(guard.max_rollbacks 1\)"):
+        train(early, tmp_path, devices=two())
+    stored = json.loads((tmp_path / "result.json").read_text())
+    assert (stored["rollbacks"], stored["batches_passed_over"]) == (1, 18)
+    assert 0 in saved(tmp_path)
