@@ -181,25 +181,22 @@ class Inheritance:
         self._buckets: dict[str, _Saved] = {}
         self._bucket_of: dict[str, str] = {}
         self._numbering = []
-        for name, entry in manifest["buckets"].items():
+        for name, given in manifest["buckets"].items():
+            entry = _checked(given)
             slots = np.asarray(entry["slots"], np.int64)
             if self._shapes.get(f"buckets/{name}/block") != slots.shape:
                 raise ValueError(f"bucket {name} has {slots.size} slots, its arrays another number")
             slot_of_block = np.argsort(slots, kind="stable")
-            shape, blocks, first = tuple(map(int, entry["shape"])), {}, 0
+            shape, blocks, first = tuple(entry["shape"]), {}, 0
             for part in entry["parameters"]:
-                view = View(
-                    tuple(map(int, part["shape"])),
-                    tuple(map(int, part["stack"])),
-                    tuple(tuple(map(int, side)) for side in part["sides"]),
-                )
+                view = View(tuple(part["shape"]), tuple(part["stack"]), tuple(map(tuple, part["sides"])))
                 if sorted([*view.stack, *(axis for side in view.sides for axis in side)]) != [*range(len(view.shape))]:
                     raise ValueError(f"{part['path']} has an axis too many or too few")
-                pieces = tuple(map(int, part["pieces"]))
+                pieces = tuple(part["pieces"])
                 count = view.stacked * math.prod(pieces)
                 if count < 1 or first + count > len(slots) or len(pieces) != len(shape):
                     raise ValueError(f"{part['path']} has {count} blocks, {len(slots) - first} slots are left")
-                path = renamed(str(part["path"]))
+                path = renamed(part["path"])
                 blocks[path] = _Blocks(view, pieces, shape, slot_of_block[first : first + count])
                 self._bucket_of[path] = name
                 first += count
@@ -348,7 +345,8 @@ class Inheritance:
             path: there
             for path, there in found.items()
             if self._buckets[self._bucket_of[path]].blocks[path].geometry == cuts[path].geometry
-            and self._shapes.get(there, (0,))[1:] == shape[1:]
+            and there in self._shapes
+            and self._shapes[there][1:] == shape[1:]
             and (part != _IN_FLIGHT or self._same_numbering)
         }
 
@@ -396,6 +394,29 @@ def _part(field: str) -> str:
     if field.startswith("roots/statistics/") or field == "roots/exponent":
         return _STATISTICS
     return "" if field == "block" else _ROOTS
+
+
+def _checked(entry: Any) -> dict[str, Any]:
+    """A bucket of the manifest, every value of the type that it should have."""
+    return {
+        "shape": [int(length) for length in entry["shape"]],
+        "sides": [int(side) for side in entry["sides"]],
+        "p": int(entry["p"]),
+        **{field: float(entry[field]) for field in ("beta2", "ridge", "cut")},
+        "first": int(entry["first"]),
+        "phases": int(entry["phases"]),
+        "parameters": [
+            {
+                "path": str(part["path"]),
+                "shape": [int(length) for length in part["shape"]],
+                "stack": [int(axis) for axis in part["stack"]],
+                "sides": [[int(axis) for axis in side] for side in part["sides"]],
+                "pieces": [int(count) for count in part["pieces"]],
+            }
+            for part in entry["parameters"]
+        ],
+        "slots": [int(slot) for slot in entry["slots"]],
+    }
 
 
 def _numbering(entry: Mapping[str, Any]) -> tuple[Any, ...]:
