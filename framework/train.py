@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from . import calibration, checkpoints, components, durations, optimizer, ownership, partitioning, progress
 from . import workdir as layout
@@ -20,6 +19,7 @@ from .config import check
 from .data import pipeline
 from .errors import UserError
 from .evaluation import evaluate
+from .global_batch import Share
 from .journal import Journal
 from .metrics import MetricsWriter
 from .periods import Period
@@ -66,18 +66,15 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
     partitioning.check_batch(config.batch_size, config.microbatches, mesh)
     progress.say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
 
-    # Data: batch = batches[step], on any number of processes
+    # Data: batch = batches[step], the same rows in the same order on any mesh
     cache = workdir / layout.CACHE
     prepare_once(data, cache)
     source = data.examples("train", cache)
-    share = {
-        "global_batch_size": config.batch_size,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
-    batches = pipeline.Batches(source, seed=config.seed, **share)
-    heldout = pipeline.HeldoutBatches(data.examples("heldout", cache), limit=config.evaluation.batches, **share)
-    to_devices = functools.partial(global_batch, mesh=mesh)
+    share = Share(config.batch_size, mesh)
+    wanted = {"global_batch_size": config.batch_size, "rows": share.rows}
+    batches = pipeline.Batches(source, seed=config.seed, **wanted)
+    heldout = pipeline.HeldoutBatches(data.examples("heldout", cache), limit=config.evaluation.batches, **wanted)
+    to_devices = share.to_devices
     batch_spec = jax.tree.map(as_spec, to_devices(batches[0]))
 
     units = durations.Units(config.batch_size, len(source), data.tokens_per_example)
@@ -291,12 +288,6 @@ def begin(
     if origin.kind == "init":
         return dataclasses.replace(fresh(), **checkpoints.restore_variables(origin.path, abstract))
     return checkpoints.restore(origin.path, there)
-
-
-def global_batch(local: dict[str, np.ndarray], *, mesh: Mesh) -> dict[str, jax.Array]:
-    """The batch that all processes hold shares of, laid over the mesh."""
-    sharding = partitioning.batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in local.items()}
 
 
 def as_spec(array: jax.Array) -> jax.ShapeDtypeStruct:

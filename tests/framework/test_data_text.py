@@ -150,7 +150,7 @@ source, data_dir, heldout, cache = sys.argv[1:]
 data = TextData(source=source, data_dir=data_dir, heldout_split=heldout, sequence_length=32, vocab_size=300)
 data.prepare(pathlib.Path(cache))
 rows = data.examples("train", pathlib.Path(cache))
-batches = Batches(rows, seed=1, global_batch_size=4, process_index=0, process_count=1)
+batches = Batches(rows, seed=1, global_batch_size=4, rows=range(4))
 print(json.dumps({"shape": next(batches.from_step(3))["tokens"].shape, "tensorflow": "tensorflow" in sys.modules}))
 """
 
