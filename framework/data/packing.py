@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from .records import Rejects
+
 Row = tuple[np.ndarray, np.ndarray]
 _ROWS_PER_WRITE = 1024
 
@@ -107,8 +109,11 @@ class PackedRows:
     @cached_property
     def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         # asarray sheds the memmap subclass, whose every slice costs microseconds; the memory stays mapped.
-        tokens, segments = (np.load(self._directory / f"{name}.npy", mmap_mode="r") for name in ("tokens", "segments"))
-        return np.asarray(tokens), np.asarray(segments), np.load(self._characters)
+        tokens, segments = (
+            np.load(self._directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            for name in ("tokens", "segments")
+        )
+        return np.asarray(tokens), np.asarray(segments), np.load(self._characters, allow_pickle=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_directory": self._directory, "_characters": self._characters}
@@ -133,10 +138,13 @@ class PackedRows:
 
 
 class Progress:
-    """One line on stderr that counts documents and tokens: rewritten on a terminal, elsewhere printed at the end."""
+    """One line on stderr that counts documents and tokens: rewritten on a terminal, elsewhere printed at the end.
 
-    def __init__(self, label: str):
-        self._label = label
+    `rejects` are those of the pass that it shows.
+    """
+
+    def __init__(self, label: str, rejects: Rejects):
+        self._label, self._rejects = label, rejects
         self._documents = self._tokens = self.characters = 0
         self._begun = self._shown = time.monotonic()
 
@@ -154,9 +162,10 @@ class Progress:
         return (
             f"{self._label}: {self._documents:,} documents, {self.characters:,} characters, {self._tokens:,} tokens "
             f"({self._tokens / seconds / 1e6:.2f} M tokens/s)"
+            + (f", {self._rejects.count:,} malformed skipped" if self._rejects.count else "")
         )
 
-    def finish(self, rows: int, row_length: int) -> dict[str, int]:
+    def finish(self, rows: int, row_length: int) -> dict[str, Any]:
         """Print the totals and return them."""
         start = "\r" if sys.stderr.isatty() else ""
         print(f"{start}{self._line()} -> {rows:,} rows of {row_length:,}", file=sys.stderr, flush=True)
@@ -165,6 +174,7 @@ class Progress:
             "characters": self.characters,
             "tokens": self._tokens,
             "rows": rows,
+            "malformed": self._rejects.to_json(),
         }
 
 
