@@ -5,6 +5,7 @@ token repeats the last one of the row before. Inputs are `row[:-1]` and targets 
 its segment is its input's; so every token of every document, and its end, is predicted exactly once.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -52,8 +53,12 @@ def real_targets(segments: np.ndarray) -> np.ndarray:
     return real
 
 
-def write_rows(directory: Path, rows: Iterable[Row], row_length: int, vocab_size: int) -> int:
-    """Stream rows to `directory`/tokens.npy and segments.npy, [rows, row_length] each; returns how many."""
+def write_rows(directory: Path, rows: Iterable[Row], row_length: int, vocab_size: int) -> tuple[int, str]:
+    """Stream rows to `directory`/tokens.npy and segments.npy, [rows, row_length] each.
+
+    Returns:
+      How many, and a hash of their content.
+    """
     directory.mkdir(parents=True)
     count = 0
     with (
@@ -64,7 +69,7 @@ def write_rows(directory: Path, rows: Iterable[Row], row_length: int, vocab_size
             tokens.append(np.stack([row[0] for row in chunk]))
             segments.append(np.stack([row[1] for row in chunk]))
             count += len(chunk)
-    return count
+    return count, tokens.digest() + segments.digest()
 
 
 class NpyWriter:
@@ -73,6 +78,7 @@ class NpyWriter:
     def __init__(self, path: Path, columns: int, dtype: np.dtype):
         self._file = path.open("wb")
         self._columns, self._dtype, self._rows = columns, dtype, 0
+        self._hash = hashlib.sha256(f"{dtype} {columns}".encode())
         self._write_header()
 
     def _write_header(self) -> None:
@@ -81,8 +87,14 @@ class NpyWriter:
 
     def append(self, rows: np.ndarray) -> None:
         """Add rows [n, columns]."""
-        self._file.write(np.ascontiguousarray(rows, self._dtype).tobytes())
+        content = np.ascontiguousarray(rows, self._dtype).tobytes()
+        self._file.write(content)
+        self._hash.update(content)
         self._rows += len(rows)
+
+    def digest(self) -> str:
+        """Hash of the rows so far, their length and their type."""
+        return self._hash.hexdigest()
 
     def __enter__(self) -> "NpyWriter":
         return self

@@ -84,9 +84,7 @@ class TextData:
         documents = self._documents()
         rows = self._rows_path(cache, documents)
         if rows.exists():
-            stamp = self._stamp(rows)
-            for split in _SPLITS:
-                rejects = Rejects(self.max_malformed, **stamp[split]["malformed"])
+            for split, rejects in self._stamp(rows)[1].items():
                 rejects.refuse_excess()
                 _say_skipped(split, rejects)
             return
@@ -95,7 +93,9 @@ class TextData:
             characters = characters_per_token(tokenizer, self.vocab_size)
             np.save(partial / "characters.npy", characters)
             totals = {split: self._pack_split(partial, split, documents, tokenizer, characters) for split in _SPLITS}
-            packing.write_json(partial / "stamp.json", {"settings": self._settings(documents)} | totals)
+            parts = [totals[split]["content"] for split in _SPLITS] + [hashlib.sha256(characters).hexdigest()]
+            stamp = {"settings": self._settings(documents), "content": _hash(parts)}
+            packing.write_json(partial / "stamp.json", stamp | totals)
 
     def examples(self, split: Split, cache: Path) -> packing.PackedRows:
         """The rows of a split that `prepare` has packed: random access, picklable, arrays int32 [sequence_length + 1].
@@ -103,10 +103,16 @@ class TextData:
         Raises:
           UserError: nothing is prepared for these settings in `cache`.
         """
-        rows = self._rows_path(cache, self._documents())
-        if not rows.exists():
-            raise UserError(f"{cache} holds no rows for {self.source} with these settings; call prepare first")
+        rows = self._prepared(cache)
         return packing.PackedRows(rows / split, rows / "characters.npy")
+
+    def fingerprint(self, cache: Path) -> str:
+        """Hash of the content of both splits' rows: files that were copied, touched or packed anew do not change it.
+
+        Raises:
+          UserError: nothing is prepared for these settings in `cache`.
+        """
+        return self._stamp(self._prepared(cache))[0]
 
     def load_tokenizer(self, cache: Path) -> Tokenizer:
         """The tokenizer that the rows were made with, for decoding."""
@@ -156,17 +162,26 @@ class TextData:
                 yield tokens
 
         row_length = self.sequence_length + 1
-        count = packing.write_rows(directory / split, packing.pack(counted(), row_length), row_length, self.vocab_size)
+        rows = packing.pack(counted(), row_length)
+        count, content = packing.write_rows(directory / split, rows, row_length, self.vocab_size)
         totals = progress.finish(count, row_length)
         _say_skipped(split, rejects)
-        return totals
+        return totals | {"content": content}
 
-    def _stamp(self, rows: Path) -> dict[str, Any]:
-        """What `prepare` has noted of each split of packed rows."""
-        stamp = read_json(rows / "stamp.json") or {}
-        if not all(isinstance(stamp.get(split), dict) for split in _SPLITS):
-            raise UserError(f"{rows}/stamp.json does not describe its rows; remove {rows}, and it is made again")
-        return stamp
+    def _prepared(self, cache: Path) -> Path:
+        rows = self._rows_path(cache, self._documents())
+        if not rows.exists():
+            raise UserError(f"{cache} holds no rows for {self.source} with these settings; call prepare first")
+        return rows
+
+    def _stamp(self, rows: Path) -> tuple[str, dict[Split, Rejects]]:
+        """What `prepare` has noted of packed rows: the hash of their content, and what each split has skipped."""
+        try:
+            stamp = read_json(rows / "stamp.json") or {}
+            skipped = {split: Rejects(self.max_malformed, **stamp[split]["malformed"]) for split in _SPLITS}
+            return stamp["content"], skipped
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{rows}/stamp.json is damaged; remove {rows}, and it is made again") from error
 
     def _settings(self, documents: Documents) -> dict[str, str | int]:
         """What decides the content of the rows; `max_malformed` only decides whether there are any."""
@@ -193,8 +208,8 @@ def _say_skipped(split: Split, rejects: Rejects) -> None:
         print(f"{split} documents: {rejects}, skipped", file=sys.stderr, flush=True)
 
 
-def _hash(settings: dict[str, str | int]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _hash_file(path: str) -> str:
