@@ -93,8 +93,9 @@ class TextData:
             characters = characters_per_token(tokenizer, self.vocab_size)
             np.save(partial / "characters.npy", characters)
             totals = {split: self._pack_split(partial, split, documents, tokenizer, characters) for split in _SPLITS}
-            parts = [totals[split]["content"] for split in _SPLITS] + [hashlib.sha256(characters).hexdigest()]
-            stamp = {"settings": self._settings(documents), "content": _hash(parts)}
+            table = hashlib.sha256(characters.tobytes()).hexdigest()
+            content = _hash([table, *(totals[split]["content"] for split in _SPLITS)])
+            stamp = {"settings": self._settings(documents), "content": content}
             packing.write_json(partial / "stamp.json", stamp | totals)
 
     def examples(self, split: Split, cache: Path) -> packing.PackedRows:
@@ -178,7 +179,9 @@ class TextData:
         """What `prepare` has noted of packed rows: the hash of their content, and what each split has skipped."""
         try:
             stamp = read_json(rows / "stamp.json") or {}
-            skipped = {split: Rejects(self.max_malformed, **stamp[split]["malformed"]) for split in _SPLITS}
+            skipped: dict[Split, Rejects] = {
+                split: Rejects(self.max_malformed, **stamp[split]["malformed"]) for split in _SPLITS
+            }
             return stamp["content"], skipped
         except (KeyError, TypeError) as error:
             raise UserError(f"{rows}/stamp.json is damaged; remove {rows}, and it is made again") from error
