@@ -42,7 +42,7 @@ class Workload:
         task, data = components.build(config.task), components.build(config.data)
         data.prepare(cache)
         self._task, self._source = task, data.examples("train", cache)
-        self._share = {"global_batch_size": config.batch_size, "process_index": 0, "process_count": 1}
+        self._share = {"global_batch_size": config.batch_size, "rows": range(config.batch_size)}
         limit = config.evaluation.batches
         self._heldout: list[Any] = list(
             pipeline.HeldoutBatches(data.examples("heldout", cache), limit=limit, **self._share)

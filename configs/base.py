@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "guard.max_consecutive_skips",
     "guard.max_rollbacks",
     "data.data_dir",  # the same data may lie elsewhere on another cluster
+    "data.max_malformed",
     "task.remat",
     "resume_from",  # both are read only while the workdir has no checkpoint
     "init_from",

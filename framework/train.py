@@ -11,16 +11,16 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from . import calibration, components, durations, optimizer, origin, ownership, partitioning, progress, takeover
 from . import workdir as layout
 from .checkpoints import Checkpoints, SaveError
 from .clock import Clock
 from .config import check
-from .data import pipeline
+from .data import contract, pipeline
 from .errors import UserError
 from .evaluation import evaluate
+from .global_batch import Share
 from .guard import GuardOptions
 from .journal import Journal
 from .metrics import MetricsWriter
@@ -73,18 +73,16 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         start = origin.find(workdir, resume_from=config.resume_from, init_from=config.init_from)
         record = start.record()
 
-        # Data: batch = batches[step], on any number of processes
+        # Data: batch = batches[step], the same rows in the same order on any mesh
         cache = workdir / layout.CACHE
         prepare_once(data, cache)
+        record = with_data(record, contract.fingerprint(data, cache), start, config.may_change)
         source = data.examples("train", cache)
-        share = {
-            "global_batch_size": config.batch_size,
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-        }
-        batches = pipeline.Batches(source, seed=config.seed, **share)
-        heldout = pipeline.HeldoutBatches(data.examples("heldout", cache), limit=config.evaluation.batches, **share)
-        to_devices = functools.partial(global_batch, mesh=mesh)
+        share = Share(config.batch_size, mesh)
+        wanted = {"global_batch_size": config.batch_size, "rows": share.rows}
+        batches = pipeline.Batches(source, seed=config.seed, **wanted)
+        heldout = pipeline.HeldoutBatches(data.examples("heldout", cache), limit=config.evaluation.batches, **wanted)
+        to_devices = share.to_devices
         batch_spec = jax.tree.map(as_spec, to_devices(batches[0]))
 
         units = durations.Units(config.batch_size, len(source), data.tokens_per_example)
@@ -337,12 +335,6 @@ def storage_faults(on_error: str) -> Iterator[None]:
         progress.say(f"warning: {error}; training goes on")
 
 
-def global_batch(local: dict[str, np.ndarray], *, mesh: Mesh) -> dict[str, jax.Array]:
-    """The batch that all processes hold shares of, laid over the mesh."""
-    sharding = partitioning.batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in local.items()}
-
-
 def as_spec(array: jax.Array) -> jax.ShapeDtypeStruct:
     """Shape, type and place of an array."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
@@ -384,6 +376,23 @@ def refuse_alone(stopped: Any) -> None:
     """
     if isinstance(stopped, optimizer.ServiceError) and jax.process_count() > 1:
         raise TrainingStopped(f"{stopped}; the same command goes on from the newest checkpoint") from stopped
+
+
+def with_data(record: Record, fingerprint: str, start: origin.Origin, may_change: Sequence[str]) -> Record:
+    """The record of a run on these data; where it began on others, that is said.
+
+    Raises:
+      UserError: a workdir's own run would go on with other data, and the config does not say that they may change.
+    """
+    if record.data and fingerprint != record.data:
+        both = f"{record.data} when {start.path} was saved, {fingerprint or 'unknown'} now"
+        if start.kind == "own" and "data" not in may_change:
+            raise UserError(
+                f"the training data have changed (fingerprint {both}); restore them, go on in another workdir with "
+                'resume_from this one, or add "data" to config.may_change'
+            )
+        progress.say(f"warning: the training data are others than before (fingerprint {both})")
+    return dataclasses.replace(record, data=fingerprint)
 
 
 def refuse_overrun(step: int, total_steps: int, start: origin.Origin) -> None:

@@ -3,6 +3,7 @@
 Each source streams the documents of a split as `str`, in a fixed order, never holding the whole set, and carries a
 fingerprint that changes when its content may have. The sample and local files have no splits of their own: there
 every tenth document (index % 10 == 9) is held out, by whole documents, so that no held-out text is ever trained on.
+A malformed document keeps its index, so that mending it moves no other into another split.
 """
 
 import glob
@@ -14,14 +15,20 @@ import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from ..errors import UserError
-from . import samples
+from . import files, samples, tsv
+from .records import Malformed
 
+T = TypeVar("T")
 Split = Literal["train", "heldout"]
 HELD_OUT_EVERY = 10
 SAMPLES = {"enwiki": "enwiki-106.txt.xz"}
+_TSV = re.compile(r".*\.tsv(\.xz|\.gz)?", re.DOTALL)
+_LONGEST_DOCUMENT = 1 << 30  # bytes; what is no text has no form feeds either, and must not be read into memory whole
+_SHOWN = 80  # characters of another library's message
+_END = re.compile(rb"\r?\n?\f\Z")  # the form feed and the one newline before it belong to no document
 
 
 class Documents(Protocol):
@@ -32,13 +39,19 @@ class Documents(Protocol):
         """Text that differs whenever the documents may differ."""
         ...
 
-    def stream(self, split: Split) -> Iterator[str]:
-        """Non-empty documents of a split, in a fixed order."""
+    def stream(self, split: Split) -> Iterator[str | Malformed]:
+        """Non-empty documents of a split, in a fixed order, malformed ones among them."""
         ...
 
 
 def open_documents(
-    source: str, *, data_dir: str = "", text_key: str = "text", train_split: str = "", heldout_split: str = ""
+    source: str,
+    *,
+    data_dir: str = "",
+    text_key: str = "text",
+    tsv_column: int = 1,
+    train_split: str = "",
+    heldout_split: str = "",
 ) -> Documents:
     """The documents named by `source`: "sample:NAME", "file:GLOB" or "tfds:NAME[/CONFIG]:VERSION".
 
@@ -51,18 +64,13 @@ def open_documents(
     if kind == "sample":
         return SampleDocuments(name)
     if kind == "file":
-        return FileDocuments(name)
+        return FileDocuments(name, tsv_column)
     if kind == "tfds":
         return TfdsDocuments(name, data_dir, text_key, train_split, heldout_split)
     raise UserError(f"data.source {source!r} is none of 'sample:NAME', 'file:GLOB', 'tfds:NAME[/CONFIG]:VERSION'")
 
 
-def _split_at_form_feeds(text: str) -> Iterator[str]:
-    """The form feed and the one newline before it belong to no document."""
-    return (document for document in re.split("\r?\n?\f", text) if document)
-
-
-def _held_out_by_index(documents: Iterator[str], split: Split) -> Iterator[str]:
+def _held_out_by_index(documents: Iterator[T], split: Split) -> Iterator[T]:
     return (
         document
         for index, document in enumerate(documents)
@@ -89,13 +97,17 @@ class SampleDocuments:
             raise UserError(
                 f"{self._file} has sha256 {digest}, LICENSES.md says {self.fingerprint}; install shampax again"
             )
-        return _held_out_by_index(_split_at_form_feeds(content.decode()), split)
+        return _held_out_by_index(filter(None, re.split("\r?\n?\f", content.decode())), split)
 
 
 class FileDocuments:
-    """UTF-8 text files matching a glob, in the order of their paths; one document a file, or several by form feed."""
+    """UTF-8 files matching a glob, in the order of their paths, decompressed where they end in .xz or .gz.
 
-    def __init__(self, pattern: str):
+    One document a file, or several by form feed; of a .tsv file one a row, its field in column `tsv_column`, from 1.
+    """
+
+    def __init__(self, pattern: str, tsv_column: int):
+        self._tsv_column = tsv_column
         matches = glob.glob(os.path.expanduser(pattern), recursive=True)
         self._paths = [Path(match) for match in sorted(matches) if os.path.isfile(match)]
         if not self._paths:
@@ -111,21 +123,42 @@ class FileDocuments:
                 f"every {HELD_OUT_EVERY}th is held out; give more files or separate documents by a form feed"
             )
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self._paths]
-        self.fingerprint = hashlib.sha256(repr(stats).encode()).hexdigest()
+        column = tsv_column if any(map(_is_tsv, self._paths)) else None
+        self.fingerprint = hashlib.sha256(repr((stats, column)).encode()).hexdigest()
 
-    def _documents(self) -> Iterator[str]:
-        for path in self._paths:
-            try:
-                text = path.read_bytes().decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"data file {path} is not UTF-8 (byte {error.start}); convert it, for example with iconv"
-                ) from error
-            yield from _split_at_form_feeds(text)
-
-    def stream(self, split: Split) -> Iterator[str]:
+    def stream(self, split: Split) -> Iterator[str | Malformed]:
         """See `Documents.stream`."""
         return _held_out_by_index(self._documents(), split)
+
+    def _documents(self) -> Iterator[str | Malformed]:
+        for path in self._paths:
+            yield from filter(None, self._fields(path) if _is_tsv(path) else _texts(path))
+
+    def _fields(self, path: Path) -> Iterator[str | Malformed]:
+        for row in tsv.read(path):
+            if isinstance(row, Malformed):
+                yield row
+            elif self._tsv_column > len(row):
+                raise UserError(f"data.tsv_column is {self._tsv_column}, but {path} has {len(row)} columns")
+            else:
+                yield row[self._tsv_column - 1]
+
+
+def _is_tsv(path: Path) -> bool:
+    return _TSV.fullmatch(path.name) is not None
+
+
+def _texts(path: Path) -> Iterator[str | Malformed]:
+    """The documents of a text file; the form feed between two, and one newline before it, belong to neither."""
+    for number, content in enumerate(files.records(path, b"\f", _LONGEST_DOCUMENT), start=1):
+        place = f"{path}, document {number}"
+        if content is None:
+            yield Malformed(place, f"more than {_LONGEST_DOCUMENT:,} bytes")
+            continue
+        try:
+            yield _END.sub(b"", content).decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield Malformed(place, f"not UTF-8 at byte {error.start}")
 
 
 class TfdsDocuments:
@@ -190,18 +223,29 @@ class TfdsDocuments:
         self._text_key = text_key
         self.fingerprint = hashlib.sha256(repr((directory, text_key, taken)).encode()).hexdigest()
 
-    def stream(self, split: Split) -> Iterator[str]:
+    def stream(self, split: Split) -> Iterator[str | Malformed]:
         """See `Documents.stream`."""
         examples = self._builder.as_data_source(split=self._splits[split])
         for start in range(0, len(examples), self._READ_AHEAD):
             indices = range(start, min(start + self._READ_AHEAD, len(examples)))
-            for index, example in zip(indices, examples.__getitems__(list(indices)), strict=True):
+            for index, example in zip(indices, _fetch(examples, list(indices)), strict=True):
+                place = f"tfds:{self._name} split {self._splits[split]!r}, row {index + 1}"
+                if isinstance(example, RuntimeError):
+                    yield Malformed(place, f"damaged in its file, {str(example)[:_SHOWN]}")
+                    continue
                 try:
                     text = example[self._text_key].decode("utf-8")
                 except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"document {index} of {self._splits[split]!r} in tfds:{self._name} is not UTF-8; "
-                        f"prepare the data set again"
-                    ) from error
+                    yield Malformed(place, f"not UTF-8 at byte {error.start}")
+                    continue
                 if text:
                     yield text
+
+
+def _fetch(examples: Any, indices: list[int]) -> list[Any]:
+    try:
+        return examples.__getitems__(indices)
+    except RuntimeError as error:  # a checksum of the file does not hold, perhaps that of one example only
+        if len(indices) == 1:
+            return [error]
+        return [example for index in indices for example in _fetch(examples, [index])]

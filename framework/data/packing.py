@@ -5,6 +5,7 @@ token repeats the last one of the row before. Inputs are `row[:-1]` and targets 
 its segment is its input's; so every token of every document, and its end, is predicted exactly once.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .records import Rejects
 
 Row = tuple[np.ndarray, np.ndarray]
 _ROWS_PER_WRITE = 1024
@@ -50,8 +53,12 @@ def real_targets(segments: np.ndarray) -> np.ndarray:
     return real
 
 
-def write_rows(directory: Path, rows: Iterable[Row], row_length: int, vocab_size: int) -> int:
-    """Stream rows to `directory`/tokens.npy and segments.npy, [rows, row_length] each; returns how many."""
+def write_rows(directory: Path, rows: Iterable[Row], row_length: int, vocab_size: int) -> tuple[int, str]:
+    """Stream rows to `directory`/tokens.npy and segments.npy, [rows, row_length] each.
+
+    Returns:
+      How many, and a hash of their content.
+    """
     directory.mkdir(parents=True)
     count = 0
     with (
@@ -62,7 +69,7 @@ def write_rows(directory: Path, rows: Iterable[Row], row_length: int, vocab_size
             tokens.append(np.stack([row[0] for row in chunk]))
             segments.append(np.stack([row[1] for row in chunk]))
             count += len(chunk)
-    return count
+    return count, tokens.digest() + segments.digest()
 
 
 class NpyWriter:
@@ -71,6 +78,7 @@ class NpyWriter:
     def __init__(self, path: Path, columns: int, dtype: np.dtype):
         self._file = path.open("wb")
         self._columns, self._dtype, self._rows = columns, dtype, 0
+        self._hash = hashlib.sha256(f"{dtype} {columns}".encode())
         self._write_header()
 
     def _write_header(self) -> None:
@@ -79,8 +87,14 @@ class NpyWriter:
 
     def append(self, rows: np.ndarray) -> None:
         """Add rows [n, columns]."""
-        self._file.write(np.ascontiguousarray(rows, self._dtype).tobytes())
+        content = np.ascontiguousarray(rows, self._dtype).tobytes()
+        self._file.write(content)
+        self._hash.update(content)
         self._rows += len(rows)
+
+    def digest(self) -> str:
+        """Hash of the rows so far, their length and their type."""
+        return self._hash.hexdigest()
 
     def __enter__(self) -> "NpyWriter":
         return self
@@ -107,8 +121,11 @@ class PackedRows:
     @cached_property
     def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         # asarray sheds the memmap subclass, whose every slice costs microseconds; the memory stays mapped.
-        tokens, segments = (np.load(self._directory / f"{name}.npy", mmap_mode="r") for name in ("tokens", "segments"))
-        return np.asarray(tokens), np.asarray(segments), np.load(self._characters)
+        tokens, segments = (
+            np.load(self._directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            for name in ("tokens", "segments")
+        )
+        return np.asarray(tokens), np.asarray(segments), np.load(self._characters, allow_pickle=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_directory": self._directory, "_characters": self._characters}
@@ -133,10 +150,13 @@ class PackedRows:
 
 
 class Progress:
-    """One line on stderr that counts documents and tokens: rewritten on a terminal, elsewhere printed at the end."""
+    """One line on stderr that counts documents and tokens: rewritten on a terminal, elsewhere printed at the end.
 
-    def __init__(self, label: str):
-        self._label = label
+    `rejects` are those of the pass that it shows.
+    """
+
+    def __init__(self, label: str, rejects: Rejects):
+        self._label, self._rejects = label, rejects
         self._documents = self._tokens = self.characters = 0
         self._begun = self._shown = time.monotonic()
 
@@ -154,9 +174,10 @@ class Progress:
         return (
             f"{self._label}: {self._documents:,} documents, {self.characters:,} characters, {self._tokens:,} tokens "
             f"({self._tokens / seconds / 1e6:.2f} M tokens/s)"
+            + (f", {self._rejects.count:,} malformed skipped" if self._rejects.count else "")
         )
 
-    def finish(self, rows: int, row_length: int) -> dict[str, int]:
+    def finish(self, rows: int, row_length: int) -> dict[str, Any]:
         """Print the totals and return them."""
         start = "\r" if sys.stderr.isatty() else ""
         print(f"{start}{self._line()} -> {rows:,} rows of {row_length:,}", file=sys.stderr, flush=True)
@@ -165,6 +186,7 @@ class Progress:
             "characters": self.characters,
             "tokens": self._tokens,
             "rows": rows,
+            "malformed": self._rejects.to_json(),
         }
 
 

@@ -1,10 +1,10 @@
-"""Batches as a pure function of the step: `batches[step]`, the same on any number of processes.
+"""Batches as a pure function of their number: `batches[i]`, of which a process reads the rows that its devices hold.
 
-The order of examples is a function of (seed, index) only, and the global batch of a step is the same set of examples
-however many processes share it; so resuming needs nothing but the step.
+Row r of batch i is example i * global_batch_size + r of one order, which is a function of the seed alone; so resuming
+needs nothing but the number, on any mesh and any number of processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -25,58 +25,81 @@ class Source(Protocol):
 
 
 class Batches:
-    """Endless shuffled training batches; every epoch has its own order.
+    """Endless shuffled training batches; every epoch has its own order, and a batch may lie in two.
 
-    `batches[step]` is a dict of arrays [global_batch_size / process_count, ...]: this process' share of the step's
-    global batch, which consists of its examples number process_index, process_index + process_count, ...
+    `batches[i]`, for any i >= 0, is a dict of arrays [len(rows), ...]: the given rows of batch i, in the given order.
+    Nothing else of the batch is read.
+
+    Args:
+      source: the examples.
+      seed: decides their order.
+      global_batch_size: rows of a whole batch.
+      rows: those wanted here, such as `global_batch.Share.rows`.
 
     Raises:
-      UserError: the source is empty, or the batch does not divide by the processes.
+      UserError: the source is empty.
     """
 
-    def __init__(self, source: Source, *, seed: int, global_batch_size: int, process_index: int, process_count: int):
+    def __init__(self, source: Source, *, seed: int, global_batch_size: int, rows: Sequence[int]):
         if not len(source):
             raise UserError(f"the training split {source!r} has 0 examples; give more data or fewer tokens per example")
-        local = _local_size(global_batch_size, process_count)
         shuffled = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
-        self._dataset: Any = shuffled[process_index::process_count].batch(local, drop_remainder=True)
+        self._dataset = _batches_of_rows(shuffled, global_batch_size, rows)
 
-    def __getitem__(self, step: int) -> Example:
-        return self._dataset[step]
+    def __getitem__(self, number: int) -> Example:
+        if number < 0:
+            raise IndexError(number)
+        return self._dataset[number]
 
-    def from_step(self, step: int) -> Iterator[Example]:
-        """Batches `step`, `step` + 1, ... without end, read ahead by threads."""
+    def from_step(self, number: int) -> Iterator[Example]:
+        """Batches `number`, `number` + 1, ... without end, read ahead by threads."""
         iterator = iter(self._dataset.to_iter_dataset(_READ_AHEAD))
-        iterator.set_state({"next_index": step})
+        iterator.set_state({"next_index": number})
         return iterator
 
 
 class HeldoutBatches:
-    """One pass over a source in order: `len(batches)` batches, `batches[i]` this process' share as in `Batches`.
+    """One pass over a source in order: `len(batches)` batches, `batches[i]` the given rows of batch i as in `Batches`.
 
     The last batch is filled with examples of zeros, which carry no weight. `limit` batches at most (-1 takes all).
     """
 
-    def __init__(
-        self, source: Source, *, global_batch_size: int, process_index: int, process_count: int, limit: int = -1
-    ):
+    def __init__(self, source: Source, *, global_batch_size: int, rows: Sequence[int], limit: int = -1):
         if not len(source):
             raise UserError(f"the held-out split {source!r} has 0 examples; give more data")
-        local = _local_size(global_batch_size, process_count)
-        padded = grain.MapDataset.source(_Padded(source, global_batch_size))
-        self._dataset: Any = padded[process_index::process_count].batch(local)
+        self._dataset = _batches_of_rows(_Padded(source, global_batch_size), global_batch_size, rows)
         self._length = len(self._dataset) if limit < 0 else min(limit, len(self._dataset))
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Example:
-        if index >= self._length:
+        if not 0 <= index < self._length:
             raise IndexError(index)
         return self._dataset[index]
 
     def __iter__(self) -> Iterator[Example]:
         return (self._dataset[index] for index in range(self._length))
+
+
+def _batches_of_rows(examples: Any, batch_size: int, rows: Sequence[int]) -> Any:
+    """Batches [len(rows), ...] of a grain data set, from examples whose number is a multiple of the batch's."""
+    return grain.MapDataset.source(_Rows(examples, batch_size, rows)).batch(len(rows), drop_remainder=True)
+
+
+class _Rows:
+    """Of every `batch_size` examples the given rows, one batch after the other."""
+
+    def __init__(self, examples: Any, batch_size: int, rows: Sequence[int]):
+        assert len(rows) and min(rows) >= 0 and max(rows) < batch_size, (rows, batch_size)
+        self._examples, self._batch_size, self._rows = examples, batch_size, [int(row) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self._examples) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        batch, place = divmod(index, len(self._rows))
+        return self._examples[batch * self._batch_size + self._rows[place]]
 
 
 class _Padded:
@@ -92,13 +115,3 @@ class _Padded:
         if index < len(self._source):
             return self._source[index]
         return {name: np.zeros_like(array) for name, array in self._source[0].items()}
-
-
-def _local_size(global_batch_size: int, process_count: int) -> int:
-    if global_batch_size % process_count:
-        lower = global_batch_size - global_batch_size % process_count
-        raise UserError(
-            f"batch_size {global_batch_size} is not divisible by {process_count} processes; "
-            f"use {lower or process_count} or {lower + process_count}"
-        )
-    return global_batch_size // process_count

@@ -4,14 +4,18 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
+from ..workdir import read_json
 from . import packing
 from .documents import Documents, Split, open_documents
+from .records import Rejects
 from .tokenizer import (
     SMALLEST_VOCABULARY,
     Tokenizer,
@@ -22,7 +26,7 @@ from .tokenizer import (
 )
 
 # Part of every cache name: raise it when the meaning of cached files changes.
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 _SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
@@ -34,15 +38,17 @@ class TextData:
     other settings or a changed source never meet old files.
     """
 
-    source: str = "sample:enwiki"  # or "tfds:lm1b:1.1.0", "tfds:c4/en:3.1.0", "file:/path/*.txt"
+    source: str = "sample:enwiki"  # or "tfds:lm1b:1.1.0", "tfds:c4/en:3.1.0", "file:/path/*.txt", "file:/path/*.tsv.xz"
     sequence_length: int = 256  # inputs per row; a row holds one token more, the last target
     vocab_size: int = 4096  # tokens, the end of a document and the 256 bytes included
     data_dir: str = ""  # where tfds sets lie, local or gs://; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets
     text_key: str = "text"  # feature of a tfds set that holds the document
+    tsv_column: int = 1  # of a .tsv file, the column that holds the document; the first is 1
     train_split: str = "train"  # tfds split to train on
     heldout_split: str = "validation"  # tfds split to evaluate on ("test" for lm1b); samples and files use every 10th
     tokenizer: str = ""  # tokenizers JSON file, byte-level; "" trains one on the training documents
     max_documents: int = 0  # per split, for packing and for training the tokenizer; 0 takes all
+    max_malformed: int = 0  # documents of a split that may be skipped; 0, so that nobody's data shrink unasked
 
     def __post_init__(self):
         if self.source.partition(":")[0] not in ("sample", "file", "tfds"):
@@ -55,6 +61,10 @@ class TextData:
             raise ValueError(f"data.vocab_size is {self.vocab_size}; bytes alone need {SMALLEST_VOCABULARY}")
         if self.max_documents < 0:
             raise ValueError(f"data.max_documents is {self.max_documents}; give a count, or 0 for all")
+        if self.tsv_column < 1:
+            raise ValueError(f"data.tsv_column is {self.tsv_column}; columns count from 1")
+        if self.max_malformed < 0:
+            raise ValueError(f"data.max_malformed is {self.max_malformed}; give a count, or 0 for none")
 
     @property
     def tokens_per_example(self) -> int:
@@ -64,21 +74,29 @@ class TextData:
     def prepare(self, cache: Path) -> None:
         """Train the tokenizer and pack both splits into `cache`, unless they are there already.
 
-        For one process, before any other reads. Streams the source; a failure leaves no partial rows behind.
+        For one process, before any other reads. Streams the source; a failure leaves no partial rows behind. Malformed
+        documents are skipped; how many, and the first few, is said on stderr, also where the rows are there already.
 
         Raises:
-          UserError: the source or the tokenizer file cannot be used; nothing has been written then.
+          UserError: the source or the tokenizer file cannot be used, and nothing has been written; or a split has more
+            than `max_malformed` malformed documents.
         """
         documents = self._documents()
         rows = self._rows_path(cache, documents)
         if rows.exists():
+            for split, rejects in self._stamp(rows)[1].items():
+                rejects.refuse_excess()
+                _say_skipped(split, rejects)
             return
         tokenizer = self._given_tokenizer() or self._trained_tokenizer(cache, documents)
         with packing.AtomicDirectory(rows) as partial:
             characters = characters_per_token(tokenizer, self.vocab_size)
             np.save(partial / "characters.npy", characters)
             totals = {split: self._pack_split(partial, split, documents, tokenizer, characters) for split in _SPLITS}
-            packing.write_json(partial / "stamp.json", {"settings": self._settings(documents), "splits": totals})
+            table = hashlib.sha256(characters.tobytes()).hexdigest()
+            content = _hash([table, *(totals[split]["content"] for split in _SPLITS)])
+            stamp = {"settings": self._settings(documents), "content": content}
+            packing.write_json(partial / "stamp.json", stamp | totals)
 
     def examples(self, split: Split, cache: Path) -> packing.PackedRows:
         """The rows of a split that `prepare` has packed: random access, picklable, arrays int32 [sequence_length + 1].
@@ -86,10 +104,16 @@ class TextData:
         Raises:
           UserError: nothing is prepared for these settings in `cache`.
         """
-        rows = self._rows_path(cache, self._documents())
-        if not rows.exists():
-            raise UserError(f"{cache} holds no rows for {self.source} with these settings; call prepare first")
+        rows = self._prepared(cache)
         return packing.PackedRows(rows / split, rows / "characters.npy")
+
+    def fingerprint(self, cache: Path) -> str:
+        """Hash of the content of both splits' rows: files that were copied, touched or packed anew do not change it.
+
+        Raises:
+          UserError: nothing is prepared for these settings in `cache`.
+        """
+        return self._stamp(self._prepared(cache))[0]
 
     def load_tokenizer(self, cache: Path) -> Tokenizer:
         """The tokenizer that the rows were made with, for decoding."""
@@ -102,12 +126,13 @@ class TextData:
             self.source,
             data_dir=self.data_dir,
             text_key=self.text_key,
+            tsv_column=self.tsv_column,
             train_split=self.train_split,
             heldout_split=self.heldout_split,
         )
 
-    def _stream(self, documents: Documents, split: Split) -> Iterator[str]:
-        return itertools.islice(documents.stream(split), self.max_documents or None)
+    def _stream(self, documents: Documents, split: Split, rejects: Rejects) -> Iterator[str]:
+        return itertools.islice(rejects.sift(documents.stream(split)), self.max_documents or None)
 
     def _given_tokenizer(self) -> Tokenizer | None:
         return load_tokenizer(Path(self.tokenizer).expanduser(), self.vocab_size) if self.tokenizer else None
@@ -115,18 +140,20 @@ class TextData:
     def _trained_tokenizer(self, cache: Path, documents: Documents) -> Tokenizer:
         path = self._tokenizer_path(cache, documents)
         if not path.exists():
-            trained = train_tokenizer(self._stream(documents, "train"), self.vocab_size)
+            texts = self._stream(documents, "train", Rejects(self.max_malformed))
+            trained = train_tokenizer(texts, self.vocab_size)
             cache.mkdir(parents=True, exist_ok=True)
             packing.write_atomically(path, trained.to_str(pretty=True))
         return load_tokenizer(path, self.vocab_size)
 
     def _pack_split(
         self, directory: Path, split: Split, documents: Documents, tokenizer: Tokenizer, characters: np.ndarray
-    ) -> dict[str, int]:
-        progress = packing.Progress(f"packing {split}")
+    ) -> dict[str, Any]:
+        rejects = Rejects(self.max_malformed)
+        progress = packing.Progress(f"packing {split}", rejects)
 
         def counted() -> Iterator[np.ndarray]:
-            for text, tokens in encode(tokenizer, self._stream(documents, split)):
+            for text, tokens in encode(tokenizer, self._stream(documents, split, rejects)):
                 if characters[tokens].sum() != len(text):
                     raise UserError(
                         f"tokenizer {self.tokenizer} turns {len(text)} characters into {characters[tokens].sum()} "
@@ -136,11 +163,31 @@ class TextData:
                 yield tokens
 
         row_length = self.sequence_length + 1
-        count = packing.write_rows(directory / split, packing.pack(counted(), row_length), row_length, self.vocab_size)
-        return progress.finish(count, row_length)
+        rows = packing.pack(counted(), row_length)
+        count, content = packing.write_rows(directory / split, rows, row_length, self.vocab_size)
+        totals = progress.finish(count, row_length)
+        _say_skipped(split, rejects)
+        return totals | {"content": content}
+
+    def _prepared(self, cache: Path) -> Path:
+        rows = self._rows_path(cache, self._documents())
+        if not rows.exists():
+            raise UserError(f"{cache} holds no rows for {self.source} with these settings; call prepare first")
+        return rows
+
+    def _stamp(self, rows: Path) -> tuple[str, dict[Split, Rejects]]:
+        """What `prepare` has noted of packed rows: the hash of their content, and what each split has skipped."""
+        try:
+            stamp = read_json(rows / "stamp.json") or {}
+            skipped: dict[Split, Rejects] = {
+                split: Rejects(self.max_malformed, **stamp[split]["malformed"]) for split in _SPLITS
+            }
+            return stamp["content"], skipped
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{rows}/stamp.json is damaged; remove {rows}, and it is made again") from error
 
     def _settings(self, documents: Documents) -> dict[str, str | int]:
-        """What decides the content of the rows."""
+        """What decides the content of the rows; `max_malformed` only decides whether there are any."""
         return {
             "format": _CACHE_FORMAT,
             "source": self.source,
@@ -159,8 +206,13 @@ class TextData:
         return cache / f"tokenizer-{_hash(settings)}.json"
 
 
-def _hash(settings: dict[str, str | int]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+def _say_skipped(split: Split, rejects: Rejects) -> None:
+    if rejects.count:
+        print(f"{split} documents: {rejects}, skipped", file=sys.stderr, flush=True)
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _hash_file(path: str) -> str:

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shampax.framework.data import packing
 from shampax.framework.data.packing import AtomicDirectory, PackedRows, pack, real_targets, write_rows
 
 LENGTHS = st.lists(st.integers(2, 40), max_size=12)
@@ -46,7 +47,7 @@ def test_rows_are_full(lengths, row_length):
 def test_known_rows(tmp_path):
     """Fault: positions that do not restart, characters counted at tokens that are no targets, or wrong padding."""
     documents = [np.array([0, 5, 6, 0]), np.array([0, 7, 8, 9, 0])]
-    assert write_rows(tmp_path / "rows", pack(documents, 6), row_length=6, vocab_size=10) == 2
+    assert write_rows(tmp_path / "rows", pack(documents, 6), row_length=6, vocab_size=10)[0] == 2
     np.save(tmp_path / "characters.npy", np.array([0, 0, 0, 0, 0, 1, 2, 3, 4, 5], np.int32))
     rows = PackedRows(tmp_path / "rows", tmp_path / "characters.npy")
     expected = [
@@ -69,11 +70,28 @@ def test_known_rows(tmp_path):
     assert {name: array.tolist() for name, array in copy[1].items()} == expected[1]
 
 
+def test_the_hash_is_that_of_the_rows(tmp_path, monkeypatch):
+    """Fault: a hash that leaves out an array, a row or the length of rows, or that depends on more than these."""
+    documents = documents_of([9, 4, 17, 3])
+
+    def content(name, documents=documents, row_length=6):
+        return write_rows(tmp_path / name, pack(documents, row_length), row_length, vocab_size=100)[1]
+
+    first = content("first")
+    monkeypatch.setattr(packing, "_ROWS_PER_WRITE", 2)
+    assert content("again") == first
+    joined = [np.concatenate(documents[:2]), *documents[2:]]  # the same tokens in other segments
+    last = [*documents[:-1], documents[-1] + 1]
+    others = [content("joined", joined), content("last", last), content("longer", row_length=40)]
+    others.append(content("first of all", [documents[0][::-1], *documents[1:]]))
+    assert len({first, *others}) == 5
+
+
 @pytest.mark.parametrize("vocab_size", [256, 65536, 65537])
 def test_large_ids_survive_the_file(tmp_path, vocab_size):
     """Fault: a dtype too small for the vocabulary, or a header that disagrees with the rows written."""
     row = np.array([0, vocab_size - 1, vocab_size // 2], np.int32)
-    count = write_rows(tmp_path / "rows", iter([(row, np.ones(3, np.int32))] * 1500), 3, vocab_size)
+    count, _ = write_rows(tmp_path / "rows", iter([(row, np.ones(3, np.int32))] * 1500), 3, vocab_size)
     stored = np.load(tmp_path / "rows" / "tokens.npy", mmap_mode="r")
     assert count == 1500
     assert stored.shape == (1500, 3)

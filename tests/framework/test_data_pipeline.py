@@ -10,52 +10,66 @@ from shampax.framework.errors import UserError
 
 
 class Numbers:
-    """Examples that carry their own index, from 1."""
+    """Examples that carry their own index, from 1, and a record of those read."""
 
     def __init__(self, count):
         self.count = count
+        self.read = []
 
     def __len__(self):
         return self.count
 
     def __getitem__(self, index):
+        self.read.append(index)
         return {"number": np.int32(index + 1), "row": np.full(3, index + 1, np.int32)}
 
 
-def global_batch(kind, count, step, batch_size, processes, **options):
-    """The examples of a step in their global order, put together from every process' share."""
-    shares = [
-        kind(Numbers(count), global_batch_size=batch_size, process_index=i, process_count=processes, **options)[step]
-        for i in range(processes)
-    ]
-    assert all(share["row"].shape == (batch_size // processes, 3) for share in shares)
-    return np.stack([share["number"] for share in shares], axis=1).reshape(-1).tolist()
-
-
 @settings(deadline=None, max_examples=25)
-@given(st.integers(1, 50), st.integers(0, 40), st.sampled_from([4, 8, 12]), st.integers(0, 2**31 - 1))
-def test_processes_share_one_global_batch(count, step, batch_size, seed):
-    """Fault: another number of processes trains on other batches, so that a run cannot move between machines."""
-    one, two, four = (global_batch(Batches, count, step, batch_size, n, seed=seed) for n in (1, 2, 4))
-    assert one == two == four
+@given(
+    st.integers(1, 50),
+    st.integers(0, 40),
+    st.lists(st.integers(0, 11), min_size=1, max_size=12, unique=True),
+    st.integers(0, 2**31 - 1),
+)
+def test_rows_are_the_same_whoever_reads_them(count, number, rows, seed):
+    """Fault: another number of processes trains on other batches, or on the same in another order."""
+    whole, part = (
+        Batches(Numbers(count), seed=seed, global_batch_size=12, rows=wanted)[number] for wanted in (range(12), rows)
+    )
+    assert part["row"].shape == (len(rows), 3)
+    assert part["number"].tolist() == whole["number"][rows].tolist()
 
 
-@pytest.mark.parametrize("step", [0, 1, 7, 23])
-def test_streams_begin_anywhere(step):
+def test_only_the_rows_asked_for_are_read():
+    """Fault: every process reads the whole batch."""
+    source = Numbers(64)
+    batch = Batches(source, seed=0, global_batch_size=16, rows=[3, 9])[2]
+    assert [index + 1 for index in source.read] == batch["number"].tolist()
+
+
+@pytest.mark.parametrize("number", [0, 1, 7, 23])
+def test_streams_begin_anywhere(number):
     """Fault: a resumed run reads other batches, or the read-ahead reorders them."""
-    batches = Batches(Numbers(50), seed=3, global_batch_size=8, process_index=1, process_count=2)
-    stream = itertools.islice(batches.from_step(step), 12)
-    again = Batches(Numbers(50), seed=3, global_batch_size=8, process_index=1, process_count=2)
-    for offset, batch in enumerate(stream):
-        assert batch["number"].tolist() == again[step + offset]["number"].tolist()
+    batches = Batches(Numbers(50), seed=3, global_batch_size=8, rows=[1, 2, 6])
+    again = Batches(Numbers(50), seed=3, global_batch_size=8, rows=[1, 2, 6])
+    for offset, batch in enumerate(itertools.islice(batches.from_step(number), 12)):
+        assert batch["number"].tolist() == again[number + offset]["number"].tolist()
+
+
+def test_there_is_no_batch_before_the_first():
+    """Fault: a wrong number read from the end of an epoch in silence."""
+    with pytest.raises(IndexError):
+        Batches(Numbers(50), seed=3, global_batch_size=8, rows=range(8))[-1]
+    with pytest.raises(IndexError):
+        HeldoutBatches(Numbers(50), global_batch_size=8, rows=range(8))[-1]
 
 
 def test_epochs_hold_every_example_once_in_their_own_order():
     """Fault: no shuffling, the same order in every epoch, examples dropped at its end, or a seed without effect."""
 
     def epochs(seed):
-        batches = Batches(Numbers(10), seed=seed, global_batch_size=4, process_index=0, process_count=1)
-        numbers = np.concatenate([batches[step]["number"] for step in range(5)])
+        batches = Batches(Numbers(10), seed=seed, global_batch_size=4, rows=range(4))
+        numbers = np.concatenate([batches[number]["number"] for number in range(5)])
         return numbers[:10].tolist(), numbers[10:].tolist()
 
     first, second = epochs(0)
@@ -69,22 +83,18 @@ def test_epochs_hold_every_example_once_in_their_own_order():
 @pytest.mark.parametrize(("count", "batches"), [(1, 1), (8, 1), (9, 2), (21, 3)])
 def test_heldout_pass(count, batches):
     """Fault: held-out examples left out or read twice, or padding that carries weight."""
-    for processes in (1, 2, 4):
-        held = HeldoutBatches(Numbers(count), global_batch_size=8, process_index=0, process_count=processes)
-        assert len(held) == len(list(held)) == batches
-        numbers = [
-            number for step in range(batches) for number in global_batch(HeldoutBatches, count, step, 8, processes)
-        ]
-        assert numbers == list(range(1, count + 1)) + [0] * (8 * batches - count)
-    limited = HeldoutBatches(Numbers(21), global_batch_size=8, process_index=0, process_count=1, limit=2)
+    expected = np.array([*range(1, count + 1), *[0] * (8 * batches - count)]).reshape(batches, 8)
+    for rows in (range(8), [0, 1, 6, 7], [5]):
+        held = HeldoutBatches(Numbers(count), global_batch_size=8, rows=rows)
+        assert len(held) == batches
+        assert [batch["number"].tolist() for batch in held] == expected[:, rows].tolist()
+    limited = HeldoutBatches(Numbers(21), global_batch_size=8, rows=range(8), limit=2)
     assert len(list(limited)) == len(limited) == 2
 
 
-def test_impossible_batches_are_refused():
-    """Fault: an empty split or an indivisible batch fails inside grain."""
-    with pytest.raises(UserError, match="batch_size 10 is not divisible by 4 processes; use 8 or 12"):
-        Batches(Numbers(9), seed=0, global_batch_size=10, process_index=0, process_count=4)
+def test_empty_splits_are_refused():
+    """Fault: an empty split fails inside grain."""
     with pytest.raises(UserError, match="0 examples"):
-        Batches(Numbers(0), seed=0, global_batch_size=4, process_index=0, process_count=1)
+        Batches(Numbers(0), seed=0, global_batch_size=4, rows=range(4))
     with pytest.raises(UserError, match="0 examples"):
-        HeldoutBatches(Numbers(0), global_batch_size=4, process_index=0, process_count=1)
+        HeldoutBatches(Numbers(0), global_batch_size=4, rows=range(4))

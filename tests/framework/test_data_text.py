@@ -1,5 +1,7 @@
 import json
+import lzma
 import os
+import re
 import subprocess
 import sys
 
@@ -7,8 +9,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from shampax.framework.data import documents
+from shampax.framework.data import documents, files
 from shampax.framework.data.packing import real_targets
+from shampax.framework.data.records import Malformed
 from shampax.framework.data.text import TextData
 from shampax.framework.data.tokenizer import train_tokenizer
 from shampax.framework.errors import UserError
@@ -135,6 +138,100 @@ def test_form_feeds_separate_documents_in_a_file(tmp_path):
     assert list(source.stream("heldout")) == TEXTS[9::10]
 
 
+@pytest.mark.parametrize("content", ["a\fb", "a\n\f\r\n\fb\r\f", "\f\f", "a\n", "a\n\r\fb\r\r\n\fc" * 3, ""])
+def test_documents_are_cut_wherever_a_read_ends(tmp_path, monkeypatch, content):
+    """Fault: a separator that spans two reads is missed, or a newline kept that belongs to no document."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(content.encode() + b"x\f" * 10)
+    expected = [text for text in re.split("\r?\n?\f", content + "x\f" * 10) if text]
+    for size in (1, 2, 3, 1000):
+        monkeypatch.setattr(files, "_CHUNK", size)
+        source = documents.open_documents(f"file:{path}")
+        found = [*source.stream("train"), *source.stream("heldout")]
+        assert sorted(found) == sorted(expected)
+
+
+def test_a_text_without_end_is_no_document(tmp_path, monkeypatch):
+    """Fault: a device image taken for text fills the memory."""
+    monkeypatch.setattr(documents, "_LONGEST_DOCUMENT", 9)
+    (tmp_path / "a.txt").write_text("x\f" * 10 + "123456789x" + "\f12345678\f")
+    train = list(documents.open_documents(f"file:{tmp_path}/a.txt").stream("train"))
+    assert train[-2:] == [Malformed(f"{tmp_path}/a.txt, document 11", "more than 9 bytes"), "12345678"]
+
+
+def bad_documents(folder):
+    """40 documents of one file, of which 7 and 25 are not UTF-8, and 10 neither, which is held out."""
+    parts = [text.encode() for text in TEXTS]
+    for index in (6, 9, 24):
+        parts[index] = parts[index][:5] + b"\xff" + parts[index][5:]
+    (folder / "a.txt").write_bytes(b"\f".join(parts))
+    return f"file:{folder}/*.txt"
+
+
+def test_malformed_documents_are_skipped_up_to_a_limit(tmp_path, capfd):
+    """Fault: one bad document costs its whole file, moves the others to another split, or is skipped in silence."""
+    source, cache = bad_documents(tmp_path), tmp_path / "cache"
+    fields = {"source": source, "sequence_length": 32, "vocab_size": 300}
+    with pytest.raises(
+        UserError, match=r"max_malformed is 1, and 2 records are malformed .*document 7: .*document 25:"
+    ):
+        TextData(**fields, max_malformed=1).prepare(cache)
+    assert not cache.exists()
+    data = TextData(**fields, max_malformed=2)
+    data.prepare(cache)
+    err = capfd.readouterr().err
+    assert re.search(r"packing train: 34 documents, .*, 2 malformed skipped -> ", err)
+    assert f"({tmp_path}/a.txt, document 10: not UTF-8 at byte 5), skipped" in err
+    assert decoded(data, cache, "train") == [text for i, text in enumerate(TEXTS) if i % 10 != 9 and i not in (6, 24)]
+    assert decoded(data, cache, "heldout") == TEXTS[19::10]
+    (stamp,) = cache.glob("rows-*/stamp.json")
+    assert [json.loads(stamp.read_text())[split]["malformed"]["count"] for split in ("train", "heldout")] == [2, 1]
+
+
+def test_prepared_rows_tell_what_they_lack(tmp_path, capfd):
+    """Fault: a limit that holds only where rows are made, or skipped documents forgotten once they are."""
+    fields = {"source": bad_documents(tmp_path), "sequence_length": 32, "vocab_size": 300}
+    TextData(**fields, max_malformed=2).prepare(tmp_path / "cache")
+    capfd.readouterr()
+    TextData(**fields, max_malformed=5).prepare(tmp_path / "cache")
+    assert "train documents: 2 records are malformed (" in capfd.readouterr().err
+    assert len(list((tmp_path / "cache").glob("rows-*"))) == 1
+    with pytest.raises(UserError, match=r"max_malformed is 0, and 2 records are malformed .*document 7"):
+        TextData(**fields).prepare(tmp_path / "cache")
+
+
+def test_a_column_of_a_tsv_file_holds_the_documents(tmp_path):
+    """Fault: another column, rows taken for one document, or a row without the column that ends the run."""
+    lines = [f"{i}\t{text}\t" for i, text in enumerate(TEXTS)]
+    lines[3] = "no columns"
+    (tmp_path / "a.tsv.xz").write_bytes(lzma.compress("\n".join(lines).encode()))
+    data = TextData(source=f"file:{tmp_path}/*", tsv_column=2, sequence_length=32, vocab_size=300, max_malformed=1)
+    data.prepare(tmp_path / "cache")
+    assert decoded(data, tmp_path / "cache", "train") == [t for i, t in enumerate(TEXTS) if i % 10 != 9 and i != 3]
+    other = TextData(source=data.source, tsv_column=1, sequence_length=32, vocab_size=300, max_malformed=1)
+    with pytest.raises(UserError, match="call prepare"):
+        other.examples("train", tmp_path / "cache")
+
+
+def test_malformed_documents_of_a_tfds_set_are_named(tmp_path):
+    """Fault: prepared data that are damaged or no UTF-8 end in a traceback, or cost the documents beside them."""
+    texts = [b"bad \xff" if i == 2 else text.encode() for i, text in enumerate(TEXTS)]
+    prepare_tfds(tmp_path, "lm1b", None, "1.1.0", {"train": texts[:30], "test": texts[30:]})
+    splits = {"train_split": "train", "heldout_split": "test"}
+    source = documents.open_documents("tfds:lm1b:1.1.0", data_dir=str(tmp_path), **splits)
+    whole = list(source.stream("train"))
+    (index,) = [i for i, each in enumerate(whole) if not isinstance(each, str)]
+    assert str(whole[index]) == f"tfds:lm1b:1.1.0 split 'train', row {index + 1}: not UTF-8 at byte 4"
+    (shard,) = (tmp_path / "lm1b" / "1.1.0").glob("*train*")
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 0xFF
+    shard.write_bytes(content)
+    again = list(source.stream("train"))
+    (damaged,) = [i for i in range(30) if again[i] != whole[i]]
+    message = f"tfds:lm1b:1.1.0 split 'train', row {damaged + 1}: damaged in its file, Corrupted"
+    assert str(again[damaged]).startswith(message)
+
+
 def test_max_documents(tmp_path, tfds_dir):
     """Fault: a bound that packing or tokenizer training ignores."""
     data = TextData(source="tfds:c4/en:3.1.0", data_dir=str(tfds_dir), vocab_size=300, max_documents=3)
@@ -145,12 +242,13 @@ def test_max_documents(tmp_path, tfds_dir):
 READ = """
 import json, pathlib, sys
 from shampax.framework.data.pipeline import Batches
+from shampax.framework.data.records import Malformed
 from shampax.framework.data.text import TextData
 source, data_dir, heldout, cache = sys.argv[1:]
 data = TextData(source=source, data_dir=data_dir, heldout_split=heldout, sequence_length=32, vocab_size=300)
 data.prepare(pathlib.Path(cache))
 rows = data.examples("train", pathlib.Path(cache))
-batches = Batches(rows, seed=1, global_batch_size=4, process_index=0, process_count=1)
+batches = Batches(rows, seed=1, global_batch_size=4, rows=range(4))
 print(json.dumps({"shape": next(batches.from_step(3))["tokens"].shape, "tensorflow": "tensorflow" in sys.modules}))
 """
 
@@ -185,14 +283,19 @@ def test_unusable_sources_are_one_line_and_write_nothing(tmp_path, tfds_dir):
     (few / "a.txt").write_text("one document")
     bad = tmp_path / "bad"
     bad.mkdir()
-    (bad / "a.txt").write_bytes(b"\xff\xfe")
+    (bad / "a.txt").write_bytes(b"text\f" * 12 + b"\xff\xfe")
+    (bad / "a.tsv").write_text("text\n" * 12)
     here = {"data_dir": str(tfds_dir)}
     lm1b = {"source": "tfds:lm1b:1.1.0", "heldout_split": "test", **here}
     cases = [
         ({"source": f"file:{tmp_path}/none/*.txt"}, "none/.* matches no file"),
         ({"source": f"file:{few}"}, r"write file:.*few/\*\.txt"),
         ({"source": f"file:{few}/*.txt"}, "has 1 documents and needs at least 10"),
-        ({"source": f"file:{bad}/*.txt"}, r"bad/a.txt is not UTF-8 \(byte 0\)"),
+        (
+            {"source": f"file:{bad}/*.txt"},
+            r"max_malformed is 0, and 1 record is malformed .*bad/a.txt, document 13: not UTF-8 at byte 0",
+        ),
+        ({"source": f"file:{bad}/*.tsv", "tsv_column": 2}, "data.tsv_column is 2, but .*bad/a.tsv has 1 columns"),
         ({"source": "sample:dewiki"}, "there is sample:enwiki"),
         ({"source": "tfds:lm1b"}, "has no version"),
         ({"source": "tfds:lm1b:9.9.9", **here}, "lm1b/9.9.9.*data.data_dir.*tfds build lm1b"),
@@ -241,6 +344,8 @@ def test_a_damaged_sample_is_refused(tmp_path, monkeypatch):
         ({"sequence_length": 0}, "at least 1"),
         ({"vocab_size": 256}, "256; bytes alone need 257"),
         ({"max_documents": -1}, "0 for all"),
+        ({"max_malformed": -1}, "0 for none"),
+        ({"tsv_column": 0}, "count from 1"),
     ],
 )
 def test_fields_are_checked(fields, message):

@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from shampax.framework import partitioning, state
 from shampax.framework.data.pipeline import Batches
+from shampax.framework.global_batch import Share
 from shampax.framework.guard import GuardOptions
 from shampax.framework.step import global_norm, make_eval_step, make_train_step
-from shampax.framework.train import global_batch
 from shampax.optimizers import ShampooOptions
 from shampax.optimizers.baselines import AdafactorOptions, AdamWOptions, MuonOptions
 
@@ -41,9 +41,8 @@ class Bench:
         sizes = {"data": 1, "fsdp": 1, "tensor": 1} | sizes
         self.mesh = partitioning.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
         self.task = task or toy.ToyTask()
-        self.batches = Batches(
-            toy.ToySource(200, 1), seed=SEED, global_batch_size=batch_size, process_index=0, process_count=1
-        )
+        self.share = Share(batch_size, self.mesh)
+        self.batches = Batches(toy.ToySource(200, 1), seed=SEED, global_batch_size=batch_size, rows=self.share.rows)
         spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(self.batches[0]))
         variables = state.abstract_variables(self.task, spec)
         axes = self.task.logical_axes(variables)
@@ -57,7 +56,7 @@ class Bench:
         self.eval_step = make_eval_step(self.task, self.abstract, self.mesh)
 
     def batch(self, step):
-        return global_batch(self.batches[step], mesh=self.mesh)
+        return self.share.to_devices(self.batches[step])
 
     def losses(self, steps):
         current, losses = self.initial(), []

@@ -141,3 +141,33 @@ def test_longer_than_it_was_a_finished_run_goes_on(run, tmp_path, capsys):
     assert "complete after 14 steps" not in capsys.readouterr().out
     train(make_config(optimizer=shampoo(), **changed), again, devices=two())
     assert "complete after 14 steps" in capsys.readouterr().out
+
+
+@dataclasses.dataclass(frozen=True)
+class Marked(toy.ToyData):
+    """The toy data with a fingerprint."""
+
+    mark: str = ""
+
+    def fingerprint(self, cache):
+        return self.mark
+
+
+def test_other_training_data_are_refused_or_told(tmp_path, capsys):
+    """Catches a source that changed under a run, which then goes on without a word."""
+
+    def config(mark, **changes):
+        changed = make_config(duration="1 steps", **{"schedule.warmup": "0 steps"} | changes)
+        changed.unlock()
+        changed.data = base.component("test_takeover:Marked", mark=mark)
+        return changed.lock()
+
+    train(config("old"), tmp_path / "run", devices=two())
+    longer = {"duration": "2 steps", "may_change": (*base.MAY_CHANGE, "duration", "data.mark")}
+    with pytest.raises(UserError, match=r"training data have changed \(fingerprint old when .*/1 was saved, new now\)"):
+        train(config("new", **longer), tmp_path / "run", devices=two())
+    allowed = longer | {"may_change": (*longer["may_change"], "data")}
+    train(config("new", **allowed), tmp_path / "run", devices=two())
+    assert "warning: the training data are others than before (fingerprint old" in capsys.readouterr().out
+    train(config("newer", duration="3 steps", resume_from=str(tmp_path / "run")), tmp_path / "next", devices=two())
+    assert "(fingerprint new when" in capsys.readouterr().out

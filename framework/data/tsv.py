@@ -1,0 +1,99 @@
+"""Rows of tab-separated text: UTF-8, one row a line, no quoting, no header; malformed rows are given as such."""
+
+import dataclasses
+import enum
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from . import files
+from .records import Malformed
+
+LONGEST_ROW = 1 << 24  # bytes; what has no line ends is no TSV, and must not be read into memory whole
+_SHOWN = 40
+_INT = re.compile(r"-?[0-9]{1,19}")
+_FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+class _Required(enum.Enum):
+    REQUIRED = enum.auto()
+
+
+REQUIRED = _Required.REQUIRED
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """What the fields of a column are.
+
+    Attributes:
+      kind: text as it stands, an integer of 64 bits, or a finite decimal number.
+      empty: the value of an empty field; without one, a row with an empty field is malformed.
+    """
+
+    kind: Literal["text", "int", "float"]
+    empty: Any = REQUIRED
+
+
+def read(path: Path, columns: Sequence[Column] | None = None) -> Iterator[tuple[Any, ...] | Malformed]:
+    """The rows of a file in order, one tuple of values for each, or what is wrong with it.
+
+    Malformed is a row with more or fewer columns, a field that is not of its kind, a byte that is not UTF-8 or is NUL,
+    and a row of more than `LONGEST_ROW` bytes.
+
+    Args:
+      path: a TSV file, compressed if its name ends in .xz or .gz.
+      columns: of every row; None takes as many columns of text, empty or not, as the first readable row has.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    for number, line in enumerate(files.records(path, b"\n", LONGEST_ROW), start=1):
+        place = f"{path}, row {number}"
+        try:
+            fields = _fields(line)
+            if columns is None:
+                columns = (Column("text", ""),) * len(fields)
+            if len(fields) != len(columns):
+                raise _BadRowError(f"{len(fields)} columns, expected {len(columns)}")
+            yield tuple(map(_value, range(1, len(fields) + 1), fields, columns))
+        except _BadRowError as error:
+            yield Malformed(place, str(error))
+
+
+class _BadRowError(Exception):
+    """What is wrong with a row."""
+
+
+def _fields(line: bytes | None) -> list[str]:
+    if line is None:
+        raise _BadRowError(f"more than {LONGEST_ROW:,} bytes")
+    if b"\0" in line:
+        raise _BadRowError(f"a NUL at byte {line.index(0)}")
+    try:
+        return line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8").split("\t")
+    except UnicodeDecodeError as error:
+        raise _BadRowError(f"not UTF-8 at byte {error.start}") from None
+
+
+def _value(number: int, field: str, column: Column) -> Any:
+    if not field:
+        if column.empty is REQUIRED:
+            raise _BadRowError(f"column {number} is empty")
+        return column.empty
+    if column.kind == "text":
+        return field
+    # int() and float() take more than a file should hold: "1_000", " 7", "nan", digits of other scripts.
+    if column.kind == "int":
+        if _INT.fullmatch(field) and -(2**63) <= (whole := int(field)) < 2**63:
+            return whole
+        raise _BadRowError(f"column {number} is no integer of 64 bits: {_short(field)}")
+    if _FLOAT.fullmatch(field) and math.isfinite(real := float(field)):
+        return real
+    raise _BadRowError(f"column {number} is no finite number: {_short(field)}")
+
+
+def _short(field: str) -> str:
+    return repr(field if len(field) <= _SHOWN else f"{field[: _SHOWN - 3]}...")

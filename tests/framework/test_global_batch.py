@@ -1,0 +1,98 @@
+import hashlib
+import json
+
+import jax
+import numpy as np
+import pytest
+from processes import run_together
+
+from shampax.framework import partitioning
+from shampax.framework.data.pipeline import Batches, HeldoutBatches
+from shampax.framework.global_batch import Share
+
+BATCH, EXAMPLES, STEPS = 12, 31, (0, 2, 3, 17)  # batches 2 and 17 lie in two epochs
+MESHES = {
+    "data=4": ((4, 1, 1), (0, 1, 2, 3)),
+    "data=4, devices of the processes by turns": ((4, 1, 1), (0, 2, 1, 3)),
+    "data=2 fsdp=2": ((2, 2, 1), (0, 1, 2, 3)),
+    "data=2 tensor=2": ((2, 1, 2), (0, 1, 2, 3)),
+    "tensor=4": ((1, 1, 4), (0, 1, 2, 3)),  # a batch lies whole on devices of two processes
+}
+
+
+class Source:
+    """Examples that are a function of their index, and a count of those read."""
+
+    def __init__(self):
+        self.reads = 0
+
+    def __len__(self):
+        return EXAMPLES
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return {"x": np.random.default_rng(index).normal(size=3).astype(np.float32), "index": np.int32(index + 1)}
+
+
+def digest(array):
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
+
+
+def batches_on(sizes, order):
+    """For a mesh over the first four devices: what lies on those of this process, and how many examples it has read.
+
+    Returns:
+      Digests by "batch array rows", and the number of reads for each training batch.
+    """
+    devices = [jax.devices()[index] for index in order]
+    mesh = partitioning.make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)), devices)
+    share, source = Share(BATCH, mesh), Source()
+    wanted = {"global_batch_size": BATCH, "rows": share.rows}
+    batches, heldout = Batches(source, seed=5, **wanted), HeldoutBatches(source, **wanted)
+    source.reads = 0
+    read = {f"step {step}": batches[step] for step in STEPS}
+    reads = source.reads / len(STEPS)
+    read |= {f"held out {number}": batch for number, batch in enumerate(heldout)}
+    held = {}
+    for name, local in read.items():
+        for key, array in share.to_devices(local).items():
+            assert array.shape[0] == BATCH
+            assert array.sharding == partitioning.batch_sharding(mesh)
+            for shard in array.addressable_shards:
+                rows = range(BATCH)[shard.index[0]]
+                held[f"{name} {key} {rows.start}:{rows.stop} device {shard.device.id}"] = digest(shard.data)
+    return held, reads
+
+
+def all_meshes():
+    return {name: batches_on(*mesh) for name, mesh in MESHES.items()}
+
+
+@pytest.fixture(scope="module")
+def two_processes():
+    script = "import json, test_global_batch; print(json.dumps(test_global_batch.all_meshes()))"
+    return [json.loads(out.splitlines()[-1]) for out in run_together(script, processes=2, devices=2)]
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_devices_hold_the_rows_of_one_order_on_any_mesh_and_number_of_processes(two_processes, name):
+    """Fault: rows in an order that depends on processes, or two processes that disagree about a row both hold."""
+    whole = Batches(Source(), seed=5, global_batch_size=BATCH, rows=range(BATCH))
+    heldout = HeldoutBatches(Source(), global_batch_size=BATCH, rows=range(BATCH))
+    expected = {f"step {step}": whole[step] for step in STEPS}
+    expected |= {f"held out {number}": batch for number, batch in enumerate(heldout)}
+    alone, _ = batches_on(*MESHES[name])
+    # Devices of a second process have numbers of their own.
+    together = two_processes[0][name][0] | two_processes[1][name][0]
+    assert len(alone) == len(together) == 4 * 2 * len(expected)
+    for held in (alone, together):
+        for place, found in held.items():
+            batch, key, rows = place.partition(" device ")[0].rsplit(" ", 2)
+            start, stop = map(int, rows.split(":"))
+            assert found == digest(expected[batch][key][start:stop]), place
+
+
+def test_a_process_reads_what_its_devices_hold_once(two_processes):
+    """Fault: each process reads the whole batch, or rows held by two of its devices twice."""
+    reads = {name: [results[name][1] for results in two_processes] for name in MESHES}
+    assert reads == {name: [12, 12] if name == "tensor=4" else [6, 6] for name in MESHES}
