@@ -157,7 +157,7 @@ def test_other_training_data_are_refused_or_told(tmp_path, capsys):
     """Catches a source that changed under a run, which then goes on without a word."""
 
     def config(mark, **changes):
-        changed = make_config(duration="1 steps", **{"schedule.warmup": "0 steps"} | changes)
+        changed = make_config(**{"duration": "1 steps", "schedule.warmup": "0 steps"} | changes)
         changed.unlock()
         changed.data = base.component("test_takeover:Marked", mark=mark)
         return changed.lock()
