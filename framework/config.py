@@ -116,6 +116,7 @@ def _knobs(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _check_ranges(config: Any) -> None:
     """Numbers that have the right type and no sense."""
     checkpoint, batches, skips = config.checkpoint, config.evaluation.batches, config.guard.max_consecutive_skips
+    death = config.processes.death_seconds
     for key, value, fine, wanted in (
         ("seed", config.seed, 0 <= config.seed < 2**32, "from 0 to 2**32 - 1"),
         ("gradient_clip", config.gradient_clip, config.gradient_clip >= 0, "at least 0, which is off"),
@@ -123,6 +124,7 @@ def _check_ranges(config: Any) -> None:
         ("checkpoint.keep_last", checkpoint.keep_last, checkpoint.keep_last >= 1, "at least 1, to resume from"),
         ("checkpoint.keep_best", checkpoint.keep_best, checkpoint.keep_best >= 0, "at least 0"),
         ("guard.max_consecutive_skips", skips, skips >= 1, "at least 1"),
+        ("processes.death_seconds", death, death >= 5, "at least 5"),
     ):
         if not fine:
             raise UserError(f"config.{key} is {value}; it must be {wanted}")

@@ -10,15 +10,25 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from . import calibration, checkpoints, components, durations, optimizer, ownership, partitioning, progress
+from . import (
+    agreement,
+    calibration,
+    checkpoints,
+    components,
+    durations,
+    optimizer,
+    ownership,
+    partitioning,
+    processes,
+    progress,
+)
 from . import workdir as layout
 from .clock import Clock
 from .config import check
 from .data import pipeline
-from .errors import UserError
+from .errors import TrainingStopped, UserError
 from .evaluation import evaluate
 from .journal import Journal
 from .metrics import MetricsWriter
@@ -26,7 +36,7 @@ from .periods import Period
 from .schedule import make_schedule
 from .state import TrainState, abstract_state, abstract_variables, initial_state
 from .step import make_diagnosis, make_eval_step, make_train_step
-from .stopping import StopSignals, TrainingStopped
+from .stopping import StopSignals
 
 
 def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = None) -> dict[str, Any]:
@@ -68,7 +78,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
 
     # Data: batch = batches[step], on any number of processes
     cache = workdir / layout.CACHE
-    prepare_once(data, cache)
+    agreement.first(lambda: data.prepare(cache))
     source = data.examples("train", cache)
     share = {
         "global_batch_size": config.batch_size,
@@ -165,7 +175,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         )
         upcoming = map(to_devices, batches.from_step(record.step))
         stopped = None
-        with StopSignals() as signals, journal, saver, contextlib.closing(service):
+        with StopSignals() as signals, journal, saver, contextlib.closing(service), processes.together():
             state = dataclasses.replace(state, opt_state=service.start(state.opt_state))
 
             def stop_reason(step: int) -> str | None:
@@ -258,21 +268,6 @@ def advance(
     return state, step, stopped or stop_reason(step)
 
 
-def prepare_once(data: Any, cache: Path) -> None:
-    """Process 0 prepares the data while the others wait; if it cannot, all of them fail."""
-    failure = None
-    if jax.process_index() == 0:
-        try:
-            data.prepare(cache)
-        except UserError as error:
-            failure = error
-    failed = multihost_utils.process_allgather(np.int32(failure is not None)).any()
-    if failure is not None:
-        raise failure
-    if failed:
-        raise UserError("process 0 could not prepare the data; its message says why")
-
-
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
     """What an optimizer refuses of the parameters it is given is the user's to mend."""
@@ -324,7 +319,7 @@ def refuse_unknown_metric(best_metric: str, names: Sequence[str]) -> None:
 def refuse_alone(stopped: Any) -> None:
     """Raise TrainingStopped where this process has to stop and the others of the run know nothing of it.
 
-    They would never come to save a checkpoint with it; JAX ends them when this process is gone.
+    They would never come to save a checkpoint with it; `processes.together` ends them.
     """
     if isinstance(stopped, optimizer.ServiceError) and jax.process_count() > 1:
         raise TrainingStopped(f"{stopped}; the same command goes on from the newest checkpoint") from stopped
