@@ -18,6 +18,7 @@ MAY_CHANGE = (
     # what it shows and keeps and when it gives up, and leave every step the same up to rounding.
     "mesh",
     "simulated_devices",
+    "processes",
     "sharding_rules",
     "microbatches",
     "log",
@@ -82,6 +83,11 @@ def get_config() -> Any:
     config.mesh.fsdp = 1  # devices that see different examples and share one copy of the parameters
     config.mesh.tensor = 1  # devices that share each matrix multiplication; keep it within one host
     config.simulated_devices = 0  # CPU devices to simulate where there is no accelerator; JAX_NUM_CPU_DEVICES wins
+    config.processes = ConfigDict()  # of a run of several
+    config.processes.waiting_seconds = (
+        300.0  # for all to start, machines of a cluster do not at once, and for all to end
+    )
+    config.processes.death_seconds = 60.0  # a silent machine is gone after so long; a killed process is noticed at once
     config.sharding_rules = (  # (logical axis of a parameter, mesh axis or axes or None), first match wins
         ("embed", "fsdp"),
         ("mlp", "tensor"),

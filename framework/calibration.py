@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import numpy as np
 import optax
-from jax.experimental import multihost_utils
 
+from . import agreement
 from . import workdir as layout
 from .progress import say
 from .state import TrainState
 
 _STEPS = 5
-_LONGEST_CHOICE = 4096
 
 # Options -> the optimizer, the layout of the state, the train step.
 Assemble = Callable[[Any], tuple[optax.GradientTransformation, TrainState, jax.stages.Wrapped]]
@@ -61,7 +59,7 @@ def settle(
         say("measuring what roots cost, to choose when they are refreshed ...")
         tx, abstract, train_step = assemble(options.without_roots())
         seconds = _step_seconds(train_step, initial_state(tx, abstract), batch)
-        choice = _agreed(options.decide(tx, abstract.params, seconds))
+        choice = agreement.first(lambda: options.decide(tx, abstract.params, seconds))
     say(choice["reason"])
     return options.decided(choice), choice
 
@@ -81,9 +79,3 @@ def _step_seconds(train_step: jax.stages.Wrapped, state: TrainState, batch: Any)
         state, _ = jax.block_until_ready(train_step(state, batch))
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
-
-
-def _agreed(choice: dict[str, Any]) -> dict[str, Any]:
-    """That of process 0, in all processes."""
-    text = json.dumps(choice).encode().ljust(_LONGEST_CHOICE)
-    return json.loads(bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))))

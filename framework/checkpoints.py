@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
 from ..optimizers import patterns
-from . import integrity, processes
+from . import agreement, integrity
 from . import workdir as layout
 from .errors import UserError
 from .record import Record
@@ -260,7 +260,7 @@ def prune(workdir: Path, keep: set[int]) -> list[Path]:
 
 
 def _raise_in_all(failure: str) -> None:
-    failures = [text for text in processes.gather(failure) if text]
+    failures = [text for text in agreement.gather(failure) if text]
     if failures:
         raise SaveError(failures[0])
 

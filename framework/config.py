@@ -118,6 +118,7 @@ def _check_ranges(config: Any) -> None:
     on_error = ("stop", "continue")
     checkpoint, batches, skips = config.checkpoint, config.evaluation.batches, config.guard.max_consecutive_skips
     on_spike, factor, window = config.guard.on_spike, config.guard.spike_factor, config.guard.spike_window
+    death = config.processes.death_seconds
     for key, value, fine, wanted in (
         ("seed", config.seed, 0 <= config.seed < 2**32, "from 0 to 2**32 - 1"),
         ("gradient_clip", config.gradient_clip, config.gradient_clip >= 0, "at least 0, which is off"),
@@ -130,6 +131,7 @@ def _check_ranges(config: Any) -> None:
         ("guard.max_rollbacks", config.guard.max_rollbacks, config.guard.max_rollbacks >= 0, "at least 0"),
         ("guard.spike_factor", factor, factor > 0, "above 0"),
         ("guard.spike_window", window, window >= 2, "at least 2"),
+        ("processes.death_seconds", death, death >= 5, "at least 5"),
     ):
         if not fine:
             raise UserError(f"config.{key} is {value}; it must be {wanted}")

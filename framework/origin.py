@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax
 
-from . import checkpoints, integrity, processes
+from . import agreement, checkpoints, integrity
 from . import workdir as layout
 from .errors import UserError
 from .record import Record
@@ -120,7 +120,7 @@ def _newest_whole(
     """The newest that is whole; what was passed over is added to `damaged`. None where no save came to an end."""
     for path in reversed(found):
         faults = integrity.faults(path, part=jax.process_index(), parts=jax.process_count())
-        faults = [fault for fault in processes.gather("; ".join(faults[:3])) if fault]
+        faults = [fault for fault in agreement.gather("; ".join(faults[:3])) if fault]
         if not faults:
             return Origin(kind, path, tuple(damaged))
         damaged.append((path, faults[0]))

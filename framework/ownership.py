@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 
+from . import agreement
 from . import config as config_lib
-from . import processes
 from . import workdir as layout
 from .errors import UserError
 
@@ -50,7 +50,7 @@ def hold(workdir: Path) -> Iterator[None]:
       UserError: another run holds it, or it cannot be made.
     """
     with contextlib.ExitStack() as stack:
-        processes.first(lambda: stack.enter_context(_locked(workdir)))
+        agreement.first(lambda: stack.enter_context(_locked(workdir)))
         yield
 
 

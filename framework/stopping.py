@@ -1,4 +1,4 @@
-"""Ends before the end: signals that ask a run to stop after the step it is in, and runs that cannot go on."""
+"""Signals that ask a run to stop after the step it is in."""
 
 import os
 import signal
@@ -9,19 +9,17 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from . import agreement
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class TrainingStopped(Exception):
-    """Training cannot usefully go on. The message says why and what to change; a checkpoint is saved."""
 
 
 class StopSignals:
     """While entered, the first SIGINT or SIGTERM is remembered instead of ending the process; a second SIGINT
     aborts.
 
-    In a run of several processes JAX itself listens for SIGTERM, and all processes stop after the same step;
-    SIGINT keeps its usual meaning there.
+    In a run of several processes JAX itself listens for SIGTERM, from its start on, and lets all of them stop after the
+    same step. A SIGINT becomes a SIGTERM there, and its name is what all of them report.
     """
 
     def __init__(self):
@@ -30,8 +28,9 @@ class StopSignals:
 
     def __enter__(self):
         # Python lets only the main thread handle signals; elsewhere the caller must see to them.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            handled = _SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
+            self._previous = {number: signal.signal(number, self._receive) for number in handled}
         return self
 
     def __exit__(self, *exception):
@@ -39,10 +38,16 @@ class StopSignals:
             signal.signal(number, handler)
 
     def reason(self, step: int) -> str | None:
-        """The name of the signal to stop for after this step, if any. Every process asks after every step."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            return signal.SIGTERM.name
-        return self._received
+        """The name of the signal to stop for after this step, if any: in all processes the same.
+
+        Every process asks after every step.
+        """
+        if jax.process_count() == 1:
+            return self._received
+        if not multihost_utils.reached_preemption_sync_point(step):
+            return None
+        received = agreement.gather(self._received or "")
+        return signal.SIGINT.name if signal.SIGINT.name in received else signal.SIGTERM.name
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -51,3 +56,5 @@ class StopSignals:
         self._received = signal.Signals(number).name
         # print is not safe inside a handler: it may have interrupted another print.
         os.write(2, f"\n{self._received}: saving after this step; press Ctrl-C again to abort\n".encode())
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -9,16 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from . import calibration, components, durations, optimizer, origin, ownership, partitioning, progress, takeover
+from . import (
+    agreement,
+    calibration,
+    components,
+    durations,
+    optimizer,
+    origin,
+    ownership,
+    partitioning,
+    processes,
+    progress,
+    takeover,
+)
 from . import workdir as layout
 from .checkpoints import Checkpoints, SaveError
 from .clock import Clock
 from .config import check
 from .data import contract, pipeline
-from .errors import UserError
+from .errors import TrainingStopped, UserError
 from .evaluation import evaluate
 from .global_batch import Share
 from .guard import GuardOptions
@@ -29,7 +39,7 @@ from .record import Record
 from .schedule import make_schedule
 from .state import TrainState, abstract_state, abstract_variables, initial_arrays, initial_state
 from .step import make_diagnosis, make_eval_step, make_train_step
-from .stopping import StopSignals, TrainingStopped
+from .stopping import StopSignals
 
 SPIKE = "loss spike"  # stops the loop, and not the run
 
@@ -75,7 +85,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
 
         # Data: batch = batches[step], the same rows in the same order on any mesh
         cache = workdir / layout.CACHE
-        prepare_once(data, cache)
+        agreement.first(lambda: data.prepare(cache))
         record = with_data(record, contract.fingerprint(data, cache), start, config.may_change)
         source = data.examples("train", cache)
         share = Share(config.batch_size, mesh)
@@ -186,7 +196,13 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         )
         upcoming = map(to_devices, batches.from_step(record.step + record.batches_passed_over))
         stopped = None
-        with StopSignals() as signals, journal, contextlib.closing(saver), contextlib.closing(service):
+        with (
+            StopSignals() as signals,
+            journal,
+            contextlib.closing(saver),
+            contextlib.closing(service),
+            processes.together(),
+        ):
             state = dataclasses.replace(state, opt_state=service.start(state.opt_state))
 
             def stop_reason(step: int) -> str | None:
@@ -300,21 +316,6 @@ def advance(
     return state, step, stopped or stop_reason(step)
 
 
-def prepare_once(data: Any, cache: Path) -> None:
-    """Process 0 prepares the data while the others wait; if it cannot, all of them fail."""
-    failure = None
-    if jax.process_index() == 0:
-        try:
-            data.prepare(cache)
-        except UserError as error:
-            failure = error
-    failed = multihost_utils.process_allgather(np.int32(failure is not None)).any()
-    if failure is not None:
-        raise failure
-    if failed:
-        raise UserError("process 0 could not prepare the data; its message says why")
-
-
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
     """What an optimizer refuses of the parameters it is given is the user's to mend."""
@@ -372,7 +373,7 @@ def refuse_unknown_metric(best_metric: str, names: Sequence[str]) -> None:
 def refuse_alone(stopped: Any) -> None:
     """Raise TrainingStopped where this process has to stop and the others of the run know nothing of it.
 
-    They would never come to save a checkpoint with it; JAX ends them when this process is gone.
+    They would never come to save a checkpoint with it; `processes.together` ends them.
     """
     if isinstance(stopped, optimizer.ServiceError) and jax.process_count() > 1:
         raise TrainingStopped(f"{stopped}; the same command goes on from the newest checkpoint") from stopped

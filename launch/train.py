@@ -3,8 +3,13 @@
 The same command again resumes from the newest checkpoint; once the run is complete it only says so. --help lists every
 knob; with a --config, its values too.
 
-Exit codes: 0, complete; 1, training could not go on (a checkpoint is saved); 2, something given cannot work (no run
-has begun); 130 and 143, stopped by Ctrl-C or SIGTERM (a checkpoint is saved, the same command goes on from it).
+A run of several processes is this command in each, with JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0),
+JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment. They end together.
+
+Exit codes: 0, complete; 1, training could not go on (a checkpoint is saved), or this process has failed with a
+traceback; 2, something given cannot work (no run has begun); 75, another process has died or failed, the same command
+goes on from the newest checkpoint; 130 and 143, stopped by Ctrl-C or SIGTERM (a checkpoint is saved, the same command
+goes on from it).
 """
 
 import signal
@@ -15,7 +20,8 @@ from typing import Any
 
 from ..configs import base
 from ..framework.config import load
-from ..framework.errors import UserError
+from ..framework.errors import TrainingStopped, UserError
+from ..framework.processes import Group
 from . import environment, flags, knobs
 from .next_steps import next_steps
 
@@ -25,34 +31,41 @@ _USAGE = "usage: python -m shampax.launch.train --config=FILE.py[:VARIANT] --wor
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see the module. `arguments` are those of this process by default. Returns the exit code."""
     environment.before_jax()
+    group = None
     try:
         command = flags.parse(sys.argv[1:] if arguments is None else arguments)
         if command.help:
             _help(command)
             return 0
-        config = load(command.config, command.overrides)
-        environment.simulate_devices(config.simulated_devices)
-        return _train(command, config)
-    except UserError as error:
-        _complain(error)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
-        return 128 + signal.SIGINT
+        place = environment.place()
+        group = Group(place, _explain) if place else None
+        code = _train(command, group)
+    except BaseException as error:
+        if group is not None:
+            group.fail(error)
+        known = _explain(error)
+        if known is None:
+            raise
+        code, words = known
+        print(words, file=sys.stderr)
+        return code
+    if group is not None:
+        group.leave()
+    return code
 
 
-def _train(command: flags.Command, config: Any) -> int:
+def _train(command: flags.Command, group: Group | None) -> int:
+    config = load(command.config, command.overrides)
+    environment.simulate_devices(config.simulated_devices)
+    if group is not None:
+        group.join(**config.processes)
     # Imported when the config is known to be good: the trainer brings all of JAX, Orbax and grain with it.
-    from ..framework.stopping import TrainingStopped
     from ..framework.train import train
 
     try:
         result = train(config, command.workdir)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"workdir {command.workdir} cannot be used: {error}") from error
-    except TrainingStopped as error:
-        _complain(error)
-        return 1
     _say_where(command, config, result)
     return 128 + signal.Signals[result["stopped"]] if result["stopped"] else 0
 
@@ -79,10 +92,16 @@ def _help(command: flags.Command) -> None:
         print("\nWith --config=FILE.py:VARIANT also the knobs of its task, data and optimizer.")
 
 
-def _complain(error: Exception) -> None:
+def _explain(error: BaseException) -> tuple[int, str] | None:
+    """Exit code and last words for what a user can make use of; None for what needs its traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, "interrupted; the same command goes on from the newest checkpoint, if there is one"
+    if not isinstance(error, (UserError, TrainingStopped)):
+        return None
+    words = f"error: {' '.join(str(error).split())}"
     if isinstance(error.__cause__, RuntimeError):  # not the user's doing: whoever mends it needs to see where it was
-        traceback.print_exception(error.__cause__)
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        words = "".join(traceback.format_exception(error.__cause__)) + words
+    return (2 if isinstance(error, UserError) else 1), words
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 import jax.numpy as jnp
 import pytest
 
-from shampax.framework import optimizer, partitioning, progress
+from shampax.framework import partitioning, progress
 from shampax.framework.clock import Clock
 from shampax.framework.journal import Journal
 from shampax.framework.periods import Period
+from shampax.framework.record import Record
 
 COUNTS = {"skipped": 0, "consecutive_skips": 0, "spike": 0, "spikes": 0}
 STEP = COUNTS | {"loss": 2.0, "learning_rate": 0.1, "spike_bound": 3.0}
@@ -14,8 +15,7 @@ STEP = COUNTS | {"loss": 2.0, "learning_rate": 0.1, "spike_bound": 3.0}
 def journal():
     pace = {"total_steps": 1000, "tokens_per_step": 64}
     speedometer = progress.Speedometer(partitioning.make_mesh({"data": -1}), flops_per_step=1.0, **pace)
-    service = optimizer.service(None, None)
-    return Journal(None, speedometer, Clock(0.0), service, start=(0, 0), period=Period(100), **pace)
+    return Journal(None, speedometer, Clock(0.0), (), start=Record(), period=Period(100), **pace)
 
 
 def done(journal, step, **changes):
@@ -25,7 +25,7 @@ def done(journal, step, **changes):
 def test_every_spike_is_told_whether_its_step_is_due_or_not(journal, capsys):
     """Catches a spike that only due steps tell of, and a line that says the wrong thing was done."""
     done(journal, 1)
-    assert journal.newest_spike is None
+    assert journal.first_spike is None
     capsys.readouterr()
     done(journal, 2, spike=1, loss=7.0)
     done(journal, 3)
@@ -35,7 +35,7 @@ def test_every_spike_is_told_whether_its_step_is_due_or_not(journal, capsys):
         "loss spike at step 2: 7.0000, above the bound of 3.0000; trained on all the same",
         "loss spike at step 4: 8.0000, above the bound of 3.0000; the step is skipped",
     ]
-    assert journal.newest_spike == 4
+    assert journal.first_spike == 2
 
 
 def test_the_longest_row_of_skips_is_remembered(journal):

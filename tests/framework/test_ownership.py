@@ -6,8 +6,7 @@ import pytest
 from test_train import make_config, saved, two
 
 from shampax.framework import checkpoints, integrity, ownership
-from shampax.framework.errors import UserError
-from shampax.framework.stopping import TrainingStopped
+from shampax.framework.errors import TrainingStopped, UserError
 from shampax.framework.train import train
 
 HOLDER = """

@@ -9,7 +9,8 @@ from test_train import SHAMPOO, arrays, lines, make_config, saved, two
 
 from shampax.configs import base
 from shampax.framework import integrity, journal
-from shampax.framework.stopping import StopSignals, TrainingStopped
+from shampax.framework.errors import TrainingStopped
+from shampax.framework.stopping import StopSignals
 from shampax.framework.train import train
 
 # With this sum of tokens, batches 17, 41 and 51 of the toy data hold an example whose loss is a spike.

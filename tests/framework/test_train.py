@@ -12,9 +12,9 @@ import toy
 from shampax.configs import base
 from shampax.framework import checkpoints, journal
 from shampax.framework import train as train_module
-from shampax.framework.errors import UserError
+from shampax.framework.errors import TrainingStopped, UserError
 from shampax.framework.state import TrainState
-from shampax.framework.stopping import StopSignals, TrainingStopped
+from shampax.framework.stopping import StopSignals
 from shampax.framework.train import train
 from shampax.launch import train as launch_train
 from shampax.optimizers import auto, lapack
@@ -321,7 +321,7 @@ def test_shampoo_trains_and_reports_its_inner_life(tmp_path):
     assert result["heldout_loss"] < 2.7
 
 
-def test_a_dead_solver_on_the_host_ends_the_run_with_its_traceback_and_a_checkpoint(tmp_path, monkeypatch, capsys):
+def test_a_dead_solver_on_the_host_ends_the_run_with_its_traceback_and_a_checkpoint(tmp_path, monkeypatch):
     """Catches a run that hangs or goes on, a cause that nobody sees, and a checkpoint that lacks what was in flight."""
     config = make_config(optimizer=base.component(SHAMPOO, block_size=8, interval=3, refresh="host"))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -343,9 +343,9 @@ def test_a_dead_solver_on_the_host_ends_the_run_with_its_traceback_and_a_checkpo
     ) as caught:
         train(config, broken, devices=two())
     assert isinstance(caught.value.__cause__.__cause__, MemoryError)
-    launch_train._complain(caught.value)
-    told = capsys.readouterr().err
-    assert "in dies" in told and told.splitlines()[-1].startswith("error: a thread that takes roots on the host died")
+    code, told = launch_train._explain(caught.value)
+    assert (code, "in dies" in told) == (1, True)
+    assert told.splitlines()[-1].startswith("error: a thread that takes roots on the host died")
     monkeypatch.undo()
     stopped = json.loads((broken / "result.json").read_text())
     assert 2 < stopped["steps"] < 12 and "MemoryError" in stopped["stopped"]

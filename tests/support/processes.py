@@ -1,4 +1,4 @@
-"""Real processes that form one JAX job over loopback."""
+"""Real processes that form one job over loopback."""
 
 import contextlib
 import os
@@ -7,20 +7,87 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 # Ends a process that was left alone within seconds, and waits as long at exit.
 _START = """
-import sys
+import os, sys
 import jax
-port, count, index = map(int, sys.argv[1:4])
-del sys.argv[1:4]
-if count > 1:
+address, count, index = (os.environ["JAX_" + name] for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"))
+if int(count) > 1:
     jax.distributed.initialize(
-        f"127.0.0.1:{port}", count, index, coordinator_bind_address=f"127.0.0.1:{port}",
+        address, int(count), int(index), coordinator_bind_address=address,
         cluster_detection_method="deactivate", initialization_timeout=60, heartbeat_timeout_seconds=20,
         shutdown_timeout_seconds=20)
 """
+
+
+class Ended(NamedTuple):
+    """What is left of a process; `code` is None where it has not ended."""
+
+    code: int | None
+    out: str
+    err: str
+    seconds: float  # from the call of `wait` to its end
+
+
+class Job(contextlib.ExitStack):
+    """One command in each of some processes, which find each other by the variables that `launch.train` reads.
+
+    The processes are killed when the block ends.
+
+    Args:
+      command: of all.
+      processes, devices: numbers of; simulated devices of each process.
+      variables: of the environment, besides.
+    """
+
+    def __init__(
+        self, command: Sequence[str], *, processes: int, devices: int, variables: Mapping[str, str] | None = None
+    ):
+        super().__init__()
+        address = f"127.0.0.1:{free_port()}"
+        # Files, not pipes: who is not read at once must not wait.
+        self._files = Path(self.enter_context(tempfile.TemporaryDirectory()))
+        self.processes = []
+        for index in range(processes):
+            environment = {
+                "JAX_NUM_CPU_DEVICES": str(devices),
+                "PYTHONPATH": os.pathsep.join(sys.path),
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(index),
+            }
+            environment = os.environ | environment | (variables or {})
+            with (self._files / f"{index}.out").open("w") as out, (self._files / f"{index}.err").open("w") as err:
+                process = subprocess.Popen(command, env=environment, stdout=out, stderr=err)
+            self.processes.append(process)
+            self.callback(process.wait)
+            self.callback(process.kill)
+
+    def wait(self, timeout: float) -> list[Ended]:
+        """Wait for all to end, at most so many seconds."""
+        start = time.monotonic()
+        seconds = {}
+        while len(seconds) < len(self.processes) and time.monotonic() < start + timeout:
+            for index, process in enumerate(self.processes):
+                if process.poll() is not None:
+                    seconds.setdefault(index, time.monotonic() - start)
+            time.sleep(0.02)
+        return [self._ended(index, seconds.get(index)) for index in range(len(self.processes))]
+
+    def _ended(self, index: int, seconds: float | None) -> Ended:
+        out, err = ((self._files / f"{index}.{kind}").read_text() for kind in ("out", "err"))
+        return Ended(None if seconds is None else self.processes[index].returncode, out, err, seconds or 0.0)
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def run_together(script: str, *, processes: int, devices: int, arguments: Sequence[str] = (), timeout: float = 240):
@@ -37,31 +104,7 @@ def run_together(script: str, *, processes: int, devices: int, arguments: Sequen
     Raises:
       AssertionError: a process failed or did not end; with what it wrote.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": os.pathsep.join(sys.path)}
-    with contextlib.ExitStack() as stack:
-        # Files, not pipes: who is not read at once must not wait.
-        outs, errors = ([stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)] for _ in "oe")
-        running = [
-            subprocess.Popen(
-                [sys.executable, "-c", _START + script, str(port), str(processes), str(index), *arguments],
-                env=environment,
-                stdout=outs[index],
-                stderr=errors[index],
-            )
-            for index in range(processes)
-        ]
-        end = time.monotonic() + timeout
-        try:
-            codes = [process.wait(max(0.1, end - time.monotonic())) for process in running]
-        except subprocess.TimeoutExpired:
-            codes = [f"no end within {timeout:g} s"]
-        finally:
-            for process in running:
-                process.kill()
-        for file in (*outs, *errors):
-            file.seek(0)
-        assert codes == [0] * processes, (codes, [file.read()[-3000:] for file in errors])
-        return [file.read() for file in outs]
+    with Job([sys.executable, "-c", _START + script, *arguments], processes=processes, devices=devices) as job:
+        ended = job.wait(timeout)
+    assert [process.code for process in ended] == [0] * processes, [(each.code, each.err[-3000:]) for each in ended]
+    return [process.out for process in ended]

@@ -1,0 +1,204 @@
+import json
+import pathlib
+import signal
+import socket
+import sys
+import textwrap
+import time
+
+import jax
+import numpy as np
+import pytest
+from processes import Job
+from test_train import arrays, lines, saved
+
+from shampax.framework import processes
+
+CONFIG = pathlib.Path(__file__).parent / "toy_many.py"
+GOES_ON = "the same command goes on from the newest checkpoint, if there is one"
+
+
+def training(workdir, fault=""):
+    """Two processes of the real command."""
+    command = [sys.executable, "-m", "shampax.launch.train", f"--config={CONFIG}", f"--workdir={workdir}"]
+    return Job(command, processes=2, devices=1, variables={"FAULT": fault})
+
+
+def script(text, processes, **variables):
+    """Processes of a run without a trainer, whose `group` has not joined; a failure is code 2 and its message."""
+    start = """
+        import os, sys, time
+        from shampax.framework.errors import UserError
+        from shampax.framework.processes import Group
+        from shampax.launch import environment
+        place = environment.place()
+        explain = lambda error: (2, f"error: {error}") if isinstance(error, UserError) else None
+    """
+    program = textwrap.dedent(start) + textwrap.dedent(text)
+    return Job([sys.executable, "-c", program], processes=processes, devices=1, variables=variables)
+
+
+def step_of(workdir):
+    """The last step that the run has logged."""
+    path = workdir / "metrics.jsonl"
+    complete = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+    return json.loads(complete[-1])["step"] if complete else 0
+
+
+def signalled(workdir, number, index):
+    """Send a process a signal as soon as the run has logged a step of its own; what became of the processes."""
+    before = step_of(workdir)
+    with training(workdir) as job:
+        end = time.monotonic() + 60
+        while step_of(workdir) <= before and time.monotonic() < end:
+            time.sleep(0.02)
+        job.processes[index].send_signal(number)
+        return job.wait(30)
+
+
+def last_line(ended):
+    return ended.err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("many") / "whole"
+    with training(workdir) as job:
+        assert [ended.code for ended in job.wait(90)] == [0, 0]
+    return workdir
+
+
+def test_a_run_that_is_stopped_and_killed_again_and_again_ends_as_one_that_is_not(whole, tmp_path):
+    """Faults: a signal stops one process alone, or at another step; a survivor hangs, or dies of JAX's abort."""
+    for number, index in ((signal.SIGTERM, 1), (signal.SIGINT, 0)):
+        ended = signalled(tmp_path, number, index)
+        assert [each.code for each in ended] == [128 + number] * 2
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert result["stopped"] == number.name
+        assert saved(tmp_path)[-1] == result["steps"] < 80
+
+    for index in (1, 0):
+        ended = signalled(tmp_path, signal.SIGKILL, index)
+        survivor = ended[1 - index]
+        assert (ended[index].code, survivor.code) == (-signal.SIGKILL, 75)
+        assert survivor.seconds < 10
+        assert last_line(survivor).startswith(f"error: process {index} of 2 has died")
+        assert last_line(survivor).endswith(GOES_ON)
+        assert "Traceback" not in survivor.err
+
+    with training(tmp_path) as job:
+        assert [ended.code for ended in job.wait(90)] == [0, 0]
+    assert lines(tmp_path) == lines(whole)
+    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 80), arrays(whole, 80))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("options 1", "config.data: row_seconds is refused"), ("input 1", "no rows for train")],
+    ids=["before JAX has started", "after"],
+)
+def test_what_one_process_refuses_ends_all(fault, message, tmp_path):
+    with training(tmp_path / "work", fault) as job:
+        ended = job.wait(60)
+    assert [each.code for each in ended] == [2, 2]
+    assert [each.err for each in ended] == [f"process 1: error: {message}\n", f"error: {message}\n"]
+
+
+def test_an_error_of_one_process_has_its_traceback_there_and_ends_all(tmp_path):
+    """Faults: the other waits in a collective; the one that failed waits for it to take part in the last save."""
+    with training(tmp_path, "row 1") as job:
+        ended = job.wait(60)
+    assert [each.code for each in ended] == [75, 1]
+    assert "Traceback" in ended[1].err
+    assert "LookupError: row" in ended[1].err
+    assert last_line(ended[0]).startswith("error: process 1 has failed, its output says where (LookupError: row")
+    assert "Traceback" not in ended[0].err
+
+
+def test_processes_agree_and_one_that_ends_early_ends_the_run():
+    """Faults: texts cut at some size, a refusal of process 0 alone; an end that waits for others for ever."""
+    text = """
+        group = Group(place, explain)
+        group.join(waiting_seconds=5, death_seconds=5)
+        from shampax.framework import agreement
+        texts = ["", "\\u00e9" * 70_000]
+        assert agreement.gather(texts[place.index]) == texts
+        assert agreement.gather("xy"[place.index]) == ["x", "y"]
+        assert agreement.first(lambda: {"chosen": place.index}) == {"chosen": 0}
+        def refuse():
+            raise UserError(f"not in {place.index}")
+        try:
+            agreement.first(refuse)
+        except UserError as error:
+            print(error)
+        if place.index == 1:
+            group.leave()
+        time.sleep(60)
+    """
+    with script(text, processes=2) as job:
+        ended = job.wait(40)
+    assert [each.code for each in ended] == [75, 75], ended
+    assert ["not in 0" in each.out for each in ended] == [True, True]
+    for each in ended:
+        assert last_line(each).startswith("error: process 1 has come to its end, and not all others within 5 s")
+
+
+def test_who_has_not_come_in_time_is_named():
+    """And whoever else knocks is not counted."""
+    text = """
+        import socket
+        group = Group(place, explain)
+        if place.index == 1:
+            time.sleep(0.5)
+            for words in (b"GET / HTTP/1.1\\r\\n\\r\\n", b"[]\\n", b"\\xff\\n"):
+                socket.create_connection((place.host, place.port)).sendall(words)
+        try:
+            group.join(waiting_seconds=2, death_seconds=5)
+        except UserError as error:
+            group.fail(error)
+    """
+    with script(text, processes=2, JAX_NUM_PROCESSES="4") as job:
+        ended = job.wait(30)
+    assert [each.code for each in ended] == [2, 2]
+    for each in ended:
+        assert "error: 2 of 4 processes have not come to 127.0.0.1:" in each.err
+        assert "within 2 s: 2, 3; " in each.err
+
+
+def test_two_processes_of_the_same_index_are_refused():
+    text = """
+        Group(place._replace(index=min(place.index, 1)), explain)
+        time.sleep(60)
+    """
+    with script(text, processes=3, JAX_NUM_PROCESSES="3") as job:
+        ended = job.wait(40)
+    assert [each.code for each in ended] == [2, 2, 2], ended
+    assert all("a process came as number 1 of 3" in each.err for each in ended)
+
+
+def test_an_abort_by_jax_ends_all_with_our_line_and_code():
+    """JAX aborts from a thread of its own. Fault: the exit code and the last line are those of the abort."""
+    text = """
+        import ctypes, threading
+        group = Group(place, explain)
+        group.join(waiting_seconds=60, death_seconds=5)
+        if place.index == 1:
+            threading.Thread(target=ctypes.CDLL(None).abort).start()
+        time.sleep(60)
+    """
+    with script(text, processes=2) as job:
+        ended = job.wait(40)
+    assert [each.code for each in ended] == [75, 75], ended
+    assert all(last_line(each).startswith("error: process 1 was aborted") for each in ended)
+
+
+@pytest.mark.parametrize("seconds", [5, 20, 60, 100])
+def test_a_silent_machine_is_given_up_in_time(seconds):
+    with socket.socket() as connection:
+        processes._keep_alive(connection, seconds)
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        silence, interval, count = (
+            connection.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{name}"))
+            for name in ("IDLE", "INTVL", "CNT")
+        )
+    assert silence + interval * count == seconds
