@@ -1,0 +1,22 @@
+"""The toy data for runs that are to last long enough to be disturbed."""
+
+import dataclasses
+import time
+
+import toy
+
+
+class SlowSource(toy.ToySource):
+    """Rows that take their time."""
+
+    def __getitem__(self, index):
+        time.sleep(0.004)
+        return super().__getitem__(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlowData(toy.ToyData):
+    """About 30 batches of 8 a second."""
+
+    def examples(self, split, cache):
+        return SlowSource(self.rows, 1) if split == "train" else toy.ToySource(self.heldout_rows, 2)
