@@ -21,7 +21,6 @@ from . import (
     optimizer,
     ownership,
     partitioning,
-    processes,
     progress,
 )
 from . import workdir as layout
@@ -175,7 +174,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         )
         upcoming = map(to_devices, batches.from_step(record.step))
         stopped = None
-        with StopSignals() as signals, journal, saver, contextlib.closing(service), processes.together():
+        with StopSignals() as signals, journal, saver, contextlib.closing(service):
             state = dataclasses.replace(state, opt_state=service.start(state.opt_state))
 
             def stop_reason(step: int) -> str | None:
@@ -319,7 +318,7 @@ def refuse_unknown_metric(best_metric: str, names: Sequence[str]) -> None:
 def refuse_alone(stopped: Any) -> None:
     """Raise TrainingStopped where this process has to stop and the others of the run know nothing of it.
 
-    They would never come to save a checkpoint with it; `processes.together` ends them.
+    They would never come to save a checkpoint with it; `processes.Group` ends them.
     """
     if isinstance(stopped, optimizer.ServiceError) and jax.process_count() > 1:
         raise TrainingStopped(f"{stopped}; the same command goes on from the newest checkpoint") from stopped
