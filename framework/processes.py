@@ -3,7 +3,7 @@
 Process 0 listens, every other process holds one connection to it for as long as it lives, and JAX starts once all are
 there. The kernel closes the connection of a process that is killed, so that its death is noticed at once, in whatever
 collective the others wait; the keep-alive of TCP finds out about a machine that is gone without a word. Whoever learns
-that the run cannot go on tells the others and ends its own process on the spot: neither exit handlers nor the end of a
+that the run cannot go on tells the others, and who is told ends on the spot: neither exit handlers nor the end of a
 `with` block can wait for processes that will never come.
 
 JAX finds out about deaths too, later, and about process 0's at the same time: it ends the process by SIGABRT, with some
@@ -38,7 +38,6 @@ _COMING_SECONDS = 20.0  # for processes that are to be told why the run ends, an
 _RETRY_SECONDS = 0.2
 _SECONDS_BEHIND = 5.0  # that process 0, which knows who is missing, speaks before the others do
 
-_joined: "Group | None" = None
 _abort_handler: Any = None
 
 
@@ -49,20 +48,6 @@ class Place(NamedTuple):
     port: int
     count: int
     index: int
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """An exception that leaves this block ends all processes, before any of them waits in vain for another.
-
-    Where this process is the whole run, or has not joined one by `Group.join`, nothing is different.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if _joined is not None:
-            _joined.fail(error)
-        raise
 
 
 class Group:
@@ -110,7 +95,6 @@ class Group:
         Raises:
           UserError: some have not come in time.
         """
-        global _joined
         place = self._place
         started = self._started.wait(waiting_seconds + (_SECONDS_BEHIND if place.index else 0))
         self._patience = _LEAVING_SECONDS
@@ -134,7 +118,6 @@ class Group:
             heartbeat_timeout_seconds=max(10, round(2 * death_seconds)),
             shutdown_timeout_seconds=max(1, round(death_seconds)),
         )
-        _joined = self
 
     def leave(self) -> None:
         """Wait until all processes have come to their end. One that does not within `waiting_seconds` ends the run."""

@@ -19,7 +19,6 @@ from . import (
     origin,
     ownership,
     partitioning,
-    processes,
     progress,
     takeover,
 )
@@ -196,13 +195,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         )
         upcoming = map(to_devices, batches.from_step(record.step + record.batches_passed_over))
         stopped = None
-        with (
-            StopSignals() as signals,
-            journal,
-            contextlib.closing(saver),
-            contextlib.closing(service),
-            processes.together(),
-        ):
+        with StopSignals() as signals, journal, contextlib.closing(saver), contextlib.closing(service):
             state = dataclasses.replace(state, opt_state=service.start(state.opt_state))
 
             def stop_reason(step: int) -> str | None:
@@ -373,7 +366,7 @@ def refuse_unknown_metric(best_metric: str, names: Sequence[str]) -> None:
 def refuse_alone(stopped: Any) -> None:
     """Raise TrainingStopped where this process has to stop and the others of the run know nothing of it.
 
-    They would never come to save a checkpoint with it; `processes.together` ends them.
+    They would never come to save a checkpoint with it; `processes.Group` ends them.
     """
     if isinstance(stopped, optimizer.ServiceError) and jax.process_count() > 1:
         raise TrainingStopped(f"{stopped}; the same command goes on from the newest checkpoint") from stopped

@@ -105,7 +105,7 @@ def test_what_one_process_refuses_ends_all(fault, message, tmp_path):
 
 
 def test_an_error_of_one_process_has_its_traceback_there_and_ends_all(tmp_path):
-    """Faults: the other waits in a collective; the one that failed waits for it to take part in the last save."""
+    """Fault: the other waits for ever in a collective."""
     with training(tmp_path, "row 1") as job:
         ended = job.wait(60)
     assert [each.code for each in ended] == [75, 1]
@@ -165,6 +165,23 @@ def test_who_has_not_come_in_time_is_named():
         assert "within 2 s: 2, 3; " in each.err
 
 
+@pytest.mark.parametrize("late", [0, 1])
+def test_who_comes_after_the_end_hears_why(late):
+    text = f"""
+        time.sleep(place.index == {late})
+        group = Group(place, explain)
+        if place.index != {late}:
+            group.fail(UserError("no such file"))
+        time.sleep(60)
+    """
+    with script(text, processes=2) as job:
+        ended = job.wait(30)
+    assert [each.code for each in ended] == [2, 2]
+    assert (
+        ended[late].err == f"process {1 - late}: {ended[1 - late].err}" == f"process {1 - late}: error: no such file\n"
+    )
+
+
 def test_two_processes_of_the_same_index_are_refused():
     text = """
         Group(place._replace(index=min(place.index, 1)), explain)
@@ -184,7 +201,9 @@ def test_an_abort_by_jax_ends_all_with_our_line_and_code():
         group.join(waiting_seconds=60, death_seconds=5)
         if place.index == 1:
             threading.Thread(target=ctypes.CDLL(None).abort).start()
-        time.sleep(60)
+        while True:
+            os.write(2, b"the last words of a library\\n")
+            time.sleep(0.001)
     """
     with script(text, processes=2) as job:
         ended = job.wait(40)
