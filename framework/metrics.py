@@ -63,14 +63,8 @@ class MetricsWriter:
 def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if _measured_by(line, step)]
+    points = ((line, layout.parse_point(line)) for line in path.read_text(errors="replace").splitlines())
+    kept = [line for line, point in points if point is not None and point["step"] <= step]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(line + "\n" for line in kept))
     partial.replace(path)
-
-
-def _measured_by(line: str, step: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= step
-    except json.JSONDecodeError:
-        return False  # cut short when the run was killed

@@ -21,14 +21,14 @@ def refuse_foreign(workdir: Path, config: Any) -> None:
     stored = workdir / layout.CONFIG
     if not stored.exists():
         return
-    changed = config_lib.differences(stored.read_text(), config, config.may_change)
+    changed = config_lib.differences(stored.read_text(errors="replace"), config, config.may_change)
     if changed:
         raise UserError(config_lib.foreign(workdir, changed))
 
 
 def finished(workdir: Path) -> dict[str, Any] | None:
     """The result of a run that went to its end, or None."""
-    result = layout.read_json(workdir / layout.RESULT)
+    result = layout.read_result(workdir)
     return result if result is not None and result["stopped"] is None else None
 
 
