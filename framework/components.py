@@ -64,7 +64,7 @@ def build(section: Any) -> Any:
     given = {field: _convert(section.name, field, section[field], hints[field]) for field in hints}
     try:
         return load_class(section.name)(**given)
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:  # a value may be too large for what the class computes from it
         raise UserError(f"{section.name}: {error}") from error
 
 

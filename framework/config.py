@@ -2,16 +2,18 @@
 
 import importlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from . import config_files, durations, overrides, values
+from . import config_files, durations, overrides, values, workdir
 from .components import build, is_component
 from .errors import UserError
 
 _SHOWN_DIFFERENCES = 5
+_RULES = Sequence[tuple[str, str | Sequence[str] | None]]
 
 
 def load(spec: str, changes: Sequence[str] = ()) -> Any:
@@ -72,10 +74,10 @@ def differences(old_json: str, config: ConfigDict, may_change: Sequence[str]) ->
     Raises:
       UserError: the earlier config is damaged.
     """
-    try:
-        old, new = (dict(overrides.flat(json.loads(text))) for text in (old_json, to_json(config)))
-    except json.JSONDecodeError as error:
-        raise UserError(f"the workdir's config is no JSON ({error}); restore it or use another workdir") from error
+    stored = workdir.parse_object(old_json)
+    if stored is None:
+        raise UserError("the workdir's config is no JSON object; restore it or use another workdir")
+    old, new = (dict(overrides.flat(side)) for side in (stored, json.loads(to_json(config))))
     switched = [key.removesuffix("name") for key in old if key.endswith(".name") and old[key] != new.get(key, old[key])]
     lines = []
     for key in sorted(old | new):
@@ -89,12 +91,12 @@ def differences(old_json: str, config: ConfigDict, may_change: Sequence[str]) ->
     return lines
 
 
-def foreign(workdir: Any, changed: Sequence[str]) -> str:
+def foreign(path: Any, changed: Sequence[str]) -> str:
     """The message for a workdir that belongs to another config, from the lines of `differences`."""
     shown = ", ".join(changed[:_SHOWN_DIFFERENCES])
     more = f" and {len(changed) - _SHOWN_DIFFERENCES} more" if len(changed) > _SHOWN_DIFFERENCES else ""
     return (
-        f"{workdir} belongs to another config ({shown}{more}); use another --workdir, restore the old values, "
+        f"{path} belongs to another config ({shown}{more}); use another --workdir, restore the old values, "
         "or add these keys to config.may_change"
     )
 
@@ -119,9 +121,11 @@ def _check_ranges(config: Any) -> None:
     checkpoint, batches, skips = config.checkpoint, config.evaluation.batches, config.guard.max_consecutive_skips
     on_spike, factor, window = config.guard.on_spike, config.guard.spike_factor, config.guard.spike_window
     death = config.processes.death_seconds
+    clip, rate = config.gradient_clip, config.schedule.learning_rate
     for key, value, fine, wanted in (
         ("seed", config.seed, 0 <= config.seed < 2**32, "from 0 to 2**32 - 1"),
-        ("gradient_clip", config.gradient_clip, config.gradient_clip >= 0, "at least 0, which is off"),
+        ("gradient_clip", clip, 0 <= clip < math.inf, "at least 0, which is off, and finite"),
+        ("schedule.learning_rate", rate, 0 <= rate < math.inf, "at least 0, and finite"),
         ("evaluation.batches", batches, batches == -1 or batches > 0, "-1 (all) or above 0"),
         ("checkpoint.keep_last", checkpoint.keep_last, checkpoint.keep_last >= 1, "at least 1, to resume from"),
         ("checkpoint.keep_best", checkpoint.keep_best, checkpoint.keep_best >= 0, "at least 0"),
@@ -135,6 +139,7 @@ def _check_ranges(config: Any) -> None:
     ):
         if not fine:
             raise UserError(f"config.{key} is {value}; it must be {wanted}")
+    _check_type("sharding_rules", config.sharding_rules, _RULES)
 
 
 def _build(key: str, section: Any) -> None:
@@ -146,12 +151,15 @@ def _build(key: str, section: Any) -> None:
         raise UserError(f"config.{key}: {error}") from error
 
 
-def _check_value(key: str, value: Any, default: Any) -> None:
+def _check_type(key: str, value: Any, hint: Any) -> None:
     try:
-        values.convert(value, type(default))
+        values.convert(value, hint)
     except TypeError:
-        expected = values.describe(type(default))
-        raise UserError(f"config.{key}: expected {expected}, given {value!r}") from None
+        raise UserError(f"config.{key}: expected {values.describe(hint)}, given {value!r}") from None
+
+
+def _check_value(key: str, value: Any, default: Any) -> None:
+    _check_type(key, value, type(default))
     if isinstance(default, str) and durations.is_duration(default):
         # Any units do: this finds what is no duration. The run itself has no length to be a part of.
         units = durations.Units(1, 1, 1, total_steps=None if key == "duration" else 1)

@@ -5,6 +5,7 @@ a file that has variants lists them in `VARIANTS`, a dict from name to anything.
 """
 
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import re
@@ -50,7 +51,7 @@ def run(spec: str) -> ConfigDict:
         raise UserError(f"{path} has no variant {variant!r}{did_you_mean(variant, module.VARIANTS)}")
     try:
         config = get_config(*arguments)
-    except Exception as error:  # whatever the user's code raises is an error in the file
+    except (Exception, SystemExit) as error:  # whatever the user's code raises is an error in the file
         raise UserError(_explain(error, path, module.__file__)) from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: get_config returned {type(config).__name__}, not the ConfigDict of base.get_config()")
@@ -83,7 +84,7 @@ def _load(path: str) -> types.ModuleType:
             # As a module of the package, so that it may import relatively from wherever it is run.
             return importlib.import_module(f"{_PACKAGE}.configs.{file.stem}")
         return _execute(file)
-    except Exception as error:  # whatever the user's code raises is an error in the file
+    except (Exception, SystemExit) as error:  # whatever the user's code raises is an error in the file
         raise UserError(_explain(error, path, str(file))) from error
 
 
@@ -99,16 +100,23 @@ def _find(path: str) -> Path:
 
 def _execute(file: Path) -> types.ModuleType:
     name = f"config_{re.sub(r'[^0-9A-Za-z_]', '_', file.stem)}"
-    module_spec = importlib.util.spec_from_file_location(name, file)
+    loader = _FromSource(name, str(file))
+    module_spec = importlib.util.spec_from_file_location(name, file, loader=loader)
     assert module_spec is not None
-    assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module  # where dataclasses defined in the file look for their annotations
-    module_spec.loader.exec_module(module)
+    loader.exec_module(module)
     return module
 
 
-def _explain(error: Exception, path: str, file: str | None) -> str:
+class _FromSource(importlib.machinery.SourceFileLoader):
+    """Writes no bytecode beside the user's file, and takes none: a file written twice in a second has two contents."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def _explain(error: BaseException, path: str, file: str | None) -> str:
     if isinstance(error, SyntaxError) and error.filename == file:
         return f"{path}:{error.lineno}: {error.msg}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
@@ -118,7 +126,7 @@ def _explain(error: Exception, path: str, file: str | None) -> str:
     )
 
 
-def _misuse(error: Exception) -> str | None:
+def _misuse(error: BaseException) -> str | None:
     """What was wrong with a key, if ConfigDict raised the error.
 
     ConfigDict's messages are paragraphs of their own and name neither the type nor all keys, but the frame that

@@ -41,7 +41,8 @@ class MetricsWriter:
         """Forget what was measured after a step."""
         if not self._path.exists():
             return
-        kept = [line for line in self._path.read_text().splitlines() if _measured_by(line, step)]
+        points = ((line, layout.parse_point(line)) for line in self._path.read_text(errors="replace").splitlines())
+        kept = [line for line, point in points if point is not None and point["step"] <= step]
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(line + "\n" for line in kept))
         partial.replace(self._path)
@@ -67,10 +68,3 @@ class MetricsWriter:
     def _close_events(self) -> None:
         if self._events is not None:
             self._events.close()
-
-
-def _measured_by(line: str, step: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= step
-    except json.JSONDecodeError:
-        return False  # cut short when the run was killed

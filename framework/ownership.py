@@ -27,17 +27,17 @@ def refuse_foreign(workdir: Path, config: Any) -> None:
     stored = workdir / layout.CONFIG
     if not stored.exists():
         return
-    changed = config_lib.differences(stored.read_text(), config, config.may_change)
+    changed = config_lib.differences(stored.read_text(errors="replace"), config, config.may_change)
     if changed:
         raise UserError(config_lib.foreign(workdir, changed))
 
 
 def finished(workdir: Path, config: Any) -> dict[str, Any] | None:
     """The result of a run that went to its end, or None; a run whose duration was changed since has another end."""
-    result, stored = (layout.read_json(workdir / name) for name in (layout.RESULT, layout.CONFIG))
+    result, stored = layout.read_result(workdir), layout.read_json(workdir / layout.CONFIG)
     if result is None or stored is None or stored.get("duration") != config.duration:
         return None
-    return result if result.get("stopped", "") is None else None
+    return result if result["stopped"] is None else None
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ RESTORED = "restored.txt"  # what the newest start took over from a checkpoint, 
 LOCK = "lock"  # held by the run that is at work here
 CACHE = "data"  # tokenizer and packed examples
 
+_DEEPEST = 32  # levels in a JSON file; far more than ours have, and few enough for whoever walks through them
+
 Axis = Literal["step", "seconds", "tokens"]
 
 
@@ -58,7 +60,7 @@ def read(path: pathlib.Path) -> Run:
     """Read a workdir, finished or not.
 
     Raises:
-      UserError: it is no directory, or holds no metrics.
+      UserError: it is no directory, holds no metrics, or its config or result is damaged.
     """
     if not path.is_dir():
         raise UserError(f"{path} is no directory; give the --workdir of a training run")
@@ -67,7 +69,7 @@ def read(path: pathlib.Path) -> Run:
     points, notes = read_points(path / METRICS)
     if not points:
         raise UserError(f"{path / METRICS} holds no readable line; wait until the run has logged a step")
-    config, result = read_json(path / CONFIG), read_json(path / RESULT)
+    config, result = read_json(path / CONFIG), read_result(path)
     if config is None:
         notes.append(f"{path}: no {CONFIG}")
     if result is None:
@@ -83,10 +85,35 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
-    content = _parse(path.read_text())
+    try:
+        content = parse_object(path.read_text())
+    except UnicodeDecodeError:
+        content = None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     if content is None:
         raise UserError(f"{path} is not a JSON object; restore it or use another workdir")
     return content
+
+
+def read_result(path: pathlib.Path) -> dict[str, Any] | None:
+    """The result of a workdir's run, or None while it has none.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    result = read_json(path / RESULT)
+    if result is None:
+        return None
+    fine = (
+        all(is_number(result.get(key)) for key in ("steps", "seconds", "tokens"))
+        and all(key in result for key in ("heldout_loss", "best_heldout_loss", "stopped"))
+        and all(result[key] is None or is_number(result[key]) for key in ("heldout_loss", "best_heldout_loss"))
+        and isinstance(result["stopped"], str | None)
+    )
+    if not fine:
+        raise UserError(f"{path / RESULT} is damaged; remove it, and the training command writes it again")
+    return result
 
 
 def read_points(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -99,8 +126,8 @@ def read_points(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
     notes = []
     last = 0
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-        point = _parse(line)
-        if point is None or not isinstance(point.get("step"), int):
+        point = parse_point(line)
+        if point is None:
             notes.append(f"{path}: line {number} is cut short or no measurement and was left out")
             continue
         step = point["step"]
@@ -111,12 +138,38 @@ def read_points(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
     return [points[step] for step in sorted(points)], notes
 
 
-def _parse(text: str) -> dict[str, Any] | None:
+def parse_point(line: str) -> dict[str, Any] | None:
+    """What a line of the metrics file says; None where it is cut short or no measurement."""
+    point = parse_object(line)
+    if point is None or not all(is_number(point.get(axis)) for axis in ("step", "seconds", "tokens")):
+        return None
+    if not isinstance(point["step"], int) or not all(value is None or is_number(value) for value in point.values()):
+        return None
+    return point
+
+
+def parse_object(text: str) -> dict[str, Any] | None:
+    """The JSON object that a text holds; None where it holds something else, or is no file of ours."""
     try:
         content = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, an integer of thousands of digits, or thousands of levels
         return None
-    return content if isinstance(content, dict) else None
+    return content if isinstance(content, dict) and _is_shallow(content) else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value read from JSON is a number that a float64 can hold; True and False are none."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
+
+
+def _is_shallow(content: Any) -> bool:
+    level = [content]
+    for _ in range(_DEEPEST):
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [inner for inner in level if isinstance(inner, (dict, list))]
+        if not level:
+            return True
+    return False
 
 
 def _number(value: Any) -> float:

@@ -12,6 +12,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -250,12 +251,12 @@ def _config_differences(groups: Sequence[curves.Group]) -> Table:
     )
 
 
-def _count(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}"
+def _count(value: Any) -> str:
+    return f"{value:,.0f}" if workdir.is_number(value) else "-"
 
 
-def _decimals(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _decimals(value: Any) -> str:
+    return f"{value:.4f}" if workdir.is_number(value) else "-"
 
 
 def _html_image(drawing: Drawing, png: bytes) -> str:

@@ -374,7 +374,7 @@ class ShampooOptions:
             return 0
         if exponent is None:
             exponent = 1 / (2 * sides)
-        p = max(1, round(1 / exponent)) if exponent > 0 else 1
+        p = max(1, round(1 / exponent)) if exponent > 1e-9 else 1  # the inverse of less may be infinite
         if not abs(p * exponent - 1) <= 1e-5:
             raise ValueError(
                 f"exponent {exponent} is neither 0 nor 1/p for a whole p; the nearest is 1/{p} = {1 / p:.6g}"

@@ -209,9 +209,9 @@ class TfdsDocuments:
                 raise UserError(f"split {split!r} of tfds:{name} is empty; choose another data.{knob}_split")
             taken[knob] = ranges
             try:
-                builder.as_data_source(split=split)[0]
+                _fetch(builder.as_data_source(split=split), [0])
             except (OSError, RuntimeError, ValueError, IndexError) as error:
-                raise UserError(f"split {split!r} in {directory} cannot be read ({error}); {prepare}") from error
+                raise UserError(f"split {split!r} in {directory} cannot be read ({error}); {prepare}") from None
         for (file, start, end), (other, other_start, other_end) in itertools.product(taken["train"], taken["heldout"]):
             if file == other and start < other_end and other_start < end:
                 raise UserError(
@@ -228,10 +228,17 @@ class TfdsDocuments:
         examples = self._builder.as_data_source(split=self._splits[split])
         for start in range(0, len(examples), self._READ_AHEAD):
             indices = range(start, min(start + self._READ_AHEAD, len(examples)))
-            for index, example in zip(indices, _fetch(examples, list(indices)), strict=True):
+            try:
+                fetched = _fetch(examples, list(indices))
+            except (OSError, RuntimeError) as error:
+                raise UserError(
+                    f"split {self._splits[split]!r} of tfds:{self._name} cannot be read any further ({error}); "
+                    "check its files"
+                ) from None
+            for index, example in zip(indices, fetched, strict=True):
                 place = f"tfds:{self._name} split {self._splits[split]!r}, row {index + 1}"
                 if isinstance(example, RuntimeError):
-                    yield Malformed(place, f"damaged in its file, {str(example)[:_SHOWN]}")
+                    yield Malformed(place, str(example)[:_SHOWN])
                     continue
                 try:
                     text = example[self._text_key].decode("utf-8")
@@ -243,9 +250,12 @@ class TfdsDocuments:
 
 
 def _fetch(examples: Any, indices: list[int]) -> list[Any]:
+    """Examples by number, a RuntimeError in place of each whose checksum does not hold; others are raised."""
     try:
         return examples.__getitems__(indices)
-    except RuntimeError as error:  # a checksum of the file does not hold, perhaps that of one example only
+    except RuntimeError as error:
+        if not str(error).startswith("Corrupted"):
+            raise
         if len(indices) == 1:
             return [error]
         return [example for index in indices for example in _fetch(examples, [index])]

@@ -46,7 +46,7 @@ class TextData:
     tsv_column: int = 1  # of a .tsv file, the column that holds the document; the first is 1
     train_split: str = "train"  # tfds split to train on
     heldout_split: str = "validation"  # tfds split to evaluate on ("test" for lm1b); samples and files use every 10th
-    tokenizer: str = ""  # tokenizers JSON file, byte-level; "" trains one on the training documents
+    tokenizer: str = ""  # tokenizers JSON file, byte-level BPE; "" trains one on the training documents
     max_documents: int = 0  # per split, for packing and for training the tokenizer; 0 takes all
     max_malformed: int = 0  # documents of a split that may be skipped; 0, so that nobody's data shrink unasked
 

@@ -3,9 +3,12 @@
 Training is deterministic: the same documents give the same JSON, whatever the number of threads or processes.
 """
 
+import contextlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 # The Rust side starts threads of its own; said explicitly, because it warns at every fork when left to guess.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -19,6 +22,7 @@ END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of a document
 # Merges settle long before this; reading all of a web-sized set would only cost hours.
 _TRAINING_CHARACTERS = 300_000_000
+_BYTE_LEVEL_PARTS = ("ByteLevel", "Split", "Digits", "Punctuation")
 _PROBE = " a  b\r\n\tÉe\u0301ﬁ \uff21\u00a0漢字 👩‍🚀 1,000 <|endoftext|>"
 
 
@@ -51,21 +55,26 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         or is not byte-level (decoding does not give the text back).
     """
     try:
-        tokenizer = Tokenizer.from_str(path.read_text())
+        content = path.read_text("utf-8")
     except OSError as error:
         raise UserError(f"data.tokenizer {path} cannot be read ({error.strerror}); check the path") from error
-    except Exception as error:  # the Rust parser raises plain Exception
+    except UnicodeDecodeError as error:
         raise UserError(f"data.tokenizer {path} is not a tokenizers JSON file: {error}") from error
+    _refuse_unfit_parts(path, content)
+    with _refusing(f"data.tokenizer {path} is not a tokenizers JSON file"):
+        tokenizer = Tokenizer.from_str(content)
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    size = tokenizer.get_vocab_size()
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
     if size > vocab_size:
         raise UserError(f"data.tokenizer {path} has {size} tokens, data.vocab_size is {vocab_size}; set it to {size}")
     if tokenizer.token_to_id(END_OF_DOCUMENT) is None:
         raise UserError(f"data.tokenizer {path} has no token {END_OF_DOCUMENT!r}; add it as a special token")
-    ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
-    kept = tokenizer.decode(ids, skip_special_tokens=False) == _PROBE and not set(ids) - set(_byte_level_ids(tokenizer))
+    with _refusing(f"data.tokenizer {path} fails on {_PROBE!r}"):
+        ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+    kept = text == _PROBE and not set(ids) - set(_byte_level_ids(tokenizer))
     if not kept or characters_per_token(tokenizer, vocab_size)[ids].sum() != len(_PROBE):
         raise UserError(
             f"data.tokenizer {path} does not keep text as it is, so bits per character would be wrong; "
@@ -74,14 +83,66 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def _refuse_unfit_parts(path: Path, content: str) -> None:
+    """Raise UserError for a tokenizer with parts that no byte-level tokenizer has.
+
+    From outside the Rust code, for there some of them panic, which writes to the terminal and is no Exception.
+    """
+    unfit = {}
+    try:
+        parts = json.loads(content)
+        for name in ("normalizer", "pre_tokenizer"):
+            if not _is_byte_level(parts.get(name)):
+                unfit[name] = parts[name]
+        model = parts["model"]
+        if model.get("type", "BPE") != "BPE" or "merges" not in model:
+            unfit["model"] = model.get("type")
+        for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+            if model.get(name):
+                unfit[name] = model[name]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"data.tokenizer {path} is not a tokenizers JSON file: {error!r}") from None
+    if unfit:
+        shown = ", ".join(f"{name} {str(value)[:60]}" for name, value in unfit.items())
+        raise UserError(
+            f"data.tokenizer {path} does not keep text as it is, so bits per character would be wrong ({shown}); "
+            f"use a byte-level BPE tokenizer without normaliser, dropout or prefix space"
+        )
+
+
+def _is_byte_level(part: Any) -> bool:
+    """Whether a normaliser or pre-tokenizer is of the kinds that byte-level tokenizers are made of."""
+    if part is None:
+        return True
+    if part["type"] == "Sequence":
+        return all(map(_is_byte_level, part.get("normalizers", part.get("pretokenizers"))))
+    return part["type"] in _BYTE_LEVEL_PARTS
+
+
+@contextlib.contextmanager
+def _refusing(message: str) -> Iterator[None]:
+    """The Rust side raises plain Exception, and where it panics a BaseException of a class that has no public name."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{message}: {error}") from error
+
+
 def encode(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Each document with its token ids, int32 [tokens], the end token before and after them.
 
     The first end token gives the first real token something to be predicted from.
+
+    Raises:
+      UserError: a document is more than the tokenizer can take.
     """
     end = np.array([tokenizer.token_to_id(END_OF_DOCUMENT)], np.int32)
     for chunk in _chunks(documents, characters=1_000_000):
-        for document, encoding in zip(chunk, tokenizer.encode_batch_fast(chunk, add_special_tokens=False), strict=True):
+        with _refusing(f"the tokenizer fails on one of the documents from {chunk[0][:40]!r} on; use another"):
+            encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
+        for document, encoding in zip(chunk, encodings, strict=True):
             yield document, np.concatenate([end, np.array(encoding.ids, np.int32), end])
 
 

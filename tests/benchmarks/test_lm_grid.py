@@ -27,7 +27,9 @@ config = {{"seed": int(given["config.seed"]), "schedule": {{"learning_rate": rat
 (path / "config.json").write_text(json.dumps(config))
 line = {{"step": 10, "seconds": 1, "tokens": 1, "heldout/loss": 1 / rate}}
 (path / "metrics.jsonl").write_text(json.dumps(line))
-result = {{"steps": 10, "seconds": 1.0, "heldout_loss": 1 / rate, "bits_per_character": 1.0, "stopped": None}}
+loss = 1 / rate
+result = {{"steps": 10, "seconds": 1.0, "tokens": 100, "heldout_loss": loss, "best_heldout_loss": loss}}
+result |= {{"bits_per_character": 1.0, "stopped": None}}
 (path / "result.json").write_text(json.dumps(result))
 """
 
@@ -62,7 +64,9 @@ def write(folder, trial, heldout, *, stopped=None, seconds_per_step=1.0):
     result = {
         "steps": lines[-1]["step"],
         "seconds": lines[-1]["seconds"],
+        "tokens": lines[-1]["tokens"],
         "heldout_loss": heldout[-1],
+        "best_heldout_loss": heldout[-1],
         "bits_per_character": heldout[-1] / 2,
         "stopped": stopped,
     }

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -31,6 +33,8 @@ class Toy:
     def __post_init__(self):
         if self.width % 2:
             raise ValueError(f"width {self.width} is odd; use {self.width + 1}")
+        if not self.rate:
+            raise OverflowError("too large")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +152,7 @@ def test_a_module_that_fails_to_import_says_how(tmp_path, monkeypatch):
 
 def test_building_names_the_component_that_refuses():
     assert refusal(build, component(TOY, width=3)) == f"{TOY}: width 3 is odd; use 4"
+    assert refusal(build, component(TOY, width=4, rate=0)) == f"{TOY}: too large"
     assert refusal(build, component(TOY)) == f"{TOY}.width: expected int, given nothing"
     assert "no component is chosen" in refusal(build, base.get_config().task)
     stale = ConfigDict({"name": OTHER, "dept": 4})
@@ -160,6 +165,16 @@ def test_a_config_file_and_its_variants(file):
     assert config_files.variants(str(file)) == ("small", "large")
     assert refusal(config_lib.load, f"{file}:lage") == f"{file} has no variant 'lage'; did you mean 'large'?"
     assert refusal(config_lib.load, f"{file}:x") == f"{file} has no variant 'x'; there is small, large"
+
+
+def test_a_file_written_twice_in_a_second_is_read_twice(file, monkeypatch):
+    """Fault: bytecode of the first is taken for the second, which has the same length and time."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    rewritten(file, "config.seed = 1")
+    for seed in (1, 2):
+        file.write_text(file.read_text().replace("config.seed = 1", f"config.seed = {seed}"))
+        os.utime(file, (1, 1))
+        assert config_lib.load(str(file)).seed == seed
 
 
 @pytest.mark.parametrize("spec", ["shampax/configs/lm.py:sample_adamw", "configs/lm.py:sample_adamw"])
@@ -428,6 +443,9 @@ def test_did_you_mean_lists_all_where_nothing_is_near():
     ("change", "words"),
     [
         ("gradient_clip=-1", "gradient_clip is -1.0; it must be at least 0"),
+        ("gradient_clip=1e999", "gradient_clip is inf; it must be at least 0, which is off, and finite"),
+        ("schedule.learning_rate=1e999", "learning_rate is inf"),
+        ("sharding_rules=('embed','fsdp')", "config.sharding_rules: expected Sequence"),
         ("seed=-1", "from 0 to"),
         ("evaluation.batches=0", "-1 .all. or above 0"),
         ("checkpoint.keep_last=0", "to resume from"),

@@ -228,8 +228,15 @@ def test_malformed_documents_of_a_tfds_set_are_named(tmp_path):
     shard.write_bytes(content)
     again = list(source.stream("train"))
     (damaged,) = [i for i in range(30) if again[i] != whole[i]]
-    message = f"tfds:lm1b:1.1.0 split 'train', row {damaged + 1}: damaged in its file, Corrupted"
+    message = f"tfds:lm1b:1.1.0 split 'train', row {damaged + 1}: Corrupted"
     assert str(again[damaged]).startswith(message)
+    content[80] ^= 0xFF
+    shard.write_bytes(content)
+    source = documents.open_documents("tfds:lm1b:1.1.0", data_dir=str(tmp_path), **splits)  # the first is damaged too
+    assert [i for i, each in enumerate(source.stream("train")) if each != whole[i]] == [0, damaged]
+    shard.unlink()
+    with pytest.raises(UserError, match=r"'train' of tfds:lm1b:1\.1\.0 cannot be read any further"):
+        list(source.stream("train"))
 
 
 def test_max_documents(tmp_path, tfds_dir):

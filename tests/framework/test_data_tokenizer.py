@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -68,6 +69,20 @@ def test_the_end_token_inside_a_document_is_text(tokenizer, tmp_path):
         assert each.decode(ids.tolist(), skip_special_tokens=True) == f"a{END_OF_DOCUMENT}b"
 
 
+def test_an_interruption_is_no_fault_of_the_tokenizer(tokenizer):
+    """Fault: Ctrl-C while text is packed is told as a document that cannot be read."""
+
+    class Interrupted:
+        def token_to_id(self, token):
+            return 0
+
+        def encode_batch_fast(self, documents, add_special_tokens):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(encode(Interrupted(), ["text"]))
+
+
 def test_vocabulary_is_bytes_then_merges(tokenizer):
     """Fault: the end token is not id 0, or bytes are missing from the alphabet because the text has none."""
     vocabulary = tokenizer.get_vocab()
@@ -93,6 +108,14 @@ def test_unusable_files_are_refused(tokenizer, tmp_path):
     path.write_text(normalising.to_str())
     with pytest.raises(UserError, match="does not keep text"):
         load_tokenizer(path, 600)
+    parts = json.loads(tokenizer.to_str())
+    parts["model"]["vocab"]["last"] = 700  # of 601 tokens one does not fit into a table of 640
+    path.write_text(json.dumps(parts))
+    with pytest.raises(UserError, match=r"701 tokens, data.vocab_size is 640; set it to 701"):
+        load_tokenizer(path, 640)
+    path.write_text(json.dumps(parts | {"model": parts["model"] | {"dropout": 0.1}}))
+    with pytest.raises(UserError, match=r"dropout 0\.1"):
+        load_tokenizer(path, 701)
     path.write_text(Tokenizer(models.BPE()).to_str())
     with pytest.raises(UserError, match="has no token"):
         load_tokenizer(path, 600)

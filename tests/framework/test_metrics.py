@@ -32,10 +32,11 @@ def test_lines_and_events(tmp_path):
 
 def test_resuming_drops_what_comes_after_and_what_was_cut_short(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    kept = '{"step": 1, "a": 1}\n{"step": 5, "a": 2}\n{"step": 5, "b": 2}\n'
-    path.write_text(kept + '{"step": 6, "a": 3}\n{"step": 7, "a"')
+    lines = [f'{{"step": {step}, "seconds": 0.5, "tokens": 9, "a": {step}}}\n' for step in (1, 5, 5, 6)]
+    damaged = b'[1]\n{"step": 1}\n{"step": "1"}\n\xff\n{"step": 4, "a"\n'
+    path.write_bytes(lines[0].encode() + damaged + "".join(lines[1:]).encode() + b'{"step": 7, "a"')
     MetricsWriter(tmp_path, after_step=5).close()
-    assert path.read_text() == kept
+    assert path.read_text() == "".join(lines[:3])
 
 
 def test_trouble_in_the_background_is_not_lost(tmp_path, monkeypatch):

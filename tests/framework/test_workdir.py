@@ -52,10 +52,11 @@ def test_result_and_config_are_read_and_their_absence_noted(tmp_path):
     write(tmp_path, [point(1, a=1.0)])
     assert workdir.read(tmp_path).result is None
     assert len(workdir.read(tmp_path).notes) == 2
-    (tmp_path / workdir.RESULT).write_text('{"steps": 1}')
+    result = {"steps": 1, "seconds": 0.5, "tokens": 9, "heldout_loss": None, "best_heldout_loss": None, "stopped": None}
+    (tmp_path / workdir.RESULT).write_text(json.dumps(result))
     (tmp_path / workdir.CONFIG).write_text('{"seed": 3}')
     run = workdir.read(tmp_path)
-    assert (run.result, run.config, run.notes) == ({"steps": 1}, {"seed": 3}, ())
+    assert (run.result, run.config, run.notes) == (result, {"seed": 3}, ())
 
 
 @pytest.mark.parametrize("content", [None, "", "not json\n"])
