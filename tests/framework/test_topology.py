@@ -1,7 +1,11 @@
 """One run on ever other meshes."""
 
+import pathlib
+import sys
+
 import jax
 import pytest
+from processes import Job
 from test_train import SHAMPOO, lines, make_config
 
 from shampax.configs import base
@@ -40,3 +44,39 @@ def test_from_eight_devices_to_four_to_two_to_one(tmp_path, monkeypatch):
     assert len(whole) == STEPS
     assert moved == pytest.approx(whole, rel=1e-5)
     assert list(moved.values())[:6] == list(whole.values())[:6]
+
+
+def test_from_two_processes_to_one_to_two(tmp_path):
+    """Catches state that only the process that saved it can find, and batches that depend on who reads them."""
+
+    def train_to(step, processes, workdir):
+        config = pathlib.Path(__file__).parent / "toy_many.py"
+        knobs = {
+            "optimizer.name": SHAMPOO,
+            "optimizer.block_size": 8,
+            "optimizer.interval": 4,
+            "optimizer.refresh": "host",
+            "data.row_seconds": 0.0,
+            "duration": f"{step} steps",
+            "schedule.warmup": "2 steps",
+            "schedule.decay": "constant",
+            "checkpoint.every": "0 steps",
+            "evaluation.every": "0 steps",
+            "log.every": "1 steps",
+            "may_change": "('duration',)",
+        }
+        command = [sys.executable, "-m", "shampax.launch.train", f"--config={config}", f"--workdir={workdir}"]
+        command += [f"--config.{key}={value}" for key, value in knobs.items()]
+        with Job(command, processes=processes, devices=2 // processes) as job:
+            ended = job.wait(120)
+        assert [each.code for each in ended] == [0] * processes, [each.err[-2000:] for each in ended]
+
+    train_to(20, 1, tmp_path / "whole")
+    for step, processes in ((6, 2), (12, 1), (20, 2)):
+        train_to(step, processes, tmp_path / "moved")
+    whole, moved = (
+        {line["step"]: line["train/loss"] for line in lines(tmp_path / name) if "train/loss" in line}
+        for name in ("whole", "moved")
+    )
+    assert len(whole) == 20
+    assert moved == pytest.approx(whole, rel=1e-5)
