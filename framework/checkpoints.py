@@ -202,8 +202,16 @@ class Checkpoints:
         _raise_in_all(self._outcome(self._checkpointer.wait_until_finished))
 
     def metrics(self) -> dict[str, float]:
-        """Of the newest save: seconds that training stood still, seconds in all and bytes, as far as they are known."""
+        """Of the newest save: seconds that training stood still, seconds in all and bytes, as far as they are known.
+
+        And what `note_restored` was told.
+        """
         return dict(self._metrics)
+
+    def note_restored(self, path: Path, seconds: float) -> None:
+        """Report also that a checkpoint was restored, and how long that took."""
+        self._metrics["checkpoint/restore_seconds"] = seconds
+        self._metrics["checkpoint/restore_bytes"] = float(integrity.size(path))
 
     def complaint(self) -> str | None:
         """That a save has failed in this process, before the others know of it at the next one; otherwise None."""

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,9 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         progress.show_takeover(taken, workdir)
 
         fresh = initial_arrays(task, tx, batch_spec, abstract, config.seed, taken.fresh)
-        state = taken.state(fresh)
+        reading = time.perf_counter()
+        state = jax.block_until_ready(taken.state(fresh))
+        reading = time.perf_counter() - reading
         record = dataclasses.replace(
             record, optimizer_began=began, began=record.began if start.kind == "own" else record.step
         )
@@ -184,6 +187,8 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             best_metric=config.evaluation.best_metric,
             milestone=milestone,
         )
+        if taken.path is not None:
+            saver.note_restored(taken.path, reading)
         journal = Journal(
             MetricsWriter(workdir, after_step=record.step) if jax.process_index() == 0 else None,
             progress.Speedometer(mesh, flops_per_step=task.flops(batch_spec), **pace),

@@ -146,6 +146,10 @@ def test_stopped_by_a_signal_and_resumed_is_bitwise_the_uninterrupted_run(
 
     result = train(make_config(), tmp_path, devices=two())
     assert f"resuming from {tmp_path / 'checkpoints' / str(step)}" in capsys.readouterr().out
+    history = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    restored = [line for line in history if line.get("checkpoint/restore_bytes", 0) > 1000]
+    assert restored and restored[0]["step"] > step and restored[0]["checkpoint/restore_seconds"] > 0
+    assert any(line.get("checkpoint/bytes", 0) > 1000 and line["checkpoint/seconds"] > 0 for line in history)
     assert lines(tmp_path) == lines(whole)
     assert saved(tmp_path) == saved(whole)
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 12), arrays(whole, 12))

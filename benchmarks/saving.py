@@ -1,0 +1,127 @@
+"""What saving a checkpoint costs the steps that it overlaps: the sample's train steps, with and without a save.
+
+    python -m shampax.benchmarks.saving
+
+Turns without a save and turns that begin with one alternate in one process, on one device. A turn is by default the
+sample's own interval between two checkpoints. Prints JSON.
+"""
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..configs import lm
+from ..framework import components, optimizer, partitioning, takeover
+from ..framework.checkpoints import Checkpoints
+from ..framework.config import check
+from ..framework.data import pipeline
+from ..framework.global_batch import Share
+from ..framework.guard import GuardOptions
+from ..framework.record import Record
+from ..framework.schedule import make_schedule
+from ..framework.state import abstract_state, abstract_variables, initial_state
+from ..framework.step import make_train_step
+from . import command
+
+
+def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
+    """Seconds of turns with and without a save; see the module."""
+    config = lm.get_config(options.variant)
+    check(config)
+    task, data, chosen = (components.build(section) for section in (config.task, config.data, config.optimizer))
+    mesh = partitioning.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    data.prepare(place / "data")
+    share = Share(config.batch_size, mesh)
+    batches = pipeline.Batches(
+        data.examples("train", place / "data"),
+        seed=0,
+        global_batch_size=config.batch_size,
+        rows=share.rows.tolist(),
+    )
+    ready = [share.to_devices(batches[step]) for step in range(8)]
+    spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), ready[0])
+    variables = abstract_variables(task, spec)
+    axes = task.logical_axes(variables)
+    placements = partitioning.place_all(variables, axes, config.sharding_rules, mesh)
+    rate = make_schedule(1e-3, warmup_steps=0, total_steps=10**6, decay="constant", final_fraction=0.0)
+    with jax.set_mesh(mesh):
+        tx = chosen.build(rate, mesh=mesh, axis_names=axes["params"], param_specs=None)
+        abstract = abstract_state(task, tx, spec, placements, mesh)
+        guard = GuardOptions("ignore", 8.0, 100)
+        step = make_train_step(task, tx, rate, abstract, mesh, seed=0, guard_options=guard).lower(abstract, spec)
+        compiled = step.compile()
+        state = initial_state(task, tx, spec, abstract, 0)
+        manifest = takeover.describe(
+            tx, config.optimizer.name, abstract.params, optimizer.treatments(tx, abstract.params), mesh.shape
+        )
+        saver = Checkpoints(place, keep_last=2, keep_best=0, best_metric="loss", milestone=lambda step: False)
+        record, taken = Record(), 0
+        plain, saved, overlapped, writes = [], [], [], []
+        for turn in range(2 * options.turns + 2):
+            begun = time.perf_counter()
+            saves = turn % 2 == 1
+            if saves:
+                record = dataclasses.replace(record, step=record.step + 1)
+                saver.save(state, record, manifest)
+            seen = None
+            ends = []
+            for _ in range(options.steps):
+                state, metrics = compiled(state, ready[taken % len(ready)])
+                if seen is not None:
+                    jax.block_until_ready(seen)
+                    ends.append(time.perf_counter() - begun)
+                seen, taken = metrics, taken + 1
+            jax.block_until_ready(seen)
+            ends.append(time.perf_counter() - begun)
+            if turn < 2:  # warms up
+                saver.confirm()
+                continue
+            if saves:
+                saver.confirm()
+                write = saver.metrics()["checkpoint/seconds"]
+                steps = int(np.searchsorted(ends, write)) + 1
+                saved.append(ends[-1])
+                writes.append(saver.metrics())
+                overlapped.append((min(steps, len(ends)), ends[min(steps, len(ends)) - 1]))
+            else:
+                plain.append(ends[-1])
+        saver.close()
+    per_step = float(np.median(plain)) / options.steps
+    return {
+        "device": f"one {jax.devices()[0].platform} device",
+        "variant": options.variant,
+        "turns": options.turns,
+        "steps of a turn": options.steps,
+        "step ms": 1e3 * per_step,
+        "checkpoint bytes": int(writes[-1]["checkpoint/bytes"]),
+        "blocked ms": 1e3 * float(np.median([each["checkpoint/blocked_seconds"] for each in writes])),
+        "save ms": 1e3 * float(np.median([each["checkpoint/seconds"] for each in writes])),
+        "turn without ms": 1e3 * float(np.median(plain)),
+        "turn with ms": 1e3 * float(np.median(saved)),
+        "added to a turn": float(np.median(saved)) / float(np.median(plain)) - 1,
+        "steps overlapped": float(np.median([steps for steps, _ in overlapped])),
+        "added to the steps overlapped": float(np.median([seconds / (n * per_step) for n, seconds in overlapped])) - 1,
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", default="sample", help="of configs/lm.py")
+    parser.add_argument("--turns", type=int, default=20, help="of each kind")
+    parser.add_argument("--steps", type=int, default=20, help="of a turn")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as place:
+        return command.report(lambda: measure(options, Path(place)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
