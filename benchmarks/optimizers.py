@@ -37,7 +37,7 @@ from .contestants import RATES, TITLES, GoogleOptions, google_package
 from .grid import Trial
 
 COMMAND = "python -m shampax.benchmarks.optimizers"
-RUNS, TIMES, COSTS = "learn", "time.json", "cost.json"
+RUNS, TIMES, COSTS = "learn", "time.json", "cost-{}.json"
 
 
 def learn(options: argparse.Namespace) -> dict[str, Any]:
@@ -108,14 +108,15 @@ def cost(options: argparse.Namespace) -> dict[str, Any]:
     if not options.eigh_only:
         if options.eigh_timeout:
             result["eigh"] = _eigh(options)
-        _store(options.workdir / COSTS, result)
+        _store(options.workdir / COSTS.format(options.block_size), result)
     return result
 
 
 def table(options: argparse.Namespace) -> dict[str, Any]:
     """The comparison of what the workdir holds; written into the --markdown file or to standard error, and drawn."""
     times = workdir.read_json(options.workdir / TIMES)
-    costs = workdir.read_json(options.workdir / COSTS)
+    costs = [workdir.read_json(path) for path in options.workdir.glob(COSTS.format("*"))]
+    costs = sorted((cost for cost in costs if cost), key=lambda cost: cost["block_size"])
     timed = times["optimizers"] if times else {}
     outcomes, missing = learning.read_grid(trials(options), options.workdir / RUNS, standings.seconds_per_step(timed))
     comparison = standings.compare(outcomes, missing, timed)

@@ -125,12 +125,13 @@ def _edges(rates: Sequence[float]) -> tuple[float, ...]:
 
 
 def markdown(
-    comparison: dict[str, Any], times: dict[str, Any] | None, costs: dict[str, Any] | None, command: str
+    comparison: dict[str, Any], times: dict[str, Any] | None, costs: Sequence[dict[str, Any]], command: str
 ) -> str:
     """The comparison, the times of steps and the costs of updates as Markdown; what is not measured is said."""
     parts = [f"Made by `{command}`.", *_learning(comparison)]
     parts += _times(times) if times else ["Step times are not measured; the sub-command `time` does that."]
-    parts += _costs(costs) if costs else ["Costs of an update are not measured; the sub-command `cost` does that."]
+    parts += [part for cost in costs for part in _cost(cost)]
+    parts += [] if costs else ["Costs of an update are not measured; the sub-command `cost` does that."]
     return "\n\n".join(parts) + "\n"
 
 
@@ -235,8 +236,8 @@ def _times(times: dict[str, Any]) -> list[str]:
     ]
 
 
-def _costs(costs: dict[str, Any]) -> list[str]:
-    optimizers = costs["optimizers"]
+def _cost(cost: dict[str, Any]) -> list[str]:
+    optimizers = cost["optimizers"]
     rows = [
         [
             _title(name),
@@ -247,12 +248,12 @@ def _costs(costs: dict[str, Any]) -> list[str]:
         for name, entry in optimizers.items()
     ]
     parts = [
-        f"Updates alone, for a Transformer of {costs['parameters'] / 1e6:.1f} M parameters, block size "
-        f"{costs['block_size']}, interval {costs['interval']}, on random gradients ({costs['device']}); milliseconds "
-        f"are means over {costs['intervals']} whole intervals, one for each repetition:",
+        f"Updates alone, for a Transformer of {cost['parameters'] / 1e6:.1f} M parameters, block size "
+        f"{cost['block_size']}, interval {cost['interval']}, on random gradients ({cost['device']}); milliseconds "
+        f"are means over {cost['intervals']} whole intervals, one for each repetition:",
         table(["optimizer", "ms", "/ ours", *_COMPILATION], rows),
     ]
-    eigh = costs["eigh"]
+    eigh = cost["eigh"]
     if eigh is not None and eigh["stopped"]:
         parts.append(f"Ours with the solver eigh: {eigh['stopped']}.")
     elif eigh is not None:

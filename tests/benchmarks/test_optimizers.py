@@ -162,7 +162,7 @@ def test_markdown_has_times_and_costs_and_replaces_only_its_section(folder, caps
         "optimizers": {"google": entry | {"mean_ms": [300.0, 500.0]}, "ours": entry | {"mean_ms": [100.0, 100.0]}},
         "eigh": {"stopped": "no end within 900 s"},
     }
-    (folder / "cost.json").write_text(json.dumps(costs))
+    (folder / "cost-128.json").write_text(json.dumps(costs))
     results = folder / "results.md"
     results.write_text(f"before\n{standings.SECTION.begin}\nold\n{standings.SECTION.end}\nafter\n")
     assert table(folder, capsys, f"--markdown={results}")[0] == 0

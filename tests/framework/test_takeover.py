@@ -14,8 +14,6 @@ from shampax.configs import base
 from shampax.framework.errors import UserError
 from shampax.framework.train import train
 
-SGD = "shampax.optimizers.baselines:SGDMomentumOptions"
-
 
 @dataclasses.dataclass(frozen=True)
 class Changed(toy.ToyTask):
