@@ -9,3 +9,23 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Programs of tests run for milliseconds and compile for seconds.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
+import gc
+from pathlib import Path
+
+import jax
+import pytest
+
+# Of the 65,530 memory maps that Linux gives a process by default. A compiled program takes some while it lives, and
+# when there are no more, XLA aborts.
+MANY_MAPS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def let_go_of_programs():
+    """Forget compiled programs after a module, once there are many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
