@@ -190,3 +190,19 @@ def test_a_failure_in_the_background_is_told_once_and_raised_at_the_next_save(tm
     saving.confirm()
     saving.close()
     assert steps(tmp_path) == [2]
+
+
+def test_a_save_that_cannot_even_begin_says_so(tmp_path, monkeypatch):
+    saving = saver(tmp_path)
+
+    def denied(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving._checkpointer, "save", denied)
+        with pytest.raises(SaveError, match=r"step 1 could not be saved .*Permission denied"):
+            saving.save(make_state({"data": 8}, P()), Record(step=1), {})
+    saving.save(make_state({"data": 8}, P()), Record(step=2), {})
+    saving.confirm()
+    saving.close()
+    assert steps(tmp_path) == [2]
