@@ -18,11 +18,11 @@ from ..optimizers.inheritance import Fresh, Kept, Made, Source
 from . import checkpoints, optimizer
 from .checkpoints import Array
 from .errors import UserError
+from .manifest import Manifest, Parameter
 from .origin import Origin
 from .record import Record
 from .state import TrainState
 
-FORMAT = 1
 _OPTIMIZER, _PARAMS, _MODEL = "opt_state/", "params/", "model_state/"
 
 Renames = Sequence[tuple[str, str]]
@@ -40,17 +40,11 @@ def describe(
       treatments: path of a parameter -> how the optimizer treats it.
       mesh: axis -> devices.
     """
-    return {
-        "format": FORMAT,
-        "mesh": dict(mesh),
-        "processes": jax.process_count(),
-        "parameters": {
-            path: {"shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name, "treatment": treatments.get(path, "")}
-            for path, leaf in zip(patterns.paths(params), jax.tree.leaves(params), strict=True)
-        },
-        "optimizer": name,
-        "state": optimizer.manifest(tx, params),
+    parameters = {
+        path: Parameter(tuple(leaf.shape), np.dtype(leaf.dtype).name, treatments.get(path, ""))
+        for path, leaf in zip(patterns.paths(params), jax.tree.leaves(params), strict=True)
     }
+    return Manifest(dict(mesh), jax.process_count(), parameters, name, optimizer.manifest(tx, params)).to_json()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +112,9 @@ def plan(
     """
     if origin.path is None:
         return Takeover(None, abstract, {path: Fresh("") for path in _by_name(abstract)})
-    manifest, saved = checkpoints.manifest(origin.path), checkpoints.arrays(origin.path)
-    renamed = renamer(renames)
+    content, saved = checkpoints.manifest(origin.path), checkpoints.arrays(origin.path)
     try:
-        return _Planner(origin, manifest, saved, renamed).plan(abstract, tx, name)
+        return _Planner(origin, Manifest.from_json(content), saved, renamer(renames)).plan(abstract, tx, name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the manifest of checkpoint {origin.path} is damaged ({error}); use another one") from error
 
@@ -148,13 +141,9 @@ def renamer(renames: Renames) -> Callable[[str], str]:
 
 
 class _Planner:
-    def __init__(
-        self, origin: Origin, manifest: dict[str, Any], saved: Mapping[str, Array], renamed: Callable[[str], str]
-    ):
+    def __init__(self, origin: Origin, manifest: Manifest, saved: Mapping[str, Array], renamed: Callable[[str], str]):
         self._origin, self._manifest, self._saved, self._renamed = origin, manifest, saved, renamed
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"it has the format {manifest['format']!r}, this version reads {FORMAT}")
-        self._parameters = {renamed(str(path)): str(path) for path in manifest["parameters"]}
+        self._parameters = {renamed(path): path for path in manifest.parameters}
 
     def plan(self, abstract: TrainState, tx: optax.GradientTransformation, name: str) -> Takeover:
         params, spec = abstract.params, abstract
@@ -201,17 +190,17 @@ class _Planner:
             return inheritance.notes()
         if self._origin.kind == "init":
             return []
-        return [f"the optimizer's state is started afresh: {self._manifest['optimizer']} there, {name} here"]
+        return [f"the optimizer's state is started afresh: {self._manifest.optimizer} there, {name} here"]
 
     def _inheritance(self, tx: optax.GradientTransformation, name: str, params: Any) -> optimizer.Inheritance | None:
-        if self._origin.kind == "init" or self._manifest["optimizer"] != name:
+        if self._origin.kind == "init" or self._manifest.optimizer != name:
             return None
         shapes = {
             path.removeprefix(_OPTIMIZER): array.shape
             for path, array in self._saved.items()
             if path.startswith(_OPTIMIZER)
         }
-        return optimizer.inheritance(tx, params, self._manifest["state"], shapes, self._renamed)
+        return optimizer.inheritance(tx, params, self._manifest.state, shapes, self._renamed)
 
     def _parameter(self, path: str, leaf: Any) -> Source:
         there = self._saved.get(f"{_PARAMS}{self._parameters.get(path)}")
