@@ -273,7 +273,7 @@ class Checkpoints:
 
     def _note_score(self, record: Record) -> None:
         if record.last is not None and record.evaluated:
-            self._scores[record.step] = record.last.values[self._best_metric]
+            self._scores[record.step] = record.last.values.get(self._best_metric, math.nan)
 
 
 def prune(workdir: Path, keep: set[int]) -> list[Path]:

@@ -41,7 +41,7 @@ def export(contents: Contents, target: Path, *, source: str, model_state: bool, 
             keys[key] = name
     arrays = checkpoints.read(contents.path, dict.fromkeys(keys.values()))
     # What is not contiguous would be written in the order in which it lies in memory.
-    tensors = {key: np.ascontiguousarray(arrays[name]).reshape(arrays[name].shape) for key, name in keys.items()}
+    tensors = {key: np.asarray(arrays[name], order="C") for key, name in keys.items()}
     metadata = {"format": "flax", "step": str(contents.record.step), "source": source}
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:

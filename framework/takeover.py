@@ -23,7 +23,7 @@ from .origin import Origin
 from .record import Record
 from .state import TrainState
 
-_OPTIMIZER, _PARAMS, _MODEL = "opt_state/", "params/", "model_state/"
+_OPTIMIZER, _PARAMS, _MODEL, _STEP = "opt_state/", "params/", "model_state/", "step"
 
 Renames = Sequence[tuple[str, str]]
 
@@ -143,7 +143,14 @@ def renamer(renames: Renames) -> Callable[[str], str]:
 class _Planner:
     def __init__(self, origin: Origin, manifest: Manifest, saved: Mapping[str, Array], renamed: Callable[[str], str]):
         self._origin, self._manifest, self._saved, self._renamed = origin, manifest, saved, renamed
-        self._parameters = {renamed(path): path for path in manifest.parameters}
+        self._parameters: dict[str, str] = {}
+        for path in manifest.parameters:
+            other = self._parameters.setdefault(renamed(path), path)
+            if other != path:
+                raise UserError(
+                    f"{other} and {path} of checkpoint {origin.path} would both be {renamed(path)}; "
+                    "give them two names in config.renamed"
+                )
 
     def plan(self, abstract: TrainState, tx: optax.GradientTransformation, name: str) -> Takeover:
         params, spec = abstract.params, abstract
@@ -170,10 +177,14 @@ class _Planner:
             elif path.startswith(_OPTIMIZER):
                 own = path.removeprefix(_OPTIMIZER)
                 sources[path] = _of_optimizer(inheritance.source(own, leaf.shape)) if inheritance else Fresh("")
-            elif self._origin.kind == "init" or path not in self._saved:
+            elif self._origin.kind == "init":
                 sources[path] = Fresh("")
             else:
-                sources[path] = Kept(path)
+                source = sources[path] = self._array(path, leaf)
+                if isinstance(source, Fresh):
+                    if path == _STEP:
+                        raise ValueError(f"its array {path}: {source.why}")
+                    lines.append(f"{path}: afresh ({source.why})")
         changed = {path: _line(source, report.get(path, {})) for path, source in of_params.items()}
         lines = [f"{path}: {line}" for path, line in changed.items() if line] + lines
         lines += [f"{path}: left behind, there is none here" for path in self._parameters if path not in of_params]
@@ -203,12 +214,7 @@ class _Planner:
         return optimizer.inheritance(tx, params, self._manifest.state, shapes, self._renamed)
 
     def _parameter(self, path: str, leaf: Any) -> Source:
-        there = self._saved.get(f"{_PARAMS}{self._parameters.get(path)}")
-        if there is None:
-            return Fresh("there is none")
-        if there.shape != leaf.shape:
-            return Fresh(f"{there} there, {Array(leaf.shape, leaf.dtype)} here")
-        return Kept(f"{_PARAMS}{self._parameters[path]}")
+        return self._array(f"{_PARAMS}{self._parameters.get(path, '')}", leaf)
 
     def _model_array(self, path: str, leaf: Any) -> Source:
         def today(saved: str) -> str:
@@ -216,11 +222,15 @@ class _Planner:
             return f"{_MODEL}{collection}/{self._renamed(rest)}"
 
         found = [saved for saved in self._saved if saved.startswith(_MODEL) and today(saved) == path]
-        if not found:
+        return self._array(found[0], leaf) if found else Fresh("there is none")
+
+    def _array(self, name: str, leaf: Any) -> Source:
+        there = self._saved.get(name)
+        if there is None:
             return Fresh("there is none")
-        if self._saved[found[0]].shape != leaf.shape:
-            return Fresh(f"{self._saved[found[0]]} there, {Array(leaf.shape, leaf.dtype)} here")
-        return Kept(found[0])
+        if there.shape != leaf.shape:
+            return Fresh(f"{there} there, {Array(leaf.shape, leaf.dtype)} here")
+        return Kept(name)
 
 
 def _of_optimizer(source: Source) -> Source:

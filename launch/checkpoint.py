@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..framework.errors import UserError
 from . import environment
@@ -212,7 +213,15 @@ def _from(least: int) -> Callable[[str], int]:
     return number
 
 
+def _unraisable(unraisable: Any) -> None:
+    # Where one array cannot be read, Orbax abandons those that it reads beside it, and as each of them ends TensorStore
+    # raises this into nowhere: a page of tracebacks around the one line that tells what is wrong.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 if __name__ == "__main__":
+    sys.unraisablehook = _unraisable
     # Where the reader of the output goes away, as `head` does, this ends in silence.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shampax.configs import base
-from shampax.framework import checkpoints, integrity, ownership, partitioning, state, takeover
+from shampax.framework import checkpoint_diff, checkpoints, integrity, ownership, partitioning, state, takeover
 from shampax.framework.errors import UserError
 from shampax.framework.origin import Origin
 from shampax.framework.train import train
@@ -226,6 +226,8 @@ def test_of_a_workdir_the_newest_whole_one_is_meant(workdir):
     assert re.match(
         r"warning: checkpoint .*/6 is damaged \(state/.* does not have its checksum\); .*/4 is used$", err[0]
     )
+    workdir = workdir.rename(workdir.with_name("7"))
+    assert ran("inspect", workdir)[1][0] == f"checkpoint {workdir / 'checkpoints' / '4'}"
     for step in (2, 4):
         (workdir / "checkpoints" / str(step) / "record" / "metadata").unlink()
     assert "no checkpoint of" in refused("inspect", workdir)
@@ -425,7 +427,9 @@ def test_diff_knows_blocks_whatever_slots_they_lie_in(runs):
     assert code == 1 and any(line.startswith("params/out/kernel: 512 of 512 elements differ") for line in out)
 
 
-def test_diff_tells_how_much_and_where(runs, newest):
+def test_diff_tells_how_much_and_where(runs, newest, monkeypatch):
+    monkeypatch.setattr(checkpoint_diff, "_BATCH", 5000)  # several readings,
+    monkeypatch.setattr(checkpoint_diff, "_CHUNK", 100)  # and several parts of an array
     manifest = json.loads((newest / "manifest" / "metadata").read_text())
     slots = bucket_of(manifest)["slots"]
     expected = []
@@ -457,6 +461,16 @@ def test_diff_tells_how_much_and_where(runs, newest):
     ]
     assert out[-1].endswith(" 4 different, 1 only in A, 1 only in B")
     assert ran("diff", newest, newest)[0] == 0  # with its NaN
+    other = shutil.copytree(newest, newest.with_name("other"))
+
+    def change_more(arrays):
+        root = arrays[f"{BUCKET}/roots/roots/1"][slots.index(8)]
+        root[0, 0], root[1, 0] = root[0, 0] + 1, np.nextafter(root[1, 0], np.float32(9))
+
+    save_again(other, change_more)
+    assert ran("diff", newest, other)[1][2].startswith(
+        "opt_state/roots/roots of side 1 of out/kernel: 2 of 512 elements in 1 of 8 blocks differ, by at most 1; "
+    )
 
 
 def test_diff_of_other_blocks_compares_what_belongs_to_elements(tmp_path):
@@ -524,7 +538,12 @@ def test_export_keeps_every_bit(runs, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_export_of_bfloat16_and_of_keys_that_meet(tmp_path):
+def test_export_of_bfloat16_and_of_keys_that_meet(tmp_path, monkeypatch):
+    # In whatever order an array lies in memory.
+    read = checkpoints.read
+    monkeypatch.setattr(
+        checkpoints, "read", lambda *args: {name: np.array(x, order="F") for name, x in read(*args).items()}
+    )
     half = (np.arange(12).reshape(3, 4) / 7).astype(ml_dtypes.bfloat16)
     path = save_plain(tmp_path, {"a": {"w": half, "n": np.array(3, np.int32)}}, tx=optax.identity())
     assert ran("export", path, tmp_path / "x")[0] == 0
@@ -557,6 +576,7 @@ def test_prune_keeps_newest_and_best_and_says_what_goes(workdir):
     for step, loss in ((2, 3.0), (4, 0.125), (6, math.nan)):
         rewrite(directory / str(step), "record", lambda record: record["last"]["values"].update(loss=loss))
     size = integrity.size(directory / "2")
+    (workdir / "lock").unlink()
     before = snapshot(workdir)
     code, out, err = ran("prune", workdir, "--keep_last=1", "--keep_best=1", "--dry_run")
     assert (code, err, snapshot(workdir)) == (0, [], before)
@@ -636,11 +656,23 @@ def test_names_do_not_reach_the_terminal_as_they_are(workdir, newest):
 
 def test_the_command_touches_no_accelerator_and_needs_one_device(runs):
     """Catches a command that takes the accelerator from the run beside it, or needs as many devices as the run."""
-    environment = os.environ | {"JAX_PLATFORMS": "tpu", "JAX_NUM_CPU_DEVICES": "1"}
-    command = [sys.executable, "-m", "shampax.launch.checkpoint", "diff", runs / "two", runs / "four"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = in_a_process_of_its_own("diff", runs / "two", runs / "four", JAX_PLATFORMS="tpu", JAX_NUM_CPU_DEVICES="1")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1].endswith("equal, 0 different, 0 only in A, 0 only in B")
+
+
+def test_arrays_that_cannot_be_read_end_in_one_line(newest):
+    """Catches the tracebacks of TensorStore around it, of the readings that are abandoned with the first that fails."""
+    largest(newest).write_bytes(largest(newest).read_bytes()[:2000])
+    integrity.seal(newest)
+    done = in_a_process_of_its_own("diff", newest, newest.with_name("4"))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert done.stderr.startswith(f"error: the arrays of checkpoint {newest} cannot be read (")
+
+
+def in_a_process_of_its_own(*arguments, **environment):
+    command = [sys.executable, "-m", "shampax.launch.checkpoint", *arguments]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
 # fuzzing
@@ -651,7 +683,7 @@ JSON = st.recursive(
         st.none(),
         st.booleans(),
         st.integers(-3, 40),
-        st.sampled_from([2**31, 2**63, 10**30, -1, 1e300]),
+        st.sampled_from([-1, 2**31, 2**63, 10**400, 1e300, math.inf, math.nan]),
         st.floats(),
         st.text(max_size=8),
         st.sampled_from(["embed/kernel", "hidden/kernel", "float32", "../../x", "\ud800", "\x1b[2J\n"]),
@@ -712,8 +744,11 @@ class Bench:
         )
         self.abstract = state.abstract_state(task, self.tx, spec, placements, mesh)
 
+    def plan(self, path, renames=()):
+        return takeover.plan(Origin("own", path), self.abstract, self.tx, SHAMPOO, renames)
+
     def take(self, path, arrays):
-        taken = takeover.plan(Origin("own", path), self.abstract, self.tx, SHAMPOO, ())
+        taken = self.plan(path)
         like = dict(zip(taken.sources, jax.tree.leaves(taken.spec), strict=True))
         for name, source in taken.sources.items():
             if isinstance(source, Made):
@@ -765,6 +800,23 @@ def check_that_nothing_breaks(fuzzed, benches, item, content):
     with contextlib.suppress(UserError):
         Origin("own", path).record()
     assert sorted(path.parents[2].rglob("*")) == before
+
+
+def test_a_takeover_misses_no_array_in_silence(newest, benches):
+    """Catches a step that begins anew under a record that goes on, and counts that nobody hears of."""
+    save_again(newest, lambda arrays: arrays.pop("guard/spikes") is None)
+    taken = benches[0].plan(newest)
+    assert "guard/spikes: afresh (there is none)" in taken.lines and taken.whole == 3
+    for name in ("step", "opt_state/count", f"{BUCKET}/roots/statistics/0"):
+        broken = shutil.copytree(newest, newest.with_name(name.replace("/", "_")))
+        save_again(broken, lambda arrays: arrays.pop(name) is None)
+        with pytest.raises(UserError, match=rf"the manifest of checkpoint .* is damaged \(.*{name.rpartition('/')[2]}"):
+            benches[0].plan(broken)
+
+
+def test_renames_that_meet_are_the_configs_fault(newest, benches):
+    with pytest.raises(UserError, match=r"embed/kernel and out/kernel of .* would both be out/kernel.*config.renamed"):
+        benches[0].plan(newest, (("embed", "out"),))
 
 
 FUZZ = settings(
