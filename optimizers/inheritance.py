@@ -6,8 +6,6 @@ any number of devices, and beside parameters that were added or removed. Momenta
 elements and find these again even where blocks are of another size.
 """
 
-import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,13 +15,10 @@ from .blocks import Bucket, Leaf, Plan
 from .options import ShampooOptions
 from .patterns import state_key
 from .refresh import NO_GRADIENT
-from .views import View
+from .saved_blocks import ELEMENTWISE, GATHERED, MOMENTUM, SECOND_MOMENT, Blocks, SavedBlocks, describe_bucket
 
 Arrays = Mapping[str, np.ndarray]
 
-MOMENTUM, SECOND_MOMENT, GATHERED = "moments/momentum", "moments/second_moment", "gathered"
-# Fields of a bucket's state that hold one number for each element of the parameters, and what people call them.
-_ELEMENTWISE = {MOMENTUM: "momentum", SECOND_MOMENT: "second moment", GATHERED: "gathered gradients"}
 _STATISTICS, _ROOTS, _IN_FLIGHT = "statistics", "roots", "roots in flight"
 
 
@@ -62,89 +57,6 @@ class Fresh(NamedTuple):
 Source = Kept | Made | Fresh
 
 
-def describe(plan: Plan, options: ShampooOptions) -> dict[str, Any]:
-    """The manifest of a state: what `Inheritance` must know of it, as JSON."""
-    return {
-        "momentum": options.momentum,
-        "graft": options.graft,
-        "buckets": {bucket.name: _describe_bucket(bucket) for bucket in plan.buckets},
-        "diagonal": {leaf.path: {"shape": list(leaf.shape), "beta2": leaf.beta2} for leaf in plan.diagonal.values()},
-    }
-
-
-def _describe_bucket(bucket: Bucket) -> dict[str, Any]:
-    return {
-        "shape": list(bucket.shape),
-        "sides": list(bucket.sides),
-        **{field: getattr(bucket.group, field) for field in ("p", "beta2", "ridge", "cut")},
-        "first": bucket.first,
-        "phases": bucket.phases,
-        "parameters": [_describe_leaf(leaf) for leaf in bucket.leaves],
-        "slots": bucket.slots.reshape(-1).tolist(),
-    }
-
-
-def _describe_leaf(leaf: Leaf) -> dict[str, Any]:
-    view = leaf.view
-    return {
-        "path": leaf.path,
-        "shape": list(view.shape),
-        "stack": list(view.stack),
-        "sides": [list(side) for side in view.sides],
-        "pieces": list(leaf.tiling.pieces),
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Blocks:
-    """The blocks of one parameter in a bucket: how they are cut, and in which slots they lie."""
-
-    view: View
-    pieces: tuple[int, ...]
-    shape: tuple[int, ...]
-    slots: np.ndarray
-
-    @property
-    def geometry(self) -> Any:
-        """Equal where blocks are the same parts of the same parameter."""
-        return self.view, self.pieces, self.shape
-
-    def joined(self, stack: np.ndarray) -> np.ndarray:
-        """Blocks [slots, *shape] of the bucket -> the parameter."""
-        view, sides = self.view, len(self.shape)
-        blocks = stack[self.slots].reshape(view.stacked, *self.pieces, *self.shape)
-        order = [0, *(1 + axis + half * sides for axis in range(sides) for half in (0, 1))]
-        padded = [count * length for count, length in zip(self.pieces, self.shape, strict=True)]
-        whole = blocks.transpose(order).reshape(view.stacked, *padded)
-        whole = whole[(slice(None), *map(slice, view.lengths))]
-        axes = self._axes
-        return whole.reshape([view.shape[axis] for axis in axes]).transpose(np.argsort(axes))
-
-    def cut_into(self, stack: np.ndarray, parameter: np.ndarray) -> None:
-        """The inverse of `joined`: writes the parameter's blocks into their slots of `stack`."""
-        view, sides = self.view, len(self.shape)
-        whole = parameter.transpose(self._axes).reshape(view.stacked, *view.lengths)
-        padded = [count * length for count, length in zip(self.pieces, self.shape, strict=True)]
-        widths = [(0, total - length) for total, length in zip(padded, view.lengths, strict=True)]
-        whole = np.pad(whole, [(0, 0), *widths])
-        split = [part for pair in zip(self.pieces, self.shape, strict=True) for part in pair]
-        order = [0, *range(1, 2 * sides, 2), *range(2, 2 * sides + 1, 2)]
-        stack[self.slots] = whole.reshape(view.stacked, *split).transpose(order).reshape(-1, *self.shape)
-
-    @property
-    def _axes(self) -> list[int]:
-        return [*self.view.stack, *(axis for side in self.view.sides for axis in side)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Saved:
-    """A bucket of the manifest."""
-
-    name: str
-    entry: Mapping[str, Any]
-    blocks: dict[str, _Blocks]
-
-
 class Inheritance:
     """Where each array of a new state comes from.
 
@@ -168,47 +80,10 @@ class Inheritance:
         renamed: Callable[[str], str] = lambda path: path,
     ):
         self._plan, self._options, self._shapes = plan, options, shapes
-        try:
-            self._read(manifest, renamed)
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
-            raise ValueError(f"no manifest of Distributed Shampoo: {type(error).__name__} {error}") from error
+        self._saved = SavedBlocks.read(manifest, shapes, renamed)
         self._fates = {leaf.path: self._fate(bucket, leaf) for bucket in plan.buckets for leaf in bucket.leaves} | {
             leaf.path: self._elementwise_fate(leaf.path, leaf.shape, leaf.beta2) for leaf in plan.diagonal.values()
         }
-
-    def _read(self, manifest: Any, renamed: Callable[[str], str]) -> None:
-        self._momentum, self._graft = str(manifest["momentum"]), str(manifest["graft"])
-        self._buckets: dict[str, _Saved] = {}
-        self._bucket_of: dict[str, str] = {}
-        self._numbering = []
-        for name, given in manifest["buckets"].items():
-            entry = _checked(given)
-            slots = np.asarray(entry["slots"], np.int64)
-            if self._shapes.get(f"buckets/{name}/block") != slots.shape:
-                raise ValueError(f"bucket {name} has {slots.size} slots, its arrays another number")
-            slot_of_block = np.argsort(slots, kind="stable")
-            shape, blocks, first = tuple(entry["shape"]), {}, 0
-            for part in entry["parameters"]:
-                view = View(tuple(part["shape"]), tuple(part["stack"]), tuple(map(tuple, part["sides"])))
-                if sorted([*view.stack, *(axis for side in view.sides for axis in side)]) != [*range(len(view.shape))]:
-                    raise ValueError(f"{part['path']} has an axis too many or too few")
-                pieces = tuple(part["pieces"])
-                count = view.stacked * math.prod(pieces)
-                if count < 1 or first + count > len(slots) or len(pieces) != len(shape):
-                    raise ValueError(f"{part['path']} has {count} blocks, {len(slots) - first} slots are left")
-                path = renamed(part["path"])
-                blocks[path] = _Blocks(view, pieces, shape, slot_of_block[first : first + count])
-                self._bucket_of[path] = name
-                first += count
-            if first < len(slots) and not np.all(slots[slot_of_block[first:]] == first):
-                raise ValueError(f"bucket {name} has blocks of no parameter")
-            self._buckets[name] = _Saved(name, entry, blocks)
-            self._numbering.append((name, *_numbering(entry), *blocks))
-        self._diagonal = {renamed(path): path for path in manifest["diagonal"]}
-        self._diagonal_beta2 = {renamed(path): float(kept["beta2"]) for path, kept in manifest["diagonal"].items()}
-        names = list(self._buckets)
-        if len(self._bucket_of) != sum(len(self._buckets[name].blocks) for name in names):
-            raise ValueError("a parameter is in it twice")
 
     def source(self, name: str, shape: tuple[int, ...]) -> Source:
         """Where the array `name` of the new state, of this shape, comes from."""
@@ -237,24 +112,21 @@ class Inheritance:
     def _same_numbering(self) -> bool:
         """Whether every block is due on the same steps as it was."""
         mine = [
-            (b.name, *_numbering(_describe_bucket(b)), *(leaf.path for leaf in b.leaves)) for b in self._plan.buckets
+            (b.name, *_numbering(describe_bucket(b)), *(leaf.path for leaf in b.leaves)) for b in self._plan.buckets
         ]
-        return mine == self._numbering
-
-    def _saved_blocks(self, path: str) -> _Blocks | None:
-        name = self._bucket_of.get(path)
-        return self._buckets[name].blocks[path] if name is not None else None
+        saved = [(name, *_numbering(b.entry), *b.blocks) for name, b in self._saved.buckets.items()]
+        return mine == saved
 
     def _fate(self, bucket: Bucket, leaf: Leaf) -> dict[str, str]:
         fate = self._elementwise_fate(leaf.path, leaf.view.shape, bucket.group.beta2)
         if not bucket.sides:
             return fate
-        saved, mine = self._saved_blocks(leaf.path), _blocks(bucket, leaf)
+        saved, mine = self._saved.blocks(leaf.path), _blocks(bucket, leaf)
         fate[_STATISTICS] = fate[_ROOTS] = ""
         if saved is None:
             fate[_STATISTICS] = fate[_ROOTS] = "there are none"
             return fate
-        entry = self._buckets[self._bucket_of[leaf.path]].entry
+        entry = self._saved.buckets[self._saved.bucket_of[leaf.path]].entry
         if saved.geometry != mine.geometry:
             there, here = ("x".join(map(str, blocks.shape)) for blocks in (saved, mine))
             fate[_STATISTICS] = f"blocks of {there} there, {here} here"
@@ -281,44 +153,45 @@ class Inheritance:
         for field in kept:
             found = self._elementwise(path, field)
             if found is None:
-                fate[_ELEMENTWISE[field]] = "there is none"
+                fate[ELEMENTWISE[field]] = "there is none"
             elif found[1] != shape:
-                fate[_ELEMENTWISE[field]] = f"of shape {list(found[1])} there, {list(shape)} here"
-            elif field == MOMENTUM and self._momentum != self._options.momentum:
-                fate[_ELEMENTWISE[field]] = f"{self._momentum} there, {self._options.momentum} here"
-            elif field == SECOND_MOMENT and self._graft != self._options.graft:
-                fate[_ELEMENTWISE[field]] = f"graft {self._graft} there, {self._options.graft} here"
+                fate[ELEMENTWISE[field]] = f"of shape {list(found[1])} there, {list(shape)} here"
+            elif field == MOMENTUM and self._saved.momentum != self._options.momentum:
+                fate[ELEMENTWISE[field]] = f"{self._saved.momentum} there, {self._options.momentum} here"
+            elif field == SECOND_MOMENT and self._saved.graft != self._options.graft:
+                fate[ELEMENTWISE[field]] = f"graft {self._saved.graft} there, {self._options.graft} here"
             elif field == SECOND_MOMENT and (self._beta2(path) == 1) != (beta2 == 1):
-                fate[_ELEMENTWISE[field]] = "a sum and an average are two things"
+                fate[ELEMENTWISE[field]] = "a sum and an average are two things"
             else:
-                fate[_ELEMENTWISE[field]] = ""
+                fate[ELEMENTWISE[field]] = ""
         return fate
 
     def _beta2(self, path: str) -> float:
-        name = self._bucket_of.get(path)
-        return self._diagonal_beta2[path] if name is None else float(self._buckets[name].entry["beta2"])
+        name = self._saved.bucket_of.get(path)
+        entry = self._saved.diagonal[path] if name is None else self._saved.buckets[name].entry
+        return float(entry["beta2"])
 
     def _elementwise(self, path: str, field: str) -> tuple[str, tuple[int, ...]] | None:
         """(name of the saved array that holds a parameter's momentum or second moment, the parameter's shape)."""
-        saved = self._saved_blocks(path)
+        saved = self._saved.blocks(path)
         if saved is not None:
-            name, shape = f"buckets/{self._bucket_of[path]}/{field}", saved.view.shape
+            name, shape = f"buckets/{self._saved.bucket_of[path]}/{field}", saved.view.shape
             return (name, shape) if name in self._shapes else None
-        if path in self._diagonal and field != GATHERED:
-            name = f"diagonal/{state_key(self._diagonal[path])}/{field.partition('/')[2]}"
+        if path in self._saved.diagonal and field != GATHERED:
+            name = f"diagonal/{state_key(self._saved.saved_path[path])}/{field.partition('/')[2]}"
             return (name, self._shapes[name]) if name in self._shapes else None
         return None
 
     def _parameter(self, path: str, name: str, arrays: Arrays) -> np.ndarray:
-        saved = self._saved_blocks(path)
+        saved = self._saved.blocks(path)
         return arrays[name] if saved is None else saved.joined(arrays[name])
 
     def _diagonal_source(self, path: str, field: str, shape: tuple[int, ...]) -> Source:
-        why, found = self._fates[path][_ELEMENTWISE[field]], self._elementwise(path, field)
+        why, found = self._fates[path][ELEMENTWISE[field]], self._elementwise(path, field)
         if why or found is None:
             return Fresh(why)
         name, _ = found
-        if self._saved_blocks(path) is None:
+        if self._saved.blocks(path) is None:
             return Kept(name)
         return Made((name,), lambda arrays: self._parameter(path, name, arrays).reshape(shape))
 
@@ -326,44 +199,41 @@ class Inheritance:
         name, slots = f"buckets/{bucket.name}/{field}", len(bucket.slots.reshape(-1))
         part = _part(field)
         fates = [self._fates[leaf.path].get(part, "") for leaf in bucket.leaves]
-        saved = self._buckets.get(bucket.name)
-        unchanged = saved is not None and _describe_bucket(bucket) == dict(saved.entry)
+        saved = self._saved.buckets.get(bucket.name)
+        unchanged = saved is not None and describe_bucket(bucket) == dict(saved.entry)
         same = unchanged and self._shapes.get(name) == shape and not any(fates)
         if same and (part != _IN_FLIGHT or self._same_numbering):
             return Kept(name)
         if field == "block":
             return Made((), lambda _: bucket.slots.reshape(-1))
-        if field in _ELEMENTWISE:
+        if field in ELEMENTWISE:
             return self._elementwise_source(bucket, field, shape)
-        found = {
-            leaf.path: f"buckets/{self._bucket_of[leaf.path]}/{field}"
-            for leaf, why in zip(bucket.leaves, fates, strict=True)
-            if not why and leaf.path in self._bucket_of
-        }
         cuts = {leaf.path: _blocks(bucket, leaf) for leaf in bucket.leaves}
-        found = {
-            path: there
-            for path, there in found.items()
-            if self._buckets[self._bucket_of[path]].blocks[path].geometry == cuts[path].geometry
-            and there in self._shapes
-            and self._shapes[there][1:] == shape[1:]
-            and (part != _IN_FLIGHT or self._same_numbering)
-        }
+        # parameter -> (the saved array, the parameter's slots in it)
+        found: dict[str, tuple[str, np.ndarray]] = {}
+        for path, why in zip(cuts, fates, strict=True):
+            there = self._saved.blocks(path)
+            if why or there is None or there.geometry != cuts[path].geometry:
+                continue
+            array = f"buckets/{self._saved.bucket_of[path]}/{field}"
+            like = self._shapes.get(array)
+            if like and like[1:] == shape[1:] and (part != _IN_FLIGHT or self._same_numbering):
+                found[path] = array, there.slots
 
         def make(arrays: Arrays) -> np.ndarray:
-            dtype = next((arrays[there].dtype for there in found.values()), np.dtype(np.float32))
+            dtype = next((arrays[array].dtype for array, _ in found.values()), np.dtype(np.float32))
             rows = np.full((slots, *shape[1:]), NO_GRADIENT if field == "roots/exponent" else 0, dtype)
-            for path, there in found.items():
-                rows[cuts[path].slots] = arrays[there][self._buckets[self._bucket_of[path]].blocks[path].slots]
+            for path, (array, there) in found.items():
+                rows[cuts[path].slots] = arrays[array][there]
             return rows
 
-        return Made(_unique(found.values()), make)
+        return Made(_unique(array for array, _ in found.values()), make)
 
     def _elementwise_source(self, bucket: Bucket, field: str, shape: tuple[int, ...]) -> Source:
         found = {}
         for leaf in bucket.leaves:
             there = self._elementwise(leaf.path, field)
-            why = self._fates[leaf.path].get(_ELEMENTWISE[field], "")
+            why = self._fates[leaf.path].get(ELEMENTWISE[field], "")
             if there is not None and there[1] == leaf.view.shape and not why:
                 found[leaf.path] = there[0]
 
@@ -378,17 +248,17 @@ class Inheritance:
         return Made(_unique(found.values()), make)
 
 
-def _blocks(bucket: Bucket, leaf: Leaf) -> _Blocks:
+def _blocks(bucket: Bucket, leaf: Leaf) -> Blocks:
     before = bucket.leaves[: bucket.leaves.index(leaf)]
     first = sum(other.blocks for other in before)
     slots = bucket.slot_of_block[first : first + leaf.blocks]
-    return _Blocks(leaf.view, leaf.tiling.pieces, bucket.shape, slots)
+    return Blocks(leaf.view, leaf.tiling.pieces, bucket.shape, slots)
 
 
 def _part(field: str) -> str:
     """What people call the part of the state that a field of a bucket belongs to; "" for its bookkeeping."""
-    if field in _ELEMENTWISE:
-        return _ELEMENTWISE[field]
+    if field in ELEMENTWISE:
+        return ELEMENTWISE[field]
     if field.startswith("in_flight/"):
         return _IN_FLIGHT
     if field.startswith("roots/statistics/") or field == "roots/exponent":

@@ -25,10 +25,11 @@ from .diagnostics import diagnose
 from .exchange import Owners
 from .finite import all_finite, largest
 from .host import Event, HostRoots
-from .inheritance import Inheritance, describe
+from .inheritance import Inheritance
 from .options import ShampooOptions
 from .parcels import Parcels
 from .refresh import Due, Roots, accumulate, precondition, refresh, usable
+from .saved_blocks import describe
 from .state import BucketState, Layout, ShampooState
 
 
