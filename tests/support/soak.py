@@ -47,7 +47,7 @@ def get_config(arg=""):
     config.log.every = "1 steps"
     return config
 """
-MOMENTS = ("training", "life", "saving")
+MOMENTS = ("saving", "training", "life")
 
 
 @dataclasses.dataclass
@@ -93,7 +93,7 @@ def kill_at(moment: str, chance: random.Random, workdir: Path):
     def disturb(process: subprocess.Popen, log: Path) -> None:
         if moment != "life":
             wait_until(lambda: "first step done" in log.read_text() or process.poll() is not None)
-            time.sleep(chance.uniform(0.0, 2.5))
+            time.sleep(chance.uniform(0.0, 2.0))
         else:
             time.sleep(chance.uniform(0.0, 8.0))
         if moment == "saving":
