@@ -5,11 +5,12 @@ A checkpoint is a directory named by its step. It holds `state` (arrays, in Orba
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ class Array:
 
     shape: tuple[int, ...]
     dtype: Any
+
+    @property
+    def bytes(self) -> int:
+        """Its size in memory."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def __str__(self):
         return f"{np.dtype(self.dtype).name}[{','.join(map(str, self.shape))}]"
@@ -82,8 +88,13 @@ def manifest(path: Path) -> dict[str, Any]:
 
 
 def arrays(path: Path) -> dict[str, Array]:
-    """Shape and type of every array of a checkpoint, by its path in the train state; no array is read."""
-    return {name: Array(tuple(leaf.shape), leaf.dtype) for name, leaf in _by_name(_tree(path)).items()}
+    """Shape and type of every array of a checkpoint, by its path in the train state; no array is read.
+
+    Raises:
+      UserError: what describes them cannot be read.
+    """
+    with _readable(path):
+        return {name: Array(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in _by_name(_tree(path)).items()}
 
 
 def read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,9 +104,17 @@ def read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
       path: the checkpoint.
       wanted: name -> ShapeDtypeStruct with a sharding for an array on the devices, None for one in NumPy. Shapes are to
         be those of `arrays`.
+
+    Raises:
+      UserError: they cannot be read.
     """
     if not wanted:
         return {}
+    with _readable(path):
+        return _read(path, wanted)
+
+
+def _read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     tree = _tree(path)
     names = patterns.paths(tree)
 
@@ -115,6 +134,17 @@ def read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in _by_name(restored).items() if name in wanted}
 
 
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # what damaged metadata end in is any of a dozen, of Orbax, TensorStore and NumPy
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise UserError(
+            f"the arrays of checkpoint {path} cannot be read ({type(error).__name__} {reason:.200}); use another one"
+        ) from error
+
+
 def _tree(path: Path) -> Any:
     return ocp.PyTreeCheckpointHandler().metadata(path.absolute() / _STATE).tree  # type: ignore  (for etils' paths)
 
@@ -127,7 +157,7 @@ def _json(path: Path, item: str) -> Any:
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             return checkpointer.restore(path.absolute() / item)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"the {item} of checkpoint {path} cannot be read ({error}); use another one") from error
 
 
@@ -243,7 +273,7 @@ class Checkpoints:
 
     def _note_score(self, record: Record) -> None:
         if record.last is not None and record.evaluated:
-            self._scores[record.step] = record.last.values[self._best_metric]
+            self._scores[record.step] = record.last.values.get(self._best_metric, math.nan)
 
 
 def prune(workdir: Path, keep: set[int]) -> list[Path]:

@@ -83,7 +83,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
-    content = _parse(path.read_text())
+    content = _parse(path.read_text(errors="replace"))
     if content is None:
         raise UserError(f"{path} is not a JSON object; restore it or use another workdir")
     return content
@@ -114,7 +114,7 @@ def read_points(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
 def _parse(text: str) -> dict[str, Any] | None:
     try:
         content = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
