@@ -53,7 +53,7 @@ class Record:
         new = Evaluation(self.step, values)
 
         def rank(evaluation: Evaluation) -> float:
-            value = evaluation.values[best_metric]
+            value = evaluation.values.get(best_metric, math.inf)
             return value if math.isfinite(value) else math.inf
 
         better = self.best is None or rank(new) < rank(self.best)
@@ -79,8 +79,12 @@ class Record:
             value = values[field.name]
             if field.name in ("last", "best"):
                 values[field.name] = None if value is None else _evaluation(value)
-            elif not isinstance(value, (int, float) if field.type == "float" else type(field.default)):
-                raise ValueError(f"no record of a run: {field.name} is {value!r}")
+            elif isinstance(field.default, float):
+                values[field.name] = _number(value, field.name)
+            elif isinstance(field.default, int):
+                _whole(value, field.name)
+            elif not isinstance(value, str):
+                raise ValueError(f"no record of a run: {field.name} is {value!r:.50}")
         try:
             return cls(**values)
         except TypeError as error:
@@ -88,7 +92,22 @@ class Record:
 
 
 def _evaluation(content: Any) -> Evaluation:
-    try:
-        return Evaluation(int(content["step"]), {str(k): float(v) for k, v in content["values"].items()})
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"no evaluation: {content!r}") from error
+    values = content.get("values") if isinstance(content, Mapping) else None
+    if not isinstance(content, Mapping) or not isinstance(values, Mapping):
+        raise ValueError(f"no evaluation: {content!r:.50}")
+    step = _whole(content.get("step"), "the step of an evaluation")
+    return Evaluation(step, {name: _number(value, name, finite=False) for name, value in values.items()})
+
+
+def _whole(value: Any, name: str) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"no record of a run: {name} is {value!r:.50}")
+    return value
+
+
+def _number(value: Any, name: str, *, finite: bool = True) -> float:
+    # Whole numbers have no bound in JSON, and those beyond the largest float cannot become one.
+    fits = type(value) is float or (type(value) is int and abs(value) < 2**63)
+    if not fits or (finite and not math.isfinite(value)):
+        raise ValueError(f"no record of a run: {name} is {value!r:.50}")
+    return float(value)
