@@ -221,11 +221,15 @@ class _ByName:
         self._shapes = shapes
         self._saved = {_renamed_end(name, renamed): name for name in shapes}
         self._report: dict[str, dict[str, str]] = {path: {} for path in patterns.paths(params)}
+        self._notes: list[str] = []
         for name, leaf in zip(patterns.paths(abstract), jax.tree.leaves(abstract), strict=True):
-            for path, fate in self._report.items():
-                if name.endswith(f"/{path}"):
-                    source = self.source(name, leaf.shape)
-                    fate[name[: -len(path) - 1]] = source.why if isinstance(source, Fresh) else ""
+            source = self.source(name, leaf.shape)
+            why = source.why if isinstance(source, Fresh) else ""
+            owners = [path for path in self._report if name.endswith(f"/{path}")]
+            for path in owners:
+                self._report[path][name[: -len(path) - 1]] = why
+            if why and not owners:
+                self._notes.append(f"{name} of the optimizer: afresh ({why})")
 
     def source(self, name: str, shape: tuple[int, ...]) -> Source:
         saved = self._saved.get(name)
@@ -239,7 +243,7 @@ class _ByName:
         return self._report
 
     def notes(self) -> list[str]:
-        return []
+        return self._notes
 
 
 def _renamed_end(name: str, renamed: Callable[[str], str]) -> str:

@@ -18,12 +18,12 @@ from ..optimizers.inheritance import Fresh, Kept, Made, Source
 from . import checkpoints, optimizer
 from .checkpoints import Array
 from .errors import UserError
+from .manifest import Manifest, Parameter
 from .origin import Origin
 from .record import Record
 from .state import TrainState
 
-FORMAT = 1
-_OPTIMIZER, _PARAMS, _MODEL = "opt_state/", "params/", "model_state/"
+_OPTIMIZER, _PARAMS, _MODEL, _STEP = "opt_state/", "params/", "model_state/", "step"
 
 Renames = Sequence[tuple[str, str]]
 
@@ -40,17 +40,11 @@ def describe(
       treatments: path of a parameter -> how the optimizer treats it.
       mesh: axis -> devices.
     """
-    return {
-        "format": FORMAT,
-        "mesh": dict(mesh),
-        "processes": jax.process_count(),
-        "parameters": {
-            path: {"shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name, "treatment": treatments.get(path, "")}
-            for path, leaf in zip(patterns.paths(params), jax.tree.leaves(params), strict=True)
-        },
-        "optimizer": name,
-        "state": optimizer.manifest(tx, params),
+    parameters = {
+        path: Parameter(tuple(leaf.shape), np.dtype(leaf.dtype).name, treatments.get(path, ""))
+        for path, leaf in zip(patterns.paths(params), jax.tree.leaves(params), strict=True)
     }
+    return Manifest(dict(mesh), jax.process_count(), parameters, name, optimizer.manifest(tx, params)).to_json()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +112,9 @@ def plan(
     """
     if origin.path is None:
         return Takeover(None, abstract, {path: Fresh("") for path in _by_name(abstract)})
-    manifest, saved = checkpoints.manifest(origin.path), checkpoints.arrays(origin.path)
-    renamed = renamer(renames)
+    content, saved = checkpoints.manifest(origin.path), checkpoints.arrays(origin.path)
     try:
-        return _Planner(origin, manifest, saved, renamed).plan(abstract, tx, name)
+        return _Planner(origin, Manifest.from_json(content), saved, renamer(renames)).plan(abstract, tx, name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the manifest of checkpoint {origin.path} is damaged ({error}); use another one") from error
 
@@ -148,13 +141,16 @@ def renamer(renames: Renames) -> Callable[[str], str]:
 
 
 class _Planner:
-    def __init__(
-        self, origin: Origin, manifest: dict[str, Any], saved: Mapping[str, Array], renamed: Callable[[str], str]
-    ):
+    def __init__(self, origin: Origin, manifest: Manifest, saved: Mapping[str, Array], renamed: Callable[[str], str]):
         self._origin, self._manifest, self._saved, self._renamed = origin, manifest, saved, renamed
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"it has the format {manifest['format']!r}, this version reads {FORMAT}")
-        self._parameters = {renamed(str(path)): str(path) for path in manifest["parameters"]}
+        self._parameters: dict[str, str] = {}
+        for path in manifest.parameters:
+            other = self._parameters.setdefault(renamed(path), path)
+            if other != path:
+                raise UserError(
+                    f"{other} and {path} of checkpoint {origin.path} would both be {renamed(path)}; "
+                    "give them two names in config.renamed"
+                )
 
     def plan(self, abstract: TrainState, tx: optax.GradientTransformation, name: str) -> Takeover:
         params, spec = abstract.params, abstract
@@ -181,10 +177,14 @@ class _Planner:
             elif path.startswith(_OPTIMIZER):
                 own = path.removeprefix(_OPTIMIZER)
                 sources[path] = _of_optimizer(inheritance.source(own, leaf.shape)) if inheritance else Fresh("")
-            elif self._origin.kind == "init" or path not in self._saved:
+            elif self._origin.kind == "init":
                 sources[path] = Fresh("")
             else:
-                sources[path] = Kept(path)
+                source = sources[path] = self._array(path, leaf)
+                if isinstance(source, Fresh):
+                    if path == _STEP:
+                        raise ValueError(f"its array {path}: {source.why}")
+                    lines.append(f"{path}: afresh ({source.why})")
         changed = {path: _line(source, report.get(path, {})) for path, source in of_params.items()}
         lines = [f"{path}: {line}" for path, line in changed.items() if line] + lines
         lines += [f"{path}: left behind, there is none here" for path in self._parameters if path not in of_params]
@@ -201,25 +201,20 @@ class _Planner:
             return inheritance.notes()
         if self._origin.kind == "init":
             return []
-        return [f"the optimizer's state is started afresh: {self._manifest['optimizer']} there, {name} here"]
+        return [f"the optimizer's state is started afresh: {self._manifest.optimizer} there, {name} here"]
 
     def _inheritance(self, tx: optax.GradientTransformation, name: str, params: Any) -> optimizer.Inheritance | None:
-        if self._origin.kind == "init" or self._manifest["optimizer"] != name:
+        if self._origin.kind == "init" or self._manifest.optimizer != name:
             return None
         shapes = {
             path.removeprefix(_OPTIMIZER): array.shape
             for path, array in self._saved.items()
             if path.startswith(_OPTIMIZER)
         }
-        return optimizer.inheritance(tx, params, self._manifest["state"], shapes, self._renamed)
+        return optimizer.inheritance(tx, params, self._manifest.state, shapes, self._renamed)
 
     def _parameter(self, path: str, leaf: Any) -> Source:
-        there = self._saved.get(f"{_PARAMS}{self._parameters.get(path)}")
-        if there is None:
-            return Fresh("there is none")
-        if there.shape != leaf.shape:
-            return Fresh(f"{there} there, {Array(leaf.shape, leaf.dtype)} here")
-        return Kept(f"{_PARAMS}{self._parameters[path]}")
+        return self._array(f"{_PARAMS}{self._parameters.get(path, '')}", leaf)
 
     def _model_array(self, path: str, leaf: Any) -> Source:
         def today(saved: str) -> str:
@@ -227,11 +222,15 @@ class _Planner:
             return f"{_MODEL}{collection}/{self._renamed(rest)}"
 
         found = [saved for saved in self._saved if saved.startswith(_MODEL) and today(saved) == path]
-        if not found:
+        return self._array(found[0], leaf) if found else Fresh("there is none")
+
+    def _array(self, name: str, leaf: Any) -> Source:
+        there = self._saved.get(name)
+        if there is None:
             return Fresh("there is none")
-        if self._saved[found[0]].shape != leaf.shape:
-            return Fresh(f"{self._saved[found[0]]} there, {Array(leaf.shape, leaf.dtype)} here")
-        return Kept(found[0])
+        if there.shape != leaf.shape:
+            return Fresh(f"{there} there, {Array(leaf.shape, leaf.dtype)} here")
+        return Kept(name)
 
 
 def _of_optimizer(source: Source) -> Source:

@@ -189,6 +189,9 @@ def _read(manifest: Any, shapes: Shapes, renamed: Callable[[str], str]) -> Saved
             if shapes.get(name, shape) != shape:
                 raise ValueError(f"{name} has the shape {list(shapes[name])}, {path} has {list(shape)}")
             known.add(name)
+    for name in ("count", "skipped"):
+        if shapes.get(name) != ():
+            raise ValueError(f"{name} is not there as a number")
     for name in shapes:
         if name.partition("/")[0] in ("buckets", "diagonal") and name not in known:
             raise ValueError(f"{name} is an array that it does not describe")
