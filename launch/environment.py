@@ -24,6 +24,14 @@ def before_jax() -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
+def without_accelerator() -> None:
+    """Leave accelerators to others, whatever is set; before JAX looks at its devices."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # for a process that has imported JAX already
+
+
 def has_accelerator() -> bool:
     """Whether this machine seems to have a TPU or GPU, decided without starting JAX."""
     return any(name in os.environ for name in _TPU_VARIABLES) or any(map(glob.glob, _DEVICE_FILES))

@@ -1,0 +1,231 @@
+"""Look after checkpoints: `python -m shampax.launch.checkpoint VERB ...`; --help and VERB --help say how.
+
+A PATH is a workdir, whose newest whole checkpoint is meant, or one checkpoint, WORKDIR/checkpoints/STEP. Nothing is
+executed that a checkpoint holds, and no accelerator is touched: a run that is at work meanwhile keeps its own.
+
+Exit codes: 0; 1, `verify` (or `list --verify`) has found a fault, or `diff` a difference; 2, something given cannot
+work.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..framework.errors import UserError
+from . import environment
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; see the module. `arguments` are those of this process by default. Returns the exit code."""
+    options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+    environment.before_jax()
+    environment.without_accelerator()
+    try:
+        code = options.verb(options)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        _complain("error", str(error))
+        return 2
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more when it ends
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+# The verbs import what they need when they run: --help is not to wait for JAX and Orbax.
+
+
+def _list(options: argparse.Namespace) -> int:
+    from ..framework import checkpoint_report
+
+    text, whole = checkpoint_report.listing(options.workdir, verify=options.verify)
+    _say(*text.split("\n"))
+    return 0 if whole else 1
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from ..framework import checkpoint_report, contents
+
+    found = contents.read(_locate(options.path, whole=False))
+    if options.json:
+        text = json.dumps(checkpoint_report.as_json(found), indent=2)
+    else:
+        text = checkpoint_report.as_text(found, arrays=options.arrays)
+    _say(*text.split("\n"))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from ..framework import checkpoints, contents
+
+    whole = True
+    for given in options.paths:
+        path = given.expanduser()
+        for checkpoint in [path] if contents.is_one(path) else checkpoints.numbered(path) or contents.in_workdir(path):
+            faults = contents.faults(checkpoint)
+            whole = whole and not faults
+            for fault in faults:
+                _say(f"{checkpoint}: {fault}")
+            if not faults:
+                _say(f"{checkpoint}: whole")
+    return 0 if whole else 1
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from ..framework import checkpoint_diff, contents
+
+    sides = []
+    for name, given in (("A", options.a), ("B", options.b)):
+        path = _locate(given, whole=True)
+        found = contents.read(path)
+        mesh = ", ".join(f"{axis} {size}" for axis, size in found.manifest.mesh.items())
+        _say(f"{name}: {path}, step {found.record.step}, mesh {mesh}, {found.manifest.optimizer}")
+        sides.append(found)
+    counts = {"equal": 0, "different": 0, "only in A": 0, "only in B": 0}
+    for finding in checkpoint_diff.compare(*sides):
+        verdict = f"only in {finding.only_in}" if finding.only_in else "different" if finding.difference else "equal"
+        counts[verdict] += 1
+        if verdict != "equal" or options.all:
+            _say(f"{finding.name}: {finding.difference or verdict}")
+    _say(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    return 0 if counts["equal"] == sum(counts.values()) else 1
+
+
+def _export(options: argparse.Namespace) -> int:
+    from ..framework import contents
+    from ..framework.export import export
+
+    path = _locate(options.path, whole=True)
+    count, size = export(
+        contents.read(path),
+        options.file.expanduser(),
+        source=str(path),
+        model_state=options.model_state,
+        force=options.force,
+    )
+    _say(f"{options.file}: {count} arrays, {size:,} bytes, from {path}")
+    return 0
+
+
+def _prune(options: argparse.Namespace) -> int:
+    from ..framework import checkpoints, contents, integrity, ownership, retention
+
+    workdir = options.workdir.expanduser()
+    contents.in_workdir(workdir)
+    # Nothing is written by a dry run, not even the lock.
+    with contextlib.nullcontext() if options.dry_run else ownership.hold(workdir):
+        pruning = retention.prune(workdir, keep_last=options.keep_last, keep_best=options.keep_best)
+        for path in pruning.kept:
+            _say(f"{path}: kept")
+        for path, why in pruning.damaged:
+            _say(f"{path}: left alone, it is damaged ({why})")
+        would = "would be " if options.dry_run else ""
+        try:
+            sizes = {path: integrity.size(path) for path in pruning.doomed}
+            if not options.dry_run:
+                keep = {*checkpoints.finished(workdir)} - sizes.keys()
+                checkpoints.prune(workdir, {int(path.name) for path in keep})
+        except OSError as error:
+            raise UserError(f"not all of {workdir} could be pruned ({error}); mend that and try again") from error
+        for path, size in sizes.items():
+            _say(f"{path}: {would}deleted, {size:,} bytes")
+    _say(f"{len(sizes)} checkpoints, {sum(sizes.values()):,} bytes {would}freed")
+    return 0
+
+
+def _locate(given: Path, *, whole: bool) -> Path:
+    from ..framework import contents
+
+    path, damaged = contents.locate(given, whole=whole)
+    for other, why in damaged:
+        _complain("warning", f"checkpoint {other} is damaged ({why}); {path} is used")
+    return path
+
+
+def _say(*lines: str) -> None:
+    print(*map(_printable, lines), sep="\n")
+
+
+def _complain(kind: str, text: str) -> None:
+    print(f"{kind}: {_printable(' '.join(text.split()))}", file=sys.stderr)
+
+
+def _printable(line: str) -> str:
+    """Names come from the checkpoint, and a terminal would act on what cannot be printed."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m shampax.launch.checkpoint",
+        description="Look after the checkpoints of training runs.",
+        epilog="PATH is a workdir, whose newest whole checkpoint is meant, or one: WORKDIR/checkpoints/STEP.",
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, work: Callable[[argparse.Namespace], int], told: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=told, description=f"{told[0].upper()}{told[1:]}.", epilog=parser.epilog)
+        made.set_defaults(verb=work)
+        return made
+
+    made = verb("list", _list, "the checkpoints of a workdir, a line for each")
+    made.add_argument("workdir", type=Path, metavar="WORKDIR", help="of a training run")
+    made.add_argument("--verify", action="store_true", help="read every file and compare it with its checksum")
+
+    made = verb("inspect", _inspect, "what a checkpoint holds: record, sizes, parameters, blocks")
+    made.add_argument("path", type=Path, metavar="PATH", help="a workdir or a checkpoint")
+    made.add_argument("--arrays", action="store_true", help="every array, too, with shape, dtype and bytes")
+    made.add_argument("--json", action="store_true", help="all of it, arrays included, as one JSON object")
+
+    made = verb(
+        "verify", _verify, "compare every file with its checksum, and the parts of a checkpoint with each other"
+    )
+    made.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a checkpoint, or a workdir: all it has")
+
+    made = verb("diff", _diff, "compare the arrays of two checkpoints, blocks of the optimizer by parameter and block")
+    made.add_argument("a", type=Path, metavar="A", help="a workdir or a checkpoint")
+    made.add_argument("b", type=Path, metavar="B", help="another one")
+    made.add_argument("--all", action="store_true", help="name what is equal, too")
+
+    made = verb("export", _export, "write the parameters to a safetensors file, keys joined by dots")
+    made.add_argument("path", type=Path, metavar="PATH", help="a workdir or a checkpoint")
+    made.add_argument("file", type=Path, metavar="FILE.safetensors", help="to write; it is there whole or not at all")
+    made.add_argument("--model_state", action="store_true", help="the other collections, too: COLLECTION.path")
+    made.add_argument("--force", action="store_true", help="replace the file if it is there")
+
+    made = verb("prune", _prune, "delete all checkpoints but the newest and the best whole ones")
+    made.add_argument("workdir", type=Path, metavar="WORKDIR", help="of a run that is not at work")
+    made.add_argument("--keep_last", type=_from(1), required=True, metavar="N", help="how many of the newest to keep")
+    made.add_argument("--keep_best", type=_from(0), required=True, metavar="M", help="how many of the best to keep")
+    made.add_argument("--dry_run", action="store_true", help="only say what would be deleted")
+    return parser
+
+
+def _from(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return number
+
+
+def _unraisable(unraisable: Any) -> None:
+    # Where one array cannot be read, Orbax abandons those that it reads beside it, and as each of them ends TensorStore
+    # raises this into nowhere: a page of tracebacks around the one line that tells what is wrong.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+if __name__ == "__main__":
+    sys.unraisablehook = _unraisable
+    sys.exit(main())
