@@ -10,6 +10,7 @@ work.
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -26,10 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment.before_jax()
     environment.without_accelerator()
     try:
-        return options.verb(options)
+        code = options.verb(options)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         _complain("error", str(error))
         return 2
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more when it ends
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
@@ -222,6 +228,4 @@ def _unraisable(unraisable: Any) -> None:
 
 if __name__ == "__main__":
     sys.unraisablehook = _unraisable
-    # Where the reader of the output goes away, as `head` does, this ends in silence.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

@@ -6,8 +6,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import types
 
 import jax
 import ml_dtypes
@@ -26,6 +28,7 @@ from shampax.framework import checkpoint_diff, checkpoints, integrity, ownership
 from shampax.framework.errors import UserError
 from shampax.framework.origin import Origin
 from shampax.framework.train import train
+from shampax.launch import checkpoint
 from shampax.launch.checkpoint import main
 from shampax.optimizers import ShampooOptions
 from shampax.optimizers.inheritance import Made
@@ -573,7 +576,7 @@ def test_an_export_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
 
 def test_prune_keeps_newest_and_best_and_says_what_goes(workdir):
     directory = workdir / "checkpoints"
-    for step, loss in ((2, 3.0), (4, 0.125), (6, math.nan)):
+    for step, loss in ((2, math.nan), (4, 0.125), (6, 3.0)):
         rewrite(directory / str(step), "record", lambda record: record["last"]["values"].update(loss=loss))
     size = integrity.size(directory / "2")
     (workdir / "lock").unlink()
@@ -613,6 +616,15 @@ def test_prune_refuses_while_a_run_is_at_work(workdir):
         before = snapshot(workdir)
         assert "is in use by process" in refused("prune", workdir, "--keep_last=1", "--keep_best=0")
         assert snapshot(workdir) == before
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "[" * 100_000, "\xff", '{"evaluation": 3}', '{"evaluation": {"best_metric": []}}']
+)
+def test_what_is_best_is_not_guessed_from_a_config_that_cannot_be_read(workdir, text):
+    (workdir / "config.json").write_bytes(text.encode("latin1"))
+    for arguments in (["list", workdir], ["prune", workdir, "--keep_last=1", "--keep_best=1"]):
+        assert str(workdir / "config.json") in refused(*arguments)
 
 
 # what cannot work
@@ -662,12 +674,29 @@ def test_the_command_touches_no_accelerator_and_needs_one_device(runs):
 
 
 def test_arrays_that_cannot_be_read_end_in_one_line(newest):
-    """Catches the tracebacks of TensorStore around it, of the readings that are abandoned with the first that fails."""
-    largest(newest).write_bytes(largest(newest).read_bytes()[:2000])
+    """Catches what TensorStore says of readings that are abandoned with the first that fails, if it comes to that."""
+    for file in (newest / "state").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:1000])  # the values are cut, what tells where they lie is not
     integrity.seal(newest)
     done = in_a_process_of_its_own("diff", newest, newest.with_name("4"))
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert done.stderr.startswith(f"error: the arrays of checkpoint {newest} cannot be read (")
+
+
+def test_only_abandoned_readings_are_not_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "__unraisablehook__", told.append)
+    gone, other = (types.SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "other"))
+    checkpoint._unraisable(gone)
+    checkpoint._unraisable(other)
+    assert told == [other]
+
+
+def test_a_reader_that_goes_away_is_no_traceback(runs):
+    command = [sys.executable, "-m", "shampax.launch.checkpoint", "list", runs / "two"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 128 + signal.SIGPIPE)
 
 
 def in_a_process_of_its_own(*arguments, **environment):
