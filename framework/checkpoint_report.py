@@ -93,7 +93,7 @@ def _entry(path: Path, metric: str, *, verify: bool) -> Entry:
         faults = integrity.faults(path) if verify else []
         fault = f"damaged: {faults[0]}" if faults else ""
         try:
-            score = retention.score(checkpoints.record(path), metric)
+            score = checkpoints.record(path).score(metric)
         except UserError as error:
             fault = fault or str(error)
     return Entry(path, _saved(path), _size(path), sealed, score, fault)

@@ -26,6 +26,8 @@ from .errors import UserError
 from .record import Record
 
 _STATE, _RECORD, _MANIFEST = "state", "record", "manifest"
+# What stands in the names of checkpoints on their way in, which Orbax gives, and on their way out.
+_UNFINISHED, _DELETED = ".orbax-checkpoint-tmp", ".deleted"
 # What goes wrong with storage. Orbax and TensorStore wrap the system's errors in their own.
 _STORAGE_ERRORS = (OSError, ValueError, RuntimeError, TimeoutError)
 
@@ -185,13 +187,15 @@ class Checkpoints:
         self._keep_last, self._keep_best, self._best_metric = keep_last, keep_best, best_metric
         self._milestone = milestone
         self._first = jax.process_index() == 0
-        self._scores = {}
+        self._scores: dict[int, float | None] = {}
         for path in finished(workdir):
-            self._note_score(record(path))
+            # One of the older ones may be damaged: it has no score, and is none of the best.
+            with contextlib.suppress(UserError):
+                self._scores[int(path.name)] = record(path).score(best_metric)
         if self._first:
             self._directory.mkdir(parents=True, exist_ok=True)
             for path in self._directory.iterdir():
-                if not path.name.isdecimal():
+                if path.name.endswith(_DELETED) or _UNFINISHED in path.name:
                     shutil.rmtree(path)
         self._step, self._started = 0, 0.0
         self._failure = self._told = ""
@@ -210,7 +214,7 @@ class Checkpoints:
         """
         begun = time.perf_counter()
         earlier = self._outcome(self._checkpointer.wait_until_finished)
-        self._note_score(record)
+        self._scores[record.step] = record.score(self._best_metric)
         path = self._directory / str(record.step)
         if path not in finished(self._directory.parent):
             items = {
@@ -274,14 +278,10 @@ class Checkpoints:
 
     def _kept(self, steps: Iterable[int]) -> set[int]:
         steps = sorted(steps)
-        scored = [step for step in steps if math.isfinite(self._scores.get(step, math.nan))]
-        best = sorted(scored, key=lambda step: self._scores[step])[: self._keep_best]
+        scored = [(score, step) for step in steps if (score := self._scores.get(step)) is not None]
+        best = [step for _, step in sorted(scored)[: self._keep_best]]
         wanted = [step for step in steps if self._milestone(step)][-1:]
         return {*steps[max(len(steps) - self._keep_last, 0) :], *best, *wanted}
-
-    def _note_score(self, record: Record) -> None:
-        if record.last is not None and record.evaluated:
-            self._scores[record.step] = record.last.values.get(self._best_metric, math.nan)
 
 
 def prune(workdir: Path, keep: set[int]) -> list[Path]:
@@ -291,7 +291,7 @@ def prune(workdir: Path, keep: set[int]) -> list[Path]:
     """
     gone = [path for path in finished(workdir) if int(path.name) not in keep]
     for path in gone:
-        doomed = path.with_name(f"{path.name}.deleted")
+        doomed = path.with_name(f"{path.name}{_DELETED}")
         path.rename(doomed)
         shutil.rmtree(doomed)
     return gone

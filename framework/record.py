@@ -61,6 +61,11 @@ class Record:
         better = self.best is None or rank(new) < rank(self.best)
         return dataclasses.replace(self, last=new, best=new if better else self.best)
 
+    def score(self, metric: str) -> float | None:
+        """A held-out metric measured at this very step; None where it was not, or is not finite."""
+        value = self.last.values.get(metric) if self.last is not None and self.evaluated else None
+        return value if value is not None and math.isfinite(value) else None
+
     def rolled_back(self, now: "Record", spike: int) -> "Record":
         """This record of an earlier step, to go on from when step number `spike` was one too many.
 

@@ -2,14 +2,12 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from . import checkpoints, contents, integrity
 from . import workdir as layout
 from .errors import UserError
-from .record import Record
 
 
 def best_metric(workdir: Path) -> str:
@@ -26,12 +24,6 @@ def best_metric(workdir: Path) -> str:
     if not isinstance(metric, str):
         raise UserError(f"{workdir / layout.CONFIG} has no text evaluation.best_metric; restore it")
     return metric
-
-
-def score(record: Record, metric: str) -> float | None:
-    """The held-out metric measured at the step of a checkpoint; None where it was not, or is not finite."""
-    value = record.last.values.get(metric) if record.last is not None and record.evaluated else None
-    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +76,7 @@ def prune(workdir: Path, *, keep_last: int, keep_best: int) -> Pruning:
         scores = {}
         for path in found:
             try:
-                scores[path] = score(checkpoints.record(path), metric)
+                scores[path] = checkpoints.record(path).score(metric)
             except UserError as error:
                 damaged.setdefault(path, str(error))
         ranked = sorted(

@@ -14,6 +14,7 @@ import jax
 from . import (
     agreement,
     calibration,
+    checkpoints,
     components,
     durations,
     optimizer,
@@ -237,6 +238,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
                         saver.confirm()
                     point = origin.newest_of(workdir, milestone)
                     record = point.record().rolled_back(record, spike=journal.first_spike or step)
+                    agreement.first(functools.partial(forget_after, workdir, record.step))
                     state = takeover.plan(point, abstract, tx, config.optimizer.name, config.renamed).state({})
                     state = dataclasses.replace(state, opt_state=service.start(state.opt_state))
                     upcoming = map(to_devices, batches.from_step(record.step + record.batches_passed_over))
@@ -375,6 +377,12 @@ def refuse_alone(stopped: Any) -> None:
     """
     if isinstance(stopped, optimizer.ServiceError) and jax.process_count() > 1:
         raise TrainingStopped(f"{stopped}; the same command goes on from the newest checkpoint") from stopped
+
+
+def forget_after(workdir: Path, last: int) -> None:
+    """Delete the checkpoints of steps after `last`, which a run goes back to: it comes by them in another way."""
+    steps = [int(path.name) for path in checkpoints.finished(workdir)]
+    checkpoints.prune(workdir, {step for step in steps if step <= last})
 
 
 def with_data(record: Record, fingerprint: str, start: origin.Origin, may_change: Sequence[str]) -> Record:

@@ -106,9 +106,18 @@ def test_best_is_remembered_over_a_resume_and_rubbish_is_removed(tmp_path):
     save(tmp_path, state, {1: 1.0, 2: 2.0}, keep_last=1, keep_best=1)
     for name in ("3.orbax-checkpoint-tmp", "1.deleted"):
         (tmp_path / "checkpoints" / name / "state").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "2-mine").mkdir()
     assert steps(tmp_path) == [1, 2]
     save(tmp_path, state, {3: 3.0, 4: None}, keep_last=1, keep_best=1)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "4"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2-mine", "4"]
+
+
+def test_an_older_one_with_an_unreadable_record_stops_nobody(tmp_path):
+    state = make_state({"data": 8}, P())
+    save(tmp_path, state, {1: 1.0, 2: 2.0})
+    (tmp_path / "checkpoints" / "1" / "record" / "metadata").write_text("{")
+    save(tmp_path, state, {3: 3.0}, keep_last=1)
+    assert steps(tmp_path) == [2, 3]
 
 
 def test_a_step_already_saved_is_left_alone(tmp_path):

@@ -72,6 +72,18 @@ def test_stopped_around_the_spike_and_resumed_is_bitwise_the_same(rolled_back, t
     assert lines(tmp_path) == lines(workdir)
 
 
+def test_checkpoints_of_the_way_that_is_given_up_are_gone(rolled_back, tmp_path, monkeypatch):
+    """Catches a step that is not saved anew because the run has once come by it in another way."""
+    keeping = {"checkpoint.keep_last": 20}
+    monkeypatch.setattr(StopSignals, "reason", lambda self, now: "SIGTERM" if now == 17 else None)
+    train(config(**keeping), tmp_path, devices=two())
+    assert saved(tmp_path)[-1] == 17
+    monkeypatch.undo()
+    train(config(**keeping), tmp_path, devices=two())
+    assert 17 not in saved(tmp_path) and 15 in saved(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 30), arrays(rolled_back[0], 30))
+
+
 def test_killed_after_the_rollback_comes_to_the_same_end(rolled_back, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
