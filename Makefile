@@ -7,6 +7,7 @@ LOCK := requirements.lock
 LOCK_PYTHON := 3.11
 QUICKSTART := runs/quickstart
 WORKDIRS ?= $(QUICKSTART)
+WORKERS ?= 2
 
 # XLA sizes its CPU thread pool by NPROC: simulated devices on few cores deadlock below 2 threads a device.
 export NPROC ?= 32
@@ -22,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help:
 	@echo "make train    set up $(VENV) (once) and train the quick start into $(QUICKSTART)"
 	@echo "make report   draw WORKDIRS=\"$(WORKDIRS)\" to a PNG and an HTML page"
-	@echo "make test     run the tests; ARGS=\"tests/models -k lm\" chooses some"
+	@echo "make test     run the tests in WORKERS=$(WORKERS) processes; ARGS=\"tests/models -k lm\" chooses some"
 	@echo "make lint     ruff and pyright"
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make lock     resolve pyproject.toml anew into $(LOCK)"
@@ -60,7 +61,7 @@ $(INSTALLED): $(LOCK) pyproject.toml | $(BIN)/python
 # The CPU backend with simulated devices, also on a machine that has an accelerator.
 test: export JAX_PLATFORMS = cpu
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

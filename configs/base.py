@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "log",
     "checkpoint",
     "evaluation.every",
+    "evaluation.judge_every",
     "guard.max_consecutive_skips",
     "guard.max_rollbacks",
     "data.data_dir",  # the same data may lie elsewhere on another cluster
@@ -52,7 +53,7 @@ def get_config() -> Any:
     config.schedule = ConfigDict()
     config.schedule.learning_rate = 1e-3  # at the peak; the knob to tune first
     config.schedule.warmup = "10%"  # linear rise to the peak, while statistics are young
-    config.schedule.decay = "cosine"  # to the end of the run: "cosine", "linear", "constant" or "rsqrt"
+    config.schedule.decay = "cosine"  # to the end of the run: "cosine", "linear", "quadratic", "constant" or "rsqrt"
     config.schedule.final_fraction = 0.0  # of the peak, left at the last step; "rsqrt" takes no notice of it
     config.gradient_clip = 0.0  # largest global norm of a gradient; 0 leaves gradients as they are
     config.guard = ConfigDict()
@@ -65,6 +66,7 @@ def get_config() -> Any:
     config.evaluation = ConfigDict()
     config.evaluation.every = "10%"  # held-out data cost time and teach nothing; the last step always evaluates
     config.evaluation.batches = -1  # of held-out data, the same each time; -1 takes all
+    config.evaluation.judge_every = "0 steps"  # evaluations after which AUC or BLEU are computed too; the last always
     config.evaluation.best_metric = "loss"  # the held-out metric whose lowest value is the best checkpoint's
     config.checkpoint = ConfigDict()
     config.checkpoint.every = "10%"  # what a crash can cost; a signal and the last step always save

@@ -7,7 +7,7 @@ import optax
 
 from .errors import UserError
 
-DECAYS = ("cosine", "linear", "constant", "rsqrt")
+DECAYS = ("cosine", "linear", "quadratic", "constant", "rsqrt")
 
 
 def make_schedule(
@@ -35,6 +35,8 @@ def make_schedule(
         after = optax.cosine_decay_schedule(learning_rate, decay_steps, alpha=final_fraction)
     elif decay == "linear":
         after = optax.linear_schedule(learning_rate, learning_rate * final_fraction, decay_steps)
+    elif decay == "quadratic":
+        after = optax.polynomial_schedule(learning_rate, learning_rate * final_fraction, 2, decay_steps)
     elif decay == "constant":
         after = optax.constant_schedule(learning_rate)
     else:

@@ -13,7 +13,7 @@ from ..optimizers.residence import HOST_KIND
 from . import guard, optimizer, partitioning
 from .guard import GuardOptions
 from .state import TrainState, shardings
-from .task import Batch, Metrics, Task
+from .task import Batch, Judge, Metrics, Task
 
 
 def make_train_step(
@@ -126,6 +126,15 @@ def make_eval_step(task: Task, abstract: TrainState, mesh: Mesh) -> jax.stages.W
 
     return jax.jit(
         eval_step,
+        in_shardings=(shardings(abstract.variables), partitioning.batch_sharding(mesh)),
+        out_shardings=partitioning.replicated(mesh),
+    )
+
+
+def make_predict_step(judge: Judge, abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+    """The jitted `(variables, batch) -> predictions` of one held-out batch, whole on every process."""
+    return jax.jit(
+        judge.predict,
         in_shardings=(shardings(abstract.variables), partitioning.batch_sharding(mesh)),
         out_shardings=partitioning.replicated(mesh),
     )

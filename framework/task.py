@@ -5,10 +5,11 @@ config by import string, `config.task.name = "my_project.my_model:MyTask"`; the 
 its fields.
 """
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 
 Batch = Mapping[str, jax.Array]
 BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
@@ -39,9 +40,8 @@ class Task(Protocol):
         `new_model_state` holds the collections other than `params` (`{}` if there are none). `metrics` maps
         names to (total, weight); the trainer adds totals and weights over micro-batches and evaluation
         batches and divides at the end. `metrics["loss"]` is required and `loss` must equal its total /
-        weight: gradient accumulation relies on it. Examples that only fill up a batch must have no weight.
-          `train` is a Python bool
-        (dropout and the like), `key` is unique to the step and micro-batch.
+        weight: gradient accumulation relies on it. Examples that only fill up a batch are all zeros and must have no
+        weight. `train` is a Python bool (dropout and the like), `key` is unique to the step and micro-batch.
         """
         ...
 
@@ -60,3 +60,29 @@ class Task(Protocol):
         Analytic, since the compiler's own count sees the body of a scanned layer once.
         """
         ...
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """What a task may offer besides: held-out metrics that are no sums over examples, such as AUC or BLEU."""
+
+    def predict(self, variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
+        """What the judgement needs of one held-out batch: arrays [examples, ...]; pure and traceable."""
+        ...
+
+    def judge(
+        self, predictions: Mapping[str, np.ndarray], decode: Callable[[np.ndarray], str] | None
+    ) -> tuple[dict[str, float], str]:
+        """Metrics by name over all held-out examples, and a line on how they were measured ("" for none).
+
+        Args:
+          predictions: of `predict`, the arrays of all batches one after the other, in the order of the held-out
+            split, without the examples that fill up the last batch.
+          decode: turns the numbers of an example into text, where the data are text.
+        """
+        ...
+
+
+def judge_of(task: Any) -> Judge | None:
+    """The task as a judge, if it is one."""
+    return task if isinstance(task, Judge) else None

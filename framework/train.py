@@ -30,7 +30,7 @@ from .clock import Clock
 from .config import check
 from .data import contract, pipeline
 from .errors import TrainingStopped, UserError
-from .evaluation import evaluate
+from .evaluation import evaluate, predict
 from .global_batch import Share
 from .guard import GuardOptions
 from .journal import Journal
@@ -39,8 +39,9 @@ from .periods import Period
 from .record import Record
 from .schedule import make_schedule
 from .state import TrainState, abstract_state, abstract_variables, initial_arrays, initial_state
-from .step import make_diagnosis, make_eval_step, make_train_step
+from .step import make_diagnosis, make_eval_step, make_predict_step, make_train_step
 from .stopping import StopSignals
+from .task import judge_of
 
 SPIKE = "loss spike"  # stops the loop, and not the run
 
@@ -91,8 +92,9 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         source = data.examples("train", cache)
         share = Share(config.batch_size, mesh)
         wanted = {"global_batch_size": config.batch_size, "rows": share.rows}
-        batches = pipeline.Batches(source, seed=config.seed, **wanted)
-        heldout = pipeline.HeldoutBatches(data.examples("heldout", cache), limit=config.evaluation.batches, **wanted)
+        batches = pipeline.Batches(source, seed=config.seed, augment=contract.augment(data), **wanted)
+        heldout_source = data.examples("heldout", cache)
+        heldout = pipeline.HeldoutBatches(heldout_source, limit=config.evaluation.batches, **wanted)
         to_devices = share.to_devices
         batch_spec = jax.tree.map(as_spec, to_devices(batches[0]))
 
@@ -170,10 +172,25 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         progress.say("compiling the train step ...")
         compiled_step = train_step.lower(abstract, batch_spec).compile()
         diagnose = make_diagnosis(tx, abstract, mesh).lower(abstract.opt_state).compile()
+        judge = judge_of(task)
+        predict_step = make_predict_step(judge, abstract, mesh) if judge else None
+
+        def judged(variables: Any) -> dict[str, float]:
+            """The metrics of a task that judges all held-out examples together; {} for others."""
+            if not (judge and predict_step):
+                return {}
+            examples = min(len(heldout_source), len(heldout) * config.batch_size)
+            predictions = predict(predict_step, variables, map(to_devices, heldout), examples)
+            values, line = judge.judge(predictions, contract.decoder(data, cache))
+            if line:
+                progress.say(line)
+            return values
+
         service = optimizer.service(tx, abstract.params)
 
         # Loop: evaluate, save, train up to the next pause
         evaluation, saving = Period(in_steps(config.evaluation.every)), Period(in_steps(config.checkpoint.every))
+        judging = Period(in_steps(config.evaluation.judge_every))
         clock = Clock(record.seconds)
         pace = {"total_steps": total_steps, "tokens_per_step": tokens_per_step}
 
@@ -212,6 +229,8 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
                 improved = False
                 if (at_end or evaluation.due(record.step)) and not record.evaluated:
                     values = evaluate(eval_step, state.variables, map(to_devices, heldout))
+                    if at_end or judging.due(record.step):
+                        values |= judged(state.variables)
                     record = record.with_evaluation(values, config.evaluation.best_metric)
                     improved = record.best == record.last
                     journal.evaluated(record.step, values, best=improved)

@@ -9,25 +9,23 @@ A malformed document keeps its index, so that mending it moves no other into ano
 import glob
 import hashlib
 import itertools
-import lzma
 import os
 import re
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from ..errors import UserError
 from . import files, samples, tsv
+from .prepared import PreparedSet
 from .records import Malformed
+from .splits import Split
 
 T = TypeVar("T")
-Split = Literal["train", "heldout"]
 HELD_OUT_EVERY = 10
 SAMPLES = {"enwiki": "enwiki-106.txt.xz"}
 _TSV = re.compile(r".*\.tsv(\.xz|\.gz)?", re.DOTALL)
 _LONGEST_DOCUMENT = 1 << 30  # bytes; what is no text has no form feeds either, and must not be read into memory whole
-_SHOWN = 80  # characters of another library's message
 _END = re.compile(rb"\r?\n?\f\Z")  # the form feed and the one newline before it belong to no document
 
 
@@ -79,25 +77,18 @@ def _held_out_by_index(documents: Iterator[T], split: Split) -> Iterator[T]:
 
 
 class SampleDocuments:
-    """A sample that ships inside the package; its bytes are checked against LICENSES.md when they are read."""
+    """A sample that ships inside the package; one of `samples`."""
 
     def __init__(self, name: str):
         if name not in SAMPLES:
             raise UserError(f"data.source 'sample:{name}' is not shipped; there is sample:{', sample:'.join(SAMPLES)}")
         self._file = SAMPLES[name]
-        notice = resources.files(samples).joinpath("LICENSES.md").read_text()
-        row = next(line for line in notice.splitlines() if f"`{self._file}`" in line)
-        self.fingerprint = re.findall(r"\b[0-9a-f]{64}\b", row)[0]
+        self.fingerprint = samples.sha256(self._file)
 
     def stream(self, split: Split) -> Iterator[str]:
         """See `Documents.stream`."""
-        content = lzma.decompress(resources.files(samples).joinpath(self._file).read_bytes())
-        digest = hashlib.sha256(content).hexdigest()
-        if digest != self.fingerprint:
-            raise UserError(
-                f"{self._file} has sha256 {digest}, LICENSES.md says {self.fingerprint}; install shampax again"
-            )
-        return _held_out_by_index(filter(None, re.split("\r?\n?\f", content.decode())), split)
+        content = samples.read(self._file).decode()
+        return _held_out_by_index(filter(None, re.split("\r?\n?\f", content)), split)
 
 
 class FileDocuments:
@@ -162,100 +153,23 @@ def _texts(path: Path) -> Iterator[str | Malformed]:
 
 
 class TfdsDocuments:
-    """A prepared tensorflow-datasets set in array_record form, read without TensorFlow.
-
-    It lies in `data_dir`/NAME[/CONFIG]/VERSION (local or gs://); an empty `data_dir` is $TFDS_DATA_DIR or tfds' own
-    default, ~/tensorflow_datasets. Split names may be tfds slices such as "train[:90%]".
-    """
-
-    _READ_AHEAD = 256  # documents fetched at once
+    """One feature of a `prepared.PreparedSet`."""
 
     def __init__(self, name: str, data_dir: str, text_key: str, train_split: str, heldout_split: str):
-        import tensorflow_datasets as tfds  # 0.4 s, and only this source needs it
-
-        dataset, _, version = name.partition(":")
-        if not version:
-            raise UserError(f"data.source 'tfds:{name}' has no version; write it in full, as in tfds:lm1b:1.1.0")
-        root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-        directory = f"{os.path.expanduser(root).rstrip('/')}/{dataset}/{version}"
-        prepare = f"prepare it with: tfds build {dataset} --data_dir={root} --file_format=array_record"
-        try:
-            builder: Any = tfds.builder_from_directory(directory)
-        except (OSError, tfds.core.DatasetNotFoundError) as error:
-            raise UserError(
-                f"data set tfds:{name} is not prepared in {directory}; set data.data_dir, or {prepare}"
-            ) from error
-        if text_key not in builder.info.features:
-            features = ", ".join(sorted(builder.info.features))
-            raise UserError(f"tfds:{name} has no feature {text_key!r}; set data.text_key to one of {features}")
-        file_format = builder.info.file_format
-        if file_format is None or file_format.file_suffix != "array_record":
-            raise UserError(
-                f"{directory} is in {file_format and file_format.file_suffix} form, which has no random access; "
-                f"{prepare}"
-            )
-        self._splits = {"train": train_split, "heldout": heldout_split}
-        taken = {}
-        for knob, split in self._splits.items():
-            try:
-                parts = builder.info.splits[split].file_instructions
-                ranges = [(part.filename, part.skip, part.skip + part.take) for part in parts]
-            except (KeyError, ValueError) as error:
-                known = ", ".join(sorted(builder.info.splits))
-                raise UserError(
-                    f"tfds:{name} has no split {split!r}; set data.{knob}_split to one of {known}"
-                ) from error
-            if not ranges:
-                raise UserError(f"split {split!r} of tfds:{name} is empty; choose another data.{knob}_split")
-            taken[knob] = ranges
-            try:
-                _fetch(builder.as_data_source(split=split), [0])
-            except (OSError, RuntimeError, ValueError, IndexError) as error:
-                raise UserError(f"split {split!r} in {directory} cannot be read ({error}); {prepare}") from None
-        for (file, start, end), (other, other_start, other_end) in itertools.product(taken["train"], taken["heldout"]):
-            if file == other and start < other_end and other_start < end:
-                raise UserError(
-                    f"data.train_split {train_split!r} and data.heldout_split {heldout_split!r} of tfds:{name} share "
-                    f"examples of {file}; choose splits that do not overlap"
-                )
-        self._builder = builder
-        self._name = name
+        self._set = PreparedSet(name, data_dir, {"text_key": text_key}, train=train_split, heldout=heldout_split)
         self._text_key = text_key
-        self.fingerprint = hashlib.sha256(repr((directory, text_key, taken)).encode()).hexdigest()
+        self.fingerprint = self._set.fingerprint
 
     def stream(self, split: Split) -> Iterator[str | Malformed]:
         """See `Documents.stream`."""
-        examples = self._builder.as_data_source(split=self._splits[split])
-        for start in range(0, len(examples), self._READ_AHEAD):
-            indices = range(start, min(start + self._READ_AHEAD, len(examples)))
+        for place, example in self._set.stream(split):
+            if isinstance(example, Malformed):
+                yield example
+                continue
             try:
-                fetched = _fetch(examples, list(indices))
-            except (OSError, RuntimeError) as error:
-                raise UserError(
-                    f"split {self._splits[split]!r} of tfds:{self._name} cannot be read any further ({error}); "
-                    "check its files"
-                ) from None
-            for index, example in zip(indices, fetched, strict=True):
-                place = f"tfds:{self._name} split {self._splits[split]!r}, row {index + 1}"
-                if isinstance(example, RuntimeError):
-                    yield Malformed(place, str(example)[:_SHOWN])
-                    continue
-                try:
-                    text = example[self._text_key].decode("utf-8")
-                except UnicodeDecodeError as error:
-                    yield Malformed(place, f"not UTF-8 at byte {error.start}")
-                    continue
-                if text:
-                    yield text
-
-
-def _fetch(examples: Any, indices: list[int]) -> list[Any]:
-    """Examples by number, a RuntimeError in place of each whose checksum does not hold; others are raised."""
-    try:
-        return examples.__getitems__(indices)
-    except RuntimeError as error:
-        if not str(error).startswith("Corrupted"):
-            raise
-        if len(indices) == 1:
-            return [error]
-        return [example for index in indices for example in _fetch(examples, [index])]
+                text = example[self._text_key].decode("utf-8")
+            except UnicodeDecodeError as error:
+                yield Malformed(place, f"not UTF-8 at byte {error.start}")
+                continue
+            if text:
+                yield text

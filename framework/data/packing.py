@@ -107,6 +107,9 @@ class NpyWriter:
         self._file.close()
 
 
+COLUMNS = ("tokens", "segments", "positions", "characters")
+
+
 class PackedRows:
     """Random access to the rows of one split: `rows[i]` is a dict of int32 [row_length] arrays.
 

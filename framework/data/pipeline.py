@@ -4,7 +4,7 @@ Row r of batch i is example i * global_batch_size + r of one order, which is a f
 needs nothing but the number, on any mesh and any number of processes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import UserError
 
 Example = dict[str, np.ndarray]
+Augment = Callable[[Example, np.random.Generator], Example]
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
@@ -35,15 +36,21 @@ class Batches:
       seed: decides their order.
       global_batch_size: rows of a whole batch.
       rows: those wanted here, such as `global_batch.Share.rows`.
+      augment: applied to each example, with a generator that is a function of the seed and of the example's place
+        (batch and row) alone.
 
     Raises:
       UserError: the source is empty.
     """
 
-    def __init__(self, source: Source, *, seed: int, global_batch_size: int, rows: Sequence[int]):
+    def __init__(
+        self, source: Source, *, seed: int, global_batch_size: int, rows: Sequence[int], augment: Augment | None = None
+    ):
         if not len(source):
             raise UserError(f"the training split {source!r} has 0 examples; give more data or fewer tokens per example")
         shuffled = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+        if augment is not None:
+            shuffled = shuffled.random_map(augment)
         self._dataset = _batches_of_rows(shuffled, global_batch_size, rows)
 
     def __getitem__(self, number: int) -> Example:

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from ..errors import UserError
 from ..workdir import read_json
 from . import packing
-from .documents import Documents, Split, open_documents
+from .documents import Documents, open_documents
 from .records import Rejects
+from .splits import SPLITS, Split
 from .tokenizer import (
     SMALLEST_VOCABULARY,
     Tokenizer,
@@ -27,7 +29,6 @@ from .tokenizer import (
 
 # Part of every cache name: raise it when the meaning of cached files changes.
 _CACHE_FORMAT = 2
-_SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +93,9 @@ class TextData:
         with packing.AtomicDirectory(rows) as partial:
             characters = characters_per_token(tokenizer, self.vocab_size)
             np.save(partial / "characters.npy", characters)
-            totals = {split: self._pack_split(partial, split, documents, tokenizer, characters) for split in _SPLITS}
+            totals = {split: self._pack_split(partial, split, documents, tokenizer, characters) for split in SPLITS}
             table = hashlib.sha256(characters.tobytes()).hexdigest()
-            content = _hash([table, *(totals[split]["content"] for split in _SPLITS)])
+            content = _hash([table, *(totals[split]["content"] for split in SPLITS)])
             stamp = {"settings": self._settings(documents), "content": content}
             packing.write_json(partial / "stamp.json", stamp | totals)
 
@@ -106,6 +107,10 @@ class TextData:
         """
         rows = self._prepared(cache)
         return packing.PackedRows(rows / split, rows / "characters.npy")
+
+    def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and type of a row's arrays."""
+        return {name: jax.ShapeDtypeStruct((self.sequence_length + 1,), np.int32) for name in packing.COLUMNS}
 
     def fingerprint(self, cache: Path) -> str:
         """Hash of the content of both splits' rows: files that were copied, touched or packed anew do not change it.
@@ -180,7 +185,7 @@ class TextData:
         try:
             stamp = read_json(rows / "stamp.json") or {}
             skipped: dict[Split, Rejects] = {
-                split: Rejects(self.max_malformed, **stamp[split]["malformed"]) for split in _SPLITS
+                split: Rejects(self.max_malformed, **stamp[split]["malformed"]) for split in SPLITS
             }
             return stamp["content"], skipped
         except (KeyError, TypeError) as error:

@@ -40,6 +40,27 @@ def test_rows_are_the_same_whoever_reads_them(count, number, rows, seed):
     assert part["number"].tolist() == whole["number"][rows].tolist()
 
 
+def test_augmentation_is_a_function_of_seed_and_place():
+    """Fault: random numbers that depend on who reads an example, on the order of reading, or on its index alone."""
+
+    def augment(example, rng):
+        return example | {"noise": rng.integers(2**31)}
+
+    def batches(seed, rows=range(8)):
+        return Batches(Numbers(20), seed=seed, global_batch_size=8, rows=rows, augment=augment)
+
+    whole = batches(0)
+    noises = np.concatenate([whole[number]["noise"] for number in range(10)])
+    assert len(set(noises.tolist())) == 80, "an epoch's examples have the numbers of another's"
+    for rows in ([5], [0, 6]):
+        part = batches(0, rows)
+        for number in (9, 2, 7):
+            assert part[number]["noise"].tolist() == whole[number]["noise"][rows].tolist()
+    streamed = next(batches(0).from_step(4))
+    assert streamed["noise"].tolist() == whole[4]["noise"].tolist()
+    assert batches(1)[4]["noise"].tolist() != whole[4]["noise"].tolist()
+
+
 def test_only_the_rows_asked_for_are_read():
     """Fault: every process reads the whole batch."""
     source = Numbers(64)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from shampax.framework.data import documents, files
+from shampax.framework.data import documents, files, samples
 from shampax.framework.data.packing import real_targets
 from shampax.framework.data.records import Malformed
 from shampax.framework.data.text import TextData
@@ -339,7 +339,7 @@ def test_tfds_sets_without_random_access_or_files_are_refused(tmp_path):
 def test_a_damaged_sample_is_refused(tmp_path, monkeypatch):
     """Fault: results on text that is not the one the notice describes."""
     source = documents.open_documents("sample:enwiki")
-    monkeypatch.setattr(documents.lzma, "decompress", lambda content: b"other text")
+    monkeypatch.setattr(samples.lzma, "decompress", lambda content: b"other text")
     with pytest.raises(UserError, match="sha256"):
         next(source.stream("train"))
 

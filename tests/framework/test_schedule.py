@@ -13,7 +13,7 @@ def rates(decay, *, warmup_steps=4, total_steps=12, final_fraction=0.1):
     return np.array([schedule(step) for step in range(total_steps + 1)])
 
 
-@pytest.mark.parametrize("decay", ["cosine", "linear", "constant", "rsqrt"])
+@pytest.mark.parametrize("decay", ["cosine", "linear", "quadratic", "constant", "rsqrt"])
 def test_warm_up_rises_evenly_from_the_first_step(decay):
     np.testing.assert_allclose(rates(decay)[:5], [0.4, 0.8, 1.2, 1.6, 2.0], rtol=1e-6)
 
@@ -21,6 +21,7 @@ def test_warm_up_rises_evenly_from_the_first_step(decay):
 def test_decay_reaches_its_end_where_the_run_ends():
     remaining = np.linspace(1, 0, 9)
     np.testing.assert_allclose(rates("linear")[4:], 0.2 + 1.8 * remaining, rtol=1e-5)
+    np.testing.assert_allclose(rates("quadratic")[4:], 0.2 + 1.8 * remaining**2, rtol=1e-5)
     half_wave = 0.5 * (1 + np.cos(np.pi * (1 - remaining)))
     np.testing.assert_allclose(rates("cosine")[4:], 0.2 + 1.8 * half_wave, rtol=1e-5)
     np.testing.assert_allclose(rates("constant")[4:], 2.0)
@@ -28,7 +29,7 @@ def test_decay_reaches_its_end_where_the_run_ends():
 
 
 def test_without_warm_up_the_first_step_has_the_peak():
-    for decay in ("cosine", "linear", "constant", "rsqrt"):
+    for decay in ("cosine", "linear", "quadratic", "constant", "rsqrt"):
         assert rates(decay, warmup_steps=0)[0] == 2.0
     np.testing.assert_allclose(rates("rsqrt", warmup_steps=0)[3], 1.0, rtol=1e-6)
 
@@ -36,7 +37,7 @@ def test_without_warm_up_the_first_step_has_the_peak():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"decay": "cosin"}, "'cosin' is none of cosine, linear, constant, rsqrt"),
+        ({"decay": "cosin"}, "'cosin' is none of cosine, linear, quadratic, constant, rsqrt"),
         ({"decay": "linear", "warmup_steps": 12}, "12 steps must be shorter than the run of 12 steps"),
         ({"decay": "linear", "final_fraction": 1.5}, "1.5 must lie between 0 and 1"),
     ],
