@@ -41,7 +41,7 @@ class TrainState:
 
 def abstract_variables(task: Task, batch_spec: BatchSpec) -> dict[str, Any]:
     """Shapes and types of the task's variables; nothing is computed."""
-    return jax.eval_shape(task.init, jax.random.key(0), batch_spec)
+    return jax.eval_shape(lambda: task.init(jax.random.key(0), batch_spec))
 
 
 def abstract_state(

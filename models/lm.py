@@ -126,7 +126,7 @@ class LMTask:
 
         Names: layers, embed, mlp, heads, kv_heads, kv (inside a head), vocab, norm (scales of norms).
         """
-        boxed = jax.eval_shape(self._boxed_init, jax.random.key(0))
+        boxed = jax.eval_shape(lambda: self._boxed_init(jax.random.key(0)))
         names = jax.tree.map(
             lambda box: tuple(box.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
         )
