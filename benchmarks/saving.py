@@ -24,11 +24,10 @@ from ..framework.checkpoints import Checkpoints
 from ..framework.config import check
 from ..framework.data import pipeline
 from ..framework.global_batch import Share
-from ..framework.guard import GuardOptions
+from ..framework.program import Program
 from ..framework.record import Record
 from ..framework.schedule import make_schedule
-from ..framework.state import abstract_state, abstract_variables, initial_state
-from ..framework.step import make_train_step
+from ..framework.state import initial_state
 from . import command
 
 
@@ -48,16 +47,10 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     )
     ready = [share.to_devices(batches[step]) for step in range(8)]
     spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), ready[0])
-    variables = abstract_variables(task, spec)
-    axes = task.logical_axes(variables)
-    placements = partitioning.place_all(variables, axes, config.sharding_rules, mesh)
     rate = make_schedule(1e-3, warmup_steps=0, total_steps=10**6, decay="constant", final_fraction=0.0)
     with jax.set_mesh(mesh):
-        tx = chosen.build(rate, mesh=mesh, axis_names=axes["params"], param_specs=None)
-        abstract = abstract_state(task, tx, spec, placements, mesh)
-        guard = GuardOptions("ignore", 8.0, 100)
-        step = make_train_step(task, tx, rate, abstract, mesh, seed=0, guard_options=guard).lower(abstract, spec)
-        compiled = step.compile()
+        tx, abstract, step = Program.of(config, task, mesh, spec).assemble(chosen, rate)
+        compiled = step.lower(abstract, spec).compile()
         state = initial_state(task, tx, spec, abstract, 0)
         manifest = takeover.describe(
             tx, config.optimizer.name, abstract.params, optimizer.treatments(tx, abstract.params), mesh.shape

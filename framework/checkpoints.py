@@ -8,9 +8,13 @@ import asyncio
 import contextlib
 import dataclasses
 import math
+import os
 import shutil
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +204,9 @@ class Checkpoints:
         self._step, self._started = 0, 0.0
         self._failure = self._told = ""
         self._metrics: dict[str, float] = {}
+        # Nothing of a save is urgent once it is copied off the devices. The threads that this one starts inherit its
+        # priority; its own save runs while the loop, and with it the devices, wait.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints", initializer=_give_way)
         self._checkpointer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(), temporary_path_class=_sealing(self._sealed)
         )
@@ -223,7 +230,8 @@ class Checkpoints:
                 _MANIFEST: ocp.args.JsonSave(manifest),
             }
             self._started, self._step = begun, record.step
-            earlier = self._outcome(lambda: self._checkpointer.save(path, args=ocp.args.Composite(**items))) or earlier
+            saving = self._thread.submit(self._checkpointer.save, path, args=ocp.args.Composite(**items))
+            earlier = self._outcome(saving.result) or earlier
             self._metrics["checkpoint/blocked_seconds"] = time.perf_counter() - begun
         _raise_in_all(earlier)
 
@@ -257,6 +265,7 @@ class Checkpoints:
         """End. A save that is under way is waited for, but not vouched for: see `confirm`."""
         self._outcome(self._checkpointer.wait_until_finished)
         self._checkpointer.close()
+        self._thread.shutdown()
 
     def _outcome(self, action: Callable[[], None]) -> str:
         """Why an action of the checkpointer or the save before it has failed, "" if neither has."""
@@ -295,6 +304,12 @@ def prune(workdir: Path, keep: set[int]) -> list[Path]:
         path.rename(doomed)
         shutil.rmtree(doomed)
     return gone
+
+
+def _give_way() -> None:
+    """Let this thread run where no other has work. Linux has priorities of threads; elsewhere nothing changes."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _raise_in_all(failure: str) -> None:

@@ -32,14 +32,14 @@ from .data import contract, pipeline
 from .errors import TrainingStopped, UserError
 from .evaluation import evaluate, predict
 from .global_batch import Share
-from .guard import GuardOptions
 from .journal import Journal
 from .metrics import MetricsWriter
 from .periods import Period
+from .program import Assembly, Program
 from .record import Record
 from .schedule import make_schedule
-from .state import TrainState, abstract_state, abstract_variables, initial_arrays, initial_state
-from .step import make_diagnosis, make_eval_step, make_predict_step, make_train_step
+from .state import TrainState, initial_arrays, initial_state
+from .step import make_diagnosis, make_eval_step, make_predict_step
 from .stopping import StopSignals
 from .task import judge_of
 
@@ -105,10 +105,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         refuse_overrun(record.step, total_steps, start)
 
         # State: its shapes and where it lies; nothing is computed yet
-        variables = abstract_variables(task, batch_spec)
-        axes = task.logical_axes(variables)
-        placements = partitioning.place_all(variables, axes, config.sharding_rules, mesh)
-        specs = partitioning.shardings(variables, placements, mesh)
+        program = Program.of(config, task, mesh, batch_spec)
         schedule = make_schedule(
             config.schedule.learning_rate,
             warmup_steps=in_steps(config.schedule.warmup),
@@ -118,22 +115,8 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         )
         began = takeover.optimizer_began(start, record, config.optimizer.name)
 
-        def assemble(options: Any) -> tuple[Any, TrainState, jax.stages.Wrapped]:
-            """The optimizer, the layout of the state, and the train step."""
-            with refusals():
-                tx = options.build(
-                    lambda count: schedule(count + began),
-                    mesh=mesh,
-                    axis_names=axes["params"],
-                    param_specs=specs["params"],
-                )
-                abstract = abstract_state(task, tx, batch_spec, placements, mesh)
-                clip = {"microbatches": config.microbatches, "gradient_clip": config.gradient_clip}
-                spikes = GuardOptions(config.guard.on_spike, config.guard.spike_factor, config.guard.spike_window)
-                step = make_train_step(
-                    task, tx, schedule, abstract, mesh, seed=config.seed, guard_options=spikes, **clip
-                )
-            return tx, abstract, step
+        def assemble(options: Any) -> Assembly:
+            return program.assemble(options, schedule, began=began)
 
         choices = [workdir, *start.workdirs]
         options, choice = calibration.settle(
@@ -144,7 +127,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             to_devices(batches[0]),
         )
         tx, abstract, train_step = assemble(options)
-        treatments = optimizer.treatments(tx, variables["params"])
+        treatments = optimizer.treatments(tx, abstract.params)
         eval_step = make_eval_step(task, abstract, mesh)
         metric_names = list(jax.eval_shape(eval_step, abstract.variables, batch_spec))
         refuse_unknown_metric(config.evaluation.best_metric, metric_names)
@@ -155,7 +138,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         ownership.claim(workdir, config)
         origin.set_aside(workdir, start)
         calibration.keep(workdir, choice)
-        progress.show_parameters(progress.parameter_rows(abstract.params, placements, treatments), workdir)
+        progress.show_parameters(progress.parameter_rows(abstract.params, program.placements, treatments), workdir)
         progress.say(progress.memory_line(abstract.params, abstract.opt_state))
         progress.say(str(start))
         progress.show_takeover(taken, workdir)
@@ -333,15 +316,6 @@ def advance(
     if unread is not None:
         journal.step_done(*unread)
     return state, step, stopped or stop_reason(step)
-
-
-@contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """What an optimizer refuses of the parameters it is given is the user's to mend."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 @contextlib.contextmanager

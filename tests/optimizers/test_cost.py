@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shampax.configs import lm
+from shampax.framework import collectives
 from shampax.models.lm import LMTask
 from shampax.optimizers import ShampooOptions, distributed_shampoo
 from shampax.optimizers.baselines import AdamWOptions
@@ -229,17 +230,17 @@ def test_traffic_beyond_the_baseline(layout):
     """
     axes, _, width, layers = LAYOUTS[layout]
     text, _ = compiled(layout, layers)
-    found = programs.collectives(text)
+    found = collectives.find(text)
     whole = sum(4 * np.prod(shape) for shape in programs.transformer(layers, width).values())
     part = whole / np.prod(list(axes.values()))
     assert [c.kind for c in found].count("all-to-all") == 2  # one bucket
-    assert programs.total(found, "all-to-all") <= 2.5 * part
+    assert collectives.total(found, "all-to-all") <= 2.5 * part
     shards = np.prod([size for name, size in axes.items() if name != "data"])
     gathered = whole / shards if "data" in axes else 0
-    assert gathered <= programs.total(found, "all-gather") <= 1.01 * gathered
-    assert programs.total(found, "all-reduce", "reduce-scatter", "collective-permute") <= 0.01 * part
-    inside = programs.inside_loops(text)
-    assert inside and not programs.collectives("\n".join(["loops (x) -> x {", *inside]))
+    assert gathered <= collectives.total(found, "all-gather") <= 1.01 * gathered
+    assert collectives.total(found, "all-reduce", "reduce-scatter", "collective-permute") <= 0.01 * part
+    inside = collectives.inside_loops(text)
+    assert inside and not collectives.find("\n".join(["loops (x) -> x {", *inside]))
 
 
 def test_the_baseline_has_no_traffic():
@@ -247,7 +248,7 @@ def test_the_baseline_has_no_traffic():
     mesh = programs.mesh_of(fsdp=4, tensor=2)
     params = programs.structs(programs.transformer(1, 512), mesh, programs.fsdp_tensor)
     text = programs.lower_step(AdamWOptions().build(0.01), params, mesh).lowered.compile().as_text()
-    assert not programs.collectives(text)
+    assert not collectives.find(text)
 
 
 def test_parameters_of_every_kind_get_the_updates_of_one_device_wherever_their_shards_lie():

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from shampax.framework import collectives
 from shampax.optimizers import ShampooOptions, distributed_shampoo, residence
 from shampax.optimizers.baselines import AdamWOptions
 from shampax.optimizers.parcels import Parcel, Parcels
@@ -49,19 +50,19 @@ def test_tpu_traffic_beyond_the_baseline(layout):
     topology, axes, specs = LAYOUTS[layout]
     mesh = slice_of(topology, **axes)
     text = programs.lower_shampoo(SHAPES, mesh, specs, OPTIONS).lowered.compile().as_text()
-    found = programs.collectives(text)
+    found = collectives.find(text)
     whole = sum(4 * math.prod(shape) for shape in SHAPES.values())
     part = whole / mesh.size
     assert [c.kind for c in found].count("all-to-all") == 2
-    assert programs.total(found, "all-to-all") <= 2.5 * part
+    assert collectives.total(found, "all-to-all") <= 2.5 * part
     gathered = whole if layout == "replicated" else 0
-    assert gathered <= programs.total(found, "all-gather") <= 1.01 * gathered
-    assert programs.total(found, "all-reduce", "reduce-scatter", "collective-permute") <= 0.01 * part
-    inside = programs.inside_loops(text)
-    assert inside and not programs.collectives("\n".join(["loops (x) -> x {", *inside]))
+    assert gathered <= collectives.total(found, "all-gather") <= 1.01 * gathered
+    assert collectives.total(found, "all-reduce", "reduce-scatter", "collective-permute") <= 0.01 * part
+    inside = collectives.inside_loops(text)
+    assert inside and not collectives.find("\n".join(["loops (x) -> x {", *inside]))
 
 
-def train_step(mesh: Mesh, tx: optax.GradientTransformation, spread: bool) -> list[programs.Collective]:
+def train_step(mesh: Mesh, tx: optax.GradientTransformation, spread: bool) -> list[collectives.Collective]:
     """Collectives of a data-parallel step of an MLP of four 512 x 512 matrices, its parameters replicated.
 
     Args:
@@ -89,7 +90,7 @@ def train_step(mesh: Mesh, tx: optax.GradientTransformation, spread: bool) -> li
 
     own = jax.tree.map(lambda x: x.sharding, (params, state))
     lowered = jax.jit(step, out_shardings=own, donate_argnums=(0, 1)).lower(params, state, batch)
-    return programs.collectives(lowered.compile().as_text())
+    return collectives.find(lowered.compile().as_text())
 
 
 def test_tpu_gradients_are_reduced_and_scattered_straight_to_where_blocks_are_cut():
@@ -102,12 +103,12 @@ def test_tpu_gradients_are_reduced_and_scattered_straight_to_where_blocks_are_cu
     mesh = slice_of("v5e:4x4", x=4, y=4)
     whole = 4 * 4 * 512 * 512
     adamw = train_step(mesh, AdamWOptions().build(0.01), spread=False)
-    assert programs.total(adamw, "all-reduce") == pytest.approx(whole, rel=0.01)
+    assert collectives.total(adamw, "all-reduce") == pytest.approx(whole, rel=0.01)
     specs = {f"w{i}": PartitionSpec(("x", "y")) for i in range(4)}
     ours = train_step(mesh, distributed_shampoo(0.01, OPTIONS, mesh=mesh, param_specs=specs), spread=True)
-    assert programs.total(ours, "all-reduce") <= 0.01 * whole
-    assert programs.total(ours, "reduce-scatter") <= 0.32 * whole  # a quarter over the one axis, 1/16 over the other
-    assert programs.total(ours, "all-gather") == pytest.approx(whole, rel=0.01)
+    assert collectives.total(ours, "all-reduce") <= 0.01 * whole
+    assert collectives.total(ours, "reduce-scatter") <= 0.32 * whole  # a quarter over the one axis, 1/16 over the other
+    assert collectives.total(ours, "all-gather") == pytest.approx(whole, rel=0.01)
     assert sum(c.sent for c in ours) <= 1.1 * sum(c.sent for c in adamw)
 
 
@@ -116,9 +117,9 @@ def test_tpu_gradients_of_replicated_parameters_are_reduced_once():
     mesh = slice_of("v5e:4x4", x=4, y=4)
     whole = 4 * 4 * 512 * 512
     ours = train_step(mesh, distributed_shampoo(0.01, OPTIONS, mesh=mesh), spread=False)
-    assert programs.total(ours, "all-reduce", "reduce-scatter") <= 1.01 * whole
-    assert programs.total(ours, "all-gather") == pytest.approx(whole, rel=0.01)
-    assert programs.total(ours, "all-to-all") == pytest.approx(2 * whole / mesh.size, rel=0.01)
+    assert collectives.total(ours, "all-reduce", "reduce-scatter") <= 1.01 * whole
+    assert collectives.total(ours, "all-gather") == pytest.approx(whole, rel=0.01)
+    assert collectives.total(ours, "all-to-all") == pytest.approx(2 * whole / mesh.size, rel=0.01)
 
 
 def test_tpu_steps_with_roots_on_the_host_have_no_solver_and_parcels_no_traffic(monkeypatch):
@@ -129,7 +130,7 @@ def test_tpu_steps_with_roots_on_the_host_have_no_solver_and_parcels_no_traffic(
     options = dataclasses.replace(OPTIONS, refresh="host", delay=4)
     step = programs.lower_shampoo(SHAPES, mesh, specs, options)
     text = step.lowered.compile().as_text()
-    assert not programs.inside_loops(text)
+    assert not collectives.inside_loops(text)
     assert "stablehlo.while" not in step.lowered.as_text()
     assert "stablehlo.while" in programs.lower_shampoo(SHAPES, mesh, specs, OPTIONS).lowered.as_text()
 
@@ -159,7 +160,7 @@ def test_tpu_steps_with_roots_on_the_host_have_no_solver_and_parcels_no_traffic(
     written = {name: r._replace(statistics=(), exponent=None) for name, r in roots.items()}
     install = parcels.install.lower(written, parcel, number, number, number).compile()
     for program in (take, install):
-        assert programs.collectives(program.as_text()) == []
+        assert collectives.find(program.as_text()) == []
     all_roots, due = programs.device_bytes(written), sum(x.nbytes for x in answer)
     (bucket,) = parcels.buckets
     slots = bucket.slots.shape[1]
