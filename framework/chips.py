@@ -1,9 +1,9 @@
-"""Peak speed of accelerators, for utilisation."""
+"""Public figures of accelerators: peak speed, for utilisation, and memory, for planning."""
 
 from ..optimizers import patterns
 
 # Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets. A device is a core on TPU v2 and v3,
-# and a chip on all others. Matched against the whole of `jax.Device.device_kind`.
+# half a chip on TPU7x, and a chip on all others. Matched against the whole of `jax.Device.device_kind`.
 _PEAKS = (
     (r"TPU v2", 22.5e12),
     (r"TPU v3", 61.5e12),
@@ -11,6 +11,7 @@ _PEAKS = (
     (r"TPU v5( lite|e)", 197e12),
     (r"TPU v5p?", 459e12),
     (r"TPU v6( lite|e)", 918e12),
+    (r"TPU7x", 1153.5e12),  # of two devices a chip
     (r".*V100.*", 125e12),
     (r".*A100.*", 312e12),
     (r".*H100 PCIe.*", 756e12),
@@ -23,3 +24,23 @@ _PEAKS = (
 def peak_flops(device_kind: str) -> float | None:
     """Peak bfloat16 FLOP/s of a kind of device; None where no public figure is on file (CPUs, say)."""
     return patterns.first_match(_PEAKS, device_kind)
+
+
+# GiB of high-bandwidth memory that a program may use on one device, as libtpu 0.0.42 says when a program needs more. It
+# compiles for v4 with two devices a chip.
+_MEMORY = (
+    (r"TPU v2", 7.48),
+    (r"TPU v3", 15.48),
+    (r"TPU v4", 15.25),
+    (r"TPU v5( lite|e)", 15.75),
+    (r"TPU v5p?", 95.74),
+    (r"TPU v6( lite|e)", 31.25),
+    (r"TPU7x", 94.75),
+    (r".*", None),
+)
+
+
+def memory(device_kind: str) -> int | None:
+    """Bytes that a program may use on a device of some kind; None where no figure is on file."""
+    found = patterns.first_match(_MEMORY, device_kind)
+    return None if found is None else int(found * 2**30)

@@ -1,0 +1,243 @@
+"""What a config needs before anyone pays for it: parameters, bytes and FLOPs of each device, and the compiled step."""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from ..optimizers import patterns
+from ..optimizers.residence import HOST_KIND
+from . import chips, collectives, components, flop_count, optimizer, partitioning
+from .config import check
+from .data import contract
+from .errors import UserError
+from .program import Assembly, Program
+
+SOLVER_ITERATIONS = 12  # of coupled Newton, assumed; matrices of condition 1e4 take 8 to 13
+_HOST = "statistics in host memory"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of the train step.
+
+    Attributes:
+      seconds: taken to compile.
+      error: why it could not be compiled, "" where it was; then there is nothing else.
+      arguments, temporaries, peak: bytes on each device; the new state is written over the old one.
+      traffic: kind of collective -> (how many, bytes of their results on a device); what is in a loop counts once.
+    """
+
+    seconds: float
+    error: str = ""
+    arguments: int = 0
+    temporaries: int = 0
+    peak: int = 0
+    traffic: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """A config on a mesh.
+
+    Attributes:
+      mesh: axis -> devices.
+      device_kind: of the devices.
+      parameters: treatment -> (tensors, elements).
+      blocks: of each bucket: name, blocks, shape, slots on a device, share of the elements that is padding.
+      bytes: what a device holds between two steps, by kind, and the gradient during one.
+      model_flops: of a step on each device, by the task's own count.
+      optimizer_flops: likewise, of the optimizer's products as traced.
+      memory: bytes of a device, None where it is not known.
+      compiled: None where nothing was compiled.
+    """
+
+    mesh: Mapping[str, int]
+    device_kind: str
+    parameters: Mapping[str, tuple[int, int]]
+    blocks: Sequence[Mapping[str, Any]]
+    bytes: Mapping[str, int]
+    model_flops: float
+    optimizer_flops: float
+    memory: int | None
+    compiled: Compiled | None
+
+    @property
+    def state_bytes(self) -> int:
+        """On a device between two steps."""
+        return sum(size for kind, size in self.bytes.items() if kind not in ("gradients", _HOST))
+
+    @property
+    def needed(self) -> int:
+        """Bytes of a device: the compiler's peak, or at least what state and gradients take."""
+        if self.compiled and not self.compiled.error:
+            return self.compiled.peak
+        return self.state_bytes + self.bytes["gradients"]
+
+    @property
+    def fits(self) -> bool | None:
+        """None where it cannot be told."""
+        if self.compiled and self.compiled.error:
+            return False
+        return None if self.memory is None else self.needed <= self.memory
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain dicts."""
+        return dataclasses.asdict(self) | {"state_bytes": self.state_bytes, "needed": self.needed, "fits": self.fits}
+
+
+def figures(config: Any, devices: Sequence[Any], *, compiles: bool) -> Figures:
+    """The figures of a config on some devices, which need not be of this machine.
+
+    Args:
+      config: a complete one.
+      devices: of the mesh.
+      compiles: whether the train step is compiled for them; minutes, for large models.
+
+    Raises:
+      UserError: the config does not fit the devices, or its data set does not tell shapes.
+    """
+    check(config)
+    task, data, options = (components.build(section) for section in (config.task, config.data, config.optimizer))
+    mesh = partitioning.make_mesh(config.mesh, devices)
+    partitioning.check_rules(config.sharding_rules, mesh)
+    partitioning.check_batch(config.batch_size, config.microbatches, mesh)
+    example = contract.spec(data)
+    if example is None:
+        raise UserError(
+            f"{config.data.name} does not tell the shapes of an example; give it a method spec(), see docs/data.md"
+        )
+    if getattr(options, "undecided", False):
+        options = options.without_roots()
+    rate = optax.constant_schedule(config.schedule.learning_rate)
+    with jax.set_mesh(mesh):
+        sharding = partitioning.batch_sharding(mesh)
+        batch = {
+            name: jax.ShapeDtypeStruct((config.batch_size, *leaf.shape), leaf.dtype, sharding=sharding)
+            for name, leaf in example.items()
+        }
+        program = Program.of(config, task, mesh, batch)
+        assembly = program.assemble(options, rate)
+        tx, params = assembly.tx, assembly.abstract.params
+        update = flop_count.count(tx.update, params, assembly.abstract.opt_state, params, while_turns=SOLVER_ITERATIONS)
+        return Figures(
+            mesh=dict(mesh.shape),
+            device_kind=devices[0].device_kind,
+            parameters=_by_treatment(params, optimizer.treatments(tx, params)),
+            blocks=_block_table(tx, params),
+            bytes=_bytes(assembly, batch),
+            model_flops=task.flops(batch) / mesh.size,
+            optimizer_flops=update,
+            memory=chips.memory(devices[0].device_kind),
+            compiled=_compile(assembly, batch) if compiles else None,
+        )
+
+
+def suggestions(found: Figures, config: Any) -> list[str]:
+    """What to change where it does not fit, most promising first; [] where it does, or nobody can tell."""
+    if found.fits is not False or found.memory is None:
+        return []
+    held = found.state_bytes + found.bytes["gradients"]
+    lines = []
+    if held > 0.5 * found.memory and found.mesh.get("data", 1) > 1:
+        lines.append(f"mesh.fsdp {2 * config.mesh.fsdp} instead of {config.mesh.fsdp}: parameters in more parts")
+    if held < found.memory:
+        task = config.task
+        if task.get("remat") == "none":
+            lines.append("task.remat full instead of none: activations are computed again in the backward pass")
+        if task.get("compute_dtype") == "float32":
+            lines.append("task.compute_dtype bfloat16 instead of float32")
+        parts = config.microbatches
+        lines.append(f"microbatches {2 * parts} instead of {parts}: activations of half as many examples at a time")
+    statistics, roots = (found.bytes.get(kind, 0) for kind in ("statistics", "roots"))
+    if statistics + roots > 0.1 * found.memory:
+        size = config.optimizer.block_size
+        lines.append(f"optimizer.statistics_memory host instead of device: {statistics / 1e9:.2f} GB leave it")
+        lines.append(f"optimizer.block_size {size // 2} instead of {size}: less to keep for long sides")
+    return lines or ["a larger slice, or a smaller batch or model"]
+
+
+def _by_treatment(params: Any, treatments: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    for path, leaf in zip(patterns.paths(params), jax.tree.leaves(params), strict=True):
+        kind = treatments.get(path, "all alike").split(" ")[0]
+        tensors, elements = found.get(kind, (0, 0))
+        found[kind] = (tensors + 1, elements + math.prod(leaf.shape))
+    return found
+
+
+def _block_table(tx: Any, params: Any) -> list[dict[str, Any]]:
+    if not hasattr(tx, "plan"):
+        return []
+    rows = []
+    for bucket in tx.plan(params).buckets:
+        real = sum(math.prod(leaf.view.lengths) * leaf.view.stacked for leaf in bucket.leaves)
+        held = bucket.slots.size * math.prod(bucket.shape)
+        rows.append(
+            {
+                "name": bucket.name,
+                "blocks": bucket.blocks,
+                "shape": list(bucket.shape),
+                "slots on a device": bucket.slots.shape[1],
+                "padding": 1 - real / held,
+            }
+        )
+    return rows
+
+
+def _bytes(assembly: Assembly, batch: Mapping[str, Any]) -> dict[str, int]:
+    abstract = assembly.abstract
+    found = {"parameters": _held(abstract.params), "gradients": _held(abstract.params)}
+    for path, leaf in zip(patterns.paths(abstract.opt_state), jax.tree.leaves(abstract.opt_state), strict=True):
+        kind = _HOST if leaf.sharding.memory_kind == HOST_KIND else _kind(path)
+        found[kind] = found.get(kind, 0) + _held(leaf)
+    found["model state and guard"] = _held((abstract.model_state, abstract.guard, abstract.step))
+    found["batch"] = _held(dict(batch))
+    return found
+
+
+# (regex over the path in the optimizer's state, what it is), first match wins
+_KINDS = (
+    (r"(.*/)?(momentum|mu|trace|m)(/.*)?", "momentum"),
+    (r"(.*/)?(second_moment|nu|v|v_row|v_col|sum_of_squares)(/.*)?", "second moments"),
+    (r"(.*/)?(statistics|gathered)(/.*)?", "statistics"),
+    (r"(.*/)?roots?(/.*)?", "roots"),
+    (r".*", "other optimizer state"),
+)
+
+
+def _kind(path: str) -> str:
+    return patterns.first_match(_KINDS, path)
+
+
+def _held(tree: Any) -> int:
+    """Bytes of a device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _compile(assembly: Assembly, batch: Any) -> Compiled:
+    begun = time.perf_counter()
+    try:
+        compiled = assembly.step.lower(assembly.abstract, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        found = re.search(r"Ran out of memory.*", str(error))
+        return Compiled(time.perf_counter() - begun, error=found[0] if found else str(error).splitlines()[0])
+    memory: Any = compiled.memory_analysis()
+    traffic: dict[str, tuple[int, int]] = {}
+    for each in collectives.find(compiled.as_text() or ""):
+        count, size = traffic.get(each.kind, (0, 0))
+        traffic[each.kind] = (count + 1, size + each.bytes)
+    return Compiled(
+        time.perf_counter() - begun,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
+        traffic=traffic,
+    )

@@ -1,0 +1,80 @@
+"""The plan command, and its figures for slices that are not here."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+LM = "--config=shampax/configs/lm.py:"
+
+
+def plan(*arguments):
+    """Exit code, standard output and standard error of the command."""
+    command = [sys.executable, "-m", "shampax.launch.plan", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_full_size_config_is_planned_without_accelerator_or_data():
+    """Fault: planning needs as many devices as are planned for, or the data set."""
+    code, out, _ = plan(f"{LM}1b", "--devices=256", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["mesh"] == {"data": 16, "fsdp": 16, "tensor": 1} | {
+        axis: 1 for axis in found["mesh"] if axis not in ("data", "fsdp", "tensor")
+    }
+    assert sum(elements for _, elements in found["parameters"].values()) == 1_199_671_296
+    assert found["bytes"]["parameters"] == pytest.approx(4 * 1_199_671_296 / 16, rel=0.01)
+    assert found["optimizer_flops"] < 0.1 * found["model_flops"]
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A small language model compiled for 16 chips."""
+    return plan(f"{LM}sample", "--topology=v5e:4x4", "--json", "--config.task.layers=1")
+
+
+def test_a_slice_that_is_not_here(small):
+    """Fault: the compiler's figures are missing, or are those of this machine's CPU."""
+    code, out, err = small
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["device_kind"] == "TPU v5 lite"
+    assert found["compiled"]["arguments"] == pytest.approx(found["state_bytes"], rel=0.1)
+    assert found["state_bytes"] < found["needed"] == found["compiled"]["peak"] < found["memory"]
+    assert found["compiled"]["traffic"]["all-to-all"][0] >= 2
+
+
+def test_what_does_not_fit_says_what_to_change():
+    """Fault: the compiler's refusal ends in a traceback, or in success."""
+    sizes = ("vocab_size=4096", "layers=1", "heads=1", "kv_heads=1")
+    code, out, err = plan(
+        f"{LM}sample_adamw",
+        "--topology=v5e:2x2",
+        "--config.batch_size=65536",
+        *(f"--config.task.{knob}" for knob in sizes),
+    )
+    assert code == 1, err
+    assert "the compiler refuses it" in out
+    assert "available HBM" in out
+    assert "try microbatches 2 instead of 1" in out
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((f"{LM}sample", "--topology=v5e-16"), "no TPU slice --topology=v5e-16"),
+        ((f"{LM}sample", "--topolgy=v5e:2x2"), "unknown flag '--topolgy=v5e:2x2'"),
+        ((f"{LM}samle",), "did you mean 'sample'"),
+        ((f"{LM}sample", "--devices=3"), "16 is not divisible by 3 data shards"),
+    ],
+)
+def test_errors_are_one_line(arguments, words):
+    """Fault: a traceback, or a plan for something else than was asked for."""
+    code, out, err = plan(*arguments)
+    assert code == 2
+    assert out == ""
+    assert words in err
+    assert err.count("\n") == 1
