@@ -15,6 +15,7 @@ import optax
 
 from . import agreement
 from . import workdir as layout
+from .errors import UserError
 from .progress import say
 from .state import TrainState
 
@@ -51,17 +52,33 @@ def settle(
       assemble: what is timed.
       initial_state: (optimizer, layout) -> the state before the first step.
       batch: of training data, on the devices.
+
+    Raises:
+      UserError: a workdir's file of the decision holds something else.
     """
     if not isinstance(options, _MayBeUndecided) or not options.undecided:
         return options, None
-    choice = next(filter(None, (layout.read_json(path / layout.SCHEDULE) for path in workdirs)), None)
-    if choice is None:
-        say("measuring what roots cost, to choose when they are refreshed ...")
-        tx, abstract, train_step = assemble(options.without_roots())
-        seconds = _step_seconds(train_step, initial_state(tx, abstract), batch)
-        choice = agreement.first(lambda: options.decide(tx, abstract.params, seconds))
+    for path in (workdir / layout.SCHEDULE for workdir in workdirs):
+        choice = layout.read_json(path)
+        if choice is not None:
+            return _decided(options, choice, path), choice
+    say("measuring what roots cost, to choose when they are refreshed ...")
+    tx, abstract, train_step = assemble(options.without_roots())
+    seconds = _step_seconds(train_step, initial_state(tx, abstract), batch)
+    choice = agreement.first(lambda: options.decide(tx, abstract.params, seconds))
     say(choice["reason"])
     return options.decided(choice), choice
+
+
+def _decided(options: _MayBeUndecided, choice: dict[str, Any], path: Path) -> Any:
+    try:
+        say(str(choice["reason"]))
+        return options.decided(choice)
+    except (KeyError, TypeError, ValueError) as error:
+        words = " ".join(str(error).split())
+        raise UserError(
+            f"{path} is no choice of a schedule ({words}); restore it, or remove it to measure anew"
+        ) from error
 
 
 def keep(workdir: Path, choice: dict[str, Any] | None) -> None:

@@ -378,6 +378,16 @@ def test_the_schedule_is_chosen_once_by_measurement(tmp_path, monkeypatch, capsy
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "other", 12), arrays(tmp_path / "fixed", 12))
 
 
+@pytest.mark.parametrize(
+    "content", ["{}", '{"reason": 1, "refresh": "host"}', '{"reason": "", "refresh": 3, "interval": [], "delay": 0}']
+)
+def test_a_damaged_choice_of_schedule_is_refused(tmp_path, content):
+    """Fault: a KeyError reaches the user."""
+    (tmp_path / "schedule.json").write_text(content)
+    with pytest.raises(UserError, match=r"schedule\.json is no choice of a schedule"):
+        train(make_config(optimizer=base.component(SHAMPOO, refresh="auto")), tmp_path, devices=two())
+
+
 def test_one_trace_serves_every_kind_of_step(tmp_path):
     """Catches a shape, type or Python value that depends on the step: every such step would compile anew."""
     toy.TRACES["train"] = 0
