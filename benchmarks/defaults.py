@@ -21,7 +21,7 @@ from ..framework.errors import UserError
 from ..optimizers import ShampooOptions
 from . import command, learning
 from .documents import Section, table
-from .grid import Outcome, Trial, by, mean_loss
+from .grid import Outcome, Trial, by, mean
 
 COMMAND = "python -m shampax.benchmarks.defaults"
 SECTION = Section("defaults")
@@ -105,9 +105,7 @@ def compare(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
     def means(name: str, seeds: Sequence[int]) -> dict[float, float]:
         runs = {rate: [run for seed in seeds for run in cells.get((name, seed, rate), [])] for rate in rates}
-        return {
-            rate: mean_loss(r) for rate, r in runs.items() if len(r) == len(seeds) and all(run.complete for run in r)
-        }
+        return {rate: mean(r) for rate, r in runs.items() if len(r) == len(seeds) and all(run.complete for run in r)}
 
     rows = []
     for name in dict.fromkeys(name for name, _, _ in cells):

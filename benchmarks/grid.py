@@ -1,7 +1,7 @@
 """A grid of learning rates and seeds: its runs, the best rate of each contestant, and who gets where how soon."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,32 @@ class Trial:
 
 
 @dataclasses.dataclass(frozen=True)
+class Metric:
+    """A held-out metric that runs are compared by, as it is at their end; `higher` says that more of it is better."""
+
+    name: str = "loss"
+    higher: bool = False
+
+    def of(self, result: Mapping[str, Any]) -> float:
+        """Its value in the content of a `result.json`.
+
+        Raises:
+          UserError: it is not there.
+        """
+        value = result.get("heldout_loss" if self.name == "loss" else self.name)
+        if value is None:
+            raise UserError(f"a run has no held-out {self.name}; there is {', '.join(result)}")
+        return value
+
+    def falling(self, value: Any) -> Any:
+        """Values of it so that less is better."""
+        return -value if self.higher else value
+
+
+LOSS = Metric()
+
+
+@dataclasses.dataclass(frozen=True)
 class Outcome:
     """What became of a trial; `result` is the content of its `result.json`."""
 
@@ -43,8 +69,8 @@ class Outcome:
         return self.result["stopped"] is None and self.result["heldout_loss"] is not None
 
 
-def best_rates(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """For each variant the learning rate with the lowest mean held-out loss at the end, over all its seeds.
+def best_rates(outcomes: Sequence[Outcome], metric: Metric = LOSS) -> dict[str, float]:
+    """For each variant the learning rate with the best mean of the held-out metric at the end, over all its seeds.
 
     A rate with which any seed diverged is not eligible.
 
@@ -54,33 +80,37 @@ def best_rates(outcomes: Sequence[Outcome]) -> dict[str, float]:
     best = {}
     for variant, of_variant in by(outcomes, lambda outcome: outcome.trial.variant).items():
         rates = by(of_variant, lambda outcome: outcome.trial.learning_rate)
-        means = {rate: mean_loss(runs) for rate, runs in rates.items() if all(run.complete for run in runs)}
+        means = {rate: mean(runs, metric) for rate, runs in rates.items() if all(run.complete for run in runs)}
         if not means:
             raise UserError(f"{variant} diverged with every one of {sorted(rates)}; try lower --learning_rates")
-        best[variant] = min(means, key=lambda rate: means[rate])
+        best[variant] = min(means, key=lambda rate: metric.falling(means[rate]))
     return best
 
 
-def mean_loss(outcomes: Sequence[Outcome]) -> float:
-    """Mean held-out loss at the end, in nats per token."""
-    return float(np.mean([outcome.result["heldout_loss"] for outcome in outcomes]))
+def mean(outcomes: Sequence[Outcome], metric: Metric = LOSS) -> float:
+    """Mean of the held-out metric at the end."""
+    return float(np.mean([metric.of(outcome.result) for outcome in outcomes]))
 
 
-def crossings(challengers: Sequence[Outcome], baselines: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """When each challenger's held-out loss falls to the baselines' mean at their end; one entry for each.
+def crossings(
+    challengers: Sequence[Outcome], baselines: Sequence[Outcome], metric: Metric = LOSS
+) -> list[dict[str, Any]]:
+    """When each challenger's held-out metric comes to the baselines' mean at their end; one entry for each.
 
     `steps` and `seconds` are interpolated linearly between the evaluations around the crossing,
-    `evaluated_at` is the step of the first evaluation at or below the target, fractions are of the
+    `evaluated_at` is the step of the first evaluation that is as good as the target, fractions are of the
     baselines' mean steps and seconds; None where the challenger never gets there.
     """
-    target = mean_loss(baselines)
+    target = mean(baselines, metric)
     whole_steps = float(np.mean([outcome.result["steps"] for outcome in baselines]))
     whole_seconds = float(np.mean([outcome.result["seconds"] for outcome in baselines]))
     entries = []
     for challenger in challengers:
-        steps, losses = challenger.run.curve("heldout/loss", "step")
-        at_step = curves.reach(steps, losses, target)
-        at_second = curves.reach(*challenger.run.curve("heldout/loss", "seconds"), target)
+        steps, values = challenger.run.curve(f"heldout/{metric.name}", "step")
+        seconds, timed = challenger.run.curve(f"heldout/{metric.name}", "seconds")
+        falling, wanted = metric.falling(values), metric.falling(target)
+        at_step = curves.reach(steps, falling, wanted)
+        at_second = curves.reach(seconds, metric.falling(timed), wanted)
         entries.append(
             {
                 "variant": challenger.trial.variant,
@@ -88,7 +118,7 @@ def crossings(challengers: Sequence[Outcome], baselines: Sequence[Outcome]) -> l
                 "target": target,
                 "seed": challenger.trial.seed,
                 "steps": at_step,
-                "evaluated_at": None if at_step is None else int(steps[losses <= target][0]),
+                "evaluated_at": None if at_step is None else int(steps[falling <= wanted][0]),
                 "fraction_of_steps": None if at_step is None else at_step / whole_steps,
                 "seconds": at_second,
                 "fraction_of_seconds": None if at_second is None else at_second / whole_seconds,

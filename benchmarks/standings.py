@@ -10,7 +10,7 @@ from ..framework.curves import Group
 from ..framework.errors import UserError
 from .contestants import TITLES
 from .documents import Section, table
-from .grid import Outcome, Trial, best_rates, by, crossings, mean_loss
+from .grid import Outcome, Trial, best_rates, by, crossings, mean
 
 SECTION = Section("optimizers")
 BASELINE = "adamw"
@@ -60,7 +60,7 @@ def compare(outcomes: Sequence[Outcome], missing: Sequence[Trial], times: Mappin
                 "optimizer": name,
                 "learning_rate": rate,
                 "seeds": len(runs),
-                "mean_heldout_loss": mean_loss(runs) if all(run.complete for run in runs) else None,
+                "mean_heldout_loss": mean(runs) if all(run.complete for run in runs) else None,
                 "best": best.get(name) == rate,
             }
             for (name, rate), runs in sorted(
@@ -71,7 +71,7 @@ def compare(outcomes: Sequence[Outcome], missing: Sequence[Trial], times: Mappin
             name: {
                 "learning_rate": best[name],
                 "at_edge": best[name] in _edges([rate for other, rate in (*cells, *lacking) if other == name]),
-                "mean": mean_loss(runs),
+                "mean": mean(runs),
                 "by_seed": {str(run.trial.seed): run.result["heldout_loss"] for run in runs},
             }
             for name, runs in at_best.items()

@@ -8,8 +8,8 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from shampax.benchmarks import lm_grid
-from shampax.benchmarks.grid import Trial, best_rates, crossings
+from shampax.benchmarks import contest
+from shampax.benchmarks.grid import Metric, Trial, best_rates, crossings
 from shampax.framework import workdir
 from shampax.framework.errors import UserError
 
@@ -46,7 +46,7 @@ def trainer(tmp_path, monkeypatch):
         config = {"seed": int(values["seed"]), "schedule": {"learning_rate": rate}, "batch_size": batch_size}
         return ConfigDict(config | {"duration": "10 steps", "may_change": ("may_change",)})
 
-    monkeypatch.setattr(lm_grid, "load", load)
+    monkeypatch.setattr(contest, "load", load)
     script = tmp_path / "python"
     script.write_text(TRAINER.format(python=sys.executable))
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
@@ -72,7 +72,7 @@ def write(folder, trial, heldout, *, stopped=None, seconds_per_step=1.0):
         "stopped": stopped,
     }
     (path / workdir.RESULT).write_text(json.dumps(result))
-    return lm_grid.read_outcome(trial, path)
+    return contest.read_outcome(trial, path)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def outcomes(tmp_path):
 
 
 def test_grid_is_every_combination_once_seed_by_seed():
-    grid = lm_grid.trials(["a", "b"], [0.1, 0.2], [0, 1])
+    grid = contest.trials({"a": [0.1, 0.2], "b": [0.1, 0.2]}, [0, 1])
     assert [trial.name for trial in grid[:4]] == [
         "a-lr0.1-seed0",
         "b-lr0.1-seed0",
@@ -134,15 +134,15 @@ def test_crossings_are_interpolated_per_seed_as_a_share_of_the_baseline(outcomes
 
 
 def test_crossing_never_made_is_null_and_said(outcomes):
-    analysis = lm_grid.analyse(outcomes)
+    analysis = contest.analyse(outcomes)
     b_to_a = [entry for entry in analysis["crossings"] if entry["variant"] == "b"]
     assert [entry["fraction_of_steps"] for entry in b_to_a] == [None, None]
-    assert "| b | a's 2.2000 | 0 | not reached |" in lm_grid.markdown(analysis, "command")
+    assert "| b | a's 2.2000 | 0 | not reached |" in contest.markdown(analysis, "command")
 
 
 def test_analysis_is_json_and_its_tables_hold_every_run(outcomes):
-    analysis = json.loads(json.dumps(lm_grid.analyse(outcomes), allow_nan=False))
-    text = lm_grid.markdown(analysis, "python -m grid")
+    analysis = json.loads(json.dumps(contest.analyse(outcomes, shown=["bits_per_character"]), allow_nan=False))
+    text = contest.markdown(analysis, "python -m grid")
     assert "`python -m grid`" in text
     assert "| a | 0.2 | 1 | 9.0000 | 4.5000 | 40 | 80 | complete |" in text
     assert "| a | 0.1 | 2 | 2.2000 | best |" in text
@@ -154,15 +154,62 @@ def test_analysis_is_json_and_its_tables_hold_every_run(outcomes):
 
 def test_trial_config_is_the_shipped_variant_with_rate_seed_and_settings():
     trial = Trial("sample_adamw", 2e-5, 7)
-    config = lm_grid.config_of(trial, "shampax/configs/lm.py", ["batch_size=4", "seed=1"])
+    config = contest.config_of(trial, "shampax/configs/lm.py", ["batch_size=4", "seed=1"])
     assert (config.schedule.learning_rate, config.seed, config.batch_size) == (2e-5, 7, 4)
     assert "AdamW" in config.optimizer.name
 
 
+def test_a_metric_of_which_more_is_better(tmp_path):
+    """Fault: the worst rate is taken for the best, and a crossing is where the curve leaves the target."""
+
+    def run(variant, rate, accuracies):
+        outcome = write(tmp_path, Trial(variant, rate, 0), [1.0] * len(accuracies))
+        lines = (tmp_path / outcome.trial.name / workdir.METRICS).read_text().splitlines()
+        lines = [json.loads(line) | {"heldout/accuracy": value} for line, value in zip(lines, accuracies, strict=True)]
+        (tmp_path / outcome.trial.name / workdir.METRICS).write_text("\n".join(map(json.dumps, lines)))
+        result = json.loads((tmp_path / outcome.trial.name / workdir.RESULT).read_text())
+        result["accuracy"] = accuracies[-1]
+        (tmp_path / outcome.trial.name / workdir.RESULT).write_text(json.dumps(result))
+        return contest.read_outcome(outcome.trial, tmp_path / outcome.trial.name)
+
+    outcomes = [run("a", 0.1, [0.2, 0.6, 0.9]), run("a", 0.2, [0.1, 0.2, 0.3]), run("b", 0.1, [0.3, 0.5, 0.8])]
+    accuracy = Metric("accuracy", higher=True)
+    assert best_rates(outcomes, accuracy) == {"a": 0.1, "b": 0.1}
+    (entry,) = crossings(outcomes[:1], outcomes[2:], accuracy)
+    assert entry["target"] == 0.8
+    assert entry["steps"] == pytest.approx(20 + 10 * 2 / 3)
+    assert entry["evaluated_at"] == 30
+    text = contest.markdown(contest.analyse(outcomes, accuracy, ["bits_per_character"]), "command")
+    assert "| a | 0.1 | 0 | 0.9000 | 0.5000 | 30 | 30 | complete |" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["a=1,2", "b=1"], "'a': 2, 'b': 1"),
+        (["a=1,2"], "as many to each of a, b"),
+        (["1,two"], "numbers with commas"),
+        (["1,2", "c=1,2"], "as many to each of a, b"),
+    ],
+)
+def test_uneven_grids_are_refused(tmp_path, capsys, given, words):
+    """Fault: one variant is tuned with more rates than another."""
+    assert contest.main(["--variants=a,b", f"--output={tmp_path / 'grid'}", "--learning_rates", *given]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_each_variant_may_have_rates_of_its_own(tmp_path, trainer):
+    """Fault: the rates of one variant are tried on another."""
+    given = ["--learning_rates", "a=1,2", "b=3,4"]
+    assert contest.main(["--variants=a,b", "--seeds=0", f"--output={tmp_path / 'grid'}", *given]) == 0
+    calls = [json.loads(call)[3].rpartition("/")[2] for call in (tmp_path / "grid" / "calls").read_text().splitlines()]
+    assert calls == ["a-lr1-seed0", "b-lr3-seed0", "a-lr2-seed0", "b-lr4-seed0"]
+
+
 @pytest.mark.parametrize(("variant", "setting"), [("sampel", "batch_size=4"), ("sample", "batch_sise=4")])
 def test_misspelt_variant_or_setting_is_refused_before_training(tmp_path, capsys, variant, setting):
-    given = [f"--variants={variant}", f"--output={tmp_path / 'grid'}", "--set", setting]
-    assert lm_grid.main(given) == 2
+    given = [f"--variants={variant}", "--learning_rates=1", f"--output={tmp_path / 'grid'}", "--set", setting]
+    assert contest.main(given) == 2
     assert "did you mean" in capsys.readouterr().err
     assert not (tmp_path / "grid").exists()
 
@@ -174,7 +221,7 @@ def arguments(tmp_path, *more):
 
 def test_command_trains_the_grid_once_and_writes_the_section(tmp_path, trainer, capsys):
     results = tmp_path / "docs" / "results.md"
-    assert lm_grid.main(arguments(tmp_path, f"--markdown={results}")) == 0
+    assert contest.main(arguments(tmp_path, f"--markdown={results}")) == 0
     first = capsys.readouterr().out
     calls = [json.loads(line) for line in (tmp_path / "grid" / "calls").read_text().splitlines()]
     assert len(calls) == 4
@@ -189,26 +236,28 @@ def test_command_trains_the_grid_once_and_writes_the_section(tmp_path, trainer, 
     ]
     assert json.loads(first)["best"] == {"a": 0.2, "b": 0.2}
     assert "| b | 0.2 | 1 | 5.0000 | best |" in results.read_text()
+    assert "<!-- contest lm begin -->" in results.read_text()
+    assert str(tmp_path) not in results.read_text()
 
-    assert lm_grid.main(arguments(tmp_path)) == 0
+    assert contest.main(arguments(tmp_path)) == 0
     assert capsys.readouterr().out == first
     assert len((tmp_path / "grid" / "calls").read_text().splitlines()) == 4
 
 
 def test_stopped_run_is_trained_again_and_reused_ones_are_not(tmp_path, trainer, capsys):
-    assert lm_grid.main(arguments(tmp_path)) == 0
+    assert contest.main(arguments(tmp_path)) == 0
     stopped = tmp_path / "grid" / "a-lr0.2-seed0"
     result = json.loads((stopped / workdir.RESULT).read_text())
     (stopped / workdir.RESULT).write_text(json.dumps(result | {"stopped": "SIGINT"}))
     more = [f"--reuse={tmp_path / 'grid'}"]
-    assert lm_grid.main([part.replace("/grid", "/second") for part in arguments(tmp_path)] + more) == 0
+    assert contest.main([part.replace("/grid", "/second") for part in arguments(tmp_path)] + more) == 0
     calls = (tmp_path / "second" / "calls").read_text().splitlines()
     assert [json.loads(call)[3].rpartition("/")[2] for call in calls] == ["a-lr0.2-seed0"]
 
 
 def test_failing_trainer_is_one_line_with_its_last_words(tmp_path, trainer, capsys):
-    given = ["--variants=fail", "--seeds=0", f"--output={tmp_path / 'grid'}"]
-    assert lm_grid.main(given) == 2
+    given = ["--variants=fail", "--learning_rates=1", "--seeds=0", f"--output={tmp_path / 'grid'}"]
+    assert contest.main(given) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "out of memory" in errors[0]
@@ -216,9 +265,9 @@ def test_failing_trainer_is_one_line_with_its_last_words(tmp_path, trainer, caps
 
 
 def test_workdirs_of_another_config_are_refused_before_training(tmp_path, trainer, capsys):
-    assert lm_grid.main(arguments(tmp_path)) == 0
+    assert contest.main(arguments(tmp_path)) == 0
     shutil.rmtree(tmp_path / "grid" / "a-lr0.1-seed0")
-    assert lm_grid.main([*arguments(tmp_path), "batch_size=8"]) == 2
+    assert contest.main([*arguments(tmp_path), "batch_size=8"]) == 2
     assert "batch_size: 4 -> 8" in capsys.readouterr().err
     assert not (tmp_path / "grid" / "a-lr0.1-seed0").exists()
 
@@ -226,7 +275,7 @@ def test_workdirs_of_another_config_are_refused_before_training(tmp_path, traine
 def test_markdown_without_markers_is_refused_before_training(tmp_path, trainer, capsys):
     results = tmp_path / "results.md"
     results.write_text("# Results\n")
-    assert lm_grid.main(arguments(tmp_path, f"--markdown={results}")) == 2
+    assert contest.main(arguments(tmp_path, f"--markdown={results}")) == 2
     assert not (tmp_path / "grid").exists()
     assert "add them" in capsys.readouterr().err
 
@@ -240,7 +289,7 @@ def test_interrupted_grid_leaves_no_trainer_behind(tmp_path, monkeypatch):
     try:
         signal.setitimer(signal.ITIMER_REAL, 1.5)
         with pytest.raises(KeyboardInterrupt):
-            lm_grid.train(Trial("a", 0.1, 0), tmp_path / "a", "lm.py", [])
+            contest.train(Trial("a", 0.1, 0), tmp_path / "a", "lm.py", [])
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -1,11 +1,12 @@
-"""Compare config variants, each at its best learning rate: a grid of rates and seeds on the real trainer.
+"""Compare variants of a config, each at its best learning rate: a grid of rates and seeds on the real trainer.
 
-    python -m shampax.benchmarks.lm_grid
+    python -m shampax.benchmarks.contest --config=shampax/configs/lm.py --variants=sample,sample_adamw \\
+        --learning_rates sample=3e-3,6e-3,1.2e-2 sample_adamw=1.5e-3,3e-3,6e-3
 
-trains every variant with every learning rate and seed, one run after the other (a run of the sample takes
-about a minute and a half on two cores), and reports each run, the best rate of each variant by the mean over seeds,
-and how soon each variant at its best falls to the held-out loss at which each other ends. JSON goes to
-standard output, progress and the tables to standard error. The same command goes on where it was stopped.
+trains every variant with every learning rate and seed, one run after the other, and reports each run, the best rate of
+each variant by the mean over seeds, and how soon each variant at its best comes to the held-out metric at which each
+other ends. JSON goes to standard output, progress and the tables to standard error. The same command goes on where it
+was stopped.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,14 +29,15 @@ from ..framework.config import load
 from ..framework.errors import UserError
 from . import command
 from .documents import Section, table
-from .grid import Outcome, Trial, best_rates, by, crossings, mean_loss
+from .grid import LOSS, Metric, Outcome, Trial, best_rates, by, crossings, mean
 
-SECTION = Section("lm_grid")
+_OF_THIS_MACHINE = ("--output", "--reuse", "--markdown")  # flags that decide nothing of the outcome
 
 
-def trials(variants: Sequence[str], learning_rates: Sequence[float], seeds: Sequence[int]) -> list[Trial]:
-    """The whole grid; the first seed of everything comes first, so that an unfinished grid is balanced."""
-    return [Trial(variant, rate, seed) for seed, rate, variant in itertools.product(seeds, learning_rates, variants)]
+def trials(learning_rates: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> list[Trial]:
+    """The whole grid, as many rates for each variant; the first seed of everything comes first."""
+    rows = [dict(zip(learning_rates, rates, strict=True)) for rates in zip(*learning_rates.values(), strict=True)]
+    return [Trial(variant, rate, seed) for seed in seeds for row in rows for variant, rate in row.items()]
 
 
 def config_of(trial: Trial, file: str, settings: Sequence[str]) -> ConfigDict:
@@ -53,17 +55,19 @@ def read_outcome(trial: Trial, path: pathlib.Path) -> Outcome | None:
     return None if result is None else Outcome(trial, workdir.read(path), result)
 
 
-def analyse(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Everything the grid tells, as JSON: `runs`, `rates` (means over seeds), `best` and `crossings`."""
-    best = best_rates(outcomes)
+def analyse(outcomes: Sequence[Outcome], metric: Metric = LOSS, shown: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything the grid tells, as JSON: `runs`, `rates` (means over seeds), `best` and `crossings`.
+
+    `shown` are held-out metrics to be given besides.
+    """
+    best, names = best_rates(outcomes, metric), [metric.name, *shown]
     cells = by(outcomes, lambda outcome: (outcome.trial.variant, outcome.trial.learning_rate))
     at_best = {variant: cells[variant, rate] for variant, rate in best.items()}
     return {
         "runs": [
             {
                 **dataclasses.asdict(outcome.trial),
-                "heldout_loss": outcome.result["heldout_loss"],
-                "bits_per_character": outcome.result["bits_per_character"],
+                **{name: Metric(name).of(outcome.result) if outcome.complete else None for name in names},
                 "steps": outcome.result["steps"],
                 "seconds": outcome.result["seconds"],
                 "stopped": outcome.result["stopped"],
@@ -75,29 +79,32 @@ def analyse(outcomes: Sequence[Outcome]) -> dict[str, Any]:
                 "variant": variant,
                 "learning_rate": rate,
                 "seeds": len(runs),
-                "mean_heldout_loss": mean_loss(runs) if all(run.complete for run in runs) else None,
+                "mean": mean(runs, metric) if all(run.complete for run in runs) else None,
                 "best": best[variant] == rate,
             }
             for (variant, rate), runs in cells.items()
         ],
+        "metric": dataclasses.asdict(metric),
+        "shown": list(shown),
         "best": best,
         "crossings": [
             entry
             for challenger, baseline in itertools.permutations(best, 2)
-            for entry in crossings(at_best[challenger], at_best[baseline])
+            for entry in crossings(at_best[challenger], at_best[baseline], metric)
         ],
     }
 
 
 def markdown(analysis: dict[str, Any], command: str) -> str:
     """The analysis as Markdown tables, with the command that makes them."""
+    names = [analysis["metric"]["name"], *analysis["shown"]]
+    titles = [f"held-out {name.replace('_', ' ')}" for name in names]
     runs = [
         [
             run["variant"],
             f"{run['learning_rate']:g}",
             str(run["seed"]),
-            _decimals(run["heldout_loss"]),
-            _decimals(run["bits_per_character"]),
+            *(_decimals(run[name]) for name in names),
             f"{run['steps']:,}",
             f"{run['seconds']:,.0f}",
             run["stopped"] or "complete",
@@ -109,7 +116,7 @@ def markdown(analysis: dict[str, Any], command: str) -> str:
             rate["variant"],
             f"{rate['learning_rate']:g}",
             str(rate["seeds"]),
-            "incomplete" if rate["mean_heldout_loss"] is None else _decimals(rate["mean_heldout_loss"]),
+            "incomplete" if rate["mean"] is None else _decimals(rate["mean"]),
             "best" if rate["best"] else "",
         ]
         for rate in analysis["rates"]
@@ -135,13 +142,13 @@ def markdown(analysis: dict[str, Any], command: str) -> str:
     ]
     parts = [
         f"Made by `{command}`.",
-        "Mean held-out loss at the end, over seeds (nats per token):",
-        table(["variant", "learning rate", "seeds", "held-out loss", ""], rates),
+        f"Mean {titles[0]} at the end, over seeds:",
+        table(["variant", "learning rate", "seeds", titles[0], ""], rates),
         *(f"The best rate of {variant} stands at the edge of the grid." for variant in _at_edge(analysis)),
-        "At its best rate, when each variant falls to the mean loss at which the other ends (interpolated "
+        f"At its best rate, when each variant comes to the mean {titles[0]} at which the other ends (interpolated "
         "between evaluations; shares are of the other's whole run):",
         table(
-            ["variant", "falls to", "seed", "steps", "share", "first evaluation there", "seconds", "share"],
+            ["variant", "comes to", "seed", "steps", "share", "first evaluation there", "seconds", "share"],
             reached,
         ),
         "Every run:",
@@ -150,8 +157,7 @@ def markdown(analysis: dict[str, Any], command: str) -> str:
                 "variant",
                 "learning rate",
                 "seed",
-                "held-out loss",
-                "bits per character",
+                *titles,
                 "steps",
                 "seconds",
                 "state",
@@ -220,7 +226,7 @@ def run_grid(grid: Sequence[Trial], options: argparse.Namespace) -> list[Outcome
         assert outcome is not None, "complete runs and trained ones have a result"
         result = outcome.result
         _say(
-            f"{place}: held-out {_decimals(result['heldout_loss'])} after {result['steps']} steps, "
+            f"{place}: held-out loss {_decimals(result['heldout_loss'])} after {result['steps']} steps, "
             f"{result['seconds']:.0f} s ({result['stopped'] or 'complete'})"
         )
         outcomes.append(outcome)
@@ -230,26 +236,22 @@ def run_grid(grid: Sequence[Trial], options: argparse.Namespace) -> list[Outcome
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    line = "python -m shampax.benchmarks.lm_grid " + shlex.join(
-        [
-            f"--config={options.config}",
-            f"--variants={','.join(options.variants)}",
-            f"--learning_rates={','.join(f'{rate:g}' for rate in options.learning_rates)}",
-            f"--seeds={','.join(map(str, options.seeds))}",
-            *(["--set", *options.set] if options.set else []),
-        ]
-    )
+    kept = [argument for argument in arguments if not argument.startswith(_OF_THIS_MACHINE)]
+    line = f"python -m shampax.benchmarks.contest {shlex.join(kept)}"
+    section = Section(f"contest {options.section or pathlib.Path(options.config).stem}")
 
     def run() -> dict[str, Any]:
+        rates = _rates(options.variants, options.learning_rates)
+        metric = Metric(options.metric, options.higher)
         if options.markdown:
             # Before hours of training, not after.
-            SECTION.replace(_document(options.markdown), "")
-        analysis = analyse(run_grid(trials(options.variants, options.learning_rates, options.seeds), options))
-        section = markdown(analysis, line)
+            section.replace(_document(options.markdown, section), "")
+        analysis = analyse(run_grid(trials(rates, options.seeds), options), metric, options.show)
+        text = markdown(analysis, line)
         if options.markdown:
             options.markdown.parent.mkdir(parents=True, exist_ok=True)
-            options.markdown.write_text(SECTION.replace(_document(options.markdown), section))
-        _say(section)
+            options.markdown.write_text(section.replace(_document(options.markdown, section), text))
+        _say(text)
         return analysis
 
     return command.report(run)
@@ -257,8 +259,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m shampax.benchmarks.lm_grid",
+        prog="python -m shampax.benchmarks.contest",
         description="A grid of learning rates and seeds for several config variants, and who learns fastest.",
+        allow_abbrev=False,
     )
 
     def several(of: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -267,8 +270,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", default="shampax/configs/lm.py", metavar="FILE", help="default: %(default)s")
     parser.add_argument("--variants", type=several(str), default=["sample", "sample_adamw"], metavar="NAME,NAME")
     parser.add_argument(
-        "--learning_rates", type=several(float), default=[1.5e-3, 3e-3, 6e-3, 1.2e-2], metavar="RATE,RATE"
+        "--learning_rates",
+        nargs="+",
+        required=True,
+        metavar="[VARIANT=]RATE,RATE",
+        help="of all variants, or as many for each one",
     )
+    parser.add_argument("--metric", default="loss", metavar="NAME", help="held-out metric that decides")
+    parser.add_argument("--higher", action="store_true", help="more of the metric is better")
+    parser.add_argument("--show", type=several(str), default=[], metavar="NAME,NAME", help="other held-out metrics")
     parser.add_argument("--seeds", type=several(int), default=[0, 1, 2], metavar="SEED,SEED")
     parser.add_argument("--output", type=pathlib.Path, default="runs/grid", metavar="DIR", help="of the workdirs")
     parser.add_argument("--reuse", type=pathlib.Path, metavar="DIR", help="take finished workdirs from here, too")
@@ -284,13 +294,35 @@ def _parser() -> argparse.ArgumentParser:
         "--markdown",
         type=pathlib.Path,
         metavar="FILE",
-        help=f"write the tables between {SECTION.begin} and {SECTION.end} in it",
+        help="write the tables between <!-- contest NAME begin --> and its end in it",
     )
+    parser.add_argument("--section", metavar="NAME", help="of the file; default: the config file's name")
     return parser
 
 
-def _document(path: pathlib.Path) -> str:
-    return path.read_text() if path.exists() else f"# Results\n\n{SECTION.begin}\n{SECTION.end}\n"
+def _rates(variants: Sequence[str], given: Sequence[str]) -> dict[str, list[float]]:
+    """Learning rates of each variant.
+
+    Raises:
+      UserError: they are no numbers, of other variants, or more for one than for another.
+    """
+    rates: dict[str, list[float]] = {}
+    for text in given:
+        variant, equals, numbers = text.rpartition("=")
+        try:
+            values = [float(number) for number in numbers.split(",")]
+        except ValueError:
+            raise UserError(f"--learning_rates {text!r}: give numbers with commas between them") from None
+        for name in [variant] if equals else variants:
+            rates[name] = values
+    counts = {name: len(values) for name, values in rates.items()}
+    if set(rates) != set(variants) or len(set(counts.values())) != 1:
+        raise UserError(f"--learning_rates gives {counts}; give as many to each of {', '.join(variants)}")
+    return {variant: rates[variant] for variant in variants}
+
+
+def _document(path: pathlib.Path, section: Section) -> str:
+    return path.read_text() if path.exists() else f"# Results\n\n{section.begin}\n{section.end}\n"
 
 
 def _at_edge(analysis: dict[str, Any]) -> list[str]:
