@@ -40,8 +40,8 @@ def test_every_variant_trains_through_the_command_line(variant, tmp_path, capsys
     changes = SMALL if variant == "sample_adamw" else SMALL + SHAMPOO
     if variant == "sample_host":
         changes = (*SMALL, "optimizer.block_size=32")
-    if variant in ("1b", "8b"):
-        changes = (*changes, "mesh.fsdp=2", "mesh.tensor=2", "duration=4 steps")
+    mesh = {"1b": "fsdp tensor", "8b": "fsdp tensor", "moe": "fsdp expert", "long": "fsdp sequence"}.get(variant, "")
+    changes = (*changes, *(f"mesh.{axis}=2" for axis in mesh.split()))
     arguments = [f"--config=shampax/configs/lm.py:{variant}", f"--workdir={tmp_path / 'run'}"]
     changes = (*changes, "duration=4 steps", "evaluation.every=2 steps")
     assert main([*arguments, *(f"--config.{change}" for change in changes)]) == 0
@@ -64,8 +64,11 @@ def on_one_device(tmp_path_factory):
 
 
 def twenty_steps():
-    config = load("shampax/configs/lm.py:sample", [*SMALL, *SHAMPOO, "duration=20 steps", "evaluation.every=0 steps"])
-    return config
+    return config_of("sample", "duration=20 steps")
+
+
+def config_of(variant, *changes):
+    return load(f"shampax/configs/lm.py:{variant}", [*SMALL, *SHAMPOO, "evaluation.every=0 steps", *changes])
 
 
 @pytest.mark.parametrize(("devices", "mesh"), [(2, {}), (4, {"fsdp": 2, "tensor": 2}), (8, {"fsdp": 2, "tensor": 2})])
