@@ -53,8 +53,7 @@ def self_attention(query: jax.Array, key: jax.Array, value: jax.Array, segments:
 
     def on_device(query, key, value, segments, all_segments):
         start = lax.axis_index(layout.SEQUENCE_AXIS) * query.shape[1]
-        key, value = (lax.all_gather(x, layout.SEQUENCE_AXIS, axis=1, tiled=True) for x in (key, value))
-        return local(query, key, value, segments, all_segments, start)
+        return local(query, _gather(key), _gather(value), segments, all_segments, start)
 
     by_position = P(None, layout.SEQUENCE_AXIS)
     return jax.shard_map(
@@ -64,6 +63,25 @@ def self_attention(query: jax.Array, key: jax.Array, value: jax.Array, segments:
         out_specs=by_position,
         check_vma=False,
     )(query, key, value, segments, segments)
+
+
+@jax.custom_vjp
+def _gather(x: jax.Array) -> jax.Array:
+    """Part of the positions [B, S / parts, ...] on each device along `sequence` to all of them [B, S, ...]."""
+    return lax.all_gather(x, layout.SEQUENCE_AXIS, axis=1, tiled=True)
+
+
+def _gather_forward(x):
+    return _gather(x), None
+
+
+def _gather_backward(_, gradient):
+    # In float32: a sum over many devices loses bits in bfloat16, and XLA's CPU compiler aborts on it.
+    summed = lax.psum_scatter(gradient.astype(jnp.float32), layout.SEQUENCE_AXIS, scatter_dimension=1, tiled=True)
+    return (summed.astype(gradient.dtype),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
