@@ -23,7 +23,7 @@ sample_moe: the same with a mixture of 4 experts in each layer, of which a token
     python -m shampax.launch.train --config=shampax/configs/lm.py:8b --workdir=/mnt/runs/lm_8b \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 
-moe: 13.7 B parameters, of which a token uses 2.1 B, 25 B tokens of C4, for a v5e slice of 256 chips.
+moe: 13.7 B parameters, of which a token uses 2.0 B, 25 B tokens of C4, for a v5e slice of 256 chips.
 
     python -m shampax.launch.train --config=shampax/configs/lm.py:moe --workdir=/mnt/runs/lm_moe \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets

@@ -13,11 +13,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "new_model.md").read_text()
 FILES = dict(re.findall(r"^`([\w/]+\.py)`: .*?^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE))
-COMMANDS = [
-    shlex.split(line)
-    for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-    for line in block.splitlines()
-]
+SHELL = "".join(re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)).replace("\\\n", "")
+COMMANDS = [shlex.split(line) for line in SHELL.splitlines()]
 
 
 @pytest.fixture(scope="module")
