@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "data.data_dir",  # the same data may lie elsewhere on another cluster
     "data.max_malformed",
     "task.remat",
+    "task.attention_block",
     "resume_from",  # both are read only while the workdir has no checkpoint
     "init_from",
     "renamed",
@@ -82,7 +83,9 @@ def get_config() -> Any:
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # groups of devices that see different examples; -1 is all devices the others leave
+    config.mesh.expert = 1  # devices that see different examples and share the experts of a mixture of experts
     config.mesh.fsdp = 1  # devices that see different examples and share one copy of the parameters
+    config.mesh.sequence = 1  # devices that share the positions of each example, where one does not hold so long a text
     config.mesh.tensor = 1  # devices that share each matrix multiplication; keep it within one host
     config.simulated_devices = 0  # CPU devices to simulate where there is no accelerator; JAX_NUM_CPU_DEVICES wins
     config.processes = ConfigDict()  # of a run of several
@@ -98,6 +101,7 @@ def get_config() -> Any:
         ("vocab", "tensor"),
         ("kv", None),
         ("layers", None),
+        ("experts", "expert"),
         ("norm", None),
     )
     return config.lock()

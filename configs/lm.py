@@ -9,6 +9,10 @@ sample, sample_host, sample_adamw: the quick start, the same with roots on the h
   200 steps is 4.77 nats per token, 3.27 bits per character; AdamW's 5.01 and 3.43 (means of three seeds,
   docs/results.md).
 
+sample_moe: the same with a mixture of 4 experts in each layer, of which a token uses 2, divided over 2 of the devices.
+
+    python -m shampax.launch.train --config=shampax/configs/lm.py:sample_moe --workdir=runs/moe
+
 1b: 1.2 B parameters, 25 B tokens of C4, for a v5e slice of 256 chips.
 
     python -m shampax.launch.train --config=shampax/configs/lm.py:1b --workdir=/mnt/runs/lm_1b \
@@ -19,9 +23,21 @@ sample, sample_host, sample_adamw: the quick start, the same with roots on the h
     python -m shampax.launch.train --config=shampax/configs/lm.py:8b --workdir=/mnt/runs/lm_8b \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 
-  Both need every host of the slice: call `jax.distributed.initialize()` and then `shampax.framework.train.train(config,
-  workdir)` in each process, with a workdir on a file system that all hosts share. Process 0 tokenises and packs the
-  text once, at about 0.4 M tokens a second; `data.max_documents` bounds it.
+moe: 13.7 B parameters, of which a token uses 2.0 B, 25 B tokens of C4, for a v5e slice of 256 chips.
+
+    python -m shampax.launch.train --config=shampax/configs/lm.py:moe --workdir=/mnt/runs/lm_moe \
+        --config.data.data_dir=gs://BUCKET/tensorflow_datasets
+
+long: 1b trained on with books, in rows of 131,072 tokens, for a v5e slice of 256 chips.
+
+    python -m shampax.launch.train --config=shampax/configs/lm.py:long --workdir=/mnt/runs/lm_long \
+        --config.init_from=/mnt/runs/lm_1b --config.data.tokenizer=/mnt/runs/lm_1b/data/tokenizer-HASH.json \
+        --config.data.data_dir=gs://BUCKET/tensorflow_datasets
+
+  These four run on every host of the slice: the same command on each, with JAX_COORDINATOR_ADDRESS=HOST:PORT (that of
+  process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment (docs/faults.md), and a workdir on a file system
+  that all hosts share. Process 0 tokenises and packs the text once, at about 0.4 M tokens a second;
+  `data.max_documents` bounds it.
 """
 
 from typing import Any
@@ -75,6 +91,15 @@ def sample_adamw(config: Any) -> None:
     sample(config)
     config.optimizer = base.component(ADAMW, rate_rules=EMBEDDING_RATE, beta1=0.7)
     config.schedule.learning_rate = 3e-3
+
+
+def sample_moe(config: Any) -> None:
+    """A token uses as many weights as in `sample`, of twice as many."""
+    sample(config)
+    config.task.experts = 4
+    config.task.experts_per_token = 2
+    config.task.mlp_dim = 192
+    config.mesh.expert = 2
 
 
 def one_billion(config: Any) -> None:
@@ -137,12 +162,42 @@ def eight_billion(config: Any) -> None:
     _pace(config)
 
 
+def mixture(config: Any) -> None:
+    """1b with 16 experts in place of each MLP, one to a chip of each group of 16."""
+    one_billion(config)
+    config.task.experts = 16
+    config.task.experts_per_token = 2
+    config.task.expert_group = 512  # the products that send tokens grow with it: 8 % of the experts' own
+    config.mesh.expert = 16
+
+
+def long(config: Any) -> None:
+    """1b on rows of 131,072 tokens, each row shared by 32 chips; a batch has as many tokens as 1b's."""
+    one_billion(config)
+    config.data.source = "tfds:pg19:0.1.1"
+    config.data.text_key = "book_text"
+    config.data.sequence_length = 131_072
+    config.task.rope_theta = 500_000.0  # Llama 3's (arXiv 2407.21783, section 3.2)
+    config.task.attention_block = 512
+    config.duration = "2.5e9 tokens"
+    config.batch_size = 8
+    config.mesh.fsdp = 8
+    config.mesh.sequence = 32
+    # Chips that share a row share the parameters too, as those do that have different rows.
+    config.sharding_rules = (("embed", ("fsdp", "sequence")), *config.sharding_rules)
+    config.schedule.learning_rate = 1e-4
+    config.schedule.warmup = "100 steps"
+
+
 VARIANTS = {
     "sample": sample,
     "sample_host": sample_host,
     "sample_adamw": sample_adamw,
+    "sample_moe": sample_moe,
     "1b": one_billion,
     "8b": eight_billion,
+    "moe": mixture,
+    "long": long,
 }
 
 

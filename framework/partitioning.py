@@ -12,7 +12,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ..optimizers import patterns
 from .errors import UserError
 
-BATCH_AXES = ("data", "fsdp")  # mesh axes over which the examples of a batch are spread
+# Mesh axes over which the examples of a batch are spread. The last varies fastest, so that tokens on their way to the
+# experts move between neighbours.
+BATCH_AXES = ("data", "fsdp", "expert")
 
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 
@@ -71,7 +73,10 @@ def batch_axes(mesh: Mesh) -> tuple[str, ...]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples (the leading dimension) over the data and fsdp axes, everything else whole."""
+    """Examples (the leading dimension) over the batch axes, everything else whole.
+
+    The sequence axis divides activations only: rows have one token more than there are positions, and are small.
+    """
     return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
 
 

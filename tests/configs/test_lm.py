@@ -40,8 +40,8 @@ def test_every_variant_trains_through_the_command_line(variant, tmp_path, capsys
     changes = SMALL if variant == "sample_adamw" else SMALL + SHAMPOO
     if variant == "sample_host":
         changes = (*SMALL, "optimizer.block_size=32")
-    if variant in ("1b", "8b"):
-        changes = (*changes, "mesh.fsdp=2", "mesh.tensor=2", "duration=4 steps")
+    mesh = {"1b": "fsdp tensor", "8b": "fsdp tensor", "moe": "fsdp expert", "long": "fsdp sequence"}.get(variant, "")
+    changes = (*changes, *(f"mesh.{axis}=2" for axis in mesh.split()))
     arguments = [f"--config=shampax/configs/lm.py:{variant}", f"--workdir={tmp_path / 'run'}"]
     changes = (*changes, "duration=4 steps", "evaluation.every=2 steps")
     assert main([*arguments, *(f"--config.{change}" for change in changes)]) == 0
@@ -64,8 +64,11 @@ def on_one_device(tmp_path_factory):
 
 
 def twenty_steps():
-    config = load("shampax/configs/lm.py:sample", [*SMALL, *SHAMPOO, "duration=20 steps", "evaluation.every=0 steps"])
-    return config
+    return config_of("sample", "duration=20 steps")
+
+
+def config_of(variant, *changes):
+    return load(f"shampax/configs/lm.py:{variant}", [*SMALL, *SHAMPOO, "evaluation.every=0 steps", *changes])
 
 
 @pytest.mark.parametrize(("devices", "mesh"), [(2, {}), (4, {"fsdp": 2, "tensor": 2}), (8, {"fsdp": 2, "tensor": 2})])
@@ -77,6 +80,21 @@ def test_the_same_run_on_every_mesh(on_one_device, tmp_path, devices, mesh):
     losses = history(tmp_path, "train/loss")
     assert len(losses) == 20
     np.testing.assert_allclose(losses, history(on_one_device, "train/loss"), rtol=1e-4)
+
+
+def test_experts_and_positions_over_devices_train_as_on_one(tmp_path):
+    """Catches statistics of an expert that are given to another, or owners that overlook an axis of the mesh."""
+    on = {"one": (1, {"expert": 1}), "eight": (8, {"expert": 2, "fsdp": 2, "sequence": 2})}
+    for name, (devices, mesh) in on.items():
+        config = config_of("sample_moe", "duration=8 steps", "task.attention_block=8")
+        config.mesh.update(mesh)
+        train(config, tmp_path / name, devices=jax.devices()[:devices])
+    table = (tmp_path / "eight" / "parameters.txt").read_text()
+    gate = next(line.split() for line in table.splitlines() if line.startswith("layers/moe/gate"))
+    assert gate[1:3] == ["2x4x32x48", "-,expert,fsdp"] and gate[3].startswith("shampoo")
+    for key in ("train/loss", "train/update_norm", "train/dropped_tokens"):
+        one, eight = (history(tmp_path / name, key) for name in on)
+        np.testing.assert_allclose(eight, one, rtol=1e-3, err_msg=key)
 
 
 def test_golden_steps(on_one_device):

@@ -12,11 +12,13 @@ from shampax.framework.global_batch import Share
 
 BATCH, EXAMPLES, STEPS = 12, 31, (0, 2, 3, 17)  # batches 2 and 17 lie in two epochs
 MESHES = {
-    "data=4": ((4, 1, 1), (0, 1, 2, 3)),
-    "data=4, devices of the processes by turns": ((4, 1, 1), (0, 2, 1, 3)),
-    "data=2 fsdp=2": ((2, 2, 1), (0, 1, 2, 3)),
-    "data=2 tensor=2": ((2, 1, 2), (0, 1, 2, 3)),
-    "tensor=4": ((1, 1, 4), (0, 1, 2, 3)),  # a batch lies whole on devices of two processes
+    "data=4": ({"data": 4}, (0, 1, 2, 3)),
+    "data=4, devices of the processes by turns": ({"data": 4}, (0, 2, 1, 3)),
+    "data=2 fsdp=2": ({"data": 2, "fsdp": 2}, (0, 1, 2, 3)),
+    "data=2 expert=2": ({"data": 2, "expert": 2}, (0, 1, 2, 3)),
+    "data=2 tensor=2": ({"data": 2, "tensor": 2}, (0, 1, 2, 3)),
+    "tensor=4": ({"tensor": 4}, (0, 1, 2, 3)),  # a batch lies whole on devices of two processes
+    "sequence=4": ({"sequence": 4}, (0, 1, 2, 3)),
 }
 
 
@@ -45,7 +47,7 @@ def batches_on(sizes, order):
       Digests by "batch array rows", and the number of reads for each training batch.
     """
     devices = [jax.devices()[index] for index in order]
-    mesh = partitioning.make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)), devices)
+    mesh = partitioning.make_mesh(dict.fromkeys(("data", "expert", "fsdp", "sequence", "tensor"), 1) | sizes, devices)
     share, source = Share(BATCH, mesh), Source()
     wanted = {"global_batch_size": BATCH, "rows": share.rows}
     batches, heldout = Batches(source, seed=5, **wanted), HeldoutBatches(source, **wanted)
@@ -95,4 +97,4 @@ def test_devices_hold_the_rows_of_one_order_on_any_mesh_and_number_of_processes(
 def test_a_process_reads_what_its_devices_hold_once(two_processes):
     """Fault: each process reads the whole batch, or rows held by two of its devices twice."""
     reads = {name: [results[name][1] for results in two_processes] for name in MESHES}
-    assert reads == {name: [12, 12] if name == "tensor=4" else [6, 6] for name in MESHES}
+    assert reads == {name: [12, 12] if name in ("tensor=4", "sequence=4") else [6, 6] for name in MESHES}

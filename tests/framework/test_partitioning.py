@@ -6,6 +6,7 @@ from jax.sharding import PartitionSpec as P
 
 from shampax.framework import partitioning
 from shampax.framework.errors import UserError
+from shampax.models import layout
 
 RULES = (("vocab", "tensor"), ("mlp", ("fsdp", "tensor")), ("embed", "fsdp"), ("norm", None))
 
@@ -48,6 +49,16 @@ def test_batch_errors_carry_both_numbers_and_the_fix(batch, microbatches, messag
     with pytest.raises(UserError) as error:
         partitioning.check_batch(batch, microbatches, mesh(data=2, fsdp=4))
     assert str(error.value) == message
+
+
+def test_experts_and_not_positions_divide_the_batch():
+    """Fault: devices along `expert` that all see the same examples, or rows of T + 1 tokens cut over `sequence`."""
+    grid = partitioning.make_mesh({"data": 1, "expert": 2, "fsdp": 2, "sequence": 2, "tensor": 1})
+    assert partitioning.batch_sharding(grid).spec == P(("data", "fsdp", "expert"))
+    assert layout.BATCH_AXES == partitioning.BATCH_AXES
+    partitioning.check_batch(4, 1, grid)
+    with pytest.raises(UserError, match="batch 2 is not divisible by 4 data shards"):
+        partitioning.check_batch(2, 1, grid)
 
 
 def test_tensor_axis_does_not_divide_the_batch():

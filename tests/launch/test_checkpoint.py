@@ -175,7 +175,7 @@ def test_inspect_tells_all_that_is_there(runs):
         name: (x.shape, x.dtype.name, x.nbytes) for name, x in arrays.items()
     }
     assert (told["record"]["step"], told["record"]["tokens"], told["processes"]) == (6, 384, 1)
-    assert told["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1}
+    assert told["mesh"] == {"data": 4, "expert": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
     assert told["parameters"]["hidden/kernel"] == {
         "shape": [16, 32],
         "dtype": "float32",

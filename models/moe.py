@@ -1,0 +1,158 @@
+"""A mixture of experts in place of an MLP: each token is sent to the few experts that its router prefers.
+
+Token-choice top-k routing with a bound on what an expert takes (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961).
+Tokens travel by products with one-hot arrays, which the partitioner understands: with the experts divided over the mesh
+axis `expert`, tokens move there and back in an all-to-all each, and no expert's weights move. Shapes in names: B batch,
+N groups of a row, T tokens of a group, X experts, C capacity, E embed, M mlp.
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .initial import fan_in
+from .layout import shard_experts, shard_groups, shard_tokens
+
+Routing = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """What the router decides by.
+
+    Attributes:
+      count: number of experts.
+      per_token: how many each token is sent to.
+      capacity_factor: room of an expert as a multiple of its even share of a group.
+      group: tokens, neighbours in a row, that share that room; 0 for the whole row.
+    """
+
+    count: int
+    per_token: int
+    capacity_factor: float
+    group: int
+
+    def capacity(self, tokens: int) -> int:
+        """Tokens that an expert takes from a group of so many."""
+        return min(tokens, max(1, math.ceil(tokens * self.per_token * self.capacity_factor / self.count)))
+
+    def group_of(self, length: int) -> int:
+        """Tokens of a group in rows of so many.
+
+        Raises:
+          ValueError: rows do not divide into groups.
+        """
+        group = min(self.group, length) or length
+        if length % group:
+            raise ValueError(f"rows of {length} tokens do not divide into groups of {group}; use a divisor of {length}")
+        return group
+
+
+def route(logits: jax.Array, real: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array, Routing]:
+    """Where each token goes, and with what weight its experts answer.
+
+    First choices are served before second ones, and earlier tokens before later ones. A token that finds an expert full
+    gets nothing from it. With one expert per token its weight is the probability, so that the router learns; with more,
+    the probabilities of those chosen are scaled to a sum of 1.
+
+    Args:
+      logits: float32 [..., T, X].
+      real: bool [..., T]; the others, padding, are sent nowhere.
+      experts: see there.
+
+    Returns:
+      (sent, weights, routing): bool and float32 [..., T, X, C], token t in slot c of expert x; and sums over real
+      tokens: `assigned` [X], tokens that chose each expert, `probability` [X], `dropped`, choices that found an expert
+      full, and `router_z`, squared logsumexp (ST-MoE, arXiv 2202.08906, equation 5).
+    """
+    capacity = experts.capacity(logits.shape[-2])
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    gates, chosen = jax.lax.top_k(probabilities, experts.per_token)
+    if experts.per_token > 1:
+        gates /= gates.sum(axis=-1, keepdims=True)
+    everywhere = tuple(range(logits.ndim - 1))
+    taken = jnp.zeros((*logits.shape[:-2], 1, experts.count), jnp.int32)
+    sent, weights = jnp.zeros((), bool), jnp.zeros(())
+    assigned = jnp.zeros(experts.count)
+    for choice in range(experts.per_token):
+        wanted = jax.nn.one_hot(chosen[..., choice], experts.count, dtype=jnp.int32) * real[..., None]
+        slots = jnp.cumsum(wanted, axis=-2) - 1 + taken
+        taken += wanted.sum(axis=-2, keepdims=True)
+        assigned += wanted.sum(axis=everywhere, dtype=jnp.float32)
+        # A slot beyond the capacity has a one-hot of zeros.
+        here = jax.nn.one_hot(slots, capacity, dtype=bool) & (wanted[..., None] > 0)
+        sent |= here
+        weights += here * gates[..., choice, None, None]
+    routing = {
+        "assigned": assigned,
+        "probability": jnp.where(real[..., None], probabilities, 0).sum(axis=everywhere),
+        "dropped": assigned.sum() - sent.sum(dtype=jnp.float32),
+        "router_z": jnp.where(real, jnp.square(jax.nn.logsumexp(logits, axis=-1)), 0).sum(),
+    }
+    return sent, weights, routing
+
+
+def router_metrics(routing: Routing, per_token: int) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Means over layers and real tokens, as (total, weight).
+
+    "dropped_tokens": choices that found their expert full, of all; "load_imbalance": tokens that chose the busiest
+    expert over an even share; "balance_loss": X sum_x f_x p_x, with f the share of choices and p the mean probability
+    of an expert (arXiv 2101.03961, equation 4), 1 where all are even; "router_z_loss".
+
+    Args:
+      routing: the sums of `route`, with a leading dimension for the layers.
+      per_token: experts that each token chooses.
+    """
+    assigned_LxX, probability_LxX = routing["assigned"], routing["probability"]
+    experts = assigned_LxX.shape[-1]
+    choices_L = assigned_LxX.sum(axis=-1)
+    tokens = choices_L.sum() / per_token
+    share_LxX = assigned_LxX / jnp.maximum(choices_L, 1)[:, None]
+    busiest = experts * share_LxX.max(axis=-1) @ choices_L / per_token
+    return {
+        "dropped_tokens": (routing["dropped"].sum(), choices_L.sum()),
+        "load_imbalance": (busiest, tokens),
+        "balance_loss": (experts * (share_LxX * probability_LxX).sum(), tokens),
+        "router_z_loss": (routing["router_z"].sum(), tokens),
+    }
+
+
+class RoutedSwiGLU(nn.Module):
+    """Experts, each a SwiGLU with kernels of its own: gate and up [X, E, M], down [X, M, E]; router [E, X].
+
+    The router's kernel is a matrix like any other; its experts have no name, for a dimension named "experts" would be
+    divided over the mesh, and stack vectors for Shampoo.
+    """
+
+    experts: Experts
+    mlp_dim: int
+    layers: int  # of the whole model; see the module `lm` for what the initialisation makes of it
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BxTxE: jax.Array, real_BxT: jax.Array) -> tuple[jax.Array, Routing]:
+        """What the experts add to the residual stream [B, T, E], and the sums of `route`."""
+        batch, length, embed = x_BxTxE.shape
+        group = self.experts.group_of(length)
+        x_BxNxTxE = x_BxTxE.reshape(batch, length // group, group, embed)
+        real_BxNxT = real_BxT.reshape(x_BxNxTxE.shape[:3])
+        router_ExX = self.param("router", fan_in(1.0, "embed", None), (embed, self.experts.count))
+        # float32: rounding of bfloat16 decides between experts otherwise (Switch, section 2.4).
+        logits = jnp.einsum("bnte,ex->bntx", x_BxNxTxE.astype(jnp.float32), router_ExX)
+        sent, weights, routing = route(logits, real_BxNxT, self.experts)
+
+        def kernel(name: str, scale: float, inputs: str, outputs: str) -> jax.Array:
+            sizes = {"embed": embed, "mlp": self.mlp_dim}
+            init = fan_in(scale, "experts", inputs, outputs, stacked=1)
+            return self.param(name, init, (self.experts.count, sizes[inputs], sizes[outputs])).astype(self.dtype)
+
+        into = shard_experts(jnp.einsum("bntxc,bnte->bxnce", sent.astype(self.dtype), x_BxNxTxE))
+        gate = jnp.einsum("bxnce,xem->bxncm", into, kernel("gate", 1.0, "embed", "mlp"))
+        up = jnp.einsum("bxnce,xem->bxncm", into, kernel("up", 1.0, "embed", "mlp"))
+        down = kernel("down", 1 / (2 * self.layers), "mlp", "embed")
+        out = shard_groups(shard_experts(jnp.einsum("bxncm,xme->bxnce", nn.silu(gate) * up, down)))
+        mixed = jnp.einsum("bntxc,bxnce->bnte", weights.astype(self.dtype), out)
+        return shard_tokens(mixed.reshape(x_BxTxE.shape)), routing

@@ -1,0 +1,117 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from lm_cases import SMALL, assert_close, batch_of, grad_of, quick_jit, spec_of, value_and_grad, variables_of
+
+from shampax.models import attention
+
+
+def test_rotation_against_complex_numbers():
+    """Fault: wrong pairing or frequencies, checked in float64 against multiplication by exp(i position / theta^...)."""
+    x = np.random.default_rng(0).normal(size=(2, 5, 3, 8))
+    positions = np.array([[0, 1, 2, 3, 4], [7, 8, 1000, 0, 1]])
+    pairs = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[:, :, None, None] * 10_000.0 ** (-np.arange(4) / 4))
+    expected = np.concatenate([pairs.real, pairs.imag], axis=-1)
+    rotation = attention.rotary_angles(jnp.asarray(positions), 8, 10_000.0)
+    np.testing.assert_allclose(attention.rotate(jnp.asarray(x, jnp.float32), rotation), expected, atol=2e-4)
+
+
+def test_attention_against_jax():
+    """Fault: a wrong scale, softmax axis or assignment of query heads to key heads."""
+    random = np.random.default_rng(0)
+    shapes = [(2, 7, 6, 8), (2, 7, 3, 8), (2, 7, 3, 8)]
+    query, key, value = (random.normal(size=shape).astype(np.float32) for shape in shapes)
+    visible = np.tril(np.ones((2, 7, 7), bool))
+    expected = quick_jit(jax.nn.dot_product_attention)(query, key, value, mask=visible[:, None])
+    assert_close(quick_jit(attention.attend)(query, key, value, visible), expected, 1e-5)
+
+
+@pytest.mark.parametrize("block", [3, 50])
+def test_by_blocks_equals_the_whole(block):
+    """Fault: softmaxes of blocks wrongly joined, a short last block, or a block in which a query sees nothing."""
+    task = dataclasses.replace(SMALL, attention_block=block)
+    variables, batch = variables_of(SMALL), batch_of()
+    assert_close(grad_of(SMALL, variables, batch), grad_of(task, variables, batch), 1e-5)
+
+
+def random_input(length, dtype="float32"):
+    """Query, key, value and segments of one row; 4 heads share 2 key-value heads."""
+    random = np.random.default_rng(0)
+    shapes = [(1, length, 4, 8), (1, length, 2, 8), (1, length, 2, 8)]
+    return *(random.normal(size=shape).astype(dtype) for shape in shapes), np.ones((1, length), np.int32)
+
+
+def test_by_blocks_in_bfloat16():
+    """Fault: sums over blocks, or the gradient of the keys, kept in bfloat16."""
+    arrays = random_input(96)
+    half = tuple(jnp.asarray(x, jnp.bfloat16) for x in arrays[:3])
+
+    def total(query, key, value, block):
+        return (attention.self_attention(query, key, value, arrays[3], block).astype(jnp.float32) ** 2).sum()
+
+    grads = quick_jit(jax.value_and_grad(total, argnums=(0, 1, 2)), static_argnums=3)
+    exact, found = grads(*arrays[:3], 0), grads(*half, 16)
+    for x, y in zip(jax.tree.leaves(exact), jax.tree.leaves(found), strict=True):
+        assert np.linalg.norm(x - np.asarray(y, np.float32)) < 0.01 * np.linalg.norm(x)
+
+
+def peak(block, length):
+    def total(*arrays):
+        return attention.self_attention(*arrays, block).sum()
+
+    compiled = quick_jit(jax.grad(total, argnums=(0, 1, 2))).lower(*random_input(length)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_by_blocks_grows_with_the_length_and_not_with_its_square():
+    """Fault: scores of all blocks, or the sums after each block, kept for the backward pass."""
+    whole, blocks = ([peak(block, length) for length in (256, 1024)] for block in (0, 32))
+    assert whole[1] > 8 * whole[0]
+    assert blocks[1] < 5 * blocks[0]
+    assert blocks[1] < whole[1] / 8
+
+
+def on_mesh(task, sizes, batch):
+    """Loss and gradient compiled with positions over `sequence`, parameters replicated."""
+    names = ("data", "expert", "fsdp", "sequence", "tensor")
+    mesh = jax.make_mesh(tuple(sizes.get(name, 1) for name in names), names, axis_types=(AxisType.Auto,) * 5)
+    replicated, by_batch = NamedSharding(mesh, P()), NamedSharding(mesh, P(("data", "fsdp", "expert")))
+    step = quick_jit(
+        functools.partial(value_and_grad, task), in_shardings=(replicated, by_batch), out_shardings=replicated
+    )
+    variables = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch))
+    with jax.set_mesh(mesh):
+        return step.lower(variables, spec_of(batch)).compile()
+
+
+@pytest.mark.parametrize("block", [0, 3])
+def test_positions_over_four_devices_equal_one(block):
+    """Fault: a device whose mask takes its queries for the first ones, or gradients of keys that are not summed."""
+    batch, variables = batch_of(), variables_of(SMALL)
+    step = on_mesh(dataclasses.replace(SMALL, attention_block=block), {"data": 2, "sequence": 4}, batch)
+    arguments = jax.device_put((variables, batch), step.input_shardings[0])
+    assert_close(grad_of(SMALL, variables, batch), jax.device_get(step(*arguments)), 1e-4)
+
+
+def test_each_device_needs_the_memory_of_its_positions():
+    """Fault: activations that every device along `sequence` holds whole."""
+    task = dataclasses.replace(SMALL, attention_block=32, remat="full")
+    batch = batch_of([[1] * 1025] * 2)
+    alone, four = (
+        on_mesh(task, sizes, batch).memory_analysis().temp_size_in_bytes
+        for sizes in ({"data": 2, "tensor": 4}, {"data": 2, "sequence": 4})
+    )
+    assert four < alone / 2.5
+
+
+def test_positions_that_do_not_divide_are_refused():
+    """Fault: a sequence axis that is passed over in silence, and memory that does not fall."""
+    mesh = jax.make_mesh((8,), ("sequence",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"rows of 20 tokens .* mesh.sequence 8; use 16 or 24"):
+        jax.eval_shape(SMALL.init, jax.random.key(0), spec_of(batch_of([[1] * 21])))

@@ -1,0 +1,64 @@
+"""A small language model, rows of packed documents for it, and its functions, jitted."""
+
+import functools
+
+import jax
+import numpy as np
+
+from shampax.models.lm import LMTask
+
+SMALL = LMTask(vocab_size=64, layers=2, embed_dim=32, heads=4, kv_heads=2, head_dim=8, mlp_dim=48)
+SEGMENTS = [[1] * 4 + [2] * 7 + [3] * 5 + [0], [1] * 17, [1] * 9 + [0] * 8, [1] + [2] * 16]
+# Programs are small and run once: without LLVM's optimisations they compile in a third of the time.
+quick_jit = functools.partial(
+    jax.jit,
+    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+)
+
+
+def batch_of(segments=SEGMENTS, vocab_size=64, seed=0):
+    """Random tokens under the given segments, positions that restart in each."""
+    segments = np.array(segments, np.int32)
+    rows, length = segments.shape
+    starts = np.diff(segments, prepend=-1, axis=1) != 0
+    slots = np.tile(np.arange(length), (rows, 1))
+    random = np.random.default_rng(seed)
+    return {
+        "tokens": random.integers(0, vocab_size, segments.shape, np.int32),
+        "segments": segments,
+        "positions": (slots - np.maximum.accumulate(np.where(starts, slots, 0), axis=1)).astype(np.int32),
+        "characters": random.integers(0, 5, segments.shape, np.int32),
+    }
+
+
+def spec_of(batch):
+    return {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()}
+
+
+@functools.cache
+def variables_of(task):
+    """Parameters drawn by numpy, norms and embeddings large enough that everything matters."""
+    random = np.random.default_rng(1)
+    abstract = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch_of()))
+    return jax.tree.map(lambda x: random.normal(0.1, 0.25, x.shape).astype(np.float32), abstract)
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def logits_of(task, variables, batch):
+    return task.logits(variables, batch)
+
+
+@functools.partial(quick_jit, static_argnums=(0, 3))
+def loss_of(task, variables, batch, train=True):
+    return task.loss(variables, batch, key=jax.random.key(0), train=train)
+
+
+def value_and_grad(task, variables, batch):
+    return jax.value_and_grad(lambda v: task.loss(v, batch, key=jax.random.key(0), train=True)[0])(variables)
+
+
+grad_of = quick_jit(value_and_grad, static_argnums=0)
+
+
+def assert_close(left, right, tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), left, right)
