@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shampax.models import lm
+from shampax.models.attention import attend
 from shampax.models.lm import LMTask
 
 SMALL = LMTask(vocab_size=64, layers=2, embed_dim=32, heads=4, kv_heads=2, head_dim=8, mlp_dim=48)
@@ -131,7 +132,7 @@ def test_attention_against_jax():
     query, key, value = (random.normal(size=shape).astype(np.float32) for shape in shapes)
     visible = np.tril(np.ones((2, 7, 7), bool))
     expected = quick_jit(jax.nn.dot_product_attention)(query, key, value, mask=visible[:, None])
-    assert_close(quick_jit(lm.attend)(query, key, value, visible), expected, 1e-5)
+    assert_close(quick_jit(attend)(query, key, value, visible), expected, 1e-5)
 
 
 def test_grouped_heads_equal_repeated_heads():

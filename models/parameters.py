@@ -1,0 +1,28 @@
+"""Parameters that carry the names of their axes: how they begin, and how a task tells the names."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+
+def partitioned(initializer: nn.initializers.Initializer, *names: str | None) -> nn.initializers.Initializer:
+    """An initializer whose parameter has these names for its axes."""
+    return nn.with_logical_partitioning(initializer, names)
+
+
+def fan_in(scale: float, *names: str) -> nn.initializers.Initializer:
+    """Truncated normal, variance scale / fan_in; the dense layers pass their kernel as [inputs, outputs]."""
+    return partitioned(nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal"), *names)
+
+
+def axis_names(variables: dict[str, Any], boxed: Any) -> dict[str, Any]:
+    """A tuple of names for each of the `variables`, as the same variables in their boxes have them.
+
+    Raises:
+      ValueError: the two trees differ.
+    """
+    names = jax.tree.map(
+        lambda box: tuple(box.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    )
+    return jax.tree.map(lambda _, axes: axes, variables, names)
