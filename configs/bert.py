@@ -1,4 +1,5 @@
 """draft"""
+
 from typing import Any
 
 from . import base
