@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend import core
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from traced import dot_flops, equations, quick_jit
 
 from shampax.models import lm
 from shampax.models.attention import attend
@@ -17,11 +17,6 @@ from shampax.models.lm import LMTask
 
 SMALL = LMTask(vocab_size=64, layers=2, embed_dim=32, heads=4, kv_heads=2, head_dim=8, mlp_dim=48)
 SEGMENTS = [[1] * 4 + [2] * 7 + [3] * 5 + [0], [1] * 17, [1] * 9 + [0] * 8, [1] + [2] * 16]
-# Programs are small and run once: without LLVM's optimisations they compile in a third of the time.
-quick_jit = functools.partial(
-    jax.jit,
-    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
-)
 
 
 def batch_of(segments=SEGMENTS, vocab_size=64, seed=0):
@@ -275,21 +270,6 @@ def test_bfloat16_is_used_where_it_should_be():
     assert {var.aval.dtype for eqn in dots for var in eqn.invars} == {jnp.dtype("bfloat16")}
     exponentials = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "exp"]
     assert {eqn.outvars[0].aval.dtype for eqn in exponentials} == {jnp.dtype("float32")}
-
-
-def equations(jaxpr):
-    """All equations, also those inside calls."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for parameter in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, core.Jaxpr)):
-            inner = parameter.jaxpr if isinstance(parameter, core.ClosedJaxpr) else parameter
-            if isinstance(inner, core.Jaxpr):
-                yield from equations(inner)
-
-
-def dot_flops(eqn):
-    (contract, _), _ = eqn.params["dimension_numbers"]
-    return 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[axis] for axis in contract)
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_heads": 4, "tied_head": False}])
