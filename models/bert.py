@@ -188,7 +188,9 @@ class Bert(nn.Module):
             scan=task.scan_layers,
         )
         x_BxPxE = shard_batch(jnp.take_along_axis(x_BxTxE, masked_BxP[..., None], axis=1))
-        return MaskedHead(task, name="masked_head")(x_BxPxE, words_VxE), NextHead(task, name="next_head")(x_BxTxE[:, 0])
+        return MaskedHead(task, name="masked_head")(x_BxPxE, words_VxE), NextHead(task, name="next_head")(
+            shard_batch(x_BxTxE[:, 0])
+        )
 
 
 class Embeddings(nn.Module):
