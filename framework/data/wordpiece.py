@@ -17,8 +17,8 @@ from ..errors import UserError
 from .tokenizer import TRAINING_CHARACTERS, first_characters, refusing
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-SMALLEST_VOCABULARY = 50  # the special tokens, and an alphabet to speak of
-_LARGEST_ALPHABET = 1000  # characters, as in the published vocabularies
+SMALLEST_VOCABULARY = 150  # the special tokens, the smallest alphabet twice, and some pieces
+_SMALLEST_ALPHABET, _LARGEST_ALPHABET = 64, 1000  # characters; the published vocabularies have 1,000
 _LONGEST_WORD = 100  # characters; a longer one is [UNK]
 
 
@@ -42,8 +42,9 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
 def train_wordpiece(documents: Iterable[str], vocab_size: int, *, lower_case: bool) -> Tokenizer:
     """A tokenizer of at most `vocab_size` tokens; the special tokens are the first five.
 
-    The alphabet is of the most frequent characters, at most 1,000 and a tenth of the vocabulary, each for the start of
-    a word and, where it can be there, for its inside; a word with another one is [UNK]. Reads 300 M characters at most.
+    The alphabet is of the most frequent characters, as many as a tenth of the vocabulary but 64 at least and 1,000 at
+    most, each for the start of a word and, where it can be there, for its inside; a word with another one is [UNK].
+    Reads 300 M characters at most.
     """
     texts = list(first_characters(documents, TRAINING_CHARACTERS))
     tokenizer = _tokenizer({}, lower_case=lower_case)
@@ -52,7 +53,7 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int, *, lower_case: bo
     for text in texts:
         counts.update(normalizer.normalize_str(text))
     characters = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
-    alphabet = sorted(characters[: min(_LARGEST_ALPHABET, vocab_size // 10)])
+    alphabet = sorted(characters[: min(max(vocab_size // 10, _SMALLEST_ALPHABET), _LARGEST_ALPHABET)])
     # The trainer numbers an alphabet that it gathers itself in the order of a hash that differs between processes, and
     # settles ties among merges by these numbers. What it is given as special tokens it takes in the given order.
     inside = [f"##{c}" for c in alphabet if _continues(tokenizer, c)]
