@@ -56,6 +56,7 @@ def get_config() -> Any:
     config.schedule.warmup = "10%"  # linear rise to the peak, while statistics are young
     config.schedule.decay = "cosine"  # to the end of the run: "cosine", "linear", "quadratic", "constant" or "rsqrt"
     config.schedule.final_fraction = 0.0  # of the peak, left at the last step; "rsqrt" takes no notice of it
+    config.schedule.begin = "0 steps"  # warm-up and decay go from here to the end: a later phase warms up once more
     config.gradient_clip = 0.0  # largest global norm of a gradient; 0 leaves gradients as they are
     config.guard = ConfigDict()
     config.guard.max_consecutive_skips = 20  # steps skipped in a row, after which the run stops: this is no bad luck

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from .errors import UserError
@@ -11,22 +12,34 @@ DECAYS = ("cosine", "linear", "quadratic", "constant", "rsqrt")
 
 
 def make_schedule(
-    learning_rate: float, *, warmup_steps: int, total_steps: int, decay: str, final_fraction: float
+    learning_rate: float, *, warmup_steps: int, total_steps: int, decay: str, final_fraction: float, begin_step: int = 0
 ) -> optax.Schedule:
     """Linear warm-up over `warmup_steps` to `learning_rate`, then decay to `final_fraction` of it at
     `total_steps`.
 
     No step is spent on a rate of zero: step 0 has `learning_rate / (warmup_steps + 1)`, and the last step,
     number `total_steps` - 1, is the last before the end of the decay. `rsqrt` falls as sqrt(w / step), w
-    being the warm-up (at least 1), and takes no notice of `final_fraction`.
+    being the warm-up (at least 1), and takes no notice of `final_fraction`. From `begin_step` on, all of this goes as
+    if the run were the steps from there to its end: a phase of its own.
 
     Raises:
-      UserError: unknown decay, or a warm-up longer than the run.
+      UserError: unknown decay, or a warm-up longer than the run, or what is left of it from `begin_step` on.
     """
     if decay not in DECAYS:
         raise UserError(f"schedule.decay {decay!r} is none of {', '.join(DECAYS)}")
     if not 0 <= final_fraction <= 1:
         raise UserError(f"schedule.final_fraction {final_fraction} must lie between 0 and 1")
+    if begin_step:
+        if begin_step >= total_steps:
+            raise UserError(f"schedule.begin of {begin_step} steps must be shorter than the run of {total_steps} steps")
+        phase = make_schedule(
+            learning_rate,
+            warmup_steps=warmup_steps,
+            total_steps=total_steps - begin_step,
+            decay=decay,
+            final_fraction=final_fraction,
+        )
+        return lambda count: phase(jnp.maximum(jnp.asarray(count) - begin_step, 0))
     if warmup_steps >= total_steps:
         raise UserError(f"schedule.warmup of {warmup_steps} steps must be shorter than the run of {total_steps} steps")
     decay_steps = total_steps - warmup_steps

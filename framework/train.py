@@ -112,6 +112,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             total_steps=total_steps,
             decay=config.schedule.decay,
             final_fraction=config.schedule.final_fraction,
+            begin_step=in_steps(config.schedule.begin),
         )
         began = takeover.optimizer_began(start, record, config.optimizer.name)
 

@@ -5,6 +5,7 @@ reads the slots up to t of its own segment.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -84,14 +85,23 @@ def _gather_backward(_, gradient):
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
-    """softmax(q k / sqrt(D)) v for query [B, T, H, D], key and value [B, S, K, D], visible bool [B, T, S].
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visible: jax.Array,
+    *,
+    drop: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """softmax(q k / sqrt(D)) v for query [B, T, H, D], key and value [B, S, K, D], visible bool [B, T or 1, S].
 
     Query head h reads key-value head h // (H / K). Scores and softmax are float32, the result has the query's dtype.
-    Every query must see at least one key.
+    A query that sees no key reads the mean of all values. `drop` is applied to the weights [B, K, H / K, T, S].
     """
     scores = _scores(_grouped(query, key), key, visible)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    if drop is not None:
+        weights = drop(weights)
     return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(query.shape)
 
 

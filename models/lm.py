@@ -24,20 +24,15 @@ import numpy as np
 
 from . import layout, moe
 from .attention import Rotation, rotary_angles, rotate, self_attention
-from .initial import fan_in, partitioned
 from .layout import gather_columns, shard_tokens
+from .parameters import axis_names, fan_in, partitioned
+from .stack import REMAT_POLICIES, run_layers
 
 Batch = Mapping[str, jax.Array]
 BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 _EMBEDDING_STD = 0.02
-_REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    # Products with weights are kept, attention's (they have batch dimensions, and grow with T^2) are not.
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +76,8 @@ class LMTask:
             )
         if self.head_dim % 2:
             raise ValueError(f"task.head_dim is {self.head_dim}; rotary positions need it even: {self.head_dim + 1}")
-        if self.remat not in _REMAT_POLICIES:
-            raise ValueError(f"task.remat is {self.remat!r}; use one of {', '.join(_REMAT_POLICIES)}")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"task.remat is {self.remat!r}; use one of {', '.join(REMAT_POLICIES)}")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"task.compute_dtype is {self.compute_dtype!r}; use 'float32' or 'bfloat16'")
         for name in ("attention_block", "experts", "expert_group", "balance_loss", "router_z_loss"):
@@ -153,10 +148,7 @@ class LMTask:
         Names: layers, experts, embed, mlp, heads, kv_heads, kv (inside a head), vocab, norm (scales of norms).
         """
         boxed = jax.eval_shape(lambda: self._boxed_init(jax.random.key(0)))
-        names = jax.tree.map(
-            lambda box: tuple(box.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
-        )
-        return jax.tree.map(lambda _, axes: axes, variables, names)
+        return axis_names(variables, boxed)
 
     def flops(self, batch_spec: BatchSpec) -> float:
         """Training FLOPs of one batch: 6 N tokens + 12 layers T H D tokens + 6 E V tokens.
@@ -205,27 +197,16 @@ class Transformer(nn.Module):
         x_BxTxE = shard_tokens(jnp.take(gather_columns(embedding_VxE), tokens_BxT, axis=0))
         rotation = rotary_angles(positions_BxT, task.head_dim, task.rope_theta)
 
-        block = Block
-        if task.remat != "none":
-            # Inside scan the loop itself keeps XLA from merging the recomputation away.
-            block = nn.remat(Block, policy=_REMAT_POLICIES[task.remat], prevent_cse=not task.scan_layers)
-        if task.scan_layers:
-            stack = nn.scan(
-                lambda block, x, *context: block(x, *context),
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
-                length=task.layers,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            x_BxTxE, routing = stack(block(task, name="layers"), x_BxTxE, segments_BxT, rotation)
-        else:
-            by_layer = []
-            for layer in range(task.layers):
-                x_BxTxE, of_layer = block(task, name=f"layers_{layer}")(x_BxTxE, segments_BxT, rotation)
-                by_layer.append(of_layer)
-            routing = jax.tree.map(lambda *leaves: jnp.stack(leaves), *by_layer)
-
+        x_BxTxE, routing = run_layers(
+            Block,
+            (task,),
+            x_BxTxE,
+            segments_BxT,
+            rotation,
+            layers=task.layers,
+            remat=task.remat,
+            scan=task.scan_layers,
+        )
         x_BxTxE = _norm("final_norm", dtype)(x_BxTxE)
         if task.tied_head:
             head_VxE = embedding_VxE

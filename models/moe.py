@@ -13,8 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .initial import fan_in
 from .layout import shard_experts, shard_groups, shard_tokens
+from .parameters import fan_in
 
 Routing = dict[str, jax.Array]
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 from optax.contrib import MuonDimensionNumbers
@@ -55,6 +56,61 @@ class AdamWOptions:
             nesterov=self.nesterov,
         )
         return optax.chain(adamw, scale_by_rules(self.rate_rules))
+
+
+def scale_by_trust_ratio(adapt_rules: patterns.Rules[bool], axis_names: Any) -> optax.GradientTransformation:
+    """Give the update of each matrix the norm of the matrix itself, layer by layer; where either is 0, leave it.
+
+    As `optax.scale_by_trust_ratio`, which would take all layers that are stacked in one parameter for one.
+
+    Args:
+      adapt_rules: (regex over the path, whether the parameter is adapted), first match wins.
+      axis_names: of each parameter, a tuple; axes named in `ShampooOptions.stack_axes` stack. None for no stacks.
+    """
+    names = names_by_path(axis_names)
+
+    def adapt(update: jax.Array, param: jax.Array, path: str) -> jax.Array:
+        stacked = [name in ShampooOptions.stack_axes for name in names.get(path, ())] or [False] * param.ndim
+        axes = tuple(axis for axis in range(param.ndim) if not stacked[axis])
+        of_param, of_update = (jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True)) for x in (param, update))
+        known = (of_param > 0) & (of_update > 0)
+        return update * jnp.where(known, of_param / jnp.where(known, of_update, 1.0), 1.0)
+
+    def scale(updates: Any, params: Any = None) -> Any:
+        leaves, paths = jax.tree.leaves(params), patterns.paths(params)
+        chosen = [patterns.first_match(adapt_rules, path) for path in paths]
+        rows = zip(jax.tree.leaves(updates), leaves, paths, chosen, strict=True)
+        return jax.tree.structure(updates).unflatten([adapt(u, p, path) if on else u for u, p, path, on in rows])
+
+    return optax.stateless(scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class LambOptions:
+    """LAMB: Adam whose update of each layer is as long as the layer's weights (You et al. 2020, arXiv 1904.00962)."""
+
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.999  # decay of the second moment
+    epsilon: float = 1e-6  # added to the root of the second moment
+    weight_decay: float = 0.01  # times the parameter, added to Adam's update before that gets its length
+    decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
+    adapt_rules: tuple[tuple[str, bool], ...] = (
+        # which updates get the parameter's length; the others are Adam's, as in the published code
+        (r"(.*/)?[^/]*(bias|scale|norm)[^/]*(/.*)?", False),
+        (r".*", True),
+    )
+    rate_rules: tuple[tuple[str, float], ...] = ShampooOptions.rate_rules  # factors of the learning rate
+
+    def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
+        """The optimizer; axis names tell the layers that are stacked in one parameter."""
+        del layout
+        return optax.chain(
+            optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.epsilon),
+            optax.add_decayed_weights(self.weight_decay, _decay_mask(self.decay_rules)),
+            scale_by_trust_ratio(self.adapt_rules, axis_names),
+            optax.scale_by_learning_rate(learning_rate),
+            scale_by_rules(self.rate_rules),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

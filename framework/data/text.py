@@ -2,9 +2,6 @@
 
 import dataclasses
 import hashlib
-import itertools
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +10,10 @@ import jax
 import numpy as np
 
 from ..errors import UserError
-from ..workdir import read_json
 from . import packing
-from .documents import Documents, open_documents
+from .documents import Documents
 from .records import Rejects
+from .rows import are_there, check_knobs, digest, documents_of, read_stamp, say_skipped, stream, tokenizer_digest
 from .splits import SPLITS, Split
 from .tokenizer import (
     SMALLEST_VOCABULARY,
@@ -52,20 +49,11 @@ class TextData:
     max_malformed: int = 0  # documents of a split that may be skipped; 0, so that nobody's data shrink unasked
 
     def __post_init__(self):
-        if self.source.partition(":")[0] not in ("sample", "file", "tfds"):
-            raise ValueError(
-                f"data.source is {self.source!r}; write 'sample:enwiki', 'file:/path/*.txt' or 'tfds:lm1b:1.1.0'"
-            )
+        check_knobs(self)
         if self.sequence_length < 1:
             raise ValueError(f"data.sequence_length is {self.sequence_length}; it must be at least 1")
         if self.vocab_size < SMALLEST_VOCABULARY:
             raise ValueError(f"data.vocab_size is {self.vocab_size}; bytes alone need {SMALLEST_VOCABULARY}")
-        if self.max_documents < 0:
-            raise ValueError(f"data.max_documents is {self.max_documents}; give a count, or 0 for all")
-        if self.tsv_column < 1:
-            raise ValueError(f"data.tsv_column is {self.tsv_column}; columns count from 1")
-        if self.max_malformed < 0:
-            raise ValueError(f"data.max_malformed is {self.max_malformed}; give a count, or 0 for none")
 
     @property
     def tokens_per_example(self) -> int:
@@ -82,12 +70,9 @@ class TextData:
           UserError: the source or the tokenizer file cannot be used, and nothing has been written; or a split has more
             than `max_malformed` malformed documents.
         """
-        documents = self._documents()
+        documents = documents_of(self)
         rows = self._rows_path(cache, documents)
-        if rows.exists():
-            for split, rejects in self._stamp(rows)[1].items():
-                rejects.refuse_excess()
-                _say_skipped(split, rejects)
+        if are_there(rows, self.max_malformed):
             return
         tokenizer = self._given_tokenizer() or self._trained_tokenizer(cache, documents)
         with packing.AtomicDirectory(rows) as partial:
@@ -95,7 +80,7 @@ class TextData:
             np.save(partial / "characters.npy", characters)
             totals = {split: self._pack_split(partial, split, documents, tokenizer, characters) for split in SPLITS}
             table = hashlib.sha256(characters.tobytes()).hexdigest()
-            content = _hash([table, *(totals[split]["content"] for split in SPLITS)])
+            content = digest([table, *(totals[split]["content"] for split in SPLITS)])
             stamp = {"settings": self._settings(documents), "content": content}
             packing.write_json(partial / "stamp.json", stamp | totals)
 
@@ -118,26 +103,13 @@ class TextData:
         Raises:
           UserError: nothing is prepared for these settings in `cache`.
         """
-        return self._stamp(self._prepared(cache))[0]
+        return read_stamp(self._prepared(cache), self.max_malformed)[0]
 
     def load_tokenizer(self, cache: Path) -> Tokenizer:
         """The tokenizer that the rows were made with, for decoding."""
         return self._given_tokenizer() or load_tokenizer(
-            self._tokenizer_path(cache, self._documents()), self.vocab_size
+            self._tokenizer_path(cache, documents_of(self)), self.vocab_size
         )
-
-    def _documents(self) -> Documents:
-        return open_documents(
-            self.source,
-            data_dir=self.data_dir,
-            text_key=self.text_key,
-            tsv_column=self.tsv_column,
-            train_split=self.train_split,
-            heldout_split=self.heldout_split,
-        )
-
-    def _stream(self, documents: Documents, split: Split, rejects: Rejects) -> Iterator[str]:
-        return itertools.islice(rejects.sift(documents.stream(split)), self.max_documents or None)
 
     def _given_tokenizer(self) -> Tokenizer | None:
         return load_tokenizer(Path(self.tokenizer).expanduser(), self.vocab_size) if self.tokenizer else None
@@ -145,7 +117,7 @@ class TextData:
     def _trained_tokenizer(self, cache: Path, documents: Documents) -> Tokenizer:
         path = self._tokenizer_path(cache, documents)
         if not path.exists():
-            texts = self._stream(documents, "train", Rejects(self.max_malformed))
+            texts = stream(self, documents, "train", Rejects(self.max_malformed))
             trained = train_tokenizer(texts, self.vocab_size)
             cache.mkdir(parents=True, exist_ok=True)
             packing.write_atomically(path, trained.to_str(pretty=True))
@@ -158,7 +130,7 @@ class TextData:
         progress = packing.Progress(f"packing {split}", rejects)
 
         def counted() -> Iterator[np.ndarray]:
-            for text, tokens in encode(tokenizer, self._stream(documents, split, rejects)):
+            for text, tokens in encode(tokenizer, stream(self, documents, split, rejects)):
                 if characters[tokens].sum() != len(text):
                     raise UserError(
                         f"tokenizer {self.tokenizer} turns {len(text)} characters into {characters[tokens].sum()} "
@@ -171,25 +143,14 @@ class TextData:
         rows = packing.pack(counted(), row_length)
         count, content = packing.write_rows(directory / split, rows, row_length, self.vocab_size)
         totals = progress.finish(count, row_length)
-        _say_skipped(split, rejects)
+        say_skipped(split, rejects)
         return totals | {"content": content}
 
     def _prepared(self, cache: Path) -> Path:
-        rows = self._rows_path(cache, self._documents())
+        rows = self._rows_path(cache, documents_of(self))
         if not rows.exists():
             raise UserError(f"{cache} holds no rows for {self.source} with these settings; call prepare first")
         return rows
-
-    def _stamp(self, rows: Path) -> tuple[str, dict[Split, Rejects]]:
-        """What `prepare` has noted of packed rows: the hash of their content, and what each split has skipped."""
-        try:
-            stamp = read_json(rows / "stamp.json") or {}
-            skipped: dict[Split, Rejects] = {
-                split: Rejects(self.max_malformed, **stamp[split]["malformed"]) for split in SPLITS
-            }
-            return stamp["content"], skipped
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{rows}/stamp.json is damaged; remove {rows}, and it is made again") from error
 
     def _settings(self, documents: Documents) -> dict[str, str | int]:
         """What decides the content of the rows; `max_malformed` only decides whether there are any."""
@@ -200,28 +161,12 @@ class TextData:
             "sequence_length": self.sequence_length,
             "vocab_size": self.vocab_size,
             "max_documents": self.max_documents,
-            "tokenizer": _hash_file(self.tokenizer) if self.tokenizer else "",
+            "tokenizer": tokenizer_digest(self.tokenizer),
         }
 
     def _rows_path(self, cache: Path, documents: Documents) -> Path:
-        return cache / f"rows-{_hash(self._settings(documents))}"
+        return cache / f"rows-{digest(self._settings(documents))}"
 
     def _tokenizer_path(self, cache: Path, documents: Documents) -> Path:
         settings = {name: value for name, value in self._settings(documents).items() if name != "sequence_length"}
-        return cache / f"tokenizer-{_hash(settings)}.json"
-
-
-def _say_skipped(split: Split, rejects: Rejects) -> None:
-    if rejects.count:
-        print(f"{split} documents: {rejects}, skipped", file=sys.stderr, flush=True)
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _hash_file(path: str) -> str:
-    try:
-        return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"data.tokenizer {path} cannot be read ({error.strerror}); check the path") from error
+        return cache / f"tokenizer-{digest(settings)}.json"

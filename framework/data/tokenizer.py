@@ -21,7 +21,7 @@ from ..errors import UserError
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of a document
 # Merges settle long before this; reading all of a web-sized set would only cost hours.
-_TRAINING_CHARACTERS = 300_000_000
+TRAINING_CHARACTERS = 300_000_000
 _BYTE_LEVEL_PARTS = ("ByteLevel", "Split", "Digits", "Punctuation")
 _PROBE = " a  b\r\n\tÉe\u0301ﬁ \uff21\u00a0漢字 👩‍🚀 1,000 <|endoftext|>"
 
@@ -41,7 +41,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_first_characters(documents, _TRAINING_CHARACTERS), trainer)
+    tokenizer.train_from_iterator(first_characters(documents, TRAINING_CHARACTERS), trainer)
     # A document may contain the text of the end token; it is ordinary text there.
     tokenizer.encode_special_tokens = True
     return tokenizer
@@ -61,7 +61,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     except UnicodeDecodeError as error:
         raise UserError(f"data.tokenizer {path} is not a tokenizers JSON file: {error}") from error
     _refuse_unfit_parts(path, content)
-    with _refusing(f"data.tokenizer {path} is not a tokenizers JSON file"):
+    with refusing(f"data.tokenizer {path} is not a tokenizers JSON file"):
         tokenizer = Tokenizer.from_str(content)
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
@@ -71,7 +71,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         raise UserError(f"data.tokenizer {path} has {size} tokens, data.vocab_size is {vocab_size}; set it to {size}")
     if tokenizer.token_to_id(END_OF_DOCUMENT) is None:
         raise UserError(f"data.tokenizer {path} has no token {END_OF_DOCUMENT!r}; add it as a special token")
-    with _refusing(f"data.tokenizer {path} fails on {_PROBE!r}"):
+    with refusing(f"data.tokenizer {path} fails on {_PROBE!r}"):
         ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
         text = tokenizer.decode(ids, skip_special_tokens=False)
     kept = text == _PROBE and not set(ids) - set(_byte_level_ids(tokenizer))
@@ -120,8 +120,11 @@ def _is_byte_level(part: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _refusing(message: str) -> Iterator[None]:
-    """The Rust side raises plain Exception, and where it panics a BaseException of a class that has no public name."""
+def refusing(message: str) -> Iterator[None]:
+    """Raise UserError for whatever the tokenizers library raises.
+
+    The Rust side raises plain Exception, and where it panics a BaseException of a class that has no public name.
+    """
     try:
         yield
     except BaseException as error:
@@ -140,7 +143,7 @@ def encode(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[tuple[str
     """
     end = np.array([tokenizer.token_to_id(END_OF_DOCUMENT)], np.int32)
     for chunk in _chunks(documents, characters=1_000_000):
-        with _refusing(f"the tokenizer fails on one of the documents from {chunk[0][:40]!r} on; use another"):
+        with refusing(f"the tokenizer fails on one of the documents from {chunk[0][:40]!r} on; use another"):
             encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
         for document, encoding in zip(chunk, encodings, strict=True):
             yield document, np.concatenate([end, np.array(encoding.ids, np.int32), end])
@@ -179,7 +182,8 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTES = _byte_alphabet()
 
 
-def _first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
+def first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
+    """Documents until `limit` characters are read; the last is whole."""
     read = 0
     for document in documents:
         if read >= limit:

@@ -6,9 +6,14 @@ from shampax.framework.periods import Period
 from shampax.framework.schedule import make_schedule
 
 
-def rates(decay, *, warmup_steps=4, total_steps=12, final_fraction=0.1):
+def rates(decay, *, warmup_steps=4, total_steps=12, final_fraction=0.1, begin_step=0):
     schedule = make_schedule(
-        2.0, warmup_steps=warmup_steps, total_steps=total_steps, decay=decay, final_fraction=final_fraction
+        2.0,
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
+        decay=decay,
+        final_fraction=final_fraction,
+        begin_step=begin_step,
     )
     return np.array([schedule(step) for step in range(total_steps + 1)])
 
@@ -34,11 +39,21 @@ def test_without_warm_up_the_first_step_has_the_peak():
     np.testing.assert_allclose(rates("rsqrt", warmup_steps=0)[3], 1.0, rtol=1e-6)
 
 
+def test_a_phase_has_a_schedule_of_its_own():
+    """Fault: a second phase without warm-up, with the first one's steps in its decay, or a rate before it begins."""
+    for decay in ("cosine", "linear", "rsqrt"):
+        phase = make_schedule(2.0, warmup_steps=4, total_steps=32, decay=decay, final_fraction=0.1, begin_step=20)
+        np.testing.assert_allclose([phase(20 + step) for step in range(13)], rates(decay), rtol=1e-6)
+        assert phase(3) == phase(20)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"decay": "cosin"}, "'cosin' is none of cosine, linear, quadratic, constant, rsqrt"),
         ({"decay": "linear", "warmup_steps": 12}, "12 steps must be shorter than the run of 12 steps"),
+        ({"decay": "linear", "begin_step": 12}, "begin of 12 steps must be shorter than the run of 12 steps"),
+        ({"decay": "linear", "begin_step": 9}, "warmup of 4 steps must be shorter than the run of 3 steps"),
         ({"decay": "linear", "final_fraction": 1.5}, "1.5 must lie between 0 and 1"),
     ],
 )

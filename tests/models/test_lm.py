@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend import core
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from lm_cases import (
@@ -22,6 +21,7 @@ from lm_cases import (
     value_and_grad,
     variables_of,
 )
+from traced import dot_flops, equations
 
 from shampax.models.lm import LMTask
 
@@ -209,21 +209,6 @@ def test_bfloat16_is_used_where_it_should_be():
     assert {var.aval.dtype for eqn in dots for var in eqn.invars} == {jnp.dtype("bfloat16")}
     exponentials = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "exp"]
     assert {eqn.outvars[0].aval.dtype for eqn in exponentials} == {jnp.dtype("float32")}
-
-
-def equations(jaxpr):
-    """All equations, also those inside calls."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for parameter in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, core.Jaxpr)):
-            inner = parameter.jaxpr if isinstance(parameter, core.ClosedJaxpr) else parameter
-            if isinstance(inner, core.Jaxpr):
-                yield from equations(inner)
-
-
-def dot_flops(eqn):
-    (contract, _), _ = eqn.params["dimension_numbers"]
-    return 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[axis] for axis in contract)
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_heads": 4, "tied_head": False}])

@@ -4,16 +4,12 @@ import functools
 
 import jax
 import numpy as np
+from traced import quick_jit
 
 from shampax.models.lm import LMTask
 
 SMALL = LMTask(vocab_size=64, layers=2, embed_dim=32, heads=4, kv_heads=2, head_dim=8, mlp_dim=48)
 SEGMENTS = [[1] * 4 + [2] * 7 + [3] * 5 + [0], [1] * 17, [1] * 9 + [0] * 8, [1] + [2] * 16]
-# Programs are small and run once: without LLVM's optimisations they compile in a third of the time.
-quick_jit = functools.partial(
-    jax.jit,
-    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
-)
 
 
 def batch_of(segments=SEGMENTS, vocab_size=64, seed=0):

@@ -1,0 +1,120 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from shampax.configs import bert
+from shampax.framework import components
+from shampax.framework.config import load
+from shampax.framework.stopping import StopSignals
+from shampax.framework.train import train
+
+SMALL = (
+    "task.layers=1",
+    "task.embed_dim=16",
+    "task.heads=2",
+    "task.mlp_dim=16",
+    "task.max_length=32",
+    "task.vocab_size=200",
+    "task.remat=none",
+    "data.source=sample:enwiki",
+    "data.sequence_length=16",
+    "data.predictions=2",
+    "data.max_documents=2",
+    "schedule.warmup=1 steps",
+    "duration=4 steps",
+    "batch_size=8",
+    "microbatches=2",
+    "mesh.fsdp=1",
+    "evaluation.every=0 steps",
+    "evaluation.batches=1",
+    "checkpoint.every=0 steps",
+    "checkpoint.keep_best=0",
+    "log.every=1 steps",
+)
+SHAMPOO = ("optimizer.block_size=16", "optimizer.interval=2", "optimizer.early_intervals=()")
+FILE = "shampax/configs/bert.py"
+
+
+def shrunk(variant, *changes):
+    shampoo = () if variant in ("sample_adamw", "sample_lamb") else SHAMPOO
+    return load(f"{FILE}:{variant}", [*SMALL, *shampoo, *changes])
+
+
+def history(workdir, key):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+@pytest.fixture(scope="module")
+def first_phase(tmp_path_factory):
+    """The sample, shrunk, trained for 4 steps; and its result."""
+    workdir = tmp_path_factory.mktemp("bert") / "first"
+    return workdir, train(shrunk("sample"), workdir, devices=jax.devices()[:1])
+
+
+def test_golden_steps(first_phase):
+    """Fault: any unmeant change to initialisation, data, masks, model, loss or optimizer; a metric that is missing."""
+    workdir, result = first_phase
+    golden = {"train/loss": [5.95029, 5.39207], "train/gradient_norm": [2.53277, 2.12091]}
+    for key, values in golden.items():
+        np.testing.assert_allclose(list(history(workdir, key).values())[::3], values, rtol=2e-3, err_msg=key)
+    assert result["steps"] == 4 and result["skipped_steps"] == 0 and result["refreshes"] > 0
+    assert 0 <= result["masked_accuracy"] <= 1 and 0 <= result["next_sentence_accuracy"] <= 1
+    assert 4 < result["masked_loss"] < 7
+
+
+def test_resumed_equals_uninterrupted(first_phase, tmp_path, monkeypatch):
+    """Fault: masks or dropout that a resumed run draws anew, or state that does not come back bit for bit."""
+    workdir, _ = first_phase
+    monkeypatch.setattr(StopSignals, "reason", lambda self, step: "SIGTERM" if step == 2 else None)
+    assert train(shrunk("sample"), tmp_path, devices=jax.devices()[:1])["stopped"] == "SIGTERM"
+    monkeypatch.undo()
+    train(shrunk("sample"), tmp_path, devices=jax.devices()[:1])
+    for key in ("train/loss", "train/gradient_norm", "train/update_norm"):
+        assert history(tmp_path, key) == history(workdir, key)
+
+
+def test_a_second_phase_goes_on_with_longer_rows(first_phase, tmp_path, capfd):
+    """Fault: a change of the rows' length that loses the optimizer's state, the step, or the positions table."""
+    workdir, first = first_phase
+    second = ("data.sequence_length=32", "data.predictions=5", "duration=7 steps", "schedule.begin=4 steps")
+    capfd.readouterr()
+    result = train(shrunk("sample", *second, f"resume_from={workdir}"), tmp_path / "second", devices=jax.devices()[:1])
+    out = capfd.readouterr().out
+    assert f"continuing the run of resume_from {workdir}/checkpoints/4" in out
+    assert "afresh" not in out
+    assert result["steps"] == 7
+    assert list(history(tmp_path / "second", "train/loss")) == [5, 6, 7]
+    rates = history(tmp_path / "second", "train/learning_rate")
+    assert rates[5] == pytest.approx(rates[6] / 2)  # warms up from the beginning of the phase
+    assert result["refreshes"] > first["refreshes"]  # the optimizer counts on; three steps alone have fewer
+
+
+@pytest.mark.parametrize("variant", ["sample_lamb", "paper_512"])
+def test_other_variants_train(variant, tmp_path):
+    """Fault: a shipped config that does not compile or train."""
+    changes = ["duration=1 steps", "schedule.warmup=0 steps"]
+    if variant == "paper_512":
+        changes += ["schedule.begin=0 steps", "resume_from="]
+    result = train(shrunk(variant, *changes), tmp_path, devices=jax.devices()[:1])
+    assert result["steps"] == 1
+    assert np.isfinite(result["heldout_loss"])
+
+
+def test_published_variants_are_as_published():
+    """Fault: a size, a batch or a budget that another edit has moved."""
+    sizes = {"base": 110e6, "paper": 335e6}
+    for variant, parameters in sizes.items():
+        config = bert.get_config(variant)
+        assert config.task.vocab_size == config.data.vocab_size == 30_522
+        built, data = components.build(config.task), components.build(config.data)
+        spec = {name: jax.ShapeDtypeStruct((2, *struct.shape), struct.dtype) for name, struct in data.spec().items()}
+        variables = jax.eval_shape(built.init, jax.random.key(0), spec)
+        assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == pytest.approx(parameters, rel=0.01)
+    first, second = bert.get_config("paper"), bert.get_config("paper_512")
+    assert (first.batch_size, second.batch_size, second.duration) == (65_536, 32_768, "8599 steps")
+    assert second.schedule.begin == first.duration
+    assert dict(first.task) == dict(second.task)
+    assert dict(first.optimizer) == dict(second.optimizer)
