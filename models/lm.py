@@ -22,19 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .attention import Rotation, attend, rotary_angles, rotate
+from .layers import EMBEDDING_STD, REMAT_POLICIES, axis_names, fan_in, norm, partitioned
 from .layout import gather_columns, shard_batch
 
 Batch = Mapping[str, jax.Array]
 BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-
-_EMBEDDING_STD = 0.02
-_REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    # Products with weights are kept, attention's (they have batch dimensions, and grow with T^2) are not.
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +65,8 @@ class LMTask:
             )
         if self.head_dim % 2:
             raise ValueError(f"task.head_dim is {self.head_dim}; rotary positions need it even: {self.head_dim + 1}")
-        if self.remat not in _REMAT_POLICIES:
-            raise ValueError(f"task.remat is {self.remat!r}; use one of {', '.join(_REMAT_POLICIES)}")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"task.remat is {self.remat!r}; use one of {', '.join(REMAT_POLICIES)}")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"task.compute_dtype is {self.compute_dtype!r}; use 'float32' or 'bfloat16'")
         if self.z_loss < 0 or self.rope_theta <= 0:
@@ -127,10 +121,7 @@ class LMTask:
         Names: layers, embed, mlp, heads, kv_heads, kv (inside a head), vocab, norm (scales of norms).
         """
         boxed = jax.eval_shape(lambda: self._boxed_init(jax.random.key(0)))
-        names = jax.tree.map(
-            lambda box: tuple(box.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
-        )
-        return jax.tree.map(lambda _, axes: axes, variables, names)
+        return axis_names(boxed, variables)
 
     def flops(self, batch_spec: BatchSpec) -> float:
         """Training FLOPs of one batch: 6 N tokens + 12 layers T H D tokens + 6 E V tokens.
@@ -163,9 +154,9 @@ class Transformer(nn.Module):
         """Logits, float32."""
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
-        init = nn.initializers.normal(_EMBEDDING_STD)
+        init = nn.initializers.normal(EMBEDDING_STD)
         embedding_VxE = self.param(
-            "embedding", _partitioned(init, "vocab", "embed"), (task.vocab_size, task.embed_dim)
+            "embedding", partitioned(init, "vocab", "embed"), (task.vocab_size, task.embed_dim)
         ).astype(dtype)
         x_BxTxE = shard_batch(jnp.take(gather_columns(embedding_VxE), tokens_BxT, axis=0))
         visible_BxTxT = _visible(segments_BxT)
@@ -174,7 +165,7 @@ class Transformer(nn.Module):
         block = Block
         if task.remat != "none":
             # Inside scan the loop itself keeps XLA from merging the recomputation away.
-            block = nn.remat(Block, policy=_REMAT_POLICIES[task.remat], prevent_cse=not task.scan_layers)
+            block = nn.remat(Block, policy=REMAT_POLICIES[task.remat], prevent_cse=not task.scan_layers)
         if task.scan_layers:
             stack = nn.scan(
                 lambda block, x, *context: (block(x, *context), None),
@@ -189,12 +180,12 @@ class Transformer(nn.Module):
             for layer in range(task.layers):
                 x_BxTxE = block(task, name=f"layers_{layer}")(x_BxTxE, visible_BxTxT, rotation)
 
-        x_BxTxE = _norm("final_norm", dtype)(x_BxTxE)
+        x_BxTxE = norm("final_norm", dtype)(x_BxTxE)
         if task.tied_head:
             head_VxE = embedding_VxE
         else:
             shape = (task.vocab_size, task.embed_dim)
-            head_VxE = self.param("head", _partitioned(init, "vocab", "embed"), shape).astype(dtype)
+            head_VxE = self.param("head", partitioned(init, "vocab", "embed"), shape).astype(dtype)
         return jnp.einsum("bte,ve->btv", x_BxTxE, head_VxE, preferred_element_type=jnp.float32)
 
 
@@ -204,12 +195,12 @@ class Block(nn.Module):
     task: LMTask
 
     @nn.compact
-    def __call__(self, x_BxTxE: jax.Array, visible_BxTxT: jax.Array, rotation: "Rotation") -> jax.Array:
+    def __call__(self, x_BxTxE: jax.Array, visible_BxTxT: jax.Array, rotation: Rotation) -> jax.Array:
         """The residual stream after this layer."""
         dtype = jnp.dtype(self.task.compute_dtype)
         attention, mlp = Attention(self.task, name="attention"), SwiGLU(self.task, name="mlp")
-        x_BxTxE += attention(_norm("attention_norm", dtype)(x_BxTxE), visible_BxTxT, rotation)
-        x_BxTxE += mlp(_norm("mlp_norm", dtype)(x_BxTxE))
+        x_BxTxE += attention(norm("attention_norm", dtype)(x_BxTxE), visible_BxTxT, rotation)
+        x_BxTxE += mlp(norm("mlp_norm", dtype)(x_BxTxE))
         return shard_batch(x_BxTxE)
 
 
@@ -219,20 +210,20 @@ class Attention(nn.Module):
     task: LMTask
 
     @nn.compact
-    def __call__(self, x_BxTxE: jax.Array, visible_BxTxT: jax.Array, rotation: "Rotation") -> jax.Array:
+    def __call__(self, x_BxTxE: jax.Array, visible_BxTxT: jax.Array, rotation: Rotation) -> jax.Array:
         """What attention adds to the residual stream, [B, T, E]."""
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
         dense = functools.partial(nn.DenseGeneral, use_bias=False, dtype=dtype)
-        into = functools.partial(_fan_in, 1.0, "embed")
+        into = functools.partial(fan_in, 1.0, "embed")
         query = dense((task.heads, task.head_dim), kernel_init=into("heads", "kv"), name="query")(x_BxTxE)
         key = dense((task.kv_heads, task.head_dim), kernel_init=into("kv_heads", "kv"), name="key")(x_BxTxE)
         value = dense((task.kv_heads, task.head_dim), kernel_init=into("kv_heads", "kv"), name="value")(x_BxTxE)
         if task.qk_norm:
-            query, key = _norm("query_norm", dtype)(query), _norm("key_norm", dtype)(key)
+            query, key = norm("query_norm", dtype)(query), norm("key_norm", dtype)(key)
         query, key = rotate(query, rotation), rotate(key, rotation)
         mixed_BxTxHxD = attend(query, key, value, visible_BxTxT)
-        out_init = _fan_in(1 / (2 * task.layers), "heads", "kv", "embed")
+        out_init = fan_in(1 / (2 * task.layers), "heads", "kv", "embed")
         return dense(task.embed_dim, axis=(-2, -1), kernel_init=out_init, name="out")(mixed_BxTxHxD)
 
 
@@ -246,41 +237,10 @@ class SwiGLU(nn.Module):
         """What the MLP adds to the residual stream, [B, T, E]."""
         task = self.task
         dense = functools.partial(nn.Dense, use_bias=False, dtype=jnp.dtype(task.compute_dtype))
-        gate = dense(task.mlp_dim, kernel_init=_fan_in(1.0, "embed", "mlp"), name="gate")(x_BxTxE)
-        up = dense(task.mlp_dim, kernel_init=_fan_in(1.0, "embed", "mlp"), name="up")(x_BxTxE)
-        down_init = _fan_in(1 / (2 * task.layers), "mlp", "embed")
+        gate = dense(task.mlp_dim, kernel_init=fan_in(1.0, "embed", "mlp"), name="gate")(x_BxTxE)
+        up = dense(task.mlp_dim, kernel_init=fan_in(1.0, "embed", "mlp"), name="up")(x_BxTxE)
+        down_init = fan_in(1 / (2 * task.layers), "mlp", "embed")
         return dense(task.embed_dim, kernel_init=down_init, name="down")(nn.silu(gate) * up)
-
-
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
-    """softmax(q k / sqrt(D)) v for query [B, T, H, D], key and value [B, T, K, D], visible bool [B, T, T].
-
-    Query head h reads key-value head h // (H / K). Scores and softmax are float32, the result has the query's dtype.
-    Every query must see at least one key.
-    """
-    batch, length, heads, head_dim = query.shape
-    grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], head_dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(query.shape)
-
-
-Rotation = tuple[jax.Array, jax.Array]
-
-
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
-    """Cosines and sines, float32 [B, T, 1, head_dim / 2], for positions [B, T] (RoFormer, arXiv 2104.09864)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Turn the pairs (x[i], x[i + D/2]) of x [B, T, heads, D] by their position's angles; computed in float32."""
-    cos, sin = rotation
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def _visible(segments_BxT: jax.Array) -> jax.Array:
@@ -288,16 +248,3 @@ def _visible(segments_BxT: jax.Array) -> jax.Array:
     slots = jnp.arange(segments_BxT.shape[1])
     causal_TxT = slots[:, None] >= slots[None, :]
     return causal_TxT & (segments_BxT[:, :, None] == segments_BxT[:, None, :])
-
-
-def _partitioned(initializer: nn.initializers.Initializer, *names: str) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(initializer, names)
-
-
-def _fan_in(scale: float, *names: str) -> nn.initializers.Initializer:
-    """Truncated normal, variance scale / fan_in; the dense layers pass their kernel as [inputs, outputs]."""
-    return _partitioned(nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal"), *names)
-
-
-def _norm(name: str, dtype: jnp.dtype) -> nn.RMSNorm:
-    return nn.RMSNorm(dtype=dtype, scale_init=_partitioned(nn.initializers.ones_init(), "norm"), name=name)
