@@ -43,6 +43,6 @@ def fan_in(scale: float, *names: str) -> nn.initializers.Initializer:
     return partitioned(nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal"), *names)
 
 
-def norm(name: str, dtype: jnp.dtype) -> nn.RMSNorm:
+def norm(name: str | None, dtype: jnp.dtype) -> nn.RMSNorm:
     """RMSNorm over the last axis, computed in float32."""
     return nn.RMSNorm(dtype=dtype, scale_init=partitioned(nn.initializers.ones_init(), "norm"), name=name)
