@@ -87,9 +87,14 @@ def beam_search(
         scores_BxK, kept_BxK = jax.lax.top_k(jnp.concatenate([search.scores_BxK, ended_BxC], axis=1), beams)
         finished_BxKxN = take(jnp.concatenate([search.finished_BxKxN, ended_BxCxN], axis=1), kept_BxK)
         return _Search(
-            search.position + 1,
-            *map(shard_batch, (tokens_BxK, parents_BxK, live_BxKxN, live_logs_BxK, finished_BxKxN, scores_BxK)),
-            state,
+            position=search.position + 1,
+            last_BxK=shard_batch(tokens_BxK),
+            parents_BxK=shard_batch(parents_BxK),
+            live_BxKxN=shard_batch(live_BxKxN),
+            logs_BxK=shard_batch(live_logs_BxK),
+            finished_BxKxN=shard_batch(finished_BxKxN),
+            scores_BxK=shard_batch(scores_BxK),
+            state=state,
         )
 
     def goes_on(search: _Search) -> jax.Array:

@@ -213,12 +213,12 @@ class DecoderBlock(nn.Module):
         x_BxKxE, parents_BxK = carry
         normed = self.attention_norm(x_BxKxE)
         new = self.attention.keys_values(normed, rotation)
-        cache = tuple(
+        keys, values = (
             shard_batch(take(old, parents_BxK).at[:, :, position].set(now)) for old, now in zip(cache, new, strict=True)
         )
-        x_BxKxE += self.attention.search(normed, *cache, position, rotation)
+        x_BxKxE += self.attention.search(normed, keys, values, position, rotation)
         visible_BxKxS = jnp.broadcast_to(visible_Bx1xS, (*x_BxKxE.shape[:2], visible_Bx1xS.shape[2]))
-        return (self._rest(x_BxKxE, memory, visible_BxKxS, rotation), parents_BxK), cache
+        return (self._rest(x_BxKxE, memory, visible_BxKxS, rotation), parents_BxK), (keys, values)
 
     def _rest(self, x_BxTxE: jax.Array, memory: KeysValues, visible_BxTxS: jax.Array, rotation: Rotation) -> jax.Array:
         x_BxTxE += self.drop(self.source_attention(self.source_norm(x_BxTxE), *memory, visible_BxTxS, rotation))

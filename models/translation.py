@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -125,9 +124,11 @@ class TranslationTask:
           source_BxS: tokens and the end, from the first slot on.
           segments_BxS: 1 for these, 0 for what is behind them.
         """
-        model = Transformer(self, train=False)
-        call: Callable[..., Any] = functools.partial(model.apply, variables)
-        memory: Any = call(source_BxS, segments_BxS, method="memory")
+
+        def call(*inputs: Any, method: str) -> Any:
+            return Transformer(self, train=False).apply(variables, *inputs, method=method)
+
+        memory: KeysValues = call(source_BxS, segments_BxS, method="memory")
 
         def step(cache: KeysValues, parents_BxK: jax.Array, tokens_BxK: jax.Array, position: jax.Array) -> Any:
             logits_BxKxV, cache = call(tokens_BxK, parents_BxK, position, cache, memory, segments_BxS, method="step")
