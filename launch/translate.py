@@ -24,7 +24,7 @@ from . import environment
 
 TASK, DATA = "shampax.models.translation:TranslationTask", "shampax.framework.data.pairs:PairData"
 _BATCHES_READ = 16  # lines are sorted by length among so many batches
-_LENGTH_STEP = 16  # sources are padded to a multiple of it, so that few lengths are compiled
+_LENGTH_STEP = 32  # sources are padded to a multiple of it, so that few lengths are compiled
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

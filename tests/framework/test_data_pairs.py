@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
+from wmt14 import prepare_wmt14
 
 from shampax.framework.data import samples
 from shampax.framework.data.pair_packing import PackedPairs, Room, write_pairs
@@ -25,31 +25,6 @@ PAIRS = [
     for i in range(40)
 ]
 SMALL = {"vocab_size": 300, "source_length": 200, "target_length": 200}
-
-
-def prepare_wmt14(directory, config, splits):
-    """Writes `splits` (name -> pairs of the config's languages, in the set's order) as wmt14_translate, offline."""
-    languages = config.split("-")
-    with tfds.core.registered.skip_registration():
-
-        class Builder(tfds.core.GeneratorBasedBuilder):
-            VERSION = tfds.core.Version("1.0.0")
-            BUILDER_CONFIGS = (tfds.core.BuilderConfig(name=config),)
-
-            def _info(self):
-                features = tfds.features.Translation(languages=languages)
-                return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=tuple(languages))
-
-            def _split_generators(self, dl_manager):
-                return {split: self._generate_examples(pairs) for split, pairs in splits.items()}
-
-            def _generate_examples(self, pairs):
-                for index, pair in enumerate(pairs):
-                    yield index, dict(zip(languages, pair, strict=True))
-
-        Builder.name = "wmt14_translate"
-        tfds.disable_progress_bar()
-        Builder(data_dir=directory, file_format="array_record", config=config).download_and_prepare()
 
 
 @pytest.fixture(scope="module")
