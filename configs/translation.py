@@ -70,7 +70,7 @@ def sample(config: Any) -> None:
 def sample_adam(config: Any) -> None:
     """The same model, data and budget under AdamW."""
     sample(config)
-    config.optimizer = knobs.component(ADAMW, rate_rules=EMBEDDING_RATE, beta1=0.8)
+    config.optimizer = knobs.component(ADAMW, rate_rules=EMBEDDING_RATE)
     config.schedule.learning_rate = 3e-3
 
 
