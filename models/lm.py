@@ -25,14 +25,13 @@ import numpy as np
 from . import layout, moe
 from .attention import Rotation, rotary_angles, rotate, self_attention
 from .layout import gather_columns, shard_tokens
-from .parameters import axis_names, fan_in, partitioned
+from .norms import rms_norm
+from .parameters import EMBEDDING_STD, axis_names, fan_in, partitioned
 from .stack import REMAT_POLICIES, run_layers
 
 Batch = Mapping[str, jax.Array]
 BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-
-_EMBEDDING_STD = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +189,7 @@ class Transformer(nn.Module):
         """Logits, float32, and sums [layers, ...] as in `moe.route`."""
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
-        init = nn.initializers.normal(_EMBEDDING_STD)
+        init = nn.initializers.normal(EMBEDDING_STD)
         embedding_VxE = self.param(
             "embedding", partitioned(init, "vocab", "embed"), (task.vocab_size, task.embed_dim)
         ).astype(dtype)
@@ -207,7 +206,7 @@ class Transformer(nn.Module):
             remat=task.remat,
             scan=task.scan_layers,
         )
-        x_BxTxE = _norm("final_norm", dtype)(x_BxTxE)
+        x_BxTxE = rms_norm("final_norm", dtype)(x_BxTxE)
         if task.tied_head:
             head_VxE = embedding_VxE
         else:
@@ -229,8 +228,8 @@ class Block(nn.Module):
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
         attention = Attention(task, name="attention")
-        x_BxTxE += attention(_norm("attention_norm", dtype)(x_BxTxE), segments_BxT, rotation)
-        normed_BxTxE = _norm("mlp_norm", dtype)(x_BxTxE)
+        x_BxTxE += attention(rms_norm("attention_norm", dtype)(x_BxTxE), segments_BxT, rotation)
+        normed_BxTxE = rms_norm("mlp_norm", dtype)(x_BxTxE)
         if task.experts:
             experts = moe.Experts(task.experts, task.experts_per_token, task.capacity_factor, task.expert_group)
             mlp = moe.RoutedSwiGLU(experts, task.mlp_dim, task.layers, dtype, name="moe")
@@ -256,7 +255,7 @@ class Attention(nn.Module):
         key = dense((task.kv_heads, task.head_dim), kernel_init=into("kv_heads", "kv"), name="key")(x_BxTxE)
         value = dense((task.kv_heads, task.head_dim), kernel_init=into("kv_heads", "kv"), name="value")(x_BxTxE)
         if task.qk_norm:
-            query, key = _norm("query_norm", dtype)(query), _norm("key_norm", dtype)(key)
+            query, key = rms_norm("query_norm", dtype)(query), rms_norm("key_norm", dtype)(key)
         query, key = rotate(query, rotation), rotate(key, rotation)
         mixed_BxTxHxD = self_attention(query, key, value, segments_BxT, task.attention_block)
         out_init = fan_in(1 / (2 * task.layers), "heads", "kv", "embed")
@@ -277,7 +276,3 @@ class SwiGLU(nn.Module):
         up = dense(task.mlp_dim, kernel_init=fan_in(1.0, "embed", "mlp"), name="up")(x_BxTxE)
         down_init = fan_in(1 / (2 * task.layers), "mlp", "embed")
         return dense(task.embed_dim, kernel_init=down_init, name="down")(nn.silu(gate) * up)
-
-
-def _norm(name: str, dtype: jnp.dtype) -> nn.RMSNorm:
-    return nn.RMSNorm(dtype=dtype, scale_init=partitioned(nn.initializers.ones_init(), "norm"), name=name)

@@ -5,6 +5,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+EMBEDDING_STD = 0.02
+
 
 def partitioned(initializer: nn.initializers.Initializer, *names: str | None) -> nn.initializers.Initializer:
     """An initializer whose parameter has these names for its axes."""

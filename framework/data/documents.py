@@ -6,10 +6,8 @@ every tenth document (index % 10 == 9) is held out, by whole documents, so that 
 A malformed document keeps its index, so that mending it moves no other into another split.
 """
 
-import glob
 import hashlib
 import itertools
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +66,8 @@ def open_documents(
     raise UserError(f"data.source {source!r} is none of 'sample:NAME', 'file:GLOB', 'tfds:NAME[/CONFIG]:VERSION'")
 
 
-def _held_out_by_index(documents: Iterator[T], split: Split) -> Iterator[T]:
+def held_out_by_index(documents: Iterator[T], split: Split) -> Iterator[T]:
+    """Of what has no splits of its own those of a split: every tenth is held out."""
     return (
         document
         for index, document in enumerate(documents)
@@ -88,7 +87,7 @@ class SampleDocuments:
     def stream(self, split: Split) -> Iterator[str]:
         """See `Documents.stream`."""
         content = samples.read(self._file).decode()
-        return _held_out_by_index(filter(None, re.split("\r?\n?\f", content)), split)
+        return held_out_by_index(filter(None, re.split("\r?\n?\f", content)), split)
 
 
 class FileDocuments:
@@ -99,27 +98,19 @@ class FileDocuments:
 
     def __init__(self, pattern: str, tsv_column: int):
         self._tsv_column = tsv_column
-        matches = glob.glob(os.path.expanduser(pattern), recursive=True)
-        self._paths = [Path(match) for match in sorted(matches) if os.path.isfile(match)]
-        if not self._paths:
-            hint = f"; for the files in a directory write file:{pattern.rstrip('/')}/*.txt" if matches else ""
-            raise UserError(f"data.source 'file:{pattern}' matches no file{hint or '; check the path'}")
-        for path in self._paths:
-            if not os.access(path, os.R_OK):
-                raise UserError(f"data file {path} cannot be read; check its permissions (chmod +r)")
+        self._paths = files.matching(pattern, "*.txt")
         found = len(list(itertools.islice(self._documents(), HELD_OUT_EVERY)))
         if found < HELD_OUT_EVERY:
             raise UserError(
                 f"data.source 'file:{pattern}' has {found} documents and needs at least {HELD_OUT_EVERY}, because "
                 f"every {HELD_OUT_EVERY}th is held out; give more files or separate documents by a form feed"
             )
-        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self._paths]
         column = tsv_column if any(map(_is_tsv, self._paths)) else None
-        self.fingerprint = hashlib.sha256(repr((stats, column)).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(repr((files.stats(self._paths), column)).encode()).hexdigest()
 
     def stream(self, split: Split) -> Iterator[str | Malformed]:
         """See `Documents.stream`."""
-        return _held_out_by_index(self._documents(), split)
+        return held_out_by_index(self._documents(), split)
 
     def _documents(self) -> Iterator[str | Malformed]:
         for path in self._paths:

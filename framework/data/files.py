@@ -1,9 +1,11 @@
 """Local files read as a stream, decompressed where their name ends in .xz or .gz; never held whole."""
 
+import glob
 import gzip
 import lzma
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,32 @@ from ..errors import UserError
 
 _CHUNK = 1 << 20
 _OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
+
+
+def matching(pattern: str, example: str) -> list[Path]:
+    """The files that a glob matches, in the order of their paths.
+
+    Args:
+      pattern: what stands behind "file:" in `data.source`.
+      example: a glob for the files wanted, such as "*.txt", to advise with where the pattern is a directory.
+
+    Raises:
+      UserError: there is none, or one may not be read.
+    """
+    matches = glob.glob(os.path.expanduser(pattern), recursive=True)
+    paths = [Path(match) for match in sorted(matches) if os.path.isfile(match)]
+    if not paths:
+        hint = f"; for the files in a directory write file:{pattern.rstrip('/')}/{example}" if matches else ""
+        raise UserError(f"data.source 'file:{pattern}' matches no file{hint or '; check the path'}")
+    for path in paths:
+        if not os.access(path, os.R_OK):
+            raise UserError(f"data file {path} cannot be read; check its permissions (chmod +r)")
+    return paths
+
+
+def stats(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Path, size and time of change of each file: other stats, perhaps other content."""
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
 def records(path: Path, separator: bytes, longest: int) -> Iterator[bytes | None]:

@@ -15,8 +15,8 @@ from . import packing
 from .contract import Decoder
 from .documents import Documents
 from .masking import Row, masked_row, unigram_nats
-from .pair_rows import PairRows, write_pairs
-from .pairs import Pair, groups, pairs, split_sentences
+from .next_sentence import Pair, groups, pairs, split_sentences
+from .next_sentence_rows import PairRows, write_pairs
 from .records import Rejects
 from .rows import are_there, check_knobs, digest, documents_of, read_stamp, say_skipped, stream, tokenizer_digest
 from .splits import SPLITS, Split

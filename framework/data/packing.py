@@ -53,6 +53,13 @@ def real_targets(segments: np.ndarray) -> np.ndarray:
     return real
 
 
+def positions(segments: np.ndarray) -> np.ndarray:
+    """The place of each slot of a row inside its segment, from 0: int32 [row_length]."""
+    slots = np.arange(len(segments), dtype=np.int32)
+    starts = np.diff(segments, prepend=-1) != 0
+    return slots - np.maximum.accumulate(np.where(starts, slots, 0))
+
+
 def write_rows(directory: Path, rows: Iterable[Row], row_length: int, vocab_size: int) -> tuple[int, str]:
     """Stream rows to `directory`/tokens.npy and segments.npy, [rows, row_length] each.
 
@@ -142,12 +149,10 @@ class PackedRows:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         all_tokens, all_segments, characters = self._arrays
         tokens, segments = all_tokens[index].astype(np.int32), all_segments[index].astype(np.int32)
-        slots = np.arange(len(tokens), dtype=np.int32)
-        starts = np.diff(segments, prepend=-1) != 0
         return {
             "tokens": tokens,
             "segments": segments,
-            "positions": slots - np.maximum.accumulate(np.where(starts, slots, 0)),
+            "positions": positions(segments),
             "characters": np.where(real_targets(segments), characters[tokens], 0),
         }
 
@@ -155,11 +160,11 @@ class PackedRows:
 class Progress:
     """One line on stderr that counts documents and tokens: rewritten on a terminal, elsewhere printed at the end.
 
-    `rejects` are those of the pass that it shows.
+    `rejects` are those of the pass that it shows; `noun` is what is counted.
     """
 
-    def __init__(self, label: str, rejects: Rejects):
-        self._label, self._rejects = label, rejects
+    def __init__(self, label: str, rejects: Rejects, noun: str = "documents"):
+        self._label, self._rejects, self._noun = label, rejects, noun
         self._documents = self._tokens = self.characters = 0
         self._begun = self._shown = time.monotonic()
 
@@ -175,7 +180,7 @@ class Progress:
     def _line(self) -> str:
         seconds = max(time.monotonic() - self._begun, 1e-3)
         return (
-            f"{self._label}: {self._documents:,} documents, {self.characters:,} characters, {self._tokens:,} tokens "
+            f"{self._label}: {self._documents:,} {self._noun}, {self.characters:,} characters, {self._tokens:,} tokens "
             f"({self._tokens / seconds / 1e6:.2f} M tokens/s)"
             + (f", {self._rejects.count:,} malformed skipped" if self._rejects.count else "")
         )
@@ -185,7 +190,7 @@ class Progress:
         start = "\r" if sys.stderr.isatty() else ""
         print(f"{start}{self._line()} -> {rows:,} rows of {row_length:,}", file=sys.stderr, flush=True)
         return {
-            "documents": self._documents,
+            self._noun: self._documents,
             "characters": self.characters,
             "tokens": self._tokens,
             "rows": rows,

@@ -13,7 +13,7 @@ from shampax.framework.config import load
 from shampax.framework.data import documents, wordpiece
 from shampax.framework.data.masked import MaskedTextData
 from shampax.framework.data.masking import masked_row, unigram_nats
-from shampax.framework.data.pairs import groups, pairs, split_sentences
+from shampax.framework.data.next_sentence import groups, pairs, split_sentences
 from shampax.framework.data.pipeline import Batches, HeldoutBatches
 from shampax.framework.data.wordpiece import Vocabulary
 from shampax.framework.errors import UserError

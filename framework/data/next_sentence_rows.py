@@ -10,7 +10,7 @@ import numpy as np
 
 from . import packing
 from .masking import Row
-from .pairs import Pair
+from .next_sentence import Pair
 from .wordpiece import Vocabulary
 
 _ROWS_AT_ONCE = 1_024

@@ -1,0 +1,178 @@
+"""Translate: `python -m shampax.launch.translate --workdir=DIR < SENTENCES > TRANSLATIONS`; --help lists the flags.
+
+One sentence a line, UTF-8, gives one line; an empty line stays empty. What the model was trained with (vocabulary, beam
+size, length penalty) is taken from the workdir. Lines are read in groups of several batches, sorted by length within
+them, and written in their order.
+
+Exit codes: 0; 2, something given cannot work.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..framework.errors import UserError
+from . import environment
+
+TASK, DATA = "shampax.models.translation:TranslationTask", "shampax.framework.data.pairs:PairData"
+_BATCHES_READ = 16  # lines are sorted by length among so many batches
+_LENGTH_STEP = 32  # sources are padded to a multiple of it, so that few lengths are compiled
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; see the module. `arguments` are those of this process by default. Returns the exit code."""
+    options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+    environment.before_jax()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+    try:
+        with _opened(options.input) as file:
+            _translate(options, file)
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        _complain("error", str(error))
+        return 2
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more when it ends
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+@contextlib.contextmanager
+def _opened(name: str) -> Iterator[BinaryIO]:
+    if name == "-":
+        yield sys.stdin.buffer
+        return
+    try:
+        file = Path(name).expanduser().open("rb")
+    except OSError as error:
+        raise UserError(f"--input {name} cannot be read ({error.strerror}); check the path") from error
+    with file:
+        yield file
+
+
+def _translate(options: argparse.Namespace, file: BinaryIO) -> None:
+    translate = _model(options)
+    lines = enumerate(file, start=1)
+    while group := list(itertools.islice(lines, options.batch_size * _BATCHES_READ)):
+        texts = [(number, _text(line, number)) for number, line in group]
+        translations = translate([(number, text) for number, text in texts if text])
+        for number, _ in texts:
+            print(translations.get(number, ""))
+        sys.stdout.flush()
+
+
+def _text(line: bytes, number: int) -> str:
+    try:
+        return line.rstrip(b"\r\n").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"line {number} of the input is not UTF-8 at byte {error.start}; convert it") from error
+
+
+def _model(options: argparse.Namespace) -> Callable[[list[tuple[int, str]]], dict[int, str]]:
+    """What turns numbered sentences into translations by number."""
+    # Imported when the flags are known to be good: --help is not to wait for JAX and Orbax.
+    import jax
+    import numpy as np
+
+    from ..configs import base
+    from ..framework import contents, partitioning, restore
+    from ..framework import workdir as layout
+
+    if options.checkpoint is not None:
+        checkpoint, damaged = contents.locate(options.checkpoint, whole=True)
+        workdir = checkpoint.absolute().parents[1]
+    else:
+        workdir = options.workdir.expanduser()
+        checkpoint, damaged = restore.choose(workdir, options.use)
+    for path, why in damaged:
+        _complain("warning", f"checkpoint {path} is damaged ({why}); {checkpoint} is used")
+    data = restore.component(workdir, "data", [DATA])
+    search = {name: getattr(options, name) for name in ("beam_size", "length_penalty", "decode_length")}
+    try:
+        task = dataclasses.replace(
+            restore.component(workdir, "task", [TASK]),
+            **{name: value for name, value in search.items() if value is not None},
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    tokenizer, decode = data.load_tokenizer(workdir / layout.CACHE), data.decoder(workdir / layout.CACHE)
+    defaults = base.get_config()
+    mesh = partitioning.make_mesh(defaults.mesh)
+    rows = -(-options.batch_size // mesh.size) * mesh.size
+    with jax.set_mesh(mesh):
+        variables = restore.variables(checkpoint, task, data.spec(), defaults.sharding_rules, mesh)
+    placed = partitioning.batch_sharding(mesh)
+    compiled = jax.jit(task.translate)
+
+    def batch_of(sources: list[list[int]]) -> tuple[Any, Any]:
+        length = -(-(max(map(len, sources)) + 1) // _LENGTH_STEP) * _LENGTH_STEP
+        tokens, segments = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
+        for row, source in enumerate(sources):
+            tokens[row, : len(source)] = source  # the end behind it is token 0
+            segments[row, : len(source) + 1] = 1
+        segments[len(sources) :, 0] = 1  # an empty sentence, which every search ends soon
+        return jax.device_put((tokens, segments), placed)
+
+    def translate(sentences: list[tuple[int, str]]) -> dict[int, str]:
+        encoded = [(number, tokenizer.encode(text, add_special_tokens=False).ids) for number, text in sentences]
+        encoded.sort(key=lambda item: len(item[1]))
+        found = {}
+        for start in range(0, len(encoded), rows):
+            batch = encoded[start : start + rows]
+            with jax.set_mesh(mesh):
+                translations = jax.device_get(compiled(variables, *batch_of([source for _, source in batch])))
+            for row, (number, source) in enumerate(batch):
+                if len(source) >= data.source_length:
+                    _complain(
+                        "warning",
+                        f"line {number} has {len(source) + 1} tokens, more than the {data.source_length} of training",
+                    )
+                if not translations.finished[row]:
+                    _complain("warning", f"the translation of line {number} is cut after {task.decode_length} tokens")
+                found[number] = " ".join(decode(translations.tokens[row]).splitlines())
+        return found
+
+    return translate
+
+
+def _complain(kind: str, text: str) -> None:
+    print(f"{kind}: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m shampax.launch.translate",
+        description="Translate sentences, one a line, by a model that launch.train has trained.",
+    )
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--workdir", type=Path, metavar="DIR", help="of a translation run")
+    place.add_argument("--checkpoint", type=Path, metavar="PATH", help="one of its checkpoints: DIR/checkpoints/STEP")
+    parser.add_argument("--use", choices=("best", "newest"), default="best", help="which checkpoint of the workdir")
+    parser.add_argument("--input", default="-", metavar="FILE", help="sentences; standard input by default")
+    parser.add_argument("--batch_size", type=_positive, default=64, metavar="N", help="sentences at once (64)")
+    parser.add_argument("--beam_size", type=int, metavar="K", help="in place of the run's")
+    parser.add_argument("--length_penalty", type=float, metavar="A", help="in place of the run's")
+    parser.add_argument("--decode_length", type=int, metavar="N", help="most tokens of a translation, likewise")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

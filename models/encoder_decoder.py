@@ -1,0 +1,281 @@
+"""An encoder-decoder Transformer as a Flax module, for whole rows and position by position for a search.
+
+The model of Vaswani et al. (arXiv 1706.03762), with these differences: RMSNorm before each part in place of LayerNorm
+after it, rotary positions in all attention (between target and source too) in place of sinusoids that are added to
+embeddings, and no biases. One embedding serves both languages and the output.
+
+Initialisation: kernels are truncated normal with variance 1 / fan_in, those that write into the residual stream divided
+by a further sqrt(writers in the stack), as in `lm`. The embedding has standard deviation 0.02 and is multiplied by
+sqrt(E) on its way in: large enough not to drown in what attention adds, small enough that the model does not begin by
+repeating its input.
+
+Shapes in names: B batch, S source slots, T target slots, E embed, H heads, D head_dim, M mlp, V vocab; in the search K
+beams and N slots of the cache. Parameters are float32; matmuls run in the compute dtype; norms, rotations, softmaxes
+and logits are float32.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .attention import Rotation, attend, rotary_angles, rotate
+from .beam_search import take
+from .layout import gather_columns, shard_batch
+from .norms import rms_norm
+from .parameters import EMBEDDING_STD, fan_in, partitioned
+from .stack import REMAT_POLICIES
+
+if TYPE_CHECKING:
+    from .translation import TranslationTask
+
+KeysValues = tuple[jax.Array, jax.Array]
+
+_ROPE_THETA = 10_000.0
+
+
+class Transformer(nn.Module):
+    """Source and target inputs to logits; and the same position by position, for a search."""
+
+    task: "TranslationTask"
+    train: bool  # whether there is dropout
+
+    def setup(self):
+        """Declare the parts."""
+        task = self.task
+        dtype = jnp.dtype(task.compute_dtype)
+        init = partitioned(nn.initializers.normal(EMBEDDING_STD), "vocab", "embed")
+        self.embedding = self.param("embedding", init, (task.vocab_size, task.embed_dim))
+        encoder, decoder = EncoderBlock, DecoderBlock
+        if task.remat != "none":
+            # Inside scan the loop itself keeps XLA from merging the recomputation away.
+            remat = functools.partial(nn.remat, policy=REMAT_POLICIES[task.remat], prevent_cse=False)
+            encoder, decoder = remat(EncoderBlock), remat(DecoderBlock)
+        self.encoder, self.decoder = encoder(task, self.train), decoder(task, self.train)
+        self.encoder_norm, self.decoder_norm = rms_norm(None, dtype), rms_norm(None, dtype)
+        self.drop = nn.Dropout(task.dropout, deterministic=not self.train)
+
+    def __call__(self, inputs: Mapping[str, jax.Array]) -> jax.Array:
+        """Logits float32 [B, T, V] of source [B, S] and target [B, T], with their segments and positions."""
+        sources, targets = inputs["source_segments"], inputs["target_segments"]
+        source_rotation = self._rotation(inputs["source_positions"])
+        memory_BxSxE = self._encode(inputs["source"], sources, source_rotation)
+        slots = jnp.arange(targets.shape[1])
+        visible_BxTxT = (slots[:, None] >= slots[None, :]) & (targets[:, :, None] == targets[:, None, :])
+        context = (
+            memory_BxSxE,
+            visible_BxTxT,
+            targets[:, :, None] == sources[:, None, :],
+            source_rotation,
+            self._rotation(inputs["target_positions"]),
+        )
+        x_BxTxE, _ = self._scan(
+            self.task.decoder_layers, nn.broadcast, lambda block, x, *context: (block(x, *context), None)
+        )(self.decoder, self._embed(inputs["target"]), *context)
+        return self._head(x_BxTxE)
+
+    def memory(self, source_BxS: jax.Array, segments_BxS: jax.Array) -> KeysValues:
+        """What every layer of the decoder attends to in the source: keys and values [layers, B, S, H, D]."""
+        rotation = self._rotation(jnp.broadcast_to(jnp.arange(source_BxS.shape[1]), source_BxS.shape))
+        memory_BxSxE = self._encode(source_BxS, segments_BxS, rotation)
+        _, memory = self._scan(
+            self.task.decoder_layers, nn.broadcast, lambda block, carry, *context: (carry, block.memory(*context))
+        )(self.decoder, None, memory_BxSxE, rotation)
+        return memory
+
+    def step(
+        self,
+        tokens_BxK: jax.Array,
+        parents_BxK: jax.Array,
+        position: jax.Array,
+        cache: KeysValues,
+        memory: KeysValues,
+        segments_BxS: jax.Array,
+    ) -> tuple[jax.Array, KeysValues]:
+        """Logits [B, K, V] behind the tokens at a position, and the cache of keys and values [layers, B, K, N, H, D].
+
+        Hypothesis k continues number parents[:, k] of the position before.
+        """
+        rotation = self._rotation(jnp.broadcast_to(position, (1, 1)))
+        (x_BxKxE, _), cache = self._scan(
+            self.task.decoder_layers,
+            (0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            lambda block, carry, *context: block.step(carry, *context),
+        )(
+            self.decoder,
+            (self._embed(tokens_BxK), parents_BxK),
+            cache,
+            memory,
+            segments_BxS[:, None, :] > 0,
+            position,
+            rotation,
+        )
+        return self._head(x_BxKxE), cache
+
+    def _encode(self, source_BxS: jax.Array, segments_BxS: jax.Array, rotation: Rotation) -> jax.Array:
+        visible_BxSxS = segments_BxS[:, :, None] == segments_BxS[:, None, :]
+        x_BxSxE, _ = self._scan(
+            self.task.encoder_layers, nn.broadcast, lambda block, x, *context: (block(x, *context), None)
+        )(self.encoder, self._embed(source_BxS), visible_BxSxS, rotation)
+        return self.encoder_norm(x_BxSxE)
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        table = gather_columns(self.embedding.astype(self.task.compute_dtype))
+        return self.drop(shard_batch(jnp.take(table, tokens, axis=0)) * self.task.embed_dim**0.5)
+
+    def _head(self, x_BxTxE: jax.Array) -> jax.Array:
+        table = self.embedding.astype(self.task.compute_dtype)
+        return jnp.einsum("bte,ve->btv", self.decoder_norm(x_BxTxE), table, preferred_element_type=jnp.float32)
+
+    def _rotation(self, positions: jax.Array) -> Rotation:
+        return rotary_angles(positions, self.task.head_dim, _ROPE_THETA)
+
+    def _scan(self, length: int, in_axes: Any, body: Callable[..., Any]) -> Callable[..., Any]:
+        """`body(block, carry, *inputs) -> (carry, outputs)` over the layers of a block."""
+        return nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=in_axes,
+            length=length,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+
+
+class EncoderBlock(nn.Module):
+    """Self-attention and MLP, each read from a normed residual stream [B, S, E] and added to it."""
+
+    task: "TranslationTask"
+    train: bool
+
+    @nn.compact
+    def __call__(self, x_BxSxE: jax.Array, visible_BxSxS: jax.Array, rotation: Rotation) -> jax.Array:
+        """The residual stream after this layer."""
+        task = self.task
+        dtype = jnp.dtype(task.compute_dtype)
+        drop = nn.Dropout(task.dropout, deterministic=not self.train)
+        # Two parts a layer write into the residual stream.
+        attention = Attention(task, 2 * task.encoder_layers, name="attention")
+        normed = rms_norm("attention_norm", dtype)(x_BxSxE)
+        keys_values = attention.keys_values(normed, rotation)
+        x_BxSxE += drop(attention(normed, *keys_values, visible_BxSxS, rotation))
+        mlp = MLP(task, 2 * task.encoder_layers, name="mlp")
+        x_BxSxE += drop(mlp(rms_norm("mlp_norm", dtype)(x_BxSxE)))
+        return shard_batch(x_BxSxE)
+
+
+class DecoderBlock(nn.Module):
+    """Self-attention, attention to the source and MLP, each read from a normed residual stream and added to it."""
+
+    task: "TranslationTask"
+    train: bool
+
+    def setup(self):
+        """Declare the parts, three of which write into the residual stream."""
+        task = self.task
+        dtype, writers = jnp.dtype(task.compute_dtype), 3 * task.decoder_layers
+        self.attention, self.source_attention = Attention(task, writers), Attention(task, writers)
+        self.mlp = MLP(task, writers)
+        self.attention_norm, self.source_norm, self.mlp_norm = (rms_norm(None, dtype) for _ in range(3))
+        self.drop = nn.Dropout(task.dropout, deterministic=not self.train)
+
+    def __call__(
+        self,
+        x_BxTxE: jax.Array,
+        memory_BxSxE: jax.Array,
+        visible_BxTxT: jax.Array,
+        visible_BxTxS: jax.Array,
+        source_rotation: Rotation,
+        rotation: Rotation,
+    ) -> jax.Array:
+        """The residual stream [B, T, E] after this layer."""
+        normed = self.attention_norm(x_BxTxE)
+        keys_values = self.attention.keys_values(normed, rotation)
+        x_BxTxE += self.drop(self.attention(normed, *keys_values, visible_BxTxT, rotation))
+        memory = self.memory(memory_BxSxE, source_rotation)
+        return self._rest(x_BxTxE, memory, visible_BxTxS, rotation)
+
+    def memory(self, memory_BxSxE: jax.Array, source_rotation: Rotation) -> KeysValues:
+        """Keys and values [B, S, H, D] of the source."""
+        return self.source_attention.keys_values(memory_BxSxE, source_rotation)
+
+    def step(
+        self,
+        carry: tuple[jax.Array, jax.Array],
+        cache: KeysValues,
+        memory: KeysValues,
+        visible_Bx1xS: jax.Array,
+        position: jax.Array,
+        rotation: Rotation,
+    ) -> tuple[tuple[jax.Array, jax.Array], KeysValues]:
+        """The residual stream [B, K, E] of a position, with parents [B, K] beside it, and the cache [B, K, N, H, D]."""
+        x_BxKxE, parents_BxK = carry
+        normed = self.attention_norm(x_BxKxE)
+        new = self.attention.keys_values(normed, rotation)
+        keys, values = (
+            shard_batch(take(old, parents_BxK).at[:, :, position].set(now)) for old, now in zip(cache, new, strict=True)
+        )
+        x_BxKxE += self.attention.search(normed, keys, values, position, rotation)
+        visible_BxKxS = jnp.broadcast_to(visible_Bx1xS, (*x_BxKxE.shape[:2], visible_Bx1xS.shape[2]))
+        return (self._rest(x_BxKxE, memory, visible_BxKxS, rotation), parents_BxK), (keys, values)
+
+    def _rest(self, x_BxTxE: jax.Array, memory: KeysValues, visible_BxTxS: jax.Array, rotation: Rotation) -> jax.Array:
+        x_BxTxE += self.drop(self.source_attention(self.source_norm(x_BxTxE), *memory, visible_BxTxS, rotation))
+        x_BxTxE += self.drop(self.mlp(self.mlp_norm(x_BxTxE)))
+        return shard_batch(x_BxTxE)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions on both sides; kernels [E, H, D] three times, and [H, D, E]."""
+
+    task: "TranslationTask"
+    writers: int  # parts that write into the residual stream, of all layers together
+
+    def setup(self):
+        """Declare the kernels."""
+        task = self.task
+        dense = functools.partial(nn.DenseGeneral, use_bias=False, dtype=jnp.dtype(task.compute_dtype))
+        self.query, self.key, self.value = (
+            dense((task.heads, task.head_dim), kernel_init=fan_in(1.0, "embed", "heads", "kv")) for _ in range(3)
+        )
+        out_init = fan_in(1 / self.writers, "heads", "kv", "embed")
+        self.out = dense(task.embed_dim, axis=(-2, -1), kernel_init=out_init)
+
+    def keys_values(self, x_BxSxE: jax.Array, rotation: Rotation) -> KeysValues:
+        """What is attended to, [B, S, H, D] twice."""
+        return rotate(self.key(x_BxSxE), rotation), self.value(x_BxSxE)
+
+    def __call__(
+        self, x_BxTxE: jax.Array, keys: jax.Array, values: jax.Array, visible_BxTxS: jax.Array, rotation: Rotation
+    ) -> jax.Array:
+        """What attention adds to the residual stream, [B, T, E]."""
+        return self.out(attend(rotate(self.query(x_BxTxE), rotation), keys, values, visible_BxTxS))
+
+    def search(
+        self, x_BxKxE: jax.Array, keys: jax.Array, values: jax.Array, position: jax.Array, rotation: Rotation
+    ) -> jax.Array:
+        """The same for one position of K hypotheses, each of which has keys and values [B, K, N, H, D] of its own."""
+        beams, slots = keys.shape[1:3]
+        visible_Kx1xN = jnp.broadcast_to(jnp.arange(slots) <= position, (beams, 1, slots))
+        query_BxKx1xHxD = rotate(self.query(x_BxKxE), rotation)[:, :, None]
+        mixed = jax.vmap(attend, in_axes=(0, 0, 0, None))(query_BxKx1xHxD, keys, values, visible_Kx1xN)
+        return self.out(mixed[:, :, 0])
+
+
+class MLP(nn.Module):
+    """relu(x up), then down: kernels [E, M] and [M, E]."""
+
+    task: "TranslationTask"
+    writers: int
+
+    @nn.compact
+    def __call__(self, x_BxTxE: jax.Array) -> jax.Array:
+        """What the MLP adds to the residual stream, [B, T, E]."""
+        task = self.task
+        dense = functools.partial(nn.Dense, use_bias=False, dtype=jnp.dtype(task.compute_dtype))
+        up = dense(task.mlp_dim, kernel_init=fan_in(1.0, "embed", "mlp"), name="up")
+        down = dense(task.embed_dim, kernel_init=fan_in(1 / self.writers, "mlp", "embed"), name="down")
+        return down(nn.relu(up(x_BxTxE)))

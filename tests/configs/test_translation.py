@@ -1,0 +1,118 @@
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from wmt14 import prepare_wmt14
+
+from shampax.configs import translation
+from shampax.framework import components
+from shampax.framework.config import load
+from shampax.framework.train import train
+
+SMALL = (
+    "task.encoder_layers=1",
+    "task.decoder_layers=1",
+    "task.embed_dim=16",
+    "task.heads=2",
+    "task.head_dim=8",
+    "task.mlp_dim=32",
+    "task.vocab_size=400",
+    "task.beam_size=2",
+    "task.decode_length=12",
+    "task.compute_dtype=float32",
+    "data.source_length=160",
+    "data.target_length=160",
+    "data.max_pairs=40",
+    "schedule.warmup=1 steps",
+    "batch_size=8",
+    "checkpoint.every=0 steps",
+    "log.every=1 steps",
+)
+SHAMPOO = ("optimizer.block_size=16", "optimizer.early_intervals=()", "optimizer.interval=2")
+
+
+def history(workdir, key):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+def run(workdir, *changes, variant="sample"):
+    shampoo = {"sample": SHAMPOO, "base": SHAMPOO[:1], "paper": SHAMPOO[:1], "sample_adam": ()}[variant]
+    config = load(
+        f"shampax/configs/translation.py:{variant}",
+        [*SMALL, *shampoo, "schedule.decay=constant", "evaluation.every=3 steps", *changes],
+    )
+    return train(config, workdir, devices=jax.devices()[:2])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The sample, shrunk, to its end on two devices."""
+    workdir = tmp_path_factory.mktemp("translation") / "whole"
+    return workdir, run(workdir, "duration=6 steps")
+
+
+def test_the_sample_is_trained_and_judged(whole):
+    """Fault: labels smoothed in what is held out, or BLEU lost on its way to the result, or of some examples only."""
+    workdir, result = whole
+    assert (result["steps"], result["devices"], result["skipped_steps"]) == (6, 2, 0)
+    assert result["heldout_loss"] == result["nats_per_token"] < history(workdir, "heldout/loss")[0] < math.log(400)
+    assert 0 <= result["bleu"] <= 100
+    assert history(workdir, "heldout/bleu") == [result["bleu"]]
+    assert result["refreshes"] > 0
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit(whole, tmp_path):
+    """Fault: dropout, or the order of the rows, that begins anew with the run."""
+    run(tmp_path / "first", "duration=3 steps")
+    again = run(tmp_path / "second", "duration=6 steps", f"resume_from={tmp_path / 'first'}")
+    assert (again["heldout_loss"], again["bleu"]) == (whole[1]["heldout_loss"], whole[1]["bleu"])
+    assert history(tmp_path / "second", "train/loss") == history(whole[0], "train/loss")[3:]
+
+
+def test_golden_steps(whole):
+    """Catches any unmeant change to initialisation, data, dropout, model, loss or optimizer."""
+    golden = {
+        "train/loss": [5.99876, 5.79248, 5.41570],
+        "train/gradient_norm": [0.30568, 0.65775, 0.36800],
+        "train/update_norm": [0.98417, 1.28375, 1.25955],
+    }
+    for key, values in golden.items():
+        np.testing.assert_allclose(history(whole[0], key)[:5:2], values, rtol=2e-3, err_msg=key)
+
+
+def test_the_baseline_trains(tmp_path):
+    """Fault: a baseline that does not build, or is not AdamW on the sample's data."""
+    result = run(tmp_path, "duration=2 steps", "evaluation.batches=1", variant="sample_adam")
+    assert (result["optimizer"], result["steps"]) == ("AdamWOptions", 2)
+    assert np.isfinite(result["heldout_loss"])
+
+
+@pytest.fixture(scope="module")
+def wmt14(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tfds")
+    words = np.random.default_rng(0).integers(0, 9, (52, 8))
+    pairs = [(" ".join(f"le{word}" for word in row), " ".join(f"the{word}" for word in row)) for row in words]
+    for config in ("fr-en", "de-en"):
+        prepare_wmt14(directory, config, {"train": pairs[:40], "validation": pairs[40:44], "test": pairs[44:]})
+    return directory
+
+
+@pytest.mark.parametrize("variant", ["base", "paper"])
+def test_wmt14_is_trained_on(variant, wmt14, tmp_path, capsys):
+    """Fault: a shipped config for real data that does not find, read, compile or train on them."""
+    result = run(tmp_path, f"data.data_dir={wmt14}", "duration=3 steps", variant=variant)
+    assert (result["steps"], result["devices"], result["skipped_steps"]) == (3, 2, 0)
+    assert np.isfinite(result["heldout_loss"]) and 0 <= result["bleu"] <= 100
+    assert "sacrebleu nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("variant", "millions"), [("base", 60.8), ("paper", 209.7)])
+def test_sizes_are_those_of_vaswani_et_al(variant, millions):
+    """Fault: a layer too few, or a head that is no embedding; theirs are 65 and 213 M with 37,000 tokens and biases."""
+    config = translation.get_config(variant)
+    task, data = components.build(config.task), components.build(config.data)
+    shapes = jax.eval_shape(lambda: task.init(jax.random.key(0), data.spec()))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) / 1e6 == pytest.approx(millions, abs=0.05)

@@ -1,0 +1,135 @@
+import contextlib
+import io
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from shampax.configs import base
+from shampax.framework import integrity, partitioning, restore
+from shampax.framework.errors import UserError
+from shampax.framework.train import train
+from shampax.launch.translate import DATA, TASK, main
+
+SIZES = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 16, "heads": 2, "head_dim": 8, "mlp_dim": 32}
+
+
+def make_config():
+    config = base.get_config()
+    config.task = base.component(TASK, vocab_size=400, beam_size=2, decode_length=12, **SIZES)
+    config.data = base.component(DATA, source_length=160, target_length=160, vocab_size=400, max_pairs=40)
+    config.optimizer = base.component("shampax.optimizers.baselines:AdamWOptions")
+    config.duration, config.batch_size, config.schedule.learning_rate = "4 steps", 8, 0.01
+    config.evaluation.every = config.checkpoint.every = "2 steps"
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A workdir with checkpoints of steps 2 and 4, and its held-out pairs."""
+    workdir = tmp_path_factory.mktemp("translate") / "run"
+    train(make_config(), workdir, devices=jax.devices()[:2])
+    data = restore.component(workdir, "data", [DATA])
+    rows, decode = data.examples("heldout", workdir / "data"), data.decoder(workdir / "data")
+    pairs = [(decode(rows[i]["source"]), decode(rows[i]["target"][1:])) for i in range(len(rows))]
+    return workdir, pairs
+
+
+def ran(tmp_path, text, *arguments):
+    """Exit code, lines of stdout and lines of stderr."""
+    file = tmp_path / "input.txt"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([*map(str, arguments), f"--input={file}"])
+    return code, out.getvalue().split("\n")[:-1], err.getvalue().splitlines()
+
+
+def test_lines_are_translated_as_the_task_does(run, tmp_path, monkeypatch):
+    """Fault: lines out of order, another tokenizer or search than in training, or wrong padding."""
+    workdir, pairs = run
+    random, drawn = np.random.default_rng(0), []
+
+    def varied(checkpoint, task, spec, rules, mesh):
+        """Parameters under which translations differ, which those of a few steps do not make."""
+        assert checkpoint == workdir / "checkpoints" / "4"
+        shapes = jax.eval_shape(lambda: task.init(jax.random.key(0), spec))
+        drawn.append(jax.tree.map(lambda x: random.normal(0.0, 1.0, x.shape).astype(np.float32), shapes))
+        return drawn[0]
+
+    monkeypatch.setattr(restore, "variables", varied)
+    text = "\n".join(source for source, _ in pairs[:20]) + "\n\n" + "\r\n".join(source for source, _ in pairs[20:])
+    code, out, err = ran(tmp_path, text, f"--workdir={workdir}", "--use=newest", "--batch_size=20")
+    assert code == 0 and len(out) == 41 and out[20] == ""
+    task, data = restore.component(workdir, "task", [TASK]), restore.component(workdir, "data", [DATA])
+    rows, decode = data.examples("heldout", workdir / "data"), data.decoder(workdir / "data")
+    source, segments = (np.stack([rows[i][name] for i in range(40)]) for name in ("source", "source_segments"))
+    found = jax.jit(task.translate)(drawn[0], source, segments)
+    expected = [" ".join(decode(tokens).splitlines()) for tokens in np.asarray(found.tokens)]
+    assert [line for at, line in enumerate(out) if at != 20] == expected
+    assert len(set(expected)) > 5
+    cut = sorted(f"line {at + 1 + (at >= 20)}" for at in range(40) if not found.finished[at])
+    assert sorted(line.split(" of ")[1].split(" is cut after 12 ")[0] for line in err) == cut
+
+
+def test_the_best_or_the_newest_checkpoint_is_taken(run, tmp_path):
+    """Fault: the order of scores reversed, or a damaged checkpoint translated with."""
+    workdir = shutil.copytree(run[0], tmp_path / "run")
+    first = workdir / "checkpoints" / "2"
+    record = json.loads((first / "record" / "metadata").read_text())
+    record["last"]["values"]["loss"] = 0.5
+    (first / "record" / "metadata").write_text(json.dumps(record))
+    integrity.seal(first)
+    assert restore.choose(workdir, "best") == (first, [])
+    assert restore.choose(workdir, "newest") == (workdir / "checkpoints" / "4", [])
+    largest = max(first.joinpath("state").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    path, ((damaged, _),) = restore.choose(workdir, "best")
+    assert (path, damaged) == (workdir / "checkpoints" / "4", first)
+    code, out, err = ran(tmp_path, "Amen.", f"--checkpoint={first}")
+    assert (code, out, len(err)) == (2, [], 1)
+    assert "is damaged" in err[0]
+
+
+def test_variables_are_restored_onto_another_mesh(run):
+    """Fault: parameters exchanged or left as they were initialised, or laid out otherwise than the rules say."""
+    workdir = run[0]
+    task, data = restore.component(workdir, "task", [TASK]), restore.component(workdir, "data", [DATA])
+    defaults = base.get_config()
+    checkpoint, found = workdir / "checkpoints" / "4", []
+    for sizes, count in (({"data": 1, "fsdp": 2, "tensor": 2}, 4), ({"data": 1, "fsdp": 1, "tensor": 1}, 1)):
+        mesh = partitioning.make_mesh(sizes, jax.devices()[:count])
+        found.append(restore.variables(checkpoint, task, data.spec(), defaults.sharding_rules, mesh))
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, found))
+    up = found[0]["params"]["encoder"]["mlp"]["up"]["kernel"]
+    assert up.sharding.shard_shape(up.shape) == (1, 8, 16)
+    assert float(np.abs(found[1]["params"]["encoder_norm"]["scale"] - 1).max()) > 0
+    other = type(task)(**{**SIZES, "mlp_dim": 48}, vocab_size=400)
+    with pytest.raises(UserError, match=r"mlp/down/kernel as float32\[1,32,16\], the model as float32\[1,48,16\]"):
+        restore.variables(checkpoint, other, data.spec(), defaults.sharding_rules, mesh)
+
+
+def test_what_cannot_work_is_one_line(run, tmp_path):
+    """Fault: a traceback, or code imported that a workdir from elsewhere names."""
+    workdir = run[0]
+    foreign = shutil.copytree(workdir, tmp_path / "foreign")
+    content = json.loads((foreign / "config.json").read_text())
+    content["task"]["name"] = "this:Zen"
+    (foreign / "config.json").write_text(json.dumps(content))
+    cases = [
+        ("Amen.", [f"--workdir={tmp_path}"], "holds no finished checkpoint"),
+        ("Amen.", [f"--workdir={foreign}"], "has config.task.name 'this:Zen'; needed is shampax.models.translation"),
+        ("Amen.", [f"--workdir={workdir}", "--beam_size=0"], "task.beam_size is 0"),
+        (b"Amen.\n\xff", [f"--workdir={workdir}"], "line 2 of the input is not UTF-8 at byte 0"),
+    ]
+    for text, arguments, message in cases:
+        code, out, err = ran(tmp_path, text, *arguments)
+        assert (code, out, len(err)) == (2, [], 1)
+        assert err[0].startswith("error: ") and message in err[0]
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        assert main([f"--workdir={workdir}", f"--input={tmp_path}/none.txt"]) == 2
+    assert "none.txt cannot be read" in err.getvalue()
+    with contextlib.redirect_stderr(io.StringIO()), pytest.raises(SystemExit):
+        main(["--input=none.txt"])
