@@ -38,6 +38,13 @@ def sample(config: Any) -> None:
     config.evaluation.best_metric = "loss"
 
 
+def sample_sgd(config: Any) -> None:
+    """The same model, data and budget under stochastic gradient descent with momentum."""
+    sample(config)
+    config.optimizer = base.component(MOMENTUM, weight_decay=5e-4)
+    config.schedule.learning_rate = 0.05
+
+
 def _select(config: Any, *, classes: int, source: str, image_size: int, **model: Any) -> None:
     """The task and its data, which share one number of classes: an override of either moves both."""
     config.task = base.component("shampax.models.resnet:ResNetTask", classes=classes, **model)
@@ -50,7 +57,7 @@ def _select(config: Any, *, classes: int, source: str, image_size: int, **model:
     config.sharding_rules = (*config.sharding_rules, *SHARDING_RULES)
 
 
-VARIANTS = {"sample": sample}
+VARIANTS = {"sample": sample, "sample_sgd": sample_sgd}
 
 
 def get_config(variant: str = "sample") -> Any:

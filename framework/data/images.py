@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..errors import UserError
 from . import pictures, samples
 from .pipeline import Example, Source
 from .prepared import PreparedSet, Records
@@ -30,7 +29,7 @@ class ImageData:
 
     Examples are uint8 "image" [image_size, image_size, channels], int32 "label" [] and float32 "weight" []: 1, or 0 for
     an image that cannot be decoded. Such an image is counted and named on stderr, once by each process that meets it,
-    and past `max_malformed` of a split it ends the run. No example is left out: batches stay a function of their number.
+    and past `max_malformed` of a split it ends the run. It is not left out: batches stay a function of their number.
     """
 
     source: str = "sample:fashion_mnist"  # or "tfds:imagenet2012:5.1.0"
