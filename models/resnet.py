@@ -210,7 +210,8 @@ class ResNet(nn.Module):
         x = _conv(task, task.width, 3 if small else 7, task.stem_stride if small else 2, "stem")(x)
         x = nn.relu(_norm(task, "stem_norm")(x, weights_B, self.train))
         if not small:
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            around = ((1, 1), (1, 1))
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=around)  # pyright: ignore[reportArgumentType]
         x = shard_batch(x)
 
         for stage, blocks in enumerate(task.stages):

@@ -101,7 +101,8 @@ class ImageData:
             down, right = rng.integers(-self.shift, self.shift, size=2, endpoint=True).tolist()
             image = pictures.shifted(image, down, right)
         else:
-            box = pictures.random_box(*image.shape[:2], rng, area=self.crop_area, aspect=self.crop_aspect)
+            height, width, _ = image.shape
+            box = pictures.random_box(height, width, rng, area=self.crop_area, aspect=self.crop_aspect)
             image = pictures.resized(image, box, self.image_size)
         if self.flip and rng.random() < 0.5:
             image = image[:, ::-1]
@@ -162,7 +163,7 @@ class _SampleImages:
         return len(self._labels)
 
     def __getitem__(self, index: int) -> Example:
-        return {"image": self._images[index], "label": self._labels[index], "weight": np.float32(1)}
+        return _example(self._images[index], self._labels[index], 1)
 
 
 class _Decoded:
@@ -178,9 +179,9 @@ class _Decoded:
         read = self._read(index)
         if isinstance(read, Malformed):
             self._skipped.add(read)
-            return {"image": np.zeros((1, 1, 3), np.uint8), "label": np.int32(0), "weight": np.float32(0)}
+            return _example(np.zeros((1, 1, 3), np.uint8), 0, 0)
         image, label = read
-        return {"image": image, "label": np.int32(label), "weight": np.float32(1)}
+        return _example(image, label, 1)
 
     def _read(self, index: int) -> tuple[np.ndarray, int] | Malformed:
         record: Any = self._records[index]
@@ -206,8 +207,13 @@ class _CentralCrops:
 
     def __getitem__(self, index: int) -> Example:
         example = self._whole[index]
-        box = pictures.central_box(*example["image"].shape[:2], self._data.heldout_share)
+        height, width, _ = example["image"].shape
+        box = pictures.central_box(height, width, self._data.heldout_share)
         return example | {"image": pictures.resized(example["image"], box, self._data.image_size)}
+
+
+def _example(image: np.ndarray, label: int, weight: float) -> Example:
+    return {"image": image, "label": np.asarray(label, np.int32), "weight": np.asarray(weight, np.float32)}
 
 
 class _Skipped:

@@ -167,4 +167,4 @@ def test_shampoo_sees_kernels_as_the_paper_folds_them():
         made = optimizer.treatments(options.build(schedule, mesh=None, axis_names=axes), variables["params"])
         seen[variant] = [made[f"{name}/kernel"] for name in ("stem", "stage2_first/conv1", "stage2_rest/conv2")]
     assert seen["sample"] == ["shampoo 8x9 p2 x1", "shampoo 16x72 p2 x1", "shampoo 16x144 p2 x2"]
-    assert seen["paper"] == []
+    assert seen["paper"] == ["shampoo 8x9 p4 x1", "shampoo 8x9x16 p4 x1", "shampoo 9x16x16 p4 x2"]
