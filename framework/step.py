@@ -191,9 +191,12 @@ def _whole_batch_gradients(
 
     count = jax.tree.leaves(microbatches)[0].shape[0]
     start = lay_out(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.params))
-    (gradients, model_state), stacked = jax.lax.scan(
-        accumulate, (start, state.model_state), (jnp.arange(count), microbatches)
-    )
-    sums = jax.tree.map(lambda leaf: leaf.sum(axis=0), stacked)
+    inputs = (jnp.arange(count), microbatches)
+    if count == 1:
+        # XLA keeps a loop of one turn, and on a CPU convolutions inside a loop take ten times as long.
+        (gradients, model_state), sums = accumulate((start, state.model_state), jax.tree.map(lambda x: x[0], inputs))
+    else:
+        (gradients, model_state), stacked = jax.lax.scan(accumulate, (start, state.model_state), inputs)
+        sums = jax.tree.map(lambda leaf: leaf.sum(axis=0), stacked)
     weight = sums["loss"][1]
     return jax.tree.map(lambda leaf: leaf / weight, gradients), model_state, sums

@@ -1,5 +1,6 @@
 """A prepared tensorflow-datasets set in array_record form: random access without TensorFlow."""
 
+import functools
 import hashlib
 import itertools
 import os
@@ -97,6 +98,10 @@ class PreparedSet:
         """Random access to the examples of a split, as tfds gives them: dicts of features, text as bytes; picklable."""
         return self._builder.as_data_source(split=self._splits[split], decoders=self._decoders)
 
+    def records(self, split: Split) -> "Records":
+        """The same, where a record that is damaged gives Malformed in place of an error."""
+        return Records(self, split)
+
     def place(self, split: Split, index: int) -> str:
         """What an error calls an example."""
         return f"tfds:{self._name} split {self._splits[split]!r}, row {index + 1}"
@@ -119,7 +124,30 @@ class PreparedSet:
                 ) from None
             for index, example in zip(indices, fetched, strict=True):
                 place = self.place(split, index)
-                yield place, Malformed(place, str(example)[:_SHOWN]) if isinstance(example, RuntimeError) else example
+                yield place, _checked(example, place)
+
+
+class Records:
+    """Random access to the examples of a split; malformed is one whose checksum does not hold."""
+
+    def __init__(self, prepared: PreparedSet, split: Split):
+        self._examples = prepared.source(split)
+        self._place = functools.partial(prepared.place, split)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | Malformed:
+        (example,) = _fetch(self._examples, [index])
+        return _checked(example, self._place(index))
+
+    def place(self, index: int) -> str:
+        """What an error calls an example."""
+        return self._place(index)
+
+
+def _checked(example: Any, place: str) -> Any:
+    return Malformed(place, str(example)[:_SHOWN]) if isinstance(example, RuntimeError) else example
 
 
 def _fetch(examples: Any, indices: list[int]) -> list[Any]:
