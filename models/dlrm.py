@@ -1,8 +1,8 @@
 """A deep learning recommendation model and its task (Naumov et al., arXiv 1906.00091): will this be clicked?
 
 Integers go through a bottom MLP, categories through embedding tables; the dot products of all pairs of these vectors,
-and the bottom MLP's output, go through a top MLP to a logit. Shapes in names: B batch, I integers, F categories, V = F + 1
-vectors, D their width.
+and the bottom MLP's output, go through a top MLP to a logit. Shapes in names: B batch, I integers, F categories,
+V = F + 1 vectors, D their width.
 
 Initialisation is that of the paper's code: kernels normal with variance 2 / (inputs + outputs), biases normal with
 variance 1 / outputs, tables uniform up to 1 / sqrt(rows).
@@ -10,6 +10,7 @@ variance 1 / outputs, tables uniform up to 1 / sqrt(rows).
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 # An integer that is not there, as the data have it.
 MISSING = -(2**31)
+# Of normalised integers: what keeps one that never changes from a division by zero, and the newest batch's share.
+_LEAST_VARIANCE = 1e-3
+_NEW_SHARE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,7 @@ class DLRMTask:
     embed_dim: int = 16  # width of the tables and of the bottom MLP's output
     bottom: tuple[int, ...] = (512, 256, 64, 16)  # layers of the MLP over the integers; the last is embed_dim
     top: tuple[int, ...] = (512, 256)  # hidden layers of the MLP over the interactions
+    normalize_integers: bool = False  # their logarithms by running means and variances; not published, helps small data
     dropout: float = 0.0  # of hidden units of the top MLP, while training
     compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
 
@@ -61,7 +66,10 @@ class DLRMTask:
             raise ValueError(f"task.compute_dtype is {self.compute_dtype!r}; use 'float32' or 'bfloat16'")
 
     def init(self, key: jax.Array, batch_spec: BatchSpec) -> dict[str, Any]:
-        """Parameters as plain nested dicts {"params": ...}, float32; pure, works under jax.eval_shape."""
+        """Plain nested dicts {"params": ..., "statistics": ...}, float32; pure, works under jax.eval_shape.
+
+        The statistics are there with `normalize_integers` alone.
+        """
         if "categories" not in batch_spec:
             raise ValueError(f"the batch has {sorted(batch_spec)} and no 'categories'; DLRM needs click data")
         count = batch_spec["categories"].shape[-1]
@@ -74,26 +82,35 @@ class DLRMTask:
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
     ) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
-        """Mean nats per example (0 where there is none), no model state, and the metrics as (total, weight).
+        """Mean nats per example (0 where there is none), new statistics, and the metrics as (total, weight).
 
         metrics: "loss", nats of the sigmoid cross-entropy; "accuracy", where a probability of one half counts as no.
         """
-        logits_B = self.logits(variables, batch, key=key if train else None)
+        logits_B, state = self._apply(variables, batch, key=key if train else None)
         clicked_B = batch["label"] > 0
         nats_B = jax.nn.softplus(jnp.where(clicked_B, -logits_B, logits_B))
         weight = batch["weight"].sum()
         nats = (batch["weight"] * nats_B).sum()
         right = (batch["weight"] * ((logits_B > 0) == clicked_B)).sum()
         metrics = {"loss": (nats, weight), "accuracy": (right, weight)}
-        return nats / jnp.maximum(weight, 1), ({}, metrics)
+        return nats / jnp.maximum(weight, 1), (state, metrics)
 
-    def logits(self, variables: dict[str, Any], batch: Batch, *, key: jax.Array | None = None) -> jax.Array:
-        """Log odds of a click, float32 [B]; with a key for dropout, as in training."""
-        rngs = {} if key is None else {"dropout": key}
-        logits: Any = DLRM(self).apply(
-            variables, batch["integers"], batch["categories"], train=key is not None, rngs=rngs
+    def logits(self, variables: dict[str, Any], batch: Batch) -> jax.Array:
+        """Log odds of a click, float32 [B]."""
+        return self._apply(variables, batch, key=None)[0]
+
+    def _apply(
+        self, variables: dict[str, Any], batch: Batch, *, key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Log odds [B] and the statistics after this batch; with a key, for dropout, as in training."""
+        inputs = batch["integers"], batch["categories"]
+        if key is None:
+            logits: Any = DLRM(self).apply(variables, *inputs, train=False)
+            return logits, {name: tree for name, tree in variables.items() if name != "params"}
+        (logits, state) = DLRM(self).apply(
+            variables, *inputs, train=True, rngs={"dropout": key}, mutable=["statistics"]
         )
-        return logits
+        return logits, dict(state)
 
     def predict(self, variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
         """Log odds and labels [B]."""
@@ -113,7 +130,7 @@ class DLRMTask:
         return metrics, f"AUC over {len(labels):,} held-out examples, {labels.mean():.1%} of them positive; ties half"
 
     def logical_axes(self, variables: dict[str, Any]) -> dict[str, Any]:
-        """ "rows" for the tables' rows; everything else is small and whole on every device."""
+        """The tables' rows are "rows"; everything else is small and whole on every device."""
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: ("rows", None) if path[-1].key == "embedding" else (None,) * len(leaf.shape), variables
         )
@@ -126,7 +143,7 @@ class DLRMTask:
         examples, integers = batch_spec["integers"].shape
         vectors = len(self.rows) + 1
         widths = [integers, *self.bottom], [self.embed_dim + vectors * (vectors - 1) // 2, *self.top, 1]
-        weights = sum(a * b for layers in widths for a, b in zip(layers[:-1], layers[1:], strict=True))
+        weights = sum(a * b for layers in widths for a, b in itertools.pairwise(layers))
         return 6.0 * examples * (weights + vectors**2 * self.embed_dim)
 
 
@@ -141,8 +158,12 @@ class DLRM(nn.Module):
         task, dtype = self.task, jnp.dtype(self.task.compute_dtype)
         table = self.param("embedding", functools.partial(tables.initial_tables, sizes=task.rows, width=task.embed_dim))
         embedded_BxFxD = tables.look_up(table, tables.row_numbers(categories_BxF, task.rows), dtype)
-        fill_I = self.param("missing", nn.initializers.zeros, (integers_BxI.shape[-1],))
-        x = MLP(task.bottom, dtype=dtype, name="bottom")(transformed(integers_BxI, fill_I).astype(dtype), train=train)
+        x, present = logarithms(integers_BxI), integers_BxI != MISSING
+        if task.normalize_integers:
+            x = Normalized(name="normalized")(x, present, train=train)
+        # In place of what is missing a value that is learnt for each integer, 0 at first.
+        x = jnp.where(present, x, self.param("missing", nn.initializers.zeros, (x.shape[-1],)))
+        x = MLP(task.bottom, dtype=dtype, name="bottom")(x.astype(dtype), train=train)
         x = jnp.concatenate([x, interactions(x, embedded_BxFxD)], axis=-1)
         x = MLP(task.top, dropout=task.dropout, dtype=dtype, name="top")(x, train=train)
         return _dense(1, jnp.dtype(jnp.float32), "logit")(x.astype(jnp.float32))[:, 0]
@@ -164,10 +185,39 @@ class MLP(nn.Module):
         return x
 
 
-def transformed(integers_BxI: jax.Array, fill_I: jax.Array) -> jax.Array:
-    """log(1 + max(x, 0)), float32; in place of what is missing a value that is learnt for each integer, 0 at first."""
-    logarithms = jnp.log1p(jnp.maximum(integers_BxI, 0).astype(jnp.float32))
-    return jnp.where(integers_BxI == MISSING, fill_I, logarithms)
+class Normalized(nn.Module):
+    """Each column less its mean, over its standard deviation: the batch's in training, running ones otherwise."""
+
+    @nn.compact
+    def __call__(self, x_BxI: jax.Array, present_BxI: jax.Array, *, train: bool) -> jax.Array:
+        """[B, I] to [B, I]; what is not present counts for nothing.
+
+        Running statistics are plain means over the first 100 batches, so that a short run has them right.
+        """
+        kept: dict[str, Any] = {
+            name: self.variable("statistics", name, make, shape)
+            for name, make, shape in (
+                ("mean", jnp.zeros, x_BxI.shape[-1:]),
+                ("variance", jnp.ones, x_BxI.shape[-1:]),
+                ("batches", jnp.zeros, ()),
+            )
+        }
+        if not train:
+            return (x_BxI - kept["mean"].value) * jax.lax.rsqrt(kept["variance"].value + _LEAST_VARIANCE)
+        count_I = present_BxI.sum(axis=0, dtype=jnp.float32)
+        mean_I = jnp.where(present_BxI, x_BxI, 0).sum(axis=0) / jnp.maximum(count_I, 1)
+        variance_I = jnp.where(present_BxI, jnp.square(x_BxI - mean_I), 0).sum(axis=0) / jnp.maximum(count_I, 1)
+        if not self.is_initializing():
+            kept["batches"].value += 1
+            share = jnp.maximum(1 / kept["batches"].value, _NEW_SHARE)
+            for name, now_I in (("mean", mean_I), ("variance", variance_I)):
+                kept[name].value += jnp.where(count_I > 0, share * (now_I - kept[name].value), 0)
+        return (x_BxI - mean_I) * jax.lax.rsqrt(variance_I + _LEAST_VARIANCE)
+
+
+def logarithms(integers_BxI: jax.Array) -> jax.Array:
+    """log(1 + max(x, 0)), float32."""
+    return jnp.log1p(jnp.maximum(integers_BxI, 0).astype(jnp.float32))
 
 
 def interactions(dense_BxD: jax.Array, embedded_BxFxD: jax.Array) -> jax.Array:

@@ -45,7 +45,7 @@ def spec() -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def packed(fields: Fields) -> bytes:
-    """A row of (label, integers or None, hashes of categories); integers of more than 32 bits are cut to the nearest."""
+    """A row of (label, integers or None, hashes of categories); integers beyond 32 bits become the nearest within."""
     label, integers, categories = fields
     row = np.empty((), ROW)
     row["label"] = label
