@@ -203,7 +203,7 @@ def test_damage_is_noticed(tmp_path, cache):
 
 
 def test_random_access_is_the_stream_for_any_number_of_processes(tmp_path, cache):
-    """Fault: a row from the wrong file, a pickled copy that reads others, processes that share rows or leave one out."""
+    """Fault: a row of the wrong file, a pickled copy that reads others, processes that share rows or leave one out."""
     for day in range(3):
         write(tmp_path / f"day_{day}", numbered(7 + day, 100 * day))
     data = prepared(cache, source=f"file:{tmp_path}/day_*", heldout_fraction=0.25)
