@@ -41,7 +41,15 @@ SHARDING_RULES = (("rows", ("data", "fsdp", "tensor")),)
 def sample(config: Any) -> None:
     """Minutes on a laptop."""
     _flights(config)
-    config.optimizer = base.component(SHAMPOO, block_size=128, treatments=TREATMENTS)
+    config.optimizer = base.component(
+        SHAMPOO,
+        block_size=128,
+        treatments=TREATMENTS,
+        rate_rules=((r"embedding", 10.0), (r".*", 1.0)),
+        # Rows that are seen seldom, or in the held-out months alone, shrink to nothing.
+        weight_decay=1.0,
+        decay_rules=((r"embedding", True), (r".*", False)),
+    )
     config.schedule.learning_rate = 6e-3
 
 
