@@ -22,8 +22,8 @@ paper: the terabyte, for a v5e slice of 64 chips.
 
   Sizes are MLPerf's (facebookresearch/dlrm, bench/run_and_time.sh: width 128, bottom 512-256-128, top
   1024-1024-512-256-1, categories hashed to at most 40 M). The batch of 65,536 and one epoch are those of NVIDIA's
-  DeepLearningExamples. As in arXiv 2002.09018 tables are treated diagonally and MLPs preconditioned. Rates are ours, and
-  not tuned on it. It needs every host of the slice: call `jax.distributed.initialize()` and then
+  DeepLearningExamples. As in arXiv 2002.09018 tables are treated diagonally and MLPs preconditioned. Rates are ours,
+  and not tuned on it. It needs every host of the slice: call `jax.distributed.initialize()` and then
   `shampax.framework.train.train(config, workdir)` in each process.
 """
 
@@ -50,7 +50,7 @@ def sample(config: Any) -> None:
         weight_decay=1.0,
         decay_rules=((r"embedding", True), (r".*", False)),
     )
-    config.schedule.learning_rate = 6e-3
+    config.schedule.learning_rate = 3e-3
 
 
 def sample_adagrad(config: Any) -> None:
@@ -99,16 +99,16 @@ def _flights(config: Any) -> None:
     config.task = base.component(
         "shampax.models.dlrm:DLRMTask",
         rows=(1_000,) * 26,
-        embed_dim=8,
-        bottom=(32, 8),
-        top=(32, 16),
-        dropout=0.3,
+        embed_dim=32,
+        bottom=(64, 32),
+        top=(64, 32),
+        dropout=0.5,
         normalize_integers=True,
     )
     config.data = base.component("shampax.framework.data.criteo:ClickData", source="sample:flights")
     config.sharding_rules = SHARDING_RULES
-    config.duration = "200 steps"
-    config.batch_size = 256
+    config.duration = "120 steps"
+    config.batch_size = 512
     config.simulated_devices = 4
 
 

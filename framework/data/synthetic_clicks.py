@@ -18,6 +18,7 @@ from .splits import Split
 
 _HIDDEN = 4  # length of the teacher's vectors
 _EMPTY = 0.05  # share of the integers
+_SHARES = 0.6, 0.3, 0.1  # of the logit's variance: categories, integers, products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +65,10 @@ class TaughtClicks:
     def __init__(self, data: SyntheticClicks, split: Split):
         self._data, self._split = data, split
         random = np.random.default_rng([data.seed, 0])
-        self._values = random.normal(size=(CATEGORIES, data.values)) * math.sqrt(0.4 / CATEGORIES)
-        self._slopes = random.normal(size=INTEGERS) * math.sqrt(0.2 / INTEGERS)
-        self._vectors = random.normal(size=(CATEGORIES, data.values, _HIDDEN)) * (0.4 / CATEGORIES / _HIDDEN) ** 0.25
+        self._values = random.normal(size=(CATEGORIES, data.values)) * math.sqrt(_SHARES[0] / CATEGORIES)
+        self._slopes = random.normal(size=INTEGERS) * math.sqrt(_SHARES[1] / INTEGERS)
+        length = (_SHARES[2] / CATEGORIES / _HIDDEN) ** 0.25
+        self._vectors = random.normal(size=(CATEGORIES, data.values, _HIDDEN)) * length
         # What Criteo does to its categories: 32 bits that tell nothing of the value.
         self._hashes = random.integers(1, 2**32, (CATEGORIES, data.values), dtype=np.uint32)
 
