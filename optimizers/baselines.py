@@ -171,7 +171,7 @@ class MuonOptions:
     adam_learning_rate: float = 1.0  # Adam's learning rate as a multiple of Muon's
     weight_decay: float = 0.0  # decoupled
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
-    treatments: tuple[tuple[str, str], ...] = ShampooOptions.treatments  # "diagonal" means Adam
+    treatments: tuple[tuple[str, str], ...] = ShampooOptions.treatments  # "diagonal" and "rows" mean Adam
 
     def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
         """The optimizer; axis names tell the sides of its matrices, as they do for Shampoo."""
@@ -191,7 +191,7 @@ class MuonOptions:
                     fold_axes=ShampooOptions.fold_axes,
                     stack=min(treatment.stack, leaf.ndim),
                 )
-                matrix = treatment.kind != "diagonal" and inputs and outputs
+                matrix = treatment.kind not in ("diagonal", "rows") and inputs and outputs
                 result.append(MuonDimensionNumbers(tuple(inputs), tuple(outputs)) if matrix else None)
             return jax.tree.structure(params).unflatten(result)
 
@@ -207,3 +207,35 @@ class MuonOptions:
             adam_learning_rate=lambda count: self.adam_learning_rate * learning_rate(count),
             muon_weight_dimension_numbers=dimensions,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaGradOptions:
+    """AdaGrad (Duchi et al. 2011) with sums that begin at zero; by row on tables, which is customary for DLRM.
+
+    It is what Distributed Shampoo does where nothing is preconditioned and nothing averaged, and shares its state's
+    sharding.
+    """
+
+    epsilon: float = 1e-8  # added to the root of the sum of squares
+    weight_decay: float = 0.0  # parameters shrink by learning rate x weight decay
+    decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
+    rate_rules: tuple[tuple[str, float], ...] = ShampooOptions.rate_rules  # factors of the learning rate
+    row_rules: tuple[tuple[str, bool], ...] = (
+        # (regex over the path, whether a row has one sum: else each element has), first match wins
+        (r"(.*/)?[^/]*embed[^/]*(/.*)?", True),
+        (r".*", False),
+    )
+
+    def build(self, learning_rate: optax.Schedule, **layout: Any):
+        """The optimizer, for parameters that lie as `layout` says."""
+        return ShampooOptions(
+            treatments=tuple((pattern, "rows" if by_row else "diagonal") for pattern, by_row in self.row_rules),
+            graft="adagrad",
+            beta1=0.0,
+            beta2=1.0,
+            epsilon=self.epsilon,
+            weight_decay=self.weight_decay,
+            decay_rules=self.decay_rules,
+            rate_rules=self.rate_rules,
+        ).build(learning_rate, **layout)

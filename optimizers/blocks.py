@@ -169,11 +169,18 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class DiagonalLeaf:
-    """One parameter under diagonal treatment: its path, its shape and the beta2 of its second moment."""
+    """One parameter under diagonal treatment, of its elements or of its rows.
+
+    Attributes:
+      path, shape: the parameter's.
+      beta2: of its second moment.
+      by_row: whether a row (the last axis) shares one second moment, and has no momentum.
+    """
 
     path: str
     shape: tuple[int, ...]
     beta2: float
+    by_row: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +241,11 @@ def make_plan(params: Any, axis_names: Any, param_specs: Any, options: ShampooOp
         _check_spec(path, leaf.shape, specs.get(path), mesh)
         rule = patterns.first_match(rules, path)
         view, sides = _view(leaf.shape, names.get(path), rule, options)
-        if rule.kind == "diagonal" or not view.is_matrix:
+        if rule.kind == "rows" and len(leaf.shape) >= 2 and 0 not in leaf.shape:
+            diagonal[index] = DiagonalLeaf(path, tuple(leaf.shape), beta2=1.0, by_row=True)
+            treatments[path] = "rows (adagrad)"
+            continue
+        if rule.kind in ("diagonal", "rows") or not view.is_matrix:
             diagonal[index] = DiagonalLeaf(path, tuple(leaf.shape), rule.beta2)
             treatments[path] = f"diagonal ({options.graft})"
             continue

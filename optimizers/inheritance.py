@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .blocks import Bucket, Leaf, Plan
+from .blocks import Bucket, DiagonalLeaf, Leaf, Plan
 from .options import ShampooOptions
 from .patterns import state_key
 from .refresh import NO_GRADIENT
@@ -82,7 +82,10 @@ class Inheritance:
         self._plan, self._options, self._shapes = plan, options, shapes
         self._saved = SavedBlocks.read(manifest, shapes, renamed)
         self._fates = {leaf.path: self._fate(bucket, leaf) for bucket in plan.buckets for leaf in bucket.leaves} | {
-            leaf.path: self._elementwise_fate(leaf.path, leaf.shape, leaf.beta2) for leaf in plan.diagonal.values()
+            leaf.path: self._row_fate(leaf)
+            if leaf.by_row
+            else self._elementwise_fate(leaf.path, leaf.shape, leaf.beta2)
+            for leaf in plan.diagonal.values()
         }
 
     def source(self, name: str, shape: tuple[int, ...]) -> Source:
@@ -165,6 +168,14 @@ class Inheritance:
             else:
                 fate[ELEMENTWISE[field]] = ""
         return fate
+
+    def _row_fate(self, leaf: DiagonalLeaf) -> dict[str, str]:
+        """Of a parameter whose rows have one second moment each: it is a sum under any graft and any beta2."""
+        found, wanted = self._elementwise(leaf.path, SECOND_MOMENT), leaf.shape[:-1]
+        why = "" if found else "there is none"
+        if found and found[1] != wanted:
+            why = f"of shape {list(found[1])} there, {list(wanted)} here"
+        return {ELEMENTWISE[SECOND_MOMENT]: why}
 
     def _beta2(self, path: str) -> float:
         name = self._saved.bucket_of.get(path)

@@ -1,15 +1,19 @@
-"""Momentum, second moment and the direction of the diagonal method, for an array of any shape."""
+"""Momentum, second moment and the direction of the diagonal methods, for an array of any shape."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from .grafting import DIAGONALS
 from .options import ShampooOptions
 
 
 class Moments(NamedTuple):
-    """Momentum and second moment, shaped like what they belong to; None where the options keep none."""
+    """Momentum and second moment, shaped like what they belong to; None where none is kept.
+
+    Under row-wise treatment the second moment has one number for each row, and there is no momentum.
+    """
 
     momentum: jax.Array | None
     second_moment: jax.Array | None
@@ -21,6 +25,11 @@ def initial_moments(shape: tuple[int, ...], options: ShampooOptions) -> Moments:
         jnp.zeros(shape, options.momentum_dtype) if options.beta1 else None,
         jnp.zeros(shape, jnp.float32) if options.diagonal.has_second_moment else None,
     )
+
+
+def initial_row_moments(shape: tuple[int, ...]) -> Moments:
+    """Zeros for the rows of an array of a shape."""
+    return Moments(None, jnp.zeros(shape[:-1], jnp.float32))
 
 
 def correction(beta: float, count: jax.Array, options: ShampooOptions) -> jax.Array:
@@ -56,3 +65,16 @@ def advance(
         second_moment = options.diagonal.accumulate(second_moment, g, beta2)
     direction = options.diagonal.direction(acting, second_moment, correction(beta2, step, options), options.epsilon)
     return Moments(momentum, second_moment), acting, direction
+
+
+def advance_rows(moments: Moments, g: jax.Array, epsilon: float) -> tuple[Moments, jax.Array]:
+    """(new moments, direction) of row-wise AdaGrad: v <- v + mean of g^2 over the row, g / (sqrt(v) + epsilon).
+
+    A row that nobody looks up has a gradient of zero and stays as it is, its moment too; a momentum would move it.
+    After Mudigere et al., "Software-Hardware Co-design for Fast and Scalable Training of Deep Learning Recommendation
+    Models" (arXiv 2104.05158).
+    """
+    assert moments.second_moment is not None
+    second_moment = moments.second_moment + jnp.mean(g * g, axis=-1)
+    direction = DIAGONALS["adagrad"].direction(g, second_moment[..., None], jnp.float32(1), epsilon)
+    return Moments(None, second_moment), direction

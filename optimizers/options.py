@@ -14,7 +14,7 @@ import optax
 from .grafting import DIAGONALS, GRAFTS
 from .roots import SOLVERS
 
-KINDS = ("shampoo", "one_sided", "diagonal")
+KINDS = ("shampoo", "one_sided", "diagonal", "rows")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -25,7 +25,8 @@ class Treatment:
     A field that is None takes the options' value.
 
     Attributes:
-      kind: "shampoo" (all sides), "one_sided" (one side of a matrix) or "diagonal" (the graft method alone).
+      kind: "shampoo" (all sides), "one_sided" (one side of a matrix), "diagonal" (the graft method alone) or "rows"
+        (row-wise AdaGrad, for large tables that are looked up).
       side: of a one-sided treatment, "left" (the axes that come first), "right" or "short" (the shorter of the two).
       view: "matrix" or "tensor".
       block_size: largest side of a block.
@@ -73,6 +74,8 @@ class Treatment:
             raise ValueError(f"treatment {text!r}: side is for one_sided treatments only")
         if kind == "one_sided" and treatment.view == "tensor":
             raise ValueError(f"treatment {text!r}: one_sided treatments are of matrices; leave view=tensor out")
+        if values and kind == "rows":
+            raise ValueError(f"treatment {text!r}: rows are summed up without further choices; write 'rows' alone")
         if treatment.stack < 0:
             raise ValueError(f"treatment {text!r}: stack is {treatment.stack}; it must not be negative")
         return treatment
@@ -109,7 +112,7 @@ class Rule:
     @property
     def power(self) -> float:
         """The exponents of a matrix's sides, added up."""
-        if self.kind == "diagonal":
+        if self.kind in ("diagonal", "rows"):
             return 0.0
         if self.exponent is None:
             return 0.5

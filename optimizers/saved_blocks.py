@@ -31,7 +31,10 @@ def describe(plan: Plan, options: ShampooOptions) -> dict[str, Any]:
         "momentum": options.momentum,
         "graft": options.graft,
         "buckets": {bucket.name: describe_bucket(bucket) for bucket in plan.buckets},
-        "diagonal": {leaf.path: {"shape": list(leaf.shape), "beta2": leaf.beta2} for leaf in plan.diagonal.values()},
+        "diagonal": {
+            leaf.path: {"shape": list(leaf.shape), "beta2": leaf.beta2} | ({"by_row": True} if leaf.by_row else {})
+            for leaf in plan.diagonal.values()
+        },
     }
 
 
@@ -141,7 +144,7 @@ class SavedBlocks:
       momentum, graft: of the options.
       buckets: by name.
       bucket_of: path of a parameter in blocks -> name of its bucket.
-      diagonal: path of a parameter under diagonal treatment -> its entry: shape and beta2.
+      diagonal: path of a parameter under diagonal treatment -> its entry: shape, beta2 and by_row.
       saved_path: path -> the same as it was when the state was saved.
     """
 
@@ -184,10 +187,12 @@ def _read(manifest: Any, shapes: Shapes, renamed: Callable[[str], str]) -> Saved
     diagonal = {}
     for path, kept in manifest["diagonal"].items():
         shape = _wholes(kept["shape"])
-        diagonal[path] = {"shape": shape, "beta2": _number(kept["beta2"])}
-        for name in (f"diagonal/{state_key(path)}/{field.partition('/')[2]}" for field in (MOMENTUM, SECOND_MOMENT)):
-            if shapes.get(name, shape) != shape:
-                raise ValueError(f"{name} has the shape {list(shapes[name])}, {path} has {list(shape)}")
+        by_row = _flag(kept.get("by_row", False))
+        diagonal[path] = {"shape": shape, "beta2": _number(kept["beta2"]), "by_row": by_row}
+        for field in (SECOND_MOMENT,) if by_row else (MOMENTUM, SECOND_MOMENT):
+            name, wanted = f"diagonal/{state_key(path)}/{field.partition('/')[2]}", shape[:-1] if by_row else shape
+            if shapes.get(name, wanted) != wanted:
+                raise ValueError(f"{name} has the shape {list(shapes[name])}; it should have {list(wanted)}")
             known.add(name)
     for name in ("count", "skipped"):
         if shapes.get(name) != ():
@@ -292,6 +297,12 @@ def _number(value: Any) -> float:
     if type(value) not in (int, float):
         raise ValueError(f"{value!r:.50} where a number is expected")
     return float(value)
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"{value!r:.50} where true or false is expected")
+    return value
 
 
 def _text(value: Any) -> str:

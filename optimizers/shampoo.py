@@ -97,7 +97,7 @@ class DistributedShampoo(optax.GradientTransformation):
 
         Args:
           params: arrays, or ShapeDtypeStructs with shardings; a diagonal state follows its parameter, spread over the
-            mesh axes that the parameter does not use.
+            mesh axes that the parameter does not use, and one number for each row lies where its row does.
         """
         return self._layout(params).shardings(params)
 
@@ -168,6 +168,9 @@ class DistributedShampoo(optax.GradientTransformation):
         diagonal = {}
         for i, leaf in plan.diagonal.items():
             key, g = patterns.state_key(leaf.path), gradients[i].astype(jnp.float32)
+            if leaf.by_row:
+                diagonal[key], directions[i] = moments.advance_rows(state.diagonal[key], g, options.epsilon)
+                continue
             if options.normalizes:
                 g = _times_power(g, -exponent)
                 g = g * _reciprocal(jnp.sqrt(jnp.sum(g * g)))

@@ -107,7 +107,9 @@ class Layout:
             skipped=jnp.zeros((), jnp.int32),
             buckets={bucket.name: bucket_state(bucket) for bucket in plan.buckets},
             diagonal={
-                patterns.state_key(leaf.path): moments.initial_moments(leaves[i].shape, self.options)
+                patterns.state_key(leaf.path): moments.initial_row_moments(leaves[i].shape)
+                if leaf.by_row
+                else moments.initial_moments(leaves[i].shape, self.options)
                 for i, leaf in plan.diagonal.items()
             },
         )
@@ -129,7 +131,8 @@ class Layout:
             own = getattr(leaf, "sharding", None)
             spec = own.spec if isinstance(own, NamedSharding) else PartitionSpec()
             key = patterns.state_key(kept.path)
-            spread = NamedSharding(mesh, _spread(spec, leaf.shape, mesh))
+            lies = PartitionSpec(*spec[: leaf.ndim - 1]) if kept.by_row else _spread(spec, leaf.shape, mesh)
+            spread = NamedSharding(mesh, lies)
             diagonal[key] = jax.tree.map(lambda _, spread=spread: spread, state.diagonal[key])
         shardings = ShampooState(
             count=replicated,  # type: ignore

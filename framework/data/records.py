@@ -57,6 +57,10 @@ class Rejects:
                 f"data.max_malformed is {self.limit}, and {self}; mend the data or skip them with a higher limit"
             )
 
+    def after(self, others: "Rejects") -> "Rejects":
+        """These and those of an earlier pass together."""
+        return Rejects(self.limit, others.count + self.count, [*others._first, *self._first][:_NAMED])
+
     def to_json(self) -> dict[str, Any]:
         """As the keyword arguments that make the same again."""
         return {"count": self.count, "first": self._first}

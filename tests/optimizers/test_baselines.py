@@ -25,6 +25,7 @@ def parameters():
         baselines.MomentumOptions(),
         baselines.AdafactorOptions(),
         baselines.MuonOptions(),
+        baselines.AdaGradOptions(rate_rules=((".*", 10.0),)),  # its steps shrink
     ],
     ids=lambda options: type(options).__name__,
 )
@@ -40,7 +41,9 @@ def test_descends(options):
     assert optax.tree.norm(params) < 0.95 * first
 
 
-@pytest.mark.parametrize("options", [baselines.AdamWOptions, baselines.AdafactorOptions, baselines.MuonOptions])
+@pytest.mark.parametrize(
+    "options", [baselines.AdamWOptions, baselines.AdafactorOptions, baselines.MuonOptions, baselines.AdaGradOptions]
+)
 def test_decoupled_decay_spares_biases_and_embeddings(options):
     """Catches decay on what should not decay, and decay that is not learning rate x weight decay."""
     params = parameters()
@@ -98,3 +101,36 @@ def test_lamb_leaves_biases_to_adam():
     np.testing.assert_allclose(updates["bias"], -0.1, rtol=1e-5)
     norms = [optax.tree.norm(tree["embed"]) for tree in (updates, params)]
     np.testing.assert_allclose(norms[0], 0.1 * norms[1], rtol=1e-5)
+
+
+def test_muon_leaves_tables_to_adam():
+    """Fault: a table whose treatment is "rows" counts as a matrix."""
+    params = parameters()
+    treatments = (("embed", "rows"), (".*", "shampoo"))
+    tx = baselines.MuonOptions(treatments=treatments).build(lambda count: 1.0, axis_names=NAMES)
+    same = baselines.MuonOptions().build(lambda count: 1.0, axis_names=NAMES)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        tx.update(params, tx.init(params), params)[0],
+        same.update(params, same.init(params), params)[0],
+    )
+
+
+def test_adagrad_is_that_of_optax_and_by_row_on_tables():
+    """Fault: sums that are averaged or begin above zero, momentum, a factor that is lost, a table summed by element."""
+    params = parameters()
+    options = baselines.AdaGradOptions(epsilon=1e-3, rate_rules=(("bias", 2.0), (".*", 1.0)))
+    tx, twin = options.build(lambda count: 0.1), optax.adagrad(0.1, initial_accumulator_value=0.0, eps=0.0)
+    state, twin_state, by_row = tx.init(params), twin.init(params), np.zeros(16)
+    random = np.random.default_rng(1)
+    for _ in range(5):
+        grads = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32), params)
+        updates, state = tx.update(grads, state, params)
+        wanted, twin_state = twin.update(grads, twin_state, params)
+        by_row += (np.asarray(grads["embed"], np.float64) ** 2).mean(axis=1)
+    # Of the two, ours adds epsilon to the root.
+    out = updates["layers"]["out"] * (1 + 1e-3 * np.abs(wanted["layers"]["out"] / (0.1 * grads["layers"]["out"])))
+    np.testing.assert_allclose(out, wanted["layers"]["out"], rtol=1e-5)
+    np.testing.assert_allclose(updates["bias"], 2 * wanted["bias"], rtol=5e-3)
+    table = -0.1 * np.asarray(grads["embed"]) / (np.sqrt(by_row)[:, None] + 1e-3)
+    np.testing.assert_allclose(updates["embed"], table, rtol=1e-5)

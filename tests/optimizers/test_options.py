@@ -38,6 +38,7 @@ def message(error):
     [
         ("shampoo", Treatment()),
         ("diagonal", Treatment("diagonal")),
+        ("rows", Treatment("rows")),
         ("one_sided side=left", Treatment("one_sided", side="left")),
         ("one_sided", Treatment("one_sided", side="short")),
         ("  shampoo   block_size=512  exponent=0.5 ", Treatment(block_size=512, exponent=0.5)),
@@ -53,7 +54,7 @@ def test_parse(text, expected):
     assert [type(v) for v in dataclasses.astuple(parsed)] == [type(v) for v in dataclasses.astuple(expected)]
 
 
-KINDS = "must begin with one of shampoo, one_sided, diagonal"
+KINDS = "must begin with one of shampoo, one_sided, diagonal, rows"
 KEYS = "it may set side, view, block_size, exponent, ridge, cut, beta2, stack as key=value"
 
 
@@ -75,6 +76,7 @@ KEYS = "it may set side, view, block_size, exponent, ridge, cut, beta2, stack as
             "one_sided view=tensor",
             "treatment 'one_sided view=tensor': one_sided treatments are of matrices; leave view=tensor out",
         ),
+        ("rows beta2=1", "treatment 'rows beta2=1': rows are summed up without further choices; write 'rows' alone"),
         ("shampoo stack=-1", "treatment 'shampoo stack=-1': stack is -1; it must not be negative"),
         # What the options see when they put their own values beside it
         ("shampoo view=vector", "view is 'vector'; choose one of matrix, tensor"),

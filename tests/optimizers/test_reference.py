@@ -173,6 +173,20 @@ CASES = {
         },
         noise=1e-2,
     ),
+    "rows beside blocks": Case(
+        {
+            "treatments": rules(cube="rows", table="rows", vector="rows", w="shampoo"),
+            "epsilon": 0.3,
+            "weight_decay": 0.3,
+            "decay": "coupled",
+        },
+        {"cube": (2, 6, 5), "table": (40, 6), "vector": (7,), "w": (16, 14)},
+        late=9,
+    ),
+    "rows, decoupled decay, normalized graft": Case(
+        {"treatments": rules(table="rows", w="shampoo"), "weight_decay": 0.3, "graft": "adam_normalized"},
+        {"table": (40, 6), "w": (16, 14)},
+    ),
     "axis names": Case(
         {"stack_axes": ("experts", "scan"), "fold_axes": ("heads", "width")},
         {"key": (12, 2, 3, 8), "layers": (4, 3, 24), "mixed": (12, 2, 12), "out": (2, 12, 4, 6), "scalars": (2, 3)},

@@ -101,7 +101,9 @@ class Parameter:
 
         stack, sides = view(self.x.shape, names, self.rule, options)
         lengths = [math.prod(self.x.shape[i] for i in side) for side in sides]
-        self.diagonal = self.rule.kind == "diagonal" or sum(length > 1 for length in lengths) < 2 or self.x.size == 0
+        self.by_row = self.rule.kind == "rows" and self.x.ndim >= 2
+        self.diagonal = self.rule.kind in ("diagonal", "rows") or sum(length > 1 for length in lengths) < 2
+        self.diagonal = self.diagonal or self.x.size == 0
         if self.diagonal:
             self.matrices = [Matrix(np.zeros(self.x.shape), np.zeros(self.x.shape), np.zeros(self.x.shape), [])]
             return
@@ -213,6 +215,12 @@ def direction(o, rule, matrix, g, t):
     return d
 
 
+def row_direction(o, matrix, g):
+    """Row-wise AdaGrad: every element of a row is divided by the root of the row's summed mean squares."""
+    matrix.second = matrix.second + (g**2).mean(axis=-1, keepdims=True)
+    return g / (np.sqrt(matrix.second) + o.epsilon)
+
+
 def accumulate(o, rule, matrix, g, t):
     """Statistics of every block: the mean gradient of the last few steps makes one update."""
     matrix.buffer = matrix.buffer + g
@@ -290,7 +298,10 @@ def run(params, gradients, options, rate, axis_names=None):
             if o.decay == "coupled":
                 g = g + q.decay * q.x
             parts = q.split(g)
-            moved = q.join([direction(o, q.rule, m, part, t) for m, part in zip(q.matrices, parts, strict=True)])
+            if q.by_row:
+                moved = row_direction(o, q.matrices[0], g)
+            else:
+                moved = q.join([direction(o, q.rule, m, part, t) for m, part in zip(q.matrices, parts, strict=True)])
             for m, part in zip(q.matrices, parts, strict=True):
                 accumulate(o, q.rule, m, part, t)
             if o.decay == "decoupled":

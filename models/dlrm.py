@@ -1,0 +1,238 @@
+"""A deep learning recommendation model and its task (Naumov et al., arXiv 1906.00091): will this be clicked?
+
+Integers go through a bottom MLP, categories through embedding tables; the dot products of all pairs of these vectors,
+and the bottom MLP's output, go through a top MLP to a logit. Shapes in names: B batch, I integers, F categories,
+V = F + 1 vectors, D their width.
+
+Initialisation is that of the paper's code: kernels normal with variance 2 / (inputs + outputs), biases normal with
+variance 1 / outputs, tables uniform up to 1 / sqrt(rows).
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import ranking, tables
+
+Batch = Mapping[str, jax.Array]
+BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+# An integer that is not there, as the data have it.
+MISSING = -(2**31)
+# Of normalised integers: what keeps one that never changes from a division by zero, and the newest batch's share.
+_LEAST_VARIANCE = 1e-3
+_NEW_SHARE = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class DLRMTask:
+    """Click-through prediction, as the trainer sees it.
+
+    A batch holds integers int32 [B, I] (`MISSING` where there is none), categories uint32 [B, F] (32-bit hashes), label
+    int32 [B] and weight float32 [B], 0 for examples that only fill up the batch. A category's row is its hash modulo
+    the size of its table: so the data know nothing of tables, and other sizes need no other data.
+    """
+
+    rows: tuple[int, ...] = (1_000,) * 26  # of the tables, one for each category; colliding hashes share a row
+    embed_dim: int = 16  # width of the tables and of the bottom MLP's output
+    bottom: tuple[int, ...] = (512, 256, 64, 16)  # layers of the MLP over the integers; the last is embed_dim
+    top: tuple[int, ...] = (512, 256)  # hidden layers of the MLP over the interactions
+    normalize_integers: bool = False  # their logarithms by running means and variances; not published, helps small data
+    dropout: float = 0.0  # of hidden units of the top MLP, while training
+    compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
+
+    def __post_init__(self):
+        for name in ("rows", "bottom", "top"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise ValueError(f"task.{name} is {getattr(self, name)}; give sizes of at least 1")
+        if self.bottom[-1] != self.embed_dim:
+            raise ValueError(
+                f"task.bottom ends in {self.bottom[-1]} and task.embed_dim is {self.embed_dim}; make them equal, their "
+                "vectors are multiplied"
+            )
+        if tables.total_rows(self.rows) >= 2**31:
+            raise ValueError(f"task.rows add up to {sum(self.rows):,}; keep them below {2**31 - 2**11:,}, for int32")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"task.dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"task.compute_dtype is {self.compute_dtype!r}; use 'float32' or 'bfloat16'")
+
+    def init(self, key: jax.Array, batch_spec: BatchSpec) -> dict[str, Any]:
+        """Plain nested dicts {"params": ..., "statistics": ...}, float32; pure, works under jax.eval_shape.
+
+        The statistics are there with `normalize_integers` alone.
+        """
+        if "categories" not in batch_spec:
+            raise ValueError(f"the batch has {sorted(batch_spec)} and no 'categories'; DLRM needs click data")
+        count = batch_spec["categories"].shape[-1]
+        if count != len(self.rows):
+            raise ValueError(f"task.rows has {len(self.rows)} tables and the data {count} categories; give as many")
+        one = {name: jnp.zeros((1, *spec.shape[1:]), spec.dtype) for name, spec in batch_spec.items()}
+        variables: Any = DLRM(self).init(key, one["integers"], one["categories"], train=False)
+        return variables
+
+    def loss(
+        self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
+    ) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
+        """Mean nats per example (0 where there is none), new statistics, and the metrics as (total, weight).
+
+        metrics: "loss", nats of the sigmoid cross-entropy; "accuracy", where a probability of one half counts as no.
+        """
+        logits_B, state = self._apply(variables, batch, key=key if train else None)
+        clicked_B = batch["label"] > 0
+        nats_B = jax.nn.softplus(jnp.where(clicked_B, -logits_B, logits_B))
+        weight = batch["weight"].sum()
+        nats = (batch["weight"] * nats_B).sum()
+        right = (batch["weight"] * ((logits_B > 0) == clicked_B)).sum()
+        metrics = {"loss": (nats, weight), "accuracy": (right, weight)}
+        return nats / jnp.maximum(weight, 1), (state, metrics)
+
+    def logits(self, variables: dict[str, Any], batch: Batch) -> jax.Array:
+        """Log odds of a click, float32 [B]."""
+        return self._apply(variables, batch, key=None)[0]
+
+    def _apply(
+        self, variables: dict[str, Any], batch: Batch, *, key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Log odds [B] and the statistics after this batch; with a key, for dropout, as in training."""
+        inputs = batch["integers"], batch["categories"]
+        if key is None:
+            logits: Any = DLRM(self).apply(variables, *inputs, train=False)
+            return logits, {name: tree for name, tree in variables.items() if name != "params"}
+        (logits, state) = DLRM(self).apply(
+            variables, *inputs, train=True, rngs={"dropout": key}, mutable=["statistics"]
+        )
+        return logits, dict(state)
+
+    def predict(self, variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
+        """Log odds and labels [B]."""
+        return {"logit": self.logits(variables, batch), "label": batch["label"]}
+
+    def judge(
+        self, predictions: Mapping[str, np.ndarray], decode: Callable[[np.ndarray], str] | None
+    ) -> tuple[dict[str, float], str]:
+        """AUC, log loss in nats and calibration (mean prediction / mean label), over all held-out examples."""
+        del decode  # no text
+        logits, labels = predictions["logit"], predictions["label"]
+        metrics = {
+            "auc": ranking.auc(logits, labels),
+            "log_loss": ranking.log_loss(logits, labels),
+            "calibration": ranking.calibration(logits, labels),
+        }
+        return metrics, f"AUC over {len(labels):,} held-out examples, {labels.mean():.1%} of them positive; ties half"
+
+    def logical_axes(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """The tables' rows are "rows"; everything else is small and whole on every device."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: ("rows", None) if path[-1].key == "embedding" else (None,) * len(leaf.shape), variables
+        )
+
+    def flops(self, batch_spec: BatchSpec) -> float:
+        """Training FLOPs of one batch: 6 for each weight of the MLPs and each number of the products of all pairs.
+
+        The whole V x V square of products is counted, because it is computed. Lookups are moves, and not counted.
+        """
+        examples, integers = batch_spec["integers"].shape
+        vectors = len(self.rows) + 1
+        widths = [integers, *self.bottom], [self.embed_dim + vectors * (vectors - 1) // 2, *self.top, 1]
+        weights = sum(a * b for layers in widths for a, b in itertools.pairwise(layers))
+        return 6.0 * examples * (weights + vectors**2 * self.embed_dim)
+
+
+class DLRM(nn.Module):
+    """Integers [B, I] and categories [B, F] to log odds [B]."""
+
+    task: DLRMTask
+
+    @nn.compact
+    def __call__(self, integers_BxI: jax.Array, categories_BxF: jax.Array, *, train: bool) -> jax.Array:
+        """Log odds, float32."""
+        task, dtype = self.task, jnp.dtype(self.task.compute_dtype)
+        table = self.param("embedding", functools.partial(tables.initial_tables, sizes=task.rows, width=task.embed_dim))
+        embedded_BxFxD = tables.look_up(table, tables.row_numbers(categories_BxF, task.rows), dtype)
+        x, present = logarithms(integers_BxI), integers_BxI != MISSING
+        if task.normalize_integers:
+            x = Normalized(name="normalized")(x, present, train=train)
+        # In place of what is missing a value that is learnt for each integer, 0 at first.
+        x = jnp.where(present, x, self.param("missing", nn.initializers.zeros, (x.shape[-1],)))
+        x = MLP(task.bottom, dtype=dtype, name="bottom")(x.astype(dtype), train=train)
+        x = jnp.concatenate([x, interactions(x, embedded_BxFxD)], axis=-1)
+        x = MLP(task.top, dropout=task.dropout, dtype=dtype, name="top")(x, train=train)
+        return _dense(1, jnp.dtype(jnp.float32), "logit")(x.astype(jnp.float32))[:, 0]
+
+
+class MLP(nn.Module):
+    """Dense layers, each followed by a ReLU and by dropout."""
+
+    widths: Sequence[int]
+    dtype: Any
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """[B, inputs] to [B, widths[-1]]."""
+        for number, width in enumerate(self.widths):
+            x = nn.relu(_dense(width, self.dtype, f"layer_{number}")(x))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return x
+
+
+class Normalized(nn.Module):
+    """Each column less its mean, over its standard deviation: the batch's in training, running ones otherwise."""
+
+    @nn.compact
+    def __call__(self, x_BxI: jax.Array, present_BxI: jax.Array, *, train: bool) -> jax.Array:
+        """[B, I] to [B, I]; what is not present counts for nothing.
+
+        Running statistics are plain means over the first 100 batches, so that a short run has them right.
+        """
+        kept: dict[str, Any] = {
+            name: self.variable("statistics", name, make, shape)
+            for name, make, shape in (
+                ("mean", jnp.zeros, x_BxI.shape[-1:]),
+                ("variance", jnp.ones, x_BxI.shape[-1:]),
+                ("batches", jnp.zeros, ()),
+            )
+        }
+        if not train:
+            return (x_BxI - kept["mean"].value) * jax.lax.rsqrt(kept["variance"].value + _LEAST_VARIANCE)
+        count_I = present_BxI.sum(axis=0, dtype=jnp.float32)
+        mean_I = jnp.where(present_BxI, x_BxI, 0).sum(axis=0) / jnp.maximum(count_I, 1)
+        variance_I = jnp.where(present_BxI, jnp.square(x_BxI - mean_I), 0).sum(axis=0) / jnp.maximum(count_I, 1)
+        if not self.is_initializing():
+            kept["batches"].value += 1
+            share = jnp.maximum(1 / kept["batches"].value, _NEW_SHARE)
+            for name, now_I in (("mean", mean_I), ("variance", variance_I)):
+                kept[name].value += jnp.where(count_I > 0, share * (now_I - kept[name].value), 0)
+        return (x_BxI - mean_I) * jax.lax.rsqrt(variance_I + _LEAST_VARIANCE)
+
+
+def logarithms(integers_BxI: jax.Array) -> jax.Array:
+    """log(1 + max(x, 0)), float32."""
+    return jnp.log1p(jnp.maximum(integers_BxI, 0).astype(jnp.float32))
+
+
+def interactions(dense_BxD: jax.Array, embedded_BxFxD: jax.Array) -> jax.Array:
+    """Dot products of all pairs of different vectors, [B, V (V - 1) / 2]: the lower triangle, row by row."""
+    vectors_BxVxD = jnp.concatenate([dense_BxD[:, None], embedded_BxFxD], axis=1)
+    products_BxVxV = jnp.einsum("bvd,bwd->bvw", vectors_BxVxD, vectors_BxVxD)
+    rows, columns = np.tril_indices(vectors_BxVxD.shape[1], -1)
+    return products_BxVxV[:, rows, columns]
+
+
+def _dense(width: int, dtype: jnp.dtype, name: str) -> nn.Dense:
+    return nn.Dense(
+        width,
+        dtype=dtype,
+        kernel_init=nn.initializers.variance_scaling(1.0, "fan_avg", "normal"),
+        bias_init=nn.initializers.normal(width**-0.5),
+        name=name,
+    )

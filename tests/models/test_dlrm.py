@@ -1,0 +1,300 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from programs import collectives
+from sklearn.metrics import log_loss, roc_auc_score
+
+from shampax.models import ranking, tables
+from shampax.models.dlrm import MISSING, DLRMTask, interactions, logarithms
+
+SIZES = (3, 50, 700, 11)
+TASK = DLRMTask(rows=SIZES, embed_dim=4, bottom=(8, 4), top=(8, 6))
+EXAMPLES = 16
+
+
+def clicks(count=EXAMPLES, seed=0):
+    random = np.random.default_rng(seed)
+    integers = random.integers(-3, 1000, (count, 5)).astype(np.int32)
+    integers[random.random(integers.shape) < 0.2] = MISSING
+    return {
+        "label": random.integers(0, 2, count).astype(np.int32),
+        "weight": np.ones(count, np.float32),
+        "integers": integers,
+        "categories": random.integers(0, 2**32, (count, len(SIZES)), dtype=np.uint32),
+    }
+
+
+def spec_of(batch):
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
+
+
+@pytest.fixture(scope="module")
+def variables():
+    """Parameters with a value for what is missing, as training would leave them."""
+    made = jax.jit(lambda: TASK.init(jax.random.key(0), spec_of(clicks())))()
+    made["params"]["missing"] = jnp.arange(5.0) / 5
+    return made
+
+
+@functools.partial(jax.jit, static_argnames=("task", "train"))
+def loss_of(variables, batch, key, task=TASK, *, train=False):
+    return task.loss(variables, batch, key=key, train=train)
+
+
+def reference_logits(params, batch):
+    """The model in float64, one example after the other."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+    def mlp(layers, x):
+        for number in range(len(layers)):
+            x = np.maximum(x @ layers[f"layer_{number}"]["kernel"] + layers[f"layer_{number}"]["bias"], 0)
+        return x
+
+    logits, starts = [], np.cumsum([0, *SIZES[:-1]])
+    for integers, categories in zip(batch["integers"], batch["categories"], strict=True):
+        known = [params["missing"][i] if x == MISSING else np.log(1 + max(int(x), 0)) for i, x in enumerate(integers)]
+        vectors = [mlp(params["bottom"], np.array(known))]
+        for start, size, category in zip(starts, SIZES, categories, strict=True):
+            vectors.append(params["embedding"][start + int(category) % size])
+        pairs = [vectors[i] @ vectors[j] for i in range(len(vectors)) for j in range(i)]
+        hidden = mlp(params["top"], np.concatenate([vectors[0], pairs]))
+        logits.append(float((hidden @ params["logit"]["kernel"] + params["logit"]["bias"])[0]))
+    return np.array(logits)
+
+
+def test_agrees_with_numpy_in_float64(variables):
+    """Fault: a table begins in another's rows, a hash above 2^31 turns negative, a pair of vectors is left out or twice
+    there, an integer that is missing counts as a number."""
+    batch = clicks()
+    assert (batch["categories"] >= 2**31).any() and (batch["integers"] == MISSING).any()
+    logits = jax.jit(TASK.logits)(variables, batch)
+    np.testing.assert_allclose(logits, reference_logits(variables["params"], batch), rtol=1e-4, atol=1e-5)
+
+
+def test_interactions_are_the_lower_triangle():
+    """Fault: the diagonal, or the same pair twice, in place of each pair once."""
+    dense, embedded = np.array([[1.0, 2.0]]), np.array([[[3.0, 5.0], [7.0, 11.0]]])
+    assert interactions(jnp.asarray(dense), jnp.asarray(embedded)).tolist() == [[13.0, 29.0, 76.0]]
+
+
+def test_integers_that_are_negative_or_large():
+    """Fault: a NaN from the logarithm, or the largest of 32 bits that overflows."""
+    integers = jnp.asarray([[-1, 0, 2**31 - 1, MISSING + 1]], jnp.int32)
+    np.testing.assert_allclose(logarithms(integers), [[0, 0, np.log(2.0**31), 0]], rtol=1e-6)
+
+
+def test_normalized_integers():
+    """Fault: what is missing counts; statistics lag behind a short run, are not used, or are moved by evaluation."""
+    task = dataclasses.replace(TASK, normalize_integers=True)
+    batches = [clicks(seed=seed) for seed in range(3)]
+    for batch in batches:
+        batch["integers"][:, 4] = MISSING
+        batch["integers"][:, 3] = 7
+    variables = jax.jit(lambda: task.init(jax.random.key(0), spec_of(batches[0])))()
+    for batch in batches:
+        _, (state, _) = loss_of(variables, batch, jax.random.key(0), task, train=True)
+        variables = {"params": variables["params"], **state}
+    kept = variables["statistics"]["normalized"]
+    seen = [[np.log1p(np.maximum(x[x != MISSING], 0.0)) for x in batch["integers"].T] for batch in batches]
+    for column in range(3):
+        np.testing.assert_allclose(kept["mean"][column], np.mean([x[column].mean() for x in seen]), rtol=1e-5)
+        np.testing.assert_allclose(kept["variance"][column], np.mean([x[column].var() for x in seen]), rtol=1e-5)
+    assert kept["variance"][3] < 1e-9 and (kept["mean"][4], kept["variance"][4]) == (0, 1)
+
+    _, (after, _) = loss_of(variables, batches[0], jax.random.key(0), task)
+    jax.tree.map(np.testing.assert_array_equal, after["statistics"], variables["statistics"])
+    loss, _ = loss_of(variables, batches[0], jax.random.key(0), task)
+    moved = batches[0] | {"integers": batches[0]["integers"].copy()}
+    moved["integers"][1:, 0] = 5  # what others are does not matter in evaluation
+    one = [jax.jit(task.logits)(variables, batch)[0] for batch in (batches[0], moved)]
+    assert one[0] == one[1] and np.isfinite(loss)
+    trained, _ = loss_of(variables, batches[0], jax.random.key(0), task, train=True)
+    assert np.isfinite(trained) and trained != loss
+
+
+def test_loss_and_metrics(variables):
+    """Fault: the wrong sign of the label, or nats that overflow where a logit is large."""
+    batch = clicks()
+    loss, (state, metrics) = loss_of(variables, batch, jax.random.key(0))
+    chances = 1 / (1 + np.exp(-reference_logits(variables["params"], batch)))
+    assert loss == pytest.approx(log_loss(batch["label"], chances), rel=1e-5)
+    assert metrics["accuracy"][0] == np.sum((chances > 0.5) == batch["label"])
+    assert state == {} and metrics["loss"][1] == EXAMPLES
+
+
+def test_examples_of_zeros_have_no_weight(variables):
+    """Fault: what fills up the last held-out batch counts as an example without a click."""
+    batch = clicks()
+    padded = {name: np.concatenate([x, np.zeros((3, *x.shape[1:]), x.dtype)]) for name, x in batch.items()}
+    (loss, (_, metrics)), (again, (_, wanted)) = (
+        loss_of(variables, some, jax.random.key(0)) for some in (padded, batch)
+    )
+    assert loss == pytest.approx(float(again), rel=1e-6)
+    np.testing.assert_allclose(metrics["accuracy"], wanted["accuracy"])
+    empty = {name: x[EXAMPLES:] for name, x in padded.items()}
+    gradient = jax.grad(lambda v: loss_of(v, empty, jax.random.key(0), train=True)[0])(variables)
+    assert not any(np.any(x) for x in jax.tree.leaves(gradient))
+
+
+def test_dropout_is_of_training_alone(variables):
+    """Fault: dropout that is never applied, is applied to held-out examples, or is the same at every step."""
+    task, batch = dataclasses.replace(TASK, dropout=0.5), clicks()
+    losses = [
+        float(loss_of(variables, batch, jax.random.key(seed), task, train=train)[0])
+        for seed, train in ((0, True), (1, True), (0, False), (1, False))
+    ]
+    assert losses[2] == losses[3] == float(loss_of(variables, batch, jax.random.key(0), train=True)[0])
+    assert len(set(losses[:3])) == 3
+
+
+def test_flops_count_every_product():
+    """Fault: a layer, or the pairs of vectors, left out of the count that MFU is made of."""
+    weights = 5 * 8 + 8 * 4 + (4 + 10) * 8 + 8 * 6 + 6
+    assert TASK.flops(spec_of(clicks())) == 6 * EXAMPLES * (weights + 25 * 4)
+
+
+def test_tables_begin_as_published():
+    """Fault: one bound for all tables, or tables of a distribution of their own."""
+    sizes = (3, 1000, 20_000)
+    table = np.asarray(tables.initial_tables(jax.random.key(0), sizes, 16))
+    assert table.shape == (22_528, 16) and not table[21_003:].any()
+    start = 0
+    for size in sizes:
+        own = table[start : start + size]
+        start += size
+        assert np.abs(own).max() <= size**-0.5
+        assert np.abs(own).max() > 0.85 * size**-0.5
+        assert own.std() == pytest.approx((3 * size) ** -0.5, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"bottom": (8, 5)}, "task.bottom ends in 5 and task.embed_dim is 4"),
+        ({"rows": (3, 0)}, r"task.rows is \(3, 0\); give sizes of at least 1"),
+        ({"rows": (2**30, 2**30)}, "task.rows add up to 2,147,483,648; keep them below 2,147,481,600"),
+        ({"dropout": 1.0}, "task.dropout is 1.0"),
+        ({"compute_dtype": "float16"}, "task.compute_dtype is 'float16'"),
+    ],
+)
+def test_bad_fields_are_refused(fields, error):
+    """Fault: a traceback deep in the model, or rows whose numbers overflow."""
+    with pytest.raises(ValueError, match=error):
+        dataclasses.replace(TASK, **fields)
+
+
+def test_data_of_another_kind_are_refused():
+    """Fault: text, or another number of categories, ends in a traceback."""
+    with pytest.raises(ValueError, match="no 'categories'; DLRM needs click data"):
+        TASK.init(jax.random.key(0), {"tokens": jax.ShapeDtypeStruct((4, 9), np.int32)})
+    with pytest.raises(ValueError, match="has 2 tables and the data 4 categories"):
+        dataclasses.replace(TASK, rows=(3, 4)).init(jax.random.key(0), spec_of(clicks()))
+
+
+# Tables divided over devices
+
+MESHES = {"2x2x2": (2, 2, 2), "8x1x1": (8, 1, 1), "1x1x8": (1, 1, 8)}
+WIDTH = 4
+
+
+def mesh_of(shape):
+    names = ("data", "fsdp", "tensor")
+    return Mesh(np.asarray(jax.devices()).reshape(shape), names, axis_types=(AxisType.Auto,) * 3)
+
+
+def gradients_of_lookup(table, rows, weights):
+    """Looked up, and the gradient of the table."""
+
+    def weighted(table):
+        found = tables.look_up(table, rows, jnp.dtype(jnp.float32))
+        return (found * weights).sum(), found
+
+    (_, found), gradient = jax.value_and_grad(weighted, has_aux=True)(table)
+    return found, gradient
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def lookup(request):
+    """(result on the mesh, result on one device, the compiled program)."""
+    mesh = mesh_of(MESHES[request.param])
+    random = np.random.default_rng(5)
+    table = random.normal(size=(tables.total_rows(SIZES), WIDTH)).astype(np.float32)
+    rows = np.array(tables.row_numbers(jnp.asarray(clicks(64)["categories"]), SIZES))
+    rows[1] = rows[0]  # looked up twice, by two devices
+    weights = random.normal(size=(*rows.shape, WIDTH)).astype(np.float32)
+    wanted = gradients_of_lookup(*map(jnp.asarray, (table, rows, weights)))
+    divided, batch = (
+        NamedSharding(mesh, PartitionSpec(mesh.axis_names)),
+        NamedSharding(mesh, PartitionSpec(("data", "fsdp"))),
+    )
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((table, rows, weights), (divided, batch, batch))
+        step = jax.jit(gradients_of_lookup, out_shardings=(batch, divided)).lower(*placed).compile()
+        return step(*placed), wanted, step.as_text()
+
+
+def test_divided_tables_give_the_same(lookup):
+    """Fault: a device that reads another's row, a gradient that is lost, counted on two devices, or put elsewhere."""
+    (found, gradient), (wanted, wanted_gradient), _ = lookup
+    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_allclose(gradient, wanted_gradient, rtol=1e-6, atol=1e-6)
+
+
+def test_tables_stay_where_they_are(lookup):
+    """Fault: a table, or its gradient, is gathered; what is looked up is all-reduced, which costs twice as much."""
+    _, (found, _), text = lookup
+    moved = collectives(text)
+    assert moved
+    assert max(collective.bytes for collective in moved) <= found.size * 4
+    assert f"[{tables.total_rows(SIZES)},{WIDTH}]" not in text
+
+
+def test_a_step_on_a_mesh_gives_the_same(variables):
+    """Fault: the divided lookup differs inside the model, under jit and autodiff."""
+    mesh, batch = mesh_of((2, 2, 2)), clicks()
+
+    def step(variables, batch):
+        return jax.value_and_grad(lambda v: TASK.loss(v, batch, key=jax.random.key(0), train=True)[0])(variables)
+
+    loss, gradient = jax.jit(step)(variables, batch)
+    with jax.set_mesh(mesh):
+        again, on_mesh = jax.jit(step)(variables, batch)
+    assert again == pytest.approx(float(loss), rel=1e-6)
+    for mine, whole in zip(jax.tree.leaves(on_mesh), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(mine, whole, rtol=1e-4, atol=1e-6)
+
+
+# Judgement
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 9])
+def test_auc_is_that_of_scikit_learn(decimals):
+    """Fault: ties that count whole, or not at all."""
+    random = np.random.default_rng(decimals)
+    labels = random.integers(0, 2, 5000)
+    scores = np.round(random.normal(size=5000) + labels / 2, decimals).astype(np.float32)
+    assert ranking.auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
+
+
+def test_auc_of_nothing_to_rank():
+    """Fault: a division by zero where a class is missing, or a rank for a NaN."""
+    assert np.isnan(ranking.auc(np.array([1.0, 2.0]), np.array([1, 1])))
+    assert np.isnan(ranking.auc(np.array([1.0, np.nan]), np.array([1, 0])))
+
+
+def test_judgement():
+    """Fault: a probability where a logit is meant, labels upside down, or large logits that overflow."""
+    random = np.random.default_rng(1)
+    labels, logits = random.integers(0, 2, 200), (3 * random.normal(size=200)).astype(np.float32)
+    logits[:2], labels[:2] = (1e4, -1e4), (1, 0)
+    chances = 1 / (1 + np.exp(-logits.astype(np.float64).clip(-700, 700)))
+    metrics, line = TASK.judge({"logit": logits, "label": labels}, None)
+    assert metrics["auc"] == pytest.approx(roc_auc_score(labels, logits), abs=1e-12)
+    assert metrics["log_loss"] == pytest.approx(log_loss(labels, chances), rel=1e-9)
+    assert metrics["calibration"] == pytest.approx(chances.mean() / labels.mean(), rel=1e-9)
+    assert f"200 held-out examples, {labels.mean():.1%} of them positive" in line

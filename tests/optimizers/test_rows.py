@@ -1,0 +1,137 @@
+"""Row-wise AdaGrad for tables, beside Shampoo for matrices: its memory, its sharding, and what it takes over."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+from optimizing import gradients, inherited, optimizer, place, train, zeros
+
+from shampax.optimizers import ShampooOptions, patterns
+from shampax.optimizers.saved_blocks import SavedBlocks
+
+ROWS, DIM = 4096, 32
+SHAPES = {"table": (ROWS, DIM), "w": (24, 16)}
+# Blocks without roots: what these tests are about is beside them.
+OPTIONS = ShampooOptions(block_size=16, treatments=(("table", "rows"), (".*", "shampoo exponent=0")))
+ELEMENTS = dataclasses.replace(OPTIONS, treatments=(("table", "diagonal"), (".*", "shampoo exponent=0")))
+SPECS = {"table": PartitionSpec(("data", "fsdp")), "w": PartitionSpec()}
+
+
+def mesh():
+    return Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "fsdp"))
+
+
+@pytest.fixture(scope="module")
+def stream():
+    """Gradients that look up a tenth of the rows each."""
+    random = np.random.default_rng(3)
+    seen = [(random.random((ROWS, 1)) < 0.1).astype(np.float32) for _ in range(6)]
+    return [g | {"table": g["table"] * rows} for g, rows in zip(gradients(6, SHAPES), seen, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def run(stream):
+    """Six steps on one device."""
+    return train(OPTIONS, stream)
+
+
+def test_a_table_costs_four_bytes_a_row():
+    """Fault: a momentum, or a second moment of every element: eight bytes an element."""
+    state = jax.eval_shape(optimizer(OPTIONS).init, zeros(SHAPES))
+    kept = jax.tree.leaves(state.diagonal["table"])
+    assert sum(x.size * x.dtype.itemsize for x in kept) == 4 * ROWS
+    assert optimizer(OPTIONS).treatments(zeros(SHAPES))["table"] == "rows (adagrad)"
+
+
+def test_rows_that_are_not_looked_up_stay(run, stream):
+    """Fault: momentum, or decay of a sum, moves rows that a batch has no use for."""
+    for updates, grads in zip(run.updates, stream, strict=True):
+        looked_up = grads["table"].any(axis=1)
+        assert not updates["table"][~looked_up].any()
+        assert (np.abs(updates["table"][looked_up]).max(axis=1) > 0).all()
+
+
+def test_the_state_lies_where_its_rows_lie(run, stream):
+    """Fault: sums that are replicated, or another result on a mesh."""
+    sharded = train(OPTIONS, stream, mesh=mesh(), specs=SPECS)
+    moment = sharded.states[-1].diagonal["table"].second_moment
+    assert moment.shape == (ROWS,)
+    assert {shard.data.shape for shard in moment.addressable_shards} == {(ROWS // 4,)}
+    np.testing.assert_allclose(sharded.updates[-1]["table"], run.updates[-1]["table"], rtol=1e-5, atol=1e-9)
+
+
+def test_tables_are_gathered_nowhere(stream):
+    """Fault: the update of a table moves rows between devices."""
+    tx = optimizer(OPTIONS, mesh(), None, SPECS)
+    params = place(zeros(SHAPES), mesh(), SPECS)
+    shardings = tx.state_shardings(params)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    out = (jax.tree.map(lambda x: x.sharding, params), shardings)
+    step = jax.jit(tx.update, out_shardings=out).lower(place(stream[0], mesh(), SPECS), state, params).compile()
+    moved = re.findall(r"= (\S+) (?:all-\w+|reduce-scatter|collective-permute)(?:-start)?\(", step.as_text())
+    assert moved and not [shapes for shapes in moved if f",{DIM}]" in shapes]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_a_refused_step_changes_nothing(run, stream, bad):
+    """Fault: a row's sum keeps a NaN, or the infinity that a square gives where the gradient was finite."""
+    spoilt = jax.tree.map(np.copy, stream[0])
+    spoilt["table"][7, 3] = bad
+    after = train(OPTIONS, [spoilt], state=run.states[-1])
+    assert int(after.states[-1].skipped) == 1
+    assert not any(np.any(update) for update in after.updates[0].values())
+    kept = after.states[-1]._replace(skipped=run.states[-1].skipped)
+    jax.tree.map(np.testing.assert_array_equal, kept, run.states[-1])
+
+
+def test_goes_on_bitwise(run, stream):
+    """Fault: something that decides the next step is not in the state."""
+    first = train(OPTIONS, stream[:3])
+    params = first.positions()[-1]
+    saved = jax.tree.map(np.asarray, first.states[-1])
+    tx = optimizer(OPTIONS)
+    taken = inherited(tx, zeros(SHAPES), tx.manifest(zeros(SHAPES)), saved)
+    jax.tree.map(np.testing.assert_array_equal, taken, saved)
+    again = train(OPTIONS, stream[3:], params=params, state=jax.device_put(taken, jax.devices()[0]))
+    for mine, whole in zip(again.updates, run.updates[3:], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, mine, whole)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        (OPTIONS, dataclasses.replace(OPTIONS, graft="rmsprop", beta2=0.9), ""),
+        (ELEMENTS, OPTIONS, f"of shape [{ROWS}, {DIM}] there, [{ROWS}] here"),
+        (OPTIONS, ELEMENTS, f"of shape [{ROWS}] there, [{ROWS}, {DIM}] here"),
+        (OPTIONS, ShampooOptions(block_size=2048, exponent=0), f"of shape [{ROWS}] there, [{ROWS}, {DIM}] here"),
+    ],
+    ids=["other graft", "elements to rows", "rows to elements", "rows to blocks"],
+)
+def test_sums_are_taken_over_by_rows_alone(run, stream, old, new, why):
+    """Fault: sums of elements are taken for those of rows, or the graft, which does not touch them, drops them."""
+    saved = jax.tree.map(np.asarray, run.states[-1] if old == OPTIONS else train(old, stream[:1]).states[-1])
+    tx, manifest = optimizer(new), optimizer(old).manifest(zeros(SHAPES))
+    names = dict(zip(patterns.paths(saved), jax.tree.leaves(saved), strict=True))
+    shapes = {name: x.shape for name, x in names.items()}
+    inheritance = tx.inheritance(zeros(SHAPES), json.loads(json.dumps(manifest)), shapes)
+    assert inheritance.report()["table"]["second moment"] == why
+    taken = inherited(tx, zeros(SHAPES), manifest, saved)
+    if why:
+        assert not any(x.any() for x in jax.tree.leaves(taken.diagonal.get("table")))
+    else:
+        jax.tree.map(np.testing.assert_array_equal, taken.diagonal["table"], saved.diagonal["table"])
+
+
+@pytest.mark.parametrize("damage", [{"by_row": 1}, {"by_row": False}, {"shape": [DIM, ROWS]}])
+def test_a_manifest_that_contradicts_the_arrays_is_refused(run, damage):
+    """Fault: the sum of one row is read as that of another."""
+    manifest = optimizer(OPTIONS).manifest(zeros(SHAPES))
+    manifest["diagonal"]["table"] |= damage
+    saved = run.states[-1]
+    shapes = {name: x.shape for name, x in zip(patterns.paths(saved), jax.tree.leaves(saved), strict=True)}
+    with pytest.raises(ValueError, match="no manifest of Distributed Shampoo"):
+        SavedBlocks.read(manifest, shapes)
