@@ -9,10 +9,8 @@ import glob
 import os
 
 from ..framework.errors import UserError
-from ..framework.processes import Place
 
 _DEVICE_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")  # TPU, newer TPU, NVIDIA, AMD
-_ADDRESS, _COUNT, _INDEX = _PLACE = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _TPU_VARIABLES = ("TPU_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE")
 
 
@@ -37,33 +35,6 @@ def without_accelerator() -> None:
 def has_accelerator() -> bool:
     """Whether this machine seems to have a TPU or GPU, decided without starting JAX."""
     return any(name in os.environ for name in _TPU_VARIABLES) or any(map(glob.glob, _DEVICE_FILES))
-
-
-def place() -> Place | None:
-    """Which process of a run this is, or None where it is the whole run.
-
-    Raises:
-      UserError: the variables that say so are not all set, or make no sense.
-    """
-    given = {name: os.environ[name] for name in _PLACE if os.environ.get(name)}
-    if not given:
-        return None
-    missing = [name for name in _PLACE if name not in given]
-    if missing:
-        raise UserError(
-            f"{' and '.join(given)} is set in the environment and {' and '.join(missing)} is not; "
-            "a run of several processes needs all three, a run of one none"
-        )
-    host, _, port = given[_ADDRESS].rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise UserError(f"{_ADDRESS} is {given[_ADDRESS]!r}; give host:port of process 0, such as 10.0.0.1:8476")
-    count, index = (int(given[name]) if given[name].isdecimal() else -1 for name in (_COUNT, _INDEX))
-    if not 0 <= index < count:
-        raise UserError(
-            f"{_COUNT} is {given[_COUNT]!r} and {_INDEX} is {given[_INDEX]!r}; give the number of processes, and to "
-            "each another index from 0 to one less"
-        )
-    return Place(host.strip("[]"), int(port), count, index) if count > 1 else None
 
 
 def simulate_devices(count: int) -> None:
