@@ -47,9 +47,7 @@ def simulate_devices(count: int) -> None:
         count = int(os.environ["JAX_NUM_CPU_DEVICES"])
     if count < 2:
         return
-    # XLA's thread pool has NPROC threads, by default one per core. Steps in flight on several simulated devices wait
-    # for each other in it, and with fewer than two threads per device they wait for ever.
-    os.environ.setdefault("NPROC", str(max(32, 2 * count, os.cpu_count() or 1)))
+    os.environ.setdefault("NPROC", _threads(count))
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         import jax
 
@@ -60,3 +58,18 @@ def simulate_devices(count: int) -> None:
                 f"config.simulated_devices={count} comes too late: JAX has looked at its devices already; "
                 f"set JAX_NUM_CPU_DEVICES={count} in the environment"
             ) from error
+
+
+def simulating(count: int) -> dict[str, str]:
+    """The variables of another process that is to see `count` simulated devices, and no others."""
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(count),
+        "NPROC": os.environ.get("NPROC") or _threads(count),
+    }
+
+
+def _threads(devices: int) -> str:
+    # XLA's thread pool has NPROC threads, by default one per core. Steps in flight on several simulated devices wait
+    # for each other in it, and with fewer than two threads per device they wait for ever.
+    return str(max(32, 2 * devices, os.cpu_count() or 1))
