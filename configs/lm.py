@@ -19,9 +19,9 @@ sample, sample_host, sample_adamw: the quick start, the same with roots on the h
     python -m shampax.launch.train --config=shampax/configs/lm.py:8b --workdir=/mnt/runs/lm_8b \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 
-  Both need every host of the slice: call `jax.distributed.initialize()` and then `shampax.framework.train.train(config,
-  workdir)` in each process, with a workdir on a file system that all hosts share. Process 0 tokenises and packs the
-  text once, at about 0.4 M tokens a second; `data.max_documents` bounds it.
+  Both run in a process on every host of the slice, with a workdir on a file system that all hosts share
+  (docs/clusters.md). Process 0 tokenises and packs the text once, at about 0.4 M tokens a second; `data.max_documents`
+  bounds it.
 """
 
 from typing import Any

@@ -180,7 +180,7 @@ class Group:
 
     def _missing(self, seconds: float) -> str:
         place = self._place
-        where = f"{place.host}:{place.port} ({ADDRESS})"
+        where = f"{place.host}:{place.port}" + (f" ({ADDRESS})" if place.port_in == ADDRESS else "")
         if place.index:
             if not self._come:
                 return f"process 0 does not answer at {where} within {seconds:g} s; its own output may say why"
