@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _OTHER_FAILED = 75  # what a process of a run says when another has failed
-_SETTLING_SECONDS = 0.3  # for failures that have one cause; the processes of a run end each other meanwhile
+_SETTLING_SECONDS = 1.0  # for failures that have one cause; the processes of a run end each other meanwhile
 _OUTPUT_SECONDS = 5.0  # for the last lines of processes that have ended
 _PR_SET_PDEATHSIG = 1
 _COLOURS = (36, 33, 35, 32, 34, 31, 96, 93, 95, 92, 94, 91)  # of terminals; those that can be read on black and white

@@ -131,8 +131,11 @@ class Job:
         return found[1] if found else ""
 
     def at_work(self, step: int) -> None:
-        checkpoint = self.workdir / "checkpoints" / str(step) / "SHA256SUMS"
-        wait_for(f"a checkpoint after step {step}", checkpoint.exists, 300)
+        def saved() -> bool:
+            whole = self.workdir.glob("checkpoints/*/SHA256SUMS")
+            return any(int(path.parent.name) >= step for path in whole if path.parent.name.isdecimal())
+
+        wait_for(f"a checkpoint after step {step}", saved, 300)
 
     def ended(self, seconds: float = 600) -> str:
         states = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
