@@ -54,6 +54,8 @@ class Gang:
         self._command, self._grace = command, grace_seconds
         self.asked: signal.Signals | None = None  # the signal by which all were asked to end
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._complete = False  # all have been started
+        self._pending: int | None = None  # a signal that came before that
         # Codes by index as they end; None: somebody is impatient.
         self._ends: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
         self._handlers: dict[int, Any] = {}
@@ -91,8 +93,13 @@ class Gang:
                 for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
                     relays.append(_in_background(_relay, source, target, _coloured(label, index, target)))
                 _in_background(_await, process, index, self._ends)
+            # In this order a signal is neither lost nor passed on twice, whenever it comes.
+            self._complete = True
+            if self._pending is not None:
+                self._send(self._pending)
             return self._wait()
         finally:
+            self._complete = False
             for process in self._processes:
                 if process.poll() is None:
                     _signal_session(process.pid, signal.SIGKILL)
@@ -106,8 +113,6 @@ class Gang:
         failures: list[Failure] = []
         # When the next thing is due: the others are asked to end, then they are killed.
         deadline, ask = None, True
-        if self.asked:  # while they were being started
-            self._send(self.asked)
         while running:
             try:
                 end = self._ends.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
@@ -136,7 +141,11 @@ class Gang:
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         del frame
         again, self.asked = self.asked is not None, signal.Signals(number)
-        self._send(signal.SIGTERM if number == signal.SIGHUP else number)
+        number = signal.SIGTERM if number == signal.SIGHUP else number
+        if self._complete:
+            self._send(number)
+        else:
+            self._pending = number
         if again:
             self._ends.put(None)
 
