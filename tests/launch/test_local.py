@@ -264,11 +264,11 @@ def test_a_run_that_is_killed_starts_again_and_ends_as_one_that_is_not(tmp_path,
         return ["--max_restarts=1", "--", "train", f"--config={CONFIG}", f"--workdir={workdir}", *knobs]
 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    code, _, err = local(*command(tmp_path / "whole"), timeout=120)
+    code, _, err = local(*command(tmp_path / "whole"), timeout=180)
     assert code == 0, err
     killed = tmp_path / "killed"
     with launched(*command(killed)) as process:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while not (killed / "checkpoints" / "10").exists() and time.monotonic() < end:
             time.sleep(0.02)
         victim, *_ = (
@@ -278,7 +278,7 @@ def test_a_run_that_is_killed_starts_again_and_ends_as_one_that_is_not(tmp_path,
             and b"JAX_PROCESS_ID=1\0" in path.read_bytes()
         )
         os.kill(victim, signal.SIGKILL)
-        _, err = process.communicate(timeout=90)
+        _, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     assert "local: process 1 has ended with code 137, SIGKILL\n" in err
     assert "local: restart 1 of 1\n" in err
