@@ -34,10 +34,9 @@ long: 1b trained on with books, in rows of 131,072 tokens, for a v5e slice of 25
         --config.init_from=/mnt/runs/lm_1b --config.data.tokenizer=/mnt/runs/lm_1b/data/tokenizer-HASH.json \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 
-  These four run on every host of the slice: the same command on each, with JAX_COORDINATOR_ADDRESS=HOST:PORT (that of
-  process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment (docs/faults.md), and a workdir on a file system
-  that all hosts share. Process 0 tokenises and packs the text once, at about 0.4 M tokens a second;
-  `data.max_documents` bounds it.
+  These four run in a process on every host of the slice, with a workdir on a file system that all hosts share
+  (docs/clusters.md). Process 0 tokenises and packs the text once, at about 0.4 M tokens a second; `data.max_documents`
+  bounds it.
 """
 
 from typing import Any

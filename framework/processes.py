@@ -1,31 +1,34 @@
 """A run of several processes as one thing: they start together, and they end together.
 
-Process 0 listens, every other process holds one connection to it for as long as it lives, and JAX starts once all are
-there. The kernel closes the connection of a process that is killed, so that its death is noticed at once, in whatever
-collective the others wait; the keep-alive of TCP finds out about a machine that is gone without a word. Whoever learns
-that the run cannot go on tells the others, and who is told ends on the spot: neither exit handlers nor the end of a
-`with` block can wait for processes that will never come.
+Process 0 listens, every other process holds one connection to it for as long as it lives. Once all are there and have
+been given the same to do, JAX starts, and a first all-reduce shows that their devices reach each other. The kernel
+closes the connection of a process that is killed, so that its death is noticed at once, in whatever collective the
+others wait; the keep-alive of TCP finds out about a machine that is gone without a word. Whoever learns that the run
+cannot go on tells the others, and who is told ends on the spot: neither exit handlers nor the end of a `with` block can
+wait for processes that will never come.
 
 JAX finds out about deaths too, later, and about process 0's at the same time: it ends the process by SIGABRT, with some
 lines about the C++ that noticed. There is no callback to take (that of jaxlib 0.10.2 cannot be called from Python), so
 SIGABRT is caught in C: the last line and the exit code are ours in any case.
 
-Messages are JSON lists, one per line: ["hello", index, count] from who comes, ["start", port] to all once they are
-there, ["done"] from who has come to the end, ["over"] to all once all have, ["end", code, line] to and from all.
+Messages are JSON lists, one per line: ["hello", index, count] from who comes, ["welcome"] to it, ["ready", identity]
+from who knows what it is to do, ["start", port] to all once they are, ["done"] from who has come to the end, ["over"]
+to all once all have, ["end", code, line] to and from all.
 """
 
 import contextlib
 import ctypes
-import json
 import os
 import signal
 import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NoReturn
 
+from . import sameness, wire
+from .cluster import ADDRESS, COUNT, INDEX, Place
 from .errors import UserError
 
 _FAILED, _REFUSED = 1, 2
@@ -37,17 +40,9 @@ _LEAVING_SECONDS = 2.0  # for processes that are told to end; they need millisec
 _COMING_SECONDS = 20.0  # for processes that are to be told why the run ends, and have not come yet
 _RETRY_SECONDS = 0.2
 _SECONDS_BEHIND = 5.0  # that process 0, which knows who is missing, speaks before the others do
+_NAMED = 10  # processes that a message names
 
 _abort_handler: Any = None
-
-
-class Place(NamedTuple):
-    """Which process of a run this is: number `index` of `count`; process 0 is at `host`:`port`."""
-
-    host: str
-    port: int
-    count: int
-    index: int
 
 
 class Group:
@@ -66,6 +61,7 @@ class Group:
         self._lock = threading.Lock()
         self._connections: dict[int, socket.socket] = {}  # of process 0 to all others, of them to process 0
         self._come: set[int] = set()
+        self._identities: dict[int, Mapping[str, str]] = {}  # of process 0 and all others, of them their own
         self._done: set[int] = set()
         self._jax_port = 0
         self._waiting_seconds = 0.0
@@ -75,49 +71,60 @@ class Group:
         self._verdict: list[Any] | None = None
         if place.index == 0:
             try:
-                listener = _listen(place)
+                listener = wire.listen(place)
             except OSError as error:
                 raise UserError(
                     f"process 0 cannot listen at {place.host}:{place.port}: {os.strerror(error.errno or 0)}; "
-                    "is another run there? Use another port in JAX_COORDINATOR_ADDRESS, in all processes"
+                    f"is another run there, or another process 0? Use another port in {place.port_in}, in all processes"
                 ) from error
             _in_background(self._accept, listener)
         else:
             _in_background(self._connect)
 
-    def join(self, *, waiting_seconds: float, death_seconds: float) -> None:
+    def join(self, identity: Mapping[str, str], *, waiting_seconds: float, death_seconds: float) -> None:
         """Wait until all processes are there, and start JAX with them, which must not have looked at its devices yet.
 
-        Args:
-          waiting_seconds: that each waits for all to come, and in `leave` for all to come to their end.
-          death_seconds: after which a machine that is silent is given up.
+        Where one differs in what it is to do, or some have not come in time, all end.
 
-        Raises:
-          UserError: some have not come in time.
+        Args:
+          identity: what must be the same in all, by name; see `sameness.identity`.
+          waiting_seconds: that each waits for all to come, for the first all-reduce, and in `leave` for all to come to
+            their end.
+          death_seconds: after which a machine that is silent is given up.
         """
         place = self._place
-        started = self._started.wait(waiting_seconds + (_SECONDS_BEHIND if place.index else 0))
+        behind = _SECONDS_BEHIND if place.index else 0
+        self._note_ready(place.index, identity)
+        started = self._started.wait(waiting_seconds + behind)
         self._patience = _LEAVING_SECONDS
         if not started:
-            raise UserError(self._missing(waiting_seconds))
+            self._end(_GONE, f"error: {self._missing(waiting_seconds)}")
         self._waiting_seconds = waiting_seconds
         with self._lock:
             for connection in self._connections.values():
-                _keep_alive(connection, death_seconds)
+                wire.keep_alive(connection, death_seconds)
         _on_abort(self._aborted)
         import jax
 
-        bind = f"{_bracketed(place.host)}:{self._jax_port}" if _is_loopback(place.host) else f"[::]:{self._jax_port}"
+        host = wire.bracketed(place.host)
         jax.distributed.initialize(
-            f"{_bracketed(place.host)}:{self._jax_port}",
+            f"{host}:{self._jax_port}",
             place.count,
             place.index,
-            coordinator_bind_address=bind,
+            coordinator_bind_address=f"{host if wire.is_loopback(place.host) else '[::]'}:{self._jax_port}",
+            local_device_ids=place.local_device,
             cluster_detection_method="deactivate",
             initialization_timeout=max(1, round(waiting_seconds)),
             heartbeat_timeout_seconds=max(10, round(2 * death_seconds)),
             shutdown_timeout_seconds=max(1, round(death_seconds)),
         )
+        from .proof_of_life import all_reduce
+
+        watch = threading.Timer(waiting_seconds + behind, self._no_answer, [waiting_seconds])
+        watch.daemon = True
+        watch.start()
+        all_reduce()
+        watch.cancel()
 
     def leave(self) -> None:
         """Wait until all processes have come to their end. One that does not within `waiting_seconds` ends the run."""
@@ -157,7 +164,7 @@ class Group:
             self._verdict = verdict  # whoever comes later hears it first
             connections = list(self._connections.values())
         for connection in connections:
-            _send(connection, verdict)
+            wire.send(connection, verdict)
         deadline = time.monotonic() + self._patience
         try:
             while not self._all_know() and time.monotonic() < deadline:
@@ -173,16 +180,40 @@ class Group:
 
     def _missing(self, seconds: float) -> str:
         place = self._place
-        where = f"{place.host}:{place.port} (JAX_COORDINATOR_ADDRESS)"
+        where = f"{place.host}:{place.port}" + (f" ({ADDRESS})" if place.port_in == ADDRESS else "")
         if place.index:
             if not self._come:
                 return f"process 0 does not answer at {where} within {seconds:g} s; its own output may say why"
-            return f"not all {place.count} processes have come to {where} within {seconds:g} s"
-        missing = sorted(set(range(1, place.count)) - self._come)
-        shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+            return f"not all {place.count} processes have come to {where} within {seconds:g} s; process 0 may say which"
+        absent = sorted(set(range(1, place.count)) - self._come)
+        silent = sorted(self._come - self._identities.keys())
+        said = []
+        if absent:
+            have = "has" if len(absent) == 1 else "have"
+            said.append(
+                f"{len(absent)} of {place.count} processes {have} not come to {where} within {seconds:g} s: "
+                f"{self._names(absent)}"
+            )
+        if silent:
+            said.append(
+                f"after {seconds:g} s these have come and have not read their config yet: {self._names(silent)}"
+            )
         return (
-            f"{len(missing)} of {place.count} processes have not come to {where} within {seconds:g} s: {shown}; "
-            "their own output may say why; if they only need longer, raise config.processes.waiting_seconds"
+            f"{'; '.join(said)}; their own output may say why; if they only need longer, raise "
+            "config.processes.waiting_seconds"
+        )
+
+    def _names(self, indices: Iterable[int]) -> str:
+        hosts = self._place.hosts
+        names = [f"{index} on {hosts[index]}" if hosts else str(index) for index in indices]
+        return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+
+    def _no_answer(self, seconds: float) -> NoReturn:
+        place = self._place
+        self._end(
+            _GONE,
+            f"error: a first all-reduce over the devices of all {place.count} processes has not come back to process "
+            f"{place.index} within {seconds:g} s; do the machines reach each other at all ports? {_GO_ON}",
         )
 
     def _accept(self, listener: socket.socket) -> None:
@@ -190,7 +221,7 @@ class Group:
             _in_background(self._greet, listener.accept()[0])
 
     def _greet(self, connection: socket.socket) -> None:
-        place, messages = self._place, _messages(connection)
+        place, messages = self._place, wire.messages(connection)
         match next(messages, None):
             case ["hello", int(index), int(count)]:
                 pass
@@ -202,44 +233,72 @@ class Group:
             if welcome:
                 self._connections[index] = connection
                 self._come.add(index)
+                wire.send(connection, ["welcome"])
                 if self._verdict is not None:
-                    _send(connection, self._verdict)
-            complete = len(self._come) == place.count - 1
+                    wire.send(connection, self._verdict)
         if not welcome:
             line = (
                 f"error: a process came as number {index} of {count}, where {place.count} are expected and "
-                f"{sorted({0, *self._come})} are there; JAX_NUM_PROCESSES must be the same in all, "
-                "JAX_PROCESS_ID another in each"
+                f"{self._names(sorted({0, *self._come}))} are there; the number of processes ({COUNT}) must be the "
+                f"same in all, the index ({INDEX}) another in each"
             )
-            _send(connection, ["end", _REFUSED, line])
+            wire.send(connection, ["end", _REFUSED, line])
+            if self._started.is_set():  # one that is too many does not end a run that is at work
+                connection.close()
+                return
             self._patience = _LEAVING_SECONDS  # whoever else is missing may never come
             self._end(_REFUSED, line)
-        if complete:
-            self._jax_port = _free_port(place)
-            self._tell_all(["start", self._jax_port])
-            self._started.set()
         self._follow(index, messages)
 
     def _connect(self) -> None:
         place = self._place
-        while True:
-            try:
+        # Until process 0 has answered, it may not be there yet, or somebody else may be; `join` knows how long to wait.
+        while not self._come:
+            with contextlib.suppress(OSError):
                 connection = socket.create_connection((place.host, place.port), timeout=_COMING_SECONDS)
-                break
-            except OSError:  # process 0 is not there yet; `join` knows how long to wait
-                time.sleep(_RETRY_SECONDS)
+                # Where nobody listens, loopback can connect a port to itself.
+                if connection.getsockname() != connection.getpeername():
+                    self._introduce(connection)
+                connection.close()
+            time.sleep(_RETRY_SECONDS)
+
+    def _introduce(self, connection: socket.socket) -> None:
+        place = self._place
         connection.settimeout(None)
-        _send(connection, ["hello", place.index, place.count])
+        wire.send(connection, ["hello", place.index, place.count])
         with self._lock:
             self._connections[0] = connection
             if self._verdict is not None:
-                _send(connection, self._verdict)
-            self._come.add(0)
-        self._follow(0, _messages(connection))
+                wire.send(connection, self._verdict)
+            if place.index in self._identities:
+                wire.send(connection, ["ready", self._identities[place.index]])
+        self._follow(0, wire.messages(connection))
+
+    def _note_ready(self, index: int, identity: Mapping[str, str]) -> None:
+        place = self._place
+        with self._lock:
+            self._identities[index] = identity
+            if place.index:
+                for connection in self._connections.values():
+                    wire.send(connection, ["ready", identity])
+            complete = len(self._identities) == place.count
+        if not complete:
+            return
+        difference = sameness.difference(self._identities)
+        if difference:
+            self._patience = _LEAVING_SECONDS
+            self._end(_REFUSED, f"error: {difference}")
+        self._jax_port = wire.free_port(place)
+        self._tell_all(["start", self._jax_port])
+        self._started.set()
 
     def _follow(self, index: int, messages: Iterator[Any]) -> None:
         for message in messages:
             match message:
+                case ["welcome"]:
+                    self._come.add(index)
+                case ["ready", dict(identity)]:
+                    self._note_ready(index, identity)
                 case ["start", int(port)]:
                     self._jax_port = port
                     self._started.set()
@@ -248,10 +307,11 @@ class Group:
                 case ["over"]:
                     self._over.set()
                 case ["end", int(code), str(line)]:
+                    self._come.add(index)
                     self._forget(index)
                     self._end(code, line)
         self._forget(index)
-        if index in self._done or self._over.is_set() or self._ending.locked():
+        if index in self._done or self._over.is_set() or self._ending.locked() or index not in self._come:
             return
         self._end(
             _GONE,
@@ -278,7 +338,7 @@ class Group:
         with self._lock:
             connections = list(self._connections.values())
         for connection in connections:
-            _send(connection, message)
+            wire.send(connection, message)
 
     def _aborted(self) -> NoReturn:
         time.sleep(_VERDICT_SECONDS)  # who waits for messages may know who died, and ends this process meanwhile
@@ -288,51 +348,6 @@ class Group:
 
 def _in_background(work: Callable[..., None], *arguments: Any) -> None:
     threading.Thread(target=work, args=arguments, daemon=True).start()
-
-
-def _messages(connection: socket.socket) -> Iterator[Any]:
-    """What the other end says, until it is gone or says what is no message."""
-    with contextlib.suppress(OSError, ValueError), connection.makefile("r", encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
-
-
-def _send(connection: socket.socket, message: list[Any]) -> None:
-    with contextlib.suppress(OSError):  # who listens to this connection notices
-        connection.sendall(json.dumps(message).encode() + b"\n")
-
-
-def _keep_alive(connection: socket.socket, seconds: float) -> None:
-    """Let the kernel ask a silent other end for signs of life, and give it up after so many seconds, at least 5."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    count, interval = 4, max(1, int(seconds / 8))
-    silence = max(1, int(seconds) - count * interval)
-    for option, value in (("TCP_KEEPIDLE", silence), ("TCP_KEEPINTVL", interval), ("TCP_KEEPCNT", count)):
-        if hasattr(socket, option):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-
-def _listen(place: Place) -> socket.socket:
-    if _is_loopback(place.host):
-        family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
-        return socket.create_server((place.host, place.port), family=family, backlog=place.count)
-    if socket.has_dualstack_ipv6():
-        address = ("", place.port)
-        return socket.create_server(address, family=socket.AF_INET6, dualstack_ipv6=True, backlog=place.count)
-    return socket.create_server(("", place.port), backlog=place.count)
-
-
-def _free_port(place: Place) -> int:
-    with _listen(place._replace(port=0)) as probe:
-        return probe.getsockname()[1]
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _last_words(text: str) -> None:

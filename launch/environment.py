@@ -9,10 +9,8 @@ import glob
 import os
 
 from ..framework.errors import UserError
-from ..framework.processes import Place
 
 _DEVICE_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")  # TPU, newer TPU, NVIDIA, AMD
-_ADDRESS, _COUNT, _INDEX = _PLACE = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _TPU_VARIABLES = ("TPU_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE")
 
 
@@ -39,33 +37,6 @@ def has_accelerator() -> bool:
     return any(name in os.environ for name in _TPU_VARIABLES) or any(map(glob.glob, _DEVICE_FILES))
 
 
-def place() -> Place | None:
-    """Which process of a run this is, or None where it is the whole run.
-
-    Raises:
-      UserError: the variables that say so are not all set, or make no sense.
-    """
-    given = {name: os.environ[name] for name in _PLACE if os.environ.get(name)}
-    if not given:
-        return None
-    missing = [name for name in _PLACE if name not in given]
-    if missing:
-        raise UserError(
-            f"{' and '.join(given)} is set in the environment and {' and '.join(missing)} is not; "
-            "a run of several processes needs all three, a run of one none"
-        )
-    host, _, port = given[_ADDRESS].rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise UserError(f"{_ADDRESS} is {given[_ADDRESS]!r}; give host:port of process 0, such as 10.0.0.1:8476")
-    count, index = (int(given[name]) if given[name].isdecimal() else -1 for name in (_COUNT, _INDEX))
-    if not 0 <= index < count:
-        raise UserError(
-            f"{_COUNT} is {given[_COUNT]!r} and {_INDEX} is {given[_INDEX]!r}; give the number of processes, and to "
-            "each another index from 0 to one less"
-        )
-    return Place(host.strip("[]"), int(port), count, index) if count > 1 else None
-
-
 def simulate_devices(count: int) -> None:
     """Let the CPU appear as `count` devices (0: as it is) unless JAX_NUM_CPU_DEVICES says how many.
 
@@ -76,9 +47,7 @@ def simulate_devices(count: int) -> None:
         count = int(os.environ["JAX_NUM_CPU_DEVICES"])
     if count < 2:
         return
-    # XLA's thread pool has NPROC threads, by default one per core. Steps in flight on several simulated devices wait
-    # for each other in it, and with fewer than two threads per device they wait for ever.
-    os.environ.setdefault("NPROC", str(max(32, 2 * count, os.cpu_count() or 1)))
+    os.environ.setdefault("NPROC", _threads(count))
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         import jax
 
@@ -89,3 +58,18 @@ def simulate_devices(count: int) -> None:
                 f"config.simulated_devices={count} comes too late: JAX has looked at its devices already; "
                 f"set JAX_NUM_CPU_DEVICES={count} in the environment"
             ) from error
+
+
+def simulating(count: int) -> dict[str, str]:
+    """The variables of another process that is to see `count` simulated devices, and no others."""
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(count),
+        "NPROC": os.environ.get("NPROC") or _threads(count),
+    }
+
+
+def _threads(devices: int) -> str:
+    # XLA's thread pool has NPROC threads, by default one per core. Steps in flight on several simulated devices wait
+    # for each other in it, and with fewer than two threads per device they wait for ever.
+    return str(max(32, 2 * devices, os.cpu_count() or 1))

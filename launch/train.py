@@ -3,13 +3,14 @@
 The same command again resumes from the newest checkpoint; once the run is complete it only says so. --help lists every
 knob; with a --config, its values too.
 
-A run of several processes is this command in each, with JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0),
-JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment. They end together.
+A run of several processes is this command in each. Slurm, GKE, Cloud TPU and Open MPI say which process each is; else
+JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment do. They end
+together. `shampax.launch.local` starts several on this machine.
 
 Exit codes: 0, complete; 1, training could not go on (a checkpoint is saved), or this process has failed with a
-traceback; 2, something given cannot work (no run has begun); 75, another process has died or failed, the same command
-goes on from the newest checkpoint; 130 and 143, stopped by Ctrl-C or SIGTERM (a checkpoint is saved, the same command
-goes on from it).
+traceback; 2, something given cannot work, or is not the same in all processes (no run has begun); 75, another process
+has died, failed or not come, the same command goes on from the newest checkpoint; 130 and 143, stopped by Ctrl-C or
+SIGTERM (a checkpoint is saved, the same command goes on from it).
 """
 
 import signal
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..configs import base
+from ..framework import cluster, sameness
 from ..framework.config import load
 from ..framework.errors import TrainingStopped, UserError
 from ..framework.processes import Group
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command.help:
             _help(command)
             return 0
-        place = environment.place()
+        place = cluster.place()
         group = Group(place, _explain) if place else None
         code = _train(command, group)
     except BaseException as error:
@@ -58,7 +60,7 @@ def _train(command: flags.Command, group: Group | None) -> int:
     config = load(command.config, command.overrides)
     environment.simulate_devices(config.simulated_devices)
     if group is not None:
-        group.join(**config.processes)
+        group.join(sameness.identity(config, command.workdir), **config.processes)
     # Imported when the config is known to be good: the trainer brings all of JAX, Orbax and grain with it.
     from ..framework.train import train
 

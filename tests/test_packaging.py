@@ -95,7 +95,8 @@ def test_wheel_carries_modules_samples_and_licences(wheel):
         texts = {archive.read(name) for name in licences}
     assert {(ROOT / "LICENSE").read_bytes(), (ROOT / NOTICE).read_bytes()} <= texts
     modules = {str(path.relative_to(ROOT)) for source in SOURCES for path in (ROOT / source).rglob("*.py")}
-    assert {f"shampax/{module}" for module in modules} <= names
+    scripts = {str(path.relative_to(ROOT)) for path in (ROOT / "launch" / "clusters").iterdir() if path.is_file()}
+    assert {f"shampax/{file}" for file in modules | scripts} <= names
     assert not [name for name in names if "tests/" in name or name.startswith("shampax/shampax")]
 
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,6 +82,23 @@ class Job(contextlib.ExitStack):
     def _ended(self, index: int, seconds: float | None) -> Ended:
         out, err = ((self._files / f"{index}.{kind}").read_text() for kind in ("out", "err"))
         return Ended(None if seconds is None else self.processes[index].returncode, out, err, seconds or 0.0)
+
+
+def script(text: str, processes: int, **variables: str) -> Job:
+    """Processes of a run without a trainer, whose `group` is to be made and joined.
+
+    A failure is code 2 and its message.
+    """
+    start = """
+        import os, sys, time
+        from shampax.framework import cluster
+        from shampax.framework.errors import UserError
+        from shampax.framework.processes import Group
+        place = cluster.place()
+        explain = lambda error: (2, f"error: {error}") if isinstance(error, UserError) else None
+    """
+    program = textwrap.dedent(start) + textwrap.dedent(text)
+    return Job([sys.executable, "-c", program], processes=processes, devices=1, variables=variables)
 
 
 def free_port() -> int:

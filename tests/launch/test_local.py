@@ -1,0 +1,287 @@
+import io
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from test_train import arrays, lines, saved
+
+from shampax.framework.config import load
+from shampax.framework.train import train
+from shampax.launch import gang
+from shampax.launch.local import main
+
+CONFIG = pathlib.Path(__file__).parents[1] / "framework" / "toy_many.py"
+# What a process of these tests does: each writes its number to a file, and what it has got to the end of it.
+PROGRAM = """
+import os, pathlib, signal, subprocess, sys, time
+index = os.environ["JAX_PROCESS_ID"]
+notes = pathlib.Path(sys.argv[1]) / index
+def note(text):
+    with notes.open("a") as file:
+        file.write(f"{text}\\n")
+note(os.getpid())
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Makes a module of a program; returns what to type for it, a folder for notes included."""
+    (tmp_path / "told").mkdir()
+    (tmp_path / "noting").mkdir()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+
+    def make(text):
+        (tmp_path / "noting" / "one.py").write_text(PROGRAM + text)
+        return ["--", "noting.one", str(tmp_path / "told")]
+
+    return make
+
+
+def told(tmp_path, processes):
+    """The notes of all processes, once each has made one: {index: lines}."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        notes = {path.name: path.read_text().split() for path in (tmp_path / "told").iterdir()}
+        if len(notes) == processes and all(notes.values()):
+            return notes
+        time.sleep(0.02)
+    raise AssertionError(f"{processes} processes have not started")
+
+
+def launched(*arguments):
+    command = [sys.executable, "-m", "shampax.launch.local", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def local(*arguments, timeout=60):
+    """Exit code, stdout and stderr of the launcher, which forks: not in this process, where JAX has threads."""
+    process = launched(*arguments)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def gone(pids, seconds=15.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        states = [pathlib.Path(f"/proc/{pid}/stat") for pid in pids]
+        if all(not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z" for stat in states):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: there is no command; write it after --"),
+        (["--processes=2", "--", "trian"], "nor the dotted name of another; did you mean 'train'?"),
+        (["--", "no_such.module"], "error: there is no module 'no_such' in "),
+    ],
+)
+def test_what_cannot_be_started_is_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("wrong", ["--processes=0", "--devices=-1", "--max_restarts=x", "--grace_seconds=0"])
+def test_numbers_that_make_no_sense_are_refused(wrong, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([wrong, "--", "train"])
+    assert ended.value.code == 2
+    assert "is no whole number of at least" in capsys.readouterr().err
+
+
+def test_one_that_fails_ends_all_and_its_code_is_the_answer(module, tmp_path, monkeypatch):
+    """Faults: the others go on for ever; one that does not listen to SIGTERM does; another's code is returned."""
+    monkeypatch.delenv("NPROC")
+    command = module("""
+if index == "1":
+    while sum("told" in path.read_text() for path in notes.parent.iterdir()) < 3:
+        time.sleep(0.02)
+    print("no newline at the end", end="")
+    sys.exit(7)
+if index == "2":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(os.environ["JAX_NUM_CPU_DEVICES"], os.environ["JAX_PLATFORMS"], os.environ["NPROC"], file=sys.stderr)
+note("told")
+time.sleep(60)
+""")
+    start = time.monotonic()
+    code, out, err = local("--processes=4", "--devices=20", "--grace_seconds=1", *command)
+    assert time.monotonic() - start < 30
+    assert code == 7
+    assert out == "[1] no newline at the end\n"
+    assert "[0] 20 cpu 40\n" in err
+    assert "local: process 1 has ended with code 7\n" in err
+    assert gone([notes[0] for notes in told(tmp_path, 4).values()], 0.1)
+
+
+def test_who_ends_because_another_has_failed_is_not_the_first_that_failed(module):
+    """Fault: the answer is 75, which says no more than that somebody should be asked."""
+    command = module("""
+if index == "1":
+    note("failing")
+    time.sleep(0.1)
+    sys.exit(9)
+while not (notes.parent / "1").exists() or "failing" not in (notes.parent / "1").read_text():
+    time.sleep(0.01)
+sys.exit(75)
+""")
+    assert local(*command)[0] == 9
+
+
+def test_all_are_started_again_as_often_as_allowed(module, tmp_path):
+    command = module("""
+starts = notes.read_text().count("\\n")
+sys.exit(0 if index == "0" or starts == 3 else 75 + starts)
+""")
+    code, _, err = local("--max_restarts=1", *command)
+    assert code == 77
+    assert err.count("local: restart 1 of 1\n") == 1
+    assert local(*command)[0] == 0
+    assert [len(notes) for notes in told(tmp_path, 2).values()] == [3, 3]
+
+
+def test_what_is_refused_is_not_started_again(module, tmp_path):
+    assert local("--max_restarts=5", *module("sys.exit(2)"))[0] == 2
+    assert [len(notes) for notes in told(tmp_path, 2).values()] == [1, 1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_all_once_and_they_may_take_their_time(number, module, tmp_path):
+    """Faults: who is slower is asked a second time, or killed, when the first has ended; all start again."""
+    command = module("""
+import threading
+stop = threading.Event()
+def got(number, frame):
+    note(number)
+    stop.set()
+for each in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(each, got)
+note("ready")
+stop.wait(60)
+time.sleep(1 + 1.5 * int(index))
+note("saved")
+sys.exit(128 + int(notes.read_text().split()[2]))
+""")
+    with launched("--grace_seconds=10", "--max_restarts=2", *command) as process:
+        while not all("ready" in notes for notes in told(tmp_path, 2).values()):
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert "restart" not in err
+    assert [notes[1:] for notes in told(tmp_path, 2).values()] == [["ready", str(int(number)), "saved"]] * 2
+
+
+def test_nobody_is_left_when_the_launcher_is_killed(module, tmp_path):
+    """Faults: orphans go on training, and their workdir is in use for ever."""
+    with launched(*module("time.sleep(60)")) as process:
+        pids = [notes[0] for notes in told(tmp_path, 2).values()]
+        process.kill()
+        process.communicate(timeout=30)
+    assert gone(pids)
+
+
+def test_what_a_process_has_started_ends_with_it(module, tmp_path):
+    command = module("""
+note(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid)
+""")
+    assert local(*command)[0] == 0
+    assert gone([notes[1] for notes in told(tmp_path, 2).values()])
+
+
+def test_only_a_terminal_that_wants_colour_gets_it(monkeypatch):
+    class Terminal:
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert gang._coloured("[1]", 1, Terminal()) == "\033[33m[1]\033[0m"
+    assert gang._coloured("[1]", 1, io.StringIO()) == "[1]"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert gang._coloured("[1]", 1, Terminal()) == "[1]"
+
+
+SMALL_LM = (
+    "task.layers=2",
+    "task.embed_dim=32",
+    "task.heads=4",
+    "task.kv_heads=2",
+    "task.head_dim=8",
+    "task.mlp_dim=48",
+    "task.vocab_size=300",
+    "data.sequence_length=16",
+    "data.max_documents=2",
+    "optimizer.block_size=32",
+    "optimizer.interval=3",
+    "batch_size=16",
+    "duration=20 steps",
+    "evaluation.every=0 steps",
+    "evaluation.batches=1",
+    "checkpoint.every=0 steps",
+    "log.every=1 steps",
+)
+
+
+def losses(workdir):
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["train/loss"] for line in found if "train/loss" in line]
+
+
+def test_two_processes_of_two_devices_train_as_one_of_four(tmp_path):
+    """Fault: what is trained depends on how devices are shared among processes."""
+    sample = "shampax/configs/lm.py:sample"
+    knobs = [f"--config.{change}" for change in SMALL_LM]
+    command = ["--", "train", f"--config={sample}", f"--workdir={tmp_path / 'two'}", *knobs]
+    code, out, err = local("--processes=2", "--devices=2", *command, timeout=240)
+    assert code == 0, err
+    assert re.search(r"^\[0\] mesh: .*data 4", out, re.MULTILINE)
+    train(load(sample, SMALL_LM), tmp_path / "one", devices=jax.devices()[:4])
+    assert len(losses(tmp_path / "two")) == 20
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-6)
+
+
+def test_a_run_that_is_killed_starts_again_and_ends_as_one_that_is_not(tmp_path, monkeypatch):
+    """Fault: a kill costs the run, or some of its bits."""
+
+    def command(workdir):
+        knobs = ["--config.duration=40 steps", "--config.data.row_seconds=0.02"]
+        return ["--max_restarts=1", "--", "train", f"--config={CONFIG}", f"--workdir={workdir}", *knobs]
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    code, _, err = local(*command(tmp_path / "whole"), timeout=180)
+    assert code == 0, err
+    killed = tmp_path / "killed"
+    with launched(*command(killed)) as process:
+        end = time.monotonic() + 120
+        while not (killed / "checkpoints" / "10").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        victim, *_ = (
+            int(path.parent.name)
+            for path in pathlib.Path("/proc").glob("[0-9]*/environ")
+            if f"{process.pid}" == path.with_name("stat").read_text().rpartition(")")[2].split()[1]
+            and b"JAX_PROCESS_ID=1\0" in path.read_bytes()
+        )
+        os.kill(victim, signal.SIGKILL)
+        _, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert "local: process 1 has ended with code 137, SIGKILL\n" in err
+    assert "local: restart 1 of 1\n" in err
+    assert saved(killed)[-1] == 40
+    assert lines(killed) == lines(tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, arrays(killed, 40), arrays(tmp_path / "whole", 40))
