@@ -40,9 +40,10 @@ class BertTask:
     for padding; masked_positions [B, P], the slots to predict, 0 where a row has fewer (slot 0 is [CLS], never masked);
     masked_tokens [B, P], what stood there; is_next [B], 1 where the second text follows the first.
 
-    The loss of a row is the sum of the nats of its masked tokens divided by P, plus the nats of is_next. In rows with P
-    masked tokens that is the published loss, and a masked token weighs the same whatever its row and micro-batch:
-    a mean over the masked tokens of the whole batch would be no sum over micro-batches.
+    The loss of a row is the sum of the nats of its masked tokens divided by P, plus `next_weight` times the nats of
+    is_next. In rows with P masked tokens and with a weight of 1 that is the published loss; and a masked token weighs
+    the same whatever its row and micro-batch. A mean over the masked tokens of the whole batch would be no sum over
+    micro-batches.
     """
 
     vocab_size: int = 30_522  # must be the data's
@@ -52,6 +53,9 @@ class BertTask:
     heads: int = 12  # heads of attention, of embed_dim / heads each
     mlp_dim: int = 3072  # hidden width of the MLP, customarily 4 embed_dim
     dropout: float = 0.1  # of the embeddings, the attention weights and what each part adds; while training
+    next_weight: float = (
+        1.0  # of is_next in the loss; in small batches its gradient is mostly noise, and drowns the rest
+    )
     init_std: float = 0.02  # of kernels and embeddings at the start; narrow models need a larger one
     position_init: str = (
         "normal"  # the table of positions at the start; "sinusoidal" tells neighbours from the first step
@@ -71,6 +75,8 @@ class BertTask:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"task.dropout is {self.dropout}; it must be at least 0 and less than 1")
+        if self.next_weight < 0:
+            raise ValueError(f"task.next_weight is {self.next_weight}; it must not be negative, 1 as published")
         if self.init_std <= 0:
             raise ValueError(f"task.init_std is {self.init_std}; it must be above 0, 0.02 as published")
         if self.position_init not in ("normal", "sinusoidal"):
@@ -115,7 +121,7 @@ class BertTask:
 
         rows, masked = total(jnp.ones_like(nats_B), real_B), total(jnp.ones_like(nats_BxP), real_BxP)
         masked_nats = total(nats_BxP, real_BxP)
-        objective = masked_nats / real_BxP.shape[1] + total(nats_B, real_B)
+        objective = masked_nats / real_BxP.shape[1] + self.next_weight * total(nats_B, real_B)
         metrics = {
             "loss": (objective, rows),
             "masked_loss": (masked_nats, masked),
