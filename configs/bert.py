@@ -46,7 +46,8 @@ from . import base
 SHAMPOO = "shampax.optimizers.shampoo:ShampooOptions"
 ADAMW = "shampax.optimizers.baselines:AdamWOptions"
 LAMB = "shampax.optimizers.baselines:LambOptions"
-EMBEDDING_RATE = ((r"(.*/)?[^/]*embed[^/]*(/.*)?", 4.0), (r".*", 1.0))
+# Words of a small vocabulary gain from a higher rate; positions that move fast are not learnt from.
+EMBEDDING_RATES = ((r".*/words", 3.0), (r".*/positions", 0.5), (r".*", 1.0))
 PUBLISHED_DECAY = ((r"(.*/)?[^/]*(bias|scale|norm)[^/]*(/.*)?", False), (r".*", True))  # embeddings decay too
 FIRST_PHASE, BOTH_PHASES = 7_038, 8_599  # steps
 LARGE = {"layers": 24, "embed_dim": 1_024, "heads": 16, "mlp_dim": 4_096}
@@ -56,31 +57,34 @@ def sample(config: Any) -> None:
     """Minutes on a laptop."""
     _select(
         config,
-        vocab_size=1_000,
+        vocab_size=500,
         source="sample:enwiki",
-        sequence_length=64,
-        predictions=10,
-        max_length=64,
+        sequence_length=32,
+        predictions=5,
+        max_length=32,
         layers=2,
         embed_dim=128,
-        heads=4,
-        mlp_dim=512,
-        dropout=0.0,
+        heads=2,  # a head's 64 dimensions can tell 32 slots apart
+        mlp_dim=256,
+        dropout=0.1,
+        next_weight=0.1,  # at 1, masked tokens stay at their frequencies for twice as long
         init_std=0.1,
+        position_init="sinusoidal",
     )
     config.optimizer = base.component(
-        SHAMPOO, block_size=128, early_intervals=((20, 1),), beta1=0.8, rate_rules=EMBEDDING_RATE
+        SHAMPOO, block_size=128, early_intervals=((20, 1),), weight_decay=0.1, rate_rules=EMBEDDING_RATES
     )
-    config.duration = "400 steps"
-    config.batch_size = 64
-    config.schedule.learning_rate = 6e-3
+    config.duration = "1_400 steps"
+    config.batch_size = 96
+    config.schedule.learning_rate = 4e-3
+    config.schedule.warmup = "50 steps"
     config.simulated_devices = 2
 
 
 def sample_adamw(config: Any) -> None:
     """The same model, data and budget under AdamW."""
     sample(config)
-    config.optimizer = base.component(ADAMW, rate_rules=EMBEDDING_RATE)
+    config.optimizer = base.component(ADAMW, rate_rules=EMBEDDING_RATES)
     config.schedule.learning_rate = 3e-3
 
 

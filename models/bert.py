@@ -40,9 +40,10 @@ class BertTask:
     for padding; masked_positions [B, P], the slots to predict, 0 where a row has fewer (slot 0 is [CLS], never masked);
     masked_tokens [B, P], what stood there; is_next [B], 1 where the second text follows the first.
 
-    The loss of a row is the sum of the nats of its masked tokens divided by P, plus the nats of is_next. In rows with P
-    masked tokens that is the published loss, and a masked token weighs the same whatever its row and micro-batch:
-    a mean over the masked tokens of the whole batch would be no sum over micro-batches.
+    The loss of a row is the sum of the nats of its masked tokens divided by P, plus `next_weight` times the nats of
+    is_next. In rows with P masked tokens and with a weight of 1 that is the published loss; and a masked token weighs
+    the same whatever its row and micro-batch. A mean over the masked tokens of the whole batch would be no sum over
+    micro-batches.
     """
 
     vocab_size: int = 30_522  # must be the data's
@@ -52,7 +53,13 @@ class BertTask:
     heads: int = 12  # heads of attention, of embed_dim / heads each
     mlp_dim: int = 3072  # hidden width of the MLP, customarily 4 embed_dim
     dropout: float = 0.1  # of the embeddings, the attention weights and what each part adds; while training
+    next_weight: float = (
+        1.0  # of is_next in the loss; in small batches its gradient is mostly noise, and drowns the rest
+    )
     init_std: float = 0.02  # of kernels and embeddings at the start; narrow models need a larger one
+    position_init: str = (
+        "normal"  # the table of positions at the start; "sinusoidal" tells neighbours from the first step
+    )
     remat: str = "none"  # recompute in the backward pass: "none", "full" (least memory) or "dots"
     compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
     scan_layers: bool = True  # one traced block for all layers; False unrolls them, to compare
@@ -68,8 +75,12 @@ class BertTask:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"task.dropout is {self.dropout}; it must be at least 0 and less than 1")
+        if self.next_weight < 0:
+            raise ValueError(f"task.next_weight is {self.next_weight}; it must not be negative, 1 as published")
         if self.init_std <= 0:
             raise ValueError(f"task.init_std is {self.init_std}; it must be above 0, 0.02 as published")
+        if self.position_init not in ("normal", "sinusoidal"):
+            raise ValueError(f"task.position_init is {self.position_init!r}; use 'normal' or 'sinusoidal'")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"task.remat is {self.remat!r}; use one of {', '.join(REMAT_POLICIES)}")
         if self.compute_dtype not in ("float32", "bfloat16"):
@@ -110,7 +121,7 @@ class BertTask:
 
         rows, masked = total(jnp.ones_like(nats_B), real_B), total(jnp.ones_like(nats_BxP), real_BxP)
         masked_nats = total(nats_BxP, real_BxP)
-        objective = masked_nats / real_BxP.shape[1] + total(nats_B, real_B)
+        objective = masked_nats / real_BxP.shape[1] + self.next_weight * total(nats_B, real_B)
         metrics = {
             "loss": (objective, rows),
             "masked_loss": (masked_nats, masked),
@@ -208,7 +219,9 @@ class Embeddings(nn.Module):
         words_VxE = self.param("words", partitioned(init, "vocab", "embed"), (task.vocab_size, task.embed_dim)).astype(
             dtype
         )
-        positions = self.param("positions", partitioned(init, None, "embed"), (task.max_length, task.embed_dim))
+        position_init = functools.partial(_sinusoids, task.init_std) if task.position_init == "sinusoidal" else init
+        shape = (task.max_length, task.embed_dim)
+        positions = self.param("positions", partitioned(position_init, None, "embed"), shape)
         types = self.param("types", partitioned(init, None, "embed"), (_TYPES, task.embed_dim))
         types_BxT = jnp.maximum(segments_BxT - 1, 0)  # padding is of the first type, as published
         x_BxTxE = shard_batch(jnp.take(gather_columns(words_VxE), tokens_BxT, axis=0))
@@ -289,6 +302,18 @@ class NextHead(nn.Module):
         task = self.task
         pooled_BxE = shard_batch(jnp.tanh(_dense(task, task.embed_dim, ("embed",), (None,), name="pooler")(x_BxE)))
         return _dense(task, 2, (None,), (None,), name="classes")(pooled_BxE).astype(jnp.float32)
+
+
+def _sinusoids(scale: float, key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+    """Sines and cosines of wavelengths from 2 pi to 2 pi T slots, of root mean square `scale`; [T, E].
+
+    As Vaswani et al. 2017 (arXiv 1706.03762), whose longest wavelength is 10,000 x 2 pi.
+    """
+    del key
+    length, embed = shape
+    places = jnp.arange(embed) // 2 * 2 / embed
+    angles_TxE = jnp.arange(length)[:, None] * float(length) ** -places
+    return (scale * 2**0.5 * jnp.where(jnp.arange(embed) % 2, jnp.cos(angles_TxE), jnp.sin(angles_TxE))).astype(dtype)
 
 
 def _dense(

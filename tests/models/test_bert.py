@@ -237,6 +237,16 @@ def test_initial_scales():
     assert not np.array_equal(up[0], up[1])
 
 
+def test_sinusoidal_positions_begin_as_said():
+    """Fault: sines that are not those of the positions, or another scale than the words'."""
+    task = dataclasses.replace(SMALL, position_init="sinusoidal", init_std=0.1, layers=1)
+    table = quick_jit(task.init)(jax.random.key(0), batch_of())["params"]["embeddings"]["positions"]
+    frequencies = 20.0 ** -(np.arange(0, 16, 2) / 16)
+    angles = np.arange(20)[:, None] * frequencies
+    expected = 0.1 * np.sqrt(2) * np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(20, 16)
+    np.testing.assert_allclose(table, expected, atol=1e-5)
+
+
 def test_bfloat16_is_used_where_it_should_be():
     """Fault: logits or norms in bfloat16, or matmuls left in float32."""
     task = dataclasses.replace(SMALL, compute_dtype="bfloat16", scan_layers=False)
@@ -304,6 +314,7 @@ def spec_of_tree(tree):
         ({"heads": 3}, "embed_dim 16 is not divisible by task.heads 3; use 15"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"init_std": 0.0}, "init_std is 0.0"),
+        ({"position_init": "rotary"}, "'rotary'; use 'normal' or 'sinusoidal'"),
         ({"remat": "some"}, "'some'; use one of none, full, dots"),
         ({"compute_dtype": "float16"}, "'float16'"),
         ({"layers": 0}, "layers is 0"),
