@@ -28,7 +28,7 @@ moe: 13.7 B parameters, of which a token uses 2.0 B, 25 B tokens of C4, for a v5
     python -m shampax.launch.train --config=shampax/configs/lm.py:moe --workdir=/mnt/runs/lm_moe \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 
-long: 1b trained on with books, in rows of 131,072 tokens, for a v5e slice of 256 chips.
+long: 1b trained on with books, in rows of 65,536 tokens, for a v5e slice of 256 chips.
 
     python -m shampax.launch.train --config=shampax/configs/lm.py:long --workdir=/mnt/runs/lm_long \
         --config.init_from=/mnt/runs/lm_1b --config.data.tokenizer=/mnt/runs/lm_1b/data/tokenizer-HASH.json \
@@ -171,17 +171,16 @@ def mixture(config: Any) -> None:
 
 
 def long(config: Any) -> None:
-    """1b on rows of 131,072 tokens, each row shared by 32 chips; a batch has as many tokens as 1b's."""
+    """1b on rows of 65,536 tokens, each row shared by 16 chips; a batch has as many tokens as 1b's."""
     one_billion(config)
     config.data.source = "tfds:pg19:0.1.1"
     config.data.text_key = "book_text"
-    config.data.sequence_length = 131_072
+    config.data.sequence_length = 65_536
     config.task.rope_theta = 500_000.0  # Llama 3's (arXiv 2407.21783, section 3.2)
     config.task.attention_block = 512
     config.duration = "2.5e9 tokens"
-    config.batch_size = 8
-    config.mesh.fsdp = 8
-    config.mesh.sequence = 32
+    config.batch_size = 16
+    config.mesh.sequence = 16
     # Chips that share a row share the parameters too, as those do that have different rows.
     config.sharding_rules = (("embed", ("fsdp", "sequence")), *config.sharding_rules)
     config.schedule.learning_rate = 1e-4
