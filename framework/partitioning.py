@@ -30,11 +30,15 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
       devices: what to use instead of every device of the job.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or the slice cannot be cut so.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = _fill(sizes, len(devices))
-    grid = mesh_utils.create_device_mesh(shape, devices)
+    try:
+        grid = mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError as error:  # the physical network of a TPU slice has no such shape
+        kind = devices[0].device_kind
+        raise UserError(f"mesh {dict(sizes)} does not fit the network of {len(devices)} {kind} ({error})") from error
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
 
 

@@ -12,7 +12,7 @@ from .flags import Command
 
 _SHAMPOO = "shampax.optimizers.shampoo:ShampooOptions"
 _ADAMW = "shampax.optimizers.baselines:AdamWOptions"
-_SUFFIX = "_adamw"  # of the variant that is another variant's baseline
+_BASELINES = ("adamw", "adam", "lamb", "sgd", "adagrad")  # sample_adamw is the baseline of sample
 _RATE = "schedule.learning_rate"
 
 
@@ -32,12 +32,16 @@ def next_steps(command: Command, config: Any) -> list[str]:
 def _counterpart(command: Command, config: Any) -> Command:
     """The baseline of this run, or the run whose baseline this is: a variant of its own, tuned, where there is one."""
     file, colon, variant = command.config.rpartition(":")
-    is_baseline = config.optimizer.name == _ADAMW
-    other = variant.removesuffix(_SUFFIX) if is_baseline else variant + _SUFFIX
-    workdir = f"{_stem(command)}_{'shampoo' if is_baseline else 'adamw'}"
     overrides = _without(command.overrides, "optimizer.", _RATE)
-    if colon and other != variant and other in config_files.variants(command.config):
-        return dataclasses.replace(command, config=f"{file}:{other}", workdir=workdir, overrides=overrides)
+    known = config_files.variants(command.config) if colon else ()
+    for method in _BASELINES:
+        of = variant.removesuffix(f"_{method}")
+        for other, name in ((f"{variant}_{method}", method), (of, "shampoo")):
+            if other != variant and other in known:
+                place = f"{_stem(command)}_{name}"
+                return dataclasses.replace(command, config=f"{file}:{other}", workdir=place, overrides=overrides)
+    is_baseline = config.optimizer.name == _ADAMW
+    workdir = f"{_stem(command)}_{'shampoo' if is_baseline else 'adamw'}"
     switch = f"optimizer.name={_SHAMPOO if is_baseline else _ADAMW}"
     return dataclasses.replace(command, workdir=workdir, overrides=(*overrides, switch))
 

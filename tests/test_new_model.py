@@ -41,7 +41,14 @@ def test_the_page_shows_what_it_speaks_of():
     """Fault: a block that the walk leaves out because its heading has another form."""
     assert list(FILES) == ["waves/data.py", "waves/linen_model.py", "waves/nnx_model.py", "waves/config.py"]
     assert len(FILES) == PAGE.count("```python")
-    assert len(COMMANDS) == 6
+    assert len(COMMANDS) == 7
+
+
+def test_a_model_of_ones_own_is_planned(walked):
+    """Fault: a plan that knows our own models only."""
+    plan = next(out for command, out in walked[1] if "launch.plan" in command)
+    for words in ("4 x cpu (data 4)", "statistics", "products of the optimizer"):
+        assert words in plan
 
 
 @pytest.mark.parametrize("library", ["linen", "nnx"])

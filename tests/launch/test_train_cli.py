@@ -205,9 +205,11 @@ def test_every_knob_has_a_reason():
         assert all(declared[name] for name in inner)
 
 
-@pytest.mark.parametrize("variant", ["sample", "sample_adamw", "1b"])
+@pytest.mark.parametrize(
+    "variant", ["lm.py:sample", "lm.py:sample_adamw", "lm.py:1b", "resnet.py:sample", "translation.py:sample_adam"]
+)
 def test_the_next_steps_are_commands_that_work(variant):
-    arguments = [f"--config=configs/lm.py:{variant}", "--workdir=my runs/x/", "--config.optimizer.beta1=0.8"]
+    arguments = [f"--config=configs/{variant}", "--workdir=my runs/x/", "--config.optimizer.beta1=0.8"]
     command = flags.parse([*arguments, "--config.seed=3", "--config.schedule.learning_rate=0.5"])
     config = config_lib.load(command.config, command.overrides)
     baseline, report, slower = map(shlex.split, next_steps(command, config))
