@@ -264,6 +264,7 @@ def test_overrides_are_typed_by_their_knobs(file):
     assert config.duration == "90"
     assert config.schedule.to_dict() == {
         "learning_rate": 3.0,
+        "begin": "0 steps",
         "warmup": "2 epochs",
         "decay": "cosine",
         "final_fraction": 0.0,

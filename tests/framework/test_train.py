@@ -233,7 +233,7 @@ def test_workdir_of_another_config_is_refused_and_left_alone(uninterrupted):
         ({"batch_size": 3}, "batch 3 is not divisible by 2 data shards; use 2 or 4"),
         ({"mesh.fsdp": 16}, "needs 16 devices but 2 are here"),
         ({"resume_from": "nowhere"}, "resume_from nowhere holds no finished checkpoint"),
-        ({"sharding_rules": (("embed", "expert"),)}, 'names the mesh axis "expert"'),
+        ({"sharding_rules": (("embed", "pipeline"),)}, 'names the mesh axis "pipeline"'),
     ],
     ids=["batch", "mesh", "resume_from", "rules"],
 )

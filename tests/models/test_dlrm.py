@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from programs import collectives
+from shampax.framework import collectives
 from sklearn.metrics import log_loss, roc_auc_score
 
 from shampax.models import ranking, tables
@@ -248,7 +248,7 @@ def test_divided_tables_give_the_same(lookup):
 def test_tables_stay_where_they_are(lookup):
     """Fault: a table, or its gradient, is gathered; what is looked up is all-reduced, which costs twice as much."""
     _, (found, _), text = lookup
-    moved = collectives(text)
+    moved = collectives.find(text)
     assert moved
     assert max(collective.bytes for collective in moved) <= found.size * 4
     assert f"[{tables.total_rows(SIZES)},{WIDTH}]" not in text
