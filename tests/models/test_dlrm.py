@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from shampax.framework import collectives
 from sklearn.metrics import log_loss, roc_auc_score
 
+from shampax.framework import collectives
 from shampax.models import ranking, tables
 from shampax.models.dlrm import MISSING, DLRMTask, interactions, logarithms
 
