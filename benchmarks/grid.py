@@ -70,9 +70,7 @@ class Outcome:
 
 
 def best_rates(outcomes: Sequence[Outcome], metric: Metric = LOSS) -> dict[str, float]:
-    """For each variant the learning rate with the best mean of the held-out metric at the end, over all its seeds.
-
-    A rate with which any seed diverged is not eligible.
+    """For each variant the first of `ranking`, among the learning rates that most seeds were run with.
 
     Raises:
       UserError: no rate of a variant is eligible.
@@ -80,11 +78,22 @@ def best_rates(outcomes: Sequence[Outcome], metric: Metric = LOSS) -> dict[str, 
     best = {}
     for variant, of_variant in by(outcomes, lambda outcome: outcome.trial.variant).items():
         rates = by(of_variant, lambda outcome: outcome.trial.learning_rate)
-        means = {rate: mean(runs, metric) for rate, runs in rates.items() if all(run.complete for run in runs)}
-        if not means:
+        most = max(len(runs) for runs in rates.values())
+        ranked = ranking([run for runs in rates.values() if len(runs) == most for run in runs], metric)
+        if not ranked:
             raise UserError(f"{variant} diverged with every one of {sorted(rates)}; try lower --learning_rates")
-        best[variant] = min(means, key=lambda rate: metric.falling(means[rate]))
+        best[variant] = ranked[0]
     return best
+
+
+def ranking(outcomes: Sequence[Outcome], metric: Metric) -> list[float]:
+    """Learning rates of one variant's runs by the mean of the metric at their end, over all seeds, the best first.
+
+    A rate with which any seed diverged is not eligible.
+    """
+    rates = by(outcomes, lambda outcome: outcome.trial.learning_rate)
+    means = {rate: mean(runs, metric) for rate, runs in rates.items() if all(run.complete for run in runs)}
+    return sorted(means, key=lambda rate: metric.falling(means[rate]))
 
 
 def mean(outcomes: Sequence[Outcome], metric: Metric = LOSS) -> float:

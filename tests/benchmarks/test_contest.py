@@ -206,6 +206,20 @@ def test_each_variant_may_have_rates_of_its_own(tmp_path, trainer):
     assert calls == ["a-lr1-seed0", "b-lr3-seed0", "a-lr2-seed0", "b-lr4-seed0"]
 
 
+def test_only_finalists_have_the_other_seeds_and_are_compared(tmp_path, trainer, capsys):
+    """Faults: a rate that lost goes on; one that has the first seed alone is called best."""
+    given = ["--learning_rates", "a=1,4,2", "b=5,3,2", "--finalists=1", "--seeds=0,1"]
+    assert contest.main(["--variants=a,b", f"--output={tmp_path / 'grid'}", *given]) == 0
+    calls = [json.loads(call)[3].rpartition("/")[2] for call in (tmp_path / "grid" / "calls").read_text().splitlines()]
+    assert calls[6:] == ["a-lr4-seed1", "b-lr5-seed1"]
+    assert json.loads(capsys.readouterr().out)["best"] == {"a": 4, "b": 5}
+
+
+def test_best_rate_is_one_that_all_seeds_were_run_with(outcomes, tmp_path):
+    low = write(tmp_path, Trial("a", 0.3, 0), [1.0, 0.1])
+    assert best_rates([*outcomes, low])["a"] == 0.1
+
+
 @pytest.mark.parametrize(("variant", "setting"), [("sampel", "batch_size=4"), ("sample", "batch_sise=4")])
 def test_misspelt_variant_or_setting_is_refused_before_training(tmp_path, capsys, variant, setting):
     given = [f"--variants={variant}", "--learning_rates=1", f"--output={tmp_path / 'grid'}", "--set", setting]
