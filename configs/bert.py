@@ -84,7 +84,7 @@ def sample(config: Any) -> None:
 def sample_adamw(config: Any) -> None:
     """The same model, data and budget under AdamW."""
     sample(config)
-    config.optimizer = base.component(ADAMW, rate_rules=EMBEDDING_RATES)
+    config.optimizer = base.component(ADAMW, weight_decay=0.3, rate_rules=EMBEDDING_RATES)
     config.schedule.learning_rate = 3e-3
 
 
