@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from . import lapack
-from .blocks import Bucket
+from .blocks import Bucket, Group
 from .options import ShampooOptions
-from .roots import inverse_pth_root
+from .preconditioners import PRECONDITIONERS
 from .workers import available_cores, pool_size
 
 # The most of its time that the pool is to be busy: what is left absorbs solves that take longer than others.
@@ -64,26 +64,29 @@ def measure(buckets: Sequence[Bucket], options: ShampooOptions) -> Costs:
     """Time one solve of each kind here: a batch as large as is due at the options' interval on the first local device,
     and one matrix on this thread.
     """
-    kinds: dict[tuple[int, int, float, float], int] = {}
+    kinds: dict[tuple[int, Group], int] = {}
     for bucket in buckets:
         for side in bucket.sides:
-            key = (bucket.shape[side], bucket.group.p, bucket.group.ridge, bucket.group.cut)
+            # What a solve depends on.
+            group = dataclasses.replace(bucket.group, shape=(), sides=(), beta2=0.0)
+            key = (bucket.shape[side], group)
             kinds[key] = kinds.get(key, 0) + bucket.slots.shape[1]
     device = host = longest = 0.0
-    for (length, p, ridge, cut), own in kinds.items():
+    for (length, group), own in kinds.items():
+        preconditioner = PRECONDITIONERS[group.preconditioner]
         batch = max(1, math.ceil(own / options.interval))
-        stack = _random_statistics(batch, length)
+        stack, sizes = _random_statistics(batch, length), np.full(batch, length)
         solve = jax.jit(
-            lambda stack, p=p, ridge=ridge, cut=cut: (
-                inverse_pth_root(stack, p, solver=options.solver, ridge=ridge, cut=cut).root
+            lambda stack, sizes, group=group, preconditioner=preconditioner: (
+                preconditioner.solve(stack, jnp.zeros_like(stack), sizes, group, options).factor
             )
         )
         one = jax.local_devices()[0]
-        on_device = jax.device_put(stack, one)
+        on_device = jax.device_put((stack, sizes), one)
         # A mesh that is set for training would have its other devices take part.
         with jax.set_mesh(Mesh(np.array([one]), ("one",))):
-            device += own / batch * _seconds(lambda: jax.block_until_ready(solve(on_device)))
-        alone = _seconds(lambda: lapack.inverse_root(stack[0], p, ridge, cut))
+            device += own / batch * _seconds(lambda: jax.block_until_ready(solve(*on_device)))
+        alone = _seconds(lambda: preconditioner.solve_on_host(stack[0].astype(np.float64), group, options))
         host += own * len(jax.local_devices()) * alone
         longest = max(longest, alone)
     return Costs(device, host, longest)

@@ -10,7 +10,7 @@ import optax.contrib
 from optax.contrib import MuonDimensionNumbers
 
 from . import patterns
-from .options import ShampooOptions, Treatment
+from .options import DIAGONAL_KINDS, ShampooOptions, Treatment
 from .views import matrix_axes, names_by_path
 
 NO_DECAY = ShampooOptions.decay_rules
@@ -191,7 +191,7 @@ class MuonOptions:
                     fold_axes=ShampooOptions.fold_axes,
                     stack=min(treatment.stack, leaf.ndim),
                 )
-                matrix = treatment.kind not in ("diagonal", "rows") and inputs and outputs
+                matrix = treatment.kind not in DIAGONAL_KINDS and inputs and outputs
                 result.append(MuonDimensionNumbers(tuple(inputs), tuple(outputs)) if matrix else None)
             return jax.tree.structure(params).unflatten(result)
 

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from . import patterns
 from .assignment import assign_owners
 from .options import Rule, ShampooOptions, Treatment
+from .preconditioners import PRECONDITIONERS
 from .tiles import Tiling, make_tiling
 from .views import View, matrix_axes, matrix_view, names_by_path, tensor_view
 
@@ -53,8 +54,9 @@ class Group:
     Attributes:
       shape: the block's sides, padding included, shorter parameter sides first.
       sides: which of them are preconditioned.
-      p: the order of the inverse roots, 0 where nothing is preconditioned.
+      p: the order of the inverse roots, 0 where no side has statistics.
       beta2, ridge, cut: of statistics and roots.
+      preconditioner: a name in the family.
     """
 
     shape: tuple[int, ...]
@@ -63,6 +65,7 @@ class Group:
     beta2: float
     ridge: float
     cut: float
+    preconditioner: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -245,14 +248,14 @@ def make_plan(params: Any, axis_names: Any, param_specs: Any, options: ShampooOp
             diagonal[index] = DiagonalLeaf(path, tuple(leaf.shape), beta2=1.0, by_row=True)
             treatments[path] = "rows (adagrad)"
             continue
-        if rule.kind in ("diagonal", "rows") or not view.is_matrix:
+        if not rule.preconditioner or not view.is_matrix:
             diagonal[index] = DiagonalLeaf(path, tuple(leaf.shape), rule.beta2)
             treatments[path] = f"diagonal ({options.graft})"
             continue
         cuts = [cut(length, rule.block_size) for length in view.lengths]
         pieces, shape = (tuple(part[i] for part in cuts) for i in (0, 1))
-        p = options.root_order(rule, len(sides))
-        group = Group(shape, sides if p else (), p, rule.beta2, rule.ridge, rule.cut)
+        p = rule.order(len(sides))
+        group = Group(shape, sides if p else (), p, rule.beta2, rule.ridge, rule.cut, rule.preconditioner)
         entry = Leaf(index, path, make_tiling(view, pieces, shape, specs.get(path), mesh))
         grouped.setdefault(group, []).append(entry)
         treatments[path] = f"{rule.kind} {_title(group)} x{entry.blocks}"
@@ -265,12 +268,12 @@ def _view(
 ) -> tuple[View, tuple[int, ...]]:
     """The parameter's view and which of its sides are preconditioned."""
     stack = min(rule.stack, len(shape))
-    if rule.view == "tensor" and rule.kind != "one_sided":
+    if rule.view == "tensor" and rule.side == "both" and not (rule.preconditioner and rule.family.matrices_only):
         view = tensor_view(shape, names, stack_axes=options.stack_axes, merge_dims=options.merge_dims, stack=stack)
         return view, tuple(range(len(view.sides)))
     axes = {"stack_axes": options.stack_axes, "fold_axes": options.fold_axes, "stack": stack}
     view = matrix_view(shape, names, **axes)
-    if rule.kind != "one_sided":
+    if rule.side == "both":
         return view, (0, 1)
     if rule.side == "short":
         return view, (0,)
@@ -307,7 +310,7 @@ def _title(group: Group) -> str:
     """As in "128x512 p4"; where not all sides are preconditioned, those that are have a mark: "128*x512 p2"."""
     marked = group.sides if len(group.sides) < len(group.shape) else ()
     lengths = "x".join(f"{length}{'*' if side in marked else ''}" for side, length in enumerate(group.shape))
-    return f"{lengths} p{group.p}" if group.p else f"{lengths} momentum"
+    return f"{lengths} {PRECONDITIONERS[group.preconditioner].title(group.p)}"
 
 
 def _name(group: Group, options: ShampooOptions) -> str:
@@ -317,7 +320,7 @@ def _name(group: Group, options: ShampooOptions) -> str:
     for field in ("beta2", "ridge", "cut"):
         if getattr(group, field) != getattr(options, field):
             parts.append(f"{field}-{getattr(group, field)!r}".replace("+", ""))
-    return "_".join(parts)
+    return "_".join([*parts, *([] if group.preconditioner == "shampoo" else [group.preconditioner])])
 
 
 def _check_spec(path: str, shape: tuple[int, ...], spec: PartitionSpec | None, mesh: Mapping[str, int]) -> None:

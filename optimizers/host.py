@@ -28,18 +28,15 @@ import numpy as np
 import threadpoolctl
 from jax.sharding import PartitionSpec
 
-from . import lapack, schedule
+from . import schedule
 from .blocks import Bucket
 from .in_flight import InFlight, empty_bank, recalled, store
 from .options import ShampooOptions
 from .parcels import Contents, Parcel, Parcels
-from .refresh import NORM_MARGIN
+from .refresh import preconditioner_of
 from .residence import HOST_KIND
 from .workers import Workers, pool_size
 
-# A failed solve is tried again with the regulariser this many times as large, and then as many times that.
-_RETRIES = (10.0, 100.0)
-_SMALLEST_RETRY = 1e-7
 # Share of a run's time spent waiting for roots that nobody need hear of.
 _TOLERATED = 0.02
 
@@ -338,15 +335,15 @@ class HostRoots:
     def _solve(self, bucket: Bucket, contents: Contents, fresh: Any, i: int) -> None:
         """In a worker's thread: the roots of one block."""
         start = time.perf_counter()
-        group, sides, retries = bucket.group, [], 0
+        group, preconditioner, sides, retries = bucket.group, preconditioner_of(bucket), [], 0
         fresh.seen[i] = all(np.trace(s[i], dtype=np.float64) > 0 for s in contents.statistics)
         for side, stack in zip(bucket.sides, contents.statistics, strict=True):
             size = contents.sizes[i, side]
             a = np.asarray(stack[i, :size, :size], np.float64) / np.float64(contents.correction[i])
-            root, tried = _sound_root(a, group.p, group.ridge, group.cut, self._options.residual_bound)
+            root, tried = preconditioner.solve_on_host(a, group, self._options)
             retries += tried
             sides.append(root)
-        scale = 2.0 ** (-2.0 * int(contents.exponent[i]) / group.p)
+        scale = 2.0 ** preconditioner.shift(int(contents.exponent[i]), group)
         accepted = fresh.seen[i] and all(side is not None for side in sides)
         if accepted:
             for place, side in zip(fresh.roots, sides, strict=True):
@@ -441,25 +438,3 @@ class HostRoots:
         if self._events is not None:
             thread = threading.current_thread().name
             self._events.append(Event(kind, thread, start, time.perf_counter(), stamp))
-
-
-def _sound_root(
-    a_rr: np.ndarray, p: int, ridge: float, cut: float, residual_bound: float
-) -> tuple[lapack.HostRoot | None, int]:
-    """(a root that may be used, or None; how often it was tried again with a larger regulariser)."""
-    if not np.all(np.isfinite(a_rr)):
-        return None, 0
-    regulariser = ridge or cut
-    for tried, factor in enumerate((1.0, *_RETRIES)):
-        if factor > 1:
-            regulariser = factor * max(ridge, cut, _SMALLEST_RETRY)
-        try:
-            found = lapack.inverse_root(a_rr, p, *((0.0, regulariser) if cut else (regulariser, 0.0)))
-        except np.linalg.LinAlgError:
-            continue
-        if found.largest <= 0:
-            return None, tried
-        bound = NORM_MARGIN * (regulariser * found.largest) ** (-1 / p) if regulariser else np.inf
-        if found.residual <= residual_bound and np.max(np.abs(found.root)) <= bound:
-            return found, tried
-    return None, len(_RETRIES)

@@ -14,6 +14,7 @@ import numpy as np
 from .blocks import Bucket, DiagonalLeaf, Leaf, Plan
 from .options import ShampooOptions
 from .patterns import state_key
+from .preconditioners import PRECONDITIONERS
 from .refresh import NO_GRADIENT
 from .saved_blocks import ELEMENTWISE, GATHERED, MOMENTUM, SECOND_MOMENT, Blocks, SavedBlocks, describe_bucket
 
@@ -137,12 +138,14 @@ class Inheritance:
                 fate[_STATISTICS] = "blocks are cut in another way"
         elif list(entry["sides"]) != list(bucket.sides):
             fate[_STATISTICS] = f"of the sides {list(entry['sides'])} there, {list(bucket.sides)} here"
+        elif _statistics(entry["preconditioner"]) != _statistics(bucket.group.preconditioner):
+            fate[_STATISTICS] = f"{entry['preconditioner']} there, {bucket.group.preconditioner} here"
         elif (entry["beta2"] == 1) != (bucket.group.beta2 == 1):
             fate[_STATISTICS] = "a sum and an average are two things"
         fate[_ROOTS] = fate[_STATISTICS] or next(
             (
                 f"{field} {entry[field]} there, {getattr(bucket.group, field)} here"
-                for field in ("p", "ridge", "cut")
+                for field in ("preconditioner", "p", "ridge", "cut")
                 if entry[field] != getattr(bucket.group, field)
             ),
             "",
@@ -277,33 +280,20 @@ def _part(field: str) -> str:
     return "" if field == "block" else _ROOTS
 
 
-def _checked(entry: Any) -> dict[str, Any]:
-    """A bucket of the manifest, every value of the type that it should have."""
-    return {
-        "shape": [int(length) for length in entry["shape"]],
-        "sides": [int(side) for side in entry["sides"]],
-        "p": int(entry["p"]),
-        **{field: float(entry[field]) for field in ("beta2", "ridge", "cut")},
-        "first": int(entry["first"]),
-        "phases": int(entry["phases"]),
-        "parameters": [
-            {
-                "path": str(part["path"]),
-                "shape": [int(length) for length in part["shape"]],
-                "stack": [int(axis) for axis in part["stack"]],
-                "sides": [[int(axis) for axis in side] for side in part["sides"]],
-                "pieces": [int(count) for count in part["pieces"]],
-            }
-            for part in entry["parameters"]
-        ],
-        "slots": [int(slot) for slot in entry["slots"]],
-    }
-
-
 def _numbering(entry: Mapping[str, Any]) -> tuple[Any, ...]:
     """What decides which blocks are due when, and what of them is solved."""
     cuts = tuple((tuple(part["shape"]), tuple(part["pieces"])) for part in entry["parameters"])
-    return (*(entry[field] for field in ("p", "ridge", "cut", "first", "phases")), tuple(entry["sides"]), cuts)
+    return (
+        *(entry[field] for field in ("preconditioner", "p", "ridge", "cut", "first", "phases")),
+        tuple(entry["sides"]),
+        cuts,
+    )
+
+
+def _statistics(name: str) -> str:
+    """What a preconditioner's statistics are; the name itself where there is none of that name today."""
+    known = PRECONDITIONERS.get(name)
+    return known.statistics if known else name
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:

@@ -19,11 +19,11 @@ class Moments(NamedTuple):
     second_moment: jax.Array | None
 
 
-def initial_moments(shape: tuple[int, ...], options: ShampooOptions) -> Moments:
-    """Zeros for an array of a shape."""
+def initial_moments(shape: tuple[int, ...], options: ShampooOptions, *, grafts: bool = True) -> Moments:
+    """Zeros for an array of a shape; no second moment where the diagonal method is never used (`grafts` is False)."""
     return Moments(
         jnp.zeros(shape, options.momentum_dtype) if options.beta1 else None,
-        jnp.zeros(shape, jnp.float32) if options.diagonal.has_second_moment else None,
+        jnp.zeros(shape, jnp.float32) if options.diagonal.has_second_moment and grafts else None,
     )
 
 
@@ -42,7 +42,7 @@ def correction(beta: float, count: jax.Array, options: ShampooOptions) -> jax.Ar
 def advance(
     moments: Moments, g: jax.Array, step: jax.Array, beta2: float, options: ShampooOptions
 ) -> tuple[Moments, jax.Array, jax.Array]:
-    """(new moments, the momentum to act on, the diagonal method's direction).
+    """(new moments, the momentum to act on, the diagonal method's direction; 0 where it has no second moment).
 
     Args:
       moments: of the step before.
@@ -61,6 +61,8 @@ def advance(
         if options.momentum == "ema":
             acting = acting / correction(beta1, step, options)
     second_moment = moments.second_moment
+    if second_moment is None and options.diagonal.has_second_moment:
+        return Moments(momentum, None), acting, jnp.zeros_like(g)
     if second_moment is not None:
         second_moment = options.diagonal.accumulate(second_moment, g, beta2)
     direction = options.diagonal.direction(acting, second_moment, correction(beta2, step, options), options.epsilon)

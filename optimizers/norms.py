@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from .blocks import Bucket
 from .exchange import Owners
 from .options import ShampooOptions
+from .refresh import grafted
 
 
 class Squares(NamedTuple):
@@ -71,7 +72,7 @@ def factors(
     rooted, graft = {}, {}
     for bucket in buckets:
         own, wanted, rest = totals[bucket.name]
-        if options.graft == "none":
+        if not grafted(bucket, options):
             ratio, wanted = jnp.ones_like(own), own
         else:
             ratio = jnp.where(own > 0, jnp.sqrt(wanted / jnp.where(own > 0, own, 1)), 0)

@@ -12,9 +12,13 @@ import jax
 import optax
 
 from .grafting import DIAGONALS, GRAFTS
+from .preconditioners import PRECONDITIONERS, Preconditioner
+from .preconditioners.muon import POLYNOMIALS
 from .roots import SOLVERS
 
-KINDS = ("shampoo", "one_sided", "diagonal", "rows")
+DIAGONAL_KINDS = ("diagonal", "rows")
+KINDS = (*PRECONDITIONERS, *DIAGONAL_KINDS)
+SIDES = ("both", "left", "right", "short")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -25,9 +29,10 @@ class Treatment:
     A field that is None takes the options' value.
 
     Attributes:
-      kind: "shampoo" (all sides), "one_sided" (one side of a matrix), "diagonal" (the graft method alone) or "rows"
+      kind: a preconditioner ("shampoo", "one_sided", "soap", ...), "diagonal" (the graft method alone) or "rows"
         (row-wise AdaGrad, for large tables that are looked up).
-      side: of a one-sided treatment, "left" (the axes that come first), "right" or "short" (the shorter of the two).
+      side: of a matrix, which is preconditioned: "both", "left" (the axes that come first), "right" or "short" (the
+        shorter of the two).
       view: "matrix" or "tensor".
       block_size: largest side of a block.
       exponent: the power each side is raised to is -exponent; 0 preconditions nothing and leaves the momentum.
@@ -37,7 +42,7 @@ class Treatment:
     """
 
     kind: str = "shampoo"
-    side: str = "short"
+    side: str | None = None
     view: str | None = None
     block_size: int | None = None
     exponent: float | None = None
@@ -67,13 +72,19 @@ class Treatment:
                 values[key] = types[key][0](value)
             except ValueError:
                 raise ValueError(f"treatment {text!r}: {key} needs a {types[key][0].__name__}, not {value!r}") from None
-        treatment = cls(kind, **values)
-        if treatment.side not in ("left", "right", "short"):
-            raise ValueError(f"treatment {text!r}: side is {treatment.side!r}; choose left, right or short")
-        if "side" in values and kind != "one_sided":
-            raise ValueError(f"treatment {text!r}: side is for one_sided treatments only")
-        if kind == "one_sided" and treatment.view == "tensor":
-            raise ValueError(f"treatment {text!r}: one_sided treatments are of matrices; leave view=tensor out")
+        treatment, family = cls(kind, **values), PRECONDITIONERS.get(kind)
+        if treatment.side not in (None, *SIDES):
+            raise ValueError(f"treatment {text!r}: side is {treatment.side!r}; choose one of {', '.join(SIDES)}")
+        if "side" in values and kind in DIAGONAL_KINDS:
+            raise ValueError(f"treatment {text!r}: side is for preconditioners, not for diagonal methods")
+        if "exponent" in values and family and not family.has_exponent:
+            raise ValueError(f"treatment {text!r}: {kind} has no exponent to choose; leave it out")
+        if (
+            treatment.view == "tensor"
+            and family
+            and (family.matrices_only or (treatment.side or family.side) != "both")
+        ):
+            raise ValueError(f"treatment {text!r}: it is of matrices; leave view=tensor out")
         if values and kind == "rows":
             raise ValueError(f"treatment {text!r}: rows are summed up without further choices; write 'rows' alone")
         if treatment.stack < 0:
@@ -110,13 +121,31 @@ class Rule:
             raise ValueError(f"beta2 is {self.beta2}; it must lie between 0 and 1")
 
     @property
+    def preconditioner(self) -> str:
+        """Its name in the family, "" for diagonal kinds."""
+        return "" if self.kind in DIAGONAL_KINDS else PRECONDITIONERS[self.kind].name
+
+    @property
+    def family(self) -> Preconditioner:
+        """The preconditioner itself."""
+        return PRECONDITIONERS[self.kind]
+
+    def order(self, sides: int) -> int:
+        """The p of each side's inverse p-th root, for a number of preconditioned sides; 0 where there are none.
+
+        Raises:
+          ValueError: the exponent is neither 0 nor one over a whole number.
+        """
+        return self.family.order(self.exponent, sides)
+
+    @property
     def power(self) -> float:
-        """The exponents of a matrix's sides, added up."""
-        if self.kind in ("diagonal", "rows"):
+        """The exponents of a matrix's sides, added up; 0 where an update cannot grow between two refreshes."""
+        if not self.preconditioner or not self.family.grafts:
             return 0.0
-        if self.exponent is None:
-            return 0.5
-        return self.exponent if self.kind == "one_sided" else 2 * self.exponent
+        sides = 2 if self.side == "both" else 1
+        p = self.order(sides)
+        return sides / p if p else 0.0
 
     @property
     def growth(self) -> float:
@@ -157,6 +186,8 @@ class ShampooOptions:
     ridge: float = 1e-4  # relative to the largest eigenvalue, added before the root is taken
     cut: float = 0.0  # relative; with it, eigen-directions below contribute nothing, and ridge must be 0
     solver: str = "newton"  # "newton" (matmuls only) or "eigh", both on the owner's device
+    basis: str = "iterate"  # of soap, after the first: "iterate" (one step of orthogonal iteration) or "eigh"
+    orthogonalization: str = "jordan"  # of muon, which polynomials: "jordan" or "polar_express"
     residual_bound: float = 0.1  # a root is accepted with a residual of at most this
     max_failures: int = 3  # refused refreshes in a row after which a block uses the graft method until one succeeds
 
@@ -211,8 +242,8 @@ class ShampooOptions:
                 raise ValueError(f"the learning rate of {pattern!r} has the factor {factor}; it must not be negative")
         rules = [self.resolve(Treatment.parse(text)) for _, text in self.treatments]
         for rule in rules:
-            for sides in (1, 2):
-                self.root_order(rule, sides)
+            if rule.preconditioner:
+                rule.order(2)
         self._warn(rules)
 
     def _check_numbers(self) -> None:
@@ -276,6 +307,8 @@ class ShampooOptions:
             ("view", ["matrix", "tensor"]),
             ("solver", [name for name in SOLVERS if name != "host"]),
             ("refresh", ["staggered", "periodic", "host", "auto"]),
+            ("basis", ["iterate", "eigh"]),
+            ("orthogonalization", list(POLYNOMIALS)),
             ("graft", GRAFTS),
             ("graft_norm", ["parameter", "block"]),
             ("momentum", ["ema", "heavy_ball"]),
@@ -359,30 +392,14 @@ class ShampooOptions:
         if "ridge" in own or "cut" in own:
             own = {"ridge": 0.0, "cut": 0.0} | own
         values: dict[str, Any] = {name: getattr(self, name) for name in OVERRIDABLE} | own
-        rule = Rule(**values)
+        rule = Rule(
+            **{"side": "both" if treatment.kind in DIAGONAL_KINDS else PRECONDITIONERS[treatment.kind].side} | values
+        )
         if rule.beta2 == 1 and self.graft.startswith(("adam", "rmsprop")):
             raise ValueError(
                 f"beta2 1.0 sums second moments but graft {self.graft!r} averages them; use graft 'adagrad'"
             )
         return rule
-
-    def root_order(self, rule: Rule, sides: int) -> int:
-        """The p of each side's inverse p-th root, for a number of preconditioned sides; 0 where the exponent is 0.
-
-        Raises:
-          ValueError: the exponent is neither 0 nor one over a whole number.
-        """
-        exponent = rule.exponent
-        if exponent == 0:
-            return 0
-        if exponent is None:
-            exponent = 1 / (2 * sides)
-        p = max(1, round(1 / exponent)) if exponent > 1e-9 else 1  # the inverse of less may be infinite
-        if not abs(p * exponent - 1) <= 1e-5:
-            raise ValueError(
-                f"exponent {exponent} is neither 0 nor 1/p for a whole p; the nearest is 1/{p} = {1 / p:.6g}"
-            )
-        return p
 
     def build(
         self,

@@ -172,7 +172,7 @@ class Parcels:
                 slot, fresh = self.answers(parcel.floats[0], parcel.ints[0])[bucket.name]
                 slot = jnp.where(count == at, slot, bucket.slots.shape[1])
                 fresh = fresh._replace(accepted=fresh.accepted > 0, seen=fresh.seen > 0)
-                result[bucket.name] = install(roots[bucket.name], slot, fresh, stamp)
+                result[bucket.name] = install(roots[bucket.name], slot, fresh, stamp, bucket)
             return {}, result, ()
 
         return self.owners.run(local, {}, {}, (dict(roots), parcel), (count, at, stamp))[1]

@@ -43,7 +43,7 @@ def describe_bucket(bucket: Bucket) -> dict[str, Any]:
     return {
         "shape": list(bucket.shape),
         "sides": list(bucket.sides),
-        **{field: getattr(bucket.group, field) for field in ("p", "beta2", "ridge", "cut")},
+        **{field: getattr(bucket.group, field) for field in ("preconditioner", "p", "beta2", "ridge", "cut")},
         "first": bucket.first,
         "phases": bucket.phases,
         "parameters": [_describe_leaf(leaf) for leaf in bucket.leaves],
@@ -222,6 +222,7 @@ def _bucket(name: str, entry: Mapping[str, Any]) -> SavedBucket:
     shape, sides = _wholes(entry["shape"], least=1), _wholes(entry["sides"])
     if not shape or list(sides) != sorted(set(sides) & {*range(len(shape))}):
         raise ValueError(f"bucket {name} has the sides {list(sides)} of blocks of the shape {list(shape)}")
+    _text(entry["preconditioner"])
     for field in ("p", "first"):
         _whole(entry[field])
     _whole(entry["phases"], least=1)
@@ -263,12 +264,16 @@ def _check_arrays(bucket: SavedBucket, shapes: Shapes) -> set[str]:
         return {f"{prefix}/{field}": () for field in fields if field not in stacks}
 
     needed = {"block": (), "graft_ratio": ()}
-    needed |= per_slot(Roots, "roots", "statistics", "roots") | per_side("roots/statistics") | per_side("roots/roots")
+    needed |= (
+        per_slot(Roots, "roots", "statistics", "roots", "second_moment")
+        | per_side("roots/statistics")
+        | per_side("roots/roots")
+    )
     in_flight = per_slot(InFlight, "in_flight", "statistics") | per_side("in_flight/statistics")
     prefix = f"buckets/{bucket.name}/"
     if any(name.startswith(f"{prefix}in_flight/") for name in shapes):
         needed |= in_flight
-    known = dict.fromkeys(ELEMENTWISE, bucket.shape) | needed
+    known = dict.fromkeys([*ELEMENTWISE, "roots/second_moment"], bucket.shape) | needed
     for field, shape in known.items():
         there = shapes.get(f"{prefix}{field}")
         if there != (len(bucket.slots), *shape) and (there is not None or field in needed):

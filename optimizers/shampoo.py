@@ -1,6 +1,8 @@
 """Distributed Shampoo as an optax gradient transformation, on one device or with blocks owned by all devices of a mesh.
 
-After Anil, Gupta, Koren, Regan and Singer, "Scalable Second Order Optimization for Deep Learning" (arXiv 2002.09018).
+This is the engine. What acts on a block, and what it is made of, is one of the family in the package `preconditioners`;
+for Shampoo itself,
+after Anil, Gupta, Koren, Regan and Singer, "Scalable Second Order Optimization for Deep Learning" (arXiv 2002.09018).
 For a block G (r x c) of a matrix parameter, per step:
 
     M <- beta1 M + (1 - beta1) G                               momentum
@@ -28,7 +30,7 @@ from .host import Event, HostRoots
 from .inheritance import Inheritance
 from .options import ShampooOptions
 from .parcels import Parcels
-from .refresh import Due, Roots, accumulate, precondition, refresh, usable
+from .refresh import Due, Roots, accumulate, blocks_of, grafted, preconditioner_of, refresh, usable
 from .saved_blocks import describe
 from .state import BucketState, Layout, ShampooState
 
@@ -240,25 +242,31 @@ class DistributedShampoo(optax.GradientTransformation):
         options, owners = self.options, self.owners
         gradients = {b.name: owners.to_owners(tiles[b.name], tables[b.name].routes, b) for b in buckets}
         scaled = self._normalized(gradients, tables, buckets, exponent) if options.normalizes else gradients
-        grafted = options.graft != "none"
-        of_graft = exponent if grafted and options.diagonal.follows_scale else 0
-        of_direction = {b.name: exponent - _of_roots(b, exponent) if grafted else 0 for b in buckets}
-        # The roots are those of gradients as they are.
-        taken = exponent if options.normalizes else 0
-        new_moments, directions, grafts, acting, squares = {}, {}, {}, {}, {}
+        of_graft = exponent if options.graft != "none" and options.diagonal.follows_scale else 0
+        new_moments, directions, adapted, grafts, acting, squares = {}, {}, {}, {}, {}, {}
+        # Powers of two: what the momentum is multiplied by before it is acted on, and what directions are divided by.
+        lifted, of_direction = {}, {}
         for bucket in buckets:
-            name, state = bucket.name, states[bucket.name]
+            name, state, preconditioner = bucket.name, states[bucket.name], preconditioner_of(bucket)
+            # Roots are those of gradients as they are.
+            lifted[name] = exponent if options.normalizes and preconditioner.grafts else 0
+            taken = preconditioner.takes(exponent, bucket.group)
+            of_direction[name] = exponent - taken if grafted(bucket, options) else 0
             new_moments[name], momentum, grafts[name] = moments.advance(
                 state.moments, scaled[name], step, bucket.group.beta2, options
             )
-            direction = precondition(_times_power(momentum, taken), state.roots, bucket)
+            blocks = blocks_of(state.roots, bucket, tables[name].sizes)
+            momentum = _times_power(momentum, lifted[name])
+            direction, adapted[name] = preconditioner.act(momentum, scaled[name], blocks, step, options)
             directions[name] = _times_power(direction, -of_direction[name])
             grafts[name] = _times_power(grafts[name], -of_graft)
-            acting[name] = usable(state.roots, bucket, options) & (step >= options.start_step)
+            acting[name] = usable(state.roots, bucket, options) & (
+                (step >= options.start_step) | (not preconditioner.grafts)
+            )
             own, wanted = _squares(directions[name]), _squares(grafts[name])
             squares[name] = norms.Squares(
                 own=jnp.where(acting[name], own, 0),
-                wanted=jnp.where(acting[name], wanted, 0),
+                wanted=jnp.where(acting[name], wanted if grafted(bucket, options) else own, 0),
                 rest=jnp.where(acting[name], 0, wanted),
             )
         elements = {name: table.elements for name, table in tables.items()}
@@ -273,11 +281,17 @@ class DistributedShampoo(optax.GradientTransformation):
                 directions[name] * by_roots[name].reshape(-1, *ones),
                 grafts[name] * by_graft[name].reshape(-1, *ones),
             )
-            directions[name] = _times_power(direction, of_graft)
+            directions[name] = _times_power(direction, of_graft if grafted(bucket, options) else 0)
             overflows += ~jnp.isfinite(directions[name].sum())
+            if adapted[name] is not None:
+                overflows += ~jnp.isfinite(adapted[name].sum())
         overflows = owners.sum(overflows)
         # In device memory a refused step's statistics are made and thrown away: they need not wait for the others.
         accepted = finite & (overflows == 0) if options.statistics_memory == "host" else True
+        states = {
+            name: state._replace(roots=state.roots._replace(second_moment=adapted[name]))
+            for name, state in states.items()
+        }
         roots = self._renew(buckets, states, gradients, tables, step, accepted)
         new_states = {}
         for bucket in buckets:
@@ -289,7 +303,7 @@ class DistributedShampoo(optax.GradientTransformation):
                 roots=new_roots,
                 gathered=gathered,
                 graft_ratio=_times_power(
-                    jnp.where(acting[name], by_roots[name], 0), of_graft - of_direction[name] + taken
+                    jnp.where(acting[name], by_roots[name], 0), of_graft - of_direction[name] + lifted[name]
                 ),
             )
         tiles = {b.name: owners.from_owners(directions[b.name], tables[b.name].routes, b) for b in buckets}
@@ -326,19 +340,22 @@ class DistributedShampoo(optax.GradientTransformation):
         every, on_host = self.options.statistics_every, self.options.statistics_memory == "host"
         roots, gathered = {}, {}
         for bucket in buckets:
-            name, state = bucket.name, states[bucket.name]
+            name, state, sizes = bucket.name, states[bucket.name], tables[bucket.name].sizes
             if state.gathered is None:
-                roots[name] = accumulate(state.roots, gradients[name], bucket, wanted=accepted, on_host=on_host)
+                roots[name] = accumulate(state.roots, gradients[name], bucket, sizes, wanted=accepted, on_host=on_host)
                 gathered[name] = None
             elif on_host:
                 total, renew = state.gathered + gradients[name], step % every == 0
                 wanted = accepted & renew
-                roots[name] = accumulate(state.roots, total / every, bucket, wanted=wanted, on_host=True)
+                roots[name] = accumulate(state.roots, total / every, bucket, sizes, wanted=wanted, on_host=True)
                 gathered[name] = jnp.where(renew, 0, total)
             else:
                 roots[name], gathered[name] = lax.cond(
                     step % every == 0,
-                    lambda old, total, bucket=bucket: (accumulate(old, total / every, bucket), jnp.zeros_like(total)),
+                    lambda old, total, bucket=bucket, sizes=sizes: (
+                        accumulate(old, total / every, bucket, sizes),
+                        jnp.zeros_like(total),
+                    ),
                     lambda old, total: (old, total),
                     state.roots,
                     state.gathered + gradients[name],
@@ -380,11 +397,6 @@ class DistributedShampoo(optax.GradientTransformation):
 
 def _squares(x: jax.Array) -> jax.Array:
     return jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
-
-
-def _of_roots(bucket: Bucket, exponent: jax.Array) -> jax.Array:
-    """How many powers of two a block's roots together take from a gradient of the order of 2^exponent."""
-    return 2 * len(bucket.sides) * exponent // max(bucket.group.p, 1)
 
 
 def _times_power(x: jax.Array, exponent: jax.Array | int) -> jax.Array:

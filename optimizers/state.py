@@ -15,7 +15,7 @@ from .exchange import Owners
 from .in_flight import InFlight, in_flight_spec
 from .moments import Moments
 from .options import ShampooOptions
-from .refresh import Roots, initial_roots
+from .refresh import Roots, initial_roots, preconditioner_of
 
 # Smaller diagonal states are not worth the latency of spreading them over the devices.
 SPREAD_FROM = 2**16
@@ -93,7 +93,9 @@ class Layout:
             n = bucket.slots.size
             return BucketState(
                 block=jnp.zeros(n, jnp.int32),
-                moments=moments.initial_moments((n, *bucket.shape), self.options),
+                moments=moments.initial_moments(
+                    (n, *bucket.shape), self.options, grafts=preconditioner_of(bucket).grafts
+                ),
                 roots=initial_roots(bucket, n, self.options),
                 gathered=jnp.zeros((n, *bucket.shape), jnp.float32) if self.options.statistics_every > 1 else None,
                 graft_ratio=jnp.zeros(n, jnp.float32),

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from optimizing import LAYOUTS, SHARDED_OPTIONS, SHARDED_SHAPES, by_block, gradients, optimizer, train
+from optimizing import LAYOUTS, SHARDED_SHAPES, SIBLINGS, by_block, gradients, optimizer, sharded_options, train
 
 from shampax.optimizers import ShampooOptions, roots
 
@@ -14,18 +14,24 @@ def assert_same(x, y):
     jax.tree.map(np.testing.assert_array_equal, x, y)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
-@pytest.mark.parametrize("layout", ["replicated", "fsdp"])
-def test_a_gradient_that_is_not_finite_changes_nothing(layout, bad):
+@pytest.mark.parametrize(
+    ("layout", "bad", "kind"),
+    [
+        *((layout, bad, "shampoo") for layout in ("replicated", "fsdp") for bad in (np.nan, np.inf, -np.inf, 1e30)),
+        *(("fsdp", bad, kind) for kind in SIBLINGS for bad in (np.nan, 1e30)),
+    ],
+)
+def test_a_gradient_that_is_not_finite_changes_nothing(layout, bad, kind):
     """Catches NaN (or squares that overflow) in one element on one device that reaches the moments, statistics, roots
     or parameters anywhere; devices that decide differently; and a later run that is not that without the step."""
     mesh, specs = LAYOUTS[layout]
     stream = gradients(7, SHARDED_SHAPES)
-    clean = train(SHARDED_OPTIONS, stream, mesh=mesh, specs=specs)
+    options = sharded_options(kind)
+    clean = train(options, stream, mesh=mesh, specs=specs)
     for name, at in (("down", (50, 3)), ("bias", (9,))):
         poisoned = {k: g.copy() for k, g in gradients(1, SHARDED_SHAPES, seed=9)[0].items()}
         poisoned[name][at] = bad
-        hit = train(SHARDED_OPTIONS, [poisoned, *stream[5:]], state=clean.states[4], mesh=mesh, specs=specs)
+        hit = train(options, [poisoned, *stream[5:]], state=clean.states[4], mesh=mesh, specs=specs)
         assert not any(np.any(u) for u in hit.updates[0].values())
         assert [int(copy.data) for copy in hit.states[0].skipped.addressable_shards] == [1] * mesh.size
         assert_same(hit.states[0]._replace(skipped=0), clean.states[4]._replace(skipped=0))

@@ -281,14 +281,14 @@ def test_root_order(exponent, text, orders):
     """Catches the inverse fourth root taken for every number of sides, or an exponent read as its reciprocal."""
     options = ShampooOptions(exponent=exponent)
     rule = options.resolve(Treatment.parse(text))
-    assert {sides: options.root_order(rule, sides) for sides in orders} == orders
+    assert {sides: rule.order(sides) for sides in orders} == orders
 
 
 @pytest.mark.parametrize("p", range(1, 13))
 def test_the_exponent_that_the_message_suggests_is_taken(p):
     """Catches a user who writes 0.333333 because the message says so, and gets it again."""
     options = ShampooOptions(exponent=float(f"{1 / p:.6g}"))
-    assert options.root_order(options.resolve(Treatment()), 2) == p
+    assert options.resolve(Treatment()).order(2) == p
 
 
 # Each field: text on the command line -> the value the options get.

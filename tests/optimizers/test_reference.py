@@ -21,6 +21,7 @@ STEPS = 50
 # Small blocks for small arrays, an interval within the run, and a ridge that float32 resolves.
 BASE = {"block_size": 16, "interval": 4, "exponent": None, "ridge": 1e-4}
 TREE = {"dense": {"bias": (21,), "kernel": (33, 21)}, "wide": (11, 33)}
+FAMILY = {"a": (33, 21), "b": (14, 40), "w": (16, 14)}
 STACK = {"layers": (3, 20, 12), "vectors": (3, 12)}
 
 
@@ -208,6 +209,26 @@ CASES = {
             "whole": ("kv_heads", "heads", "head_dim"),
             "mlp": ("layers", "experts", "embed", "mlp"),
         },
+    ),
+    # The rest of the family. The first basis is of statistics of full rank; the eigenvectors of others are anyone's.
+    "soap": Case({"treatments": rules(a="soap", b="soap side=short", w="shampoo"), "start_step": 16}, FAMILY),
+    "soap, eigh, no bias correction": Case(
+        {
+            "treatments": rules(a="soap", b="soap side=left"),
+            "start_step": 16,
+            "basis": "eigh",
+            "bias_correction": False,
+        },
+        {"a": (33, 21), "b": (14, 40)},
+    ),
+    "kl_shampoo": Case({"treatments": rules(a="kl_shampoo", b="kl_shampoo side=short", w="shampoo")}, FAMILY),
+    "kl_shampoo of tensors, statistics of three steps": Case(
+        {"treatments": rules(a="kl_shampoo", b="shampoo"), "view": "tensor", "statistics_every": 3, "graft": "sgd"},
+        {"a": (5, 18, 10), "b": (16, 14)},
+    ),
+    "muon": Case({"treatments": rules(a="muon", b="muon block_size=40", w="shampoo"), "nesterov": True}, FAMILY),
+    "muon, polar express": Case(
+        {"treatments": rules(a="muon"), "orthogonalization": "polar_express", "weight_decay": 0.3}, {"a": (33, 21)}
     ),
     # Storage. Where float32 and float64 fall on two sides of a tie, one element differs by 2^-8 of itself.
     "bfloat16 statistics": Case(

@@ -9,12 +9,13 @@ import optax
 import pytest
 from optimizing import (
     LAYOUTS,
-    SHARDED_OPTIONS,
     SHARDED_SHAPES,
+    SIBLINGS,
     by_block,
     gradients,
     inherited,
     optimizer,
+    sharded_options,
     train,
     zeros,
 )
@@ -391,45 +392,57 @@ def test_stacked_equals_separate():
 # Meshes
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one device"])
-def test_same_run_on_any_mesh(layout):
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [(name, "shampoo") for name in LAYOUTS if name != "one device"] + [("fsdp x tensor", kind) for kind in SIBLINGS],
+)
+def test_same_run_on_any_mesh(layout, kind):
     """Catches owners, exchange or schedule that depend on how many devices there are, or on how parameters lie."""
     mesh, specs = LAYOUTS[layout]
+    options = sharded_options(kind)
     stream = gradients(9, SHARDED_SHAPES)
-    alone = train(SHARDED_OPTIONS, stream)
-    there = train(SHARDED_OPTIONS, stream, mesh=mesh, specs=specs)
+    alone = train(options, stream)
+    there = train(options, stream, mesh=mesh, specs=specs)
     for t in range(9):
         for k in SHARDED_SHAPES:
             assert distance(there.updates[t][k], alone.updates[t][k]) <= 2e-4, (t, k)
     for array in jax.tree.leaves(there.states[-1].buckets):
         assert array.addressable_shards[0].data.shape[0] * mesh.size == array.shape[0]
-    here = by_block(optimizer(SHARDED_OPTIONS), zeros(SHARDED_SHAPES), alone.states[-1])
-    far = by_block(optimizer(SHARDED_OPTIONS, mesh, specs=specs), zeros(SHARDED_SHAPES), there.states[-1])
+    here = by_block(optimizer(options), zeros(SHARDED_SHAPES), alone.states[-1])
+    far = by_block(optimizer(options, mesh, specs=specs), zeros(SHARDED_SHAPES), there.states[-1])
     assert {k: (b.roots.refreshed, b.roots.refreshes) for k, b in here.items()} == {
         k: (b.roots.refreshed, b.roots.refreshes) for k, b in far.items()
     }
 
 
-@pytest.mark.parametrize(("old", "new"), [("three devices", "fsdp x tensor"), ("fsdp", "three devices")])
-def test_a_state_moves_to_another_mesh(old, new):
+@pytest.mark.parametrize(
+    ("old", "new", "kind"),
+    [
+        ("three devices", "fsdp x tensor", "shampoo"),
+        ("fsdp", "three devices", "shampoo"),
+        *(("three devices", "fsdp x tensor", kind) for kind in SIBLINGS),
+    ],
+)
+def test_a_state_moves_to_another_mesh(old, new, kind):
     """Catches a block that is lost, or comes to another block's place, when the number of devices changes."""
+    options = sharded_options(kind)
     stream = gradients(9, SHARDED_SHAPES)
     (old_mesh, old_specs), (new_mesh, new_specs) = LAYOUTS[old], LAYOUTS[new]
     params = zeros(SHARDED_SHAPES)
-    txs = optimizer(SHARDED_OPTIONS, old_mesh, specs=old_specs), optimizer(SHARDED_OPTIONS, new_mesh, specs=new_specs)
-    before = train(SHARDED_OPTIONS, stream, mesh=old_mesh, specs=old_specs)
+    txs = optimizer(options, old_mesh, specs=old_specs), optimizer(options, new_mesh, specs=new_specs)
+    before = train(options, stream, mesh=old_mesh, specs=old_specs)
 
     moved = inherited(txs[1], params, txs[0].manifest(params), before.states[4])
     jax.tree.map(
         np.testing.assert_array_equal, by_block(txs[0], params, before.states[4]), by_block(txs[1], params, moved)
     )
     jax.tree.map(np.testing.assert_array_equal, before.states[4]._replace(buckets={}), moved._replace(buckets={}))
-    after = train(SHARDED_OPTIONS, stream[5:], state=moved, mesh=new_mesh, specs=new_specs)
+    after = train(options, stream[5:], state=moved, mesh=new_mesh, specs=new_specs)
     for there, here in zip(before.updates[5:], after.updates, strict=True):
         for k in params:
             assert distance(here[k], there[k]) <= 2e-4
     back = inherited(txs[0], params, txs[1].manifest(params), moved)
-    again = train(SHARDED_OPTIONS, stream[5:], state=back, mesh=old_mesh, specs=old_specs)
+    again = train(options, stream[5:], state=back, mesh=old_mesh, specs=old_specs)
     for there, here in zip(before.updates[5:], again.updates, strict=True):
         jax.tree.map(np.testing.assert_array_equal, here, there)
 

@@ -1,5 +1,6 @@
 """Runs of Distributed Shampoo on given gradients; runs of the same options and layout share one compiled step."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -12,12 +13,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shampax.optimizers import DistributedShampoo, ShampooOptions, ShampooState, distributed_shampoo, patterns
 from shampax.optimizers.inheritance import Kept, Made
+from shampax.optimizers.preconditioners import PRECONDITIONERS
 
 Tree = dict[str, Any]
 
 # A run that should be the same on every mesh: two buckets, a padded parameter and a diagonal one.
 SHARDED_SHAPES = {"bias": (64,), "down": (64, 24), "odd": (31, 23), "square": (32, 16), "up": (24, 64)}
 SHARDED_OPTIONS = ShampooOptions(block_size=16, interval=4, exponent=0.5, ridge=1e-4)
+# The other preconditioners, as a treatment names them.
+SIBLINGS = [name for name, member in PRECONDITIONERS.items() if member.name == name != "shampoo"]
+
+
+def sharded_options(kind: str) -> ShampooOptions:
+    """`SHARDED_OPTIONS` with another preconditioner on every matrix."""
+    return dataclasses.replace(SHARDED_OPTIONS, treatments=((".*", kind),)) if kind != "shampoo" else SHARDED_OPTIONS
 
 
 def _layouts() -> dict[str, tuple[Mesh | None, Tree | None]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from shampax.optimizers.blocks import cut
 from shampax.optimizers.options import Treatment
+from shampax.optimizers.preconditioners.muon import POLYNOMIALS
 
 
 def inverse_root(a, p, ridge=0.0, cut=0.0):
@@ -53,7 +54,7 @@ def view(shape, names, treatment, options):
         stack = [i for i, name in enumerate(names) if name in options.stack_axes]
     axes = [i for i in range(len(shape)) if i not in stack]
 
-    if treatment.view == "tensor" and treatment.kind != "one_sided":
+    if treatment.view == "tensor" and treatment.side == "both":
         sides = [[i] for i in axes if shape[i] != 1]
         at = 1
         while at < len(sides):
@@ -73,11 +74,12 @@ def view(shape, names, treatment, options):
 
 @dataclasses.dataclass
 class Block:
-    """One block of one matrix: where it lies, and for each preconditioned side its statistics and root."""
+    """One block of one matrix: where it lies, and for each preconditioned side its statistics and root (or basis)."""
 
     at: tuple[slice, ...]
     statistics: dict[int, Any]
     roots: dict[int, Any] | None = None
+    second: Any = 0.0  # in the basis, under SOAP
     to_come: dict[int, Any] = dataclasses.field(default_factory=dict)  # step after which they act -> roots
 
 
@@ -114,17 +116,18 @@ class Parameter:
         self.axes = (*stack, *(i for i in range(self.x.ndim) if i not in stack))
         self.stacks = math.prod(self.x.shape[i] for i in stack)
 
-        if self.rule.kind == "one_sided":
-            preconditioned = ({"left": self.order.index(0), "right": self.order.index(1), "short": 0}[self.rule.side],)
-        else:
+        if self.rule.side == "both":
             preconditioned = tuple(range(len(sides)))
-        self.p = options.root_order(self.rule, len(preconditioned))
+        else:
+            preconditioned = ({"left": self.order.index(0), "right": self.order.index(1), "short": 0}[self.rule.side],)
+        self.p = self.rule.order(len(preconditioned))
         if self.p == 0:
             preconditioned = ()
         shape = [lengths[i] for i in self.order]
         pieces = [cut(side, self.rule.block_size) for side in shape]
         padded = tuple(length for _, length in pieces)
         self.bucket = (padded, preconditioned, self.p, self.rule.beta2, self.rule.ridge, self.rule.cut)
+        self.bucket += (self.rule.preconditioner,)
         self.matrices = []
         for _ in range(self.stacks):
             blocks = []
@@ -195,7 +198,12 @@ def direction(o, rule, matrix, g, t):
     graft = diagonal_method(o, a, matrix.second, rule.beta2, t)
 
     d = graft.copy()
-    acting = [b for b in matrix.blocks if b.roots is not None and t >= o.start_step]
+    if rule.kind in ("soap", "muon"):
+        for b in matrix.blocks:
+            d[b.at] = soap(o, rule, b, a[b.at], h[b.at], t) if rule.kind == "soap" else muon(o, a[b.at])
+        acting = []
+    else:
+        acting = [b for b in matrix.blocks if b.roots is not None and t >= o.start_step]
     for b in acting:
         block = a[b.at]
         for side, root in b.roots.items():
@@ -215,6 +223,48 @@ def direction(o, rule, matrix, g, t):
     return d
 
 
+def soap(o, rule, b, a, h, t):
+    """Adam on the gradient turned into the basis, turned back."""
+    bases = b.roots or {side: np.eye(len(s)) for side, s in b.statistics.items()}
+    for side, q in bases.items():
+        a, h = along(a, side, q.T), along(h, side, q.T)
+    b.second = rule.beta2 * b.second + (1 - rule.beta2) * h**2
+    correction = 1 - rule.beta2**t if o.bias_correction else 1.0
+    d = a / (np.sqrt(b.second / correction) + o.epsilon)
+    for side, q in bases.items():
+        d = along(d, side, q)
+    return d
+
+
+def new_bases(o, b):
+    """Eigenvectors; from old ones by one step of orthogonal iteration. The second moment goes along."""
+    new = {
+        side: np.linalg.eigh(s)[1] if b.roots is None or o.basis == "eigh" else np.linalg.qr(s @ b.roots[side])[0]
+        for side, s in b.statistics.items()
+    }
+    for side, q in new.items():
+        old = np.eye(len(q)) if b.roots is None else b.roots[side]
+        b.second = along(b.second, side, ((old.T @ q) ** 2).T)
+    return new
+
+
+def muon(o, a):
+    """The nearest matrix with orthonormal rows, as the polynomials come to it, as long as an update of Adam's."""
+    x = a / (1.01 * np.linalg.norm(a)) if a.any() else a
+    for c1, c3, c5 in POLYNOMIALS[o.orthogonalization]:
+        x = c1 * x + c3 * x @ x.T @ x + c5 * x @ x.T @ x @ x.T @ x
+    return 0.2 * math.sqrt(max(a.shape)) * x
+
+
+def whitened(b, u, side):
+    """A block's gradient with the root applied along every other side, over the root of their lengths (KL-Shampoo)."""
+    for other in b.statistics:
+        if other != side:
+            u = along(u, other, b.roots[other]) if b.roots else u
+            u = u / math.sqrt(len(b.statistics[other]))
+    return u
+
+
 def row_direction(o, matrix, g):
     """Row-wise AdaGrad: every element of a row is divided by the root of the row's summed mean squares."""
     matrix.second = matrix.second + (g**2).mean(axis=-1, keepdims=True)
@@ -229,8 +279,11 @@ def accumulate(o, rule, matrix, g, t):
     mean, matrix.buffer = matrix.buffer / o.statistics_every, np.zeros_like(g)
     new = 1 - rule.beta2 if rule.beta2 < 1 else 1.0
     for b in matrix.blocks:
-        for side in b.statistics:
-            u = unfolding(mean[b.at], side)
+        x = mean[b.at]
+        seen = {
+            side: unfolding(whitened(b, x, side) if rule.kind == "kl_shampoo" else x, side) for side in b.statistics
+        }
+        for side, u in seen.items():
             b.statistics[side] = stored(rule.beta2 * b.statistics[side] + new * u @ u.T, o.statistics_dtype)
 
 
@@ -254,7 +307,11 @@ def refresh(o, rule, p, block, t):
     """New roots of one block, once it has seen a gradient; they act from the step after t + delay on."""
     updates = t // o.statistics_every
     correction = 1 - rule.beta2**updates if o.bias_correction and rule.beta2 < 1 and updates > 0 else 1.0
-    if block.statistics and all(s.any() for s in block.statistics.values()):
+    if not block.statistics or not all(s.any() for s in block.statistics.values()):
+        return
+    if rule.kind == "soap":
+        block.to_come[t] = new_bases(o, block)
+    else:
         block.to_come[t + delay(o)] = {
             side: stored(inverse_root(s / correction, p, rule.ridge, rule.cut), o.roots_dtype)
             for side, s in block.statistics.items()

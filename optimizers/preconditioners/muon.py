@@ -1,0 +1,85 @@
+"""Muon: the momentum's nearest semi-orthogonal matrix, by matrix products alone (Jordan et al. 2024)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .base import Blocks, Preconditioner
+
+# Of the odd polynomials a x + b x^3 + c x^5 that are applied one after the other to singular values in (0, 1].
+POLYNOMIALS = {
+    # Five times that of Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
+    "jordan": ((3.4445, -4.7750, 2.0315),) * 5,
+    # Amsel et al., "The Polar Express" (arXiv 2505.16932), section 4; optimal for singular values from 1e-3 on.
+    "polar_express": (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+        (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+        (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+        (1.875, -1.25, 0.375),
+    ),
+}
+# So much longer than 1 / sqrt(longer side) are the entries of an update: the usual root mean square of Adam's, whose
+# learning rates it then shares (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.2).
+RMS = 0.2
+# Above the largest singular value, whatever the rounding.
+_MARGIN = 1.01
+
+
+class Muon(Preconditioner):
+    """0.2 sqrt(max(r, c)) U V' for the momentum M = U S V' of a block r x c.
+
+    It keeps no statistics. Blocks as long as the parameter's longer side, by block_size, make it act on whole matrices,
+    each gathered to its owner.
+    """
+
+    name = "muon"
+    grafts = False
+    matrices_only = True
+
+    def order(self, exponent: float | None, sides: int) -> int:
+        """0: no side has statistics."""
+        del exponent, sides
+        return 0
+
+    def title(self, p: int) -> str:
+        """As people call it."""
+        return "Muon"
+
+    def act(
+        self, m: jax.Array, g: jax.Array, blocks: Blocks, step: jax.Array, options: Any
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The orthogonal factor, as long as Adam's update."""
+        del g, step
+        x = orthogonalized(m, POLYNOMIALS[options.orthogonalization])
+        return x * (RMS * jnp.sqrt(jnp.max(blocks.sizes, axis=-1).astype(jnp.float32)))[:, None, None], None
+
+    def takes(self, exponent: jax.Array, group: Any) -> jax.Array:
+        """All of them."""
+        del group
+        return exponent
+
+
+def orthogonalized(m_nrc: jax.Array, polynomials: tuple[tuple[float, float, float], ...]) -> jax.Array:
+    """U V' for each M = U S V' of a stack, approximately: odd polynomials bring all singular values near 1.
+
+    Args:
+      m_nrc: [n, r, c] with r <= c.
+      polynomials: their coefficients, in the order in which they are applied.
+    """
+    largest = jnp.max(jnp.abs(m_nrc), axis=(-2, -1), keepdims=True)
+    x = m_nrc / jnp.where(largest > 0, largest, 1)
+    norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
+    x = x / jnp.where(norm > 0, _MARGIN * norm, 1)
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+    for a, b, c in polynomials:
+        square = product(x, jnp.swapaxes(x, -2, -1))
+        x = a * x + product(b * square + c * product(square, square), x)
+    return x

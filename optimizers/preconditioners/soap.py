@@ -1,0 +1,130 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's statistics (arXiv 2409.11321)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import lapack, newton
+from .base import Blocks, Preconditioner, Solved, multiplied
+
+# Of an accepted basis, the largest entry of |Q' Q - I|.
+ORTHOGONALITY = 1e-3
+
+
+class Soap(Preconditioner):
+    """Q_L [ (Q_L' M Q_R) / sqrt(V) ] Q_R' with the eigenvectors Q of the statistics of each side.
+
+    V, the second moment of the rotated gradient, is renewed on every step, so that a basis that is old costs some
+    accuracy and no stability. When a new basis comes, V is carried over: with R = Q_old' Q_new a direction of the new
+    basis is the mixture of old ones with the weights R squared, hence V <- (R o R)' V for each side, which is what
+    the diagonal of R' diag(V) R is and keeps V's sum and sign. Before the first basis it is the identity: then SOAP
+    is Adam.
+
+    A basis is found by `eigh` at first and by one step of orthogonal iteration, the Q of a QR decomposition of S Q_old,
+    afterwards (algorithm 4 there); with `basis = "eigh"` always by that.
+    """
+
+    name = "soap"
+    grafts = False
+    adapts = True
+    warm = True
+
+    def order(self, exponent: float | None, sides: int) -> int:
+        """1 where there are statistics: no root is taken."""
+        del exponent, sides
+        return 1
+
+    def uses_lapack(self, options: Any) -> bool:
+        """Both decompositions."""
+        del options
+        return True
+
+    def title(self, p: int) -> str:
+        """As people call it."""
+        return "SOAP"
+
+    def act(
+        self, m: jax.Array, g: jax.Array, blocks: Blocks, step: jax.Array, options: Any
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Adam's step in the basis, rotated back."""
+        assert blocks.second_moment is not None
+        bases = [_or_identity(q, blocks.found) for q in blocks.factors]
+        into = [jnp.swapaxes(q, -2, -1) for q in bases]
+        g, m = multiplied(g, into, blocks.sides), multiplied(m, into, blocks.sides)
+        beta2 = blocks.group.beta2
+        old, new = (1.0, 1.0) if beta2 == 1 else (beta2, 1 - beta2)
+        v = old * blocks.second_moment + new * g * g
+        corrected = v if beta2 == 1 or not options.bias_correction else v / (1 - beta2 ** step.astype(jnp.float32))
+        return multiplied(m / (jnp.sqrt(corrected) + options.epsilon), bases, blocks.sides), v
+
+    def takes(self, exponent: jax.Array, group: Any) -> jax.Array:
+        """All of them."""
+        del group
+        return exponent
+
+    def solve(self, stack: jax.Array, old: jax.Array | None, sizes: jax.Array, group: Any, options: Any) -> Solved:
+        """Orthonormal bases, the identity on the padding; accepted if they are orthonormal."""
+        del group
+        assert old is not None
+        r = stack.shape[-1]
+        real = jnp.arange(r) < sizes[:, None]
+        real = real[:, :, None] & real[:, None, :]
+        identity = jnp.eye(r, dtype=stack.dtype)
+        a = jnp.where(real & jnp.isfinite(stack), stack, 0)
+        trace = jnp.trace(a, axis1=-2, axis2=-1)
+        a = newton.symmetric(a / jnp.where(trace > 0, trace, 1)[:, None, None])
+        # Beyond all eigenvalues, so that no eigenvector is partly in the padding.
+        a = jnp.where(real, a, 2 * identity)
+        found = jnp.max(jnp.abs(old), axis=(-2, -1)) > 0
+
+        def anew(a: jax.Array, old: jax.Array) -> jax.Array:
+            del old
+            return jnp.linalg.eigh(a)[1]
+
+        def onward(a: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.linalg.qr(newton.matmul(a, old))[0]
+
+        if options.basis == "eigh":
+            q = anew(a, old)
+        else:
+            start = jnp.where(found[:, None, None], old, identity)
+            q = jax.lax.cond(jnp.all(found | (trace <= 0)), onward, anew, a, start)
+        q = jnp.where(real, q, identity)
+        residual = jnp.max(jnp.abs(newton.matmul(jnp.swapaxes(q, -2, -1), q) - identity), axis=(-2, -1))
+        values = jnp.einsum("nij,nik,nkj->nj", q, a, q, precision=jax.lax.Precision.HIGHEST)
+        values = jnp.where(jnp.arange(r) < sizes[:, None], values, 0)
+        largest = jnp.max(values, axis=-1)
+        rank = jnp.where(largest > 0, 1 / jnp.where(largest > 0, largest, 1), 0)
+        accepted = (residual <= ORTHOGONALITY) & (trace > 0) & jnp.all(jnp.isfinite(stack), axis=(-2, -1))
+        return Solved(q, residual, jnp.zeros_like(residual), rank, accepted)
+
+    def solve_on_host(self, a: np.ndarray, group: Any, options: Any) -> tuple[lapack.HostRoot | None, int]:
+        """All eigenvectors in float64."""
+        del group, options
+        trace = np.trace(a)
+        if not np.all(np.isfinite(a)) or trace <= 0:
+            return None, 0
+        try:
+            values, q = np.linalg.eigh((a + a.T) / 2)
+        except np.linalg.LinAlgError:
+            return None, 0
+        residual = float(np.max(np.abs(q.T @ q - np.eye(len(q)))))
+        return lapack.HostRoot(q, residual, float(values[-1]), 0.0, float(trace / values[-1])), 0
+
+    def carried(
+        self, second_moment: jax.Array, old: Sequence[jax.Array], new: Sequence[jax.Array], sides: Sequence[int]
+    ) -> jax.Array:
+        """(R o R)' V along each side, with R = Q_old' Q_new."""
+        weights = []
+        for before, after in zip(old, new, strict=True):
+            before = _or_identity(before, jnp.max(jnp.abs(before), axis=(-2, -1)) > 0)
+            # The transpose of R, squared: row i has the weights of the old directions in the new direction i.
+            weights.append(jnp.square(newton.matmul(jnp.swapaxes(after, -2, -1), before)))
+        return multiplied(second_moment, weights, sides)
+
+
+def _or_identity(q: jax.Array, found: jax.Array) -> jax.Array:
+    return jnp.where(found[:, None, None], q, jnp.eye(q.shape[-1], dtype=q.dtype))

@@ -1,0 +1,120 @@
+"""What each preconditioner promises by itself; what all of them do alike is tested where it is tested of Shampoo."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optimizing import by_block, gradients, optimizer, train, zeros
+
+from shampax.optimizers import ShampooOptions
+from shampax.optimizers.preconditioners.muon import POLYNOMIALS, orthogonalized
+
+SHAPE = {"w": (64, 32)}
+
+
+def options(kind, **values):
+    return ShampooOptions(**{"block_size": 64, "treatments": ((".*", kind),)} | values)
+
+
+@pytest.mark.parametrize("basis", ["iterate", "eigh"])
+@pytest.mark.parametrize("interval", [1, 10])
+def test_soap_stays_bounded_when_gradients_turn(interval, basis):
+    """Catches a second moment that is left behind in an old basis: where gradients turn abruptly it is too small in the
+    directions they turn to, and the update many times too long."""
+    random = np.random.default_rng(0)
+    turns = [np.linalg.qr(random.normal(size=(n, n)))[0] for n in (64, 64, 32, 32)]
+    scale = np.outer(10.0 ** -np.linspace(0, 3, 64), 10.0 ** -np.linspace(0, 3, 32))
+    stream = []
+    for t in range(300):
+        left, right = (turns[0], turns[2]) if t < 150 else (turns[1], turns[3])
+        stream.append({"w": (left @ (scale * random.normal(size=(64, 32))) @ right).astype(np.float32)})
+    run = train(options("soap", interval=interval, basis=basis), stream)
+    norms = [np.linalg.norm(update["w"]) for update in run.updates]
+    assert max(norms) <= 1.05 * np.sqrt(64 * 32)
+    (name,) = run.states[-1].buckets
+    moments = [np.asarray(state.buckets[name].roots.second_moment) for state in run.states]
+    assert all(np.min(v) >= 0 for v in moments)
+    assert all(np.any(v != before) for before, v in itertools.pairwise(moments))
+    assert int(run.states[-1].buckets[name].roots.refreshes.sum()) >= 300 // interval - 1
+
+
+def test_soap_in_the_identity_basis_is_adam():
+    """Catches moments, corrections or an epsilon that differ from Adam's."""
+    stream = gradients(20, SHAPE)
+    run = train(options("soap", start_step=1000), stream)
+    adam, state = optax.adam(1.0, b1=0.9, b2=0.99), None
+    for grads, update in zip(stream, run.updates, strict=True):
+        state = adam.init(grads) if state is None else state
+        wanted, state = adam.update(grads, state)
+        np.testing.assert_allclose(update["w"], wanted["w"], atol=1e-6)
+
+
+def test_soaps_second_moment_keeps_its_sum_when_the_basis_changes():
+    """Catches weights that are not those of directions: rows and columns of the squared rotation add up to one."""
+    stream = gradients(9, SHAPE)
+    fast = train(options("soap", interval=1, beta1=0.0), stream)
+    (name,) = fast.states[-1].buckets
+    v = np.asarray(fast.states[-1].buckets[name].roots.second_moment, np.float64)
+    squares = sum(0.01 * 0.99 ** (8 - t) * np.sum(np.square(g["w"], dtype=np.float64)) for t, g in enumerate(stream))
+    np.testing.assert_allclose(v.sum(), squares, rtol=1e-4)
+
+
+def test_kl_shampoo_of_one_side_is_one_sided_shampoo():
+    """Catches whitening along a side that has no statistics, or a length that is divided by nevertheless."""
+    stream = gradients(12, SHAPE)
+    for side in ("left", "right"):
+        run = train(options(f"kl_shampoo side={side}", interval=2), stream)
+        wanted = train(options(f"one_sided side={side} exponent=0.5", interval=2), stream)
+        for here, there in zip(run.updates, wanted.updates, strict=True):
+            np.testing.assert_array_equal(here["w"], there["w"])
+
+
+def test_kl_shampoos_statistics_are_the_covariance_of_a_kronecker_product():
+    """Catches a wrong length or side: gradients A^(1/2) Z B^(1/2) have the covariance A (x) B, which the statistics'
+    product must become, whatever its scale."""
+    random = np.random.default_rng(0)
+    a, b = (np.diag(np.linspace(0.5, 2, n) ** 2) for n in (12, 8))
+    a *= 100
+    stream = [{"w": (np.sqrt(a) @ random.normal(size=(12, 8)) @ np.sqrt(b)).astype(np.float32)} for _ in range(400)]
+    run = train(options("kl_shampoo", interval=1, beta2=0.99), stream)
+    (block,) = by_block(optimizer(options("kl_shampoo", interval=1)), zeros({"w": (12, 8)}), run.states[-1]).values()
+    short, long = (np.asarray(s, np.float64) for s in block.roots.statistics)
+    found = np.kron(long, short) * 4.0 ** int(block.roots.exponent)
+    wanted = np.kron(a, b)
+    assert np.linalg.norm(found - wanted) <= 0.15 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("jordan", 0.35), ("polar_express", 0.02)])
+def test_orthogonalization_brings_singular_values_to_one(name, tolerance):
+    """Catches a wrong coefficient."""
+    random = np.random.default_rng(0)
+    u, _, vt = np.linalg.svd(random.normal(size=(3, 16, 24)), full_matrices=False)
+    s = np.geomspace(1, 1e-2, 16)
+    x = orthogonalized(jnp.asarray(1e20 * (u * s) @ vt, jnp.float32), POLYNOMIALS[name])
+    found = np.linalg.svd(np.asarray(x), compute_uv=False)
+    assert np.all(np.abs(found - 1) <= tolerance)
+    assert not np.any(np.asarray(orthogonalized(jnp.zeros((1, 4, 4)), POLYNOMIALS[name])))
+
+
+def test_muon_on_whole_matrices_is_that_of_optax():
+    """Catches a momentum or a direction that is not Muon's; ours has another length, by choice."""
+    stream = gradients(6, {"w": (48, 20)})
+    run = train(options("muon", nesterov=True, beta1=0.95, bias_correction=False), stream)
+    tx = optax.contrib.muon(1.0, beta=0.95, nesterov=True)
+    state = tx.init(stream[0])
+    for grads, update in zip(stream, run.updates, strict=True):
+        wanted, state = jax.jit(tx.update)(grads, state, grads)
+        here, there = (np.asarray(x["w"], np.float64) for x in (update, wanted))
+        assert np.sum(here * there) >= 0.999 * np.linalg.norm(here) * np.linalg.norm(there)
+
+
+@pytest.mark.parametrize(
+    "text", ["soap exponent=0.5", "kl_shampoo exponent=0.25", "muon view=tensor", "diagonal side=left"]
+)
+def test_what_a_preconditioner_has_no_choice_of_is_refused(text):
+    """Catches a word that would be ignored."""
+    with pytest.raises(ValueError, match=text.split(" ")[0]):
+        options(text)
