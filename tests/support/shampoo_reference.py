@@ -80,6 +80,7 @@ class Block:
     statistics: dict[int, Any]
     roots: dict[int, Any] | None = None
     second: Any = 0.0  # in the basis, under SOAP
+    largest: float = 0.0  # entry of its gradients so far
     to_come: dict[int, Any] = dataclasses.field(default_factory=dict)  # step after which they act -> roots
 
 
@@ -257,11 +258,17 @@ def muon(o, a):
 
 
 def whitened(b, u, side):
-    """A block's gradient with the root applied along every other side, over the root of their lengths (KL-Shampoo)."""
-    for other in b.statistics:
-        if other != side:
-            u = along(u, other, b.roots[other]) if b.roots else u
-            u = u / math.sqrt(len(b.statistics[other]))
+    """A block's gradient with the root applied along every other side, over the root of their lengths (KL-Shampoo).
+
+    Before the first roots the other sides are the identity, in units of the power of two above the largest entry.
+    """
+    b.largest = max(b.largest, np.max(np.abs(u)))
+    others = [other for other in b.statistics if other != side]
+    if b.roots is None:
+        u = u * 2.0 ** (-np.frexp(b.largest)[1] * len(others) / len(b.statistics))
+    for other in others:
+        u = along(u, other, b.roots[other]) if b.roots else u
+        u = u / math.sqrt(len(b.statistics[other]))
     return u
 
 
