@@ -23,6 +23,7 @@ from . import (
     ownership,
     partitioning,
     progress,
+    refusals,
     takeover,
 )
 from . import workdir as layout
@@ -141,7 +142,8 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         tx, abstract, train_step = assemble(options)
         treatments = optimizer.treatments(tx, abstract.params)
         eval_step = make_eval_step(task, abstract, mesh)
-        metric_names = list(jax.eval_shape(eval_step, abstract.variables, batch_spec))
+        with refusals.of(task):
+            metric_names = list(jax.eval_shape(eval_step, abstract.variables, batch_spec))
         refuse_unknown_metric(config.evaluation.best_metric, metric_names)
         manifest = takeover.describe(tx, config.optimizer.name, abstract.params, treatments, mesh.shape)
         taken = takeover.plan(start, abstract, tx, config.optimizer.name, config.renamed)
@@ -167,7 +169,9 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         # Compile, apart from the loop, so that it is not taken for training time
         progress.say("compiling the train step ...")
         watch.at("compiling", record.step)
-        compiled_step = train_step.lower(abstract, batch_spec).compile()
+        with refusals.of(task):
+            lowered_step = train_step.lower(abstract, batch_spec)
+        compiled_step = lowered_step.compile()
         diagnose = make_diagnosis(tx, abstract, mesh).lower(abstract.opt_state).compile()
         judge = judge_of(task)
         compiling = functools.partial(watch.during, "compiling")
