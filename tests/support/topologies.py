@@ -2,7 +2,7 @@
 
     python tests/support/topologies.py --steps=20 --configs=lm,translation,bert,dlrm,resnet --topologies=2x4,4x2
 
-Every run is the real command in processes of its own, with float64 nowhere and the samples as they are, except for the
+Every run is the real command in processes of its own, and the samples are as they are, except for the
 length of the run and batches that eight devices can share. Prints JSON: for each config and topology, processes x
 devices, the largest relative difference of a step's loss from that of one process, and the step. Exits with 1 where one
 is above 1e-6.
