@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
-from test_train import SHAMPOO, arrays, lines, make_config, saved
+from test_train import arrays, lines, make_config, saved
 
-from shampax.configs import base
 from shampax.framework import compilation_cache
 from shampax.framework.train import train
 
@@ -48,13 +47,13 @@ def entries(folder):
 
 def test_a_second_start_loads_its_programs_and_ends_bit_for_bit_as_without(without_cache, tmp_path):
     """Faults: nothing is kept or read; a loaded program with donated state computes something else."""
-    knobs = {"optimizer": base.component(SHAMPOO, block_size=8, interval=3), "duration": "4 steps"}
+    knobs = {"duration": "4 steps", "evaluation.every": "0 steps", "checkpoint.every": "0 steps"}
     for name, folder in (("a/plain", ""), ("b/first", "beside"), ("b/second", "beside")):
         jax.clear_caches()
         before = len(without_cache)
         train(make_config(**knobs, **{"compilation_cache.folder": folder}), tmp_path / name, devices=jax.devices()[:2])
         loaded = len(without_cache) - before
-        assert (loaded > 10) == (name == "b/second"), (name, loaded)
+        assert (loaded > 3) == (name == "b/second"), (name, loaded)
     assert not (tmp_path / "a" / "compilation_cache").exists()
     for name in ("b/first", "b/second"):
         assert lines(tmp_path / name) == lines(tmp_path / "a/plain")
