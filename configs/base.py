@@ -23,6 +23,9 @@ MAY_CHANGE = (
     "microbatches",
     "log",
     "checkpoint",
+    "compilation_cache",
+    "watchdog_seconds",
+    "profile_steps",
     "evaluation.every",
     "evaluation.judge_every",
     "guard.max_consecutive_skips",
@@ -80,6 +83,11 @@ def get_config() -> Any:
     config.renamed = ()  # (old, new) paths of parameters, or leading parts, where a checkpoint has them otherwise
     config.log = ConfigDict()
     config.log.every = "10 steps"  # metrics to the console and the workdir
+    config.watchdog_seconds = 300.0  # in which nothing moves, after which a process says where it stands; 0 is never
+    config.profile_steps = ""  # "10:20" profiles the steps 10 to 19 for TensorBoard; --profile_steps is short for it
+    config.compilation_cache = ConfigDict()  # compiled programs on disk; JAX_COMPILATION_CACHE_DIR, if set, wins
+    config.compilation_cache.folder = "beside"  # compilation_cache beside the workdir; or a path; "" keeps none
+    config.compilation_cache.gigabytes = 5.0  # of the programs used last, kept when a run starts
     config.may_change = MAY_CHANGE  # keys that may differ from the workdir's config when a run resumes
 
     config.mesh = ConfigDict()

@@ -1,4 +1,4 @@
-"""The flags of a training command: --config, --workdir and one --config.KEY for every knob."""
+"""The flags of a training command: --config, --workdir, one --config.KEY for every knob, and a short form of one."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from ..framework.errors import UserError
 
 _EXAMPLES = {"--config": "--config=shampax/configs/lm.py:sample", "--workdir": "--workdir=runs/quickstart"}
+_KNOWN = "there are --config, --workdir, --config.KEY, --profile_steps and --help"
+_SHORT = {"--profile_steps": "--config.profile_steps"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +42,9 @@ def parse(arguments: Sequence[str]) -> Command:
             wants_help = True
             continue
         flag, equals, value = argument.partition("=")
+        flag = _SHORT.get(flag, flag)
         if flag not in _EXAMPLES and not flag.startswith("--config."):
-            raise UserError(f"unknown flag {flag!r}; there are --config, --workdir, --config.KEY and --help")
+            raise UserError(f"unknown flag {flag!r}; {_KNOWN}")
         if not equals:
             value = next(rest, "--")
         if value.startswith("--") or (flag in _EXAMPLES and not value):
