@@ -48,6 +48,18 @@ def memory(device_kind: str) -> int | None:
     return None if found is None else int(found * 2**30)
 
 
+# Short names of the kinds of devices that there are figures for.
+KINDS = {
+    "v2": "TPU v2",
+    "v3": "TPU v3",
+    "v4": "TPU v4",
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5",
+    "v6e": "TPU v6 lite",
+    "tpu7x": "TPU7x",
+}
+
+
 class Speeds(NamedTuple):
     """What a device can do at most.
 

@@ -96,7 +96,7 @@ def read(lowered: Any) -> Body:
 
 
 def _scatter_reductions(body: Body) -> None:
-    """A reduction of which every device keeps a part is a reduce-scatter, and a reduction among those that keep the same.
+    """A reduction of which devices keep parts is a reduce-scatter, and a reduction among those that keep the same part.
 
     The compiler makes these of the two; nobody holds the whole sum.
     """
@@ -112,11 +112,8 @@ def _scatter_reductions(body: Body) -> None:
         by = readers.get(operation.results[0], []) if operation.results else []
         if operation in replaced:
             continue
-        if (
-            operation.kind != "all-reduce"
-            or [x.kind for x in by] != ["all_slice"]
-            or operation.results[0] in body.results
-        ):
+        sliced = operation.kind == "all-reduce" and [x.kind for x in by] == ["all_slice"]
+        if not sliced or operation.results[0] in body.results:
             made.append(operation)
             continue
         (part,), parts = by[0].results, by[0].group
@@ -274,12 +271,9 @@ def _turns(operation: Any) -> int | None:
     listed = [each.operation for each in condition.operations]
     if len(listed) > 4 or listed[-2].name != "stablehlo.compare":
         return None
-    constants = [
-        re.fullmatch(r"dense<(\d+)> : tensor<i32>", str(x.attributes["value"]))
-        for x in listed
-        if "value" in x.attributes
-    ]
-    return int(constants[0][1]) if len(constants) == 1 and constants[0] else None
+    constants = [str(each.attributes["value"]) for each in listed if "value" in each.attributes]
+    found = re.fullmatch(r"dense<(\d+)> : tensor<i32>", constants[0]) if len(constants) == 1 else None
+    return int(found[1]) if found else None
 
 
 def _passes(attributes: Mapping[str, str], made: Sequence[Value]) -> int:

@@ -7,8 +7,8 @@ The model of a compiler, one for all programs and fitted to none:
   scatters write their results; a product that is only converted afterwards writes the converted one.
 - An update of a slice, a scatter, fused work and what a loop carries go over what is read for the last time.
 - The new state is written over the old one.
-- Operations run in the order of the trace, and a value lives from the operation that makes it to the last that reads it.
-  The body of a loop adds its own peak to what is alive around it.
+- Operations run in the order of the trace, and a value lives from the one that makes it to the last that reads it. The
+  body of a loop adds its own peak to what is alive around it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,14 +16,15 @@ from collections.abc import Iterable, Mapping
 from .device_program import Body, Operation, Value
 
 # Fused into what reads them; all others write what they make.
-FUSED = frozenset(
-    "abs acos acosh add all_slice and asin asinh atan atan2 atanh bitcast_convert broadcast_in_dim cbrt ceil clamp compare"
-    " complex constant convert cos cosh cosine count_leading_zeros digamma divide dynamic_slice erf erf_inv erfc"
-    " exponential exponential_minus_one floor imag iota is_finite is_inf lgamma log log_plus_one logistic maximum minimum"
-    " multiply negate next_after not optimization_barrier or pad partition_id popcnt power real remainder replica_id"
-    " reshape reverse round_nearest_afz round_nearest_even rsqrt select shift_left shift_right_arithmetic"
-    " shift_right_logical sign sine sinh slice sqrt square subtract tan tanh transpose xor".split()
-)
+_ELEMENTWISE = """
+    abs acos acosh add all_slice and asin asinh atan atan2 atanh bitcast_convert broadcast_in_dim cbrt ceil clamp
+    compare complex constant convert cos cosh cosine count_leading_zeros digamma divide dynamic_slice erf erf_inv
+    erfc exponential exponential_minus_one floor imag iota is_finite is_inf lgamma log log_plus_one logistic
+    maximum minimum multiply negate next_after not optimization_barrier or pad partition_id popcnt power real
+    remainder replica_id reshape reverse round_nearest_afz round_nearest_even rsqrt select shift_left
+    shift_right_arithmetic shift_right_logical sign sine sinh slice sqrt square subtract tan tanh transpose xor
+"""
+FUSED = frozenset(_ELEMENTWISE.split())
 # Written over their first operand, where nobody reads that any more.
 _IN_PLACE = ("dynamic_update_slice", "scatter")
 # What several operations read is made anew for each of them unless what it is made from is larger than it by this much:
@@ -93,19 +94,27 @@ def peak(body: Body, outer: Mapping[Value, frozenset[Value]] | None = None) -> i
     for number, operation in enumerate(body.operations):
         inside = max((peak(inner, fusion.sources) for inner in operation.bodies), default=0)
         new = {value: narrowed.get(value, value.bytes) for value in fusion.written(operation)}
-        if operation.kind in FUSED or operation.kind in _IN_PLACE or operation.kind == "while":
-            over = fusion.of(operation.operands[:1] if operation.kind in _IN_PLACE else operation.operands)
-            room = sum(alive.get(value, 0) for value in dying[number] if value in over)
-            if operation.kind in _IN_PLACE and over and over <= given:
-                new = dict.fromkeys(new, 0)
-        else:
-            room = 0
+        overwritten = fusion.of(_overwritten(operation)) & set(dying[number])
+        room = sum(alive.get(value, 0) for value in overwritten)
+        if operation.kind in _IN_PLACE and fusion.of(operation.operands[:1]) & given:
+            new = dict.fromkeys(new, 0)
         if operation.kind != "while":
             new = {value: 0 if value in returned else size for value, size in new.items()}
         highest = max(highest, total + max(0, sum(new.values()) - room) + inside)
         alive |= new
         total += sum(new.values()) - sum(alive.pop(value, 0) for value in dying[number])
     return highest
+
+
+def _overwritten(operation: Operation) -> tuple[Value, ...]:
+    """What an operation may write its results over."""
+    if operation.kind == "while":
+        (inner,) = operation.bodies
+        pairs = zip(operation.operands, inner.arguments, inner.results, strict=True)
+        return tuple(operand for operand, before, after in pairs if before is not after)
+    if operation.kind in _IN_PLACE:
+        return operation.operands[:1]
+    return operation.operands if operation.kind in FUSED else ()
 
 
 def _dying(body: Body, fusion: Fusion) -> list[list[Value]]:

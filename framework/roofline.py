@@ -1,8 +1,8 @@
-"""FLOPs, traffic and the least time of a step, from the program of one device. A bound that no run beats, no measurement.
+"""FLOPs, traffic and least time of a step, from the program of one device. A bound, no measurement.
 
 An operation takes the longer of its FLOPs at the peak of the matrix units and its bytes at the bandwidth of the memory
-(Williams et al., "Roofline", 2009); what is fused into it is read with it and costs nothing more. A collective takes the
-bytes that a device must send, over all of its links. Nothing overlaps and nothing waits.
+(Williams et al., "Roofline", 2009); what is fused into it is read with it and costs nothing more. A collective takes
+the bytes that a device must send, over all of its links. Nothing overlaps and nothing waits.
 """
 
 import dataclasses
