@@ -3,8 +3,9 @@
 Prints what a config needs of each device: parameters by treatment, buckets, bytes, FLOPs, collectives and the least
 time of a step. No accelerator is needed and no data are read. With --topology the train step is compiled ahead of time
 for a TPU slice, in minutes for a large model, and the compiler's bytes and collectives are shown besides; it needs
-libtpu (pip install 'shampax[plan]'). Without it --devices says how many devices there are, by default as many as the config's
-mesh names, or simulates, and --chip of what kind. Any --config.KEY=VALUE changes the config, as it does for training.
+libtpu (pip install 'shampax[plan]'). Without it --devices says how many devices there are, by default as many as the
+config's mesh names, or simulates, and --chip of what kind. Any --config.KEY=VALUE changes the config, as it does for
+training.
 
 --search compiles nothing. It tries every mesh of data, fsdp and tensor, and block sizes on the best, and prints those
 with the lowest predicted step time that fit.

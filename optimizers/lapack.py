@@ -62,7 +62,7 @@ def inverse_root(a_rr: np.ndarray, p: int, ridge: float, cut: float) -> HostRoot
 def seconds(size: int) -> float:
     """Of `inverse_root` for [size, size] on one core, to plan with.
 
-    A fit to 3.9, 22, 102 and 711 ms for 128, 256, 512 and 1,024 on a virtual core of 2026; cores differ by a factor of two.
+    A fit to 3.9, 22, 102 and 711 ms for sizes of 128, 256, 512 and 1,024 on a virtual core; cores differ twofold.
     """
     return 6.5e-10 * size**3 + 1.5e-7 * size**2
 
