@@ -84,6 +84,6 @@ def _verdict(found: Figures) -> list[str]:
     return [f"{verdict}: {whose} {found.needed / 1e9:.2f} GB, a device has {found.memory / 1e9:.2f} GB"]
 
 
-def _bytes(size: int) -> str:
+def _bytes(size: float) -> str:
     unit, factor = next((each for each in (("GB", 1e9), ("MB", 1e6)) if size >= 0.1 * each[1]), ("kB", 1e3))
     return f"{size / factor:>12,.2f} {unit}"

@@ -62,9 +62,7 @@ def search(
       UserError: no public figures of such devices are on file.
     """
     if chips.memory(kind) is None or chips.speeds(kind) is None:
-        raise UserError(
-            f"memory and speeds of {kind} are not on file; search for one of {', '.join(chips.KINDS)}: --chip"
-        )
+        raise UserError(f"memory and speeds of {kind} are not on file; name a --chip: {', '.join(chips.KINDS)}")
     tried = [_try(make, overrides, devices, kind, note) for overrides in _meshes(make(()), len(devices))]
     ranked = sorted(tried, key=lambda each: each.seconds)
     own = getattr(make(()).optimizer, "block_size", None)

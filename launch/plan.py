@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if options.chip and (options.topology or options.chip not in chips.KINDS):
             raise UserError(f"--chip={options.chip} is for --devices and one of {', '.join(chips.KINDS)}")
-        kind = chips.KINDS.get(options.chip, devices[0].device_kind)
+        kind = chips.KINDS[options.chip] if options.chip else devices[0].device_kind
         if options.search:
             return _search(options, overrides, devices, kind)
         found = planning.figures(config, devices, compiles=bool(options.topology), kind=kind)
