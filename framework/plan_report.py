@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from .planning import SOLVER_ITERATIONS, Figures
 
 
+# Mesh axes with which predicted peaks were less than half of the compiler's (docs/plan.md).
+_UNDERRATED = ("expert", "sequence")
+
+
 def text(title: str, found: Figures, suggestions: Sequence[str]) -> str:
     """Several lines: parameters, blocks, bytes, FLOPs, what the compiler says, and whether it fits."""
     devices = math.prod(found.mesh.values())
@@ -81,7 +85,10 @@ def _verdict(found: Figures) -> list[str]:
         return []
     whose = "the compiler's peak" if found.compiled and not found.compiled.error else "predicted peak"
     verdict = "fits" if found.fits else "does not fit"
-    return [f"{verdict}: {whose} {found.needed / 1e9:.2f} GB, a device has {found.memory / 1e9:.2f} GB"]
+    lines = [f"{verdict}: {whose} {found.needed / 1e9:.2f} GB, a device has {found.memory / 1e9:.2f} GB"]
+    if not found.compiled and any(found.mesh.get(axis, 1) > 1 for axis in _UNDERRATED):
+        lines.append(f"  with mesh axes {' or '.join(_UNDERRATED)} the compiler may take twice as much: see --topology")
+    return lines
 
 
 def _bytes(size: float) -> str:

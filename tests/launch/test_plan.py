@@ -28,7 +28,7 @@ def test_a_full_size_config_is_planned_without_accelerator_or_data():
     assert found["bytes"]["parameters"] == pytest.approx(4 * 1_199_671_296 / 16, rel=0.01)
     assert found["optimizer_flops"] < 0.1 * found["model_flops"]
     assert found["predicted"]["peak"] == pytest.approx(2.56e9, rel=0.1)  # libtpu's for v5e:16x16
-    assert 0.3 < found["predicted"]["utilisation"] < 0.9
+    assert 0.2 < found["predicted"]["utilisation"] < 0.9
 
 
 @pytest.fixture(scope="module")
