@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from .planning import SOLVER_ITERATIONS, Figures
 
-
 # Mesh axes with which predicted peaks were less than half of the compiler's (docs/plan.md).
 _UNDERRATED = ("expert", "sequence")
 
