@@ -15,6 +15,7 @@ from ..errors import UserError
 
 _CHUNK = 1 << 20
 _OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
+COMPRESSED = frozenset(_OPENERS)
 
 
 class Meter:

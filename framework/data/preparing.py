@@ -104,7 +104,7 @@ class Preparable(abc.ABC):
             malformed records.
         """
         if self.prepared:
-            self.say(self.manifest(cache)[1])
+            self.say(*self.manifest(cache))
         else:
             run(self, paths.of(cache), workers=self.workers)
 
@@ -135,12 +135,13 @@ class Preparable(abc.ABC):
         """
         return self.manifest(cache)[1]["content"]
 
-    def say(self, manifest: Manifest) -> None:
+    def say(self, folder: epath.Path, manifest: Manifest) -> None:
         """Lines on stderr about what was left out.
 
         Raises:
           UserError: more is malformed than `max_malformed` allows.
         """
+        del folder
         for name, total in manifest["splits"].items():
             rejects = Rejects(self.max_malformed, **total["malformed"])
             rejects.refuse_excess()
@@ -174,7 +175,7 @@ def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, 
     if (folder / manifests.NAME).exists():
         manifest = manifests.read(folder)
         if not manifests.missing(folder, manifest):
-            data.say(manifest)
+            data.say(folder, manifest)
             return manifest
     ingredients = data.ingredients(cache, source)
     progress = Progress(data.noun, workers, data.max_malformed)
@@ -191,7 +192,7 @@ def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, 
         raise
     if manifest is not None:
         progress.finish(manifest["splits"])
-        data.say(manifest)
+        data.say(folder, manifest)
     return manifest
 
 

@@ -156,9 +156,7 @@ class _Readers:
                 self._held[shard] = reader
                 found, expected = reader.num_records(), self._ends[shard] - (self._ends[shard - 1] if shard else 0)
                 if found != expected:
-                    raise UserError(
-                        f"{self._shards[shard]} has {found} rows, its manifest says {expected}; {_AGAIN}"
-                    )
+                    raise UserError(f"{self._shards[shard]} has {found} rows, its manifest says {expected}; {_AGAIN}")
                 if len(self._held) > _OPEN:
                     self._held.popitem(last=False)  # closed once no thread reads from it
             self._held.move_to_end(shard)
