@@ -1,7 +1,7 @@
-"""The flags of a training command: --config, --workdir and one --config.KEY for every knob."""
+"""The flags of a command: --config and one --config.KEY for every knob, --workdir, and what a command has besides."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..framework.errors import UserError
 
@@ -31,6 +31,23 @@ def parse(arguments: Sequence[str]) -> Command:
     Raises:
       UserError: a flag is unknown, missing, given twice or without a value.
     """
+    given, overrides, wants_help = read(arguments, _EXAMPLES)
+    for flag, example in _EXAMPLES.items():
+        if flag not in given and not wants_help:
+            raise UserError(f"{flag} is missing; add for example {example}")
+    return Command(given.get("--config", ""), given.get("--workdir", ""), overrides, wants_help)
+
+
+def read(arguments: Sequence[str], examples: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...], bool]:
+    """Values by flag, the overrides of knobs, and whether --help is among the flags.
+
+    Args:
+      arguments: of a command line.
+      examples: the flags that there are, each as it may be given.
+
+    Raises:
+      UserError: a flag is unknown, given twice or without a value.
+    """
     given: dict[str, str] = {}
     overrides = []
     wants_help = False
@@ -40,19 +57,16 @@ def parse(arguments: Sequence[str]) -> Command:
             wants_help = True
             continue
         flag, equals, value = argument.partition("=")
-        if flag not in _EXAMPLES and not flag.startswith("--config."):
-            raise UserError(f"unknown flag {flag!r}; there are --config, --workdir, --config.KEY and --help")
+        if flag not in examples and not flag.startswith("--config."):
+            raise UserError(f"unknown flag {flag!r}; there are {', '.join(examples)}, --config.KEY and --help")
         if not equals:
             value = next(rest, "--")
-        if value.startswith("--") or (flag in _EXAMPLES and not value):
-            raise UserError(f"{flag} has no value; write {_EXAMPLES.get(flag, f'{flag}=VALUE')}")
+        if value.startswith("--") or (flag in examples and not value):
+            raise UserError(f"{flag} has no value; write {examples.get(flag, f'{flag}=VALUE')}")
         if flag.startswith("--config."):
             overrides.append(f"{flag.removeprefix('--config.')}={value}")
         elif flag in given:
             raise UserError(f"{flag} is given twice: {given[flag]!r} and {value!r}; leave one")
         else:
             given[flag] = value
-    for flag, example in _EXAMPLES.items():
-        if flag not in given and not wants_help:
-            raise UserError(f"{flag} is missing; add for example {example}")
-    return Command(given.get("--config", ""), given.get("--workdir", ""), tuple(overrides), wants_help)
+    return given, tuple(overrides), wants_help

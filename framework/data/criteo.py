@@ -129,7 +129,7 @@ class ClickData(Preparable):
             assert part.split is not None
             split = part.split
             return Stream(
-                split, split, lambda: cut(click_sources.flights(split), self.shard_size), lambda: 1.0, weight=1.0
+                split, split, lambda: cut(click_sources.flights(split), self.shard_size), lambda: 0.0, weight=1.0
             )
         meter = files.Meter([path])
 

@@ -63,8 +63,8 @@ def find(place: epath.Path, settings: dict[str, Any]) -> tuple[epath.Path, Manif
     if not same:
         nearest = min((_differences(manifest["settings"], settings) for manifest in held.values()), key=len)
         raise UserError(
-            f"data.prepared {place} is prepared with other settings: {', '.join(nearest[:_SHOWN])}; set data's knobs as "
-            f"they were, or run python -m shampax.launch.prepare --output={place} with this config"
+            f"data.prepared {place} is prepared with other settings: {', '.join(nearest[:_SHOWN])}; set data's "
+            f"knobs as they were, or run python -m shampax.launch.prepare --output={place} with this config"
         )
     if len(same) > 1:
         raise UserError(
@@ -75,8 +75,8 @@ def find(place: epath.Path, settings: dict[str, Any]) -> tuple[epath.Path, Manif
     if gone:
         total = len(held[same[0]]["shards"])
         raise UserError(
-            f"{same[0]} lacks {len(gone)} of its {total} shards, or they have another size ({', '.join(gone[:_SHOWN])}); "
-            f"copy them again, or run python -m shampax.launch.prepare --output={place}, which makes what is missing"
+            f"{same[0]} lacks {len(gone)} of its {total} shards, or they have another size "
+            f"({', '.join(gone[:_SHOWN])}); copy them again, or run python -m shampax.launch.prepare --output={place}, which makes what is missing"
         )
     return same[0], held[same[0]]
 
@@ -99,7 +99,7 @@ def missing(folder: epath.Path, manifest: Manifest) -> list[str]:
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """ "sequence_length 128 there, 256 here" for each setting that differs; the state of the source is none."""
+    """A text like "sequence_length 128 there, 256 here" for each setting that differs; the state of the source is none."""
     keys = sorted((stored.keys() | wanted.keys()) - {"fingerprint"})
     return [
         f"{key} {stored.get(key, 'absent')!r} there, {wanted.get(key, 'absent')!r} here"

@@ -92,8 +92,8 @@ class SamplePairs:
         """See `streams.Source.count`."""
 
     def passed(self) -> float:
-        """See `streams.Source.passed`; it is read at once."""
-        return 1.0
+        """See `streams.Source.passed`; a sample takes seconds."""
+        return 0.0
 
     def stream(self, split: Split, start: int = 0, stop: int | None = None) -> Iterator[Pair]:
         """See `Pairs.stream`."""

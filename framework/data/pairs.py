@@ -175,8 +175,8 @@ class PairData(Tokenized):
         yield from Packer(room, self.vocab_size).pack(fitting())
         if split == "heldout" and tally.dropped[_TOO_LONG]:
             raise UserError(
-                f"{tally.dropped[_TOO_LONG]} held-out pairs are longer than a row: they have up to {longest[0]} source and "
-                f"{longest[1]} target tokens, data.source_length is {self.source_length} and data.target_length "
+                f"{tally.dropped[_TOO_LONG]} held-out pairs are longer than a row: they have up to {longest[0]} "
+                f"source and {longest[1]} target tokens, data.source_length is {self.source_length} and data.target_length "
                 f"{self.target_length}; raise these, for held-out pairs are never cut"
             )
 

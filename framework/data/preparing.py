@@ -162,7 +162,8 @@ def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, 
       data: what to prepare.
       cache: where; several preparations may lie in one folder.
       workers: processes that work here.
-      process: number of this one among `processes`, which may run on several hosts, at one time or one after another.
+      process: number of this one.
+      processes: how many there are, on this host or others, at one time or one after another.
 
     Returns:
       The manifest; None where shards of other processes are missing.
