@@ -4,9 +4,9 @@ Makes the rows that the config's data set is read by, once, in DIR, local or gs:
 ArrayRecord files, with a manifest. `shampax.launch.train` with --config.data.prepared=DIR reads them; its batches are
 bitwise those of a run that prepares in its workdir. Several preparations may lie in one DIR.
 
---workers=N uses N cores. --process=I/N makes the share I, from 0, of N: the same command on N hosts, or N times here, at
-one time or one after another. None waits for another, and the last to finish writes the manifest. The tokenizer is trained
-by each that does not find it; all get the same one. What was killed goes on with the shards that are missing, by the same
+--workers=N uses N cores. --process=I/N makes share I, from 0, of N: the same command on N hosts, or N times here, at
+one time or one after another. None waits for another, and the last to finish writes the manifest. Each that does not
+find a tokenizer trains it; all get the same one. What was killed goes on with the shards that are missing, by the same
 command.
 
 Exit codes: 0, this process' share is made; 2, something given cannot work; 130, interrupted.
@@ -63,8 +63,8 @@ def _prepare(spec: str, overrides: Sequence[str], output: str, workers: int, pro
     data = components.build(config.data)
     if not isinstance(data, preparing.Preparable):
         raise UserError(
-            f"{config.data.name} has nothing to prepare: it reads its source as it is; images are read from the records "
-            "of a tfds set, which are ArrayRecord already (tfds build NAME --file_format=array_record)"
+            f"{config.data.name} has nothing to prepare: it reads its source as it is; images are read from the "
+            "records of a tfds set, which are ArrayRecord already (tfds build NAME --file_format=array_record)"
         )
     place = paths.of(output)
     manifest = preparing.run(

@@ -76,7 +76,8 @@ def find(place: epath.Path, settings: dict[str, Any]) -> tuple[epath.Path, Manif
         total = len(held[same[0]]["shards"])
         raise UserError(
             f"{same[0]} lacks {len(gone)} of its {total} shards, or they have another size "
-            f"({', '.join(gone[:_SHOWN])}); copy them again, or run python -m shampax.launch.prepare --output={place}, which makes what is missing"
+            f"({', '.join(gone[:_SHOWN])}); copy them again, or run python -m shampax.launch.prepare "
+            f"--output={place}, which makes what is missing"
         )
     return same[0], held[same[0]]
 
@@ -99,7 +100,7 @@ def missing(folder: epath.Path, manifest: Manifest) -> list[str]:
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """A text like "sequence_length 128 there, 256 here" for each setting that differs; the state of the source is none."""
+    """A text like "sequence_length 128 there, 256 here" for each setting that differs, the source's state apart."""
     keys = sorted((stored.keys() | wanted.keys()) - {"fingerprint"})
     return [
         f"{key} {stored.get(key, 'absent')!r} there, {wanted.get(key, 'absent')!r} here"

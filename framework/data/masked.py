@@ -123,7 +123,7 @@ class MaskedTextData(Tokenized):
     def rows(
         self, stream: Stream, number: int, records: Iterator[str], tools: Tokenizer, tally: Tally
     ) -> Iterator[bytes]:
-        """See `Preparable.rows`; second texts come from the same shard. One document gives none, but in the first shard.
+        """See `Preparable.rows`; second texts come from the same shard; one document alone gives no rows.
 
         Raises:
           UserError: there is one document only to begin with.

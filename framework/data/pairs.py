@@ -176,8 +176,8 @@ class PairData(Tokenized):
         if split == "heldout" and tally.dropped[_TOO_LONG]:
             raise UserError(
                 f"{tally.dropped[_TOO_LONG]} held-out pairs are longer than a row: they have up to {longest[0]} "
-                f"source and {longest[1]} target tokens, data.source_length is {self.source_length} and data.target_length "
-                f"{self.target_length}; raise these, for held-out pairs are never cut"
+                f"source and {longest[1]} target tokens, data.source_length is {self.source_length} and "
+                f"data.target_length {self.target_length}; raise these, for held-out pairs are never cut"
             )
 
     def examples(self, split: Split, cache: str | os.PathLike[str]) -> ShardRows:

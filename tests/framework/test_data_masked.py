@@ -275,7 +275,7 @@ def test_malformed_documents_are_skipped_up_to_a_limit(tmp_path, capfd):
     data = dataclasses.replace(data, max_malformed=1)
     data.prepare(tmp_path / "cache")
     assert "document 7: not UTF-8 at byte 4), skipped" in capfd.readouterr().err
-    (stamp,) = (tmp_path / "cache").glob("pairs-*/stamp.json")
+    (stamp,) = (tmp_path / "cache").glob("rows-*/manifest.json")
     assert [json.loads(stamp.read_text())[split]["malformed"]["count"] for split in ("train", "heldout")] == [1, 0]
 
 
@@ -284,7 +284,7 @@ def test_one_document_is_too_few(tmp_path):
     (tmp_path / "a.txt").write_text("\f".join(TEXTS[:10]))
     with pytest.raises(UserError, match="has 1 document to use in its heldout split and needs at least 2"):
         MaskedTextData(source=f"file:{tmp_path}/*.txt", **FIELDS).prepare(tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("pairs-*"))
+    assert not list((tmp_path / "cache").glob("rows-*"))
 
 
 TRAIN_VOCABULARY = """
@@ -413,6 +413,6 @@ def test_wikipedia_trains_under_its_own_name(tmp_path):
     result = train(config, tmp_path / "run", devices=jax.devices()[:1])
     assert result["steps"] == 3
     assert result["heldout_loss"] > 0
-    (stamp,) = (tmp_path / "run" / "data").glob("pairs-*/stamp.json")
+    (stamp,) = (tmp_path / "run" / "data").glob("rows-*/manifest.json")
     stamp = json.loads(stamp.read_text())
     assert (stamp["train"]["documents"], stamp["heldout"]["documents"]) == (198, 2)
