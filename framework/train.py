@@ -21,6 +21,7 @@ from . import (
     origin,
     ownership,
     partitioning,
+    paths,
     progress,
     takeover,
 )
@@ -67,6 +68,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
     """
     # Set-up: what can be refused is refused before anything is written
     check(config)
+    paths.refuse_bucket("workdir", workdir)
     workdir = Path(workdir).expanduser().absolute()
     task, data, options = (components.build(section) for section in (config.task, config.data, config.optimizer))
     ownership.refuse_foreign(workdir, config)

@@ -1,6 +1,7 @@
 """Clicks as rows of a fixed size: how they lie in a shard, and the examples that they stand for."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,9 +38,13 @@ def packed(fields: Fields) -> bytes:
     return row.tobytes()
 
 
-def example(content: bytes) -> dict[str, np.ndarray]:
+def unpacked(content: bytes) -> dict[str, np.ndarray]:
     """The example of a row of `packed`."""
-    row = np.frombuffer(content, ROW)[0]
+    return example(np.frombuffer(content, ROW)[0])
+
+
+def example(row: Any) -> dict[str, np.ndarray]:
+    """The example that a row, one element of type `ROW`, holds."""
     return {
         "label": np.asarray(row["label"], np.int32),
         "weight": np.ones((), np.float32),

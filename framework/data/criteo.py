@@ -121,7 +121,7 @@ class ClickData(Preparable):
         """
         folder, manifest = self.manifest(cache)
         shards, counts = manifests.of_split(folder, manifest, split)
-        return ShardRows(shards, counts, click_rows.example, *self._range(split, manifest["shards"]))
+        return ShardRows(shards, counts, click_rows.unpacked, *self._range(split, manifest["shards"]))
 
     def _stream(self, number: int, part: _Part) -> Stream:
         path = part.path

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from shampax.framework.data import click_rows, click_sources
+from shampax.framework.data import click_rows, click_sources, tsv
 from shampax.framework.data.click_rows import MISSING
 from shampax.framework.data.criteo import ClickData
 from shampax.framework.data.pipeline import Batches
@@ -202,13 +202,17 @@ def test_damage_is_noticed(tmp_path, cache):
         data.examples("train", cache)
 
 
+def criteo(path):
+    return click_sources.criteo(path, tsv.lines(path))
+
+
 def test_random_access_is_the_stream_for_any_number_of_processes(tmp_path, cache):
     """Fault: a row of the wrong file, a pickled copy that reads others, processes that share rows or leave one out."""
     for day in range(3):
         write(tmp_path / f"day_{day}", numbered(7 + day, 100 * day))
     data = prepared(cache, source=f"file:{tmp_path}/day_*", heldout_fraction=0.25)
     rows = data.examples("train", cache)
-    streamed = [row[1][0] for day in range(3) for row in criteo_of(tmp_path / f"day_{day}")]
+    streamed = [row[1][0] for day in range(3) for row in criteo(tmp_path / f"day_{day}")]
     assert numbers(data, "train", cache) + numbers(data, "heldout", cache) == streamed
     copy = pickle.loads(pickle.dumps(rows))
     assert [int(copy[i]["integers"][0]) for i in (17, 3, 9)] == [streamed[i] for i in (17, 3, 9)]

@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 import os
 import signal
 import subprocess
@@ -29,7 +28,7 @@ def sources(tmp_path):
     """One small data set of each kind, in several shards, by name."""
     text, pairs, clicks = (tmp_path / name for name in ("a.txt", "a.tsv", "clicks.txt"))
     text.write_text("\f".join(TEXTS))
-    pairs.write_text("".join(f"{one[:60]}\t{other[:50]}\n" for one, other in itertools.pairwise(TEXTS)))
+    pairs.write_text("".join(f"{i} {text[:50]}\t{text[50:100]}\n" for i, text in enumerate(TEXTS)))
     clicks.write_text(
         "".join(f"{i % 2}\t" + "\t".join(map(str, range(i, i + 13))) + "\t1f" * 26 + "\n" for i in range(60))
     )
@@ -90,9 +89,10 @@ def test_workers_make_the_same_bytes(sources, tmp_path):
 
 
 PREPARE = """
-import os, signal, sys, time
-from shampax.framework.data import shards
-from shampax.launch import prepare
+import os, signal, sys
+from shampax.framework import paths
+from shampax.framework.data import preparing, shards
+from shampax.framework.data.text import TextData
 write, made = shards.write, []
 def slow(path, rows):
     if len(made) == 3:
@@ -101,7 +101,8 @@ def slow(path, rows):
     made.append(path)
     return write(path, rows)
 shards.write = slow
-prepare.main(sys.argv[1:])
+data = TextData(source=sys.argv[1], sequence_length=16, vocab_size=300, shard_size=9)
+preparing.run(data, paths.of(sys.argv[2]), workers=1)
 """
 
 
@@ -112,7 +113,9 @@ def test_a_killed_preparation_goes_on(sources, tmp_path, monkeypatch):
     knobs = {"source": data.source, "sequence_length": 16, "shard_size": 9}
     arguments += [f"--config.data.{key}={value}" for key, value in knobs.items()]
     arguments += ["--config.task.vocab_size=300"]
-    done = subprocess.run([sys.executable, "-c", PREPARE, *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARE, data.source, tmp_path / "killed"], capture_output=True, text=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(list((tmp_path / "killed").glob("rows-*/*.array_record"))) == 3
     made, write = [], shards.write
