@@ -22,8 +22,8 @@ def refuse_bucket(what: str, path: str | os.PathLike[str]) -> None:
     """Raise UserError for a path that has to be one of a file system, and is one of a bucket."""
     if not is_local(path):
         raise UserError(
-            f"{what} {path} lies in a bucket; workdirs are locked, appended to and renamed in, which needs a file system: "
-            "give a path on a disk or a shared file system, or mount the bucket (gcsfuse)"
+            f"{what} {path} lies in a bucket; workdirs are locked, appended to and renamed in, which needs a "
+            "file system: give a path on a disk or a shared file system, or mount the bucket (gcsfuse)"
         )
 
 
