@@ -187,7 +187,7 @@ def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, 
             work_here(job, shares[0], progress)
         else:
             work_in_parallel(job, shares, progress)
-        manifest = _join(job, source)
+        manifest = _join(data, job, source)
     except BaseException:
         _remove_empty(folder)
         raise
@@ -197,9 +197,9 @@ def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, 
     return manifest
 
 
-def _join(job: Job, source: Any) -> Manifest | None:
+def _join(data: Preparable, job: Job, source: Any) -> Manifest | None:
     """The manifest of all shards, written; None where some are missing."""
-    data, folder, there = job.data, job.folder, names(job.folder)
+    folder, there = job.folder, names(job.folder)
     notes: list[dict[str, Any]] = []
     for stream in data.streams(source):
         if f"{stream.name}.json" not in there:
