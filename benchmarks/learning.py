@@ -188,7 +188,7 @@ def run_grid(
         if trial not in done:
             settings = settings_of(trial)
             made = dataclasses.asdict(trial) | {"fingerprint": fingerprint(settings), "settings": settings} | run(trial)
-            paths.write_text(paths.of(_path(folder), trial), json.dumps(made, allow_nan=False) + "\n")
+            paths.write_text(paths.of(_path(folder, trial)), json.dumps(made, allow_nan=False) + "\n")
             done[trial] = made
             ending = made["stopped"] or f"held-out {made['heldout'][-1]['loss']:.4f}"
             print(

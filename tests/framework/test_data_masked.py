@@ -276,7 +276,8 @@ def test_malformed_documents_are_skipped_up_to_a_limit(tmp_path, capfd):
     data.prepare(tmp_path / "cache")
     assert "document 7: not UTF-8 at byte 4), skipped" in capfd.readouterr().err
     (stamp,) = (tmp_path / "cache").glob("rows-*/manifest.json")
-    assert [json.loads(stamp.read_text())["splits"][split]["malformed"]["count"] for split in ("train", "heldout")] == [
+    totals = json.loads(stamp.read_text())["splits"]
+    assert [totals[split]["malformed"]["count"] for split in ("train", "heldout")] == [
         1,
         0,
     ]

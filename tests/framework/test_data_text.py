@@ -185,7 +185,8 @@ def test_malformed_documents_are_skipped_up_to_a_limit(tmp_path, capfd):
     assert decoded(data, cache, "train") == [text for i, text in enumerate(TEXTS) if i % 10 != 9 and i not in (6, 24)]
     assert decoded(data, cache, "heldout") == TEXTS[19::10]
     (stamp,) = cache.glob("rows-*/manifest.json")
-    assert [json.loads(stamp.read_text())["splits"][split]["malformed"]["count"] for split in ("train", "heldout")] == [
+    totals = json.loads(stamp.read_text())["splits"]
+    assert [totals[split]["malformed"]["count"] for split in ("train", "heldout")] == [
         2,
         1,
     ]
