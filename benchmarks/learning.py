@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from ..framework import components, curves, durations, workdir
+from ..framework import paths
 from ..framework.data import pipeline
 from ..framework.errors import UserError
 from ..framework.evaluation import evaluate
