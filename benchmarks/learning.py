@@ -17,8 +17,7 @@ import jax
 import numpy as np
 import optax
 
-from ..framework import components, curves, durations, workdir
-from ..framework import paths
+from ..framework import components, curves, durations, paths, workdir
 from ..framework.data import pipeline
 from ..framework.errors import UserError
 from ..framework.evaluation import evaluate
