@@ -247,7 +247,9 @@ def _by_split(notes: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[
     groups: dict[Split | None, list[dict[str, Any]]] = {}
     for note in notes:
         groups.setdefault(note["split"], []).append(note)
-    return ((split or "train and heldout", each) for split, each in groups.items())
+    # In the order that people think of them, whichever is made first.
+    order = sorted(groups, key=lambda split: split == "heldout")
+    return ((split or "train and heldout", groups[split]) for split in order)
 
 
 def _total(data: Preparable, notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
