@@ -31,6 +31,8 @@ MAY_CHANGE = (
     "guard.max_consecutive_skips",
     "guard.max_rollbacks",
     "data.data_dir",  # the same data may lie elsewhere on another cluster
+    "data.prepared",  # the same rows, which the fingerprint tells
+    "data.workers",
     "data.max_malformed",
     "task.remat",
     "task.attention_block",

@@ -22,6 +22,7 @@ from . import (
     origin,
     ownership,
     partitioning,
+    paths,
     progress,
     refusals,
     takeover,
@@ -72,6 +73,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
     """
     # Set-up: what can be refused is refused before anything is written
     check(config)
+    paths.refuse_bucket("workdir", workdir)
     workdir = Path(workdir).expanduser().absolute()
     task, data, options = (components.build(section) for section in (config.task, config.data, config.optimizer))
     profile_steps = parse_steps(config.profile_steps)
