@@ -17,8 +17,8 @@ import jax
 import numpy as np
 import optax
 
-from ..framework import components, curves, durations, workdir
-from ..framework.data import packing, pipeline
+from ..framework import components, curves, durations, paths, workdir
+from ..framework.data import pipeline
 from ..framework.errors import UserError
 from ..framework.evaluation import evaluate
 from ..framework.schedule import make_schedule
@@ -188,7 +188,7 @@ def run_grid(
         if trial not in done:
             settings = settings_of(trial)
             made = dataclasses.asdict(trial) | {"fingerprint": fingerprint(settings), "settings": settings} | run(trial)
-            packing.write_atomically(_path(folder, trial), json.dumps(made, allow_nan=False) + "\n")
+            paths.write_text(paths.of(_path(folder, trial)), json.dumps(made, allow_nan=False) + "\n")
             done[trial] = made
             ending = made["stopped"] or f"held-out {made['heldout'][-1]['loss']:.4f}"
             print(

@@ -25,9 +25,8 @@ from typing import Any
 
 import jax
 
-from ..framework import figures, workdir
+from ..framework import figures, paths, workdir
 from ..framework.config import load
-from ..framework.data import packing
 from ..framework.errors import UserError
 from ..framework.workdir import Axis
 from ..models.lm import LMTask
@@ -184,7 +183,7 @@ def _device() -> str:
 
 def _store(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    packing.write_atomically(path, json.dumps(result, indent=2) + "\n")
+    paths.write_text(paths.of(path), json.dumps(result, indent=2) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:

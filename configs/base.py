@@ -23,11 +23,16 @@ MAY_CHANGE = (
     "microbatches",
     "log",
     "checkpoint",
+    "compilation_cache",
+    "watchdog_seconds",
+    "profile_steps",
     "evaluation.every",
     "evaluation.judge_every",
     "guard.max_consecutive_skips",
     "guard.max_rollbacks",
     "data.data_dir",  # the same data may lie elsewhere on another cluster
+    "data.prepared",  # the same rows, which the fingerprint tells
+    "data.workers",
     "data.max_malformed",
     "task.remat",
     "task.attention_block",
@@ -80,6 +85,11 @@ def get_config() -> Any:
     config.renamed = ()  # (old, new) paths of parameters, or leading parts, where a checkpoint has them otherwise
     config.log = ConfigDict()
     config.log.every = "10 steps"  # metrics to the console and the workdir
+    config.watchdog_seconds = 300.0  # in which nothing moves, after which a process says where it stands; 0 is never
+    config.profile_steps = ""  # "10:20" profiles the steps 10 to 19 for TensorBoard; --profile_steps is short for it
+    config.compilation_cache = ConfigDict()  # compiled programs on disk; JAX_COMPILATION_CACHE_DIR, if set, wins
+    config.compilation_cache.folder = "beside"  # compilation_cache beside the workdir; or a path; "" keeps none
+    config.compilation_cache.gigabytes = 5.0  # of the programs used last, kept when a run starts
     config.may_change = MAY_CHANGE  # keys that may differ from the workdir's config when a run resumes
 
     config.mesh = ConfigDict()

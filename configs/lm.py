@@ -175,6 +175,7 @@ def long(config: Any) -> None:
     one_billion(config)
     config.data.source = "tfds:pg19:0.1.1"
     config.data.text_key = "book_text"
+    config.data.shard_size = 500  # books are long: about 200 MB of rows
     config.data.sequence_length = 65_536
     config.task.rope_theta = 500_000.0  # Llama 3's (arXiv 2407.21783, section 3.2)
     config.task.attention_block = 512

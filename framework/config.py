@@ -120,7 +120,7 @@ def _check_ranges(config: Any) -> None:
     on_error = ("stop", "continue")
     checkpoint, batches, skips = config.checkpoint, config.evaluation.batches, config.guard.max_consecutive_skips
     on_spike, factor, window = config.guard.on_spike, config.guard.spike_factor, config.guard.spike_window
-    death = config.processes.death_seconds
+    death, cached = config.processes.death_seconds, config.compilation_cache.gigabytes
     clip, rate = config.gradient_clip, config.schedule.learning_rate
     for key, value, fine, wanted in (
         ("seed", config.seed, 0 <= config.seed < 2**32, "from 0 to 2**32 - 1"),
@@ -135,6 +135,8 @@ def _check_ranges(config: Any) -> None:
         ("guard.max_rollbacks", config.guard.max_rollbacks, config.guard.max_rollbacks >= 0, "at least 0"),
         ("guard.spike_factor", factor, factor > 0, "above 0"),
         ("guard.spike_window", window, window >= 2, "at least 2"),
+        ("watchdog_seconds", config.watchdog_seconds, config.watchdog_seconds >= 0, "at least 0, which is off"),
+        ("compilation_cache.gigabytes", cached, cached > 0, "above 0"),
         ("processes.death_seconds", death, death >= 5, "at least 5"),
     ):
         if not fine:

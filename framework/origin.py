@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax
 
-from . import agreement, checkpoints, integrity
+from . import agreement, checkpoints, integrity, paths
 from . import workdir as layout
 from .errors import UserError
 from .record import Record
@@ -105,6 +105,7 @@ def set_aside(workdir: Path, origin: Origin) -> None:
 
 
 def _named(kind: Literal["resume", "init"], text: str, damaged: list[tuple[Path, str]]) -> Origin:
+    paths.refuse_bucket(f"{kind}_from", text)
     path = Path(text).expanduser().absolute()
     one = path.name.isdecimal() and path.parent.name == layout.CHECKPOINTS
     found = [path] if one and path.is_dir() else checkpoints.numbered(path)

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 from .planning import SOLVER_ITERATIONS, Figures
 
+# Mesh axes with which predicted peaks were less than half of the compiler's (docs/plan.md).
+_UNDERRATED = ("expert", "sequence")
+
 
 def text(title: str, found: Figures, suggestions: Sequence[str]) -> str:
     """Several lines: parameters, blocks, bytes, FLOPs, what the compiler says, and whether it fits."""
@@ -23,6 +26,8 @@ def text(title: str, found: Figures, suggestions: Sequence[str]) -> str:
     lines += ["", "bytes on each device"]
     lines += [f"  {kind:<28} {_bytes(size)}" for kind, size in found.bytes.items() if size]
     lines.append(f"  {'between two steps, in all':<28} {_bytes(found.state_bytes)}")
+    lines.append(f"  {'activations and scratch':<28} {_bytes(found.activations)}  predicted, gradients included")
+    lines.append(f"  {'peak':<28} {_bytes(found.predicted.peak)}  predicted")
     lines += [
         "",
         "FLOPs of a step on each device",
@@ -31,8 +36,30 @@ def text(title: str, found: Figures, suggestions: Sequence[str]) -> str:
         f"  {found.optimizer_flops / found.model_flops:.1%} of the model's"
         f" ({SOLVER_ITERATIONS} iterations of each solver assumed)",
     ]
-    lines += ["", *_compiled(found), *_verdict(found)]
+    lines += ["", *_predicted(found), "", *_compiled(found), *_verdict(found)]
     return "\n".join([*lines, *(f"  try {line}" for line in suggestions)])
+
+
+def _predicted(found: Figures) -> list[str]:
+    predicted = found.predicted
+    lines = [
+        f"  {'all products, as partitioned':<28} {predicted.flops:>12.3e}  recomputation and optimizer included",
+        "",
+        "collectives of a step, predicted, bytes of their results on a device",
+        *(f"  {kind:<28} {_bytes(size)}  in {count:,.0f}" for kind, (count, size) in sorted(predicted.traffic.items())),
+    ]
+    if predicted.compute_seconds is None or predicted.network_seconds is None or predicted.step_seconds is None:
+        return [*lines, "", f"no public speeds of {found.device_kind} are on file: no time of a step"]
+    lines += [
+        "",
+        f"least time of a step at the public figures of {found.device_kind}: a roofline, no measurement",
+        f"  {'products and memory':<28} {1e3 * predicted.compute_seconds:>12,.1f} ms",
+        f"  {'collectives':<28} {1e3 * predicted.network_seconds:>12,.1f} ms",
+        f"  {'step':<28} {1e3 * predicted.step_seconds:>12,.1f} ms  MFU {predicted.utilisation:.0%} at most",
+    ]
+    if found.host_cores is not None:
+        lines.append(f"  {'cores for roots on the hosts':<28} {found.host_cores:>12,.1f}     of all hosts together")
+    return lines
 
 
 def _compiled(found: Figures) -> list[str]:
@@ -55,13 +82,14 @@ def _compiled(found: Figures) -> list[str]:
 def _verdict(found: Figures) -> list[str]:
     if found.memory is None:
         return []
-    whose = "the compiler's peak" if found.compiled and not found.compiled.error else "state and gradients alone"
-    if found.fits and not found.compiled:
-        return [f"state and gradients take {found.needed / found.memory:.0%} of a device; --topology tells the rest"]
+    whose = "the compiler's peak" if found.compiled and not found.compiled.error else "predicted peak"
     verdict = "fits" if found.fits else "does not fit"
-    return [f"{verdict}: {whose} {found.needed / 1e9:.2f} GB, a device has {found.memory / 1e9:.2f} GB"]
+    lines = [f"{verdict}: {whose} {found.needed / 1e9:.2f} GB, a device has {found.memory / 1e9:.2f} GB"]
+    if not found.compiled and any(found.mesh.get(axis, 1) > 1 for axis in _UNDERRATED):
+        lines.append(f"  with mesh axes {' or '.join(_UNDERRATED)} the compiler may take twice as much: see --topology")
+    return lines
 
 
-def _bytes(size: int) -> str:
+def _bytes(size: float) -> str:
     unit, factor = next((each for each in (("GB", 1e9), ("MB", 1e6)) if size >= 0.1 * each[1]), ("kB", 1e3))
     return f"{size / factor:>12,.2f} {unit}"

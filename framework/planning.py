@@ -12,7 +12,7 @@ import optax
 
 from ..optimizers import patterns
 from ..optimizers.residence import HOST_KIND
-from . import chips, collectives, components, flop_count, optimizer, partitioning
+from . import chips, collectives, components, flop_count, optimizer, partitioning, prediction
 from .config import check
 from .data import contract
 from .errors import UserError
@@ -47,13 +47,15 @@ class Figures:
 
     Attributes:
       mesh: axis -> devices.
-      device_kind: of the devices.
+      device_kind: of the devices, or of those that they stand for.
       parameters: treatment -> (tensors, elements).
       blocks: of each bucket: name, blocks, shape, slots on a device, share of the elements that is padding.
       bytes: what a device holds between two steps, by kind, and the gradient during one.
       model_flops: of a step on each device, by the task's own count.
       optimizer_flops: likewise, of the optimizer's products as traced.
       memory: bytes of a device, None where it is not known.
+      predicted: what a step takes, without compiling it.
+      host_cores: of all hosts together, to solve the roots; None where they do not, or the time of a step is not known.
       compiled: None where nothing was compiled.
     """
 
@@ -65,19 +67,24 @@ class Figures:
     model_flops: float
     optimizer_flops: float
     memory: int | None
+    predicted: prediction.Prediction
+    host_cores: float | None
     compiled: Compiled | None
 
     @property
     def state_bytes(self) -> int:
         """On a device between two steps."""
-        return sum(size for kind, size in self.bytes.items() if kind not in ("gradients", _HOST))
+        return _kept(self.bytes)
 
     @property
     def needed(self) -> int:
-        """Bytes of a device: the compiler's peak, or at least what state and gradients take."""
-        if self.compiled and not self.compiled.error:
-            return self.compiled.peak
-        return self.state_bytes + self.bytes["gradients"]
+        """Bytes of a device: the compiler's peak, or the predicted one."""
+        return self.compiled.peak if self.compiled and not self.compiled.error else self.predicted.peak
+
+    @property
+    def activations(self) -> int:
+        """Bytes of a device that a step needs, as predicted, besides the state."""
+        return self.predicted.peak - self.state_bytes
 
     @property
     def fits(self) -> bool | None:
@@ -88,16 +95,22 @@ class Figures:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain dicts."""
-        return dataclasses.asdict(self) | {"state_bytes": self.state_bytes, "needed": self.needed, "fits": self.fits}
+        return dataclasses.asdict(self) | {
+            "state_bytes": self.state_bytes,
+            "activations": self.activations,
+            "needed": self.needed,
+            "fits": self.fits,
+        }
 
 
-def figures(config: Any, devices: Sequence[Any], *, compiles: bool) -> Figures:
+def figures(config: Any, devices: Sequence[Any], *, compiles: bool, kind: str = "") -> Figures:
     """The figures of a config on some devices, which need not be of this machine.
 
     Args:
       config: a complete one.
       devices: of the mesh.
       compiles: whether the train step is compiled for them; minutes, for large models.
+      kind: of device, that these stand for; by default they stand for themselves.
 
     Raises:
       UserError: the config does not fit the devices, or its data set does not tell shapes.
@@ -125,15 +138,33 @@ def figures(config: Any, devices: Sequence[Any], *, compiles: bool) -> Figures:
         assembly = program.assemble(options, rate)
         tx, params = assembly.tx, assembly.abstract.params
         update = flop_count.count(tx.update, params, assembly.abstract.opt_state, params, while_turns=SOLVER_ITERATIONS)
+        kind = kind or devices[0].device_kind
+        held = _bytes(assembly, batch)
+        model_flops = task.flops(batch) / mesh.size
+        predicted = prediction.predict(
+            assembly.step,
+            assembly.abstract,
+            batch,
+            kept=_kept(held),
+            model_flops=model_flops,
+            kind=kind,
+            turns=SOLVER_ITERATIONS,
+        )
+        cores = None
+        if getattr(options, "refresh", "") == "host" and predicted.step_seconds:
+            seconds = prediction.host_seconds(tx.plan(params).buckets)
+            cores = prediction.host_cores(seconds, config.optimizer.interval, predicted.step_seconds)
         return Figures(
             mesh=dict(mesh.shape),
-            device_kind=devices[0].device_kind,
+            device_kind=kind,
             parameters=_by_treatment(params, optimizer.treatments(tx, params)),
             blocks=_block_table(tx, params),
-            bytes=_bytes(assembly, batch),
-            model_flops=task.flops(batch) / mesh.size,
+            bytes=held,
+            model_flops=model_flops,
             optimizer_flops=update,
-            memory=chips.memory(devices[0].device_kind),
+            memory=chips.memory(kind),
+            predicted=predicted,
+            host_cores=cores,
             compiled=_compile(assembly, batch) if compiles else None,
         )
 
@@ -160,6 +191,10 @@ def suggestions(found: Figures, config: Any) -> list[str]:
         lines.append(f"optimizer.statistics_memory host instead of device: {statistics / 1e9:.2f} GB leave it")
         lines.append(f"optimizer.block_size {size // 2} instead of {size}: less to keep for long sides")
     return lines or ["a larger slice, or a smaller batch or model"]
+
+
+def _kept(found: Mapping[str, int]) -> int:
+    return sum(size for kind, size in found.items() if kind not in ("gradients", _HOST))
 
 
 def _by_treatment(params: Any, treatments: Mapping[str, str]) -> dict[str, tuple[int, int]]:

@@ -9,7 +9,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from . import partitioning
+from . import partitioning, refusals
 from .errors import UserError
 from .guard import GuardOptions
 from .optimizer import OptimizerOptions
@@ -61,10 +61,11 @@ class Program:
         """Lay the variables of a task over a mesh; `jax.set_mesh` has it in the context.
 
         Raises:
-          UserError: the config's rules do not cover the task's logical axes.
+          UserError: the task refuses the batch or the mesh, or the config's rules do not cover its logical axes.
         """
-        variables = abstract_variables(task, batch_spec)
-        axes = task.logical_axes(variables)
+        with refusals.of(task):
+            variables = abstract_variables(task, batch_spec)
+            axes = task.logical_axes(variables)
         placements = partitioning.place_all(variables, axes, config.sharding_rules, mesh)
         shardings = partitioning.shardings(variables, placements, mesh)
         return cls(config, task, mesh, batch_spec, variables, axes, placements, shardings)

@@ -15,13 +15,16 @@ from . import (
     agreement,
     calibration,
     checkpoints,
+    compilation_cache,
     components,
     durations,
     optimizer,
     origin,
     ownership,
     partitioning,
+    paths,
     progress,
+    refusals,
     takeover,
 )
 from . import workdir as layout
@@ -30,11 +33,13 @@ from .clock import Clock
 from .config import check
 from .data import contract, pipeline
 from .errors import TrainingStopped, UserError
-from .evaluation import evaluate, predict
+from .evaluation import compiled_at_first_call, evaluate, predict
 from .global_batch import Share
 from .journal import Journal
 from .metrics import MetricsWriter
 from .periods import Period
+from .profiling import Profile
+from .profiling import parse as parse_steps
 from .program import Assembly, Program
 from .record import Record
 from .schedule import make_schedule
@@ -42,6 +47,7 @@ from .state import TrainState, initial_arrays, initial_state
 from .step import make_diagnosis, make_eval_step, make_predict_step
 from .stopping import StopSignals
 from .task import judge_of
+from .watchdog import Watchdog
 
 SPIKE = "loss spike"  # stops the loop, and not the run
 
@@ -67,8 +73,10 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
     """
     # Set-up: what can be refused is refused before anything is written
     check(config)
+    paths.refuse_bucket("workdir", workdir)
     workdir = Path(workdir).expanduser().absolute()
     task, data, options = (components.build(section) for section in (config.task, config.data, config.optimizer))
+    profile_steps = parse_steps(config.profile_steps)
     ownership.refuse_foreign(workdir, config)
     finished = ownership.finished(workdir, config)
     if finished is not None:
@@ -81,7 +89,12 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
     partitioning.check_batch(config.batch_size, config.microbatches, mesh)
     progress.say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
 
-    with ownership.hold(workdir), jax.set_mesh(mesh):
+    with (
+        compilation_cache.kept(workdir, config.compilation_cache),
+        ownership.hold(workdir),
+        jax.set_mesh(mesh),
+        Watchdog(workdir, config.watchdog_seconds) as watch,
+    ):
         start = origin.find(workdir, resume_from=config.resume_from, init_from=config.init_from)
         record = start.record()
 
@@ -103,6 +116,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         in_steps = functools.partial(durations.to_steps, units=dataclasses.replace(units, total_steps=total_steps))
         tokens_per_step = config.batch_size * data.tokens_per_example
         refuse_overrun(record.step, total_steps, start)
+        profile = Profile(profile_steps, workdir, watch, begin=record.step, total_steps=total_steps)
 
         # State: its shapes and where it lies; nothing is computed yet
         program = Program.of(config, task, mesh, batch_spec)
@@ -130,7 +144,8 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         tx, abstract, train_step = assemble(options)
         treatments = optimizer.treatments(tx, abstract.params)
         eval_step = make_eval_step(task, abstract, mesh)
-        metric_names = list(jax.eval_shape(eval_step, abstract.variables, batch_spec))
+        with refusals.of(task):
+            metric_names = list(jax.eval_shape(eval_step, abstract.variables, batch_spec))
         refuse_unknown_metric(config.evaluation.best_metric, metric_names)
         manifest = takeover.describe(tx, config.optimizer.name, abstract.params, treatments, mesh.shape)
         taken = takeover.plan(start, abstract, tx, config.optimizer.name, config.renamed)
@@ -144,6 +159,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         progress.say(str(start))
         progress.show_takeover(taken, workdir)
 
+        watch.at("reading the checkpoint" if taken.path else "initialising", record.step)
         fresh = initial_arrays(task, tx, batch_spec, abstract, config.seed, taken.fresh)
         reading = time.perf_counter()
         state = jax.block_until_ready(taken.state(fresh))
@@ -154,17 +170,27 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
 
         # Compile, apart from the loop, so that it is not taken for training time
         progress.say("compiling the train step ...")
-        compiled_step = train_step.lower(abstract, batch_spec).compile()
+        watch.at("compiling", record.step)
+        with refusals.of(task):
+            lowered_step = train_step.lower(abstract, batch_spec)
+        compiled_step = lowered_step.compile()
         diagnose = make_diagnosis(tx, abstract, mesh).lower(abstract.opt_state).compile()
         judge = judge_of(task)
-        predict_step = make_predict_step(judge, abstract, mesh) if judge else None
+        compiling = functools.partial(watch.during, "compiling")
+        evaluate_batch = compiled_at_first_call(eval_step, compiling)
+        predict_batch = compiled_at_first_call(make_predict_step(judge, abstract, mesh), compiling) if judge else None
+
+        def heldout_batches() -> Iterator[Any]:
+            for batch in heldout:
+                watch.at("evaluation", record.step)
+                yield to_devices(batch)
 
         def judged(variables: Any) -> dict[str, float]:
             """The metrics of a task that judges all held-out examples together; {} for others."""
-            if not (judge and predict_step):
+            if not (judge and predict_batch):
                 return {}
             examples = min(len(heldout_source), len(heldout) * config.batch_size)
-            predictions = predict(predict_step, variables, map(to_devices, heldout), examples)
+            predictions = predict(predict_batch, variables, heldout_batches(), examples)
             values, line = judge.judge(predictions, contract.decoder(data, cache))
             if line:
                 progress.say(line)
@@ -202,7 +228,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         )
         upcoming = map(to_devices, batches.from_step(record.step + record.batches_passed_over))
         stopped = None
-        with StopSignals() as signals, journal, contextlib.closing(saver), contextlib.closing(service):
+        with StopSignals() as signals, journal, contextlib.closing(saver), contextlib.closing(service), profile:
             state = dataclasses.replace(state, opt_state=service.start(state.opt_state))
 
             def stop_reason(step: int) -> str | None:
@@ -212,7 +238,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
                 at_end = record.step == total_steps
                 improved = False
                 if (at_end or evaluation.due(record.step)) and not record.evaluated:
-                    values = evaluate(eval_step, state.variables, map(to_devices, heldout))
+                    values = evaluate(evaluate_batch, state.variables, heldout_batches())
                     if at_end or judging.due(record.step):
                         values |= judged(state.variables)
                     record = record.with_evaluation(values, config.evaluation.best_metric)
@@ -220,23 +246,27 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
                     journal.evaluated(record.step, values, best=improved)
                 refuse_alone(stopped)
                 if at_end or stopped or milestone(record.step) or (improved and config.checkpoint.keep_best):
+                    watch.at("checkpoint", record.step)
                     whole = dataclasses.replace(state, opt_state=service.with_in_flight(state.opt_state))
                     with storage_faults(config.checkpoint.on_error):
                         saver.save(whole, record, manifest)
                 if at_end or stopped:
                     break
-                pause = min(evaluation.next(record.step), saving.next(record.step), total_steps)
+                pause = min(period.next(record.step) for period in (evaluation, saving, profile))
+                profile.begin(record.step)
                 with clock:
-                    steps = range(record.step, pause)
+                    steps = range(record.step, min(pause, total_steps))
                     state, step, stopped = advance(
-                        compiled_step, diagnose, service, state, upcoming, steps, journal, stop_reason
+                        compiled_step, diagnose, service, state, upcoming, steps, journal, watch, stop_reason
                     )
+                profile.end(step)
                 record = dataclasses.replace(
                     record, step=step, seconds=clock.seconds, tokens=journal.tokens(step), skipped=journal.skipped
                 )
                 if spike(journal, config.guard) and not trouble(journal, record, config.guard):
                     stopped = None if stopped == SPIKE else stopped
                     del state
+                    watch.at("checkpoint", record.step)
                     with storage_faults("stop"):
                         saver.confirm()
                     point = origin.newest_of(workdir, milestone)
@@ -246,6 +276,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
                     state = dataclasses.replace(state, opt_state=service.start(state.opt_state))
                     upcoming = map(to_devices, batches.from_step(record.step + record.batches_passed_over))
                     journal.went_back(record, limit=config.guard.max_rollbacks)
+            watch.at("checkpoint", record.step)
             with storage_faults("stop"):
                 saver.confirm()
 
@@ -287,6 +318,7 @@ def advance(
     batches: Iterator[Any],
     steps: range,
     journal: Journal,
+    watch: Watchdog,
     stop_reason: Callable[[int], str | None],
 ) -> tuple[TrainState, int, str | optimizer.ServiceError | None]:
     """Train from step `steps.start` to `steps.stop`, or until there is a reason to stop.
@@ -298,12 +330,17 @@ def advance(
     """
     step, stopped, unread = steps.start, None, None
     for number in steps:
+        watch.at("host roots", number)
         try:
             state = dataclasses.replace(state, opt_state=service.install(state.opt_state))
         except optimizer.ServiceError as error:
             stopped = error
             break
-        state, metrics = train_step(state, next(batches))
+        watch.at("data", number)
+        batch = next(batches)
+        watch.at("step", number)
+        with jax.profiler.StepTraceAnnotation("train", step_num=number + 1):
+            state, metrics = train_step(state, batch)
         service.take(state.opt_state)
         step = number + 1
         if journal.due(step):

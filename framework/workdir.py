@@ -18,6 +18,7 @@ RESULT = "result.json"  # written when the run ends
 CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged"  # checkpoints that were found damaged, moved out of the way
 RESTORED = "restored.txt"  # what the newest start took over from a checkpoint, line by line
+STALLS = "stalls"  # where each process stood when nothing had moved for a while
 LOCK = "lock"  # held by the run that is at work here
 CACHE = "data"  # tokenizer and packed examples
 

@@ -1,11 +1,13 @@
-"""The flags of a training command: --config, --workdir and one --config.KEY for every knob."""
+"""The flags of a command: --config and one --config.KEY for every knob, --workdir, and what a command has besides."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from ..framework.errors import UserError
 
 _EXAMPLES = {"--config": "--config=shampax/configs/lm.py:sample", "--workdir": "--workdir=runs/quickstart"}
+_SHORT = {"--profile_steps": "--config.profile_steps"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,26 @@ def parse(arguments: Sequence[str]) -> Command:
     Raises:
       UserError: a flag is unknown, missing, given twice or without a value.
     """
+    given, overrides, wants_help = read(arguments, _EXAMPLES, _SHORT)
+    for flag, example in _EXAMPLES.items():
+        if flag not in given and not wants_help:
+            raise UserError(f"{flag} is missing; add for example {example}")
+    return Command(given.get("--config", ""), given.get("--workdir", ""), overrides, wants_help)
+
+
+def read(
+    arguments: Sequence[str], examples: Mapping[str, str], short: Mapping[str, str] = MappingProxyType({})
+) -> tuple[dict[str, str], tuple[str, ...], bool]:
+    """Values by flag, the overrides of knobs, and whether --help is among the flags.
+
+    Args:
+      arguments: of a command line.
+      examples: the flags that there are, each as it may be given.
+      short: other names of knobs.
+
+    Raises:
+      UserError: a flag is unknown, given twice or without a value.
+    """
     given: dict[str, str] = {}
     overrides = []
     wants_help = False
@@ -40,19 +62,18 @@ def parse(arguments: Sequence[str]) -> Command:
             wants_help = True
             continue
         flag, equals, value = argument.partition("=")
-        if flag not in _EXAMPLES and not flag.startswith("--config."):
-            raise UserError(f"unknown flag {flag!r}; there are --config, --workdir, --config.KEY and --help")
+        flag = short.get(flag, flag)
+        if flag not in examples and not flag.startswith("--config."):
+            known = ", ".join([*examples, "--config.KEY", *short])
+            raise UserError(f"unknown flag {flag!r}; there are {known} and --help")
         if not equals:
             value = next(rest, "--")
-        if value.startswith("--") or (flag in _EXAMPLES and not value):
-            raise UserError(f"{flag} has no value; write {_EXAMPLES.get(flag, f'{flag}=VALUE')}")
+        if value.startswith("--") or (flag in examples and not value):
+            raise UserError(f"{flag} has no value; write {examples.get(flag, f'{flag}=VALUE')}")
         if flag.startswith("--config."):
             overrides.append(f"{flag.removeprefix('--config.')}={value}")
         elif flag in given:
             raise UserError(f"{flag} is given twice: {given[flag]!r} and {value!r}; leave one")
         else:
             given[flag] = value
-    for flag, example in _EXAMPLES.items():
-        if flag not in given and not wants_help:
-            raise UserError(f"{flag} is missing; add for example {example}")
-    return Command(given.get("--config", ""), given.get("--workdir", ""), tuple(overrides), wants_help)
+    return given, tuple(overrides), wants_help

@@ -13,6 +13,7 @@ has died, failed or not come, the same command goes on from the newest checkpoin
 SIGTERM (a checkpoint is saved, the same command goes on from it).
 """
 
+import errno
 import signal
 import sys
 import traceback
@@ -27,6 +28,7 @@ from ..framework.processes import Group
 from . import environment, flags, knobs
 from .next_steps import next_steps
 
+_UNUSABLE = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 _USAGE = "usage: python -m shampax.launch.train --config=FILE.py[:VARIANT] --workdir=DIR [--config.KEY=VALUE ...]"
 
 
@@ -66,7 +68,9 @@ def _train(command: flags.Command, group: Group | None) -> int:
 
     try:
         result = train(config, command.workdir)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
+        if error.errno not in _UNUSABLE:
+            raise
         raise UserError(f"workdir {command.workdir} cannot be used: {error}") from error
     _say_where(command, config, result)
     return 128 + signal.Signals[result["stopped"]] if result["stopped"] else 0

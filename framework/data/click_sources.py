@@ -3,10 +3,12 @@
 A row is (label, 13 integers or None, 26 categories as 32-bit hashes).
 """
 
+import itertools
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+
+from etils import epath
 
 from . import samples, tsv
 from .click_rows import CATEGORIES, INTEGERS, Fields
@@ -32,16 +34,14 @@ _CROSSES = (
 _HELD_OUT_MONTHS = ("11", "12")
 
 
-def criteo(path: Path) -> Iterator[Fields | Malformed]:
-    """The rows of a file of Criteo's click logs: label, I1..I13, C1..C26, by tabs and without a header.
+def criteo(path: epath.Path, lines: tsv.Lines) -> Iterator[Fields | Malformed]:
+    """The rows of lines of a file of Criteo's click logs: label, I1..I13, C1..C26, by tabs and without a header.
 
     Integers may be negative, and all fields but the label may be empty. Categories are up to eight hexadecimal digits:
     hashes by Criteo, taken as they are.
-
-    Raises:
-      UserError: the file cannot be read.
     """
-    for number, row in enumerate(tsv.read(path, _CRITEO), start=1):
+    numbered, parsed = itertools.tee(lines)
+    for (number, _), row in zip(numbered, tsv.parse(path, parsed, _CRITEO), strict=True):
         if isinstance(row, Malformed):
             yield row
             continue

@@ -10,11 +10,12 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Protocol, TypeVar
 
+from etils import epath
+
 from ..errors import UserError
-from . import files, samples, tsv
+from . import files, samples, streams, tsv
 from .prepared import PreparedSet
 from .records import Malformed
 from .splits import Split
@@ -27,7 +28,7 @@ _LONGEST_DOCUMENT = 1 << 30  # bytes; what is no text has no form feeds either, 
 _END = re.compile(rb"\r?\n?\f\Z")  # the form feed and the one newline before it belong to no document
 
 
-class Documents(Protocol):
+class Documents(streams.Source, Protocol):
     """The documents of one source. `fingerprint` is a short text that changes with the content."""
 
     @property
@@ -35,7 +36,7 @@ class Documents(Protocol):
         """Text that differs whenever the documents may differ."""
         ...
 
-    def stream(self, split: Split) -> Iterator[str | Malformed]:
+    def stream(self, split: Split, start: int = 0, stop: int | None = None) -> Iterator[str | Malformed]:
         """Non-empty documents of a split, in a fixed order, malformed ones among them."""
         ...
 
@@ -84,10 +85,18 @@ class SampleDocuments:
         self._file = SAMPLES[name]
         self.fingerprint = samples.sha256(self._file)
 
-    def stream(self, split: Split) -> Iterator[str]:
+    def count(self, split: Split) -> None:
+        """See `streams.Source.count`."""
+
+    def passed(self) -> float:
+        """See `streams.Source.passed`; a sample takes seconds."""
+        return 0.0
+
+    def stream(self, split: Split, start: int = 0, stop: int | None = None) -> Iterator[str]:
         """See `Documents.stream`."""
         content = samples.read(self._file).decode()
-        return held_out_by_index(filter(None, re.split("\r?\n?\f", content)), split)
+        documents = held_out_by_index(filter(None, re.split("\r?\n?\f", content)), split)
+        return itertools.islice(documents, start, stop)
 
 
 class FileDocuments:
@@ -99,6 +108,7 @@ class FileDocuments:
     def __init__(self, pattern: str, tsv_column: int):
         self._tsv_column = tsv_column
         self._paths = files.matching(pattern, "*.txt")
+        self._meter = files.Meter(self._paths)
         found = len(list(itertools.islice(self._documents(), HELD_OUT_EVERY)))
         if found < HELD_OUT_EVERY:
             raise UserError(
@@ -108,16 +118,23 @@ class FileDocuments:
         column = tsv_column if any(map(_is_tsv, self._paths)) else None
         self.fingerprint = hashlib.sha256(repr((files.stats(self._paths), column)).encode()).hexdigest()
 
-    def stream(self, split: Split) -> Iterator[str | Malformed]:
+    def count(self, split: Split) -> None:
+        """See `streams.Source.count`."""
+
+    def passed(self) -> float:
+        """See `streams.Source.passed`."""
+        return self._meter.share()
+
+    def stream(self, split: Split, start: int = 0, stop: int | None = None) -> Iterator[str | Malformed]:
         """See `Documents.stream`."""
-        return held_out_by_index(self._documents(), split)
+        return itertools.islice(held_out_by_index(self._documents(), split), start, stop)
 
     def _documents(self) -> Iterator[str | Malformed]:
         for path in self._paths:
-            yield from filter(None, self._fields(path) if _is_tsv(path) else _texts(path))
+            yield from filter(None, self._fields(path) if _is_tsv(path) else _texts(path, self._meter))
 
-    def _fields(self, path: Path) -> Iterator[str | Malformed]:
-        for row in tsv.read(path):
+    def _fields(self, path: epath.Path) -> Iterator[str | Malformed]:
+        for row in tsv.read(path, meter=self._meter):
             if isinstance(row, Malformed):
                 yield row
             elif self._tsv_column > len(row):
@@ -126,13 +143,13 @@ class FileDocuments:
                 yield row[self._tsv_column - 1]
 
 
-def _is_tsv(path: Path) -> bool:
+def _is_tsv(path: epath.Path) -> bool:
     return _TSV.fullmatch(path.name) is not None
 
 
-def _texts(path: Path) -> Iterator[str | Malformed]:
+def _texts(path: epath.Path, meter: files.Meter) -> Iterator[str | Malformed]:
     """The documents of a text file; the form feed between two, and one newline before it, belong to neither."""
-    for number, content in enumerate(files.records(path, b"\f", _LONGEST_DOCUMENT), start=1):
+    for number, content in enumerate(files.records(path, b"\f", _LONGEST_DOCUMENT, meter), start=1):
         place = f"{path}, document {number}"
         if content is None:
             yield Malformed(place, f"more than {_LONGEST_DOCUMENT:,} bytes")
@@ -151,9 +168,17 @@ class TfdsDocuments:
         self._text_key = text_key
         self.fingerprint = self._set.fingerprint
 
-    def stream(self, split: Split) -> Iterator[str | Malformed]:
+    def count(self, split: Split) -> int:
+        """See `streams.Source.count`."""
+        return self._set.count(split)
+
+    def passed(self) -> float:
+        """See `streams.Source.passed`; of no use here."""
+        return 0.0
+
+    def stream(self, split: Split, start: int = 0, stop: int | None = None) -> Iterator[str | Malformed]:
         """See `Documents.stream`."""
-        for place, example in self._set.stream(split):
+        for place, example in self._set.stream(split, start, stop):
             if isinstance(example, Malformed):
                 yield example
                 continue

@@ -5,23 +5,11 @@ token repeats the last one of the row before. Inputs are `row[:-1]` and targets 
 its segment is its input's; so every token of every document, and its end, is predicted exactly once.
 """
 
-import hashlib
-import json
-import os
-import shutil
-import sys
-import time
 from collections.abc import Iterable, Iterator
-from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from .records import Rejects
-
 Row = tuple[np.ndarray, np.ndarray]
-_ROWS_PER_WRITE = 1024
 
 
 def pack(documents: Iterable[np.ndarray], row_length: int) -> Iterator[Row]:
@@ -60,183 +48,38 @@ def positions(segments: np.ndarray) -> np.ndarray:
     return slots - np.maximum.accumulate(np.where(starts, slots, 0))
 
 
-def write_rows(directory: Path, rows: Iterable[Row], row_length: int, vocab_size: int) -> tuple[int, str]:
-    """Stream rows to `directory`/tokens.npy and segments.npy, [rows, row_length] each.
-
-    Returns:
-      How many, and a hash of their content.
-    """
-    directory.mkdir(parents=True)
-    count = 0
-    with (
-        NpyWriter(directory / "tokens.npy", row_length, np.min_scalar_type(vocab_size - 1)) as tokens,
-        NpyWriter(directory / "segments.npy", row_length, np.min_scalar_type(row_length)) as segments,
-    ):
-        for chunk in _chunks(rows, _ROWS_PER_WRITE):
-            tokens.append(np.stack([row[0] for row in chunk]))
-            segments.append(np.stack([row[1] for row in chunk]))
-            count += len(chunk)
-    return count, tokens.digest() + segments.digest()
+def row_type(row_length: int, vocab_size: int) -> np.dtype:
+    """How a row lies in a shard: tokens and segments, in the smallest types that hold them."""
+    tokens, segments = np.min_scalar_type(vocab_size - 1), np.min_scalar_type(row_length)
+    return np.dtype([("tokens", tokens, row_length), ("segments", segments, row_length)])
 
 
-class NpyWriter:
-    """A two-dimensional .npy file written row by row; numpy pads the header so that the count can grow in place."""
-
-    def __init__(self, path: Path, columns: int, dtype: np.dtype):
-        self._file = path.open("wb")
-        self._columns, self._dtype, self._rows = columns, dtype, 0
-        self._hash = hashlib.sha256(f"{dtype} {columns}".encode())
-        self._write_header()
-
-    def _write_header(self) -> None:
-        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False}
-        np.lib.format.write_array_header_1_0(self._file, header | {"shape": (self._rows, self._columns)})
-
-    def append(self, rows: np.ndarray) -> None:
-        """Add rows [n, columns]."""
-        content = np.ascontiguousarray(rows, self._dtype).tobytes()
-        self._file.write(content)
-        self._hash.update(content)
-        self._rows += len(rows)
-
-    def digest(self) -> str:
-        """Hash of the rows so far, their length and their type."""
-        return self._hash.hexdigest()
-
-    def __enter__(self) -> "NpyWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        end = self._file.tell()
-        self._file.seek(0)
-        self._write_header()
-        assert self._file.tell() + self._rows * self._columns * self._dtype.itemsize == end
-        self._file.close()
+def to_bytes(row: Row, row_type: np.dtype) -> bytes:
+    """A row of `pack` as it lies in a shard."""
+    packed = np.empty((), row_type)
+    packed["tokens"], packed["segments"] = row
+    return packed.tobytes()
 
 
 COLUMNS = ("tokens", "segments", "positions", "characters")
 
 
-class PackedRows:
-    """Random access to the rows of one split: `rows[i]` is a dict of int32 [row_length] arrays.
+def unpacked(content: bytes, row_type: np.dtype, characters: np.ndarray) -> dict[str, np.ndarray]:
+    """The example that a row of a shard stands for: int32 [row_length] arrays by `COLUMNS`.
 
     tokens: ids. segments: number of the document inside the row, from 1; 0 is padding. positions: place inside the
     segment, from 0. characters: how many characters begin in a token, 0 where the token is no target.
-    Memory-mapped on first use, so that a pickled copy carries only the path.
+
+    Args:
+      content: of `to_bytes`.
+      row_type: likewise.
+      characters: that begin in each token, int32 [vocab_size].
     """
-
-    def __init__(self, directory: Path, characters: Path):
-        self._directory, self._characters = directory, characters
-
-    @cached_property
-    def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        # asarray sheds the memmap subclass, whose every slice costs microseconds; the memory stays mapped.
-        tokens, segments = (
-            np.load(self._directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            for name in ("tokens", "segments")
-        )
-        return np.asarray(tokens), np.asarray(segments), np.load(self._characters, allow_pickle=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_directory": self._directory, "_characters": self._characters}
-
-    def __repr__(self) -> str:
-        return f"PackedRows({self._directory})"
-
-    def __len__(self) -> int:
-        return len(self._arrays[0])
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        all_tokens, all_segments, characters = self._arrays
-        tokens, segments = all_tokens[index].astype(np.int32), all_segments[index].astype(np.int32)
-        return {
-            "tokens": tokens,
-            "segments": segments,
-            "positions": positions(segments),
-            "characters": np.where(real_targets(segments), characters[tokens], 0),
-        }
-
-
-class Progress:
-    """One line on stderr that counts documents and tokens: rewritten on a terminal, elsewhere printed at the end.
-
-    `rejects` are those of the pass that it shows; `noun` is what is counted.
-    """
-
-    def __init__(self, label: str, rejects: Rejects, noun: str = "documents"):
-        self._label, self._rejects, self._noun = label, rejects, noun
-        self._documents = self._tokens = self.characters = 0
-        self._begun = self._shown = time.monotonic()
-
-    def add(self, characters: int, tokens: int) -> None:
-        """Count one document."""
-        self._documents += 1
-        self.characters += characters
-        self._tokens += tokens
-        if sys.stderr.isatty() and time.monotonic() - self._shown > 0.5:
-            self._shown = time.monotonic()
-            print(f"\r{self._line()}", end="", file=sys.stderr, flush=True)
-
-    def _line(self) -> str:
-        seconds = max(time.monotonic() - self._begun, 1e-3)
-        return (
-            f"{self._label}: {self._documents:,} {self._noun}, {self.characters:,} characters, {self._tokens:,} tokens "
-            f"({self._tokens / seconds / 1e6:.2f} M tokens/s)"
-            + (f", {self._rejects.count:,} malformed skipped" if self._rejects.count else "")
-        )
-
-    def finish(self, rows: int, row_length: int) -> dict[str, Any]:
-        """Print the totals and return them."""
-        start = "\r" if sys.stderr.isatty() else ""
-        print(f"{start}{self._line()} -> {rows:,} rows of {row_length:,}", file=sys.stderr, flush=True)
-        return {
-            self._noun: self._documents,
-            "characters": self.characters,
-            "tokens": self._tokens,
-            "rows": rows,
-            "malformed": self._rejects.to_json(),
-        }
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Put `text` at `path`; a reader sees all of it or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-class AtomicDirectory:
-    """`with AtomicDirectory(path) as partial`: fill `partial`; it becomes `path` when the block ends without an error.
-
-    Leftovers of a killed process are removed. One writer at a time.
-    """
-
-    def __init__(self, path: Path):
-        self._path, self._partial = path, path.with_name(path.name + ".partial")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir(parents=True)
-        return self._partial
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            os.replace(self._partial, self._path)
-        else:
-            shutil.rmtree(self._partial)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write indented JSON."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    chunk: list[Row] = []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+    row = np.frombuffer(content, row_type)[0]
+    tokens, segments = row["tokens"].astype(np.int32), row["segments"].astype(np.int32)
+    return {
+        "tokens": tokens,
+        "segments": segments,
+        "positions": positions(segments),
+        "characters": np.where(real_targets(segments), characters[tokens], 0),
+    }

@@ -7,11 +7,12 @@ changes when its content may have.
 import hashlib
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from etils import epath
+
 from ..errors import UserError
-from . import files, samples, tsv
+from . import files, samples, streams, tsv
 from .documents import HELD_OUT_EVERY, held_out_by_index
 from .prepared import PreparedSet
 from .records import Malformed
@@ -28,7 +29,7 @@ class Pair(NamedTuple):
     target: str
 
 
-class Pairs(Protocol):
+class Pairs(streams.Source, Protocol):
     """The pairs of one source.
 
     Attributes:
@@ -39,7 +40,7 @@ class Pairs(Protocol):
     fingerprint: str
     official: bool
 
-    def stream(self, split: Split) -> Iterator[Pair | Malformed]:
+    def stream(self, split: Split, start: int = 0, stop: int | None = None) -> Iterator[Pair | Malformed]:
         """Pairs of a split, in a fixed order, malformed ones among them."""
         ...
 
@@ -87,8 +88,18 @@ class SamplePairs:
         self._file, self._heldout = SAMPLES[name], SAMPLE_SPLITS[heldout_split]
         self.fingerprint = f"{samples.sha256(self._file)} {heldout_split}"
 
-    def stream(self, split: Split) -> Iterator[Pair]:
+    def count(self, split: Split) -> None:
+        """See `streams.Source.count`."""
+
+    def passed(self) -> float:
+        """See `streams.Source.passed`; a sample takes seconds."""
+        return 0.0
+
+    def stream(self, split: Split, start: int = 0, stop: int | None = None) -> Iterator[Pair]:
         """See `Pairs.stream`."""
+        return itertools.islice(self._pairs(split), start, stop)
+
+    def _pairs(self, split: Split) -> Iterator[Pair]:
         for line in samples.read(self._file).decode().removesuffix("\n").split("\n"):
             place, source, target = line.split("\t")
             book, chapter, _ = map(int, place.split("."))
@@ -105,6 +116,7 @@ class FilePairs:
     def __init__(self, pattern: str, source_column: int, target_column: int):
         self._columns = {"source": source_column, "target": target_column}
         self._paths = files.matching(pattern, "*.tsv")
+        self._meter = files.Meter(self._paths)
         found = len(list(itertools.islice(self._rows(), HELD_OUT_EVERY)))
         if found < HELD_OUT_EVERY:
             raise UserError(
@@ -114,16 +126,23 @@ class FilePairs:
         content = repr((files.stats(self._paths), self._columns))
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
-    def stream(self, split: Split) -> Iterator[Pair | Malformed]:
+    def count(self, split: Split) -> None:
+        """See `streams.Source.count`."""
+
+    def passed(self) -> float:
+        """See `streams.Source.passed`."""
+        return self._meter.share()
+
+    def stream(self, split: Split, start: int = 0, stop: int | None = None) -> Iterator[Pair | Malformed]:
         """See `Pairs.stream`."""
-        return held_out_by_index(self._rows(), split)
+        return itertools.islice(held_out_by_index(self._rows(), split), start, stop)
 
     def _rows(self) -> Iterator[Pair | Malformed]:
         for path in self._paths:
-            for row in tsv.read(path):
+            for row in tsv.read(path, meter=self._meter):
                 yield row if isinstance(row, Malformed) else self._pair(path, row)
 
-    def _pair(self, path: Path, row: tuple[str, ...]) -> Pair:
+    def _pair(self, path: epath.Path, row: tuple[str, ...]) -> Pair:
         for side, column in self._columns.items():
             if column > len(row):
                 raise UserError(
@@ -146,9 +165,17 @@ class TfdsPairs:
         # The set's own fingerprint takes no notice of which feature is which.
         self.fingerprint = f"{self._set.fingerprint} {source_key} {target_key}"
 
-    def stream(self, split: Split) -> Iterator[Pair | Malformed]:
+    def count(self, split: Split) -> int:
+        """See `streams.Source.count`."""
+        return self._set.count(split)
+
+    def passed(self) -> float:
+        """See `streams.Source.passed`; of no use here."""
+        return 0.0
+
+    def stream(self, split: Split, start: int = 0, stop: int | None = None) -> Iterator[Pair | Malformed]:
         """See `Pairs.stream`."""
-        for place, example in self._set.stream(split):
+        for place, example in self._set.stream(split, start, stop):
             if isinstance(example, Malformed):
                 yield example
                 continue

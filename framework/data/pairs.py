@@ -1,41 +1,45 @@
-"""Sentence pairs for translation: tokenized once into the cache by a vocabulary of both languages, read by row."""
+"""Sentence pairs for translation: tokenized once into shards of rows by a vocabulary of both languages, read by row."""
 
-import collections
 import dataclasses
-import hashlib
 import itertools
-import json
-import sys
+import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
+from etils import epath
 
 from ..errors import UserError
-from ..workdir import read_json
-from . import packing
+from . import manifests
 from .contract import Decoder
-from .pair_packing import COLUMNS, END, PackedPairs, Room, TokenPair, write_pairs
+from .jobs import Ingredients, Tally
+from .pair_packing import COLUMNS, END, Packer, Room, TokenPair
 from .pair_sources import Pair, Pairs, open_pairs
-from .records import Rejects
-from .splits import SPLITS, Split
+from .records import Malformed
+from .shards import ShardRows
+from .splits import Split
+from .streams import Stream
+from .tokenized import Tokenized
 from .tokenizer import END_OF_DOCUMENT, SMALLEST_VOCABULARY, Tokenizer, encode, load_tokenizer, train_tokenizer
 
 # Part of every cache name: raise it when the meaning of cached files changes.
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 _TOO_LONG, _EMPTY, _REPEATED = "too long for a row", "with an empty side", "whose source is trained on"
 
 
 @dataclasses.dataclass(frozen=True)
-class PairData:
+class PairData(Tokenized):
     """Sentence pairs from the vendored sample, local TSV files or a prepared tfds set, as rows of fixed lengths.
 
     A row to train on holds one pair or several, one to be judged by holds one. The cache holds `tokenizer-HASH.json`
-    and `pairs-HASH/`, named by a hash of the settings and of the source, so that other settings or a changed source
-    never meet old files.
+    and `rows-HASH/`, named by a hash of the settings and of the source, so that other settings or a changed source
+    never meet old files. Malformed pairs are skipped; pairs with an empty side are dropped, and training pairs that are
+    longer than a row; of sources without official splits also held-out pairs whose source is trained on.
     """
+
+    noun: ClassVar[str] = "pairs"
+    row_settings: ClassVar[tuple[str, ...]] = ("source_length", "target_length", "pairs_per_row")
 
     source: str = "sample:nt"  # or "tfds:wmt14_translate/fr-en:1.0.0", "file:/path/*.tsv"
     source_length: int = 128  # source tokens in a row, the end of each sentence included
@@ -50,10 +54,10 @@ class PairData:
     train_split: str = "train"  # tfds split to train on
     heldout_split: str = "test"  # tfds split or chapters of the sample to evaluate on; files use every 10th row
     tokenizer: str = ""  # tokenizers JSON file, byte-level BPE; "" trains one on both sides of the training pairs
-    max_pairs: int = 0  # per split, for rows and for training the tokenizer; 0 takes all
-    max_malformed: int = 0  # pairs of a split that may be skipped; 0, so that nobody's data shrink unasked
+    max_pairs: int = 0  # per split, malformed ones included, also for training the tokenizer; 0 takes all
 
     def __post_init__(self):
+        super().__post_init__()
         if self.source.partition(":")[0] not in ("sample", "file", "tfds"):
             raise ValueError(
                 f"data.source is {self.source!r}; write 'sample:nt', 'file:/path/*.tsv' or "
@@ -62,7 +66,7 @@ class PairData:
         for name, least in (("source_length", 2), ("target_length", 2), ("source_column", 1), ("target_column", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("pairs_per_row", "max_pairs", "max_malformed"):
+        for name in ("pairs_per_row", "max_pairs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must not be negative")
         if self.vocab_size < SMALLEST_VOCABULARY:
@@ -73,85 +77,13 @@ class PairData:
         """Target slots of a row."""
         return self.target_length
 
-    def prepare(self, cache: Path) -> None:
-        """Train the tokenizer and tokenize both splits into `cache`, unless they are there already.
+    @property
+    def limit(self) -> int:
+        """See `Tokenized.limit`."""
+        return self.max_pairs
 
-        For one process, before any other reads. Streams the source; a failure leaves no partial rows behind. Malformed
-        pairs are skipped; pairs with an empty side are dropped, and training pairs that are longer than a row; of
-        sources without official splits also held-out pairs whose source is trained on. How many is said on stderr, also
-        where the rows are there already.
-
-        Raises:
-          UserError: the source or the tokenizer file cannot be used, or a held-out pair is longer than a row, and
-            nothing but a tokenizer has been written; or a split has more than `max_malformed` malformed pairs.
-        """
-        pairs = self._open()
-        place = self._place(cache, pairs)
-        if place.exists():
-            for split in SPLITS:
-                rejects, dropped = self._stamp(place)[1][split]
-                rejects.refuse_excess()
-                _say(split, rejects, dropped)
-            return
-        tokenizer = self._given_tokenizer() or self._trained_tokenizer(cache, pairs)
-        with packing.AtomicDirectory(place) as partial:
-            # Held-out pairs first: what is wrong with them is known in seconds.
-            totals = {split: self._write_split(partial, split, pairs, tokenizer) for split in reversed(SPLITS)}
-            stamp = {
-                "settings": self._settings(pairs),
-                "content": _hash([tokenizer.to_str(), *(totals[split]["content"] for split in SPLITS)]),
-            }
-            packing.write_json(partial / "stamp.json", stamp | totals)
-
-    def examples(self, split: Split, cache: Path) -> PackedPairs:
-        """The rows of a split that `prepare` has made: random access, picklable.
-
-        Raises:
-          UserError: nothing is prepared for these settings in `cache`.
-        """
-        return PackedPairs(self._prepared(cache) / split, self._room(split))
-
-    def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape and type of a row's arrays."""
-        return {
-            name: jax.ShapeDtypeStruct(
-                (self.source_length if name.startswith("source") else self.target_length + 1,), np.int32
-            )
-            for name in COLUMNS
-        }
-
-    def fingerprint(self, cache: Path) -> str:
-        """Hash of the tokenizer and of both splits' rows: files that were copied or touched do not change it.
-
-        Raises:
-          UserError: nothing is prepared for these settings in `cache`.
-        """
-        return self._stamp(self._prepared(cache))[0]
-
-    def decoder(self, cache: Path) -> Decoder:
-        """Turns token ids into text, up to the first end."""
-        tokenizer = self.load_tokenizer(cache)
-
-        def decode(tokens: np.ndarray) -> str:
-            ends = np.flatnonzero(tokens == END)
-            return tokenizer.decode(tokens[: ends[0] if len(ends) else None].tolist(), skip_special_tokens=False)
-
-        return decode
-
-    def load_tokenizer(self, cache: Path) -> Tokenizer:
-        """The tokenizer that the rows were made with; the source need not be there any more while the cache has one.
-
-        Raises:
-          UserError: it is not to be found, or no tokenizer.
-        """
-        given = self._given_tokenizer()
-        if given is not None:
-            return given
-        found = list(cache.glob("tokenizer-*.json"))
-        path = found[0] if len(found) == 1 else self._tokenizer_path(cache, self._open())
-        return load_tokenizer(path, self.vocab_size)
-
-    def _open(self) -> Pairs:
+    def open_source(self) -> Pairs:
+        """See `Preparable.open_source`."""
         return open_pairs(
             self.source,
             data_dir=self.data_dir,
@@ -163,115 +95,132 @@ class PairData:
             heldout_split=self.heldout_split,
         )
 
-    def _room(self, split: Split) -> Room:
-        return Room(self.source_length, self.target_length, self.pairs_per_row if split == "train" else 1)
+    def settings(self) -> dict[str, Any]:
+        """See `Preparable.settings`; `max_malformed` only decides whether there are any rows."""
+        kind = self.source.partition(":")[0]
+        chosen = {"sample": ("heldout_split",), "file": ("source_column", "target_column")}.get(
+            kind, ("source_key", "target_key", "train_split", "heldout_split")
+        )
+        return {
+            "format": _CACHE_FORMAT,
+            "source": self.source,
+            "vocab_size": self.vocab_size,
+            "max_pairs": self.max_pairs,
+            "tokenizer": self.tokenizer_digest(),
+            "source_length": self.source_length,
+            "target_length": self.target_length,
+            "pairs_per_row": self.pairs_per_row,
+            "shard_size": self.shard_size,
+        } | {name: getattr(self, name) for name in chosen}
 
-    def _stream(self, pairs: Pairs, split: Split, rejects: Rejects) -> Iterator[Pair]:
-        return itertools.islice(rejects.sift(pairs.stream(split)), self.max_pairs or None)
+    def load(self, path: epath.Path) -> Tokenizer:
+        """See `Tokenized.load`."""
+        tokenizer = load_tokenizer(path, self.vocab_size)
+        end = tokenizer.token_to_id(END_OF_DOCUMENT)
+        if end != END:
+            raise UserError(f"data.tokenizer {path} has {END_OF_DOCUMENT} as token {end}; pairs need it as token {END}")
+        return tokenizer
 
-    def _write_split(self, directory: Path, split: Split, pairs: Pairs, tokenizer: Tokenizer) -> dict[str, Any]:
-        rejects, room, dropped = Rejects(self.max_malformed), self._room(split), collections.Counter[str]()
-        progress = packing.Progress(f"tokenizing {split}", rejects, "pairs")
-        repeated = set() if split == "train" or pairs.official else self._trained_on(pairs)
-        longest = (0, 0)
+    def train(self, records: Iterator[Pair]) -> Tokenizer:
+        """See `Tokenized.train`; of both sides."""
+        return train_tokenizer(filter(None, itertools.chain.from_iterable(records)), self.vocab_size)
+
+    def ingredients(self, cache: epath.Path, source: Pairs) -> Ingredients:
+        """The tokenizer, and the held-out sources that are trained on."""
+        found = super().ingredients(cache, source)
+        return found if source.official else dataclasses.replace(found, known=self._trained_on(source))
+
+    def tools(self, ingredients: Ingredients) -> tuple[Tokenizer, frozenset[str]]:
+        """The tokenizer, and the held-out sources that are trained on."""
+        return self.load(epath.Path(ingredients.tokenizer)), ingredients.known
+
+    def rows(
+        self,
+        stream: Stream,
+        number: int,
+        records: Iterator[Pair],
+        tools: tuple[Tokenizer, frozenset[str]],
+        tally: Tally,
+    ) -> Iterator[bytes]:
+        """See `Preparable.rows`.
+
+        Raises:
+          UserError: a held-out pair is longer than a row.
+        """
+        tokenizer, known = tools
+        split: Split = stream.split or "train"
+        room, longest = self._room(split), (0, 0)
 
         def kept() -> Iterator[Pair]:
-            for pair in self._stream(pairs, split, rejects):
+            for pair in records:
                 if not (pair.source and pair.target):
-                    dropped[_EMPTY] += 1
-                elif pair.source in repeated:
-                    dropped[_REPEATED] += 1
+                    tally.dropped[_EMPTY] += 1
+                elif split == "heldout" and pair.source in known:
+                    tally.dropped[_REPEATED] += 1
                 else:
                     yield pair
 
         def fitting() -> Iterator[TokenPair]:
             nonlocal longest
             for pair, source, target in _tokens(tokenizer, kept()):
-                progress.add(len(pair.source) + len(pair.target), len(source) + len(target))
+                tally.counts.update(
+                    pairs=1, characters=len(pair.source) + len(pair.target), tokens=len(source) + len(target)
+                )
                 if room.holds(1, len(source), len(target)):
                     yield source, target
                 else:
-                    dropped[_TOO_LONG] += 1
+                    tally.dropped[_TOO_LONG] += 1
                     longest = max(longest[0], len(source) + 1), max(longest[1], len(target) + 1)
 
-        count, content = write_pairs(directory / split, fitting(), room, self.vocab_size)
-        totals = progress.finish(count, self.target_length)
-        if split == "heldout" and dropped[_TOO_LONG]:
+        yield from Packer(room, self.vocab_size).pack(fitting())
+        if split == "heldout" and tally.dropped[_TOO_LONG]:
             raise UserError(
-                f"{dropped[_TOO_LONG]} held-out pairs are longer than a row: they have up to {longest[0]} source and "
-                f"{longest[1]} target tokens, data.source_length is {self.source_length} and data.target_length "
-                f"{self.target_length}; raise these, for held-out pairs are never cut"
+                f"{tally.dropped[_TOO_LONG]} held-out pairs are longer than a row: they have up to {longest[0]} "
+                f"source and {longest[1]} target tokens, data.source_length is {self.source_length} and "
+                f"data.target_length {self.target_length}; raise these, for held-out pairs are never cut"
             )
-        _say(split, rejects, dropped)
-        return totals | {"content": content, "dropped": dict(dropped)}
 
-    def _trained_on(self, pairs: Pairs) -> set[str]:
-        """The held-out sources that are trained on, too."""
-        ignored = Rejects(self.max_malformed)
-        heldout = {pair.source for pair in self._stream(pairs, "heldout", ignored)}
-        ignored = Rejects(self.max_malformed)
-        return {pair.source for pair in self._stream(pairs, "train", ignored) if pair.source in heldout}
+    def examples(self, split: Split, cache: str | os.PathLike[str]) -> ShardRows:
+        """The rows of a split that `prepare` has made: random access, picklable.
 
-    def _given_tokenizer(self) -> Tokenizer | None:
-        if not self.tokenizer:
-            return None
-        tokenizer = load_tokenizer(Path(self.tokenizer).expanduser(), self.vocab_size)
-        end = tokenizer.token_to_id(END_OF_DOCUMENT)
-        if end != END:
-            raise UserError(
-                f"data.tokenizer {self.tokenizer} has {END_OF_DOCUMENT} as token {end}; pairs need it as token {END}"
-            )
-        return tokenizer
+        Raises:
+          UserError: nothing is prepared for these settings in `cache`.
+        """
+        folder, manifest = self.manifest(cache)
+        return ShardRows(*manifests.of_split(folder, manifest, split), Packer(self._room(split), self.vocab_size))
 
-    def _trained_tokenizer(self, cache: Path, pairs: Pairs) -> Tokenizer:
-        path = self._tokenizer_path(cache, pairs)
-        if not path.exists():
-            texts = itertools.chain.from_iterable(self._stream(pairs, "train", Rejects(self.max_malformed)))
-            trained = train_tokenizer(filter(None, texts), self.vocab_size)
-            cache.mkdir(parents=True, exist_ok=True)
-            packing.write_atomically(path, trained.to_str(pretty=True))
-        return load_tokenizer(path, self.vocab_size)
-
-    def _prepared(self, cache: Path) -> Path:
-        place = self._place(cache, self._open())
-        if not place.exists():
-            raise UserError(f"{cache} holds no pairs for {self.source} with these settings; call prepare first")
-        return place
-
-    def _stamp(self, place: Path) -> tuple[str, dict[Split, tuple[Rejects, dict[str, int]]]]:
-        """What `prepare` has noted: the hash of the content, and what each split has skipped and dropped."""
-        try:
-            stamp = read_json(place / "stamp.json") or {}
-            left_out: dict[Split, tuple[Rejects, dict[str, int]]] = {
-                split: (Rejects(self.max_malformed, **stamp[split]["malformed"]), dict(stamp[split]["dropped"]))
-                for split in SPLITS
-            }
-            return stamp["content"], left_out
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{place}/stamp.json is damaged; remove {place}, and it is made again") from error
-
-    def _settings(self, pairs: Pairs) -> dict[str, str | int]:
-        """What decides the content of the rows; `max_malformed` only decides whether there are any."""
-        given = self._given_tokenizer()
+    def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and type of a row's arrays."""
         return {
-            "format": _CACHE_FORMAT,
-            "source": self.source,
-            "fingerprint": pairs.fingerprint,
-            "vocab_size": self.vocab_size,
-            "max_pairs": self.max_pairs,
-            "tokenizer": _hash(given.to_str()) if given else "",
-            "source_length": self.source_length,
-            "target_length": self.target_length,
-            "pairs_per_row": self.pairs_per_row,
+            name: jax.ShapeDtypeStruct(
+                (self.source_length if name.startswith("source") else self.target_length + 1,), np.int32
+            )
+            for name in COLUMNS
         }
 
-    def _place(self, cache: Path, pairs: Pairs) -> Path:
-        return cache / f"pairs-{_hash(self._settings(pairs))}"
+    def decoder(self, cache: str | os.PathLike[str]) -> Decoder:
+        """Turns token ids into text, up to the first end."""
+        tokenizer = self.load_tokenizer(cache)
 
-    def _tokenizer_path(self, cache: Path, pairs: Pairs) -> Path:
-        rows = ("source_length", "target_length", "pairs_per_row")
-        settings = {name: value for name, value in self._settings(pairs).items() if name not in rows}
-        return cache / f"tokenizer-{_hash(settings)}.json"
+        def decode(tokens: np.ndarray) -> str:
+            ends = np.flatnonzero(tokens == END)
+            return tokenizer.decode(tokens[: ends[0] if len(ends) else None].tolist(), skip_special_tokens=False)
+
+        return decode
+
+    def _room(self, split: Split) -> Room:
+        return Room(self.source_length, self.target_length, self.pairs_per_row if split == "train" else 1)
+
+    def _trained_on(self, pairs: Pairs) -> frozenset[str]:
+        """The held-out sources that are trained on, too."""
+
+        def sources(split: Split) -> Iterator[str]:
+            for pair in itertools.islice(pairs.stream(split), self.max_pairs or None):
+                if not isinstance(pair, Malformed):
+                    yield pair.source
+
+        heldout = set(sources("heldout"))
+        return frozenset(source for source in sources("train") if source in heldout)
 
 
 def _tokens(tokenizer: Tokenizer, pairs: Iterable[Pair]) -> Iterator[tuple[Pair, np.ndarray, np.ndarray]]:
@@ -283,15 +232,3 @@ def _tokens(tokenizer: Tokenizer, pairs: Iterable[Pair]) -> Iterator[tuple[Pair,
     )
     for pair, (_, source), (_, target) in zip(kept, *encoded, strict=True):
         yield pair, source[1:-1], target[1:-1]
-
-
-def _say(split: Split, rejects: Rejects, dropped: dict[str, int]) -> None:
-    if rejects.count:
-        print(f"{split} pairs: {rejects}, skipped", file=sys.stderr, flush=True)
-    if any(dropped.values()):
-        counts = ", ".join(f"{count:,} {why}" for why, count in dropped.items() if count)
-        print(f"{split} pairs: {counts}; dropped", file=sys.stderr, flush=True)
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

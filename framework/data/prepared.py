@@ -106,15 +106,22 @@ class PreparedSet:
         """What an error calls an example."""
         return f"tfds:{self._name} split {self._splits[split]!r}, row {index + 1}"
 
-    def stream(self, split: Split) -> Iterator[tuple[str, dict[str, Any] | Malformed]]:
-        """Every example of a split in order with its place; malformed is one whose checksum does not hold.
+    def count(self, split: Split) -> int:
+        """How many examples a split has."""
+        return len(self.source(split))
+
+    def stream(
+        self, split: Split, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[str, dict[str, Any] | Malformed]]:
+        """Examples `start` to `stop` of a split with their places; malformed is one whose checksum does not hold.
 
         Raises:
           UserError: the files cannot be read.
         """
         examples = self.source(split)
-        for start in range(0, len(examples), _READ_AHEAD):
-            indices = range(start, min(start + _READ_AHEAD, len(examples)))
+        end = len(examples) if stop is None else stop
+        for first in range(start, end, _READ_AHEAD):
+            indices = range(first, min(first + _READ_AHEAD, end))
             try:
                 fetched = _fetch(examples, list(indices))
             except (OSError, RuntimeError) as error:

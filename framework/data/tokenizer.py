@@ -7,8 +7,9 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 # The Rust side starts threads of its own; said explicitly, because it warns at every fork when left to guess.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -47,7 +48,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+def load_tokenizer(path: epath.Path, vocab_size: int) -> Tokenizer:
     """Read a tokenizers JSON file and check that it can serve: it fits, ends documents, and keeps text as it is.
 
     Raises:
@@ -57,7 +58,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     try:
         content = path.read_text("utf-8")
     except OSError as error:
-        raise UserError(f"data.tokenizer {path} cannot be read ({error.strerror}); check the path") from error
+        raise UserError(f"data.tokenizer {path} cannot be read ({error.strerror or error}); check the path") from error
     except UnicodeDecodeError as error:
         raise UserError(f"data.tokenizer {path} is not a tokenizers JSON file: {error}") from error
     _refuse_unfit_parts(path, content)
@@ -83,7 +84,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _refuse_unfit_parts(path: Path, content: str) -> None:
+def _refuse_unfit_parts(path: epath.Path, content: str) -> None:
     """Raise UserError for a tokenizer with parts that no byte-level tokenizer has.
 
     From outside the Rust code, for there some of them panic, which writes to the terminal and is no Exception.

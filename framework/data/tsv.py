@@ -5,8 +5,9 @@ import enum
 import math
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
+
+from etils import epath
 
 from . import files
 from .records import Malformed
@@ -37,20 +38,43 @@ class Column:
     empty: Any = REQUIRED
 
 
-def read(path: Path, columns: Sequence[Column] | None = None) -> Iterator[tuple[Any, ...] | Malformed]:
-    """The rows of a file in order, one tuple of values for each, or what is wrong with it.
+Lines = Iterator[tuple[int, bytes | None]]  # with their numbers, from 1; None where one is too long
+
+
+def lines(path: epath.Path, meter: files.Meter | None = None) -> Lines:
+    """The rows of a file as they stand, each with its end.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    return enumerate(files.records(path, b"\n", LONGEST_ROW, meter), start=1)
+
+
+def read(
+    path: epath.Path, columns: Sequence[Column] | None = None, *, meter: files.Meter | None = None
+) -> Iterator[tuple[Any, ...] | Malformed]:
+    """The rows of a file in order; see `parse`.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    return parse(path, lines(path, meter), columns)
+
+
+def parse(
+    path: epath.Path, some: Lines, columns: Sequence[Column] | None = None
+) -> Iterator[tuple[Any, ...] | Malformed]:
+    """One tuple of values for each line in order, or what is wrong with it.
 
     Malformed is a row with more or fewer columns, a field that is not of its kind, a byte that is not UTF-8 or is NUL,
     and a row of more than `LONGEST_ROW` bytes.
 
     Args:
-      path: a TSV file, compressed if its name ends in .xz or .gz.
+      path: the TSV file that they are of, compressed if its name ends in .xz or .gz.
+      some: lines of `lines`.
       columns: of every row; None takes as many columns of text, empty or not, as the first readable row has.
-
-    Raises:
-      UserError: the file cannot be read.
     """
-    for number, line in enumerate(files.records(path, b"\n", LONGEST_ROW), start=1):
+    for number, line in some:
         place = f"{path}, row {number}"
         try:
             fields = _fields(line)

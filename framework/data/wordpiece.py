@@ -8,9 +8,9 @@ vocabulary, with the same numbers, in any process.
 import collections
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from etils import epath
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ..errors import UserError
@@ -69,7 +69,7 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int, *, lower_case: bo
     return _tokenizer(tokenizer.get_vocab(), lower_case=lower_case)
 
 
-def load_wordpiece(path: Path, vocab_size: int) -> Tokenizer:
+def load_wordpiece(path: epath.Path, vocab_size: int) -> Tokenizer:
     """Read a tokenizers JSON file of a WordPiece model with BERT's special tokens.
 
     Raises:
@@ -80,7 +80,7 @@ def load_wordpiece(path: Path, vocab_size: int) -> Tokenizer:
         parts = json.loads(content)
         kind = parts["model"]["type"]
     except OSError as error:
-        raise UserError(f"data.tokenizer {path} cannot be read ({error.strerror}); check the path") from error
+        raise UserError(f"data.tokenizer {path} cannot be read ({error.strerror or error}); check the path") from error
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise UserError(f"data.tokenizer {path} is not a tokenizers JSON file: {error!r}") from None
     if kind != "WordPiece":

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from shampax.framework.data import click_rows, click_sources
+from shampax.framework.data import click_rows, click_sources, tsv
 from shampax.framework.data.click_rows import MISSING
 from shampax.framework.data.criteo import ClickData
 from shampax.framework.data.pipeline import Batches
@@ -96,7 +96,7 @@ def test_malformed_rows_are_named_or_skipped(tmp_path, cache, capsys, bad, reaso
     place = f"{path}, row 5: {reason}"
     with pytest.raises(UserError, match=re.escape(place)):
         prepared(cache, source=f"file:{path}")
-    assert not list(cache.glob("clicks-*"))
+    assert not list(cache.glob("rows-*"))
     data = prepared(cache, source=f"file:{path}", max_malformed=1)
     assert numbers(data, "train", cache) + numbers(data, "heldout", cache) == [*range(8)]
     assert f"1 record is malformed ({place}), skipped" in capsys.readouterr().err
@@ -188,7 +188,7 @@ def test_the_fingerprint_is_that_of_the_rows(tmp_path, cache):
 def test_damage_is_noticed(tmp_path, cache):
     """Fault: a flipped bit becomes another category, or a stamp that is gone a traceback."""
     data = prepared(cache, source=f"file:{write(tmp_path / 'a', numbered(200))}")
-    (file,) = cache.glob("clicks-*/*.array_record")
+    (file,) = cache.glob("rows-*/*.array_record")
     content = bytearray(file.read_bytes())
     content[content.index(np.int32(150).tobytes(), 20_000)] ^= 1
     file.write_bytes(content)
@@ -196,10 +196,14 @@ def test_damage_is_noticed(tmp_path, cache):
     assert rows[0]["integers"][0] == 0
     with pytest.raises(UserError, match="row 151 cannot be read"):
         rows[150]
-    (stamp,) = cache.glob("clicks-*/stamp.json")
-    stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"files": [{}]}))
+    (stamp,) = cache.glob("rows-*/manifest.json")
+    stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"shards": [{}]}))
     with pytest.raises(UserError, match="is damaged; remove"):
         data.examples("train", cache)
+
+
+def criteo(path):
+    return click_sources.criteo(path, tsv.lines(path))
 
 
 def test_random_access_is_the_stream_for_any_number_of_processes(tmp_path, cache):
@@ -208,7 +212,7 @@ def test_random_access_is_the_stream_for_any_number_of_processes(tmp_path, cache
         write(tmp_path / f"day_{day}", numbered(7 + day, 100 * day))
     data = prepared(cache, source=f"file:{tmp_path}/day_*", heldout_fraction=0.25)
     rows = data.examples("train", cache)
-    streamed = [row[1][0] for day in range(3) for row in click_sources.criteo(tmp_path / f"day_{day}")]
+    streamed = [row[1][0] for day in range(3) for row in criteo(tmp_path / f"day_{day}")]
     assert numbers(data, "train", cache) + numbers(data, "heldout", cache) == streamed
     copy = pickle.loads(pickle.dumps(rows))
     assert [int(copy[i]["integers"][0]) for i in (17, 3, 9)] == [streamed[i] for i in (17, 3, 9)]

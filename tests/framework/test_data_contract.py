@@ -59,10 +59,10 @@ def test_without_rows_there_is_no_fingerprint(source, tmp_path):
     with pytest.raises(UserError, match="call prepare first"):
         data.fingerprint(cache)
     data.prepare(cache)
-    (stamp,) = cache.glob("rows-*/stamp.json")
+    (stamp,) = cache.glob("rows-*/manifest.json")
     for content in ("", "{}", "[]", '{"content": "a", "train": {}}'):
         stamp.write_text(content)
-        with pytest.raises(UserError, match=r"stamp\.json"):
+        with pytest.raises(UserError, match=r"manifest\.json"):
             data.fingerprint(cache)
-        with pytest.raises(UserError, match=r"stamp\.json"):
+        with pytest.raises(UserError, match=r"manifest\.json"):
             data.prepare(cache)

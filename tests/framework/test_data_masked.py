@@ -119,7 +119,7 @@ def test_held_out_documents_are_never_trained_on(texts):
     expected = wordpiece.train_wordpiece(
         documents.open_documents(data.source).stream("train"), data.vocab_size, lower_case=True
     )
-    (path,) = cache.glob("wordpiece-*.json")
+    (path,) = cache.glob("tokenizer-*.json")
     assert wordpiece.load_wordpiece(path, data.vocab_size).get_vocab() == expected.get_vocab()
 
 
@@ -189,7 +189,7 @@ def test_unigram_baseline_by_hand(texts):
     expected = -(2 * np.log(2 / 7) + np.log(4 / 7) + np.log(1 / 7)) / 4
     assert unigram_nats(train, heldout, vocabulary) == pytest.approx(expected)
     data, cache = texts
-    (path,) = cache.glob("wordpiece-*.json")
+    (path,) = cache.glob("tokenizer-*.json")
     size = wordpiece.load_wordpiece(path, data.vocab_size).get_vocab_size()
     counts = {split: np.zeros(size, int) for split in ("train", "heldout")}
     for row in rows_of(data, cache, "train"):
@@ -260,7 +260,7 @@ def test_cache_is_used_and_stale_caches_are_not(texts, tmp_path, capfd):
     assert data.fingerprint(tmp_path / "elsewhere") == data.fingerprint(cache)
     longer = dataclasses.replace(data, sequence_length=32)
     longer.prepare(cache)
-    assert len(list(cache.glob("wordpiece-*"))) == 1  # one for both lengths
+    assert len(list(cache.glob("tokenizer-*"))) == 1  # one for both lengths
 
 
 def test_malformed_documents_are_skipped_up_to_a_limit(tmp_path, capfd):
@@ -275,8 +275,12 @@ def test_malformed_documents_are_skipped_up_to_a_limit(tmp_path, capfd):
     data = dataclasses.replace(data, max_malformed=1)
     data.prepare(tmp_path / "cache")
     assert "document 7: not UTF-8 at byte 4), skipped" in capfd.readouterr().err
-    (stamp,) = (tmp_path / "cache").glob("pairs-*/stamp.json")
-    assert [json.loads(stamp.read_text())[split]["malformed"]["count"] for split in ("train", "heldout")] == [1, 0]
+    (stamp,) = (tmp_path / "cache").glob("rows-*/manifest.json")
+    totals = json.loads(stamp.read_text())["splits"]
+    assert [totals[split]["malformed"]["count"] for split in ("train", "heldout")] == [
+        1,
+        0,
+    ]
 
 
 def test_one_document_is_too_few(tmp_path):
@@ -284,7 +288,7 @@ def test_one_document_is_too_few(tmp_path):
     (tmp_path / "a.txt").write_text("\f".join(TEXTS[:10]))
     with pytest.raises(UserError, match="has 1 document to use in its heldout split and needs at least 2"):
         MaskedTextData(source=f"file:{tmp_path}/*.txt", **FIELDS).prepare(tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("pairs-*"))
+    assert not list((tmp_path / "cache").glob("rows-*"))
 
 
 TRAIN_VOCABULARY = """
@@ -322,7 +326,7 @@ def test_wordpiece_cuts_words_as_published():
 def test_a_given_tokenizer_is_used_and_checked(texts, tmp_path):
     """Fault: special tokens at other numbers are taken for words, or an unfit file fails in the middle of a run."""
     data, cache = texts
-    (path,) = cache.glob("wordpiece-*.json")
+    (path,) = cache.glob("tokenizer-*.json")
     content = json.loads(path.read_text())
     vocabulary = content["model"]["vocab"]
     size = len(vocabulary)
@@ -413,6 +417,6 @@ def test_wikipedia_trains_under_its_own_name(tmp_path):
     result = train(config, tmp_path / "run", devices=jax.devices()[:1])
     assert result["steps"] == 3
     assert result["heldout_loss"] > 0
-    (stamp,) = (tmp_path / "run" / "data").glob("pairs-*/stamp.json")
-    stamp = json.loads(stamp.read_text())
+    (stamp,) = (tmp_path / "run" / "data").glob("rows-*/manifest.json")
+    stamp = json.loads(stamp.read_text())["splits"]
     assert (stamp["train"]["documents"], stamp["heldout"]["documents"]) == (198, 2)

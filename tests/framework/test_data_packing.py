@@ -1,12 +1,14 @@
+import functools
 import pickle
 
 import numpy as np
 import pytest
+from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shampax.framework.data import packing
-from shampax.framework.data.packing import AtomicDirectory, PackedRows, pack, real_targets, write_rows
+from shampax.framework.data import shards
+from shampax.framework.data.packing import pack, real_targets, row_type, to_bytes, unpacked
 
 LENGTHS = st.lists(st.integers(2, 40), max_size=12)
 
@@ -47,9 +49,11 @@ def test_rows_are_full(lengths, row_length):
 def test_known_rows(tmp_path):
     """Fault: positions that do not restart, characters counted at tokens that are no targets, or wrong padding."""
     documents = [np.array([0, 5, 6, 0]), np.array([0, 7, 8, 9, 0])]
-    assert write_rows(tmp_path / "rows", pack(documents, 6), row_length=6, vocab_size=10)[0] == 2
-    np.save(tmp_path / "characters.npy", np.array([0, 0, 0, 0, 0, 1, 2, 3, 4, 5], np.int32))
-    rows = PackedRows(tmp_path / "rows", tmp_path / "characters.npy")
+    kind, path = row_type(6, 10), epath.Path(tmp_path / "rows")
+    written = shards.write(path, (to_bytes(row, kind) for row in pack(documents, 6)))
+    decode = functools.partial(unpacked, row_type=kind, characters=np.array([0, 0, 0, 0, 0, 1, 2, 3, 4, 5], np.int32))
+    rows = shards.ShardRows([path], [written.rows], decode)
+    assert len(rows) == 2
     expected = [
         {
             "tokens": [0, 5, 6, 0, 0, 7],
@@ -70,15 +74,15 @@ def test_known_rows(tmp_path):
     assert {name: array.tolist() for name, array in copy[1].items()} == expected[1]
 
 
-def test_the_hash_is_that_of_the_rows(tmp_path, monkeypatch):
+def test_the_hash_is_that_of_the_rows(tmp_path):
     """Fault: a hash that leaves out an array, a row or the length of rows, or that depends on more than these."""
     documents = documents_of([9, 4, 17, 3])
 
     def content(name, documents=documents, row_length=6):
-        return write_rows(tmp_path / name, pack(documents, row_length), row_length, vocab_size=100)[1]
+        rows = (to_bytes(row, row_type(row_length, 100)) for row in pack(documents, row_length))
+        return shards.write(epath.Path(tmp_path / name), rows).content
 
     first = content("first")
-    monkeypatch.setattr(packing, "_ROWS_PER_WRITE", 2)
     assert content("again") == first
     joined = [np.concatenate(documents[:2]), *documents[2:]]  # the same tokens in other segments
     last = [*documents[:-1], documents[-1] + 1]
@@ -88,27 +92,21 @@ def test_the_hash_is_that_of_the_rows(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("vocab_size", [256, 65536, 65537])
-def test_large_ids_survive_the_file(tmp_path, vocab_size):
-    """Fault: a dtype too small for the vocabulary, or a header that disagrees with the rows written."""
-    row = np.array([0, vocab_size - 1, vocab_size // 2], np.int32)
-    count, _ = write_rows(tmp_path / "rows", iter([(row, np.ones(3, np.int32))] * 1500), 3, vocab_size)
-    stored = np.load(tmp_path / "rows" / "tokens.npy", mmap_mode="r")
-    assert count == 1500
-    assert stored.shape == (1500, 3)
-    assert (stored == row).all()
+def test_large_ids_survive_the_file(vocab_size):
+    """Fault: a type too small for the vocabulary."""
+    row = np.array([0, vocab_size - 1, vocab_size // 2], np.int32), np.ones(3, np.int32)
+    kind = row_type(3, vocab_size)
+    back = unpacked(to_bytes(row, kind), kind, np.zeros(vocab_size, np.int32))
+    assert back["tokens"].tolist() == row[0].tolist()
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
-    """Fault: half-written rows that the next run takes for whole ones."""
-    (tmp_path / "rows.partial").mkdir()
-    (tmp_path / "rows.partial" / "leftover").touch()
+    """Fault: a half-written shard that the next run takes for a whole one."""
 
-    def fill():
-        with AtomicDirectory(tmp_path / "rows") as partial:
-            assert list(partial.iterdir()) == []
-            (partial / "file").touch()
-            raise KeyboardInterrupt
+    def rows():
+        yield b"row"
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fill()
+        shards.write(epath.Path(tmp_path / "a"), rows())
     assert list(tmp_path.iterdir()) == []

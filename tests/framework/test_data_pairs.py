@@ -9,10 +9,11 @@ import sys
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from wmt14 import prepare_wmt14
 
-from shampax.framework.data import samples
-from shampax.framework.data.pair_packing import PackedPairs, Room, write_pairs
+from shampax.framework.data import samples, shards
+from shampax.framework.data.pair_packing import Packer, Room
 from shampax.framework.data.pair_sources import open_pairs
 from shampax.framework.data.pairs import PairData
 from shampax.framework.data.pipeline import Batches
@@ -145,15 +146,16 @@ def test_pairs_that_just_fit(tmp_path, limit, expected):
     sizes = [(3, 2), (1, 1), (1, 2), (1, 2), (1, 1), (1, 1), (1, 1), (3, 3)]
     pairs = [(np.full(s, 10 + i, np.int32), np.full(t, 20 + i, np.int32)) for i, (s, t) in enumerate(sizes)]
     room = Room(6, 8, limit)  # targets take a slot less than they have with both ends
-    count, content = write_pairs(tmp_path / "a", iter(pairs), room, 300)
-    rows = PackedPairs(tmp_path / "a", room)
+    packer = Packer(room, 300)
+    count, content, _ = shards.write(epath.Path(tmp_path / "a"), packer.pack(iter(pairs)))
+    rows = shards.ShardRows([epath.Path(tmp_path / "a")], [count], packer)
     assert [sorted({*rows[i]["source"].tolist()} - {0}) for i in range(len(rows))] == expected
     assert count == len(rows)
     assert rows[0]["source"].tolist() == [10, 10, 10, 0, 11, 0]
     assert rows[0]["target"].tolist() == [0, 20, 20, 0, 0, 21, 0, 0, 0]
     assert rows[0]["target_segments"].tolist() == [1, 1, 1, 1, 2, 2, 2, 0, 0]
-    assert write_pairs(tmp_path / "b", iter(pairs), room, 300)[1] == content
-    assert write_pairs(tmp_path / "c", iter(pairs[::-1]), room, 300)[1] != content
+    assert shards.write(epath.Path(tmp_path / "b"), packer.pack(iter(pairs))).content == content
+    assert shards.write(epath.Path(tmp_path / "c"), packer.pack(iter(pairs[::-1]))).content != content
     copy = pickle.loads(pickle.dumps(rows))
     assert len(pickle.dumps(rows)) < 1000
     jax.tree.map(np.testing.assert_array_equal, copy[3], rows[3])
@@ -208,7 +210,7 @@ def test_heldout_pairs_are_never_cut(tmp_path):
     fields = {"source": source, "source_column": 3, "target_column": 2, "vocab_size": 300}
     with pytest.raises(UserError, match=r"1 held-out pairs are longer .* up to \d+ source and \d+ target") as caught:
         PairData(**fields, source_length=90, target_length=90).prepare(tmp_path / "cache")
-    assert list((tmp_path / "cache").glob("pairs-*")) == []
+    assert list((tmp_path / "cache").glob("rows-*")) == []
     longest = [int(word) for word in str(caught.value).split() if word.isdecimal()][1:3]
     data = PairData(**fields, source_length=longest[0], target_length=longest[1])
     data.prepare(tmp_path / "cache")

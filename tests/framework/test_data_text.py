@@ -180,12 +180,16 @@ def test_malformed_documents_are_skipped_up_to_a_limit(tmp_path, capfd):
     data = TextData(**fields, max_malformed=2)
     data.prepare(cache)
     err = capfd.readouterr().err
-    assert re.search(r"packing train: 34 documents, .*, 2 malformed skipped -> ", err)
+    assert re.search(r"prepared train: 34 documents, .* rows", err)
     assert f"({tmp_path}/a.txt, document 10: not UTF-8 at byte 5), skipped" in err
     assert decoded(data, cache, "train") == [text for i, text in enumerate(TEXTS) if i % 10 != 9 and i not in (6, 24)]
     assert decoded(data, cache, "heldout") == TEXTS[19::10]
-    (stamp,) = cache.glob("rows-*/stamp.json")
-    assert [json.loads(stamp.read_text())[split]["malformed"]["count"] for split in ("train", "heldout")] == [2, 1]
+    (stamp,) = cache.glob("rows-*/manifest.json")
+    totals = json.loads(stamp.read_text())["splits"]
+    assert [totals[split]["malformed"]["count"] for split in ("train", "heldout")] == [
+        2,
+        1,
+    ]
 
 
 def test_prepared_rows_tell_what_they_lack(tmp_path, capfd):

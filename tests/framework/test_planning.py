@@ -59,6 +59,28 @@ def test_collectives_are_counted(found):
     assert size > 0
 
 
+def test_work_is_predicted_without_the_compiler(found):
+    """Fault: products of model or optimizer are left out or counted for all devices, or a peak below what is kept."""
+    assert found.predicted.flops == pytest.approx(found.model_flops + found.optimizer_flops, rel=0.05)
+    assert found.predicted.peak > found.state_bytes
+    count, size = found.predicted.traffic["all-to-all"]
+    assert (count, size) == pytest.approx(found.compiled.traffic["all-to-all"], rel=0.1)
+    assert found.predicted.step_seconds is None  # of a CPU there are no public figures
+
+
+def test_a_step_takes_time_and_roots_take_cores():
+    """Fault: no time for a chip that is on file, utilisation above 1, or roots on the host for nothing."""
+    changes = {"optimizer.refresh": "host", "optimizer.interval": 4, "optimizer.delay": 1}
+    plan = planning.figures(make_config(**changes), jax.devices()[:2], compiles=False, kind="TPU v5 lite")
+    predicted = plan.predicted
+    assert predicted.step_seconds == pytest.approx(predicted.compute_seconds + predicted.network_seconds)
+    assert 0 < predicted.utilisation < 1
+    # one block of 64 x 16 and one of 32 x 64: sides that are solved once in 4 steps, 80 % of the time
+    seconds = sum(6.5e-10 * side**3 + 1.5e-7 * side**2 for side in (64, 16, 32, 64))
+    assert plan.host_cores == pytest.approx(seconds / 4 / predicted.step_seconds / 0.8, rel=0.1)
+    assert plan.fits
+
+
 def test_other_optimizers_have_bytes_too():
     """Fault: only Shampoo's state has names."""
     plan = planning.figures(make_config(ADAMW), jax.devices()[:2], compiles=False)
@@ -79,6 +101,9 @@ def test_the_report_names_every_figure(found):
         "statistics",
         "all-to-all",
         "temporaries",
+        "all products",
+        "activations",
+        "no public speeds of cpu",
         "more chips",
     ):
         assert word in text

@@ -446,8 +446,14 @@ def test_the_host_runs_one_step_ahead_and_no_further():
         def take(self, opt_state):
             events.append(f"take {opt_state}")
 
+    class Watch:
+        def at(self, phase, step):
+            phases.append((phase, step))
+
+    phases = []
     start = TrainState(None, None, None, None, None)
-    train_module.advance(step, diagnose, Service(), start, iter("abc"), range(4, 7), Log(), lambda step: None)
+    train_module.advance(step, diagnose, Service(), start, iter("abc"), range(4, 7), Log(), Watch(), lambda step: None)
+    assert phases == [(phase, step) for step in (4, 5, 6) for phase in ("host roots", "data", "step")]
     assert events == [
         *["install", "dispatch a", "take after a"],
         *["install", "dispatch b", "take after b", "read 5 {}"],

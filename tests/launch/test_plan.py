@@ -18,7 +18,7 @@ def plan(*arguments):
 
 def test_a_full_size_config_is_planned_without_accelerator_or_data():
     """Fault: planning needs as many devices as are planned for, or the data set."""
-    code, out, _ = plan(f"{LM}1b", "--devices=256", "--json")
+    code, out, _ = plan(f"{LM}1b", "--devices=256", "--chip=v5e", "--json")
     assert code == 0
     found = json.loads(out)
     assert found["mesh"] == {"data": 16, "fsdp": 16, "tensor": 1} | {
@@ -27,6 +27,8 @@ def test_a_full_size_config_is_planned_without_accelerator_or_data():
     assert sum(elements for _, elements in found["parameters"].values()) == 1_199_671_296
     assert found["bytes"]["parameters"] == pytest.approx(4 * 1_199_671_296 / 16, rel=0.01)
     assert found["optimizer_flops"] < 0.1 * found["model_flops"]
+    assert found["predicted"]["peak"] == pytest.approx(2.56e9, rel=0.1)  # libtpu's for v5e:16x16
+    assert 0.2 < found["predicted"]["utilisation"] < 0.9
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,8 @@ def test_what_does_not_fit_says_what_to_change():
         ((f"{LM}sample", "--topology=v5e-16"), "no TPU slice --topology=v5e-16"),
         ((f"{LM}sample", "--topolgy=v5e:2x2"), "unknown flag '--topolgy=v5e:2x2'"),
         ((f"{LM}samle",), "did you mean 'sample'"),
+        ((f"{LM}sample", "--chip=v5f"), "--chip=v5f is for --devices and one of v2"),
+        ((f"{LM}sample", "--search"), "memory and speeds of cpu are not on file"),
         ((f"{LM}sample", "--devices=3"), "16 is not divisible by 3 data shards"),
     ],
 )

@@ -62,8 +62,12 @@ def ran(arguments, capsys):
         ([SAMPLE, SAMPLE], "--config is given twice"),
         ([SAMPLE, "--config.seed"], "--config.seed has no value; write --config.seed=VALUE"),
         ([SAMPLE, "--config.seed", "--config.batch_size=3"], "--config.seed has no value"),
-        ([SAMPLE, "--verbose"], "unknown flag '--verbose'; there are --config, --workdir, --config.KEY and --help"),
+        (
+            [SAMPLE, "--verbose"],
+            "unknown flag '--verbose'; there are --config, --workdir, --config.KEY, --profile_steps and --help",
+        ),
         ([SAMPLE, "runs/other"], "unknown flag 'runs/other'"),
+        ([SAMPLE, "--profile_steps=20:10"], "config.profile_steps is '20:10'; write FIRST:STOP, such as 10:20"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(arguments, message, tmp_path, capsys):
@@ -75,6 +79,12 @@ def test_bad_input_is_one_line_and_writes_nothing(arguments, message, tmp_path, 
     assert err[0].startswith("error: ")
     assert message in err[0]
     assert not workdir.exists()
+
+
+def test_a_workdir_with_too_long_a_name_is_one_line(tmp_path, capsys):
+    code, _, err = ran([SAMPLE, f"--workdir={tmp_path / ('x' * 300)}"], capsys)
+    assert (code, len(err)) == (2, 1)
+    assert "File name too long" in err[0]
 
 
 def test_a_misspelt_key_in_a_file_is_one_line_with_its_place(broken_file, tmp_path, capsys):

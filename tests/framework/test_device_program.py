@@ -1,0 +1,122 @@
+"""Programs of one device, and what is estimated from them, against what can be counted by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from shampax.framework import device_program, liveness, roofline
+from shampax.framework.chips import Speeds
+
+ROWS, WIDTH, LAYERS = 64, 128, 5
+SQUARE = WIDTH * WIDTH * 4  # bytes
+SPEEDS = Speeds(flops=1e12, memory=1e9, network=1e6)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:8])
+
+
+def read(mesh, function, *arguments):
+    """The program of `function(*arguments)`, each argument a shape and its PartitionSpec."""
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, spec)) for s, spec in arguments]
+    with jax.set_mesh(mesh):
+        return device_program.read(jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu",)))
+
+
+def layers(x, w):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+
+def kinds(body):
+    return [operation.kind for operation in body.operations]
+
+
+def test_shapes_loops_and_collectives_are_those_of_a_device(mesh):
+    """Fault: shapes are global, a loop counts once, or weights are not gathered where they are divided."""
+    body = read(mesh, layers, ((ROWS, WIDTH), P(("data", "fsdp"))), ((LAYERS, WIDTH, WIDTH), P(None, "fsdp")))
+    assert [value.shape for value in body.arguments] == [(8, WIDTH), (LAYERS, WIDTH // 2, WIDTH)]
+    (loop,) = [operation for operation in body.operations if operation.kind == "while"]
+    assert loop.turns == LAYERS
+    work = roofline.work(body, SPEEDS, 1)
+    assert work.flops == LAYERS * 2 * 8 * WIDTH * WIDTH
+    assert work.traffic == {"all-gather": (LAYERS, LAYERS * SQUARE)}
+    assert work.network_seconds == pytest.approx(LAYERS * SQUARE / 2 / SPEEDS.network)
+
+
+def test_a_sum_of_which_devices_keep_parts_is_a_reduce_scatter(mesh):
+    """Fault: gradients are reduced whole on every device, in memory and on the network."""
+
+    def gradient(x, y):
+        return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x.T @ y, P()), P("fsdp"))
+
+    body = read(mesh, gradient, ((ROWS, WIDTH), P(("data", "fsdp"))), ((ROWS, WIDTH), P(("data", "fsdp"))))
+    found = [(each.kind, each.group, each.results[0].bytes) for each in body.operations if each.group > 1]
+    assert found == [("reduce-scatter", 2, SQUARE // 2), ("all-reduce", 4, SQUARE // 2)]
+
+
+def test_equal_operations_are_one(mesh):
+    """Fault: a product that is written twice is counted twice."""
+    body = read(mesh, lambda x: (x @ x) + (x @ x).T, ((WIDTH, WIDTH), P()))
+    assert kinds(body).count("dot_general") == 1
+
+
+def test_loops_of_unknown_length_run_as_assumed(mesh):
+    """Fault: a solver's iterations count once."""
+
+    def solve(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x @ x, x)
+
+    body = read(mesh, solve, ((WIDTH, WIDTH), P()))
+    assert roofline.work(body, None, 7).flops == 7 * 2 * WIDTH**3
+
+
+def test_elementwise_work_takes_no_memory(mesh):
+    """Fault: every intermediate of a chain is counted, or none is."""
+    chain = read(mesh, lambda x: jnp.tanh(jnp.exp(x) * 2 + 1) @ x, ((WIDTH, WIDTH), P()))
+    assert liveness.peak(chain) == 0  # the product goes where results go
+    two = read(mesh, lambda x: jnp.tanh(x @ x) @ x, ((WIDTH, WIDTH), P()))
+    assert liveness.peak(two) == SQUARE
+
+
+def test_what_the_backward_pass_reads_is_kept(mesh):
+    """Fault: residuals of a scan are not counted, or recomputation does not save them."""
+
+    def trained(block):
+        def loss(x, w):
+            return jax.lax.scan(lambda x, w: (block(x, w), None), x, w)[0].sum()
+
+        return read(mesh, jax.grad(loss, argnums=1), ((ROWS, WIDTH), P()), ((LAYERS, WIDTH, WIDTH), P()))
+
+    def block(x, w):
+        for _ in range(4):
+            x = jnp.tanh(x @ w)
+        return x
+
+    kept, again = liveness.peak(trained(block)), liveness.peak(trained(jax.checkpoint(block)))
+    rows = ROWS * WIDTH * 4
+    assert kept >= 4 * LAYERS * rows
+    assert LAYERS * rows <= again < kept - 2 * LAYERS * rows
+
+
+def test_a_slice_is_all_that_a_loop_reads_of_a_stack(mesh):
+    """Fault: a loop over layers is charged with all layers at every turn."""
+    body = read(mesh, layers, ((ROWS, WIDTH), P()), ((LAYERS, WIDTH, WIDTH), P()))
+    read_and_written = LAYERS * (SQUARE + 2 * ROWS * WIDTH * 4)
+    assert roofline.work(body, None, 1).memory_bytes == pytest.approx(read_and_written, rel=0.5)
+
+
+def test_an_operation_takes_the_longer_of_its_products_and_its_bytes(mesh):
+    """Fault: the two are added, or precision costs nothing."""
+    fast = SPEEDS._replace(flops=1e30)
+    slow = SPEEDS._replace(memory=1e30)
+
+    def product(precision):
+        return read(mesh, lambda x: jnp.dot(x, x, precision=precision), ((WIDTH, WIDTH), P()))
+
+    default, highest = product("default"), product("highest")
+    assert roofline.work(default, fast, 1).step_seconds == pytest.approx(2 * SQUARE / SPEEDS.memory)
+    assert roofline.work(default, slow, 1).step_seconds == pytest.approx(2 * WIDTH**3 / SPEEDS.flops)
+    assert roofline.work(highest, slow, 1).step_seconds == pytest.approx(6 * 2 * WIDTH**3 / SPEEDS.flops)
