@@ -3,10 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from .planning import SOLVER_ITERATIONS, Figures
-
-# Mesh axes with which predicted peaks were less than half of the compiler's (docs/plan.md).
-_UNDERRATED = ("expert", "sequence")
+from .planning import SOLVER_ITERATIONS, UNDERRATED, Figures
 
 
 def text(title: str, found: Figures, suggestions: Sequence[str]) -> str:
@@ -83,10 +80,11 @@ def _verdict(found: Figures) -> list[str]:
     if found.memory is None:
         return []
     whose = "the compiler's peak" if found.compiled and not found.compiled.error else "predicted peak"
-    verdict = "fits" if found.fits else "does not fit"
+    verdict = {True: "fits", False: "does not fit", None: "may not fit"}[found.fits]
     lines = [f"{verdict}: {whose} {found.needed / 1e9:.2f} GB, a device has {found.memory / 1e9:.2f} GB"]
-    if not found.compiled and any(found.mesh.get(axis, 1) > 1 for axis in _UNDERRATED):
-        lines.append(f"  with mesh axes {' or '.join(_UNDERRATED)} the compiler may take twice as much: see --topology")
+    if found.margin > 1:
+        axes = " or ".join(UNDERRATED)
+        lines.append(f"  with mesh axes {axes} the compiler may take {found.margin:g} times as much: see --topology")
     return lines
 
 

@@ -29,8 +29,8 @@ class Candidate:
 
     @property
     def seconds(self) -> float:
-        """Of a predicted step; infinite where it does not fit."""
-        if self.figures is None or not self.figures.fits:
+        """Of a predicted step; infinite where it does not fit, as far as that can be told."""
+        if self.figures is None or self.figures.fits is False:
             return math.inf
         return self.figures.predicted.step_seconds or math.inf
 
@@ -39,7 +39,7 @@ class Candidate:
         found = self.figures
         return {
             "overrides": list(self.overrides),
-            "fits": found is not None and bool(found.fits),
+            "fits": False if found is None else found.fits,
             "step_seconds": found and found.predicted.step_seconds,
             "utilisation": found and found.predicted.utilisation,
             "peak": found and found.predicted.peak,
@@ -116,7 +116,8 @@ def text(found: Sequence[Candidate], shown: int = 5) -> str:
         predicted = each.figures.predicted
         flags = " ".join(f"--config.{override}" for override in each.overrides)
         share = f"{predicted.utilisation or 0:.0%}"
-        lines.append(f"  {1e3 * each.seconds:>7,.1f}  {share:>4}  {predicted.peak / 1e9:>8.2f}  {flags}")
+        unsure = "" if each.figures.fits else "  (may not fit: see --topology)"
+        lines.append(f"  {1e3 * each.seconds:>7,.1f}  {share:>4}  {predicted.peak / 1e9:>8.2f}  {flags}{unsure}")
     if not good:
         smallest = min((each for each in found if each.figures), key=lambda each: _needed(each), default=None)
         if smallest is not None:
