@@ -9,6 +9,8 @@ sample, sample_host, sample_adamw: the quick start, the same with roots on the h
   200 steps is 4.77 nats per token, 3.27 bits per character; AdamW's 5.01 and 3.43 (means of three seeds,
   docs/results.md).
 
+sample_kl_shampoo, sample_soap, sample_muon: the same with other preconditioners on the same blocks.
+
 sample_moe: the same with a mixture of 4 experts in each layer, of which a token uses 2, divided over 2 of the devices.
 
     python -m shampax.launch.train --config=shampax/configs/lm.py:sample_moe --workdir=runs/moe
@@ -90,6 +92,21 @@ def sample_adamw(config: Any) -> None:
     sample(config)
     config.optimizer = base.component(ADAMW, rate_rules=EMBEDDING_RATE, beta1=0.7)
     config.schedule.learning_rate = 3e-3
+
+
+def sample_kl_shampoo(config: Any) -> None:
+    """The same under KL-Shampoo."""
+    _of_the_family(config, "kl_shampoo")
+
+
+def sample_soap(config: Any) -> None:
+    """The same under SOAP."""
+    _of_the_family(config, "soap")
+
+
+def sample_muon(config: Any) -> None:
+    """The same under Muon, on whole matrices."""
+    _of_the_family(config, "muon block_size=1024")
 
 
 def sample_moe(config: Any) -> None:
@@ -192,6 +209,9 @@ VARIANTS = {
     "sample": sample,
     "sample_host": sample_host,
     "sample_adamw": sample_adamw,
+    "sample_kl_shampoo": sample_kl_shampoo,
+    "sample_soap": sample_soap,
+    "sample_muon": sample_muon,
     "sample_moe": sample_moe,
     "1b": one_billion,
     "8b": eight_billion,
@@ -215,6 +235,14 @@ def _select(config: Any, *, vocab_size: int, source: str, sequence_length: int, 
         source=source,
         sequence_length=sequence_length,
         vocab_size=config.task.get_ref("vocab_size"),
+    )
+
+
+def _of_the_family(config: Any, treatment: str) -> None:
+    """`sample` with another preconditioner on everything but embeddings."""
+    sample(config)
+    config.optimizer.treatments = tuple(
+        (pattern, treatment if text == "shampoo" else text) for pattern, text in config.optimizer.treatments
     )
 
 

@@ -40,7 +40,8 @@ def message(error):
         ("diagonal", Treatment("diagonal")),
         ("rows", Treatment("rows")),
         ("one_sided side=left", Treatment("one_sided", side="left")),
-        ("one_sided", Treatment("one_sided", side="short")),
+        ("one_sided", Treatment("one_sided")),
+        ("soap side=short", Treatment("soap", side="short")),
         ("  shampoo   block_size=512  exponent=0.5 ", Treatment(block_size=512, exponent=0.5)),
         ("shampoo view=tensor stack=2", Treatment(view="tensor", stack=2)),
         ("shampoo ridge=1e-4 beta2=1", Treatment(ridge=1e-4, beta2=1.0)),
@@ -54,7 +55,7 @@ def test_parse(text, expected):
     assert [type(v) for v in dataclasses.astuple(parsed)] == [type(v) for v in dataclasses.astuple(expected)]
 
 
-KINDS = "must begin with one of shampoo, one_sided, diagonal, rows"
+KINDS = "must begin with one of shampoo, one_sided, soap, kl_shampoo, muon, diagonal, rows"
 KEYS = "it may set side, view, block_size, exponent, ridge, cut, beta2, stack as key=value"
 
 
@@ -70,12 +71,10 @@ KEYS = "it may set side, view, block_size, exponent, ridge, cut, beta2, stack as
         ("shampoo ridge=x", "treatment 'shampoo ridge=x': ridge needs a float, not 'x'"),
         ("shampoo ridge", "treatment 'shampoo ridge': ridge needs a float, not ''"),
         ("shampoo exponent=1/4", "treatment 'shampoo exponent=1/4': exponent needs a float, not '1/4'"),
-        ("one_sided side=top", "treatment 'one_sided side=top': side is 'top'; choose left, right or short"),
-        ("shampoo side=left", "treatment 'shampoo side=left': side is for one_sided treatments only"),
-        (
-            "one_sided view=tensor",
-            "treatment 'one_sided view=tensor': one_sided treatments are of matrices; leave view=tensor out",
-        ),
+        ("one_sided side=top", "treatment 'one_sided side=top': side is 'top'; choose one of both, left, right, short"),
+        ("rows side=left", "treatment 'rows side=left': side is for preconditioners, not for diagonal methods"),
+        ("one_sided view=tensor", "treatment 'one_sided view=tensor': it is of matrices; leave view=tensor out"),
+        ("soap exponent=0.5", "treatment 'soap exponent=0.5': soap has no exponent to choose; leave it out"),
         ("rows beta2=1", "treatment 'rows beta2=1': rows are summed up without further choices; write 'rows' alone"),
         ("shampoo stack=-1", "treatment 'shampoo stack=-1': stack is -1; it must not be negative"),
         # What the options see when they put their own values beside it
@@ -305,6 +304,8 @@ TEXTS = {
     "ridge": {"1e-4": 1e-4},
     "cut": {"0": 0.0},
     "solver": {"eigh": "eigh"},
+    "basis": {"eigh": "eigh"},
+    "orthogonalization": {"polar_express": "polar_express"},
     "residual_bound": {"0.5": 0.5},
     "max_failures": {"9": 9},
     "refresh": {"periodic": "periodic"},
