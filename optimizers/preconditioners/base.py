@@ -5,6 +5,7 @@ installs what was found for them, staggered, periodically or from the host. All 
 Shapes in names: n blocks, r a side's length, s the shape of a block.
 """
 
+import abc
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ class Solved(NamedTuple):
     accepted: jax.Array
 
 
-class Preconditioner:
+class Preconditioner(abc.ABC):
     """One of the family.
 
     Attributes:
@@ -85,17 +86,17 @@ class Preconditioner:
         del options
         return False
 
+    @abc.abstractmethod
     def order(self, exponent: float | None, sides: int) -> int:
         """The p of each side's inverse p-th root, 0 where no side has statistics.
 
         Raises:
           ValueError: the exponent is none that it can have.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def title(self, p: int) -> str:
         """For tables, after a block's shape."""
-        raise NotImplementedError
 
     def observed(self, g: jax.Array, blocks: Blocks, side: int) -> jax.Array:
         """What the statistics of a side are the second moments of: [n, *s], unfolded along that side.
@@ -108,6 +109,7 @@ class Preconditioner:
         del blocks, side
         return g
 
+    @abc.abstractmethod
     def act(
         self, m: jax.Array, g: jax.Array, blocks: Blocks, step: jax.Array, options: Any
     ) -> tuple[jax.Array, jax.Array | None]:
@@ -120,11 +122,10 @@ class Preconditioner:
           step: number of this step, from 1.
           options: of the optimizer.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def takes(self, exponent: jax.Array, group: Any) -> jax.Array:
         """How many powers of two acting takes from a momentum of the order of 2^exponent."""
-        raise NotImplementedError
 
     def solve(self, stack: jax.Array, old: jax.Array | None, sizes: jax.Array, group: Any, options: Any) -> Solved:
         """Factors of a batch of statistics, on a device.
@@ -136,11 +137,11 @@ class Preconditioner:
           group: p, ridge and cut of the blocks.
           options: of the optimizer.
         """
-        raise NotImplementedError
+        raise AssertionError(f"{self.name} keeps no statistics")
 
     def solve_on_host(self, a: np.ndarray, group: Any, options: Any) -> tuple[HostRoot | None, int]:
         """(the factor of one matrix [r, r] float64 without padding, None where none is sound; how many more tries)."""
-        raise NotImplementedError
+        raise AssertionError(f"{self.name} keeps no statistics")
 
     def shift(self, exponent: Any, group: Any) -> Any:
         """Log2 of what a factor of statistics divided by 2^(power x exponent) is to be multiplied by."""
@@ -151,7 +152,7 @@ class Preconditioner:
         self, second_moment: jax.Array, old: Sequence[jax.Array], new: Sequence[jax.Array], sides: Sequence[int]
     ) -> jax.Array:
         """The second moment [n, *s] of the same blocks when new factors take the place of old ones."""
-        raise NotImplementedError
+        raise AssertionError(f"{self.name} keeps no second moment")
 
 
 def multiplied(x: jax.Array, factors: Sequence[jax.Array], sides: Sequence[int]) -> jax.Array:

@@ -1,0 +1,22 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shampax.optimizers.symmetric import pack, packed_shape, unpack
+
+
+@pytest.mark.parametrize("r", [1, 2, 3, 8, 11, 128])
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_a_symmetric_matrix_survives_packing_to_the_last_bit(r, xp):
+    """Catches an element that is lost, or comes back in another place; odd sides; NumPy and JAX that differ."""
+    x = np.random.default_rng(r).normal(size=(3, r, r)).astype(np.float32)
+    x = np.tril(x) + np.swapaxes(np.tril(x, -1), -2, -1)
+    packed = pack(xp.asarray(x))
+    assert packed.shape == (3, *packed_shape(r))
+    np.testing.assert_array_equal(unpack(packed, r), x)
+
+
+def test_half_the_memory():
+    """Catches a form that keeps both triangles."""
+    rows, columns = packed_shape(1024)
+    assert rows * columns == 1024 * 1025 // 2
