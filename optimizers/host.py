@@ -33,8 +33,9 @@ from .blocks import Bucket
 from .in_flight import InFlight, empty_bank, recalled, store
 from .options import ShampooOptions
 from .parcels import Contents, Parcel, Parcels
-from .refresh import preconditioner_of
+from .refresh import kept_factor, preconditioner_of
 from .residence import HOST_KIND
+from .symmetric import unpack
 from .workers import Workers, pool_size
 
 # Share of a run's time spent waiting for roots that nobody need hear of.
@@ -336,18 +337,22 @@ class HostRoots:
         """In a worker's thread: the roots of one block."""
         start = time.perf_counter()
         group, preconditioner, sides, retries = bucket.group, preconditioner_of(bucket), [], 0
-        fresh.seen[i] = all(np.trace(s[i], dtype=np.float64) > 0 for s in contents.statistics)
-        for side, stack in zip(bucket.sides, contents.statistics, strict=True):
+        statistics = [
+            unpack(s[i], bucket.shape[side]) for side, s in zip(bucket.sides, contents.statistics, strict=True)
+        ]
+        fresh.seen[i] = all(np.trace(s, dtype=np.float64) > 0 for s in statistics)
+        for side, s in zip(bucket.sides, statistics, strict=True):
             size = contents.sizes[i, side]
-            a = np.asarray(stack[i, :size, :size], np.float64) / np.float64(contents.correction[i])
+            a = np.asarray(s[:size, :size], np.float64) / np.float64(contents.correction[i])
             root, tried = preconditioner.solve_on_host(a, group, self._options)
             retries += tried
             sides.append(root)
         scale = 2.0 ** preconditioner.shift(int(contents.exponent[i]), group)
         accepted = fresh.seen[i] and all(side is not None for side in sides)
         if accepted:
-            for place, side in zip(fresh.roots, sides, strict=True):
-                place[i, : len(side.root), : len(side.root)] = side.root * scale
+            for place, side, found in zip(fresh.roots, bucket.sides, sides, strict=True):
+                padded = np.pad(found.root * scale, (0, bucket.shape[side] - len(found.root)))
+                place[i] = kept_factor(padded, bucket)
             fresh.residual[i] = max(side.residual for side in sides)
             fresh.condition[i] = max(side.condition for side in sides)
             fresh.effective_rank[i] = min(side.effective_rank for side in sides)

@@ -8,13 +8,14 @@ import numpy as np
 
 from .blocks import Bucket
 from .parcels import Contents
+from .symmetric import packed_shape
 
 
 class InFlight(NamedTuple):
     """Statistics whose roots have not been installed yet, as a checkpoint keeps them; axis 0 numbers the slots.
 
     Attributes:
-      statistics: per preconditioned side [n, r, r] float32.
+      statistics: per preconditioned side [n, r, r] float32, packed.
       correction: [n] float32, what they are to be divided by.
       exponent: [n] int32, of the gradients they are of.
       stamp: [n] int32, the count of the steps in them; 0 where nothing is in flight.
@@ -31,7 +32,7 @@ def in_flight_spec(bucket: Bucket, slots: int) -> InFlight:
     lengths = [bucket.shape[side] for side in bucket.sides]
     spec: Any = jax.ShapeDtypeStruct
     return InFlight(
-        statistics=tuple(spec((slots, r, r), jnp.float32) for r in lengths),
+        statistics=tuple(spec((slots, *packed_shape(r)), jnp.float32) for r in lengths),
         correction=spec((slots,), jnp.float32),
         exponent=spec((slots,), jnp.int32),
         stamp=spec((slots,), jnp.int32),

@@ -291,9 +291,8 @@ def _numbering(entry: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _statistics(name: str) -> str:
-    """What a preconditioner's statistics are; the name itself where there is none of that name today."""
-    known = PRECONDITIONERS.get(name)
-    return known.statistics if known else name
+    """What a preconditioner's statistics are."""
+    return PRECONDITIONERS[name].statistics
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:

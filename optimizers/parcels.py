@@ -19,7 +19,8 @@ from .blocks import Bucket
 from .exchange import Owners
 from .moments import correction
 from .options import ShampooOptions
-from .refresh import Fresh, Roots, install
+from .refresh import Fresh, Roots, factor_shape, install
+from .symmetric import packed_shape
 
 
 class Parcel(NamedTuple):
@@ -38,7 +39,7 @@ class Contents(NamedTuple):
     """One device's part of a parcel of statistics, for one bucket; axis 0 numbers the blocks that may be due.
 
     Attributes:
-      statistics: per preconditioned side [w, r, r] float32.
+      statistics: per preconditioned side [w, r, r] float32, packed.
       correction: [w] float32, what statistics are to be divided by.
       slot: [w] int32, the device's slots; past the last where nothing is due.
       exponent: [w] int32, statistics are of gradients divided by 2^exponent.
@@ -177,18 +178,17 @@ class Parcels:
 
         return self.owners.run(local, {}, {}, (dict(roots), parcel), (count, at, stamp))[1]
 
-    def _matrices(self, bucket: Bucket) -> list[tuple[int, ...]]:
-        return [(self.window(bucket), bucket.shape[side], bucket.shape[side]) for side in bucket.sides]
-
     def _taken_floats(self, bucket: Bucket) -> list[tuple[int, ...]]:
-        return [*self._matrices(bucket), (self.window(bucket),)]
+        window = self.window(bucket)
+        return [*[(window, *packed_shape(bucket.shape[side])) for side in bucket.sides], (window,)]
 
     def _taken_ints(self, bucket: Bucket) -> list[tuple[int, ...]]:
         window = self.window(bucket)
         return [(window,), (window,), (window, len(bucket.shape))]
 
     def _fresh_floats(self, bucket: Bucket) -> list[tuple[int, ...]]:
-        return [*self._matrices(bucket), *[(self.window(bucket),)] * 3]
+        window = self.window(bucket)
+        return [*[(window, *factor_shape(bucket, bucket.shape[side])) for side in bucket.sides], *[(window,)] * 3]
 
 
 def _split(flat: Any, shapes: Sequence[tuple[int, ...]]):

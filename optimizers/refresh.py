@@ -13,6 +13,7 @@ from .moments import correction
 from .options import ShampooOptions
 from .preconditioners import PRECONDITIONERS, Preconditioner
 from .preconditioners.base import Blocks, Solved
+from .symmetric import pack, packed_shape, unpack
 
 NO_GRADIENT = -1000
 
@@ -21,11 +22,12 @@ class Roots(NamedTuple):
     """What a refresh reads and writes for the blocks of one bucket; axis 0 of every array numbers the slots.
 
     Attributes:
-      statistics: per preconditioned side [n, r, r], of gradients divided by 2^exponent.
+      statistics: per preconditioned side [n, r, r], packed (see the module `symmetric`), of gradients divided by
+        2^exponent.
       exponent: [n] int32, of the largest gradient entry so far: squares of gradients would leave float32 far sooner
         than gradients do. NO_GRADIENT before the first that is not zero.
-      roots: like statistics, what acts on each side: an inverse root, or what else the preconditioner makes of them;
-        zero before the first accepted refresh.
+      roots: per preconditioned side [n, r, r], packed where they are symmetric: what acts on it, an inverse root or
+        what else the preconditioner makes of its statistics; zero before the first accepted refresh.
       second_moment: [n, *shape] float32, of the gradients as a preconditioner sees them that adapts; None otherwise.
       residual: [n] float32 of the newest accepted roots, the worst side.
       condition: [n] float32, estimate of the condition number of the regularised statistics, the worst side.
@@ -51,7 +53,7 @@ class Fresh(NamedTuple):
     """What a refresh has found for blocks of one bucket; axis 0 of every array numbers the blocks that were due.
 
     Attributes:
-      roots: per preconditioned side [m, r, r] float32, of the gradients as they are.
+      roots: per preconditioned side [m, ...] float32, as they are kept, of the gradients as they are.
       residual, condition: [m] float32, of the worst side.
       effective_rank: [m] float32, of the side where it is least.
       accepted: [m] bool, whether the roots of all sides may be used.
@@ -82,9 +84,9 @@ def initial_roots(bucket: Bucket, slots: int, options: ShampooOptions) -> Roots:
     """Before the first gradient."""
     lengths = [bucket.shape[side] for side in bucket.sides]
     return Roots(
-        statistics=tuple(jnp.zeros((slots, r, r), options.statistics_dtype) for r in lengths),
+        statistics=tuple(jnp.zeros((slots, *packed_shape(r)), options.statistics_dtype) for r in lengths),
         exponent=jnp.full(slots, NO_GRADIENT, jnp.int32),
-        roots=tuple(jnp.zeros((slots, r, r), options.roots_dtype) for r in lengths),
+        roots=tuple(jnp.zeros((slots, *factor_shape(bucket, r)), options.roots_dtype) for r in lengths),
         second_moment=jnp.zeros((slots, *bucket.shape), jnp.float32) if preconditioner_of(bucket).adapts else None,
         residual=jnp.zeros(slots, jnp.float32),
         condition=jnp.zeros(slots, jnp.float32),
@@ -100,6 +102,24 @@ def preconditioner_of(bucket: Bucket) -> Preconditioner:
     return PRECONDITIONERS[bucket.group.preconditioner]
 
 
+def factor_shape(bucket: Bucket, r: int) -> tuple[int, int]:
+    """Of what is kept for a side of length r to act on it."""
+    return packed_shape(r) if preconditioner_of(bucket).symmetric else (r, r)
+
+
+def kept_factor(x: Any, bucket: Bucket) -> Any:
+    """A factor [..., r, r] as it is kept; NumPy or JAX."""
+    return pack(x) if preconditioner_of(bucket).symmetric else x
+
+
+def _factors(kept: Sequence[jax.Array], bucket: Bucket) -> list[jax.Array]:
+    """Per preconditioned side [n, r, r] float32, of arrays [n, ...] as they are kept."""
+    whole = [x.astype(jnp.float32) for x in kept]
+    if not preconditioner_of(bucket).symmetric:
+        return whole
+    return [unpack(x, bucket.shape[side]) for side, x in zip(bucket.sides, whole, strict=True)]
+
+
 def grafted(bucket: Bucket, options: ShampooOptions) -> bool:
     """Whether the update of a bucket's blocks has the length of the graft's."""
     return options.graft != "none" and preconditioner_of(bucket).grafts
@@ -109,7 +129,7 @@ def blocks_of(roots: Roots, bucket: Bucket, sizes: jax.Array) -> Blocks:
     """A device's blocks as a preconditioner sees them; `sizes` are [n, sides of a block] their real lengths."""
     return Blocks(
         sides=bucket.sides,
-        factors=[x.astype(jnp.float32) for x in roots.roots],
+        factors=_factors(roots.roots, bucket),
         found=roots.refreshed > 0,
         exponent=roots.exponent,
         second_moment=roots.second_moment,
@@ -155,15 +175,15 @@ def accumulate(
     g = jnp.where(scale > 0, g * scale, 0)
     blocks = blocks_of(roots._replace(exponent=exponent), bucket, sizes)
     statistics = []
-    for side, s_nrr in zip(bucket.sides, roots.statistics, strict=True):
+    for side, kept in zip(bucket.sides, roots.statistics, strict=True):
         others = [axis for axis in range(1, g.ndim) if axis != side + 1]
 
-        def renewed(s_nrr: jax.Array, x: jax.Array, grown: jax.Array, others: Sequence[int] = others) -> jax.Array:
+        def renewed(packed: jax.Array, x: jax.Array, grown: jax.Array, others: Sequence[int] = others) -> jax.Array:
             product = lax.dot_general(x, x, ((others, others), ((0,), (0,))), precision=lax.Precision.HIGHEST)
-            return (old * grown * s_nrr.astype(jnp.float32) + new * product).astype(s_nrr.dtype)
+            return (old * grown * packed.astype(jnp.float32) + new * pack(product)).astype(packed.dtype)
 
         x = preconditioner.observed(g, blocks, side)
-        statistics.append(residence.updated(s_nrr, renewed, (x, grown), wanted=wanted, on_host=on_host))
+        statistics.append(residence.updated(kept, renewed, (x, grown), wanted=wanted, on_host=on_host))
     return roots._replace(statistics=tuple(statistics), exponent=exponent)
 
 
@@ -199,7 +219,9 @@ def refresh(
 
     on_host = options.statistics_memory == "host"
     due_rows = {
-        (b.name, number): residence.rows(statistics, due[b.name].slot, on_host=on_host).astype(jnp.float32)
+        (b.name, number): unpack(
+            residence.rows(statistics, due[b.name].slot, on_host=on_host).astype(jnp.float32), b.shape[b.sides[number]]
+        )
         for b in buckets
         for number, statistics in enumerate(roots[b.name].statistics)
     }
@@ -215,7 +237,9 @@ def refresh(
         sizes = jnp.concatenate([due[b.name].sizes[:, b.sides[number]] for b, number in members])
         old = None
         if preconditioner.warm:
-            old = jnp.concatenate([_rows(roots[b.name].roots[number], due[b.name].slot) for b, number in members])
+            old = jnp.concatenate(
+                [_factors(_rows(roots[b.name], due[b.name].slot), b)[number] for b, number in members]
+            )
         if before is not None and preconditioner.uses_lapack(options):
             # Two LAPACK calls in flight can deadlock on a CPU: the next begins when this one has ended.
             stack, before = lax.optimization_barrier((stack, before))
@@ -247,8 +271,9 @@ def refresh(
     return result
 
 
-def _rows(x: jax.Array, slot: jax.Array) -> jax.Array:
-    return x.at[slot].get(mode="clip").astype(jnp.float32)
+def _rows(roots: Roots, slot: jax.Array) -> list[jax.Array]:
+    """The factors of some slots, as they are kept."""
+    return [x.at[slot].get(mode="clip") for x in roots.roots]
 
 
 def install(state: Roots, slot: jax.Array, fresh: Fresh, step: jax.Array, bucket: Bucket) -> Roots:
@@ -271,8 +296,10 @@ def install(state: Roots, slot: jax.Array, fresh: Fresh, step: jax.Array, bucket
 
     accepted, second_moment = fresh.accepted, state.second_moment
     if second_moment is not None:
-        before = [_rows(x, slot) for x in state.roots]
-        carried = preconditioner_of(bucket).carried(old(second_moment), before, fresh.roots, bucket.sides)
+        before = _factors(_rows(state, slot), bucket)
+        carried = preconditioner_of(bucket).carried(
+            old(second_moment), before, _factors(fresh.roots, bucket), bucket.sides
+        )
         second_moment = put(second_moment, carried, accepted)
     return state._replace(
         second_moment=second_moment,
@@ -296,7 +323,7 @@ def _joined(sides: Sequence[Solved], seen: jax.Array, exponent: jax.Array, bucke
     # Of the gradients as they are.
     scale = jnp.exp2(preconditioner_of(bucket).shift(exponent, bucket.group))[:, None, None]
     return Fresh(
-        roots=tuple(side.factor * scale for side in sides),
+        roots=tuple(kept_factor(side.factor * scale, bucket) for side in sides),
         residual=jnp.stack([side.residual for side in sides]).max(axis=0),
         condition=jnp.stack([side.condition for side in sides]).max(axis=0),
         effective_rank=jnp.stack([side.effective_rank for side in sides]).min(axis=0),

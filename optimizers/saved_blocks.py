@@ -15,7 +15,9 @@ from .blocks import Bucket, Leaf, Plan
 from .in_flight import InFlight
 from .options import ShampooOptions
 from .patterns import state_key
+from .preconditioners import PRECONDITIONERS
 from .refresh import Roots
+from .symmetric import packed_shape
 from .views import View
 
 MOMENTUM, SECOND_MOMENT, GATHERED = "moments/momentum", "moments/second_moment", "gathered"
@@ -222,7 +224,8 @@ def _bucket(name: str, entry: Mapping[str, Any]) -> SavedBucket:
     shape, sides = _wholes(entry["shape"], least=1), _wholes(entry["sides"])
     if not shape or list(sides) != sorted(set(sides) & {*range(len(shape))}):
         raise ValueError(f"bucket {name} has the sides {list(sides)} of blocks of the shape {list(shape)}")
-    _text(entry["preconditioner"])
+    if _text(entry["preconditioner"]) not in PRECONDITIONERS:
+        raise ValueError(f"bucket {name} is under {entry['preconditioner']!r:.50}, which nobody knows here")
     for field in ("p", "first"):
         _whole(entry[field])
     _whole(entry["phases"], least=1)
@@ -254,10 +257,11 @@ def _bucket(name: str, entry: Mapping[str, Any]) -> SavedBucket:
 
 def _check_arrays(bucket: SavedBucket, shapes: Shapes) -> set[str]:
     """The names of a bucket's arrays; raises ValueError if one is missing or has not the shape it must have."""
-    squares = [(bucket.shape[side], bucket.shape[side]) for side in bucket.sides]
+    lengths = [bucket.shape[side] for side in bucket.sides]
+    symmetric = PRECONDITIONERS[bucket.entry["preconditioner"]].symmetric
 
-    def per_side(field: str) -> dict[str, tuple[int, ...]]:
-        return {f"{field}/{number}": square for number, square in enumerate(squares)}
+    def per_side(field: str, *, packed: bool = True) -> dict[str, tuple[int, ...]]:
+        return {f"{field}/{number}": packed_shape(r) if packed else (r, r) for number, r in enumerate(lengths)}
 
     def per_slot(kind: type, prefix: str, *stacks: str) -> dict[str, tuple[int, ...]]:
         fields: Sequence[str] = kind._fields  # type: ignore  (of a NamedTuple)
@@ -267,7 +271,7 @@ def _check_arrays(bucket: SavedBucket, shapes: Shapes) -> set[str]:
     needed |= (
         per_slot(Roots, "roots", "statistics", "roots", "second_moment")
         | per_side("roots/statistics")
-        | per_side("roots/roots")
+        | per_side("roots/roots", packed=symmetric)
     )
     in_flight = per_slot(InFlight, "in_flight", "statistics") | per_side("in_flight/statistics")
     prefix = f"buckets/{bucket.name}/"

@@ -62,6 +62,7 @@ class Preconditioner(abc.ABC):
       statistics: what its statistics are, in a word; states of the same word can be taken over from each other.
       grafts: whether its updates have the graft's norm, and the graft's direction before there are factors.
       adapts: whether it keeps a second moment for each element of a block as it sees it.
+      symmetric: whether its factors are.
       warm: whether a refresh starts from the factor that is there.
       matrices_only: whether blocks must have two sides.
       has_exponent: whether a treatment may set its exponent.
@@ -72,6 +73,7 @@ class Preconditioner(abc.ABC):
     statistics = "second moments"
     grafts = True
     adapts = False
+    symmetric = True
     warm = False
     matrices_only = False
     has_exponent = False

@@ -30,6 +30,7 @@ class Soap(Preconditioner):
     name = "soap"
     grafts = False
     adapts = True
+    symmetric = False
     warm = True
 
     def order(self, exponent: float | None, sides: int) -> int:

@@ -11,6 +11,7 @@ from optimizing import by_block, gradients, optimizer, train, zeros
 
 from shampax.optimizers import ShampooOptions
 from shampax.optimizers.preconditioners.muon import POLYNOMIALS, orthogonalized
+from shampax.optimizers.symmetric import unpack
 
 SHAPE = {"w": (64, 32)}
 
@@ -81,7 +82,7 @@ def test_kl_shampoos_statistics_are_the_covariance_of_a_kronecker_product():
     stream = [{"w": (np.sqrt(a) @ random.normal(size=(12, 8)) @ np.sqrt(b)).astype(np.float32)} for _ in range(400)]
     run = train(options("kl_shampoo", interval=1, beta2=0.99), stream)
     (block,) = by_block(optimizer(options("kl_shampoo", interval=1)), zeros({"w": (12, 8)}), run.states[-1]).values()
-    short, long = (np.asarray(s, np.float64) for s in block.roots.statistics)
+    short, long = (unpack(s.astype(np.float64), r) for s, r in zip(block.roots.statistics, (8, 12), strict=True))
     found = np.kron(long, short) * 4.0 ** int(block.roots.exponent)
     wanted = np.kron(a, b)
     assert np.linalg.norm(found - wanted) <= 0.25 * np.linalg.norm(wanted)
