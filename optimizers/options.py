@@ -242,8 +242,13 @@ class ShampooOptions:
                 raise ValueError(f"the learning rate of {pattern!r} has the factor {factor}; it must not be negative")
         rules = [self.resolve(Treatment.parse(text)) for _, text in self.treatments]
         for rule in rules:
-            if rule.preconditioner:
-                rule.order(2)
+            if not rule.preconditioner:
+                continue
+            rule.order(2)
+            if rule.family.reads_statistics and self.statistics_memory == "host":
+                raise ValueError(
+                    f"statistics_memory is 'host', but {rule.kind} reads its statistics on every step; use 'device'"
+                )
         self._warn(rules)
 
     def _check_numbers(self) -> None:

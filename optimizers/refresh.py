@@ -132,6 +132,10 @@ def blocks_of(roots: Roots, bucket: Bucket, sizes: jax.Array) -> Blocks:
         factors=_factors(roots.roots, bucket),
         found=roots.refreshed > 0,
         exponent=roots.exponent,
+        statistics=lambda: [
+            unpack(s.astype(jnp.float32), bucket.shape[side])
+            for side, s in zip(bucket.sides, roots.statistics, strict=True)
+        ],
         second_moment=roots.second_moment,
         sizes=sizes,
         group=bucket.group,
@@ -174,6 +178,7 @@ def accumulate(
     scale = jnp.where(largest > 0, jnp.ldexp(one, -exponent), 0).reshape(-1, *[1] * (g.ndim - 1))
     g = jnp.where(scale > 0, g * scale, 0)
     blocks = blocks_of(roots._replace(exponent=exponent), bucket, sizes)
+    blocks = blocks._replace(statistics=lambda: [grown * s for s in blocks_of(roots, bucket, sizes).statistics()])
     statistics = []
     for side, kept in zip(bucket.sides, roots.statistics, strict=True):
         others = [axis for axis in range(1, g.ndim) if axis != side + 1]

@@ -2,6 +2,7 @@
 
 from .base import Preconditioner
 from .kl_shampoo import KLShampoo
+from .kl_soap import KLSoap
 from .muon import Muon
 from .shampoo import Shampoo
 from .soap import Soap
@@ -11,5 +12,6 @@ PRECONDITIONERS: dict[str, Preconditioner] = {
     "one_sided": Shampoo(side="short"),
     "soap": Soap(),
     "kl_shampoo": KLShampoo(),
+    "kl_soap": KLSoap(),
     "muon": Muon(),
 }

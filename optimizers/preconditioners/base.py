@@ -6,7 +6,7 @@ Shapes in names: n blocks, r a side's length, s the shape of a block.
 """
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ class Blocks(NamedTuple):
       factors: per preconditioned side [n, r, r] float32, what a refresh has found; zero before the first accepted one.
       found: [n] bool, whether there was one.
       exponent: [n] int32, statistics are of gradients divided by 2^exponent.
+      statistics: gives per preconditioned side [n, r, r] float32, of gradients divided by 2^exponent.
       second_moment: [n, *s] float32, of a preconditioner that adapts; None otherwise.
       sizes: [n, sides of a block] int32, real lengths; the rest is padding, and zero.
       group: what the blocks have in common (`blocks.Group`).
@@ -32,6 +33,7 @@ class Blocks(NamedTuple):
     factors: Sequence[jax.Array]
     found: jax.Array
     exponent: jax.Array
+    statistics: Callable[[], Sequence[jax.Array]]
     second_moment: jax.Array | None
     sizes: jax.Array
     group: Any
@@ -64,6 +66,7 @@ class Preconditioner(abc.ABC):
       adapts: whether it keeps a second moment for each element of a block as it sees it.
       symmetric: whether its factors are.
       warm: whether a refresh starts from the factor that is there.
+      reads_statistics: whether what it observes depends on the statistics; they must then be on the devices.
       matrices_only: whether blocks must have two sides.
       has_exponent: whether a treatment may set its exponent.
     """
@@ -75,6 +78,7 @@ class Preconditioner(abc.ABC):
     adapts = False
     symmetric = True
     warm = False
+    reads_statistics = False
     matrices_only = False
     has_exponent = False
 

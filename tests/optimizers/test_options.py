@@ -55,7 +55,7 @@ def test_parse(text, expected):
     assert [type(v) for v in dataclasses.astuple(parsed)] == [type(v) for v in dataclasses.astuple(expected)]
 
 
-KINDS = "must begin with one of shampoo, one_sided, soap, kl_shampoo, muon, diagonal, rows"
+KINDS = "must begin with one of shampoo, one_sided, soap, kl_shampoo, kl_soap, muon, diagonal, rows"
 KEYS = "it may set side, view, block_size, exponent, ridge, cut, beta2, stack as key=value"
 
 

@@ -226,6 +226,7 @@ CASES = {
         {"treatments": rules(a="kl_shampoo", b="shampoo"), "view": "tensor", "statistics_every": 3, "graft": "sgd"},
         {"a": (5, 18, 10), "b": (16, 14)},
     ),
+    "kl_soap": Case({"treatments": rules(a="kl_soap", b="kl_soap", w="shampoo"), "start_step": 16}, FAMILY),
     "muon": Case({"treatments": rules(a="muon", b="muon block_size=40", w="shampoo"), "nesterov": True}, FAMILY),
     "muon, polar express": Case(
         {"treatments": rules(a="muon"), "orthogonalization": "polar_express", "weight_decay": 0.3}, {"a": (33, 21)}

@@ -199,9 +199,9 @@ def direction(o, rule, matrix, g, t):
     graft = diagonal_method(o, a, matrix.second, rule.beta2, t)
 
     d = graft.copy()
-    if rule.kind in ("soap", "muon"):
+    if rule.kind in ("soap", "kl_soap", "muon"):
         for b in matrix.blocks:
-            d[b.at] = soap(o, rule, b, a[b.at], h[b.at], t) if rule.kind == "soap" else muon(o, a[b.at])
+            d[b.at] = soap(o, rule, b, a[b.at], h[b.at], t) if rule.kind != "muon" else muon(o, a[b.at])
         acting = []
     else:
         acting = [b for b in matrix.blocks if b.roots is not None and t >= o.start_step]
@@ -257,7 +257,7 @@ def muon(o, a):
     return 0.2 * math.sqrt(max(a.shape)) * x
 
 
-def whitened(b, u, side):
+def whitened(rule, b, u, side):
     """A block's gradient with the root applied along every other side, over the root of their lengths (KL-Shampoo).
 
     Before the first roots the other sides are the identity, in units of the power of two above the largest entry.
@@ -267,7 +267,12 @@ def whitened(b, u, side):
     if b.roots is None:
         u = u * 2.0 ** (-np.frexp(b.largest)[1] * len(others) / len(b.statistics))
     for other in others:
-        u = along(u, other, b.roots[other]) if b.roots else u
+        if b.roots and rule.kind == "kl_soap":
+            values = np.diag(b.roots[other].T @ b.statistics[other] @ b.roots[other])
+            root = np.maximum(values, rule.ridge * values.max()) ** -0.5
+            u = along(u, other, (b.roots[other] * root).T)
+        elif b.roots:
+            u = along(u, other, b.roots[other])
         u = u / math.sqrt(len(b.statistics[other]))
     return u
 
@@ -288,7 +293,8 @@ def accumulate(o, rule, matrix, g, t):
     for b in matrix.blocks:
         x = mean[b.at]
         seen = {
-            side: unfolding(whitened(b, x, side) if rule.kind == "kl_shampoo" else x, side) for side in b.statistics
+            side: unfolding(whitened(rule, b, x, side) if rule.kind.startswith("kl") else x, side)
+            for side in b.statistics
         }
         for side, u in seen.items():
             b.statistics[side] = stored(rule.beta2 * b.statistics[side] + new * u @ u.T, o.statistics_dtype)
@@ -316,7 +322,7 @@ def refresh(o, rule, p, block, t):
     correction = 1 - rule.beta2**updates if o.bias_correction and rule.beta2 < 1 and updates > 0 else 1.0
     if not block.statistics or not all(s.any() for s in block.statistics.values()):
         return
-    if rule.kind == "soap":
+    if rule.kind in ("soap", "kl_soap"):
         block.to_come[t] = new_bases(o, block)
     else:
         block.to_come[t + delay(o)] = {
