@@ -397,9 +397,9 @@ class ShampooOptions:
         if "ridge" in own or "cut" in own:
             own = {"ridge": 0.0, "cut": 0.0} | own
         values: dict[str, Any] = {name: getattr(self, name) for name in OVERRIDABLE} | own
-        rule = Rule(
-            **{"side": "both" if treatment.kind in DIAGONAL_KINDS else PRECONDITIONERS[treatment.kind].side} | values
-        )
+        family = PRECONDITIONERS.get(treatment.kind)
+        values.setdefault("side", family.side if family else "both")
+        rule = Rule(**values)
         if rule.beta2 == 1 and self.graft.startswith(("adam", "rmsprop")):
             raise ValueError(
                 f"beta2 1.0 sums second moments but graft {self.graft!r} averages them; use graft 'adagrad'"
