@@ -34,7 +34,8 @@ def history(workdir, key):
     return [line[key] for line in lines if key in line]
 
 
-@pytest.mark.parametrize("variant", lm.VARIANTS)
+# Of the family one: the others differ in a word that tests/optimizers tries.
+@pytest.mark.parametrize("variant", [name for name in lm.VARIANTS if name not in ("sample_kl_shampoo", "sample_muon")])
 def test_every_variant_trains_through_the_command_line(variant, tmp_path, capsys):
     """Catches a shipped config that does not build, compile, train or report."""
     changes = SMALL if variant == "sample_adamw" else SMALL + SHAMPOO
@@ -51,7 +52,7 @@ def test_every_variant_trains_through_the_command_line(variant, tmp_path, capsys
     assert result["skipped_steps"] == 0
     assert np.isfinite(result["heldout_loss"])
     assert 0 < result["bits_per_character"] < 9
-    assert (result["refreshes"] > 0) == (variant not in ("sample_adamw", "sample_muon"))
+    assert (result["refreshes"] > 0) == (variant != "sample_adamw")
     assert len(history(tmp_path / "run", "train/loss")) == 4
     assert "launch.report" in capsys.readouterr().out
 
