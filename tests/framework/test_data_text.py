@@ -113,7 +113,7 @@ def test_cache_is_used_and_stale_caches_are_not(tmp_path, capfd):
     cache = tmp_path / "cache"
     data = TextData(source=f"file:{texts}/*.txt", sequence_length=32, vocab_size=300)
     data.prepare(cache)
-    assert "packing train: 36 documents" in capfd.readouterr().err
+    assert "prepared train: 36 documents" in capfd.readouterr().err
     stamps = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
     data.prepare(cache)
     assert stamps == {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}

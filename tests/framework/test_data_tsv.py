@@ -89,7 +89,7 @@ def test_a_line_without_end_is_malformed(tmp_path, monkeypatch):
 
 def test_a_line_without_end_is_not_held(tmp_path, monkeypatch):
     """Fault: a file without line ends fills the memory."""
-    monkeypatch.setattr(files, "_chunks", lambda path: (b"x" * 2**20 for _ in range(50)))
+    monkeypatch.setattr(files, "_chunks", lambda *_: (b"x" * 2**20 for _ in range(50)))
     tracemalloc.start()
     assert len(list(files.records(tmp_path, b"\n", 2**21))) == 1
     peak = tracemalloc.get_traced_memory()[1]

@@ -181,17 +181,17 @@ def test_inspect_tells_all_that_is_there(runs):
         "dtype": "float32",
         "treatment": "shampoo 8x8 p2 x8",
     }
-    square, vector = 16 * 8 * 8 * 4, 16 * 4
+    square, packed, vector = 16 * 8 * 8 * 4, 16 * 9 * 4 * 4, 16 * 4
     assert told["sizes"] == {
         "parameters": {"arrays": 3, "bytes": (16 * 16 + 2 * 16 * 32) * 4},
-        "statistics": {"arrays": 2, "bytes": 2 * square},
-        "roots": {"arrays": 2, "bytes": 2 * square},
+        "statistics": {"arrays": 2, "bytes": 2 * packed},
+        "roots": {"arrays": 2, "bytes": 2 * packed},
         "momenta and second moments": {"arrays": 4, "bytes": 2 * square + 2 * 16 * 16 * 4},
-        "in flight": {"arrays": 5, "bytes": 2 * square + 3 * vector},
+        "in flight": {"arrays": 5, "bytes": 2 * packed + 3 * vector},
         "model state": {"arrays": 1, "bytes": 4},
         "other": {
             "arrays": len(arrays) - 17,
-            "bytes": sum(x.nbytes for x in arrays.values()) - 5120 - 4 - 2048 - 8 * square - 3 * vector,
+            "bytes": sum(x.nbytes for x in arrays.values()) - 5120 - 4 - 2048 - 2 * square - 6 * packed - 3 * vector,
         },
     }
     (bucket,) = told["buckets"].values()
@@ -442,7 +442,7 @@ def test_diff_tells_how_much_and_where(runs, newest, monkeypatch):
         expected.append(np.sqrt(2.0) * 0.5 / np.linalg.norm(param.astype(np.float64)))
         param[3, :2] -= np.float32(0.5)
         # Blocks 8 to 15 of the bucket are those of out/kernel.
-        arrays[f"{BUCKET}/roots/roots/1"][slots.index(11), 2, 5] = np.nan
+        arrays[f"{BUCKET}/roots/roots/1"][slots.index(11), 2, 3] = np.nan
         arrays[f"{BUCKET}/roots/failures"][slots.index(2)] += 7
         arrays["model_state/counters/batches"] = arrays["model_state/counters/batches"].astype(np.int64)
         arrays["model_state/counters/more"] = np.zeros(3, np.float32)
@@ -457,7 +457,7 @@ def test_diff_tells_how_much_and_where(runs, newest, monkeypatch):
         "model_state/counters/more: only in B",
         "opt_state/roots/failures of hidden/kernel: 1 of 8 elements in 1 of 8 blocks differ, by at most 7; "
         "norm of the difference inf of A's",
-        "opt_state/roots/roots of side 1 of out/kernel: 1 of 512 elements in 1 of 8 blocks differ, by at most nan; "
+        "opt_state/roots/roots of side 1 of out/kernel: 1 of 288 elements in 1 of 8 blocks differ, by at most nan; "
         "norm of the difference nan of A's",
         "params/embed/kernel: 2 of 256 elements differ, by at most 0.5; "
         f"norm of the difference {expected[0]:.3g} of A's",
@@ -472,7 +472,7 @@ def test_diff_tells_how_much_and_where(runs, newest, monkeypatch):
 
     save_again(other, change_more)
     assert ran("diff", newest, other)[1][2].startswith(
-        "opt_state/roots/roots of side 1 of out/kernel: 2 of 512 elements in 1 of 8 blocks differ, by at most 1; "
+        "opt_state/roots/roots of side 1 of out/kernel: 2 of 288 elements in 1 of 8 blocks differ, by at most 1; "
     )
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -14,8 +15,9 @@ import pytest
 from optimizing import LAYOUTS, SHARDED_SHAPES, by_block, gradients, inherited, optimizer, place, zeros
 from processes import run_together
 
-from shampax.optimizers import ShampooOptions, host, lapack
+from shampax.optimizers import ShampooOptions, lapack
 from shampax.optimizers.host import HostRootsError
+from shampax.optimizers.preconditioners import PRECONDITIONERS
 
 OPTIONS = ShampooOptions(
     block_size=16, interval=4, exponent=0.5, ridge=1e-4, refresh="host", delay=2, host_workers=2, start_step=3
@@ -327,11 +329,13 @@ def test_a_delay_that_reaches_the_next_refresh_is_refused(changes):
 
 def test_a_sound_root_is_asked_for_no_more_than_needed():
     """Catches retries of what cannot be mended, and a first try that is not the one asked for."""
-    found, tried = host._sound_root(np.diag([4.0, 1.0]), 2, 0.0, 0.0, 0.1)
+    plain, ridged = (types.SimpleNamespace(p=2, ridge=ridge, cut=0.0) for ridge in (0.0, 1e-4))
+    solve = functools.partial(PRECONDITIONERS["shampoo"].solve_on_host, options=ShampooOptions(residual_bound=0.1))
+    found, tried = solve(np.diag([4.0, 1.0]), plain)
     assert tried == 0
     np.testing.assert_allclose(found.root, np.diag([0.5, 1.0]))
-    assert host._sound_root(np.full((2, 2), np.nan), 2, 1e-4, 0.0, 0.1) == (None, 0)
-    singular, tried = host._sound_root(np.diag([1.0, 0.0]), 2, 0.0, 0.0, 0.1)
+    assert solve(np.full((2, 2), np.nan), ridged) == (None, 0)
+    singular, tried = solve(np.diag([1.0, 0.0]), plain)
     assert tried == 1 and np.isfinite(singular.root).all()
 
 

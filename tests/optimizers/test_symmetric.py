@@ -1,3 +1,5 @@
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -5,7 +7,7 @@ import pytest
 from shampax.optimizers.symmetric import pack, packed_shape, unpack
 
 
-@pytest.mark.parametrize("r", [1, 2, 3, 8, 11, 128])
+@pytest.mark.parametrize("r", [1, 2, 3, 8, 11, 64, 75, 128, 256])
 @pytest.mark.parametrize("xp", [np, jnp])
 def test_a_symmetric_matrix_survives_packing_to_the_last_bit(r, xp):
     """Catches an element that is lost, or comes back in another place; odd sides; NumPy and JAX that differ."""
@@ -17,6 +19,9 @@ def test_a_symmetric_matrix_survives_packing_to_the_last_bit(r, xp):
 
 
 def test_half_the_memory():
-    """Catches a form that keeps both triangles."""
+    """Catches a form that keeps both triangles, or one that TPUs fill up to whole tiles of 8 x 128."""
     rows, columns = packed_shape(1024)
     assert rows * columns == 1024 * 1025 // 2
+    for r, share in ((64, 0.4), (128, 0.57), (256, 0.52)):
+        rows, columns = (math.ceil(n / tile) * tile for n, tile in zip(packed_shape(r), (8, 128), strict=True))
+        assert rows * columns <= share * r * max(r, 128)

@@ -25,8 +25,13 @@ SIBLINGS = [name for name, member in PRECONDITIONERS.items() if member.name == n
 
 
 def sharded_options(kind: str) -> ShampooOptions:
-    """`SHARDED_OPTIONS` with another preconditioner on every matrix."""
-    return dataclasses.replace(SHARDED_OPTIONS, treatments=((".*", kind),)) if kind != "shampoo" else SHARDED_OPTIONS
+    """`SHARDED_OPTIONS` with another preconditioner on every matrix.
+
+    Statistics have full rank before the first refresh: of others the eigenvectors are anyone's.
+    """
+    if kind == "shampoo":
+        return SHARDED_OPTIONS
+    return dataclasses.replace(SHARDED_OPTIONS, treatments=((".*", kind),), start_step=7)
 
 
 def _layouts() -> dict[str, tuple[Mesh | None, Tree | None]]:
