@@ -31,11 +31,11 @@ def signalled(workdir, number, index):
     """Send a process a signal as soon as the run has logged a step of its own; what became of the processes."""
     before = step_of(workdir)
     with training(workdir) as job:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 240
         while step_of(workdir) <= before and time.monotonic() < end:
             time.sleep(0.02)
         job.processes[index].send_signal(number)
-        return job.wait(30)
+        return job.wait(120)
 
 
 def last_line(ended):
@@ -46,7 +46,7 @@ def last_line(ended):
 def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("many") / "whole"
     with training(workdir) as job:
-        assert [ended.code for ended in job.wait(90)] == [0, 0]
+        assert [ended.code for ended in job.wait(240)] == [0, 0]
     return workdir
 
 
@@ -69,7 +69,7 @@ def test_a_run_that_is_stopped_and_killed_again_and_again_ends_as_one_that_is_no
         assert "Traceback" not in survivor.err
 
     with training(tmp_path) as job:
-        assert [ended.code for ended in job.wait(90)] == [0, 0]
+        assert [ended.code for ended in job.wait(240)] == [0, 0]
     assert lines(tmp_path) == lines(whole)
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 80), arrays(whole, 80))
 
