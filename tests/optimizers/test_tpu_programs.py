@@ -141,7 +141,8 @@ def test_tpu_steps_with_roots_on_the_host_have_no_solver_and_parcels_no_traffic(
     plain, lean = (x.lowered.compile().memory_analysis() for x in (step, hosted))
     assert lean.argument_size_in_bytes <= plain.argument_size_in_bytes - 0.99 * moved
     assert lean.host_alias_size_in_bytes >= moved and lean.host_temp_size_in_bytes == 0
-    assert lean.temp_size_in_bytes <= plain.temp_size_in_bytes + 0.8 * moved  # gradients of the blocks, most of it
+    # Gradients of the blocks, most of it; statistics are packed, and half of what they were before.
+    assert lean.temp_size_in_bytes <= plain.temp_size_in_bytes + 0.8 * 2 * moved
 
     tx = step.tx
     parcels = Parcels(tx.plan(step.params).buckets, tx.owners, options)
