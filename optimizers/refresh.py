@@ -142,11 +142,13 @@ def blocks_of(roots: Roots, bucket: Bucket, sizes: jax.Array) -> Blocks:
     )
 
 
-def usable(roots: Roots, bucket: Bucket, options: ShampooOptions) -> jax.Array:
-    """[n] whether a block acts by its preconditioner, rather than by the graft method."""
-    if not bucket.sides or not preconditioner_of(bucket).grafts:
-        return jnp.ones_like(roots.refreshed, dtype=bool)
-    return (roots.refreshed > 0) & (roots.failures < options.max_failures)
+def usable(roots: Roots, bucket: Bucket, options: ShampooOptions, step: jax.Array) -> jax.Array:
+    """[n] whether a block acts by its preconditioner on a step, rather than by the graft method."""
+    always = jnp.ones_like(roots.refreshed, dtype=bool)
+    if not preconditioner_of(bucket).grafts:
+        return always
+    sound = (roots.refreshed > 0) & (roots.failures < options.max_failures) if bucket.sides else always
+    return sound & (step >= options.start_step)
 
 
 def accumulate(

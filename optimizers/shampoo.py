@@ -260,9 +260,7 @@ class DistributedShampoo(optax.GradientTransformation):
             direction, adapted[name] = preconditioner.act(momentum, scaled[name], blocks, step, options)
             directions[name] = _times_power(direction, -of_direction[name])
             grafts[name] = _times_power(grafts[name], -of_graft)
-            acting[name] = usable(state.roots, bucket, options) & (
-                (step >= options.start_step) | (not preconditioner.grafts)
-            )
+            acting[name] = usable(state.roots, bucket, options, step)
             own, wanted = _squares(directions[name]), _squares(grafts[name])
             squares[name] = norms.Squares(
                 own=jnp.where(acting[name], own, 0),
