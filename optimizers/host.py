@@ -329,8 +329,11 @@ class HostRoots:
         for bucket in self._parcels.buckets:
             contents, (slots, fresh) = taken[bucket.name], places[bucket.name]
             for i in np.flatnonzero(contents.slot < bucket.slots.shape[1]):
-                slots[i] = contents.slot[i]
-                solves.append(self._solvers.submit(self._solve, bucket, contents, fresh, i))
+                slots[i], fresh.suited[i] = contents.slot[i], contents.suited[i]
+                if contents.suited[i] == 2 ** len(bucket.sides) - 1:
+                    fresh.accepted[i] = fresh.seen[i] = True
+                else:
+                    solves.append(self._solvers.submit(self._solve, bucket, contents, fresh, i))
         return _Work(device, taken, answer, solves)
 
     def _solve(self, bucket: Bucket, contents: Contents, fresh: Any, i: int) -> None:
@@ -341,18 +344,19 @@ class HostRoots:
             unpack(s[i], bucket.shape[side]) for side, s in zip(bucket.sides, contents.statistics, strict=True)
         ]
         fresh.seen[i] = all(np.trace(s, dtype=np.float64) > 0 for s in statistics)
-        for side, s in zip(bucket.sides, statistics, strict=True):
-            size = contents.sizes[i, side]
-            a = np.asarray(s[:size, :size], np.float64) / np.float64(contents.correction[i])
+        due = [k for k in range(len(bucket.sides)) if not contents.suited[i] >> k & 1]
+        for k in due:
+            size = contents.sizes[i, bucket.sides[k]]
+            a = np.asarray(statistics[k][:size, :size], np.float64) / np.float64(contents.correction[i])
             root, tried = preconditioner.solve_on_host(a, group, self._options)
             retries += tried
             sides.append(root)
         scale = 2.0 ** preconditioner.shift(int(contents.exponent[i]), group)
         accepted = fresh.seen[i] and all(side is not None for side in sides)
         if accepted:
-            for place, side, found in zip(fresh.roots, bucket.sides, sides, strict=True):
-                padded = np.pad(found.root * scale, (0, bucket.shape[side] - len(found.root)))
-                place[i] = kept_factor(padded, bucket)
+            for k, found in zip(due, sides, strict=True):
+                padded = np.pad(found.root * scale, (0, bucket.shape[bucket.sides[k]] - len(found.root)))
+                fresh.roots[k][i] = kept_factor(padded, bucket)
             fresh.residual[i] = max(side.residual for side in sides)
             fresh.condition[i] = max(side.condition for side in sides)
             fresh.effective_rank[i] = min(side.effective_rank for side in sides)
@@ -363,9 +367,8 @@ class HostRoots:
         self._note("solve", start, 0)
 
     def _take(self, state: Any, number: int) -> tuple[Parcel, jax.Array]:
-        kept = {b.name: state.buckets[b.name].roots for b in self._parcels.buckets}
-        statistics = {name: (roots.statistics, roots.exponent) for name, roots in kept.items()}
-        return self._parcels.take(statistics, self._tables, state.count, self._last, np.int32(number))
+        roots = {b.name: state.buckets[b.name].roots for b in self._parcels.buckets}
+        return self._parcels.take(roots, self._tables, state.count, self._last, np.int32(number))
 
     def _put(self, state: Any, answers: list[tuple[Any, np.ndarray, np.ndarray]], *, at: int, stamp: int) -> Any:
         """The state with the answers of all devices installed."""

@@ -18,12 +18,14 @@ class InFlight(NamedTuple):
       statistics: per preconditioned side [n, r, r] float32, packed.
       correction: [n] float32, what they are to be divided by.
       exponent: [n] int32, of the gradients they are of.
+      suited: [n] int32, which factors stay as they are; see `parcels.Contents`.
       stamp: [n] int32, the count of the steps in them; 0 where nothing is in flight.
     """
 
     statistics: tuple[jax.Array, ...]
     correction: jax.Array
     exponent: jax.Array
+    suited: jax.Array
     stamp: jax.Array
 
 
@@ -35,6 +37,7 @@ def in_flight_spec(bucket: Bucket, slots: int) -> InFlight:
         statistics=tuple(spec((slots, *packed_shape(r)), jnp.float32) for r in lengths),
         correction=spec((slots,), jnp.float32),
         exponent=spec((slots,), jnp.int32),
+        suited=spec((slots,), jnp.int32),
         stamp=spec((slots,), jnp.int32),
     )
 
@@ -50,7 +53,8 @@ def store(bank: Any, contents: Contents, stamp: int) -> None:
     slots = contents.slot[due]
     for place, stack in zip(bank.statistics, contents.statistics, strict=True):
         place[slots] = stack[due]
-    bank.correction[slots], bank.exponent[slots] = contents.correction[due], contents.exponent[due]
+    for field in ("correction", "exponent", "suited"):
+        getattr(bank, field)[slots] = getattr(contents, field)[due]
     bank.stamp[slots] = stamp
 
 
@@ -67,5 +71,6 @@ def recalled(bank: InFlight, slots: np.ndarray, sizes: np.ndarray, window: int) 
         correction=filled(np.asarray(bank.correction)[slots], 1),
         slot=filled(slots.astype(np.int32), len(stamp)),
         exponent=filled(np.asarray(bank.exponent)[slots], 0),
+        suited=filled(np.asarray(bank.suited)[slots], 0),
         sizes=filled(sizes[slots], 0),
     )

@@ -142,13 +142,19 @@ class Inheritance:
             fate[_STATISTICS] = f"{entry['preconditioner']} there, {bucket.group.preconditioner} here"
         elif (entry["beta2"] == 1) != (bucket.group.beta2 == 1):
             fate[_STATISTICS] = "a sum and an average are two things"
-        fate[_ROOTS] = fate[_STATISTICS] or next(
-            (
-                f"{field} {entry[field]} there, {getattr(bucket.group, field)} here"
-                for field in ("preconditioner", "p", "ridge", "cut")
-                if entry[field] != getattr(bucket.group, field)
-            ),
-            "",
+        else:
+            fate[_STATISTICS] = _other_bytes(self._saved.statistics_dtype, self._options.statistics_dtype)
+        fate[_ROOTS] = (
+            fate[_STATISTICS]
+            or _other_bytes(self._saved.roots_dtype, self._options.roots_dtype)
+            or next(
+                (
+                    f"{field} {entry[field]} there, {getattr(bucket.group, field)} here"
+                    for field in ("preconditioner", "p", "ridge", "cut")
+                    if entry[field] != getattr(bucket.group, field)
+                ),
+                "",
+            )
         )
         return fate
 
@@ -293,6 +299,11 @@ def _numbering(entry: Mapping[str, Any]) -> tuple[Any, ...]:
 def _statistics(name: str) -> str:
     """What a preconditioner's statistics are."""
     return PRECONDITIONERS[name].statistics
+
+
+def _other_bytes(there: str, here: str) -> str:
+    """Why arrays of these types cannot be taken over; floats can become floats."""
+    return f"{there} there, {here} here" if there != here and "int8" in (there, here) else ""
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:

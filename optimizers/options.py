@@ -19,7 +19,8 @@ from .roots import SOLVERS
 DIAGONAL_KINDS = ("diagonal", "rows")
 KINDS = (*PRECONDITIONERS, *DIAGONAL_KINDS)
 SIDES = ("both", "left", "right", "short")
-DTYPES = ("float32", "bfloat16")
+FLOATS = ("float32", "bfloat16")
+DTYPES = (*FLOATS, "int8")  # bytes share exponents; see the module `storage`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +195,7 @@ class ShampooOptions:
     # When roots are computed and used
     refresh: str = "staggered"  # "staggered" (a share each step), "periodic" (all every interval), "host" or "auto"
     interval: int = 10  # steps from one refresh of a block's roots to the next
+    tolerance: float = 0.0  # a due factor stays if it still suits its statistics up to this, relative; 0: none does
     delay: int = 2  # with "host": the roots of a step's statistics act from the (1 + delay)-th step after it on
     overhead: float = 0.05  # with "auto": the share of a step's time that roots may cost; the trainer measures
     host_workers: int = 0  # with "host": threads that solve, in each process; 0 is one fewer than the cores, at least 1
@@ -224,8 +226,8 @@ class ShampooOptions:
     )  # (regex, factor of the learning rate), first match wins
 
     # How state is stored; all arithmetic is float32
-    statistics_dtype: str = "float32"  # or "bfloat16"
-    roots_dtype: str = "float32"  # or "bfloat16"
+    statistics_dtype: str = "float32"  # or "bfloat16", or "int8": bytes, 32 of which share an exponent
+    roots_dtype: str = "float32"  # or "bfloat16" or "int8"
     momentum_dtype: str = "float32"  # or "bfloat16"
     statistics_memory: str = "device"  # or "host": in the hosts' memory, streamed through the devices at each renewal
 
@@ -244,6 +246,11 @@ class ShampooOptions:
         for rule in rules:
             if not rule.preconditioner:
                 continue
+            if self.tolerance and rule.cut and rule.family.inverts:
+                raise ValueError(
+                    f"tolerance {self.tolerance} asks whether a root still inverts its statistics, and with the cut "
+                    f"{rule.cut} none does; set a ridge in its place"
+                )
             rule.order(2)
             if rule.family.reads_statistics and self.statistics_memory == "host":
                 raise ValueError(
@@ -270,6 +277,7 @@ class ShampooOptions:
             "epsilon",
             "weight_decay",
             "clip_rms",
+            "tolerance",
             "start_step",
             "merge_dims",
             "delay",
@@ -279,6 +287,8 @@ class ShampooOptions:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.diagonal.has_second_moment and self.epsilon == 0:
             raise ValueError(f"epsilon is 0, so graft {self.graft!r} divides 0 by 0 where no gradient was; use 1e-8")
+        if self.tolerance >= 1:
+            raise ValueError(f"tolerance is {self.tolerance}, which any factor is within; use a share such as 0.1")
         before = 0
         for last, interval in self.early_intervals:
             if last <= before:
@@ -320,7 +330,7 @@ class ShampooOptions:
             ("decay", ["decoupled", "coupled"]),
             ("statistics_dtype", DTYPES),
             ("roots_dtype", DTYPES),
-            ("momentum_dtype", DTYPES),
+            ("momentum_dtype", FLOATS),
             ("statistics_memory", ["device", "host"]),
         ):
             if getattr(self, name) not in allowed:
@@ -334,6 +344,12 @@ class ShampooOptions:
                 f"graft 'none' with interval {self.interval}: between two refreshes a gradient in a direction that the "
                 f"roots have not seen grows by up to {rule.growth:.3g} times; graft, use interval 1, or ridge or cut "
                 f">= {10 ** (-1 / rule.power):.3g}",
+                stacklevel=4,
+            )
+        if self.statistics_dtype == "int8" and max(self.ridge, self.cut) < 1e-2:
+            warnings.warn(
+                f"statistics_dtype int8 has rounding errors of about 1e-2, above {max(self.ridge, self.cut):g}; "
+                "use ridge or cut >= 1e-2",
                 stacklevel=4,
             )
         if self.statistics_dtype == "bfloat16":

@@ -14,13 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import residence, schedule
+from . import residence, schedule, storage
 from .blocks import Bucket
 from .exchange import Owners
 from .moments import correction
 from .options import ShampooOptions
-from .refresh import Fresh, Roots, factor_shape, install
+from .refresh import Fresh, Roots, factor_shape, install, statistics_of, suited
 from .symmetric import packed_shape
+
+# Of a block in a parcel of roots: its slot, and what `Fresh` has of integers.
+_INTS = 4
 
 
 class Parcel(NamedTuple):
@@ -43,6 +46,7 @@ class Contents(NamedTuple):
       correction: [w] float32, what statistics are to be divided by.
       slot: [w] int32, the device's slots; past the last where nothing is due.
       exponent: [w] int32, statistics are of gradients divided by 2^exponent.
+      suited: [w] int32, bit k tells that the factor of the k-th preconditioned side is to stay as it is.
       sizes: [w, sides of a block] int32, the blocks' real lengths.
     """
 
@@ -50,6 +54,7 @@ class Contents(NamedTuple):
     correction: Any
     slot: Any
     exponent: Any
+    suited: Any
     sizes: Any
 
 
@@ -89,25 +94,26 @@ class Parcels:
         result = {}
         for bucket in self.buckets:
             statistics = [next(numbers) for _ in bucket.sides]
-            result[bucket.name] = Contents(statistics, next(numbers), next(whole), next(whole), next(whole))
+            result[bucket.name] = Contents(statistics, next(numbers), *(next(whole) for _ in range(4)))
         return result
 
     def answers(self, floats: Any, ints: Any) -> dict[str, tuple[Any, Fresh]]:
         """One device's part of a parcel of roots, taken apart: bucket name -> (slots, what was found for them)."""
         numbers = _split(floats, [shape for b in self.buckets for shape in self._fresh_floats(b)])
-        whole = _split(ints, [(self.window(b),) for b in self.buckets for _ in range(3)])
+        whole = _split(ints, [(self.window(b),) for b in self.buckets for _ in range(_INTS)])
         result = {}
         for bucket in self.buckets:
             roots = tuple(next(numbers) for _ in bucket.sides)
             slot = next(whole)
             residual, condition, effective_rank = (next(numbers) for _ in range(3))
-            result[bucket.name] = (slot, Fresh(roots, residual, condition, effective_rank, next(whole), next(whole)))
+            found = (next(whole) for _ in range(_INTS - 1))
+            result[bucket.name] = (slot, Fresh(roots, residual, condition, effective_rank, *found))
         return result
 
     def empty_answer(self) -> tuple[np.ndarray, np.ndarray]:
         """One device's part of a parcel of roots in which nothing is due."""
         floats = sum(math.prod(shape) for b in self.buckets for shape in self._fresh_floats(b))
-        ints = np.zeros(sum(3 * self.window(b) for b in self.buckets), np.int32)
+        ints = np.zeros(sum(_INTS * self.window(b) for b in self.buckets), np.int32)
         answer = np.zeros(floats, np.float32), ints
         for bucket in self.buckets:
             self.answers(*answer)[bucket.name][0][:] = bucket.slots.shape[1]
@@ -115,7 +121,7 @@ class Parcels:
 
     def _take(
         self,
-        states: Mapping[str, tuple[tuple[jax.Array, ...], jax.Array]],
+        states: Mapping[str, Roots],
         tables: Mapping[str, _Due],
         count: jax.Array,
         last: jax.Array,
@@ -124,7 +130,7 @@ class Parcels:
         """The blocks of one phase that is due: (their statistics, the count).
 
         Args:
-          states: bucket name -> (statistics, exponent) of all blocks.
+          states: bucket name -> all blocks.
           tables: of `tables`.
           count: steps in the statistics; phases are those that are due after as many.
           last: the count when this was asked before. Where it is the same the step was skipped, and nothing is due.
@@ -139,13 +145,16 @@ class Parcels:
             on_host = self._options.statistics_memory == "host"
             floats, ints = [jnp.zeros(0, jnp.float32)], [jnp.zeros(0, jnp.int32)]
             for bucket in self.buckets:
-                (statistics, exponent), table = states[bucket.name], tables[bucket.name]
+                state, table = states[bucket.name], tables[bucket.name]
                 slot = jnp.where(due, table.slot[0, phase], bucket.slots.shape[1])
-                floats += [residence.rows(s, slot, on_host=on_host).astype(jnp.float32).ravel() for s in statistics]
+                exponent, sizes = state.exponent.at[slot].get(mode="clip"), table.sizes.at[slot].get(mode="clip")
+                kept = [residence.rows(s, slot, on_host=on_host) for s in state.statistics]
+                lengths = [bucket.shape[side] for side in bucket.sides]
                 divisor = correction(bucket.group.beta2, updates, self._options)
+                floats += [storage.loaded(s, packed_shape(r)).ravel() for s, r in zip(kept, lengths, strict=True)]
                 floats.append(jnp.broadcast_to(divisor, slot.shape))
-                own = (exponent.at[slot].get(mode="clip"), table.sizes.at[slot].get(mode="clip"))
-                ints += [slot, *[x.ravel() for x in own]]
+                whole = [statistics_of(s, bucket, number) / divisor for number, s in enumerate(kept)]
+                ints += [slot, exponent, suited(state, slot, whole, sizes, bucket, self._options), sizes.ravel()]
             parcel = Parcel(jnp.concatenate(floats)[None], jnp.concatenate(ints)[None])
             # Not the count itself: that array the next step donates.
             return {}, parcel, jnp.maximum(count, last)
@@ -184,7 +193,7 @@ class Parcels:
 
     def _taken_ints(self, bucket: Bucket) -> list[tuple[int, ...]]:
         window = self.window(bucket)
-        return [(window,), (window,), (window, len(bucket.shape))]
+        return [*[(window,)] * 3, (window, len(bucket.shape))]
 
     def _fresh_floats(self, bucket: Bucket) -> list[tuple[int, ...]]:
         window = self.window(bucket)

@@ -1,13 +1,15 @@
 """Statistics of gradients, and fresh factors of them for the blocks that are due, accepted only if sound."""
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import residence
+from . import residence, storage
 from .blocks import Bucket
 from .moments import correction
 from .options import ShampooOptions
@@ -35,6 +37,7 @@ class Roots(NamedTuple):
       refreshed: [n] int32, the step count after which the roots were accepted; 0 before the first.
       failures: [n] int32, refused refreshes in a row.
       refreshes: [n] int32, accepted refreshes in all.
+      spared: per preconditioned side [n] int32, in how many of these its factor stayed, being still suited.
     """
 
     statistics: tuple[jax.Array, ...]
@@ -47,6 +50,7 @@ class Roots(NamedTuple):
     refreshed: jax.Array
     failures: jax.Array
     refreshes: jax.Array
+    spared: tuple[jax.Array, ...]
 
 
 class Fresh(NamedTuple):
@@ -58,6 +62,7 @@ class Fresh(NamedTuple):
       effective_rank: [m] float32, of the side where it is least.
       accepted: [m] bool, whether the roots of all sides may be used.
       seen: [m] bool, whether the block has seen a gradient that is not zero: otherwise it has nothing to fail at.
+      suited: [m] int32, bit k tells that the factor of the k-th preconditioned side stays as it is.
     """
 
     roots: tuple[jax.Array, ...]
@@ -66,6 +71,7 @@ class Fresh(NamedTuple):
     effective_rank: jax.Array
     accepted: jax.Array
     seen: jax.Array
+    suited: jax.Array
 
 
 class Due(NamedTuple):
@@ -84,9 +90,9 @@ def initial_roots(bucket: Bucket, slots: int, options: ShampooOptions) -> Roots:
     """Before the first gradient."""
     lengths = [bucket.shape[side] for side in bucket.sides]
     return Roots(
-        statistics=tuple(jnp.zeros((slots, *packed_shape(r)), options.statistics_dtype) for r in lengths),
+        statistics=_nothing(slots, [packed_shape(r) for r in lengths], options.statistics_dtype),
         exponent=jnp.full(slots, NO_GRADIENT, jnp.int32),
-        roots=tuple(jnp.zeros((slots, *factor_shape(bucket, r)), options.roots_dtype) for r in lengths),
+        roots=_nothing(slots, [factor_shape(bucket, r) for r in lengths], options.roots_dtype),
         second_moment=jnp.zeros((slots, *bucket.shape), jnp.float32) if preconditioner_of(bucket).adapts else None,
         residual=jnp.zeros(slots, jnp.float32),
         condition=jnp.zeros(slots, jnp.float32),
@@ -94,7 +100,12 @@ def initial_roots(bucket: Bucket, slots: int, options: ShampooOptions) -> Roots:
         refreshed=jnp.zeros(slots, jnp.int32),
         failures=jnp.zeros(slots, jnp.int32),
         refreshes=jnp.zeros(slots, jnp.int32),
+        spared=tuple(jnp.zeros(slots, jnp.int32) for _ in lengths),
     )
+
+
+def _nothing(slots: int, shapes: Sequence[tuple[int, int]], dtype: str) -> tuple[jax.Array, ...]:
+    return tuple(jnp.zeros((slots, *storage.shape_of(shape, dtype)), dtype) for shape in shapes)
 
 
 def preconditioner_of(bucket: Bucket) -> Preconditioner:
@@ -114,10 +125,17 @@ def kept_factor(x: Any, bucket: Bucket) -> Any:
 
 def _factors(kept: Sequence[jax.Array], bucket: Bucket) -> list[jax.Array]:
     """Per preconditioned side [n, r, r] float32, of arrays [n, ...] as they are kept."""
-    whole = [x.astype(jnp.float32) for x in kept]
+    lengths = [bucket.shape[side] for side in bucket.sides]
+    whole = [storage.loaded(x, factor_shape(bucket, r)) for r, x in zip(lengths, kept, strict=True)]
     if not preconditioner_of(bucket).symmetric:
         return whole
-    return [unpack(x, bucket.shape[side]) for side, x in zip(bucket.sides, whole, strict=True)]
+    return [unpack(x, r) for r, x in zip(lengths, whole, strict=True)]
+
+
+def statistics_of(kept: jax.Array, bucket: Bucket, number: int) -> jax.Array:
+    """[n, r, r] float32 of one preconditioned side, from [n, ...] as they are kept."""
+    r = bucket.shape[bucket.sides[number]]
+    return unpack(storage.loaded(kept, packed_shape(r)), r)
 
 
 def grafted(bucket: Bucket, options: ShampooOptions) -> bool:
@@ -132,10 +150,7 @@ def blocks_of(roots: Roots, bucket: Bucket, sizes: jax.Array) -> Blocks:
         factors=_factors(roots.roots, bucket),
         found=roots.refreshed > 0,
         exponent=roots.exponent,
-        statistics=lambda: [
-            unpack(s.astype(jnp.float32), bucket.shape[side])
-            for side, s in zip(bucket.sides, roots.statistics, strict=True)
-        ],
+        statistics=lambda: [statistics_of(kept, bucket, number) for number, kept in enumerate(roots.statistics)],
         second_moment=roots.second_moment,
         sizes=sizes,
         group=bucket.group,
@@ -185,9 +200,10 @@ def accumulate(
     for side, kept in zip(bucket.sides, roots.statistics, strict=True):
         others = [axis for axis in range(1, g.ndim) if axis != side + 1]
 
-        def renewed(packed: jax.Array, x: jax.Array, grown: jax.Array, others: Sequence[int] = others) -> jax.Array:
-            product = lax.dot_general(x, x, ((others, others), ((0,), (0,))), precision=lax.Precision.HIGHEST)
-            return (old * grown * packed.astype(jnp.float32) + new * pack(product)).astype(packed.dtype)
+        def renewed(kept: jax.Array, x: jax.Array, grown: jax.Array, others: Sequence[int] = others) -> jax.Array:
+            product = pack(lax.dot_general(x, x, ((others, others), ((0,), (0,))), precision=lax.Precision.HIGHEST))
+            total = old * grown * storage.loaded(kept, product.shape[1:]) + new * product
+            return storage.stored(total, kept.dtype, dithered=True)
 
         x = preconditioner.observed(g, blocks, side)
         statistics.append(residence.updated(kept, renewed, (x, grown), wanted=wanted, on_host=on_host))
@@ -198,6 +214,47 @@ def _power(exponent: jax.Array) -> jax.Array:
     """2^exponent, to the last bit where it is whole."""
     whole = jnp.floor(exponent)
     return jnp.ldexp(jnp.exp2(exponent - whole), whole.astype(jnp.int32))
+
+
+def suited(
+    roots: Roots,
+    slot: jax.Array,
+    statistics: Sequence[jax.Array],
+    sizes: jax.Array,
+    bucket: Bucket,
+    options: ShampooOptions,
+) -> jax.Array:
+    """Which factors of some blocks still suit their statistics, so that solving anew would bring little.
+
+    Args:
+      roots: a device's blocks.
+      slot: [m] int32, which of them; past the last for none.
+      statistics: per preconditioned side [m, r, r] float32, bias-corrected, of gradients divided by 2^exponent.
+      sizes: [m, sides of a block] int32, real lengths.
+      bucket: the blocks'.
+      options: the tolerance; 0 says of none that it is.
+
+    Returns:
+      [m] int32, bit k tells it of the k-th preconditioned side.
+    """
+    result = jnp.zeros(slot.shape, jnp.int32)
+    if not options.tolerance:
+        return result
+    preconditioner, group = preconditioner_of(bucket), bucket.group
+    there = slot < roots.refreshed.shape[0]
+    found = there & (roots.refreshed.at[slot].get(mode="clip") > 0)
+    scale = jnp.exp2(-preconditioner.shift(roots.exponent.at[slot].get(mode="clip"), group))[:, None, None]
+    for number, factor in enumerate(_factors(_rows(roots, slot), bucket)):
+        misfit = preconditioner.misfit(
+            statistics[number],
+            factor * scale,
+            sizes[:, bucket.sides[number]],
+            group,
+            options,
+            scale_free=grafted(bucket, options),
+        )
+        result |= (found & (misfit <= options.tolerance)).astype(jnp.int32) << number
+    return result
 
 
 def refresh(
@@ -226,20 +283,34 @@ def refresh(
 
     on_host = options.statistics_memory == "host"
     due_rows = {
-        (b.name, number): unpack(
-            residence.rows(statistics, due[b.name].slot, on_host=on_host).astype(jnp.float32), b.shape[b.sides[number]]
-        )
+        (b.name, number): statistics_of(residence.rows(statistics, due[b.name].slot, on_host=on_host), b, number)
+        / correction(b.group.beta2, updates, options)
         for b in buckets
         for number, statistics in enumerate(roots[b.name].statistics)
+    }
+    staying = {
+        b.name: suited(
+            roots[b.name],
+            due[b.name].slot,
+            [due_rows[b.name, number] for number in range(len(b.sides))],
+            due[b.name].sizes,
+            b,
+            options,
+        )
+        for b in buckets
+        if b.sides
     }
     solved: dict[tuple[str, int], Solved] = {}
     before = None
     for members in batches.values():
         group, preconditioner = members[0][0].group, preconditioner_of(members[0][0])
-        wanted = jnp.concatenate([due[b.name].slot < roots[b.name].residual.shape[0] for b, _ in members])
-        stack = jnp.concatenate(
-            [due_rows[b.name, number] / correction(b.group.beta2, updates, options) for b, number in members]
+        wanted = jnp.concatenate(
+            [
+                (due[b.name].slot < roots[b.name].residual.shape[0]) & (staying[b.name] & 1 << number == 0)
+                for b, number in members
+            ]
         )
+        stack = jnp.concatenate([due_rows[b.name, number] for b, number in members])
         stack = jnp.where(wanted[:, None, None], stack, 0)
         sizes = jnp.concatenate([due[b.name].sizes[:, b.sides[number]] for b, number in members])
         old = None
@@ -273,7 +344,8 @@ def refresh(
             numbers = range(len(bucket.sides))
             seen = [jnp.trace(due_rows[bucket.name, k], axis1=-2, axis2=-1) > 0 for k in numbers]
             sides = [solved[bucket.name, k] for k in numbers]
-            fresh = _joined(sides, jnp.stack(seen).all(axis=0), state.exponent.at[slot].get(mode="clip"), bucket)
+            exponent = state.exponent.at[slot].get(mode="clip")
+            fresh = _joined(sides, jnp.stack(seen).all(axis=0), staying[bucket.name], exponent, bucket)
             result[bucket.name] = install(state, slot, fresh, step, bucket)
     return result
 
@@ -294,6 +366,9 @@ def install(state: Roots, slot: jax.Array, fresh: Fresh, step: jax.Array, bucket
       bucket: the blocks'.
     """
 
+    staying = [(fresh.suited & 1 << number) > 0 for number in range(len(bucket.sides))]
+    new = fresh.accepted & ~functools.reduce(operator.and_, staying)  # that some side has a new factor
+
     def old(x: jax.Array) -> jax.Array:
         return x.at[slot].get(mode="clip")
 
@@ -301,22 +376,29 @@ def install(state: Roots, slot: jax.Array, fresh: Fresh, step: jax.Array, bucket
         new = jnp.where(keep.reshape(-1, *([1] * (x.ndim - 1))), new, old(x))
         return x.at[slot].set(new.astype(x.dtype), mode="drop")
 
+    def worst(of: jax.Array, found: jax.Array, than: Callable[..., jax.Array]) -> jax.Array:
+        """The number of a block some of whose sides stay: of those only the block's worst is known."""
+        return put(of, jnp.where(fresh.suited > 0, than(found, old(of)), found), new)
+
     accepted, second_moment = fresh.accepted, state.second_moment
     if second_moment is not None:
-        before = _factors(_rows(state, slot), bucket)
-        carried = preconditioner_of(bucket).carried(
-            old(second_moment), before, _factors(fresh.roots, bucket), bucket.sides
-        )
-        second_moment = put(second_moment, carried, accepted)
+        before, after = (_factors(kept, bucket) for kept in (_rows(state, slot), fresh.roots))
+        after = [jnp.where(stays[:, None, None], b, a) for stays, b, a in zip(staying, before, after, strict=True)]
+        carried = preconditioner_of(bucket).carried(old(second_moment), before, after, bucket.sides)
+        second_moment = put(second_moment, carried, new)
     return state._replace(
         second_moment=second_moment,
-        roots=tuple(put(x, root, accepted) for x, root in zip(state.roots, fresh.roots, strict=True)),
-        residual=put(state.residual, fresh.residual, accepted),
-        condition=put(state.condition, fresh.condition, accepted),
-        effective_rank=put(state.effective_rank, fresh.effective_rank, accepted),
+        roots=tuple(
+            put(x, storage.stored(root, x.dtype), accepted & ~stays)
+            for x, root, stays in zip(state.roots, fresh.roots, staying, strict=True)
+        ),
+        residual=worst(state.residual, fresh.residual, jnp.maximum),
+        condition=worst(state.condition, fresh.condition, jnp.maximum),
+        effective_rank=worst(state.effective_rank, fresh.effective_rank, jnp.minimum),
         refreshed=put(state.refreshed, step, accepted),
         failures=put(state.failures, jnp.where(accepted, 0, old(state.failures) + 1), accepted | fresh.seen),
         refreshes=put(state.refreshes, old(state.refreshes) + 1, accepted),
+        spared=tuple(put(x, old(x) + 1, accepted & stays) for x, stays in zip(state.spared, staying, strict=True)),
     )
 
 
@@ -325,7 +407,7 @@ def _unsolved(stack_nrr: jax.Array) -> Solved:
     return Solved(stack_nrr, nothing, nothing, nothing, nothing > 0)
 
 
-def _joined(sides: Sequence[Solved], seen: jax.Array, exponent: jax.Array, bucket: Bucket) -> Fresh:
+def _joined(sides: Sequence[Solved], seen: jax.Array, suited: jax.Array, exponent: jax.Array, bucket: Bucket) -> Fresh:
     """What was solved side by side, as one answer for each block."""
     # Of the gradients as they are.
     scale = jnp.exp2(preconditioner_of(bucket).shift(exponent, bucket.group))[:, None, None]
@@ -334,6 +416,7 @@ def _joined(sides: Sequence[Solved], seen: jax.Array, exponent: jax.Array, bucke
         residual=jnp.stack([side.residual for side in sides]).max(axis=0),
         condition=jnp.stack([side.condition for side in sides]).max(axis=0),
         effective_rank=jnp.stack([side.effective_rank for side in sides]).min(axis=0),
-        accepted=jnp.stack([side.accepted for side in sides]).all(axis=0),
+        accepted=jnp.stack([side.accepted | (suited & 1 << k > 0) for k, side in enumerate(sides)]).all(axis=0),
         seen=seen,
+        suited=suited,
     )

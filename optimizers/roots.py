@@ -74,6 +74,31 @@ def inverse_pth_root(
     return SOLVERS[solver](stack_nrr, int(p), ridge, cut, sizes_n)
 
 
+def misfit(
+    stack_nrr: jax.Array, root_nrr: jax.Array, p: int, *, ridge: float, sizes_n: jax.Array, scale_free: bool
+) -> jax.Array:
+    """[n] |M - c I| / |M| in Frobenius' norm, with M = X^(p/2) A X^(p/2) for roots X of other matrices than A.
+
+    0 where X is A's own root; an odd p is split unevenly, as in the residual. NaN where X or A is zero or not finite.
+
+    Args:
+      stack_nrr: [n, r, r] symmetric.
+      root_nrr: [n, r, r], zero in the padding.
+      p: the roots' order.
+      ridge: relative, added to A before.
+      sizes_n: [n] how many leading rows and columns are real.
+      scale_free: whether c is the mean of M's diagonal, so that a multiple of A fits as well as A; otherwise 1.
+    """
+    given = _prepare(stack_nrr, sizes_n)
+    real = jnp.where(given.real, jnp.eye(stack_nrr.shape[-1], dtype=given.a.dtype), 0)
+    a = given.a + ridge * newton.largest_eigenvalue(given.a)[:, None, None] * real
+    low, high = newton.halves(root_nrr, p)
+    m = newton.matmul(a, high)
+    m = jnp.ldexp(m if low is None else newton.matmul(low, m), given.exponent[:, None, None])
+    mean = jnp.trace(m, axis1=-2, axis2=-1) / sizes_n if scale_free else jnp.ones(len(m))
+    return jnp.linalg.norm(m - mean[:, None, None] * real, axis=(-2, -1)) / jnp.linalg.norm(m, axis=(-2, -1))
+
+
 class _Prepared(NamedTuple):
     """Matrices fit for a solver.
 

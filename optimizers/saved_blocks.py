@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from . import storage
 from .blocks import Bucket, Leaf, Plan
 from .in_flight import InFlight
-from .options import ShampooOptions
+from .options import DTYPES, ShampooOptions
 from .patterns import state_key
 from .preconditioners import PRECONDITIONERS
 from .refresh import Roots
@@ -32,6 +33,8 @@ def describe(plan: Plan, options: ShampooOptions) -> dict[str, Any]:
     return {
         "momentum": options.momentum,
         "graft": options.graft,
+        "statistics_dtype": options.statistics_dtype,
+        "roots_dtype": options.roots_dtype,
         "buckets": {bucket.name: describe_bucket(bucket) for bucket in plan.buckets},
         "diagonal": {
             leaf.path: {"shape": list(leaf.shape), "beta2": leaf.beta2} | ({"by_row": True} if leaf.by_row else {})
@@ -143,7 +146,7 @@ class SavedBlocks:
     """What a manifest says.
 
     Attributes:
-      momentum, graft: of the options.
+      momentum, graft, statistics_dtype, roots_dtype: of the options.
       buckets: by name.
       bucket_of: path of a parameter in blocks -> name of its bucket.
       diagonal: path of a parameter under diagonal treatment -> its entry: shape, beta2 and by_row.
@@ -152,6 +155,8 @@ class SavedBlocks:
 
     momentum: str
     graft: str
+    statistics_dtype: str
+    roots_dtype: str
     buckets: dict[str, SavedBucket]
     bucket_of: dict[str, str]
     diagonal: dict[str, Mapping[str, Any]]
@@ -184,8 +189,12 @@ class SavedBlocks:
 def _read(manifest: Any, shapes: Shapes, renamed: Callable[[str], str]) -> SavedBlocks:
     buckets = {name: _bucket(name, entry) for name, entry in manifest["buckets"].items()}
     known = set()
+    dtypes = {name: _text(manifest[name]) for name in ("statistics_dtype", "roots_dtype")}
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            raise ValueError(f"{name} {dtype!r:.50} is none of {', '.join(DTYPES)}")
     for bucket in buckets.values():
-        known |= _check_arrays(bucket, shapes)
+        known |= _check_arrays(bucket, shapes, **dtypes)
     diagonal = {}
     for path, kept in manifest["diagonal"].items():
         shape = _wholes(kept["shape"])
@@ -213,6 +222,7 @@ def _read(manifest: Any, shapes: Shapes, renamed: Callable[[str], str]) -> Saved
     return SavedBlocks(
         momentum=_text(manifest["momentum"]),
         graft=_text(manifest["graft"]),
+        **dtypes,
         buckets=buckets,
         bucket_of={path: name for name, bucket in buckets.items() for path in bucket.blocks},
         diagonal={renamed(path): kept for path, kept in diagonal.items()},
@@ -255,13 +265,14 @@ def _bucket(name: str, entry: Mapping[str, Any]) -> SavedBucket:
     return SavedBucket(name, entry, shape, sides, slots, blocks)
 
 
-def _check_arrays(bucket: SavedBucket, shapes: Shapes) -> set[str]:
+def _check_arrays(bucket: SavedBucket, shapes: Shapes, statistics_dtype: str, roots_dtype: str) -> set[str]:
     """The names of a bucket's arrays; raises ValueError if one is missing or has not the shape it must have."""
     lengths = [bucket.shape[side] for side in bucket.sides]
     symmetric = PRECONDITIONERS[bucket.entry["preconditioner"]].symmetric
 
-    def per_side(field: str, *, packed: bool = True) -> dict[str, tuple[int, ...]]:
-        return {f"{field}/{number}": packed_shape(r) if packed else (r, r) for number, r in enumerate(lengths)}
+    def per_side(field: str, dtype: str, *, packed: bool = True) -> dict[str, tuple[int, ...]]:
+        matrices = [packed_shape(r) if packed else (r, r) for r in lengths]
+        return {f"{field}/{number}": storage.shape_of(shape, dtype) for number, shape in enumerate(matrices)}
 
     def per_slot(kind: type, prefix: str, *stacks: str) -> dict[str, tuple[int, ...]]:
         fields: Sequence[str] = kind._fields  # type: ignore  (of a NamedTuple)
@@ -269,11 +280,12 @@ def _check_arrays(bucket: SavedBucket, shapes: Shapes) -> set[str]:
 
     needed = {"block": (), "graft_ratio": ()}
     needed |= (
-        per_slot(Roots, "roots", "statistics", "roots", "second_moment")
-        | per_side("roots/statistics")
-        | per_side("roots/roots", packed=symmetric)
+        per_slot(Roots, "roots", "statistics", "roots", "second_moment", "spared")
+        | {f"roots/spared/{number}": () for number in range(len(lengths))}
+        | per_side("roots/statistics", statistics_dtype)
+        | per_side("roots/roots", roots_dtype, packed=symmetric)
     )
-    in_flight = per_slot(InFlight, "in_flight", "statistics") | per_side("in_flight/statistics")
+    in_flight = per_slot(InFlight, "in_flight", "statistics") | per_side("in_flight/statistics", "float32")
     prefix = f"buckets/{bucket.name}/"
     if any(name.startswith(f"{prefix}in_flight/") for name in shapes):
         needed |= in_flight

@@ -68,6 +68,7 @@ class Preconditioner(abc.ABC):
       warm: whether a refresh starts from the factor that is there.
       reads_statistics: whether what it observes depends on the statistics; they must then be on the devices.
       matrices_only: whether blocks must have two sides.
+      inverts: whether its factors are inverse roots of its statistics.
       has_exponent: whether a treatment may set its exponent.
     """
 
@@ -80,6 +81,7 @@ class Preconditioner(abc.ABC):
     warm = False
     reads_statistics = False
     matrices_only = False
+    inverts = False
     has_exponent = False
 
     def power(self, sides: int) -> float:
@@ -142,6 +144,21 @@ class Preconditioner(abc.ABC):
           sizes: [n] int32, real lengths.
           group: p, ridge and cut of the blocks.
           options: of the optimizer.
+        """
+        raise AssertionError(f"{self.name} keeps no statistics")
+
+    def misfit(
+        self, stack: jax.Array, old: jax.Array, sizes: jax.Array, group: Any, options: Any, *, scale_free: bool
+    ) -> jax.Array:
+        """How badly factors that are there suit newer statistics, from 0 (as if solved anew): [n] float32.
+
+        Args:
+          stack: [n, r, r] float32, bias-corrected.
+          old: [n, r, r] float32, factors of statistics of the same scale.
+          sizes: [n] int32, real lengths.
+          group: p, ridge and cut of the blocks.
+          options: of the optimizer.
+          scale_free: whether statistics that have only grown or shrunk are suited as before.
         """
         raise AssertionError(f"{self.name} keeps no statistics")
 

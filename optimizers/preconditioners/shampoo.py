@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import lapack
-from ..roots import inverse_pth_root
+from ..roots import inverse_pth_root, misfit
 from .base import Blocks, Preconditioner, Solved, multiplied
 
 # How far an entry of an accepted root may exceed (regulariser x largest eigenvalue)^(-1/p).
@@ -25,6 +25,7 @@ class Shampoo(Preconditioner):
     """
 
     name = "shampoo"
+    inverts = True
     has_exponent = True
 
     def __init__(self, side: str = "both"):
@@ -73,6 +74,13 @@ class Shampoo(Preconditioner):
             bound = NORM_MARGIN * ((ridge or cut) * result.largest) ** (-1 / p)
             accepted &= jnp.max(jnp.abs(result.root), axis=(-2, -1)) <= bound
         return Solved(result.root, result.residual, result.condition, result.effective_rank, accepted)
+
+    def misfit(
+        self, stack: jax.Array, old: jax.Array, sizes: jax.Array, group: Any, options: Any, *, scale_free: bool
+    ) -> jax.Array:
+        """How far the roots' p-th powers times the statistics are from the identity."""
+        del options
+        return misfit(stack, old, group.p, ridge=group.ridge, sizes_n=sizes, scale_free=scale_free)
 
     def solve_on_host(self, a: np.ndarray, group: Any, options: Any) -> tuple[lapack.HostRoot | None, int]:
         """The same in float64; a solve that fails is tried again with a larger regulariser."""

@@ -22,6 +22,7 @@ from shampax.optimizers.preconditioners import PRECONDITIONERS
 OPTIONS = ShampooOptions(
     block_size=16, interval=4, exponent=0.5, ridge=1e-4, refresh="host", delay=2, host_workers=2, start_step=3
 )
+SPARING = dataclasses.replace(OPTIONS, treatments=((".*", "soap"),), tolerance=0.3, roots_dtype="int8")
 EARLY = dataclasses.replace(OPTIONS, interval=12, early_intervals=((6, 4), (12, 6)), delay=3)
 
 
@@ -100,7 +101,11 @@ def test_the_same_bits_however_slow_the_host_is(layout, request):
     assert_same(state, same_state)
 
 
-@pytest.mark.parametrize(("options", "layout"), [(OPTIONS, "replicated"), (EARLY, "one device")], ids=["mesh", "early"])
+@pytest.mark.parametrize(
+    ("options", "layout"),
+    [(OPTIONS, "replicated"), (EARLY, "one device"), (SPARING, "one device")],
+    ids=["mesh", "early", "sparing"],
+)
 def test_resumes_bitwise_after_any_step(options, layout):
     """Catches roots in flight that a checkpoint loses, doubles or installs at another step, and a checkpoint that
     disturbs the run it is made of."""
