@@ -365,7 +365,6 @@ def install(state: Roots, slot: jax.Array, fresh: Fresh, step: jax.Array, bucket
       step: count of the steps whose gradients are in the statistics it was made from.
       bucket: the blocks'.
     """
-
     staying = [(fresh.suited & 1 << number) > 0 for number in range(len(bucket.sides))]
     new = fresh.accepted & ~functools.reduce(operator.and_, staying)  # that some side has a new factor
 

@@ -1,4 +1,4 @@
-"""Factors that are due stay while they suit their statistics: what suits, what staying leaves alone and what it saves."""
+"""Factors that are due stay while they suit their statistics: what suits, and what staying leaves alone and saves."""
 
 import dataclasses
 
