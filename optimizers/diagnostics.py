@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from . import storage
+from .kept import NO_GRADIENT
 from .options import ShampooOptions
-from .refresh import NO_GRADIENT
 from .state import ShampooState
 
 

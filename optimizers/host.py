@@ -31,9 +31,9 @@ from jax.sharding import PartitionSpec
 from . import schedule
 from .blocks import Bucket
 from .in_flight import InFlight, empty_bank, recalled, store
+from .kept import kept_factor, preconditioner_of
 from .options import ShampooOptions
 from .parcels import Contents, Parcel, Parcels
-from .refresh import kept_factor, preconditioner_of
 from .residence import HOST_KIND
 from .symmetric import unpack
 from .workers import Workers, pool_size

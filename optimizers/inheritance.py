@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .blocks import Bucket, DiagonalLeaf, Leaf, Plan
+from .kept import NO_GRADIENT
 from .options import ShampooOptions
 from .patterns import state_key
 from .preconditioners import PRECONDITIONERS
-from .refresh import NO_GRADIENT
 from .saved_blocks import ELEMENTWISE, GATHERED, MOMENTUM, SECOND_MOMENT, Blocks, SavedBlocks, describe_bucket
 
 Arrays = Mapping[str, np.ndarray]

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from .blocks import Bucket
 from .exchange import Owners
+from .kept import grafted
 from .options import ShampooOptions
-from .refresh import grafted
 
 
 class Squares(NamedTuple):

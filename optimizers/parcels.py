@@ -17,10 +17,12 @@ from jax import lax
 from . import residence, schedule, storage
 from .blocks import Bucket
 from .exchange import Owners
+from .kept import Roots, factor_shape, statistics_of
 from .moments import correction
 from .options import ShampooOptions
-from .refresh import Fresh, Roots, factor_shape, install, statistics_of, suited
+from .refresh import Fresh, install
 from .symmetric import packed_shape
+from .tolerance import suited
 
 # Of a block in a parcel of roots: its slot, and what `Fresh` has of integers.
 _INTS = 4

@@ -14,10 +14,10 @@ import numpy as np
 from . import storage
 from .blocks import Bucket, Leaf, Plan
 from .in_flight import InFlight
+from .kept import Roots
 from .options import DTYPES, ShampooOptions
 from .patterns import state_key
 from .preconditioners import PRECONDITIONERS
-from .refresh import Roots
 from .symmetric import packed_shape
 from .views import View
 

@@ -28,9 +28,10 @@ from .exchange import Owners
 from .finite import all_finite, largest
 from .host import Event, HostRoots
 from .inheritance import Inheritance
+from .kept import Roots, blocks_of, grafted, preconditioner_of, usable
 from .options import ShampooOptions
 from .parcels import Parcels
-from .refresh import Due, Roots, accumulate, blocks_of, grafted, preconditioner_of, refresh, usable
+from .refresh import Due, accumulate, refresh
 from .saved_blocks import describe
 from .state import BucketState, Layout, ShampooState
 

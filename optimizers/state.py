@@ -13,9 +13,9 @@ from . import moments, patterns, residence
 from .blocks import Bucket, Plan
 from .exchange import Owners
 from .in_flight import InFlight, in_flight_spec
+from .kept import Roots, initial_roots, preconditioner_of
 from .moments import Moments
 from .options import ShampooOptions
-from .refresh import Roots, initial_roots, preconditioner_of
 
 # Smaller diagonal states are not worth the latency of spreading them over the devices.
 SPREAD_FROM = 2**16

@@ -24,7 +24,8 @@ class Soap(Preconditioner):
     is Adam.
 
     A basis is found by `eigh` at first and by one step of orthogonal iteration, the Q of a QR decomposition of S Q_old,
-    afterwards (algorithm 4 there); with `basis = "eigh"` always by that.
+    afterwards (algorithm 4 there); with `basis = "eigh"` always by that. Directions come in the order of q' S q, the
+    largest first: QR keeps the first column as it is, and of the last, which S makes small, only what the others leave.
     """
 
     name = "soap"
@@ -77,16 +78,18 @@ class Soap(Preconditioner):
         a = jnp.where(real & jnp.isfinite(stack), stack, 0)
         trace = jnp.trace(a, axis1=-2, axis2=-1)
         a = newton.symmetric(a / jnp.where(trace > 0, trace, 1)[:, None, None])
-        # Beyond all eigenvalues, so that no eigenvector is partly in the padding.
-        a = jnp.where(real, a, 2 * identity)
+        # Below all eigenvalues, so that no eigenvector is partly in the padding and it comes last.
+        a = jnp.where(real, a, -identity)
         found = jnp.max(jnp.abs(old), axis=(-2, -1)) > 0
 
         def anew(a: jax.Array, old: jax.Array) -> jax.Array:
             del old
-            return jnp.linalg.eigh(a)[1]
+            return jnp.linalg.eigh(a)[1][:, :, ::-1]
 
         def onward(a: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.linalg.qr(newton.matmul(a, old))[0]
+            moved = newton.matmul(a, old)
+            order = jnp.argsort(-jnp.sum(old * moved, axis=-2), axis=-1)
+            return jnp.linalg.qr(jnp.take_along_axis(moved, order[:, None, :], axis=-1))[0]
 
         if options.basis == "eigh":
             q = anew(a, old)
@@ -122,7 +125,7 @@ class Soap(Preconditioner):
         except np.linalg.LinAlgError:
             return None, 0
         residual = float(np.max(np.abs(q.T @ q - np.eye(len(q)))))
-        return lapack.HostRoot(q, residual, float(values[-1]), 0.0, float(trace / values[-1])), 0
+        return lapack.HostRoot(q[:, ::-1], residual, float(values[-1]), 0.0, float(trace / values[-1])), 0
 
     def carried(
         self, second_moment: jax.Array, old: Sequence[jax.Array], new: Sequence[jax.Array], sides: Sequence[int]

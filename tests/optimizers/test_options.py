@@ -143,9 +143,10 @@ def test_bad_treatments(text, error):
         ({"momentum": "polyak"}, "momentum is 'polyak'; choose one of ema, heavy_ball"),
         ({"decay": "l2"}, "decay is 'l2'; choose one of decoupled, coupled"),
         *[
-            ({name: "float16"}, f"{name} is 'float16'; choose one of float32, bfloat16")
-            for name in ("statistics_dtype", "roots_dtype", "momentum_dtype")
+            ({name: "float16"}, f"{name} is 'float16'; choose one of float32, bfloat16, int8")
+            for name in ("statistics_dtype", "roots_dtype")
         ],
+        ({"momentum_dtype": "int8"}, "momentum_dtype is 'int8'; choose one of float32, bfloat16"),
         (
             {"treatments": (("(", "shampoo"),)},
             "'(' is not a regular expression: missing ), unterminated subpattern at position 0",
@@ -227,6 +228,10 @@ def test_good_options_warn_of_nothing():
         (
             {"statistics_dtype": "bfloat16"},
             ["rounding errors of 4e-3, far above 1e-06; use ridge or cut >= 1e-3"],
+        ),
+        (
+            {"statistics_dtype": "int8", "ridge": 1e-3},
+            ["rounding errors of about 1e-2, above 0.001; use ridge or cut >= 1e-2"],
         ),
     ],
 )
@@ -329,6 +334,7 @@ TEXTS = {
     "rate_rules": {"(('bias', 2), ('.*', 0.5))": (("bias", 2.0), (".*", 0.5))},
     "statistics_dtype": {"float32": "float32"},
     "roots_dtype": {"bfloat16": "bfloat16"},
+    "tolerance": {"0.2": 0.2},
     "momentum_dtype": {"bfloat16": "bfloat16"},
     "statistics_memory": {"host": "host"},
 }

@@ -237,10 +237,16 @@ def soap(o, rule, b, a, h, t):
     return d
 
 
+def iterated(s, q):
+    """One step of orthogonal iteration, the directions of most variance first."""
+    order = np.argsort(-np.diag(q.T @ s @ q))
+    return np.linalg.qr(s @ q[:, order])[0]
+
+
 def new_bases(o, b):
     """Eigenvectors; from old ones by one step of orthogonal iteration. The second moment goes along."""
     new = {
-        side: np.linalg.eigh(s)[1] if b.roots is None or o.basis == "eigh" else np.linalg.qr(s @ b.roots[side])[0]
+        side: np.linalg.eigh(s)[1][:, ::-1] if b.roots is None or o.basis == "eigh" else iterated(s, b.roots[side])
         for side, s in b.statistics.items()
     }
     for side, q in new.items():
