@@ -152,10 +152,9 @@ def test_tpu_steps_with_roots_on_the_host_have_no_solver_and_parcels_no_traffic(
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     roots = {name: bucket.roots for name, bucket in step.state.buckets.items()}
-    statistics = {name: (r.statistics, r.exponent) for name, r in roots.items()}
     tables = jax.tree.map(lambda x: struct(x, by_block), parcels.tables())
     number = struct(np.int32(0), everywhere)
-    take = parcels.take.lower(statistics, tables, number, number, number).compile()
+    take = parcels.take.lower(roots, tables, number, number, number).compile()
     answer = parcels.empty_answer()
     parcel = Parcel(*[struct(np.broadcast_to(x, (mesh.size, *x.shape)), by_block) for x in answer])
     written = {name: r._replace(statistics=(), exponent=None) for name, r in roots.items()}
