@@ -1,4 +1,4 @@
-"""The optimizers that are compared and their settings: AdamW, Muon, Google's Distributed Shampoo and ours."""
+"""The optimizers that are compared and their settings: AdamW, Muon, Google's Shampoo, ours and its siblings."""
 
 import dataclasses
 import importlib
@@ -13,17 +13,27 @@ import optax
 
 from ..framework import components
 from ..framework.errors import UserError
+from ..optimizers import ShampooOptions
 from ..optimizers.baselines import AdamWOptions, MuonOptions, scale_by_rules
 
-TITLES = {"adamw": "AdamW", "muon": "Muon", "google": "Google's Shampoo", "ours": "ours"}
+TITLES = {
+    "adamw": "AdamW",
+    "muon": "Muon",
+    "google": "Google's Shampoo",
+    "ours": "ours",
+    "soap": "our SOAP",
+    "kl_shampoo": "our KL-Shampoo",
+}
 RATES = {
     "adamw": (1.5e-3, 3e-3, 6e-3),
     "muon": (2.4e-2, 4.8e-2, 9.6e-2),
     "google": (3e-3, 6e-3, 1.2e-2),
     "ours": (3e-3, 6e-3, 1.2e-2),
+    "soap": (3e-3, 6e-3, 1.2e-2),
+    "kl_shampoo": (3e-3, 6e-3, 1.2e-2),
 }
 # Decay of the momentum: of each one's default, 0.8 and 0.7 the best with one seed, as ours is in the config. So short a
-# run gains from a shorter memory than the defaults'.
+# run gains from a shorter memory than the defaults'. The siblings have ours.
 MOMENTUM = {"adamw": 0.7, "muon": 0.8, "google": 0.7}
 
 # Names of the axis that stacks matrices, and of those that fold into one side of them.
@@ -86,9 +96,9 @@ class GoogleOptions:
 def all_options(config: Any) -> dict[str, Any]:
     """The options of every contestant, by name.
 
-    Ours are the config's. Google's share their block size and interval, and leave the embedding, whose longer side is
-    the vocabulary, to the graft as ours do. AdamW and Google's also have our factors of the learning rate; Muon gives
-    the embedding a learning rate of another kind anyway.
+    Ours are the config's, and its siblings' differ in the word that names them. Google's share their block size and
+    interval, and leave the embedding, whose longer side is the vocabulary, to the graft as ours do. AdamW and Google's
+    also have our factors of the learning rate; Muon gives the embedding a learning rate of another kind anyway.
     """
     ours = components.build(config.optimizer)
     google = GoogleOptions(
@@ -99,7 +109,19 @@ def all_options(config: Any) -> dict[str, Any]:
         rate_rules=ours.rate_rules,
     )
     adamw = AdamWOptions(beta1=MOMENTUM["adamw"], rate_rules=ours.rate_rules)
-    return {"adamw": adamw, "muon": MuonOptions(beta=MOMENTUM["muon"]), "google": google, "ours": ours}
+    return {
+        "adamw": adamw,
+        "muon": MuonOptions(beta=MOMENTUM["muon"]),
+        "google": google,
+        "ours": ours,
+        "soap": _sibling(ours, "soap"),
+        "kl_shampoo": _sibling(ours, "kl_shampoo"),
+    }
+
+
+def _sibling(ours: ShampooOptions, kind: str) -> ShampooOptions:
+    treatments = tuple((pattern, kind if text == "shampoo" else text) for pattern, text in ours.treatments)
+    return dataclasses.replace(ours, treatments=treatments)
 
 
 def google_package() -> Any:

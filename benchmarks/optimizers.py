@@ -1,4 +1,4 @@
-"""AdamW, Muon, Google's Distributed Shampoo and ours on the same model, batches and grid, on one device.
+"""AdamW, Muon, Google's Distributed Shampoo, ours and its siblings on the same model, batches and grid, on one device.
 
     pip install 'shampax[benchmarks]'
     python -m shampax.benchmarks.optimizers learn
