@@ -57,7 +57,7 @@ def sample_adagrad(config: Any) -> None:
     """The same model, data and budget under AdaGrad, by row on the tables."""
     _flights(config)
     config.optimizer = base.component(ADAGRAD)
-    config.schedule.learning_rate = 3e-2
+    config.schedule.learning_rate = 6e-2
 
 
 def criteo_kaggle(config: Any) -> None:

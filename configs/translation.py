@@ -71,7 +71,7 @@ def sample_adam(config: Any) -> None:
     """The same model, data and budget under AdamW."""
     sample(config)
     config.optimizer = knobs.component(ADAMW, rate_rules=EMBEDDING_RATE)
-    config.schedule.learning_rate = 3e-3
+    config.schedule.learning_rate = 4e-3
 
 
 def base(config: Any) -> None:
