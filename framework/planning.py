@@ -241,6 +241,8 @@ def _bytes(assembly: Assembly, batch: Mapping[str, Any]) -> dict[str, int]:
     for path, leaf in zip(patterns.paths(abstract.opt_state), jax.tree.leaves(abstract.opt_state), strict=True):
         kind = _HOST if leaf.sharding.memory_kind == HOST_KIND else _kind(path)
         found[kind] = found.get(kind, 0) + _held(leaf)
+    if abstract.averaging:
+        found["iterate of the average"] = _held(abstract.averaging)
     found["model state and guard"] = _held((abstract.model_state, abstract.guard, abstract.step))
     found["batch"] = _held(dict(batch))
     return found

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from . import partitioning, refusals
+from .averaging import AveragingOptions
 from .errors import UserError
 from .guard import GuardOptions
 from .optimizer import OptimizerOptions
@@ -83,6 +84,7 @@ class Program:
         """
         config = self.config
         spikes = GuardOptions(config.guard.on_spike, config.guard.spike_factor, config.guard.spike_window)
+        averaging = AveragingOptions(**config.averaging)
         with _refusals():
             tx = options.build(
                 lambda count: learning_rate(count + began),
@@ -90,7 +92,7 @@ class Program:
                 axis_names=self.axes["params"],
                 param_specs=self.shardings["params"],
             )
-            abstract = abstract_state(self.task, tx, self.batch_spec, self.placements, self.mesh)
+            abstract = abstract_state(self.task, tx, self.batch_spec, self.placements, self.mesh, averaging)
             step = make_train_step(
                 self.task,
                 tx,
@@ -101,6 +103,7 @@ class Program:
                 microbatches=config.microbatches,
                 gradient_clip=config.gradient_clip,
                 guard_options=spikes,
+                averaging_options=averaging,
             )
         return Assembly(tx, abstract, step)
 

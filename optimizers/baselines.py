@@ -42,6 +42,11 @@ class AdamWOptions:
     rate_rules: tuple[tuple[str, float], ...] = ShampooOptions.rate_rules  # factors of the learning rate
     nesterov: bool = False  # look one step ahead along the momentum
 
+    @property
+    def momentum_decays(self) -> dict[str, float]:
+        """As ShampooOptions has it."""
+        return {"beta1": self.beta1}
+
     def build(self, learning_rate: optax.Schedule, **layout: Any):
         """The optimizer; it need not know how parameters lie or what their axes are called."""
         del layout
@@ -101,6 +106,11 @@ class LambOptions:
     )
     rate_rules: tuple[tuple[str, float], ...] = ShampooOptions.rate_rules  # factors of the learning rate
 
+    @property
+    def momentum_decays(self) -> dict[str, float]:
+        """As ShampooOptions has it."""
+        return {"beta1": self.beta1}
+
     def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
         """The optimizer; axis names tell the layers that are stacked in one parameter."""
         del layout
@@ -122,6 +132,11 @@ class MomentumOptions:
     weight_decay: float = 0.0  # added to the gradient
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
 
+    @property
+    def momentum_decays(self) -> dict[str, float]:
+        """As ShampooOptions has it."""
+        return {"momentum": self.momentum}
+
     def build(self, learning_rate: optax.Schedule, **layout: Any):
         """The optimizer; it need not know how parameters lie or what their axes are called."""
         del layout
@@ -141,6 +156,11 @@ class AdafactorOptions:
     multiply_by_parameter_scale: bool = False  # relative step sizes
     weight_decay: float = 0.0  # decoupled, scaled by the learning rate
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
+
+    @property
+    def momentum_decays(self) -> dict[str, float]:
+        """As ShampooOptions has it."""
+        return {"momentum": self.momentum}
 
     def build(self, learning_rate: optax.Schedule, **layout: Any):
         """The optimizer; it need not know how parameters lie or what their axes are called."""
@@ -172,6 +192,11 @@ class MuonOptions:
     weight_decay: float = 0.0  # decoupled
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
     treatments: tuple[tuple[str, str], ...] = ShampooOptions.treatments  # "diagonal" and "rows" mean Adam
+
+    @property
+    def momentum_decays(self) -> dict[str, float]:
+        """As ShampooOptions has it."""
+        return {"beta": self.beta, "beta1": self.beta1}
 
     def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
         """The optimizer; axis names tell the sides of its matrices, as they do for Shampoo."""

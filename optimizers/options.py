@@ -356,6 +356,11 @@ class ShampooOptions:
         return DIAGONALS["sgd" if self.graft == "none" else self.graft.removesuffix("_normalized")]
 
     @property
+    def momentum_decays(self) -> dict[str, float]:
+        """Field -> decay of the momentum that it governs; a method that replaces momentum asks for 0."""
+        return {"beta1": self.beta1}
+
+    @property
     def undecided(self) -> bool:
         """Whether the refresh schedule is still to be chosen by measurement; see the module `auto`."""
         return self.refresh == "auto"
