@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import optax
 from jax.sharding import Mesh
 
 from . import partitioning, refusals
@@ -14,6 +13,7 @@ from .averaging import AveragingOptions
 from .errors import UserError
 from .guard import GuardOptions
 from .optimizer import OptimizerOptions
+from .schedule import Schedule
 from .state import TrainState, abstract_state, abstract_variables
 from .step import make_train_step
 from .task import BatchSpec, Task
@@ -71,7 +71,7 @@ class Program:
         shardings = partitioning.shardings(variables, placements, mesh)
         return cls(config, task, mesh, batch_spec, variables, axes, placements, shardings)
 
-    def assemble(self, options: OptimizerOptions, learning_rate: optax.Schedule, *, began: int = 0) -> Assembly:
+    def assemble(self, options: OptimizerOptions, learning_rate: Schedule, *, began: int = 0) -> Assembly:
         """The optimizer, the layout of the state, and the train step.
 
         Args:
@@ -87,7 +87,7 @@ class Program:
         averaging = AveragingOptions(**config.averaging)
         with _refusals():
             tx = options.build(
-                lambda count: learning_rate(count + began),
+                learning_rate.after(began),
                 mesh=self.mesh,
                 axis_names=self.axes["params"],
                 param_specs=self.shardings["params"],

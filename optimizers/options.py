@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import optax
 
+from .decay import DECAYS
 from .grafting import DIAGONALS, GRAFTS
 from .preconditioners import PRECONDITIONERS, Preconditioner
 from .preconditioners.muon import POLYNOMIALS
@@ -212,7 +213,7 @@ class ShampooOptions:
     nesterov: bool = False  # look one step ahead along the momentum
     bias_correction: bool = True  # divide averages that began at zero by 1 - beta^t
     weight_decay: float = 0.0  # "decoupled": parameters shrink by learning rate x weight decay
-    decay: str = "decoupled"  # or "coupled": weight decay x parameter is added to the gradient
+    decay: str = "decoupled"  # or "coupled" (joins the gradient) or "independent" (weight decay x rate / peak rate)
     decay_rules: tuple[tuple[str, bool], ...] = (
         # (regex over the path, whether weight decay applies), first match wins
         (r"(.*/)?[^/]*(bias|scale|norm|embed)[^/]*(/.*)?", False),
@@ -317,7 +318,7 @@ class ShampooOptions:
             ("graft", GRAFTS),
             ("graft_norm", ["parameter", "block"]),
             ("momentum", ["ema", "heavy_ball"]),
-            ("decay", ["decoupled", "coupled"]),
+            ("decay", DECAYS),
             ("statistics_dtype", DTYPES),
             ("roots_dtype", DTYPES),
             ("momentum_dtype", DTYPES),
