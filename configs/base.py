@@ -62,6 +62,11 @@ def get_config() -> Any:
     config.schedule.decay = "cosine"  # to the end of the run: "cosine", "linear", "quadratic", "constant" or "rsqrt"
     config.schedule.final_fraction = 0.0  # of the peak, left at the last step; "rsqrt" takes no notice of it
     config.schedule.begin = "0 steps"  # warm-up and decay go from here to the end: a later phase warms up once more
+    config.averaging = ConfigDict()  # of what the optimizer trains; the average is evaluated, exported and restored
+    config.averaging.kind = "none"  # "ema" (exponential moving average) or "schedule_free" (no momentum, no decay)
+    config.averaging.decay = 0.999  # of "ema": it looks back on about 1 / (1 - decay) steps
+    config.averaging.beta = 0.9  # of "schedule_free": it takes momentum's place; 1 is primal averaging, 0 Polyak's
+    config.averaging.rate_power = 2.0  # of "schedule_free": a step weighs the largest rate so far to this power
     config.gradient_clip = 0.0  # largest global norm of a gradient; 0 leaves gradients as they are
     config.guard = ConfigDict()
     config.guard.max_consecutive_skips = 20  # steps skipped in a row, after which the run stops: this is no bad luck

@@ -11,11 +11,11 @@ from ..optimizers.saved_blocks import SavedBucket
 from . import checkpoints, integrity, retention
 from . import workdir as layout
 from .checkpoints import Array
-from .contents import MODEL, OPTIMIZER, PARAMS, Contents
+from .contents import AVERAGING, MODEL, OPTIMIZER, PARAMS, Contents
 from .errors import UserError
 from .record import Evaluation
 
-_MOMENTS, _OTHER = "momenta and second moments", "other"
+_MOMENTS, _ITERATE, _OTHER = "momenta and second moments", "iterate of the average", "other"
 # Part of an array's path in the optimizer's state -> what it holds.
 _OF_BUCKETS = {
     "roots/statistics": "statistics",
@@ -24,7 +24,7 @@ _OF_BUCKETS = {
     "gathered": "gathered gradients",
     "in_flight": "in flight",
 }
-_KINDS = ("parameters", *_OF_BUCKETS.values(), "model state", _OTHER)
+_KINDS = ("parameters", *_OF_BUCKETS.values(), "model state", _ITERATE, _OTHER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +159,8 @@ def kind(name: str, contents: Contents) -> str:
         return "parameters"
     if name.startswith(MODEL):
         return "model state"
+    if name.startswith(AVERAGING):
+        return _ITERATE
     own = name.removeprefix(OPTIMIZER)
     if contents.blocks is None:
         # Of any optimizer's state, what mirrors a parameter by path.

@@ -8,7 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from . import config_files, durations, overrides, values, workdir
+from . import config_files, durations, optimizer, overrides, values, workdir
+from .averaging import AveragingOptions
 from .components import build, is_component
 from .errors import UserError
 
@@ -44,7 +45,7 @@ def check(config: ConfigDict) -> None:
       UserError: naming the key.
     """
     declared = dict(_knobs(_schema()))
-    given = dict(_knobs(config))
+    given, built = dict(_knobs(config)), {}
     for key in given:
         if key not in declared:
             raise UserError(overrides.unknown_key(key, declared))
@@ -52,10 +53,11 @@ def check(config: ConfigDict) -> None:
         if key not in given:
             raise UserError(f"config.{key} is missing; let get_config start from base.get_config()")
         if is_component(default):
-            _build(key, given[key])
+            built[key] = _build(key, given[key])
         else:
             _check_value(key, given[key], default)
     _check_ranges(config)
+    _check_averaging(config, built["optimizer"])
 
 
 def to_json(config: ConfigDict) -> str:
@@ -144,11 +146,20 @@ def _check_ranges(config: Any) -> None:
     _check_type("sharding_rules", config.sharding_rules, _RULES)
 
 
-def _build(key: str, section: Any) -> None:
+def _check_averaging(config: Any, options: Any) -> None:
+    """Whether the average goes with the schedule and the optimizer of these options."""
+    momenta = optimizer.momentum_decays(options)
+    try:
+        AveragingOptions(**config.averaging).refuse(config.schedule.decay, momenta)
+    except ValueError as error:
+        raise UserError(f"config.{error}") from error
+
+
+def _build(key: str, section: Any) -> Any:
     if not is_component(section):
         raise UserError(f"config.{key} is not the section of a component; set it by base.component(...)")
     try:
-        build(section)
+        return build(section)
     except UserError as error:
         raise UserError(f"config.{key}: {error}") from error
 

@@ -15,7 +15,7 @@ from .errors import UserError
 from .manifest import Manifest
 from .record import Record
 
-OPTIMIZER, PARAMS, MODEL = "opt_state/", "params/", "model_state/"
+OPTIMIZER, PARAMS, MODEL, AVERAGING = "opt_state/", "params/", "model_state/", "averaging/"
 
 
 @dataclasses.dataclass(frozen=True)

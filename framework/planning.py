@@ -17,6 +17,7 @@ from .config import check
 from .data import contract
 from .errors import UserError
 from .program import Assembly, Program
+from .schedule import Schedule
 
 SOLVER_ITERATIONS = 12  # of coupled Newton, assumed; matrices of condition 1e4 take 8 to 13
 _HOST = "statistics in host memory"
@@ -137,7 +138,8 @@ def figures(config: Any, devices: Sequence[Any], *, compiles: bool, kind: str = 
         )
     if getattr(options, "undecided", False):
         options = options.without_roots()
-    rate = optax.constant_schedule(config.schedule.learning_rate)
+    peak = config.schedule.learning_rate
+    rate = Schedule(optax.constant_schedule(peak), peak)
     with jax.set_mesh(mesh):
         sharding = partitioning.batch_sharding(mesh)
         batch = {
@@ -241,6 +243,8 @@ def _bytes(assembly: Assembly, batch: Mapping[str, Any]) -> dict[str, int]:
     for path, leaf in zip(patterns.paths(abstract.opt_state), jax.tree.leaves(abstract.opt_state), strict=True):
         kind = _HOST if leaf.sharding.memory_kind == HOST_KIND else _kind(path)
         found[kind] = found.get(kind, 0) + _held(leaf)
+    if abstract.averaging:
+        found["iterate of the average"] = _held(abstract.averaging)
     found["model state and guard"] = _held((abstract.model_state, abstract.guard, abstract.step))
     found["batch"] = _held(dict(batch))
     return found

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import optax
 from jax.sharding import Mesh
 
 from . import partitioning, refusals
+from .averaging import AveragingOptions
 from .errors import UserError
 from .guard import GuardOptions
 from .optimizer import OptimizerOptions
+from .schedule import Schedule
 from .state import TrainState, abstract_state, abstract_variables
 from .step import make_train_step
 from .task import BatchSpec, Task
@@ -70,7 +71,7 @@ class Program:
         shardings = partitioning.shardings(variables, placements, mesh)
         return cls(config, task, mesh, batch_spec, variables, axes, placements, shardings)
 
-    def assemble(self, options: OptimizerOptions, learning_rate: optax.Schedule, *, began: int = 0) -> Assembly:
+    def assemble(self, options: OptimizerOptions, learning_rate: Schedule, *, began: int = 0) -> Assembly:
         """The optimizer, the layout of the state, and the train step.
 
         Args:
@@ -83,14 +84,15 @@ class Program:
         """
         config = self.config
         spikes = GuardOptions(config.guard.on_spike, config.guard.spike_factor, config.guard.spike_window)
+        averaging = AveragingOptions(**config.averaging)
         with _refusals():
             tx = options.build(
-                lambda count: learning_rate(count + began),
+                learning_rate.after(began),
                 mesh=self.mesh,
                 axis_names=self.axes["params"],
                 param_specs=self.shardings["params"],
             )
-            abstract = abstract_state(self.task, tx, self.batch_spec, self.placements, self.mesh)
+            abstract = abstract_state(self.task, tx, self.batch_spec, self.placements, self.mesh, averaging)
             step = make_train_step(
                 self.task,
                 tx,
@@ -101,6 +103,7 @@ class Program:
                 microbatches=config.microbatches,
                 gradient_clip=config.gradient_clip,
                 guard_options=spikes,
+                averaging_options=averaging,
             )
         return Assembly(tx, abstract, step)
 

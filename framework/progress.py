@@ -16,6 +16,7 @@ from ..optimizers import patterns
 from ..optimizers.residence import HOST_KIND
 from . import chips, partitioning, takeover
 from . import workdir as layout
+from .state import TrainState
 
 _CONSOLE_ROWS = 40
 
@@ -204,12 +205,11 @@ def show_takeover(taken: takeover.Takeover, workdir: Path) -> None:
         say(f"  ({len(taken.lines) - _CONSOLE_ROWS} more lines in {layout.RESTORED})")
 
 
-def memory_line(params: Any, opt_state: Any) -> str:
+def memory_line(state: TrainState) -> str:
     """`on each device: parameters 2.9 MB, optimizer state 11.2 MB (and 4.2 MB in its host's memory)`.
 
     Args:
-      params: ShapeDtypeStructs with shardings.
-      opt_state: likewise.
+      state: ShapeDtypeStructs with shardings.
     """
 
     def megabytes(tree: Any, *, on_host: bool) -> float:
@@ -217,11 +217,13 @@ def memory_line(params: Any, opt_state: Any) -> str:
         shapes = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in leaves]
         return sum(math.prod(shape) * size for shape, size in shapes) / 1e6
 
-    hosted = megabytes(opt_state, on_host=True)
+    hosted = megabytes(state.opt_state, on_host=True)
+    iterate = megabytes(state.averaging, on_host=False)
     return (
-        f"on each device: parameters {megabytes(params, on_host=False):.1f} MB, optimizer state "
-        f"{megabytes(opt_state, on_host=False):.1f} MB"
+        f"on each device: parameters {megabytes(state.params, on_host=False):.1f} MB, optimizer state "
+        f"{megabytes(state.opt_state, on_host=False):.1f} MB"
         + (f" (and {hosted:.1f} MB in its host's memory)" if hosted else "")
+        + (f", iterate of the average {iterate:.1f} MB" if state.averaging else "")
     )
 
 

@@ -1,6 +1,8 @@
 """The learning rate as a function of the step: warm-up, then decay."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,30 @@ from .errors import UserError
 DECAYS = ("cosine", "linear", "quadratic", "constant", "rsqrt")
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A learning rate by the number of accepted steps, called like any `optax.Schedule`.
+
+    Attributes:
+      rate: count -> learning rate.
+      peak: the highest of them.
+    """
+
+    rate: optax.Schedule
+    peak: float
+
+    def __call__(self, count: jax.typing.ArrayLike) -> Any:
+        """The learning rate after so many steps."""
+        return self.rate(count)
+
+    def after(self, steps: int) -> "Schedule":
+        """What is left after so many steps, counted anew."""
+        return Schedule(lambda count: self.rate(count + steps), self.peak)
+
+
 def make_schedule(
     learning_rate: float, *, warmup_steps: int, total_steps: int, decay: str, final_fraction: float, begin_step: int = 0
-) -> optax.Schedule:
+) -> Schedule:
     """Linear warm-up over `warmup_steps` to `learning_rate`, then decay to `final_fraction` of it at
     `total_steps`.
 
@@ -39,7 +62,7 @@ def make_schedule(
             decay=decay,
             final_fraction=final_fraction,
         )
-        return lambda count: phase(jnp.maximum(jnp.asarray(count) - begin_step, 0))
+        return Schedule(lambda count: phase(jnp.maximum(jnp.asarray(count) - begin_step, 0)), learning_rate)
     if warmup_steps >= total_steps:
         raise UserError(f"schedule.warmup of {warmup_steps} steps must be shorter than the run of {total_steps} steps")
     decay_steps = total_steps - warmup_steps
@@ -56,9 +79,9 @@ def make_schedule(
         start = max(warmup_steps, 1)
         after = functools.partial(_rsqrt, learning_rate, start)
     if warmup_steps == 0:
-        return after
+        return Schedule(after, learning_rate)
     before = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
-    return optax.join_schedules([before, after], [warmup_steps])
+    return Schedule(optax.join_schedules([before, after], [warmup_steps]), learning_rate)
 
 
 def _rsqrt(learning_rate: float, start: int, count: jax.typing.ArrayLike) -> jax.Array:

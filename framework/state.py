@@ -10,7 +10,8 @@ import optax
 from jax.sharding import Mesh
 
 from ..optimizers import patterns
-from . import guard, optimizer, partitioning
+from . import averaging, guard, optimizer, partitioning
+from .averaging import AveragingOptions
 from .task import BatchSpec, Task
 
 
@@ -21,10 +22,11 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, steps taken, skipped ones included; the next batch is that of this number.
-      params: what the optimizer trains.
+      params: of the model: what the optimizer trains or, with averaging, the average of that.
       opt_state: the optimizer's state.
       model_state: the task's collections other than "params".
       guard: what the guard has counted, and its statistics of the loss.
+      averaging: what the optimizer trains where `params` are an average, and the average's weights; otherwise `()`.
     """
 
     step: Any
@@ -32,6 +34,7 @@ class TrainState:
     opt_state: Any
     model_state: Any
     guard: Any
+    averaging: Any = ()
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -50,16 +53,19 @@ def abstract_state(
     batch_spec: BatchSpec,
     placements: dict[str, partitioning.Placement],
     mesh: Mesh,
+    averaging_options: AveragingOptions = averaging.OFF,
 ) -> TrainState:
     """The train state as ShapeDtypeStructs with shardings: what to compile for, initialise and restore.
 
-    `placements` are those of the task's variables, by path. The step and the guard are replicated.
+    `placements` are those of the task's variables, by path. The step, the guard and the weights of an average are
+    replicated.
     """
     variables = abstract_variables(task, batch_spec)
     variables = _with_shardings(variables, partitioning.shardings(variables, placements, mesh))
+    replicated = partitioning.replicated(mesh)
+    averages = averaging.abstract(dict(variables), averaging_options, replicated)
     params = variables.pop("params")
     opt_state = _with_shardings(jax.eval_shape(tx.init, params), optimizer.state_shardings(tx, params, mesh))
-    replicated = partitioning.replicated(mesh)
     scalars = jax.eval_shape(guard.initial)
     return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
@@ -67,6 +73,7 @@ def abstract_state(
         opt_state=opt_state,
         model_state=variables,
         guard=_with_shardings(scalars, jax.tree.map(lambda _: replicated, scalars)),
+        averaging=averages,
     )
 
 
@@ -74,7 +81,7 @@ def initial_state(
     task: Task, tx: optax.GradientTransformation, batch_spec: BatchSpec, abstract: TrainState, seed: int
 ) -> TrainState:
     """The state before the first step: each device computes its part, with the same values on every mesh."""
-    init = _initial(task, tx, batch_spec, seed)
+    init = _initial(task, tx, batch_spec, abstract, seed)
     return jax.jit(init, out_shardings=shardings(abstract))()
 
 
@@ -89,7 +96,7 @@ def initial_arrays(
     """Some arrays of the initial state, by their paths in it; the others take no memory."""
     if not names:
         return {}
-    init = _initial(task, tx, batch_spec, seed)
+    init = _initial(task, tx, batch_spec, abstract, seed)
 
     def chosen(state: TrainState) -> dict[str, Any]:
         return {
@@ -102,11 +109,12 @@ def initial_arrays(
 
 
 def _initial(
-    task: Task, tx: optax.GradientTransformation, batch_spec: BatchSpec, seed: int
+    task: Task, tx: optax.GradientTransformation, batch_spec: BatchSpec, abstract: TrainState, seed: int
 ) -> Callable[[], TrainState]:
     def init() -> TrainState:
         # No step uses this key: steps fold in 0, 1, 2, ...
         variables = dict(task.init(jax.random.fold_in(jax.random.key(seed), 2**32 - 1), batch_spec))
+        averages = averaging.initial(dict(variables), abstract.averaging)
         params = variables.pop("params")
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -114,6 +122,7 @@ def _initial(
             opt_state=tx.init(params),
             model_state=variables,
             guard=guard.initial(),
+            averaging=averages,
         )
 
     return init

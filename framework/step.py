@@ -10,7 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..optimizers.finite import all_finite
 from ..optimizers.residence import HOST_KIND
-from . import guard, optimizer, partitioning
+from . import averaging, guard, optimizer, partitioning
+from .averaging import AveragingOptions
 from .guard import GuardOptions
 from .state import TrainState, shardings
 from .task import Batch, Judge, Metrics, Task
@@ -27,13 +28,14 @@ def make_train_step(
     microbatches: int = 1,
     gradient_clip: float = 0.0,
     guard_options: GuardOptions,
+    averaging_options: AveragingOptions = averaging.OFF,
 ) -> jax.stages.Wrapped:
     """The jitted train step `(state, batch) -> (state, metrics)`; it donates the state.
 
     The batch is cut into `microbatches`, whose gradients are added up with the weight of their loss (the
     number of targets, say), so that the result is the gradient of the whole batch however uneven the masks.
     Where the guard does not accept the step (loss or any element of the gradient not finite, or a loss spike, by its
-    options), params, optimizer state and model state stay bitwise as they were; `step` advances all the same.
+    options), params, optimizer state, model state and averages stay bitwise as they were; `step` advances all the same.
 
     Args:
       task: gives the loss.
@@ -45,6 +47,7 @@ def make_train_step(
       microbatches: number of micro-batches, dividing each device's share of the batch.
       gradient_clip: bound on the global norm of the gradient; 0 leaves it alone.
       guard_options: what is a loss spike, and what becomes of its step.
+      averaging_options: whether params are an average of what the optimizer trains; the loss is not the average's.
 
     Metrics are float32 scalars (counts int32), the same on all devices: the task's (total / weight),
     `gradient_norm` (before clipping), `update_norm`, `learning_rate`, `spike` (0 or 1), `spike_bound` (on the loss,
@@ -55,8 +58,9 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        point = averaging.point(state.variables, state.averaging, averaging_options)
         gradients, model_state, sums = _whole_batch_gradients(
-            task, state, _cut(batch, microbatches, mesh), key, params_shardings
+            task, point, _cut(batch, microbatches, mesh), key, params_shardings
         )
         metrics = {name: total / weight for name, (total, weight) in sums.items()}
         metrics["learning_rate"] = jnp.asarray(learning_rate(state.step - state.guard.skipped), jnp.float32)
@@ -71,24 +75,29 @@ def make_train_step(
         # may not return from one. An optimizer with state in host memory, which is renewed in place and cannot be
         # chosen from here, has to see one and refuse the step itself.
         gradients = jax.tree.map(lambda leaf: jnp.where(verdict.accepted, leaf, jnp.nan if hosted else 0), gradients)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        updates, opt_state = tx.update(gradients, state.opt_state, point["params"])
         metrics["update_norm"] = jnp.where(verdict.accepted, global_norm(updates), 0.0)
 
         def guarded(new: Any, old: Any) -> Any:
             return jax.tree.map(functools.partial(jnp.where, verdict.accepted), new, old)
 
+        iterate = {"params": averaging.moved(state.variables, state.averaging, updates), **model_state}
+        new, averages = averaging.advance(
+            state.variables, state.averaging, iterate, metrics["learning_rate"], averaging_options
+        )
         clipped = (metrics["gradient_norm"] > gradient_clip) if gradient_clip else False
         state = TrainState(
             step=state.step + 1,
-            params=guarded(optax.apply_updates(state.params, updates), state.params),
+            params=guarded(new.pop("params"), state.params),
             opt_state=jax.tree.map(
                 lambda new, old, spec: new if _in_host_memory(spec) else jnp.where(verdict.accepted, new, old),
                 opt_state,
                 state.opt_state,
                 abstract.opt_state,
             ),
-            model_state=guarded(model_state, state.model_state),
+            model_state=guarded(new, state.model_state),
             guard=guard.updated(state.guard, verdict, metrics["loss"], clipped, guard_options),
+            averaging=guarded(averages, state.averaging),
         )
         metrics |= {
             "spike": verdict.spike.astype(jnp.int32),
@@ -168,9 +177,11 @@ def _cut(batch: Batch, microbatches: int, mesh: Mesh) -> Batch:
 
 
 def _whole_batch_gradients(
-    task: Task, state: TrainState, microbatches: Batch, key: jax.Array, params_shardings: Any
+    task: Task, variables: dict[str, Any], microbatches: Batch, key: jax.Array, params_shardings: Any
 ) -> tuple[Any, dict[str, Any], Metrics]:
     """Gradient of sum(totals) / sum(weights) over the micro-batches, last model state, summed metrics."""
+    params = variables["params"]
+    first_model_state = {name: collection for name, collection in variables.items() if name != "params"}
 
     def loss(params, model_state, batch, key):
         return task.loss({"params": params, **model_state}, batch, key=key, train=True)
@@ -182,7 +193,7 @@ def _whole_batch_gradients(
         gradients, model_state = carry
         number, batch = numbered_batch
         (_, (model_state, metrics)), new = jax.value_and_grad(loss, has_aux=True)(
-            state.params, model_state, batch, jax.random.fold_in(key, number)
+            params, model_state, batch, jax.random.fold_in(key, number)
         )
         weight = metrics["loss"][1]
         # A micro-batch without targets may have a loss of 0 / 0 and says nothing.
@@ -190,13 +201,13 @@ def _whole_batch_gradients(
         return (lay_out(gradients), model_state), metrics
 
     count = jax.tree.leaves(microbatches)[0].shape[0]
-    start = lay_out(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.params))
+    start = lay_out(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params))
     inputs = (jnp.arange(count), microbatches)
     if count == 1:
         # XLA keeps a loop of one turn, and on a CPU convolutions inside a loop take ten times as long.
-        (gradients, model_state), sums = accumulate((start, state.model_state), jax.tree.map(lambda x: x[0], inputs))
+        (gradients, model_state), sums = accumulate((start, first_model_state), jax.tree.map(lambda x: x[0], inputs))
     else:
-        (gradients, model_state), stacked = jax.lax.scan(accumulate, (start, state.model_state), inputs)
+        (gradients, model_state), stacked = jax.lax.scan(accumulate, (start, first_model_state), inputs)
         sums = jax.tree.map(lambda leaf: leaf.sum(axis=0), stacked)
     weight = sums["loss"][1]
     return jax.tree.map(lambda leaf: leaf / weight, gradients), model_state, sums

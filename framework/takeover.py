@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -24,6 +25,7 @@ from .record import Record
 from .state import TrainState
 
 _OPTIMIZER, _PARAMS, _MODEL, _STEP = "opt_state/", "params/", "model_state/", "step"
+_ITERATE = "averaging/iterate/"  # and then a path in the variables
 
 Renames = Sequence[tuple[str, str]]
 
@@ -78,9 +80,14 @@ class Takeover:
         like = _by_name(self.spec)
         values: dict[str, Any] = dict(fresh)
         if self.path is not None:
-            kept = {source.name: name for name, source in self.sources.items() if isinstance(source, Kept)}
-            arrays = checkpoints.read(self.path, {saved: like[name] for saved, name in kept.items()})
-            values |= {kept[saved]: value for saved, value in arrays.items()}
+            kept: dict[str, list[str]] = {}
+            for name, source in self.sources.items():
+                if isinstance(source, Kept):
+                    kept.setdefault(source.name, []).append(name)
+            arrays = checkpoints.read(self.path, {saved: like[names[0]] for saved, names in kept.items()})
+            for saved, (first, *others) in kept.items():
+                # The step donates each of them, so that no two may be one array.
+                values |= {first: arrays[saved], **{name: jnp.copy(arrays[saved]) for name in others}}
             for made in self._made():
                 saved = checkpoints.read(self.path, dict.fromkeys(n for source in made.values() for n in source.names))
                 values |= {name: _placed(source.make(saved), like[name]) for name, source in made.items()}
@@ -166,6 +173,7 @@ class _Planner:
             spec = dataclasses.replace(abstract, opt_state=optimizer.saved_spec(tx, abstract.opt_state, params))
         report = inheritance.report() if inheritance else {}
         sources: dict[str, Source] = {}
+        of_averages: dict[str, str] = {}
         lines = []
         for path, leaf in _by_name(spec).items():
             if path.startswith(_PARAMS):
@@ -177,6 +185,14 @@ class _Planner:
             elif path.startswith(_OPTIMIZER):
                 own = path.removeprefix(_OPTIMIZER)
                 sources[path] = _of_optimizer(inheritance.source(own, leaf.shape)) if inheritance else Fresh("")
+            elif path.startswith(_ITERATE):
+                own = path.removeprefix(_ITERATE)
+                average = own if own.startswith(_PARAMS) else f"{_MODEL}{own}"
+                sources[path], why = self._iterate(sources[average], leaf)
+                if self._origin.kind != "init":
+                    of_averages[average.removeprefix(_PARAMS)] = why
+                    if why and average.startswith(_MODEL):
+                        lines.append(f"{average}: average afresh ({why})")
             elif self._origin.kind == "init":
                 sources[path] = Fresh("")
             else:
@@ -185,14 +201,17 @@ class _Planner:
                     if path == _STEP:
                         raise ValueError(f"its array {path}: {source.why}")
                     lines.append(f"{path}: afresh ({source.why})")
-        changed = {path: _line(source, report.get(path, {})) for path, source in of_params.items()}
+        changed = {}
+        for path, source in of_params.items():
+            average = {"average": of_averages[path]} if path in of_averages else {}
+            changed[path] = _line(source, report.get(path, {}) | average)
         lines = [f"{path}: {line}" for path, line in changed.items() if line] + lines
         lines += [f"{path}: left behind, there is none here" for path in self._parameters if path not in of_params]
         return Takeover(
             self._origin.path,
             spec,
             sources,
-            (*self._notes(inheritance, name), *lines),
+            (*self._notes(inheritance, name), *self._of_average(spec), *lines),
             sum(not line for line in changed.values()),
         )
 
@@ -202,6 +221,22 @@ class _Planner:
         if self._origin.kind == "init":
             return []
         return [f"the optimizer's state is started afresh: {self._manifest.optimizer} there, {name} here"]
+
+    def _of_average(self, spec: TrainState) -> list[str]:
+        if spec.averaging or self._origin.kind == "init" or not any(name.startswith(_ITERATE) for name in self._saved):
+            return []
+        return ["the parameters are the average of that run; the iterate it was made of is left behind"]
+
+    def _iterate(self, average: Source, leaf: Any) -> tuple[Source, str]:
+        """Where the iterate of an average comes from, and why that average begins afresh, "" if it does not."""
+        if self._origin.kind == "init":
+            return average, ""
+        if not isinstance(average, Kept):
+            return average, average.why if isinstance(average, Fresh) else ""
+        there = self._array(f"{_ITERATE}{average.name.removeprefix(_MODEL)}", leaf)
+        if isinstance(there, Fresh):
+            return average, there.why
+        return there, ""
 
     def _inheritance(self, tx: optax.GradientTransformation, name: str, params: Any) -> optimizer.Inheritance | None:
         if self._origin.kind == "init" or self._manifest.optimizer != name:

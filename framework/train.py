@@ -155,7 +155,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         origin.set_aside(workdir, start)
         calibration.keep(workdir, choice)
         progress.show_parameters(progress.parameter_rows(abstract.params, program.placements, treatments), workdir)
-        progress.say(progress.memory_line(abstract.params, abstract.opt_state))
+        progress.say(progress.memory_line(abstract))
         progress.say(str(start))
         progress.show_takeover(taken, workdir)
 

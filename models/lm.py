@@ -14,6 +14,7 @@ layers add, so that with a tied head the model does not begin by repeating its i
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,8 +90,10 @@ class LMTask:
             )
         if self.capacity_factor <= 0:
             raise ValueError(f"task.capacity_factor is {self.capacity_factor}; it must be above 0, such as 1.25")
-        if self.z_loss < 0 or self.rope_theta <= 0:
-            raise ValueError(f"task.z_loss {self.z_loss} must be >= 0 and task.rope_theta {self.rope_theta} > 0")
+        if not 0 <= self.z_loss < math.inf:
+            raise ValueError(f"task.z_loss is {self.z_loss}; it must be at least 0 and finite, such as 1e-4")
+        if self.rope_theta <= 0:
+            raise ValueError(f"task.rope_theta is {self.rope_theta}; it must be above 0, such as 10_000")
 
     def init(self, key: jax.Array, batch_spec: BatchSpec) -> dict[str, Any]:
         """Parameters as plain nested dicts {"params": ...}, float32; pure, works under jax.eval_shape."""
@@ -106,7 +109,8 @@ class LMTask:
 
         metrics: "loss", nats over targets, while training with z_loss and the losses of routers; "bits_per_character",
         bits over the characters that begin in the targets (ends of documents cost bits and have no characters);
-        "accuracy"; with experts also those of `moe.router_metrics`.
+        "accuracy"; with z_loss also "z_loss", the mean of log(Z)^2 before its weight (PaLM, arXiv 2204.02311, section
+        5); with experts also those of `moe.router_metrics`.
         """
         del key  # no dropout
         real_BxT = (batch["segments"][:, 1:] == batch["segments"][:, :-1]) & (batch["segments"][:, 1:] > 0)
@@ -120,8 +124,9 @@ class LMTask:
 
         targets, nats = total(jnp.ones_like(nats_BxT)), total(nats_BxT)
         objective = nats
-        if train and self.z_loss:
-            objective += self.z_loss * total(jnp.square(logsumexp_BxT))
+        z_metrics = {"z_loss": (total(jnp.square(logsumexp_BxT)), targets)} if self.z_loss else {}
+        if train and z_metrics:
+            objective += self.z_loss * z_metrics["z_loss"][0]
         # As argmax == target, but the maximum is there already; a tie counts as right.
         right = total(chosen_BxT >= logits_BxTxV.max(axis=-1))
         routers = {} if routing is None else moe.router_metrics(routing, self.experts_per_token)
@@ -133,6 +138,7 @@ class LMTask:
             "loss": (objective, targets),
             "bits_per_character": (nats / np.log(2), total(batch["characters"][:, 1:])),
             "accuracy": (right, targets),
+            **z_metrics,
             **routers,
         }
         return objective / jnp.maximum(targets, 1), ({}, metrics)

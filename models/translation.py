@@ -45,6 +45,7 @@ class TranslationTask:
     mlp_dim: int = 512  # hidden width of the MLP
     dropout: float = 0.1  # share of what each part adds to the residual stream, and of embeddings, that is dropped
     label_smoothing: float = 0.1  # probability spread over all tokens in the training loss alone
+    z_loss: float = 0.0  # weight of log(Z)^2 in the training loss (PaLM: 1e-4); keeps logits from drifting
     remat: str = "none"  # recompute in the backward pass: "none", "full" (least memory) or "dots"
     compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
     beam_size: int = 4  # hypotheses of a translation that are kept; 1 is greedy decoding
@@ -63,6 +64,8 @@ class TranslationTask:
         for name in ("dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"task.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if not 0 <= self.z_loss < math.inf:
+            raise ValueError(f"task.z_loss is {self.z_loss}; it must be at least 0 and finite, such as 1e-4")
         if not 0 <= self.length_penalty < math.inf:
             raise ValueError(f"task.length_penalty is {self.length_penalty}; it must be at least 0, and finite")
         if self.remat not in REMAT_POLICIES:
@@ -85,7 +88,8 @@ class TranslationTask:
 
         While training it is the cross-entropy with smoothed labels, under dropout; otherwise plain nats, so that the
         held-out "loss" and "nats_per_token" are one number. "nats_per_token" is never smoothed; "accuracy" is the share
-        of targets that are the most probable token.
+        of targets that are the most probable token. With z_loss the training loss has it, too, and "z_loss" is the mean
+        of log(Z)^2 before its weight (PaLM, arXiv 2204.02311, section 5).
         """
         segments_BxT = batch["target_segments"][:, 1:]
         real_BxT = (segments_BxT == batch["target_segments"][:, :-1]) & (segments_BxT > 0)
@@ -102,11 +106,15 @@ class TranslationTask:
         if train and self.label_smoothing:
             spread = total(logsumexp_BxT - logits_BxTxV.mean(axis=-1))
             objective = (1 - self.label_smoothing) * nats + self.label_smoothing * spread
+        z_metrics = {"z_loss": (total(jnp.square(logsumexp_BxT)), targets)} if self.z_loss else {}
+        if train and z_metrics:
+            objective += self.z_loss * z_metrics["z_loss"][0]
         metrics = {
             "loss": (objective, targets),
             "nats_per_token": (nats, targets),
             # As argmax == target, but the maximum is there already; a tie counts as right.
             "accuracy": (total(chosen_BxT >= logits_BxTxV.max(axis=-1)), targets),
+            **z_metrics,
         }
         return objective / jnp.maximum(targets, 1), ({}, metrics)
 

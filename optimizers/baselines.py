@@ -1,6 +1,7 @@
 """The methods that Shampoo is compared with, from optax, under the same config field."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import optax
 import optax.contrib
 from optax.contrib import MuonDimensionNumbers
 
-from . import patterns
+from . import decay, patterns
 from .options import DIAGONAL_KINDS, ShampooOptions, Treatment
 from .views import matrix_axes, names_by_path
 
@@ -32,7 +33,7 @@ def scale_by_rules(rate_rules: patterns.Rules[float]) -> optax.GradientTransform
 
 @dataclasses.dataclass(frozen=True)
 class AdamWOptions:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+    """Adam with weight decay apart from the gradient (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
 
     beta1: float = 0.9  # decay of the first moment
     beta2: float = 0.99  # decay of the second moment
@@ -41,21 +42,78 @@ class AdamWOptions:
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
     rate_rules: tuple[tuple[str, float], ...] = ShampooOptions.rate_rules  # factors of the learning rate
     nesterov: bool = False  # look one step ahead along the momentum
+    decay: str = "decoupled"  # or "independent": parameters shrink by weight decay x rate / peak rate
+    clip_rms: float = 0.0  # largest root mean square of Adam's update, of each matrix of a stack; 0 is no limit
 
-    def build(self, learning_rate: optax.Schedule, **layout: Any):
-        """The optimizer; it need not know how parameters lie or what their axes are called."""
+    def __post_init__(self):
+        if self.decay not in ("decoupled", "independent"):
+            raise ValueError(f"decay is {self.decay!r}; choose one of decoupled, independent")
+        if not 0 <= self.clip_rms < math.inf:
+            raise ValueError(f"clip_rms is {self.clip_rms}; it must be a finite number and not negative, such as 1")
+
+    @property
+    def momentum_decays(self) -> dict[str, float]:
+        """As ShampooOptions has it."""
+        return {"beta1": self.beta1}
+
+    def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
+        """The optimizer; axis names tell the layers that are stacked in one parameter."""
         del layout
-
-        adamw = optax.adamw(
-            learning_rate,
-            b1=self.beta1,
-            b2=self.beta2,
-            eps=self.epsilon,
-            weight_decay=self.weight_decay,
-            mask=_decay_mask(self.decay_rules),
-            nesterov=self.nesterov,
+        # As `optax.adamw`, with the clipping between its parts; what has no state shares one place with its neighbour,
+        # so that a checkpoint knows the state by the same names with and without it.
+        adamw = optax.chain(
+            optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.epsilon, nesterov=self.nesterov),
+            optax.chain(clip_by_rms(self.clip_rms, axis_names), self._add_decay(learning_rate)),
+            optax.scale_by_learning_rate(learning_rate),
         )
         return optax.chain(adamw, scale_by_rules(self.rate_rules))
+
+    def _add_decay(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+        if self.decay == "decoupled" or not self.weight_decay:
+            return optax.add_decayed_weights(self.weight_decay, _decay_mask(self.decay_rules))
+        decay.peak(learning_rate)
+
+        def add(path: str, update: jax.Array, param: jax.Array) -> jax.Array:
+            if not patterns.first_match(self.decay_rules, path):
+                return update
+            factor = patterns.first_match(self.rate_rules, path)
+            return update + decay.coefficient(self.weight_decay, self.decay, learning_rate, factor) * param
+
+        def add_all(updates: Any, params: Any = None) -> Any:
+            return jax.tree.map(add, patterns.path_tree(updates), updates, params)
+
+        return optax.stateless(add_all)
+
+
+def clip_by_rms(threshold: float, axis_names: Any) -> optax.GradientTransformation:
+    """U <- U x min(1, threshold / rms(U)) for each matrix; 0 leaves updates as they are.
+
+    As `optax.clip_by_block_rms` (Shazeer and Stern 2018, arXiv 1804.04235, section 6), which would take all layers that
+    are stacked in one parameter for one.
+
+    Args:
+      threshold: largest root mean square.
+      axis_names: of each parameter, a tuple; axes named in `ShampooOptions.stack_axes` stack. None for no stacks.
+    """
+    if not threshold:
+        return optax.identity()
+    names = names_by_path(axis_names)
+
+    def clip(path: str, update: jax.Array) -> jax.Array:
+        rms = jnp.sqrt(jnp.mean(jnp.square(update), axis=_matrix_axes(names, path, update), keepdims=True))
+        return update / jnp.maximum(1.0, rms / threshold)
+
+    def clip_all(updates: Any, params: Any = None) -> Any:
+        del params
+        return jax.tree.map(clip, patterns.path_tree(updates), updates)
+
+    return optax.stateless(clip_all)
+
+
+def _matrix_axes(names: Any, path: str, param: jax.Array) -> tuple[int, ...]:
+    """The axes of a parameter that stack nothing."""
+    stacked = [name in ShampooOptions.stack_axes for name in names.get(path, ())] or [False] * param.ndim
+    return tuple(axis for axis in range(param.ndim) if not stacked[axis])
 
 
 def scale_by_trust_ratio(adapt_rules: patterns.Rules[bool], axis_names: Any) -> optax.GradientTransformation:
@@ -70,8 +128,7 @@ def scale_by_trust_ratio(adapt_rules: patterns.Rules[bool], axis_names: Any) -> 
     names = names_by_path(axis_names)
 
     def adapt(update: jax.Array, param: jax.Array, path: str) -> jax.Array:
-        stacked = [name in ShampooOptions.stack_axes for name in names.get(path, ())] or [False] * param.ndim
-        axes = tuple(axis for axis in range(param.ndim) if not stacked[axis])
+        axes = _matrix_axes(names, path, param)
         of_param, of_update = (jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True)) for x in (param, update))
         known = (of_param > 0) & (of_update > 0)
         return update * jnp.where(known, of_param / jnp.where(known, of_update, 1.0), 1.0)
@@ -101,6 +158,11 @@ class LambOptions:
     )
     rate_rules: tuple[tuple[str, float], ...] = ShampooOptions.rate_rules  # factors of the learning rate
 
+    @property
+    def momentum_decays(self) -> dict[str, float]:
+        """As ShampooOptions has it."""
+        return {"beta1": self.beta1}
+
     def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
         """The optimizer; axis names tell the layers that are stacked in one parameter."""
         del layout
@@ -122,6 +184,11 @@ class MomentumOptions:
     weight_decay: float = 0.0  # added to the gradient
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
 
+    @property
+    def momentum_decays(self) -> dict[str, float]:
+        """As ShampooOptions has it."""
+        return {"momentum": self.momentum}
+
     def build(self, learning_rate: optax.Schedule, **layout: Any):
         """The optimizer; it need not know how parameters lie or what their axes are called."""
         del layout
@@ -141,6 +208,11 @@ class AdafactorOptions:
     multiply_by_parameter_scale: bool = False  # relative step sizes
     weight_decay: float = 0.0  # decoupled, scaled by the learning rate
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
+
+    @property
+    def momentum_decays(self) -> dict[str, float]:
+        """As ShampooOptions has it."""
+        return {"momentum": self.momentum}
 
     def build(self, learning_rate: optax.Schedule, **layout: Any):
         """The optimizer; it need not know how parameters lie or what their axes are called."""
@@ -172,6 +244,11 @@ class MuonOptions:
     weight_decay: float = 0.0  # decoupled
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
     treatments: tuple[tuple[str, str], ...] = ShampooOptions.treatments  # "diagonal" and "rows" mean Adam
+
+    @property
+    def momentum_decays(self) -> dict[str, float]:
+        """As ShampooOptions has it."""
+        return {"beta": self.beta, "beta1": self.beta1}
 
     def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
         """The optimizer; axis names tell the sides of its matrices, as they do for Shampoo."""

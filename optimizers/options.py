@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import optax
 
+from .decay import DECAYS
 from .grafting import DIAGONALS, GRAFTS
 from .preconditioners import PRECONDITIONERS, Preconditioner
 from .preconditioners.muon import POLYNOMIALS
@@ -214,7 +215,7 @@ class ShampooOptions:
     nesterov: bool = False  # look one step ahead along the momentum
     bias_correction: bool = True  # divide averages that began at zero by 1 - beta^t
     weight_decay: float = 0.0  # "decoupled": parameters shrink by learning rate x weight decay
-    decay: str = "decoupled"  # or "coupled": weight decay x parameter is added to the gradient
+    decay: str = "decoupled"  # or "coupled" (joins the gradient) or "independent" (weight decay x rate / peak rate)
     decay_rules: tuple[tuple[str, bool], ...] = (
         # (regex over the path, whether weight decay applies), first match wins
         (r"(.*/)?[^/]*(bias|scale|norm|embed)[^/]*(/.*)?", False),
@@ -327,7 +328,7 @@ class ShampooOptions:
             ("graft", GRAFTS),
             ("graft_norm", ["parameter", "block"]),
             ("momentum", ["ema", "heavy_ball"]),
-            ("decay", ["decoupled", "coupled"]),
+            ("decay", DECAYS),
             ("statistics_dtype", DTYPES),
             ("roots_dtype", DTYPES),
             ("momentum_dtype", FLOATS),
@@ -370,6 +371,11 @@ class ShampooOptions:
     def diagonal(self):
         """The diagonal method; without grafting, diagonal parameters use plain momentum."""
         return DIAGONALS["sgd" if self.graft == "none" else self.graft.removesuffix("_normalized")]
+
+    @property
+    def momentum_decays(self) -> dict[str, float]:
+        """Field -> decay of the momentum that it governs; a method that replaces momentum asks for 0."""
+        return {"beta1": self.beta1}
 
     @property
     def undecided(self) -> bool:

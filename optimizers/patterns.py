@@ -38,6 +38,11 @@ def first_match(rules: Rules[Value], path: str) -> Value:
     raise ValueError(f"parameter {path!r} is matched by none of {tried}; end the list with ('.*', value)")
 
 
+def path_tree(tree: Any) -> Any:
+    """A tree shaped like `tree` that holds the path of each leaf."""
+    return jax.tree_util.tree_map_with_path(lambda key_path, _: path_name(key_path), tree)
+
+
 def map_paths(rules: Rules[Value], tree: Any) -> Any:
     """A tree shaped like `tree` that holds for each leaf the value of the first rule matching its path."""
     return jax.tree_util.tree_map_with_path(lambda key_path, _: first_match(rules, path_name(key_path)), tree)

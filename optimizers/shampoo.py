@@ -21,7 +21,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from . import moments, norms, patterns, schedule
+from . import decay, moments, norms, patterns, schedule
 from .blocks import Bucket, Plan, make_plan
 from .diagnostics import diagnose
 from .exchange import Owners
@@ -79,6 +79,8 @@ class DistributedShampoo(optax.GradientTransformation):
         self.param_specs = param_specs
         self._plans = {}
         self._parcels = {}
+        if options.weight_decay and options.decay == "independent":
+            decay.peak(learning_rate)
         return self
 
     def plan(self, params: Any) -> Plan:
@@ -156,8 +158,8 @@ class DistributedShampoo(optax.GradientTransformation):
         gradients = leaves
         if options.decay == "coupled":
             gradients = [
-                leaf + options.weight_decay * param if decay else leaf
-                for leaf, param, decay in zip(leaves, params_leaves, decays, strict=True)
+                leaf + options.weight_decay * param if decays_here else leaf
+                for leaf, param, decays_here in zip(leaves, params_leaves, decays, strict=True)
             ]
         # Squares may overflow where gradients do not.
         length = largest(gradients)
@@ -197,12 +199,16 @@ class DistributedShampoo(optax.GradientTransformation):
 
         finite &= overflows == 0
         rate = jnp.asarray(self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate)
-        if options.decay == "decoupled":
-            directions = [
-                direction + options.weight_decay * param if decay else direction
-                for direction, param, decay in zip(directions, params_leaves, decays, strict=True)
-            ]
         factors = [patterns.first_match(options.rate_rules, name) for name in names]
+        if options.decay != "coupled":
+            directions = [
+                direction + decay.coefficient(options.weight_decay, options.decay, self.learning_rate, factor) * param
+                if decays_here
+                else direction
+                for direction, param, decays_here, factor in zip(
+                    directions, params_leaves, decays, factors, strict=True
+                )
+            ]
         updates = [
             jnp.where(finite, -rate * factor * direction, 0).astype(leaf.dtype)
             for direction, leaf, factor in zip(directions, leaves, factors, strict=True)

@@ -11,6 +11,7 @@ import toy
 from jax.sharding import PartitionSpec as P
 
 from shampax.framework import partitioning, state
+from shampax.framework.averaging import OFF
 from shampax.framework.data.pipeline import Batches
 from shampax.framework.global_batch import Share
 from shampax.framework.guard import GuardOptions
@@ -37,7 +38,7 @@ class Keep:
 class Bench:
     """A toy run, up to the first step."""
 
-    def __init__(self, sizes, *, task=None, options=None, batch_size=16, rules=RULES, **step_options):
+    def __init__(self, sizes, *, task=None, options=None, batch_size=16, rules=RULES, average=OFF, **step_options):
         sizes = {"data": 1, "fsdp": 1, "tensor": 1} | sizes
         self.mesh = partitioning.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
         self.task = task or toy.ToyTask()
@@ -49,9 +50,9 @@ class Bench:
         placements = partitioning.place_all(variables, axes, rules, self.mesh)
         rate = optax.linear_schedule(0.01, 0.001, 20)
         self.tx = (options or AdamWOptions()).build(rate, mesh=self.mesh, axis_names=axes["params"])
-        self.abstract = state.abstract_state(self.task, self.tx, spec, placements, self.mesh)
+        self.abstract = state.abstract_state(self.task, self.tx, spec, placements, self.mesh, average)
         self.initial = lambda: state.initial_state(self.task, self.tx, spec, self.abstract, SEED)
-        options = {"seed": SEED, "guard_options": IGNORE} | step_options
+        options = {"seed": SEED, "guard_options": IGNORE, "averaging_options": average} | step_options
         self.step = make_train_step(self.task, self.tx, rate, self.abstract, self.mesh, **options)
         self.eval_step = make_eval_step(self.task, self.abstract, self.mesh)
 

@@ -151,7 +151,7 @@ def test_initial_scales():
 
 
 def test_loss_and_metrics_by_hand():
-    """Fault: targets across documents or in padding counted, or totals over the wrong weights."""
+    """Fault: targets across documents or in padding counted, totals over the wrong weights, z-loss of held-out data."""
     task = dataclasses.replace(SMALL, z_loss=0.01)
     variables, batch = variables_of(SMALL), batch_of()
     logits = np.asarray(logits_of(task, variables, batch), np.float64)
@@ -164,17 +164,18 @@ def test_loss_and_metrics_by_hand():
                 continue
             target = batch["tokens"][row, slot + 1]
             nats += logsumexp[row, slot] - logits[row, slot, target]
-            z += 0.01 * logsumexp[row, slot] ** 2
+            z += logsumexp[row, slot] ** 2
             right += logits[row, slot].argmax() == target
             characters += batch["characters"][row, slot + 1]
             count += 1
-    for train, objective in ((True, nats + z), (False, nats)):
+    for train, objective in ((True, nats + 0.01 * z), (False, nats)):
         loss, (model_state, metrics) = loss_of(task, variables, batch, train)
         assert model_state == {}
         expected = {
             "loss": (objective, count),
             "bits_per_character": (nats / math.log(2), characters),
             "accuracy": (right, count),
+            "z_loss": (z, count),
         }
         assert_close(metrics, expected, 1e-4)
         assert_close(loss, objective / count, 1e-4)
@@ -299,7 +300,8 @@ def test_fsdp_moves_weights_and_not_activations():
         ({"remat": "some"}, "'some'; use one of none, full, dots"),
         ({"compute_dtype": "float16"}, "'float16'"),
         ({"layers": 0}, "layers is 0"),
-        ({"z_loss": -1.0}, "z_loss -1.0"),
+        ({"z_loss": -1.0}, "z_loss is -1.0; it must be at least 0 and finite, such as 1e-4"),
+        ({"z_loss": math.nan}, "z_loss is nan"),
     ],
 )
 def test_fields_are_checked(fields, message):

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from shampax.optimizers import baselines
+from shampax.optimizers import ShampooOptions, baselines, patterns
 
 NAMES = {"layers": {"out": ("layers", "heads", "kv", "embed")}, "bias": ("embed",), "embed": ("vocab", "embed")}
 
@@ -134,3 +134,100 @@ def test_adagrad_is_that_of_optax_and_by_row_on_tables():
     np.testing.assert_allclose(updates["bias"], 2 * wanted["bias"], rtol=5e-3)
     table = -0.1 * np.asarray(grads["embed"]) / (np.sqrt(by_row)[:, None] + 1e-3)
     np.testing.assert_allclose(updates["embed"], table, rtol=1e-5)
+
+
+class Falling:
+    """A rate that halves with each step, and its peak."""
+
+    peak = 0.1
+
+    def __call__(self, count):
+        return self.peak * 0.5**count
+
+
+def two_steps(options, grads, params, rate):
+    tx = options.build(rate, axis_names=NAMES)
+    _, state = tx.update(grads, tx.init(params), params)
+    return tx.update(grads, state, params)[0]
+
+
+@pytest.mark.parametrize("options", [baselines.AdamWOptions, ShampooOptions], ids=lambda cls: cls.__name__)
+def test_independent_decay_is_relative_to_the_peak(options):
+    """Fault: decay that grows with the rate or its factor, does not follow the schedule, or moves what is frozen."""
+    params = parameters() | {"frozen": jnp.ones(8), "twice": jnp.ones(8)}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    rules = {
+        "rate_rules": (("frozen", 0.0), ("twice", 2.0), (".*", 1.0)),
+        "decay_rules": (("bias|embed", False), (".*", True)),
+    }
+    updates = two_steps(options(weight_decay=0.3, decay="independent", **rules), zero, params, Falling())
+    for name, share in {"bias": 0.0, "embed": 0.0, "frozen": 0.0, "twice": 0.15}.items():
+        np.testing.assert_allclose(updates[name], -share * params[name], rtol=1e-5)
+    np.testing.assert_allclose(updates["layers"]["out"], -0.15 * params["layers"]["out"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [baselines.AdamWOptions, ShampooOptions], ids=lambda cls: cls.__name__)
+def test_independent_decay_needs_a_peak(options):
+    """Fault: a peak that is guessed, and a division by 0 in the middle of a step."""
+    chosen = options(weight_decay=0.3, decay="independent")
+    with pytest.raises(ValueError, match="which this one does not tell; give it an attribute `peak`, or use decay"):
+        chosen.build(lambda count: 0.1)
+    none = Falling()
+    none.peak = 0.0
+    with pytest.raises(ValueError, match=r"relative to the schedule's peak, which is 0.0; use 'decoupled'"):
+        chosen.build(none)
+    options(decay="independent").build(lambda count: 0.1)  # there is nothing to shrink
+
+
+def test_clipped_updates_are_those_of_optax_for_each_matrix():
+    """Fault: a stack clipped as one, clipping after decay or rate, or of what is short enough."""
+    params = parameters()
+    grads = jax.tree.map(jnp.ones_like, params)
+    grads["layers"]["out"] = grads["layers"]["out"].at[0].set(0.0)
+    tx = baselines.AdamWOptions(clip_rms=0.25, weight_decay=0.5).build(lambda count: 0.1, axis_names=NAMES)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    # Adam's first update is 1 where there is a gradient.
+    np.testing.assert_allclose(updates["bias"], -0.1 * 0.25, rtol=1e-5)
+    first, second = updates["layers"]["out"] + 0.05 * params["layers"]["out"]
+    np.testing.assert_allclose(first, 0.0, atol=1e-7)
+    np.testing.assert_allclose(second, -0.1 * 0.25, rtol=1e-4)
+    random = np.random.default_rng(1)
+    grads = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32), params)
+    ours, reference = baselines.clip_by_rms(0.7, None), optax.clip_by_block_rms(0.7)
+    pair = [tx.update(grads, tx.init(params))[0] for tx in (ours, reference)]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), *pair)
+
+
+def test_adamw_is_optax_adamw_and_knows_its_state_by_the_same_names():
+    """Fault: another order of decay and rate, or a clipping that moves the count of the schedule to another name."""
+    params = parameters()
+    random = np.random.default_rng(1)
+    grads = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32), params)
+    every = ((r".*", True),)
+    ours = two_steps(baselines.AdamWOptions(weight_decay=0.3, decay_rules=every), grads, params, Falling())
+    twin = optax.adamw(Falling(), b2=0.99, weight_decay=0.3)
+    _, state = twin.update(grads, twin.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, ours, twin.update(grads, state, params)[0])
+    names = [
+        patterns.paths(options.build(Falling()).init(params))
+        for options in (
+            baselines.AdamWOptions(),
+            baselines.AdamWOptions(clip_rms=1.0),
+            baselines.AdamWOptions(weight_decay=0.1, decay="independent"),
+        )
+    ]
+    assert names[0] == names[1] == names[2] == patterns.paths((optax.adamw(Falling()).init(params), ()))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"decay": "coupled"}, "decay is 'coupled'; choose one of decoupled, independent"),
+        ({"clip_rms": -1.0}, "clip_rms is -1.0; it must be a finite number and not negative, such as 1"),
+        ({"clip_rms": float("nan")}, "clip_rms is nan"),
+    ],
+)
+def test_adamw_refuses_what_makes_no_sense(options, words):
+    """Fault: an option that is ignored, or fails in a trace."""
+    with pytest.raises(ValueError, match=words):
+        baselines.AdamWOptions(**options)

@@ -141,7 +141,7 @@ def test_bad_treatments(text, error):
         ({"refresh": "never"}, "refresh is 'never'; choose one of staggered, periodic, host, auto"),
         ({"graft_norm": "layer"}, "graft_norm is 'layer'; choose one of parameter, block"),
         ({"momentum": "polyak"}, "momentum is 'polyak'; choose one of ema, heavy_ball"),
-        ({"decay": "l2"}, "decay is 'l2'; choose one of decoupled, coupled"),
+        ({"decay": "l2"}, "decay is 'l2'; choose one of decoupled, coupled, independent"),
         *[
             ({name: "float16"}, f"{name} is 'float16'; choose one of float32, bfloat16, int8")
             for name in ("statistics_dtype", "roots_dtype")
@@ -329,7 +329,7 @@ TEXTS = {
     "nesterov": {"true": True, "True": True},
     "bias_correction": {"false": False},
     "weight_decay": {"0.1": 0.1},
-    "decay": {"coupled": "coupled"},
+    "decay": {"coupled": "coupled", "independent": "independent"},
     "decay_rules": {"(('.*', False),)": ((".*", False),)},
     "rate_rules": {"(('bias', 2), ('.*', 0.5))": (("bias", 2.0), (".*", 0.5))},
     "statistics_dtype": {"float32": "float32"},

@@ -52,6 +52,15 @@ class Case:
     inert: tuple[str, ...] = ("solver",)
 
 
+class Falling:
+    """A learning rate that falls from its peak."""
+
+    peak = 0.01
+
+    def __call__(self, count):
+        return self.peak * 0.9**count
+
+
 def rules(**treatments):
     return tuple((f"{path}.*", text) for path, text in treatments.items())
 
@@ -72,6 +81,7 @@ CASES = {
     "coupled decay before normalising": Case(
         {"weight_decay": 0.3, "decay": "coupled", "graft": "adagrad_normalized", "graft_norm": "block"}
     ),
+    "independent decay": Case({"weight_decay": 0.02, "decay": "independent"}, rate=Falling()),
     "heavy ball": Case({"momentum": "heavy_ball", "weight_decay": 0.3}),
     "heavy ball, nesterov, sgd": Case(
         {"momentum": "heavy_ball", "nesterov": True, "graft": "sgd", "beta1": 0.8, "bias_correction": False}

@@ -382,7 +382,9 @@ def run(params, gradients, options, rate, axis_names=None):
                 accumulate(o, q.rule, m, part, t)
             if o.decay == "decoupled":
                 moved = moved + q.decay * q.x
-            q.x = q.x - (rate(t - 1) if callable(rate) else rate) * moved
+            now = rate(t - 1) if callable(rate) else rate
+            shrinks = q.decay * now / (rate.peak if callable(rate) else rate) if o.decay == "independent" else 0.0
+            q.x = (1 - shrinks) * q.x - now * moved
         phases = due_phases(o, t)
         for number, (q, block) in enumerate(numbered):
             if number % o.interval in phases:
