@@ -7,6 +7,7 @@ import pytest
 from optimizing import LAYOUTS, SHARDED_SHAPES, SIBLINGS, by_block, gradients, optimizer, sharded_options, train
 
 from shampax.optimizers import ShampooOptions, roots
+from shampax.optimizers.preconditioners import PRECONDITIONERS
 
 
 def assert_same(x, y):
@@ -112,3 +113,33 @@ def test_a_failing_solver_keeps_roots_then_falls_back_then_recovers(faulty_optio
         assert diagnostics[f"{bucket.name}/failures"] == 2 * failures
         assert diagnostics[f"{bucket.name}/fallbacks"] == 2 * (failures >= faulty_options.max_failures)
     assert int(run.states[-1].skipped) == 0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SIBLINGS if kind != "muon"])
+def test_a_sibling_keeps_what_it_has_while_its_refreshes_fail(kind, monkeypatch):
+    """Catches a factor that is used though it was refused, failures that are not counted, and one that reaches another
+    block of the bucket."""
+    member = PRECONDITIONERS[kind]
+
+    class Failing(type(member)):
+        def solve(self, stack, old, sizes, group, options):
+            found = super().solve(stack, old, sizes, group, options)
+            refused = stack[:, 0, 0] == 0
+            factor = jnp.where(refused[:, None, None], jnp.nan, found.factor)
+            return found._replace(factor=factor, accepted=found.accepted & ~refused)
+
+    monkeypatch.setitem(PRECONDITIONERS, kind, Failing())
+    options = ShampooOptions(interval=1, beta2=0.0, ridge=1e-4, treatments=((".*", kind),))
+    shapes = {"a": (8, 6), "b": (8, 6)}
+    stream = gradients(8, shapes)
+    for t in (3, 4, 5, 6):
+        stream[t]["a"][0] = stream[t]["a"][:, 0] = 0
+    run, tx = train(options, stream), optimizer(options)
+    params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+    states = [by_block(tx, params, state) for state in run.states]
+    assert [int(blocks["a", 0].roots.failures) for blocks in states] == [0, 0, 0, 1, 2, 3, 4, 0]
+    assert [int(blocks["a", 0].roots.refreshed) for blocks in states] == [1, 2, 3, 3, 3, 3, 3, 8]
+    for blocks in states[3:7]:
+        assert_same(blocks["a", 0].roots.roots, states[2]["a", 0].roots.roots)
+    assert [int(blocks["b", 0].roots.refreshed) for blocks in states] == [*range(1, 9)]
+    assert all(np.all(np.isfinite(update[k])) for update in run.updates for k in shapes)

@@ -369,7 +369,7 @@ def test_padding_changes_nothing_and_everything_trains(block_size, kind):
             assert distance(updates[f"{k} held"], held(updates[k], shape)) <= within, k
         params = {k: x + 0.2 * updates[k] for k, x in params.items()}
     for k, x in params.items():
-        assert x.size == 0 or norm(x) < 0.7 * norm(start[k]), k
+        assert x.size == 0 or norm(x) < (0.7 if kind == "shampoo" else 0.85) * norm(start[k]), k
     assert int(state.skipped) == 0
 
 
