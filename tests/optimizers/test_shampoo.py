@@ -522,6 +522,7 @@ def test_diagnostics_of_a_known_case(solver):
     by_roots = np.sqrt(eigenvalues) * (eigenvalues + 0.64) ** -0.5
     wanted = {
         "refreshes": 3,
+        "spared": 0,
         "condition": 64.64 / 4.64,
         "effective_rank": 88 / 64,
         "staleness": 0,
