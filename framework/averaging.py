@@ -27,7 +27,7 @@ KINDS = ("none", "ema", "schedule_free")
 
 @dataclasses.dataclass(frozen=True)
 class AveragingOptions:
-    """Which average is made; `configs/base.py` has the defaults and their reasons.
+    """Which average is made.
 
     Attributes:
       kind: one of KINDS.
@@ -39,10 +39,10 @@ class AveragingOptions:
       ValueError: a value is out of range.
     """
 
-    kind: str = "none"
-    decay: float = 0.999
-    beta: float = 0.9
-    rate_power: float = 2.0
+    kind: str
+    decay: float
+    beta: float
+    rate_power: float
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -72,11 +72,11 @@ class AveragingOptions:
             if value:
                 raise ValueError(
                     f"averaging.kind 'schedule_free' takes the place of momentum, but optimizer.{field} is {value}; "
-                    f"set it to 0, and averaging.beta ({self.beta}) to what it was"
+                    f"set it to 0 (averaging.beta, {self.beta}, acts instead)"
                 )
 
 
-OFF = AveragingOptions()
+OFF = AveragingOptions("none", decay=0.0, beta=0.0, rate_power=0.0)
 
 
 @jax.tree_util.register_dataclass
@@ -94,9 +94,9 @@ class Averaging:
 
 
 def abstract(variables: dict[str, Any], options: AveragingOptions, scalar: jax.sharding.Sharding) -> Any:
-    """Shapes and places: the iterate lies as the variables do, the weights as `scalar` says. `()` for none."""
+    """Shapes and places: the iterate lies as the variables do, weights as `scalar` says. None without an average."""
     if options.kind == "none":
-        return ()
+        return None
     names = ("ema",) if options.kind == "ema" else ("schedule_free", "schedule_free_rate")
     return Averaging(variables, {name: jax.ShapeDtypeStruct((), jnp.float32, sharding=scalar) for name in names})
 
@@ -104,7 +104,7 @@ def abstract(variables: dict[str, Any], options: AveragingOptions, scalar: jax.s
 def initial(variables: dict[str, Any], like: Any) -> Any:
     """Before the first step the iterate is where the average is; `like` is what `abstract` has returned."""
     if not like:
-        return ()
+        return None
     # The step donates both, so that they must not be one array.
     return Averaging(jax.tree.map(jnp.copy, variables), {name: jnp.zeros((), jnp.float32) for name in like.weights})
 
@@ -141,7 +141,7 @@ def advance(
       options: static.
     """
     if options.kind == "none":
-        return iterate, ()
+        return iterate, None
     if options.kind == "ema":
         total = options.decay * averaging.weights["ema"] + 1
         share, weights = 1 / total, {"ema": total}

@@ -26,7 +26,7 @@ class TrainState:
       opt_state: the optimizer's state.
       model_state: the task's collections other than "params".
       guard: what the guard has counted, and its statistics of the loss.
-      averaging: what the optimizer trains where `params` are an average, and the average's weights; otherwise `()`.
+      averaging: what the optimizer trains where `params` are an average, and the average's weights; else None.
     """
 
     step: Any
@@ -34,7 +34,7 @@ class TrainState:
     opt_state: Any
     model_state: Any
     guard: Any
-    averaging: Any = ()
+    averaging: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:

@@ -146,7 +146,7 @@ class Falling:
 
 
 def two_steps(options, grads, params, rate):
-    tx = options.build(rate, axis_names=NAMES)
+    tx = options.build(rate, axis_names={name: NAMES.get(name, ("embed",)) for name in params})
     _, state = tx.update(grads, tx.init(params), params)
     return tx.update(grads, state, params)[0]
 
