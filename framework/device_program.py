@@ -8,6 +8,7 @@ a real compilation, fusion and buffers, is estimated by `fusion` and `liveness`.
 import dataclasses
 import functools
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -30,13 +31,16 @@ class Value:
       shape: on one device.
       dtype: as MLIR writes it ("f32", "bf16", "i1", ...).
       bytes: on one device, without the padding of a layout.
+      held: with it.
     """
 
-    __slots__ = ("bytes", "dtype", "shape")
+    __slots__ = ("bytes", "dtype", "held", "shape")
 
     def __init__(self, shape: tuple[int, ...], dtype: str):
         self.shape, self.dtype = shape, dtype
-        self.bytes = math.prod(shape) * _BYTES.get(dtype, 8)
+        itemsize = _BYTES.get(dtype, 8)
+        self.bytes = math.prod(shape) * itemsize
+        self.held = tiled(shape, itemsize)
 
 
 @dataclasses.dataclass(eq=False)
@@ -78,6 +82,20 @@ class Body:
     results: tuple[Value, ...]
 
 
+@functools.lru_cache(maxsize=10_000)
+def tiled(shape: tuple[int, ...], itemsize: int) -> int:
+    """Bytes of an array on a TPU: two of its dimensions lie in tiles of 8 x 128, those that take least padding."""
+    least = math.prod(shape) * itemsize
+    if len(shape) < 2 or not least:
+        return least
+
+    def rows(size: int) -> int:
+        return 8 * math.ceil(size / 8) if size > 4 else 1 << (size - 1).bit_length()
+
+    pairs = itertools.permutations(shape, 2)
+    return min(least // (row * lane) * rows(row) * 128 * math.ceil(lane / 128) for row, lane in pairs)
+
+
 def read(lowered: Any) -> Body:
     """The program of one device.
 
@@ -89,10 +107,34 @@ def read(lowered: Any) -> Body:
         written = io.BytesIO()
         module.operation.write_bytecode(written)
         copy = ir.Module.parse(written.getvalue())
+        _spell_out_squares(copy)
         passmanager.PassManager.parse(_PASSES).run(copy.operation)
         body = _Reader(copy).program()
     _scatter_reductions(body)
     return body
+
+
+def _spell_out_squares(module: Any) -> None:
+    """Shardy has no rule for `chlo.square`: what is made of divided arrays by it would be whole on every device."""
+    found: list[Any] = []
+
+    def note(operation: Any) -> Any:
+        if operation.name == "chlo.square":
+            found.append(operation)
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(note)
+    for operation in found:
+        factor = operation.operands[0]
+        product = ir.Operation.create(
+            "stablehlo.multiply",
+            results=[operation.results[0].type],
+            operands=[factor, factor],
+            loc=operation.location,
+            ip=ir.InsertionPoint(operation),
+        )
+        operation.results[0].replace_all_uses_with(product.results[0])
+        operation.operation.erase()
 
 
 def _scatter_reductions(body: Body) -> None:

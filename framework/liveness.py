@@ -13,7 +13,7 @@ The model of a compiler, one for all programs and fitted to none:
 
 from collections.abc import Iterable, Mapping
 
-from .device_program import Body, Operation, Value
+from .device_program import COLLECTIVES, Body, Operation, Value
 
 # Fused into what reads them; all others write what they make.
 _ELEMENTWISE = """
@@ -32,6 +32,11 @@ _IN_PLACE = ("dynamic_update_slice", "scatter")
 _SMALL = 1.25
 
 
+# Nothing is fused into these, so that what they read is written; what only has another shape is there already.
+_APART = frozenset((*COLLECTIVES, "while", "scatter", "sort", "custom_call"))
+_RESHAPED = ("reshape", "transpose", "optimization_barrier")
+
+
 class Fusion:
     """Which values of a body are written to memory.
 
@@ -47,11 +52,11 @@ class Fusion:
         self.sources: dict[Value, frozenset[Value]] = dict(outer)
         for value in body.arguments:
             self.sources[value] = frozenset((value,))
-        readers = _readers(body)
+        readers, apart = _readers(body), _read_apart(body)
         for operation in body.operations:
-            self._place(operation, readers)
+            self._place(operation, readers, apart)
 
-    def _place(self, operation: Operation, readers: Mapping[Value, frozenset[int]]) -> None:
+    def _place(self, operation: Operation, readers: Mapping[Value, frozenset[int]], apart: frozenset[Value]) -> None:
         if operation.kind == "optimization_barrier":
             for operand, result in zip(operation.operands, operation.results, strict=True):
                 self.sources[result] = self.sources[operand]
@@ -63,8 +68,8 @@ class Fusion:
         elif operation.kind in FUSED:
             (value,) = operation.results
             made_from = self.of(operation.operands)
-            cheap = sum(each.bytes for each in made_from) <= _SMALL * value.bytes
-            alone = len(readers.get(value, ())) <= 1
+            cheap = sum(each.bytes for each in made_from) <= _SMALL * value.bytes and not (made_from and value in apart)
+            alone = len(readers.get(value, ())) <= 1 and value not in apart
             self.sources[value] = made_from if cheap or alone else frozenset((value,))
         else:
             self.sources.update((value, frozenset((value,))) for value in operation.results)
@@ -93,7 +98,7 @@ def peak(body: Body, outer: Mapping[Value, frozenset[Value]] | None = None) -> i
     total = highest = 0
     for number, operation in enumerate(body.operations):
         inside = max((peak(inner, fusion.sources) for inner in operation.bodies), default=0)
-        new = {value: narrowed.get(value, value.bytes) for value in fusion.written(operation)}
+        new = {value: narrowed.get(value, value.held) for value in fusion.written(operation)}
         overwritten = fusion.of(_overwritten(operation)) & set(dying[number])
         room = sum(alive.get(value, 0) for value in overwritten)
         if operation.kind in _IN_PLACE and fusion.of(operation.operands[:1]) & given:
@@ -150,6 +155,19 @@ def _readers(body: Body) -> dict[Value, frozenset[int]]:
     return readers
 
 
+def _read_apart(body: Body) -> frozenset[Value]:
+    """What elementwise work makes for operations that nothing is fused into, and that do not write over it."""
+    makers = {value: operation for operation in body.operations for value in operation.results}
+    found = set()
+    for operation in body.operations:
+        if operation.kind in _APART:
+            for value in set(operation.operands) - set(_overwritten(operation)):
+                while value in makers and makers[value].kind in _RESHAPED:
+                    value = makers[value].operands[makers[value].results.index(value)]
+                found.add(value)
+    return frozenset(found)
+
+
 def _from_outside(body: Body) -> set[Value]:
     """What a body reads that it is neither given nor makes."""
     known, needed = set(body.arguments), set()
@@ -173,5 +191,5 @@ def _narrowed(body: Body) -> dict[Value, int]:
             (value,) = operation.results
             by = readers.get(value, [])
             if len(by) == 1 and by[0].kind == "convert":
-                found[value] = min(value.bytes, by[0].results[0].bytes)
+                found[value] = min(value.held, by[0].results[0].held)
     return found

@@ -183,6 +183,9 @@ def _forward(block, query, key, value, query_segments, key_segments, start):
     batch, length, kv_heads, group, head_dim = query.shape
     rows = (batch, kv_heads, group, length)
     begin = (jnp.full(rows, _MASKED), jnp.zeros(rows), jnp.zeros((*rows, head_dim)))
+    # Masks depend on no layer: a scan over layers would compute those of all blocks ahead and keep them, T x S for
+    # every head. What is inside of a checkpoint is kept by nobody.
+    add = jax.checkpoint(add, prevent_cse=False)
     (highest, total, mixed), _ = lax.scan(add, begin, _cut(block, key, value, key_segments))
     result = jnp.moveaxis(mixed / total[..., None], 3, 1).astype(query.dtype)
     return result, (query, key, value, query_segments, key_segments, start, result, highest + jnp.log(total))

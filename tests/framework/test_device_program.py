@@ -1,7 +1,10 @@
 """Programs of one device, and what is estimated from them, against what can be counted by hand."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -57,6 +60,21 @@ def test_a_sum_of_which_devices_keep_parts_is_a_reduce_scatter(mesh):
     assert found == [("reduce-scatter", 2, SQUARE // 2), ("all-reduce", 4, SQUARE // 2)]
 
 
+def test_squares_are_divided_like_their_factors(mesh):
+    """Fault: an operation that the partitioner has no rule for makes whole arrays of parts."""
+    body = read(mesh, lambda x: jnp.square(x).sum(axis=1), ((ROWS, WIDTH), P(("data", "fsdp"))))
+    assert [value.shape for each in body.operations for value in each.results if value.shape] == [(8, WIDTH), (8,)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "times"),
+    [((64, 128, 16, 64), 1), ((24, 64, 16, 64), 2), ((1025, 512), 1032 / 1025), ((24, 16), 16 / 3), ((7,), 1)],
+)
+def test_arrays_lie_in_the_tiles_that_fit_them_best(shape, times):
+    """Fault: sides below 128 are held as they are, or padded though another side could lie along the tile."""
+    assert device_program.tiled(shape, 4) == pytest.approx(times * 4 * math.prod(shape))
+
+
 def test_equal_operations_are_one(mesh):
     """Fault: a product that is written twice is counted twice."""
     body = read(mesh, lambda x: (x @ x) + (x @ x).T, ((WIDTH, WIDTH), P()))
@@ -79,6 +97,18 @@ def test_elementwise_work_takes_no_memory(mesh):
     assert liveness.peak(chain) == 0  # the product goes where results go
     two = read(mesh, lambda x: jnp.tanh(x @ x) @ x, ((WIDTH, WIDTH), P()))
     assert liveness.peak(two) == SQUARE
+
+
+def test_nothing_is_fused_into_a_scatter(mesh):
+    """Fault: what is made only to be scattered takes no memory, or what has another shape takes it twice."""
+
+    def scattered(x):
+        updates = jnp.tanh(x).reshape(2 * WIDTH, WIDTH // 2)
+        return jnp.zeros((WIDTH, WIDTH // 2)).at[np.arange(2 * WIDTH) % 7].add(updates)
+
+    body = read(mesh, scattered, ((WIDTH, WIDTH), P()))
+    indices = 4 * 2 * WIDTH
+    assert SQUARE <= liveness.peak(body) <= SQUARE + 4 * indices
 
 
 def test_what_the_backward_pass_reads_is_kept(mesh):

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from lm_cases import SMALL, assert_close, batch_of, grad_of, quick_jit, spec_of, value_and_grad, variables_of
+from traced import equations
 
 from shampax.models import attention
 
@@ -75,6 +76,17 @@ def test_memory_by_blocks_grows_with_the_length_and_not_with_its_square():
     assert whole[1] > 8 * whole[0]
     assert blocks[1] < 5 * blocks[0]
     assert blocks[1] < whole[1] / 8
+
+
+def test_masks_of_blocks_are_not_kept():
+    """Fault: a scan over layers computes the masks of all blocks ahead, T x S for every head, for all layers."""
+    task = dataclasses.replace(SMALL, attention_block=4, remat="full")
+    batch = batch_of()
+    abstract = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch))
+    jaxpr = jax.make_jaxpr(functools.partial(value_and_grad, task))(abstract, batch).jaxpr
+    made = [var.aval for eqn in equations(jaxpr) for var in eqn.outvars]
+    masks = [x.shape for x in made if x.dtype == bool and x.ndim > 5]  # blocks, B, K, G, T, S
+    assert any(x.ndim == 5 for x in made) and not masks
 
 
 def on_mesh(task, sizes, batch):
