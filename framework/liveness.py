@@ -7,6 +7,8 @@ The model of a compiler, one for all programs and fitted to none:
   scatters write their results; a product that is only converted afterwards writes the converted one.
 - An update of a slice, a scatter, fused work and what a loop carries go over what is read for the last time.
 - The new state is written over the old one.
+- Parameters that a loop reads by slices and converts to a narrower type are converted once, all layers together, before
+  the outermost loop around it.
 - Operations run in the order of the trace, and a value lives from the one that makes it to the last that reads it. The
   body of a loop adds its own peak to what is alive around it.
 """
@@ -95,8 +97,10 @@ def peak(body: Body, outer: Mapping[Value, frozenset[Value]] | None = None) -> i
     narrowed = _narrowed(body)
     returned, given = set(body.results), set(body.arguments)
     alive: dict[Value, int] = {}
+    begun, ended = _converted_ahead(body)
     total = highest = 0
     for number, operation in enumerate(body.operations):
+        total += begun[number]
         inside = max((peak(inner, fusion.sources) for inner in operation.bodies), default=0)
         new = {value: narrowed.get(value, value.held) for value in fusion.written(operation)}
         overwritten = fusion.of(_overwritten(operation)) & set(dying[number])
@@ -107,7 +111,7 @@ def peak(body: Body, outer: Mapping[Value, frozenset[Value]] | None = None) -> i
             new = {value: 0 if value in returned else size for value, size in new.items()}
         highest = max(highest, total + max(0, sum(new.values()) - room) + inside)
         alive |= new
-        total += sum(new.values()) - sum(alive.pop(value, 0) for value in dying[number])
+        total += sum(new.values()) - sum(alive.pop(value, 0) for value in dying[number]) - ended[number]
     return highest
 
 
@@ -153,6 +157,63 @@ def _readers(body: Body) -> dict[Value, frozenset[int]]:
         for value in (*operation.operands, *inside):
             readers[value] = readers.get(value, frozenset()) | by
     return readers
+
+
+def _converted_ahead(body: Body) -> tuple[list[int], list[int]]:
+    """Bytes of converted stacks that begin to be alive with each operation, and of those that end with it.
+
+    What the body itself is given and leaves as it is was converted around it.
+    """
+    spans: dict[Value, tuple[int, int, int]] = {}
+    unchanged = set(_unchanged(body))
+    for number, operation in enumerate(body.operations):
+        if operation.kind == "while":
+            (inner,) = operation.bodies
+            narrow = _narrow_stacks(inner)
+            for operand, argument in zip(operation.operands, inner.arguments, strict=True):
+                if argument in narrow and operand not in unchanged:
+                    first, _, _ = spans.get(operand, (number, 0, 0))
+                    spans[operand] = first, number, narrow[argument]
+    begun, ended = ([0] * len(body.operations) for _ in range(2))
+    for first, last, size in spans.values():
+        begun[first] += size
+        ended[last] += size
+    return begun, ended
+
+
+def _unchanged(body: Body) -> list[Value]:
+    """What a loop carries and does not write."""
+    return [before for before, after in zip(body.arguments, body.results, strict=False) if before is after]
+
+
+def _narrow_stacks(loop: Body) -> dict[Value, int]:
+    """What a loop leaves as it is and reads by slices alone, to convert them to one narrower type, itself or in a loop
+    inside of it; and its bytes in that type.
+    """
+    readers: dict[Value, list[tuple[Operation, int]]] = {}
+    for operation in loop.operations:
+        for place, value in enumerate(operation.operands):
+            readers.setdefault(value, []).append((operation, place))
+
+    def widths(value: Value) -> set[int | None]:
+        """Bits of a byte that are left of it, by each reader; None where one reads all."""
+        found: set[int | None] = set()
+        for operation, place in readers.get(value, ()):
+            if operation.kind in ("dynamic_slice", "reshape", "transpose") and place == 0:
+                found |= widths(operation.results[0])
+            elif operation.kind == "convert" and operation.results[0].bytes < value.bytes:
+                found.add(8 * operation.results[0].bytes // value.bytes)
+            elif operation.kind == "while":
+                (inner,) = operation.bodies
+                argument = inner.arguments[place]
+                size = _narrow_stacks(inner).get(argument)
+                found.add(8 * size // argument.held if size else None)
+            else:
+                found.add(None)
+        return found
+
+    stacks = {value: widths(value) for value in _unchanged(loop)}
+    return {value: value.held * min(bits) // 8 for value, bits in stacks.items() if len(bits) == 1 and None not in bits}
 
 
 def _read_apart(body: Body) -> frozenset[Value]:

@@ -111,6 +111,24 @@ def test_nothing_is_fused_into_a_scatter(mesh):
     assert SQUARE <= liveness.peak(body) <= SQUARE + 4 * indices
 
 
+def test_parameters_of_a_loop_are_converted_ahead(mesh):
+    """Fault: weights are converted layer by layer, though the compiler converts, and keeps, those of all layers."""
+    half = LAYERS * SQUARE // 2
+    rows = 4 * ROWS * WIDTH
+
+    def run(x, w, also):
+        def layer(x, w):
+            more = w.sum(0).astype(x.dtype) if also else 0
+            return jnp.tanh(x @ w.astype(x.dtype)) + more, None
+
+        x, _ = jax.lax.scan(layer, x.astype(jnp.bfloat16), w)
+        return x.astype(jnp.float32)
+
+    shapes = ((ROWS, WIDTH), P()), ((LAYERS, WIDTH, WIDTH), P())
+    assert half <= liveness.peak(read(mesh, lambda x, w: run(x, w, False), *shapes)) <= half + 2 * rows
+    assert liveness.peak(read(mesh, lambda x, w: run(x, w, True), *shapes)) <= 2 * rows + SQUARE
+
+
 def test_what_the_backward_pass_reads_is_kept(mesh):
     """Fault: residuals of a scan are not counted, or recomputation does not save them."""
 
