@@ -16,6 +16,8 @@ from typing import Any
 
 from jax.extend.mlir import ir, passmanager
 
+from . import flop_count
+
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute")
 _PASSES = (
     "builtin.module(sdy-propagation-pipeline,func.func(sdy-sharding-constraint-to-reshard,"
@@ -332,8 +334,35 @@ def _flops(kind: str, attributes: Mapping[str, str], operands: Sequence[Value], 
         contracted = [int(axis) for axis in found[1].split(",")] if found else []
         return 2.0 * math.prod(made[0].shape) * math.prod(operands[0].shape[axis] for axis in contracted)
     if kind == "convolution":
-        numbers = re.search(r"x\[([^\]]*)\]->", attributes["dimension_numbers"])
-        assert numbers, attributes["dimension_numbers"]
-        outputs = operands[1].shape[[axis.strip() for axis in numbers[1].split(",")].index("o")]
-        return 2.0 * math.prod(made[0].shape) * math.prod(operands[1].shape) / outputs
+        return _convolution(attributes, operands[0].shape, operands[1].shape, made[0].shape)
     return 0.0
+
+
+def _convolution(
+    attributes: Mapping[str, str], inputs: Sequence[int], kernel: Sequence[int], out: Sequence[int]
+) -> float:
+    found = re.search(r"\[([^\]]*)\]x\[([^\]]*)\]->\[([^\]]*)\]", attributes["dimension_numbers"])
+    assert found, attributes["dimension_numbers"]
+    axes = [[axis.strip() for axis in found[part].split(",")] for part in (1, 2, 3)]
+    places = sorted(axis for axis in axes[0] if axis.isdigit())
+    count = len(places)
+
+    def numbers(name: str, default: int, size: int) -> list[int]:
+        """What is in "array<i64: 2, 2>", "dense<[[1, 1], [0, 0]]> : ..." or "dense<1> : ...", which stands for all."""
+        text = re.sub(r":\s*tensor.*|i64", "", attributes.get(name, ""))
+        values = [int(each) for each in re.findall(r"-?\d+", text)] or [default]
+        return values if len(values) == size else values * size
+
+    columns = zip(
+        *(
+            [shape[names.index(place)] for place in places]
+            for shape, names in zip((inputs, kernel, out), axes, strict=True)
+        ),
+        numbers("window_strides", 1, count),
+        numbers("padding", 0, 2 * count)[::2],
+        numbers("lhs_dilation", 1, count),
+        numbers("rhs_dilation", 1, count),
+        strict=True,
+    )
+    others = out[axes[2].index("b")] * out[axes[2].index("f")] * kernel[axes[1].index("i")]
+    return flop_count.convolution(others, (flop_count.Window(*each) for each in columns))

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shampax.framework import device_program, liveness, roofline
+from shampax.framework import device_program, flop_count, liveness, roofline
 from shampax.framework.chips import Speeds
 
 ROWS, WIDTH, LAYERS = 64, 128, 5
@@ -79,6 +79,23 @@ def test_equal_operations_are_one(mesh):
     """Fault: a product that is written twice is counted twice."""
     body = read(mesh, lambda x: (x @ x) + (x @ x).T, ((WIDTH, WIDTH), P()))
     assert kinds(body).count("dot_general") == 1
+
+
+def test_convolutions_count_as_they_do_in_the_trace(mesh):
+    """Fault: strides, padding or dilations of the program's text are misread."""
+
+    def gradient(x, kernel):
+        def out(x, kernel):
+            return jax.lax.conv_general_dilated(
+                x, kernel, (2, 1), ((1, 2), (3, 0)), rhs_dilation=(1, 2), dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+
+        return jax.grad(lambda *both: (out(*both) ** 2).sum(), argnums=(0, 1))(x, kernel)
+
+    shapes = (8, 9, 10, 6), (3, 2, 6, 5)
+    body = read(mesh, gradient, *((shape, P()) for shape in shapes))
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    assert roofline.work(body, None, 1).flops == flop_count.count(gradient, *arguments, while_turns=1)
 
 
 def test_loops_of_unknown_length_run_as_assumed(mesh):
