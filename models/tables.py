@@ -67,10 +67,7 @@ def look_up(table_RxD: jax.Array, rows_BxF: jax.Array, dtype: jnp.dtype) -> jax.
         within_BxF = all_BxF - lax.axis_index(axes) * count
         # Beyond the end is nothing: such rows read as zeros, and their gradients are dropped.
         within_BxF = jnp.where((within_BxF >= 0) & (within_BxF < count), within_BxF, count)
-        # One lookup of B F rows: B x F of them would lie in padded tiles on a TPU, and the scatter of their gradients,
-        # in float32, would copy them to where they have none.
-        found = own_rxD.at[within_BxF.reshape(-1)].get(mode="fill", fill_value=0).astype(dtype)
-        found = found.reshape(*within_BxF.shape, -1)
+        found = own_rxD.at[within_BxF].get(mode="fill", fill_value=0).astype(dtype)
         if batch_axes:
             found = lax.psum_scatter(found, batch_axes, scatter_dimension=0, tiled=True)
         return lax.psum(found, others) if others else found
