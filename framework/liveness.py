@@ -195,9 +195,9 @@ def _narrow_stacks(loop: Body) -> dict[Value, int]:
         for place, value in enumerate(operation.operands):
             readers.setdefault(value, []).append((operation, place))
 
-    def widths(value: Value) -> set[int | None]:
-        """Bits of a byte that are left of it, by each reader; None where one reads all."""
-        found: set[int | None] = set()
+    def widths(value: Value) -> set[int]:
+        """Bits of a byte that are left of it, by each reader; 0 of one that reads it as it is."""
+        found: set[int] = set()
         for operation, place in readers.get(value, ()):
             if operation.kind in ("dynamic_slice", "reshape", "transpose") and place == 0:
                 found |= widths(operation.results[0])
@@ -206,14 +206,13 @@ def _narrow_stacks(loop: Body) -> dict[Value, int]:
             elif operation.kind == "while":
                 (inner,) = operation.bodies
                 argument = inner.arguments[place]
-                size = _narrow_stacks(inner).get(argument)
-                found.add(8 * size // argument.held if size else None)
+                found.add(8 * _narrow_stacks(inner).get(argument, 0) // max(1, argument.held))
             else:
-                found.add(None)
+                found.add(0)
         return found
 
     stacks = {value: widths(value) for value in _unchanged(loop)}
-    return {value: value.held * min(bits) // 8 for value, bits in stacks.items() if len(bits) == 1 and None not in bits}
+    return {value: value.held * min(bits) // 8 for value, bits in stacks.items() if len(bits) == 1 and 0 not in bits}
 
 
 def _read_apart(body: Body) -> frozenset[Value]:
