@@ -55,11 +55,10 @@ def count(function: Callable[..., Any], *arguments: Any, while_turns: float) -> 
       while_turns: how often the body of a loop of unknown length is assumed to run; a loop around such loops runs once.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    devices = 1 if mesh.empty else mesh.size
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr, while_turns, 1 / devices, devices)
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr, while_turns, 1 if mesh.empty else 1 / mesh.size)
 
 
-def _count(jaxpr: Any, while_turns: float, share: float, devices: int) -> float:
+def _count(jaxpr: Any, while_turns: float, share: float) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         kind, params = equation.primitive.name, equation.params
@@ -68,17 +67,18 @@ def _count(jaxpr: Any, while_turns: float, share: float, devices: int) -> float:
         elif kind == "conv_general_dilated":
             total += share * _convolution(equation)
         elif kind == "scan":
-            total += params["length"] * _count(params["jaxpr"].jaxpr, while_turns, share, devices)
+            total += params["length"] * _count(params["jaxpr"].jaxpr, while_turns, share)
         elif kind == "while":
             body = params["body_jaxpr"].jaxpr
             turns = 1.0 if _loops(body) else while_turns
-            total += turns * _count(body, while_turns, share, devices)
+            total += turns * _count(body, while_turns, share)
         elif kind == "cond":
-            total += max(_count(branch.jaxpr, while_turns, share, devices) for branch in params["branches"])
+            total += max(_count(branch.jaxpr, while_turns, share) for branch in params["branches"])
         elif kind == "shard_map":
-            total += _count(params["jaxpr"], while_turns, share * devices, devices)
+            parts = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+            total += _count(params["jaxpr"], while_turns, share * parts)
         else:
-            total += sum(_count(inner, while_turns, share, devices) for inner in _inner(equation))
+            total += sum(_count(inner, while_turns, share) for inner in _inner(equation))
     return total
 
 

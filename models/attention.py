@@ -56,11 +56,13 @@ def self_attention(query: jax.Array, key: jax.Array, value: jax.Array, segments:
         start = lax.axis_index(layout.SEQUENCE_AXIS) * query.shape[1]
         return local(query, _gather(key), _gather(value), segments, all_segments, start)
 
-    by_position = P(None, layout.SEQUENCE_AXIS)
+    # Rows are divided by hand too: the partitioner would gather the gradients of all rows for the reduce-scatter.
+    rows = layout.batch_axes(query.shape[0])
+    by_position = P(rows, layout.SEQUENCE_AXIS)
     return jax.shard_map(
         on_device,
-        axis_names={layout.SEQUENCE_AXIS},
-        in_specs=(by_position, by_position, by_position, by_position, P()),
+        axis_names={layout.SEQUENCE_AXIS, *rows},
+        in_specs=(by_position, by_position, by_position, by_position, P(rows)),
         out_specs=by_position,
         check_vma=False,
     )(query, key, value, segments, segments)

@@ -39,7 +39,13 @@ def test_the_longer_branch_counts():
 
 
 def test_parts_that_run_on_every_device_count_whole():
-    """Fault: what runs per device is divided once more, or what is divided counts whole."""
+    """Fault: what runs per device is divided once more, or what is divided counts whole, by all axes or by some."""
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        some = jax.shard_map(
+            lambda x: x @ x.T, axis_names={"x"}, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x")
+        )
+        assert flop_count.count(some, X, while_turns=1) == 2 * 4 * 4 * 16 / 2
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
         own = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"))
