@@ -21,7 +21,7 @@ from .program import Assembly, Program
 SOLVER_ITERATIONS = 12  # of coupled Newton, assumed; matrices of condition 1e4 take 8 to 13
 _HOST = "statistics in host memory"
 # Mesh axes with which predicted peaks were less than half of the compiler's, and by how much at most (docs/plan.md).
-UNDERRATED, UNDERRATED_BY = ("expert", "sequence"), 2.6
+UNDERRATED, UNDERRATED_BY = ("expert",), 2.6
 
 
 @dataclasses.dataclass(frozen=True)

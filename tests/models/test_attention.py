@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from lm_cases import SMALL, assert_close, batch_of, grad_of, quick_jit, spec_of, value_and_grad, variables_of
 from traced import equations
 
+from shampax.framework import collectives
 from shampax.models import attention
 
 
@@ -120,6 +121,14 @@ def test_each_device_needs_the_memory_of_its_positions():
         for sizes in ({"data": 2, "tensor": 4}, {"data": 2, "sequence": 4})
     )
     assert four < alone / 2.5
+
+
+def test_rows_of_other_devices_are_not_gathered():
+    """Fault: the gradients of keys and values are gathered for all rows, of which a device has half."""
+    task = dataclasses.replace(SMALL, attention_block=32, remat="full")
+    text = on_mesh(task, {"data": 2, "sequence": 4}, batch_of([[1] * 129] * 2)).as_text()
+    gathered = [each.bytes for each in collectives.find(text) if each.kind == "all-gather"]
+    assert max(gathered) == 128 * task.kv_heads * task.head_dim * 4  # of one row
 
 
 def test_positions_that_do_not_divide_are_refused():
