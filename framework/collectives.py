@@ -123,7 +123,9 @@ def _end_of_shape(text: str) -> int:
 
 
 def _group(line: str) -> int:
-    """Devices of a replica group, written as a list, as [groups,devices]<=[...] or as axes of a mesh."""
+    """Devices of a replica group, written as a list, as [groups,devices]<=[...] or as axes of a mesh; 2 of a pair."""
+    if "source_target_pairs=" in line:
+        return 2
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         return math.prod(int(sizes[name]) for name in re.findall(r"\w+", found[2]))

@@ -8,12 +8,15 @@ a real compilation, fusion and buffers, is estimated by `fusion` and `liveness`.
 import dataclasses
 import functools
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.extend.mlir import ir, passmanager
+
+from . import flop_count
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute")
 _PASSES = (
@@ -30,13 +33,16 @@ class Value:
       shape: on one device.
       dtype: as MLIR writes it ("f32", "bf16", "i1", ...).
       bytes: on one device, without the padding of a layout.
+      held: with it.
     """
 
-    __slots__ = ("bytes", "dtype", "shape")
+    __slots__ = ("bytes", "dtype", "held", "shape")
 
     def __init__(self, shape: tuple[int, ...], dtype: str):
         self.shape, self.dtype = shape, dtype
-        self.bytes = math.prod(shape) * _BYTES.get(dtype, 8)
+        itemsize = _BYTES.get(dtype, 8)
+        self.bytes = math.prod(shape) * itemsize
+        self.held = tiled(shape, itemsize)
 
 
 @dataclasses.dataclass(eq=False)
@@ -78,6 +84,20 @@ class Body:
     results: tuple[Value, ...]
 
 
+@functools.lru_cache(maxsize=10_000)
+def tiled(shape: tuple[int, ...], itemsize: int) -> int:
+    """Bytes of an array on a TPU: two of its dimensions lie in tiles of 8 x 128, those that take least padding."""
+    least = math.prod(shape) * itemsize
+    if len(shape) < 2 or not least:
+        return least
+
+    def rows(size: int) -> int:
+        return 8 * math.ceil(size / 8) if size > 4 else 1 << (size - 1).bit_length()
+
+    pairs = itertools.permutations(shape, 2)
+    return min(least // (row * lane) * rows(row) * 128 * math.ceil(lane / 128) for row, lane in pairs)
+
+
 def read(lowered: Any) -> Body:
     """The program of one device.
 
@@ -89,10 +109,34 @@ def read(lowered: Any) -> Body:
         written = io.BytesIO()
         module.operation.write_bytecode(written)
         copy = ir.Module.parse(written.getvalue())
+        _spell_out_squares(copy)
         passmanager.PassManager.parse(_PASSES).run(copy.operation)
         body = _Reader(copy).program()
     _scatter_reductions(body)
     return body
+
+
+def _spell_out_squares(module: Any) -> None:
+    """Shardy has no rule for `chlo.square`: what is made of divided arrays by it would be whole on every device."""
+    found: list[Any] = []
+
+    def note(operation: Any) -> Any:
+        if operation.name == "chlo.square":
+            found.append(operation)
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(note)
+    for operation in found:
+        factor = operation.operands[0]
+        product = ir.Operation.create(
+            "stablehlo.multiply",
+            results=[operation.results[0].type],
+            operands=[factor, factor],
+            loc=operation.location,
+            ip=ir.InsertionPoint(operation),
+        )
+        operation.results[0].replace_all_uses_with(product.results[0])
+        operation.operation.erase()
 
 
 def _scatter_reductions(body: Body) -> None:
@@ -290,8 +334,35 @@ def _flops(kind: str, attributes: Mapping[str, str], operands: Sequence[Value], 
         contracted = [int(axis) for axis in found[1].split(",")] if found else []
         return 2.0 * math.prod(made[0].shape) * math.prod(operands[0].shape[axis] for axis in contracted)
     if kind == "convolution":
-        numbers = re.search(r"x\[([^\]]*)\]->", attributes["dimension_numbers"])
-        assert numbers, attributes["dimension_numbers"]
-        outputs = operands[1].shape[[axis.strip() for axis in numbers[1].split(",")].index("o")]
-        return 2.0 * math.prod(made[0].shape) * math.prod(operands[1].shape) / outputs
+        return _convolution(attributes, operands[0].shape, operands[1].shape, made[0].shape)
     return 0.0
+
+
+def _convolution(
+    attributes: Mapping[str, str], inputs: Sequence[int], kernel: Sequence[int], out: Sequence[int]
+) -> float:
+    found = re.search(r"\[([^\]]*)\]x\[([^\]]*)\]->\[([^\]]*)\]", attributes["dimension_numbers"])
+    assert found, attributes["dimension_numbers"]
+    axes = [[axis.strip() for axis in found[part].split(",")] for part in (1, 2, 3)]
+    places = sorted(axis for axis in axes[0] if axis.isdigit())
+    count = len(places)
+
+    def numbers(name: str, default: int, size: int) -> list[int]:
+        """What is in "array<i64: 2, 2>", "dense<[[1, 1], [0, 0]]> : ..." or "dense<1> : ...", which stands for all."""
+        text = re.sub(r":\s*tensor.*|i64", "", attributes.get(name, ""))
+        values = [int(each) for each in re.findall(r"-?\d+", text)] or [default]
+        return values if len(values) == size else values * size
+
+    columns = zip(
+        *(
+            [shape[names.index(place)] for place in places]
+            for shape, names in zip((inputs, kernel, out), axes, strict=True)
+        ),
+        numbers("window_strides", 1, count),
+        numbers("padding", 0, 2 * count)[::2],
+        numbers("lhs_dilation", 1, count),
+        numbers("rhs_dilation", 1, count),
+        strict=True,
+    )
+    others = out[axes[2].index("b")] * out[axes[2].index("f")] * kernel[axes[1].index("i")]
+    return flop_count.convolution(others, (flop_count.Window(*each) for each in columns))

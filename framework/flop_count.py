@@ -1,10 +1,46 @@
-"""FLOPs of a traced function: its matrix products and convolutions, with the body of a scan counted at every turn."""
+"""FLOPs of a traced function: its matrix products and convolutions, with the body of a scan counted at every turn.
+
+Of a convolution what is multiplied counts: neither its padding nor the zeros between inputs, which the gradients of
+strided ones have.
+"""
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+
+
+class Window(NamedTuple):
+    """One spatial dimension of a convolution, as `jax.lax.conv_general_dilated` has it.
+
+    Attributes:
+      inputs, taps, outputs: sizes, of the kernel the second.
+      stride: of the window.
+      low: padding before the first input.
+      input_dilation, tap_dilation: steps from one to the next.
+    """
+
+    inputs: int
+    taps: int
+    outputs: int
+    stride: int
+    low: int
+    input_dilation: int
+    tap_dilation: int
+
+    @property
+    def pairs(self) -> int:
+        """Of an output and a tap that read an input."""
+        places = np.arange(self.outputs)[:, None] * self.stride + np.arange(self.taps) * self.tap_dilation - self.low
+        inside = (places >= 0) & (places <= (self.inputs - 1) * self.input_dilation)
+        return int((inside & (places % self.input_dilation == 0)).sum())
+
+
+def convolution(others: int, windows: Iterable[Window]) -> float:
+    """FLOPs of a convolution of so many outputs times inputs that each reads, spatial dimensions left out."""
+    return 2.0 * others * math.prod(window.pairs for window in windows)
 
 
 def count(function: Callable[..., Any], *arguments: Any, while_turns: float) -> float:
@@ -19,11 +55,10 @@ def count(function: Callable[..., Any], *arguments: Any, while_turns: float) -> 
       while_turns: how often the body of a loop of unknown length is assumed to run; a loop around such loops runs once.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    devices = 1 if mesh.empty else mesh.size
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr, while_turns, 1 / devices, devices)
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr, while_turns, 1 if mesh.empty else 1 / mesh.size)
 
 
-def _count(jaxpr: Any, while_turns: float, share: float, devices: int) -> float:
+def _count(jaxpr: Any, while_turns: float, share: float) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         kind, params = equation.primitive.name, equation.params
@@ -32,17 +67,18 @@ def _count(jaxpr: Any, while_turns: float, share: float, devices: int) -> float:
         elif kind == "conv_general_dilated":
             total += share * _convolution(equation)
         elif kind == "scan":
-            total += params["length"] * _count(params["jaxpr"].jaxpr, while_turns, share, devices)
+            total += params["length"] * _count(params["jaxpr"].jaxpr, while_turns, share)
         elif kind == "while":
             body = params["body_jaxpr"].jaxpr
             turns = 1.0 if _loops(body) else while_turns
-            total += turns * _count(body, while_turns, share, devices)
+            total += turns * _count(body, while_turns, share)
         elif kind == "cond":
-            total += max(_count(branch.jaxpr, while_turns, share, devices) for branch in params["branches"])
+            total += max(_count(branch.jaxpr, while_turns, share) for branch in params["branches"])
         elif kind == "shard_map":
-            total += _count(params["jaxpr"], while_turns, share * devices, devices)
+            parts = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+            total += _count(params["jaxpr"], while_turns, share * parts)
         else:
-            total += sum(_count(inner, while_turns, share, devices) for inner in _inner(equation))
+            total += sum(_count(inner, while_turns, share) for inner in _inner(equation))
     return total
 
 
@@ -67,7 +103,18 @@ def _product(equation: Any) -> float:
 
 
 def _convolution(equation: Any) -> float:
-    numbers = equation.params["dimension_numbers"]
-    kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
-    outputs = kernel[numbers.rhs_spec[0]]
-    return 2.0 * math.prod(out) * math.prod(kernel) / outputs
+    params = equation.params
+    numbers = params["dimension_numbers"]
+    inputs, kernel, out = (x.aval.shape for x in (*equation.invars[:2], equation.outvars[0]))
+    columns = zip(
+        (inputs[axis] for axis in numbers.lhs_spec[2:]),
+        (kernel[axis] for axis in numbers.rhs_spec[2:]),
+        (out[axis] for axis in numbers.out_spec[2:]),
+        params["window_strides"],
+        (low for low, _ in params["padding"]),
+        params["lhs_dilation"],
+        params["rhs_dilation"],
+        strict=True,
+    )
+    batch, features = (out[axis] for axis in numbers.out_spec[:2])
+    return convolution(batch * features * kernel[numbers.rhs_spec[1]], (Window(*each) for each in columns))

@@ -7,13 +7,15 @@ The model of a compiler, one for all programs and fitted to none:
   scatters write their results; a product that is only converted afterwards writes the converted one.
 - An update of a slice, a scatter, fused work and what a loop carries go over what is read for the last time.
 - The new state is written over the old one.
+- Parameters that a loop reads by slices and converts to a narrower type are converted once, all layers together, before
+  the outermost loop around it.
 - Operations run in the order of the trace, and a value lives from the one that makes it to the last that reads it. The
   body of a loop adds its own peak to what is alive around it.
 """
 
 from collections.abc import Iterable, Mapping
 
-from .device_program import Body, Operation, Value
+from .device_program import COLLECTIVES, Body, Operation, Value
 
 # Fused into what reads them; all others write what they make.
 _ELEMENTWISE = """
@@ -32,6 +34,11 @@ _IN_PLACE = ("dynamic_update_slice", "scatter")
 _SMALL = 1.25
 
 
+# Nothing is fused into these, so that what they read is written; what only has another shape is there already.
+_APART = frozenset((*COLLECTIVES, "while", "scatter", "sort", "custom_call"))
+_RESHAPED = ("reshape", "transpose", "optimization_barrier")
+
+
 class Fusion:
     """Which values of a body are written to memory.
 
@@ -47,11 +54,11 @@ class Fusion:
         self.sources: dict[Value, frozenset[Value]] = dict(outer)
         for value in body.arguments:
             self.sources[value] = frozenset((value,))
-        readers = _readers(body)
+        readers, apart = _readers(body), _read_apart(body)
         for operation in body.operations:
-            self._place(operation, readers)
+            self._place(operation, readers, apart)
 
-    def _place(self, operation: Operation, readers: Mapping[Value, frozenset[int]]) -> None:
+    def _place(self, operation: Operation, readers: Mapping[Value, frozenset[int]], apart: frozenset[Value]) -> None:
         if operation.kind == "optimization_barrier":
             for operand, result in zip(operation.operands, operation.results, strict=True):
                 self.sources[result] = self.sources[operand]
@@ -63,8 +70,8 @@ class Fusion:
         elif operation.kind in FUSED:
             (value,) = operation.results
             made_from = self.of(operation.operands)
-            cheap = sum(each.bytes for each in made_from) <= _SMALL * value.bytes
-            alone = len(readers.get(value, ())) <= 1
+            cheap = sum(each.bytes for each in made_from) <= _SMALL * value.bytes and not (made_from and value in apart)
+            alone = len(readers.get(value, ())) <= 1 and value not in apart
             self.sources[value] = made_from if cheap or alone else frozenset((value,))
         else:
             self.sources.update((value, frozenset((value,))) for value in operation.results)
@@ -90,10 +97,12 @@ def peak(body: Body, outer: Mapping[Value, frozenset[Value]] | None = None) -> i
     narrowed = _narrowed(body)
     returned, given = set(body.results), set(body.arguments)
     alive: dict[Value, int] = {}
+    begun, ended = _converted_ahead(body)
     total = highest = 0
     for number, operation in enumerate(body.operations):
+        total += begun[number]
         inside = max((peak(inner, fusion.sources) for inner in operation.bodies), default=0)
-        new = {value: narrowed.get(value, value.bytes) for value in fusion.written(operation)}
+        new = {value: narrowed.get(value, value.held) for value in fusion.written(operation)}
         overwritten = fusion.of(_overwritten(operation)) & set(dying[number])
         room = sum(alive.get(value, 0) for value in overwritten)
         if operation.kind in _IN_PLACE and fusion.of(operation.operands[:1]) & given:
@@ -102,7 +111,7 @@ def peak(body: Body, outer: Mapping[Value, frozenset[Value]] | None = None) -> i
             new = {value: 0 if value in returned else size for value, size in new.items()}
         highest = max(highest, total + max(0, sum(new.values()) - room) + inside)
         alive |= new
-        total += sum(new.values()) - sum(alive.pop(value, 0) for value in dying[number])
+        total += sum(new.values()) - sum(alive.pop(value, 0) for value in dying[number]) - ended[number]
     return highest
 
 
@@ -150,6 +159,75 @@ def _readers(body: Body) -> dict[Value, frozenset[int]]:
     return readers
 
 
+def _converted_ahead(body: Body) -> tuple[list[int], list[int]]:
+    """Bytes of converted stacks that begin to be alive with each operation, and of those that end with it.
+
+    What the body itself is given and leaves as it is was converted around it.
+    """
+    spans: dict[Value, tuple[int, int, int]] = {}
+    unchanged = set(_unchanged(body))
+    for number, operation in enumerate(body.operations):
+        if operation.kind == "while":
+            (inner,) = operation.bodies
+            narrow = _narrow_stacks(inner)
+            for operand, argument in zip(operation.operands, inner.arguments, strict=True):
+                if argument in narrow and operand not in unchanged:
+                    first, _, _ = spans.get(operand, (number, 0, 0))
+                    spans[operand] = first, number, narrow[argument]
+    begun, ended = ([0] * len(body.operations) for _ in range(2))
+    for first, last, size in spans.values():
+        begun[first] += size
+        ended[last] += size
+    return begun, ended
+
+
+def _unchanged(body: Body) -> list[Value]:
+    """What a loop carries and does not write."""
+    return [before for before, after in zip(body.arguments, body.results, strict=False) if before is after]
+
+
+def _narrow_stacks(loop: Body) -> dict[Value, int]:
+    """What a loop leaves as it is and reads by slices alone, to convert them to one narrower type, itself or in a loop
+    inside of it; and its bytes in that type.
+    """
+    readers: dict[Value, list[tuple[Operation, int]]] = {}
+    for operation in loop.operations:
+        for place, value in enumerate(operation.operands):
+            readers.setdefault(value, []).append((operation, place))
+
+    def widths(value: Value) -> set[int]:
+        """Bits of a byte that are left of it, by each reader; 0 of one that reads it as it is."""
+        found: set[int] = set()
+        for operation, place in readers.get(value, ()):
+            if operation.kind in ("dynamic_slice", "reshape", "transpose") and place == 0:
+                found |= widths(operation.results[0])
+            elif operation.kind == "convert" and operation.results[0].bytes < value.bytes:
+                found.add(8 * operation.results[0].bytes // value.bytes)
+            elif operation.kind == "while":
+                (inner,) = operation.bodies
+                argument = inner.arguments[place]
+                found.add(8 * _narrow_stacks(inner).get(argument, 0) // max(1, argument.held))
+            else:
+                found.add(0)
+        return found
+
+    stacks = {value: widths(value) for value in _unchanged(loop)}
+    return {value: value.held * min(bits) // 8 for value, bits in stacks.items() if len(bits) == 1 and 0 not in bits}
+
+
+def _read_apart(body: Body) -> frozenset[Value]:
+    """What elementwise work makes for operations that nothing is fused into, and that do not write over it."""
+    makers = {value: operation for operation in body.operations for value in operation.results}
+    found = set()
+    for operation in body.operations:
+        if operation.kind in _APART:
+            for value in set(operation.operands) - set(_overwritten(operation)):
+                while value in makers and makers[value].kind in _RESHAPED:
+                    value = makers[value].operands[makers[value].results.index(value)]
+                found.add(value)
+    return frozenset(found)
+
+
 def _from_outside(body: Body) -> set[Value]:
     """What a body reads that it is neither given nor makes."""
     known, needed = set(body.arguments), set()
@@ -173,5 +251,5 @@ def _narrowed(body: Body) -> dict[Value, int]:
             (value,) = operation.results
             by = readers.get(value, [])
             if len(by) == 1 and by[0].kind == "convert":
-                found[value] = min(value.bytes, by[0].results[0].bytes)
+                found[value] = min(value.held, by[0].results[0].held)
     return found

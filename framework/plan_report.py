@@ -40,7 +40,8 @@ def text(title: str, found: Figures, suggestions: Sequence[str]) -> str:
 def _predicted(found: Figures) -> list[str]:
     predicted = found.predicted
     lines = [
-        f"  {'all products, as partitioned':<28} {predicted.flops:>12.3e}  recomputation and optimizer included",
+        f"  {'all products, as traced':<28} {found.traced_flops:>12.3e}  recomputation and optimizer included",
+        f"  {'all products, as partitioned':<28} {predicted.flops:>12.3e}  with those that several devices make",
         "",
         "collectives of a step, predicted, bytes of their results on a device",
         *(f"  {kind:<28} {_bytes(size)}  in {count:,.0f}" for kind, (count, size) in sorted(predicted.traffic.items())),
@@ -66,7 +67,7 @@ def _compiled(found: Figures) -> list[str]:
     if compiled.error:
         return [f"the compiler refuses it after {compiled.seconds:.0f} s: {compiled.error}"]
     lines = [
-        f"compiled in {compiled.seconds:.0f} s; bytes on each device",
+        f"compiled in {compiled.seconds:.0f} s, {compiled.cpu_seconds:.0f} s of a core; bytes on each device",
         f"  {'arguments':<28} {_bytes(compiled.arguments)}",
         f"  {'temporaries':<28} {_bytes(compiled.temporaries)}",
         f"  {'peak':<28} {_bytes(compiled.peak)}",

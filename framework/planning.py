@@ -12,7 +12,7 @@ import optax
 
 from ..optimizers import patterns
 from ..optimizers.residence import HOST_KIND
-from . import chips, collectives, components, flop_count, optimizer, partitioning, prediction
+from . import chips, collectives, components, device_program, flop_count, optimizer, partitioning, prediction
 from .config import check
 from .data import contract
 from .errors import UserError
@@ -22,7 +22,7 @@ from .schedule import Schedule
 SOLVER_ITERATIONS = 12  # of coupled Newton, assumed; matrices of condition 1e4 take 8 to 13
 _HOST = "statistics in host memory"
 # Mesh axes with which predicted peaks were less than half of the compiler's, and by how much at most (docs/plan.md).
-UNDERRATED, UNDERRATED_BY = ("expert", "sequence"), 2.6
+UNDERRATED, UNDERRATED_BY = ("expert",), 2.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +31,14 @@ class Compiled:
 
     Attributes:
       seconds: taken to compile.
+      cpu_seconds: of all cores together, however busy the machine.
       error: why it could not be compiled, "" where it was; then there is nothing else.
       arguments, temporaries, peak: bytes on each device; the new state is written over the old one.
       traffic: kind of collective -> (how many, bytes of their results on a device); what is in a loop counts once.
     """
 
     seconds: float
+    cpu_seconds: float
     error: str = ""
     arguments: int = 0
     temporaries: int = 0
@@ -56,6 +58,8 @@ class Figures:
       bytes: what a device holds between two steps, by kind, and the gradient during one.
       model_flops: of a step on each device, by the task's own count.
       optimizer_flops: likewise, of the optimizer's products as traced.
+      traced_flops: likewise, of all products of the step as traced, recomputation included: what devices do twice is in
+        the predicted ones alone.
       memory: bytes of a device, None where it is not known.
       predicted: what a step takes, without compiling it.
       host_cores: of all hosts together, to solve the roots; None where they do not, or the time of a step is not known.
@@ -69,6 +73,7 @@ class Figures:
     bytes: Mapping[str, int]
     model_flops: float
     optimizer_flops: float
+    traced_flops: float
     memory: int | None
     predicted: prediction.Prediction
     host_cores: float | None
@@ -150,6 +155,7 @@ def figures(config: Any, devices: Sequence[Any], *, compiles: bool, kind: str = 
         assembly = program.assemble(options, rate)
         tx, params = assembly.tx, assembly.abstract.params
         update = flop_count.count(tx.update, params, assembly.abstract.opt_state, params, while_turns=SOLVER_ITERATIONS)
+        traced = flop_count.count(assembly.step, assembly.abstract, batch, while_turns=SOLVER_ITERATIONS)
         kind = kind or devices[0].device_kind
         held = _bytes(assembly, batch)
         model_flops = task.flops(batch) / mesh.size
@@ -157,7 +163,7 @@ def figures(config: Any, devices: Sequence[Any], *, compiles: bool, kind: str = 
             assembly.step,
             assembly.abstract,
             batch,
-            kept=_kept(held),
+            kept=sum(map(_tiled, jax.tree.leaves((assembly.abstract, batch)))),
             model_flops=model_flops,
             kind=kind,
             turns=SOLVER_ITERATIONS,
@@ -174,6 +180,7 @@ def figures(config: Any, devices: Sequence[Any], *, compiles: bool, kind: str = 
             bytes=held,
             model_flops=model_flops,
             optimizer_flops=update,
+            traced_flops=traced,
             memory=chips.memory(kind),
             predicted=predicted,
             host_cores=cores,
@@ -269,15 +276,23 @@ def _held(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def _tiled(leaf: Any) -> int:
+    """Bytes of a device's own memory, with the padding of the layout."""
+    if leaf.sharding.memory_kind == HOST_KIND:
+        return 0
+    return device_program.tiled(leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize)
+
+
 def _compile(assembly: Assembly, batch: Any) -> Compiled:
-    begun = time.perf_counter()
+    begun, begun_cpu = time.perf_counter(), time.process_time()
     try:
         compiled = assembly.step.lower(assembly.abstract, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         found = re.search(r"Ran out of memory.*", str(error))
-        return Compiled(time.perf_counter() - begun, error=found[0] if found else str(error).splitlines()[0])
+        reason = found[0] if found else str(error).splitlines()[0]
+        return Compiled(time.perf_counter() - begun, time.process_time() - begun_cpu, error=reason)
     memory: Any = compiled.memory_analysis()
     traffic: dict[str, tuple[int, int]] = {}
     for each in collectives.find(compiled.as_text() or ""):
@@ -285,6 +300,7 @@ def _compile(assembly: Assembly, batch: Any) -> Compiled:
         traffic[each.kind] = (count + 1, size + each.bytes)
     return Compiled(
         time.perf_counter() - begun,
+        time.process_time() - begun_cpu,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes,

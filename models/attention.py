@@ -56,11 +56,13 @@ def self_attention(query: jax.Array, key: jax.Array, value: jax.Array, segments:
         start = lax.axis_index(layout.SEQUENCE_AXIS) * query.shape[1]
         return local(query, _gather(key), _gather(value), segments, all_segments, start)
 
-    by_position = P(None, layout.SEQUENCE_AXIS)
+    # Rows are divided by hand too: the partitioner would gather the gradients of all rows for the reduce-scatter.
+    rows = layout.batch_axes(query.shape[0])
+    by_position = P(rows, layout.SEQUENCE_AXIS)
     return jax.shard_map(
         on_device,
-        axis_names={layout.SEQUENCE_AXIS},
-        in_specs=(by_position, by_position, by_position, by_position, P()),
+        axis_names={layout.SEQUENCE_AXIS, *rows},
+        in_specs=(by_position, by_position, by_position, by_position, P(rows)),
         out_specs=by_position,
         check_vma=False,
     )(query, key, value, segments, segments)
@@ -183,6 +185,9 @@ def _forward(block, query, key, value, query_segments, key_segments, start):
     batch, length, kv_heads, group, head_dim = query.shape
     rows = (batch, kv_heads, group, length)
     begin = (jnp.full(rows, _MASKED), jnp.zeros(rows), jnp.zeros((*rows, head_dim)))
+    # Masks depend on no layer: a scan over layers would compute those of all blocks ahead and keep them, T x S for
+    # every head. What is inside of a checkpoint is kept by nobody.
+    add = jax.checkpoint(add, prevent_cse=False)
     (highest, total, mixed), _ = lax.scan(add, begin, _cut(block, key, value, key_segments))
     result = jnp.moveaxis(mixed / total[..., None], 3, 1).astype(query.dtype)
     return result, (query, key, value, query_segments, key_segments, start, result, highest + jnp.log(total))

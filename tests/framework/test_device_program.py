@@ -1,12 +1,15 @@
 """Programs of one device, and what is estimated from them, against what can be counted by hand."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shampax.framework import device_program, liveness, roofline
+from shampax.framework import device_program, flop_count, liveness, roofline
 from shampax.framework.chips import Speeds
 
 ROWS, WIDTH, LAYERS = 64, 128, 5
@@ -57,10 +60,42 @@ def test_a_sum_of_which_devices_keep_parts_is_a_reduce_scatter(mesh):
     assert found == [("reduce-scatter", 2, SQUARE // 2), ("all-reduce", 4, SQUARE // 2)]
 
 
+def test_squares_are_divided_like_their_factors(mesh):
+    """Fault: an operation that the partitioner has no rule for makes whole arrays of parts."""
+    body = read(mesh, lambda x: jnp.square(x).sum(axis=1), ((ROWS, WIDTH), P(("data", "fsdp"))))
+    assert [value.shape for each in body.operations for value in each.results if value.shape] == [(8, WIDTH), (8,)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "times"),
+    [((64, 128, 16, 64), 1), ((24, 64, 16, 64), 2), ((1025, 512), 1032 / 1025), ((24, 16), 16 / 3), ((7,), 1)],
+)
+def test_arrays_lie_in_the_tiles_that_fit_them_best(shape, times):
+    """Fault: sides below 128 are held as they are, or padded though another side could lie along the tile."""
+    assert device_program.tiled(shape, 4) == pytest.approx(times * 4 * math.prod(shape))
+
+
 def test_equal_operations_are_one(mesh):
     """Fault: a product that is written twice is counted twice."""
     body = read(mesh, lambda x: (x @ x) + (x @ x).T, ((WIDTH, WIDTH), P()))
     assert kinds(body).count("dot_general") == 1
+
+
+def test_convolutions_count_as_they_do_in_the_trace(mesh):
+    """Fault: strides, padding or dilations of the program's text are misread."""
+
+    def gradient(x, kernel):
+        def out(x, kernel):
+            return jax.lax.conv_general_dilated(
+                x, kernel, (2, 1), ((1, 2), (3, 0)), rhs_dilation=(1, 2), dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+
+        return jax.grad(lambda *both: (out(*both) ** 2).sum(), argnums=(0, 1))(x, kernel)
+
+    shapes = (8, 9, 10, 6), (3, 2, 6, 5)
+    body = read(mesh, gradient, *((shape, P()) for shape in shapes))
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    assert roofline.work(body, None, 1).flops == flop_count.count(gradient, *arguments, while_turns=1)
 
 
 def test_loops_of_unknown_length_run_as_assumed(mesh):
@@ -79,6 +114,36 @@ def test_elementwise_work_takes_no_memory(mesh):
     assert liveness.peak(chain) == 0  # the product goes where results go
     two = read(mesh, lambda x: jnp.tanh(x @ x) @ x, ((WIDTH, WIDTH), P()))
     assert liveness.peak(two) == SQUARE
+
+
+def test_nothing_is_fused_into_a_scatter(mesh):
+    """Fault: what is made only to be scattered takes no memory, or what has another shape takes it twice."""
+
+    def scattered(x):
+        updates = jnp.tanh(x).reshape(2 * WIDTH, WIDTH // 2)
+        return jnp.zeros((WIDTH, WIDTH // 2)).at[np.arange(2 * WIDTH) % 7].add(updates)
+
+    body = read(mesh, scattered, ((WIDTH, WIDTH), P()))
+    indices = 4 * 2 * WIDTH
+    assert SQUARE <= liveness.peak(body) <= SQUARE + 4 * indices
+
+
+def test_parameters_of_a_loop_are_converted_ahead(mesh):
+    """Fault: weights are converted layer by layer, though the compiler converts, and keeps, those of all layers."""
+    half = LAYERS * SQUARE // 2
+    rows = 4 * ROWS * WIDTH
+
+    def run(x, w, also):
+        def layer(x, w):
+            more = w.sum(0).astype(x.dtype) if also else 0
+            return jnp.tanh(x @ w.astype(x.dtype)) + more, None
+
+        x, _ = jax.lax.scan(layer, x.astype(jnp.bfloat16), w)
+        return x.astype(jnp.float32)
+
+    shapes = ((ROWS, WIDTH), P()), ((LAYERS, WIDTH, WIDTH), P())
+    assert half <= liveness.peak(read(mesh, lambda x, w: run(x, w, False), *shapes)) <= half + 2 * rows
+    assert liveness.peak(read(mesh, lambda x, w: run(x, w, True), *shapes)) <= 2 * rows + SQUARE
 
 
 def test_what_the_backward_pass_reads_is_kept(mesh):

@@ -39,7 +39,13 @@ def test_the_longer_branch_counts():
 
 
 def test_parts_that_run_on_every_device_count_whole():
-    """Fault: what runs per device is divided once more, or what is divided counts whole."""
+    """Fault: what runs per device is divided once more, or what is divided counts whole, by all axes or by some."""
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        some = jax.shard_map(
+            lambda x: x @ x.T, axis_names={"x"}, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x")
+        )
+        assert flop_count.count(some, X, while_turns=1) == 2 * 4 * 4 * 16 / 2
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
         own = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"))
@@ -48,7 +54,7 @@ def test_parts_that_run_on_every_device_count_whole():
 
 
 def test_convolutions():
-    """Fault: the kernel's outputs count twice, or its extent not at all; groups."""
+    """Fault: the kernel's outputs count twice, its extent not at all, or padding like what is multiplied; groups."""
     x, kernel = jax.ShapeDtypeStruct((2, 8, 8, 6), jnp.float32), jax.ShapeDtypeStruct((3, 3, 3, 10), jnp.float32)
 
     def convolve(x, kernel):
@@ -56,7 +62,21 @@ def test_convolutions():
             x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
         )
 
-    assert flop_count.count(convolve, x, kernel, while_turns=1) == 2 * (2 * 4 * 4 * 10) * (3 * 3 * 3)
+    # Of 4 outputs x 3 taps the last one reads beyond the end.
+    assert flop_count.count(convolve, x, kernel, while_turns=1) == 2 * (2 * 10 * 3) * (4 * 3 - 1) ** 2
+
+
+def test_gradients_of_strided_convolutions():
+    """Fault: zeros between the inputs count like what is multiplied: four times the work of a stride of 2."""
+    x, kernel = jax.ShapeDtypeStruct((2, 8, 8, 6), jnp.float32), jax.ShapeDtypeStruct((2, 2, 6, 10), jnp.float32)
+
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    gradient = jax.grad(lambda *both: convolve(*both).sum(), argnums=(0, 1))
+    forward = 2 * (2 * 4 * 4 * 10) * (2 * 2 * 6)
+    assert flop_count.count(convolve, x, kernel, while_turns=1) == forward
+    assert flop_count.count(gradient, x, kernel, while_turns=1) == 3 * forward
 
 
 def test_a_language_model_says_its_flops():

@@ -8,7 +8,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from lm_cases import SMALL, assert_close, batch_of, grad_of, quick_jit, spec_of, value_and_grad, variables_of
+from traced import equations
 
+from shampax.framework import collectives
 from shampax.models import attention
 
 
@@ -77,6 +79,17 @@ def test_memory_by_blocks_grows_with_the_length_and_not_with_its_square():
     assert blocks[1] < whole[1] / 8
 
 
+def test_masks_of_blocks_are_not_kept():
+    """Fault: a scan over layers computes the masks of all blocks ahead, T x S for every head, for all layers."""
+    task = dataclasses.replace(SMALL, attention_block=4, remat="full")
+    batch = batch_of()
+    abstract = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch))
+    jaxpr = jax.make_jaxpr(functools.partial(value_and_grad, task))(abstract, batch).jaxpr
+    made = [var.aval for eqn in equations(jaxpr) for var in eqn.outvars]
+    masks = [x.shape for x in made if x.dtype == bool and x.ndim > 5]  # blocks, B, K, G, T, S
+    assert any(x.ndim == 5 for x in made) and not masks
+
+
 def on_mesh(task, sizes, batch):
     """Loss and gradient compiled with positions over `sequence`, parameters replicated."""
     names = ("data", "expert", "fsdp", "sequence", "tensor")
@@ -108,6 +121,14 @@ def test_each_device_needs_the_memory_of_its_positions():
         for sizes in ({"data": 2, "tensor": 4}, {"data": 2, "sequence": 4})
     )
     assert four < alone / 2.5
+
+
+def test_rows_of_other_devices_are_not_gathered():
+    """Fault: the gradients of keys and values are gathered for all rows, of which a device has half."""
+    task = dataclasses.replace(SMALL, attention_block=32, remat="full")
+    text = on_mesh(task, {"data": 2, "sequence": 4}, batch_of([[1] * 129] * 2)).as_text()
+    gathered = [each.bytes for each in collectives.find(text) if each.kind == "all-gather"]
+    assert max(gathered) == 128 * task.kv_heads * task.head_dim * 4  # of one row
 
 
 def test_positions_that_do_not_divide_are_refused():
