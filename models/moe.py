@@ -149,7 +149,9 @@ class RoutedSwiGLU(nn.Module):
             init = fan_in(scale, "experts", inputs, outputs, stacked=1)
             return self.param(name, init, (self.experts.count, sizes[inputs], sizes[outputs])).astype(self.dtype)
 
-        into = shard_experts(jnp.einsum("bntxc,bnte->bxnce", sent.astype(self.dtype), x_BxNxTxE))
+        # By groups first, for the gradient that comes back: for its product with `sent` the partitioner would otherwise
+        # gather the tokens of the whole batch on every device.
+        into = shard_experts(shard_groups(jnp.einsum("bntxc,bnte->bxnce", sent.astype(self.dtype), x_BxNxTxE)))
         gate = jnp.einsum("bxnce,xem->bxncm", into, kernel("gate", 1.0, "embed", "mlp"))
         up = jnp.einsum("bxnce,xem->bxncm", into, kernel("up", 1.0, "embed", "mlp"))
         down = kernel("down", 1 / (2 * self.layers), "mlp", "embed")
