@@ -90,7 +90,7 @@ class Averaging:
     """
 
     iterate: dict[str, Any]
-    weights: dict[str, jax.Array]
+    weights: dict[str, Any]
 
 
 def abstract(variables: dict[str, Any], options: AveragingOptions, scalar: jax.sharding.Sharding) -> Any:
@@ -161,6 +161,7 @@ def _towards(start: Any, end: Any, share: jax.Array) -> Any:
     def leaf(old: jax.Array, new: jax.Array) -> jax.Array:
         if not jnp.issubdtype(old.dtype, jnp.floating):
             return new
-        return optax.incremental_update(new, old, share).astype(old.dtype)
+        between: Any = optax.incremental_update(new, old, share)
+        return between.astype(old.dtype)
 
     return jax.tree.map(leaf, start, end)
