@@ -18,7 +18,7 @@ _BITS = 7
 
 
 def shape_of(shape: Sequence[int], dtype: Any) -> tuple[int, ...]:
-    """Of an array that keeps matrices of this shape, [rows, columns] in front of nothing."""
+    """Of what keeps a matrix of this shape."""
     if jnp.dtype(dtype) != jnp.int8:
         return tuple(shape)
     numbers, exponents = _rows(shape)

@@ -22,7 +22,7 @@ def suited(
 
     Args:
       roots: a device's blocks.
-      slot: [m] int32, which of them; past the last for none.
+      slot: [m] int32, which of them; past the last for none, of which the answer means nothing.
       statistics: per preconditioned side [m, r, r] float32, bias-corrected, of gradients divided by 2^exponent.
       sizes: [m, sides of a block] int32, real lengths.
       bucket: the blocks'.
@@ -35,8 +35,7 @@ def suited(
     if not options.tolerance:
         return result
     preconditioner, group = preconditioner_of(bucket), bucket.group
-    there = slot < roots.refreshed.shape[0]
-    found = there & (roots.refreshed.at[slot].get(mode="clip") > 0)
+    found = roots.refreshed.at[slot].get(mode="clip") > 0
     scale = jnp.exp2(-preconditioner.shift(roots.exponent.at[slot].get(mode="clip"), group))[:, None, None]
     for number, factor in enumerate(factors(rows(roots, slot), bucket)):
         misfit = preconditioner.misfit(
@@ -44,7 +43,6 @@ def suited(
             factor * scale,
             sizes[:, bucket.sides[number]],
             group,
-            options,
             scale_free=grafted(bucket, options),
         )
         result |= (found & (misfit <= options.tolerance)).astype(jnp.int32) << number

@@ -147,9 +147,7 @@ class Preconditioner(abc.ABC):
         """
         raise AssertionError(f"{self.name} keeps no statistics")
 
-    def misfit(
-        self, stack: jax.Array, old: jax.Array, sizes: jax.Array, group: Any, options: Any, *, scale_free: bool
-    ) -> jax.Array:
+    def misfit(self, stack: jax.Array, old: jax.Array, sizes: jax.Array, group: Any, *, scale_free: bool) -> jax.Array:
         """How badly factors that are there suit newer statistics, from 0 (as if solved anew): [n] float32.
 
         Args:
@@ -157,7 +155,6 @@ class Preconditioner(abc.ABC):
           old: [n, r, r] float32, factors of statistics of the same scale.
           sizes: [n] int32, real lengths.
           group: p, ridge and cut of the blocks.
-          options: of the optimizer.
           scale_free: whether statistics that have only grown or shrunk are suited as before.
         """
         raise AssertionError(f"{self.name} keeps no statistics")

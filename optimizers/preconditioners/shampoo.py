@@ -75,11 +75,8 @@ class Shampoo(Preconditioner):
             accepted &= jnp.max(jnp.abs(result.root), axis=(-2, -1)) <= bound
         return Solved(result.root, result.residual, result.condition, result.effective_rank, accepted)
 
-    def misfit(
-        self, stack: jax.Array, old: jax.Array, sizes: jax.Array, group: Any, options: Any, *, scale_free: bool
-    ) -> jax.Array:
+    def misfit(self, stack: jax.Array, old: jax.Array, sizes: jax.Array, group: Any, *, scale_free: bool) -> jax.Array:
         """How far the roots' p-th powers times the statistics are from the identity."""
-        del options
         return misfit(stack, old, group.p, ridge=group.ridge, sizes_n=sizes, scale_free=scale_free)
 
     def solve_on_host(self, a: np.ndarray, group: Any, options: Any) -> tuple[lapack.HostRoot | None, int]:

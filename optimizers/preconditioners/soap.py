@@ -105,11 +105,9 @@ class Soap(Preconditioner):
         accepted = (residual <= ORTHOGONALITY) & (trace > 0) & jnp.all(jnp.isfinite(stack), axis=(-2, -1))
         return Solved(q, residual, jnp.zeros_like(residual), rank, accepted)
 
-    def misfit(
-        self, stack: jax.Array, old: jax.Array, sizes: jax.Array, group: Any, options: Any, *, scale_free: bool
-    ) -> jax.Array:
+    def misfit(self, stack: jax.Array, old: jax.Array, sizes: jax.Array, group: Any, *, scale_free: bool) -> jax.Array:
         """The share of the statistics' norm that is off the diagonal in the basis that is there."""
-        del sizes, group, options, scale_free
+        del sizes, group, scale_free
         d = newton.matmul(jnp.swapaxes(old, -2, -1), newton.matmul(stack, old))
         off = jnp.where(jnp.eye(d.shape[-1], dtype=bool), 0, d)
         return jnp.linalg.norm(off, axis=(-2, -1)) / jnp.linalg.norm(d, axis=(-2, -1))
