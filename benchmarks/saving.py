@@ -3,7 +3,8 @@
     python -m shampax.benchmarks.saving
 
 Turns without a save and turns that begin with one alternate in one process, on one device. A turn is by default the
-sample's own interval between two checkpoints. Prints JSON.
+sample's own interval between two checkpoints. The steps that a save overlaps, to the one during which the checkpoint
+becomes whole, are the first of their turn, and are compared with the first of turns without a save. Prints JSON.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
         )
         saver = Checkpoints(place, keep_last=2, keep_best=0, best_metric="loss", milestone=lambda step: False)
         record, taken = Record(), 0
-        plain, saved, overlapped, writes = [], [], [], []
+        plain, saved, overlapped, writes = [], [], [], []  # the first two: when each step of each turn has ended
         for turn in range(2 * options.turns + 2):
             begun = time.perf_counter()
             saves = turn % 2 == 1
@@ -79,29 +80,29 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
                 continue
             if saves:
                 saver.confirm()
-                write = saver.metrics()["checkpoint/seconds"]
-                steps = int(np.searchsorted(ends, write)) + 1
-                saved.append(ends[-1])
                 writes.append(saver.metrics())
-                overlapped.append((min(steps, len(ends)), ends[min(steps, len(ends)) - 1]))
+                steps = int(np.searchsorted(ends, writes[-1]["checkpoint/seconds"])) + 1
+                saved.append(ends)
+                overlapped.append(min(steps, len(ends)))
             else:
-                plain.append(ends[-1])
+                plain.append(ends)
         saver.close()
-    per_step = float(np.median(plain)) / options.steps
+    without, with_save = np.median(plain, axis=0), np.median(saved, axis=0)
+    added = [ends[steps - 1] / without[steps - 1] - 1 for ends, steps in zip(saved, overlapped, strict=True)]
     return {
         "device": f"one {jax.devices()[0].platform} device",
         "variant": options.variant,
         "turns": options.turns,
         "steps of a turn": options.steps,
-        "step ms": 1e3 * per_step,
+        "step ms": 1e3 * float(without[-1]) / options.steps,
         "checkpoint bytes": int(writes[-1]["checkpoint/bytes"]),
         "blocked ms": 1e3 * float(np.median([each["checkpoint/blocked_seconds"] for each in writes])),
         "save ms": 1e3 * float(np.median([each["checkpoint/seconds"] for each in writes])),
-        "turn without ms": 1e3 * float(np.median(plain)),
-        "turn with ms": 1e3 * float(np.median(saved)),
-        "added to a turn": float(np.median(saved)) / float(np.median(plain)) - 1,
-        "steps overlapped": float(np.median([steps for steps, _ in overlapped])),
-        "added to the steps overlapped": float(np.median([seconds / (n * per_step) for n, seconds in overlapped])) - 1,
+        "turn without ms": 1e3 * float(without[-1]),
+        "turn with ms": 1e3 * float(with_save[-1]),
+        "added to a turn": float(with_save[-1] / without[-1]) - 1,
+        "steps overlapped": float(np.median(overlapped)),
+        "added to the steps overlapped": float(np.median(added)),
     }
 
 

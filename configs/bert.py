@@ -108,9 +108,13 @@ def bert_base(config: Any) -> None:
 
 
 def paper(config: Any) -> None:
-    """The first phase; the parameters are shared by the 16 chips of a row of the slice."""
+    """The first phase; the parameters are shared by the 16 chips of a row of the slice.
+
+    A width of 1,024 in blocks of 512: there are four times as many to share among 256 chips, and what a chip holds of
+    statistics and roots is half of what it would hold of whole ones.
+    """
     _select(config, sequence_length=128, predictions=20, remat="full", **_published(**LARGE))
-    config.optimizer = _shampoo(block_size=1_024)
+    config.optimizer = _shampoo(block_size=512)
     config.duration = f"{FIRST_PHASE} steps"
     config.batch_size = 65_536
     config.microbatches = 4

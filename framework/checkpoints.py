@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
 from ..optimizers import patterns
+from ..optimizers.residence import HOST_KIND
 from . import agreement, integrity
 from . import workdir as layout
 from .errors import UserError
@@ -205,8 +206,9 @@ class Checkpoints:
         self._failure = self._told = ""
         self._metrics: dict[str, float] = {}
         # Nothing of a save is urgent once it is copied off the devices. The threads that this one starts inherit its
-        # priority; its own save runs while the loop, and with it the devices, wait.
+        # priority.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints", initializer=_give_way)
+        self._beginning: Future[None] | None = None
         self._checkpointer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(), temporary_path_class=_sealing(self._sealed)
         )
@@ -220,18 +222,20 @@ class Checkpoints:
           SaveError: this could not be begun, or the save before it has failed; in all processes, where it is so in one.
         """
         begun = time.perf_counter()
-        earlier = self._outcome(self._checkpointer.wait_until_finished)
+        earlier = self._outcome(self._finish)
         self._scores[record.step] = record.score(self._best_metric)
         path = self._directory / str(record.step)
         if path not in finished(self._directory.parent):
+            alone = jax.process_count() == 1
             items = {
-                _STATE: ocp.args.PyTreeSave(state),
+                _STATE: ocp.args.PyTreeSave(_copied(state) if alone else state),
                 _RECORD: ocp.args.JsonSave(record.to_json()),
                 _MANIFEST: ocp.args.JsonSave(manifest),
             }
             self._started, self._step = begun, record.step
-            saving = self._thread.submit(self._checkpointer.save, path, args=ocp.args.Composite(**items))
-            earlier = self._outcome(saving.result) or earlier
+            self._beginning = self._thread.submit(self._checkpointer.save, path, args=ocp.args.Composite(**items))
+            # In it several processes meet by collectives, which must not come between those of steps.
+            earlier = (not alone and self._outcome(self._begin)) or earlier
             self._metrics["checkpoint/blocked_seconds"] = time.perf_counter() - begun
         _raise_in_all(earlier)
 
@@ -241,7 +245,7 @@ class Checkpoints:
         Raises:
           SaveError: it has failed; in all processes, where it has in one.
         """
-        _raise_in_all(self._outcome(self._checkpointer.wait_until_finished))
+        _raise_in_all(self._outcome(self._finish))
 
     def metrics(self) -> dict[str, float]:
         """Of the newest save: seconds that training stood still, seconds in all and bytes, as far as they are known.
@@ -257,15 +261,30 @@ class Checkpoints:
 
     def complaint(self) -> str | None:
         """That a save has failed in this process, before the others know of it at the next one; otherwise None."""
-        self._failure = self._outcome(self._checkpointer.check_for_errors) or self._failure
+        self._failure = self._outcome(self._check) or self._failure
         told, self._told = self._failure != self._told, self._failure
         return f"warning: {self._failure}" if told and self._failure else None
 
     def close(self) -> None:
         """End. A save that is under way is waited for, but not vouched for: see `confirm`."""
-        self._outcome(self._checkpointer.wait_until_finished)
+        self._outcome(self._finish)
         self._checkpointer.close()
         self._thread.shutdown()
+
+    def _begin(self) -> None:
+        """Wait until Orbax's `save` has returned, if it has been called; the rest of it is in threads of its own."""
+        beginning, self._beginning = self._beginning, None
+        if beginning is not None:
+            beginning.result()
+
+    def _finish(self) -> None:
+        self._begin()
+        self._checkpointer.wait_until_finished()
+
+    def _check(self) -> None:
+        if self._beginning is None or self._beginning.done():
+            self._begin()
+            self._checkpointer.check_for_errors()
 
     def _outcome(self, action: Callable[[], None]) -> str:
         """Why an action of the checkpointer or the save before it has failed, "" if neither has."""
@@ -309,10 +328,17 @@ def prune(workdir: Path, keep: set[int]) -> list[Path]:
 def _give_way() -> None:
     """Give this thread a tenth of the weight of others. Linux has priorities of threads; elsewhere nothing changes.
 
-    At the lowest one, a fiftieth, other programs on a busy machine hold up saves for minutes.
+    With less, other programs on a busy machine hold up saves for minutes, and steps with them, which wait for Python's
+    lock while the thread that has it gets no core.
     """
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+def _copied(state: Any) -> Any:
+    """What is in the host's memory when this returns, whatever becomes of the state."""
+    shardings = jax.tree.map(lambda x: x.sharding.with_memory_kind(HOST_KIND), state)
+    return jax.block_until_ready(jax.device_put(state, shardings, may_alias=False))
 
 
 def _raise_in_all(failure: str) -> None:

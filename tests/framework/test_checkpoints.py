@@ -128,6 +128,25 @@ def test_a_step_already_saved_is_left_alone(tmp_path):
     assert (tmp_path / "checkpoints" / "5" / integrity.SUMS).stat().st_mtime_ns == before
 
 
+def test_training_goes_on_while_a_save_begins(tmp_path, monkeypatch):
+    """Catches a loop that stands still for Orbax's own preparations; on a cluster these are requests to a bucket."""
+    saving, go_on = saver(tmp_path), threading.Event()
+    begin = saving._checkpointer.save
+
+    def slow(*arguments, **options):
+        assert go_on.wait(30)
+        return begin(*arguments, **options)
+
+    monkeypatch.setattr(saving._checkpointer, "save", slow)
+    saving.save(make_state({"data": 8}, P()), Record(step=1), {})
+    assert saving.complaint() is None
+    assert steps(tmp_path) == []
+    go_on.set()
+    saving.confirm()
+    assert steps(tmp_path) == [1]
+    saving.close()
+
+
 def test_is_invisible_until_its_checksums_are_written(tmp_path, monkeypatch):
     """Catches a checkpoint that can be taken for whole while files of it are still to come."""
     state, seal, waiting, go_on = make_state({"data": 8}, P()), integrity.seal, threading.Event(), threading.Event()
@@ -190,6 +209,7 @@ def test_a_failure_in_the_background_is_told_once_and_raised_at_the_next_save(tm
     saving, seal = saver(tmp_path), integrity.seal
     monkeypatch.setattr(integrity, "seal", full)
     saving.save(state, Record(step=1), {})
+    saving._beginning.result()
     saving._checkpointer._async_manager._thread.join()
     assert "step 1 could not be saved" in saving.complaint()
     assert saving.complaint() is None
@@ -209,8 +229,9 @@ def test_a_save_that_cannot_even_begin_says_so(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(saving._checkpointer, "save", denied)
+        saving.save(make_state({"data": 8}, P()), Record(step=1), {})
         with pytest.raises(SaveError, match=r"step 1 could not be saved .*Permission denied"):
-            saving.save(make_state({"data": 8}, P()), Record(step=1), {})
+            saving.confirm()
     saving.save(make_state({"data": 8}, P()), Record(step=2), {})
     saving.confirm()
     saving.close()
