@@ -219,7 +219,8 @@ class Checkpoints:
         A step that is already saved is left as it is. Every process calls this.
 
         Raises:
-          SaveError: this could not be begun, or the save before it has failed; in all processes, where it is so in one.
+          SaveError: the save before it has failed, or, with several processes, this one could not be begun; in all
+            processes, where it is so in one. One process says at the next save, or in `confirm`, that it could not.
         """
         begun = time.perf_counter()
         earlier = self._outcome(self._finish)

@@ -94,7 +94,7 @@ def main() -> int:
                 for title, reference in {"of one process": alone, "of one that is told of others": joined}.items():
                     difference, step = furthest(mine, reference)
                     line[title] = {"largest_relative_difference": difference, "at_step": step}
-                fine &= difference <= BOUND
+                    fine &= difference <= BOUND
                 print(json.dumps(line), flush=True)
     return 0 if fine else 1
 
