@@ -6,6 +6,7 @@ from typing import Any
 
 from ..optimizers import lapack
 from ..optimizers.auto import BUSY
+from ..optimizers.sketch import columns
 from . import chips, device_program, liveness, roofline
 
 
@@ -65,7 +66,10 @@ def predict(step: Any, state: Any, batch: Any, *, kept: int, model_flops: float,
 
 def host_seconds(buckets: Any) -> float:
     """Of one core to solve all roots of a plan's buckets once, over all hosts together."""
-    return sum(bucket.blocks * sum(lapack.seconds(bucket.shape[side]) for side in bucket.sides) for bucket in buckets)
+    return sum(
+        bucket.blocks * sum(lapack.seconds(columns(bucket.shape[side], bucket.group.rank)) for side in bucket.sides)
+        for bucket in buckets
+    )
 
 
 def host_cores(seconds: float, interval: int, step_seconds: float) -> float:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from . import sketch
 from .blocks import Bucket, Group
 from .options import ShampooOptions
 from .preconditioners import PRECONDITIONERS
@@ -76,6 +77,8 @@ def measure(buckets: Sequence[Bucket], options: ShampooOptions) -> Costs:
         preconditioner = PRECONDITIONERS[group.preconditioner]
         batch = max(1, math.ceil(own / options.interval))
         stack, sizes = _random_statistics(batch, length), np.full(batch, length)
+        if sketch.columns(length, group.rank) < length:
+            stack = sketch.of(stack, group.rank)
         solve = jax.jit(
             lambda stack, sizes, group=group, preconditioner=preconditioner: (
                 preconditioner.solve(stack, jnp.zeros_like(stack), sizes, group, options).factor
@@ -86,7 +89,7 @@ def measure(buckets: Sequence[Bucket], options: ShampooOptions) -> Costs:
         # A mesh that is set for training would have its other devices take part.
         with jax.set_mesh(Mesh(np.array([one]), ("one",))):
             device += own / batch * _seconds(lambda: jax.block_until_ready(solve(*on_device)))
-        alone = _seconds(lambda: preconditioner.solve_on_host(stack[0].astype(np.float64), group, options))
+        alone = _seconds(lambda: preconditioner.solve_on_host(stack[0].astype(np.float64), length, group, options))
         host += own * len(jax.local_devices()) * alone
         longest = max(longest, alone)
     return Costs(device, host, longest)

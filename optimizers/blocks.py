@@ -18,6 +18,7 @@ from . import patterns
 from .assignment import assign_owners
 from .options import Rule, ShampooOptions, Treatment
 from .preconditioners import PRECONDITIONERS
+from .sketch import columns
 from .tiles import Tiling, make_tiling
 from .views import View, matrix_axes, matrix_view, names_by_path, tensor_view
 
@@ -57,6 +58,7 @@ class Group:
       p: the order of the inverse roots, 0 where no side has statistics.
       beta2, ridge, cut: of statistics and roots.
       preconditioner: a name in the family.
+      rank: of the sketches that are kept of longer sides; 0 where no side has one.
     """
 
     shape: tuple[int, ...]
@@ -66,6 +68,7 @@ class Group:
     ridge: float
     cut: float
     preconditioner: str
+    rank: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -255,7 +258,10 @@ def make_plan(params: Any, axis_names: Any, param_specs: Any, options: ShampooOp
         cuts = [cut(length, rule.block_size) for length in view.lengths]
         pieces, shape = (tuple(part[i] for part in cuts) for i in (0, 1))
         p = rule.order(len(sides))
-        group = Group(shape, sides if p else (), p, rule.beta2, rule.ridge, rule.cut, rule.preconditioner)
+        sides = sides if p else ()
+        sketched = any(columns(shape[side], rule.rank) < shape[side] for side in sides)
+        regularisers = (rule.ridge, rule.cut)
+        group = Group(shape, sides, p, rule.beta2, *regularisers, rule.preconditioner, rule.rank if sketched else 0)
         entry = Leaf(index, path, make_tiling(view, pieces, shape, specs.get(path), mesh))
         grouped.setdefault(group, []).append(entry)
         treatments[path] = f"{rule.kind} {_title(group)} x{entry.blocks}"
@@ -310,7 +316,8 @@ def _title(group: Group) -> str:
     """As in "128x512 p4"; where not all sides are preconditioned, those that are have a mark: "128*x512 p2"."""
     marked = group.sides if len(group.sides) < len(group.shape) else ()
     lengths = "x".join(f"{length}{'*' if side in marked else ''}" for side, length in enumerate(group.shape))
-    return f"{lengths} {PRECONDITIONERS[group.preconditioner].title(group.p)}"
+    rank = f" rank {group.rank}" if group.rank else ""
+    return f"{lengths} {PRECONDITIONERS[group.preconditioner].title(group.p)}{rank}"
 
 
 def _name(group: Group, options: ShampooOptions) -> str:
@@ -320,6 +327,8 @@ def _name(group: Group, options: ShampooOptions) -> str:
     for field in ("beta2", "ridge", "cut"):
         if getattr(group, field) != getattr(options, field):
             parts.append(f"{field}-{getattr(group, field)!r}".replace("+", ""))
+    if group.rank:
+        parts.append(f"rank-{group.rank}")
     return "_".join([*parts, *([] if group.preconditioner == "shampoo" else [group.preconditioner])])
 
 

@@ -31,11 +31,10 @@ from jax.sharding import PartitionSpec
 from . import schedule
 from .blocks import Bucket
 from .in_flight import InFlight, empty_bank, recalled, store
-from .kept import kept_factor, preconditioner_of
+from .kept import kept_factor, preconditioner_of, trace, whole
 from .options import ShampooOptions
 from .parcels import Contents, Parcel, Parcels
 from .residence import HOST_KIND
-from .symmetric import unpack
 from .workers import Workers, pool_size
 
 # Share of a run's time spent waiting for roots that nobody need hear of.
@@ -340,21 +339,21 @@ class HostRoots:
         """In a worker's thread: the roots of one block."""
         start = time.perf_counter()
         group, preconditioner, sides, retries = bucket.group, preconditioner_of(bucket), [], 0
-        statistics = [
-            unpack(s[i], bucket.shape[side]) for side, s in zip(bucket.sides, contents.statistics, strict=True)
-        ]
-        fresh.seen[i] = all(np.trace(s, dtype=np.float64) > 0 for s in statistics)
+        statistics = [whole(s[i], bucket, k) for k, s in enumerate(contents.statistics)]
+        fresh.seen[i] = all(trace(s) > 0 for s in statistics)
         due = [k for k in range(len(bucket.sides)) if not contents.suited[i] >> k & 1]
         for k in due:
-            size = contents.sizes[i, bucket.sides[k]]
-            a = np.asarray(statistics[k][:size, :size], np.float64) / np.float64(contents.correction[i])
-            root, tried = preconditioner.solve_on_host(a, group, self._options)
+            size, s = contents.sizes[i, bucket.sides[k]], statistics[k]
+            part = s[:size, :size] if s.shape[0] == s.shape[1] else s
+            a = np.asarray(part, np.float64) / np.float64(contents.correction[i])
+            root, tried = preconditioner.solve_on_host(a, size, group, self._options)
             retries += tried
             sides.append(root)
         scale = 2.0 ** preconditioner.shift(int(contents.exponent[i]), group)
         accepted = fresh.seen[i] and all(side is not None for side in sides)
         if accepted:
             for k, found in zip(due, sides, strict=True):
+                # A sketch's has its padding already.
                 padded = np.pad(found.root * scale, (0, bucket.shape[bucket.sides[k]] - len(found.root)))
                 fresh.roots[k][i] = kept_factor(padded, bucket)
             fresh.residual[i] = max(side.residual for side in sides)

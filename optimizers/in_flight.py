@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from .blocks import Bucket
+from .kept import statistics_shape
 from .parcels import Contents
-from .symmetric import packed_shape
 
 
 class InFlight(NamedTuple):
     """Statistics whose roots have not been installed yet, as a checkpoint keeps them; axis 0 numbers the slots.
 
     Attributes:
-      statistics: per preconditioned side [n, r, r] float32, packed.
+      statistics: per preconditioned side [n, r, r] float32, packed, or [n, r, rank].
       correction: [n] float32, what they are to be divided by.
       exponent: [n] int32, of the gradients they are of.
       suited: [n] int32, which factors stay as they are; see `parcels.Contents`.
@@ -31,10 +31,9 @@ class InFlight(NamedTuple):
 
 def in_flight_spec(bucket: Bucket, slots: int) -> InFlight:
     """Shapes and types of what a checkpoint keeps of a bucket."""
-    lengths = [bucket.shape[side] for side in bucket.sides]
     spec: Any = jax.ShapeDtypeStruct
     return InFlight(
-        statistics=tuple(spec((slots, *packed_shape(r)), jnp.float32) for r in lengths),
+        statistics=tuple(spec((slots, *statistics_shape(bucket, k)), jnp.float32) for k in range(len(bucket.sides))),
         correction=spec((slots,), jnp.float32),
         exponent=spec((slots,), jnp.int32),
         suited=spec((slots,), jnp.int32),

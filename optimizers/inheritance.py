@@ -140,6 +140,8 @@ class Inheritance:
             fate[_STATISTICS] = f"of the sides {list(entry['sides'])} there, {list(bucket.sides)} here"
         elif _statistics(entry["preconditioner"]) != _statistics(bucket.group.preconditioner):
             fate[_STATISTICS] = f"{entry['preconditioner']} there, {bucket.group.preconditioner} here"
+        elif entry.get("rank", 0) != bucket.group.rank:
+            fate[_STATISTICS] = f"rank {entry.get('rank', 0)} there, {bucket.group.rank} here"
         elif (entry["beta2"] == 1) != (bucket.group.beta2 == 1):
             fate[_STATISTICS] = "a sum and an average are two things"
         else:
@@ -291,6 +293,7 @@ def _numbering(entry: Mapping[str, Any]) -> tuple[Any, ...]:
     cuts = tuple((tuple(part["shape"]), tuple(part["pieces"])) for part in entry["parameters"])
     return (
         *(entry[field] for field in ("preconditioner", "p", "ridge", "cut", "first", "phases")),
+        entry.get("rank", 0),
         tuple(entry["sides"]),
         cuts,
     )

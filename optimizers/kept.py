@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from . import storage
 from .blocks import Bucket
 from .options import ShampooOptions
 from .preconditioners import PRECONDITIONERS, Preconditioner
 from .preconditioners.base import Blocks
+from .sketch import columns
 from .symmetric import pack, packed_shape, unpack
 
 NO_GRADIENT = -1000
@@ -20,12 +22,12 @@ class Roots(NamedTuple):
     """What a refresh reads and writes for the blocks of one bucket; axis 0 of every array numbers the slots.
 
     Attributes:
-      statistics: per preconditioned side [n, r, r], packed (see the module `symmetric`), of gradients divided by
-        2^exponent.
+      statistics: per preconditioned side [n, r, r], packed (see the module `symmetric`), or [n, r, rank], a sketch
+        (see the module `sketch`), of gradients divided by 2^exponent.
       exponent: [n] int32, of the largest gradient entry so far: squares of gradients would leave float32 far sooner
         than gradients do. NO_GRADIENT before the first that is not zero.
-      roots: per preconditioned side [n, r, r], packed where they are symmetric: what acts on it, an inverse root or
-        what else the preconditioner makes of its statistics; zero before the first accepted refresh.
+      roots: per preconditioned side [n, r, r], packed where they are symmetric, or [n, r, rank]: what acts on it, an
+        inverse root or what else the preconditioner makes of its statistics; zero before the first accepted refresh.
       second_moment: [n, *shape] float32, of the gradients as a preconditioner sees them that adapts; None otherwise.
       residual: [n] float32 of the newest accepted roots, the worst side.
       condition: [n] float32, estimate of the condition number of the regularised statistics, the worst side.
@@ -51,11 +53,11 @@ class Roots(NamedTuple):
 
 def initial_roots(bucket: Bucket, slots: int, options: ShampooOptions) -> Roots:
     """Before the first gradient."""
-    lengths = [bucket.shape[side] for side in bucket.sides]
+    numbers = range(len(bucket.sides))
     return Roots(
-        statistics=_nothing(slots, [packed_shape(r) for r in lengths], options.statistics_dtype),
+        statistics=_nothing(slots, [statistics_shape(bucket, k) for k in numbers], options.statistics_dtype),
         exponent=jnp.full(slots, NO_GRADIENT, jnp.int32),
-        roots=_nothing(slots, [factor_shape(bucket, r) for r in lengths], options.roots_dtype),
+        roots=_nothing(slots, [factor_shape(bucket, k) for k in numbers], options.roots_dtype),
         second_moment=jnp.zeros((slots, *bucket.shape), jnp.float32) if preconditioner_of(bucket).adapts else None,
         residual=jnp.zeros(slots, jnp.float32),
         condition=jnp.zeros(slots, jnp.float32),
@@ -63,7 +65,7 @@ def initial_roots(bucket: Bucket, slots: int, options: ShampooOptions) -> Roots:
         refreshed=jnp.zeros(slots, jnp.int32),
         failures=jnp.zeros(slots, jnp.int32),
         refreshes=jnp.zeros(slots, jnp.int32),
-        spared=tuple(jnp.zeros(slots, jnp.int32) for _ in lengths),
+        spared=tuple(jnp.zeros(slots, jnp.int32) for _ in numbers),
     )
 
 
@@ -76,29 +78,53 @@ def preconditioner_of(bucket: Bucket) -> Preconditioner:
     return PRECONDITIONERS[bucket.group.preconditioner]
 
 
-def factor_shape(bucket: Bucket, r: int) -> tuple[int, int]:
-    """Of what is kept for a side of length r to act on it."""
-    return packed_shape(r) if preconditioner_of(bucket).symmetric else (r, r)
+def statistics_shape(bucket: Bucket, number: int) -> tuple[int, int]:
+    """Of what is kept of the statistics of the k-th preconditioned side: packed, or a sketch."""
+    return kept_shape(bucket.shape[bucket.sides[number]], bucket.group.rank)
+
+
+def factor_shape(bucket: Bucket, number: int) -> tuple[int, int]:
+    """Of what is kept for the k-th preconditioned side to act on it."""
+    r = bucket.shape[bucket.sides[number]]
+    return kept_shape(r, bucket.group.rank, symmetric=preconditioner_of(bucket).symmetric)
+
+
+def kept_shape(r: int, rank: int, *, symmetric: bool = True) -> tuple[int, int]:
+    """Of what is kept of a matrix r x r: half of it where it is symmetric; with a rank, perhaps a sketch."""
+    if columns(r, rank) < r:
+        return r, rank
+    return packed_shape(r) if symmetric else (r, r)
 
 
 def kept_factor(x: Any, bucket: Bucket) -> Any:
-    """A factor [..., r, r] as it is kept; NumPy or JAX."""
-    return pack(x) if preconditioner_of(bucket).symmetric else x
+    """A factor [..., r, r], or [..., r, rank], as it is kept; NumPy or JAX."""
+    return pack(x) if x.shape[-1] == x.shape[-2] and preconditioner_of(bucket).symmetric else x
 
 
 def factors(kept: Sequence[jax.Array], bucket: Bucket) -> list[jax.Array]:
-    """Per preconditioned side [n, r, r] float32, of arrays [n, ...] as they are kept."""
-    lengths = [bucket.shape[side] for side in bucket.sides]
-    whole = [storage.loaded(x, factor_shape(bucket, r)) for r, x in zip(lengths, kept, strict=True)]
-    if not preconditioner_of(bucket).symmetric:
-        return whole
-    return [unpack(x, r) for r, x in zip(lengths, whole, strict=True)]
+    """Per preconditioned side [n, r, r] float32, or [n, r, rank], of arrays [n, ...] as they are kept."""
+    symmetric = preconditioner_of(bucket).symmetric
+    loaded = [storage.loaded(x, factor_shape(bucket, number)) for number, x in enumerate(kept)]
+    return [whole(x, bucket, number) if symmetric else x for number, x in enumerate(loaded)]
 
 
 def statistics_of(kept: jax.Array, bucket: Bucket, number: int) -> jax.Array:
-    """[n, r, r] float32 of one preconditioned side, from [n, ...] as they are kept."""
+    """[n, r, r] float32 of one preconditioned side, or [n, r, rank], from [n, ...] as they are kept."""
+    return whole(storage.loaded(kept, statistics_shape(bucket, number)), bucket, number)
+
+
+def whole(x: Any, bucket: Bucket, number: int) -> Any:
+    """Packed matrices of the k-th preconditioned side [..., r, r]; a sketch as it is. NumPy or JAX."""
     r = bucket.shape[bucket.sides[number]]
-    return unpack(storage.loaded(kept, packed_shape(r)), r)
+    return x if columns(r, bucket.group.rank) < r else unpack(x, r)
+
+
+def trace(statistics: Any) -> Any:
+    """[...] of statistics [..., r, r], or [..., r, rank] of a sketch, whose last column is the diagonal."""
+    if statistics.shape[-1] < statistics.shape[-2]:
+        return statistics[..., -1].sum(axis=-1)
+    xp: Any = jnp if isinstance(statistics, jax.Array) else np
+    return xp.trace(statistics, axis1=-2, axis2=-1)
 
 
 def grafted(bucket: Bucket, options: ShampooOptions) -> bool:

@@ -39,6 +39,7 @@ class Treatment:
       block_size: largest side of a block.
       exponent: the power each side is raised to is -exponent; 0 preconditions nothing and leaves the momentum.
       ridge, cut: relative regularisers; setting one of them takes the place of the options' other.
+      rank: of sketches that are kept of the statistics of longer sides; 0 keeps all whole.
       beta2: decay of the statistics and of the graft's second moment.
       stack: number of leading axes that are stacks of matrices where no axis names are given.
     """
@@ -50,6 +51,7 @@ class Treatment:
     exponent: float | None = None
     ridge: float | None = None
     cut: float | None = None
+    rank: int | None = None
     beta2: float | None = None
     stack: int = 0
 
@@ -105,6 +107,7 @@ class Rule:
     exponent: float | None
     ridge: float
     cut: float
+    rank: int
     beta2: float
     stack: int
 
@@ -121,6 +124,19 @@ class Rule:
             raise ValueError(f"ridge {self.ridge} and cut {self.cut} are both set; set one of them to 0")
         if not 0 <= self.beta2 <= 1:
             raise ValueError(f"beta2 is {self.beta2}; it must lie between 0 and 1")
+        if self.rank < 0 or self.rank == 1:
+            raise ValueError(f"rank is {self.rank}; it must be 0, for whole statistics, or at least 2")
+        if self.rank and self.preconditioner:
+            if not self.family.sketches:
+                raise ValueError(
+                    f"rank is {self.rank}, but {self.kind} needs its statistics whole; set rank in treatments of "
+                    "shampoo or one_sided, or to 0"
+                )
+            if self.cut:
+                raise ValueError(
+                    f"rank {self.rank} and cut {self.cut} are both set, but a sketch does not know the directions that "
+                    "a cut leaves out; set a ridge in its place"
+                )
 
     @property
     def preconditioner(self) -> str:
@@ -159,7 +175,7 @@ class Rule:
 
 
 # What a treatment may set in place of the options.
-OVERRIDABLE = ("view", "block_size", "exponent", "ridge", "cut", "beta2")
+OVERRIDABLE = ("view", "block_size", "exponent", "ridge", "cut", "rank", "beta2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +203,7 @@ class ShampooOptions:
     exponent: float | None = 0.5  # each side's inverse power; None is 1 / (2 x sides), 0 leaves the momentum as it is
     ridge: float = 1e-4  # relative to the largest eigenvalue, added before the root is taken
     cut: float = 0.0  # relative; with it, eigen-directions below contribute nothing, and ridge must be 0
+    rank: int = 0  # of sketches kept of the statistics of sides more than twice as long; 0 keeps all whole
     solver: str = "newton"  # "newton" (matmuls only) or "eigh", both on the owner's device
     basis: str = "iterate"  # of soap, after the first: "iterate" (one step of orthogonal iteration) or "eigh"
     orthogonalization: str = "jordan"  # of muon, which polynomials: "jordan" or "polar_express"
@@ -251,6 +268,11 @@ class ShampooOptions:
                 raise ValueError(
                     f"tolerance {self.tolerance} asks whether a root still inverts its statistics, and with the cut "
                     f"{rule.cut} none does; set a ridge in its place"
+                )
+            if self.tolerance and rule.rank:
+                raise ValueError(
+                    f"tolerance {self.tolerance} asks whether a root still inverts its statistics, and of those a "
+                    f"sketch of rank {rule.rank} does not know enough; set one of them to 0"
                 )
             rule.order(2)
             if rule.family.reads_statistics and self.statistics_memory == "host":

@@ -17,11 +17,10 @@ from jax import lax
 from . import residence, schedule, storage
 from .blocks import Bucket
 from .exchange import Owners
-from .kept import Roots, factor_shape, statistics_of
+from .kept import Roots, factor_shape, statistics_of, statistics_shape
 from .moments import correction
 from .options import ShampooOptions
 from .refresh import Fresh, install
-from .symmetric import packed_shape
 from .tolerance import suited
 
 # Of a block in a parcel of roots: its slot, and what `Fresh` has of integers.
@@ -44,7 +43,7 @@ class Contents(NamedTuple):
     """One device's part of a parcel of statistics, for one bucket; axis 0 numbers the blocks that may be due.
 
     Attributes:
-      statistics: per preconditioned side [w, r, r] float32, packed.
+      statistics: per preconditioned side [w, r, r] float32, packed, or [w, r, rank].
       correction: [w] float32, what statistics are to be divided by.
       slot: [w] int32, the device's slots; past the last where nothing is due.
       exponent: [w] int32, statistics are of gradients divided by 2^exponent.
@@ -151,9 +150,8 @@ class Parcels:
                 slot = jnp.where(due, table.slot[0, phase], bucket.slots.shape[1])
                 exponent, sizes = state.exponent.at[slot].get(mode="clip"), table.sizes.at[slot].get(mode="clip")
                 kept = [residence.rows(s, slot, on_host=on_host) for s in state.statistics]
-                lengths = [bucket.shape[side] for side in bucket.sides]
                 divisor = correction(bucket.group.beta2, updates, self._options)
-                floats += [storage.loaded(s, packed_shape(r)).ravel() for s, r in zip(kept, lengths, strict=True)]
+                floats += [storage.loaded(s, statistics_shape(bucket, k)).ravel() for k, s in enumerate(kept)]
                 floats.append(jnp.broadcast_to(divisor, slot.shape))
                 whole = [statistics_of(s, bucket, number) / divisor for number, s in enumerate(kept)]
                 ints += [slot, exponent, suited(state, slot, whole, sizes, bucket, self._options), sizes.ravel()]
@@ -191,7 +189,7 @@ class Parcels:
 
     def _taken_floats(self, bucket: Bucket) -> list[tuple[int, ...]]:
         window = self.window(bucket)
-        return [*[(window, *packed_shape(bucket.shape[side])) for side in bucket.sides], (window,)]
+        return [*[(window, *statistics_shape(bucket, k)) for k in range(len(bucket.sides))], (window,)]
 
     def _taken_ints(self, bucket: Bucket) -> list[tuple[int, ...]]:
         window = self.window(bucket)
@@ -199,7 +197,7 @@ class Parcels:
 
     def _fresh_floats(self, bucket: Bucket) -> list[tuple[int, ...]]:
         window = self.window(bucket)
-        return [*[(window, *factor_shape(bucket, bucket.shape[side])) for side in bucket.sides], *[(window,)] * 3]
+        return [*[(window, *factor_shape(bucket, k)) for k in range(len(bucket.sides))], *[(window,)] * 3]
 
 
 def _split(flat: Any, shapes: Sequence[tuple[int, ...]]):

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import residence, storage
+from . import residence, sketch, storage
 from .blocks import Bucket
-from .kept import NO_GRADIENT, Roots, blocks_of, factors, kept_factor, preconditioner_of, rows, statistics_of
+from .kept import NO_GRADIENT, Roots, blocks_of, factors, kept_factor, preconditioner_of, rows, statistics_of, trace
 from .moments import correction
 from .options import ShampooOptions
 from .preconditioners.base import Solved
@@ -83,17 +83,25 @@ def accumulate(
     blocks = blocks_of(roots._replace(exponent=exponent), bucket, sizes)
     blocks = blocks._replace(statistics=lambda: [grown * s for s in blocks_of(roots, bucket, sizes).statistics()])
     statistics = []
-    for side, kept in zip(bucket.sides, roots.statistics, strict=True):
-        others = [axis for axis in range(1, g.ndim) if axis != side + 1]
+    for number, kept in enumerate(roots.statistics):
 
-        def renewed(kept: jax.Array, x: jax.Array, grown: jax.Array, others: Sequence[int] = others) -> jax.Array:
-            product = pack(lax.dot_general(x, x, ((others, others), ((0,), (0,))), precision=lax.Precision.HIGHEST))
+        def renewed(kept: jax.Array, x: jax.Array, grown: jax.Array, number: int = number) -> jax.Array:
+            product = second_moments(x, bucket, number)
             total = old * grown * storage.loaded(kept, product.shape[1:]) + new * product
             return storage.stored(total, kept.dtype, dithered=True)
 
-        x = preconditioner.observed(g, blocks, side)
+        x = preconditioner.observed(g, blocks, bucket.sides[number])
         statistics.append(residence.updated(kept, renewed, (x, grown), wanted=wanted, on_host=on_host))
     return roots._replace(statistics=tuple(statistics), exponent=exponent)
+
+
+def second_moments(x: jax.Array, bucket: Bucket, number: int) -> jax.Array:
+    """X X' of blocks x [n, *shape], X unfolded along the k-th preconditioned side, as statistics are kept."""
+    side, rank = bucket.sides[number], bucket.group.rank
+    if sketch.columns(bucket.shape[side], rank) < bucket.shape[side]:
+        return sketch.moments(x, side, rank)
+    others = [axis for axis in range(1, x.ndim) if axis != side + 1]
+    return pack(lax.dot_general(x, x, ((others, others), ((0,), (0,))), precision=lax.Precision.HIGHEST))
 
 
 def _power(exponent: jax.Array) -> jax.Array:
@@ -107,9 +115,9 @@ def refresh(
 ) -> dict[str, Roots]:
     """New factors for the due blocks of one device.
 
-    Matrices of one side length, preconditioner, root order and regulariser are solved in one batch, whatever bucket
-    they come from; a batch with nothing due is not solved. Whether a factor is sound its preconditioner says. A block
-    accepts those of all its sides or of none; otherwise it keeps what it has, and its failure count grows.
+    Matrices of one side length, preconditioner, root order, regulariser and rank are solved in one batch, whatever
+    bucket they come from; a batch with nothing due is not solved. Whether a factor is sound its preconditioner says. A
+    block accepts those of all its sides or of none; otherwise it keeps what it has, and its failure count grows.
 
     Args:
       roots: bucket name -> the device's blocks.
@@ -123,7 +131,7 @@ def refresh(
     for bucket in buckets:
         group = bucket.group
         for number, side in enumerate(bucket.sides):
-            key = (group.preconditioner, bucket.shape[side], group.p, group.ridge, group.cut)
+            key = (group.preconditioner, bucket.shape[side], group.p, group.ridge, group.cut, group.rank)
             batches.setdefault(key, []).append((bucket, number))
 
     on_host = options.statistics_memory == "host"
@@ -161,7 +169,7 @@ def refresh(
         old = None
         if preconditioner.warm:
             old = jnp.concatenate([factors(rows(roots[b.name], due[b.name].slot), b)[number] for b, number in members])
-        if before is not None and preconditioner.uses_lapack(options):
+        if before is not None and preconditioner.uses_lapack(group, options):
             # Two LAPACK calls in flight can deadlock on a CPU: the next begins when this one has ended.
             stack, before = lax.optimization_barrier((stack, before))
         batch = lax.cond(
@@ -185,7 +193,7 @@ def refresh(
         if bucket.sides:
             state, slot = roots[bucket.name], due[bucket.name].slot
             numbers = range(len(bucket.sides))
-            seen = [jnp.trace(due_rows[bucket.name, k], axis1=-2, axis2=-1) > 0 for k in numbers]
+            seen = [trace(due_rows[bucket.name, k]) > 0 for k in numbers]
             sides = [solved[bucket.name, k] for k in numbers]
             exponent = state.exponent.at[slot].get(mode="clip")
             fresh = _joined(sides, jnp.stack(seen).all(axis=0), staying[bucket.name], exponent, bucket)

@@ -14,11 +14,10 @@ import numpy as np
 from . import storage
 from .blocks import Bucket, Leaf, Plan
 from .in_flight import InFlight
-from .kept import Roots
+from .kept import Roots, kept_shape
 from .options import DTYPES, ShampooOptions
 from .patterns import state_key
 from .preconditioners import PRECONDITIONERS
-from .symmetric import packed_shape
 from .views import View
 
 MOMENTUM, SECOND_MOMENT, GATHERED = "moments/momentum", "moments/second_moment", "gathered"
@@ -49,6 +48,7 @@ def describe_bucket(bucket: Bucket) -> dict[str, Any]:
         "shape": list(bucket.shape),
         "sides": list(bucket.sides),
         **{field: getattr(bucket.group, field) for field in ("preconditioner", "p", "beta2", "ridge", "cut")},
+        **({"rank": bucket.group.rank} if bucket.group.rank else {}),
         "first": bucket.first,
         "phases": bucket.phases,
         "parameters": [_describe_leaf(leaf) for leaf in bucket.leaves],
@@ -241,6 +241,7 @@ def _bucket(name: str, entry: Mapping[str, Any]) -> SavedBucket:
     _whole(entry["phases"], least=1)
     for field in ("beta2", "ridge", "cut"):
         _number(entry[field])
+    _whole(entry.get("rank", 0))
     slots = np.array(_wholes(entry["slots"]), np.int64)
     slot_of_block = np.argsort(slots, kind="stable")
     blocks: dict[str, Blocks] = {}
@@ -268,10 +269,10 @@ def _bucket(name: str, entry: Mapping[str, Any]) -> SavedBucket:
 def _check_arrays(bucket: SavedBucket, shapes: Shapes, statistics_dtype: str, roots_dtype: str) -> set[str]:
     """The names of a bucket's arrays; raises ValueError if one is missing or has not the shape it must have."""
     lengths = [bucket.shape[side] for side in bucket.sides]
-    symmetric = PRECONDITIONERS[bucket.entry["preconditioner"]].symmetric
+    symmetric, rank = PRECONDITIONERS[bucket.entry["preconditioner"]].symmetric, bucket.entry.get("rank", 0)
 
     def per_side(field: str, dtype: str, *, packed: bool = True) -> dict[str, tuple[int, ...]]:
-        matrices = [packed_shape(r) if packed else (r, r) for r in lengths]
+        matrices = [kept_shape(r, rank, symmetric=packed) for r in lengths]
         return {f"{field}/{number}": storage.shape_of(shape, dtype) for number, shape in enumerate(matrices)}
 
     def per_slot(kind: type, prefix: str, *stacks: str) -> dict[str, tuple[int, ...]]:

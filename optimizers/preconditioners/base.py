@@ -20,7 +20,8 @@ class Blocks(NamedTuple):
 
     Attributes:
       sides: which sides of a block are preconditioned.
-      factors: per preconditioned side [n, r, r] float32, what a refresh has found; zero before the first accepted one.
+      factors: per preconditioned side [n, r, r] float32, or [n, r, rank] of a sketch, what a refresh has found; zero
+        before the first accepted one.
       found: [n] bool, whether there was one.
       exponent: [n] int32, statistics are of gradients divided by 2^exponent.
       statistics: gives per preconditioned side [n, r, r] float32, of gradients divided by 2^exponent.
@@ -43,7 +44,7 @@ class Solved(NamedTuple):
     """What was found for matrices of one batch; axis 0 numbers them.
 
     Attributes:
-      factor: [n, r, r] float32, of statistics as they were given.
+      factor: [n, r, r] float32, or [n, r, rank] of sketches, of statistics as they were given.
       residual, condition, effective_rank: [n] float32; 0 where they mean nothing.
       accepted: [n] bool, whether it may be used.
     """
@@ -70,6 +71,7 @@ class Preconditioner(abc.ABC):
       matrices_only: whether blocks must have two sides.
       inverts: whether its factors are inverse roots of its statistics.
       has_exponent: whether a treatment may set its exponent.
+      sketches: whether it can do with sketches of its statistics; see the module `sketch`.
     """
 
     name = ""
@@ -83,15 +85,16 @@ class Preconditioner(abc.ABC):
     matrices_only = False
     inverts = False
     has_exponent = False
+    sketches = False
 
     def power(self, sides: int) -> float:
         """How many powers of the gradient's scale the statistics of one of so many sides have."""
         del sides
         return 2.0
 
-    def uses_lapack(self, options: Any) -> bool:
+    def uses_lapack(self, group: Any, options: Any) -> bool:
         """Whether `solve` calls LAPACK on CPUs."""
-        del options
+        del group, options
         return False
 
     @abc.abstractmethod
@@ -139,7 +142,7 @@ class Preconditioner(abc.ABC):
         """Factors of a batch of statistics, on a device.
 
         Args:
-          stack: [n, r, r] float32, bias-corrected; zero where nothing is due.
+          stack: [n, r, r] float32, or sketches [n, r, rank], bias-corrected; zero where nothing is due.
           old: [n, r, r] float32, the factors that are there, zero before the first; None unless `warm`.
           sizes: [n] int32, real lengths.
           group: p, ridge and cut of the blocks.
@@ -159,8 +162,15 @@ class Preconditioner(abc.ABC):
         """
         raise AssertionError(f"{self.name} keeps no statistics")
 
-    def solve_on_host(self, a: np.ndarray, group: Any, options: Any) -> tuple[HostRoot | None, int]:
-        """(the factor of one matrix [r, r] float64 without padding, None where none is sound; how many more tries)."""
+    def solve_on_host(self, a: np.ndarray, size: int, group: Any, options: Any) -> tuple[HostRoot | None, int]:
+        """(the factor, None where none is sound; how many more tries) of one side's statistics, float64.
+
+        Args:
+          a: [size, size], without padding, or a sketch [r, rank], with it.
+          size: the side's real length.
+          group: p, ridge and cut of the block.
+          options: of the optimizer.
+        """
         raise AssertionError(f"{self.name} keeps no statistics")
 
     def shift(self, exponent: Any, group: Any) -> Any:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import lapack
+from .. import lapack, sketch
 from ..roots import inverse_pth_root, misfit
 from .base import Blocks, Preconditioner, Solved, multiplied
 
@@ -27,6 +27,7 @@ class Shampoo(Preconditioner):
     name = "shampoo"
     inverts = True
     has_exponent = True
+    sketches = True
 
     def __init__(self, side: str = "both"):
         self.side = side
@@ -44,9 +45,9 @@ class Shampoo(Preconditioner):
             )
         return p
 
-    def uses_lapack(self, options: Any) -> bool:
-        """One of the solvers does."""
-        return options.solver == "eigh"
+    def uses_lapack(self, group: Any, options: Any) -> bool:
+        """One of the solvers does, and that of sketches."""
+        return options.solver == "eigh" or bool(group.rank)
 
     def title(self, p: int) -> str:
         """As in "p4"."""
@@ -57,7 +58,9 @@ class Shampoo(Preconditioner):
     ) -> tuple[jax.Array, jax.Array | None]:
         """Each preconditioned side multiplied by its root."""
         del g, step, options
-        return multiplied(m, blocks.factors, blocks.sides), None
+        for side, factor in zip(blocks.sides, blocks.factors, strict=True):
+            m = sketch.multiplied(m, factor, side) if _is_sketch(factor) else multiplied(m, [factor], [side])
+        return m, None
 
     def takes(self, exponent: jax.Array, group: Any) -> jax.Array:
         """Two powers for each side, shared by the order of the roots."""
@@ -67,7 +70,10 @@ class Shampoo(Preconditioner):
         """Inverse p-th roots; accepted if finite, of a residual and of entries within bounds."""
         del old
         p, ridge, cut = group.p, group.ridge, group.cut
-        result = inverse_pth_root(stack, p, solver=options.solver, ridge=ridge, cut=cut, sizes_n=sizes)
+        if _is_sketch(stack):
+            result = sketch.inverse_root(stack, p, ridge, sizes)
+        else:
+            result = inverse_pth_root(stack, p, solver=options.solver, ridge=ridge, cut=cut, sizes_n=sizes)
         accepted = (result.residual <= options.residual_bound) & (result.largest > 0)
         accepted &= jnp.all(jnp.isfinite(result.root), axis=(-2, -1))
         if ridge or cut:
@@ -79,7 +85,7 @@ class Shampoo(Preconditioner):
         """How far the roots' p-th powers times the statistics are from the identity."""
         return misfit(stack, old, group.p, ridge=group.ridge, sizes_n=sizes, scale_free=scale_free)
 
-    def solve_on_host(self, a: np.ndarray, group: Any, options: Any) -> tuple[lapack.HostRoot | None, int]:
+    def solve_on_host(self, a: np.ndarray, size: int, group: Any, options: Any) -> tuple[lapack.HostRoot | None, int]:
         """The same in float64; a solve that fails is tried again with a larger regulariser."""
         if not np.all(np.isfinite(a)):
             return None, 0
@@ -89,7 +95,10 @@ class Shampoo(Preconditioner):
             if factor > 1:
                 regulariser = factor * max(ridge, cut, SMALLEST_RETRY)
             try:
-                found = lapack.inverse_root(a, group.p, *((0.0, regulariser) if cut else (regulariser, 0.0)))
+                if _is_sketch(a):
+                    found = sketch.inverse_root_on_host(a, size, group.p, regulariser)
+                else:
+                    found = lapack.inverse_root(a, group.p, *((0.0, regulariser) if cut else (regulariser, 0.0)))
             except np.linalg.LinAlgError:
                 continue
             if found.largest <= 0:
@@ -102,3 +111,8 @@ class Shampoo(Preconditioner):
     def shift(self, exponent: Any, group: Any) -> Any:
         """A = 2^(power x exponent) x statistics, hence 2^(-power x exponent / p) x their root."""
         return -self.power(len(group.sides)) * exponent / group.p
+
+
+def _is_sketch(a: Any) -> bool:
+    """Whether statistics or a factor of them are those of a sketch, which has fewer columns than rows."""
+    return a.shape[-1] != a.shape[-2]

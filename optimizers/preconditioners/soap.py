@@ -39,9 +39,9 @@ class Soap(Preconditioner):
         del exponent, sides
         return 1
 
-    def uses_lapack(self, options: Any) -> bool:
+    def uses_lapack(self, group: Any, options: Any) -> bool:
         """Both decompositions."""
-        del options
+        del group, options
         return True
 
     def title(self, p: int) -> str:
@@ -112,9 +112,9 @@ class Soap(Preconditioner):
         off = jnp.where(jnp.eye(d.shape[-1], dtype=bool), 0, d)
         return jnp.linalg.norm(off, axis=(-2, -1)) / jnp.linalg.norm(d, axis=(-2, -1))
 
-    def solve_on_host(self, a: np.ndarray, group: Any, options: Any) -> tuple[lapack.HostRoot | None, int]:
+    def solve_on_host(self, a: np.ndarray, size: int, group: Any, options: Any) -> tuple[lapack.HostRoot | None, int]:
         """All eigenvectors in float64."""
-        del group, options
+        del size, group, options
         trace = np.trace(a)
         if not np.all(np.isfinite(a)) or trace <= 0:
             return None, 0

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from optimizing import LAYOUTS, SHARDED_SHAPES, SIBLINGS, by_block, gradients, optimizer, sharded_options, train
+from optimizing import KINDS, LAYOUTS, SHARDED_SHAPES, SIBLINGS, by_block, gradients, optimizer, sharded_options, train
 
 from shampax.optimizers import ShampooOptions, roots
 from shampax.optimizers.preconditioners import PRECONDITIONERS
@@ -19,7 +19,7 @@ def assert_same(x, y):
     ("layout", "bad", "kind"),
     [
         *((layout, bad, "shampoo") for layout in ("replicated", "fsdp") for bad in (np.nan, np.inf, -np.inf, 1e30)),
-        *(("fsdp", bad, kind) for kind in SIBLINGS for bad in (np.nan, 1e30)),
+        *(("fsdp", bad, kind) for kind in KINDS for bad in (np.nan, 1e30)),
     ],
 )
 def test_a_gradient_that_is_not_finite_changes_nothing(layout, bad, kind):

@@ -23,6 +23,7 @@ OPTIONS = ShampooOptions(
     block_size=16, interval=4, exponent=0.5, ridge=1e-4, refresh="host", delay=2, host_workers=2, start_step=3
 )
 SPARING = dataclasses.replace(OPTIONS, treatments=((".*", "soap"),), tolerance=0.3, roots_dtype="int8")
+SKETCHED = dataclasses.replace(OPTIONS, rank=5)
 EARLY = dataclasses.replace(OPTIONS, interval=12, early_intervals=((6, 4), (12, 6)), delay=3)
 
 
@@ -103,8 +104,8 @@ def test_the_same_bits_however_slow_the_host_is(layout, request):
 
 @pytest.mark.parametrize(
     ("options", "layout"),
-    [(OPTIONS, "replicated"), (EARLY, "one device"), (SPARING, "one device")],
-    ids=["mesh", "early", "sparing"],
+    [(OPTIONS, "replicated"), (EARLY, "one device"), (SPARING, "one device"), (SKETCHED, "one device")],
+    ids=["mesh", "early", "sparing", "sketched"],
 )
 def test_resumes_bitwise_after_any_step(options, layout):
     """Catches roots in flight that a checkpoint loses, doubles or installs at another step, and a checkpoint that

@@ -56,7 +56,7 @@ def test_parse(text, expected):
 
 
 KINDS = "must begin with one of shampoo, one_sided, soap, kl_shampoo, kl_soap, muon, diagonal, rows"
-KEYS = "it may set side, view, block_size, exponent, ridge, cut, beta2, stack as key=value"
+KEYS = "it may set side, view, block_size, exponent, ridge, cut, rank, beta2, stack as key=value"
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,16 @@ KEYS = "it may set side, view, block_size, exponent, ridge, cut, beta2, stack as
         ("shampoo ridge=-1", "ridge is -1.0; it must be a finite number and not negative"),
         ("shampoo cut=-1", "cut is -1.0; it must be a finite number and not negative"),
         ("shampoo ridge=0.5 cut=0.1", "ridge 0.5 and cut 0.1 are both set; set one of them to 0"),
+        ("shampoo rank=1", "rank is 1; it must be 0, for whole statistics, or at least 2"),
+        (
+            "shampoo rank=4 cut=0.1",
+            "rank 4 and cut 0.1 are both set, but a sketch does not know the directions that a cut leaves out; set a "
+            "ridge in its place",
+        ),
+        (
+            "soap rank=4",
+            "rank is 4, but soap needs its statistics whole; set rank in treatments of shampoo or one_sided, or to 0",
+        ),
         ("shampoo beta2=-0.5", "beta2 is -0.5; it must lie between 0 and 1"),
         ("shampoo beta2=1", "beta2 1.0 sums second moments but graft 'adam' averages them; use graft 'adagrad'"),
         ("diagonal beta2=1", "beta2 1.0 sums second moments but graft 'adam' averages them; use graft 'adagrad'"),
@@ -120,6 +130,11 @@ def test_bad_treatments(text, error):
         (
             {"beta2": 1.0, "graft": "rmsprop_normalized"},
             "beta2 1.0 sums second moments but graft 'rmsprop_normalized' averages them; use graft 'adagrad'",
+        ),
+        (
+            {"rank": 8, "tolerance": 0.1},
+            "tolerance 0.1 asks whether a root still inverts its statistics, and of those a sketch of rank 8 does not "
+            "know enough; set one of them to 0",
         ),
         ({"ridge": 1e-6, "cut": 1e-3}, "ridge 1e-06 and cut 0.001 are both set; set one of them to 0"),
         ({"exponent": 0.3}, "exponent 0.3 is neither 0 nor 1/p for a whole p; the nearest is 1/3 = 0.333333"),
@@ -335,6 +350,7 @@ TEXTS = {
     "statistics_dtype": {"float32": "float32"},
     "roots_dtype": {"bfloat16": "bfloat16"},
     "tolerance": {"0.2": 0.2},
+    "rank": {"16": 16},
     "momentum_dtype": {"bfloat16": "bfloat16"},
     "statistics_memory": {"host": "host"},
 }

@@ -220,6 +220,17 @@ CASES = {
             "mlp": ("layers", "experts", "embed", "mlp"),
         },
     ),
+    "sketches": Case({"rank": 4}),
+    "sketches of one rule, host, statistics of three steps, no graft": Case(
+        {
+            "treatments": rules(dense="shampoo rank=5 exponent=0.5", wide="shampoo"),
+            "refresh": "host",
+            "interval": 6,
+            "statistics_every": 3,
+            "graft": "none",
+            "ridge": 1e-2,
+        },
+    ),
     # The rest of the family. The first basis is of statistics of full rank; the eigenvectors of others are anyone's.
     "soap": Case({"treatments": rules(a="soap", b="soap side=short", w="shampoo"), "start_step": 16}, FAMILY),
     "soap, eigh, no bias correction": Case(

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 from optimizing import (
+    KINDS,
     LAYOUTS,
     SHARDED_SHAPES,
-    SIBLINGS,
     by_block,
     gradients,
     inherited,
@@ -402,7 +402,7 @@ def test_stacked_equals_separate():
 
 @pytest.mark.parametrize(
     ("layout", "kind"),
-    [(name, "shampoo") for name in LAYOUTS if name != "one device"] + [("fsdp x tensor", kind) for kind in SIBLINGS],
+    [(name, "shampoo") for name in LAYOUTS if name != "one device"] + [("fsdp x tensor", kind) for kind in KINDS],
 )
 def test_same_run_on_any_mesh(layout, kind):
     """Catches owners, exchange or schedule that depend on how many devices there are, or on how parameters lie."""
@@ -428,7 +428,7 @@ def test_same_run_on_any_mesh(layout, kind):
     [
         ("three devices", "fsdp x tensor", "shampoo"),
         ("fsdp", "three devices", "shampoo"),
-        *(("three devices", "fsdp x tensor", kind) for kind in SIBLINGS),
+        *(("three devices", "fsdp x tensor", kind) for kind in KINDS),
     ],
 )
 def test_a_state_moves_to_another_mesh(old, new, kind):

@@ -22,6 +22,8 @@ SHARDED_SHAPES = {"bias": (64,), "down": (64, 24), "odd": (31, 23), "square": (3
 SHARDED_OPTIONS = ShampooOptions(block_size=16, interval=4, exponent=0.5, ridge=1e-4)
 # The other preconditioners, as a treatment names them.
 SIBLINGS = [name for name, member in PRECONDITIONERS.items() if member.name == name != "shampoo"]
+# And Shampoo with sketches of the sides of 16 and 12, while shorter ones have whole statistics.
+KINDS = [*SIBLINGS, "shampoo rank=5"]
 
 
 def sharded_options(kind: str) -> ShampooOptions:
@@ -31,7 +33,8 @@ def sharded_options(kind: str) -> ShampooOptions:
     """
     if kind == "shampoo":
         return SHARDED_OPTIONS
-    return dataclasses.replace(SHARDED_OPTIONS, treatments=((".*", kind),), start_step=7)
+    start_step = 7 if kind in SIBLINGS else 0
+    return dataclasses.replace(SHARDED_OPTIONS, treatments=((".*", kind),), start_step=start_step)
 
 
 def _layouts() -> dict[str, tuple[Mesh | None, Tree | None]]:

@@ -12,6 +12,7 @@ import numpy as np
 from shampax.optimizers.blocks import cut
 from shampax.optimizers.options import Treatment
 from shampax.optimizers.preconditioners.muon import POLYNOMIALS
+from shampax.optimizers.sketch import columns, directions
 
 
 def inverse_root(a, p, ridge=0.0, cut=0.0):
@@ -22,6 +23,18 @@ def inverse_root(a, p, ridge=0.0, cut=0.0):
         kept = w > cut * w[-1]
         return (v * np.where(kept, np.where(kept, w, 1) ** (-1 / p), 0)) @ v.T
     return (v * (w + ridge * w[-1]) ** (-1 / p)) @ v.T
+
+
+def sketched_root(a, p, ridge, rank):
+    """The root of Nystroem's approximation of a by its products with rank - 1 directions, the rest of the trace being
+    spread over the other directions."""
+    known = rank - 1
+    w = directions(len(a), known, np).astype(np.float64)
+    approximation = a @ w @ np.linalg.pinv(w.T @ a @ w, hermitian=True) @ w.T @ a
+    values, v = np.linalg.eigh(approximation)
+    values = np.where(np.arange(len(a)) < len(a) - known, 0, values)
+    rest = max(np.trace(a) - values.sum(), 0) / max(len(a) - known, 1)
+    return (v * (values + rest + ridge * values[-1]) ** (-1 / p)) @ v.T
 
 
 def stored(x, dtype):
@@ -78,6 +91,7 @@ class Block:
 
     at: tuple[slice, ...]
     statistics: dict[int, Any]
+    ranks: dict[int, int]  # of sketches, 0 where all is kept
     roots: dict[int, Any] | None = None
     second: Any = 0.0  # in the basis, under SOAP
     largest: float = 0.0  # entry of its gradients so far
@@ -128,7 +142,11 @@ class Parameter:
         pieces = [cut(side, self.rule.block_size) for side in shape]
         padded = tuple(length for _, length in pieces)
         self.bucket = (padded, preconditioned, self.p, self.rule.beta2, self.rule.ridge, self.rule.cut)
-        self.bucket += (self.rule.preconditioner,)
+        ranks = {
+            side: self.rule.rank if columns(padded[side], self.rule.rank) < padded[side] else 0
+            for side in preconditioned
+        }
+        self.bucket += (self.rule.preconditioner, max(ranks.values(), default=0))
         self.matrices = []
         for _ in range(self.stacks):
             blocks = []
@@ -139,7 +157,7 @@ class Parameter:
                 )
                 sizes = {side: at[side].stop - at[side].start for side in preconditioned}
                 statistics = {side: np.zeros((n, n)) for side, n in sizes.items()}
-                blocks.append(Block(at, statistics, roots=None if preconditioned else {}))
+                blocks.append(Block(at, statistics, ranks, roots=None if preconditioned else {}))
             self.matrices.append(Matrix(np.zeros(shape), np.zeros(shape), np.zeros(shape), blocks))
 
     def split(self, x):
@@ -332,7 +350,12 @@ def refresh(o, rule, p, block, t):
         block.to_come[t] = new_bases(o, block)
     else:
         block.to_come[t + delay(o)] = {
-            side: stored(inverse_root(s / correction, p, rule.ridge, rule.cut), o.roots_dtype)
+            side: stored(
+                sketched_root(s / correction, p, rule.ridge, block.ranks[side])
+                if block.ranks[side]
+                else inverse_root(s / correction, p, rule.ridge, rule.cut),
+                o.roots_dtype,
+            )
             for side, s in block.statistics.items()
         }
 
