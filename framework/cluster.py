@@ -58,13 +58,14 @@ def place(environ: Mapping[str, str] = os.environ) -> Place | None:
 
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID have the last word, each for itself, and where all
     three are set nothing else is looked at; JAX_COORDINATOR_PORT moves the port of what a cluster says.
-    JAX_NUM_PROCESSES=1 makes a run of this process alone.
+    JAX_NUM_PROCESSES=1 by itself makes a run of this process alone; with the other two it is process 0 of 1, which
+    starts, adds up and ends as those of many do.
 
     Raises:
       UserError: what is said is not all that is needed, or makes no sense.
     """
     given = {name: environ[name] for name in (ADDRESS, COUNT, INDEX) if environ.get(name)}
-    if given.get(COUNT) == "1":
+    if given.get(COUNT) == "1" and len(given) < 3:
         return _alone(given)
     found = None if len(given) == 3 else _find(environ)
     if not given and (found is None or found.count == 1):
@@ -91,7 +92,7 @@ def place(environ: Mapping[str, str] = os.environ) -> Place | None:
         )
     if not 0 < port < 2**16:
         raise UserError(f"the port of process 0 is {port}; give one from 1 to 65535 in {PORT}")
-    if count == 1:
+    if count == 1 and len(given) < 3:
         return None
     hosts = found.hosts if found and len(found.hosts) == count else ()
     return Place(host, port, count, index, hosts, ADDRESS if ADDRESS in given else PORT, found and found.local_device)

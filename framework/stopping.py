@@ -18,18 +18,19 @@ class StopSignals:
     """While entered, the first SIGINT or SIGTERM is remembered instead of ending the process; a second SIGINT
     aborts.
 
-    In a run of several processes JAX itself listens for SIGTERM, from its start on, and lets all of them stop after the
-    same step. A SIGINT becomes a SIGTERM there, and its name is what all of them report.
+    Where JAX has started with the processes of a run, it listens for SIGTERM itself, from its start on, and lets all of
+    them stop after the same step. A SIGINT becomes a SIGTERM there, and its name is what all of them report.
     """
 
     def __init__(self):
+        self._alone = not jax.distributed.is_initialized()
         self._received: str | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self):
         # Python lets only the main thread handle signals; elsewhere the caller must see to them.
         if threading.current_thread() is threading.main_thread():
-            handled = _SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
+            handled = _SIGNALS if self._alone else (signal.SIGINT,)
             self._previous = {number: signal.signal(number, self._receive) for number in handled}
         return self
 
@@ -42,7 +43,7 @@ class StopSignals:
 
         Every process asks after every step.
         """
-        if jax.process_count() == 1:
+        if self._alone:
             return self._received
         if not multihost_utils.reached_preemption_sync_point(step):
             return None
@@ -56,5 +57,5 @@ class StopSignals:
         self._received = signal.Signals(number).name
         # print is not safe inside a handler: it may have interrupted another print.
         os.write(2, f"\n{self._received}: saving after this step; press Ctrl-C again to abort\n".encode())
-        if jax.process_count() > 1:
+        if not self._alone:
             os.kill(os.getpid(), signal.SIGTERM)
