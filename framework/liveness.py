@@ -4,7 +4,8 @@ The model of a compiler, one for all programs and fitted to none:
 
 - Elementwise work, slices and changes of shape are fused into what reads them and take no memory, unless several
   operations read the result and it is smaller than what it is made from. Products, reductions, collectives, gathers and
-  scatters write their results; a product that is only converted afterwards writes the converted one.
+  scatters write their results; a product that is only converted afterwards writes the converted one, and elementwise
+  work that is only widened afterwards the narrow one.
 - What a scatter adds is laid out row by row first, whatever the shape it had.
 - An update of a slice, a scatter, fused work and what a loop carries go over what is read for the last time.
 - The new state is written over the old one.
@@ -164,11 +165,16 @@ def _readers(body: Body) -> dict[Value, frozenset[int]]:
         by = frozenset((number,))
         if operation.kind in FUSED:
             through = frozenset().union(*(readers.get(value, frozenset()) for value in operation.results))
-            by = through if len(through) <= 1 else by
+            by = through if len(through) <= 1 or _widens(operation) else by
         inside = (value for inner in operation.bodies for value in _from_outside(inner))
         for value in (*operation.operands, *inside):
             readers[value] = readers.get(value, frozenset()) | by
     return readers
+
+
+def _widens(operation: Operation) -> bool:
+    """Whether it only converts to a wider type, which nobody writes: the narrow one is."""
+    return operation.kind == "convert" and operation.results[0].bytes > sum(x.bytes for x in operation.operands)
 
 
 def _converted_ahead(body: Body) -> tuple[list[int], list[int]]:

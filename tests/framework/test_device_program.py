@@ -140,6 +140,20 @@ def test_what_a_scatter_adds_lies_in_tiles_without_padding(mesh, rows, copies):
     assert (1 + copies) * updates <= liveness.peak(body) <= (1 + copies) * updates + 8 * indices
 
 
+def test_a_sum_that_is_only_widened_is_kept_and_not_its_terms(mesh):
+    """Fault: embeddings that are added up, and normalised in float32, are all kept for the backward pass."""
+
+    def added(x):
+        x = x.astype(jnp.bfloat16)
+        wide = (x @ x + x.T @ x).astype(jnp.float32)
+        product = (x * wide.sum(axis=1, keepdims=True).astype(x.dtype)) @ x
+        return (wide * (product @ product)).sum(axis=0)
+
+    half = SQUARE // 2
+    body = read(mesh, added, ((WIDTH, WIDTH), P()))
+    assert 3 * half <= liveness.peak(body) <= 3 * half + 4 * half // 8
+
+
 def test_parameters_of_a_loop_are_converted_ahead(mesh):
     """Fault: weights are converted layer by layer, though the compiler converts, and keeps, those of all layers."""
     half = LAYERS * SQUARE // 2
