@@ -203,7 +203,7 @@ class ShampooOptions:
     exponent: float | None = 0.5  # each side's inverse power; None is 1 / (2 x sides), 0 leaves the momentum as it is
     ridge: float = 1e-4  # relative to the largest eigenvalue, added before the root is taken
     cut: float = 0.0  # relative; with it, eigen-directions below contribute nothing, and ridge must be 0
-    rank: int = 0  # of sketches kept of the statistics of sides more than twice as long; 0 keeps all whole
+    rank: int = 0  # of sketches that shampoo and one_sided keep of sides more than twice as long; 0 keeps all whole
     solver: str = "newton"  # "newton" (matmuls only) or "eigh", both on the owner's device
     basis: str = "iterate"  # of soap, after the first: "iterate" (one step of orthogonal iteration) or "eigh"
     orthogonalization: str = "jordan"  # of muon, which polynomials: "jordan" or "polar_express"
@@ -442,6 +442,8 @@ class ShampooOptions:
             own = {"ridge": 0.0, "cut": 0.0} | own
         values: dict[str, Any] = {name: getattr(self, name) for name in OVERRIDABLE} | own
         family = PRECONDITIONERS.get(treatment.kind)
+        if not (family and family.sketches):
+            values["rank"] = own.get("rank", 0)
         values.setdefault("side", family.side if family else "both")
         rule = Rule(**values)
         if rule.beta2 == 1 and self.graft.startswith(("adam", "rmsprop")):

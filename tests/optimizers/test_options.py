@@ -264,6 +264,9 @@ def test_warnings(options, words):
     [
         ({}, "shampoo", {"block_size": 1024, "view": "matrix", "ridge": 1e-6, "cut": 0.0, "beta2": 0.99}),
         ({}, "shampoo ridge=1e-3", {"ridge": 1e-3, "cut": 0.0}),
+        ({"rank": 64}, "shampoo", {"rank": 64}),
+        ({"rank": 64}, "one_sided rank=8", {"rank": 8}),
+        ({"rank": 64}, "soap", {"rank": 0}),
         ({}, "shampoo cut=1e-3", {"ridge": 0.0, "cut": 1e-3}),
         ({"ridge": 0.0, "cut": 1e-2}, "shampoo ridge=1e-3", {"ridge": 1e-3, "cut": 0.0}),
         ({"ridge": 0.0, "cut": 1e-2}, "shampoo", {"ridge": 0.0, "cut": 1e-2}),
