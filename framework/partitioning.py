@@ -35,8 +35,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     devices = jax.devices() if devices is None else list(devices)
     shape = _fill(sizes, len(devices))
     try:
-        grid = mesh_utils.create_device_mesh(shape, devices)
-    except NotImplementedError as error:  # the physical network of a TPU slice has no such shape
+        # An axis of the network is divided only where no whole ones will do.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError) as error:  # the network of a TPU slice cannot be cut so
         kind = devices[0].device_kind
         raise UserError(f"mesh {dict(sizes)} does not fit the network of {len(devices)} {kind} ({error})") from error
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -35,6 +36,28 @@ def test_mesh_errors_carry_both_numbers_and_the_fix(sizes, words):
     with pytest.raises(UserError) as error:
         mesh(**sizes)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a TPU as its place in the network takes."""
+
+    id: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    process_index: int = 0
+
+
+def test_a_network_is_divided_where_no_whole_axis_will_do():
+    """Fault: a slice of 4 x 4 chips is refused a mesh with an axis of 2, or neighbours of an axis are far apart."""
+    chips = [Chip(4 * y + x, (x, y, 0)) for y in range(4) for x in range(4)]
+    for sizes in ({"data": 4, "fsdp": 4}, {"data": 8, "tensor": 2}, {"data": 2, "fsdp": 4, "tensor": 2}):
+        found = mesh(**sizes, devices=chips)
+        assert {chip.id for chip in found.devices.flat} == set(range(16))
+        for first, second in found.devices.reshape(-1, sizes.get("tensor", 1))[:, :2] if "tensor" in sizes else []:
+            assert sum(abs(a - b) for a, b in zip(first.coords, second.coords, strict=True)) == 1
 
 
 @pytest.mark.parametrize(
