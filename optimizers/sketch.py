@@ -23,6 +23,7 @@ import numpy as np
 from . import lapack, newton
 from .roots import RootResult
 
+_NOTHING = 1e-20  # squared length of a column, in units of c, that changes no digit
 _MULTIPLIERS = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))  # of the finaliser of MurmurHash3 (public domain)
 
 
@@ -92,15 +93,17 @@ def inverse_root_on_host(a: np.ndarray, size: int, p: int, ridge: float) -> lapa
 
 def multiplied(x: jax.Array, factor: jax.Array, side: int) -> jax.Array:
     """Blocks [n, *s] with a side multiplied by its factor [n, r, k]."""
-    c, kept = factor[:, 0, -1], factor[..., :-1]
-    norms = jnp.sqrt(jnp.sum(kept * kept, axis=-2))
+    c = factor[:, 0, -1]
+    # In units of c: of gradients of any size the squares are within float32.
+    kept = factor[..., :-1] / jnp.where(c > 0, c, 1)[:, None, None]
+    squares = jnp.sum(kept * kept, axis=-2)
     # Rounded to fewer bits, a column might be longer than c, and its direction would be turned round.
-    share = jnp.minimum(norms, c[:, None]) / jnp.where(norms > 0, norms * norms, 1)
+    share = jnp.where(squares > _NOTHING, jnp.minimum(jnp.sqrt(squares), 1) / jnp.maximum(squares, _NOTHING), 0)
     highest = jax.lax.Precision.HIGHEST
     seen = jax.lax.dot_general(kept, x, (((1,), (side + 1,)), ((0,), (0,))), highest)
     seen = seen * share.reshape(*share.shape, *[1] * (x.ndim - 2))
     gone = jax.lax.dot_general(kept, seen, (((2,), (1,)), ((0,), (0,))), highest)
-    return c.reshape(-1, *[1] * (x.ndim - 1)) * x - jnp.moveaxis(gone, 1, side + 1)
+    return c.reshape(-1, *[1] * (x.ndim - 1)) * (x - jnp.moveaxis(gone, 1, side + 1))
 
 
 def _solve(a: Any, p: int, ridge: float, sizes: Any, xp: Any) -> RootResult:

@@ -97,6 +97,15 @@ def test_rounding_a_factor_turns_no_direction_round():
     assert np.linalg.eigvalsh(dense(factor)).min() >= -1e-3 * np.abs(factor[0, -1])
 
 
+@pytest.mark.parametrize("scale", [2.0**-60, 2.0**60])
+def test_the_scale_of_gradients_changes_no_direction(scale):
+    """Catches squares of a factor that leave float32 where neither gradients nor their roots do."""
+    stream = gradients(6, {"w": (32, 20)})
+    options = ShampooOptions(rank=6, interval=1, graft="sgd", exponent=0.5)
+    moved = [train(options, [{"w": g["w"] * np.float32(s)} for g in stream]).updates[-1]["w"] for s in (1, scale)]
+    np.testing.assert_allclose(moved[1] / scale, moved[0], rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_and_infinities_have_no_factor():
     """Catches a sketch of nothing, or of NaN, that is answered as if it were sound."""
     stack = jnp.zeros((2, R, RANK)).at[1, 3, 4].set(jnp.nan)
