@@ -89,9 +89,9 @@ def test_the_host_lets_the_same_factors_stay(kind):
     family = PRECONDITIONERS[kind]
 
     class Counting(type(family)):
-        def solve_on_host(self, a, group, options):
+        def solve_on_host(self, a, size, group, options):
             solved.append(len(a))
-            return super().solve_on_host(a, group, options)
+            return super().solve_on_host(a, size, group, options)
 
     counting = object.__new__(Counting)
     counting.__dict__.update(family.__dict__)
