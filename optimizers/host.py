@@ -35,6 +35,7 @@ from .kept import kept_factor, preconditioner_of, trace, whole
 from .options import ShampooOptions
 from .parcels import Contents, Parcel, Parcels
 from .residence import HOST_KIND
+from .sketch import is_sketch
 from .workers import Workers, pool_size
 
 # Share of a run's time spent waiting for roots that nobody need hear of.
@@ -344,7 +345,7 @@ class HostRoots:
         due = [k for k in range(len(bucket.sides)) if not contents.suited[i] >> k & 1]
         for k in due:
             size, s = contents.sizes[i, bucket.sides[k]], statistics[k]
-            part = s[:size, :size] if s.shape[0] == s.shape[1] else s
+            part = s if is_sketch(s) else s[:size, :size]
             a = np.asarray(part, np.float64) / np.float64(contents.correction[i])
             root, tried = preconditioner.solve_on_host(a, size, group, self._options)
             retries += tried

@@ -12,7 +12,7 @@ from .blocks import Bucket
 from .options import ShampooOptions
 from .preconditioners import PRECONDITIONERS, Preconditioner
 from .preconditioners.base import Blocks
-from .sketch import columns
+from .sketch import columns, is_sketch
 from .symmetric import pack, packed_shape, unpack
 
 NO_GRADIENT = -1000
@@ -98,7 +98,7 @@ def kept_shape(r: int, rank: int, *, symmetric: bool = True) -> tuple[int, int]:
 
 def kept_factor(x: Any, bucket: Bucket) -> Any:
     """A factor [..., r, r], or [..., r, rank], as it is kept; NumPy or JAX."""
-    return pack(x) if x.shape[-1] == x.shape[-2] and preconditioner_of(bucket).symmetric else x
+    return pack(x) if preconditioner_of(bucket).symmetric and not is_sketch(x) else x
 
 
 def factors(kept: Sequence[jax.Array], bucket: Bucket) -> list[jax.Array]:
@@ -121,7 +121,7 @@ def whole(x: Any, bucket: Bucket, number: int) -> Any:
 
 def trace(statistics: Any) -> Any:
     """[...] of statistics [..., r, r], or [..., r, rank] of a sketch, whose last column is the diagonal."""
-    if statistics.shape[-1] < statistics.shape[-2]:
+    if is_sketch(statistics):
         return statistics[..., -1].sum(axis=-1)
     xp: Any = jnp if isinstance(statistics, jax.Array) else np
     return xp.trace(statistics, axis1=-2, axis2=-1)

@@ -32,6 +32,11 @@ def columns(r: int, rank: int) -> int:
     return rank if 0 < 2 * rank < r else r
 
 
+def is_sketch(x: Any) -> bool:
+    """Whether statistics, or a factor of them, are those of a sketch, which has fewer columns than rows."""
+    return x.shape[-1] != x.shape[-2]
+
+
 def directions(r: int, number: int, xp: Any = jnp) -> Any:
     """W [r, number] float32 of signs; its first rows are those of any longer one. `xp` is NumPy or JAX."""
     row, column = (xp.arange(n, dtype=xp.uint32) for n in (r, number))
@@ -117,20 +122,20 @@ def _solve(a: Any, p: int, ridge: float, sizes: Any, xp: Any) -> RootResult:
     def transposed(x: Any) -> Any:
         return xp.swapaxes(x, -2, -1)
 
-    def half(values: Any, power: float) -> tuple[Any, Any]:
-        """values^power where they are more than rounding, else 0; and which those are."""
+    def scales(values: Any) -> tuple[Any, Any]:
+        """values^(-1/2) where they are more than rounding, else 0; and which those are."""
         real = values > tiny * xp.max(values, axis=-1, keepdims=True)
-        return xp.where(real, xp.where(real, values, 1) ** power, 0), real
+        return xp.where(real, xp.where(real, values, 1) ** -0.5, 0), real
 
     real = xp.arange(r)[None, :, None] < sizes[:, :, None]
     w = xp.where(real, directions(r, number, xp).astype(a.dtype), 0)
     seen = xp.where(real, a[..., :-1], 0)
     core = product(transposed(w), seen)
     values, vectors = xp.linalg.eigh((core + transposed(core)) / 2)
-    b = product(seen, vectors * half(values, -0.5)[0][:, None, :])  # b b' is what is kept of the statistics
+    b = product(seen, vectors * scales(values)[0][:, None, :])  # b b' is what is kept of the statistics
     gram = product(transposed(b), b)
     values, vectors = xp.linalg.eigh((gram + transposed(gram)) / 2)
-    scale, kept = half(values, -0.5)
+    scale, kept = scales(values)
     values = xp.where(kept, values, 0)
     u = product(b, vectors * scale[:, None, :])
     total, largest = xp.sum(values, axis=-1), xp.max(values, axis=-1)

@@ -59,7 +59,7 @@ class Shampoo(Preconditioner):
         """Each preconditioned side multiplied by its root."""
         del g, step, options
         for side, factor in zip(blocks.sides, blocks.factors, strict=True):
-            m = sketch.multiplied(m, factor, side) if _is_sketch(factor) else multiplied(m, [factor], [side])
+            m = sketch.multiplied(m, factor, side) if sketch.is_sketch(factor) else multiplied(m, [factor], [side])
         return m, None
 
     def takes(self, exponent: jax.Array, group: Any) -> jax.Array:
@@ -70,7 +70,7 @@ class Shampoo(Preconditioner):
         """Inverse p-th roots; accepted if finite, of a residual and of entries within bounds."""
         del old
         p, ridge, cut = group.p, group.ridge, group.cut
-        if _is_sketch(stack):
+        if sketch.is_sketch(stack):
             result = sketch.inverse_root(stack, p, ridge, sizes)
         else:
             result = inverse_pth_root(stack, p, solver=options.solver, ridge=ridge, cut=cut, sizes_n=sizes)
@@ -95,7 +95,7 @@ class Shampoo(Preconditioner):
             if factor > 1:
                 regulariser = factor * max(ridge, cut, SMALLEST_RETRY)
             try:
-                if _is_sketch(a):
+                if sketch.is_sketch(a):
                     found = sketch.inverse_root_on_host(a, size, group.p, regulariser)
                 else:
                     found = lapack.inverse_root(a, group.p, *((0.0, regulariser) if cut else (regulariser, 0.0)))
@@ -111,8 +111,3 @@ class Shampoo(Preconditioner):
     def shift(self, exponent: Any, group: Any) -> Any:
         """A = 2^(power x exponent) x statistics, hence 2^(-power x exponent / p) x their root."""
         return -self.power(len(group.sides)) * exponent / group.p
-
-
-def _is_sketch(a: Any) -> bool:
-    """Whether statistics or a factor of them are those of a sketch, which has fewer columns than rows."""
-    return a.shape[-1] != a.shape[-2]
