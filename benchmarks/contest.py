@@ -29,7 +29,7 @@ from ..framework.config import load
 from ..framework.errors import UserError
 from . import command
 from .documents import Section, table
-from .grid import LOSS, Metric, Outcome, Trial, best_rates, by, crossings, mean, ranking
+from .grid import FINALISTS, LOSS, Metric, Outcome, Trial, best_rates, by, crossings, finalists, mean, rounds
 
 _OF_THIS_MACHINE = ("--output", "--reuse", "--markdown")  # flags that decide nothing of the outcome
 
@@ -38,21 +38,6 @@ def trials(learning_rates: Mapping[str, Sequence[float]], seeds: Sequence[int]) 
     """The whole grid, as many rates for each variant; the first seed of everything comes first."""
     rows = [dict(zip(learning_rates, rates, strict=True)) for rates in zip(*learning_rates.values(), strict=True)]
     return [Trial(variant, rate, seed) for seed in seeds for row in rows for variant, rate in row.items()]
-
-
-def finalists(outcomes: Sequence[Outcome], metric: Metric, count: int) -> dict[str, list[float]]:
-    """The `count` best learning rates of each variant, by the mean of the metric at the end.
-
-    Raises:
-      UserError: fewer rates of a variant ended with a finite loss.
-    """
-    found: dict[str, list[float]] = {}
-    for variant, of_variant in by(outcomes, lambda outcome: outcome.trial.variant).items():
-        ranked = ranking(of_variant, metric)
-        if len(ranked) < count:
-            raise UserError(f"{variant} diverged with all rates but {ranked}, --finalists is {count}; try lower rates")
-        found[variant] = ranked[:count]
-    return found
 
 
 def config_of(trial: Trial, file: str, settings: Sequence[str]) -> ConfigDict:
@@ -261,7 +246,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.markdown:
             # Before hours of training, not after.
             section.replace(_document(options.markdown, section), "")
-        first, later = (options.seeds, []) if not options.finalists else (options.seeds[:1], options.seeds[1:])
+        first, later = rounds(options.seeds, options.finalists)
         outcomes = run_grid(trials(rates, first), options)
         if later:
             outcomes += run_grid(trials(finalists(outcomes, metric, options.finalists), later), options)
@@ -299,9 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--higher", action="store_true", help="more of the metric is better")
     parser.add_argument("--show", type=several(str), default=[], metavar="NAME,NAME", help="other held-out metrics")
     parser.add_argument("--seeds", type=several(int), default=[0, 1, 2], metavar="SEED,SEED")
-    parser.add_argument(
-        "--finalists", type=int, default=0, metavar="N", help="rates of each variant to go on with after the first seed"
-    )
+    parser.add_argument("--finalists", type=int, default=0, metavar="N", help=FINALISTS)
     parser.add_argument("--output", type=pathlib.Path, default="runs/grid", metavar="DIR", help="of the workdirs")
     parser.add_argument("--reuse", type=pathlib.Path, metavar="DIR", help="take finished workdirs from here, too")
     parser.add_argument(

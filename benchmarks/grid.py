@@ -53,6 +53,7 @@ class Metric:
 
 
 LOSS = Metric()
+FINALISTS = "learning rates of each to go on with after the first seed; 0, the default, is all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,26 @@ def best_rates(outcomes: Sequence[Outcome], metric: Metric = LOSS) -> dict[str, 
             raise UserError(f"{variant} diverged with every one of {sorted(rates)}; try lower --learning_rates")
         best[variant] = ranked[0]
     return best
+
+
+def rounds(seeds: Sequence[int], count: int) -> tuple[Sequence[int], Sequence[int]]:
+    """Seeds that every learning rate is tried with, and those that only `count` finalists go on with; 0 spares none."""
+    return (seeds[:1], seeds[1:]) if count else (seeds, ())
+
+
+def finalists(outcomes: Sequence[Outcome], metric: Metric, count: int) -> dict[str, list[float]]:
+    """The `count` best learning rates of each variant, by the mean of the metric at the end.
+
+    Raises:
+      UserError: fewer rates of a variant ended with a finite loss.
+    """
+    found: dict[str, list[float]] = {}
+    for variant, of_variant in by(outcomes, lambda outcome: outcome.trial.variant).items():
+        ranked = ranking(of_variant, metric)
+        if len(ranked) < count:
+            raise UserError(f"{variant} diverged with all rates but {ranked}, --finalists is {count}; try lower rates")
+        found[variant] = ranked[:count]
+    return found
 
 
 def ranking(outcomes: Sequence[Outcome], metric: Metric) -> list[float]:

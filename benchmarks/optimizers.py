@@ -7,9 +7,10 @@
     python -m shampax.benchmarks.optimizers table --markdown=docs/results.md
 
 learn trains the sample of configs/lm.py with every optimizer, learning rate and seed, each run a file in the workdir;
-the same command goes on where it was stopped. time measures train steps of the same model in turns. cost measures the
-optimizers' updates alone on the parameters of a Transformer of 25 M. table puts all three together. JSON goes to
-standard output, and that of time and cost to the workdir, too; progress goes to standard error.
+the same command goes on where it was stopped. With --finalists=1, which table is to be told, too, all learning rates
+are tried with the first seed, each optimizer's best with the others. time measures train steps of the same model in
+turns. cost measures the optimizers' updates alone on the parameters of a Transformer of 25 M. table puts all three
+together. JSON goes to standard output, and that of time and cost to the workdir, too; progress goes to standard error.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from ..models.lm import LMTask
 from ..optimizers import ShampooOptions
 from . import command, learning, standings, timing
 from .contestants import RATES, TITLES, GoogleOptions, google_package
-from .grid import Trial
+from .grid import FINALISTS, LOSS, Trial, finalists, rounds
 
 COMMAND = "python -m shampax.benchmarks.optimizers"
 RUNS, TIMES, COSTS = "learn", "time.json", "cost-{}.json"
@@ -41,7 +42,8 @@ RUNS, TIMES, COSTS = "learn", "time.json", "cost-{}.json"
 
 def learn(options: argparse.Namespace) -> dict[str, Any]:
     """Make the runs of the grid that the workdir does not hold; returns how each ended."""
-    grid = trials(options)
+    first, later = rounds(options.seeds, options.finalists)
+    grid = trials(_rates(options), first)
     if "google" in options.optimizers:
         google_package()  # or refused after hours of the others' training
     workload = _workload(options)
@@ -52,7 +54,13 @@ def learn(options: argparse.Namespace) -> dict[str, Any]:
             programs[trial.variant] = workload.program(workload.options[trial.variant])
         return learning.train(workload, programs[trial.variant], trial)
 
-    results = learning.run_grid(grid, options.workdir / RUNS, lambda trial: learning.settings_of(workload, trial), run)
+    def make(grid: Sequence[Trial]) -> list[dict[str, Any]]:
+        return learning.run_grid(grid, options.workdir / RUNS, lambda trial: learning.settings_of(workload, trial), run)
+
+    results = make(grid)
+    if later:
+        outcomes, _ = learning.read_grid(grid, options.workdir / RUNS, {})
+        results += make(trials(finalists(outcomes, LOSS, options.finalists), later))
     return {
         "runs": [
             {name: result[name] for name in ("variant", "learning_rate", "seed", "steps", "stopped", "fingerprint")}
@@ -117,9 +125,16 @@ def table(options: argparse.Namespace) -> dict[str, Any]:
     costs = [workdir.read_json(path) for path in options.workdir.glob(COSTS.format("*"))]
     costs = sorted((cost for cost in costs if cost), key=lambda cost: cost["block_size"])
     timed = times["optimizers"] if times else {}
-    outcomes, missing = learning.read_grid(trials(options), options.workdir / RUNS, standings.seconds_per_step(timed))
+    first, later = rounds(options.seeds, options.finalists)
+    folder, seconds = options.workdir / RUNS, standings.seconds_per_step(timed)
+    outcomes, missing = learning.read_grid(trials(_rates(options), first), folder, seconds)
+    if later:
+        chosen = trials(finalists(outcomes, LOSS, options.finalists), later)
+        further, missing_later = learning.read_grid(chosen, folder, seconds)
+        outcomes, missing = outcomes + further, missing + missing_later
     comparison = standings.compare(outcomes, missing, timed)
-    content = standings.markdown(comparison, times, costs, f"{COMMAND} table")
+    told = f" --finalists={options.finalists}" if later else ""
+    content = standings.markdown(comparison, times, costs, f"{COMMAND} table{told}")
     if options.markdown:
         standings.SECTION.write(options.markdown, content)
     else:
@@ -132,18 +147,9 @@ def table(options: argparse.Namespace) -> dict[str, Any]:
     return comparison
 
 
-def trials(options: argparse.Namespace) -> list[Trial]:
-    """The grid, one optimizer after the other within a seed: a stopped grid is balanced.
-
-    Raises:
-      UserError: the optimizers have different numbers of learning rates.
-    """
-    rates = _rates(options)
-    counts = {name: len(of_name) for name, of_name in rates.items()}
-    if len(set(counts.values())) > 1:
-        given = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise UserError(f"every optimizer is to have as many learning rates as the others, not {given}; see --rates")
-    return [Trial(name, rate, seed) for seed in options.seeds for name in options.optimizers for rate in rates[name]]
+def trials(rates: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> list[Trial]:
+    """The grid, one optimizer after the other within a seed: a stopped grid is balanced."""
+    return [Trial(name, rate, seed) for seed in seeds for name in rates for rate in rates[name]]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -153,8 +159,18 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _rates(options: argparse.Namespace) -> dict[str, tuple[float, ...]]:
+    """Learning rates of each optimizer.
+
+    Raises:
+      UserError: one has more than another.
+    """
     given = RATES | dict(options.rates)
-    return {name: given[name] for name in options.optimizers}
+    rates = {name: given[name] for name in options.optimizers}
+    counts = {name: len(of_name) for name, of_name in rates.items()}
+    if len(set(counts.values())) > 1:
+        shown = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise UserError(f"every optimizer is to have as many learning rates as the others, not {shown}; see --rates")
+    return rates
 
 
 def _workload(options: argparse.Namespace) -> learning.Workload:
@@ -205,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument(
         "--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2], metavar="SEED,SEED"
     )
+    grid.add_argument("--finalists", type=int, default=0, metavar="N", help=FINALISTS)
     sample = argparse.ArgumentParser(add_help=False)
     sample.add_argument("--config", default="shampax/configs/lm.py:sample", metavar="FILE:VARIANT", help="%(default)s")
     sample.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="config values")

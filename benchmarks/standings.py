@@ -24,7 +24,8 @@ def seconds_per_step(times: Mapping[str, Any]) -> dict[str, float]:
 def compare(outcomes: Sequence[Outcome], missing: Sequence[Trial], times: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that the runs of a grid tell, as JSON.
 
-    A rate counts only with all its seeds; a contestant without such a rate is left out of the comparison.
+    A rate counts only with all seeds that any was to be tried with; a contestant without such a rate is left out of
+    the comparison.
 
     Args:
       outcomes: the runs there are.
@@ -44,8 +45,9 @@ def compare(outcomes: Sequence[Outcome], missing: Sequence[Trial], times: Mappin
     if not outcomes:
         raise UserError("there is no run in the workdir; make some with the sub-command learn")
     cells = by(outcomes, _cell)
-    lacking = {(trial.variant, trial.learning_rate) for trial in missing}
-    whole = {cell: runs for cell, runs in cells.items() if cell not in lacking}
+    lacking = by(missing, lambda trial: (trial.variant, trial.learning_rate))
+    seeds = max(len(cells.get(cell, ())) + len(lacking.get(cell, ())) for cell in {*cells, *lacking})
+    whole = {cell: runs for cell, runs in cells.items() if len(runs) == seeds}
     best = best_rates([outcome for runs in whole.values() for outcome in runs])
     at_best = {name: whole[name, rate] for name, rate in best.items()}
     pairs = [

@@ -117,6 +117,34 @@ def test_table_names_missing_runs_and_ranks_no_rate_without_all_its_seeds(folder
     assert comparison["best"]["adamw"]["learning_rate"] != 0.2
 
 
+def test_only_finalists_have_the_other_seeds(tmp_path, monkeypatch, capsys):
+    """Faults: a rate that lost goes on; one that has the first seed alone is called best, or edges are lost."""
+    made = []
+    whole = learning.run_grid
+    monkeypatch.setattr(learning, "settings_of", lambda _, trial: fake_settings(trial))
+    monkeypatch.setattr(learning, "Workload", lambda *_: None)
+    monkeypatch.setattr(
+        learning,
+        "run_grid",
+        lambda grid, folder, settings, _: whole(grid, folder, settings, lambda t: made.append(t) or fake_run(t)),
+    )
+    flags = [f"--workdir={tmp_path}", *FLAGS, "--finalists=1"]
+    assert optimizers.main(["learn", *flags]) == 0
+    assert made == [*GRID[:6], Trial("adamw", 0.2, 1), Trial("ours", 0.4, 1)]
+    capsys.readouterr()
+    _, comparison, text = table(tmp_path, capsys, "--finalists=1")
+    assert comparison["missing"] == []
+    assert {name: (entry["learning_rate"], entry["at_edge"]) for name, entry in comparison["best"].items()} == {
+        "adamw": (0.2, False),
+        "ours": (0.4, True),
+    }
+    assert "table --finalists=1`" in text
+    (tmp_path / "learn" / "adamw-lr0.2-seed1.json").unlink()
+    _, comparison, _ = table(tmp_path, capsys, "--finalists=1")
+    assert comparison["missing"] == ["adamw-lr0.2-seed1"]
+    assert set(comparison["best"]) == {"ours"}
+
+
 @pytest.mark.parametrize("loss", [None, 1.0])
 def test_table_ranks_no_rate_with_which_a_seed_diverged(folder, capsys, loss):
     """Fault: a run without a loss at the end is an error, or one that ended early counts as the best."""
