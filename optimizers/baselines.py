@@ -73,14 +73,9 @@ class AdamWOptions:
             return optax.add_decayed_weights(self.weight_decay, _decay_mask(self.decay_rules))
         decay.peak(learning_rate)
 
-        def add(path: str, update: jax.Array, param: jax.Array) -> jax.Array:
-            if not patterns.first_match(self.decay_rules, path):
-                return update
-            factor = patterns.first_match(self.rate_rules, path)
-            return update + decay.coefficient(self.weight_decay, self.decay, learning_rate, factor) * param
-
         def add_all(updates: Any, params: Any = None) -> Any:
-            return jax.tree.map(add, patterns.path_tree(updates), updates, params)
+            leaves, structure = jax.tree.flatten(updates)
+            return structure.unflatten(decay.joined(leaves, params, patterns.paths(updates), self, learning_rate))
 
         return optax.stateless(add_all)
 

@@ -6,7 +6,13 @@ learning rate over its peak, so that another peak, or another factor of it for s
 is (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2; Wortsman et al. 2023, arXiv 2309.14322).
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+import jax
 import optax
+
+from . import patterns
 
 DECAYS = ("decoupled", "coupled", "independent")
 
@@ -28,11 +34,34 @@ def peak(learning_rate: float | optax.Schedule) -> float:
     return float(found)
 
 
-def coefficient(weight_decay: float, decay: str, learning_rate: float | optax.Schedule, factor: float) -> float:
-    """What of a parameter joins its direction, before that is multiplied by the learning rate and its factor.
+def joined(
+    directions: Sequence[jax.Array],
+    params: Any,
+    names: Sequence[str],
+    options: Any,
+    learning_rate: float | optax.Schedule,
+) -> list[jax.Array]:
+    """Directions with what of their parameters joins them, before they are multiplied by the learning rate.
 
-    A parameter whose factor is 0 is one that does not move, by decay either.
+    Args:
+      directions: of each parameter; gradients where the decay is coupled.
+      params: the parameters.
+      names: their paths.
+      options: weight_decay, decay, decay_rules (which parameters decay) and rate_rules (factors of the learning rate).
+      learning_rate: a float or a schedule.
     """
-    if decay == "independent":
-        return weight_decay / (peak(learning_rate) * factor) if factor else 0.0
-    return weight_decay
+    result = list(directions)
+    if not options.weight_decay:
+        return result
+    for i, (param, name) in enumerate(zip(jax.tree.leaves(params), names, strict=True)):
+        if patterns.first_match(options.decay_rules, name):
+            factor = patterns.first_match(options.rate_rules, name)
+            result[i] += _coefficient(options, learning_rate, factor) * param
+    return result
+
+
+def _coefficient(options: Any, learning_rate: float | optax.Schedule, factor: float) -> float:
+    """A parameter whose factor is 0 is one that does not move, by independent decay either."""
+    if options.decay == "independent":
+        return options.weight_decay / (peak(learning_rate) * factor) if factor else 0.0
+    return options.weight_decay

@@ -33,7 +33,7 @@ from .blocks import Bucket
 from .in_flight import InFlight, empty_bank, recalled, store
 from .kept import kept_factor, preconditioner_of, trace, whole
 from .options import ShampooOptions
-from .parcels import Contents, Parcel, Parcels
+from .parcels import Contents, Parcels
 from .residence import HOST_KIND
 from .sketch import is_sketch
 from .workers import Workers, pool_size
@@ -88,7 +88,7 @@ class _Work(NamedTuple):
 
     device: Any
     taken: dict[str, Contents]
-    answer: tuple[np.ndarray, np.ndarray]
+    answer: np.ndarray
     solves: list[Future[None]]
 
 
@@ -157,7 +157,7 @@ class HostRoots:
         state = state._replace(buckets={name: b._replace(in_flight=None) for name, b in state.buckets.items()})
         # Compiles both programs, and makes of the count an array of its own. No root acts at count -1.
         _, self._last = self._take(state, 0)
-        nothing = [(device, *self._parcels.empty_answer()) for device in self._devices(state)]
+        nothing = [(device, self._parcels.empty_answer()) for device in self._devices(state)]
         return self._put(state, nothing, at=-1, stamp=0)
 
     def install(self, state: Any) -> Any:
@@ -175,7 +175,7 @@ class HostRoots:
             return state
         for part in self._solved(launch)[: schedule.phases_due(launch.stamp, self._options)]:
             start = time.perf_counter()
-            answers = [(work.device, *work.answer) for work in part]
+            answers = [(work.device, work.answer) for work in part]
             state = self._put(state, answers, at=launch.stamp + delay, stamp=launch.stamp)
             self._note("install", start, launch.stamp)
         if self._unknown:
@@ -192,8 +192,7 @@ class HostRoots:
         parcels, count = [], self._last
         for number in range(max(phases, 1)):
             parcel, count = self._take(state, number)
-            for array in parcel:
-                array.copy_to_host_async()
+            parcel.copy_to_host_async()
             parcels.append(parcel)
         self._last = count
         self._unknown.append(_Launch(count, self._reader.submit(self._open, parcels)))
@@ -305,16 +304,15 @@ class HostRoots:
             self._note("wait", start, launch.stamp)
         return parts
 
-    def _open(self, parcels: list[Parcel]) -> list[list[_Work]]:
+    def _open(self, parcels: list[jax.Array]) -> list[list[_Work]]:
         """In the reader's thread: wait for statistics to arrive, and hand out what is due."""
         parts = []
         while parcels:
-            floats, ints = parcels.pop(0)  # the devices' copies are let go one after the other
-            numbers = {shard.device: shard.data for shard in jax.block_until_ready(floats).addressable_shards}
+            parcel = jax.block_until_ready(parcels.pop(0))  # the devices' copies are let go one after the other
             part = []
-            for shard in ints.addressable_shards:
+            for shard in parcel.addressable_shards:
                 start = time.perf_counter()
-                taken = self._parcels.contents(np.asarray(numbers[shard.device])[0], np.asarray(shard.data)[0])
+                taken = self._parcels.contents(np.asarray(shard.data)[0])
                 self._note("copy", start, 0)
                 part.append(self._begin(shard.device, taken))
             parts.append(part)
@@ -324,7 +322,7 @@ class HostRoots:
         """Hand out the solves of one device's part of a parcel."""
         # Workers write into an array that is never used again: a device may take it as it is.
         answer = self._parcels.empty_answer()
-        places = self._parcels.answers(*answer)
+        places = self._parcels.answers(answer)
         solves = []
         for bucket in self._parcels.buckets:
             contents, (slots, fresh) = taken[bucket.name], places[bucket.name]
@@ -366,15 +364,13 @@ class HostRoots:
             self._retries += retries
         self._note("solve", start, 0)
 
-    def _take(self, state: Any, number: int) -> tuple[Parcel, jax.Array]:
+    def _take(self, state: Any, number: int) -> tuple[jax.Array, jax.Array]:
         roots = {b.name: state.buckets[b.name].roots for b in self._parcels.buckets}
         return self._parcels.take(roots, self._tables, state.count, self._last, np.int32(number))
 
-    def _put(self, state: Any, answers: list[tuple[Any, np.ndarray, np.ndarray]], *, at: int, stamp: int) -> Any:
+    def _put(self, state: Any, answers: list[tuple[Any, np.ndarray]], *, at: int, stamp: int) -> Any:
         """The state with the answers of all devices installed."""
-        devices = [device for device, _, _ in answers]
-        floats, ints = ([answer[k][None] for answer in answers] for k in (1, 2))
-        parcel = Parcel(self._assemble(devices, floats), self._assemble(devices, ints))
+        parcel = self._assemble([device for device, _ in answers], [answer[None] for _, answer in answers])
         written = {
             b.name: state.buckets[b.name].roots._replace(statistics=(), exponent=None) for b in self._parcels.buckets
         }

@@ -1,11 +1,10 @@
 """What travels between devices and host for a refresh on the host: one parcel of a phase's blocks each way.
 
-A parcel is one array of numbers and one of integers per device, whatever the number of buckets, so that a transfer
-costs the host two calls for a device. Statistics are copied into a parcel of their own, which nothing donates: a thread
-may read it while the train step reuses the state's memory. Neither program has a collective.
+A parcel is one array per device, whatever the number of buckets, so that a transfer costs the host one call for a
+device: int32, in which floats lie by their bits. Statistics are copied into a parcel of their own, which nothing
+donates: a thread may read it while the train step reuses the state's memory. Neither program has a collective.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,21 +21,6 @@ from .moments import correction
 from .options import ShampooOptions
 from .refresh import Fresh, install
 from .tolerance import suited
-
-# Of a block in a parcel of roots: its slot, and what `Fresh` has of integers.
-_INTS = 4
-
-
-class Parcel(NamedTuple):
-    """Axis 0 of both numbers the owners.
-
-    Attributes:
-      floats: [owners, n] float32.
-      ints: [owners, m] int32.
-    """
-
-    floats: Any
-    ints: Any
 
 
 class Contents(NamedTuple):
@@ -77,6 +61,7 @@ class Parcels:
         self.buckets = [bucket for bucket in buckets if bucket.sides]
         self.owners = owners
         self._options = options
+        self._contents, self._answers = ({b.name: of(b) for b in self.buckets} for of in (self._taken, self._found))
         self.take = jax.jit(self._take)
         self.install = jax.jit(self._install, donate_argnums=0)
 
@@ -88,36 +73,19 @@ class Parcels:
         """The most blocks of a bucket that are due on one device in one phase."""
         return bucket.due.shape[2]
 
-    def contents(self, floats: Any, ints: Any) -> dict[str, Contents]:
-        """One device's part of a parcel of statistics, taken apart; of NumPy arrays the parts are views."""
-        numbers = _split(floats, [shape for b in self.buckets for shape in self._taken_floats(b)])
-        whole = _split(ints, [shape for b in self.buckets for shape in self._taken_ints(b)])
-        result = {}
-        for bucket in self.buckets:
-            statistics = [next(numbers) for _ in bucket.sides]
-            result[bucket.name] = Contents(statistics, next(numbers), *(next(whole) for _ in range(4)))
-        return result
+    def contents(self, parcel: Any) -> dict[str, Contents]:
+        """One device's part [m] of a parcel of statistics, taken apart; of a NumPy array the parts are views."""
+        return _parts(self._contents, parcel)
 
-    def answers(self, floats: Any, ints: Any) -> dict[str, tuple[Any, Fresh]]:
+    def answers(self, parcel: Any) -> dict[str, tuple[Any, Fresh]]:
         """One device's part of a parcel of roots, taken apart: bucket name -> (slots, what was found for them)."""
-        numbers = _split(floats, [shape for b in self.buckets for shape in self._fresh_floats(b)])
-        whole = _split(ints, [(self.window(b),) for b in self.buckets for _ in range(_INTS)])
-        result = {}
-        for bucket in self.buckets:
-            roots = tuple(next(numbers) for _ in bucket.sides)
-            slot = next(whole)
-            residual, condition, effective_rank = (next(numbers) for _ in range(3))
-            found = (next(whole) for _ in range(_INTS - 1))
-            result[bucket.name] = (slot, Fresh(roots, residual, condition, effective_rank, *found))
-        return result
+        return _parts(self._answers, parcel)
 
-    def empty_answer(self) -> tuple[np.ndarray, np.ndarray]:
+    def empty_answer(self) -> np.ndarray:
         """One device's part of a parcel of roots in which nothing is due."""
-        floats = sum(math.prod(shape) for b in self.buckets for shape in self._fresh_floats(b))
-        ints = np.zeros(sum(_INTS * self.window(b) for b in self.buckets), np.int32)
-        answer = np.zeros(floats, np.float32), ints
+        answer = np.zeros(sum(part.size for part in jax.tree.leaves(self._answers)), np.int32)
         for bucket in self.buckets:
-            self.answers(*answer)[bucket.name][0][:] = bucket.slots.shape[1]
+            self.answers(answer)[bucket.name][0][:] = bucket.slots.shape[1]
         return answer
 
     def _take(
@@ -127,8 +95,8 @@ class Parcels:
         count: jax.Array,
         last: jax.Array,
         number: jax.Array,
-    ) -> tuple[Parcel, jax.Array]:
-        """The blocks of one phase that is due: (their statistics, the count).
+    ) -> tuple[jax.Array, jax.Array]:
+        """The blocks of one phase that is due: (a parcel [owners, m] of their statistics, the count).
 
         Args:
           states: bucket name -> all blocks.
@@ -144,18 +112,24 @@ class Parcels:
             phase, due = (first + number) % self._options.interval, (count > last) & (number < phases)
             updates = count // self._options.statistics_every
             on_host = self._options.statistics_memory == "host"
-            floats, ints = [jnp.zeros(0, jnp.float32)], [jnp.zeros(0, jnp.int32)]
+            contents = {}
             for bucket in self.buckets:
                 state, table = states[bucket.name], tables[bucket.name]
                 slot = jnp.where(due, table.slot[0, phase], bucket.slots.shape[1])
                 exponent, sizes = state.exponent.at[slot].get(mode="clip"), table.sizes.at[slot].get(mode="clip")
                 kept = [residence.rows(s, slot, on_host=on_host) for s in state.statistics]
                 divisor = correction(bucket.group.beta2, updates, self._options)
-                floats += [storage.loaded(s, statistics_shape(bucket, k)).ravel() for k, s in enumerate(kept)]
-                floats.append(jnp.broadcast_to(divisor, slot.shape))
                 whole = [statistics_of(s, bucket, number) / divisor for number, s in enumerate(kept)]
-                ints += [slot, exponent, suited(state, slot, whole, sizes, bucket, self._options), sizes.ravel()]
-            parcel = Parcel(jnp.concatenate(floats)[None], jnp.concatenate(ints)[None])
+                contents[bucket.name] = Contents(
+                    [storage.loaded(s, statistics_shape(bucket, number)) for number, s in enumerate(kept)],
+                    jnp.broadcast_to(divisor, slot.shape),
+                    slot,
+                    exponent,
+                    suited(state, slot, whole, sizes, bucket, self._options),
+                    sizes,
+                )
+            bits = [lax.bitcast_convert_type(x.ravel(), jnp.int32) for x in jax.tree.leaves(contents)]
+            parcel = jnp.concatenate([jnp.zeros(0, jnp.int32), *bits])[None]
             # Not the count itself: that array the next step donates.
             return {}, parcel, jnp.maximum(count, last)
 
@@ -163,13 +137,13 @@ class Parcels:
         return parcel, count
 
     def _install(
-        self, roots: Mapping[str, Roots], parcel: Parcel, count: jax.Array, at: jax.Array, stamp: jax.Array
+        self, roots: Mapping[str, Roots], parcel: jax.Array, count: jax.Array, at: jax.Array, stamp: jax.Array
     ) -> dict[str, Roots]:
         """The roots with those of a parcel in their places.
 
         Args:
           roots: bucket name -> what a refresh writes; the statistics are left out.
-          parcel: the new roots.
+          parcel: [owners, m], the new roots.
           count: steps taken so far.
           at: the count at which they are to act; at another one nothing changes.
           stamp: count of the steps that were in the statistics.
@@ -179,7 +153,7 @@ class Parcels:
             (roots, parcel), (count, at, stamp) = owned, shared
             result = {}
             for bucket in self.buckets:
-                slot, fresh = self.answers(parcel.floats[0], parcel.ints[0])[bucket.name]
+                slot, fresh = self.answers(parcel[0])[bucket.name]
                 slot = jnp.where(count == at, slot, bucket.slots.shape[1])
                 fresh = fresh._replace(accepted=fresh.accepted > 0, seen=fresh.seen > 0)
                 result[bucket.name] = install(roots[bucket.name], slot, fresh, stamp, bucket)
@@ -187,24 +161,35 @@ class Parcels:
 
         return self.owners.run(local, {}, {}, (dict(roots), parcel), (count, at, stamp))[1]
 
-    def _taken_floats(self, bucket: Bucket) -> list[tuple[int, ...]]:
-        window = self.window(bucket)
-        return [*[(window, *statistics_shape(bucket, k)) for k in range(len(bucket.sides))], (window,)]
+    def _taken(self, bucket: Bucket) -> Contents:
+        w = self.window(bucket)
+        statistics = [_floats(w, *statistics_shape(bucket, number)) for number in range(len(bucket.sides))]
+        slot, exponent, suited = [_ints(w)] * 3
+        return Contents(statistics, _floats(w), slot, exponent, suited, _ints(w, len(bucket.shape)))
 
-    def _taken_ints(self, bucket: Bucket) -> list[tuple[int, ...]]:
-        window = self.window(bucket)
-        return [*[(window,)] * 3, (window, len(bucket.shape))]
-
-    def _fresh_floats(self, bucket: Bucket) -> list[tuple[int, ...]]:
-        window = self.window(bucket)
-        return [*[(window, *factor_shape(bucket, k)) for k in range(len(bucket.sides))], *[(window,)] * 3]
+    def _found(self, bucket: Bucket) -> tuple[Any, Fresh]:
+        w = self.window(bucket)
+        roots = tuple(_floats(w, *factor_shape(bucket, number)) for number in range(len(bucket.sides)))
+        return _ints(w), Fresh(roots, *[_floats(w)] * 3, *[_ints(w)] * 3)
 
 
-def _split(flat: Any, shapes: Sequence[tuple[int, ...]]):
-    """Consecutive parts of a vector as arrays of these shapes, one after the other."""
+def _floats(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, np.float32)
+
+
+def _ints(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, np.int32)
+
+
+def _parts(like: Any, vector: Any) -> Any:
+    """A tree of consecutive parts of a vector of int32, each of the type that its bits are of."""
     first = 0
-    for shape in shapes:
-        size = math.prod(shape)
-        part = lax.slice(flat, (first,), (first + size,)) if isinstance(flat, jax.Array) else flat[first : first + size]
-        yield part.reshape(shape)
-        first += size
+
+    def part(leaf: Any) -> Any:
+        nonlocal first
+        start, first = first, first + leaf.size
+        if isinstance(vector, jax.Array):
+            return lax.bitcast_convert_type(lax.slice(vector, (start,), (first,)), leaf.dtype).reshape(leaf.shape)
+        return vector[start:first].view(leaf.dtype).reshape(leaf.shape)
+
+    return jax.tree.map(part, like)

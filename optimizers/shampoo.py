@@ -1,9 +1,8 @@
 """Distributed Shampoo as an optax gradient transformation, on one device or with blocks owned by all devices of a mesh.
 
-This is the engine. What acts on a block, and what it is made of, is one of the family in the package `preconditioners`;
-for Shampoo itself,
-after Anil, Gupta, Koren, Regan and Singer, "Scalable Second Order Optimization for Deep Learning" (arXiv 2002.09018).
-For a block G (r x c) of a matrix parameter, per step:
+This is the engine. What acts on a block, and what it is made of, is one of the family in the package `preconditioners`.
+For Shampoo itself, after Anil, Gupta, Koren, Regan and Singer, "Scalable Second Order Optimization for Deep Learning"
+(arXiv 2002.09018), for a block G (r x c) of a matrix parameter, per step:
 
     M <- beta1 M + (1 - beta1) G                               momentum
     U = L^(-1/p) M R^(-1/p), scaled to the graft's norm         with the roots of an earlier step
@@ -11,6 +10,7 @@ For a block G (r x c) of a matrix parameter, per step:
     for the blocks that are due: new roots of L and R, used from the next step on
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -153,14 +153,8 @@ class DistributedShampoo(optax.GradientTransformation):
             raise ValueError("weight decay needs the parameters: call update(grads, state, params)")
         plan = self.plan(grads)
         leaves, names = jax.tree.leaves(grads), patterns.paths(grads)
-        decays = [bool(options.weight_decay) and patterns.first_match(options.decay_rules, name) for name in names]
-        params_leaves = jax.tree.leaves(params) if options.weight_decay else leaves
-        gradients = leaves
-        if options.decay == "coupled":
-            gradients = [
-                leaf + options.weight_decay * param if decays_here else leaf
-                for leaf, param, decays_here in zip(leaves, params_leaves, decays, strict=True)
-            ]
+        coupled = options.decay == "coupled"
+        gradients = decay.joined(leaves, params, names, options, self.learning_rate) if coupled else leaves
         # Squares may overflow where gradients do not.
         length = largest(gradients)
         finite = jnp.isfinite(length * length)
@@ -199,19 +193,11 @@ class DistributedShampoo(optax.GradientTransformation):
 
         finite &= overflows == 0
         rate = jnp.asarray(self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate)
-        factors = [patterns.first_match(options.rate_rules, name) for name in names]
-        if options.decay != "coupled":
-            directions = [
-                direction + decay.coefficient(options.weight_decay, options.decay, self.learning_rate, factor) * param
-                if decays_here
-                else direction
-                for direction, param, decays_here, factor in zip(
-                    directions, params_leaves, decays, factors, strict=True
-                )
-            ]
+        if not coupled:
+            directions = decay.joined(directions, params, names, options, self.learning_rate)
         updates = [
-            jnp.where(finite, -rate * factor * direction, 0).astype(leaf.dtype)
-            for direction, leaf, factor in zip(directions, leaves, factors, strict=True)
+            jnp.where(finite, -rate * patterns.first_match(options.rate_rules, name) * direction, 0).astype(leaf.dtype)
+            for direction, leaf, name in zip(directions, leaves, names, strict=True)
         ]
         accepted = ShampooState(step, state.skipped, buckets, diagonal)
         refused = state._replace(skipped=state.skipped + 1)
@@ -346,25 +332,17 @@ class DistributedShampoo(optax.GradientTransformation):
         roots, gathered = {}, {}
         for bucket in buckets:
             name, state, sizes = bucket.name, states[bucket.name], tables[bucket.name].sizes
+            renewed = functools.partial(accumulate, bucket=bucket, sizes=sizes)
             if state.gathered is None:
-                roots[name] = accumulate(state.roots, gradients[name], bucket, sizes, wanted=accepted, on_host=on_host)
+                roots[name] = renewed(state.roots, gradients[name], wanted=accepted, on_host=on_host)
                 gathered[name] = None
-            elif on_host:
-                total, renew = state.gathered + gradients[name], step % every == 0
-                wanted = accepted & renew
-                roots[name] = accumulate(state.roots, total / every, bucket, sizes, wanted=wanted, on_host=True)
-                gathered[name] = jnp.where(renew, 0, total)
+                continue
+            total, due = state.gathered + gradients[name], step % every == 0
+            gathered[name] = jnp.where(due, 0, total)
+            if on_host:
+                roots[name] = renewed(state.roots, total / every, wanted=accepted & due, on_host=True)
             else:
-                roots[name], gathered[name] = lax.cond(
-                    step % every == 0,
-                    lambda old, total, bucket=bucket, sizes=sizes: (
-                        accumulate(old, total / every, bucket, sizes),
-                        jnp.zeros_like(total),
-                    ),
-                    lambda old, total: (old, total),
-                    state.roots,
-                    state.gathered + gradients[name],
-                )
+                roots[name] = lax.cond(due, renewed, lambda old, _: old, state.roots, total / every)
         roots = self._refresh(buckets, roots, tables, step)
         return {bucket.name: (roots[bucket.name], gathered[bucket.name]) for bucket in buckets}
 

@@ -134,8 +134,7 @@ class Layout:
             spec = own.spec if isinstance(own, NamedSharding) else PartitionSpec()
             key = patterns.state_key(kept.path)
             lies = PartitionSpec(*spec[: leaf.ndim - 1]) if kept.by_row else _spread(spec, leaf.shape, mesh)
-            spread = NamedSharding(mesh, lies)
-            diagonal[key] = jax.tree.map(lambda _, spread=spread: spread, state.diagonal[key])
+            diagonal[key] = jax.tree.map(lambda _, lies=lies: NamedSharding(mesh, lies), state.diagonal[key])
         shardings = ShampooState(
             count=replicated,  # type: ignore
             skipped=replicated,  # type: ignore
@@ -155,29 +154,28 @@ class Layout:
     def select(self, accept: jax.Array, new: ShampooState, old: ShampooState) -> ShampooState:
         """One of two states; statistics in host memory have been left alone where the step was refused."""
 
-        def without(state: ShampooState) -> tuple[ShampooState, dict[str, Any]]:
-            kept = {name: bucket.roots.statistics for name, bucket in state.buckets.items()}
-            buckets = {name: b._replace(roots=b.roots._replace(statistics=())) for name, b in state.buckets.items()}
-            return state._replace(buckets=buckets), kept
+        def chosen(new: ShampooState, old: ShampooState) -> ShampooState:
+            return jax.tree.map(lambda new, old: jnp.where(accept, new, old), new, old)
 
         if self.options.statistics_memory == "device":
-            return jax.tree.map(lambda new, old: jnp.where(accept, new, old), new, old)
-        (new, kept), (old, _) = without(new), without(old)
-        chosen = jax.tree.map(lambda new, old: jnp.where(accept, new, old), new, old)
-        buckets = {
-            name: b._replace(roots=b.roots._replace(statistics=kept[name])) for name, b in chosen.buckets.items()
-        }
-        return chosen._replace(buckets=buckets)
+            return chosen(new, old)
+        without = chosen(_with_statistics(new, lambda *_: ()), _with_statistics(old, lambda *_: ()))
+        return _with_statistics(without, lambda name, _: new.buckets[name].roots.statistics)
 
     def _placed(self, state: Any, place: Callable[[Any], Any]) -> Any:
         """The state (or a tree like it) with `place` called on what lives in host memory."""
         if self.options.statistics_memory == "device":
             return state
-        buckets = {
-            name: b._replace(roots=b.roots._replace(statistics=tuple(map(place, b.roots.statistics))))
-            for name, b in state.buckets.items()
-        }
-        return state._replace(buckets=buckets)
+        return _with_statistics(state, lambda _, statistics: tuple(map(place, statistics)))
+
+
+def _with_statistics(state: Any, of: Callable[[str, Any], Any]) -> Any:
+    """The state (or a tree like it) with other statistics, of a bucket's name and its own."""
+    buckets = {
+        name: bucket._replace(roots=bucket.roots._replace(statistics=of(name, bucket.roots.statistics)))
+        for name, bucket in state.buckets.items()
+    }
+    return state._replace(buckets=buckets)
 
 
 def _spread(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

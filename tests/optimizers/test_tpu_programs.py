@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from shampax.framework import collectives
 from shampax.optimizers import ShampooOptions, distributed_shampoo, residence
 from shampax.optimizers.baselines import AdamWOptions
-from shampax.optimizers.parcels import Parcel, Parcels
+from shampax.optimizers.parcels import Parcels
 
 pytest.importorskip("libtpu", reason="TPU programs need the compiler in libtpu, which is for Linux on x86-64")
 
@@ -156,12 +156,12 @@ def test_tpu_steps_with_roots_on_the_host_have_no_solver_and_parcels_no_traffic(
     number = struct(np.int32(0), everywhere)
     take = parcels.take.lower(roots, tables, number, number, number).compile()
     answer = parcels.empty_answer()
-    parcel = Parcel(*[struct(np.broadcast_to(x, (mesh.size, *x.shape)), by_block) for x in answer])
+    parcel = struct(np.broadcast_to(answer, (mesh.size, *answer.shape)), by_block)
     written = {name: r._replace(statistics=(), exponent=None) for name, r in roots.items()}
     install = parcels.install.lower(written, parcel, number, number, number).compile()
     for program in (take, install):
         assert collectives.find(program.as_text()) == []
-    all_roots, due = programs.device_bytes(written), sum(x.nbytes for x in answer)
+    all_roots, due = programs.device_bytes(written), answer.nbytes
     (bucket,) = parcels.buckets
     slots = bucket.slots.shape[1]
     assert due <= 1.05 * all_roots * math.ceil(slots / options.interval) / slots
