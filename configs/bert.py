@@ -74,7 +74,7 @@ def sample(config: Any) -> None:
     config.optimizer = base.component(
         SHAMPOO, block_size=128, early_intervals=((20, 1),), weight_decay=0.3, rate_rules=EMBEDDING_RATES
     )
-    config.duration = "1_400 steps"
+    config.duration = "1_000 steps"
     config.batch_size = 96
     config.schedule.learning_rate = 4e-3
     config.schedule.warmup = "50 steps"
