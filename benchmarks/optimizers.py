@@ -134,11 +134,14 @@ def table(options: argparse.Namespace) -> dict[str, Any]:
         outcomes, missing = outcomes + further, missing + missing_later
     comparison = standings.compare(outcomes, missing, timed)
     told = f" --finalists={options.finalists}" if later else ""
-    content = standings.markdown(comparison, times, costs, f"{COMMAND} table{told}")
-    if options.markdown:
-        standings.SECTION.write(options.markdown, content)
-    else:
-        print(content, file=sys.stderr)
+    contents = {standings.SECTION: standings.markdown(comparison, times, f"{COMMAND} table{told}")}
+    if costs:  # or what a document has of them stays
+        contents[standings.COSTS] = standings.costs_markdown(costs)
+    for section, content in contents.items():
+        if options.markdown:
+            section.write(options.markdown, content)
+        else:
+            print(content, file=sys.stderr)
     if options.figure:
         groups = standings.at_their_best(outcomes, comparison)
         axes: list[Axis] = ["step", "seconds"] if set(comparison["best"]) <= set(timed) else ["step"]
@@ -246,7 +249,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=cost)
     verb = commands.add_parser("table", parents=[workdirs, grid], help="put everything together")
     verb.add_argument(
-        "--markdown", type=Path, metavar="FILE", help=f"goes between {standings.SECTION.begin} and its end"
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help=f"goes between {standings.SECTION.begin} and its end, costs between {standings.COSTS.begin} and its end",
     )
     verb.add_argument("--figure", type=Path, metavar="PNG", help="draw the losses of each at its best rate")
     verb.set_defaults(run=table)

@@ -12,7 +12,7 @@ from .contestants import TITLES
 from .documents import Section, table
 from .grid import Outcome, Trial, best_rates, by, crossings, mean
 
-SECTION = Section("optimizers")
+SECTION, COSTS = Section("optimizers"), Section("costs of updates")
 BASELINE = "adamw"
 
 
@@ -126,15 +126,16 @@ def _edges(rates: Sequence[float]) -> tuple[float, ...]:
     return (min(rates), max(rates)) if len(set(rates)) > 1 else ()
 
 
-def markdown(
-    comparison: dict[str, Any], times: dict[str, Any] | None, costs: Sequence[dict[str, Any]], command: str
-) -> str:
-    """The comparison, the times of steps and the costs of updates as Markdown; what is not measured is said."""
+def markdown(comparison: dict[str, Any], times: dict[str, Any] | None, command: str) -> str:
+    """The comparison and the times of steps as Markdown; what is not measured is said."""
     parts = [f"Made by `{command}`.", *_learning(comparison)]
     parts += _times(times) if times else ["Step times are not measured; the sub-command `time` does that."]
-    parts += [part for cost in costs for part in _cost(cost)]
-    parts += [] if costs else ["Costs of an update are not measured; the sub-command `cost` does that."]
     return "\n\n".join(parts) + "\n"
+
+
+def costs_markdown(costs: Sequence[dict[str, Any]]) -> str:
+    """The costs of updates as Markdown."""
+    return "\n\n".join(part for cost in costs for part in _cost(cost)) + "\n"
 
 
 def _learning(comparison: dict[str, Any]) -> list[str]:

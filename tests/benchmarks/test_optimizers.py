@@ -179,7 +179,7 @@ def test_table_says_what_was_timed_with_other_options(folder, capsys):
 
 
 def test_markdown_has_times_and_costs_and_replaces_only_its_section(folder, capsys):
-    """Fault: ratios are the wrong way round, a unit is off, or the rest of the document is lost."""
+    """Fault: ratios are the wrong way round, a unit is off, or the rest is lost, costs measured elsewhere included."""
     entry = {name: value for name, value in timed(1.0).items() if name != "mean_ms"}
     costs = {
         "device": "one abacus",
@@ -192,15 +192,20 @@ def test_markdown_has_times_and_costs_and_replaces_only_its_section(folder, caps
     }
     (folder / "cost-128.json").write_text(json.dumps(costs))
     results = folder / "results.md"
-    results.write_text(f"before\n{standings.SECTION.begin}\nold\n{standings.SECTION.end}\nafter\n")
+    sections = [f"{section.begin}\nold\n{section.end}\n" for section in (standings.SECTION, standings.COSTS)]
+    results.write_text(f"before\n{sections[0]}between\n{sections[1]}after\n")
     assert table(folder, capsys, f"--markdown={results}")[0] == 0
     text = results.read_text()
     assert text.startswith(f"before\n{standings.SECTION.begin}\nMade by")
-    assert text.endswith(f"{standings.SECTION.end}\nafter\n")
+    assert f"{standings.SECTION.end}\nbetween\n{standings.COSTS.begin}\nUpdates alone" in text
+    assert text.endswith(f"{standings.COSTS.end}\nafter\n")
     assert "| ours, periodic | 30.0 | 60.0 | 120.0 | 4.00 | 2.00 | 3.5 | 7,890 | 123,456 | 5.0 |" in text
     assert "| Google's Shampoo | 300.0 500.0 | 4.00 | 3.5 | 7,890 | 123,456 | 5.0 |" in text
     assert "24.6 M parameters" in text
     assert "Ours with the solver eigh: no end within 900 s." in text
+    (folder / "cost-128.json").unlink()
+    assert table(folder, capsys, f"--markdown={results}")[0] == 0
+    assert results.read_text() == text
 
 
 def test_the_figure_has_everyone_at_its_best_rate(folder, capsys, monkeypatch):
