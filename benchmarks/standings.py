@@ -86,7 +86,7 @@ def compare(outcomes: Sequence[Outcome], missing: Sequence[Trial], times: Mappin
         "timed_otherwise": [
             name
             for name, runs in at_best.items()
-            if name in times and any(run.run.config["optimizer"] != times[name]["options"] for run in runs)
+            if name in times and any(_unlike(run.run.config["optimizer"], times[name]["options"]) for run in runs)
         ],
     }
 
@@ -120,6 +120,11 @@ def _standing(at_best: Mapping[str, Sequence[Outcome]], per_step: Mapping[str, f
         "losses": dict(sorted(losses.items(), key=lambda item: item[1])),
         "steps": {name: at / per_step[name] for name in ends},
     }
+
+
+def _unlike(options: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether options differ; a knob that one of them lacks came later, and was off."""
+    return any((options.get(key) or None) != (others.get(key) or None) for key in {*options, *others})
 
 
 def _edges(rates: Sequence[float]) -> tuple[float, ...]:
@@ -281,8 +286,10 @@ def _compilation(entry: dict[str, Any]) -> list[str]:
 
 
 def _title(name: str) -> str:
-    first, _, kind = name.partition("_")
-    return f"{TITLES[first]}, {kind}" if kind else TITLES[first]
+    if name in TITLES:
+        return TITLES[name]
+    of, _, kind = name.rpartition("_")
+    return f"{TITLES[of]}, {kind}"
 
 
 def _number(value: float | None, form: str, absent: str) -> str:

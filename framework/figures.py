@@ -20,6 +20,7 @@ DPI = 144
 # Okabe and Ito's colours, told apart with every common colour-vision deficiency; then again, dashed.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":")
+_LABEL_WIDTH = 0.1  # of "100%", as a share of the run that reaches furthest right
 
 
 def loss_figure(groups: Sequence[Group], axes: Sequence[Axis] = ("step", "seconds", "tokens")) -> Figure:
@@ -117,13 +118,16 @@ def _mark_reached(panel: Axes, groups: Sequence[Group], axis: Axis, scale: float
     panel.axhline(compared.target, color="#444444", linewidth=1, linestyle=(0, (2, 3)))
     ring = {"marker": "o", "markersize": 9, "markeredgewidth": 2, "markerfacecolor": "white", "zorder": 5}
     text = {"textcoords": "offset points", "ha": "right", "fontsize": 13, "fontweight": "bold"}
-    for label, style in _styles(groups).items():
-        at = compared.reached[label]
-        if at is not None and label != compared.last:
-            spot, colour = (at / scale, compared.target), style["color"]
-            panel.plot(*spot, color=colour, **ring)
-            # Below and left of a falling curve is free.
-            panel.annotate(f"{at / compared.whole:.0%}", spot, (-7, -17), color=colour, **text)
+    styles = _styles(groups)
+    reached = [(at, label) for label, at in compared.reached.items() if at is not None and label != compared.last]
+    ends: list[float] = []  # of the labels in each line below the target, as shares of the run
+    for at, label in sorted(reached):
+        spot, colour, share = (at / scale, compared.target), styles[label]["color"], at / compared.whole
+        panel.plot(*spot, color=colour, **ring)
+        # Below and left of a falling curve is free; a label that would lie on another goes one line down.
+        line = next((i for i, end in enumerate(ends) if share - end > _LABEL_WIDTH), len(ends))
+        ends[line:] = [share, *ends[line + 1 :]]
+        panel.annotate(f"{share:.0%}", spot, (-7, -17 - 15 * line), color=colour, **text)
 
 
 def _dress(panel: Axes) -> None:

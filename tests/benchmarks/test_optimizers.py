@@ -64,7 +64,7 @@ def timed(mean_ms, **changes):
 def folder(tmp_path):
     """A workdir with all runs of the grid, and times: a step of ours takes twice as long as AdamW's."""
     learning.run_grid(GRID, tmp_path / "learn", fake_settings, fake_run)
-    times = {"adamw": timed(20.0), "ours": timed(40.0), "ours_periodic": timed(60.0)}
+    times = {"adamw": timed(20.0), "ours": timed(40.0), "ours_periodic": timed(60.0), "kl_shampoo": timed(50.0)}
     content = {"device": "one abacus", "interval": 10, "optimizers": times}
     (tmp_path / "time.json").write_text(json.dumps(content))
     return tmp_path
@@ -169,12 +169,18 @@ def test_table_without_times_compares_steps_alone(folder, capsys):
 
 
 def test_table_says_what_was_timed_with_other_options(folder, capsys):
-    """Fault: an optimizer is changed and trained anew, and its steps are converted at the old one's pace."""
+    """Faults: an optimizer is changed and trained anew, and its steps are converted at the old one's pace; a knob that
+    was not there yet counts as one that was turned."""
     times = json.loads((folder / "time.json").read_text())
     times["optimizers"]["ours"]["options"]["beta"] = 0.95
     (folder / "time.json").write_text(json.dumps(times))
     _, comparison, text = table(folder, capsys)
     assert comparison["timed_otherwise"] == ["ours"]
+    for later, unlike in ((0, False), (16, True)):
+        options = {"name": "ours", "beta": 0.9, "knob_that_came_later": later}
+        times["optimizers"]["ours"]["options"] = options
+        (folder / "time.json").write_text(json.dumps(times))
+        assert table(folder, capsys)[1]["timed_otherwise"] == ["ours"] * unlike
     assert "ours was timed with other options than its runs had" in text
 
 
@@ -200,6 +206,7 @@ def test_markdown_has_times_and_costs_and_replaces_only_its_section(folder, caps
     assert f"{standings.SECTION.end}\nbetween\n{standings.COSTS.begin}\nUpdates alone" in text
     assert text.endswith(f"{standings.COSTS.end}\nafter\n")
     assert "| ours, periodic | 30.0 | 60.0 | 120.0 | 4.00 | 2.00 | 3.5 | 7,890 | 123,456 | 5.0 |" in text
+    assert "| our KL-Shampoo | 25.0 | 50.0 | 100.0 |" in text
     assert "| Google's Shampoo | 300.0 500.0 | 4.00 | 3.5 | 7,890 | 123,456 | 5.0 |" in text
     assert "24.6 M parameters" in text
     assert "Ours with the solver eigh: no end within 900 s." in text
