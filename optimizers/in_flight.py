@@ -3,12 +3,10 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .blocks import Bucket
-from .kept import statistics_shape
-from .parcels import Contents
+from .parcels import Contents, contents_spec
 
 
 class InFlight(NamedTuple):
@@ -31,14 +29,8 @@ class InFlight(NamedTuple):
 
 def in_flight_spec(bucket: Bucket, slots: int) -> InFlight:
     """Shapes and types of what a checkpoint keeps of a bucket."""
-    spec: Any = jax.ShapeDtypeStruct
-    return InFlight(
-        statistics=tuple(spec((slots, *statistics_shape(bucket, k)), jnp.float32) for k in range(len(bucket.sides))),
-        correction=spec((slots,), jnp.float32),
-        exponent=spec((slots,), jnp.int32),
-        suited=spec((slots,), jnp.int32),
-        stamp=spec((slots,), jnp.int32),
-    )
+    spec = contents_spec(bucket, slots)
+    return InFlight(tuple(spec.statistics), spec.correction, spec.exponent, spec.suited, stamp=spec.slot)
 
 
 def empty_bank(bucket: Bucket) -> Any:

@@ -61,7 +61,8 @@ class Parcels:
         self.buckets = [bucket for bucket in buckets if bucket.sides]
         self.owners = owners
         self._options = options
-        self._contents, self._answers = ({b.name: of(b) for b in self.buckets} for of in (self._taken, self._found))
+        self._contents = {b.name: contents_spec(b, self.window(b)) for b in self.buckets}
+        self._answers = {b.name: self._found(b) for b in self.buckets}
         self.take = jax.jit(self._take)
         self.install = jax.jit(self._install, donate_argnums=0)
 
@@ -161,16 +162,17 @@ class Parcels:
 
         return self.owners.run(local, {}, {}, (dict(roots), parcel), (count, at, stamp))[1]
 
-    def _taken(self, bucket: Bucket) -> Contents:
-        w = self.window(bucket)
-        statistics = [_floats(w, *statistics_shape(bucket, number)) for number in range(len(bucket.sides))]
-        slot, exponent, suited = [_ints(w)] * 3
-        return Contents(statistics, _floats(w), slot, exponent, suited, _ints(w, len(bucket.shape)))
-
     def _found(self, bucket: Bucket) -> tuple[Any, Fresh]:
         w = self.window(bucket)
         roots = tuple(_floats(w, *factor_shape(bucket, number)) for number in range(len(bucket.sides)))
         return _ints(w), Fresh(roots, *[_floats(w)] * 3, *[_ints(w)] * 3)
+
+
+def contents_spec(bucket: Bucket, blocks: int) -> Contents:
+    """Shapes and types of the contents of a parcel for so many blocks."""
+    statistics = [_floats(blocks, *statistics_shape(bucket, number)) for number in range(len(bucket.sides))]
+    slot, exponent, suited = [_ints(blocks)] * 3
+    return Contents(statistics, _floats(blocks), slot, exponent, suited, _ints(blocks, len(bucket.shape)))
 
 
 def _floats(*shape: int) -> Any:
