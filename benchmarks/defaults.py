@@ -20,7 +20,7 @@ from ..framework.config import load
 from ..framework.errors import UserError
 from ..optimizers import ShampooOptions
 from . import command, learning
-from .documents import Section, table
+from .documents import Section, table, write
 from .grid import Outcome, Trial, by, mean
 
 COMMAND = "python -m shampax.benchmarks.defaults"
@@ -144,7 +144,7 @@ def tabulate(options: argparse.Namespace) -> dict[str, Any]:
     heading = ["change", "seeds", *(f"rate {rate}" for rate in rates), "best, less that of no change"]
     text = f"Made by `{COMMAND}`. Mean held-out loss at the end, nats per token:\n\n{table(heading, body)}\n"
     if options.markdown:
-        SECTION.write(options.markdown, text)
+        write(options.markdown, {SECTION: text})
     else:
         print(text, file=sys.stderr)
     return {"rows": rows, "missing": [trial.name for trial in missing]}

@@ -1,6 +1,6 @@
 """Tables in Markdown, and the section of a document that a benchmark rewrites."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..framework.errors import UserError
@@ -11,16 +11,6 @@ class Section:
 
     def __init__(self, name: str):
         self.begin, self.end = f"<!-- {name} begin -->", f"<!-- {name} end -->"
-
-    def write(self, path: Path, content: str) -> None:
-        """Put content into the section of a file.
-
-        Raises:
-          UserError: there is no such file, or it has no such section.
-        """
-        if not path.is_file():
-            raise UserError(f"there is no {path}; make it with the lines {self.begin} and {self.end}")
-        path.write_text(self.replace(path.read_text(), content))
 
     def replace(self, document: str, content: str) -> str:
         """The document with other content in the section.
@@ -33,6 +23,21 @@ class Section:
             raise UserError(f"the --markdown file must hold the lines {begin} and {end}, each once; add them")
         before, rest = document.split(begin)
         return f"{before}{begin}\n{content}{end}{rest.split(end)[1]}"
+
+
+def write(path: Path, contents: Mapping[Section, str]) -> None:
+    """Put contents into their sections of a file: all of them or, where one is refused, none.
+
+    Raises:
+      UserError: there is no such file, or it lacks a section.
+    """
+    if not path.is_file():
+        lines = " and ".join(f"{section.begin} {section.end}" for section in contents)
+        raise UserError(f"there is no {path}; make it with the lines {lines}")
+    document = path.read_text()
+    for section, content in contents.items():
+        document = section.replace(document, content)
+    path.write_text(document)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -28,7 +28,7 @@ from ..optimizers import ShampooOptions, distributed_shampoo
 from ..optimizers.host import Event
 from ..optimizers.workers import pool_size
 from . import command
-from .documents import Section, table
+from .documents import Section, table, write
 
 COMMAND = "python -m shampax.benchmarks.host_schedule"
 SECTION = Section("host_schedule")
@@ -235,7 +235,7 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"there is no {options.markdown}")  # rather than after minutes
         result, loop = measure(options)
         if options.markdown:
-            SECTION.write(options.markdown, markdown(result))
+            write(options.markdown, {SECTION: markdown(result)})
         if options.figure:
             options.figure.parent.mkdir(parents=True, exist_ok=True)
             timeline(loop, steps=8).savefig(options.figure)

@@ -32,7 +32,7 @@ from ..framework.errors import UserError
 from ..framework.workdir import Axis
 from ..models.lm import LMTask
 from ..optimizers import ShampooOptions
-from . import command, learning, standings, timing
+from . import command, documents, learning, standings, timing
 from .contestants import RATES, TITLES, GoogleOptions, google_package
 from .grid import FINALISTS, LOSS, Trial, finalists, rounds
 
@@ -137,11 +137,10 @@ def table(options: argparse.Namespace) -> dict[str, Any]:
     contents = {standings.SECTION: standings.markdown(comparison, times, f"{COMMAND} table{told}")}
     if costs:  # or what a document has of them stays
         contents[standings.COSTS] = standings.costs_markdown(costs)
-    for section, content in contents.items():
-        if options.markdown:
-            section.write(options.markdown, content)
-        else:
-            print(content, file=sys.stderr)
+    if options.markdown:
+        documents.write(options.markdown, contents)
+    else:
+        print(*contents.values(), sep="\n", file=sys.stderr)
     if options.figure:
         groups = standings.at_their_best(outcomes, comparison)
         axes: list[Axis] = ["step", "seconds"] if set(comparison["best"]) <= set(timed) else ["step"]

@@ -1,6 +1,6 @@
 import pytest
 
-from shampax.benchmarks.documents import Section, table
+from shampax.benchmarks.documents import Section, table, write
 from shampax.framework.errors import UserError
 
 
@@ -15,6 +15,20 @@ def test_only_the_section_is_replaced():
     for wrong in ("", begin, f"{end}{begin}", old + old):
         with pytest.raises(UserError, match="add them"):
             section.replace(wrong, "table\n")
+
+
+def test_sections_are_written_all_or_none(tmp_path):
+    """Fault: one section is of a new run and the other of an old one, since the file lacks a line."""
+    first, second = Section("first"), Section("second")
+    path = tmp_path / "results.md"
+    path.write_text(f"{first.begin}\nold\n{first.end}\n")
+    with pytest.raises(UserError, match="second begin"):
+        write(path, {first: "new\n", second: "new\n"})
+    assert "old" in path.read_text()
+    write(path, {first: "new\n"})
+    assert path.read_text() == f"{first.begin}\nnew\n{first.end}\n"
+    with pytest.raises(UserError, match="there is no"):
+        write(tmp_path / "none.md", {first: "new\n"})
 
 
 def test_a_table_is_markdown():
