@@ -33,7 +33,7 @@ help:
 install: $(INSTALLED)
 
 train: $(INSTALLED)
-	@echo "==> Training the quick start into $(QUICKSTART): about 2 minutes on 2 cores. Ctrl-C is safe; make train resumes."
+	@echo "==> Training the quick start into $(QUICKSTART): 2 to 3 minutes on 2 cores. Ctrl-C is safe; make train resumes."
 	$(BIN)/python -m shampax.launch.train --config=shampax/configs/lm.py:sample --workdir=$(QUICKSTART)
 
 # A candidate is run, not only looked up: version managers leave shims for interpreters that are not there.
