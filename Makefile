@@ -2,12 +2,16 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
 LOCK := requirements.lock
 LOCK_PYTHON := 3.11
 QUICKSTART := runs/quickstart
 WORKDIRS ?= $(QUICKSTART)
 WORKERS ?= 2
+EXTRA ?=
+# What training needs, with EXTRA if one is given; and besides it what tests and lint need.
+INSTALLED := $(VENV)/.installed$(addprefix -,$(EXTRA))
+TOOLS := $(VENV)/.installed-dev
+PROGRAMS := .pytest_cache/programs
 
 # XLA sizes its CPU thread pool by NPROC: simulated devices on few cores deadlock below 2 threads a device.
 export NPROC ?= 32
@@ -17,18 +21,21 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint format lock report clean
+.PHONY: help install train test test-slow mutants lint format lock report clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make train    set up $(VENV) (once) and train the quick start into $(QUICKSTART)"
-	@echo "make report   draw WORKDIRS=\"$(WORKDIRS)\" to a PNG and an HTML page"
-	@echo "make test     run the tests in WORKERS=$(WORKERS) processes; ARGS=\"tests/models -k lm\" chooses some"
-	@echo "make lint     ruff and pyright"
-	@echo "make format   let ruff rewrite what it can"
-	@echo "make lock     resolve pyproject.toml anew into $(LOCK)"
-	@echo "make install  only set up $(VENV)"
-	@echo "make clean    remove build products and caches; $(VENV) and runs/ stay"
+	@echo "make train      set up $(VENV) (once) and train the quick start into $(QUICKSTART)"
+	@echo "make report     draw WORKDIRS=\"$(WORKDIRS)\" to a PNG and an HTML page"
+	@echo "make test       run the fast tests in WORKERS=$(WORKERS) processes; ARGS=\"tests/models -k lm\" chooses some; COLD=1"
+	@echo "                first deletes the programs that earlier tests have compiled"
+	@echo "make test-slow  run the other tests: real processes, compilation for TPUs, long references"
+	@echo "make mutants    put faults into copies of the sources and see whether the tests notice"
+	@echo "make lint       ruff and pyright"
+	@echo "make format     let ruff rewrite what it can"
+	@echo "make lock       resolve pyproject.toml into $(LOCK) again; ARGS=--upgrade takes the newest versions"
+	@echo "make install    only set up $(VENV); EXTRA=cuda13, cuda12 or tpu adds support for the accelerator"
+	@echo "make clean      remove build products and caches; $(VENV) and runs/ stay"
 
 install: $(INSTALLED)
 
@@ -51,35 +58,52 @@ $(BIN)/python:
 	echo "==> Creating $(VENV) with $$($$found --version)"; \
 	$$found -m venv $(VENV)
 
-$(INSTALLED): $(LOCK) pyproject.toml | $(BIN)/python
-	@echo "==> Installing the packages of $(LOCK) into $(VENV): 1 to 5 minutes, about 3.2 GB on disk, once"
-	@$(BIN)/python -m pip install --quiet --requirement $(LOCK)
-	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+# The lock holds versions for every extra and every supported Python; as constraints they apply to what is installed.
+INSTALL = $(BIN)/python -m pip install --quiet --quiet --constraint $(LOCK)
+
+$(VENV)/.installed: $(LOCK) pyproject.toml | $(BIN)/python
+	@echo "==> Installing what training needs into $(VENV): about a minute and 1.2 GB, once"
+	@$(INSTALL) setuptools
+	@$(INSTALL) --no-build-isolation --editable .
 	@touch $@
 	@echo "==> Installed"
 
-# The CPU backend with simulated devices, also on a machine that has an accelerator.
-test: export JAX_PLATFORMS = cpu
-test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(ARGS)
+$(VENV)/.installed-%: $(VENV)/.installed
+	@echo "==> Installing the extra \"$*\" into $(VENV): one to five minutes, once"
+	@$(INSTALL) --no-build-isolation --editable ".[$*]"
+	@touch $@
+	@echo "==> Installed"
 
-lint: $(INSTALLED)
+# Tests see the CPU backend with simulated devices, also on a machine that has an accelerator.
+test test-slow mutants: export JAX_PLATFORMS = cpu
+test: $(TOOLS)
+	$(if $(COLD),rm -rf $(PROGRAMS))
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile -m "not slow" $(ARGS)
+
+test-slow: $(TOOLS)
+	$(if $(COLD),rm -rf $(PROGRAMS))
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile -m slow $(ARGS)
+
+mutants: $(TOOLS)
+	$(BIN)/python tests/support/mutants.py --workers=$(WORKERS) --programs=$(PROGRAMS) $(ARGS)
+
+lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-format: $(INSTALLED)
+format: $(TOOLS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Python $(LOCK_PYTHON) is the oldest supported; --universal adds markers for newer ones and other systems. The
-# versions already locked stay unless pyproject.toml forbids them; `make lock ARGS=--upgrade` takes the newest.
-lock: $(INSTALLED)
-	$(BIN)/uv pip compile --quiet --universal --python-version $(LOCK_PYTHON) --extra dev $(ARGS) \
+# Python $(LOCK_PYTHON) is the oldest supported; --universal adds markers for newer ones, which get newer releases of JAX
+# and Flax, and for other systems. Versions that are locked stay unless pyproject.toml forbids them.
+lock: $(TOOLS)
+	$(BIN)/uv pip compile --quiet --universal --python-version $(LOCK_PYTHON) --all-extras $(ARGS) \
 	  --custom-compile-command "make lock" --no-emit-index-url --no-emit-find-links \
 	  --output-file $(LOCK) pyproject.toml
 
-report: $(INSTALLED)
+report: $(VENV)/.installed
 	$(BIN)/python -m shampax.launch.report $(WORKDIRS)
 
 clean:

@@ -4,7 +4,6 @@ A checkpoint is a directory named by its step. It holds `state` (arrays, in Orba
 (JSON), and SHA256SUMS, which is written last: without it the directory is not a checkpoint.
 """
 
-import asyncio
 import contextlib
 import dataclasses
 import math
@@ -21,7 +20,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
 from ..optimizers import patterns
 from ..optimizers.residence import HOST_KIND
@@ -202,16 +200,14 @@ class Checkpoints:
             for path in self._directory.iterdir():
                 if path.name.endswith(_DELETED) or _UNFINISHED in path.name:
                     shutil.rmtree(path)
-        self._step, self._started = 0, 0.0
+        self._step = 0
         self._failure = self._told = ""
         self._metrics: dict[str, float] = {}
         # Nothing of a save is urgent once it is copied off the devices. The threads that this one starts inherit its
         # priority.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints", initializer=_give_way)
-        self._beginning: Future[None] | None = None
-        self._checkpointer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(), temporary_path_class=_sealing(self._sealed)
-        )
+        self._ending: Future[None] | None = None  # of the save that is under way
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
     def save(self, state: Any, record: Record, manifest: dict[str, Any]) -> None:
         """Save in the background; returns once the state is copied off the devices and may be donated.
@@ -233,10 +229,12 @@ class Checkpoints:
                 _RECORD: ocp.args.JsonSave(record.to_json()),
                 _MANIFEST: ocp.args.JsonSave(manifest),
             }
-            self._started, self._step = begun, record.step
-            self._beginning = self._thread.submit(self._checkpointer.save, path, args=ocp.args.Composite(**items))
+            self._step = record.step
+            beginning = self._thread.submit(self._checkpointer.save, path, args=ocp.args.Composite(**items))
             # In it several processes meet by collectives, which must not come between those of steps.
-            earlier = (not alone and self._outcome(self._begin)) or earlier
+            failure = "" if alone else self._outcome(beginning.result)
+            self._ending = None if failure else self._thread.submit(self._end, beginning, path, begun)
+            earlier = failure or earlier
             self._metrics["checkpoint/blocked_seconds"] = time.perf_counter() - begun
         _raise_in_all(earlier)
 
@@ -272,20 +270,14 @@ class Checkpoints:
         self._checkpointer.close()
         self._thread.shutdown()
 
-    def _begin(self) -> None:
-        """Wait until Orbax's `save` has returned, if it has been called; the rest of it is in threads of its own."""
-        beginning, self._beginning = self._beginning, None
-        if beginning is not None:
-            beginning.result()
-
     def _finish(self) -> None:
-        self._begin()
-        self._checkpointer.wait_until_finished()
+        ending, self._ending = self._ending, None
+        if ending is not None:
+            ending.result()
 
     def _check(self) -> None:
-        if self._beginning is None or self._beginning.done():
-            self._begin()
-            self._checkpointer.check_for_errors()
+        if self._ending is not None and self._ending.done():
+            self._finish()
 
     def _outcome(self, action: Callable[[], None]) -> str:
         """Why an action of the checkpointer or the save before it has failed, "" if neither has."""
@@ -299,11 +291,15 @@ class Checkpoints:
             failure = f"the checkpoint of step {self._step} could not be saved in {self._directory} ({reason}); {rest}"
         return failure
 
-    def _sealed(self, size: int) -> None:
-        """In Orbax's thread, of process 0: one more checkpoint is whole."""
-        self._metrics["checkpoint/seconds"] = time.perf_counter() - self._started
-        self._metrics["checkpoint/bytes"] = float(size)
-        prune(self._directory.parent, self._kept([int(path.name) for path in finished(self._directory.parent)]))
+    def _end(self, beginning: Future[None], path: Path, begun: float) -> None:
+        """Wait, in the background, until Orbax has committed a save; process 0 then makes it a checkpoint of ours."""
+        beginning.result()
+        self._checkpointer.wait_until_finished()
+        if self._first:
+            size = integrity.seal(path)
+            self._metrics["checkpoint/seconds"] = time.perf_counter() - begun
+            self._metrics["checkpoint/bytes"] = float(size)
+            prune(self._directory.parent, self._kept([int(path.name) for path in finished(self._directory.parent)]))
 
     def _kept(self, steps: Iterable[int]) -> set[int]:
         steps = sorted(steps)
@@ -346,15 +342,3 @@ def _raise_in_all(failure: str) -> None:
     failures = [text for text in agreement.gather(failure) if text]
     if failures:
         raise SaveError(failures[0])
-
-
-def _sealing(sealed: Callable[[int], None]) -> type[AtomicRenameTemporaryPath]:
-    """Orbax's way to make a finished directory appear, with the checksums that make it a checkpoint of ours."""
-
-    class Sealing(AtomicRenameTemporaryPath):
-        async def finalize(self) -> None:
-            await super().finalize()
-            path = Path(self.get_final())
-            sealed(await asyncio.to_thread(integrity.seal, path))
-
-    return Sealing

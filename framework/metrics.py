@@ -2,7 +2,7 @@
 
 import json
 import math
-import os
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +22,7 @@ class MetricsWriter:
         """Keep what was measured up to `after_step`."""
         self._path = workdir / layout.METRICS
         self._workdir = workdir
-        # TensorFlow takes seconds to import; in a thread of its own it delays no step.
+        # The library that writes events takes up to seconds to import; in a thread of its own it delays no step.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorboard")
         self._events: Any = None
         self._pending: list[Future[None]] = []
@@ -55,14 +55,15 @@ class MetricsWriter:
             written.result()
 
     def _write_events(self, step: int, values: dict[str, float]) -> None:
-        if self._events is None:
-            # TensorFlow's greetings would fall between progress lines; oneDNN has one that no level silences.
-            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-            os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-            from clu import metric_writers
+        # TensorBoard's own writer: that of clu needs TensorFlow, which takes 1.3 GB on disk.
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-            self._events = metric_writers.SummaryWriter(str(self._workdir))
-        self._events.write_scalars(step, values)
+        if self._events is None:
+            self._events = EventFileWriter(str(self._workdir))
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
         self._events.flush()
 
     def _close_events(self) -> None:

@@ -17,6 +17,7 @@ from . import (
     checkpoints,
     compilation_cache,
     components,
+    cpu_backend,
     durations,
     optimizer,
     origin,
@@ -72,6 +73,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
       TrainingStopped: the guard has skipped too many steps in a row; a checkpoint is saved.
     """
     # Set-up: what can be refused is refused before anything is written
+    cpu_backend.avoid_wrong_fusions()
     check(config)
     paths.refuse_bucket("workdir", workdir)
     workdir = Path(workdir).expanduser().absolute()

@@ -24,7 +24,6 @@ from . import environment
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see the module. `arguments` are those of this process by default. Returns the exit code."""
     options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
-    environment.before_jax()
     environment.without_accelerator()
     try:
         code = options.verb(options)

@@ -48,7 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return _REFUSED
-    environment.before_jax()
     restarts = 0
     with Gang([sys.executable, "-m", module, *command[1:]], grace_seconds=options.grace_seconds) as gang:
         while True:

@@ -41,7 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--search", action="store_true", help="propose a mesh and a block size")
     parser.add_argument("--json", action="store_true", help="the same figures for programs")
     options, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
-    environment.before_jax()
     environment.without_accelerator()
     try:
         overrides = _overrides(rest)

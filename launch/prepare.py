@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from ..framework import components, paths
 from ..framework.config import load
 from ..framework.errors import UserError
-from . import environment, flags
+from . import flags
 
 _EXAMPLES = {
     "--config": "--config=shampax/configs/lm.py:sample",
@@ -34,7 +34,6 @@ _EXAMPLES = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see the module. `arguments` are those of this process by default. Returns the exit code."""
-    environment.before_jax()
     try:
         given, overrides, wants_help = flags.read(sys.argv[1:] if arguments is None else arguments, _EXAMPLES)
         if wants_help:

@@ -34,7 +34,6 @@ _USAGE = "usage: python -m shampax.launch.train --config=FILE.py[:VARIANT] --wor
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see the module. `arguments` are those of this process by default. Returns the exit code."""
-    environment.before_jax()
     group = None
     try:
         command = flags.parse(sys.argv[1:] if arguments is None else arguments)
@@ -59,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(command: flags.Command, group: Group | None) -> int:
+    environment.check_accelerator()
     config = load(command.config, command.overrides)
     environment.simulate_devices(config.simulated_devices)
     if group is not None:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..framework.errors import UserError
-from . import environment
 
 TASK, DATA = "shampax.models.translation:TranslationTask", "shampax.framework.data.pairs:PairData"
 _BATCHES_READ = 16  # lines are sorted by length among so many batches
@@ -30,7 +29,6 @@ _LENGTH_STEP = 32  # sources are padded to a multiple of it, so that few lengths
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see the module. `arguments` are those of this process by default. Returns the exit code."""
     options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
-    environment.before_jax()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
     try:

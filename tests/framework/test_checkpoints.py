@@ -2,6 +2,7 @@ import dataclasses
 import math
 import resource
 import threading
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -209,8 +210,7 @@ def test_a_failure_in_the_background_is_told_once_and_raised_at_the_next_save(tm
     saving, seal = saver(tmp_path), integrity.seal
     monkeypatch.setattr(integrity, "seal", full)
     saving.save(state, Record(step=1), {})
-    saving._beginning.result()
-    saving._checkpointer._async_manager._thread.join()
+    futures.wait([saving._ending], timeout=30)
     assert "step 1 could not be saved" in saving.complaint()
     assert saving.complaint() is None
     monkeypatch.setattr(integrity, "seal", seal)

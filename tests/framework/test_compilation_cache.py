@@ -45,6 +45,24 @@ def entries(folder):
     return sorted(path for path in folder.glob("*-cache") if "lambda" in path.name)
 
 
+def test_programs_that_tests_keep_are_loaded():
+    """Fault: every run of the tests compiles everything, and nobody sees why (some CPUs: jax#38445)."""
+    hits = []
+
+    def count(event, **details):
+        hits.append(event == "/jax/compilation_cache/cache_hits")
+
+    compiled()
+    jax.monitoring.register_event_listener(count)
+    try:
+        compiled()
+    finally:
+        jax.monitoring.unregister_event_listener(count)
+    assert any(hits), (
+        "XLA refuses compiled programs that it has written on this CPU; every run will take as long as a cold one"
+    )
+
+
 def test_a_second_start_loads_its_programs_and_ends_bit_for_bit_as_without(without_cache, tmp_path):
     """Faults: nothing is kept or read; a loaded program with donated state computes something else."""
     knobs = {"duration": "4 steps", "evaluation.every": "0 steps", "checkpoint.every": "0 steps"}

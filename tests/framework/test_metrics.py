@@ -27,7 +27,9 @@ def test_lines_and_events(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert {"train/loss", "heldout/loss"} <= set(events.Tags()["tensors"])
+    assert {"train/loss", "heldout/loss"} <= set(events.Tags()["scalars"])
+    (measured,) = events.Scalars("train/loss")
+    assert (measured.step, measured.value) == (1, 2.5)
 
 
 def test_resuming_drops_what_comes_after_and_what_was_cut_short(tmp_path):
@@ -40,7 +42,7 @@ def test_resuming_drops_what_comes_after_and_what_was_cut_short(tmp_path):
 
 
 def test_trouble_in_the_background_is_not_lost(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "clu", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.event_file_writer", None)
     with pytest.raises(ImportError):
         write(tmp_path, 1, {"a": 1.0})
     assert (tmp_path / "metrics.jsonl").exists()

@@ -1,17 +1,14 @@
-import os
 import shlex
 import subprocess
 import sys
-import textwrap
 
-import jax
 import pytest
 
 from shampax.configs import base
 from shampax.framework import config as config_lib
 from shampax.framework import train as trainer
 from shampax.framework.errors import TrainingStopped, UserError
-from shampax.launch import environment, flags, knobs
+from shampax.launch import flags, knobs
 from shampax.launch.next_steps import next_steps
 from shampax.launch.train import main
 
@@ -105,44 +102,6 @@ def test_the_command_itself(broken_file, tmp_path):
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
     assert not (tmp_path / "work").exists()
-
-
-def test_simulated_devices_survive_steps_that_nobody_waits_for():
-    """What `main` does before the trainer, in a process of its own: a small thread pool would make this hang."""
-    program = """
-        from shampax.launch import environment
-        environment.before_jax()
-        import jax, jax.numpy as jnp
-        environment.simulate_devices(8)
-        mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-        x = jax.device_put(jnp.ones((8, 8)), jax.NamedSharding(mesh, jax.P("d")))
-        step = jax.jit(lambda x: x - x.mean(0, keepdims=True) / 1000)
-        for _ in range(300):
-            x = step(x)
-        print(jax.device_count(), jax.block_until_ready(x).shape)
-    """
-    settings = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "NPROC", "OPENBLAS_NUM_THREADS", "TF_CPP_MIN_LOG_LEVEL")
-    bare = {name: value for name, value in os.environ.items() if name not in settings} | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout.split(maxsplit=1) == ["8", "(8, 8)\n"], done.stderr
-
-
-def test_settings_of_the_user_stay(monkeypatch):
-    chosen = {"JAX_PLATFORMS": "tpu", "OPENBLAS_NUM_THREADS": "5", "NPROC": "9", "JAX_NUM_CPU_DEVICES": "2"}
-    for name, value in chosen.items():
-        monkeypatch.setenv(name, value)
-    environment.before_jax()
-    environment.simulate_devices(4)
-    assert {name: os.environ[name] for name in chosen} == chosen
-
-
-def test_simulating_devices_after_jax_has_started_is_a_user_error(monkeypatch):
-    present = jax.device_count()
-    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
-    with pytest.raises(UserError, match="set JAX_NUM_CPU_DEVICES=3 in the environment"):
-        environment.simulate_devices(3)
-    assert jax.device_count() == present
 
 
 def test_half_a_place_in_a_run_is_one_line(monkeypatch, capsys):

@@ -1,0 +1,186 @@
+"""What is set before JAX starts: by which entry points, and what it is for."""
+
+import os
+import pkgutil
+import subprocess
+import sys
+import textwrap
+
+import jax
+import pytest
+
+import shampax.benchmarks
+import shampax.launch
+from shampax.framework.errors import UserError
+from shampax.launch import environment
+
+SETTINGS = (
+    "JAX_PLATFORMS",
+    "JAX_NUM_CPU_DEVICES",
+    "NPROC",
+    "OPENBLAS_NUM_THREADS",
+    "TF_CPP_MIN_LOG_LEVEL",
+    "XLA_FLAGS",
+)
+# 0 in jaxlib 0.10.2 and 0.12.0.1 (jax#39103); right is 108: the last row is (0, 1, 2), and (2 (0 + 1 + 2))^2 is 36.
+WRONG_FUSION = """
+def f(x):
+    matrix = jnp.full((3, 3), 2.0)
+    return jnp.sum(jax.vmap(lambda v: matrix @ v)(x) ** 2, axis=1)
+x = jnp.arange(32769 * 3, dtype=jnp.float32).reshape(32769, 3) % 1024
+print(float(jax.jit(f)(x)[-1]))
+"""
+
+
+def run(program, **variables):
+    """Standard output of a Python program, in an environment where nobody has set anything but `variables`."""
+    bare = {name: value for name, value in os.environ.items() if name not in SETTINGS} | variables
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def entry_points():
+    packages = (shampax.launch, shampax.benchmarks)
+    return [f"{package.__name__}.{it.name}" for package in packages for it in pkgutil.iter_modules(package.__path__)]
+
+
+def test_no_entry_point_imports_jax_before_its_environment_is_set():
+    """Fault: libtpu complains at length before the first line, or OpenBLAS spins, or XLA computes wrong numbers.
+
+    Each entry point is imported in a fork of its own, until it imports JAX or NumPy.
+    """
+    program = f"""
+        import importlib, os, sys
+        class Watch:
+            def find_spec(self, name, path=None, target=None):
+                if name in ("jax", "jaxlib", "numpy", "scipy"):
+                    missing = [s for s in ("JAX_PLATFORMS", "OPENBLAS_NUM_THREADS", "XLA_FLAGS") if s not in os.environ]
+                    print(name, missing, file=sys.stderr)
+                    os._exit(len(missing))
+        sys.meta_path.insert(0, Watch())
+        for name in {entry_points()}:
+            sys.stdout.flush()
+            if os.fork() == 0:
+                importlib.import_module(name)
+                os._exit(0)
+            print(name, os.wait()[1])
+    """
+    done = [line.split() for line in run(program).splitlines()]
+    assert [name for name, _ in done] == entry_points()
+    assert [name for name, code in done if code != "0"] == []
+
+
+def test_a_fusion_that_xla_computes_wrongly_is_right_after_the_command_line_was_imported():
+    program = "import shampax.launch.train\nimport jax, jax.numpy as jnp\n" + WRONG_FUSION
+    assert float(run(program)) == 108.0
+
+
+def test_the_wrong_fusion_is_right_in_a_script_that_calls_train_itself(tmp_path):
+    """Fault: who trains without the command line trains on wrong numbers. What can be trained does not matter here."""
+    program = f"""
+        import jax, jax.numpy as jnp
+        from shampax.configs import base
+        from shampax.framework.errors import UserError
+        from shampax.framework.train import train
+        try:
+            train(base.get_config(), {str(tmp_path / "work")!r})
+        except UserError:
+            pass
+    """
+    assert float(run(textwrap.dedent(program) + WRONG_FUSION)) == 108.0
+
+
+def test_flags_of_the_user_stay(monkeypatch):
+    for given, expected in (
+        (
+            "--xla_cpu_enable_fast_math=false",
+            "--xla_cpu_enable_fast_math=false --xla_cpu_experimental_ynn_fusion_type=",
+        ),
+        ("--xla_cpu_experimental_ynn_fusion_type=dot", "--xla_cpu_experimental_ynn_fusion_type=dot"),
+    ):
+        monkeypatch.setenv("XLA_FLAGS", given)
+        environment.before_jax()
+        environment.before_jax()
+        assert os.environ["XLA_FLAGS"] == expected
+
+
+def test_a_jaxlib_that_may_not_know_the_flag_is_not_given_it(monkeypatch):
+    """Fault: XLA ends a process that is given an unknown flag."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    for release, flagged in (("0.9.2", False), ("0.10.2", True), ("0.12.0.1", True), ("0.13.0", False)):
+        monkeypatch.setattr("importlib.metadata.version", lambda name, release=release: release)
+        monkeypatch.setenv("XLA_FLAGS", "")
+        environment.before_jax()
+        assert bool(os.environ["XLA_FLAGS"]) == flagged, release
+
+
+@pytest.mark.parametrize(
+    ("files", "installed", "fix"),
+    [
+        ("/dev/nvidia[0-9]*", "libtpu", "this machine has an NVIDIA GPU and .*; make install EXTRA=cuda13"),
+        ("/dev/accel*", "jax_cuda13_plugin", "this machine has a TPU and .*; make install EXTRA=tpu"),
+        ("/dev/nvidia[0-9]*", "jax_cuda12_plugin", None),
+        ("/dev/accel*", "libtpu", None),
+        ("/dev/kfd", "", None),
+        ("/dev/vfio/[0-9]*", "", None),  # a device of another kind, given to a program
+    ],
+)
+def test_an_accelerator_that_jax_cannot_use_is_refused(monkeypatch, files, installed, fix):
+    """Fault: a job that pays for an accelerator trains on the CPU for days."""
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr("glob.glob", lambda pattern: [pattern] if pattern == files else [])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == installed else None)
+    if fix is None:
+        environment.check_accelerator()
+        return
+    with pytest.raises(UserError, match=fix):
+        environment.check_accelerator()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # so it is wished
+    environment.check_accelerator()
+
+
+def test_training_refuses_an_accelerator_that_jax_cannot_use(monkeypatch, capsys, tmp_path):
+    from shampax.launch import train
+
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr("glob.glob", lambda pattern: ["/dev/nvidia0"] if "nvidia" in pattern else [])
+    assert train.main(["--config=shampax/configs/lm.py:sample", f"--workdir={tmp_path / 'work'}"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "NVIDIA GPU" in line
+    assert not (tmp_path / "work").exists()
+
+
+def test_simulated_devices_survive_steps_that_nobody_waits_for():
+    """What `main` does before the trainer, in a process of its own: a small thread pool would make this hang."""
+    program = """
+        from shampax.launch import environment
+        environment.before_jax()
+        import jax, jax.numpy as jnp
+        environment.simulate_devices(8)
+        mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+        x = jax.device_put(jnp.ones((8, 8)), jax.NamedSharding(mesh, jax.P("d")))
+        step = jax.jit(lambda x: x - x.mean(0, keepdims=True) / 1000)
+        for _ in range(300):
+            x = step(x)
+        print(jax.device_count(), jax.block_until_ready(x).shape)
+    """
+    assert run(program).split(maxsplit=1) == ["8", "(8, 8)\n"]
+
+
+def test_settings_of_the_user_stay(monkeypatch):
+    chosen = {"JAX_PLATFORMS": "tpu", "OPENBLAS_NUM_THREADS": "5", "NPROC": "9", "JAX_NUM_CPU_DEVICES": "2"}
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    environment.before_jax()
+    environment.simulate_devices(4)
+    assert {name: os.environ[name] for name in chosen} == chosen
+
+
+def test_simulating_devices_after_jax_has_started_is_a_user_error(monkeypatch):
+    present = jax.device_count()
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
+    with pytest.raises(UserError, match="set JAX_NUM_CPU_DEVICES=3 in the environment"):
+        environment.simulate_devices(3)
+    assert jax.device_count() == present
