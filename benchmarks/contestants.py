@@ -137,7 +137,7 @@ def google_package() -> Any:
         return importlib.import_module("precondition.distributed_shampoo")
     except ModuleNotFoundError as error:
         raise UserError(
-            f"Google's Shampoo cannot be imported ({error}); install it with pip install 'shampax[benchmarks]', "
+            f"Google's Shampoo cannot be imported ({error}); install it with make install EXTRA=benchmarks, "
             "or leave google out of --optimizers"
         ) from error
 

@@ -1,6 +1,6 @@
 """AdamW, Muon, Google's Distributed Shampoo, ours and its siblings on the same model, batches and grid, on one device.
 
-    pip install 'shampax[benchmarks]'
+    make install EXTRA=benchmarks
     python -m shampax.benchmarks.optimizers learn
     python -m shampax.benchmarks.optimizers time
     python -m shampax.benchmarks.optimizers cost

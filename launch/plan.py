@@ -3,7 +3,7 @@
 Prints what a config needs of each device: parameters by treatment, buckets, bytes, FLOPs, collectives and the least
 time of a step. No accelerator is needed and no data are read. With --topology the train step is compiled ahead of time
 for a TPU slice, in minutes for a large model, and the compiler's bytes and collectives are shown besides; it needs
-libtpu (pip install 'shampax[plan]'). Without it --devices says how many devices there are, by default as many as the
+libtpu (make install EXTRA=plan). Without it --devices says how many devices there are, by default as many as the
 config's mesh names, or simulates, and --chip of what kind. Any --config.KEY=VALUE changes the config, as it does for
 training.
 
@@ -120,7 +120,7 @@ def _slice(name: str) -> Sequence[Any]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"no TPU slice --topology={name} ({type(error).__name__}: {reason}); names are like v5e:4x4, v5p:4x4x4 and "
-            "v6e:16x16, and libtpu must be installed: pip install 'shampax[plan]'"
+            "v6e:16x16, and libtpu must be installed: make install EXTRA=plan"
         ) from error
 
 

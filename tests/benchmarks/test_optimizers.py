@@ -284,7 +284,7 @@ def test_without_google_s_package_one_line_says_how_to_install_it(tmp_path, monk
     monkeypatch.setattr(learning, "run_grid", lambda *_: pytest.fail("trained the others first"))
     assert optimizers.main(["learn", f"--workdir={tmp_path / 'runs'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "pip install 'shampax[benchmarks]'" in line
+    assert "make install EXTRA=benchmarks" in line
     assert not (tmp_path / "runs").exists()
 
 
