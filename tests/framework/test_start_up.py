@@ -5,7 +5,9 @@ import json
 import pathlib
 import socket
 import sys
+import time
 
+import pytest
 from processes import Job, script
 
 CONFIG = pathlib.Path(__file__).parent / "toy_many.py"
@@ -30,7 +32,7 @@ def codes(ended):
 def test_another_config_in_one_process_is_named_by_its_key(tmp_path):
     """Fault: the programs hang, or train something that nobody has asked for."""
     with train(tmp_path / "work", "--config.schedule.learning_rate=0.5") as job:
-        ended = job.wait(60)
+        ended = job.wait()
     assert codes(ended) == [2, 2]
     for each in ended:
         assert each.err == (
@@ -40,6 +42,7 @@ def test_another_config_in_one_process_is_named_by_its_key(tmp_path):
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.slow
 def test_who_has_not_come_in_time_is_named():
     """Faults: whoever else knocks is counted; only a number of the missing is told."""
     text = """
@@ -50,14 +53,14 @@ def test_who_has_not_come_in_time_is_named():
             time.sleep(0.5)
             for words in (b"GET / HTTP/1.1\\r\\n\\r\\n", b"[]\\n", b"\\xff\\n"):
                 socket.create_connection((place.host, place.port)).sendall(words)
-        group.join({}, waiting_seconds=8, death_seconds=5)
+        group.join({}, waiting_seconds=4, death_seconds=5)
     """
     with script(text, processes=2, JAX_NUM_PROCESSES="4") as job:
-        ended = job.wait(60)
+        ended = job.wait()
     assert codes(ended) == [75, 75]
     for each in ended:
         assert each.err.startswith("error: 2 of 4 processes have not come to 127.0.0.1:")
-        assert "within 8 s: 2 on c, 3 on d; " in each.err
+        assert "within 4 s: 2 on c, 3 on d; " in each.err
         assert each.err.count("\n") == 1
 
 
@@ -65,22 +68,23 @@ def test_who_has_come_and_does_not_get_ready_is_named():
     text = """
         group = Group(place, explain)
         if place.index == 1:
-            time.sleep(60)
-        group.join({}, waiting_seconds=1, death_seconds=5)
+            time.sleep(600)
+        group.join({}, waiting_seconds=2, death_seconds=5)
     """
     with script(text, processes=2) as job:
-        ended = job.wait(30)
+        ended = job.wait()
     assert codes(ended) == [75, 75]
-    assert all("after 1 s these have come and have not read their config yet: 1; " in each.err for each in ended)
+    assert all("after 2 s these have come and have not read their config yet: 1; " in each.err for each in ended)
 
 
+@pytest.mark.slow
 def test_two_processes_of_the_same_index_are_refused():
     text = """
         Group(place._replace(index=min(place.index, 1)), explain)
-        time.sleep(60)
+        time.sleep(600)
     """
     with script(text, processes=3, JAX_NUM_PROCESSES="3") as job:
-        ended = job.wait(40)
+        ended = job.wait()
     assert codes(ended) == [2, 2, 2], ended
     assert all("a process came as number 1 of 3" in each.err for each in ended)
 
@@ -88,32 +92,39 @@ def test_two_processes_of_the_same_index_are_refused():
 def test_another_number_of_processes_in_one_is_refused():
     text = """
         group = Group(place._replace(count=2 + place.index), explain)
-        group.join({}, waiting_seconds=20, death_seconds=5)
+        group.join({}, waiting_seconds=240, death_seconds=5)
     """
     with script(text, processes=2) as job:
-        ended = job.wait(40)
+        ended = job.wait()
     assert codes(ended) == [2, 2]
     for each in ended:
         assert "error: a process came as number 1 of 3, where 2 are expected and 0 are there; " in each.err
-        assert each.seconds < 15
+        assert each.seconds < 120  # not as long as they would wait
 
 
+@pytest.mark.slow
 def test_one_that_is_too_many_leaves_a_run_at_work_alone():
     """Fault: a second launch of one process ends a run of days."""
     text = """
-        late = place.index == 2
-        time.sleep(4 * late)
+        late, working, number = place.index == 2, meeting / "working", meeting / "number"
+        if late:
+            while not working.exists():
+                time.sleep(0.01)
+            number.write_text(str(os.getpid()))
         group = Group(place._replace(index=min(place.index, 1), count=2), explain)
-        group.join({}, waiting_seconds=20, death_seconds=5)
-        time.sleep(6)
+        group.join({}, waiting_seconds=120, death_seconds=5)
+        working.touch()
+        while not number.exists() or pathlib.Path("/proc", number.read_text()).exists():
+            time.sleep(0.01)
         group.leave()
     """
     with script(text, processes=3, JAX_NUM_PROCESSES="3") as job:
-        ended = job.wait(60)
+        ended = job.wait()
     assert codes(ended) == [0, 0, 2], ended
     assert "a process came as number 1 of 2, where 2 are expected and 0, 1 are there" in ended[2].err
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_told_by_process_0_and_the_others_end_in_time():
     """Fault: the others take whoever listens there for process 0, and wait for ever."""
     with contextlib.ExitStack() as stack:
@@ -127,7 +138,7 @@ def test_a_port_in_use_is_told_by_process_0_and_the_others_end_in_time():
             group.join({}, waiting_seconds=1, death_seconds=5)
         """
         job = stack.enter_context(script(text, processes=2, JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}"))
-        ended = job.wait(30)
+        ended = job.wait()
     assert f"error: process 0 cannot listen at 127.0.0.1:{port}: Address already in use; is another run" in ended[0].err
     assert ended[1].code == 75
     assert ended[1].err == (
@@ -136,28 +147,33 @@ def test_a_port_in_use_is_told_by_process_0_and_the_others_end_in_time():
     )
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_never_comes_is_waited_for_no_longer_than_said():
     text = """
+        print(time.time(), flush=True)
         group = Group(place, explain)
         group.join({}, waiting_seconds=1, death_seconds=5)
     """
     with script(text, processes=1, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1") as job:
-        [ended] = job.wait(30)
+        start = time.time()
+        [ended] = job.wait()
     assert ended.code == 75
     assert ended.err.startswith("error: process 0 does not answer at 127.0.0.1:")
-    assert ended.seconds < 12  # the start of Python, 1 s, and 5 s that process 0 would speak before
+    # 1 s, 5 s that process 0 would speak before, and 2 s for others to hear of the end: 20 s if patience is too long.
+    assert start + ended.seconds - float(ended.out) < 20
 
 
+@pytest.mark.slow
 def test_devices_that_do_not_reach_each_other_are_noticed_before_anything_is_compiled():
     text = """
         from shampax.framework import proof_of_life
         if place.index == 1:
-            proof_of_life.all_reduce = lambda: time.sleep(60)
+            proof_of_life.all_reduce = lambda: time.sleep(600)
         group = Group(place, explain)
         group.join({}, waiting_seconds=4, death_seconds=5)
     """
     with script(text, processes=2) as job:
-        ended = job.wait(40)
+        ended = job.wait()
     assert codes(ended) == [75, 75]
     assert all(
         "error: a first all-reduce over the devices of all 2 processes has not come back to process 0" in each.err
@@ -174,6 +190,6 @@ def test_the_all_reduce_counts_all_devices():
         group.leave()
     """
     with script(text, processes=2, JAX_NUM_CPU_DEVICES="2") as job:
-        ended = job.wait(40)
+        ended = job.wait()
     assert codes(ended) == [0, 0], ended
     assert [json.loads(each.out.splitlines()[-1]) for each in ended] == [[2, 4, 2]] * 2

@@ -12,7 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# Ends a process that was left alone within seconds, and waits as long at exit.
+# Seconds after which a process counts as hung; a loaded machine takes a minute for what an idle one does in seconds.
+LIMIT = 300.0
+
+# Ends a process that is left alone within a minute, and waits as long at exit.
 _START = """
 import os, sys
 import jax
@@ -20,8 +23,8 @@ address, count, index = (os.environ["JAX_" + name] for name in ("COORDINATOR_ADD
 if int(count) > 1:
     jax.distributed.initialize(
         address, int(count), int(index), coordinator_bind_address=address,
-        cluster_detection_method="deactivate", initialization_timeout=60, heartbeat_timeout_seconds=20,
-        shutdown_timeout_seconds=20)
+        cluster_detection_method="deactivate", initialization_timeout=240, heartbeat_timeout_seconds=60,
+        shutdown_timeout_seconds=60)
 """
 
 
@@ -52,6 +55,8 @@ class Job(contextlib.ExitStack):
         address = f"127.0.0.1:{free_port()}"
         # Files, not pipes: who is not read at once must not wait.
         self._files = Path(self.enter_context(tempfile.TemporaryDirectory()))
+        meeting = self._files / "meeting"
+        meeting.mkdir()
         self.processes = []
         for index in range(processes):
             environment = {
@@ -60,6 +65,7 @@ class Job(contextlib.ExitStack):
                 "JAX_COORDINATOR_ADDRESS": address,
                 "JAX_NUM_PROCESSES": str(processes),
                 "JAX_PROCESS_ID": str(index),
+                "MEETING": str(meeting),  # a folder that all have in common
             }
             environment = os.environ | environment | (variables or {})
             with (self._files / f"{index}.out").open("w") as out, (self._files / f"{index}.err").open("w") as err:
@@ -68,11 +74,11 @@ class Job(contextlib.ExitStack):
             self.callback(process.wait)
             self.callback(process.kill)
 
-    def wait(self, timeout: float) -> list[Ended]:
-        """Wait for all to end, at most so many seconds."""
+    def wait(self) -> list[Ended]:
+        """Wait for all to end, at most `LIMIT` seconds."""
         start = time.monotonic()
         seconds = {}
-        while len(seconds) < len(self.processes) and time.monotonic() < start + timeout:
+        while len(seconds) < len(self.processes) and time.monotonic() < start + LIMIT:
             for index, process in enumerate(self.processes):
                 if process.poll() is not None:
                     seconds.setdefault(index, time.monotonic() - start)
@@ -87,15 +93,20 @@ class Job(contextlib.ExitStack):
 def script(text: str, processes: int, **variables: str) -> Job:
     """Processes of a run without a trainer, whose `group` is to be made and joined.
 
-    A failure is code 2 and its message.
+    A failure is code 2 and its message. `text` begins in all processes at once, however long each takes to import:
+    what it waits for can be short.
     """
-    start = """
-        import os, sys, time
+    start = f"""
+        import os, pathlib, sys, time
         from shampax.framework import cluster
         from shampax.framework.errors import UserError
         from shampax.framework.processes import Group
         place = cluster.place()
-        explain = lambda error: (2, f"error: {error}") if isinstance(error, UserError) else None
+        explain = lambda error: (2, f"error: {{error}}") if isinstance(error, UserError) else None
+        meeting = pathlib.Path(os.environ["MEETING"])
+        (meeting / str(os.getpid())).touch()
+        while len(list(meeting.iterdir())) < {processes}:
+            time.sleep(0.01)
     """
     program = textwrap.dedent(start) + textwrap.dedent(text)
     return Job([sys.executable, "-c", program], processes=processes, devices=1, variables=variables)
@@ -108,13 +119,12 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run_together(script: str, *, processes: int, devices: int, arguments: Sequence[str] = (), timeout: float = 240):
+def run_together(script: str, *, processes: int, devices: int, arguments: Sequence[str] = ()):
     """Run a script in each of some processes with some simulated devices each.
 
     Args:
       script: Python text; `jax` is imported and the job has started when it begins. `sys.argv[1:]` are `arguments`.
       processes, devices: numbers of.
-      timeout: seconds for all.
 
     Returns:
       What each process printed, in order.
@@ -123,6 +133,6 @@ def run_together(script: str, *, processes: int, devices: int, arguments: Sequen
       AssertionError: a process failed or did not end; with what it wrote.
     """
     with Job([sys.executable, "-c", _START + script, *arguments], processes=processes, devices=devices) as job:
-        ended = job.wait(timeout)
+        ended = job.wait()
     assert [process.code for process in ended] == [0] * processes, [(each.code, each.err[-3000:]) for each in ended]
     return [process.out for process in ended]
