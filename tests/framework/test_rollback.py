@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_train import SHAMPOO, arrays, lines, make_config, saved, two
+from test_train import ADAMW, SHAMPOO, arrays, lines, make_config, saved, two
 
 from shampax.configs import base
 from shampax.framework import integrity, journal
@@ -17,10 +17,13 @@ from shampax.framework.train import train
 SPIKE_SUM = 22
 
 
-def config(*, spikes=True, **changes):
+HOSTED = base.component(SHAMPOO, block_size=8, interval=3, refresh="host")
+
+
+def config(*, spikes=True, optimizer=HOSTED, **changes):
     return make_config(
         task={"spike_sum": SPIKE_SUM if spikes else -1},
-        optimizer=base.component(SHAMPOO, block_size=8, interval=3, refresh="host"),
+        optimizer=optimizer,
         **{"duration": "30 steps", "guard.on_spike": "rollback", "guard.spike_window": 8, "schedule.warmup": "2 steps"}
         | changes,
     )
@@ -51,7 +54,7 @@ def test_goes_back_to_the_newest_regular_checkpoint_and_past_the_spike(rolled_ba
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 30), arrays(workdir, 30))
 
 
-@pytest.mark.parametrize("step", [18, 19])
+@pytest.mark.parametrize("step", [18, pytest.param(19, marks=pytest.mark.slow)])
 def test_stopped_around_the_spike_and_resumed_is_bitwise_the_same(rolled_back, tmp_path, monkeypatch, step):
     """Catches a spike that a stop hides, and a rollback to a checkpoint that only the stop has made."""
     workdir, result = rolled_back
@@ -84,6 +87,7 @@ def test_checkpoints_of_the_way_that_is_given_up_are_gone(rolled_back, tmp_path,
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 30), arrays(rolled_back[0], 30))
 
 
+@pytest.mark.slow
 def test_killed_after_the_rollback_comes_to_the_same_end(rolled_back, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
@@ -104,7 +108,8 @@ def test_killed_after_the_rollback_comes_to_the_same_end(rolled_back, tmp_path, 
 
 def test_back_to_the_first_step_and_no_further_than_the_limit(tmp_path):
     """Catches a run without a checkpoint to go back to, and one that goes back for ever."""
-    early = config(**{"checkpoint.every": "0 steps", "duration": "60 steps", "guard.max_rollbacks": 1})
+    changes = {"checkpoint.every": "0 steps", "duration": "60 steps", "guard.max_rollbacks": 1}
+    early = config(optimizer=base.component(ADAMW), **changes)
     with pytest.raises(TrainingStopped, match=r"step 24 has a loss spike after 1 rollbacks \(guard.max_rollbacks 1\)"):
         train(early, tmp_path, devices=two())
     stored = json.loads((tmp_path / "result.json").read_text())

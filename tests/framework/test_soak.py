@@ -1,8 +1,10 @@
 """The short form of soak.py."""
 
+import pytest
 import soak
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_runs_end_as_the_undisturbed_one(tmp_path):
     """Catches what a SIGKILL can leave half done, and steps that are taken twice after a SIGTERM."""
     result = soak.soak(tmp_path, kills=1, terms=1, seed=0)

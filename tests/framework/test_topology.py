@@ -13,6 +13,7 @@ from shampax.framework.stopping import StopSignals
 from shampax.framework.train import train
 
 STEPS = 26
+pytestmark = pytest.mark.slow
 
 
 def config(**mesh):
@@ -68,7 +69,7 @@ def test_from_two_processes_to_one_to_two(tmp_path):
         command = [sys.executable, "-m", "shampax.launch.train", f"--config={config}", f"--workdir={workdir}"]
         command += [f"--config.{key}={value}" for key, value in knobs.items()]
         with Job(command, processes=processes, devices=2 // processes) as job:
-            ended = job.wait(120)
+            ended = job.wait()
         assert [each.code for each in ended] == [0] * processes, [each.err[-2000:] for each in ended]
 
     train_to(20, 1, tmp_path / "whole")

@@ -66,9 +66,11 @@ class ToyTask:
 
     def _is_of(self, steps, key):
         """Whether the key is that of the first micro-batch of one of the steps."""
+        if not steps:
+            return False
         run = jax.random.key(self.seed)
-        keys = [jax.random.fold_in(jax.random.fold_in(run, step - 1), 0) for step in steps]
-        return jnp.any(jnp.array([(jax.random.key_data(k) == jax.random.key_data(key)).all() for k in keys], bool))
+        keys = jax.vmap(lambda step: jax.random.fold_in(jax.random.fold_in(run, step - 1), 0))(np.array(steps))
+        return (jax.random.key_data(keys) == jax.random.key_data(key)).all(axis=1).any()
 
     def logical_axes(self, variables):
         return {
