@@ -1,8 +1,10 @@
 """Runs of Distributed Shampoo on given gradients; runs of the same options and layout share one compiled step."""
 
+import contextlib
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from shampax.framework.optimizer import service
 from shampax.optimizers import DistributedShampoo, ShampooOptions, ShampooState, distributed_shampoo, patterns
 from shampax.optimizers.inheritance import Kept, Made
 from shampax.optimizers.preconditioners import PRECONDITIONERS
@@ -37,6 +40,14 @@ def sharded_options(kind: str) -> ShampooOptions:
     return dataclasses.replace(SHARDED_OPTIONS, treatments=((".*", kind),), start_step=start_step)
 
 
+# All of these kinds in one program: a matrix of eight blocks and a padded one for each.
+FAMILY_PARAMETERS = {kind: (f"{kind} down", f"{kind} odd") for kind in KINDS}
+FAMILY_SHAPES = {path: SHARDED_SHAPES[path.split()[-1]] for paths in FAMILY_PARAMETERS.values() for path in paths}
+FAMILY_OPTIONS = dataclasses.replace(
+    SHARDED_OPTIONS, treatments=tuple((f"{re.escape(kind)} .*", kind) for kind in KINDS), start_step=7
+)
+
+
 def _layouts() -> dict[str, tuple[Mesh | None, Tree | None]]:
     devices, spec = np.array(jax.devices()), PartitionSpec
     fsdp = {"bias": spec("fsdp"), "down": spec("fsdp"), "square": spec("fsdp"), "up": spec(None, "fsdp")}
@@ -57,6 +68,12 @@ def _layouts() -> dict[str, tuple[Mesh | None, Tree | None]]:
 
 # Name -> (mesh, specs of the parameters).
 LAYOUTS = _layouts()
+
+
+def family_layout(name: str) -> tuple[Mesh | None, Tree | None]:
+    """Return the mesh of a layout and the specs of `FAMILY_SHAPES` on it."""
+    mesh, specs = LAYOUTS[name]
+    return mesh, specs and {path: specs[path.split()[-1]] for path in FAMILY_SHAPES}
 
 
 class Run(NamedTuple):
@@ -104,14 +121,23 @@ def _frozen(tree: Tree | None) -> Any:
 
 
 @functools.cache
-def _compiled(options: ShampooOptions, mesh: Mesh | None, names: Any, specs: Any, like: Any) -> tuple[Any, Any]:
-    """(init, step) for parameters given as (name, shape, dtype)."""
+def _compiled(options: ShampooOptions, mesh: Mesh | None, names: Any, specs: Any, like: Any) -> tuple[Any, ...]:
+    """(optimizer, shardings of its state, init, step) for parameters given as (name, shape, dtype).
+
+    The step returns (updates, state, parameters).
+    """
     specs = specs and dict(specs)
     tx = optimizer(options, mesh, names and dict(names), specs)
     params = place({k: np.zeros(shape, dtype) for k, shape, dtype in like}, mesh, specs)
     shardings = tx.state_shardings(params)
-    out = (jax.tree.map(lambda x: x.sharding, params), shardings) if mesh is not None else None
-    return jax.jit(tx.init, out_shardings=shardings), jax.jit(tx.update, out_shardings=out)
+    own = jax.tree.map(lambda x: x.sharding, params)
+
+    def step(grads: Tree, state: ShampooState, params: Tree) -> tuple[Tree, ShampooState, Tree]:
+        updates, state = tx.update(grads, state, params)
+        return updates, state, optax.apply_updates(params, updates)
+
+    out = (own, shardings, own) if mesh is not None else None
+    return tx, shardings, jax.jit(tx.init, out_shardings=shardings), jax.jit(step, out_shardings=out)
 
 
 def train(
@@ -126,15 +152,18 @@ def train(
 ) -> Run:
     """One step for each gradient of the stream, from a state or from the beginning."""
     like = tuple((k, g.shape, g.dtype) for k, g in sorted(stream[0].items()))
-    init, step = _compiled(options, mesh, _frozen(names), _frozen(specs), like)
+    tx, shardings, init, step = _compiled(options, mesh, _frozen(names), _frozen(specs), like)
     params = place(params or {k: np.zeros_like(g) for k, g in stream[0].items()}, mesh, specs)
-    state = init(params) if state is None else state
+    # A state that lies elsewhere would compile the step a second time.
+    state = init(params) if state is None else jax.device_put(state, shardings or jax.devices()[0])
     run = Run([], [])
-    for grads in stream:
-        updates, state = step(place(grads, mesh, specs), state, params)
-        params = optax.apply_updates(params, updates)
-        run.updates.append(jax.tree.map(np.asarray, updates))
-        run.states.append(state)
+    with contextlib.closing(service(tx, params)) as host:
+        state = host.start(state)
+        for grads in stream:
+            updates, state, params = step(place(grads, mesh, specs), host.install(state), params)
+            host.take(state)
+            run.updates.append(jax.tree.map(np.asarray, updates))
+            run.states.append(state)
     return run
 
 
