@@ -44,6 +44,7 @@ def test_the_page_shows_what_it_speaks_of():
     assert len(COMMANDS) == 7
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_is_planned(walked):
     """Fault: a plan that knows our own models only."""
     plan = next(out for command, out in walked[1] if "launch.plan" in command)
@@ -51,6 +52,7 @@ def test_a_model_of_ones_own_is_planned(walked):
         assert words in plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["linen", "nnx"])
 def test_a_model_of_ones_own_trains_and_resumes(walked, library):
     """Fault: a page that has fallen behind the code, or a task from outside that the trainer cannot run."""
@@ -67,6 +69,7 @@ def test_a_model_of_ones_own_trains_and_resumes(walked, library):
     assert re.search(r"^\d\d+ equal, 0 different, 0 only in A, 0 only in B$", compared, re.MULTILINE), compared
 
 
+@pytest.mark.slow
 def test_both_libraries_make_the_same_model(walked):
     """Fault: an adapter under whose names parameters are treated otherwise, or that trains something else besides."""
     folder, _ = walked

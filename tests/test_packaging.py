@@ -53,6 +53,8 @@ def test_lock_satisfies_every_dependency():
     project = PROJECT["project"]
     for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
         wanted = Requirement(text)
+        if wanted.name == project["name"]:  # one of our own extras
+            continue
         versions = pins.get(canonicalize_name(wanted.name), [])
         assert versions, f"{text} is not locked; run make lock"
         assert all(map(wanted.specifier.contains, versions)), f"{text} is locked at {versions}; run make lock"

@@ -7,6 +7,7 @@ from shampax.benchmarks import host_schedule
 TINY = ["--block_size=16", "--matrices=2", "--interval=6", "--delay=1", "--steps=6", "--turns=1", "--wait=0.02"]
 
 
+@pytest.mark.slow
 def test_measures_every_way_and_draws_what_happened(tmp_path, capsys):
     """Catches a way that is not run, seconds of another loop, a table or figure of something else."""
     page, figure = tmp_path / "page.md", tmp_path / "images" / "timeline.png"

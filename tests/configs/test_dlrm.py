@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
+from workdirs import cut_short, history
 
 from shampax.configs import base, dlrm
 from shampax.framework.config import load
@@ -11,22 +12,20 @@ from shampax.framework.data.synthetic_clicks import SyntheticClicks
 from shampax.framework.train import train
 from shampax.launch.train import main
 
+# Layers of one width, and blocks of it: a program with few buckets compiles in half the time.
 TINY = (
     "task.embed_dim=4",
-    "task.bottom=(8, 4)",
-    "task.top=(8,)",
+    "task.bottom=(4,)",
+    "task.top=(4,)",
     "schedule.warmup=1 steps",
     "batch_size=16",
     "evaluation.batches=2",
-    "checkpoint.every=0 steps",
+    "checkpoint.every=3 steps",
+    "checkpoint.keep_best=0",
     "log.every=1 steps",
 )
 ROWS = f"task.rows={(20,) * 26}"
-
-
-def history(workdir, key):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [line[key] for line in lines if key in line]
+SHAMPOO = ("optimizer.block_size=4",)
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +41,13 @@ def criteo(tmp_path_factory):
     return f"data.source=file:{folder}/day_*", "data.heldout_files=day_1"
 
 
-@pytest.mark.parametrize("variant", dlrm.VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=() if name == "sample_adagrad" else pytest.mark.slow) for name in dlrm.VARIANTS],
+)
 def test_every_variant_trains_through_the_command_line(variant, criteo, tmp_path, capsys):
     """Fault: a shipped config that does not build, compile, train or report; Criteo's files that it cannot read."""
-    changes = [*TINY, ROWS, "duration=3 steps"]
+    changes = [*TINY, ROWS, "duration=3 steps", *(() if variant == "sample_adagrad" else SHAMPOO)]
     if not variant.startswith("sample"):
         changes += criteo
     arguments = [f"--config=shampax/configs/dlrm.py:{variant}", f"--workdir={tmp_path / 'run'}"]
@@ -59,35 +61,42 @@ def test_every_variant_trains_through_the_command_line(variant, criteo, tmp_path
     assert "rows (adagrad)" in table and ("data" in table)
 
 
-def sample(duration):
-    config = load("shampax/configs/dlrm.py:sample", [*TINY, ROWS, f"duration={duration}", "schedule.decay=constant"])
+def sample():
+    changes = (*TINY, *SHAMPOO, ROWS, "duration=6 steps", "schedule.decay=constant")
+    config = load("shampax/configs/dlrm.py:sample", changes)
     config.mesh.update({"fsdp": 2, "tensor": 2})
     return config
 
 
-def test_a_resumed_run_is_the_same_bitwise(tmp_path):
+@pytest.fixture(scope="module")
+def on_four(tmp_path_factory):
+    """Six steps of the sample, shrunk, on four devices that share all tables."""
+    workdir = tmp_path_factory.mktemp("dlrm") / "four"
+    return workdir, train(sample(), workdir, devices=jax.devices()[:4])
+
+
+def test_a_resumed_run_is_the_same_bitwise(on_four, tmp_path):
     """Fault: sums of rows, statistics of integers or the order of clicks that a checkpoint does not hold."""
-    devices = jax.devices()[:4]
-    whole = train(sample("6 steps"), tmp_path / "whole", devices=devices)
-    train(sample("3 steps"), tmp_path / "first", devices=devices)
-    again = sample("6 steps")
-    again.resume_from = str(tmp_path / "first")
-    resumed = train(again, tmp_path / "second", devices=devices)
-    assert history(tmp_path / "second", "train/loss") == history(tmp_path / "whole", "train/loss")[3:]
+    workdir, whole = on_four
+    assert (whole["steps"], whole["devices"], whole["skipped_steps"]) == (6, 4, 0) and whole["refreshes"] > 0
+    config = sample()
+    config.resume_from = str(cut_short(workdir, tmp_path / "first", 3))
+    resumed = train(config, tmp_path / "second", devices=jax.devices()[:4])
+    assert history(tmp_path / "second", "train/loss") == history(workdir, "train/loss")[3:]
     for name in ("heldout_loss", "auc", "log_loss", "calibration"):
         assert resumed[name] == whole[name]
 
 
-def test_the_same_on_another_mesh(tmp_path):
+@pytest.mark.slow
+def test_the_same_on_another_mesh(on_four, tmp_path):
     """Fault: tables that are divided otherwise give another run."""
-    train(sample("4 steps"), tmp_path / "four", devices=jax.devices()[:4])
-    config = sample("4 steps")
+    config = sample()
     config.mesh.update({"fsdp": 1, "tensor": 1})
-    train(config, tmp_path / "one", devices=jax.devices()[:1])
-    four, one = (history(tmp_path / run, "train/loss") for run in ("four", "one"))
-    np.testing.assert_allclose(four, one, rtol=1e-4)
+    train(config, tmp_path, devices=jax.devices()[:1])
+    np.testing.assert_allclose(history(on_four[0], "train/loss"), history(tmp_path, "train/loss"), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_teacher_is_found_again(tmp_path):
     """Fault: categories that meet other rows than in training, a loss of the wrong sign, tables that do not learn."""
     config = base.get_config()

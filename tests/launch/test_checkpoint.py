@@ -848,15 +848,27 @@ def test_renames_that_meet_are_the_configs_fault(newest, benches):
         benches[0].plan(newest, (("embed", "out"),))
 
 
-FUZZ = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+def fuzzing(max_examples):
+    slow = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    return settings(max_examples=max_examples, deadline=None, suppress_health_check=slow)
 
 
-@FUZZ
+@fuzzing(12)
 @given(data=st.data())
 @pytest.mark.parametrize("item", ["manifest", "record"])
 def test_no_text_of_a_checkpoint_breaks_the_command_or_a_takeover(runs, fuzzed, benches, item, data):
+    check_a_text(runs, fuzzed, benches, item, data)
+
+
+@pytest.mark.slow
+@fuzzing(60)
+@given(data=st.data())
+@pytest.mark.parametrize("item", ["manifest", "record"])
+def test_none_of_many_texts_of_a_checkpoint_breaks_the_command_or_a_takeover(runs, fuzzed, benches, item, data):
+    check_a_text(runs, fuzzed, benches, item, data)
+
+
+def check_a_text(runs, fuzzed, benches, item, data):
     real = json.loads((runs / "two" / "checkpoints" / "6" / item / "metadata").read_text())
     content = data.draw(st.one_of(*[mutated(real)] * 4, JSON, st.binary(max_size=12)))
     check_that_nothing_breaks(fuzzed, benches, item, content)

@@ -243,6 +243,7 @@ def losses(workdir):
     return [line["train/loss"] for line in found if "train/loss" in line]
 
 
+@pytest.mark.slow
 def test_two_processes_of_two_devices_train_as_one_of_four(tmp_path):
     """Fault: what is trained depends on how devices are shared among processes, be it in the last bit."""
     sample = "shampax/configs/lm.py:sample"
@@ -258,6 +259,7 @@ def test_two_processes_of_two_devices_train_as_one_of_four(tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "alone"), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_starts_again_and_ends_as_one_that_is_not(tmp_path, monkeypatch):
     """Fault: a kill costs the run, or some of its bits."""
 

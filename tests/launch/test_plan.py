@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+# Each test is a process that imports JAX, traces a model and may compile it for TPUs.
+pytestmark = pytest.mark.slow
+
 LM = "--config=shampax/configs/lm.py:"
 
 

@@ -193,7 +193,7 @@ def unscanned(variables):
     return {"params": params | names}
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_scanned_layers_equal_a_loop(remat):
     """Fault: scan or recomputation that shares, reorders or skips layers."""
     loop = dataclasses.replace(SMALL, scan_layers=False)

@@ -171,7 +171,11 @@ def test_scales_and_names_of_experts():
 RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "experts": "expert"}
 
 
-@pytest.mark.parametrize("sizes", [{"expert": 4, "fsdp": 2}, {"data": 2, "expert": 2, "sequence": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [{"expert": 4, "fsdp": 2}, pytest.param({"data": 2, "expert": 2, "sequence": 2}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_experts_over_devices_equal_one(sizes):
     """Fault: tokens that come to another expert, or the weights of all experts gathered where tokens should move."""
     names = ("data", "expert", "fsdp", "sequence", "tensor")

@@ -1,18 +1,24 @@
 import dataclasses
-import json
-import shutil
+import functools
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 from mlp_tasks import INPUTS, NNXNetTask, batch_of, linen_loss
+from traced import quick_jit
+from workdirs import cut_short, history
 
 from shampax.configs import base
 from shampax.framework.train import train
 from shampax.models.nnx_task import NNXTask
 
 TASK = NNXNetTask()
+
+
+@functools.cache
+def initial_variables():
+    return quick_jit(TASK.init)(jax.random.key(1), {})
 
 
 def make_config():
@@ -35,24 +41,16 @@ def trained(tmp_path_factory):
     return workdir, train(make_config(), workdir, devices=jax.devices()[:2])
 
 
-def losses(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [line["train/loss"] for line in lines if "train/loss" in line]
-
-
 def test_a_module_trains_and_resumes_bitwise(trained, tmp_path, capsys):
     """Fault: dropout that counts the draws since the start of the process, or statistics that no checkpoint holds."""
     whole, result = trained
-    assert losses(whole)[-1] < losses(whole)[0]
+    assert history(whole, "train/loss")[-1] < history(whole, "train/loss")[0]
     assert 0 < result["accuracy"] <= 1
     assert result["parameters"] == INPUTS * 8 + 8 + 8 * 8 + 8 + 2 * 8 + 8 * 4 + 4
-    resumed = tmp_path / "resumed"
-    shutil.copytree(whole, resumed)
-    shutil.rmtree(resumed / "checkpoints" / "12")  # as if the machine had died before
-    (resumed / "result.json").unlink()
+    resumed = cut_short(whole, tmp_path / "resumed", 6)
     again = train(make_config(), resumed, devices=jax.devices()[:2])
     assert f"resuming from {resumed / 'checkpoints' / '6'}" in capsys.readouterr().out
-    assert losses(resumed) == losses(whole)
+    assert history(resumed, "train/loss") == history(whole, "train/loss")
     assert again["heldout_loss"] == result["heldout_loss"]
 
 
@@ -63,7 +61,7 @@ def test_the_same_on_another_mesh(trained, tmp_path):
     train(config, tmp_path / "four", devices=jax.devices()[:4])
     table = (tmp_path / "four" / "parameters.txt").read_text()
     assert [line.split()[2] for line in table.splitlines() if line.startswith("hidden/1/kernel")] == ["fsdp,tensor"]
-    np.testing.assert_allclose(losses(tmp_path / "four"), losses(trained[0]), rtol=1e-4)
+    np.testing.assert_allclose(history(tmp_path / "four", "train/loss"), history(trained[0], "train/loss"), rtol=1e-4)
 
 
 def as_linen(variables):
@@ -80,7 +78,7 @@ def as_linen(variables):
 def test_numbers_are_those_of_the_same_linen_module(train):
     """Fault: the wrong mode, statistics that are not renewed, or a gradient that passes through a stale copy."""
     task, batch = dataclasses.replace(TASK, dropout=0.0), batch_of()
-    variables = task.init(jax.random.key(1), batch)
+    variables = jax.tree.map(lambda x: x, initial_variables())
     variables["state"]["norm"]["mean"] += 0.3
 
     def loss(params):
@@ -89,10 +87,13 @@ def test_numbers_are_those_of_the_same_linen_module(train):
     def same_in_linen(params):
         return linen_loss(8, as_linen(variables | {"params": params}), batch, train)
 
-    (value, (state, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(variables["params"])
-    (expected, (linen_state, linen_metrics)), linen_gradient = jax.value_and_grad(same_in_linen, has_aux=True)(
-        variables["params"]
-    )
+    @quick_jit
+    def both(params):
+        return [jax.value_and_grad(each, has_aux=True)(params) for each in (loss, same_in_linen)]
+
+    found, wanted = both(variables["params"])
+    (value, (state, metrics)), gradient = found
+    (expected, (linen_state, linen_metrics)), linen_gradient = wanted
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     found = {"params": gradient, "state": state["state"], "metrics": metrics}
     wanted = {"params": linen_gradient, "state": linen_state["batch_stats"], "metrics": linen_metrics}
@@ -101,10 +102,11 @@ def test_numbers_are_those_of_the_same_linen_module(train):
 
 def test_dropout_is_a_function_of_the_key():
     """Fault: the same units dropped at every step, in every layer, or in evaluation."""
-    batch, variables = batch_of(), TASK.init(jax.random.key(1), {})
+    batch, variables = batch_of(), initial_variables()
 
+    @functools.partial(quick_jit, static_argnums=1)
     def loss(seed, train=True):
-        return float(TASK.loss(variables, batch, key=jax.random.key(seed), train=train)[0])
+        return TASK.loss(variables, batch, key=jax.random.key(seed), train=train)[0]
 
     assert loss(1) == loss(1) != loss(2)
     assert loss(1, False) == loss(2, False)
