@@ -89,6 +89,7 @@ def test_two_processes_of_the_same_index_are_refused():
     assert all("a process came as number 1 of 3" in each.err for each in ended)
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_in_one_is_refused():
     text = """
         group = Group(place._replace(count=2 + place.index), explain)

@@ -99,7 +99,7 @@ def on_one_device():
     return host(bench.initial()), bench.losses(20)
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("sizes", [pytest.param(MESHES[0], marks=pytest.mark.slow), *MESHES[1:]], ids=str)
 def test_same_start_and_same_losses_on_every_mesh(sizes, on_one_device):
     initial, losses = on_one_device
     bench = shared_bench(**sizes)
