@@ -1,8 +1,12 @@
-"""Every option that changes the mathematics: the optimizer against its float64 reference over 50 steps."""
+"""Every option that changes the mathematics: the optimizer against its float64 reference over 50 steps.
+
+The fast tier takes a few steps of the cases that together have every option.
+"""
 
 import contextlib
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -39,6 +43,8 @@ class Case:
       tolerance: largest distance from the reference, relative to the way it went.
       margin: how many times the tolerance each option moves a parameter at least.
       inert: options and words of treatments that must change nothing.
+      brief: steps in the fast tier; 0 where other cases have the same options.
+      part: names of the shapes that the fast tier keeps, all by default.
     """
 
     options: dict[str, Any]
@@ -50,6 +56,8 @@ class Case:
     tolerance: float = 2e-4
     margin: float = 20.0
     inert: tuple[str, ...] = ("solver",)
+    brief: int = 0
+    part: tuple[str, ...] = ()
 
 
 class Falling:
@@ -66,7 +74,12 @@ def rules(**treatments):
 
 
 CASES = {
-    "defaults": Case({}, TREE | {"odd": (3, 1, 20), "scalar": (), "empty": (0, 4), "row": (1, 9)}),
+    "defaults": Case(
+        {},
+        TREE | {"odd": (3, 1, 20), "scalar": (), "empty": (0, 4), "row": (1, 9)},
+        brief=8,
+        part=("dense", "wide", "scalar", "empty", "row"),
+    ),
     "learning rate schedule": Case({}, rate=lambda step: 0.1 * 0.8**step),
     # Momentum, weight decay and step numbers
     "block norm, nesterov, decay with one path exempt": Case(
@@ -75,29 +88,31 @@ CASES = {
             "nesterov": True,
             "weight_decay": 0.3,
             "decay_rules": ((r"wid", True), (r"wide", False), (r".*", True)),
-        }
+        },
+        brief=8,
     ),
     "coupled decay": Case({"weight_decay": 0.3, "decay": "coupled", "beta1": 0.8}),
     "coupled decay before normalising": Case(
-        {"weight_decay": 0.3, "decay": "coupled", "graft": "adagrad_normalized", "graft_norm": "block"}
+        {"weight_decay": 0.3, "decay": "coupled", "graft": "adagrad_normalized", "graft_norm": "block"}, brief=8
     ),
-    "independent decay": Case({"weight_decay": 0.02, "decay": "independent"}, rate=Falling()),
+    "independent decay": Case({"weight_decay": 0.02, "decay": "independent"}, rate=Falling(), brief=8),
     "heavy ball": Case({"momentum": "heavy_ball", "weight_decay": 0.3}),
     "heavy ball, nesterov, sgd": Case(
-        {"momentum": "heavy_ball", "nesterov": True, "graft": "sgd", "beta1": 0.8, "bias_correction": False}
+        {"momentum": "heavy_ball", "nesterov": True, "graft": "sgd", "beta1": 0.8, "bias_correction": False}, brief=8
     ),
-    "no momentum, rmsprop, epsilon": Case({"beta1": 0.0, "graft": "rmsprop", "epsilon": 0.3}),
+    "no momentum, rmsprop, epsilon": Case({"beta1": 0.0, "graft": "rmsprop", "epsilon": 0.3}, brief=8),
     "no bias correction": Case({"bias_correction": False, "beta2": 0.95, "epsilon": 0.3}),
     "no bias correction, no graft": Case({"bias_correction": False, "graft": "none", "ridge": 1e-2}),
     # Statistics, roots and their schedule
     "sum, adagrad, periodic": Case({"beta2": 1.0, "graft": "adagrad", "refresh": "periodic", "epsilon": 0.3}),
     "sum, no graft, uneven early intervals": Case(
-        {"beta2": 1.0, "graft": "none", "ridge": 1e-2, "refresh": "periodic", "early_intervals": ((2, 2), (5, 1))}
+        {"beta2": 1.0, "graft": "none", "ridge": 1e-2, "refresh": "periodic", "early_intervals": ((2, 2), (5, 1))},
+        brief=8,
     ),
     "exponent 1/2, no graft": Case({"exponent": 0.5, "graft": "none", "ridge": 1e-2, "nesterov": True}),
-    "exponent 1/3, sign": Case({"exponent": 1 / 3, "graft": "sign", "graft_norm": "block"}),
-    "exponent 0, start step": Case({"exponent": 0.0, "graft": "rmsprop", "beta2": 0.9, "start_step": 5}),
-    "statistics of three steps, no graft": Case({"statistics_every": 3, "graft": "none", "ridge": 1e-2}),
+    "exponent 1/3, sign": Case({"exponent": 1 / 3, "graft": "sign", "graft_norm": "block"}, brief=8),
+    "exponent 0, start step": Case({"exponent": 0.0, "graft": "rmsprop", "beta2": 0.9, "start_step": 5}, brief=8),
+    "statistics of three steps, no graft": Case({"statistics_every": 3, "graft": "none", "ridge": 1e-2}, brief=8),
     "statistics of three steps, start step, periodic": Case(
         {"statistics_every": 3, "start_step": 10, "refresh": "periodic", "interval": 6}
     ),
@@ -105,9 +120,11 @@ CASES = {
     "early intervals, periodic": Case(
         {"early_intervals": ((4, 1), (12, 2)), "refresh": "periodic", "start_step": 5, "graft_norm": "block"}
     ),
-    "cut": Case({"ridge": 0.0, "cut": 1e-3}, noise=1e-3),
+    "cut": Case({"ridge": 0.0, "cut": 1e-3}, noise=1e-3, brief=8),
     "cut, eigh, no graft": Case({"ridge": 0.0, "cut": 1e-2, "solver": "eigh", "graft": "none"}, noise=1e-3),
-    "host": Case({"refresh": "host", "interval": 6, "delay": 3, "host_workers": 2}, inert=("solver", "host_workers")),
+    "host": Case(
+        {"refresh": "host", "interval": 6, "delay": 3, "host_workers": 2}, inert=("solver", "host_workers"), brief=12
+    ),
     "host, no delay, cut, statistics of three steps": Case(
         {"refresh": "host", "interval": 6, "delay": 0, "ridge": 0.0, "cut": 1e-2, "statistics_every": 3},
         noise=1e-3,
@@ -125,7 +142,7 @@ CASES = {
         }
     ),
     "eigh, exponent 1/2, uneven early intervals": Case(
-        {"solver": "eigh", "early_intervals": ((2, 1), (5, 2)), "exponent": 0.5, "ridge": 1e-2}
+        {"solver": "eigh", "early_intervals": ((2, 1), (5, 2)), "exponent": 0.5, "ridge": 1e-2}, brief=8
     ),
     # The update's length
     "sgd, block norm": Case({"graft": "sgd", "graft_norm": "block"}, late=9),
@@ -134,7 +151,9 @@ CASES = {
     ),
     "adam_normalized, block norm": Case({"graft": "adam_normalized", "graft_norm": "block"}, late=9),
     "rmsprop_normalized": Case({"graft": "rmsprop_normalized", "beta2": 0.9}, late=9),
-    "rmsprop_normalized, block norm": Case({"graft": "rmsprop_normalized", "graft_norm": "block", "epsilon": 1e-3}),
+    "rmsprop_normalized, block norm": Case(
+        {"graft": "rmsprop_normalized", "graft_norm": "block", "epsilon": 1e-3}, brief=8
+    ),
     "adagrad_normalized": Case(
         {"graft": "adagrad_normalized", "treatments": rules(layers="shampoo stack=1", vectors="shampoo stack=1")}, STACK
     ),
@@ -144,7 +163,7 @@ CASES = {
     "clip": Case(
         {"clip_rms": 0.25, "start_step": 20}, STACK, names={"layers": ("layers", "a", "b"), "vectors": ("layers", "a")}
     ),
-    "clip by block, no graft": Case({"clip_rms": 0.1, "graft": "none", "graft_norm": "block", "ridge": 1e-2}),
+    "clip by block, no graft": Case({"clip_rms": 0.1, "graft": "none", "graft_norm": "block", "ridge": 1e-2}, brief=8),
     # What is preconditioned
     "one-sided": Case(
         {
@@ -152,16 +171,20 @@ CASES = {
             "solver": "eigh",
         },
         {"left": (33, 21), "right": (2, 10, 40), "short": {"square": (22, 22), "tall": (33, 21)}},
+        brief=8,
+        part=("right",),
     ),
     "one-sided, exponent 1, no graft": Case(
         {"treatments": rules(a="one_sided side=left exponent=1"), "graft": "none", "ridge": 1e-2},
         {"a": {"square": (16, 16), "tall": (33, 21)}},
     ),
     "tensors": Case({"view": "tensor"}, {"conv": (3, 3, 8, 12), "flat": (1, 20, 12)}),
-    "tensors, no graft": Case({"view": "tensor", "graft": "none", "ridge": 1e-2}, {"cube": (5, 18, 10)}),
+    "tensors, no graft": Case({"view": "tensor", "graft": "none", "ridge": 1e-2}, {"cube": (5, 18, 10)}, brief=8),
     "tensors with merged sides": Case(
         {"view": "tensor", "merge_dims": 24},
         {"deep": (13, 2, 3, 4, 5), "flat": (2, 2, 1, 6), "small": (2, 3, 4)},
+        brief=8,
+        part=("deep",),
     ),
     "rules": Case(
         {
@@ -183,6 +206,8 @@ CASES = {
             "f": (2, 20, 24),
         },
         noise=1e-2,
+        brief=8,
+        part=("a", "b", "c"),
     ),
     "rows beside blocks": Case(
         {
@@ -193,6 +218,7 @@ CASES = {
         },
         {"cube": (2, 6, 5), "table": (40, 6), "vector": (7,), "w": (16, 14)},
         late=9,
+        brief=12,
     ),
     "rows, decoupled decay, normalized graft": Case(
         {"treatments": rules(table="rows", w="shampoo"), "weight_decay": 0.3, "graft": "adam_normalized"},
@@ -208,6 +234,7 @@ CASES = {
             "out": ("scan", "heads", "a", "b"),
             "scalars": ("scan", "experts"),
         },
+        brief=8,
     ),
     "heads": Case(
         {},
@@ -220,7 +247,7 @@ CASES = {
             "mlp": ("layers", "experts", "embed", "mlp"),
         },
     ),
-    "sketches": Case({"rank": 4}),
+    "sketches": Case({"rank": 4}, brief=8),
     "sketches of one rule, host, statistics of three steps, no graft": Case(
         {
             "treatments": rules(dense="shampoo rank=5 exponent=0.5", wide="shampoo"),
@@ -232,7 +259,12 @@ CASES = {
         },
     ),
     # The rest of the family. The first basis is of statistics of full rank; the eigenvectors of others are anyone's.
-    "soap": Case({"treatments": rules(a="soap", b="soap side=short", w="shampoo"), "start_step": 16}, FAMILY),
+    "soap": Case(
+        {"treatments": rules(a="soap", b="soap side=short", w="shampoo"), "start_step": 16},
+        FAMILY,
+        brief=20,
+        part=("a",),
+    ),
     "soap, eigh, no bias correction": Case(
         {
             "treatments": rules(a="soap", b="soap side=left"),
@@ -241,26 +273,59 @@ CASES = {
             "bias_correction": False,
         },
         {"a": (33, 21), "b": (14, 40)},
+        brief=20,
     ),
-    "kl_shampoo": Case({"treatments": rules(a="kl_shampoo", b="kl_shampoo side=short", w="shampoo")}, FAMILY),
+    "kl_shampoo": Case(
+        {"treatments": rules(a="kl_shampoo", b="kl_shampoo side=short", w="shampoo")}, FAMILY, brief=8, part=("a",)
+    ),
     "kl_shampoo of tensors, statistics of three steps": Case(
         {"treatments": rules(a="kl_shampoo", b="shampoo"), "view": "tensor", "statistics_every": 3, "graft": "sgd"},
         {"a": (5, 18, 10), "b": (16, 14)},
     ),
-    "kl_soap": Case({"treatments": rules(a="kl_soap", b="kl_soap", w="shampoo"), "start_step": 16}, FAMILY),
-    "muon": Case({"treatments": rules(a="muon", b="muon block_size=40", w="shampoo"), "nesterov": True}, FAMILY),
+    "kl_soap": Case(
+        {"treatments": rules(a="kl_soap", b="kl_soap", w="shampoo"), "start_step": 16}, FAMILY, brief=20, part=("a",)
+    ),
+    "muon": Case(
+        {"treatments": rules(a="muon", b="muon block_size=40", w="shampoo"), "nesterov": True},
+        FAMILY,
+        brief=8,
+        part=("a", "b"),
+    ),
     "muon, polar express": Case(
-        {"treatments": rules(a="muon"), "orthogonalization": "polar_express", "weight_decay": 0.3}, {"a": (33, 21)}
+        {"treatments": rules(a="muon"), "orthogonalization": "polar_express", "weight_decay": 0.3},
+        {"a": (33, 21)},
+        brief=8,
     ),
     # Storage. Where float32 and float64 fall on two sides of a tie, one element differs by 2^-8 of itself.
     "bfloat16 statistics": Case(
-        {"statistics_dtype": "bfloat16", "ridge": 1e-2, "beta2": 0.9}, tolerance=5e-4, margin=4
+        {"statistics_dtype": "bfloat16", "ridge": 1e-2, "beta2": 0.9}, tolerance=5e-4, margin=4, brief=8
     ),
     "bfloat16 roots": Case(
-        {"roots_dtype": "bfloat16", "graft": "sgd", "interval": 16, "exponent": 0.5}, tolerance=5e-4, margin=4
+        {"roots_dtype": "bfloat16", "graft": "sgd", "interval": 16, "exponent": 0.5}, tolerance=5e-4, margin=4, brief=20
     ),
-    "bfloat16 momentum": Case({"momentum_dtype": "bfloat16"}, tolerance=5e-4, margin=4),
+    "bfloat16 momentum": Case({"momentum_dtype": "bfloat16"}, tolerance=5e-4, margin=4, brief=8),
 }
+
+
+@functools.cache
+def case_of(name, steps):
+    """A case as a tier has it: whole for `STEPS`, otherwise the part for the fast tier."""
+    case = CASES[name]
+    if steps == STEPS or not case.part:
+        return case
+    treatments = case.options.get("treatments", ())
+    kept = tuple(rule for rule in treatments if any(re.fullmatch(rule[0], path) for path in case.part))
+    return dataclasses.replace(
+        case,
+        options=case.options | ({"treatments": kept} if treatments else {}),
+        shapes={path: case.shapes[path] for path in case.part},
+    )
+
+
+BY_TIER = [
+    *(pytest.param(name, case.brief, id=name) for name, case in CASES.items() if case.brief),
+    *(pytest.param(name, STEPS, id=f"{name}, {STEPS} steps", marks=pytest.mark.slow) for name in CASES),
+]
 
 
 def tree_of(case, make):
@@ -268,9 +333,9 @@ def tree_of(case, make):
 
 
 @functools.cache
-def problem(name):
+def problem(name, steps):
     """(parameters, gradients): anisotropic gradients with a mean, a part of low rank and a length that varies."""
-    case = CASES[name]
+    case = case_of(name, steps)
     random = np.random.default_rng(7)
 
     def stream(shape):
@@ -285,25 +350,25 @@ def problem(name):
 
     streams = tree_of(case, stream)
     params = tree_of(case, lambda shape: np.asarray(random.normal(size=shape), np.float32))
-    return params, [jax.tree.map(lambda g: g[t], streams) for t in range(STEPS)]
+    return params, [jax.tree.map(lambda g: g[t], streams) for t in range(steps)]
 
 
 def options_of(values):
     return ShampooOptions(**(BASE | values))
 
 
-def wanted(name, **changed):
-    case = dataclasses.replace(CASES[name], **changed)
-    params, gradients = problem(name)
+def wanted(name, steps, **changed):
+    case = dataclasses.replace(case_of(name, steps), **changed)
+    params, gradients = problem(name, steps)
     return reference.run(params, gradients, options_of(case.options), case.rate, case.names)[-1]
 
 
 wanted_once = functools.cache(wanted)
 
 
-def distances(name, now):
+def distances(name, steps, now):
     """For each parameter, how far it is from the reference, relative to the way the reference went."""
-    start, there = reference.flatten(problem(name)[0]), wanted_once(name)
+    start, there = reference.flatten(problem(name, steps)[0]), wanted_once(name, steps)
     return {
         path: np.linalg.norm(now[path] - there[path]) / max(np.linalg.norm(there[path] - start[path]), 1e-30)
         for path in there
@@ -335,11 +400,11 @@ def ignored(case):
         yield "schedule", {"rate": case.rate(0)}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_agrees_with_the_float64_reference(name):
+@pytest.mark.parametrize(("name", "steps"), BY_TIER)
+def test_agrees_with_the_float64_reference(name, steps):
     """Catches any departure from the algorithm: order of operations, view, schedule, norms, decay, corrections."""
-    case = CASES[name]
-    params, gradients = problem(name)
+    case = case_of(name, steps)
+    params, gradients = problem(name, steps)
     tx = distributed_shampoo(case.rate, options_of(case.options), axis_names=case.names)
 
     @jax.jit
@@ -349,20 +414,27 @@ def test_agrees_with_the_float64_reference(name):
 
     params = jax.tree.map(jnp.asarray, params)
     with contextlib.closing(service(tx, params)) as host:
-        state = host.start(tx.init(params))
+        state = host.start(jax.jit(tx.init)(params))
         for grads in gradients:
             params, state = step(params, host.install(state), grads)
             host.take(state)
-    far = distances(name, reference.flatten(jax.tree.map(np.asarray, params)))
+    far = distances(name, steps, reference.flatten(jax.tree.map(np.asarray, params)))
     assert all(x <= case.tolerance for x in far.values()), far  # NaN is not
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_no_option_can_be_ignored(name):
+@pytest.mark.parametrize(("name", "steps"), BY_TIER)
+def test_no_option_can_be_ignored(name, steps):
     """Catches a case that would pass though the optimizer ignored one of its options."""
-    for what, changed in ignored(CASES[name]):
-        far = distances(name, wanted(name, **changed))
-        if what in CASES[name].inert:
+    case = case_of(name, steps)
+    for what, changed in ignored(case):
+        far = distances(name, steps, wanted(name, steps, **changed))
+        if what in case.inert:
             assert max(far.values()) == 0, (what, far)
         else:
-            assert max(far.values()) > CASES[name].margin * CASES[name].tolerance, (what, far)
+            assert max(far.values()) > case.margin * case.tolerance, (what, far)
+
+
+def test_the_fast_tier_has_every_option():
+    """Catches an option that only the slow tier compares with the reference."""
+    everywhere = {option for case in CASES.values() for option in case.options}
+    assert everywhere == {option for name, case in CASES.items() if case.brief for option in case_of(name, 8).options}
