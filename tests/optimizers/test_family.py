@@ -67,10 +67,11 @@ def test_kl_shampoo_of_one_side_is_one_sided_shampoo():
     """Catches whitening along a side that has no statistics, or a length that is divided by nevertheless."""
     stream = gradients(12, SHAPE)
     for side in ("left", "right"):
-        run = train(options(f"kl_shampoo side={side}", interval=2), stream)
-        wanted = train(options(f"one_sided side={side} exponent=0.5", interval=2), stream)
+        run = train(options(f"kl_shampoo side={side}", interval=2, ridge=1e-2), stream)
+        wanted = train(options(f"one_sided side={side} exponent=0.5", interval=2, ridge=1e-2), stream)
         for here, there in zip(run.updates, wanted.updates, strict=True):
-            np.testing.assert_array_equal(here["w"], there["w"])
+            # Two programs: XLA may fuse and round the same formula differently.
+            np.testing.assert_allclose(here["w"], there["w"], rtol=0, atol=1e-5 * np.abs(there["w"]).max())
 
 
 def test_kl_shampoos_statistics_are_the_covariance_of_a_kronecker_product():

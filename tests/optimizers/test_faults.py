@@ -43,12 +43,13 @@ def clean_run(shared, layout):
 @pytest.mark.parametrize(
     ("layout", "bad", "kind"),
     [
-        *(("fsdp", bad, "shampoo") for bad in (np.nan, np.inf, -np.inf, 1e30)),
+        *(("fsdp x tensor", bad, "shampoo") for bad in (np.nan, np.inf, -np.inf, 1e30)),
+        *(("fsdp x tensor", bad, kind) for kind in KINDS for bad in (np.nan, 1e30)),
         *(
-            pytest.param("replicated", bad, "shampoo", marks=pytest.mark.slow)
+            pytest.param(layout, bad, "shampoo", marks=pytest.mark.slow)
+            for layout in ("replicated", "fsdp")
             for bad in (np.nan, np.inf, -np.inf, 1e30)
         ),
-        *(("fsdp", bad, kind) for kind in KINDS for bad in (np.nan, 1e30)),
     ],
 )
 def test_a_gradient_that_is_not_finite_changes_nothing(layout, bad, kind):

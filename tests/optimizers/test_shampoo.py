@@ -373,6 +373,7 @@ def test_padding_changes_nothing_and_everything_trains(block_size, kind):
         block_size=block_size,
         interval=2,
         refresh="periodic",  # whatever numbers the blocks have
+        solver="eigh",
         exponent=0.25,
         ridge=1e-4,
         treatments=((".*", kind),),

@@ -21,6 +21,8 @@ from shampax.optimizers.parcels import Parcels
 
 pytest.importorskip("libtpu", reason="TPU programs need the compiler in libtpu, which is for Linux on x86-64")
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ShampooOptions(block_size=128, interval=20, solver="newton")
 SHAPES = {"up": (1024, 4096), "down": (4096, 1024)}
 
