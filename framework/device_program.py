@@ -280,9 +280,11 @@ class _Reader:
 
     def _group(self, attributes: Mapping[str, str]) -> int:
         if groups := attributes.get("replica_groups"):
-            found = re.search(r"tensor<\d+x(\d+)xi64>", groups)
-            assert found, f"no replica groups that are understood in {groups}"
-            return int(found[1])
+            if found := re.search(r"tensor<\d+x(\d+)xi64>", groups):
+                return int(found[1])
+            # From JAX 0.12 on, of `shard_map`: #stablehlo.replica_group_mesh_axes<mesh = @mesh, axes = [...]>.
+            assert "axis_ref" in groups and "sub_axis" not in groups, f"no replica groups are understood in {groups}"
+            return _product_of_axes(groups, self.mesh)
         text = " ".join(value for name, value in attributes.items() if name.endswith("_axes") or name == "params")
         return max(1, _product_of_axes(text, self.mesh))
 

@@ -49,6 +49,14 @@ def test_shapes_loops_and_collectives_are_those_of_a_device(mesh):
     assert work.network_seconds == pytest.approx(LAYERS * SQUARE / 2 / SPEEDS.network)
 
 
+@pytest.mark.parametrize(("axes", "group"), [("fsdp", 2), ("data", 4), (("data", "fsdp"), 8)])
+def test_collectives_of_a_shard_map_are_among_the_devices_of_its_axes(mesh, axes, group):
+    """Fault: the groups, which JAX writes as numbers of devices or as axes of a mesh, end a plan or are miscounted."""
+    whole = jax.shard_map(lambda x: jax.lax.psum(x, axes), mesh=mesh, in_specs=P(axes), out_specs=P())
+    body = read(mesh, whole, ((ROWS, WIDTH), P(axes)))
+    assert [(each.kind, each.group) for each in body.operations if each.group > 1] == [("all-reduce", group)]
+
+
 def test_a_sum_of_which_devices_keep_parts_is_a_reduce_scatter(mesh):
     """Fault: gradients are reduced whole on every device, in memory and on the network."""
 

@@ -53,6 +53,8 @@ def test_who_has_not_come_in_time_is_named():
             time.sleep(0.5)
             for words in (b"GET / HTTP/1.1\\r\\n\\r\\n", b"[]\\n", b"\\xff\\n"):
                 socket.create_connection((place.host, place.port)).sendall(words)
+        while not group._come:
+            time.sleep(0.01)
         group.join({}, waiting_seconds=4, death_seconds=5)
     """
     with script(text, processes=2, JAX_NUM_PROCESSES="4") as job:
@@ -69,12 +71,14 @@ def test_who_has_come_and_does_not_get_ready_is_named():
         group = Group(place, explain)
         if place.index == 1:
             time.sleep(600)
-        group.join({}, waiting_seconds=2, death_seconds=5)
+        while not group._come:
+            time.sleep(0.01)
+        group.join({}, waiting_seconds=1, death_seconds=5)
     """
     with script(text, processes=2) as job:
         ended = job.wait()
     assert codes(ended) == [75, 75]
-    assert all("after 2 s these have come and have not read their config yet: 1; " in each.err for each in ended)
+    assert all("after 1 s these have come and have not read their config yet: 1; " in each.err for each in ended)
 
 
 @pytest.mark.slow
