@@ -179,7 +179,7 @@ CASES = {
         {"a": {"square": (16, 16), "tall": (33, 21)}},
     ),
     "tensors": Case({"view": "tensor"}, {"conv": (3, 3, 8, 12), "flat": (1, 20, 12)}),
-    "tensors, no graft": Case({"view": "tensor", "graft": "none", "ridge": 1e-2}, {"cube": (5, 18, 10)}, brief=8),
+    "tensors, no graft": Case({"view": "tensor", "graft": "none", "ridge": 1e-2}, {"cube": (5, 18, 10)}),
     "tensors with merged sides": Case(
         {"view": "tensor", "merge_dims": 24},
         {"deep": (13, 2, 3, 4, 5), "flat": (2, 2, 1, 6), "small": (2, 3, 4)},
@@ -274,6 +274,7 @@ CASES = {
         },
         {"a": (33, 21), "b": (14, 40)},
         brief=20,
+        part=("a",),
     ),
     "kl_shampoo": Case(
         {"treatments": rules(a="kl_shampoo", b="kl_shampoo side=short", w="shampoo")}, FAMILY, brief=8, part=("a",)

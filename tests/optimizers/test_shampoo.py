@@ -401,7 +401,9 @@ def test_blocks_are_parameters_of_their_own():
     stream = gradients(5, {"w": (40, 48)})
     corners = {f"{i}x{j}": (slice(20 * i, 20 * i + 20), slice(24 * j, 24 * j + 24)) for i in (0, 1) for j in (0, 1)}
     parts = [{name: g["w"][corner] for name, corner in corners.items()} for g in stream]
-    options = {"interval": 1, "exponent": 0.25, "ridge": 1e-4, "graft_norm": "block", "solver": "eigh"}
+    options = {
+        "interval": 1, "exponent": 0.25, "ridge": 1e-4, "graft_norm": "block", "refresh": "host", "delay": 0
+    }  # fmt: skip
     whole = train(ShampooOptions(block_size=24, **options), stream).updates[-1]["w"]
     alone = train(ShampooOptions(**options), parts).updates[-1]
     for name, corner in corners.items():
@@ -412,7 +414,7 @@ def test_stacked_equals_separate():
     """Catches scanned layers whose norms or statistics mix."""
     stacked = gradients(6, {"w": (3, 16, 24)})
     separate = [{f"w{i}": g["w"][i] for i in range(3)} for g in stacked]
-    options = ShampooOptions(interval=3, exponent=0.25, ridge=1e-4, solver="eigh", clip_rms=0.5)
+    options = ShampooOptions(interval=3, exponent=0.25, ridge=1e-4, refresh="host", delay=0, clip_rms=0.5)
     one = train(options, stacked, names={"w": ("layers", "embed", "mlp")})
     three = train(options, separate)
     for t in range(6):
@@ -563,7 +565,7 @@ def test_statistics_of_several_steps():
         np.testing.assert_allclose(statistics, wanted[t // 3], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("solver", ["newton", "eigh"])
+@pytest.mark.parametrize("solver", ["newton", pytest.param("eigh", marks=pytest.mark.slow)])
 def test_diagnostics_of_a_known_case(solver):
     """Catches a number that is of something else than its name says."""
     options = ShampooOptions(
