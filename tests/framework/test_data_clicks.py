@@ -140,9 +140,10 @@ def test_held_out_by_file(tmp_path, cache, place):
 
 
 def test_kaggles_split_is_the_last_seventh(tmp_path, cache):
-    """Fault: rows are held out at random, and days that come later are trained on."""
+    """Fault: rows are held out at random, or held-out ones are trained on, too."""
     data = prepared(cache, source=f"file:{write(tmp_path / 'train.txt', numbered(70))}")
     assert numbers(data, "heldout", cache) == [*range(60, 70)]
+    assert sorted(numbers(data, "train", cache)) == [*range(60)]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ import toy
 from test_train import ADAMW, SHAMPOO, arrays, lines, make_config, two
 
 from shampax.configs import base
+from shampax.framework import origin, takeover
 from shampax.framework.errors import UserError
+from shampax.framework.record import Record
 from shampax.framework.train import train
 
 
@@ -139,6 +141,14 @@ def test_longer_than_it_was_a_finished_run_goes_on(run, tmp_path, capsys):
     assert "complete after 14 steps" not in capsys.readouterr().out
     train(make_config(optimizer=shampoo(), **changed), again, devices=two())
     assert "complete after 14 steps" in capsys.readouterr().out
+
+
+def test_skipped_steps_do_not_count_where_another_optimizer_begins(run):
+    """Fault: after skipped steps the run goes on with the learning rate of another step."""
+    start = origin.Origin("resume", run / "checkpoints" / "12")
+    record = Record(step=12, skipped=2, optimizer_began=5)
+    assert takeover.optimizer_began(start, record, "another") == 10
+    assert takeover.optimizer_began(start, record, SHAMPOO) == 5
 
 
 @dataclasses.dataclass(frozen=True)

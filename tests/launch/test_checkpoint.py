@@ -285,6 +285,7 @@ def test_verify_names_each_file_that_is_not_as_it_was(workdir, newest, kind, dam
     code, out, _ = ran("verify", workdir)
     whole = [f"{newest.with_name(step)}: whole" for step in "24"]
     assert (code, out) == (1, [*whole, f"{newest}: {name} {fault}"])
+    assert ran("verify", newest, newest.with_name("4"))[0] == 1
     for arguments in (["diff", newest, newest.with_name("4")], ["export", newest, workdir / "x.safetensors"]):
         assert re.match(rf"error: checkpoint .*/6 is damaged \({name} {fault}\)", refused(*arguments))
 

@@ -462,7 +462,7 @@ FRAMEWORK = (
         "return record.step - record.skipped",
         "return record.step",
         "A run that resumes with another optimizer uses the learning rate of another step.",
-        ("tests/framework/test_takeover.py::test_another_optimizer_begins_afresh_at_the_learning_rate_of_the_run",),
+        ("tests/framework/test_takeover.py::test_skipped_steps_do_not_count_where_another_optimizer_begins",),
     ),
     Mutant(
         "changed-data-accepted",
