@@ -8,10 +8,11 @@ from shampax.framework import components
 from shampax.framework.config import load
 from shampax.framework.train import train
 
+# Kernels of one shape and, with one head, biases that are vectors: a program with few buckets compiles quickly.
 SMALL = (
     "task.layers=1",
     "task.embed_dim=16",
-    "task.heads=2",
+    "task.heads=1",
     "task.mlp_dim=16",
     "task.max_length=32",
     "task.vocab_size=200",
@@ -50,7 +51,7 @@ def first_phase(tmp_path_factory):
 def test_golden_steps(first_phase):
     """Fault: any unmeant change to initialisation, data, masks, model, loss or optimizer; a metric that is missing."""
     workdir, result = first_phase
-    golden = {"train/loss": [5.44285, 5.22256], "train/gradient_norm": [1.64548, 1.77270]}
+    golden = {"train/loss": [5.44280, 5.21498], "train/gradient_norm": [1.64582, 1.74315]}
     for key, values in golden.items():
         np.testing.assert_allclose(history(workdir, key)[::3], values, rtol=2e-3, err_msg=key)
     assert result["steps"] == 4 and result["skipped_steps"] == 0 and result["refreshes"] > 0

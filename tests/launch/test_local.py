@@ -1,5 +1,4 @@
 import io
-import json
 import os
 import pathlib
 import re
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from test_train import arrays, lines, saved
+from workdirs import history
 
 from shampax.framework.config import load
 from shampax.framework.train import train
@@ -219,15 +219,15 @@ def test_only_a_terminal_that_wants_colour_gets_it(monkeypatch):
 
 SMALL_LM = (
     "task.layers=2",
-    "task.embed_dim=32",
+    "task.embed_dim=16",
     "task.heads=4",
     "task.kv_heads=2",
     "task.head_dim=8",
-    "task.mlp_dim=48",
+    "task.mlp_dim=32",
     "task.vocab_size=300",
     "data.sequence_length=16",
     "data.max_documents=2",
-    "optimizer.block_size=32",
+    "optimizer.block_size=16",
     "optimizer.interval=3",
     "batch_size=16",
     "duration=20 steps",
@@ -236,11 +236,6 @@ SMALL_LM = (
     "checkpoint.every=0 steps",
     "log.every=1 steps",
 )
-
-
-def losses(workdir):
-    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [line["train/loss"] for line in found if "train/loss" in line]
 
 
 @pytest.mark.slow
@@ -254,9 +249,11 @@ def test_two_processes_of_two_devices_train_as_one_of_four(tmp_path):
         assert code == 0, err
         assert re.search(r"^\[0\] mesh: .*data 4", out, re.MULTILINE)
     train(load(sample, SMALL_LM), tmp_path / "alone", devices=jax.devices()[:4])
-    assert len(losses(tmp_path / "2")) == 20
-    assert losses(tmp_path / "2") == losses(tmp_path / "1")
-    np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "alone"), rtol=1e-6)
+    assert len(history(tmp_path / "2", "train/loss")) == 20
+    assert history(tmp_path / "2", "train/loss") == history(tmp_path / "1", "train/loss")
+    np.testing.assert_allclose(
+        history(tmp_path / "2", "train/loss"), history(tmp_path / "alone", "train/loss"), rtol=1e-6
+    )
 
 
 @pytest.mark.slow
