@@ -89,6 +89,7 @@ def wheel(tmp_path_factory):
     return built
 
 
+@pytest.mark.slow
 def test_wheel_carries_modules_samples_and_licences(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -102,6 +103,7 @@ def test_wheel_carries_modules_samples_and_licences(wheel):
     assert not [name for name in names if "tests/" in name or name.startswith("shampax/shampax")]
 
 
+@pytest.mark.slow
 def test_installed_wheel_imports_from_another_folder(wheel, tmp_path):
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()

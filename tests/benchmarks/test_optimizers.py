@@ -331,7 +331,7 @@ def programs(workload):
     return {name: workload.program(workload.options[name]) for name in ("adamw", "muon", "ours")}
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", pytest.param("ours", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("muon", "ours"))])
 def test_run_learns_at_its_own_rate_with_one_program(workload, programs, name):
     """Fault: the rate is baked into the program, so that all rates of the grid train alike."""
     program = programs[name]

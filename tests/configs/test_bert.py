@@ -24,7 +24,7 @@ SMALL = (
     "schedule.warmup=1 steps",
     "duration=4 steps",
     "batch_size=8",
-    "microbatches=2",
+    "microbatches=1",
     "mesh.fsdp=1",
     "evaluation.every=0 steps",
     "evaluation.batches=1",
@@ -51,7 +51,7 @@ def first_phase(tmp_path_factory):
 def test_golden_steps(first_phase):
     """Fault: any unmeant change to initialisation, data, masks, model, loss or optimizer; a metric that is missing."""
     workdir, result = first_phase
-    golden = {"train/loss": [5.44280, 5.21498], "train/gradient_norm": [1.64582, 1.74315]}
+    golden = {"train/loss": [5.42619, 5.22886], "train/gradient_norm": [1.59673, 1.77912]}
     for key, values in golden.items():
         np.testing.assert_allclose(history(workdir, key)[::3], values, rtol=2e-3, err_msg=key)
     assert result["steps"] == 4 and result["skipped_steps"] == 0 and result["refreshes"] > 0
@@ -89,7 +89,7 @@ def test_a_second_phase_goes_on_with_longer_rows(first_phase, tmp_path, capfd):
 @pytest.mark.parametrize("variant", [name for name in bert.VARIANTS if name != "sample"])
 def test_other_variants_train(variant, tmp_path):
     """Fault: a shipped config that does not compile or train."""
-    changes = ["duration=1 steps", "schedule.warmup=0 steps"]
+    changes = ["duration=1 steps", "schedule.warmup=0 steps", "microbatches=2"]
     if variant == "paper_512":
         changes += ["schedule.begin=0 steps", "resume_from="]
     result = train(shrunk(variant, *changes), tmp_path, devices=jax.devices()[:1])

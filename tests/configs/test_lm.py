@@ -62,7 +62,7 @@ def commanded(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "variant",
-    [pytest.param(name, marks=() if name in ("sample", "sample_adamw") else pytest.mark.slow) for name in lm.VARIANTS],
+    [pytest.param(name, marks=() if name == "sample" else pytest.mark.slow) for name in lm.VARIANTS],
 )
 def test_every_variant_trains_through_the_command_line(variant, commanded):
     """Catches a shipped config that does not build, compile, train or report."""

@@ -112,6 +112,7 @@ def test_positions_over_four_devices_equal_one(block):
     assert_close(grad_of(SMALL, variables, batch), jax.device_get(step(*arguments)), 1e-4)
 
 
+@pytest.mark.slow
 def test_each_device_needs_the_memory_of_its_positions():
     """Fault: activations that every device along `sequence` holds whole."""
     task = dataclasses.replace(SMALL, attention_block=32, remat="full")

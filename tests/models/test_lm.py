@@ -114,7 +114,7 @@ def test_remat_changes_nothing_but_memory(remat, recomputed):
     assert matmuls(task) - matmuls(SMALL) in (recomputed, recomputed - 1)
 
 
-@pytest.mark.parametrize("tied_head", [True, False])
+@pytest.mark.parametrize("tied_head", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_initial_loss_is_that_of_a_uniform_guess(tied_head):
     """Fault: an initialisation under which the model begins confident, for one by repeating its input."""
     task = dataclasses.replace(SMALL, vocab_size=2048, embed_dim=256, mlp_dim=512, tied_head=tied_head)

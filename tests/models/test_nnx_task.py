@@ -54,6 +54,7 @@ def test_a_module_trains_and_resumes_bitwise(trained, tmp_path, capsys):
     assert again["heldout_loss"] == result["heldout_loss"]
 
 
+@pytest.mark.slow
 def test_the_same_on_another_mesh(trained, tmp_path):
     """Fault: statistics of a device's own examples, or parameters whose logical names meet no rule."""
     config = make_config()
