@@ -59,6 +59,7 @@ def test_golden_steps(first_phase):
     assert 4 < result["masked_loss"] < 7
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(first_phase, tmp_path):
     """Fault: masks or dropout that a resumed run draws anew, or state that does not come back bit for bit."""
     workdir, _ = first_phase

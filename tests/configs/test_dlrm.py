@@ -75,6 +75,7 @@ def on_four(tmp_path_factory):
     return workdir, train(sample(), workdir, devices=jax.devices()[:4])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_bitwise(on_four, tmp_path):
     """Fault: sums of rows, statistics of integers or the order of clicks that a checkpoint does not hold."""
     workdir, whole = on_four

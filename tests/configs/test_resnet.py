@@ -69,6 +69,7 @@ def six_steps(tmp_path_factory):
     return workdir, train(six_steps_of_the_sample(), workdir, devices=jax.devices()[:2])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bitwise(six_steps, tmp_path):
     """Fault: batch statistics that start anew, or augmentation of other steps, in a run that goes on."""
     whole, result = six_steps

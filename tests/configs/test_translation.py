@@ -60,6 +60,7 @@ def test_the_sample_is_trained_and_judged(whole):
     assert result["refreshes"] > 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_bit_for_bit(whole, tmp_path):
     """Fault: dropout, or the order of the rows, that begins anew with the run."""
     workdir, result = whole

@@ -203,6 +203,7 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(run, tmp_path, mon
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 12), arrays(whole, 12))
 
 
+@pytest.mark.slow
 def test_a_run_without_an_average_begins_one_and_leaves_it_and_says_so(run, tmp_path):
     """Fault: an average that begins at random parameters, is taken for another kind's, or is lost without a word."""
     whole, _ = run

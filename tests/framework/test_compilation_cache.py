@@ -63,6 +63,7 @@ def test_programs_that_tests_keep_are_loaded():
     )
 
 
+@pytest.mark.slow
 def test_a_second_start_loads_its_programs_and_ends_bit_for_bit_as_without(without_cache, tmp_path):
     """Faults: nothing is kept or read; a loaded program with donated state computes something else."""
     knobs = {"duration": "4 steps", "evaluation.every": "0 steps", "checkpoint.every": "0 steps"}

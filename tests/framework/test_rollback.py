@@ -60,7 +60,8 @@ def test_goes_back_to_the_newest_regular_checkpoint_and_past_the_spike(rolled_ba
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 30), arrays(workdir, 30))
 
 
-@pytest.mark.parametrize("step", [18, pytest.param(19, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [18, 19])
 def test_stopped_around_the_spike_and_resumed_is_bitwise_the_same(rolled_back, tmp_path, monkeypatch, step):
     """Catches a spike that a stop hides, and a rollback to a checkpoint that only the stop has made."""
     workdir, result = rolled_back
@@ -81,6 +82,7 @@ def test_stopped_around_the_spike_and_resumed_is_bitwise_the_same(rolled_back, t
     assert lines(tmp_path) == lines(workdir)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_the_way_that_is_given_up_are_gone(rolled_back, tmp_path, monkeypatch):
     """Catches a step that is not saved anew because the run has once come by it in another way."""
     keeping = {"checkpoint.keep_last": 20}
@@ -112,6 +114,7 @@ def test_killed_after_the_rollback_comes_to_the_same_end(rolled_back, tmp_path, 
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 30), arrays(rolled_back[0], 30))
 
 
+@pytest.mark.slow
 def test_back_to_the_first_step_and_no_further_than_the_limit(tmp_path):
     """Catches a run without a checkpoint to go back to, and one that goes back for ever."""
     changes = {"checkpoint.every": "0 steps", "duration": "60 steps", "guard.max_rollbacks": 1}

@@ -160,6 +160,7 @@ def test_what_is_refused_is_not_started_again(module, tmp_path):
     assert [len(notes) for notes in told(tmp_path, 2).values()] == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_all_once_and_they_may_take_their_time(number, module, tmp_path):
     """Faults: who is slower is asked a second time, or killed, when the first has ended; all start again."""
