@@ -66,6 +66,7 @@ def test_who_has_not_come_in_time_is_named():
         assert each.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_who_has_come_and_does_not_get_ready_is_named():
     text = """
         group = Group(place, explain)

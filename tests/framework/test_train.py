@@ -205,7 +205,13 @@ def whole_of(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("schedule", [{}, {"refresh": "host", "statistics_memory": "host"}], ids=["staggered", "host"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param({}, id="staggered"),
+        pytest.param({"refresh": "host", "statistics_memory": "host"}, id="host", marks=pytest.mark.slow),
+    ],
+)
 def test_shampoo_resumes_bitwise_and_on_another_number_of_devices(whole_of, tmp_path, monkeypatch, capsys, schedule):
     """Catches state that a checkpoint leaves out, and statistics that are given to other blocks than their own."""
     whole, _ = whole_of(**schedule)
@@ -373,6 +379,7 @@ def test_a_dead_solver_on_the_host_ends_the_run_with_its_traceback_and_a_checkpo
     jax.tree.map(np.testing.assert_array_equal, arrays(broken, 12), arrays(whole, 12))
 
 
+@pytest.mark.slow
 def test_the_schedule_is_chosen_once_by_measurement(whole_of, tmp_path, monkeypatch, capsys):
     """Catches a resumed run that measures anew and then has another schedule, and a choice that nobody is told."""
     config = shampoo({"refresh": "auto"})

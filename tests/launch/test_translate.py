@@ -13,6 +13,8 @@ from shampax.framework.errors import UserError
 from shampax.framework.train import train
 from shampax.launch.translate import DATA, TASK, main
 
+pytestmark = pytest.mark.slow  # all tests need a trained model with a tokenizer; beam search has quick tests of its own
+
 SIZES = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 16, "heads": 2, "head_dim": 8, "mlp_dim": 32}
 
 
