@@ -144,7 +144,7 @@ def test_longer_than_it_was_a_finished_run_goes_on(run, tmp_path, capsys):
 
 
 def test_skipped_steps_do_not_count_where_another_optimizer_begins(run):
-    """Fault: after skipped steps the run goes on with the learning rate of another step."""
+    """Fault: after skipped steps the run resumes with the learning rate of another step."""
     start = origin.Origin("resume", run / "checkpoints" / "12")
     record = Record(step=12, skipped=2, optimizer_began=5)
     assert takeover.optimizer_began(start, record, "another") == 10

@@ -1,4 +1,4 @@
-"""What is set before JAX starts: by which entry points, and what it is for."""
+"""The environment that entry points set before JAX starts, and the faults that it prevents."""
 
 import os
 import pkgutil
