@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ..framework.errors import UserError
+from ..framework.base.errors import UserError
 
 
 def report(run: Callable[[], Any]) -> int:

@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ..framework import ownership, workdir
-from ..framework.config import load
-from ..framework.errors import UserError
+from ..framework.base import workdir
+from ..framework.base.errors import UserError
+from ..framework.checkpoint import ownership
+from ..framework.config.check import load
 from . import command
 from .documents import Section, table
 from .grid import FINALISTS, LOSS, Metric, Outcome, Trial, best_rates, by, crossings, finalists, mean, rounds

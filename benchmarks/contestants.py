@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..framework import components
-from ..framework.errors import UserError
+from ..framework.base.errors import UserError
+from ..framework.config import components
 from ..optimizers import ShampooOptions
 from ..optimizers.baselines import AdamWOptions, MuonOptions, scale_by_rules
 

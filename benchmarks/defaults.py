@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..framework import workdir
-from ..framework.config import load
-from ..framework.errors import UserError
+from ..framework.base import workdir
+from ..framework.base.errors import UserError
+from ..framework.config.check import load
 from ..optimizers import ShampooOptions
 from . import command, learning
 from .documents import Section, table, write

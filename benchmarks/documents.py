@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..framework.errors import UserError
+from ..framework.base.errors import UserError
 
 
 class Section:

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ..framework import curves, workdir
-from ..framework.errors import UserError
+from ..framework.base import workdir
+from ..framework.base.errors import UserError
+from ..framework.reporting import curves
 
 
 @dataclasses.dataclass(frozen=True)

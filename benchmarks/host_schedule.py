@@ -23,10 +23,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..framework.errors import UserError
+from ..framework.base.errors import UserError
 from ..optimizers import ShampooOptions, distributed_shampoo
-from ..optimizers.host import Event
-from ..optimizers.workers import pool_size
+from ..optimizers.host.service import Event
+from ..optimizers.host.workers import pool_size
 from . import command
 from .documents import Section, table, write
 

@@ -17,11 +17,13 @@ import jax
 import numpy as np
 import optax
 
-from ..framework import components, curves, durations, paths, workdir
+from ..framework.base import durations, paths, workdir
+from ..framework.base.errors import UserError
+from ..framework.config import components
 from ..framework.data import pipeline
-from ..framework.errors import UserError
-from ..framework.evaluation import evaluate
-from ..framework.schedule import make_schedule
+from ..framework.reporting import curves
+from ..framework.step.evaluation import evaluate
+from ..framework.step.schedule import make_schedule
 from . import contestants
 from .grid import Outcome, Trial
 

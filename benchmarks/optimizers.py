@@ -26,10 +26,11 @@ from typing import Any
 
 import jax
 
-from ..framework import figures, paths, workdir
-from ..framework.config import load
-from ..framework.errors import UserError
-from ..framework.workdir import Axis
+from ..framework.base import paths, workdir
+from ..framework.base.errors import UserError
+from ..framework.base.workdir import Axis
+from ..framework.config.check import load
+from ..framework.reporting import figures
 from ..models.lm import LMTask
 from ..optimizers import ShampooOptions
 from . import command, documents, learning, standings, timing

@@ -20,15 +20,18 @@ import jax
 import numpy as np
 
 from ..configs import lm
-from ..framework import components, optimizer, partitioning, takeover
-from ..framework.checkpoints import Checkpoints
-from ..framework.config import check
+from ..framework import optimizer
+from ..framework.checkpoint import takeover
+from ..framework.checkpoint.record import Record
+from ..framework.checkpoint.store import Checkpoints
+from ..framework.config import components
+from ..framework.config.check import check
 from ..framework.data import pipeline
-from ..framework.global_batch import Share
-from ..framework.program import Program
-from ..framework.record import Record
-from ..framework.schedule import make_schedule
-from ..framework.state import initial_state
+from ..framework.sharding import partitioning
+from ..framework.sharding.global_batch import Share
+from ..framework.step.program import Program
+from ..framework.step.schedule import make_schedule
+from ..framework.step.state import initial_state
 from . import command
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..framework.curves import Group
-from ..framework.errors import UserError
+from ..framework.base.errors import UserError
+from ..framework.reporting.curves import Group
 from .contestants import TITLES
 from .documents import Section, table
 from .grid import Outcome, Trial, best_rates, by, crossings, mean

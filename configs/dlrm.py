@@ -111,7 +111,7 @@ def _flights(config: Any) -> None:
         dropout=0.5,
         normalize_integers=True,
     )
-    config.data = base.component("shampax.framework.data.criteo:ClickData", source="sample:flights")
+    config.data = base.component("shampax.framework.data.clicks:ClickData", source="sample:flights")
     config.sharding_rules = SHARDING_RULES
     config.duration = "200 steps"
     config.batch_size = 512
@@ -120,7 +120,7 @@ def _flights(config: Any) -> None:
 
 def _criteo(config: Any, values: tuple[int, ...], **model: Any) -> None:
     config.task = base.component("shampax.models.dlrm:DLRMTask", rows=_roomy(values), **model)
-    config.data = base.component("shampax.framework.data.criteo:ClickData", source="file:")
+    config.data = base.component("shampax.framework.data.clicks:ClickData", source="file:")
     config.optimizer = base.component(SHAMPOO, treatments=TREATMENTS, rate_rules=((r"embedding", 10.0), (r".*", 1.0)))
     config.sharding_rules = SHARDING_RULES
 

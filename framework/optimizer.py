@@ -14,10 +14,10 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from ..optimizers import patterns
-from ..optimizers.host import HostRootsError as ServiceError
-from ..optimizers.inheritance import Fresh, Kept, Source
-from . import partitioning
+from ..optimizers.checkpoint.inheritance import Fresh, Kept, Source
+from ..optimizers.host.service import HostRootsError as ServiceError
+from ..optimizers.plan import patterns
+from .sharding import partitioning
 
 __all__ = ["OptimizerOptions", "Service", "ServiceError"]
 

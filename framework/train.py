@@ -11,44 +11,35 @@ from typing import Any
 
 import jax
 
-from . import (
-    agreement,
-    calibration,
-    checkpoints,
-    compilation_cache,
-    components,
-    cpu_backend,
-    durations,
-    optimizer,
-    origin,
-    ownership,
-    partitioning,
-    paths,
-    progress,
-    refusals,
-    takeover,
-)
-from . import workdir as layout
-from .checkpoints import Checkpoints, SaveError
-from .clock import Clock
-from .config import check
-from .data import contract, pipeline
-from .errors import TrainingStopped, UserError
-from .evaluation import compiled_at_first_call, evaluate, predict
-from .global_batch import Share
-from .journal import Journal
-from .metrics import MetricsWriter
-from .periods import Period
-from .profiling import Profile
-from .profiling import parse as parse_steps
-from .program import Assembly, Program
-from .record import Record
-from .schedule import make_schedule
-from .state import TrainState, initial_arrays, initial_state
-from .step import make_diagnosis, make_eval_step, make_predict_step
-from .stopping import StopSignals
+from . import dataset, optimizer
+from .base import cpu_backend, durations, paths
+from .base import workdir as layout
+from .base.errors import TrainingStopped, UserError
+from .base.periods import Period
+from .checkpoint import origin, ownership, store, takeover
+from .checkpoint.record import Record
+from .checkpoint.store import Checkpoints, SaveError
+from .config import components
+from .config.check import check
+from .data import pipeline
+from .distributed import agreement, console
+from .distributed.signals import StopSignals
+from .reporting import progress
+from .reporting.clock import Clock
+from .reporting.journal import Journal
+from .reporting.metrics import MetricsWriter
+from .reporting.profiling import Profile
+from .reporting.profiling import parse as parse_steps
+from .reporting.watchdog import Watchdog
+from .sharding import partitioning
+from .sharding.global_batch import Share
+from .step import calibration, compilation_cache, refusals
+from .step.evaluation import compiled_at_first_call, evaluate, predict
+from .step.program import Assembly, Program
+from .step.schedule import make_schedule
+from .step.state import TrainState, initial_arrays, initial_state
+from .step.steps import make_diagnosis, make_eval_step, make_predict_step
 from .task import judge_of
-from .watchdog import Watchdog
 
 SPIKE = "loss spike"  # stops the loop, and not the run
 
@@ -82,14 +73,14 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
     ownership.refuse_foreign(workdir, config)
     finished = ownership.finished(workdir, config)
     if finished is not None:
-        progress.say(f"{workdir} is complete after {finished['steps']} steps: nothing left to train")
+        console.say(f"{workdir} is complete after {finished['steps']} steps: nothing left to train")
         return finished
 
     # Mesh
     mesh = partitioning.make_mesh(config.mesh, devices)
     partitioning.check_rules(config.sharding_rules, mesh)
     partitioning.check_batch(config.batch_size, config.microbatches, mesh)
-    progress.say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
+    console.say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
 
     with (
         compilation_cache.kept(workdir, config.compilation_cache),
@@ -103,11 +94,11 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         # Data: batch = batches[step], the same rows in the same order on any mesh
         cache = workdir / layout.CACHE
         agreement.first(lambda: data.prepare(cache))
-        record = with_data(record, contract.fingerprint(data, cache), start, config.may_change)
+        record = with_data(record, dataset.fingerprint(data, cache), start, config.may_change)
         source = data.examples("train", cache)
         share = Share(config.batch_size, mesh)
         wanted = {"global_batch_size": config.batch_size, "rows": share.rows}
-        batches = pipeline.Batches(source, seed=config.seed, augment=contract.augment(data), **wanted)
+        batches = pipeline.Batches(source, seed=config.seed, augment=dataset.augment(data), **wanted)
         heldout_source = data.examples("heldout", cache)
         heldout = pipeline.HeldoutBatches(heldout_source, limit=config.evaluation.batches, **wanted)
         to_devices = share.to_devices
@@ -157,8 +148,8 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         origin.set_aside(workdir, start)
         calibration.keep(workdir, choice)
         progress.show_parameters(progress.parameter_rows(abstract.params, program.placements, treatments), workdir)
-        progress.say(progress.memory_line(abstract))
-        progress.say(str(start))
+        console.say(progress.memory_line(abstract))
+        console.say(str(start))
         progress.show_takeover(taken, workdir)
 
         watch.at("reading the checkpoint" if taken.path else "initialising", record.step)
@@ -171,7 +162,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         )
 
         # Compile, apart from the loop, so that it is not taken for training time
-        progress.say("compiling the train step ...")
+        console.say("compiling the train step ...")
         watch.at("compiling", record.step)
         with refusals.of(task):
             lowered_step = train_step.lower(abstract, batch_spec)
@@ -193,9 +184,9 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
                 return {}
             examples = min(len(heldout_source), len(heldout) * config.batch_size)
             predictions = predict(predict_batch, variables, heldout_batches(), examples)
-            values, line = judge.judge(predictions, contract.decoder(data, cache))
+            values, line = judge.judge(predictions, dataset.decoder(data, cache))
             if line:
-                progress.say(line)
+                console.say(line)
             return values
 
         service = optimizer.service(tx, abstract.params)
@@ -366,7 +357,7 @@ def storage_faults(on_error: str) -> Iterator[None]:
     except SaveError as error:
         if on_error == "stop":
             raise TrainingStopped(f"{error}; mend the storage, and the same command goes on from there") from error
-        progress.say(f"warning: {error}; training goes on")
+        console.say(f"warning: {error}; training goes on")
 
 
 def as_spec(array: jax.Array) -> jax.ShapeDtypeStruct:
@@ -414,8 +405,8 @@ def refuse_alone(stopped: Any) -> None:
 
 def forget_after(workdir: Path, last: int) -> None:
     """Delete the checkpoints of steps after `last`, which a run goes back to: it comes by them in another way."""
-    steps = [int(path.name) for path in checkpoints.finished(workdir)]
-    checkpoints.prune(workdir, {step for step in steps if step <= last})
+    steps = [int(path.name) for path in store.finished(workdir)]
+    store.prune(workdir, {step for step in steps if step <= last})
 
 
 def with_data(record: Record, fingerprint: str, start: origin.Origin, may_change: Sequence[str]) -> Record:
@@ -431,7 +422,7 @@ def with_data(record: Record, fingerprint: str, start: origin.Origin, may_change
                 f"the training data have changed (fingerprint {both}); restore them, go on in another workdir with "
                 'resume_from this one, or add "data" to config.may_change'
             )
-        progress.say(f"warning: the training data are others than before (fingerprint {both})")
+        console.say(f"warning: the training data are others than before (fingerprint {both})")
     return dataclasses.replace(record, data=fingerprint)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..framework.errors import UserError
+from ..framework.base.errors import UserError
 from . import environment
 
 
@@ -43,32 +43,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from ..framework import checkpoint_report
+    from ..framework.checkpoint import report
 
-    text, whole = checkpoint_report.listing(options.workdir, verify=options.verify)
+    text, whole = report.listing(options.workdir, verify=options.verify)
     _say(*text.split("\n"))
     return 0 if whole else 1
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from ..framework import checkpoint_report, contents
+    from ..framework.checkpoint import contents, report
 
     found = contents.read(_locate(options.path, whole=False))
     if options.json:
-        text = json.dumps(checkpoint_report.as_json(found), indent=2)
+        text = json.dumps(report.as_json(found), indent=2)
     else:
-        text = checkpoint_report.as_text(found, arrays=options.arrays)
+        text = report.as_text(found, arrays=options.arrays)
     _say(*text.split("\n"))
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from ..framework import checkpoints, contents
+    from ..framework.checkpoint import contents, store
 
     whole = True
     for given in options.paths:
         path = given.expanduser()
-        for checkpoint in [path] if contents.is_one(path) else checkpoints.numbered(path) or contents.in_workdir(path):
+        for checkpoint in [path] if contents.is_one(path) else store.numbered(path) or contents.in_workdir(path):
             faults = contents.faults(checkpoint)
             whole = whole and not faults
             for fault in faults:
@@ -79,7 +79,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from ..framework import checkpoint_diff, contents
+    from ..framework.checkpoint import contents, diff
 
     sides = []
     for name, given in (("A", options.a), ("B", options.b)):
@@ -89,7 +89,7 @@ def _diff(options: argparse.Namespace) -> int:
         _say(f"{name}: {path}, step {found.record.step}, mesh {mesh}, {found.manifest.optimizer}")
         sides.append(found)
     counts = {"equal": 0, "different": 0, "only in A": 0, "only in B": 0}
-    for finding in checkpoint_diff.compare(*sides):
+    for finding in diff.compare(*sides):
         verdict = f"only in {finding.only_in}" if finding.only_in else "different" if finding.difference else "equal"
         counts[verdict] += 1
         if verdict != "equal" or options.all:
@@ -99,8 +99,8 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from ..framework import contents
-    from ..framework.export import export
+    from ..framework.checkpoint import contents
+    from ..framework.checkpoint.export import export
 
     path = _locate(options.path, whole=True)
     count, size = export(
@@ -115,7 +115,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    from ..framework import checkpoints, contents, integrity, ownership, retention
+    from ..framework.checkpoint import contents, integrity, ownership, retention, store
 
     workdir = options.workdir.expanduser()
     contents.in_workdir(workdir)
@@ -130,8 +130,8 @@ def _prune(options: argparse.Namespace) -> int:
         try:
             sizes = {path: integrity.size(path) for path in pruning.doomed}
             if not options.dry_run:
-                keep = {*checkpoints.finished(workdir)} - sizes.keys()
-                checkpoints.prune(workdir, {int(path.name) for path in keep})
+                keep = {*store.finished(workdir)} - sizes.keys()
+                store.prune(workdir, {int(path.name) for path in keep})
         except OSError as error:
             raise UserError(f"not all of {workdir} could be pruned ({error}); mend that and try again") from error
         for path, size in sizes.items():
@@ -141,7 +141,7 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _locate(given: Path, *, whole: bool) -> Path:
-    from ..framework import contents
+    from ..framework.checkpoint import contents
 
     path, damaged = contents.locate(given, whole=whole)
     for other, why in damaged:

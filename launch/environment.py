@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..framework import cpu_backend
-from ..framework.errors import UserError
+from ..framework.base import cpu_backend
+from ..framework.base.errors import UserError
 
 _TPU_VARIABLES = ("TPU_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE")
 _GOOGLE = "0x1ae0"  # as a vendor of PCI devices

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from ..framework.errors import UserError
+from ..framework.base.errors import UserError
 
 _EXAMPLES = {"--config": "--config=shampax/configs/lm.py:sample", "--workdir": "--workdir=runs/quickstart"}
 _SHORT = {"--profile_steps": "--config.profile_steps"}

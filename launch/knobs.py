@@ -1,6 +1,6 @@
 """The table of knobs that --help shows: each key, its value, and the comment that stands beside it in the source.
 
-The comments in `configs/base.py` and in the dataclasses of components are the only place where a knob is explained.
+The comments in `framework/config/schema.py` and in the dataclasses of components are the only explanation of a knob.
 """
 
 import ast
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..configs import base
-from ..framework.components import is_component, load_class
+from ..framework.config.components import is_component, load_class
 
 _WIDEST_VALUE = 32
 

@@ -25,9 +25,9 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from ..framework import cluster
-from ..framework.components import did_you_mean
-from ..framework.errors import UserError
+from ..framework.base.errors import UserError
+from ..framework.config.components import did_you_mean
+from ..framework.distributed import cluster
 from . import environment
 from .gang import Gang
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 from typing import Any
 
-from ..framework import config_files
+from ..framework.config import files
 from .flags import Command
 
 _SHAMPOO = "shampax.optimizers.shampoo:ShampooOptions"
@@ -33,7 +33,7 @@ def _counterpart(command: Command, config: Any) -> Command:
     """The baseline of this run, or the run whose baseline this is: a variant of its own, tuned, where there is one."""
     file, colon, variant = command.config.rpartition(":")
     overrides = _without(command.overrides, "optimizer.", _RATE)
-    known = config_files.variants(command.config) if colon else ()
+    known = files.variants(command.config) if colon else ()
     for method in _BASELINES:
         of = variant.removesuffix(f"_{method}")
         for other, name in ((f"{variant}_{method}", method), (of, "shampoo")):

@@ -21,8 +21,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ..framework.config import load
-from ..framework.errors import UserError
+from ..framework.base.errors import UserError
+from ..framework.config.check import load
 from . import environment
 
 
@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load(options.config, overrides)
         devices = _slice(options.topology) if options.topology else _simulated(options.devices, config)
         # Imported when the config is known to be good: these bring JAX and Orbax with them.
-        from ..framework import chips, plan_report, planning
+        from ..framework.planning import plan_report, planning
+        from ..framework.sharding import chips
 
         if options.chip and (options.topology or options.chip not in chips.KINDS):
             raise UserError(f"--chip={options.chip} is for --devices and one of {', '.join(chips.KINDS)}")
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _search(options: argparse.Namespace, overrides: tuple[str, ...], devices: Sequence[Any], kind: str) -> int:
-    from ..framework import search
+    from ..framework.planning import search
 
     def note(what: str) -> None:
         print(f"trying {what}", file=sys.stderr)

@@ -19,9 +19,10 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from ..framework import components, paths
-from ..framework.config import load
-from ..framework.errors import UserError
+from ..framework.base import paths
+from ..framework.base.errors import UserError
+from ..framework.config import components
+from ..framework.config.check import load
 from . import flags
 
 _EXAMPLES = {
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _prepare(spec: str, overrides: Sequence[str], output: str, workers: int, process: int, processes: int) -> None:
     config = load(spec, overrides)
     # Imported when the config is known to be good: this brings JAX with it.
-    from ..framework.data import preparing
+    from ..framework.data.preparing import preparing
 
     data = components.build(config.data)
     if not isinstance(data, preparing.Preparable):

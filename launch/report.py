@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..framework import curves, figures, workdir
-from ..framework.errors import UserError
-from ..framework.overrides import flat
+from ..framework.base import workdir
+from ..framework.base.errors import UserError
+from ..framework.config.overrides import flat
+from ..framework.reporting import curves, figures
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;

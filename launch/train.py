@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..configs import base
-from ..framework import cluster, sameness
-from ..framework.config import load
-from ..framework.errors import TrainingStopped, UserError
-from ..framework.processes import Group
+from ..framework.base.errors import TrainingStopped, UserError
+from ..framework.config.check import load
+from ..framework.distributed import cluster, sameness
+from ..framework.distributed.processes import Group
 from . import environment, flags, knobs
 from .next_steps import next_steps
 

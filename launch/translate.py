@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..framework.errors import UserError
+from ..framework.base.errors import UserError
 
 TASK, DATA = "shampax.models.translation:TranslationTask", "shampax.framework.data.pairs:PairData"
 _BATCHES_READ = 16  # lines are sorted by length among so many batches
@@ -84,8 +84,9 @@ def _model(options: argparse.Namespace) -> Callable[[list[tuple[int, str]]], dic
     import numpy as np
 
     from ..configs import base
-    from ..framework import contents, partitioning, restore
-    from ..framework import workdir as layout
+    from ..framework.base import workdir as layout
+    from ..framework.checkpoint import contents, restore
+    from ..framework.sharding import partitioning
 
     if options.checkpoint is not None:
         checkpoint, damaged = contents.locate(options.checkpoint, whole=True)

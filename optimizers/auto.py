@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from . import sketch
-from .blocks import Bucket, Group
+from .host.workers import available_cores, pool_size
+from .linalg import sketch
 from .options import ShampooOptions
+from .plan.blocks import Bucket, Group
 from .preconditioners import PRECONDITIONERS
-from .workers import available_cores, pool_size
 
 # The most of its time that the pool is to be busy: what is left absorbs solves that take longer than others.
 BUSY = 0.8

@@ -10,9 +10,10 @@ import optax
 import optax.contrib
 from optax.contrib import MuonDimensionNumbers
 
-from . import decay, patterns
 from .options import DIAGONAL_KINDS, ShampooOptions, Treatment
-from .views import matrix_axes, names_by_path
+from .plan import patterns
+from .plan.views import matrix_axes, names_by_path
+from .update import decay
 
 NO_DECAY = ShampooOptions.decay_rules
 

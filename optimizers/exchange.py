@@ -18,8 +18,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .blocks import Bucket, Leaf
-from .tiles import from_tiles, slice_tiles, to_tiles
+from .plan.blocks import Bucket, Leaf
+from .plan.tiles import from_tiles, slice_tiles, to_tiles
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import storage
-from .blocks import Bucket
+from .linalg.sketch import columns, is_sketch
+from .linalg.symmetric import pack, packed_shape, unpack
 from .options import ShampooOptions
+from .plan.blocks import Bucket
 from .preconditioners import PRECONDITIONERS, Preconditioner
 from .preconditioners.base import Blocks
-from .sketch import columns, is_sketch
-from .symmetric import pack, packed_shape, unpack
 
 NO_GRADIENT = -1000
 

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import optax
 
-from .decay import DECAYS
-from .grafting import DIAGONALS, GRAFTS
+from .linalg.roots import SOLVERS
 from .preconditioners import PRECONDITIONERS, Preconditioner
 from .preconditioners.muon import POLYNOMIALS
-from .roots import SOLVERS
+from .update.decay import DECAYS
+from .update.grafting import DIAGONALS, GRAFTS
 
 DIAGONAL_KINDS = ("diagonal", "rows")
 KINDS = (*PRECONDITIONERS, *DIAGONAL_KINDS)

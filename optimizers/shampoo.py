@@ -21,19 +21,21 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from . import decay, moments, norms, patterns, schedule
-from .blocks import Bucket, Plan, make_plan
+from .checkpoint.inheritance import Inheritance
+from .checkpoint.manifest import describe
 from .diagnostics import diagnose
 from .exchange import Owners
-from .finite import all_finite, largest
-from .host import Event, HostRoots
-from .inheritance import Inheritance
+from .host.parcels import Parcels
+from .host.service import Event, HostRoots
 from .kept import Roots, blocks_of, grafted, preconditioner_of, usable
 from .options import ShampooOptions
-from .parcels import Parcels
-from .refresh import Due, accumulate, refresh
-from .saved_blocks import describe
+from .plan import patterns
+from .plan.blocks import Bucket, Plan, make_plan
+from .refresh import schedule
+from .refresh.refresh import Due, accumulate, refresh
 from .state import BucketState, Layout, ShampooState
+from .update import decay, moments, norms
+from .update.finite import all_finite, largest
 
 
 class _Tables(NamedTuple):

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from . import moments, patterns, residence
-from .blocks import Bucket, Plan
+from . import residence
 from .exchange import Owners
-from .in_flight import InFlight, in_flight_spec
+from .host.in_flight import InFlight, in_flight_spec
 from .kept import Roots, initial_roots, preconditioner_of
-from .moments import Moments
 from .options import ShampooOptions
+from .plan import patterns
+from .plan.blocks import Bucket, Plan
+from .update import moments
+from .update.moments import Moments
 
 # Smaller diagonal states are not worth the latency of spreading them over the devices.
 SPREAD_FROM = 2**16

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shampax.framework import cpu_backend
+from shampax.framework.base import cpu_backend
 
 # Deleted by `make test COLD=1`.
 PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "programs"
@@ -37,7 +37,7 @@ cpu_backend.avoid_wrong_fusions()
 def pytest_configure(config):
     """Bound what is kept, once for all workers."""
     if not hasattr(config, "workerinput"):
-        from shampax.framework import compilation_cache
+        from shampax.framework.step import compilation_cache
 
         compilation_cache.prune(PROGRAMS, PROGRAMS_BYTES)
 

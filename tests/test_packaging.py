@@ -111,7 +111,7 @@ def test_installed_wheel_imports_from_another_folder(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     program = (
-        "import importlib.resources, lzma, shampax, shampax.launch.report, shampax.optimizers.patterns\n"
+        "import importlib.resources, lzma, shampax, shampax.launch.report, shampax.optimizers.plan.patterns\n"
         "samples = importlib.resources.files('shampax.framework.data.samples')\n"
         "text = lzma.decompress((samples / 'enwiki-106.txt.xz').read_bytes()).decode()\n"
         "print(shampax.__file__, shampax.launch.report.__file__, len(text.split('\\n\\f')))"

@@ -7,8 +7,8 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("launch", "configs", "framework", "models", "optimizers", "benchmarks")
 # A config file is Python, and the parts it chooses are named by import string: these two run code of the user's. The
 # front door imports by names of its own.
-RUNS_CONFIG_FILES = {"framework/config_files.py"}
-IMPORTS_BY_NAME = RUNS_CONFIG_FILES | {"framework/components.py", "__init__.py"}
+RUNS_CONFIG_FILES = {"framework/config/files.py"}
+IMPORTS_BY_NAME = RUNS_CONFIG_FILES | {"framework/config/components.py", "__init__.py"}
 EXECUTING_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "code", "runpy"}
 EXECUTING_CALLS = {"eval", "exec", "compile", "__import__"}
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from ..errors import UserError
+from ..base.errors import UserError
 
 Example = dict[str, np.ndarray]
 Augment = Callable[[Example, np.random.Generator], Example]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..lapack import HostRoot
+from ..linalg.lapack import HostRoot
 
 
 class Blocks(NamedTuple):

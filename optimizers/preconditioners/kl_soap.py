@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from .. import newton
+from ..linalg import newton
 from .base import Blocks, multiplied
 from .kl_shampoo import KLShampoo
 from .soap import Soap

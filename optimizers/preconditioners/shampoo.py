@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import lapack, sketch
-from ..roots import inverse_pth_root, misfit
+from ..linalg import lapack, sketch
+from ..linalg.roots import inverse_pth_root, misfit
 from .base import Blocks, Preconditioner, Solved, multiplied
 
 # How far an entry of an accepted root may exceed (regulariser x largest eigenvalue)^(-1/p).

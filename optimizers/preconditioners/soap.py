@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import lapack, newton
+from ..linalg import lapack, newton
 from .base import Blocks, Preconditioner, Solved, multiplied
 
 # Of an accepted basis, the largest entry of |Q' Q - I|.

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from shampax.benchmarks import contest
 from shampax.benchmarks.grid import Metric, Trial, best_rates, crossings
-from shampax.framework import workdir
-from shampax.framework.errors import UserError
+from shampax.framework.base import workdir
+from shampax.framework.base.errors import UserError
 
 TRAINER = """#!{python}
 import json, pathlib, sys

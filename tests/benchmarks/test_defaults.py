@@ -3,8 +3,8 @@ import json
 import pytest
 
 from shampax.benchmarks import defaults
-from shampax.framework import components
-from shampax.framework.config import load
+from shampax.framework.config import components
+from shampax.framework.config.check import load
 
 
 def write(folder, change, rate, seed, loss, stopped=None):

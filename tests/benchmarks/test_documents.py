@@ -1,7 +1,7 @@
 import pytest
 
 from shampax.benchmarks.documents import Section, table, write
-from shampax.framework.errors import UserError
+from shampax.framework.base.errors import UserError
 
 
 def test_only_the_section_is_replaced():

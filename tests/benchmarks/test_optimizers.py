@@ -9,10 +9,10 @@ import pytest
 
 from shampax.benchmarks import contestants, learning, optimizers, standings
 from shampax.benchmarks.grid import Trial
-from shampax.framework import figures
-from shampax.framework.config import load
-from shampax.framework.errors import UserError
-from shampax.framework.figures import loss_figure
+from shampax.framework.base.errors import UserError
+from shampax.framework.config.check import load
+from shampax.framework.reporting import figures
+from shampax.framework.reporting.figures import loss_figure
 
 RATES = {"adamw": (0.1, 0.2, 0.4), "ours": (0.1, 0.2, 0.4)}
 GRID = [Trial(name, rate, seed) for seed in (0, 1) for name in RATES for rate in RATES[name]]

@@ -4,8 +4,8 @@ import pytest
 from workdirs import cut_short, history
 
 from shampax.configs import bert
-from shampax.framework import components
-from shampax.framework.config import load
+from shampax.framework.config import components
+from shampax.framework.config.check import load
 from shampax.framework.train import train
 
 # Kernels of one shape and, with one head, biases that are vectors: a program with few buckets compiles quickly.

@@ -9,7 +9,7 @@ import pytest
 from workdirs import history
 
 from shampax.configs import lm
-from shampax.framework.config import load
+from shampax.framework.config.check import load
 from shampax.framework.train import train
 from shampax.launch.train import main
 

@@ -7,12 +7,14 @@ import pytest
 from traced import quick_jit
 from workdirs import cut_short, history
 
-from shampax.framework import components, optimizer, partitioning
-from shampax.framework.config import load
-from shampax.framework.guard import GuardOptions
-from shampax.framework.schedule import make_schedule
-from shampax.framework.state import abstract_state, abstract_variables, initial_state
-from shampax.framework.step import make_train_step
+from shampax.framework import optimizer
+from shampax.framework.config import components
+from shampax.framework.config.check import load
+from shampax.framework.sharding import partitioning
+from shampax.framework.step.guard import GuardOptions
+from shampax.framework.step.schedule import make_schedule
+from shampax.framework.step.state import abstract_state, abstract_variables, initial_state
+from shampax.framework.step.steps import make_train_step
 from shampax.framework.train import train
 
 # One stage, and blocks as long as it is wide: a program with few buckets compiles in a third of the time.

@@ -7,8 +7,8 @@ from wmt14 import prepare_wmt14
 from workdirs import cut_short, history
 
 from shampax.configs import translation
-from shampax.framework import components
-from shampax.framework.config import load
+from shampax.framework.config import components
+from shampax.framework.config.check import load
 from shampax.framework.train import train
 
 SMALL = (

@@ -5,12 +5,13 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_train import ADAMW, SHAMPOO, arrays, lines, make_config, saved, two
+from toy_runs import ADAMW, SHAMPOO, arrays, lines, make_config, saved, two
 
 from shampax.configs import base
-from shampax.framework import integrity, journal
-from shampax.framework.errors import TrainingStopped
-from shampax.framework.stopping import StopSignals
+from shampax.framework.base.errors import TrainingStopped
+from shampax.framework.checkpoint import integrity
+from shampax.framework.distributed.signals import StopSignals
+from shampax.framework.reporting import journal
 from shampax.framework.train import train
 
 # With this sum of tokens, batches 17, 41 and 51 of the toy data hold an example whose loss is a spike.

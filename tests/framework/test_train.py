@@ -9,63 +9,19 @@ import jax
 import numpy as np
 import pytest
 import toy
+from toy_runs import ADAMW, SHAMPOO, arrays, lines, make_config, saved, two
 
 from shampax.configs import base
-from shampax.framework import checkpoints, journal
 from shampax.framework import train as train_module
-from shampax.framework.errors import TrainingStopped, UserError
-from shampax.framework.state import TrainState
-from shampax.framework.stopping import StopSignals
+from shampax.framework.base.errors import TrainingStopped, UserError
+from shampax.framework.checkpoint import store
+from shampax.framework.distributed.signals import StopSignals
+from shampax.framework.reporting import journal
+from shampax.framework.step.state import TrainState
 from shampax.framework.train import train
 from shampax.launch import train as launch_train
-from shampax.optimizers import auto, lapack
-
-ADAMW = "shampax.optimizers.baselines:AdamWOptions"
-SHAMPOO = "shampax.optimizers.options:ShampooOptions"
-TIMES = ("seconds", "throughput/steps_per_second", "throughput/tokens_per_second")
-
-
-def make_config(**changes):
-    config = base.get_config()
-    config.task = base.component("toy:ToyTask", **changes.pop("task", {}))
-    config.data = base.component("toy:ToyData")
-    config.optimizer = changes.pop("optimizer", base.component(ADAMW))
-    config.duration = "12 steps"
-    config.batch_size = 8
-    config.evaluation.every = "4 steps"
-    config.checkpoint.every = "5 steps"
-    config.log.every = "2 steps"
-    config.schedule.learning_rate = 0.02
-    config.update_from_flattened_dict(changes)
-    return config
-
-
-def two():
-    return jax.devices()[:2]
-
-
-def lines(workdir):
-    """The history without what depends on the clock."""
-    read = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in TIMES and not k.startswith(("host/", "checkpoint/"))}
-        for line in read
-    ]
-
-
-def saved(workdir):
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-
-
-def arrays(workdir, step):
-    """Every array of a checkpoint, read without the trainer."""
-    import orbax.checkpoint as ocp
-
-    path = workdir / "checkpoints" / str(step) / "state"
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-        restore_args = jax.tree.map(lambda _: as_numpy, checkpointer.metadata(path).item_metadata.tree)
-        return checkpointer.restore(path, restore_args=restore_args)
+from shampax.optimizers import auto
+from shampax.optimizers.linalg import lapack
 
 
 @pytest.fixture(scope="module")
@@ -479,5 +435,5 @@ def test_the_host_runs_one_step_ahead_and_no_further():
 
 
 def test_checkpoint_record_survives_json():
-    record = checkpoints.Record(3, 1.5, 10).with_evaluation({"loss": 2.0}, "loss")
-    assert checkpoints.Record.from_json(json.loads(json.dumps(record.to_json()))) == record
+    record = store.Record(3, 1.5, 10).with_evaluation({"loss": 2.0}, "loss")
+    assert store.Record.from_json(json.loads(json.dumps(record.to_json()))) == record

@@ -24,14 +24,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shampax.configs import base
-from shampax.framework import checkpoint_diff, checkpoints, integrity, ownership, partitioning, state, takeover
-from shampax.framework.errors import UserError
-from shampax.framework.origin import Origin
+from shampax.framework.base.errors import UserError
+from shampax.framework.checkpoint import diff, integrity, ownership, store, takeover
+from shampax.framework.checkpoint.origin import Origin
+from shampax.framework.sharding import partitioning
+from shampax.framework.step import state
 from shampax.framework.train import train
 from shampax.launch import checkpoint
 from shampax.launch.checkpoint import main
 from shampax.optimizers import ShampooOptions
-from shampax.optimizers.inheritance import Made
+from shampax.optimizers.checkpoint.inheritance import Made
 
 SHAMPOO = "shampax.optimizers.options:ShampooOptions"
 OPTIONS = {"block_size": 8, "interval": 3, "refresh": "host"}
@@ -244,8 +246,8 @@ def save_plain(tmp_path, params, *, tx, step=3, model_state=None, name="plain"):
     whole = jax.device_put(whole, partitioning.replicated(mesh))
     spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), whole.params)
     manifest = takeover.describe(tx, "an optimizer", spec, {}, mesh.shape)
-    record = checkpoints.Record(step).with_evaluation({"loss": math.nan}, "loss")
-    saver = checkpoints.Checkpoints(tmp_path / name, keep_last=9, keep_best=0, best_metric="loss")
+    record = store.Record(step).with_evaluation({"loss": math.nan}, "loss")
+    saver = store.Checkpoints(tmp_path / name, keep_last=9, keep_best=0, best_metric="loss")
     with contextlib.closing(saver):
         saver.save(whole, record, manifest)
         saver.confirm()
@@ -440,8 +442,8 @@ def test_diff_knows_blocks_whatever_slots_they_lie_in(runs):
 
 
 def test_diff_tells_how_much_and_where(runs, newest, monkeypatch):
-    monkeypatch.setattr(checkpoint_diff, "_BATCH", 5000)  # several readings,
-    monkeypatch.setattr(checkpoint_diff, "_CHUNK", 100)  # and several parts of an array
+    monkeypatch.setattr(diff, "_BATCH", 5000)  # several readings,
+    monkeypatch.setattr(diff, "_CHUNK", 100)  # and several parts of an array
     manifest = json.loads((newest / "manifest" / "metadata").read_text())
     slots = bucket_of(manifest)["slots"]
     expected = []
@@ -552,10 +554,8 @@ def test_export_keeps_every_bit(runs, tmp_path, monkeypatch):
 
 def test_export_of_bfloat16_and_of_keys_that_meet(tmp_path, monkeypatch):
     # In whatever order an array lies in memory.
-    read = checkpoints.read
-    monkeypatch.setattr(
-        checkpoints, "read", lambda *args: {name: np.array(x, order="F") for name, x in read(*args).items()}
-    )
+    read = store.read
+    monkeypatch.setattr(store, "read", lambda *args: {name: np.array(x, order="F") for name, x in read(*args).items()})
     half = (np.arange(12).reshape(3, 4) / 7).astype(ml_dtypes.bfloat16)
     path = save_plain(tmp_path, {"a": {"w": half, "n": np.array(3, np.int32)}}, tx=optax.identity())
     assert ran("export", path, tmp_path / "x")[0] == 0
@@ -804,12 +804,10 @@ def fuzzed(runs, tmp_path, monkeypatch):
     """A checkpoint to spoil, another one, and its arrays, which are read once: only texts are spoilt."""
     path = shutil.copytree(runs / "two" / "checkpoints" / "6", tmp_path / "two" / "checkpoints" / "6")
     other = runs / "four" / "checkpoints" / "6"
-    described = {place: checkpoints.arrays(place) for place in (path, other)}
-    arrays = {place: checkpoints.read(place, dict.fromkeys(described[place])) for place in (path, other)}
-    monkeypatch.setattr(checkpoints, "arrays", lambda place: dict(described[place]))
-    monkeypatch.setattr(
-        checkpoints, "read", lambda place, wanted: {name: arrays[place][name].copy() for name in wanted}
-    )
+    described = {place: store.arrays(place) for place in (path, other)}
+    arrays = {place: store.read(place, dict.fromkeys(described[place])) for place in (path, other)}
+    monkeypatch.setattr(store, "arrays", lambda place: dict(described[place]))
+    monkeypatch.setattr(store, "read", lambda place, wanted: {name: arrays[place][name].copy() for name in wanted})
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return path, other, arrays[path]

@@ -21,8 +21,8 @@ import yaml
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 from pydantic import ValidationError
 
-from shampax.framework import cluster
-from shampax.framework.config import load
+from shampax.framework.config.check import load
+from shampax.framework.distributed import cluster
 from shampax.launch import flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ import pytest
 
 import shampax.benchmarks
 import shampax.launch
-from shampax.framework.errors import UserError
+from shampax.framework.base.errors import UserError
 from shampax.launch import environment
 
 SETTINGS = (
@@ -82,7 +82,7 @@ def test_the_wrong_fusion_is_right_in_a_script_that_calls_train_itself(tmp_path)
     program = f"""
         import jax, jax.numpy as jnp
         from shampax.configs import base
-        from shampax.framework.errors import UserError
+        from shampax.framework.base.errors import UserError
         from shampax.framework.train import train
         try:
             train(base.get_config(), {str(tmp_path / "work")!r})

@@ -10,15 +10,15 @@ import time
 import jax
 import numpy as np
 import pytest
-from test_train import arrays, lines, saved
+from toy_runs import arrays, lines, saved
 from workdirs import history
 
-from shampax.framework.config import load
+from shampax.framework.config.check import load
 from shampax.framework.train import train
 from shampax.launch import gang
 from shampax.launch.local import main
 
-CONFIG = pathlib.Path(__file__).parents[1] / "framework" / "toy_many.py"
+CONFIG = pathlib.Path(__file__).parents[1] / "support" / "toy_many.py"
 # What a process of these tests does: each writes its number to a file, and what it has got to the end of it.
 PROGRAM = """
 import os, pathlib, signal, subprocess, sys, time

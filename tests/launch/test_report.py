@@ -9,7 +9,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from shampax.framework import curves, figures, workdir
+from shampax.framework.base import workdir
+from shampax.framework.reporting import curves, figures
 from shampax.launch import report
 
 HELDOUT, TRAIN = "heldout/loss", "train/loss"

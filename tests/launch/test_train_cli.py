@@ -5,9 +5,9 @@ import sys
 import pytest
 
 from shampax.configs import base
-from shampax.framework import config as config_lib
 from shampax.framework import train as trainer
-from shampax.framework.errors import TrainingStopped, UserError
+from shampax.framework.base.errors import TrainingStopped, UserError
+from shampax.framework.config import check as config_lib
 from shampax.launch import flags, knobs
 from shampax.launch.next_steps import next_steps
 from shampax.launch.train import main

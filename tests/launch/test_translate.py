@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from shampax.configs import base
-from shampax.framework import integrity, partitioning, restore
-from shampax.framework.errors import UserError
+from shampax.framework.base.errors import UserError
+from shampax.framework.checkpoint import integrity, restore
+from shampax.framework.sharding import partitioning
 from shampax.framework.train import train
 from shampax.launch.translate import DATA, TASK, main
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from lm_cases import SMALL, assert_close, batch_of, grad_of, quick_jit, spec_of, value_and_grad, variables_of
 from traced import equations
 
-from shampax.framework import collectives
+from shampax.framework.planning import collectives
 from shampax.models import attention
 
 

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from sklearn.metrics import log_loss, roc_auc_score
 
-from shampax.framework import collectives
+from shampax.framework.planning import collectives
 from shampax.models import ranking, tables
 from shampax.models.dlrm import MISSING, DLRMTask, interactions, logarithms
 

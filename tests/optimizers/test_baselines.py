@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from shampax.optimizers import ShampooOptions, baselines, patterns
+from shampax.optimizers import ShampooOptions, baselines
+from shampax.optimizers.plan import patterns
 
 NAMES = {"layers": {"out": ("layers", "heads", "kv", "embed")}, "bias": ("embed",), "embed": ("vocab", "embed")}
 

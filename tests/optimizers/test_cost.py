@@ -14,11 +14,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shampax.configs import lm
-from shampax.framework import collectives
+from shampax.framework.planning import collectives
 from shampax.models.lm import LMTask
 from shampax.optimizers import ShampooOptions, distributed_shampoo
 from shampax.optimizers.baselines import AdamWOptions
-from shampax.optimizers.blocks import make_plan
+from shampax.optimizers.plan.blocks import make_plan
 
 OPTIONS = ShampooOptions(block_size=128, interval=20, solver="newton")
 # What tests/conftest.py turns off for all other programs.

@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shampax.optimizers.blocks import make_plan
 from shampax.optimizers.exchange import Owners
 from shampax.optimizers.options import ShampooOptions
+from shampax.optimizers.plan.blocks import make_plan
 
 # A bucket mixes parameters that are cut into other tiles: replicated, sharded along either side, a stack or a fold.
 # name -> (shape, axis names, the mesh axes that divide each axis: the first, the last, or both, where 48 allows it)

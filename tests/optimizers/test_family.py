@@ -10,8 +10,8 @@ import pytest
 from optimizing import by_block, gradients, optimizer, train, zeros
 
 from shampax.optimizers import ShampooOptions
+from shampax.optimizers.linalg.symmetric import unpack
 from shampax.optimizers.preconditioners.muon import POLYNOMIALS, orthogonalized
-from shampax.optimizers.symmetric import unpack
 
 SHAPE = {"w": (64, 32)}
 SIDES = ("left", "right")

@@ -22,7 +22,8 @@ from optimizing import (
     train,
 )
 
-from shampax.optimizers import ShampooOptions, roots
+from shampax.optimizers import ShampooOptions
+from shampax.optimizers.linalg import roots
 from shampax.optimizers.preconditioners import PRECONDITIONERS
 
 

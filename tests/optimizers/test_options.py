@@ -6,11 +6,11 @@ import warnings
 import pytest
 from ml_collections import ConfigDict
 
-from shampax.framework import overrides
-from shampax.framework.components import build, component
-from shampax.framework.errors import UserError
-from shampax.optimizers.grafting import GRAFTS
+from shampax.framework.base.errors import UserError
+from shampax.framework.config import overrides
+from shampax.framework.config.components import build, component
 from shampax.optimizers.options import ShampooOptions, Treatment
+from shampax.optimizers.update.grafting import GRAFTS
 
 # What the expectations below depend on, whatever the defaults are.
 FIXED = {

@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 from optimizing import gradients, inherited, optimizer, place, train, zeros
 
-from shampax.optimizers import ShampooOptions, patterns
-from shampax.optimizers.saved_blocks import SavedBlocks
+from shampax.optimizers import ShampooOptions
+from shampax.optimizers.checkpoint.manifest import SavedBlocks
+from shampax.optimizers.plan import patterns
 
 ROWS, DIM = 4096, 32
 SHAPES = {"table": (ROWS, DIM), "w": (24, 16)}

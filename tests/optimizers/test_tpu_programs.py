@@ -14,10 +14,10 @@ from jax import lax
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from shampax.framework import collectives
+from shampax.framework.planning import collectives
 from shampax.optimizers import ShampooOptions, distributed_shampoo, residence
 from shampax.optimizers.baselines import AdamWOptions
-from shampax.optimizers.parcels import Parcels
+from shampax.optimizers.host.parcels import Parcels
 
 pytest.importorskip("libtpu", reason="TPU programs need the compiler in libtpu, which is for Linux on x86-64")
 

@@ -14,8 +14,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shampax.framework.optimizer import service
-from shampax.optimizers import DistributedShampoo, ShampooOptions, ShampooState, distributed_shampoo, patterns
-from shampax.optimizers.inheritance import Kept, Made
+from shampax.optimizers import DistributedShampoo, ShampooOptions, ShampooState, distributed_shampoo
+from shampax.optimizers.checkpoint.inheritance import Kept, Made
+from shampax.optimizers.plan import patterns
 from shampax.optimizers.preconditioners import PRECONDITIONERS
 
 Tree = dict[str, Any]

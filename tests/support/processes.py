@@ -98,9 +98,9 @@ def script(text: str, processes: int, **variables: str) -> Job:
     """
     start = f"""
         import os, pathlib, sys, time
-        from shampax.framework import cluster
-        from shampax.framework.errors import UserError
-        from shampax.framework.processes import Group
+        from shampax.framework.distributed import cluster
+        from shampax.framework.base.errors import UserError
+        from shampax.framework.distributed.processes import Group
         place = cluster.place()
         explain = lambda error: (2, f"error: {{error}}") if isinstance(error, UserError) else None
         meeting = pathlib.Path(os.environ["MEETING"])

@@ -9,10 +9,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from shampax.optimizers.blocks import cut
+from shampax.optimizers.linalg.sketch import columns, directions
 from shampax.optimizers.options import Treatment
+from shampax.optimizers.plan.blocks import cut
 from shampax.optimizers.preconditioners.muon import POLYNOMIALS
-from shampax.optimizers.sketch import columns, directions
 
 
 def inverse_root(a, p, ridge=0.0, cut=0.0):

@@ -193,12 +193,12 @@ def check(place: Path) -> dict[str, dict[str, object]]:
 
 def differences(mine: Path, whole: Path) -> list[str]:
     """Arrays of the last checkpoint that are not the same bits."""
-    from shampax.framework import checkpoints
+    from shampax.framework.checkpoint import store
 
     sides = []
     for workdir in (mine, whole):
-        path = checkpoints.finished(workdir)[-1]
-        sides.append(checkpoints.read(path, dict.fromkeys(checkpoints.arrays(path))))
+        path = store.finished(workdir)[-1]
+        sides.append(store.read(path, dict.fromkeys(store.arrays(path))))
     a, b = sides
     if a.keys() != b.keys():
         return ["other arrays"]

@@ -29,8 +29,8 @@ import numpy as np
 
 STEPS = 90
 HERE = Path(__file__).resolve().parent
-# What a process must find: the package, this file, and the toy task.
-SEARCHED = [str(HERE.parent / "framework"), str(HERE), *sys.path]
+# What a process must find: the package, this file and the toy task beside it.
+SEARCHED = [str(HERE), *sys.path]
 CONFIG = f"""
 from shampax.configs import base
 
@@ -97,8 +97,8 @@ def kill_at(moment: str, chance: random.Random, workdir: Path):
         else:
             time.sleep(chance.uniform(0.0, 8.0))
         if moment == "saving":
-            checkpoints = workdir / "checkpoints"
-            wait_until(lambda: any("tmp" in path.name for path in checkpoints.iterdir()) or process.poll() is not None)
+            store = workdir / "checkpoints"
+            wait_until(lambda: any("tmp" in path.name for path in store.iterdir()) or process.poll() is not None)
             time.sleep(chance.uniform(0.0, 0.03))
         process.send_signal(signal.SIGKILL)
 
@@ -124,11 +124,11 @@ def wait_until(condition, seconds: float = 60.0) -> None:
 
 def arrays_of(workdir: Path) -> dict[str, np.ndarray]:
     """Every array of a run's last checkpoint."""
-    from shampax.framework import checkpoints
+    from shampax.framework.checkpoint import store
 
-    path = checkpoints.finished(workdir)[-1]
+    path = store.finished(workdir)[-1]
     assert path.name == str(STEPS), path
-    return checkpoints.read(path, dict.fromkeys(checkpoints.arrays(path)))
+    return store.read(path, dict.fromkeys(store.arrays(path)))
 
 
 def differences(run: Run, whole: dict[str, np.ndarray], history: list) -> list[str]:

@@ -5,7 +5,7 @@ import lzma
 import re
 from importlib import resources
 
-from ...errors import UserError
+from ...base.errors import UserError
 
 
 def sha256(file: str) -> str:

@@ -1,0 +1,110 @@
+"""A trained model out of a workdir, for use: its components as the run's config has them, its variables on a mesh.
+
+Nothing of the optimizer is read, and the mesh may be another one than the run's.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ...optimizers.plan import patterns
+from ..base import workdir as layout
+from ..base.errors import UserError
+from ..config import components
+from ..sharding import partitioning
+from ..step.state import abstract_variables
+from ..task import BatchSpec, Task
+from . import contents, integrity, retention, store
+
+_PARAMS, _MODEL = "params/", "model_state/"
+
+
+def choose(workdir: Path, which: Literal["best", "newest"]) -> tuple[Path, list[tuple[Path, str]]]:
+    """A whole checkpoint of a workdir: the newest, or the best by the run's best metric (without any, the newest).
+
+    Returns:
+      The checkpoint, and those that would have been taken before it but are damaged, each with its first fault.
+
+    Raises:
+      UserError: there is none.
+    """
+    if which == "newest":
+        return contents.locate(workdir, whole=True)
+    damaged = []
+    for path in _ranked(workdir):
+        faults = integrity.faults(path)
+        if not faults:
+            return path, damaged
+        damaged.append((path, faults[0]))
+    path, others = contents.locate(workdir, whole=True)
+    return path, [*damaged, *(fault for fault in others if fault not in damaged)]
+
+
+def component(workdir: Path, section: str, allowed: Sequence[str]) -> Any:
+    """The task, data or optimizer of a workdir's run, built.
+
+    Args:
+      workdir: the run's.
+      section: "task", "data" or "optimizer".
+      allowed: import strings that it may have. Others are not imported: a workdir may come from anywhere, and to import
+        is to execute.
+
+    Raises:
+      UserError: the workdir has no such section, another component, or fields that its class refuses.
+    """
+    config = layout.read_json(workdir / layout.CONFIG)
+    found = (config or {}).get(section)
+    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+        raise UserError(f"{workdir / layout.CONFIG} has no section {section!r}; give the workdir of a training run")
+    if found["name"] not in allowed:
+        raise UserError(f"{workdir} has config.{section}.name {found['name']!r}; needed is {' or '.join(allowed)}")
+    return components.build(ConfigDict(found))
+
+
+def variables(
+    checkpoint: Path, task: Task, batch_spec: BatchSpec, rules: partitioning.Rules, mesh: Mesh
+) -> dict[str, Any]:
+    """The variables of a checkpoint, laid out on a mesh by the rules.
+
+    Args:
+      checkpoint: a whole one.
+      task: whose variables they are.
+      batch_spec: shapes and types of a batch.
+      rules: (logical name, mesh axis | axes | None); the first rule with a name decides.
+      mesh: where they go.
+
+    Raises:
+      UserError: the checkpoint cannot be read, or has other variables than the task.
+    """
+    abstract = abstract_variables(task, batch_spec)
+    placements = partitioning.place_all(abstract, task.logical_axes(abstract), rules, mesh)
+    specs = jax.tree.leaves(partitioning.shardings(abstract, placements, mesh))
+    there, wanted = store.arrays(checkpoint), {}
+    for path, leaf, sharding in zip(patterns.paths(abstract), jax.tree.leaves(abstract), specs, strict=True):
+        name = path if path.startswith(_PARAMS) else f"{_MODEL}{path}"
+        here = store.Array(tuple(leaf.shape), leaf.dtype)
+        if there.get(name) != here:
+            raise UserError(
+                f"checkpoint {checkpoint} has {name} as {there.get(name, 'nothing')}, the model as {here}; "
+                "use the checkpoint of the same model"
+            )
+        wanted[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    arrays = store.read(checkpoint, wanted)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
+
+
+def _ranked(workdir: Path) -> list[Path]:
+    """The finished checkpoints that were evaluated, best first; of equal ones the older."""
+    metric, scores = retention.best_metric(workdir), []
+    for number, path in enumerate(contents.in_workdir(workdir)):
+        try:
+            score = store.record(path).score(metric)
+        except UserError:  # a damaged one has no score
+            continue
+        if score is not None:
+            scores.append((score, number, path))
+    return [path for *_, path in sorted(scores)]

@@ -1,0 +1,304 @@
+"""What a run takes over from a checkpoint, and what it starts afresh, said line by line.
+
+A checkpoint's manifest tells what its arrays are: the parameters by path, and what the optimizer says of its state. The
+mesh, the number of processes, the model, block sizes and the optimizer may all be others than when it was saved.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ...optimizers.checkpoint.inheritance import Fresh, Kept, Made, Source
+from ...optimizers.plan import patterns
+from .. import optimizer
+from ..base.errors import UserError
+from ..step.state import TrainState
+from . import store
+from .manifest import Manifest, Parameter
+from .origin import Origin
+from .record import Record
+from .store import Array
+
+_OPTIMIZER, _PARAMS, _MODEL, _STEP = "opt_state/", "params/", "model_state/", "step"
+_ITERATE = "averaging/iterate/"  # and then a path in the variables
+
+Renames = Sequence[tuple[str, str]]
+
+
+def describe(
+    tx: optax.GradientTransformation, name: str, params: Any, treatments: Mapping[str, str], mesh: Mapping[str, int]
+) -> dict[str, Any]:
+    """The manifest of a train state, as JSON.
+
+    Args:
+      tx: the optimizer.
+      name: of the optimizer, as the config has it.
+      params: ShapeDtypeStructs with shardings.
+      treatments: path of a parameter -> how the optimizer treats it.
+      mesh: axis -> devices.
+    """
+    parameters = {
+        path: Parameter(tuple(leaf.shape), np.dtype(leaf.dtype).name, treatments.get(path, ""))
+        for path, leaf in zip(patterns.paths(params), jax.tree.leaves(params), strict=True)
+    }
+    return Manifest(dict(mesh), jax.process_count(), parameters, name, optimizer.manifest(tx, params)).to_json()
+
+
+@dataclasses.dataclass(frozen=True)
+class Takeover:
+    """Where each array of a train state comes from.
+
+    Attributes:
+      path: the checkpoint, None where nothing is taken over.
+      spec: the state, ShapeDtypeStructs with shardings; with what is in flight where that may be taken over.
+      sources: by the array's path in it.
+      lines: what is not taken over as it was, and what is left behind.
+      whole: how many parameters come with their whole state.
+    """
+
+    path: Path | None
+    spec: TrainState
+    sources: dict[str, Source]
+    lines: tuple[str, ...] = ()
+    whole: int = 0
+
+    @property
+    def fresh(self) -> frozenset[str]:
+        """Paths of the arrays that are started afresh."""
+        return frozenset(name for name, source in self.sources.items() if isinstance(source, Fresh))
+
+    def state(self, fresh: Mapping[str, jax.Array]) -> TrainState:
+        """The train state, given the arrays that are started afresh.
+
+        Arrays that are made of several saved ones pass through the memory of each host.
+        """
+        like = _by_name(self.spec)
+        values: dict[str, Any] = dict(fresh)
+        if self.path is not None:
+            kept: dict[str, list[str]] = {}
+            for name, source in self.sources.items():
+                if isinstance(source, Kept):
+                    kept.setdefault(source.name, []).append(name)
+            arrays = store.read(self.path, {saved: like[names[0]] for saved, names in kept.items()})
+            for saved, (first, *others) in kept.items():
+                # The step donates each of them, so that no two may be one array.
+                values |= {first: arrays[saved], **{name: jnp.copy(arrays[saved]) for name in others}}
+            for made in self._made():
+                saved = store.read(self.path, dict.fromkeys(n for source in made.values() for n in source.names))
+                values |= {name: _placed(source.make(saved), like[name]) for name, source in made.items()}
+        return jax.tree.unflatten(jax.tree.structure(self.spec), [values[name] for name in like])
+
+    def _made(self) -> Iterator[dict[str, Made]]:
+        """The arrays that are to be made, a bucket of the optimizer at a time."""
+        groups: dict[tuple[str, ...], dict[str, Made]] = {}
+        for name, source in self.sources.items():
+            if isinstance(source, Made):
+                groups.setdefault(tuple(name.split("/")[:3]), {})[name] = source
+        yield from groups.values()
+
+
+def plan(
+    origin: Origin, abstract: TrainState, tx: optax.GradientTransformation, name: str, renames: Renames
+) -> Takeover:
+    """What a train state takes over from its origin; reads the checkpoint's manifest, and none of its arrays.
+
+    Args:
+      origin: where from.
+      abstract: the state, ShapeDtypeStructs with shardings.
+      tx: the optimizer.
+      name: of the optimizer, as the config has it.
+      renames: (path of a parameter as it was, as it is), or leading parts of paths.
+
+    Raises:
+      UserError: the checkpoint's manifest is damaged, or it has no parameter of this model.
+    """
+    if origin.path is None:
+        return Takeover(None, abstract, {path: Fresh("") for path in _by_name(abstract)})
+    content, saved = store.manifest(origin.path), store.arrays(origin.path)
+    try:
+        return _Planner(origin, Manifest.from_json(content), saved, renamer(renames)).plan(abstract, tx, name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the manifest of checkpoint {origin.path} is damaged ({error}); use another one") from error
+
+
+def optimizer_began(origin: Origin, record: Record, name: str) -> int:
+    """How many accepted steps lie behind a run when its optimizer begins: above 0 if another one came before it."""
+    if origin.path is None or origin.kind == "init":
+        return 0
+    if store.manifest(origin.path).get("optimizer") == name:
+        return record.optimizer_began
+    return record.step - record.skipped
+
+
+def renamer(renames: Renames) -> Callable[[str], str]:
+    """Gives paths as they were their names of today; the first pair that fits decides."""
+
+    def renamed(path: str) -> str:
+        for old, new in renames:
+            if path == old or path.startswith(f"{old}/"):
+                return f"{new}{path[len(old) :]}"
+        return path
+
+    return renamed
+
+
+class _Planner:
+    def __init__(self, origin: Origin, manifest: Manifest, saved: Mapping[str, Array], renamed: Callable[[str], str]):
+        self._origin, self._manifest, self._saved, self._renamed = origin, manifest, saved, renamed
+        self._parameters: dict[str, str] = {}
+        for path in manifest.parameters:
+            other = self._parameters.setdefault(renamed(path), path)
+            if other != path:
+                raise UserError(
+                    f"{other} and {path} of checkpoint {origin.path} would both be {renamed(path)}; "
+                    "give them two names in config.renamed"
+                )
+
+    def plan(self, abstract: TrainState, tx: optax.GradientTransformation, name: str) -> Takeover:
+        params, spec = abstract.params, abstract
+        of_params = {path: self._parameter(path, leaf) for path, leaf in _by_name(params).items()}
+        if not any(isinstance(source, Kept) for source in of_params.values()):
+            there, here = ", ".join(list(self._parameters)[:3]), ", ".join(list(of_params)[:3])
+            raise UserError(
+                f"checkpoint {self._origin.path} has no parameter of this model: {there}, ... there, {here}, ... here; "
+                "use another one, or set config.renamed"
+            )
+        inheritance = self._inheritance(tx, name, params)
+        if inheritance:
+            spec = dataclasses.replace(abstract, opt_state=optimizer.saved_spec(tx, abstract.opt_state, params))
+        report = inheritance.report() if inheritance else {}
+        sources: dict[str, Source] = {}
+        of_averages: dict[str, str] = {}
+        lines = []
+        for path, leaf in _by_name(spec).items():
+            if path.startswith(_PARAMS):
+                sources[path] = of_params[path.removeprefix(_PARAMS)]
+            elif path.startswith(_MODEL):
+                source = sources[path] = self._model_array(path, leaf)
+                if isinstance(source, Fresh):
+                    lines.append(f"{path}: afresh ({source.why})")
+            elif path.startswith(_OPTIMIZER):
+                own = path.removeprefix(_OPTIMIZER)
+                sources[path] = _of_optimizer(inheritance.source(own, leaf.shape)) if inheritance else Fresh("")
+            elif path.startswith(_ITERATE):
+                own = path.removeprefix(_ITERATE)
+                average = own if own.startswith(_PARAMS) else f"{_MODEL}{own}"
+                sources[path], why = self._iterate(sources[average], leaf)
+                if self._origin.kind != "init":
+                    of_averages[average.removeprefix(_PARAMS)] = why
+                    if why and average.startswith(_MODEL):
+                        lines.append(f"{average}: average afresh ({why})")
+            elif self._origin.kind == "init":
+                sources[path] = Fresh("")
+            else:
+                source = sources[path] = self._array(path, leaf)
+                if isinstance(source, Fresh):
+                    if path == _STEP:
+                        raise ValueError(f"its array {path}: {source.why}")
+                    lines.append(f"{path}: afresh ({source.why})")
+        changed = {}
+        for path, source in of_params.items():
+            average = {"average": of_averages[path]} if path in of_averages else {}
+            changed[path] = _line(source, report.get(path, {}) | average)
+        lines = [f"{path}: {line}" for path, line in changed.items() if line] + lines
+        lines += [f"{path}: left behind, there is none here" for path in self._parameters if path not in of_params]
+        return Takeover(
+            self._origin.path,
+            spec,
+            sources,
+            (*self._notes(inheritance, name), *self._of_average(spec), *lines),
+            sum(not line for line in changed.values()),
+        )
+
+    def _notes(self, inheritance: optimizer.Inheritance | None, name: str) -> list[str]:
+        if inheritance:
+            return inheritance.notes()
+        if self._origin.kind == "init":
+            return []
+        return [f"the optimizer's state is started afresh: {self._manifest.optimizer} there, {name} here"]
+
+    def _of_average(self, spec: TrainState) -> list[str]:
+        if spec.averaging or self._origin.kind == "init" or not any(name.startswith(_ITERATE) for name in self._saved):
+            return []
+        return ["the parameters are the average of that run; the iterate it was made of is left behind"]
+
+    def _iterate(self, average: Source, leaf: Any) -> tuple[Source, str]:
+        """Where the iterate of an average comes from, and why that average begins afresh, "" if it does not."""
+        if self._origin.kind == "init":
+            return average, ""
+        if not isinstance(average, Kept):
+            return average, average.why if isinstance(average, Fresh) else ""
+        there = self._array(f"{_ITERATE}{average.name.removeprefix(_MODEL)}", leaf)
+        if isinstance(there, Fresh):
+            return average, there.why
+        return there, ""
+
+    def _inheritance(self, tx: optax.GradientTransformation, name: str, params: Any) -> optimizer.Inheritance | None:
+        if self._origin.kind == "init" or self._manifest.optimizer != name:
+            return None
+        shapes = {
+            path.removeprefix(_OPTIMIZER): array.shape
+            for path, array in self._saved.items()
+            if path.startswith(_OPTIMIZER)
+        }
+        return optimizer.inheritance(tx, params, self._manifest.state, shapes, self._renamed)
+
+    def _parameter(self, path: str, leaf: Any) -> Source:
+        return self._array(f"{_PARAMS}{self._parameters.get(path, '')}", leaf)
+
+    def _model_array(self, path: str, leaf: Any) -> Source:
+        def today(saved: str) -> str:
+            collection, _, rest = saved.removeprefix(_MODEL).partition("/")
+            return f"{_MODEL}{collection}/{self._renamed(rest)}"
+
+        found = [saved for saved in self._saved if saved.startswith(_MODEL) and today(saved) == path]
+        return self._array(found[0], leaf) if found else Fresh("there is none")
+
+    def _array(self, name: str, leaf: Any) -> Source:
+        there = self._saved.get(name)
+        if there is None:
+            return Fresh("there is none")
+        if there.shape != leaf.shape:
+            return Fresh(f"{there} there, {Array(leaf.shape, leaf.dtype)} here")
+        return Kept(name)
+
+
+def _of_optimizer(source: Source) -> Source:
+    """A source within the optimizer's state as one within the train state."""
+    if isinstance(source, Kept):
+        return Kept(f"{_OPTIMIZER}{source.name}")
+    if isinstance(source, Made):
+        names = tuple(f"{_OPTIMIZER}{name}" for name in source.names)
+        return Made(names, lambda arrays: source.make({name: arrays[f"{_OPTIMIZER}{name}"] for name in source.names}))
+    return source
+
+
+def _line(source: Source, fate: Mapping[str, str]) -> str:
+    """What happens to a parameter and its state; "" where all of it is taken over."""
+    parts = {"parameter": source.why if isinstance(source, Fresh) else ""} | dict(fate)
+    taken = [part for part, why in parts.items() if not why]
+    fresh: dict[str, list[str]] = {}
+    for part, why in parts.items():
+        if why:
+            fresh.setdefault(why, []).append(part)
+    if not fresh:
+        return ""
+    told = [f"{', '.join(taken)} taken over"] if taken else []
+    return "; ".join([*told, *(f"{', '.join(names)} afresh ({why})" for why, names in fresh.items())])
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    return dict(zip(patterns.paths(tree), jax.tree.leaves(tree), strict=True))
+
+
+def _placed(value: np.ndarray, like: Any) -> jax.Array:
+    value = np.asarray(value, like.dtype)
+    if value.shape != like.shape:
+        raise AssertionError(f"made an array of shape {value.shape} for one of {like.shape}")
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])

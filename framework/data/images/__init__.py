@@ -1,0 +1,5 @@
+"""Labelled images."""
+
+from .images import ImageData
+
+__all__ = ["ImageData"]

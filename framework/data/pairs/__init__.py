@@ -1,0 +1,5 @@
+"""Sentence pairs for translation."""
+
+from .pairs import PairData
+
+__all__ = ["PairData"]

@@ -1,0 +1,71 @@
+"""What is measured, on disk: JSON lines for people and programs, TensorBoard events for browsers."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ..base import workdir as layout
+
+
+class MetricsWriter:
+    """Writes one line of `metrics.jsonl` per call, and the same numbers as TensorBoard events.
+
+    For one process of a run. On disk, the history of a resumed run is that of an uninterrupted one: lines
+    after the step it resumes from are dropped.
+    """
+
+    def __init__(self, workdir: Path, *, after_step: int):
+        """Keep what was measured up to `after_step`."""
+        self._path = workdir / layout.METRICS
+        self._workdir = workdir
+        # The library that writes events takes up to seconds to import; in a thread of its own it delays no step.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorboard")
+        self._events: Any = None
+        self._pending: list[Future[None]] = []
+        self.drop_after(after_step)
+
+    def write(self, *, step: int, seconds: float, tokens: int, values: Mapping[str, float]) -> None:
+        """Append what was measured after `step`; a number that is not finite becomes null."""
+        line = {"step": step, "seconds": round(seconds, 3), "tokens": tokens} | {
+            name: value if math.isfinite(value) else None for name, value in values.items()
+        }
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._pending.append(self._thread.submit(self._write_events, step, dict(values)))
+
+    def drop_after(self, step: int) -> None:
+        """Forget what was measured after a step."""
+        if not self._path.exists():
+            return
+        points = ((line, layout.parse_point(line)) for line in self._path.read_text(errors="replace").splitlines())
+        kept = [line for line, point in points if point is not None and point["step"] <= step]
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in kept))
+        partial.replace(self._path)
+
+    def close(self) -> None:
+        """Wait until all is on disk; raises what went wrong in the background."""
+        self._pending.append(self._thread.submit(self._close_events))
+        self._thread.shutdown()
+        for written in self._pending:
+            written.result()
+
+    def _write_events(self, step: int, values: dict[str, float]) -> None:
+        # TensorBoard's own writer: that of clu needs TensorFlow, which takes 1.3 GB on disk.
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        if self._events is None:
+            self._events = EventFileWriter(str(self._workdir))
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+        self._events.flush()
+
+    def _close_events(self) -> None:
+        if self._events is not None:
+            self._events.close()

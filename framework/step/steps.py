@@ -1,0 +1,215 @@
+"""The train step and the evaluation step: pure functions, jitted, with every sharding in plain sight."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ...optimizers.residence import HOST_KIND
+from ...optimizers.update.finite import all_finite
+from .. import optimizer
+from ..sharding import partitioning
+from ..task import Batch, Judge, Metrics, Task
+from . import averaging, guard
+from .averaging import AveragingOptions
+from .guard import GuardOptions
+from .state import TrainState, shardings
+
+
+def make_train_step(
+    task: Task,
+    tx: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    abstract: TrainState,
+    mesh: Mesh,
+    *,
+    seed: int,
+    microbatches: int = 1,
+    gradient_clip: float = 0.0,
+    guard_options: GuardOptions,
+    averaging_options: AveragingOptions = averaging.OFF,
+) -> jax.stages.Wrapped:
+    """The jitted train step `(state, batch) -> (state, metrics)`; it donates the state.
+
+    The batch is cut into `microbatches`, whose gradients are added up with the weight of their loss (the
+    number of targets, say), so that the result is the gradient of the whole batch however uneven the masks.
+    Where the guard does not accept the step (loss or any element of the gradient not finite, or a loss spike, by its
+    options), params, optimizer state, model state and averages stay bitwise as they were; `step` advances all the same.
+
+    Args:
+      task: gives the loss.
+      tx: the optimizer; the learning rate is its business.
+      learning_rate: the schedule given to `tx`, for reporting. It sees the number of steps not skipped.
+      abstract: the state's shapes and shardings.
+      mesh: the mesh.
+      seed: of the random keys: micro-batch i of step t has fold_in(fold_in(key(seed), t), i).
+      microbatches: number of micro-batches, dividing each device's share of the batch.
+      gradient_clip: bound on the global norm of the gradient; 0 leaves it alone.
+      guard_options: what is a loss spike, and what becomes of its step.
+      averaging_options: whether params are an average of what the optimizer trains; the loss is not the average's.
+
+    Metrics are float32 scalars (counts int32), the same on all devices: the task's (total / weight),
+    `gradient_norm` (before clipping), `update_norm`, `learning_rate`, `spike` (0 or 1), `spike_bound` (on the loss,
+    infinite while the guard has seen too few) and the guard's `skipped`, `consecutive_skips`, `clipped`, `spikes`.
+    """
+    params_shardings = shardings(abstract.params)
+    hosted = any(map(_in_host_memory, jax.tree.leaves(abstract.opt_state)))
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        point = averaging.point(state.variables, state.averaging, averaging_options)
+        gradients, model_state, sums = _whole_batch_gradients(
+            task, point, _cut(batch, microbatches, mesh), key, params_shardings
+        )
+        metrics = {name: total / weight for name, (total, weight) in sums.items()}
+        metrics["learning_rate"] = jnp.asarray(learning_rate(state.step - state.guard.skipped), jnp.float32)
+        metrics["gradient_norm"] = global_norm(gradients)
+
+        # Loss and finiteness are reductions over the global arrays, hence one decision for all devices.
+        verdict = guard.judge(state.guard, metrics["loss"], all_finite(gradients), guard_options)
+        if gradient_clip:
+            scale = gradient_clip / jnp.maximum(metrics["gradient_norm"], gradient_clip)
+            gradients = jax.tree.map(lambda leaf: leaf * scale, gradients)
+        # A solver inside the optimizer must never see a NaN, not even in a step that is thrown away: LAPACK
+        # may not return from one. An optimizer with state in host memory, which is renewed in place and cannot be
+        # chosen from here, has to see one and refuse the step itself.
+        gradients = jax.tree.map(lambda leaf: jnp.where(verdict.accepted, leaf, jnp.nan if hosted else 0), gradients)
+        updates, opt_state = tx.update(gradients, state.opt_state, point["params"])
+        metrics["update_norm"] = jnp.where(verdict.accepted, global_norm(updates), 0.0)
+
+        def guarded(new: Any, old: Any) -> Any:
+            return jax.tree.map(functools.partial(jnp.where, verdict.accepted), new, old)
+
+        iterate = {"params": averaging.moved(state.variables, state.averaging, updates), **model_state}
+        new, averages = averaging.advance(
+            state.variables, state.averaging, iterate, metrics["learning_rate"], averaging_options
+        )
+        clipped = (metrics["gradient_norm"] > gradient_clip) if gradient_clip else False
+        state = TrainState(
+            step=state.step + 1,
+            params=guarded(new.pop("params"), state.params),
+            opt_state=jax.tree.map(
+                lambda new, old, spec: new if _in_host_memory(spec) else jnp.where(verdict.accepted, new, old),
+                opt_state,
+                state.opt_state,
+                abstract.opt_state,
+            ),
+            model_state=guarded(new, state.model_state),
+            guard=guard.updated(state.guard, verdict, metrics["loss"], clipped, guard_options),
+            averaging=guarded(averages, state.averaging),
+        )
+        metrics |= {
+            "spike": verdict.spike.astype(jnp.int32),
+            "spike_bound": verdict.bound,
+            "skipped": state.guard.skipped,
+            "consecutive_skips": state.guard.consecutive,
+            "clipped": state.guard.clipped,
+            "spikes": state.guard.spikes,
+        }
+        return state, metrics
+
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings(abstract), partitioning.batch_sharding(mesh)),
+        out_shardings=(shardings(abstract), partitioning.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_diagnosis(tx: optax.GradientTransformation, abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+    """The jitted `opt_state -> {"optimizer/<diagnostic>": scalar}`, apart from the step: few steps are reported."""
+
+    def diagnose(opt_state: Any) -> dict[str, jax.Array]:
+        return {f"optimizer/{name}": value for name, value in optimizer.diagnostics(tx, opt_state).items()}
+
+    return jax.jit(diagnose, in_shardings=(shardings(abstract.opt_state),), out_shardings=partitioning.replicated(mesh))
+
+
+def make_eval_step(task: Task, abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+    """The jitted `(variables, batch) -> metrics` of one evaluation batch, (total, weight) pairs to add up."""
+
+    def eval_step(variables: dict[str, Any], batch: Batch) -> Metrics:
+        _, (_, metrics) = task.loss(variables, batch, key=jax.random.key(0), train=False)
+        return metrics
+
+    return jax.jit(
+        eval_step,
+        in_shardings=(shardings(abstract.variables), partitioning.batch_sharding(mesh)),
+        out_shardings=partitioning.replicated(mesh),
+    )
+
+
+def make_predict_step(judge: Judge, abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+    """The jitted `(variables, batch) -> predictions` of one held-out batch, whole on every process."""
+    return jax.jit(
+        judge.predict,
+        in_shardings=(shardings(abstract.variables), partitioning.batch_sharding(mesh)),
+        out_shardings=partitioning.replicated(mesh),
+    )
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Root of the sum of all squares, float32; it overflows only where the result does, not the squares."""
+    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf), initial=0.0) for leaf in leaves])
+    unit = jnp.where(largest > 0, largest, 1.0)
+    return unit * jnp.sqrt(sum(jnp.sum(jnp.square(leaf / unit)) for leaf in leaves))
+
+
+def _in_host_memory(spec: jax.ShapeDtypeStruct) -> bool:
+    return spec.sharding is not None and spec.sharding.memory_kind == HOST_KIND
+
+
+def _cut(batch: Batch, microbatches: int, mesh: Mesh) -> Batch:
+    """[batch, ...] to [microbatches, batch / microbatches, ...].
+
+    Micro-batch i has the examples i, i + microbatches, ...: a device cuts the examples it has, and none
+    moves.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(None, partitioning.batch_axes(mesh)))
+
+    def cut(leaf: jax.Array) -> jax.Array:
+        rows = leaf.reshape(leaf.shape[0] // microbatches, microbatches, *leaf.shape[1:])
+        return jax.lax.with_sharding_constraint(jnp.swapaxes(rows, 0, 1), sharding)
+
+    return jax.tree.map(cut, dict(batch))
+
+
+def _whole_batch_gradients(
+    task: Task, variables: dict[str, Any], microbatches: Batch, key: jax.Array, params_shardings: Any
+) -> tuple[Any, dict[str, Any], Metrics]:
+    """Gradient of sum(totals) / sum(weights) over the micro-batches, last model state, summed metrics."""
+    params = variables["params"]
+    first_model_state = {name: collection for name, collection in variables.items() if name != "params"}
+
+    def loss(params, model_state, batch, key):
+        return task.loss({"params": params, **model_state}, batch, key=key, train=True)
+
+    def lay_out(gradients):
+        return jax.tree.map(jax.lax.with_sharding_constraint, gradients, params_shardings)
+
+    def accumulate(carry, numbered_batch):
+        gradients, model_state = carry
+        number, batch = numbered_batch
+        (_, (model_state, metrics)), new = jax.value_and_grad(loss, has_aux=True)(
+            params, model_state, batch, jax.random.fold_in(key, number)
+        )
+        weight = metrics["loss"][1]
+        # A micro-batch without targets may have a loss of 0 / 0 and says nothing.
+        gradients = jax.tree.map(lambda total, leaf: total + jnp.where(weight > 0, weight * leaf, 0), gradients, new)
+        return (lay_out(gradients), model_state), metrics
+
+    count = jax.tree.leaves(microbatches)[0].shape[0]
+    start = lay_out(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params))
+    inputs = (jnp.arange(count), microbatches)
+    if count == 1:
+        # XLA keeps a loop of one turn, and on a CPU convolutions inside a loop take ten times as long.
+        (gradients, model_state), sums = accumulate((start, first_model_state), jax.tree.map(lambda x: x[0], inputs))
+    else:
+        (gradients, model_state), stacked = jax.lax.scan(accumulate, (start, first_model_state), inputs)
+        sums = jax.tree.map(lambda leaf: leaf.sum(axis=0), stacked)
+    weight = sums["loss"][1]
+    return jax.tree.map(lambda leaf: leaf / weight, gradients), model_state, sums

@@ -1,0 +1,313 @@
+"""What a state of Distributed Shampoo takes over from a saved one, of other devices, another model or other options.
+
+A saved state comes with a manifest that tells which block of which parameter lies where. Blocks are known by the path
+of their parameter and their coordinates in it, never by position: so statistics and roots find their blocks again on
+any number of devices, and beside parameters that were added or removed. Momenta and second moments belong to single
+elements and find these again even where blocks are of another size.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..kept import NO_GRADIENT
+from ..options import ShampooOptions
+from ..plan.blocks import Bucket, DiagonalLeaf, Leaf, Plan
+from ..plan.patterns import state_key
+from ..preconditioners import PRECONDITIONERS
+from .manifest import ELEMENTWISE, GATHERED, MOMENTUM, SECOND_MOMENT, Blocks, SavedBlocks, describe_bucket
+
+Arrays = Mapping[str, np.ndarray]
+
+_STATISTICS, _ROOTS, _IN_FLIGHT = "statistics", "roots", "roots in flight"
+
+
+class Kept(NamedTuple):
+    """An array that is taken over as it was saved.
+
+    Attributes:
+      name: of the saved array.
+    """
+
+    name: str
+
+
+class Made(NamedTuple):
+    """An array that is made of saved ones.
+
+    Attributes:
+      names: of the saved arrays.
+      make: from these, by name, the array.
+    """
+
+    names: tuple[str, ...]
+    make: Callable[[Arrays], np.ndarray]
+
+
+class Fresh(NamedTuple):
+    """An array of which nothing was saved that could be used.
+
+    Attributes:
+      why: for people.
+    """
+
+    why: str
+
+
+Source = Kept | Made | Fresh
+
+
+class Inheritance:
+    """Where each array of a new state comes from.
+
+    Args:
+      plan: of the new state's parameters.
+      options: of the new state.
+      manifest: what `describe` gave for the saved state.
+      shapes: name -> shape of the arrays that were saved; names are paths in the state, joined by slashes.
+      renamed: gives a saved parameter's path its name of today.
+
+    Raises:
+      ValueError: the manifest is not one.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        options: ShampooOptions,
+        manifest: Any,
+        shapes: Mapping[str, tuple[int, ...]],
+        renamed: Callable[[str], str] = lambda path: path,
+    ):
+        self._plan, self._options, self._shapes = plan, options, shapes
+        self._saved = SavedBlocks.read(manifest, shapes, renamed)
+        self._fates = {leaf.path: self._fate(bucket, leaf) for bucket in plan.buckets for leaf in bucket.leaves} | {
+            leaf.path: self._row_fate(leaf)
+            if leaf.by_row
+            else self._elementwise_fate(leaf.path, leaf.shape, leaf.beta2)
+            for leaf in plan.diagonal.values()
+        }
+
+    def source(self, name: str, shape: tuple[int, ...]) -> Source:
+        """Where the array `name` of the new state, of this shape, comes from."""
+        kind, _, rest = name.partition("/")
+        if kind == "buckets":
+            bucket_name, _, field = rest.partition("/")
+            return self._bucket_source(next(b for b in self._plan.buckets if b.name == bucket_name), field, shape)
+        if kind == "diagonal":
+            key, _, field = rest.partition("/")
+            path = next(leaf.path for leaf in self._plan.diagonal.values() if state_key(leaf.path) == key)
+            return self._diagonal_source(path, f"moments/{field}", shape)
+        return Kept(name) if self._shapes.get(name) == shape else Fresh("there is none")
+
+    def report(self) -> dict[str, dict[str, str]]:
+        """Path of a parameter -> part of its state -> "" where it is taken over, or why it is not."""
+        return self._fates
+
+    def notes(self) -> list[str]:
+        """What else a person should know."""
+        flying = [name for name in self._shapes if "/in_flight/" in name]
+        if flying and not (self._options.refresh == "host" and self._same_numbering):
+            return ["roots that were under way on the host are dropped; their blocks are refreshed when they are due"]
+        return []
+
+    @property
+    def _same_numbering(self) -> bool:
+        """Whether every block is due on the same steps as it was."""
+        mine = [
+            (b.name, *_numbering(describe_bucket(b)), *(leaf.path for leaf in b.leaves)) for b in self._plan.buckets
+        ]
+        saved = [(name, *_numbering(b.entry), *b.blocks) for name, b in self._saved.buckets.items()]
+        return mine == saved
+
+    def _fate(self, bucket: Bucket, leaf: Leaf) -> dict[str, str]:
+        fate = self._elementwise_fate(leaf.path, leaf.view.shape, bucket.group.beta2)
+        if not bucket.sides:
+            return fate
+        saved, mine = self._saved.blocks(leaf.path), _blocks(bucket, leaf)
+        fate[_STATISTICS] = fate[_ROOTS] = ""
+        if saved is None:
+            fate[_STATISTICS] = fate[_ROOTS] = "there are none"
+            return fate
+        entry = self._saved.buckets[self._saved.bucket_of[leaf.path]].entry
+        if saved.geometry != mine.geometry:
+            there, here = ("x".join(map(str, blocks.shape)) for blocks in (saved, mine))
+            fate[_STATISTICS] = f"blocks of {there} there, {here} here"
+            if there == here:
+                fate[_STATISTICS] = "blocks are cut in another way"
+        elif list(entry["sides"]) != list(bucket.sides):
+            fate[_STATISTICS] = f"of the sides {list(entry['sides'])} there, {list(bucket.sides)} here"
+        elif _statistics(entry["preconditioner"]) != _statistics(bucket.group.preconditioner):
+            fate[_STATISTICS] = f"{entry['preconditioner']} there, {bucket.group.preconditioner} here"
+        elif entry.get("rank", 0) != bucket.group.rank:
+            fate[_STATISTICS] = f"rank {entry.get('rank', 0)} there, {bucket.group.rank} here"
+        elif (entry["beta2"] == 1) != (bucket.group.beta2 == 1):
+            fate[_STATISTICS] = "a sum and an average are two things"
+        else:
+            fate[_STATISTICS] = _other_bytes(self._saved.statistics_dtype, self._options.statistics_dtype)
+        fate[_ROOTS] = (
+            fate[_STATISTICS]
+            or _other_bytes(self._saved.roots_dtype, self._options.roots_dtype)
+            or next(
+                (
+                    f"{field} {entry[field]} there, {getattr(bucket.group, field)} here"
+                    for field in ("preconditioner", "p", "ridge", "cut")
+                    if entry[field] != getattr(bucket.group, field)
+                ),
+                "",
+            )
+        )
+        return fate
+
+    def _elementwise_fate(self, path: str, shape: tuple[int, ...], beta2: float) -> dict[str, str]:
+        fate = {}
+        kept = [MOMENTUM] if self._options.beta1 else []
+        kept += [SECOND_MOMENT] if self._options.diagonal.has_second_moment else []
+        for field in kept:
+            found = self._elementwise(path, field)
+            if found is None:
+                fate[ELEMENTWISE[field]] = "there is none"
+            elif found[1] != shape:
+                fate[ELEMENTWISE[field]] = f"of shape {list(found[1])} there, {list(shape)} here"
+            elif field == MOMENTUM and self._saved.momentum != self._options.momentum:
+                fate[ELEMENTWISE[field]] = f"{self._saved.momentum} there, {self._options.momentum} here"
+            elif field == SECOND_MOMENT and self._saved.graft != self._options.graft:
+                fate[ELEMENTWISE[field]] = f"graft {self._saved.graft} there, {self._options.graft} here"
+            elif field == SECOND_MOMENT and (self._beta2(path) == 1) != (beta2 == 1):
+                fate[ELEMENTWISE[field]] = "a sum and an average are two things"
+            else:
+                fate[ELEMENTWISE[field]] = ""
+        return fate
+
+    def _row_fate(self, leaf: DiagonalLeaf) -> dict[str, str]:
+        """Of a parameter whose rows have one second moment each: it is a sum under any graft and any beta2."""
+        found, wanted = self._elementwise(leaf.path, SECOND_MOMENT), leaf.shape[:-1]
+        why = "" if found else "there is none"
+        if found and found[1] != wanted:
+            why = f"of shape {list(found[1])} there, {list(wanted)} here"
+        return {ELEMENTWISE[SECOND_MOMENT]: why}
+
+    def _beta2(self, path: str) -> float:
+        name = self._saved.bucket_of.get(path)
+        entry = self._saved.diagonal[path] if name is None else self._saved.buckets[name].entry
+        return float(entry["beta2"])
+
+    def _elementwise(self, path: str, field: str) -> tuple[str, tuple[int, ...]] | None:
+        """(name of the saved array that holds a parameter's momentum or second moment, the parameter's shape)."""
+        saved = self._saved.blocks(path)
+        if saved is not None:
+            name, shape = f"buckets/{self._saved.bucket_of[path]}/{field}", saved.view.shape
+            return (name, shape) if name in self._shapes else None
+        if path in self._saved.diagonal and field != GATHERED:
+            name = f"diagonal/{state_key(self._saved.saved_path[path])}/{field.partition('/')[2]}"
+            return (name, self._shapes[name]) if name in self._shapes else None
+        return None
+
+    def _parameter(self, path: str, name: str, arrays: Arrays) -> np.ndarray:
+        saved = self._saved.blocks(path)
+        return arrays[name] if saved is None else saved.joined(arrays[name])
+
+    def _diagonal_source(self, path: str, field: str, shape: tuple[int, ...]) -> Source:
+        why, found = self._fates[path][ELEMENTWISE[field]], self._elementwise(path, field)
+        if why or found is None:
+            return Fresh(why)
+        name, _ = found
+        if self._saved.blocks(path) is None:
+            return Kept(name)
+        return Made((name,), lambda arrays: self._parameter(path, name, arrays).reshape(shape))
+
+    def _bucket_source(self, bucket: Bucket, field: str, shape: tuple[int, ...]) -> Source:
+        name, slots = f"buckets/{bucket.name}/{field}", len(bucket.slots.reshape(-1))
+        part = _part(field)
+        fates = [self._fates[leaf.path].get(part, "") for leaf in bucket.leaves]
+        saved = self._saved.buckets.get(bucket.name)
+        unchanged = saved is not None and describe_bucket(bucket) == dict(saved.entry)
+        same = unchanged and self._shapes.get(name) == shape and not any(fates)
+        if same and (part != _IN_FLIGHT or self._same_numbering):
+            return Kept(name)
+        if field == "block":
+            return Made((), lambda _: bucket.slots.reshape(-1))
+        if field in ELEMENTWISE:
+            return self._elementwise_source(bucket, field, shape)
+        cuts = {leaf.path: _blocks(bucket, leaf) for leaf in bucket.leaves}
+        # parameter -> (the saved array, the parameter's slots in it)
+        found: dict[str, tuple[str, np.ndarray]] = {}
+        for path, why in zip(cuts, fates, strict=True):
+            there = self._saved.blocks(path)
+            if why or there is None or there.geometry != cuts[path].geometry:
+                continue
+            array = f"buckets/{self._saved.bucket_of[path]}/{field}"
+            like = self._shapes.get(array)
+            if like and like[1:] == shape[1:] and (part != _IN_FLIGHT or self._same_numbering):
+                found[path] = array, there.slots
+
+        def make(arrays: Arrays) -> np.ndarray:
+            dtype = next((arrays[array].dtype for array, _ in found.values()), np.dtype(np.float32))
+            rows = np.full((slots, *shape[1:]), NO_GRADIENT if field == "roots/exponent" else 0, dtype)
+            for path, (array, there) in found.items():
+                rows[cuts[path].slots] = arrays[array][there]
+            return rows
+
+        return Made(_unique(array for array, _ in found.values()), make)
+
+    def _elementwise_source(self, bucket: Bucket, field: str, shape: tuple[int, ...]) -> Source:
+        found = {}
+        for leaf in bucket.leaves:
+            there = self._elementwise(leaf.path, field)
+            why = self._fates[leaf.path].get(ELEMENTWISE[field], "")
+            if there is not None and there[1] == leaf.view.shape and not why:
+                found[leaf.path] = there[0]
+
+        def make(arrays: Arrays) -> np.ndarray:
+            dtype = next((arrays[there].dtype for there in found.values()), np.dtype(np.float32))
+            rows = np.zeros(shape, dtype)
+            for leaf in bucket.leaves:
+                if leaf.path in found:
+                    _blocks(bucket, leaf).cut_into(rows, self._parameter(leaf.path, found[leaf.path], arrays))
+            return rows
+
+        return Made(_unique(found.values()), make)
+
+
+def _blocks(bucket: Bucket, leaf: Leaf) -> Blocks:
+    before = bucket.leaves[: bucket.leaves.index(leaf)]
+    first = sum(other.blocks for other in before)
+    slots = bucket.slot_of_block[first : first + leaf.blocks]
+    return Blocks(leaf.view, leaf.tiling.pieces, bucket.shape, slots)
+
+
+def _part(field: str) -> str:
+    """What people call the part of the state that a field of a bucket belongs to; "" for its bookkeeping."""
+    if field in ELEMENTWISE:
+        return ELEMENTWISE[field]
+    if field.startswith("in_flight/"):
+        return _IN_FLIGHT
+    if field.startswith("roots/statistics/") or field == "roots/exponent":
+        return _STATISTICS
+    return "" if field == "block" else _ROOTS
+
+
+def _numbering(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What decides which blocks are due when, and what of them is solved."""
+    cuts = tuple((tuple(part["shape"]), tuple(part["pieces"])) for part in entry["parameters"])
+    return (
+        *(entry[field] for field in ("preconditioner", "p", "ridge", "cut", "first", "phases")),
+        entry.get("rank", 0),
+        tuple(entry["sides"]),
+        cuts,
+    )
+
+
+def _statistics(name: str) -> str:
+    """What a preconditioner's statistics are."""
+    return PRECONDITIONERS[name].statistics
+
+
+def _other_bytes(there: str, here: str) -> str:
+    """Why arrays of these types cannot be taken over; floats can become floats."""
+    return f"{there} there, {here} here" if there != here and "int8" in (there, here) else ""
+
+
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))

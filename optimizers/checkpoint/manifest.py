@@ -1,0 +1,333 @@
+"""The manifest of a state of Distributed Shampoo: which block of which parameter lies in which slot of which bucket.
+
+It is written beside the arrays, as JSON, and read back with care: nothing in it is believed that the shapes of the
+arrays, or another part of it, contradict.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import storage
+from ..host.in_flight import InFlight
+from ..kept import Roots, kept_shape
+from ..options import DTYPES, ShampooOptions
+from ..plan.blocks import Bucket, Leaf, Plan
+from ..plan.patterns import state_key
+from ..plan.views import View
+from ..preconditioners import PRECONDITIONERS
+
+MOMENTUM, SECOND_MOMENT, GATHERED = "moments/momentum", "moments/second_moment", "gathered"
+# Fields of a bucket's state that hold one number for each element of the parameters, and what people call them.
+ELEMENTWISE = {MOMENTUM: "momentum", SECOND_MOMENT: "second moment", GATHERED: "gathered gradients"}
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def describe(plan: Plan, options: ShampooOptions) -> dict[str, Any]:
+    """The manifest of a state, as JSON: what `SavedBlocks.read` reads."""
+    return {
+        "momentum": options.momentum,
+        "graft": options.graft,
+        "statistics_dtype": options.statistics_dtype,
+        "roots_dtype": options.roots_dtype,
+        "buckets": {bucket.name: describe_bucket(bucket) for bucket in plan.buckets},
+        "diagonal": {
+            leaf.path: {"shape": list(leaf.shape), "beta2": leaf.beta2} | ({"by_row": True} if leaf.by_row else {})
+            for leaf in plan.diagonal.values()
+        },
+    }
+
+
+def describe_bucket(bucket: Bucket) -> dict[str, Any]:
+    """One bucket of the manifest."""
+    return {
+        "shape": list(bucket.shape),
+        "sides": list(bucket.sides),
+        **{field: getattr(bucket.group, field) for field in ("preconditioner", "p", "beta2", "ridge", "cut")},
+        **({"rank": bucket.group.rank} if bucket.group.rank else {}),
+        "first": bucket.first,
+        "phases": bucket.phases,
+        "parameters": [_describe_leaf(leaf) for leaf in bucket.leaves],
+        "slots": bucket.slots.reshape(-1).tolist(),
+    }
+
+
+def _describe_leaf(leaf: Leaf) -> dict[str, Any]:
+    view = leaf.view
+    return {
+        "path": leaf.path,
+        "shape": list(view.shape),
+        "stack": list(view.stack),
+        "sides": [list(side) for side in view.sides],
+        "pieces": list(leaf.tiling.pieces),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """The blocks of one parameter in a bucket: how they are cut, and in which slots they lie.
+
+    Attributes:
+      view: the parameter's.
+      pieces: into how many each side is cut.
+      shape: of a block.
+      slots: [blocks], of the bucket, in the order stack x pieces.
+    """
+
+    view: View
+    pieces: tuple[int, ...]
+    shape: tuple[int, ...]
+    slots: np.ndarray
+
+    @property
+    def geometry(self) -> Any:
+        """Equal where blocks are the same parts of the same parameter."""
+        return self.view, self.pieces, self.shape
+
+    def joined(self, stack: np.ndarray) -> np.ndarray:
+        """Blocks [slots, *shape] of the bucket -> the parameter."""
+        view, sides = self.view, len(self.shape)
+        blocks = stack[self.slots].reshape(view.stacked, *self.pieces, *self.shape)
+        order = [0, *(1 + axis + half * sides for axis in range(sides) for half in (0, 1))]
+        padded = [count * length for count, length in zip(self.pieces, self.shape, strict=True)]
+        whole = blocks.transpose(order).reshape(view.stacked, *padded)
+        whole = whole[(slice(None), *map(slice, view.lengths))]
+        axes = self._axes
+        return whole.reshape([view.shape[axis] for axis in axes]).transpose(np.argsort(axes))
+
+    def cut_into(self, stack: np.ndarray, parameter: np.ndarray) -> None:
+        """The inverse of `joined`: writes the parameter's blocks into their slots of `stack`."""
+        view, sides = self.view, len(self.shape)
+        whole = parameter.transpose(self._axes).reshape(view.stacked, *view.lengths)
+        padded = [count * length for count, length in zip(self.pieces, self.shape, strict=True)]
+        widths = [(0, total - length) for total, length in zip(padded, view.lengths, strict=True)]
+        whole = np.pad(whole, [(0, 0), *widths])
+        split = [part for pair in zip(self.pieces, self.shape, strict=True) for part in pair]
+        order = [0, *range(1, 2 * sides, 2), *range(2, 2 * sides + 1, 2)]
+        stack[self.slots] = whole.reshape(view.stacked, *split).transpose(order).reshape(-1, *self.shape)
+
+    @property
+    def _axes(self) -> list[int]:
+        return [*self.view.stack, *(axis for side in self.view.sides for axis in side)]
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedBucket:
+    """A bucket of the manifest.
+
+    Attributes:
+      name: the bucket's.
+      entry: what `describe_bucket` gave for it.
+      shape: of a block.
+      sides: the preconditioned ones.
+      slots: [slots] int64, the block in each slot; the number of blocks where it is empty.
+      blocks: path of a parameter -> its blocks.
+    """
+
+    name: str
+    entry: Mapping[str, Any]
+    shape: tuple[int, ...]
+    sides: tuple[int, ...]
+    slots: np.ndarray
+    blocks: dict[str, Blocks]
+
+    @property
+    def count(self) -> int:
+        """Number of blocks."""
+        return sum(len(blocks.slots) for blocks in self.blocks.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedBlocks:
+    """What a manifest says.
+
+    Attributes:
+      momentum, graft, statistics_dtype, roots_dtype: of the options.
+      buckets: by name.
+      bucket_of: path of a parameter in blocks -> name of its bucket.
+      diagonal: path of a parameter under diagonal treatment -> its entry: shape, beta2 and by_row.
+      saved_path: path -> the same as it was when the state was saved.
+    """
+
+    momentum: str
+    graft: str
+    statistics_dtype: str
+    roots_dtype: str
+    buckets: dict[str, SavedBucket]
+    bucket_of: dict[str, str]
+    diagonal: dict[str, Mapping[str, Any]]
+    saved_path: dict[str, str]
+
+    def blocks(self, path: str) -> Blocks | None:
+        """The blocks of a parameter, None if it has none."""
+        name = self.bucket_of.get(path)
+        return None if name is None else self.buckets[name].blocks[path]
+
+    @classmethod
+    def read(cls, manifest: Any, shapes: Shapes, renamed: Callable[[str], str] = lambda path: path) -> "SavedBlocks":
+        """The inverse of `describe`.
+
+        Args:
+          manifest: what `describe` gave, or anything else that JSON can hold.
+          shapes: name -> shape of the arrays of the state; names are paths in it, joined by slashes.
+          renamed: gives a saved parameter's path its name of today, under which it is then known.
+
+        Raises:
+          ValueError: it is no manifest, or not that of these arrays.
+        """
+        try:
+            return _read(manifest, shapes, renamed)
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
+            what = str(error) if type(error) is ValueError else f"{type(error).__name__} {error}"
+            raise ValueError(f"no manifest of Distributed Shampoo: {what}") from error
+
+
+def _read(manifest: Any, shapes: Shapes, renamed: Callable[[str], str]) -> SavedBlocks:
+    buckets = {name: _bucket(name, entry) for name, entry in manifest["buckets"].items()}
+    known = set()
+    dtypes = {name: _text(manifest[name]) for name in ("statistics_dtype", "roots_dtype")}
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            raise ValueError(f"{name} {dtype!r:.50} is none of {', '.join(DTYPES)}")
+    for bucket in buckets.values():
+        known |= _check_arrays(bucket, shapes, **dtypes)
+    diagonal = {}
+    for path, kept in manifest["diagonal"].items():
+        shape = _wholes(kept["shape"])
+        by_row = _flag(kept.get("by_row", False))
+        diagonal[path] = {"shape": shape, "beta2": _number(kept["beta2"]), "by_row": by_row}
+        for field in (SECOND_MOMENT,) if by_row else (MOMENTUM, SECOND_MOMENT):
+            name, wanted = f"diagonal/{state_key(path)}/{field.partition('/')[2]}", shape[:-1] if by_row else shape
+            if shapes.get(name, wanted) != wanted:
+                raise ValueError(f"{name} has the shape {list(shapes[name])}; it should have {list(wanted)}")
+            known.add(name)
+    for name in ("count", "skipped"):
+        if shapes.get(name) != ():
+            raise ValueError(f"{name} is not there as a number")
+    for name in shapes:
+        if name.partition("/")[0] in ("buckets", "diagonal") and name not in known:
+            raise ValueError(f"{name} is an array that it does not describe")
+    paths = [*(path for bucket in buckets.values() for path in bucket.blocks), *diagonal]
+    saved_path = {renamed(path): path for path in paths}
+    if len(saved_path) != len(paths):
+        raise ValueError("a parameter is in it twice")
+    buckets = {
+        name: dataclasses.replace(bucket, blocks={renamed(path): blocks for path, blocks in bucket.blocks.items()})
+        for name, bucket in buckets.items()
+    }
+    return SavedBlocks(
+        momentum=_text(manifest["momentum"]),
+        graft=_text(manifest["graft"]),
+        **dtypes,
+        buckets=buckets,
+        bucket_of={path: name for name, bucket in buckets.items() for path in bucket.blocks},
+        diagonal={renamed(path): kept for path, kept in diagonal.items()},
+        saved_path=saved_path,
+    )
+
+
+def _bucket(name: str, entry: Mapping[str, Any]) -> SavedBucket:
+    shape, sides = _wholes(entry["shape"], least=1), _wholes(entry["sides"])
+    if not shape or list(sides) != sorted(set(sides) & {*range(len(shape))}):
+        raise ValueError(f"bucket {name} has the sides {list(sides)} of blocks of the shape {list(shape)}")
+    if _text(entry["preconditioner"]) not in PRECONDITIONERS:
+        raise ValueError(f"bucket {name} is under {entry['preconditioner']!r:.50}, which nobody knows here")
+    for field in ("p", "first"):
+        _whole(entry[field])
+    _whole(entry["phases"], least=1)
+    for field in ("beta2", "ridge", "cut"):
+        _number(entry[field])
+    _whole(entry.get("rank", 0))
+    slots = np.array(_wholes(entry["slots"]), np.int64)
+    slot_of_block = np.argsort(slots, kind="stable")
+    blocks: dict[str, Blocks] = {}
+    first = 0
+    for part in entry["parameters"]:
+        path = _text(part["path"])
+        view = View(_wholes(part["shape"]), _wholes(part["stack"]), tuple(map(_wholes, _list(part["sides"]))))
+        pieces = _wholes(part["pieces"], least=1)
+        if sorted([*view.stack, *(axis for side in view.sides for axis in side)]) != [*range(len(view.shape))]:
+            raise ValueError(f"{path} has an axis too many or too few")
+        if not len(view.sides) == len(pieces) == len(shape):
+            raise ValueError(f"{path} has {len(view.sides)} sides, its blocks {len(shape)}")
+        if any(whole > count * part for whole, count, part in zip(view.lengths, pieces, shape, strict=True)):
+            raise ValueError(f"{path} has sides of {list(view.lengths)}, its blocks do not cover them")
+        count = view.stacked * math.prod(pieces)
+        if count < 1 or first + count > len(slots) or path in blocks:
+            raise ValueError(f"{path} has {count} blocks, {len(slots) - first} slots are left")
+        blocks[path] = Blocks(view, pieces, shape, slot_of_block[first : first + count])
+        first += count
+    if not np.array_equal(slots[slot_of_block], np.minimum(np.arange(len(slots)), first)):
+        raise ValueError(f"the slots of bucket {name} do not hold each of its {first} blocks once")
+    return SavedBucket(name, entry, shape, sides, slots, blocks)
+
+
+def _check_arrays(bucket: SavedBucket, shapes: Shapes, statistics_dtype: str, roots_dtype: str) -> set[str]:
+    """The names of a bucket's arrays; raises ValueError if one is missing or has not the shape it must have."""
+    lengths = [bucket.shape[side] for side in bucket.sides]
+    symmetric, rank = PRECONDITIONERS[bucket.entry["preconditioner"]].symmetric, bucket.entry.get("rank", 0)
+
+    def per_side(field: str, dtype: str, *, packed: bool = True) -> dict[str, tuple[int, ...]]:
+        matrices = [kept_shape(r, rank, symmetric=packed) for r in lengths]
+        return {f"{field}/{number}": storage.shape_of(shape, dtype) for number, shape in enumerate(matrices)}
+
+    def per_slot(kind: type, prefix: str, *stacks: str) -> dict[str, tuple[int, ...]]:
+        fields: Sequence[str] = kind._fields  # type: ignore  (of a NamedTuple)
+        return {f"{prefix}/{field}": () for field in fields if field not in stacks}
+
+    needed = {"block": (), "graft_ratio": ()}
+    needed |= (
+        per_slot(Roots, "roots", "statistics", "roots", "second_moment", "spared")
+        | {f"roots/spared/{number}": () for number in range(len(lengths))}
+        | per_side("roots/statistics", statistics_dtype)
+        | per_side("roots/roots", roots_dtype, packed=symmetric)
+    )
+    in_flight = per_slot(InFlight, "in_flight", "statistics") | per_side("in_flight/statistics", "float32")
+    prefix = f"buckets/{bucket.name}/"
+    if any(name.startswith(f"{prefix}in_flight/") for name in shapes):
+        needed |= in_flight
+    known = dict.fromkeys([*ELEMENTWISE, "roots/second_moment"], bucket.shape) | needed
+    for field, shape in known.items():
+        there = shapes.get(f"{prefix}{field}")
+        if there != (len(bucket.slots), *shape) and (there is not None or field in needed):
+            found = "is missing" if there is None else f"has the shape {list(there)}"
+            raise ValueError(f"{prefix}{field} {found}; it should have {[len(bucket.slots), *shape]}")
+    return {f"{prefix}{field}" for field in known}
+
+
+def _whole(value: Any, *, least: int = 0) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{value!r:.50} where a whole number from {least} on is expected")
+    return value
+
+
+def _wholes(value: Any, *, least: int = 0) -> tuple[int, ...]:
+    return tuple(_whole(item, least=least) for item in _list(value))
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r:.50} where a list is expected")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"{value!r:.50} where a number is expected")
+    return float(value)
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"{value!r:.50} where true or false is expected")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.50} where a text is expected")
+    return value

@@ -1,0 +1,198 @@
+"""What travels between devices and host for a refresh on the host: one parcel of a phase's blocks each way.
+
+A parcel is one array per device, whatever the number of buckets, so that a transfer costs the host one call for a
+device: int32, in which floats lie by their bits. Statistics are copied into a parcel of their own, which nothing
+donates: a thread may read it while the train step reuses the state's memory. Neither program has a collective.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .. import residence, storage
+from ..exchange import Owners
+from ..kept import Roots, factor_shape, statistics_of, statistics_shape
+from ..options import ShampooOptions
+from ..plan.blocks import Bucket
+from ..refresh import schedule
+from ..refresh.refresh import Fresh, install
+from ..refresh.tolerance import suited
+from ..update.moments import correction
+
+
+class Contents(NamedTuple):
+    """One device's part of a parcel of statistics, for one bucket; axis 0 numbers the blocks that may be due.
+
+    Attributes:
+      statistics: per preconditioned side [w, r, r] float32, packed, or [w, r, rank].
+      correction: [w] float32, what statistics are to be divided by.
+      slot: [w] int32, the device's slots; past the last where nothing is due.
+      exponent: [w] int32, statistics are of gradients divided by 2^exponent.
+      suited: [w] int32, bit k tells that the factor of the k-th preconditioned side is to stay as it is.
+      sizes: [w, sides of a block] int32, the blocks' real lengths.
+    """
+
+    statistics: list[Any]
+    correction: Any
+    slot: Any
+    exponent: Any
+    suited: Any
+    sizes: Any
+
+
+class _Due(NamedTuple):
+    slot: Any
+    sizes: Any
+
+
+class Parcels:
+    """The two programs, and the order of what is in a parcel.
+
+    Args:
+      buckets: all buckets of the plan.
+      owners: the devices.
+      options: the schedule.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], owners: Owners, options: ShampooOptions):
+        self.buckets = [bucket for bucket in buckets if bucket.sides]
+        self.owners = owners
+        self._options = options
+        self._contents = {b.name: contents_spec(b, self.window(b)) for b in self.buckets}
+        self._answers = {b.name: self._found(b) for b in self.buckets}
+        self.take = jax.jit(self._take)
+        self.install = jax.jit(self._install, donate_argnums=0)
+
+    def tables(self) -> dict[str, _Due]:
+        """Which slots are due in each phase, and the blocks' real lengths, for `take`; axis 0 is to be shared out."""
+        return {b.name: _Due(b.due, b.real_sizes) for b in self.buckets}
+
+    def window(self, bucket: Bucket) -> int:
+        """The most blocks of a bucket that are due on one device in one phase."""
+        return bucket.due.shape[2]
+
+    def contents(self, parcel: Any) -> dict[str, Contents]:
+        """One device's part [m] of a parcel of statistics, taken apart; of a NumPy array the parts are views."""
+        return _parts(self._contents, parcel)
+
+    def answers(self, parcel: Any) -> dict[str, tuple[Any, Fresh]]:
+        """One device's part of a parcel of roots, taken apart: bucket name -> (slots, what was found for them)."""
+        return _parts(self._answers, parcel)
+
+    def empty_answer(self) -> np.ndarray:
+        """One device's part of a parcel of roots in which nothing is due."""
+        answer = np.zeros(sum(part.size for part in jax.tree.leaves(self._answers)), np.int32)
+        for bucket in self.buckets:
+            self.answers(answer)[bucket.name][0][:] = bucket.slots.shape[1]
+        return answer
+
+    def _take(
+        self,
+        states: Mapping[str, Roots],
+        tables: Mapping[str, _Due],
+        count: jax.Array,
+        last: jax.Array,
+        number: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The blocks of one phase that is due: (a parcel [owners, m] of their statistics, the count).
+
+        Args:
+          states: bucket name -> all blocks.
+          tables: of `tables`.
+          count: steps in the statistics; phases are those that are due after as many.
+          last: the count when this was asked before. Where it is the same the step was skipped, and nothing is due.
+          number: which of the phases that are due on one step.
+        """
+
+        def local(_: Any, owned: Any, shared: Any) -> Any:
+            (states, tables), (count, last, number) = owned, shared
+            first, phases = schedule.due_phases(count, self._options)
+            phase, due = (first + number) % self._options.interval, (count > last) & (number < phases)
+            updates = count // self._options.statistics_every
+            on_host = self._options.statistics_memory == "host"
+            contents = {}
+            for bucket in self.buckets:
+                state, table = states[bucket.name], tables[bucket.name]
+                slot = jnp.where(due, table.slot[0, phase], bucket.slots.shape[1])
+                exponent, sizes = state.exponent.at[slot].get(mode="clip"), table.sizes.at[slot].get(mode="clip")
+                kept = [residence.rows(s, slot, on_host=on_host) for s in state.statistics]
+                divisor = correction(bucket.group.beta2, updates, self._options)
+                whole = [statistics_of(s, bucket, number) / divisor for number, s in enumerate(kept)]
+                contents[bucket.name] = Contents(
+                    [storage.loaded(s, statistics_shape(bucket, number)) for number, s in enumerate(kept)],
+                    jnp.broadcast_to(divisor, slot.shape),
+                    slot,
+                    exponent,
+                    suited(state, slot, whole, sizes, bucket, self._options),
+                    sizes,
+                )
+            bits = [lax.bitcast_convert_type(x.ravel(), jnp.int32) for x in jax.tree.leaves(contents)]
+            parcel = jnp.concatenate([jnp.zeros(0, jnp.int32), *bits])[None]
+            # Not the count itself: that array the next step donates.
+            return {}, parcel, jnp.maximum(count, last)
+
+        _, parcel, count = self.owners.run(local, {}, {}, (states, tables), (count, last, number))
+        return parcel, count
+
+    def _install(
+        self, roots: Mapping[str, Roots], parcel: jax.Array, count: jax.Array, at: jax.Array, stamp: jax.Array
+    ) -> dict[str, Roots]:
+        """The roots with those of a parcel in their places.
+
+        Args:
+          roots: bucket name -> what a refresh writes; the statistics are left out.
+          parcel: [owners, m], the new roots.
+          count: steps taken so far.
+          at: the count at which they are to act; at another one nothing changes.
+          stamp: count of the steps that were in the statistics.
+        """
+
+        def local(_: Any, owned: Any, shared: Any) -> Any:
+            (roots, parcel), (count, at, stamp) = owned, shared
+            result = {}
+            for bucket in self.buckets:
+                slot, fresh = self.answers(parcel[0])[bucket.name]
+                slot = jnp.where(count == at, slot, bucket.slots.shape[1])
+                fresh = fresh._replace(accepted=fresh.accepted > 0, seen=fresh.seen > 0)
+                result[bucket.name] = install(roots[bucket.name], slot, fresh, stamp, bucket)
+            return {}, result, ()
+
+        return self.owners.run(local, {}, {}, (dict(roots), parcel), (count, at, stamp))[1]
+
+    def _found(self, bucket: Bucket) -> tuple[Any, Fresh]:
+        w = self.window(bucket)
+        roots = tuple(_floats(w, *factor_shape(bucket, number)) for number in range(len(bucket.sides)))
+        return _ints(w), Fresh(roots, *[_floats(w)] * 3, *[_ints(w)] * 3)
+
+
+def contents_spec(bucket: Bucket, blocks: int) -> Contents:
+    """Shapes and types of the contents of a parcel for so many blocks."""
+    statistics = [_floats(blocks, *statistics_shape(bucket, number)) for number in range(len(bucket.sides))]
+    slot, exponent, suited = [_ints(blocks)] * 3
+    return Contents(statistics, _floats(blocks), slot, exponent, suited, _ints(blocks, len(bucket.shape)))
+
+
+def _floats(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, np.float32)
+
+
+def _ints(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, np.int32)
+
+
+def _parts(like: Any, vector: Any) -> Any:
+    """A tree of consecutive parts of a vector of int32, each of the type that its bits are of."""
+    first = 0
+
+    def part(leaf: Any) -> Any:
+        nonlocal first
+        start, first = first, first + leaf.size
+        if isinstance(vector, jax.Array):
+            return lax.bitcast_convert_type(lax.slice(vector, (start,), (first,)), leaf.dtype).reshape(leaf.shape)
+        return vector[start:first].view(leaf.dtype).reshape(leaf.shape)
+
+    return jax.tree.map(part, like)

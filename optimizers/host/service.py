@@ -1,0 +1,444 @@
+"""Roots on the host: threads solve in float64 by LAPACK while the devices take the next steps.
+
+Around each step, outside jit:
+
+    state = service.install(state)      roots of the statistics of `delay` steps ago take their places
+    updates, state = step(...)
+    service.take(state)                 the statistics of the blocks that are due leave for the host
+
+Roots made from the statistics after `t` accepted steps act from step t + 1 + delay on, never sooner or later, however
+slow the host was: a root that is late is waited for, and the stall counted. Each process solves what its own devices
+hold, and nothing is communicated.
+
+A step that was skipped changes no statistics and counts for no delay. Whether one was, the host knows only when it has
+read the count of that step, which it does one step late so as not to wait for the device. So it offers the roots that
+are next unless the newest step was skipped, and the program that installs them compares the count on the device; roots
+that were not taken are offered again.
+"""
+
+import operator
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import threadpoolctl
+from jax.sharding import PartitionSpec
+
+from ..kept import kept_factor, preconditioner_of, trace, whole
+from ..linalg.sketch import is_sketch
+from ..options import ShampooOptions
+from ..plan.blocks import Bucket
+from ..refresh import schedule
+from ..residence import HOST_KIND
+from .in_flight import InFlight, empty_bank, recalled, store
+from .parcels import Contents, Parcels
+from .workers import Workers, pool_size
+
+# Share of a run's time spent waiting for roots that nobody need hear of.
+_TOLERATED = 0.02
+
+
+class HostRootsError(RuntimeError):
+    """A thread that solves has died. What is in flight is still there to be saved."""
+
+
+class Report(NamedTuple):
+    """What the host has done since the service began.
+
+    Attributes:
+      steps: steps that the service was asked for roots before.
+      solves: blocks solved.
+      retries: solves that were tried again with a larger regulariser.
+      stalls: steps that had to wait for roots.
+      stalled_seconds: how long they waited.
+      busy_seconds: of all threads together, solving.
+      seconds: since the service began.
+    """
+
+    steps: int
+    solves: int
+    retries: int
+    stalls: int
+    stalled_seconds: float
+    busy_seconds: float
+    seconds: float
+
+    def since(self, before: "Report") -> "Report":
+        """The difference."""
+        differences: Any = map(operator.sub, self, before)
+        return Report(*differences)
+
+
+class Event(NamedTuple):
+    """An interval of a timeline: `kind` is copy, solve, wait, take or install; seconds are those of perf_counter."""
+
+    kind: str
+    thread: str
+    start: float
+    end: float
+    stamp: int
+
+
+class _Work(NamedTuple):
+    """One device's part of a launch: what came, what goes back, and the solves that fill it in."""
+
+    device: Any
+    taken: dict[str, Contents]
+    answer: np.ndarray
+    solves: list[Future[None]]
+
+
+class _Launch:
+    """The statistics taken after one step.
+
+    Attributes:
+      count: on the device, steps accepted up to then; equal to that of the launch before if the step was skipped.
+      opened: resolves to the work of each parcel, a list for the process' devices.
+      stamp: the count, once it has been read.
+      offered: the launch whose roots were offered to the step after this one.
+    """
+
+    def __init__(self, count: jax.Array | None, opened: Future[list[list[_Work]]]):
+        self.count = count
+        self.opened = opened
+        self.stamp = 0
+        self.offered: _Launch | None = None
+
+
+class HostRoots:
+    """The service. Every process of a run makes the same calls in the same order.
+
+    Args:
+      parcels: the programs.
+      options: with refresh "host".
+      events: where to note a timeline, if anywhere.
+    """
+
+    def __init__(self, parcels: Parcels, options: ShampooOptions, events: list[Event] | None = None):
+        self._parcels = parcels
+        self._options = options
+        self._events = events
+        self._reader = Workers(1, "roots-reader")
+        self._solvers = Workers(pool_size(options.host_workers), "roots")
+        # One thread for each LAPACK call: the calls run side by side, and the number changes their last bits.
+        self._blas = threadpoolctl.threadpool_limits(limits=1, user_api="blas")
+        self._tables: Any = None
+        self._known = 0
+        self._last: Any = None
+        self._unknown: deque[_Launch] = deque()
+        self._flying: list[_Launch] = []
+        self._counters = threading.Lock()
+        self._steps = self._solves = self._retries = self._stalls = 0
+        self._stalled_seconds = 0.0
+        self._began = time.perf_counter()
+        self._reported = self._complained = self.report()
+
+    def start(self, state: Any) -> Any:
+        """Begin with a state, taking over what it has in flight. Returns it without; its roots are donated.
+
+        What the service had in flight before is forgotten.
+        """
+        self._unknown.clear()
+        self._flying.clear()
+        owners = self._parcels.owners
+        if owners.mesh is not None:
+            by_block, replicated = owners.sharding(owners.by_block), owners.sharding(PartitionSpec())
+        else:  # tied to its device from the first step on, lest programs be compiled once more for the second
+            (by_block,) = state.count.devices()
+            replicated, state = by_block, jax.device_put(state, by_block)
+        self._tables = jax.device_put(self._parcels.tables(), by_block)
+        self._last = jax.device_put(np.int32(0), replicated)
+        self._known = int(np.asarray(state.count))
+        self._resume(state)
+        state = state._replace(buckets={name: b._replace(in_flight=None) for name, b in state.buckets.items()})
+        # Compiles both programs, and makes of the count an array of its own. No root acts at count -1.
+        _, self._last = self._take(state, 0)
+        nothing = [(device, self._parcels.empty_answer()) for device in self._devices(state)]
+        return self._put(state, nothing, at=-1, stamp=0)
+
+    def install(self, state: Any) -> Any:
+        """Before a step: the state with the roots that are to act from this step on. The state's roots are donated.
+
+        Raises:
+          HostRootsError: a solve has died; the state is as it was.
+        """
+        delay = self._options.delay
+        self._steps += 1
+        while len(self._unknown) > min(delay, 1):
+            self._learn()
+        launch = next((x for x in self._flying if x.stamp + delay == self._known + len(self._unknown)), None)
+        if launch is None:
+            return state
+        for part in self._solved(launch)[: schedule.phases_due(launch.stamp, self._options)]:
+            start = time.perf_counter()
+            answers = [(work.device, work.answer) for work in part]
+            state = self._put(state, answers, at=launch.stamp + delay, stamp=launch.stamp)
+            self._note("install", start, launch.stamp)
+        if self._unknown:
+            self._unknown[-1].offered = launch
+        else:
+            self._flying.remove(launch)
+        return state
+
+    def take(self, state: Any) -> None:
+        """After a step: copy the statistics that are due, and begin to solve as soon as they are there."""
+        start = time.perf_counter()
+        counts = range(self._known + 1, self._known + len(self._unknown) + 2)
+        phases = max(schedule.phases_due(count, self._options) for count in counts)
+        parcels, count = [], self._last
+        for number in range(max(phases, 1)):
+            parcel, count = self._take(state, number)
+            parcel.copy_to_host_async()
+            parcels.append(parcel)
+        self._last = count
+        self._unknown.append(_Launch(count, self._reader.submit(self._open, parcels)))
+        self._note("take", start, self._known + len(self._unknown))
+
+    def with_in_flight(self, state: Any) -> Any:
+        """The state with what is in flight after this step, for a checkpoint; no solve is waited for."""
+        while self._unknown:
+            self._learn()
+        devices = self._devices(state)
+        banks = {device: {b.name: empty_bank(b) for b in self._parcels.buckets} for device in devices}
+        for launch in self._flying:
+            if launch.opened.exception() is not None:
+                continue  # the run is about to end for it; these blocks keep their roots until they are due again
+            for work in (work for part in launch.opened.result() for work in part):
+                for bucket in self._parcels.buckets:
+                    store(banks[work.device][bucket.name], work.taken[bucket.name], launch.stamp)
+        buckets = dict(state.buckets)
+        for bucket in self._parcels.buckets:
+            leaves = [jax.tree.leaves(banks[device][bucket.name]) for device in devices]
+            arrays = [self._assemble(devices, list(parts), host=True) for parts in zip(*leaves, strict=True)]
+            structure = jax.tree.structure(empty_bank(bucket))
+            buckets[bucket.name] = buckets[bucket.name]._replace(in_flight=jax.tree.unflatten(structure, arrays))
+        return state._replace(buckets=buckets)
+
+    def report(self) -> Report:
+        """What the host has done so far."""
+        with self._counters:
+            return Report(
+                self._steps,
+                self._solves,
+                self._retries,
+                self._stalls,
+                self._stalled_seconds,
+                self._solvers.busy_seconds,
+                time.perf_counter() - self._began,
+            )
+
+    def metrics(self) -> dict[str, float]:
+        """Totals so far, and the share of the threads' time in which they solved since this was asked last."""
+        now, before = self.report(), self._reported
+        self._reported = now
+        totals = {name: getattr(now, name) for name in ("solves", "retries", "stalls", "stalled_seconds")}
+        return {f"host/{name}": value for name, value in totals.items()} | {"host/busy": self._busy(now.since(before))}
+
+    def complaint(self) -> str | None:
+        """Which knob to turn if waiting for roots has cost more than 2 % since this was asked last; otherwise None."""
+        now, options = self.report(), self._options
+        new, self._complained = now.since(self._complained), now
+        if new.stalled_seconds <= _TOLERATED * new.seconds:
+            return None
+        busy = self._busy(new)
+        # A pool that is always busy cannot do the work; one that is not is only asked for it too early.
+        knob = (
+            f"raise interval ({options.interval}) or host_workers ({self._solvers.count})"
+            if busy > 0.8
+            else f"raise delay ({options.delay})"
+        )
+        return (
+            f"roots came late: {new.stalls} of {new.steps} steps waited {new.stalled_seconds:.2f} s for the host, "
+            f"whose threads were busy {busy:.0%} of the time; {knob}"
+        )
+
+    def _busy(self, report: Report) -> float:
+        return min(report.busy_seconds / (report.seconds * self._solvers.count), 1.0) if report.seconds else 0.0
+
+    def close(self) -> None:
+        """Solve nothing more. Returns at once, whatever the threads are doing."""
+        self._solvers.close()
+        self._reader.close()
+        self._blas.restore_original_limits()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def _learn(self) -> None:
+        """Read the oldest count that is not known yet: was the step skipped, and were roots installed after it?"""
+        launch = self._unknown.popleft()
+        stamp = int(np.asarray(launch.count))
+        if stamp > self._known:
+            launch.stamp = stamp
+            self._flying.append(launch)
+        self._known = stamp
+        offered = launch.offered
+        if offered is not None and offered.stamp + self._options.delay == stamp:
+            self._flying.remove(offered)
+
+    def _solved(self, launch: _Launch) -> list[list[_Work]]:
+        """The launch with all its answers, waited for if need be."""
+        start = time.perf_counter()
+        try:
+            parts = launch.opened.result()
+            late = False
+            for work in (work for part in parts for work in part):
+                for solve in work.solves:
+                    late |= not solve.done()
+                    solve.result()
+        except Exception as error:
+            raise HostRootsError(
+                f"a thread that takes roots on the host died: {type(error).__name__}: {error}"
+            ) from error
+        if late:
+            with self._counters:
+                self._stalls += 1
+                self._stalled_seconds += time.perf_counter() - start
+            self._note("wait", start, launch.stamp)
+        return parts
+
+    def _open(self, parcels: list[jax.Array]) -> list[list[_Work]]:
+        """In the reader's thread: wait for statistics to arrive, and hand out what is due."""
+        parts = []
+        while parcels:
+            parcel = jax.block_until_ready(parcels.pop(0))  # the devices' copies are let go one after the other
+            part = []
+            for shard in parcel.addressable_shards:
+                start = time.perf_counter()
+                taken = self._parcels.contents(np.asarray(shard.data)[0])
+                self._note("copy", start, 0)
+                part.append(self._begin(shard.device, taken))
+            parts.append(part)
+        return parts
+
+    def _begin(self, device: Any, taken: dict[str, Contents]) -> _Work:
+        """Hand out the solves of one device's part of a parcel."""
+        # Workers write into an array that is never used again: a device may take it as it is.
+        answer = self._parcels.empty_answer()
+        places = self._parcels.answers(answer)
+        solves = []
+        for bucket in self._parcels.buckets:
+            contents, (slots, fresh) = taken[bucket.name], places[bucket.name]
+            for i in np.flatnonzero(contents.slot < bucket.slots.shape[1]):
+                slots[i], fresh.suited[i] = contents.slot[i], contents.suited[i]
+                if contents.suited[i] == 2 ** len(bucket.sides) - 1:
+                    fresh.accepted[i] = fresh.seen[i] = True
+                else:
+                    solves.append(self._solvers.submit(self._solve, bucket, contents, fresh, i))
+        return _Work(device, taken, answer, solves)
+
+    def _solve(self, bucket: Bucket, contents: Contents, fresh: Any, i: int) -> None:
+        """In a worker's thread: the roots of one block."""
+        start = time.perf_counter()
+        group, preconditioner, sides, retries = bucket.group, preconditioner_of(bucket), [], 0
+        statistics = [whole(s[i], bucket, k) for k, s in enumerate(contents.statistics)]
+        fresh.seen[i] = all(trace(s) > 0 for s in statistics)
+        due = [k for k in range(len(bucket.sides)) if not contents.suited[i] >> k & 1]
+        for k in due:
+            size, s = contents.sizes[i, bucket.sides[k]], statistics[k]
+            part = s if is_sketch(s) else s[:size, :size]
+            a = np.asarray(part, np.float64) / np.float64(contents.correction[i])
+            root, tried = preconditioner.solve_on_host(a, size, group, self._options)
+            retries += tried
+            sides.append(root)
+        scale = 2.0 ** preconditioner.shift(int(contents.exponent[i]), group)
+        accepted = fresh.seen[i] and all(side is not None for side in sides)
+        if accepted:
+            for k, found in zip(due, sides, strict=True):
+                # A sketch's has its padding already.
+                padded = np.pad(found.root * scale, (0, bucket.shape[bucket.sides[k]] - len(found.root)))
+                fresh.roots[k][i] = kept_factor(padded, bucket)
+            fresh.residual[i] = max(side.residual for side in sides)
+            fresh.condition[i] = max(side.condition for side in sides)
+            fresh.effective_rank[i] = min(side.effective_rank for side in sides)
+        fresh.accepted[i] = accepted
+        with self._counters:
+            self._solves += 1
+            self._retries += retries
+        self._note("solve", start, 0)
+
+    def _take(self, state: Any, number: int) -> tuple[jax.Array, jax.Array]:
+        roots = {b.name: state.buckets[b.name].roots for b in self._parcels.buckets}
+        return self._parcels.take(roots, self._tables, state.count, self._last, np.int32(number))
+
+    def _put(self, state: Any, answers: list[tuple[Any, np.ndarray]], *, at: int, stamp: int) -> Any:
+        """The state with the answers of all devices installed."""
+        parcel = self._assemble([device for device, _ in answers], [answer[None] for _, answer in answers])
+        written = {
+            b.name: state.buckets[b.name].roots._replace(statistics=(), exponent=None) for b in self._parcels.buckets
+        }
+        installed = self._parcels.install(written, parcel, state.count, np.int32(at), np.int32(stamp))
+        buckets = dict(state.buckets)
+        for name, roots in installed.items():
+            old = buckets[name].roots
+            roots = roots._replace(statistics=old.statistics, exponent=old.exponent)
+            buckets[name] = buckets[name]._replace(roots=roots)
+        return state._replace(buckets=buckets)
+
+    def _assemble(self, devices: list[Any], parts: list[np.ndarray], *, host: bool = False) -> jax.Array:
+        """One array of the devices' parts along axis 0; `host` leaves it in the hosts' memory, where devices can."""
+        owners = self._parcels.owners
+        if owners.mesh is None:
+            return jax.device_put(parts[0], devices[0])
+        sharding = owners.sharding(owners.by_block)
+        if host and all(HOST_KIND in {m.kind for m in d.addressable_memories()} for d in devices):
+            sharding = sharding.with_memory_kind(HOST_KIND)
+        shape = (owners.count * parts[0].shape[0], *parts[0].shape[1:])
+        places = sharding.addressable_devices_indices_map(shape)
+        by_device = dict(zip(devices, parts, strict=True))
+        kind = sharding.memory_kind
+        arrays = [jax.device_put(by_device[d], jax.sharding.SingleDeviceSharding(d, memory_kind=kind)) for d in places]
+        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+    def _devices(self, state: Any) -> list[Any]:
+        mesh = self._parcels.owners.mesh
+        if mesh is None:
+            return list(state.count.devices())
+        return [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+
+    def _resume(self, state: Any) -> None:
+        """Hand out what a checkpoint had in flight, as it was handed out then."""
+        buckets = self._parcels.buckets
+        if not buckets or state.buckets[buckets[0].name].in_flight is None:
+            return
+        kept: dict[Any, dict[str, InFlight]] = {device: {} for device in self._devices(state)}
+        for bucket in buckets:
+            leaves, structure = jax.tree.flatten(state.buckets[bucket.name].in_flight)
+            for device in kept:
+                parts = [next(s.data for s in leaf.addressable_shards if s.device == device) for leaf in leaves]
+                kept[device][bucket.name] = jax.tree.unflatten(structure, [np.array(part) for part in parts])
+        tables = {bucket.name: bucket.real_sizes.reshape(*bucket.slots.shape, -1) for bucket in buckets}
+        numbers = {d: i for i, d in enumerate(self._devices_of_mesh(state))}
+        for stamp in range(max(1, self._known - self._options.delay), self._known + 1):
+            parts: list[list[_Work]] = [[] for _ in range(schedule.phases_due(stamp, self._options))]
+            for device, by_name in kept.items():
+                due = {b.name: np.flatnonzero(by_name[b.name].stamp == stamp) for b in buckets}
+                for number, part in enumerate(parts):
+                    taken = {}
+                    for bucket in buckets:
+                        window = self._parcels.window(bucket)
+                        slots = due[bucket.name][number * window : (number + 1) * window]
+                        sizes = tables[bucket.name][numbers[device]]
+                        taken[bucket.name] = recalled(by_name[bucket.name], slots, sizes, window)
+                    part.append(self._begin(device, taken))
+            opened: Future[list[list[_Work]]] = Future()
+            opened.set_result(parts)
+            launch = _Launch(None, opened)
+            launch.stamp = stamp
+            self._flying.append(launch)
+
+    def _devices_of_mesh(self, state: Any) -> list[Any]:
+        mesh = self._parcels.owners.mesh
+        return list(mesh.devices.flat) if mesh is not None else self._devices(state)
+
+    def _note(self, kind: str, start: float, stamp: int) -> None:
+        if self._events is not None:
+            thread = threading.current_thread().name
+            self._events.append(Event(kind, thread, start, time.perf_counter(), stamp))

@@ -1,0 +1,353 @@
+"""Parameters cut into blocks, and blocks of one shape gathered into buckets: the static plan of the optimizer.
+
+A parameter's block shape depends on that parameter alone, never on its neighbours or on the number of devices,
+so a checkpoint can name a block by path and coordinates.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ..linalg.sketch import columns
+from ..options import Rule, ShampooOptions, Treatment
+from ..preconditioners import PRECONDITIONERS
+from . import patterns
+from .assignment import assign_owners
+from .tiles import Tiling, make_tiling
+from .views import View, matrix_axes, matrix_view, names_by_path, tensor_view
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One preconditioned parameter and its place in its bucket.
+
+    Attributes:
+      index: position among the leaves of the parameter tree.
+      path: the parameter's path.
+      tiling: its view, its blocks and how its shards are cut into tiles.
+    """
+
+    index: int
+    path: str
+    tiling: Tiling
+
+    @property
+    def view(self) -> View:
+        """The parameter as a stack of tensors."""
+        return self.tiling.view
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks: stack x pieces of the sides, in this order."""
+        return self.tiling.blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """What blocks must agree in to share a bucket; buckets are ordered by it.
+
+    Attributes:
+      shape: the block's sides, padding included, shorter parameter sides first.
+      sides: which of them are preconditioned.
+      p: the order of the inverse roots, 0 where no side has statistics.
+      beta2, ridge, cut: of statistics and roots.
+      preconditioner: a name in the family.
+      rank: of the sketches that are kept of longer sides; 0 where no side has one.
+    """
+
+    shape: tuple[int, ...]
+    sides: tuple[int, ...]
+    p: int
+    beta2: float
+    ridge: float
+    cut: float
+    preconditioner: str
+    rank: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bucket:
+    """Blocks of one shape and one treatment: arrays [slots, *shape], whose slots are shared out over all devices.
+
+    Block i of the bucket is block `first + i` of the whole plan. That number alone decides in which phase of the
+    refresh interval it is due, so that a run does not depend on the number of devices; `owner` tells whose it is.
+
+    Attributes:
+      name: of the group, as far as it tells the bucket from others.
+      group: what its blocks have in common.
+      leaves: the parameters whose blocks it holds, in order.
+      first: number of blocks in the buckets before it.
+      owners: number of devices that share its slots.
+      phases: number of steps over which the refresh of all blocks is spread.
+      owner: the owner of each block.
+    """
+
+    name: str
+    group: Group
+    leaves: tuple[Leaf, ...]
+    first: int
+    owners: int
+    phases: int
+    owner: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Lengths of a block's sides, padding included."""
+        return self.group.shape
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The preconditioned sides."""
+        return self.group.sides
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return len(self.owner)
+
+    @property
+    def matrices(self) -> int:
+        """Number of whole matrices (each of a stack counts), plus one for the empty slots."""
+        return sum(leaf.view.stacked for leaf in self.leaves) + 1
+
+    @functools.cached_property
+    def slots(self) -> np.ndarray:
+        """[owners, slots per owner] int32: the block in each slot, or `blocks` where the slot is empty."""
+        slots = np.full((self.owners, slots_per_owner(self.blocks, self.owners)), self.blocks, np.int32)
+        owner = np.asarray(self.owner, np.int64)
+        for device in range(self.owners):
+            own = np.flatnonzero(owner == device)
+            slots[device, : len(own)] = own
+        return slots
+
+    @functools.cached_property
+    def slot_of_block(self) -> np.ndarray:
+        """[blocks] int32: where each block lies in the flattened `slots`."""
+        return np.argsort(self.slots.reshape(-1), kind="stable")[: self.blocks].astype(np.int32)
+
+    @functools.cached_property
+    def due(self) -> np.ndarray:
+        """[owners, phases, window] int32: slots (of the owner) due in each phase, filled up with slots per owner."""
+        width = self.slots.shape[1]
+        rows: list[list[list[int]]] = []
+        for blocks in self.slots.tolist():
+            rows.append([[] for _ in range(self.phases)])
+            for slot, block in enumerate(blocks):
+                if block < self.blocks:
+                    rows[-1][(self.first + block) % self.phases].append(slot)
+        window = max(len(phase) for device in rows for phase in device)
+        return np.array([[phase + [width] * (window - len(phase)) for phase in device] for device in rows], np.int32)
+
+    @functools.cached_property
+    def matrix_of_slot(self) -> np.ndarray:
+        """[owners * slots] int32: which matrix each slot's block belongs to; empty slots belong to the last."""
+        ids, first = [], 0
+        for leaf in self.leaves:
+            ids.append(first + np.repeat(np.arange(leaf.view.stacked), math.prod(leaf.tiling.pieces)))
+            first += leaf.view.stacked
+        return np.concatenate([*ids, [first]]).astype(np.int32)[self.slots.reshape(-1)]
+
+    @functools.cached_property
+    def elements_of_matrix(self) -> np.ndarray:
+        """[matrices] float32: number of elements of each matrix; 1 for the empty slots."""
+        counts = [np.full(leaf.view.stacked, math.prod(leaf.view.lengths)) for leaf in self.leaves]
+        return np.concatenate([*counts, [1]]).astype(np.float32)
+
+    @functools.cached_property
+    def real_sizes(self) -> np.ndarray:
+        """[owners * slots, sides of a block] int32: how much of each side of each slot's block is not padding."""
+        sizes = []
+        for leaf in self.leaves:
+            sides = [
+                np.clip(whole - part * np.arange(count), 0, part)
+                for whole, part, count in zip(leaf.view.lengths, self.shape, leaf.tiling.pieces, strict=True)
+            ]
+            grid = np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, len(sides))
+            sizes.append(np.tile(grid, (leaf.view.stacked, 1)))
+        return np.concatenate([*sizes, np.zeros((1, len(self.shape)))]).astype(np.int32)[self.slots.reshape(-1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class DiagonalLeaf:
+    """One parameter under diagonal treatment, of its elements or of its rows.
+
+    Attributes:
+      path, shape: the parameter's.
+      beta2: of its second moment.
+      by_row: whether a row (the last axis) shares one second moment, and has no momentum.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    beta2: float
+    by_row: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Every parameter's treatment: in a bucket, or diagonal.
+
+    Attributes:
+      buckets: the buckets, ordered by group.
+      diagonal: the parameters under diagonal treatment, by their position among the leaves.
+      treatments: path -> a short text for tables.
+    """
+
+    buckets: tuple[Bucket, ...]
+    diagonal: dict[int, DiagonalLeaf]
+    treatments: dict[str, str]
+
+
+def slots_per_owner(blocks: int, owners: int) -> int:
+    """Slots that each owner of a bucket needs."""
+    return math.ceil(blocks / owners)
+
+
+def cut(side: int, block_size: int) -> tuple[int, int]:
+    """Cut a side into equal parts: (number of parts, length of each with padding).
+
+    The length is rounded up to a multiple of 1/16 of its power of two (a multiple of 8 from 128 on), which keeps the
+    number of different shapes small for at most one part in sixteen of padding.
+    """
+    pieces = math.ceil(side / block_size)
+    length = math.ceil(side / pieces)
+    granule = max(1, 2 ** (length.bit_length() - 1) // 16)
+    # Never beyond the block size itself: a longer part could leave the last block empty.
+    return pieces, min(math.ceil(length / granule) * granule, block_size)
+
+
+def make_plan(params: Any, axis_names: Any, param_specs: Any, options: ShampooOptions, mesh: Mapping[str, int]) -> Plan:
+    """Decide the treatment of every parameter, gather blocks into buckets and share them out.
+
+    Args:
+      params: tree of arrays or ShapeDtypeStructs.
+      axis_names: None, or a tree shaped like params whose leaves are tuples with one name (or None) per axis.
+      param_specs: None (replicated), or a tree shaped like params of PartitionSpecs or NamedShardings.
+      options: treatments, block size, exponent and so on.
+      mesh: axis name -> number of devices; all together own the blocks.
+
+    Raises:
+      ValueError: a path that no treatment covers, or axis names or specs that do not fit the parameters.
+    """
+    leaves = jax.tree.leaves(params)
+    names, specs = names_by_path(axis_names), _specs_by_path(param_specs)
+    rules = [(pattern, options.resolve(Treatment.parse(text))) for pattern, text in options.treatments]
+    grouped: dict[Group, list[Leaf]] = {}
+    diagonal: dict[int, DiagonalLeaf] = {}
+    treatments: dict[str, str] = {}
+    for index, (path, leaf) in enumerate(zip(patterns.paths(params), leaves, strict=True)):
+        if (names and path not in names) or (specs and path not in specs):
+            raise ValueError(f"{path!r} is a parameter, but the axis names or the specs given have none for it")
+        _check_spec(path, leaf.shape, specs.get(path), mesh)
+        rule = patterns.first_match(rules, path)
+        view, sides = _view(leaf.shape, names.get(path), rule, options)
+        if rule.kind == "rows" and len(leaf.shape) >= 2 and 0 not in leaf.shape:
+            diagonal[index] = DiagonalLeaf(path, tuple(leaf.shape), beta2=1.0, by_row=True)
+            treatments[path] = "rows (adagrad)"
+            continue
+        if not rule.preconditioner or not view.is_matrix:
+            diagonal[index] = DiagonalLeaf(path, tuple(leaf.shape), rule.beta2)
+            treatments[path] = f"diagonal ({options.graft})"
+            continue
+        cuts = [cut(length, rule.block_size) for length in view.lengths]
+        pieces, shape = (tuple(part[i] for part in cuts) for i in (0, 1))
+        p = rule.order(len(sides))
+        sides = sides if p else ()
+        sketched = any(columns(shape[side], rule.rank) < shape[side] for side in sides)
+        regularisers = (rule.ridge, rule.cut)
+        group = Group(shape, sides, p, rule.beta2, *regularisers, rule.preconditioner, rule.rank if sketched else 0)
+        entry = Leaf(index, path, make_tiling(view, pieces, shape, specs.get(path), mesh))
+        grouped.setdefault(group, []).append(entry)
+        treatments[path] = f"{rule.kind} {_title(group)} x{entry.blocks}"
+    phases = 1 if options.refresh == "periodic" else options.interval
+    return Plan(_buckets(grouped, math.prod(mesh.values()), phases, options), diagonal, treatments)
+
+
+def _view(
+    shape: tuple[int, ...], names: tuple[str | None, ...] | None, rule: Rule, options: ShampooOptions
+) -> tuple[View, tuple[int, ...]]:
+    """The parameter's view and which of its sides are preconditioned."""
+    stack = min(rule.stack, len(shape))
+    if rule.view == "tensor" and rule.side == "both" and not (rule.preconditioner and rule.family.matrices_only):
+        view = tensor_view(shape, names, stack_axes=options.stack_axes, merge_dims=options.merge_dims, stack=stack)
+        return view, tuple(range(len(view.sides)))
+    axes = {"stack_axes": options.stack_axes, "fold_axes": options.fold_axes, "stack": stack}
+    view = matrix_view(shape, names, **axes)
+    if rule.side == "both":
+        return view, (0, 1)
+    if rule.side == "short":
+        return view, (0,)
+    _, left, right = matrix_axes(len(shape), names, **axes)
+    return view, (view.sides.index(tuple(left if rule.side == "left" else right)),)
+
+
+def _buckets(
+    grouped: Mapping[Group, list[Leaf]], owners: int, phases: int, options: ShampooOptions
+) -> tuple[Bucket, ...]:
+    groups = sorted(grouped, key=dataclasses.astuple)
+    counts = [sum(leaf.blocks for leaf in grouped[group]) for group in groups]
+    bucket = np.repeat(np.arange(len(groups)), counts)
+    # Blocks of different parameters have one holder if the parameters' shards lie on the same devices.
+    holders: dict[tuple[Any, int], int] = {}
+    holder = [
+        holders.setdefault((tuple(names for _, names in leaf.tiling.sharded), shard), len(holders))
+        for group in groups
+        for leaf in grouped[group]
+        for shard in leaf.tiling.holder.tolist()
+    ]
+    number = np.arange(len(bucket))
+    owner = assign_owners(bucket, np.asarray(holder, np.int64), number % phases, owners)
+    result, first = [], 0
+    for group, count in zip(groups, counts, strict=True):
+        part = tuple(owner[first : first + count].tolist())
+        name = _name(group, options)
+        result.append(Bucket(name, group, tuple(grouped[group]), first, owners, phases, part))
+        first += count
+    return tuple(result)
+
+
+def _title(group: Group) -> str:
+    """As in "128x512 p4"; where not all sides are preconditioned, those that are have a mark: "128*x512 p2"."""
+    marked = group.sides if len(group.sides) < len(group.shape) else ()
+    lengths = "x".join(f"{length}{'*' if side in marked else ''}" for side, length in enumerate(group.shape))
+    rank = f" rank {group.rank}" if group.rank else ""
+    return f"{lengths} {PRECONDITIONERS[group.preconditioner].title(group.p)}{rank}"
+
+
+def _name(group: Group, options: ShampooOptions) -> str:
+    """A key for the state: letters, digits, dots, dashes, underscores."""
+    sides = "all" if len(group.sides) == len(group.shape) else "side" + "".join(map(str, group.sides))
+    parts = ["x".join(map(str, group.shape)), sides, f"p{group.p}"]
+    for field in ("beta2", "ridge", "cut"):
+        if getattr(group, field) != getattr(options, field):
+            parts.append(f"{field}-{getattr(group, field)!r}".replace("+", ""))
+    if group.rank:
+        parts.append(f"rank-{group.rank}")
+    return "_".join([*parts, *([] if group.preconditioner == "shampoo" else [group.preconditioner])])
+
+
+def _check_spec(path: str, shape: tuple[int, ...], spec: PartitionSpec | None, mesh: Mapping[str, int]) -> None:
+    if len(spec or ()) > len(shape):
+        raise ValueError(
+            f"{path!r} has the spec {spec} with {len(spec or ())} entries, but its shape {shape} has {len(shape)}"
+        )
+    for entry in spec or ():
+        for name in (entry,) if isinstance(entry, str) else entry or ():
+            if name not in mesh:
+                found = f"the mesh has no axis {name!r}; it has {', '.join(mesh)}" if mesh else "no mesh is given"
+                raise ValueError(f"{path!r} has the spec {spec}, but {found}")
+
+
+def _specs_by_path(param_specs: Any) -> dict[str, PartitionSpec]:
+    """A tree of PartitionSpecs or NamedShardings as a dict from path to spec; empty for None."""
+    entries = jax.tree_util.tree_leaves_with_path(param_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return {
+        patterns.path_name(key_path): spec.spec if isinstance(spec, NamedSharding) else spec
+        for key_path, spec in entries
+    }

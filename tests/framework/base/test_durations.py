@@ -1,0 +1,106 @@
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shampax.framework.base.durations import UNITS, Units, to_steps
+from shampax.framework.base.errors import UserError
+
+RUN = Units(batch_size=16, examples_per_epoch=1_000, tokens_per_example=128, total_steps=333)
+counts = st.integers(min_value=1, max_value=10**7)
+units_of_a_run = st.builds(
+    Units, batch_size=counts, examples_per_epoch=counts, tokens_per_example=counts, total_steps=counts
+)
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [
+        (600, 600),
+        ("600", 600),
+        ("600 steps", 600),
+        ("1 step", 1),
+        ("1_000 steps", 1_000),
+        ("1.5e3 steps", 1_500),
+        ("2 epochs", 125),
+        ("1 epoch", 63),
+        ("0.1 epochs", 7),
+        ("1e6 examples", 62_500),
+        ("17 examples", 2),
+        ("5e6tokens", 2_442),
+        ("10%", 34),
+        ("100 %", 333),
+        ("0 steps", 0),
+        ("0%", 0),
+    ],
+)
+def test_known_durations(duration, steps):
+    assert to_steps(duration, RUN) == steps
+
+
+@pytest.mark.parametrize(
+    ("duration", "fix"),
+    [
+        ("soon", "write a number and a unit"),
+        ("", "write a number and a unit"),
+        ("-5 steps", "write a number and a unit"),
+        (-5, "write a number and a unit"),
+        ("nan steps", "write a number and a unit"),
+        ("1e999999999 examples", "write a number and a unit"),
+        ("2.5 steps", "use 3 steps"),
+        ("5 epoks", "did you mean 5 epochs?"),
+        ("5 fortnights", "write 600 steps, 2 epochs"),
+    ],
+)
+def test_an_error_says_what_to_write(duration, fix):
+    with pytest.raises(UserError, match="duration") as caught:
+        to_steps(duration, RUN)
+    assert fix in str(caught.value)
+    assert repr(duration) in str(caught.value)
+
+
+def test_a_run_cannot_be_a_percentage_of_itself():
+    with pytest.raises(UserError, match=r"use 600 steps, 2 epochs, 1e6 examples or 5e6 tokens$"):
+        to_steps("10%", dataclasses.replace(RUN, total_steps=None))
+
+
+@settings(deadline=None)
+@given(number=st.integers(min_value=0, max_value=10**9), units=units_of_a_run)
+def test_examples_fit_into_their_steps_and_into_no_fewer(number, units):
+    steps = to_steps(f"{number} examples", units)
+    assert (steps - 1) * units.batch_size < number <= steps * units.batch_size
+
+
+@settings(deadline=None)
+@given(number=st.integers(min_value=0, max_value=10**6), units=units_of_a_run)
+def test_one_duration_said_in_three_units_is_one_number_of_steps(number, units):
+    steps = to_steps(f"{number} epochs", units)
+    examples = number * units.examples_per_epoch
+    assert to_steps(f"{examples} examples", units) == steps
+    assert to_steps(f"{examples * units.tokens_per_example} tokens", units) == steps
+
+
+@settings(deadline=None)
+@given(percent=st.decimals(min_value=0, max_value=100, places=3), units=units_of_a_run)
+def test_a_part_of_a_run_is_no_longer_than_the_run(percent, units):
+    steps = to_steps(f"{percent:f}%", units)
+    assert 0 <= steps <= units.total_steps
+    assert (steps == 0) == (percent == 0)
+
+
+@settings(deadline=None)
+@given(unit=st.sampled_from(UNITS), units=units_of_a_run, numbers=st.tuples(counts, counts))
+def test_longer_durations_take_no_fewer_steps(unit, units, numbers):
+    short, long = sorted(numbers)
+    assert to_steps(f"{short} {unit}", units) <= to_steps(f"{long} {unit}", units)
+
+
+@settings(deadline=None)
+@given(st.text() | st.from_regex(r"[0-9_.eE+-]* ?[a-z%]*", fullmatch=True))
+def test_any_text_is_a_duration_or_a_user_error(text):
+    try:
+        steps = to_steps(text, RUN)
+    except UserError:
+        return
+    assert steps >= 0

@@ -1,0 +1,198 @@
+import math
+import resource
+import threading
+from concurrent import futures
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from toy_states import like, make_state, save, saver
+
+from shampax.framework.checkpoint import integrity, store
+from shampax.framework.checkpoint.record import Record
+from shampax.framework.checkpoint.store import SaveError
+from shampax.optimizers.plan import patterns
+
+
+def steps(workdir):
+    return [int(path.name) for path in store.finished(workdir)]
+
+
+def test_comes_back_on_another_mesh_with_every_value_in_its_place(tmp_path):
+    state = make_state({"data": 8}, P("data"))
+    record = save(tmp_path, state, {3: 1.5})
+    (path,) = store.finished(tmp_path)
+    other = make_state({"fsdp": 2, "tensor": 4}, P("tensor", "fsdp"))
+    wanted = dict(zip(patterns.paths(other), jax.tree.leaves(like(other)), strict=True))
+    found = store.arrays(path)
+    assert {name: (array.shape, array.dtype) for name, array in found.items()} == {
+        name: (spec.shape, spec.dtype) for name, spec in wanted.items()
+    }
+    restored = store.read(path, wanted)
+    for name, value in zip(patterns.paths(state), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(restored[name], value)
+        assert restored[name].sharding == wanted[name].sharding
+    some = store.read(path, {"params/layer/w": None, "step": wanted["step"]})
+    assert sorted(some) == ["params/layer/w", "step"]
+    assert isinstance(some["params/layer/w"], np.ndarray)
+    assert store.record(path) == record
+    assert store.manifest(path) == {"step": 3}
+
+
+def test_saved_state_is_that_of_the_call_even_if_donated_at_once(tmp_path):
+    state = make_state({"data": 8}, P("data"))
+    expected = np.array(state.params["layer"]["w"])
+    spoil = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
+    saving = saver(tmp_path)
+    saving.save(state, Record(step=1), {})
+    spoil(state)
+    saving.confirm()
+    saving.close()
+    read = store.read(tmp_path / "checkpoints" / "1", {"params/layer/w": None})
+    np.testing.assert_array_equal(read["params/layer/w"], expected)
+
+
+def test_keeps_last_best_and_the_newest_milestone(tmp_path):
+    state = make_state({"data": 8}, P())
+    scores = {1: 3.0, 2: 1.0, 3: None, 4: math.nan, 5: 2.0, 6: 2.5, 7: None}
+    save(tmp_path, state, scores, keep_last=2, keep_best=2)
+    assert steps(tmp_path) == [2, 5, 6, 7]
+    save(tmp_path, state, {8: None, 9: None}, keep_last=1, keep_best=0, milestone=lambda step: step % 4 == 0)
+    assert steps(tmp_path) == [8, 9]
+
+
+def test_best_is_remembered_over_a_resume_and_rubbish_is_removed(tmp_path):
+    state = make_state({"data": 8}, P())
+    save(tmp_path, state, {1: 1.0, 2: 2.0}, keep_last=1, keep_best=1)
+    for name in ("3.orbax-checkpoint-tmp", "1.deleted"):
+        (tmp_path / "checkpoints" / name / "state").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "2-mine").mkdir()
+    assert steps(tmp_path) == [1, 2]
+    save(tmp_path, state, {3: 3.0, 4: None}, keep_last=1, keep_best=1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2-mine", "4"]
+
+
+def test_an_older_one_with_an_unreadable_record_stops_nobody(tmp_path):
+    state = make_state({"data": 8}, P())
+    save(tmp_path, state, {1: 1.0, 2: 2.0})
+    (tmp_path / "checkpoints" / "1" / "record" / "metadata").write_text("{")
+    save(tmp_path, state, {3: 3.0}, keep_last=1)
+    assert steps(tmp_path) == [2, 3]
+
+
+def test_a_step_already_saved_is_left_alone(tmp_path):
+    state = make_state({"data": 8}, P())
+    save(tmp_path, state, {5: None})
+    before = (tmp_path / "checkpoints" / "5" / integrity.SUMS).stat().st_mtime_ns
+    save(tmp_path, state, {5: None})
+    assert (tmp_path / "checkpoints" / "5" / integrity.SUMS).stat().st_mtime_ns == before
+
+
+def test_training_goes_on_while_a_save_begins(tmp_path, monkeypatch):
+    """Catches a loop that stands still for Orbax's own preparations; on a cluster these are requests to a bucket."""
+    saving, go_on = saver(tmp_path), threading.Event()
+    begin = saving._checkpointer.save
+
+    def slow(*arguments, **options):
+        assert go_on.wait(30)
+        return begin(*arguments, **options)
+
+    monkeypatch.setattr(saving._checkpointer, "save", slow)
+    saving.save(make_state({"data": 8}, P()), Record(step=1), {})
+    assert saving.complaint() is None
+    assert steps(tmp_path) == []
+    go_on.set()
+    saving.confirm()
+    assert steps(tmp_path) == [1]
+    saving.close()
+
+
+def test_is_invisible_until_its_checksums_are_written(tmp_path, monkeypatch):
+    """Catches a checkpoint that can be taken for whole while files of it are still to come."""
+    state, seal, waiting, go_on = make_state({"data": 8}, P()), integrity.seal, threading.Event(), threading.Event()
+
+    def late(path):
+        waiting.set()
+        assert go_on.wait(30)
+        return seal(path)
+
+    save(tmp_path, state, {1: None})
+    monkeypatch.setattr(integrity, "seal", late)
+    saving = saver(tmp_path, keep_last=1)
+    saving.save(state, Record(step=2), {})
+    assert waiting.wait(30)
+    assert steps(tmp_path) == [1]
+    assert "checkpoint/seconds" not in saving.metrics()
+    go_on.set()
+    saving.confirm()
+    assert steps(tmp_path) == [2]
+    metrics = saving.metrics()
+    assert metrics["checkpoint/seconds"] >= metrics["checkpoint/blocked_seconds"] > 0
+    assert metrics["checkpoint/bytes"] == integrity.size(tmp_path / "checkpoints" / "2")
+    saving.close()
+
+
+def test_a_save_that_fails_says_so_and_leaves_the_others_alone(tmp_path):
+    """A limit on the size of files stands for a full disk: catches an error that is lost, one that is told twice, an
+    older checkpoint that goes before the newer one is whole, and a saver that never recovers."""
+    state = make_state({"data": 8}, P(), width=4096)
+    save(tmp_path, state, {1: None, 2: None})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    saving, limits = saver(tmp_path, keep_last=1), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+
+    def attempt():
+        saving.save(state, Record(step=3), {})
+        saving.confirm()
+
+    try:
+        with pytest.raises(SaveError, match=r"of step 3 could not be saved in .*; the newest whole one is of step 2"):
+            attempt()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert steps(tmp_path) == [1, 2]
+    assert before == {path: path.read_bytes() for path in before}
+    saving.confirm()
+    assert saving.complaint() is None
+    saving.save(state, Record(step=4), {})
+    saving.confirm()
+    saving.close()
+    assert steps(tmp_path) == [4]
+
+
+def test_a_failure_in_the_background_is_told_once_and_raised_at_the_next_save(tmp_path, monkeypatch):
+    state = make_state({"data": 8}, P())
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    saving, seal = saver(tmp_path), integrity.seal
+    monkeypatch.setattr(integrity, "seal", full)
+    saving.save(state, Record(step=1), {})
+    futures.wait([saving._ending], timeout=30)
+    assert "step 1 could not be saved" in saving.complaint()
+    assert saving.complaint() is None
+    monkeypatch.setattr(integrity, "seal", seal)
+    with pytest.raises(SaveError, match=r"step 1 could not be saved .*No space left on device.*there is none before"):
+        saving.save(state, Record(step=2), {})
+    saving.confirm()
+    saving.close()
+    assert steps(tmp_path) == [2]
+
+
+def test_a_save_that_cannot_even_begin_says_so(tmp_path, monkeypatch):
+    saving = saver(tmp_path)
+
+    def denied(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving._checkpointer, "save", denied)
+        saving.save(make_state({"data": 8}, P()), Record(step=1), {})
+        with pytest.raises(SaveError, match=r"step 1 could not be saved .*Permission denied"):
+            saving.confirm()
+    saving.save(make_state({"data": 8}, P()), Record(step=2), {})
+    saving.confirm()
+    saving.close()
+    assert steps(tmp_path) == [2]

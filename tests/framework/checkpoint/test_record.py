@@ -1,0 +1,72 @@
+import json
+import math
+
+import pytest
+
+from shampax.framework.checkpoint.record import Record
+
+GOOD = Record(3, 1.5, 10, data="abc").with_evaluation({"loss": 2.0}, "loss").to_json()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": True},
+        {"step": -1},
+        {"step": 2**63},
+        {"step": 3.0},
+        {"seconds": math.nan},
+        {"seconds": 10**400},
+        {"seconds": "1"},
+        {"data": 3},
+        {"more": 1},
+        {"last": []},
+        {"last": {"step": 3}},
+        {"last": {"step": math.inf, "values": {}}},
+        {"last": {"step": "3", "values": {}}},
+        {"best": {"step": 3, "values": {"loss": 10**400}}},
+        {"best": {"step": 3, "values": {"loss": "2"}}},
+        {"best": {"step": 3, "values": [2.0]}},
+    ],
+    ids=str,
+)
+def test_what_is_no_record_is_refused(change):
+    """Catches any error but ValueError, which would reach the user as a traceback, and values taken for others."""
+    with pytest.raises(ValueError, match=r"no record of a run|no evaluation"):
+        Record.from_json(json.loads(json.dumps(GOOD | change)))
+
+
+def test_a_record_may_have_whole_seconds_and_a_loss_that_is_no_number():
+    read = Record.from_json(GOOD | {"seconds": 2, "last": {"step": 3, "values": {"loss": math.nan}}})
+    assert (type(read.seconds), read.seconds) == (float, 2.0)
+    assert math.isnan(read.last.values["loss"])
+
+
+def test_a_best_of_another_metric_is_no_best():
+    """Catches a run that ends in a KeyError once its config has another best metric."""
+    record = Record(3).with_evaluation({"loss": 2.0}, "loss").with_evaluation({"loss": 3.0, "error": 0.5}, "error")
+    assert record.best.values["error"] == 0.5
+
+
+def test_survives_json():
+    record = Record(3, 1.5, 10, data="abc").with_evaluation({"loss": 2.0}, "loss")
+    assert Record.from_json(json.loads(json.dumps(record.to_json()))) == record
+
+
+def test_best_evaluation_is_the_lowest_finite_one():
+    record, best = Record(), []
+    for step, loss in enumerate([math.nan, 3.0, math.nan, 2.0, 2.5, -math.inf], start=1):
+        record = Record(step=step, last=record.last, best=record.best).with_evaluation({"loss": loss}, "loss")
+        best.append(record.best.step)
+    assert best == [1, 2, 2, 4, 4, 4]
+    assert record.last.step == 6
+
+
+def test_batches_up_to_the_spike_are_passed_over():
+    """Step t trains on batch t - 1 + what was passed over before."""
+    earlier, now = Record(step=15), Record(step=19, seconds=4.0, batches_passed_over=0)
+    once = earlier.rolled_back(now, spike=18)
+    assert (once.step, once.batches_passed_over, once.rollbacks, once.seconds) == (15, 3, 1, 4.0)
+    assert 15 + once.batches_passed_over == 18  # the batch of the next step follows that of the spike, number 17
+    twice = Record(step=15).rolled_back(once, spike=17)
+    assert (twice.batches_passed_over, twice.rollbacks) == (5, 2)

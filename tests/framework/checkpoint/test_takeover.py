@@ -1,0 +1,181 @@
+"""Runs that go on from a checkpoint of another model or optimizer, and say what they took."""
+
+import dataclasses
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import toy
+from toy_runs import ADAMW, SHAMPOO, arrays, lines, make_config, two
+
+from shampax.configs import base
+from shampax.framework.base.errors import UserError
+from shampax.framework.checkpoint import origin, takeover
+from shampax.framework.checkpoint.record import Record
+from shampax.framework.train import train
+
+
+@dataclasses.dataclass(frozen=True)
+class Changed(toy.ToyTask):
+    """The toy model with `hidden` called `middle`, and a parameter `gain` [M, M] more."""
+
+    def init(self, key, batch_spec):
+        variables = super().init(key, batch_spec)
+        params = variables["params"]
+        params["middle"] = params.pop("hidden")
+        params["gain"] = {"kernel": jax.numpy.eye(self.hidden)}
+        return variables
+
+    def loss(self, variables, batch, *, key, train):
+        params = variables["params"]
+        inner = params | {"hidden": {"kernel": params["middle"]["kernel"] @ params["gain"]["kernel"]}}
+        return super().loss(variables | {"params": inner}, batch, key=key, train=train)
+
+    def logical_axes(self, variables):
+        axes = super().logical_axes(variables)
+        axes["params"]["middle"] = axes["params"].pop("hidden")
+        axes["params"]["gain"] = {"kernel": ("mlp", "mlp2")}
+        return axes
+
+
+def shampoo(**changes):
+    return base.component(SHAMPOO, block_size=8, interval=3, **changes)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of 12 steps with Shampoo."""
+    workdir = tmp_path_factory.mktemp("takeover") / "run"
+    train(make_config(optimizer=shampoo()), workdir, devices=two())
+    return workdir
+
+
+def go_on(run, workdir, **changes):
+    """Go on for 2 steps; returns what `restored.txt` says."""
+    train(make_config(duration="14 steps", resume_from=str(run), **changes), workdir, devices=two())
+    return (workdir / "restored.txt").read_text()
+
+
+def test_another_block_size_keeps_what_belongs_to_elements(run, tmp_path, capsys):
+    told = go_on(run, tmp_path / "new", optimizer=base.component(SHAMPOO, block_size=16, interval=3))
+    assert "taken over with all their state: 1 of 3 parameters" in told  # the embedding, which is diagonal
+    expected = (
+        "hidden/kernel: parameter, momentum, second moment taken over; statistics, roots afresh "
+        "(blocks of 8x8 there, 16x16 here)"
+    )
+    assert expected in told and expected in capsys.readouterr().out
+    assert [line["step"] for line in lines(tmp_path / "new") if "train/loss" in line] == [14]
+
+
+def test_another_model_takes_what_it_knows_and_tells_the_rest(run, tmp_path):
+    table = (("vocab", None), ("embed", None), ("mlp", None), ("mlp2", None))
+    config = make_config(
+        optimizer=shampoo(),
+        duration="13 steps",
+        resume_from=str(run),
+        renamed=(("hidden", "middle"),),
+        sharding_rules=table,
+    )
+    config.unlock()
+    config.task = base.component(f"{__name__}:Changed")
+    config.lock()
+    train(config, tmp_path / "new", devices=two())
+    told = (tmp_path / "new" / "restored.txt").read_text()
+    assert "taken over with all their state: 3 of 4 parameters" in told
+    assert "gain/kernel: parameter, momentum, second moment afresh (there is none); statistics, roots afresh" in told
+    assert "left behind" not in told
+    config.renamed = ()
+    train(config, tmp_path / "unnamed", devices=two())
+    told = (tmp_path / "unnamed" / "restored.txt").read_text()
+    assert "middle/kernel: parameter, momentum, second moment afresh (there is none)" in told
+    assert "hidden/kernel: left behind, there is none here" in told
+
+
+def test_another_optimizer_begins_afresh_at_the_learning_rate_of_the_run(run, tmp_path):
+    """Catches a warm-up that begins anew in the middle of a run, also after the next resume."""
+    told = go_on(run, tmp_path / "new", optimizer=base.component(ADAMW))
+    assert f"the optimizer's state is started afresh: {SHAMPOO} there, {ADAMW} here" in told
+    assert "taken over with all their state: 3 of 3" in told
+    config = make_config(
+        optimizer=base.component(ADAMW),
+        **{"duration": "16 steps", "checkpoint.every": "2 steps", "log.every": "1 steps"},
+    )
+    config.resume_from = str(run)
+    train(config, tmp_path / "whole", devices=two())
+    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "16")
+    (tmp_path / "whole" / "result.json").unlink()
+    rates = {line["step"]: line["train/learning_rate"] for line in lines(tmp_path / "whole") if "train/loss" in line}
+    before = arrays(tmp_path / "whole", 14)
+    train(config, tmp_path / "whole", devices=two())
+    after = arrays(tmp_path / "whole", 16)
+    again = {line["step"]: line["train/learning_rate"] for line in lines(tmp_path / "whole") if "train/loss" in line}
+    assert rates == again
+    # AdamW moves a parameter by about the learning rate, which nears its end here and began with a warm-up.
+    steps = jax.tree.map(lambda x, y: np.abs(x - y).max(), before["params"], after["params"])
+    assert 0 < max(jax.tree.leaves(steps)) < 2 * (rates[15] + rates[16])
+
+
+def test_another_run_s_variables_alone_are_told_line_by_line(run, tmp_path):
+    config = make_config(init_from=str(run), duration="1 steps", **{"schedule.warmup": "0 steps"})
+    train(config, tmp_path / "new", devices=two())
+    told = (tmp_path / "new" / "restored.txt").read_text()
+    assert "taken over with all their state: 3 of 3" in told
+    assert "afresh" not in told
+
+
+def test_a_checkpoint_without_any_parameter_of_the_model_is_refused(run, tmp_path):
+    config = make_config(resume_from=str(run), renamed=(("embed", "a"), ("hidden", "b"), ("out", "c")))
+    with pytest.raises(UserError, match=r"has no parameter of this model: a/kernel, .* there, embed/kernel, .* here"):
+        train(config, tmp_path / "new", devices=two())
+    assert not (tmp_path / "new" / "config.json").exists()
+
+
+def test_longer_than_it_was_a_finished_run_goes_on(run, tmp_path, capsys):
+    """Catches a finished run that calls itself complete although its duration has been raised."""
+    again = shutil.copytree(run, tmp_path / "again")
+    changed = {"duration": "14 steps", "may_change": (*base.MAY_CHANGE, "duration")}
+    assert train(make_config(optimizer=shampoo(), **changed), again, devices=two())["steps"] == 14
+    assert re.search(r"resuming from .*/12", capsys.readouterr().out)
+    assert "complete after 14 steps" not in capsys.readouterr().out
+    train(make_config(optimizer=shampoo(), **changed), again, devices=two())
+    assert "complete after 14 steps" in capsys.readouterr().out
+
+
+def test_skipped_steps_do_not_count_where_another_optimizer_begins(run):
+    """Fault: after skipped steps the run resumes with the learning rate of another step."""
+    start = origin.Origin("resume", run / "checkpoints" / "12")
+    record = Record(step=12, skipped=2, optimizer_began=5)
+    assert takeover.optimizer_began(start, record, "another") == 10
+    assert takeover.optimizer_began(start, record, SHAMPOO) == 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Marked(toy.ToyData):
+    """The toy data with a fingerprint."""
+
+    mark: str = ""
+
+    def fingerprint(self, cache):
+        return self.mark
+
+
+def test_other_training_data_are_refused_or_told(tmp_path, capsys):
+    """Catches a source that changed under a run, which then goes on without a word."""
+
+    def config(mark, **changes):
+        changed = make_config(**{"duration": "1 steps", "schedule.warmup": "0 steps"} | changes)
+        changed.unlock()
+        changed.data = base.component(f"{__name__}:Marked", mark=mark)
+        return changed.lock()
+
+    train(config("old"), tmp_path / "run", devices=two())
+    longer = {"duration": "2 steps", "may_change": (*base.MAY_CHANGE, "duration", "data.mark")}
+    with pytest.raises(UserError, match=r"training data have changed \(fingerprint old when .*/1 was saved, new now\)"):
+        train(config("new", **longer), tmp_path / "run", devices=two())
+    allowed = longer | {"may_change": (*longer["may_change"], "data")}
+    train(config("new", **allowed), tmp_path / "run", devices=two())
+    assert "warning: the training data are others than before (fingerprint old" in capsys.readouterr().out
+    train(config("newer", duration="3 steps", resume_from=str(tmp_path / "run")), tmp_path / "next", devices=two())
+    assert "(fingerprint new when" in capsys.readouterr().out

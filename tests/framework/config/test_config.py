@@ -1,0 +1,463 @@
+import dataclasses
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from shampax.configs import base
+from shampax.framework.base import values
+from shampax.framework.base.errors import UserError
+from shampax.framework.config import check as config_lib
+from shampax.framework.config import components, files
+from shampax.framework.config.components import build, component
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    width: int  # has no default
+    vocab_size: int = 100
+    rate: float = 1
+    betas: tuple[float, float] = (0.9, 0.99)
+    rules: Sequence[tuple[str, str | None]] = (("a", None),)
+    limit: int | None = None
+    kind: Literal["plain", "fancy"] = "plain"
+    label: str = ""
+    fast: bool = False
+
+    def __post_init__(self):
+        if self.width % 2:
+            raise ValueError(f"width {self.width} is odd; use {self.width + 1}")
+        if not self.rate:
+            raise OverflowError("too large")
+
+
+@dataclasses.dataclass(frozen=True)
+class Other:
+    vocab_size: int = 7
+    depth: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Unholdable:
+    table: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    name: str = "x"
+
+
+TOY, OTHER = f"{__name__}:Toy", f"{__name__}:Other"
+
+FILE = f"""
+    from shampax.configs import base
+
+    VARIANTS = {{"small": 2, "large": 64}}
+
+    def get_config(variant="small"):
+        config = base.get_config()
+        config.task = base.component({TOY!r}, width=VARIANTS[variant], betas=[0, 0.5])
+        config.data = base.component({OTHER!r}, vocab_size=config.task.get_ref("vocab_size"))
+        config.optimizer = base.component({OTHER!r})
+        # more
+        return config
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "my config.py"
+    path.write_text(textwrap.dedent(FILE))
+    return path
+
+
+def rewritten(file, line):
+    file.write_text(file.read_text().replace("# more", line))
+    return str(file)
+
+
+def refusal(function, *arguments):
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+def test_a_component_has_the_defaults_of_its_class_but_for_what_is_given():
+    section = component(TOY, width=4, limit=5)
+    assert section.is_locked
+    assert section.to_dict() == {
+        "name": TOY,
+        "width": 4,
+        "vocab_size": 100,
+        "rate": 1.0,
+        "betas": (0.9, 0.99),
+        "rules": (("a", None),),
+        "limit": 5,
+        "kind": "plain",
+        "label": "",
+        "fast": False,
+    }
+    assert isinstance(section.rate, float)
+    assert build(section) == Toy(width=4, limit=5, rate=1.0)
+
+
+def test_a_component_survives_json_with_its_lists():
+    section = component(TOY, width=4, rules=[["b", "c"]])
+    back = ConfigDict(json.loads(section.to_json()))
+    assert build(back) == build(section) == Toy(width=4, rate=1.0, rules=(("b", "c"),))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"widht": 4}, "Toy has no field 'widht'; did you mean 'width'?"),
+        ({"width": "four"}, "Toy.width: expected int, given 'four'"),
+        ({"width": True}, "Toy.width: expected int, given True"),
+        ({"betas": (0.9,)}, "Toy.betas: expected tuple[float, float], given (0.9,)"),
+        ({"kind": "plane"}, "Toy.kind: expected one of 'plain', 'fancy', given 'plane'"),
+        ({"fast": 1}, "Toy.fast: expected bool, given 1"),
+    ],
+)
+def test_what_a_component_refuses(fields, message):
+    assert refusal(lambda: component(TOY, **fields)) == f"{__name__}:{message}"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Toy", "'Toy' is no import string; write 'package.module:Class'"),
+        ("no_such_package.x:Toy", "No module named 'no_such_package'"),
+        (f"{__name__}:Tov", "has no dataclass 'Tov'; did you mean 'Toy'?"),
+        (f"{__name__}:FILE", "has no dataclass 'FILE'"),
+        (f"{__name__}:Named", "rename the field"),
+        (f"{__name__}:Unholdable", "Unholdable.table: expected dict, given {}"),
+    ],
+)
+def test_import_strings_that_name_no_component(name, message):
+    assert message in refusal(component, name)
+
+
+def test_a_module_that_fails_to_import_says_how(tmp_path, monkeypatch):
+    (tmp_path / "broken_module_of_a_user.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = refusal(component, "broken_module_of_a_user:Task")
+    assert message == "cannot import 'broken_module_of_a_user:Task': ZeroDivisionError: division by zero"
+
+
+def test_building_names_the_component_that_refuses():
+    assert refusal(build, component(TOY, width=3)) == f"{TOY}: width 3 is odd; use 4"
+    assert refusal(build, component(TOY, width=4, rate=0)) == f"{TOY}: too large"
+    assert refusal(build, component(TOY)) == f"{TOY}.width: expected int, given nothing"
+    assert "no component is chosen" in refusal(build, base.get_config().task)
+    stale = ConfigDict({"name": OTHER, "dept": 4})
+    assert refusal(build, stale) == f"{OTHER} has no field 'dept'; did you mean 'depth'?"
+
+
+def test_a_config_file_and_its_variants(file):
+    assert config_lib.load(str(file)).task.width == 2
+    assert config_lib.load(f"{file}:large").task.width == 64
+    assert files.variants(str(file)) == ("small", "large")
+    assert refusal(config_lib.load, f"{file}:lage") == f"{file} has no variant 'lage'; did you mean 'large'?"
+    assert refusal(config_lib.load, f"{file}:x") == f"{file} has no variant 'x'; there is small, large"
+
+
+def test_a_file_written_twice_in_a_second_is_read_twice(file, monkeypatch):
+    """Fault: bytecode of the first is taken for the second, which has the same length and time."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    rewritten(file, "config.seed = 1")
+    for seed in (1, 2):
+        file.write_text(file.read_text().replace("config.seed = 1", f"config.seed = {seed}"))
+        os.utime(file, (1, 1))
+        assert config_lib.load(str(file)).seed == seed
+
+
+@pytest.mark.parametrize("spec", ["shampax/configs/lm.py:sample_adamw", "configs/lm.py:sample_adamw"])
+def test_shipped_configs_load_from_any_directory(spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config_lib.load(spec).optimizer.name == "shampax.optimizers.baselines:AdamWOptions"
+
+
+def test_a_file_in_the_current_directory_goes_before_a_shipped_one(file, tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "lm.py").write_text(file.read_text())
+    monkeypatch.chdir(tmp_path)
+    assert config_lib.load("configs/lm.py").task.name == TOY
+    assert config_lib.load("shampax/configs/lm.py").task.name == "shampax.models.lm:LMTask"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("config.batchsize = 3", ":11: unknown key 'batchsize'; did you mean 'batch_size'?"),
+        ("config.schedul.warmup = 3", ":11: unknown key 'schedul'; did you mean 'schedule'?"),
+        ("config['batchsize'] = 3", ":11: unknown key 'batchsize'; did you mean 'batch_size'?"),
+        ("config.task.widht = 3", ":11: unknown key 'widht'; did you mean 'width'?"),
+        ("config.batch_size = 'many'", ":11: key 'batch_size': expected int, given 'many'"),
+        ("config.task.vocab_size = 'many'", ":11: key 'vocab_size': expected int, given 'many'"),
+        ("base.component('Toy')", ":11: 'Toy' is no import string; write 'package.module:Class'"),
+        ("config.batch_size = many", ":11: NameError: name 'many' is not defined"),
+        ("config.batch_size = = 3", ":11: invalid syntax"),
+        ("config = 3", ": get_config returned int, not the ConfigDict of base.get_config()"),
+    ],
+)
+def test_a_fault_in_a_file_is_found_by_file_and_line(file, line, message):
+    assert refusal(config_lib.load, rewritten(file, line)) == f"{file}{message}"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("config.seed = None", "config.seed: expected int, given None"),
+        ("config.duration = 'long'", "config.duration: 'long' is not a duration"),
+        ("config.duration = '10%'", "config.duration: duration '10%' cannot set the length of the run"),
+        ("config.schedule.warmup = '5 epoks'", "config.schedule.warmup: duration '5 epoks' has the unknown unit"),
+        ("config.task.width = 3", f"config.task: {TOY}: width 3 is odd; use 4"),
+        ("config.unlock(); config.mesh.pipe = 1", "unknown key 'config.mesh.pipe'; did you mean 'config."),
+        ("config.mesh = {'data': 1}", "config.mesh.expert is missing; let get_config start from base.get_config()"),
+        ("config.task.name = None", "no component is chosen"),
+        ("config.task = {'width': 1}", "config.task is not the section of a component"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused_when_loaded(file, line, message):
+    assert message in refusal(config_lib.load, rewritten(file, line))
+
+
+def test_files_that_are_no_config_files(tmp_path):
+    path = tmp_path / "empty.py"
+    path.write_text("")
+    assert refusal(config_lib.load, str(path)) == f"{path} defines no function get_config"
+    path.write_text("def get_config(): pass")
+    assert "takes no variant, given 'x'; variants: it has none" in refusal(config_lib.load, f"{path}:x")
+    path.write_text("VARIANTS = ('a', 'b')\ndef get_config(variant): pass")
+    assert "needs a variant; variants: a, b" in refusal(config_lib.load, str(path))
+    assert "did you mean 'lm.py'?" in refusal(config_lib.load, "configs/ln.py")
+    assert "'sample' is no FILE.py" in refusal(config_lib.load, "sample")
+    assert "cannot be read" in refusal(config_lib.load, "x" * 5_000 + ".py")
+
+
+def test_overrides_are_typed_by_their_knobs(file):
+    config = config_lib.load(
+        str(file),
+        [
+            "batch_size=64",
+            "duration=90",
+            "schedule.learning_rate=3",
+            "schedule.warmup=2 epochs",
+            "task.betas=0.5, 1",
+            "task.rules=[('x', 'y'), ('z', None)]",
+            "task.limit=4",
+            "task.limit=None",
+            "task.kind=fancy",
+            "task.label='3'",
+            "task.fast=true",
+            "task.width = 8".replace(" ", ""),
+            'resume_from=a "b"',
+        ],
+    )
+    assert config.batch_size == 64
+    assert config.duration == "90"
+    assert config.schedule.to_dict() == {
+        "learning_rate": 3.0,
+        "begin": "0 steps",
+        "warmup": "2 epochs",
+        "decay": "cosine",
+        "final_fraction": 0.0,
+    }
+    assert config.resume_from == 'a "b"'
+    rules = (("x", "y"), ("z", None))
+    toy = Toy(width=8, rate=1.0, betas=(0.5, 1.0), rules=rules, kind="fancy", label="3", fast=True)
+    assert build(config.task) == toy
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("batchsize=3", "unknown key 'config.batchsize'; did you mean 'config.batch_size'?"),
+        ("learning_rate=3", "unknown key 'config.learning_rate'; did you mean 'config.schedule.learning_rate'?"),
+        ("task.widht=3", "unknown key 'config.task.widht'; did you mean 'config.task.width'?"),
+        ("seed.x=3", "unknown key 'config.seed.x'; did you mean 'config.seed'?"),
+        ("qqqq=3", "unknown key 'config.qqqq'; --help lists all"),
+        ("seed", "'config.seed' gives no value; write config.KEY=VALUE"),
+        ("seed=", "config.seed: expected int, given ''"),
+        ("seed=0x" + 5_000 * "f", "config.seed: expected int, given '0x" + 75 * "f" + "...'"),
+        ("seed=1.5", "config.seed: expected int, given '1.5'"),
+        ("task.width=3", f"config.task: {TOY}: width 3 is odd; use 4"),
+        ("task.kind=plane", "config.task.kind: expected one of 'plain', 'fancy', given 'plane'"),
+        ("mesh=3", "config.mesh is a section, given '3'; set one of data, expert, fsdp, sequence, tensor"),
+        ("task=x:Y", "config.task is a section, given 'x:Y'; set config.task.name=..."),
+        ("task.name=x", "config.task.name: 'x' is no import string; write 'package.module:Class'"),
+    ],
+)
+def test_what_an_override_cannot_be(file, change, message):
+    assert refusal(config_lib.load, str(file), [change]) == message
+
+
+def test_another_component_brings_its_own_fields_before_other_overrides(file):
+    changes = ["task.depth=5", f"task.name={OTHER}"]
+    assert config_lib.load(str(file), changes).task.to_dict() == {"name": OTHER, "vocab_size": 7, "depth": 5}
+    gone = refusal(config_lib.load, str(file), ["task.width=4", f"task.name={OTHER}"])
+    assert gone.startswith("unknown key 'config.task.width'; ")
+
+
+def test_of_two_components_the_later_holds(file):
+    config = config_lib.load(str(file), [f"task.name={OTHER}", "task.width=6", f"task.name='{TOY}'"])
+    assert build(config.task) == Toy(width=6, rate=1.0)
+
+
+def test_a_file_that_names_another_component_but_keeps_the_fields_is_refused(file):
+    spec = rewritten(file, f"config.task.name = {OTHER!r}")
+    expected = f"{OTHER} has no field '"
+    assert expected in refusal(config_lib.load, spec)
+    assert expected in refusal(config_lib.load, spec, ["task.width=4"])
+
+
+def test_naming_the_component_that_is_there_changes_nothing(file):
+    assert config_lib.load(f"{file}:large", [f"task.name={TOY}"]).task.width == 64
+
+
+def test_one_override_moves_all_that_refer_to_it(file):
+    for change in ("task.vocab_size=50", "data.vocab_size=50"):
+        config = config_lib.load(str(file), [change])
+        assert config.task.vocab_size == config.data.vocab_size == 50
+        assert build(config.data) == Other(vocab_size=50)
+        stored = json.loads(config_lib.to_json(config))
+        assert stored["task"]["vocab_size"] == stored["data"]["vocab_size"] == 50
+
+
+def test_a_config_does_not_differ_from_its_own_json(file):
+    config = config_lib.load(str(file))
+    assert config_lib.differences(config_lib.to_json(config), config, ()) == []
+
+
+def test_differences_leave_out_what_may_change(file):
+    old = config_lib.to_json(config_lib.load(str(file)))
+    new = config_lib.load(str(file), ["batch_size=64", "mesh.data=2", "log.every=1 step", "schedule.warmup=1%"])
+    assert config_lib.differences(old, new, ("mesh", "log")) == [
+        "batch_size: 32 -> 64",
+        'schedule.warmup: "10%" -> "1%"',
+    ]
+    assert len(config_lib.differences(old, new, ("mesh.dat", "lo"))) == 4
+
+
+def test_what_the_guard_lets_through_may_not_change(file):
+    """Catches a run that goes on with other rules for its steps and does not say so."""
+    old = config_lib.to_json(config_lib.load(str(file)))
+    knobs = ("max_consecutive_skips=3", "on_spike=skip", "spike_factor=5", "spike_window=20")
+    new = config_lib.load(str(file), [f"guard.{knob}" for knob in knobs])
+    changed = config_lib.differences(old, new, base.MAY_CHANGE)
+    assert [line.split(":")[0] for line in changed] == ["guard.on_spike", "guard.spike_factor", "guard.spike_window"]
+
+
+def test_another_component_is_one_difference(file):
+    old = config_lib.to_json(config_lib.load(str(file)))
+    new = config_lib.load(str(file), [f"task.name={OTHER}"])
+    assert config_lib.differences(old, new, ()) == [f'task.name: "{TOY}" -> "{OTHER}"']
+
+
+def test_knobs_of_another_version_are_differences(file):
+    config = config_lib.load(str(file))
+    stored = json.loads(config_lib.to_json(config))
+    stored["old_knob"] = stored.pop("gradient_clip")
+    changed = config_lib.differences(json.dumps(stored), config, ())
+    assert changed == ["gradient_clip: absent -> 0.0", "old_knob: 0.0 -> absent"]
+
+
+def test_the_message_for_a_foreign_workdir_is_short():
+    message = config_lib.foreign("runs/a", [f"key{i}: {i} -> {i + 1}" for i in range(7)])
+    assert "runs/a belongs to another config (key0: 0 -> 1, " in message
+    assert "key4: 4 -> 5 and 2 more)" in message
+    assert "use another --workdir" in message
+
+
+def test_a_damaged_config_in_a_workdir_is_a_user_error(file):
+    assert "is no JSON" in refusal(config_lib.differences, '{"seed":', config_lib.load(str(file)), ())
+
+
+def test_every_key_that_may_change_is_a_knob():
+    config = config_lib.load("configs/lm.py:sample")
+    for key in base.MAY_CHANGE:
+        section, _, last = key.rpartition(".")
+        assert last in (config[section] if section else config)
+
+
+@pytest.mark.parametrize("variant", files.variants("configs/lm.py"))
+def test_shipped_configs_can_be_built(variant):
+    config = config_lib.load(f"configs/lm.py:{variant}", ["task.vocab_size=300"])
+    assert build(config.data).vocab_size == build(config.task).vocab_size == 300
+    assert {type(build(config.optimizer)).__name__} <= {"ShampooOptions", "AdamWOptions"}
+
+
+KEYS = st.sampled_from(["seed", "duration", "mesh", "sharding_rules", "task.name", "task.rules", "task.limit", "data"])
+LITERALS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=2), inner),
+    max_leaves=5,
+).map(repr)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
+@given(changes=st.lists(st.text() | st.tuples(KEYS, st.text() | LITERALS).map("=".join), max_size=3))
+def test_any_override_gives_a_config_or_a_user_error(file, changes):
+    try:
+        config = config_lib.load(str(file), changes)
+    except UserError:
+        return
+    assert config_lib.differences(config_lib.to_json(config), config, ()) == []
+
+
+@settings(deadline=None)
+@given(text=st.text() | LITERALS, hint=st.sampled_from([int, float, str, bool, tuple, Any, int | None, list[int]]))
+def test_a_parsed_value_has_its_type_and_parses_again(text, hint):
+    try:
+        value = values.parse(text, hint)
+    except TypeError:
+        return
+    assert values.convert(value, hint) == value or value != value or "nan" in repr(value)
+    if hint in (int, float, str, bool, tuple):
+        assert type(value) is hint
+
+
+@pytest.mark.parametrize(
+    "text", ["(" * 3_000, "1" * 10_000, "'\\d'", "1 is 1", "\0", "{" * 200, "9e999", "-" * 10_000 + "1"]
+)
+def test_hostile_text_is_a_value_or_a_type_error(text, recwarn):
+    for hint in (int, str, tuple):
+        try:
+            values.parse(text, hint)
+        except TypeError:
+            continue
+    assert not recwarn.list
+
+
+def test_did_you_mean_lists_all_where_nothing_is_near():
+    assert components.did_you_mean("zzz", ["alpha", "beta"]) == "; there is alpha, beta"
+    assert components.did_you_mean("zzz", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("gradient_clip=-1", "gradient_clip is -1.0; it must be at least 0"),
+        ("gradient_clip=1e999", "gradient_clip is inf; it must be at least 0, which is off, and finite"),
+        ("schedule.learning_rate=1e999", "learning_rate is inf"),
+        ("sharding_rules=('embed','fsdp')", "config.sharding_rules: expected Sequence"),
+        ("seed=-1", "from 0 to"),
+        ("evaluation.batches=0", "-1 .all. or above 0"),
+        ("checkpoint.keep_last=0", "to resume from"),
+        ("guard.max_consecutive_skips=0", "at least 1"),
+        ("guard.on_spike=stop", "on_spike is stop; it must be ignore, skip or rollback"),
+        ("guard.spike_factor=0", "above 0"),
+        ("guard.spike_window=1", "at least 2"),
+    ],
+)
+def test_numbers_without_sense_are_refused(change, words):
+    """Catches a knob that would turn the gradient round, or keep no checkpoint."""
+    with pytest.raises(UserError, match=words):
+        config_lib.load("shampax/configs/lm.py:sample", [change])

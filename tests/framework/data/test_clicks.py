@@ -1,0 +1,274 @@
+"""Click logs: Criteo's files with their awkward rows, the flights, and the made-up clicks."""
+
+import gzip
+import json
+import pickle
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from shampax.framework.base.errors import UserError
+from shampax.framework.data.clicks import click_rows, click_sources
+from shampax.framework.data.clicks.click_rows import MISSING
+from shampax.framework.data.clicks.criteo import ClickData
+from shampax.framework.data.clicks.synthetic_clicks import SyntheticClicks
+from shampax.framework.data.pipeline import Batches
+from shampax.framework.data.reading import tsv
+
+
+def line(label=0, integers=None, categories=None):
+    """A row of Criteo's, with `number: text` in place of some of its fields, which count from 1."""
+    fields = [str(label), *("7" for _ in range(13)), *(f"{i:08x}" for i in range(26))]
+    for place, text in (integers or {}).items():
+        fields[place] = text
+    for place, text in (categories or {}).items():
+        fields[13 + place] = text
+    return "\t".join(fields)
+
+
+def numbered(count, first=0):
+    """Rows that carry their own number as the first integer."""
+    return [line(i % 2, {1: str(i)}) for i in range(first, first + count)]
+
+
+def write(path, lines, end="\n"):
+    content = "".join(row + end for row in lines).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def prepared(cache, **fields):
+    data = ClickData(**fields)
+    data.prepare(cache)
+    return data
+
+
+def numbers(data, split, cache):
+    rows = data.examples(split, cache)
+    return [int(rows[i]["integers"][0]) for i in range(len(rows))]
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+def test_awkward_fields(tmp_path, cache):
+    """Fault: an empty field is 0, a negative count is lost, a hash is cut, or an integer of 64 bits wraps around."""
+    path = write(
+        tmp_path / "train.txt",
+        [
+            line(
+                1, {1: "", 2: "-3", 3: "99999999999", 4: "-99999999999"}, {1: "", 2: "ffffffff", 3: "A", 26: "0000000b"}
+            ),
+            line(0),
+        ],
+        end="\r\n",
+    )
+    data = prepared(cache, source=f"file:{path}", heldout_fraction=0.5)
+    first, second = data.examples("train", cache)[0], data.examples("heldout", cache)[0]
+    assert first["integers"].tolist() == [MISSING, -3, 2**31 - 1, MISSING + 1, *[7] * 9]
+    assert first["categories"].tolist() == [0, 2**32 - 1, 10, *range(3, 25), 11]
+    assert (first["label"], second["label"], first["weight"]) == (1, 0, 1)
+    for example in (first, second):
+        found = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in example.items()}
+        assert found == data.spec() == SyntheticClicks().spec()
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ("\t".join(line().split("\t")[:39]), "39 columns, expected 40"),
+        (line() + "\t", "41 columns, expected 40"),
+        (line(2), "label 2 is neither 0 nor 1"),
+        (line(""), "column 1 is empty"),
+        (line(0, {3: "1.5"}), "column 4 is no integer of 64 bits: '1.5'"),
+        (line(0, {}, {1: "xyz"}), "column 15 is no hexadecimal number of 32 bits: 'xyz'"),
+        (line(0, {}, {26: "123456789"}), "column 40 is no hexadecimal number of 32 bits: '123456789'"),
+        (line(0, {}, {2: "-1"}), "column 16 is no hexadecimal number of 32 bits: '-1'"),
+        (line(0, {}, {2: "0x1"}), "column 16 is no hexadecimal number of 32 bits: '0x1'"),
+    ],
+)
+def test_malformed_rows_are_named_or_skipped(tmp_path, cache, capsys, bad, reason):
+    """Fault: a row that is guessed at, one that shifts the numbers of others, or a traceback."""
+    path = write(tmp_path / "train.txt", [*numbered(4), bad, *numbered(4, 4)])
+    place = f"{path}, row 5: {reason}"
+    with pytest.raises(UserError, match=re.escape(place)):
+        prepared(cache, source=f"file:{path}")
+    assert not list(cache.glob("rows-*"))
+    data = prepared(cache, source=f"file:{path}", max_malformed=1)
+    assert numbers(data, "train", cache) + numbers(data, "heldout", cache) == [*range(8)]
+    assert f"1 record is malformed ({place}), skipped" in capsys.readouterr().err
+    data.prepare(cache)
+    assert place in capsys.readouterr().err, "said once and never again"
+    with pytest.raises(UserError, match=re.escape(place)):
+        prepared(cache, source=f"file:{path}")
+
+
+def test_malformed_rows_of_all_files_count_together(tmp_path, cache):
+    """Fault: the limit holds for each file by itself."""
+    for day in range(3):
+        write(tmp_path / f"day_{day}", [*numbered(3), "bad"])
+    with pytest.raises(UserError, match=r"max_malformed is 2, and 3 records are malformed.*day_0.*day_1.*day_2"):
+        prepared(cache, source=f"file:{tmp_path}/day_*", max_malformed=2)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_many_files_in_the_order_of_their_numbers(tmp_path, cache, workers):
+    """Fault: day_10 is read before day_9, so that the held-out rows are not the last; or workers mix their files up."""
+    for place, day in enumerate((0, 9, 10)):
+        write(tmp_path / f"day_{day}.gz", numbered(10, 10 * place))
+    data = prepared(cache, source=f"file:{tmp_path}/day_*.gz", heldout_fraction=0.2, workers=workers)
+    assert numbers(data, "train", cache) == [*range(24)]
+    assert numbers(data, "heldout", cache) == [*range(24, 30)]
+    assert prepared(tmp_path / "again", source=f"file:{tmp_path}/day_*.gz", heldout_fraction=0.2).fingerprint(
+        tmp_path / "again"
+    ) == data.fingerprint(cache)
+
+
+@pytest.mark.parametrize("place", ["", "elsewhere"])
+def test_held_out_by_file(tmp_path, cache, place):
+    """Fault: the last day is trained on, or is no held-out file because it lies in another folder."""
+    (tmp_path / place).mkdir(exist_ok=True)
+    for day in range(3):
+        write(tmp_path / f"day_{day}", numbered(5, 5 * day))
+    last = write(tmp_path / place / "day_23", numbered(5, 15))
+    data = prepared(cache, source=f"file:{tmp_path}/day_*", heldout_files=str(last) if place else "day_23")
+    assert numbers(data, "train", cache) == [*range(15)]
+    assert numbers(data, "heldout", cache) == [*range(15, 20)]
+
+
+def test_kaggles_split_is_the_last_seventh(tmp_path, cache):
+    """Fault: rows are held out at random, or held-out ones are trained on, too."""
+    data = prepared(cache, source=f"file:{write(tmp_path / 'train.txt', numbered(70))}")
+    assert numbers(data, "heldout", cache) == [*range(60, 70)]
+    assert sorted(numbers(data, "train", cache)) == [*range(60)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"source": "criteo"}, "data.source is 'criteo'; write 'sample:flights' or 'file:/path/day_"),
+        ({"heldout_files": "day_23"}, "sample:flights holds out November and December; leave it empty"),
+        ({"heldout_fraction": 1.0}, "data.heldout_fraction is 1.0"),
+        ({"max_malformed": -1}, "data.max_malformed is -1"),
+        ({"workers": 0}, "data.workers is 0"),
+    ],
+)
+def test_bad_fields_are_refused(fields, error):
+    """Fault: a knob that is given in vain, or a traceback later."""
+    with pytest.raises(ValueError, match=error):
+        ClickData(**fields)
+
+
+def test_sources_that_cannot_be_used(tmp_path, cache):
+    """Fault: a traceback, or an empty split that is noticed after hours."""
+    with pytest.raises(UserError, match=r"data.source '.*none' matches no file"):
+        prepared(cache, source=f"file:{tmp_path}/none")
+    path = write(tmp_path / "one", numbered(1))
+    with pytest.raises(UserError, match="has 1 usable rows and none for the heldout split"):
+        prepared(cache, source=f"file:{path}")
+    with pytest.raises(UserError, match=r"data.heldout_files '.*day_9' matches no file"):
+        prepared(cache, source=f"file:{path}", heldout_files="day_9")
+    with pytest.raises(UserError, match="call prepare first"):
+        ClickData(source=f"file:{path}").examples("train", cache)
+
+
+def test_the_fingerprint_is_that_of_the_rows(tmp_path, cache):
+    """Fault: a file that was only moved stops a run that resumes, or one that changed does not."""
+    path = write(tmp_path / "a", numbered(14))
+    first = prepared(cache, source=f"file:{path}").fingerprint(cache)
+    moved = path.rename(tmp_path / "b")
+    assert prepared(cache, source=f"file:{moved}").fingerprint(cache) == first
+    assert prepared(cache, source=f"file:{moved}", heldout_fraction=0.5).fingerprint(cache) != first
+    write(moved, [*numbered(13), line(1)])
+    assert prepared(cache, source=f"file:{moved}").fingerprint(cache) != first
+
+
+def test_damage_is_noticed(tmp_path, cache):
+    """Fault: a flipped bit becomes another category, or a stamp that is gone a traceback."""
+    data = prepared(cache, source=f"file:{write(tmp_path / 'a', numbered(200))}")
+    (file,) = cache.glob("rows-*/*.array_record")
+    content = bytearray(file.read_bytes())
+    content[content.index(np.int32(150).tobytes(), 20_000)] ^= 1
+    file.write_bytes(content)
+    rows = data.examples("train", cache)
+    assert rows[0]["integers"][0] == 0
+    with pytest.raises(UserError, match="row 151 cannot be read"):
+        rows[150]
+    (stamp,) = cache.glob("rows-*/manifest.json")
+    stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"shards": [{}]}))
+    with pytest.raises(UserError, match="is damaged; remove"):
+        data.examples("train", cache)
+
+
+def criteo(path):
+    return click_sources.criteo(path, tsv.lines(path))
+
+
+def test_random_access_is_the_stream_for_any_number_of_processes(tmp_path, cache):
+    """Fault: a row of the wrong file, a pickled copy that reads others, processes that share rows or leave one out."""
+    for day in range(3):
+        write(tmp_path / f"day_{day}", numbered(7 + day, 100 * day))
+    data = prepared(cache, source=f"file:{tmp_path}/day_*", heldout_fraction=0.25)
+    rows = data.examples("train", cache)
+    streamed = [row[1][0] for day in range(3) for row in criteo(tmp_path / f"day_{day}")]
+    assert numbers(data, "train", cache) + numbers(data, "heldout", cache) == streamed
+    copy = pickle.loads(pickle.dumps(rows))
+    assert [int(copy[i]["integers"][0]) for i in (17, 3, 9)] == [streamed[i] for i in (17, 3, 9)]
+    with pytest.raises(IndexError):
+        rows[len(rows)]
+    whole = Batches(rows, seed=3, global_batch_size=8, rows=range(8))
+    for processes in (1, 2, 4):
+        share = 8 // processes
+        for step in (0, 2):
+            parts = [
+                Batches(rows, seed=3, global_batch_size=8, rows=range(share * p, share * (p + 1)))[step]
+                for p in range(processes)
+            ]
+            for name, x in whole[step].items():
+                np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), x)
+
+
+def test_flights(cache):
+    """Fault: months that are held out are trained on, a column is another's, or a cross is not of its two fields."""
+    data = prepared(cache)
+    train, heldout = (data.examples(split, cache) for split in ("train", "heldout"))
+    assert (len(train), len(heldout)) == (25_039, 4_961)
+    first = train[0]
+    assert first["integers"].tolist() == [375, 522, 746, 38, 28, 67, 240, 115, MISSING, 0, 10124, 100, 145]
+    hashed = click_sources._hashed
+    wanted = [hashed(text) for text in ("DL", "575", "N326NB", "EWR", "ATL", "1", "1", "6", "1")]
+    assert first["categories"][:9].tolist() == wanted
+    assert first["categories"][17] == hashed("EWR\tATL") and first["categories"][25] == hashed("DL\t6")
+    months = {int(rows[i]["categories"][5]) for rows in (heldout,) for i in range(0, len(rows), 50)}
+    assert months == {hashed("11"), hashed("12")}
+
+
+def test_hashes_stay():
+    """Fault: a hash that differs between processes or versions, as Python's own does: caches and models would rot."""
+    hashed = click_sources._hashed
+    assert [hashed(text) for text in ("", "DL", "EWR\tATL", "1")] == [0, 2863043909, 1978277074, 2212294583]
+
+
+def test_made_up_clicks_are_a_function_of_their_index(cache):
+    """Fault: an example that depends on what was read before, or held-out examples that are trained on."""
+    data = SyntheticClicks(examples_in_train=50, examples_in_heldout=20, values=30)
+    rows, again = data.examples("train", cache), data.examples("train", cache)
+    backwards = [again[i] for i in reversed(range(50))][::-1]
+    for i in range(50):
+        jax.tree.map(np.testing.assert_array_equal, rows[i], backwards[i])
+    assert len({rows[i]["categories"].tobytes() for i in range(50)}) == 50
+    heldout = data.examples("heldout", cache)
+    assert len(heldout) == 20 and heldout[0]["categories"].tolist() != rows[0]["categories"].tolist()
+    other = SyntheticClicks(examples_in_train=50, seed=1, values=30)
+    assert other.examples("train", cache)[0]["categories"].tolist() != rows[0]["categories"].tolist()
+    assert other.fingerprint(cache) != data.fingerprint(cache)
+
+
+def test_integers_at_the_ends_of_their_range():
+    """Fault: the smallest number of 32 bits, which stands for a missing one, is taken for one."""
+    row = np.frombuffer(click_rows.packed((1, [-(2**31), None, *[2**63 - 1] * 11], [0] * 26)), click_rows.ROW)[0]
+    assert row["integers"][:3].tolist() == [MISSING + 1, MISSING, 2**31 - 1]

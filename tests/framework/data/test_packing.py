@@ -1,0 +1,112 @@
+import functools
+import pickle
+
+import numpy as np
+import pytest
+from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shampax.framework.data.reading import shards
+from shampax.framework.data.text.packing import pack, real_targets, row_type, to_bytes, unpacked
+
+LENGTHS = st.lists(st.integers(2, 40), max_size=12)
+
+
+def documents_of(lengths):
+    """Documents whose every token is different, so that a token names its place; 0 is left to padding."""
+    ends = np.cumsum(lengths)
+    return [np.arange(end - length, end, dtype=np.int32) + 1 for length, end in zip(lengths, ends, strict=True)]
+
+
+@given(LENGTHS, st.integers(2, 17))
+def test_every_token_is_predicted_exactly_once_from_its_predecessor(lengths, row_length):
+    """Fault: a token lost or doubled where a document goes on in the next row, or predicted across documents."""
+    documents = documents_of(lengths)
+    predicted = []
+    for tokens, segments in pack(documents, row_length):
+        for slot in np.flatnonzero(real_targets(segments)):
+            assert tokens[slot - 1] == tokens[slot] - 1
+            predicted.append(tokens[slot])
+    assert predicted == [token for document in documents for token in document[1:]]
+
+
+@given(LENGTHS, st.integers(2, 17))
+def test_rows_are_full(lengths, row_length):
+    """Fault: room left in a row though documents follow, or segments that do not count from 1."""
+    rows = list(pack(documents_of(lengths), row_length))
+    for tokens, segments in rows:
+        assert tokens.shape == segments.shape == (row_length,)
+        assert ((tokens == 0) == (segments == 0)).all()
+        real = segments[segments > 0]
+        assert real[0] == 1
+        assert set(np.diff(real)) <= {0, 1}
+        assert (np.diff(np.flatnonzero(segments)) == 1).all()
+    for _, segments in rows[:-1]:
+        assert (segments == 0).sum() <= 1
+
+
+def test_known_rows(tmp_path):
+    """Fault: positions that do not restart, characters counted at tokens that are no targets, or wrong padding."""
+    documents = [np.array([0, 5, 6, 0]), np.array([0, 7, 8, 9, 0])]
+    kind, path = row_type(6, 10), epath.Path(tmp_path / "rows")
+    written = shards.write(path, (to_bytes(row, kind) for row in pack(documents, 6)))
+    decode = functools.partial(unpacked, row_type=kind, characters=np.array([0, 0, 0, 0, 0, 1, 2, 3, 4, 5], np.int32))
+    rows = shards.ShardRows([path], [written.rows], decode)
+    assert len(rows) == 2
+    expected = [
+        {
+            "tokens": [0, 5, 6, 0, 0, 7],
+            "segments": [1, 1, 1, 1, 2, 2],
+            "positions": [0, 1, 2, 3, 0, 1],
+            "characters": [0, 1, 2, 0, 0, 3],
+        },
+        {
+            "tokens": [7, 8, 9, 0, 0, 0],
+            "segments": [1, 1, 1, 1, 0, 0],
+            "positions": [0, 1, 2, 3, 0, 1],
+            "characters": [0, 4, 5, 0, 0, 0],
+        },
+    ]
+    assert [{name: array.tolist() for name, array in rows[i].items()} for i in range(len(rows))] == expected
+    assert all(array.dtype == np.int32 for array in rows[0].values())
+    copy = pickle.loads(pickle.dumps(rows))
+    assert {name: array.tolist() for name, array in copy[1].items()} == expected[1]
+
+
+def test_the_hash_is_that_of_the_rows(tmp_path):
+    """Fault: a hash that leaves out an array, a row or the length of rows, or that depends on more than these."""
+    documents = documents_of([9, 4, 17, 3])
+
+    def content(name, documents=documents, row_length=6):
+        rows = (to_bytes(row, row_type(row_length, 100)) for row in pack(documents, row_length))
+        return shards.write(epath.Path(tmp_path / name), rows).content
+
+    first = content("first")
+    assert content("again") == first
+    joined = [np.concatenate(documents[:2]), *documents[2:]]  # the same tokens in other segments
+    last = [*documents[:-1], documents[-1] + 1]
+    others = [content("joined", joined), content("last", last), content("longer", row_length=40)]
+    others.append(content("first of all", [documents[0][::-1], *documents[1:]]))
+    assert len({first, *others}) == 5
+
+
+@pytest.mark.parametrize("vocab_size", [256, 65536, 65537])
+def test_large_ids_survive_the_file(vocab_size):
+    """Fault: a type too small for the vocabulary."""
+    row = np.array([0, vocab_size - 1, vocab_size // 2], np.int32), np.ones(3, np.int32)
+    kind = row_type(3, vocab_size)
+    back = unpacked(to_bytes(row, kind), kind, np.zeros(vocab_size, np.int32))
+    assert back["tokens"].tolist() == row[0].tolist()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    """Fault: a half-written shard that the next run takes for a whole one."""
+
+    def rows():
+        yield b"row"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shards.write(epath.Path(tmp_path / "a"), rows())
+    assert list(tmp_path.iterdir()) == []

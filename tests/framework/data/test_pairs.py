@@ -1,0 +1,322 @@
+import itertools
+import json
+import lzma
+import os
+import pickle
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from wmt14 import prepare_wmt14
+
+from shampax.framework.base.errors import UserError
+from shampax.framework.data import samples
+from shampax.framework.data.pairs import PairData
+from shampax.framework.data.pairs.pair_packing import Packer, Room
+from shampax.framework.data.pairs.pair_sources import open_pairs
+from shampax.framework.data.pipeline import Batches
+from shampax.framework.data.reading import shards
+from shampax.framework.data.reading.records import Malformed
+from shampax.framework.data.text.tokenizer import train_tokenizer
+
+PAIRS = [
+    (f"Sentence {i}: naïve words. " * (i % 4 + 1), f"Phrase {i} : mots naïfs 漢字 🙂. " * (i % 3 + 1))
+    for i in range(40)
+]
+SMALL = {"vocab_size": 300, "source_length": 200, "target_length": 200}
+
+
+@pytest.fixture(scope="module")
+def wmt14(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tfds")
+    splits = {"train": PAIRS[:30], "validation": PAIRS[30:34], "test": PAIRS[34:]}
+    # The set's first language is the one that it is not translated from here.
+    prepare_wmt14(directory, "fr-en", {name: [pair[::-1] for pair in pairs] for name, pairs in splits.items()})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    """The vendored sample, prepared."""
+    cache = tmp_path_factory.mktemp("cache")
+    data = PairData(vocab_size=1024, source_length=144, target_length=144)
+    data.prepare(cache)
+    return data, cache
+
+
+def decoded(data, cache, split):
+    """The pairs of a split, read out of its rows."""
+    decode, rows = data.decoder(cache), data.examples(split, cache)
+    pairs = []
+    for index in range(len(rows)):
+        row = rows[index]
+        for segment in range(1, row["source_segments"].max() + 1):
+            source = row["source"][row["source_segments"] == segment]
+            target = row["target"][row["target_segments"] == segment]
+            assert source[-1] == target[0] == target[-1] == 0
+            pairs.append((decode(source), decode(target[1:])))
+    return pairs
+
+
+def verses():
+    """(book, chapter, English, French) of every verse of the sample."""
+    for line in samples.read("web-lsg-nt.en-fr.tsv.xz").decode().splitlines():
+        place, source, target = line.split("\t")
+        yield *map(int, place.split(".")[:2]), source, target
+
+
+def places(**changes):
+    """The arguments of open_pairs."""
+    fields = {"data_dir": "", "source_key": "en", "target_key": "fr", "source_column": 1, "target_column": 2}
+    return fields | {"train_split": "train", "heldout_split": "test"} | changes
+
+
+def test_sample_is_split_by_chapter_and_repeated_sources_are_dropped(sample):
+    """Fault: verses of one chapter on both sides, sides exchanged, or held-out sources that are trained on."""
+    data, cache = sample
+    chapters = {group: [] for group in range(20)}
+    train = []
+    for book, chapter, *pair in verses():
+        group = (7 * book + chapter) % 20
+        chapters[group].append(tuple(pair))
+        if group > 1:
+            train.append(tuple(pair))
+    assert [len(chapters[0]), len(chapters[1]), len(train)] == [361, 426, 7170]
+    trained_on = {source for source, _ in train}
+    heldout = decoded(data, cache, "heldout")
+    assert heldout == [pair for pair in chapters[1] if pair[0] not in trained_on]
+    assert len(heldout) == 424
+    assert decoded(data, cache, "train") == train
+    validation = open_pairs("sample:nt", **places(heldout_split="validation"))
+    assert list(validation.stream("heldout")) == chapters[0]
+    assert list(validation.stream("train")) == train
+    assert sum(source in trained_on for group in (0, 1) for source, _ in chapters[group]) == 6
+
+
+def test_rows_are_filled_in_order_and_each_pair_is_whole(sample):
+    """Fault: a row with room to spare, a pair cut in two, segments that differ between the sides."""
+    data, cache = sample
+    rows = data.examples("train", cache)
+    spec = data.spec()
+    room = Room(144, 144, 0)
+    before = None
+    for index in range(0, 200):
+        row = rows[index]
+        assert {name: (array.shape, array.dtype) for name, array in row.items()} == {
+            name: (each.shape, each.dtype) for name, each in spec.items()
+        }
+        sizes = {}
+        for side in ("source", "target"):
+            segments = row[f"{side}_segments"]
+            sizes[side] = [int((segments == number).sum()) for number in range(1, segments.max() + 1)]
+            filled = [(number, at) for number, size in enumerate(sizes[side], start=1) for at in range(size)]
+            expected = np.zeros((len(segments), 2), int)
+            expected[: len(filled)] = filled
+            np.testing.assert_array_equal(segments, expected[:, 0])
+            np.testing.assert_array_equal(row[f"{side}_positions"][: len(filled)], expected[: len(filled), 1])
+            assert (row[side][len(filled) :] == 0).all()
+        pairs = len(sizes["source"])
+        assert pairs == len(sizes["target"]) > 0
+        if before:  # the first pair of this row would not have fitted into the one before
+            source, target = before["source"] + sizes["source"][:1], before["target"] + sizes["target"][:1]
+            assert not room.holds(len(source), sum(source) - len(source), sum(target) - 2 * len(target))
+        before = sizes
+
+
+def test_one_pair_a_row(sample):
+    """Fault: held-out rows with several pairs, of which only one would be translated; or a limit that is not kept."""
+    data, cache = sample
+    heldout = data.examples("heldout", cache)
+    assert {int(heldout[index]["target_segments"].max()) for index in range(len(heldout))} == {1}
+    single = PairData(vocab_size=1024, source_length=144, target_length=144, pairs_per_row=1)
+    single.prepare(cache)
+    assert len(single.examples("train", cache)) == 7170
+    assert decoded(single, cache, "train") == decoded(data, cache, "train")
+    assert len(list(cache.glob("tokenizer-*.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [(0, [[10, 11], [12, 13], [14, 15, 16], [17]]), (2, [[10, 11], [12, 13], [14, 15], [16, 17]])],
+)
+def test_pairs_that_just_fit(tmp_path, limit, expected):
+    """Fault: off by one where a row is exactly full, on either side, or a limit of pairs that does not hold."""
+    sizes = [(3, 2), (1, 1), (1, 2), (1, 2), (1, 1), (1, 1), (1, 1), (3, 3)]
+    pairs = [(np.full(s, 10 + i, np.int32), np.full(t, 20 + i, np.int32)) for i, (s, t) in enumerate(sizes)]
+    room = Room(6, 8, limit)  # targets take a slot less than they have with both ends
+    packer = Packer(room, 300)
+    count, content, _ = shards.write(epath.Path(tmp_path / "a"), packer.pack(iter(pairs)))
+    rows = shards.ShardRows([epath.Path(tmp_path / "a")], [count], packer)
+    assert [sorted({*rows[i]["source"].tolist()} - {0}) for i in range(len(rows))] == expected
+    assert count == len(rows)
+    assert rows[0]["source"].tolist() == [10, 10, 10, 0, 11, 0]
+    assert rows[0]["target"].tolist() == [0, 20, 20, 0, 0, 21, 0, 0, 0]
+    assert rows[0]["target_segments"].tolist() == [1, 1, 1, 1, 2, 2, 2, 0, 0]
+    assert shards.write(epath.Path(tmp_path / "b"), packer.pack(iter(pairs))).content == content
+    assert shards.write(epath.Path(tmp_path / "c"), packer.pack(iter(pairs[::-1]))).content != content
+    copy = pickle.loads(pickle.dumps(rows))
+    assert len(pickle.dumps(rows)) < 1000
+    jax.tree.map(np.testing.assert_array_equal, copy[3], rows[3])
+    with pytest.raises(IndexError):
+        rows[len(rows)]
+
+
+def test_tokenizer_is_of_both_sides_of_the_training_pairs(sample):
+    """Fault: a vocabulary of one language, or merges learnt from held-out text."""
+    data, cache = sample
+    pairs = open_pairs("sample:nt", **places()).stream("train")
+    expected = train_tokenizer(itertools.chain.from_iterable(pairs), 1024)
+    assert data.load_tokenizer(cache).get_vocab() == expected.get_vocab()
+
+
+def write_tsv(path, pairs):
+    path.write_text("".join(f"{i}\t{target}\t{source}\n" for i, (source, target) in enumerate(pairs)))
+    return f"file:{path}"
+
+
+def test_columns_of_tsv_files(tmp_path, capfd):
+    """Fault: other columns, malformed or empty rows that move others to another split, or what is dropped not told."""
+    pairs = list(PAIRS)
+    pairs[3], pairs[12], pairs[29] = ("", "empty"), ("long " * 200, "long"), PAIRS[0]
+    source = write_tsv(tmp_path / "a.tsv", pairs)
+    lines = (tmp_path / "a.tsv").read_bytes().splitlines(keepends=True)
+    lines[5] = b"5\t\xff\tbad\n"
+    (tmp_path / "a.tsv.xz").write_bytes(lzma.compress(b"".join(lines)))
+    data = PairData(source=f"{source}.xz", source_column=3, target_column=2, max_malformed=1, **SMALL)
+    data.prepare(tmp_path / "cache")
+    err = capfd.readouterr().err
+    assert "train pairs: 1 record is malformed" in err and "a.tsv.xz, row 6: not UTF-8" in err
+    assert "train pairs: 1 with an empty side, 1 too long for a row; dropped" in err
+    assert "heldout pairs: 1 whose source is trained on; dropped" in err
+    left_out = {3, 5, 12}
+    assert decoded(data, tmp_path / "cache", "train") == [
+        pair for i, pair in enumerate(pairs) if i % 10 != 9 and i not in left_out
+    ]
+    assert decoded(data, tmp_path / "cache", "heldout") == [PAIRS[9], PAIRS[19], PAIRS[39]]
+    data.prepare(tmp_path / "cache")
+    assert "train pairs: 1 with an empty side, 1 too long for a row; dropped" in capfd.readouterr().err
+    with pytest.raises(UserError, match=r"max_malformed is 0, and 1 record is malformed .*row 6"):
+        PairData(source=f"{source}.xz", source_column=3, target_column=2, **SMALL).prepare(tmp_path / "cache")
+    with pytest.raises(UserError, match=r"data.source_column is 4, but .*a.tsv.xz has 3 columns"):
+        PairData(source=f"{source}.xz", source_column=4, **SMALL).prepare(tmp_path / "cache")
+
+
+def test_heldout_pairs_are_never_cut(tmp_path):
+    """Fault: BLEU over references that lack their ends, or over fewer pairs than there are."""
+    pairs = [*PAIRS[:19], ("word " * 100, "mot " * 90), *PAIRS[20:]]
+    source = write_tsv(tmp_path / "a.tsv", pairs)
+    fields = {"source": source, "source_column": 3, "target_column": 2, "vocab_size": 300}
+    with pytest.raises(UserError, match=r"1 held-out pairs are longer .* up to \d+ source and \d+ target") as caught:
+        PairData(**fields, source_length=90, target_length=90).prepare(tmp_path / "cache")
+    assert list((tmp_path / "cache").glob("rows-*")) == []
+    longest = [int(word) for word in str(caught.value).split() if word.isdecimal()][1:3]
+    data = PairData(**fields, source_length=longest[0], target_length=longest[1])
+    data.prepare(tmp_path / "cache")
+    assert decoded(data, tmp_path / "cache", "heldout")[1] == pairs[19]
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path):
+    """Fault: a touched file taken for other data, or a changed target for the same."""
+    fields = {"source_column": 3, "target_column": 2} | SMALL
+    prints = []
+    for name, pairs in (("a", PAIRS), ("b", PAIRS), ("c", [*PAIRS[:20], (PAIRS[20][0], "autre"), *PAIRS[21:]])):
+        data = PairData(source=write_tsv(tmp_path / f"{name}.tsv", pairs), **fields)
+        with pytest.raises(UserError, match="call prepare"):
+            data.examples("train", tmp_path / "cache")
+        data.prepare(tmp_path / "cache")
+        prints.append(data.fingerprint(tmp_path / "cache"))
+    assert prints[0] == prints[1] != prints[2]
+
+
+READ = """
+import json, pathlib, sys
+from shampax.framework.data.pairs import PairData
+from shampax.framework.data.pipeline import Batches
+data_dir, cache = sys.argv[1], pathlib.Path(sys.argv[2])
+data = PairData(source="tfds:wmt14_translate/fr-en:1.0.0", data_dir=data_dir, vocab_size=300, source_length=200,
+    target_length=200)
+data.prepare(cache)
+batches = Batches(data.examples("train", cache), seed=1, global_batch_size=4, rows=range(4))
+print(json.dumps({"shape": next(batches.from_step(3))["target"].shape, "tensorflow": "tensorflow" in sys.modules}))
+"""
+
+
+def test_wmt14_is_read_by_the_names_of_its_features(wmt14, tmp_path):
+    """Fault: translation from French because the set has it first, another split, or TensorFlow in the input path."""
+    command = [sys.executable, "-c", READ, str(wmt14), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {"shape": [4, 201], "tensorflow": False}
+    fields = {"source": "tfds:wmt14_translate/fr-en:1.0.0", "data_dir": str(wmt14)} | SMALL
+    data = PairData(**fields)
+    assert sorted(decoded(data, tmp_path, "train")) == sorted(PAIRS[:30])
+    assert sorted(decoded(data, tmp_path, "heldout")) == sorted(PAIRS[34:])
+    other = PairData(**fields, source_key="fr", target_key="en", heldout_split="validation")
+    other.prepare(tmp_path)
+    assert sorted(decoded(other, tmp_path, "heldout")) == sorted(pair[::-1] for pair in PAIRS[30:34])
+    with pytest.raises(UserError, match=r"no feature 'de'; set data.target_key to one of en, fr"):
+        PairData(**fields, target_key="de").prepare(tmp_path)
+
+
+def test_damaged_examples_of_a_tfds_set_are_named(tmp_path):
+    """Fault: text that is no UTF-8 ends in a traceback."""
+    bad = [("bad", b"\xff") if index == 2 else pair for index, pair in enumerate(PAIRS[:12])]
+    prepare_wmt14(tmp_path, "en-fr", {"train": bad, "test": PAIRS[12:15]})
+    pairs = open_pairs("tfds:wmt14_translate/en-fr:1.0.0", **places(data_dir=str(tmp_path)))
+    (found,) = [pair for pair in pairs.stream("train") if isinstance(pair, Malformed)]
+    assert "not UTF-8 at byte 0" in str(found) and "split 'train', row" in str(found)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_random_access_equals_the_stream_on_any_number_of_processes(sample, processes):
+    """Fault: an example that depends on who reads it, or on what was read before."""
+    data, cache = sample
+    rows = data.examples("train", cache)
+    whole = Batches(rows, seed=3, global_batch_size=8, rows=range(8)).from_step(0)
+    expected = [next(whole) for _ in range(4)]
+    for process in range(processes):
+        mine = range(process * 8 // processes, (process + 1) * 8 // processes)
+        batches = Batches(data.examples("train", cache), seed=3, global_batch_size=8, rows=mine)
+        for step in (3, 0, 2):
+            part = {name: array[list(mine)] for name, array in expected[step].items()}
+            jax.tree.map(np.testing.assert_array_equal, batches[step], part)
+
+
+def test_unusable_sources_are_one_line(tmp_path, wmt14):
+    """Fault: a wrong name found out late, with a traceback, or after something was written."""
+    few = write_tsv(tmp_path / "few.tsv", PAIRS[:5])
+    (tmp_path / "gpt.json").write_text(
+        train_tokenizer((text for pair in PAIRS for text in pair), 300).to_str().replace("<|endoftext|>", "<|other|>")
+    )
+    cases = [
+        ({"source": "sample:ot"}, "there is sample:nt"),
+        ({"heldout_split": "dev"}, "'dev'; sample:nt has validation and test"),
+        ({"source": few}, "has 5 rows and needs at least 10"),
+        ({"source": f"file:{tmp_path}"}, r"write file:.*\*\.tsv"),
+        ({"source": "tfds:wmt14_translate/de-en:1.0.0", "data_dir": str(wmt14)}, "tfds build wmt14_translate/de-en"),
+        ({"tokenizer": f"{tmp_path}/gpt.json"}, "has no token"),
+    ]
+    for fields, message in cases:
+        with pytest.raises(UserError, match=message) as caught:
+            PairData(**SMALL | fields).prepare(tmp_path / "cache")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"source": "nt"}, "sample:nt"),
+        ({"source_length": 1}, "source_length is 1; it must be at least 2"),
+        ({"target_column": 0}, "target_column is 0"),
+        ({"pairs_per_row": -1}, "pairs_per_row is -1"),
+        ({"vocab_size": 256}, "bytes alone need 257"),
+    ],
+)
+def test_fields_are_checked(fields, message):
+    """Fault: nonsense accepted at construction and met in the middle of a run."""
+    with pytest.raises(ValueError, match=message):
+        PairData(**fields)

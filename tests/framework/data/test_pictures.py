@@ -1,0 +1,116 @@
+import contextlib
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from imagenet import encoded, photo
+from PIL import Image
+
+from shampax.framework.data.images import pictures
+from shampax.framework.data.images.pictures import NotAnImage
+
+
+def png_that_says(width, height):
+    """A PNG file of a few bytes whose header promises so many pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_every_kind_of_jpeg_and_png_becomes_rgb():
+    """Fault: grey, palette, transparent or CMYK files, all of which ImageNet has, end in another shape."""
+    image = Image.fromarray(photo(1))
+    for mode, kind in (("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("1", "PNG"), ("RGB", "PNG")):
+        file = io.BytesIO()
+        image.convert(mode).save(file, kind)
+        pixels = pictures.decode(file.getvalue())
+        assert (pixels.shape, pixels.dtype) == ((40, 56, 3), np.uint8)
+    np.testing.assert_array_equal(pixels, photo(1))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "neither JPEG nor PNG"),
+        (b"not an image", "neither JPEG nor PNG"),
+        (encoded(photo(1), "GIF"), "neither JPEG nor PNG"),
+        (encoded(photo(1), "BMP"), "neither JPEG nor PNG"),
+        (encoded(photo(1))[:-20], "truncated"),
+        (encoded(photo(1))[:300], "OSError: "),
+        (encoded(photo(1), "PNG")[:600], "truncated"),
+        (png_that_says(8_193, 8_192), "8193 x 8192 pixels are more than 67,108,864"),
+        (png_that_says(30_000, 30_000), "DecompressionBombError"),
+    ],
+)
+def test_what_is_no_image_is_refused(content, reason):
+    """Fault: a file cut short is filled up with grey, a bomb fills the memory, or other parsers meet what is read."""
+    with pytest.raises(NotAnImage, match=reason):
+        pictures.decode(content)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.sampled_from(["JPEG", "PNG"]), st.lists(st.tuples(st.integers(0, 10**6), st.binary(min_size=1, max_size=4))))
+def test_damaged_files_are_decoded_or_refused(kind, damage):
+    """Fault: a parser's own exception ends the run."""
+    content = bytearray(encoded(photo(1, 8, 8), kind))
+    for place, new in damage:
+        place %= len(content)
+        content[place : place + len(new)] = new
+    with contextlib.suppress(NotAnImage):
+        assert pictures.decode(bytes(content)).shape[2:] == (3,)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 500), st.integers(1, 500), st.integers(0, 2**31))
+def test_random_boxes_lie_inside_and_have_the_shapes_allowed(height, width, seed):
+    """Fault: a box that leaves the image, height and width mixed up, or areas and shapes beyond their ranges."""
+    rng = np.random.default_rng(seed)
+    left, top, right, bottom = pictures.random_box(height, width, rng, area=(0.08, 1.0), aspect=(0.75, 4 / 3))
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+    if min(height, width) >= 100 and max(height, width) < 3 * min(height, width):
+        wide, high = right - left, bottom - top
+        assert 0.7 < wide / high < 1.43
+        assert 0.07 < wide * high / (height * width) < 1.001
+
+
+def test_random_boxes_are_spread_over_area_and_place():
+    """Fault: sides drawn in place of areas, or boxes that favour a corner."""
+    rng = np.random.default_rng(0)
+    boxes = np.array([pictures.random_box(400, 400, rng, area=(0.08, 1.0), aspect=(1.0, 1.0)) for _ in range(2000)])
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / 400**2
+    np.testing.assert_allclose(np.quantile(area, [0.25, 0.5, 0.75]), [0.31, 0.54, 0.77], atol=0.04)
+    np.testing.assert_allclose(boxes[:, :2].mean(axis=0), 400 - boxes[:, 2:].mean(axis=0), rtol=0.1)
+
+
+def test_a_strip_has_a_centred_box():
+    """Fault: no box where none of ten draws fits, or one of a shape that is not allowed."""
+    box = pictures.random_box(10, 1_000, np.random.default_rng(0), area=(0.9, 1.0), aspect=(0.5, 2.0))
+    assert box == (490, 0, 510, 10)
+
+
+def test_the_central_crop_is_that_of_a_resized_image():
+    """Fault: another part or scale than the central 224 of an image resized to 256."""
+    image = photo(3, 512, 640)
+    direct = pictures.resized(image, pictures.central_box(512, 640, 0.875), 224)
+    picture = Image.fromarray(image).resize((320, 256), Image.Resampling.BILINEAR).crop((48, 16, 272, 240))
+    np.testing.assert_allclose(direct.astype(int), np.asarray(picture).astype(int), atol=2)
+
+
+@pytest.mark.parametrize(("down", "right"), [(0, 0), (2, 0), (-1, 3), (0, -2)])
+def test_shifted(down, right):
+    """Fault: pixels that come in again on the other side, or a move the other way."""
+    image = photo(1, 8, 9)
+    moved = pictures.shifted(image, down, right)
+    for row in range(8):
+        for column in range(9):
+            inside = 0 <= row - down < 8 and 0 <= column - right < 9
+            expected = image[row - down, column - right] if inside else np.zeros(3)
+            np.testing.assert_array_equal(moved[row, column], expected)

@@ -1,0 +1,156 @@
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from shampax.framework.base import paths
+from shampax.framework.base.errors import UserError
+from shampax.framework.data.clicks.criteo import ClickData
+from shampax.framework.data.masked import MaskedTextData
+from shampax.framework.data.pairs import PairData
+from shampax.framework.data.pipeline import Batches, HeldoutBatches
+from shampax.framework.data.preparing import preparing
+from shampax.framework.data.reading import shards
+from shampax.framework.data.text import TextData
+from shampax.framework.dataset import augment
+from shampax.launch import prepare
+
+WORDS = ["some", "words", "of", "many", "that", "make", "a", "sentence", "with", "which", "no", "one", "would", "begin"]
+TEXTS = [" ".join(WORDS[(i * k) % 13] for k in range(3, 30)) + f". Number {i} ends here.\nAnd {i}." for i in range(60)]
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """One small data set of each kind, in several shards, by name."""
+    text, pairs, clicks = (tmp_path / name for name in ("a.txt", "a.tsv", "clicks.txt"))
+    text.write_text("\f".join(TEXTS))
+    pairs.write_text("".join(f"{i} {text[:50]}\t{text[50:100]}\n" for i, text in enumerate(TEXTS)))
+    clicks.write_text(
+        "".join(f"{i % 2}\t" + "\t".join(map(str, range(i, i + 13))) + "\t1f" * 26 + "\n" for i in range(60))
+    )
+    return {
+        "text": TextData(source=f"file:{text}", sequence_length=16, vocab_size=300, shard_size=9),
+        "pairs": PairData(
+            source=f"file:{pairs}", source_length=90, target_length=90, vocab_size=300, shard_size=9, pairs_per_row=2
+        ),
+        "masked": MaskedTextData(
+            source=f"file:{text}", sequence_length=32, vocab_size=300, predictions=4, shard_size=9
+        ),
+        "clicks": ClickData(source=f"file:{clicks}", shard_size=7),
+    }
+
+
+def content(folder):
+    """The bytes of all files under a folder, by name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def in_shares(data, folder, processes=1):
+    for process in range(processes):
+        manifest = preparing.run(data, paths.of(folder), workers=1, process=process, processes=processes)
+        assert (manifest is None) == (process < processes - 1)
+
+
+@pytest.mark.parametrize("kind", ["text", "pairs", "masked", "clicks"])
+def test_batches_are_those_of_a_run_that_prepares_itself(sources, tmp_path, kind):
+    """Fault: shards in another order, rows of another share, or a source that is still asked for."""
+    data = sources[kind]
+    data.prepare(tmp_path / "run")
+    in_shares(data, tmp_path / "here", processes=3)
+    assert content(tmp_path / "here") == content(tmp_path / "run")
+    assert len(list((tmp_path / "here").glob("rows-*/train-*.array_record"))) > 3 or kind == "clicks"
+    os.remove(data.source.removeprefix("file:"))
+    there = dataclasses.replace(data, prepared=str(tmp_path / "here"))
+    there.prepare(tmp_path / "unused")
+    assert not (tmp_path / "unused").exists()
+    (tmp_path / data.source.rpartition("/")[2]).write_bytes(b"")  # a run in its workdir looks at its source
+    with pytest.raises(UserError):
+        data.examples("train", tmp_path / "run")
+    runs = [dataclasses.replace(data, prepared=str(tmp_path / name)) for name in ("run", "here")]
+    assert runs[0].fingerprint("") == runs[1].fingerprint("")
+    wanted = {"global_batch_size": 4, "rows": range(4)}
+    trained = [Batches(run.examples("train", ""), seed=1, augment=augment(run), **wanted) for run in runs]
+    for step in (0, 3, 40):
+        jax.tree.map(np.testing.assert_array_equal, trained[0][step], trained[1][step])
+    judged = [HeldoutBatches(run.examples("heldout", ""), **wanted) for run in runs]
+    assert len(judged[0]) == len(judged[1])
+    jax.tree.map(np.testing.assert_array_equal, judged[0][0], judged[1][0])
+
+
+def test_workers_make_the_same_bytes(sources, tmp_path):
+    """Fault: rows that depend on who makes them, or a worker that makes another's shards, or none."""
+    in_shares(sources["pairs"], tmp_path / "alone")
+    preparing.run(sources["pairs"], paths.of(tmp_path / "two"), workers=2)
+    assert content(tmp_path / "two") == content(tmp_path / "alone")
+
+
+PREPARE = """
+import os, signal, sys
+from shampax.framework.base import paths
+from shampax.framework.data.preparing import preparing; from shampax.framework.data.reading import shards
+from shampax.framework.data.text import TextData
+write, made = shards.write, []
+def slow(path, rows):
+    if len(made) == 3:
+        open(path.with_name(f".{path.name}.1.partial"), "w").write("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    made.append(path)
+    return write(path, rows)
+shards.write = slow
+data = TextData(source=sys.argv[1], sequence_length=16, vocab_size=300, shard_size=9)
+preparing.run(data, paths.of(sys.argv[2]), workers=1)
+"""
+
+
+def test_a_killed_preparation_goes_on(sources, tmp_path, monkeypatch):
+    """Fault: a half-written shard is taken for a whole one, shards are made twice, or leftovers stay."""
+    data = sources["text"]
+    arguments = ["--config=shampax/configs/lm.py:sample", f"--output={tmp_path}/killed", "--workers=1"]
+    knobs = {"source": data.source, "sequence_length": 16, "shard_size": 9}
+    arguments += [f"--config.data.{key}={value}" for key, value in knobs.items()]
+    arguments += ["--config.task.vocab_size=300"]
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARE, data.source, tmp_path / "killed"], capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(list((tmp_path / "killed").glob("rows-*/*.array_record"))) == 3
+    made, write = [], shards.write
+    monkeypatch.setattr(shards, "write", lambda path, rows: made.append(path.name) or write(path, rows))
+    assert prepare.main(arguments) == 0
+    in_shares(data, tmp_path / "whole")
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    total = len(list((tmp_path / "whole").glob("rows-*/*.array_record")))
+    assert len(made) == (total - 3) + total
+
+
+def test_what_does_not_fit_is_one_line(sources, tmp_path, capsys):
+    """Fault: rows of other settings are trained on, a missing shard is found out at its first row, or a traceback."""
+    data, place = sources["text"], tmp_path / "here"
+    there = dataclasses.replace(data, prepared=str(place))
+    with pytest.raises(UserError, match=r"holds no prepared data; run .*launch\.prepare"):
+        there.prepare(tmp_path)
+    in_shares(data, place)
+    with pytest.raises(UserError, match="sequence_length 16 there, 17 here; set"):
+        dataclasses.replace(there, sequence_length=17).prepare(tmp_path)
+    shard = next(place.glob("rows-*/train-00002.array_record"))
+    whole = shard.read_bytes()
+    for content in (whole[:-1], None):
+        shard.unlink() if content is None else shard.write_bytes(content)
+        with pytest.raises(UserError, match=r"lacks 1 of its \d+ shards.*train-00002.*makes what is missing"):
+            there.prepare(tmp_path)
+    in_shares(data, place)
+    assert shard.read_bytes() == whole
+    next(place.glob("rows-*/manifest.json")).unlink()
+    with pytest.raises(UserError, match="has shards but no manifest"):
+        there.prepare(tmp_path)
+    arguments = ["--config=shampax/configs/resnet.py:sample", f"--output={place}"]
+    assert prepare.main(arguments) == 2
+    assert "has nothing to prepare" in capsys.readouterr().err
+    for flag, message in (("--process=2/2", "from 0 to N - 1"), ("--workers=0", "number of processes")):
+        assert prepare.main([*arguments, flag]) == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,40 @@
+import json
+
+import pytest
+
+from shampax.framework.base.errors import UserError
+from shampax.framework.data.reading.records import Malformed, Rejects
+
+
+def mixed(good, bad):
+    return [*range(good), *(Malformed(f"a.tsv, row {row}", "1 columns, expected 3") for row in bad), good]
+
+
+def test_usable_records_pass_in_order_and_the_others_are_counted():
+    """Fault: a record lost beside a malformed one, or a limit that is one too low."""
+    rejects = Rejects(2)
+    assert list(rejects.sift(mixed(3, [4, 9]))) == [0, 1, 2, 3]
+    assert rejects.count == 2
+    rejects.refuse_excess()
+
+
+def test_the_error_has_the_count_the_limit_and_the_places():
+    """Fault: an error that does not say where to look, or lists thousands of places."""
+    with pytest.raises(UserError) as caught:
+        list(Rejects(0).sift(mixed(3, [4])))
+    assert str(caught.value) == (
+        "data.max_malformed is 0, and 1 record is malformed (a.tsv, row 4: 1 columns, expected 3); "
+        "mend the data or skip them with a higher limit"
+    )
+    with pytest.raises(UserError, match=r"is 1500, and 1,501 records are malformed .*row 5: [^;]*; and 1496 more\)"):
+        list(Rejects(1500).sift(mixed(0, range(1, 4000))))
+
+
+def test_what_was_noted_counts_again():
+    """Fault: a note of skipped records that loses some on the way through JSON."""
+    rejects = Rejects(10)
+    list(rejects.sift(mixed(0, range(1, 9))))
+    noted = json.loads(json.dumps(rejects.to_json()))
+    assert str(Rejects(10, **noted)) == str(rejects)
+    with pytest.raises(UserError, match="is 7, and 8 records"):
+        Rejects(7, **noted).refuse_excess()

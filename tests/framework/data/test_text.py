@@ -1,0 +1,366 @@
+import json
+import lzma
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from shampax.framework.base.errors import UserError
+from shampax.framework.data import samples
+from shampax.framework.data.reading import files
+from shampax.framework.data.reading.records import Malformed
+from shampax.framework.data.text import TextData, documents
+from shampax.framework.data.text.packing import real_targets
+from shampax.framework.data.text.tokenizer import train_tokenizer
+
+TEXTS = [f"Document {i}: {'naïve 漢字 text ' * (i % 5 + 1)}🙂" for i in range(40)]
+
+
+def prepare_tfds(directory, name, config, version, splits, file_format="array_record"):
+    """Writes `splits` (name -> texts) as a tfds data set under a real name, offline."""
+    with tfds.core.registered.skip_registration():
+
+        class Builder(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version(version)
+            BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
+
+            def _info(self):
+                features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "url": tfds.features.Text()})
+                return tfds.core.DatasetInfo(builder=self, features=features)
+
+            def _split_generators(self, dl_manager):
+                return {split: self._generate_examples(texts) for split, texts in splits.items()}
+
+            def _generate_examples(self, texts):
+                for index, text in enumerate(texts):
+                    yield index, {"text": text, "url": f"example.org/{index}"}
+
+        Builder.name = name
+        tfds.disable_progress_bar()
+        options = {"config": config} if config else {}
+        Builder(data_dir=directory, file_format=file_format, **options).download_and_prepare()
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tfds")
+    prepare_tfds(directory, "lm1b", None, "1.1.0", {"train": TEXTS[:30], "test": TEXTS[30:]})
+    prepare_tfds(directory, "c4", "en", "3.1.0", {"train": TEXTS[:30], "validation": TEXTS[30:]})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    """The vendored sample, prepared with a small vocabulary."""
+    cache = tmp_path_factory.mktemp("cache")
+    data = TextData(vocab_size=512, sequence_length=128)
+    data.prepare(cache)
+    return data, cache
+
+
+def decoded(data, cache, split):
+    """The documents of a split, put together again from its rows."""
+    tokenizer, rows = data.load_tokenizer(cache), data.examples(split, cache)
+    targets = []
+    for i in range(len(rows)):
+        row = rows[i]
+        targets.extend(row["tokens"][real_targets(row["segments"])].tolist())
+    assert targets[-1] == 0
+    ends = np.flatnonzero(np.array(targets) == 0)
+    starts = [0, *(ends[:-1] + 1)]
+    return [tokenizer.decode(targets[start:end]) for start, end in zip(starts, ends, strict=True)]
+
+
+def test_sample_splits(sample):
+    """Fault: text lost in packing, a document cut at the wrong separator, or a held-out article in training."""
+    data, cache = sample
+    everything = [
+        text for split in ("train", "heldout") for text in documents.open_documents(data.source).stream(split)
+    ]
+    train, heldout = decoded(data, cache, "train"), decoded(data, cache, "heldout")
+    assert (len(train), len(heldout)) == (96, 10)
+    assert train + heldout == everything
+    assert not set(train) & set(heldout)
+    assert train[0].startswith("Anarchism\n")
+    assert not any("\f" in text or text.endswith("\n") for text in train)
+
+
+def test_tokenizer_sees_training_documents_only(sample):
+    """Fault: merges learnt from held-out text, which flatter bits per character."""
+    data, cache = sample
+    expected = train_tokenizer(documents.open_documents(data.source).stream("train"), data.vocab_size)
+    assert data.load_tokenizer(cache).get_vocab() == expected.get_vocab()
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_characters_add_up_to_the_text(sample, split):
+    """Fault: bits per character over a wrong number of characters (split pieces, ends, multi-byte characters)."""
+    data, cache = sample
+    rows = data.examples(split, cache)
+    counted = sum(int(rows[i]["characters"].sum()) for i in range(len(rows)))
+    assert counted == sum(map(len, documents.open_documents(data.source).stream(split)))
+
+
+def test_cache_is_used_and_stale_caches_are_not(tmp_path, capfd):
+    """Fault: packing again on every start, or old rows for new settings or changed files."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i, text in enumerate(TEXTS):
+        (texts / f"{i:03}.txt").write_text(text)
+    cache = tmp_path / "cache"
+    data = TextData(source=f"file:{texts}/*.txt", sequence_length=32, vocab_size=300)
+    data.prepare(cache)
+    assert "prepared train: 36 documents" in capfd.readouterr().err
+    stamps = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    data.prepare(cache)
+    assert stamps == {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    assert decoded(data, cache, "heldout") == TEXTS[9::10]
+    (texts / "009.txt").write_text("changed")
+    with pytest.raises(UserError, match="call prepare"):
+        data.examples("heldout", cache)
+    data.prepare(cache)
+    assert decoded(data, cache, "heldout") == ["changed", *TEXTS[19::10]]
+    longer = TextData(source=data.source, sequence_length=64, vocab_size=300)
+    longer.prepare(cache)
+    assert longer.examples("train", cache)[0]["tokens"].shape == (65,)
+    assert len(list(cache.glob("tokenizer-*.json"))) == 2  # the one before the change, and one for both lengths
+
+
+def test_form_feeds_separate_documents_in_a_file(tmp_path):
+    """Fault: several documents of one file read as one, or the separator kept as text."""
+    (tmp_path / "a.txt").write_bytes("\n\f".join(TEXTS[:15]).encode())
+    (tmp_path / "b.txt").write_bytes("\f".join(TEXTS[15:]).encode() + b"\n\f")
+    source = documents.open_documents(f"file:{tmp_path}/*.txt")
+    assert list(source.stream("train")) == [text for i, text in enumerate(TEXTS) if i % 10 != 9]
+    assert list(source.stream("heldout")) == TEXTS[9::10]
+
+
+@pytest.mark.parametrize("content", ["a\fb", "a\n\f\r\n\fb\r\f", "\f\f", "a\n", "a\n\r\fb\r\r\n\fc" * 3, ""])
+def test_documents_are_cut_wherever_a_read_ends(tmp_path, monkeypatch, content):
+    """Fault: a separator that spans two reads is missed, or a newline kept that belongs to no document."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(content.encode() + b"x\f" * 10)
+    expected = [text for text in re.split("\r?\n?\f", content + "x\f" * 10) if text]
+    for size in (1, 2, 3, 1000):
+        monkeypatch.setattr(files, "_CHUNK", size)
+        source = documents.open_documents(f"file:{path}")
+        found = [*source.stream("train"), *source.stream("heldout")]
+        assert sorted(found) == sorted(expected)
+
+
+def test_a_text_without_end_is_no_document(tmp_path, monkeypatch):
+    """Fault: a device image taken for text fills the memory."""
+    monkeypatch.setattr(documents, "_LONGEST_DOCUMENT", 9)
+    (tmp_path / "a.txt").write_text("x\f" * 10 + "123456789x" + "\f12345678\f")
+    train = list(documents.open_documents(f"file:{tmp_path}/a.txt").stream("train"))
+    assert train[-2:] == [Malformed(f"{tmp_path}/a.txt, document 11", "more than 9 bytes"), "12345678"]
+
+
+def bad_documents(folder):
+    """40 documents of one file, of which 7 and 25 are not UTF-8, and 10 neither, which is held out."""
+    parts = [text.encode() for text in TEXTS]
+    for index in (6, 9, 24):
+        parts[index] = parts[index][:5] + b"\xff" + parts[index][5:]
+    (folder / "a.txt").write_bytes(b"\f".join(parts))
+    return f"file:{folder}/*.txt"
+
+
+def test_malformed_documents_are_skipped_up_to_a_limit(tmp_path, capfd):
+    """Fault: one bad document costs its whole file, moves the others to another split, or is skipped in silence."""
+    source, cache = bad_documents(tmp_path), tmp_path / "cache"
+    fields = {"source": source, "sequence_length": 32, "vocab_size": 300}
+    with pytest.raises(
+        UserError, match=r"max_malformed is 1, and 2 records are malformed .*document 7: .*document 25:"
+    ):
+        TextData(**fields, max_malformed=1).prepare(cache)
+    assert not cache.exists()
+    data = TextData(**fields, max_malformed=2)
+    data.prepare(cache)
+    err = capfd.readouterr().err
+    assert re.search(r"prepared train: 34 documents, .* rows", err)
+    assert f"({tmp_path}/a.txt, document 10: not UTF-8 at byte 5), skipped" in err
+    assert decoded(data, cache, "train") == [text for i, text in enumerate(TEXTS) if i % 10 != 9 and i not in (6, 24)]
+    assert decoded(data, cache, "heldout") == TEXTS[19::10]
+    (stamp,) = cache.glob("rows-*/manifest.json")
+    totals = json.loads(stamp.read_text())["splits"]
+    assert [totals[split]["malformed"]["count"] for split in ("train", "heldout")] == [
+        2,
+        1,
+    ]
+
+
+def test_prepared_rows_tell_what_they_lack(tmp_path, capfd):
+    """Fault: a limit that holds only where rows are made, or skipped documents forgotten once they are."""
+    fields = {"source": bad_documents(tmp_path), "sequence_length": 32, "vocab_size": 300}
+    TextData(**fields, max_malformed=2).prepare(tmp_path / "cache")
+    capfd.readouterr()
+    TextData(**fields, max_malformed=5).prepare(tmp_path / "cache")
+    assert "train documents: 2 records are malformed (" in capfd.readouterr().err
+    assert len(list((tmp_path / "cache").glob("rows-*"))) == 1
+    with pytest.raises(UserError, match=r"max_malformed is 0, and 2 records are malformed .*document 7"):
+        TextData(**fields).prepare(tmp_path / "cache")
+
+
+def test_a_column_of_a_tsv_file_holds_the_documents(tmp_path):
+    """Fault: another column, rows taken for one document, or a row without the column that ends the run."""
+    lines = [f"{i}\t{text}\t" for i, text in enumerate(TEXTS)]
+    lines[3] = "no columns"
+    (tmp_path / "a.tsv.xz").write_bytes(lzma.compress("\n".join(lines).encode()))
+    data = TextData(source=f"file:{tmp_path}/*", tsv_column=2, sequence_length=32, vocab_size=300, max_malformed=1)
+    data.prepare(tmp_path / "cache")
+    assert decoded(data, tmp_path / "cache", "train") == [t for i, t in enumerate(TEXTS) if i % 10 != 9 and i != 3]
+    other = TextData(source=data.source, tsv_column=1, sequence_length=32, vocab_size=300, max_malformed=1)
+    with pytest.raises(UserError, match="call prepare"):
+        other.examples("train", tmp_path / "cache")
+
+
+def test_malformed_documents_of_a_tfds_set_are_named(tmp_path):
+    """Fault: prepared data that are damaged or no UTF-8 end in a traceback, or cost the documents beside them."""
+    texts = [b"bad \xff" if i == 2 else text.encode() for i, text in enumerate(TEXTS)]
+    prepare_tfds(tmp_path, "lm1b", None, "1.1.0", {"train": texts[:30], "test": texts[30:]})
+    splits = {"train_split": "train", "heldout_split": "test"}
+    source = documents.open_documents("tfds:lm1b:1.1.0", data_dir=str(tmp_path), **splits)
+    whole = list(source.stream("train"))
+    (index,) = [i for i, each in enumerate(whole) if not isinstance(each, str)]
+    assert str(whole[index]) == f"tfds:lm1b:1.1.0 split 'train', row {index + 1}: not UTF-8 at byte 4"
+    (shard,) = (tmp_path / "lm1b" / "1.1.0").glob("*train*")
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 0xFF
+    shard.write_bytes(content)
+    again = list(source.stream("train"))
+    (damaged,) = [i for i in range(30) if again[i] != whole[i]]
+    message = f"tfds:lm1b:1.1.0 split 'train', row {damaged + 1}: Corrupted"
+    assert str(again[damaged]).startswith(message)
+    content[80] ^= 0xFF
+    shard.write_bytes(content)
+    source = documents.open_documents("tfds:lm1b:1.1.0", data_dir=str(tmp_path), **splits)  # the first is damaged too
+    assert [i for i, each in enumerate(source.stream("train")) if each != whole[i]] == [0, damaged]
+    shard.unlink()
+    with pytest.raises(UserError, match=r"'train' of tfds:lm1b:1\.1\.0 cannot be read any further"):
+        list(source.stream("train"))
+
+
+def test_max_documents(tmp_path, tfds_dir):
+    """Fault: a bound that packing or tokenizer training ignores."""
+    data = TextData(source="tfds:c4/en:3.1.0", data_dir=str(tfds_dir), vocab_size=300, max_documents=3)
+    data.prepare(tmp_path)
+    assert len(decoded(data, tmp_path, "train")) == len(decoded(data, tmp_path, "heldout")) == 3
+
+
+READ = """
+import json, pathlib, sys
+from shampax.framework.data.pipeline import Batches
+from shampax.framework.data.reading.records import Malformed
+from shampax.framework.data.text import TextData
+source, data_dir, heldout, cache = sys.argv[1:]
+data = TextData(source=source, data_dir=data_dir, heldout_split=heldout, sequence_length=32, vocab_size=300)
+data.prepare(pathlib.Path(cache))
+rows = data.examples("train", pathlib.Path(cache))
+batches = Batches(rows, seed=1, global_batch_size=4, rows=range(4))
+print(json.dumps({"shape": next(batches.from_step(3))["tokens"].shape, "tensorflow": "tensorflow" in sys.modules}))
+"""
+
+
+@pytest.mark.parametrize(("source", "heldout"), [("tfds:lm1b:1.1.0", "test"), ("tfds:c4/en:3.1.0", "validation")])
+def test_prepared_tfds_sets_are_read_without_tensorflow(tmp_path, tfds_dir, source, heldout):
+    """Fault: real data names that do not open, splits mixed up, or TensorFlow's 2.5 s import in the input path."""
+    command = [sys.executable, "-c", READ, source, str(tfds_dir), heldout, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {"shape": [4, 33], "tensorflow": False}
+    data = TextData(source=source, data_dir=str(tfds_dir), heldout_split=heldout, sequence_length=32, vocab_size=300)
+    assert sorted(decoded(data, tmp_path, "train")) == sorted(TEXTS[:30])
+    assert sorted(decoded(data, tmp_path, "heldout")) == sorted(TEXTS[30:])
+
+
+def test_given_tokenizer(sample, tmp_path):
+    """Fault: a tokenizer file that is ignored, or replaced without the rows being packed again."""
+    data, cache = sample
+    (path,) = cache.glob("tokenizer-*.json")
+    given = TextData(vocab_size=600, sequence_length=128, tokenizer=str(path))
+    given.prepare(tmp_path / "cache")
+    same = given.examples("heldout", tmp_path / "cache")[5]["tokens"]
+    assert same.tolist() == data.examples("heldout", cache)[5]["tokens"].tolist()
+    assert list((tmp_path / "cache").glob("tokenizer-*")) == []
+
+
+def test_unusable_sources_are_one_line_and_write_nothing(tmp_path, tfds_dir):
+    """Fault: a wrong path or name found out late, with a traceback, or after something was written."""
+    few = tmp_path / "few"
+    few.mkdir()
+    (few / "a.txt").write_text("one document")
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "a.txt").write_bytes(b"text\f" * 12 + b"\xff\xfe")
+    (bad / "a.tsv").write_text("text\n" * 12)
+    here = {"data_dir": str(tfds_dir)}
+    lm1b = {"source": "tfds:lm1b:1.1.0", "heldout_split": "test", **here}
+    cases = [
+        ({"source": f"file:{tmp_path}/none/*.txt"}, "none/.* matches no file"),
+        ({"source": f"file:{few}"}, r"write file:.*few/\*\.txt"),
+        ({"source": f"file:{few}/*.txt"}, "has 1 documents and needs at least 10"),
+        (
+            {"source": f"file:{bad}/*.txt"},
+            r"max_malformed is 0, and 1 record is malformed .*bad/a.txt, document 13: not UTF-8 at byte 0",
+        ),
+        ({"source": f"file:{bad}/*.tsv", "tsv_column": 2}, "data.tsv_column is 2, but .*bad/a.tsv has 1 columns"),
+        ({"source": "sample:dewiki"}, "there is sample:enwiki"),
+        ({"source": "tfds:lm1b"}, "has no version"),
+        ({"source": "tfds:lm1b:9.9.9", **here}, "lm1b/9.9.9.*data.data_dir.*tfds build lm1b"),
+        (
+            {**lm1b, "heldout_split": "validation"},
+            "no split 'validation'; set data.heldout_split to one of test, train",
+        ),
+        ({**lm1b, "text_key": "article"}, "no feature 'article'; set data.text_key to one of text, url"),
+        ({**lm1b, "heldout_split": "train[90%:]"}, "share examples"),
+        ({"tokenizer": f"{tmp_path}/none.json"}, "none.json cannot be read"),
+    ]
+    for fields, message in cases:
+        with pytest.raises(UserError, match=message) as caught:
+            TextData(**fields).prepare(tmp_path / "cache")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_tfds_sets_without_random_access_or_files_are_refused(tmp_path):
+    """Fault: a TFRecord set or a missing shard fails somewhere inside tfds, after packing has begun."""
+    prepare_tfds(tmp_path, "lm1b", None, "1.1.0", {"train": TEXTS[:30], "test": TEXTS[30:]})
+    data = TextData(source="tfds:lm1b:1.1.0", data_dir=str(tmp_path), heldout_split="test", vocab_size=300)
+    (shard,) = (tmp_path / "lm1b" / "1.1.0").glob("*test*")
+    shard.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        data.prepare(tmp_path / "cache")
+    info = tmp_path / "lm1b" / "1.1.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match=r"tfrecord form.*--file_format=array_record"):
+        data.prepare(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_damaged_sample_is_refused(tmp_path, monkeypatch):
+    """Fault: results on text that is not the one the notice describes."""
+    source = documents.open_documents("sample:enwiki")
+    monkeypatch.setattr(samples.lzma, "decompress", lambda content: b"other text")
+    with pytest.raises(UserError, match="sha256"):
+        next(source.stream("train"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"source": "wiki"}, "sample:enwiki"),
+        ({"sequence_length": 0}, "at least 1"),
+        ({"vocab_size": 256}, "256; bytes alone need 257"),
+        ({"max_documents": -1}, "0 for all"),
+        ({"max_malformed": -1}, "0 for none"),
+        ({"tsv_column": 0}, "count from 1"),
+    ],
+)
+def test_fields_are_checked(fields, message):
+    """Fault: nonsense accepted at construction and met in the middle of a run."""
+    with pytest.raises(ValueError, match=message):
+        TextData(**fields)

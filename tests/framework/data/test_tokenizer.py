@@ -1,0 +1,122 @@
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers
+
+from shampax.framework.base.errors import UserError
+from shampax.framework.data.text.documents import open_documents
+from shampax.framework.data.text.tokenizer import (
+    END_OF_DOCUMENT,
+    characters_per_token,
+    encode,
+    load_tokenizer,
+    train_tokenizer,
+)
+
+TRAIN = """
+import hashlib, itertools
+from shampax.framework.data.text.documents import open_documents
+from shampax.framework.data.text.tokenizer import train_tokenizer
+tokenizer = train_tokenizer(itertools.islice(open_documents("sample:enwiki").stream("train"), 24), 600)
+print(hashlib.sha256(tokenizer.to_str().encode()).hexdigest())
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(itertools.islice(open_documents("sample:enwiki").stream("train"), 24), 600)
+
+
+def test_training_is_deterministic(tokenizer):
+    """Fault: ids that depend on hash seeds or thread counts, so that processes or reruns disagree."""
+    hashes = {hashlib.sha256(tokenizer.to_str().encode()).hexdigest()}
+    for threads in ("1", "2"):
+        environment = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
+        done = subprocess.run([sys.executable, "-c", TRAIN], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        hashes.add(done.stdout.strip())
+    assert len(hashes) == 1
+
+
+# Surrogates alone are no text: UTF-8 cannot hold them.
+@settings(deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=4))
+def test_any_text_comes_back_and_its_characters_are_counted(tokenizer, documents):
+    """Fault: a normaliser, a prefix space, an unknown token, or characters counted by byte or by token."""
+    characters = characters_per_token(tokenizer, 600)
+    encoded = list(encode(tokenizer, documents))
+    assert [text for text, _ in encoded] == documents
+    for text, ids in encoded:
+        assert ids[0] == ids[-1] == 0
+        assert 0 not in ids[1:-1]
+        assert tokenizer.decode(ids[1:-1].tolist()) == text
+        assert characters[ids].sum() == len(text)
+
+
+def test_the_end_token_inside_a_document_is_text(tokenizer, tmp_path):
+    """Fault: text that spells the end token ends the document, also after a tokenizer was saved and loaded."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.to_str())
+    for each in (tokenizer, load_tokenizer(path, 600)):
+        ((_, ids),) = encode(each, [f"a{END_OF_DOCUMENT}b"])
+        assert 0 not in ids[1:-1]
+        assert each.decode(ids.tolist(), skip_special_tokens=True) == f"a{END_OF_DOCUMENT}b"
+
+
+def test_an_interruption_is_no_fault_of_the_tokenizer(tokenizer):
+    """Fault: Ctrl-C while text is packed is told as a document that cannot be read."""
+
+    class Interrupted:
+        def token_to_id(self, token):
+            return 0
+
+        def encode_batch_fast(self, documents, add_special_tokens):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(encode(Interrupted(), ["text"]))
+
+
+def test_vocabulary_is_bytes_then_merges(tokenizer):
+    """Fault: the end token is not id 0, or bytes are missing from the alphabet because the text has none."""
+    vocabulary = tokenizer.get_vocab()
+    assert vocabulary[END_OF_DOCUMENT] == 0
+    assert sorted(vocabulary.values()) == list(range(600))
+    assert sum(len(token) == 1 for token in vocabulary) == 256
+
+
+def test_unusable_files_are_refused(tokenizer, tmp_path):
+    """Fault: a tokenizer that changes text, has no end token or is too large is found out after training."""
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(UserError, match="cannot be read"):
+        load_tokenizer(path, 600)
+    path.write_text("{}")
+    with pytest.raises(UserError, match="not a tokenizers JSON"):
+        load_tokenizer(path, 600)
+    path.write_text(tokenizer.to_str())
+    with pytest.raises(UserError, match=r"600 tokens, data.vocab_size is 599; set it to 600"):
+        load_tokenizer(path, 599)
+    assert load_tokenizer(path, 640).get_vocab_size() == 600
+    normalising = Tokenizer.from_str(tokenizer.to_str())
+    normalising.normalizer = normalizers.NFKC()
+    path.write_text(normalising.to_str())
+    with pytest.raises(UserError, match="does not keep text"):
+        load_tokenizer(path, 600)
+    parts = json.loads(tokenizer.to_str())
+    parts["model"]["vocab"]["last"] = 700  # of 601 tokens one does not fit into a table of 640
+    path.write_text(json.dumps(parts))
+    with pytest.raises(UserError, match=r"701 tokens, data.vocab_size is 640; set it to 701"):
+        load_tokenizer(path, 640)
+    path.write_text(json.dumps(parts | {"model": parts["model"] | {"dropout": 0.1}}))
+    with pytest.raises(UserError, match=r"dropout 0\.1"):
+        load_tokenizer(path, 701)
+    path.write_text(Tokenizer(models.BPE()).to_str())
+    with pytest.raises(UserError, match="has no token"):
+        load_tokenizer(path, 600)

@@ -1,0 +1,202 @@
+"""Environments as the documentation of each cluster has them; what a metadata server tells, from a real server."""
+
+import contextlib
+import http.server
+import threading
+
+import pytest
+
+from shampax.framework.base.errors import UserError
+from shampax.framework.distributed import cluster
+
+SLURM = {
+    "SLURM_JOB_ID": "4100",
+    "SLURM_STEP_NODELIST": "tux[07-08]",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+MPI = {
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+}
+GKE = {"TPU_WORKER_HOSTNAMES": "t-0.job,t-1.job", "TPU_WORKER_ID": "1"}
+POD = {
+    "JOB_COMPLETION_INDEX": "2",
+    "HOSTNAME": "lm-workers-0-2",
+    "HEADLESS_SERVICE": "lm",
+    "JAX_NUM_PROCESSES": "3",
+}
+EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:84", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        (dict.fromkeys(EXPLICIT, ""), None),
+        (EXPLICIT | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, ("10.0.0.1", 84, 1, 0)),
+        ({"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
+        (EXPLICIT, ("10.0.0.1", 84, 4, 3)),
+        (EXPLICIT | SLURM, ("10.0.0.1", 84, 4, 3)),
+        (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "[fe80::1]:84"}, ("fe80::1", 84, 4, 3)),
+        (SLURM, ("tux07", 61444, 2, 1, ("tux07", "tux08"), "JAX_COORDINATOR_PORT")),
+        (SLURM | {"JAX_COORDINATOR_PORT": "85"}, ("tux07", 85, 2, 1, ("tux07", "tux08"), "JAX_COORDINATOR_PORT")),
+        (SLURM | {"JAX_NUM_PROCESSES": "1"}, None),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({name: SLURM[name] for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID")}, None),  # a batch script
+        (SLURM | MPI, ("10.96.0.1", 61440 + 1531576320 // 4096 % 4096, 4, 3, (), "JAX_COORDINATOR_PORT", 1)),
+        (
+            MPI | {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp6://[fe80::b9b,2620::2]:43370", "CUDA_VISIBLE_DEVICES": "7"},
+            ("fe80::b9b", 61441, 4, 3, (), "JAX_COORDINATOR_PORT"),
+        ),
+        (
+            {name: value for name, value in MPI.items() if "uri" not in name} | {"JAX_COORDINATOR_ADDRESS": "n1:84"},
+            ("n1", 84, 4, 3, (), "JAX_COORDINATOR_ADDRESS", 1),
+        ),
+        (GKE, ("t-0.job", 8482, 2, 1, ("t-0.job", "t-1.job"), "JAX_COORDINATOR_PORT")),
+        (GKE | {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
+        (
+            GKE
+            | {
+                "MEGASCALE_NUM_SLICES": "3",
+                "MEGASCALE_SLICE_ID": "2",
+                "MEGASCALE_COORDINATOR_ADDRESS": "lm-slice-0-0.lm:8080",
+            },
+            ("lm-slice-0-0.lm", 8482, 6, 5, (), "JAX_COORDINATOR_PORT"),
+        ),
+        (
+            POD,
+            (
+                "lm-workers-0-0.lm",
+                55527,
+                3,
+                2,
+                ("lm-workers-0-0.lm", "lm-workers-0-1.lm", "lm-workers-0-2.lm"),
+                "JAX_COORDINATOR_PORT",
+            ),
+        ),
+        ({"JOB_COMPLETION_INDEX": "2", "HOSTNAME": "sweep-2"}, None),  # runs of their own
+    ],
+)
+def test_the_environment_says_which_process_of_a_run_this_is(environ, expected):
+    """Fault: a process takes itself for another one, or for a run of its own, which trains beside the others."""
+    assert cluster.place(environ) == (expected and cluster.Place(*expected))
+
+
+@pytest.mark.parametrize("shared", [{}, {"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "1"}])
+def test_processes_that_share_a_machine_take_a_device_each(shared):
+    """Fault: all of them take all devices of it."""
+    place = cluster.place(SLURM | {"SLURM_STEP_NODELIST": "tux07", "SLURM_LOCALID": "1"} | shared)
+    assert place.local_device == (None if shared.get("CUDA_VISIBLE_DEVICES") == "1" else 1)
+    assert place.hosts == ()
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        (
+            EXPLICIT | {"JAX_PROCESS_ID": ""},
+            "JAX_NUM_PROCESSES say that this is a process of several, and JAX_PROCESS_ID is not set in the environment",
+        ),
+        ({"JAX_NUM_PROCESSES": "4"}, "and JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID are not set in the environment"),
+        (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "give host:port of process 0"),
+        (EXPLICIT | {"JAX_PROCESS_ID": "4"}, "process 4 of 4 by JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES and"),
+        (EXPLICIT | {"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID is '-1' in the environment; it must be a whole number"),
+        ({"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "1"}, "JAX_NUM_PROCESSES is '1' and JAX_PROCESS_ID is '1'"),
+        (SLURM | {"JAX_COORDINATOR_PORT": "70000"}, "the port of process 0 is 70000"),
+        (SLURM | {"SLURM_STEP_NODELIST": "a[1"}, "'a[1' is no list of hosts as Slurm writes them"),
+        ({name: value for name, value in MPI.items() if "uri" not in name}, "Open MPI says that this is a process of"),
+        ({name: value for name, value in POD.items() if name != "HEADLESS_SERVICE"}, "HEADLESS_SERVICE or HOSTNAME"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line_with_the_fix(environ, message):
+    with pytest.raises(UserError) as refused:
+        cluster.place(environ)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("hostlist", "hosts"),
+    [
+        ("n1", "n1"),
+        ("n1,m2", "n1 m2"),
+        ("n[1,3-4]x,gpu-a", "n1x n3x n4x gpu-a"),
+        ("r[1-2]n[09-10]", "r1n09 r1n10 r2n09 r2n10"),
+        ("n[001-002,9].cluster", "n001.cluster n002.cluster n9.cluster"),
+    ],
+)
+def test_lists_of_hosts(hostlist, hosts):
+    assert cluster.expand(hostlist) == hosts.split()
+
+
+@pytest.mark.parametrize("wrong", ["", "n[", "n[1-]x", "n[a]", "n1,,n2", "a" * 5_000 + "["])
+def test_what_is_no_list_of_hosts(wrong):
+    """Fault: a pattern that takes for ever on long names."""
+    with pytest.raises(UserError, match="as Slurm writes them"):
+        cluster.expand(wrong)
+
+
+@contextlib.contextmanager
+def metadata_server(attributes):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            value = attributes.get(self.path.removeprefix("/computeMetadata/v1/instance/attributes/"))
+            known = value is not None and self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            self.wfile.write((value if known else "").encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def tpu(monkeypatch):
+    monkeypatch.setattr(cluster, "_TPU_FILES", (__file__,))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({}, None),
+        ({"agent-worker-number": "0", "worker-network-endpoints": "u:u:10.1.0.9", "tpu-env": ""}, None),
+        (
+            {
+                "agent-worker-number": "1",
+                "worker-network-endpoints": "unknown:unknown:10.1.0.9,unknown:unknown:10.1.0.8",
+                "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-16'\nWORKER_ID: '1'\n",
+            },
+            ("10.1.0.9", 8482, 2, 1, ("10.1.0.9", "10.1.0.8"), "JAX_COORDINATOR_PORT"),
+        ),
+        (
+            {
+                "agent-worker-number": "1",
+                "worker-network-endpoints": "t-0,t-1",
+                "tpu-env": "MEGASCALE_COORDINATOR_ADDRESS: '10.9.9.9'\nMEGASCALE_NUM_SLICES: '2'\n"
+                "MEGASCALE_SLICE_ID: '1'\n",
+            },
+            ("10.9.9.9", 8482, 4, 3, (), "JAX_COORDINATOR_PORT"),
+        ),
+    ],
+)
+def test_a_tpu_machine_asks_its_metadata_server(attributes, expected, tpu):
+    with metadata_server(attributes) as server:
+        found = cluster.place({"GCE_METADATA_HOST": server})
+        assert found == (expected and cluster.Place(*expected))
+        assert cluster.place({"GCE_METADATA_HOST": server, "TPU_SKIP_MDS_QUERY": "1"}) is None
+
+
+def test_a_metadata_server_that_does_not_answer_is_one_line(tpu):
+    """Fault: a machine of a slice trains on its own while the others wait for it."""
+    with pytest.raises(UserError, match=r"does not tell agent-worker-number: .*refused"):
+        cluster.place({"GCE_METADATA_HOST": "127.0.0.1:9"})

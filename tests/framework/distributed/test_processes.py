@@ -1,0 +1,168 @@
+import json
+import pathlib
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from processes import LIMIT, Job, script
+from toy_runs import arrays, lines, saved
+
+CONFIG = pathlib.Path(__file__).parent / "toy_many.py"
+GOES_ON = "the same command goes on from the newest checkpoint, if there is one"
+
+
+def training(workdir, fault=""):
+    """Two processes of the real command."""
+    command = [sys.executable, "-m", "shampax.launch.train", f"--config={CONFIG}", f"--workdir={workdir}"]
+    return Job(command, processes=2, devices=1, variables={"FAULT": fault})
+
+
+def step_of(workdir):
+    """The last step that the run has logged."""
+    path = workdir / "metrics.jsonl"
+    complete = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+    return json.loads(complete[-1])["step"] if complete else 0
+
+
+def signalled(workdir, number, index):
+    """Send a process a signal as soon as the run has logged a step of its own; what became of the processes."""
+    before = step_of(workdir)
+    with training(workdir) as job:
+        end = time.monotonic() + LIMIT
+        while step_of(workdir) <= before and time.monotonic() < end:
+            time.sleep(0.02)
+        job.processes[index].send_signal(number)
+        return job.wait()
+
+
+def last_line(ended):
+    return ended.err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("many") / "whole"
+    with training(workdir) as job:
+        assert [ended.code for ended in job.wait()] == [0, 0]
+    return workdir
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_and_killed_again_and_again_ends_as_one_that_is_not(whole, tmp_path):
+    """Faults: a signal stops one process alone, or at another step; a survivor hangs, or dies of JAX's abort."""
+    for number, index in ((signal.SIGTERM, 1), (signal.SIGINT, 0)):
+        ended = signalled(tmp_path, number, index)
+        assert [each.code for each in ended] == [128 + number] * 2
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert result["stopped"] == number.name
+        assert saved(tmp_path)[-1] == result["steps"] < 80
+
+    for index in (1, 0):
+        ended = signalled(tmp_path, signal.SIGKILL, index)
+        survivor = ended[1 - index]
+        assert (ended[index].code, survivor.code) == (-signal.SIGKILL, 75)
+        assert survivor.seconds < 30
+        assert last_line(survivor).startswith(f"error: process {index} of 2 has died")
+        assert last_line(survivor).endswith(GOES_ON)
+        assert "Traceback" not in survivor.err
+
+    with training(tmp_path) as job:
+        assert [ended.code for ended in job.wait()] == [0, 0]
+    assert lines(tmp_path) == lines(whole)
+    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 80), arrays(whole, 80))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("options 1", "config.data: row_seconds is refused"),
+        pytest.param("input 1", "no rows for train", marks=pytest.mark.slow),
+    ],
+    ids=["before JAX has started", "after"],
+)
+def test_what_one_process_refuses_ends_all(fault, message, tmp_path):
+    with training(tmp_path / "work", fault) as job:
+        ended = job.wait()
+    assert [each.code for each in ended] == [2, 2]
+    assert [each.err for each in ended] == [f"process 1: error: {message}\n", f"error: {message}\n"]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_has_its_traceback_there_and_ends_all(tmp_path):
+    """Fault: the other waits for ever in a collective."""
+    with training(tmp_path, "row 1") as job:
+        ended = job.wait()
+    assert [each.code for each in ended] == [75, 1]
+    assert "Traceback" in ended[1].err
+    assert "LookupError: row" in ended[1].err
+    assert last_line(ended[0]).startswith("error: process 1 has failed, its output says where (LookupError: row")
+    assert "Traceback" not in ended[0].err
+
+
+@pytest.mark.slow
+def test_processes_agree_and_one_that_ends_early_ends_the_run():
+    """Faults: texts cut at some size, a refusal of process 0 alone; an end that waits for others for ever."""
+    text = """
+        group = Group(place, explain)
+        group.join({}, waiting_seconds=120, death_seconds=5)
+        group._waiting_seconds = 2.0  # in `leave`
+        from shampax.framework.distributed import agreement
+        texts = ["", "\\u00e9" * 70_000]
+        assert agreement.gather(texts[place.index]) == texts
+        assert agreement.gather("xy"[place.index]) == ["x", "y"]
+        assert agreement.first(lambda: {"chosen": place.index}) == {"chosen": 0}
+        def refuse():
+            raise UserError(f"not in {place.index}")
+        try:
+            agreement.first(refuse)
+        except UserError as error:
+            print(error)
+        if place.index == 1:
+            group.leave()
+        time.sleep(600)
+    """
+    with script(text, processes=2) as job:
+        ended = job.wait()
+    assert [each.code for each in ended] == [75, 75], ended
+    assert ["not in 0" in each.out for each in ended] == [True, True]
+    for each in ended:
+        assert last_line(each).startswith("error: process 1 has come to its end, and not all others within 2 s")
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_who_comes_after_the_end_hears_why(late):
+    text = f"""
+        time.sleep(0.5 * (place.index == {late}))
+        group = Group(place, explain)
+        if place.index != {late}:
+            group.fail(UserError("no such file"))
+        time.sleep(600)
+    """
+    with script(text, processes=2) as job:
+        ended = job.wait()
+    assert [each.code for each in ended] == [2, 2]
+    assert (
+        ended[late].err == f"process {1 - late}: {ended[1 - late].err}" == f"process {1 - late}: error: no such file\n"
+    )
+
+
+@pytest.mark.slow
+def test_an_abort_by_jax_ends_all_with_our_line_and_code():
+    """JAX aborts from a thread of its own. Fault: the exit code and the last line are those of the abort."""
+    text = """
+        import ctypes, threading
+        group = Group(place, explain)
+        group.join({}, waiting_seconds=120, death_seconds=5)
+        if place.index == 1:
+            threading.Thread(target=ctypes.CDLL(None).abort).start()
+        while True:
+            os.write(2, b"the last words of a library\\n")
+            time.sleep(0.001)
+    """
+    with script(text, processes=2) as job:
+        ended = job.wait()
+    assert [each.code for each in ended] == [75, 75], ended
+    assert all(last_line(each).startswith("error: process 1 was aborted") for each in ended)

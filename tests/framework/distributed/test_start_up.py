@@ -1,0 +1,201 @@
+"""Runs that cannot begin: each ends in time, in all processes, with one line that says why, and a code."""
+
+import contextlib
+import json
+import pathlib
+import socket
+import sys
+import time
+
+import pytest
+from processes import Job, script
+
+CONFIG = pathlib.Path(__file__).parent / "toy_many.py"
+
+
+def train(workdir, of_process_1):
+    """The real command in two processes, with one more flag in the second."""
+    program = f"""
+import os, sys
+from shampax.launch.train import main
+more = ["{of_process_1}"] if os.environ["JAX_PROCESS_ID"] == "1" else []
+sys.exit(main([*sys.argv[1:], *more]))
+"""
+    command = [sys.executable, "-c", program, f"--config={CONFIG}", f"--workdir={workdir}"]
+    return Job(command, processes=2, devices=1)
+
+
+def codes(ended):
+    return [each.code for each in ended]
+
+
+def test_another_config_in_one_process_is_named_by_its_key(tmp_path):
+    """Fault: the programs hang, or train something that nobody has asked for."""
+    with train(tmp_path / "work", "--config.schedule.learning_rate=0.5") as job:
+        ended = job.wait()
+    assert codes(ended) == [2, 2]
+    for each in ended:
+        assert each.err == (
+            "error: process 1 differs from process 0 in config.schedule.learning_rate (0.5, and 0.001 in process 0); "
+            "give all processes of a run the same config, workdir and code\n"
+        )
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.slow
+def test_who_has_not_come_in_time_is_named():
+    """Faults: whoever else knocks is counted; only a number of the missing is told."""
+    text = """
+        import socket
+        place = place._replace(hosts=("a", "b", "c", "d"))
+        group = Group(place, explain)
+        if place.index == 1:
+            time.sleep(0.5)
+            for words in (b"GET / HTTP/1.1\\r\\n\\r\\n", b"[]\\n", b"\\xff\\n"):
+                socket.create_connection((place.host, place.port)).sendall(words)
+        while not group._come:
+            time.sleep(0.01)
+        group.join({}, waiting_seconds=4, death_seconds=5)
+    """
+    with script(text, processes=2, JAX_NUM_PROCESSES="4") as job:
+        ended = job.wait()
+    assert codes(ended) == [75, 75]
+    for each in ended:
+        assert each.err.startswith("error: 2 of 4 processes have not come to 127.0.0.1:")
+        assert "within 4 s: 2 on c, 3 on d; " in each.err
+        assert each.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_who_has_come_and_does_not_get_ready_is_named():
+    text = """
+        group = Group(place, explain)
+        if place.index == 1:
+            time.sleep(600)
+        while not group._come:
+            time.sleep(0.01)
+        group.join({}, waiting_seconds=1, death_seconds=5)
+    """
+    with script(text, processes=2) as job:
+        ended = job.wait()
+    assert codes(ended) == [75, 75]
+    assert all("after 1 s these have come and have not read their config yet: 1; " in each.err for each in ended)
+
+
+@pytest.mark.slow
+def test_two_processes_of_the_same_index_are_refused():
+    text = """
+        Group(place._replace(index=min(place.index, 1)), explain)
+        time.sleep(600)
+    """
+    with script(text, processes=3, JAX_NUM_PROCESSES="3") as job:
+        ended = job.wait()
+    assert codes(ended) == [2, 2, 2], ended
+    assert all("a process came as number 1 of 3" in each.err for each in ended)
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_in_one_is_refused():
+    text = """
+        group = Group(place._replace(count=2 + place.index), explain)
+        group.join({}, waiting_seconds=240, death_seconds=5)
+    """
+    with script(text, processes=2) as job:
+        ended = job.wait()
+    assert codes(ended) == [2, 2]
+    for each in ended:
+        assert "error: a process came as number 1 of 3, where 2 are expected and 0 are there; " in each.err
+        assert each.seconds < 120  # not as long as they would wait
+
+
+@pytest.mark.slow
+def test_one_that_is_too_many_leaves_a_run_at_work_alone():
+    """Fault: a second launch of one process ends a run of days."""
+    text = """
+        late, working, number = place.index == 2, meeting / "working", meeting / "number"
+        if late:
+            while not working.exists():
+                time.sleep(0.01)
+            number.write_text(str(os.getpid()))
+        group = Group(place._replace(index=min(place.index, 1), count=2), explain)
+        group.join({}, waiting_seconds=120, death_seconds=5)
+        working.touch()
+        while not number.exists() or pathlib.Path("/proc", number.read_text()).exists():
+            time.sleep(0.01)
+        group.leave()
+    """
+    with script(text, processes=3, JAX_NUM_PROCESSES="3") as job:
+        ended = job.wait()
+    assert codes(ended) == [0, 0, 2], ended
+    assert "a process came as number 1 of 2, where 2 are expected and 0, 1 are there" in ended[2].err
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_told_by_process_0_and_the_others_end_in_time():
+    """Fault: the others take whoever listens there for process 0, and wait for ever."""
+    with contextlib.ExitStack() as stack:
+        stranger = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        port = stranger.getsockname()[1]
+        text = """
+            try:
+                group = Group(place, explain)
+            except UserError as error:
+                sys.exit(f"error: {error}")
+            group.join({}, waiting_seconds=1, death_seconds=5)
+        """
+        job = stack.enter_context(script(text, processes=2, JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}"))
+        ended = job.wait()
+    assert f"error: process 0 cannot listen at 127.0.0.1:{port}: Address already in use; is another run" in ended[0].err
+    assert ended[1].code == 75
+    assert ended[1].err == (
+        f"error: process 0 does not answer at 127.0.0.1:{port} (JAX_COORDINATOR_ADDRESS) within 1 s; "
+        "its own output may say why\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_never_comes_is_waited_for_no_longer_than_said():
+    text = """
+        print(time.time(), flush=True)
+        group = Group(place, explain)
+        group.join({}, waiting_seconds=1, death_seconds=5)
+    """
+    with script(text, processes=1, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1") as job:
+        start = time.time()
+        [ended] = job.wait()
+    assert ended.code == 75
+    assert ended.err.startswith("error: process 0 does not answer at 127.0.0.1:")
+    # 1 s, 5 s that process 0 would speak before, and 2 s for others to hear of the end: 20 s if patience is too long.
+    assert start + ended.seconds - float(ended.out) < 20
+
+
+@pytest.mark.slow
+def test_devices_that_do_not_reach_each_other_are_noticed_before_anything_is_compiled():
+    text = """
+        from shampax.framework.distributed import proof_of_life
+        if place.index == 1:
+            proof_of_life.all_reduce = lambda: time.sleep(600)
+        group = Group(place, explain)
+        group.join({}, waiting_seconds=4, death_seconds=5)
+    """
+    with script(text, processes=2) as job:
+        ended = job.wait()
+    assert codes(ended) == [75, 75]
+    assert all(
+        "error: a first all-reduce over the devices of all 2 processes has not come back to process 0" in each.err
+        for each in ended
+    )
+
+
+def test_the_all_reduce_counts_all_devices():
+    text = """
+        group = Group(place, explain)
+        group.join({"config.seed": "0"}, waiting_seconds=30, death_seconds=5)
+        import jax, json
+        print(json.dumps([jax.process_count(), jax.device_count(), jax.local_device_count()]))
+        group.leave()
+    """
+    with script(text, processes=2, JAX_NUM_CPU_DEVICES="2") as job:
+        ended = job.wait()
+    assert codes(ended) == [0, 0], ended
+    assert [json.loads(each.out.splitlines()[-1]) for each in ended] == [[2, 4, 2]] * 2

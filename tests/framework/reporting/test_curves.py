@@ -1,0 +1,108 @@
+import pathlib
+
+import numpy as np
+import pytest
+
+from shampax.framework.base.workdir import Run
+from shampax.framework.reporting import curves
+
+
+def make_run(path="run", *, config=None, **columns):
+    names, values = list(columns), zip(*columns.values(), strict=True)
+    points = tuple({"tokens": 0} | dict(zip(names, row, strict=True)) for row in values)
+    return Run(pathlib.Path(path), points, config or {}, None, ())
+
+
+def make_group(*runs):
+    return curves.Group("group", runs)
+
+
+def test_groups_differ_in_more_than_the_seed():
+    runs = [
+        make_run("runs/a-seed0", config={"seed": 0, "rate": 1}),
+        make_run("runs/b", config={"seed": 0, "rate": 2}),
+        make_run("runs/a-seed1", config={"seed": 1, "rate": 1}),
+    ]
+    first, second = curves.groups(runs)
+    assert (first.label, first.runs) == ("a (2 runs)", (runs[0], runs[2]))
+    assert (second.label, second.runs) == ("b", (runs[1],))
+
+
+def test_runs_without_a_config_are_never_one_group():
+    assert len(curves.groups([make_run("a"), make_run("b")])) == 2
+
+
+def test_labels_are_distinct():
+    runs = [make_run(f"run{i}", config={"seed": i, "rate": i // 2}) for i in range(4)]
+    labels = [group.label for group in curves.groups(runs)]
+    assert labels == ["run0 and 1 more", "run2 and 1 more"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["/x/a", "/x/b"], ["a", "b"]),
+        (["/x/a/run", "/x/b/run"], ["a/run", "b/run"]),
+        (["/x/a", "/x/a"], ["a", "a"]),
+    ],
+)
+def test_distinct_names(paths, names):
+    assert curves.distinct_names(paths) == names
+
+
+def test_band_of_one_run_is_what_it_measured():
+    run = make_run(step=[1, 2, 4], loss=[3.0, None, 1.0])
+    line = curves.band(make_group(run), "loss", "step")
+    np.testing.assert_array_equal(line.x, [1, 2, 4])
+    for values in (line.mean, line.low, line.high):
+        np.testing.assert_array_equal(values, [3.0, np.nan, 1.0])
+    assert line.last == 1.0
+
+
+def test_band_of_seeds_at_common_steps_is_their_mean_and_range():
+    runs = [make_run(step=[10, 20], loss=[4.0, low]) for low in (1.0, 2.0, 6.0)]
+    line = curves.band(make_group(*runs), "loss", "step")
+    np.testing.assert_array_equal(line.x, [10, 20])
+    np.testing.assert_allclose(line.mean, [4, 3])
+    np.testing.assert_allclose(line.low, [4, 1])
+    np.testing.assert_allclose(line.high, [4, 6])
+
+
+def test_band_interpolates_over_the_common_range_only():
+    runs = [make_run(seconds=[0, 4], loss=[8.0, 4.0]), make_run(seconds=[2, 6], loss=[10.0, 2.0])]
+    line = curves.band(make_group(*runs), "loss", "seconds")
+    np.testing.assert_array_equal(line.x, [2, 4])
+    np.testing.assert_allclose(line.low, [6, 4])
+    np.testing.assert_allclose(line.high, [10, 6])
+
+
+def test_band_is_empty_where_a_run_has_no_finite_point():
+    runs = [make_run(step=[1], loss=[1.0]), make_run(step=[1], loss=[None])]
+    line = curves.band(make_group(*runs), "loss", "step")
+    assert line.x.shape == line.mean.shape == (0,)
+    assert line.last is None
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"), [(3.0, 15.0), (2.0, 20.0), (4.0, 10.0), (9.0, 10.0), (0.5, None), (1.5, 35.0)]
+)
+def test_reach_interpolates_to_the_first_crossing(target, expected):
+    x = np.array([10.0, 20.0, 30.0, 40.0, 50.0])
+    y = np.array([4.0, 2.0, np.nan, 1.0 + 1 / 3, 5.0])
+    # Between 20 and 40 the line falls from 2 to 4/3; 1.5 lies three quarters down.
+    assert curves.reach(x, y, target) == (None if expected is None else pytest.approx(expected))
+
+
+def test_race_takes_the_highest_end_as_the_target():
+    slow = curves.Group("slow", (make_run(step=[0, 100], loss=[6.0, 2.0]),))
+    fast = curves.Group("fast", (make_run(step=[0, 50], loss=[6.0, 1.0]),))
+    race = curves.race([fast, slow], "loss", "step")
+    assert race is not None
+    assert (race.last, race.target, race.whole) == ("slow", 2.0, 100.0)
+    assert race.reached == {"fast": pytest.approx(40.0), "slow": pytest.approx(100.0)}
+    assert curves.race([fast], "loss", "step") is None
+
+
+def test_differences_names_what_is_not_the_same():
+    configs = [{"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}}]
+    assert curves.differences(configs) == {"a.c": [2, 5], "d": [3, None]}

@@ -1,0 +1,46 @@
+import jax.numpy as jnp
+import pytest
+
+from shampax.framework.base.periods import Period
+from shampax.framework.checkpoint.record import Record
+from shampax.framework.reporting import progress
+from shampax.framework.reporting.clock import Clock
+from shampax.framework.reporting.journal import Journal
+from shampax.framework.sharding import partitioning
+
+COUNTS = {"skipped": 0, "consecutive_skips": 0, "spike": 0, "spikes": 0}
+STEP = COUNTS | {"loss": 2.0, "learning_rate": 0.1, "spike_bound": 3.0}
+
+
+@pytest.fixture
+def journal():
+    pace = {"total_steps": 1000, "tokens_per_step": 64}
+    speedometer = progress.Speedometer(partitioning.make_mesh({"data": -1}), flops_per_step=1.0, **pace)
+    return Journal(None, speedometer, Clock(0.0), (), start=Record(), period=Period(100), **pace)
+
+
+def done(journal, step, **changes):
+    journal.step_done(step, {name: jnp.asarray(value) for name, value in (STEP | changes).items()})
+
+
+def test_every_spike_is_told_whether_its_step_is_due_or_not(journal, capsys):
+    """Catches a spike that only due steps tell of, and a line that says the wrong thing was done."""
+    done(journal, 1)
+    assert journal.first_spike is None
+    capsys.readouterr()
+    done(journal, 2, spike=1, loss=7.0)
+    done(journal, 3)
+    done(journal, 4, spike=1, loss=8.0, consecutive_skips=1)
+    done(journal, 5)
+    assert capsys.readouterr().out.splitlines() == [
+        "loss spike at step 2: 7.0000, above the bound of 3.0000; trained on all the same",
+        "loss spike at step 4: 8.0000, above the bound of 3.0000; the step is skipped",
+    ]
+    assert journal.first_spike == 2
+
+
+def test_the_longest_row_of_skips_is_remembered(journal):
+    """Catches a limit that was reached and is forgotten when the step in flight turns out well."""
+    for step, skips in enumerate((0, 1, 2, 3, 0, 1), start=1):
+        done(journal, step, consecutive_skips=skips)
+    assert journal.most_consecutive_skips == 3

@@ -1,0 +1,56 @@
+import jax
+import pytest
+from toy_runs import make_config
+
+from shampax.framework.base.errors import UserError
+from shampax.framework.reporting import profiling
+from shampax.framework.train import train
+
+
+def steps_of(workdir):
+    """The numbers of the steps in a profile, read as TensorBoard finds it."""
+    (path,) = workdir.glob("plugins/profile/*/*.xplane.pb")
+    events = [
+        event
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes
+        for line in plane.lines
+        for event in line.events
+    ]
+    return sorted(dict(event.stats)["step_num"] for event in events if event.name == "train")
+
+
+@pytest.mark.parametrize("text", ["20:10", "5:5", "0:3", "10", "a:b", "-1:4", "1:2:3", "10 : 20"])
+def test_what_is_no_range_of_steps_is_refused_before_anything_is_written(text, tmp_path):
+    with pytest.raises(UserError, match="write FIRST:STOP, such as 10:20"):
+        train(make_config(profile_steps=text), tmp_path / "run")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_range_beyond_the_run_is_refused_with_both_numbers(tmp_path):
+    with pytest.raises(UserError, match=r"needs 13 steps, but config.duration is 12 steps; the largest STOP is 13"):
+        train(make_config(profile_steps="10:14"), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_the_steps_asked_for_are_profiled_also_in_a_run_that_goes_on(tmp_path, capsys):
+    """Faults: steps off by one; the devices still at the step before; past steps are waited for."""
+    devices = jax.devices()[:2]
+    first = make_config(profile_steps="3:6", duration="6 steps", may_change=("duration", "profile_steps"))
+    train(first, tmp_path / "run", devices=devices)
+    assert steps_of(tmp_path / "run") == [3, 4, 5]
+    (tmp_path / "run" / "plugins").rename(tmp_path / "first")
+    more = make_config(profile_steps="5:9", may_change=("duration", "profile_steps"))
+    capsys.readouterr()
+    train(more, tmp_path / "run", devices=devices)
+    assert "5:9: 6 steps are past, only 7 to 8 are profiled; take a later range" in capsys.readouterr().out
+    assert steps_of(tmp_path / "run") == [7, 8]
+
+
+def test_steps_that_are_all_past_are_one_warning(capsys, tmp_path):
+    profile = profiling.Profile(profiling.parse("2:4"), tmp_path, None, begin=8, total_steps=12)
+    assert "8 steps are past, no step is profiled" in capsys.readouterr().out
+    with profile:
+        profile.begin(8)
+        assert profile.next(8) > 10**6
+        profile.end(12)
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,115 @@
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from shampax.framework.reporting import progress
+from shampax.framework.reporting.clock import Clock, seconds_since_process_start
+from shampax.framework.sharding import partitioning
+from shampax.framework.sharding.chips import peak_flops
+from shampax.framework.sharding.partitioning import Placement
+from shampax.framework.step.evaluation import evaluate
+
+
+def test_table_shows_each_parameter_and_the_total():
+    params = {
+        "embed": jax.ShapeDtypeStruct((32, 6), "float32"),
+        "norm": {"scale": jax.ShapeDtypeStruct((), "float32")},
+    }
+    placements = {
+        "params/embed": Placement(P(None, "fsdp"), ("vocab: 32 not divisible by 5 (tensor)",)),
+        "params/norm/scale": Placement(P()),
+    }
+    text = progress.table(progress.parameter_rows(params, placements, {"embed": "shampoo 32x6 x1"}))
+    header, embed, scale, total = [line.split("  ") for line in text.splitlines()]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in (header, embed, scale, total)]
+    assert cells == [
+        ["parameter", "shape", "sharding", "treatment", "count"],
+        ["embed", "32x6", "-,fsdp (vocab: 32 not divisible by 5 (tensor))", "shampoo 32x6 x1", "192"],
+        ["norm/scale", "scalar", "replicated", "-", "1"],
+        ["total", "193"],
+    ]
+    assert len({len(line) for line in text.splitlines()}) == 1
+
+
+def test_many_parameters_stay_readable_on_the_console_and_whole_in_the_file(tmp_path, capsys):
+    rows = [progress.Row(f"layer_{i}/w", "4x4", "replicated", "-", 16) for i in range(100)]
+    rows += [
+        progress.Row(f"part_{chr(97 + i // 26)}{chr(97 + i % 26)}", f"{i}", "replicated", "-", i) for i in range(100)
+    ]
+    progress.show_parameters(rows, tmp_path)
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 1 + 40 + 1 + 1
+    assert "layer_*/w (100)" in shown[1]
+    assert "(61 more in parameters.txt)" in shown[-2]
+    assert shown[-1].split() == ["total", f"{1600 + 99 * 50:,}"]
+    written = (tmp_path / "parameters.txt").read_text().splitlines()
+    assert len(written) == 202
+    assert shown[-1].split() == written[-1].split()
+
+
+def test_speed_leaves_the_first_step_out():
+    mesh = partitioning.make_mesh({"data": -1})
+    meter = progress.Speedometer(mesh, total_steps=100, tokens_per_step=64, flops_per_step=1e9)
+    assert meter.read(1, 30.0) is None
+    meter.warmed_up(1, 30.0)
+    assert meter.read(1, 30.0) is None
+    assert meter.remaining(1, 30.0) is None
+    assert meter.read(11, 35.0) == progress.Speed(2.0, 128.0, None)  # the peak of a CPU is not known
+    assert meter.read(31, 40.0) == progress.Speed(4.0, 256.0, None)
+    assert meter.remaining(31, 40.0) == pytest.approx(69 / 3)
+
+
+def test_mfu_is_the_share_of_all_devices_peak(monkeypatch):
+    monkeypatch.setattr(progress.chips, "peak_flops", lambda kind: 1e12)
+    mesh = partitioning.make_mesh({"data": -1})
+    meter = progress.Speedometer(mesh, total_steps=100, tokens_per_step=64, flops_per_step=1e12)
+    meter.warmed_up(1, 0.0)
+    speed = meter.read(5, 2.0)
+    assert speed.mfu == pytest.approx(2 / 8)
+    assert set(speed.values()) == {"throughput/steps_per_second", "throughput/tokens_per_second", "throughput/mfu"}
+    values = {"train/loss": 2.5, "train/learning_rate": 0.01, "train/skipped": 3, "train/spikes": 0}
+    assert progress.progress_line(5, 100, values, speed, 61) == (
+        "step   5/100  loss 2.5000  learning rate 1.00e-02  skipped 3  2 steps/s  128 tokens/s  MFU 25.0%  ETA 0:01:01"
+    )
+    assert "  skipped 3  spikes 2  " in progress.progress_line(5, 100, values | {"train/spikes": 2}, speed, 61)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("cpu", None),
+    ],
+)
+def test_peaks(kind, peak):
+    assert peak_flops(kind) == peak
+
+
+def test_clock_counts_only_while_entered(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    clock = Clock(5.0)
+    now[0] += 10
+    assert clock.seconds == 5.0
+    with clock:
+        now[0] += 2
+        assert clock.seconds == 7.0
+    now[0] += 10
+    assert clock.seconds == 7.0
+
+
+def test_process_is_older_than_this_test():
+    first = seconds_since_process_start()
+    assert 0 < first < seconds_since_process_start() + 1e-9 < 86_400
+
+
+def test_evaluation_adds_up_in_order_and_divides_once():
+    batches = [(1.0, 1.0), (30.0, 3.0), (0.0, 0.0)]
+    step = lambda variables, batch: {"loss": batch, "none": (0.0, 0.0)}  # noqa: E731
+    values = evaluate(step, None, batches)
+    assert values["loss"] == 31 / 4
+    assert np.isnan(values["none"])

@@ -1,0 +1,138 @@
+import dataclasses
+import math
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from shampax.framework.base.errors import UserError
+from shampax.framework.sharding import partitioning
+from shampax.models import layout
+
+RULES = (("vocab", "tensor"), ("mlp", ("fsdp", "tensor")), ("embed", "fsdp"), ("norm", None))
+
+
+def mesh(data=1, fsdp=1, tensor=1, devices=None):
+    return partitioning.make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, devices)
+
+
+def test_minus_one_takes_the_rest():
+    assert dict(mesh(data=-1, tensor=2).shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert dict(mesh(fsdp=-1, devices=jax.devices()[:2]).shape) == {"data": 1, "fsdp": 2, "tensor": 1}
+    assert all(kind == jax.sharding.AxisType.Auto for kind in mesh(data=-1).axis_types)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"data": 16}, ["16x1x1", "needs 16 devices but 8 are here"]),
+        ({"data": 2}, ["2x1x1", "uses 2 of 8 devices", "-1"]),
+        ({"data": -1, "fsdp": 3}, ["-1x3x1", "8 devices are not divisible by 3", "1, 2, 4 or 8"]),
+        ({"data": -1, "fsdp": -1}, ["-1x-1x1", "at most one of them -1"]),
+        ({"data": 0}, ["0x1x1", "at least 1"]),
+    ],
+)
+def test_mesh_errors_carry_both_numbers_and_the_fix(sizes, words):
+    with pytest.raises(UserError) as error:
+        mesh(**sizes)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a TPU as its place in the network takes."""
+
+    id: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    process_index: int = 0
+
+
+def test_a_network_is_divided_where_no_whole_axis_will_do():
+    """Fault: a slice of 4 x 4 chips is refused a mesh with an axis of 2, or neighbours of an axis are far apart."""
+    chips = [Chip(4 * y + x, (x, y, 0)) for y in range(4) for x in range(4)]
+    for sizes in ({"data": 4, "fsdp": 4}, {"data": 8, "tensor": 2}, {"data": 2, "fsdp": 4, "tensor": 2}):
+        found = mesh(**sizes, devices=chips)
+        assert {chip.id for chip in found.devices.flat} == set(range(16))
+        for first, second in found.devices.reshape(-1, sizes.get("tensor", 1))[:, :2] if "tensor" in sizes else []:
+            assert sum(abs(a - b) for a, b in zip(first.coords, second.coords, strict=True)) == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "microbatches", "message"),
+    [
+        (100, 1, "batch 100 is not divisible by 8 data shards; use 96 or 104"),
+        (24, 2, "batch 24 is not divisible by 8 data shards x 2 microbatches = 16; use 16 or 32"),
+        (4, 1, "batch 4 is not divisible by 8 data shards; use 8"),
+    ],
+)
+def test_batch_errors_carry_both_numbers_and_the_fix(batch, microbatches, message):
+    with pytest.raises(UserError) as error:
+        partitioning.check_batch(batch, microbatches, mesh(data=2, fsdp=4))
+    assert str(error.value) == message
+
+
+def test_experts_and_not_positions_divide_the_batch():
+    """Fault: devices along `expert` that all see the same examples, or rows of T + 1 tokens cut over `sequence`."""
+    grid = partitioning.make_mesh({"data": 1, "expert": 2, "fsdp": 2, "sequence": 2, "tensor": 1})
+    assert partitioning.batch_sharding(grid).spec == P(("data", "fsdp", "expert"))
+    assert layout.BATCH_AXES == partitioning.BATCH_AXES
+    partitioning.check_batch(4, 1, grid)
+    with pytest.raises(UserError, match="batch 2 is not divisible by 4 data shards"):
+        partitioning.check_batch(2, 1, grid)
+
+
+def test_tensor_axis_does_not_divide_the_batch():
+    partitioning.check_batch(2, 1, mesh(data=2, tensor=4))
+    assert partitioning.batch_sharding(mesh(data=2, tensor=4)).spec == P(("data", "fsdp"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "spec", "notes"),
+    [
+        ((32, 16), ("vocab", "embed"), P("tensor", "fsdp"), ()),
+        ((16, 32), ("embed", "mlp"), P("fsdp", "tensor"), ("mlp: fsdp already used",)),
+        ((32, 7), ("mlp", None), P(("fsdp", "tensor")), ()),
+        ((10, 4), ("vocab", "norm"), P("tensor"), ()),
+        ((9, 8), ("vocab", "embed"), P(None, "fsdp"), ("vocab: 9 not divisible by 2 (tensor)",)),
+        ((3,), ("embed",), P(), ("embed: 3 not divisible by 4 (fsdp)",)),
+        ((4,), ("mlp",), P("fsdp"), ("mlp: 4 not divisible by 8 (tensor)",)),
+        ((), (), P(), ()),
+    ],
+)
+def test_rules_fall_back_to_replication_and_say_so(shape, names, spec, notes):
+    placement = partitioning.place(shape, names, RULES, mesh(fsdp=4, tensor=2))
+    assert placement == partitioning.Placement(spec, notes)
+
+
+def test_axes_of_size_one_leave_no_trace():
+    placement = partitioning.place((9, 9), ("vocab", "embed"), RULES, mesh(data=8))
+    assert placement == partitioning.Placement(P(), ())
+    assert partitioning.describe(placement.spec) == "replicated"
+    assert partitioning.describe(P(None, ("fsdp", "tensor"))) == "-,fsdp+tensor"
+
+
+def test_name_without_a_rule_and_wrong_rank_name_the_parameter():
+    leaf = jax.ShapeDtypeStruct((4, 4), "float32")
+    no_rule = r'parameter a/b: logical axis "layers" has no rule.*add \("layers", None\)'
+    with pytest.raises(UserError, match=no_rule):
+        partitioning.place_all({"a": {"b": leaf}}, {"a": {"b": ("layers", "mlp")}}, RULES, mesh(data=8))
+    with pytest.raises(UserError, match=r"parameter a: .*name 1 dimensions, but the shape \(4, 4\) has 2"):
+        partitioning.place_all({"a": leaf}, {"a": ("mlp",)}, RULES, mesh(data=8))
+
+
+def test_rule_for_an_axis_the_mesh_lacks():
+    with pytest.raises(UserError, match='"moe" names the mesh axis "expert", but the mesh has data'):
+        partitioning.check_rules((("moe", "expert"),), mesh(data=8))
+
+
+def test_every_element_lies_on_exactly_its_devices():
+    array = jax.numpy.arange(32 * 16).reshape(32, 16)
+    grid = mesh(fsdp=4, tensor=2)
+    placements = partitioning.place_all({"w": array}, {"w": ("vocab", "embed")}, RULES, grid)
+    shardings = partitioning.shardings({"w": array}, placements, grid)
+    laid = jax.device_put({"w": array}, shardings)["w"]
+    assert {shard.data.shape for shard in laid.addressable_shards} == {(16, 4)}
+    assert sum(math.prod(shard.data.shape) for shard in laid.addressable_shards) == array.size

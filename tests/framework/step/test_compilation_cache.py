@@ -1,0 +1,134 @@
+import os
+import types
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
+from toy_runs import arrays, lines, make_config, saved
+
+from shampax.framework.step import compilation_cache
+from shampax.framework.train import train
+
+BESIDE = types.SimpleNamespace(folder="beside", gigabytes=1.0)
+
+
+@pytest.fixture
+def without_cache():
+    """JAX without the cache that tests have; `hits` are programs loaded from one since."""
+    given = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax_cache.reset_cache()
+    jax.clear_caches()
+    hits = []
+
+    def count(event, **details):
+        if event == "/jax/compilation_cache/cache_hits":
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(count)
+    yield hits
+    jax.monitoring.unregister_event_listener(count)
+    jax.config.update("jax_compilation_cache_dir", given)
+    jax_cache.reset_cache()
+
+
+def compiled():
+    """A program that nothing else compiles; it is compiled anew, or loaded."""
+    jax.clear_caches()
+    return jax.jit(lambda x: jnp.sin(x) @ x + 17)(np.eye(5, dtype=np.float32))
+
+
+def entries(folder):
+    return sorted(path for path in folder.glob("*-cache") if "lambda" in path.name)
+
+
+def test_programs_that_tests_keep_are_loaded():
+    """Fault: every run of the tests compiles everything, and nobody sees why (some CPUs: jax#38445)."""
+    hits = []
+
+    def count(event, **details):
+        hits.append(event == "/jax/compilation_cache/cache_hits")
+
+    compiled()
+    jax.monitoring.register_event_listener(count)
+    try:
+        compiled()
+    finally:
+        jax.monitoring.unregister_event_listener(count)
+    assert any(hits), (
+        "XLA refuses compiled programs that it has written on this CPU; every run will take as long as a cold one"
+    )
+
+
+@pytest.mark.slow
+def test_a_second_start_loads_its_programs_and_ends_bit_for_bit_as_without(without_cache, tmp_path):
+    """Faults: nothing is kept or read; a loaded program with donated state computes something else."""
+    knobs = {"duration": "4 steps", "evaluation.every": "0 steps", "checkpoint.every": "0 steps"}
+    for name, folder in (("a/plain", ""), ("b/first", "beside"), ("b/second", "beside")):
+        jax.clear_caches()
+        before = len(without_cache)
+        train(make_config(**knobs, **{"compilation_cache.folder": folder}), tmp_path / name, devices=jax.devices()[:2])
+        loaded = len(without_cache) - before
+        assert (loaded > 3) == (name == "b/second"), (name, loaded)
+    assert not (tmp_path / "a" / "compilation_cache").exists()
+    for name in ("b/first", "b/second"):
+        assert lines(tmp_path / name) == lines(tmp_path / "a/plain")
+        assert saved(tmp_path / name)[-1] == 4
+        jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / name, 4), arrays(tmp_path / "a/plain", 4))
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+
+
+def test_a_program_that_was_cut_short_is_compiled_and_kept_anew(without_cache, tmp_path, monkeypatch):
+    """Fault: a process that was killed in writing costs every later start a warning and a compilation."""
+    with compilation_cache.kept(tmp_path / "run", BESIDE):
+        expected = compiled()
+    (entry,) = entries(tmp_path / "compilation_cache")
+    whole = entry.stat().st_size
+    os.truncate(entry, whole // 2)
+    shown = []
+    monkeypatch.setattr(warnings, "showwarning", lambda *warning, **named: shown.append(warning))
+    with compilation_cache.kept(tmp_path / "run", BESIDE), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        np.testing.assert_array_equal(compiled(), expected)
+        assert entries(tmp_path / "compilation_cache")[0].stat().st_size > whole // 2
+        before = len(without_cache)
+        np.testing.assert_array_equal(compiled(), expected)
+        assert len(without_cache) > before
+        warnings.warn("something else", stacklevel=1)
+    assert [str(message) for message, *_ in shown] == ["something else"]
+
+
+def test_what_was_used_last_is_kept_within_the_limit(tmp_path):
+    """Fault: the folder grows for ever, or what every start uses goes first because it is old."""
+    for age, name in enumerate(["old", "used", "new"]):
+        path = tmp_path / f"{name}-cache"
+        path.write_bytes(b"x" * 100)
+        os.utime(path, (1000 + age, 1000 + age))
+    os.utime(tmp_path / "used-cache", (5000, 1001))
+    compilation_cache.prune(tmp_path, 250)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new-cache", "used-cache"]
+    compilation_cache.prune(tmp_path, 100)
+    assert [path.name for path in tmp_path.iterdir()] == ["used-cache"]
+    compilation_cache.prune(tmp_path / "missing", 1)
+
+
+def test_a_folder_that_others_may_write_to_is_not_used(without_cache, tmp_path, capsys):
+    """Fault: whoever puts a program there has it run by this process."""
+    (tmp_path / "compilation_cache").mkdir()
+    (tmp_path / "compilation_cache").chmod(0o777)
+    with compilation_cache.kept(tmp_path / "run", BESIDE):
+        compiled()
+    assert "can be written by others" in capsys.readouterr().out
+    assert not any((tmp_path / "compilation_cache").iterdir())
+
+
+def test_a_cache_that_the_environment_gives_stays(tmp_path):
+    """Fault: the cache of a whole cluster, or of these tests, is left for another."""
+    given = jax.config.values["jax_compilation_cache_dir"]
+    assert given
+    with compilation_cache.kept(tmp_path / "run", BESIDE):
+        assert jax.config.values["jax_compilation_cache_dir"] == given
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,253 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy
+from jax.sharding import PartitionSpec as P
+from step_bench import (
+    CLIP,
+    IGNORE,
+    NAN,
+    SEED,
+    SKIP,
+    SPIKE,
+    Bench,
+    assert_bitwise_equal,
+    assert_same_on_all_devices,
+    host,
+    steps,
+    with_bits_of_users,
+)
+
+from shampax.framework.step.steps import global_norm
+from shampax.optimizers import ShampooOptions
+from shampax.optimizers.baselines import AdafactorOptions, AdamWOptions, MuonOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """An optimizer that only keeps the gradient it is given as its state, and as its update."""
+
+    def build(self, learning_rate, *, mesh, axis_names):
+        def update(gradients, state, params):
+            return gradients, gradients
+
+        return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+
+
+@functools.cache
+def shared_bench(**sizes):
+    return Bench(sizes)
+
+
+MESHES = [{"data": 2}, {"fsdp": 4}, {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    bench = Bench({"data": 1})
+    return host(bench.initial()), bench.losses(20)
+
+
+@pytest.mark.parametrize("sizes", [pytest.param(MESHES[0], marks=pytest.mark.slow), *MESHES[1:]], ids=str)
+def test_same_start_and_same_losses_on_every_mesh(sizes, on_one_device):
+    initial, losses = on_one_device
+    bench = shared_bench(**sizes)
+    assert_bitwise_equal(bench.initial(), initial)
+    assert losses[-1] < losses[0] - 0.3
+    np.testing.assert_allclose(bench.losses(20), losses, rtol=1e-4)
+
+
+def test_state_lies_where_the_rules_say_and_stays_there():
+    bench = Bench({"fsdp": 4, "tensor": 2})
+    current = bench.initial()
+    for _ in range(2):
+        assert current.params["embed"]["kernel"].sharding.spec == P("tensor", "fsdp")
+        first, second = (optax.tree_utils.tree_get(current.opt_state, name) for name in ("mu", "nu"))
+        assert first["embed"]["kernel"].sharding.spec == P("tensor", "fsdp")
+        assert second["out"]["kernel"].sharding.spec == P("tensor")  # vocab comes second there
+        current, _ = bench.step(current, bench.batch(0))
+
+
+@pytest.mark.parametrize("options", [AdafactorOptions(), MuonOptions()], ids=lambda o: type(o).__name__)
+def test_plain_optax_states_get_shardings(options):
+    bench = Bench({"fsdp": 4, "tensor": 2}, options=options)
+    sharded = [leaf for leaf in jax.tree.leaves(bench.abstract.opt_state) if any(leaf.sharding.spec)]
+    assert len(sharded) >= 3  # at least one array mirrors each parameter
+    for leaf in sharded:
+        assert leaf.shape in {(16, 16), (16, 32), (32, 16)}
+
+
+def test_accumulated_gradient_is_that_of_the_whole_batch_with_uneven_masks():
+    microbatches = 4
+    gradients, losses = [], []
+    for count in (1, microbatches):
+        bench = Bench({"data": 2, "fsdp": 2}, options=Keep(), batch_size=32, microbatches=count)
+        batch = host(bench.batch(0))
+        batch["weights"][::microbatches] = 0  # the first micro-batch has no targets at all
+        weights = batch["weights"].reshape(-1, microbatches, 8).sum((0, 2))
+        assert weights[0] == 0
+        assert len(set(weights)) > microbatches / 2
+        new, metrics = bench.step(bench.initial(), batch)
+        assert int(metrics["skipped"]) == 0
+        gradients.append(host(new.opt_state))
+        losses.append(float(metrics["loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    for whole, accumulated in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(accumulated, whole, rtol=0, atol=1e-6 * np.abs(whole).max())
+
+
+def test_microbatches_stay_on_their_devices():
+    bench = Bench({"data": 8}, microbatches=2)
+    text = bench.step.lower(bench.abstract, bench.batch(0)).compile().as_text()
+    assert "all-reduce" in text
+    assert not any(word in text for word in ("all-to-all", "collective-permute", "all-gather"))
+
+
+@pytest.mark.parametrize(("sizes", "microbatches"), [({"data": 8}, 1), ({"fsdp": 8}, 2)], ids=str)
+def test_one_bad_element_on_one_device_changes_nothing_but_the_counters(sizes, microbatches):
+    bench = Bench(sizes, microbatches=2) if microbatches > 1 else shared_bench(**sizes)
+    current, _ = bench.step(bench.initial(), bench.batch(0))
+    before = host(current)
+    bad = host(bench.batch(1))
+    bad["weights"][11, 3] = np.nan  # example 11 lies on device 5 or, with micro-batches, thereabouts
+    current, metrics = bench.step(current, bad)
+    after = host(current)
+    for part in ("params", "opt_state", "model_state"):
+        assert_bitwise_equal(getattr(before, part), getattr(after, part))
+    assert (after.step, after.guard.skipped, after.guard.consecutive) == (2, 1, 1)
+    assert (metrics["skipped"], metrics["consecutive_skips"], metrics["update_norm"]) == (1, 1, 0)
+    assert not np.isfinite(metrics["loss"])
+    assert_same_on_all_devices(current)
+
+    current, metrics = bench.step(current, bench.batch(2))
+    assert (int(current.step), int(current.guard.skipped), int(current.guard.consecutive)) == (3, 1, 0)
+    assert np.isfinite(metrics["loss"])
+    assert any(
+        (a != b).any() for a, b in zip(*map(jax.tree.leaves, (host(current.params), before.params)), strict=True)
+    )
+
+
+def test_a_gradient_that_is_infinite_in_one_shard_is_seen_by_all_devices():
+    @dataclasses.dataclass(frozen=True)
+    class Steep(toy.ToyTask):
+        """The loss is finite; the gradient of one element of one sharded parameter is not."""
+
+        def loss(self, variables, batch, *, key, train):
+            loss, (rest, metrics) = super().loss(variables, batch, key=key, train=train)
+            element = variables["params"]["embed"]["kernel"][3, 7]
+            loss += jnp.sqrt(jnp.abs(element - jax.lax.stop_gradient(element)))
+            return loss, (rest, metrics)
+
+    bench = Bench({"fsdp": 8}, task=Steep())
+    before = host(bench.initial())
+    current, metrics = bench.step(bench.initial(), bench.batch(0))
+    assert np.isfinite(metrics["loss"])
+    assert_bitwise_equal(current.params, before.params)
+    assert_bitwise_equal(current.opt_state, before.opt_state)
+    assert int(current.guard.skipped) == 1
+
+
+def test_learning_rate_waits_for_skipped_steps():
+    bench = shared_bench(data=8)
+    current, rates = bench.initial(), []
+    for step in range(4):
+        batch = host(bench.batch(step))
+        if step == 1:
+            batch["weights"][0, 0] = np.inf
+        current, metrics = bench.step(current, batch)
+        rates.append(float(metrics["learning_rate"]))
+    drop = (0.01 - 0.001) / 20
+    np.testing.assert_allclose(rates, [0.01, 0.01 - drop, 0.01 - drop, 0.01 - 2 * drop], rtol=1e-5)
+
+
+def test_clipping_bounds_what_the_optimizer_sees():
+    for bound in (0.01, 1e6):
+        bench = Bench({"data": 1}, options=Keep(), gradient_clip=bound)
+        _, metrics = bench.step(bench.initial(), bench.batch(0))
+        norm = float(metrics["gradient_norm"])
+        assert norm > 0.1
+        assert float(metrics["update_norm"]) == pytest.approx(min(norm, bound))
+
+
+OPTIMIZERS = {
+    "adamw": AdamWOptions(),
+    "staggered": ShampooOptions(block_size=8, interval=3),
+    "statistics on the host": ShampooOptions(block_size=8, interval=3, statistics_memory="host"),
+}
+
+
+@functools.cache
+def faulty_bench(optimizer, guard_options):
+    task = toy.ToyTask(nan_steps=NAN, spike_steps=(SPIKE,), seed=SEED)
+    step_options = {"gradient_clip": CLIP, "guard_options": guard_options}
+    return Bench({"data": 8}, task=task, options=OPTIMIZERS[optimizer], **step_options)
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "staggered", pytest.param("statistics on the host", marks=pytest.mark.slow)]
+)
+def test_a_run_with_bad_steps_is_bitwise_the_run_without_them(optimizer):
+    """Catches a bad step that moves a parameter, a moment, a statistic, a root or the schedule of refreshes, that
+    enters the running loss or is counted as clipped; a spike on one device of eight that the others do not hear of; and
+    counts that do not add up."""
+    bench, bad = faulty_bench(optimizer, SKIP), (*NAN, SPIKE)
+    whole, metrics = steps(bench, 55)
+    assert_same_on_all_devices(whole)
+    numbers = np.arange(1, 56)
+    skipped = np.isin(numbers, bad)
+    assert np.array_equal(metrics["skipped"], np.cumsum(skipped))
+    assert np.array_equal(numbers[metrics["consecutive_skips"] > 0], sorted(bad))
+    assert metrics["consecutive_skips"][5] == 2
+    assert np.array_equal(numbers[metrics["spike"] == 1], [SPIKE])
+    assert np.array_equal(metrics["spikes"], numbers >= SPIKE)
+    assert metrics["loss"][SPIKE - 1] > metrics["spike_bound"][SPIKE - 1] > metrics["loss"][SPIKE]
+    assert not metrics["update_norm"][skipped].any()
+    too_long = metrics["gradient_norm"] > CLIP
+    assert too_long[SPIKE - 1] and 5 < too_long.sum() < 50
+    assert np.array_equal(metrics["clipped"], np.cumsum(too_long & ~skipped))
+
+    without, _ = steps(bench, 55, without=bad)
+    for part in ("params", "opt_state", "model_state"):
+        assert_bitwise_equal(getattr(whole, part), getattr(without, part))
+    counts = {"skipped": 0, "spikes": 0}
+    assert_bitwise_equal(dataclasses.replace(whole.guard, **counts), dataclasses.replace(without.guard, **counts))
+
+
+def test_an_ignored_spike_is_counted_and_trained_on():
+    """Catches a policy that changes steps without a spike, and one that skips where it should only count."""
+    ignore, skip = (with_bits_of_users(faulty_bench("adamw", options)) for options in (IGNORE, SKIP))
+    before, _ = steps(ignore, SPIKE - 1)
+    assert_bitwise_equal(before, steps(skip, SPIKE - 1)[0])
+    before = host(before)
+    after, metrics = steps(ignore, SPIKE)
+    assert [int(metrics[name][-1]) for name in ("spike", "spikes", "skipped", "consecutive_skips")] == [1, 1, 2, 0]
+    assert metrics["update_norm"][-1] > 0
+    assert int(after.guard.accepted) == SPIKE - 2
+    assert float(after.guard.loss_mean) > float(before.guard.loss_mean) + 1
+
+
+@pytest.mark.parametrize("scale", [2.0**-70, 1.0, 2.0**100])
+def test_global_norm_does_not_overflow_in_the_squares(scale):
+    tree = {"a": jnp.array([3.0, 0.0]) * scale, "b": jnp.array([[4.0]]) * scale}
+    assert float(global_norm(tree)) == 5 * scale
+
+
+def test_global_norm_of_zeros_is_zero():
+    assert float(global_norm({"a": jnp.zeros(3)})) == 0.0
+
+
+def test_evaluation_sums_are_those_of_the_loss():
+    bench = shared_bench(data=2, fsdp=2, tensor=2)
+    initial = bench.initial()
+    metrics = bench.eval_step(initial.variables, bench.batch(0))
+    loss, (_, expected) = bench.task.loss(
+        host(initial.variables), host(bench.batch(0)), key=jax.random.key(0), train=False
+    )
+    total, weight = metrics["loss"]
+    assert float(weight) == float(expected["loss"][1])
+    assert float(total / weight) == pytest.approx(float(loss), rel=1e-6)

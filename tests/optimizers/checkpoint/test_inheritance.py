@@ -1,0 +1,205 @@
+"""States taken over by other blocks, other parameters and other options."""
+
+import dataclasses
+import json
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from optimizing import by_block, gradients, inherited, optimizer, train, zeros
+
+from shampax.optimizers import ShampooOptions
+from shampax.optimizers.checkpoint.inheritance import Inheritance
+from shampax.optimizers.plan import patterns
+
+SHAPES = {"bias": (24,), "conv": (3, 3, 4, 8), "stack": (2, 24, 40), "w": (24, 40)}
+NAMES = {"bias": ("x",), "conv": (None,) * 4, "stack": ("layers", "x", "y"), "w": ("x", "y")}
+OPTIONS = ShampooOptions(block_size=16, interval=2, exponent=0.5, ridge=1e-4, solver="eigh")
+
+
+def setting(options, shapes=SHAPES):
+    names = {k: NAMES.get(k, (None,) * len(shape)) for k, shape in shapes.items()}
+    return optimizer(options, names=names), names
+
+
+def state_of(options, shapes=SHAPES, *, steps=3):
+    """(optimizer, manifest, state) after some steps on the same gradients for each parameter, whoever else is there."""
+    tx, names = setting(options, shapes)
+    stream = [{k: gradients(steps, {k: shape})[i][k] for k, shape in shapes.items()} for i in range(steps)]
+    state = train(options, stream, names=names).states[-1]
+    return tx, tx.manifest(zeros(shapes)), jax.tree.map(np.asarray, state)
+
+
+def report_of(tx, shapes, manifest, saved, renamed=lambda path: path):
+    arrays = {name: x.shape for name, x in zip(patterns.paths(saved), jax.tree.leaves(saved), strict=True)}
+    return tx.inheritance(zeros(shapes), json.loads(json.dumps(manifest)), arrays, renamed).report()
+
+
+def assert_same(x, y):
+    jax.tree.map(np.testing.assert_array_equal, x, y)
+
+
+@pytest.mark.parametrize(
+    "block_size", [12, 16, pytest.param(8, marks=pytest.mark.slow), pytest.param(64, marks=pytest.mark.slow)]
+)
+def test_elements_keep_momentum_and_second_moment_in_blocks_of_any_size(block_size):
+    """Catches an element that meets another one's momentum, and statistics of blocks that are no more."""
+    _, manifest, saved = state_of(OPTIONS)
+    other = dataclasses.replace(OPTIONS, block_size=block_size)
+    tx, _, own = state_of(other)
+    taken = inherited(tx, zeros(SHAPES), manifest, saved)
+    assert int(taken.count) == 3
+    mine, theirs = by_block(tx, zeros(SHAPES), taken), by_block(tx, zeros(SHAPES), own)
+    report = report_of(tx, SHAPES, manifest, saved)
+    assert len(mine) == len(theirs) > 3
+    for block, state in mine.items():
+        # The momentum of an element does not depend on how blocks are cut.
+        assert_same(state.moments, theirs[block].moments)
+        same_cut = not report[block[0]]["statistics"]
+        if same_cut:
+            assert_same(state, by_block(setting(OPTIONS)[0], zeros(SHAPES), saved)[block])
+        else:
+            assert not any(map(np.any, state.roots.statistics)) and state.roots.refreshed == 0
+    assert_same(taken.diagonal, own.diagonal)
+    whys = {path: fate["statistics"] for path, fate in report.items() if "statistics" in fate}
+    if block_size == 16:
+        assert not any(whys.values())
+        assert_same(taken.buckets, saved.buckets)
+    else:
+        assert "there" in whys["w"]
+
+
+def test_parameters_that_come_go_and_change_their_names_disturb_no_other():
+    """Catches blocks that are known by their numbers: those of a bucket's other parameters move."""
+    _, manifest, saved = state_of(OPTIONS)
+    shapes = {"a_new": (16, 16), "bias": (24,), "deep/stack": (2, 24, 40), "w": (24, 40)}
+    names = {"deep/stack": NAMES["stack"]}
+    params = {"a_new": np.zeros((16, 16), np.float32), "bias": np.zeros(24, np.float32)} | {
+        "deep": {"stack": np.zeros((2, 24, 40), np.float32)},
+        "w": np.zeros((24, 40), np.float32),
+    }
+    axes = {"a_new": (None, None), "bias": ("x",), "deep": {"stack": names["deep/stack"]}, "w": ("x", "y")}
+    tx = optimizer(OPTIONS, names=axes)
+    renamed = {"stack": "deep/stack", "conv": "conv"}
+    taken = inherited(tx, params, manifest, saved, lambda path: renamed.get(path, path))
+    before = by_block(setting(OPTIONS)[0], zeros(SHAPES), saved)
+    after = by_block(tx, params, taken)
+    assert {path for path, _ in after} == {"a_new", "deep/stack", "w"}
+    for (path, number), state in after.items():
+        if path == "a_new":
+            assert not any(map(np.any, jax.tree.leaves((state.moments, state.roots._replace(exponent=0)))))
+        else:
+            assert_same(state, before[path.removeprefix("deep/"), number])
+    assert_same(taken.diagonal["bias"], saved.diagonal["bias"])
+    arrays = {name: x.shape for name, x in zip(patterns.paths(saved), jax.tree.leaves(saved), strict=True)}
+    report = tx.inheritance(params, manifest, arrays, lambda path: renamed.get(path, path)).report()
+    assert set(report["a_new"].values()) == {"there is none", "there are none"}
+    assert not any(report["deep/stack"].values()) and not any(report["w"].values())
+    assert shapes.keys() == report.keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "fresh"),
+    [
+        ({"ridge": 1e-6}, {"roots"}),
+        ({"exponent": 0.25}, {"roots"}),
+        ({"rank": 2}, {"statistics", "roots"}),
+        ({"beta2": 0.9}, set()),
+        ({"beta2": 1.0, "graft": "adagrad"}, {"statistics", "roots", "second moment"}),
+        ({"graft": "rmsprop"}, {"second moment"}),
+        ({"momentum": "heavy_ball"}, {"momentum"}),
+        ({"treatments": ((".*", "one_sided"),)}, {"statistics", "roots"}),
+        ({"treatments": ((".*", "diagonal"),)}, set()),
+        ({"view": "tensor"}, {"statistics", "roots"}),
+        ({"refresh": "host", "interval": 5}, set()),
+        ({"interval": 5}, set()),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_what_another_option_gives_another_meaning_starts_afresh(changes, fresh):
+    """Catches a sum that is taken for an average, roots of another power, and parts that need not have been lost."""
+    _, manifest, saved = state_of(OPTIONS)
+    tx, _ = setting(dataclasses.replace(OPTIONS, **changes))
+    fate = report_of(tx, SHAPES, manifest, saved)["conv"]
+    assert {part for part, why in fate.items() if why} == fresh
+    taken = inherited(tx, zeros(SHAPES), manifest, saved)
+    blocks = by_block(tx, zeros(SHAPES), taken)
+    if ("conv", 0) not in blocks:
+        assert np.any(taken.diagonal["conv"].second_moment)
+        return
+    state = blocks["conv", 0]
+    kept = {
+        "momentum": state.moments.momentum,
+        "second moment": state.moments.second_moment,
+        "statistics": state.roots.statistics[0],
+        "roots": state.roots.roots[0],
+    }
+    assert {part for part, x in kept.items() if not np.any(x)} == fresh
+
+
+def test_diagonal_moments_move_into_blocks():
+    options = dataclasses.replace(OPTIONS, treatments=((".*", "diagonal"),))
+    _, manifest, saved = state_of(options)
+    tx, _, own = state_of(OPTIONS)
+    taken = by_block(tx, zeros(SHAPES), inherited(tx, zeros(SHAPES), manifest, saved))
+    for block, state in by_block(tx, zeros(SHAPES), own).items():
+        assert_same(taken[block].moments, state.moments)
+
+
+def test_roots_in_flight_are_dropped_where_blocks_are_due_at_other_times():
+    """Catches statistics of which more come back at once than a parcel holds."""
+    _, manifest, saved = state_of(OPTIONS)
+    host = dataclasses.replace(OPTIONS, refresh="host", interval=4)
+    tx, _ = setting(host)
+    flying = inherited(tx, zeros(SHAPES), manifest, saved)
+    for bucket in flying.buckets.values():
+        bucket.in_flight.stamp[:] = 3
+    manifest = tx.manifest(zeros(SHAPES))
+    again = inherited(tx, zeros(SHAPES), manifest, flying)
+    assert all((bucket.in_flight.stamp == 3).all() for bucket in again.buckets.values())
+    fewer = {k: shape for k, shape in SHAPES.items() if k != "conv"}
+    for options, shapes in ((dataclasses.replace(host, interval=5), SHAPES), (host, fewer)):
+        tx, _ = setting(options, shapes)
+        moved = inherited(tx, zeros(shapes), manifest, flying)
+        assert not any(bucket.in_flight.stamp.any() for bucket in moved.buckets.values())
+        arrays = {name: x.shape for name, x in zip(patterns.paths(flying), jax.tree.leaves(flying), strict=True)}
+        assert "dropped" in tx.inheritance(zeros(shapes), manifest, arrays).notes()[0]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 50) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.given(data=st.data())
+def test_a_damaged_manifest_is_refused_by_a_value_error(data):
+    """Catches a traceback of another kind; whatever is still believed must have the right shape."""
+    tx, _ = setting(OPTIONS)
+    params = zeros(SHAPES)
+    manifest, spec = tx.manifest(params), tx.saved_spec(params)
+    manifest = json.loads(json.dumps(manifest))
+    place = manifest
+    while isinstance(place, (dict, list)) and place:
+        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+        if not isinstance(place[key], (dict, list)) or not place[key] or data.draw(st.integers(0, 3)) == 0:
+            place[key] = data.draw(JSON)
+            break
+        place = place[key]
+    names = dict(zip(patterns.paths(spec), jax.tree.leaves(spec), strict=True))
+    shapes = {name: like.shape for name, like in names.items()}
+    try:
+        inheritance = Inheritance(tx.plan(params), OPTIONS, manifest, shapes)
+    except ValueError:
+        return
+    for name, like in names.items():
+        source = inheritance.source(name, like.shape)
+        for used in getattr(source, "names", ()) or [getattr(source, "name", None)]:
+            assert used is None or used in shapes
+        if hasattr(source, "make"):
+            made = source.make({used: np.zeros(shapes[used], names[used].dtype) for used in source.names})
+            assert made.shape == like.shape

@@ -1,0 +1,330 @@
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_blocks
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from shampax.optimizers.options import ShampooOptions
+from shampax.optimizers.plan.blocks import cut, make_plan
+
+
+def shape_of(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+# What the expectations below depend on, whatever the defaults are.
+FIXED = {"block_size": 1024, "exponent": None, "ridge": 1e-6, "cut": 0.0, "beta2": 0.99, "interval": 20}
+
+
+def plan(params, names=None, specs=None, mesh=None, **options):
+    return make_plan(params, names, specs, ShampooOptions(**(FIXED | options)), mesh or {})
+
+
+def everything(text):
+    return ((".*", text),)
+
+
+@settings(max_examples=500)
+@given(side=st.integers(1, 20_000), block_size=st.integers(1, 4096))
+def test_cut_is_even_and_covers(side, block_size):
+    """Catches full blocks with a sliver, a block beyond the block size, or a last block that holds only padding."""
+    pieces, length = cut(side, block_size)
+    assert pieces == math.ceil(side / block_size)
+    assert length <= block_size
+    assert pieces * length >= side > (pieces - 1) * length
+
+
+@settings(max_examples=500)
+@given(side=st.integers(1, 20_000), block_size=st.integers(1, 4096))
+def test_padding_is_bounded(side, block_size):
+    """Catches rounding to powers of two, which would pad a side of 1030 to 2048: four times the memory of its root."""
+    pieces, length = cut(side, block_size)
+    even = math.ceil(side / pieces)
+    assert even <= length <= even * 17 / 16
+    assert length % 8 == 0 or length < 128 or length == block_size
+
+
+@pytest.mark.parametrize(
+    ("side", "block_size", "expected"),
+    [
+        (1, 1024, (1, 1)),
+        (15, 1024, (1, 15)),
+        (17, 1024, (1, 17)),
+        (33, 1024, (1, 34)),
+        (768, 1024, (1, 768)),
+        (1024, 1024, (1, 1024)),
+        (1025, 1024, (2, 544)),
+        (3072, 1024, (3, 1024)),
+        (50257, 1024, (50, 1024)),
+        (100, 33, (4, 25)),
+        (7, 3, (3, 3)),
+    ],
+)
+def test_cut_examples(side, block_size, expected):
+    """Catches another rounding than the one checkpoints were written with."""
+    assert cut(side, block_size) == expected
+
+
+def test_few_lengths():
+    """Catches a bucket, so a compiled root solver, for every width there is."""
+    lengths = {cut(side, 1024)[1] for side in range(16, 20_000)}
+    assert len(lengths) <= 6 * 16 + 1
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=st.lists(st.integers(2, 60), min_size=2, max_size=3),
+    neighbours=st.lists(st.lists(st.integers(2, 60), min_size=2, max_size=3), max_size=3),
+    block_size=st.integers(1, 8).map(lambda b: 8 * b),
+    devices=st.integers(1, 12),
+)
+def test_blocks_depend_on_their_parameter_alone(shape, neighbours, block_size, devices):
+    """Catches blocks fitted to the neighbours or to the mesh: a checkpoint names a block by path and coordinates."""
+    options = {"block_size": block_size, "treatments": everything("shampoo")}
+    alone = plan({"w": shape_of(*shape)}, **options)
+    others = {f"{'az'[i % 2]}{i}": shape_of(*other) for i, other in enumerate(neighbours)}
+    params = {"w": shape_of(*shape)} | others
+    specs = {name: PartitionSpec("x" if x.shape[0] % devices == 0 else None) for name, x in params.items()}
+    together = plan(params, specs=specs, mesh={"x": devices}, **options)
+    (bucket,) = alone.buckets
+    (there, leaf) = next((b, leaf) for b in together.buckets for leaf in b.leaves if leaf.path == "w")
+    assert (there.name, there.group) == (bucket.name, bucket.group)
+    assert leaf.view == bucket.leaves[0].view
+    assert (leaf.tiling.pieces, leaf.tiling.block) == (bucket.leaves[0].tiling.pieces, bucket.leaves[0].tiling.block)
+    assert together.treatments["w"] == alone.treatments["w"]
+
+
+def test_rules_separate_buckets():
+    """Catches blocks that share a bucket, so one root solver, although their treatments differ; and names of buckets,
+    which are keys of checkpoints, that repeat or are no file names."""
+    rules = (
+        ("plain.*", "shampoo"),
+        ("size", "shampoo block_size=8"),
+        ("exponent", "shampoo exponent=0.5"),
+        ("third", f"shampoo exponent={1 / 3}"),
+        ("none", "shampoo exponent=0"),
+        ("ridge", "shampoo ridge=1e-4"),
+        ("close", "shampoo ridge=1.0000001e-4"),
+        ("huge", "shampoo ridge=1e20"),
+        ("cut", "shampoo cut=1e-4"),
+        ("more", "shampoo cut=1e-3"),
+        ("beta", "shampoo beta2=0.9"),
+        ("left", "one_sided side=left"),
+        ("right", "one_sided side=right"),
+        ("tensor", "shampoo view=tensor"),
+    )
+    params = {pattern.removesuffix(".*"): shape_of(16, 24) for pattern, _ in rules} | {"plain too": shape_of(24, 16)}
+    params["tensor"] = shape_of(4, 4, 16, 24)
+    result = plan(params, treatments=rules)
+    paths = {bucket.name: {leaf.path for leaf in bucket.leaves} for bucket in result.buckets}
+    assert len(paths) == len(result.buckets) == len(rules)
+    assert all(re.fullmatch(r"[\w.\-]+", name) for name in paths)
+    assert {"plain", "plain too"} in paths.values()
+    groups = {leaf.path: bucket.group for bucket in result.buckets for leaf in bucket.leaves}
+    assert (groups["plain"].sides, groups["plain"].p, groups["plain"].shape) == ((0, 1), 4, (16, 24))
+    assert groups["size"].shape == (8, 8)
+    assert (groups["exponent"].p, groups["third"].p) == (2, 3)
+    assert (groups["left"].sides, groups["right"].sides, groups["left"].p) == ((0,), (1,), 2)
+    assert (groups["ridge"].ridge, groups["ridge"].cut) == (1e-4, 0)
+    assert (groups["cut"].ridge, groups["cut"].cut) == (0, 1e-4)
+    assert groups["beta"].beta2 == 0.9
+    assert (groups["tensor"].sides, groups["tensor"].p, groups["tensor"].shape) == ((0, 1, 2, 3), 8, (4, 4, 16, 24))
+
+
+@pytest.mark.parametrize("text", ["shampoo exponent=0", "one_sided side=right exponent=0", "shampoo"])
+def test_exponent_zero_preconditions_no_side(text):
+    """Catches statistics that are kept, and roots that are computed, for an exponent of zero."""
+    (bucket,) = plan({"w": shape_of(16, 24)}, treatments=everything(text), exponent=0.0).buckets
+    assert (bucket.sides, bucket.group.p, bucket.shape) == ((), 0, (16, 24))
+
+
+def transformer(layers, width, *, scanned):
+    """Shapes and axis names of a decoder with gated feed-forward layers, 64-dimensional heads and 50257 tokens."""
+    heads, mlp = width // 64, 8 * width // 3 // 128 * 128
+    layer = {
+        "query": ((width, heads, 64), ("embed", "heads", "head_dim")),
+        "key": ((width, heads // 2, 64), ("embed", "kv_heads", "head_dim")),
+        "value": ((width, heads // 2, 64), ("embed", "kv_heads", "head_dim")),
+        "out": ((heads, 64, width), ("heads", "head_dim", "embed")),
+        "gate": ((width, mlp), ("embed", "mlp")),
+        "up": ((width, mlp), ("embed", "mlp")),
+        "down": ((mlp, width), ("mlp", "embed")),
+        "norm": ((width,), ("embed",)),
+    }
+    if scanned:
+        stack = {name: ((layers, *shape), ("layers", *axes)) for name, (shape, axes) in layer.items()}
+    else:
+        stack = {f"layer{i}": dict(layer) for i in range(layers)}
+    tree = {"embedding": ((50257, width), ("vocab", "embed")), "layers": stack}
+    tree["head"] = ((width, 50257), ("embed", "vocab"))
+
+    def split(node, i):
+        if isinstance(node, dict):
+            return {key: split(value, i) for key, value in node.items()}
+        return node[1] if i else shape_of(*node[0])
+
+    return split(tree, 0), split(tree, 1)
+
+
+@pytest.mark.parametrize("width", [512, 768, 1024, 1536])
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_transformer_has_few_buckets(width, scanned):
+    """Catches a bucket, so a compiled root solver, per layer or per projection; and layers that are not stacked."""
+    result = plan(*transformer(12, width, scanned=scanned), mesh={"x": 8})
+    unrolled = plan(*transformer(12, width, scanned=False), mesh={"x": 8})
+    assert len(result.buckets) <= 4
+    assert [(b.name, b.blocks) for b in result.buckets] == [(b.name, b.blocks) for b in unrolled.buckets]
+    assert len(result.diagonal) == 1 + (1 if scanned else 12)
+
+
+@st.composite
+def models(draw):
+    """(parameters, rules, specs that a mesh's axis "x" allows or not): stacks of matrices, a few blocks of each."""
+    sides = st.sampled_from([8, 12, 16, 24, 40])
+    params, rules = {}, []
+    for i in range(draw(st.integers(1, 4))):
+        name = f"w{i}"
+        params[name] = shape_of(draw(st.integers(1, 20)), draw(sides), draw(sides))
+        word = draw(st.sampled_from(["", "block_size=8", "exponent=0.5", "beta2=0.9"]))
+        rules.append((name, f"{draw(st.sampled_from(['shampoo', 'one_sided']))} stack=1 {word}"))
+    axis = draw(st.integers(0, 3))
+    specs = {name: PartitionSpec(*[None] * axis, "x") if axis < 3 else PartitionSpec() for name in params}
+    return params, tuple(rules), specs
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    model=models(),
+    devices=st.integers(1, 12),
+    interval=st.integers(1, 30),
+    refresh=st.sampled_from(["staggered", "staggered", "periodic"]),
+)
+def test_owners_and_phases(model, devices, interval, refresh):
+    """Catches a block without an owner or with two, an unfair share, a block that is due never or twice in an interval,
+    a step with more refreshes than another, or a schedule that depends on the number of devices."""
+    params, rules, specs = model
+    options = {"treatments": rules, "interval": interval, "refresh": refresh, "block_size": 16}
+    here = plan(params, specs=specs, mesh={"x": devices}, **options)
+    alone = plan(params, **options)
+    phases = interval if refresh == "staggered" else 1
+    load, first = np.zeros((devices, phases), int), 0
+    for bucket, single in zip(here.buckets, alone.buckets, strict=True):
+        width = bucket.slots.shape[1]
+        assert bucket.slots.shape == (devices, math.ceil(bucket.blocks / devices))
+        owned = [slots[slots < bucket.blocks] for slots in bucket.slots]
+        assert sorted(np.concatenate(owned)) == list(range(bucket.blocks))
+        assert max(map(len, owned)) - min(map(len, owned)) <= 1
+        np.testing.assert_array_equal(bucket.slots.reshape(-1)[bucket.slot_of_block], np.arange(bucket.blocks))
+        np.testing.assert_array_equal(bucket.slot_of_block // width, bucket.owner)
+        assert bucket.due.shape[:2] == (devices, phases) and bucket.due.max() <= width
+        due = np.full(bucket.blocks, -1)
+        for device, phase, at in np.argwhere(bucket.due < width):
+            block = bucket.slots[device, bucket.due[device, phase, at]]
+            assert due[block] == -1
+            due[block] = phase
+        assert bucket.first == first
+        np.testing.assert_array_equal(due, (first + np.arange(bucket.blocks)) % phases)
+        np.testing.assert_array_equal(single.slots, np.arange(bucket.blocks)[None])
+        assert (single.first, single.blocks, single.phases) == (first, bucket.blocks, phases)
+        load += (bucket.due < width).sum(axis=2)
+        first += bucket.blocks
+    assert load.sum() == first
+    assert load.max() - load.min() <= 1
+
+
+@settings(deadline=None, max_examples=25)
+@given(model=models(), devices=st.integers(1, 6))
+def test_tables_of_slots(model, devices):
+    """Catches a slot counted to another slot's matrix, or norms and roots that count padding."""
+    params, rules, specs = model
+    for bucket in plan(params, specs=specs, mesh={"x": devices}, treatments=rules, block_size=16).buckets:
+        ones, matrices, elements = [], [], []
+        for leaf in bucket.leaves:
+            shape = leaf.view.shape
+            layout = leaf.view, leaf.tiling.pieces, leaf.tiling.block
+            ones.append(numpy_blocks.cut(np.ones(shape), *layout))
+            number = np.arange(shape[0]) + len(elements)
+            matrices.append(numpy_blocks.cut(np.broadcast_to(number[:, None, None], shape), *layout))
+            elements += [math.prod(shape[1:])] * shape[0]
+        real = np.concatenate([*ones, np.zeros((1, *bucket.shape))])
+        matrix = np.concatenate([*matrices, np.zeros((1, *bucket.shape))]).max(axis=(1, 2))
+        matrix[-1] = len(elements)
+        slots = bucket.slots.reshape(-1)
+        sizes = np.stack([real.any(axis=2).sum(axis=1), real.any(axis=1).sum(axis=1)], axis=1)
+        np.testing.assert_array_equal(bucket.real_sizes, sizes[slots])
+        np.testing.assert_array_equal(bucket.matrix_of_slot, matrix[slots])
+        np.testing.assert_array_equal(bucket.elements_of_matrix, [*elements, 1])
+        assert bucket.matrices == len(elements) + 1
+
+
+def test_the_plan_prints_treatments():
+    """Catches a table that does not say what each parameter gets."""
+    params = {
+        "embedding": shape_of(100, 8),
+        "up": shape_of(8, 40),
+        "down": shape_of(40, 8),
+        "left": shape_of(40, 8),
+        "still": shape_of(8, 8),
+        "bias": shape_of(8),
+    }
+    rules = (
+        (".*embed.*", "diagonal"),
+        ("down", "shampoo exponent=0.5 block_size=24"),
+        ("left", "one_sided side=left"),
+        ("still", "shampoo exponent=0"),
+        (".*", "shampoo"),
+    )
+    assert plan(params, treatments=rules).treatments == {
+        "embedding": "diagonal (adam)",
+        "up": "shampoo 8x40 p4 x1",
+        "down": "shampoo 8x20 p2 x2",
+        "left": "one_sided 8x40* p2 x1",
+        "still": "shampoo 8x8 momentum x1",
+        "bias": "diagonal (adam)",
+    }
+
+
+def test_diagonal_parameters_keep_their_rules_beta2():
+    """Catches a rule's beta2 that only statistics heed."""
+    params = {"a": shape_of(8), "b": shape_of(8, 8), "c": shape_of(8, 8)}
+    rules = (("a", "shampoo beta2=0.9"), ("b", "diagonal beta2=0.8"), (".*", "diagonal"))
+    assert {i: leaf.beta2 for i, leaf in plan(params, treatments=rules).diagonal.items()} == {0: 0.9, 1: 0.8, 2: 0.99}
+
+
+def test_shardings_serve_as_specs():
+    """Catches specs that are read from PartitionSpecs only: a trainer has the parameters' shardings."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    params, spec = {"w": shape_of(16, 16)}, PartitionSpec("x", None)
+    by_spec = plan(params, specs={"w": spec}, mesh=mesh.shape)
+    by_sharding = plan(params, specs={"w": NamedSharding(mesh, spec)}, mesh=mesh.shape)
+    assert by_spec.buckets[0].leaves[0].tiling == by_sharding.buckets[0].leaves[0].tiling
+    assert by_spec.buckets[0].leaves[0].tiling.sharded == ((0, ("x",)),)
+
+
+X = PartitionSpec("x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"treatments": (("v", "shampoo"),)}, "'w' is matched by none of 'v'; end the list with"),
+        ({"names": {"v": ("embed", "mlp")}}, "'w' is a parameter, but the axis names or the specs given have none"),
+        ({"specs": {"v": X}, "mesh": {"x": 2}}, "'w' is a parameter, but the axis names or the specs given have none"),
+        ({"names": {"w": ("embed",)}}, r"\('embed',\) have 1 entries for a parameter of shape \(8, 16\)"),
+        ({"specs": {"w": PartitionSpec(None, None, "x")}, "mesh": {"x": 2}}, "'w'.*3.*2"),
+        ({"specs": {"w": PartitionSpec("y")}, "mesh": {"x": 2}}, "'w'.*'y'.*x"),
+        ({"specs": {"w": X}}, "'w'.*'x'"),
+        ({"specs": {"w": PartitionSpec("y")}, "mesh": {"x": 2}, "treatments": everything("diagonal")}, "'w'.*'y'.*x"),
+    ],
+)
+def test_what_does_not_fit_is_named(arguments, words):
+    """Catches a parameter that silently gets no treatment, and a KeyError or IndexError where names or specs of another
+    model, or of another mesh, are given."""
+    with pytest.raises(ValueError, match=words):
+        plan({"w": shape_of(8, 16)}, **arguments)

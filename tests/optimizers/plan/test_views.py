@@ -1,0 +1,137 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shampax.optimizers.options import ShampooOptions
+from shampax.optimizers.plan.blocks import make_plan
+from shampax.optimizers.plan.views import matrix_view, names_by_path, tensor_view
+
+STACK_AXES = {"stack_axes": ("layers", "experts")}
+AXES = STACK_AXES | {"fold_axes": ("heads", "kv_heads", "head_dim")}
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "stack", "stacked", "sides"),
+    [
+        ((48, 4, 20), ("embed", "heads", "head_dim"), 0, (), ((0,), (1, 2))),
+        ((4, 20, 96), ("heads", "head_dim", "embed"), 0, (), ((0, 1), (2,))),
+        ((3, 48, 4, 12), ("layers", "embed", "heads", "head_dim"), 0, (0,), ((1,), (2, 3))),
+        ((2, 4, 16, 32), ("layers", "experts", "embed", "mlp"), 0, (0, 1), ((2,), (3,))),
+        ((16, 5, 32), ("embed", "layers", "mlp"), 0, (1,), ((0,), (2,))),
+        ((4, 8), ("heads", "head_dim"), 0, (), ((0,), (1,))),
+        ((4, 6, 8, 7), ("embed", "heads", "head_dim", "mlp"), 0, (), ((3,), (0, 1, 2))),
+        ((4, 6, 8), ("heads", "embed", "head_dim"), 0, (), ((0,), (1, 2))),
+        ((3, 3, 16, 32), None, 0, (), ((3,), (0, 1, 2))),
+        ((3, 3, 1, 32), None, 0, (), ((0, 1, 2), (3,))),
+        ((3, 3, 16, 32), (None, None, "in", "out"), 0, (), ((3,), (0, 1, 2))),
+        ((2, 5, 16, 32), None, 2, (0, 1), ((2,), (3,))),
+        ((64, 16), None, 0, (), ((1,), (0,))),
+        ((64, 64), None, 0, (), ((0,), (1,))),
+    ],
+)
+def test_matrix_views(shape, names, stack, stacked, sides):
+    """Catches layers or experts mixed into a matrix, heads split from head_dim, or a longer side that comes first."""
+    view = matrix_view(shape, names, **AXES, stack=stack)
+    assert (view.stack, view.sides, view.is_matrix) == (stacked, sides, True)
+    assert view.lengths == tuple(math.prod(shape[axis] for axis in side) for side in sides)
+    assert view.stacked == math.prod(shape[axis] for axis in stacked)
+
+
+def test_names_beat_the_number_of_stack_axes():
+    """Catches a treatment's stack=1 that stacks the rows of a parameter whose axis names know better."""
+    assert matrix_view((8, 16), ("embed", "mlp"), **AXES, stack=1).stack == ()
+    assert tensor_view((8, 16), ("embed", "mlp"), **STACK_AXES, stack=1).stack == ()
+
+
+@given(shape=st.lists(st.integers(2, 50), min_size=2, max_size=2))
+def test_a_matrix_and_its_transpose_share_a_bucket(shape):
+    """Catches sides kept in the order of the axes: every projection and its inverse would need a program each."""
+    view, transpose = (matrix_view(s, None, **AXES) for s in (shape, shape[::-1]))
+    assert view.lengths == transpose.lengths == tuple(sorted(shape))
+    plan = make_plan({"w": np.ones(shape), "t": np.ones(shape[::-1])}, None, None, ShampooOptions(), {})
+    assert len(plan.buckets) == 1
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (1, 9), (9, 1), (0, 4), (4, 0), (0, 4, 4), (1, 1, 1)])
+@pytest.mark.parametrize("view", ["matrix", "tensor"])
+@pytest.mark.parametrize("kind", ["shampoo", "one_sided", "one_sided side=left", "one_sided side=right"])
+def test_what_is_no_matrix_is_diagonal(shape, view, kind):
+    """Catches a scalar, a vector or an array without elements that is preconditioned, or breaks the plan."""
+    options = ShampooOptions(view=view, treatments=((".*", f"{kind} stack={int(len(shape) == 3)}"),))
+    plan = make_plan({"w": np.ones(shape)}, None, None, options, {})
+    assert plan.buckets == () and list(plan.diagonal) == [0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "stack", "merge_dims", "sides"),
+    [
+        ((64, 64), None, 0, 4096, ((0,), (1,))),
+        ((3, 3, 16, 32), None, 0, 0, ((0,), (1,), (2,), (3,))),
+        ((3, 3, 16, 32), None, 0, 9, ((0, 1), (2,), (3,))),
+        ((3, 3, 16, 32), None, 0, 144, ((3,), (0, 1, 2))),
+        ((3, 3, 16, 32), None, 0, 10**6, ((3,), (0, 1, 2))),
+        ((32, 3, 3, 16), None, 0, 144, ((2, 3), (0, 1))),
+        ((3, 1, 20), None, 0, 0, ((0,), (2,))),
+        ((1, 20, 1, 5), None, 0, 10**6, ((3,), (1,))),
+        ((4, 30, 20, 10), ("layers", "a", "b", "c"), 0, 0, ((3,), (2,), (1,))),
+        ((2, 4, 8), None, 1, 10**6, ((1,), (2,))),
+    ],
+)
+def test_tensor_views(shape, names, stack, merge_dims, sides):
+    """Catches merging that makes a vector of a matrix (64 x 64 with merge_dims 4096), sides of length one or unsorted
+    ones, or a stack axis among the sides."""
+    view = tensor_view(shape, names, **STACK_AXES, merge_dims=merge_dims, stack=stack)
+    assert (view.sides, view.is_matrix) == (sides, True)
+    assert sorted([*view.stack, *itertools.chain(*sides)]) == list(range(len(shape)))
+
+
+@given(shape=st.lists(st.integers(1, 12), max_size=6), merge_dims=st.integers(0, 500), stack=st.integers(0, 2))
+def test_merging_is_complete_and_bounded(shape, merge_dims, stack):
+    """Catches a lost axis, sides that merge across another, sides beyond merge_dims, or neighbours left unmerged."""
+    view = tensor_view(shape, None, **STACK_AXES, merge_dims=merge_dims, stack=stack)
+    expected = [axis for axis in range(len(shape)) if axis >= stack and shape[axis] != 1]
+    in_order = sorted(view.sides)
+    assert list(itertools.chain(*in_order)) == expected
+    assert view.stacked * math.prod(view.lengths) == math.prod(shape)
+    assert view.lengths == tuple(sorted(view.lengths))
+    assert len(view.sides) == len(expected) or len(view.sides) >= 2
+    assert all(view.length(side) <= merge_dims for side in view.sides if len(side) > 1)
+    if len(view.sides) > 2:
+        assert all(view.length((*a, *b)) > merge_dims for a, b in itertools.pairwise(in_order))
+
+
+@settings(deadline=None)
+@given(
+    shape=st.lists(st.integers(2, 9), min_size=2, max_size=3),
+    side=st.sampled_from(["left", "right", "short"]),
+    named=st.booleans(),
+)
+def test_one_sided_finds_its_side_after_the_swap(shape, side, named):
+    """Catches `left` read as "the first side": the shorter side comes first, so it is the right of a tall matrix."""
+    axes = (["heads", "head_dim", "embed"] if named else ["a", "b", "c"])[-len(shape) :]
+    options = ShampooOptions(treatments=((".*", f"one_sided side={side}"),))
+    (bucket,) = make_plan({"w": np.ones(shape)}, {"w": tuple(axes)}, None, options, {}).buckets
+    view = bucket.leaves[0].view
+    (chosen,) = (view.sides[i] for i in bucket.sides)
+    left, right = tuple(range(len(shape) - 1)), (len(shape) - 1,)
+    expected = {"left": left, "right": right}.get(side)
+    assert chosen == expected if expected else view.length(chosen) == min(view.lengths)
+
+
+@pytest.mark.parametrize("view", [matrix_view, tensor_view])
+def test_names_must_fit(view):
+    """Catches axis names of another parameter."""
+    axes = AXES if view is matrix_view else STACK_AXES
+    with pytest.raises(ValueError, match=r"\('embed',\) have 1 entries for a parameter of shape \(2, 3\)"):
+        view((2, 3), ("embed",), **axes)
+
+
+def test_names_by_path():
+    """Catches names read leaf by leaf, or under other paths than the parameters have."""
+    assert names_by_path(None) == {}
+    tree = {"a": {"kernel": ("embed", None)}, "b": [("mlp",), ()]}
+    assert names_by_path(tree) == {"a/kernel": ("embed", None), "b/0": ("mlp",), "b/1": ()}

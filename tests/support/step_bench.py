@@ -1,0 +1,101 @@
+"""One compiled train step of the toy task on a mesh, and comparisons of its states."""
+
+import copy
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import optax
+import toy
+from emitters import SAME_BITS
+
+from shampax.framework.data.pipeline import Batches
+from shampax.framework.sharding import partitioning
+from shampax.framework.sharding.global_batch import Share
+from shampax.framework.step import state
+from shampax.framework.step.averaging import OFF
+from shampax.framework.step.guard import GuardOptions
+from shampax.framework.step.steps import make_eval_step, make_train_step
+from shampax.optimizers.baselines import AdamWOptions
+
+RULES = (("vocab", "tensor"), ("mlp", "tensor"), ("embed", "fsdp"))
+
+
+SEED = 3
+
+
+IGNORE, SKIP = (GuardOptions(policy, spike_factor=20.0, spike_window=10) for policy in ("ignore", "skip"))
+
+
+class Bench:
+    """A toy run, up to the first step."""
+
+    def __init__(self, sizes, *, task=None, options=None, batch_size=16, rules=RULES, average=OFF, **step_options):
+        sizes = {"data": 1, "fsdp": 1, "tensor": 1} | sizes
+        self.mesh = partitioning.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+        self.task = task or toy.ToyTask()
+        self.share = Share(batch_size, self.mesh)
+        self.batches = Batches(toy.ToySource(200, 1), seed=SEED, global_batch_size=batch_size, rows=self.share.rows)
+        spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(self.batches[0]))
+        variables = state.abstract_variables(self.task, spec)
+        axes = self.task.logical_axes(variables)
+        placements = partitioning.place_all(variables, axes, rules, self.mesh)
+        rate = optax.linear_schedule(0.01, 0.001, 20)
+        self.tx = (options or AdamWOptions()).build(rate, mesh=self.mesh, axis_names=axes["params"])
+        self.abstract = state.abstract_state(self.task, self.tx, spec, placements, self.mesh, average)
+        self.initial = lambda: state.initial_state(self.task, self.tx, spec, self.abstract, SEED)
+        options = {"seed": SEED, "guard_options": IGNORE, "averaging_options": average} | step_options
+        self.step = make_train_step(self.task, self.tx, rate, self.abstract, self.mesh, **options)
+        self.eval_step = make_eval_step(self.task, self.abstract, self.mesh)
+
+    def batch(self, step):
+        return self.share.to_devices(self.batches[step])
+
+    def losses(self, steps):
+        current, losses = self.initial(), []
+        for step in range(steps):
+            current, metrics = self.step(current, self.batch(step))
+            losses.append(float(metrics["loss"]))
+        return losses
+
+
+def host(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def assert_bitwise_equal(first, second):
+    jax.tree.map(np.testing.assert_array_equal, host(first), host(second))
+
+
+def assert_same_on_all_devices(tree):
+    for leaf in jax.tree.leaves(tree):
+        shards = {}
+        for shard in leaf.addressable_shards:
+            shards.setdefault(str(shard.index), []).append(np.array(shard.data))
+        assert all((copy == copies[0]).all() for copies in shards.values() for copy in copies)
+
+
+CLIP = 0.35  # some gradients of the toy are longer
+
+
+NAN, SPIKE = (5, 6, 50), 30
+
+
+def with_bits_of_users(bench):
+    """The same with its step compiled so that other programs can have the same bits."""
+    exact = copy.copy(bench)
+    exact.step = bench.step.lower(bench.abstract, bench.batch(0)).compile(SAME_BITS)
+    return exact
+
+
+def steps(bench, count, without=()):
+    """The state after so many steps, and the metrics of each by name; some may be left out, with their batches."""
+    current, metrics = bench.initial(), []
+    for step in range(count):
+        if step + 1 in without:
+            current = dataclasses.replace(current, step=current.step + 1)
+            continue
+        current, measured = bench.step(current, bench.batch(step))
+        metrics.append(measured)
+    return current, {name: np.array([step[name] for step in metrics]) for name in metrics[0]}

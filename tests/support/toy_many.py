@@ -1,0 +1,63 @@
+"""A run of several processes whose course a test can follow, and which can fail in one of them: a config and its data.
+
+FAULT in the environment is "KIND INDEX", what goes wrong and in which process: "options" are refused, "input" cannot be
+read, or "row" raises in the middle of the run.
+"""
+
+import dataclasses
+import os
+import time
+
+import toy
+
+from shampax.configs import base
+from shampax.framework.base.errors import UserError
+
+
+def get_config():
+    config = base.get_config()
+    config.task = base.component("toy:ToyTask")
+    config.data = base.component("toy_many:ManyData")
+    config.optimizer = base.component("shampax.optimizers.baselines:AdamWOptions")
+    config.duration = "80 steps"
+    config.batch_size = 8
+    config.evaluation.every = "20 steps"
+    config.checkpoint.every = "5 steps"
+    config.log.every = "2 steps"
+    config.processes.death_seconds = 5.0
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class ManyData(toy.ToyData):
+    row_seconds: float = 0.03  # two threads read four rows a step: a signal comes before the end of the run
+
+    def __post_init__(self):
+        if fault() == "options":
+            raise UserError("row_seconds is refused")
+
+    def examples(self, split, cache):
+        if fault() == "input":
+            raise UserError(f"no rows for {split}")
+        rows = super().examples(split, cache)
+        return SlowRows(rows, self.row_seconds) if split == "train" else rows
+
+
+class SlowRows:
+    def __init__(self, rows, seconds):
+        self.rows, self.seconds, self.read = rows, seconds, 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        time.sleep(self.seconds)
+        self.read += 1
+        if fault() == "row" and self.read > 60:
+            raise LookupError(f"row {index} is torn")
+        return self.rows[index]
+
+
+def fault():
+    kind, _, index = os.environ.get("FAULT", "").partition(" ")
+    return kind if index == os.environ["JAX_PROCESS_ID"] else None
