@@ -10,7 +10,7 @@ import pytest
 from processes import LIMIT, Job, script
 from toy_runs import arrays, lines, saved
 
-CONFIG = pathlib.Path(__file__).parent / "toy_many.py"
+CONFIG = pathlib.Path(__file__).parents[2] / "support" / "toy_many.py"
 GOES_ON = "the same command goes on from the newest checkpoint, if there is one"
 
 
