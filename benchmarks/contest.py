@@ -26,8 +26,10 @@ from ml_collections import ConfigDict
 
 from ..framework.base import workdir
 from ..framework.base.errors import UserError
+from ..framework.base.json_files import read_object
 from ..framework.checkpoint import ownership
 from ..framework.config.check import load
+from ..framework.reporting.runs import read_run
 from . import command
 from .documents import Section, table
 from .grid import FINALISTS, LOSS, Metric, Outcome, Trial, best_rates, by, crossings, finalists, mean, rounds
@@ -52,8 +54,8 @@ def config_of(trial: Trial, file: str, settings: Sequence[str]) -> ConfigDict:
 
 def read_outcome(trial: Trial, path: pathlib.Path) -> Outcome | None:
     """Read a workdir; None where no run has ended."""
-    result = workdir.read_json(path / workdir.RESULT)
-    return None if result is None else Outcome(trial, workdir.read(path), result)
+    result = read_object(path / workdir.RESULT)
+    return None if result is None else Outcome(trial, read_run(path), result)
 
 
 def analyse(outcomes: Sequence[Outcome], metric: Metric = LOSS, shown: Sequence[str] = ()) -> dict[str, Any]:
@@ -193,7 +195,7 @@ def train(trial: Trial, path: pathlib.Path, config: str, settings: Sequence[str]
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-    if workdir.read_json(path / workdir.RESULT) is None:
+    if read_object(path / workdir.RESULT) is None:
         lines = log.read_text().splitlines() or ["nothing"]
         raise UserError(f"{trial.name} ended with exit code {code} and no result; it said: {lines[-1]} (all: {log})")
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ..framework.base import workdir
 from ..framework.base.errors import UserError
 from ..framework.reporting import curves
+from ..framework.reporting.runs import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Outcome:
     """What became of a trial; `result` is the content of its `result.json`."""
 
     trial: Trial
-    run: workdir.Run
+    run: Run
     result: dict[str, Any]
 
     @property

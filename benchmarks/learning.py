@@ -17,11 +17,13 @@ import jax
 import numpy as np
 import optax
 
-from ..framework.base import durations, paths, workdir
+from ..framework.base import durations, paths
 from ..framework.base.errors import UserError
+from ..framework.base.json_files import read_object
 from ..framework.config import components
 from ..framework.data import pipeline
 from ..framework.reporting import curves
+from ..framework.reporting.runs import Run
 from ..framework.step.evaluation import evaluate
 from ..framework.step.schedule import make_schedule
 from . import contestants
@@ -181,7 +183,7 @@ def run_grid(
     """
     done = {}
     for trial in grid:
-        content = workdir.read_json(_path(folder, trial))
+        content = read_object(_path(folder, trial))
         if content is not None:
             _refuse_other_settings(_path(folder, trial), content, settings_of(trial))
             done[trial] = content
@@ -214,7 +216,7 @@ def read_grid(
     outcomes, missing = [], []
     for trial in grid:
         path = _path(folder, trial)
-        content = workdir.read_json(path)
+        content = read_object(path)
         if content is None:
             missing.append(trial)
             continue
@@ -230,7 +232,7 @@ def read_grid(
             "heldout_loss": content["heldout"][-1]["loss"],
             "stopped": content["stopped"],
         }
-        run = workdir.Run(path=path, points=points, config=content["settings"], result=result, notes=())
+        run = Run(path=path, points=points, config=content["settings"], result=result, notes=())
         outcomes.append(Outcome(trial, run, result))
     return outcomes, missing
 

@@ -28,9 +28,10 @@ import jax
 
 from ..framework.base import paths, workdir
 from ..framework.base.errors import UserError
-from ..framework.base.workdir import Axis
+from ..framework.base.json_files import read_object
 from ..framework.config.check import load
 from ..framework.reporting import figures
+from ..framework.reporting.runs import Axis
 from ..models.lm import LMTask
 from ..optimizers import ShampooOptions
 from . import command, documents, learning, standings, timing
@@ -122,8 +123,8 @@ def cost(options: argparse.Namespace) -> dict[str, Any]:
 
 def table(options: argparse.Namespace) -> dict[str, Any]:
     """The comparison of what the workdir holds; written into the --markdown file or to standard error, and drawn."""
-    times = workdir.read_json(options.workdir / TIMES)
-    costs = [workdir.read_json(path) for path in options.workdir.glob(COSTS.format("*"))]
+    times = read_object(options.workdir / TIMES)
+    costs = [read_object(path) for path in options.workdir.glob(COSTS.format("*"))]
     costs = sorted((cost for cost in costs if cost), key=lambda cost: cost["block_size"])
     timed = times["optimizers"] if times else {}
     first, later = rounds(options.seeds, options.finalists)

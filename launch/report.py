@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..framework.base import workdir
 from ..framework.base.errors import UserError
+from ..framework.base.json_files import is_number
 from ..framework.config.overrides import flat
 from ..framework.reporting import curves, figures
+from ..framework.reporting.runs import Axis, Run, read_run
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
@@ -87,7 +88,7 @@ def race(groups: Sequence[curves.Group]) -> Table:
 
     No rows where fewer than two groups have a held-out loss.
     """
-    axes: tuple[workdir.Axis, ...] = ("step", "seconds", "tokens")
+    axes: tuple[Axis, ...] = ("step", "seconds", "tokens")
     races = [race for axis in axes if (race := curves.race(groups, figures.HELDOUT, axis)) is not None]
     if not races:
         return Table((), ())
@@ -130,7 +131,7 @@ def page(groups: Sequence[curves.Group], images: Sequence[tuple[Drawing, bytes]]
     return "\n".join([*parts, "</body></html>\n"])
 
 
-def report(runs: Sequence[workdir.Run], output: pathlib.Path) -> list[pathlib.Path]:
+def report(runs: Sequence[Run], output: pathlib.Path) -> list[pathlib.Path]:
     """Write the page and its figures into the folder `output`; returns their paths, the page first.
 
     Raises:
@@ -186,7 +187,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        runs = [workdir.read(path) for path in options.workdirs]
+        runs = [read_run(path) for path in options.workdirs]
         page_path, *figure_paths = report(runs, options.output or default_output(options.workdirs))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -200,7 +201,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _summary_row(run: workdir.Run) -> tuple[str, ...]:
+def _summary_row(run: Run) -> tuple[str, ...]:
     last, heldout = run.points[-1], run.curve(figures.HELDOUT, "step")[1]
     bits = run.curve("heldout/bits_per_character", "step")[1]
     so_far = {
@@ -253,11 +254,11 @@ def _config_differences(groups: Sequence[curves.Group]) -> Table:
 
 
 def _count(value: Any) -> str:
-    return f"{value:,.0f}" if workdir.is_number(value) else "-"
+    return f"{value:,.0f}" if is_number(value) else "-"
 
 
 def _decimals(value: Any) -> str:
-    return f"{value:.4f}" if workdir.is_number(value) else "-"
+    return f"{value:.4f}" if is_number(value) else "-"
 
 
 def _html_image(drawing: Drawing, png: bytes) -> str:

@@ -14,6 +14,7 @@ import jax
 
 from ..base import workdir as layout
 from ..base.errors import UserError
+from ..base.json_files import read_object
 from ..config import check as config_lib
 from ..distributed import agreement
 
@@ -34,7 +35,7 @@ def refuse_foreign(workdir: Path, config: Any) -> None:
 
 def finished(workdir: Path, config: Any) -> dict[str, Any] | None:
     """The result of a run that went to its end, or None; a run whose duration was changed since has another end."""
-    result, stored = layout.read_result(workdir), layout.read_json(workdir / layout.CONFIG)
+    result, stored = layout.read_result(workdir), read_object(workdir / layout.CONFIG)
     if result is None or stored is None or stored.get("duration") != config.duration:
         return None
     return result if result["stopped"] is None else None

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from ...optimizers.plan import patterns
 from ..base import workdir as layout
 from ..base.errors import UserError
+from ..base.json_files import read_object
 from ..config import components
 from ..sharding import partitioning
 from ..step.state import abstract_variables
@@ -56,7 +57,7 @@ def component(workdir: Path, section: str, allowed: Sequence[str]) -> Any:
     Raises:
       UserError: the workdir has no such section, another component, or fields that its class refuses.
     """
-    config = layout.read_json(workdir / layout.CONFIG)
+    config = read_object(workdir / layout.CONFIG)
     found = (config or {}).get(section)
     if not isinstance(found, dict) or not isinstance(found.get("name"), str):
         raise UserError(f"{workdir / layout.CONFIG} has no section {section!r}; give the workdir of a training run")

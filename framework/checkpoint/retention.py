@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..base import workdir as layout
 from ..base.errors import UserError
+from ..base.json_files import read_object
 from . import contents, integrity, store
 
 
@@ -16,7 +17,7 @@ def best_metric(workdir: Path) -> str:
     Raises:
       UserError: the config cannot be read, or names none.
     """
-    content = layout.read_json(workdir / layout.CONFIG)
+    content = read_object(workdir / layout.CONFIG)
     if content is None:
         return "loss"
     section = content.get("evaluation")

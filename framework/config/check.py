@@ -8,8 +8,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from .. import optimizer
-from ..base import durations, values, workdir
+from ..base import durations, values
 from ..base.errors import UserError
+from ..base.json_files import parse_object
 from ..step.averaging import AveragingOptions
 from . import files, overrides
 from .components import build, is_component
@@ -78,7 +79,7 @@ def differences(old_json: str, config: ConfigDict, may_change: Sequence[str]) ->
     Raises:
       UserError: the earlier config is damaged.
     """
-    stored = workdir.parse_object(old_json)
+    stored = parse_object(old_json)
     if stored is None:
         raise UserError("the workdir's config is no JSON object; restore it or use another workdir")
     old, new = (dict(overrides.flat(side)) for side in (stored, json.loads(to_json(config))))

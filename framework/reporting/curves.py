@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..base.workdir import Axis, Run
 from ..config.overrides import flat
+from .runs import Axis, Run
 
 
 @dataclasses.dataclass(frozen=True)

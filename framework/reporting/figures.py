@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
-from ..base.workdir import Axis
 from .curves import Group, band, race
+from .runs import Axis
 
 HELDOUT, TRAIN = "heldout/loss", "train/loss"
 DPI = 144

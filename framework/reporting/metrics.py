@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base import workdir as layout
+from .runs import parse_point
 
 
 class MetricsWriter:
@@ -41,7 +42,7 @@ class MetricsWriter:
         """Forget what was measured after a step."""
         if not self._path.exists():
             return
-        points = ((line, layout.parse_point(line)) for line in self._path.read_text(errors="replace").splitlines())
+        points = ((line, parse_point(line)) for line in self._path.read_text(errors="replace").splitlines())
         kept = [line for line, point in points if point is not None and point["step"] <= step]
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(line + "\n" for line in kept))

@@ -15,6 +15,7 @@ import optax
 
 from ..base import workdir as layout
 from ..base.errors import UserError
+from ..base.json_files import read_object
 from ..distributed import agreement
 from ..distributed.console import say
 from .state import TrainState
@@ -59,7 +60,7 @@ def settle(
     if not isinstance(options, _MayBeUndecided) or not options.undecided:
         return options, None
     for path in (workdir / layout.SCHEDULE for workdir in workdirs):
-        choice = layout.read_json(path)
+        choice = read_object(path)
         if choice is not None:
             return _decided(options, choice, path), choice
     say("measuring what roots cost, to choose when they are refreshed ...")

@@ -11,6 +11,7 @@ import pytest
 
 from shampax.framework.base import workdir
 from shampax.framework.reporting import curves, figures
+from shampax.framework.reporting.runs import read_run
 from shampax.launch import report
 
 HELDOUT, TRAIN = "heldout/loss", "train/loss"
@@ -97,7 +98,7 @@ def two(tmp_path_factory):
 
 
 def test_loss_figure_draws_what_the_workdir_holds(tmp_path):
-    run = workdir.read(write(tmp_path / "run"))
+    run = read_run(write(tmp_path / "run"))
     figure = figures.loss_figure(curves.groups([run]))
     for axes, axis in zip(figure.axes, ("step", "seconds", "tokens"), strict=True):
         drawn = lines_of(axes)
@@ -108,7 +109,7 @@ def test_loss_figure_draws_what_the_workdir_holds(tmp_path):
 
 
 def test_time_axis_of_a_long_run_is_in_minutes_and_says_so(tmp_path):
-    run = workdir.read(write(tmp_path / "run", steps=1300))
+    run = read_run(write(tmp_path / "run", steps=1300))
     axes = figures.loss_figure(curves.groups([run])).axes[1]
     assert "minutes" in axes.get_xlabel()
     np.testing.assert_allclose(lines_of(axes)[f"{TRAIN}|run"][-1, 0], 650 / 60)
@@ -116,7 +117,7 @@ def test_time_axis_of_a_long_run_is_in_minutes_and_says_so(tmp_path):
 
 def test_seeds_are_drawn_as_their_mean_with_their_range(two):
     _, paths = two
-    groups = curves.groups([workdir.read(path) for path in paths])
+    groups = curves.groups([read_run(path) for path in paths])
     axes = figures.loss_figure(groups).axes[0]
     np.testing.assert_allclose(lines_of(axes)[f"{HELDOUT}|fast (3 runs)"], [(20, 5.9), (40, 5.1), (60, 4.3)])
     (band,) = axes.collections
@@ -126,7 +127,7 @@ def test_seeds_are_drawn_as_their_mean_with_their_range(two):
 
 def test_small_multiples_have_one_panel_per_diagnostic(two):
     _, paths = two
-    groups = curves.groups([workdir.read(path) for path in paths])
+    groups = curves.groups([read_run(path) for path in paths])
     keys = ["optimizer/failures", "optimizer/residual_max"]
     failures, residual = figures.small_multiples(groups, keys, "optimizer/").axes
     assert (failures.get_title(loc="left"), residual.get_title(loc="left")) == ("failures", "residual max")

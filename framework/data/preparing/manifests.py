@@ -9,7 +9,7 @@ from etils import epath
 
 from ...base import paths
 from ...base.errors import UserError
-from ...base.workdir import parse_object
+from ...base.json_files import parse_object
 from ..splits import Split
 
 NAME = "manifest.json"

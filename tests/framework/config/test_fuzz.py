@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from shampax.framework.base import durations, workdir
+from shampax.framework.base import durations
 from shampax.framework.base.errors import UserError
 from shampax.framework.checkpoint import ownership
 from shampax.framework.config import check as config_lib
@@ -22,6 +22,7 @@ from shampax.framework.data.reading.records import Rejects
 from shampax.framework.data.text.documents import open_documents
 from shampax.framework.data.text.tokenizer import encode, load_tokenizer, train_tokenizer
 from shampax.framework.reporting import curves, metrics
+from shampax.framework.reporting.runs import read_run
 from shampax.framework.sharding import partitioning
 from shampax.framework.step.schedule import make_schedule
 from shampax.launch import flags, report
@@ -293,7 +294,7 @@ WHOLE = json.dumps(POINT).encode()
 
 def tables(path):
     """Everything that a report says in numbers."""
-    run = workdir.read(path)
+    run = read_run(path)
     groups = curves.groups([run, run])
     for key in groups[0].keys():  # noqa: SIM118  (no mapping)
         run.curve(key, "tokens")

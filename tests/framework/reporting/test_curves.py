@@ -3,8 +3,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from shampax.framework.base.workdir import Run
 from shampax.framework.reporting import curves
+from shampax.framework.reporting.runs import Run
 
 
 def make_run(path="run", *, config=None, **columns):

@@ -5,6 +5,7 @@ import pytest
 
 from shampax.framework.base import workdir
 from shampax.framework.base.errors import UserError
+from shampax.framework.reporting import runs
 
 
 def write(path, lines, tail=""):
@@ -18,44 +19,44 @@ def point(step, **values):
 
 def test_curve_holds_only_points_where_the_key_was_measured(tmp_path):
     write(tmp_path, [point(1, a=3.0), point(2, b=9.0), point(3, a=2.5), point(4, a=None), point(5, a=1)])
-    x, y = workdir.read(tmp_path).curve("a", "seconds")
+    x, y = runs.read_run(tmp_path).curve("a", "seconds")
     np.testing.assert_array_equal(x, [0.5, 1.5, 2.0, 2.5])
     np.testing.assert_array_equal(y, [3.0, 2.5, np.nan, 1.0])
 
 
 def test_curve_of_a_key_never_measured_is_empty(tmp_path):
     write(tmp_path, [point(1, a=3.0)])
-    x, y = workdir.read(tmp_path).curve("b", "step")
+    x, y = runs.read_run(tmp_path).curve("b", "step")
     assert x.shape == y.shape == (0,)
 
 
 def test_lines_of_one_step_are_one_point(tmp_path):
     write(tmp_path, [point(10, **{"train/loss": 2.0}), point(10, **{"heldout/loss": 3.0})])
-    run = workdir.read(tmp_path)
+    run = runs.read_run(tmp_path)
     assert run.points == (point(10, **{"train/loss": 2.0, "heldout/loss": 3.0}),)
     assert run.keys() == ["heldout/loss", "train/loss"]
 
 
 def test_steps_measured_again_after_a_resume_replace_the_first_ones(tmp_path):
     write(tmp_path, [point(1, a=1.0), point(2, a=2.0), point(3, a=3.0), point(2, a=20.0)])
-    assert workdir.read(tmp_path).points == (point(1, a=1.0), point(2, a=20.0))
+    assert runs.read_run(tmp_path).points == (point(1, a=1.0), point(2, a=20.0))
 
 
 def test_truncated_last_line_is_left_out_with_a_note(tmp_path):
     write(tmp_path, [point(1, a=1.0)], tail='{"step": 2, "a": 0.')
-    run = workdir.read(tmp_path)
+    run = runs.read_run(tmp_path)
     assert run.points == (point(1, a=1.0),)
     assert any("line 2" in note for note in run.notes)
 
 
 def test_result_and_config_are_read_and_their_absence_noted(tmp_path):
     write(tmp_path, [point(1, a=1.0)])
-    assert workdir.read(tmp_path).result is None
-    assert len(workdir.read(tmp_path).notes) == 2
+    assert runs.read_run(tmp_path).result is None
+    assert len(runs.read_run(tmp_path).notes) == 2
     result = {"steps": 1, "seconds": 0.5, "tokens": 9, "heldout_loss": None, "best_heldout_loss": None, "stopped": None}
     (tmp_path / workdir.RESULT).write_text(json.dumps(result))
     (tmp_path / workdir.CONFIG).write_text('{"seed": 3}')
-    run = workdir.read(tmp_path)
+    run = runs.read_run(tmp_path)
     assert (run.result, run.config, run.notes) == (result, {"seed": 3}, ())
 
 
@@ -64,16 +65,16 @@ def test_no_metrics_is_a_user_error(tmp_path, content):
     if content is not None:
         (tmp_path / workdir.METRICS).write_text(content)
     with pytest.raises(UserError, match="metrics"):
-        workdir.read(tmp_path)
+        runs.read_run(tmp_path)
 
 
 def test_no_folder_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="no directory"):
-        workdir.read(tmp_path / "absent")
+    with pytest.raises(UserError, match="not a directory"):
+        runs.read_run(tmp_path / "absent")
 
 
 def test_damaged_result_is_a_user_error(tmp_path):
     write(tmp_path, [point(1, a=1.0)])
     (tmp_path / workdir.RESULT).write_text("{")
     with pytest.raises(UserError, match=r"result\.json"):
-        workdir.read(tmp_path)
+        runs.read_run(tmp_path)

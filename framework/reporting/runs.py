@@ -1,0 +1,103 @@
+"""Read the metrics, config and result of runs back from their workdirs."""
+
+import dataclasses
+import math
+import pathlib
+from typing import Any, Literal
+
+import numpy as np
+
+from ..base import workdir
+from ..base.errors import UserError
+from ..base.json_files import is_number, parse_object, read_object
+
+Axis = Literal["step", "seconds", "tokens"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run, read from its workdir.
+
+    Attributes:
+      path: the workdir.
+      points: measurements, one dict per step in rising order. Each has `step`, `seconds` (of training, over all
+        resumes), `tokens` (seen so far), and the keys measured at that step.
+      config: the resolved config, `{}` if the workdir has none.
+      result: the content of `result.json`, or None while the run has not ended.
+      notes: warnings for readers of the numbers, such as a line that could not be read.
+    """
+
+    path: pathlib.Path
+    points: tuple[dict[str, Any], ...]
+    config: dict[str, Any]
+    result: dict[str, Any] | None
+    notes: tuple[str, ...]
+
+    def keys(self) -> list[str]:
+        """Return the sorted names of all measurements, without the axes."""
+        return sorted(set().union(*self.points) - {"step", "seconds", "tokens"})
+
+    def curve(self, key: str, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
+        """Return `axis` and `key` as two float64 arrays [points with both]; NaN for null and non-finite numbers."""
+        pairs = [(point[axis], point[key]) for point in self.points if key in point and axis in point]
+        x, y = np.array([[_finite(value) for value in pair] for pair in pairs]).reshape(-1, 2).T
+        return x, y
+
+
+def read_run(path: pathlib.Path) -> Run:
+    """Read a workdir whose run may still be going on.
+
+    Raises:
+      UserError: it is not a directory, holds no metrics, or its config or result is damaged.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} is not a directory; give the --workdir of a training run")
+    metrics = path / workdir.METRICS
+    if not metrics.is_file():
+        raise UserError(f"{path} has no {workdir.METRICS}; give the --workdir of a run that has logged a step")
+    points, notes = read_points(metrics)
+    if not points:
+        raise UserError(f"{metrics} has no readable line; wait until the run has logged a step")
+    config, result = read_object(path / workdir.CONFIG), workdir.read_result(path)
+    if config is None:
+        notes.append(f"{path}: no {workdir.CONFIG}")
+    if result is None:
+        notes.append(f"{path}: no {workdir.RESULT}: the run has not ended, numbers are those of its last evaluation")
+    return Run(path=path, points=tuple(points), config=config or {}, result=result, notes=tuple(notes))
+
+
+def read_points(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read a metrics file and return (points by rising step, notes about lines that were skipped).
+
+    Lines of one step are one point. A killed run resumes from its last checkpoint and repeats some steps: the newest
+    line of a step counts. A line that the kill has cut short is skipped and noted.
+    """
+    points: dict[int, dict[str, Any]] = {}
+    notes = []
+    last = 0
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        point = parse_point(line)
+        if point is None:
+            notes.append(f"{path}: line {number} is cut short or not a measurement and was skipped")
+            continue
+        step = point["step"]
+        if step < last:
+            points = {earlier: kept for earlier, kept in points.items() if earlier < step}
+        points[step] = points.get(step, {}) | point
+        last = step
+    return [points[step] for step in sorted(points)], notes
+
+
+def parse_point(line: str) -> dict[str, Any] | None:
+    """Parse a line of the metrics file; return None if it is cut short or not a measurement."""
+    point = parse_object(line)
+    if point is None or not all(is_number(point.get(axis)) for axis in ("step", "seconds", "tokens")):
+        return None
+    if not isinstance(point["step"], int) or not all(value is None or is_number(value) for value in point.values()):
+        return None
+    return point
+
+
+def _finite(value: Any) -> float:
+    number = math.nan if value is None else float(value)
+    return number if math.isfinite(number) else math.nan
