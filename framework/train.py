@@ -14,8 +14,8 @@ import jax
 from . import dataset, optimizer
 from .base import cpu_backend, durations, paths
 from .base import workdir as layout
+from .base.durations import Period
 from .base.errors import TrainingStopped, UserError
-from .base.periods import Period
 from .checkpoint import origin, ownership, store, takeover
 from .checkpoint.record import Record
 from .checkpoint.store import Checkpoints, SaveError

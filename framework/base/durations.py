@@ -1,10 +1,11 @@
-"""One notion of duration for the whole framework: "600 steps", "2 epochs", "1e6 examples", "5e6 tokens", "10%"."""
+"""Convert durations ("600 steps", "2 epochs", "1e6 examples", "5e6 tokens", "10%") to steps, and repeat after them."""
 
 import dataclasses
 import difflib
 import fractions
 import math
 import re
+import sys
 
 from .errors import UserError
 
@@ -17,13 +18,13 @@ _EXAMPLES = f"{_COUNTS}, or 10% of the run"
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """What one run needs to turn any duration into steps.
+    """Convert durations of one run to steps.
 
     Attributes:
       batch_size: examples per step, over all devices and micro-batches.
       examples_per_epoch: examples of the training set.
-      tokens_per_example: tokens of one example; 1 where examples are no text.
-      total_steps: steps of the whole run; None while these are being worked out, when percent means nothing yet.
+      tokens_per_example: tokens of one example; 1 where examples are not text.
+      total_steps: steps of the whole run; None while they are not known, when a percentage is an error.
     """
 
     batch_size: int
@@ -33,21 +34,21 @@ class Units:
 
 
 def to_steps(duration: str | int, units: Units) -> int:
-    """Steps that a duration takes, rounded up to whole steps; a plain number is steps already.
+    """Return the number of steps of a duration, rounded up. A plain number counts steps.
 
-    Exact: "0.1 epochs" of 1,000 examples is 100 examples, whatever 0.1 is in binary.
+    The arithmetic is exact: "0.1 epochs" of 1,000 examples is 100 examples, although 0.1 has no exact binary form.
 
     Raises:
-      UserError: not a duration; half a step; a percentage where the length of the run is itself in question.
+      UserError: not a duration; a fraction of a step; a percentage while the length of the run is not known.
     """
     number, unit = _parse(duration)
     if unit == "steps":
         if number.denominator != 1:
-            raise UserError(f"duration {duration!r} is no whole number of steps; use {math.ceil(number)} steps")
+            raise UserError(f"{duration!r}: a duration in steps must be whole. Use {math.ceil(number)} steps.")
         return int(number)
     if unit == "%":
         if units.total_steps is None:
-            raise UserError(f"duration {duration!r} cannot set the length of the run it is a part of; use {_COUNTS}")
+            raise UserError(f"{duration!r}: a percentage cannot set the length of the run. Use {_COUNTS}.")
         return math.ceil(number * units.total_steps / 100)
     examples = {
         "epochs": number * units.examples_per_epoch,
@@ -58,7 +59,7 @@ def to_steps(duration: str | int, units: Units) -> int:
 
 
 def is_duration(text: str) -> bool:
-    """Whether a text has the form of a duration: a number and one of the units."""
+    """Return whether a text is a number followed by one of the units."""
     match = _FORM.fullmatch(text)
     return match is not None and _plural(match["unit"]) in UNITS
 
@@ -70,10 +71,25 @@ def _plural(unit: str) -> str:
 def _parse(duration: str | int) -> tuple[fractions.Fraction, str]:
     match = _FORM.fullmatch(str(duration))
     if match is None:
-        raise UserError(f"{duration!r} is not a duration; write a number and a unit: {_EXAMPLES}")
+        raise UserError(f"{duration!r}: not a duration. Write a number and a unit, such as {_EXAMPLES}.")
     unit = _plural(match["unit"])
     if unit not in UNITS:
         close = difflib.get_close_matches(unit, UNITS, n=1)
-        hint = f"did you mean {match['number']} {close[0]}?" if close else f"write {_EXAMPLES}"
-        raise UserError(f"duration {duration!r} has the unknown unit {match['unit']!r}; {hint}")
+        hint = f"Did you mean {match['number']} {close[0]}?" if close else f"Write {_EXAMPLES}."
+        raise UserError(f"{duration!r}: unknown unit {match['unit']!r}. {hint}")
     return fractions.Fraction(match["number"].replace("_", "")), unit
+
+
+@dataclasses.dataclass(frozen=True)
+class Period:
+    """Repeat an action after steps `steps`, 2 `steps`, ...; never if `steps` is 0."""
+
+    steps: int
+
+    def due(self, step: int) -> bool:
+        """Return whether the action happens after this step."""
+        return self.steps > 0 and step > 0 and step % self.steps == 0
+
+    def next(self, step: int) -> int:
+        """Return the first step later than `step` after which the action happens."""
+        return (step // self.steps + 1) * self.steps if self.steps > 0 else sys.maxsize

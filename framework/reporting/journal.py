@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import jax
 
-from ..base.periods import Period
+from ..base.durations import Period
 from ..checkpoint.record import Record
 from ..distributed import console
 from . import progress

@@ -67,8 +67,10 @@ class Watchdog:
         outer = self._mark
         step = outer.step if outer else 0
         self.at(phase, step)
-        yield
-        self.at(outer.phase if outer else phase, step)
+        try:
+            yield
+        finally:
+            self.at(outer.phase if outer else phase, step)
 
     def _watch(self) -> None:
         stalled: Mark | None = None

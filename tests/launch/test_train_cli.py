@@ -43,7 +43,7 @@ def ran(arguments, capsys):
         ([SAMPLE, "--config.batch_size="], "config.batch_size: expected int, given ''"),
         ([SAMPLE, "--config.seed=a\nb\tc"], r"config.seed: expected int, given 'a\nb\tc'"),
         ([SAMPLE, "--config.a\nb=1"], r"unknown key 'config.a\nb'; --help lists all"),
-        ([SAMPLE, "--config.duration=5 epoks"], "did you mean 5 epochs?"),
+        ([SAMPLE, "--config.duration=5 epoks"], "Did you mean 5 epochs?"),
         (
             [SAMPLE, "--config.optimizer.beta3=1"],
             "unknown key 'config.optimizer.beta3'; did you mean 'config.optimizer.beta",

@@ -398,7 +398,7 @@ FRAMEWORK = (
     ),
     Mutant(
         "next-period-is-now",
-        "framework/base/periods.py",
+        "framework/base/durations.py",
         "return (step // self.steps + 1) * self.steps if self.steps > 0 else sys.maxsize",
         "return (step // self.steps + 2) * self.steps if self.steps > 0 else sys.maxsize",
         "Every second evaluation and checkpoint is left out.",

@@ -42,26 +42,26 @@ def test_known_durations(duration, steps):
 @pytest.mark.parametrize(
     ("duration", "fix"),
     [
-        ("soon", "write a number and a unit"),
-        ("", "write a number and a unit"),
-        ("-5 steps", "write a number and a unit"),
-        (-5, "write a number and a unit"),
-        ("nan steps", "write a number and a unit"),
-        ("1e999999999 examples", "write a number and a unit"),
-        ("2.5 steps", "use 3 steps"),
-        ("5 epoks", "did you mean 5 epochs?"),
-        ("5 fortnights", "write 600 steps, 2 epochs"),
+        ("soon", "Write a number and a unit"),
+        ("", "Write a number and a unit"),
+        ("-5 steps", "Write a number and a unit"),
+        (-5, "Write a number and a unit"),
+        ("nan steps", "Write a number and a unit"),
+        ("1e999999999 examples", "Write a number and a unit"),
+        ("2.5 steps", "Use 3 steps"),
+        ("5 epoks", "Did you mean 5 epochs?"),
+        ("5 fortnights", "Write 600 steps, 2 epochs"),
     ],
 )
 def test_an_error_says_what_to_write(duration, fix):
-    with pytest.raises(UserError, match="duration") as caught:
+    with pytest.raises(UserError) as caught:
         to_steps(duration, RUN)
     assert fix in str(caught.value)
     assert repr(duration) in str(caught.value)
 
 
 def test_a_run_cannot_be_a_percentage_of_itself():
-    with pytest.raises(UserError, match=r"use 600 steps, 2 epochs, 1e6 examples or 5e6 tokens$"):
+    with pytest.raises(UserError, match=r"Use 600 steps, 2 epochs, 1e6 examples or 5e6 tokens.$"):
         to_steps("10%", dataclasses.replace(RUN, total_steps=None))
 
 

@@ -215,9 +215,9 @@ def test_a_fault_in_a_file_is_found_by_file_and_line(file, line, message):
     ("line", "message"),
     [
         ("config.seed = None", "config.seed: expected int, given None"),
-        ("config.duration = 'long'", "config.duration: 'long' is not a duration"),
-        ("config.duration = '10%'", "config.duration: duration '10%' cannot set the length of the run"),
-        ("config.schedule.warmup = '5 epoks'", "config.schedule.warmup: duration '5 epoks' has the unknown unit"),
+        ("config.duration = 'long'", "config.duration: 'long': not a duration"),
+        ("config.duration = '10%'", "config.duration: '10%': a percentage cannot set the length of the run"),
+        ("config.schedule.warmup = '5 epoks'", "config.schedule.warmup: '5 epoks': unknown unit"),
         ("config.task.width = 3", f"config.task: {TOY}: width 3 is odd; use 4"),
         ("config.unlock(); config.mesh.pipe = 1", "unknown key 'config.mesh.pipe'; did you mean 'config."),
         ("config.mesh = {'data': 1}", "config.mesh.expert is missing; let get_config start from base.get_config()"),

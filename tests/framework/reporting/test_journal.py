@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import pytest
 
-from shampax.framework.base.periods import Period
+from shampax.framework.base.durations import Period
 from shampax.framework.checkpoint.record import Record
 from shampax.framework.reporting import progress
 from shampax.framework.reporting.clock import Clock

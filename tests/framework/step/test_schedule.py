@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from shampax.framework.base.durations import Period
 from shampax.framework.base.errors import UserError
-from shampax.framework.base.periods import Period
 from shampax.framework.step.schedule import make_schedule
 
 
