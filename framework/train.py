@@ -33,11 +33,11 @@ from .reporting.profiling import parse as parse_steps
 from .reporting.watchdog import Watchdog
 from .sharding import partitioning
 from .sharding.global_batch import Share
-from .step import calibration, compilation_cache, refusals
+from .step import compilation_cache, refusals
 from .step.evaluation import compiled_at_first_call, evaluate, predict
-from .step.program import Assembly, Program
+from .step.program import Program
 from .step.schedule import make_schedule
-from .step.state import TrainState, initial_arrays, initial_state
+from .step.state import TrainState, initial_arrays
 from .step.steps import make_diagnosis, make_eval_step, make_predict_step
 from .task import judge_of
 
@@ -123,18 +123,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         )
         began = takeover.optimizer_began(start, record, config.optimizer.name)
 
-        def assemble(options: Any) -> Assembly:
-            return program.assemble(options, schedule, began=began)
-
-        choices = [workdir, *start.workdirs]
-        options, choice = calibration.settle(
-            options,
-            choices,
-            assemble,
-            lambda tx, abstract: initial_state(task, tx, batch_spec, abstract, config.seed),
-            to_devices(batches[0]),
-        )
-        tx, abstract, train_step = assemble(options)
+        tx, abstract, train_step = program.assemble(options, schedule, began=began)
         treatments = optimizer.treatments(tx, abstract.params)
         eval_step = make_eval_step(task, abstract, mesh)
         with refusals.of(task):
@@ -146,7 +135,6 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         # The workdir is this run's from here on
         ownership.claim(workdir, config)
         origin.set_aside(workdir, start)
-        calibration.keep(workdir, choice)
         progress.show_parameters(progress.parameter_rows(abstract.params, program.placements, treatments), workdir)
         console.say(progress.memory_line(abstract))
         console.say(str(start))

@@ -5,7 +5,7 @@ import math
 import re
 import typing
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -211,11 +211,10 @@ class ShampooOptions:
     max_failures: int = 3  # refused refreshes in a row after which a block uses the graft method until one succeeds
 
     # When roots are computed and used
-    refresh: str = "staggered"  # "staggered" (a share each step), "periodic" (all every interval), "host" or "auto"
+    refresh: str = "staggered"  # "staggered" (a share each step), "periodic" (all every interval) or "host"
     interval: int = 10  # steps from one refresh of a block's roots to the next
     tolerance: float = 0.0  # a due factor stays if it still suits its statistics up to this, relative; 0: none does
     delay: int = 2  # with "host": the roots of a step's statistics act from the (1 + delay)-th step after it on
-    overhead: float = 0.05  # with "auto": the share of a step's time that roots may cost; the trainer measures
     host_workers: int = 0  # with "host": threads that solve, in each process; 0 is one fewer than the cores, at least 1
     early_intervals: tuple[tuple[int, int], ...] = ()  # (last step, interval) pairs before `interval` takes over
     start_step: int = 0  # before this step the graft method acts alone
@@ -328,11 +327,6 @@ class ShampooOptions:
                 "statistics_memory 'host' with refresh 'periodic' would stream all statistics through the devices at "
                 "once; use refresh 'staggered' or 'host'"
             )
-        if self.refresh == "auto" and (self.overhead <= 0 or self.early_intervals):
-            raise ValueError(
-                f"refresh 'auto' chooses one interval for a budget: overhead is {self.overhead} and must be above 0, "
-                f"early_intervals are {self.early_intervals} and must be ()"
-            )
         shortest = min([self.interval, *[interval for _, interval in self.early_intervals]])
         if self.refresh == "host" and self.delay >= shortest:
             raise ValueError(
@@ -344,7 +338,7 @@ class ShampooOptions:
         for name, allowed in (
             ("view", ["matrix", "tensor"]),
             ("solver", [name for name in SOLVERS if name != "host"]),
-            ("refresh", ["staggered", "periodic", "host", "auto"]),
+            ("refresh", ["staggered", "periodic", "host"]),
             ("basis", ["iterate", "eigh"]),
             ("orthogonalization", list(POLYNOMIALS)),
             ("graft", GRAFTS),
@@ -398,33 +392,6 @@ class ShampooOptions:
     def momentum_decays(self) -> dict[str, float]:
         """Field -> decay of the momentum that it governs; a method that replaces momentum asks for 0."""
         return {"beta1": self.beta1}
-
-    @property
-    def undecided(self) -> bool:
-        """Whether the refresh schedule is still to be chosen by measurement; see the module `auto`."""
-        return self.refresh == "auto"
-
-    def without_roots(self) -> "ShampooOptions":
-        """Options whose step has everything but the roots, to be timed."""
-        return dataclasses.replace(self, refresh="host", delay=0)
-
-    def decide(self, tx: Any, params: Any, step_seconds: float) -> dict[str, Any]:
-        """The schedule that this machine's solves and a step of so many seconds ask for, as JSON; see `auto.Choice`.
-
-        Args:
-          tx: the optimizer of `without_roots`.
-          params: arrays or ShapeDtypeStructs.
-          step_seconds: of a train step with it.
-        """
-        from . import auto
-
-        costs = auto.measure(tx.plan(params).buckets, self)
-        shares_cores = jax.devices()[0].platform == "cpu"
-        return dataclasses.asdict(auto.choose(costs, step_seconds, self, shares_cores=shares_cores))
-
-    def decided(self, choice: Mapping[str, Any]) -> "ShampooOptions":
-        """The options with what `decide` returned."""
-        return dataclasses.replace(self, **{name: choice[name] for name in ("refresh", "interval", "delay")})
 
     @property
     def normalizes(self) -> bool:

@@ -417,6 +417,4 @@ def distributed_shampoo(
       An optax gradient transformation with `state_shardings(params)`, `treatments(params)` and `diagnostics(state)`.
     """
     options = options or ShampooOptions()
-    if options.undecided:
-        raise ValueError("refresh 'auto' is for the trainer, which times a step; choose staggered, periodic or host")
     return DistributedShampoo(learning_rate, options, mesh, axis_names, param_specs)

@@ -8,7 +8,6 @@ from .json_files import is_number, read_object
 
 CONFIG = "config.json"  # the resolved config
 PARAMETERS = "parameters.txt"  # the table printed at start
-SCHEDULE = "schedule.json"  # optimizer options that were chosen by timing
 METRICS = "metrics.jsonl"  # one JSON object per line and measured step
 RESULT = "result.json"  # written when the run ends
 CHECKPOINTS = "checkpoints"

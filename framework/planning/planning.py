@@ -143,8 +143,6 @@ def figures(config: Any, devices: Sequence[Any], *, compiles: bool, kind: str = 
         raise UserError(
             f"{config.data.name} does not tell the shapes of an example; give it a method spec(), see docs/data.md"
         )
-    if getattr(options, "undecided", False):
-        options = options.without_roots()
     peak = config.schedule.learning_rate
     rate = Schedule(optax.constant_schedule(peak), peak)
     with jax.set_mesh(mesh):

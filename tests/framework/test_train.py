@@ -20,7 +20,6 @@ from shampax.framework.reporting import journal
 from shampax.framework.step.state import TrainState
 from shampax.framework.train import train
 from shampax.launch import train as launch_train
-from shampax.optimizers import auto
 from shampax.optimizers.linalg import lapack
 
 
@@ -333,36 +332,6 @@ def test_a_dead_solver_on_the_host_ends_the_run_with_its_traceback_and_a_checkpo
     train(config, broken, devices=two())
     assert lines(broken) == lines(whole)
     jax.tree.map(np.testing.assert_array_equal, arrays(broken, 12), arrays(whole, 12))
-
-
-@pytest.mark.slow
-def test_the_schedule_is_chosen_once_by_measurement(whole_of, tmp_path, monkeypatch, capsys):
-    """Catches a resumed run that measures anew and then has another schedule, and a choice that nobody is told."""
-    config = shampoo({"refresh": "auto"})
-    monkeypatch.setattr(StopSignals, "reason", lambda self, step: "SIGINT" if step == 6 else None)
-    train(config, tmp_path / "run", devices=two())
-    choice = json.loads((tmp_path / "run" / "schedule.json").read_text())
-    assert choice["refresh"] in ("staggered", "host") and choice["interval"] >= 3
-    assert choice["reason"] in capsys.readouterr().out
-    (tmp_path / "run" / "schedule.json").write_text(json.dumps(choice | HOSTED | {"interval": 3}))
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    monkeypatch.setattr(auto, "measure", None)
-    train(config, tmp_path / "run", devices=two())
-    monkeypatch.undo()
-    train(make_config(optimizer=config.optimizer, resume_from=str(tmp_path / "run")), tmp_path / "other", devices=two())
-    assert json.loads((tmp_path / "other" / "schedule.json").read_text())["delay"] == 1
-    fixed, _ = whole_of(**HOSTED)
-    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "other", 12), arrays(fixed, 12))
-
-
-@pytest.mark.parametrize(
-    "content", ["{}", '{"reason": 1, "refresh": "host"}', '{"reason": "", "refresh": 3, "interval": [], "delay": 0}']
-)
-def test_a_damaged_choice_of_schedule_is_refused(tmp_path, content):
-    """Fault: a KeyError reaches the user."""
-    (tmp_path / "schedule.json").write_text(content)
-    with pytest.raises(UserError, match=r"schedule\.json is no choice of a schedule"):
-        train(make_config(optimizer=base.component(SHAMPOO, refresh="auto")), tmp_path, devices=two())
 
 
 def test_one_trace_serves_every_kind_of_step(tmp_path):
