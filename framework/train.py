@@ -16,7 +16,7 @@ from .base import cpu_backend, durations, paths
 from .base import workdir as layout
 from .base.durations import Period
 from .base.errors import TrainingStopped, UserError
-from .checkpoint import origin, ownership, store, takeover
+from .checkpoint import evaluations, origin, ownership, store, takeover
 from .checkpoint.record import Record
 from .checkpoint.store import Checkpoints, SaveError
 from .config import components
@@ -135,6 +135,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         # The workdir is this run's from here on
         ownership.claim(workdir, config)
         origin.set_aside(workdir, start)
+        agreement.first(functools.partial(evaluations.forget_after, workdir, record.step))
         progress.show_parameters(progress.parameter_rows(abstract.params, program.placements, treatments), workdir)
         console.say(progress.memory_line(abstract))
         console.say(str(start))
@@ -199,7 +200,9 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         if taken.path is not None:
             saver.note_restored(taken.path, reading)
         journal = Journal(
-            MetricsWriter(workdir, after_step=record.step) if jax.process_index() == 0 else None,
+            MetricsWriter(workdir, after_step=record.step, evaluated=record.evaluated)
+            if jax.process_index() == 0
+            else None,
             progress.Speedometer(mesh, flops_per_step=task.flops(batch_spec), **pace),
             clock,
             (service, saver),
@@ -215,22 +218,26 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             def stop_reason(step: int) -> str | None:
                 return signals.reason(step) or trouble(journal, record, config.guard) or spike(journal, config.guard)
 
+            def save() -> None:
+                watch.at("checkpoint", record.step)
+                whole = dataclasses.replace(state, opt_state=service.with_in_flight(state.opt_state))
+                with storage_faults(config.checkpoint.on_error):
+                    saver.save(whole, record, manifest)
+
             while True:
                 at_end = record.step == total_steps
-                improved = False
-                if (at_end or evaluation.due(record.step)) and not record.evaluated:
+                refuse_alone(stopped)
+                if at_end or stopped or milestone(record.step):
+                    save()
+                if (at_end or evaluation.due(record.step)) and not record.evaluated and not stopped:
                     values = evaluate(evaluate_batch, state.variables, heldout_batches())
                     if at_end or judging.due(record.step):
                         values |= judged(state.variables)
                     record = record.with_evaluation(values, config.evaluation.best_metric)
-                    improved = record.best == record.last
-                    journal.evaluated(record.step, values, best=improved)
-                refuse_alone(stopped)
-                if at_end or stopped or milestone(record.step) or (improved and config.checkpoint.keep_best):
-                    watch.at("checkpoint", record.step)
-                    whole = dataclasses.replace(state, opt_state=service.with_in_flight(state.opt_state))
-                    with storage_faults(config.checkpoint.on_error):
-                        saver.save(whole, record, manifest)
+                    journal.evaluated(record.step, values, best=record.best == record.last)
+                    saver.evaluated(record)
+                    if record.best == record.last and config.checkpoint.keep_best:
+                        save()
                 if at_end or stopped:
                     break
                 pause = min(period.next(record.step) for period in (evaluation, saving, profile))
@@ -393,6 +400,7 @@ def refuse_alone(stopped: Any) -> None:
 
 def forget_after(workdir: Path, last: int) -> None:
     """Delete the checkpoints of steps after `last`, which a run goes back to: it comes by them in another way."""
+    evaluations.forget_after(workdir, last)
     steps = [int(path.name) for path in store.finished(workdir)]
     store.prune(workdir, {step for step in steps if step <= last})
 

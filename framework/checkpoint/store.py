@@ -26,7 +26,7 @@ from ...optimizers.residence import HOST_KIND
 from ..base import workdir as layout
 from ..base.errors import UserError
 from ..distributed import agreement
-from . import integrity
+from . import evaluations, integrity
 from .record import Record
 
 _STATE, _RECORD, _MANIFEST = "state", "record", "manifest"
@@ -70,13 +70,13 @@ def finished(workdir: Path) -> list[Path]:
 
 
 def record(path: Path) -> Record:
-    """What the host knew when a checkpoint was saved.
+    """Return the record of a checkpoint, with the evaluation of its step if that was finished.
 
     Raises:
       UserError: it cannot be read.
     """
     try:
-        return Record.from_json(_json(path, _RECORD))
+        return evaluations.applied(Record.from_json(_json(path, _RECORD)), path.parent.parent)
     except ValueError as error:
         raise UserError(f"checkpoint {path}: {error}; use another one") from error
 
@@ -239,6 +239,16 @@ class Checkpoints:
             self._metrics["checkpoint/blocked_seconds"] = time.perf_counter() - begun
         _raise_in_all(earlier)
 
+    def evaluated(self, record: Record) -> None:
+        """Rank the checkpoint of a step that has been evaluated after it was saved, and delete what may go."""
+        self._scores[record.step] = record.score(self._best_metric)
+        if self._first:
+            try:
+                evaluations.write(self._directory.parent, record)
+            except OSError as error:
+                self._failure = f"the evaluation of step {record.step} could not be saved ({error})"
+            self._thread.submit(self._prune)
+
     def confirm(self) -> None:
         """Wait for the save that is under way, if one is. Every process calls this.
 
@@ -300,7 +310,10 @@ class Checkpoints:
             size = integrity.seal(path)
             self._metrics["checkpoint/seconds"] = time.perf_counter() - begun
             self._metrics["checkpoint/bytes"] = float(size)
-            prune(self._directory.parent, self._kept([int(path.name) for path in finished(self._directory.parent)]))
+            self._prune()
+
+    def _prune(self) -> None:
+        prune(self._directory.parent, self._kept([int(path.name) for path in finished(self._directory.parent)]))
 
     def _kept(self, steps: Iterable[int]) -> set[int]:
         steps = sorted(steps)

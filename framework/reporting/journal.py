@@ -109,7 +109,7 @@ class Journal:
         self._start = record
         self._speedometer.warmed_up(record.step, self._clock.seconds)
         if self._writer:
-            self._writer.drop_after(record.step)
+            self._writer.drop_after(record.step, evaluated=record.evaluated)
 
     def evaluated(self, step: int, values: Mapping[str, float], *, best: bool) -> None:
         """Report an evaluation after a step."""

@@ -19,15 +19,15 @@ class MetricsWriter:
     after the step it resumes from are dropped.
     """
 
-    def __init__(self, workdir: Path, *, after_step: int):
-        """Keep what was measured up to `after_step`."""
+    def __init__(self, workdir: Path, *, after_step: int, evaluated: bool):
+        """Keep what was measured up to `after_step`; evaluations of that very step only if `evaluated`."""
         self._path = workdir / layout.METRICS
         self._workdir = workdir
         # The library that writes events takes up to seconds to import; in a thread of its own it delays no step.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorboard")
         self._events: Any = None
         self._pending: list[Future[None]] = []
-        self.drop_after(after_step)
+        self.drop_after(after_step, evaluated=evaluated)
 
     def write(self, *, step: int, seconds: float, tokens: int, values: Mapping[str, float]) -> None:
         """Append what was measured after `step`; a number that is not finite becomes null."""
@@ -38,12 +38,12 @@ class MetricsWriter:
             file.write(json.dumps(line) + "\n")
         self._pending.append(self._thread.submit(self._write_events, step, dict(values)))
 
-    def drop_after(self, step: int) -> None:
-        """Forget what was measured after a step."""
+    def drop_after(self, step: int, *, evaluated: bool) -> None:
+        """Drop what was measured after a step, and its evaluation too unless `evaluated`: it will be repeated."""
         if not self._path.exists():
             return
         points = ((line, parse_point(line)) for line in self._path.read_text(errors="replace").splitlines())
-        kept = [line for line, point in points if point is not None and point["step"] <= step]
+        kept = [line for line, point in points if point is not None and _stays(point, step, evaluated)]
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(line + "\n" for line in kept))
         partial.replace(self._path)
@@ -70,3 +70,10 @@ class MetricsWriter:
     def _close_events(self) -> None:
         if self._events is not None:
             self._events.close()
+
+
+def _stays(point: Mapping[str, Any], step: int, evaluated: bool) -> bool:
+    """Whether a line of the history belongs to a run that resumes after `step`."""
+    if point["step"] != step or evaluated:
+        return point["step"] <= step
+    return not any(name.startswith("heldout/") for name in point)

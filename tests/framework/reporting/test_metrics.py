@@ -8,7 +8,7 @@ from shampax.framework.reporting.metrics import MetricsWriter
 
 
 def write(workdir, step, values, after_step=0):
-    writer = MetricsWriter(workdir, after_step=after_step)
+    writer = MetricsWriter(workdir, after_step=after_step, evaluated=True)
     writer.write(step=step, seconds=1.23456, tokens=10 * step, values=values)
     writer.close()
 
@@ -37,7 +37,7 @@ def test_resuming_drops_what_comes_after_and_what_was_cut_short(tmp_path):
     lines = [f'{{"step": {step}, "seconds": 0.5, "tokens": 9, "a": {step}}}\n' for step in (1, 5, 5, 6)]
     damaged = b'[1]\n{"step": 1}\n{"step": "1"}\n\xff\n{"step": 4, "a"\n'
     path.write_bytes(lines[0].encode() + damaged + "".join(lines[1:]).encode() + b'{"step": 7, "a"')
-    MetricsWriter(tmp_path, after_step=5).close()
+    MetricsWriter(tmp_path, after_step=5, evaluated=True).close()
     assert path.read_text() == "".join(lines[:3])
 
 
