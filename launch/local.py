@@ -25,8 +25,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from ..framework.base.errors import UserError
-from ..framework.config.components import did_you_mean
+from ..framework.base.errors import UserError, did_you_mean
 from ..framework.distributed import cluster
 from . import environment
 from .gang import Gang

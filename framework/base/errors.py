@@ -1,9 +1,21 @@
-"""The errors that reach a user as a single line instead of a traceback."""
+"""Define the errors that reach a user as one line instead of a traceback."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user gave cannot work. The message says what was given, what is allowed and the fix."""
+    """The user's input cannot work. The message gives the value, the rule and the fix."""
 
 
 class TrainingStopped(Exception):
-    """Training cannot usefully go on. The message says why and what to change; a checkpoint is saved."""
+    """Training cannot usefully continue. The message gives the reason and the fix; a checkpoint is saved."""
+
+
+def did_you_mean(unknown: str, known: Iterable[str]) -> str:
+    """Return the end of an error message: the known name nearest to `unknown`, or all names if none is near."""
+    names = list(known)
+    close = difflib.get_close_matches(unknown, names, n=1)
+    if close:
+        return f". Did you mean {close[0]!r}?"
+    return f". Choose from: {', '.join(names)}." if names else "."

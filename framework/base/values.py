@@ -1,6 +1,7 @@
-"""Values of config keys: what fits a declared type, how text on the command line becomes one, how to name a type."""
+"""Convert values of config keys to their declared types, and parse them from the command line."""
 
 import ast
+import re
 import types
 import typing
 import warnings
@@ -8,15 +9,19 @@ from collections.abc import Sequence
 from typing import Any
 
 _PLAIN = (str, int, float, bool, type(None))
+_WORDS = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*,?")
+_LITERAL_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)  # as documented by ast
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """`value` as the type `hint` has it: lists become tuples and whole numbers floats where a float is declared.
+    """Return `value` as the type `hint`: lists become tuples, and integers become floats if `hint` is float.
 
-    `hint` is a type annotation: a class, `X | None`, `Literal`, `tuple[X, ...]`, `Sequence[X]`, `Any`. True is no int.
+    Args:
+      value: the value.
+      hint: a type annotation: a class, `X | None`, `Literal`, `tuple[X, ...]`, `Sequence[X]` or `Any`.
 
     Raises:
-      TypeError: it does not fit.
+      TypeError: the value does not fit. True is not an int, and an int has at most 64 bits.
     """
     origin = typing.get_origin(hint)
     if hint is Any or hint is object or isinstance(hint, typing.TypeVar):
@@ -35,7 +40,7 @@ def convert(value: Any, hint: Any) -> Any:
         except OverflowError:
             raise TypeError from None
     if hint is int and (isinstance(value, bool) or not isinstance(value, int) or value.bit_length() > 63):
-        raise TypeError  # longer ones fit neither an array nor, from some length on, a line of JSON
+        raise TypeError  # longer integers do not fit an array
     if _is_sequence(origin or hint):
         if not isinstance(value, (list, tuple)):
             raise TypeError
@@ -46,33 +51,25 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def parse(text: str, hint: Any) -> Any:
-    """The value written as `text`: a Python literal if that fits, else the text itself, so strings need no quotes.
+    """Parse text as a Python literal of type `hint`; strings and tuples of strings ("a,b") need no quotes.
 
     Raises:
-      TypeError: neither fits.
+      TypeError: the text does not fit.
     """
     if hint is bool and text in ("true", "false"):
         return text == "true"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler warns of things like "\d" on the user's terminal
-            literal = ast.literal_eval(text.strip())
-    except (
-        ValueError,
-        SyntaxError,
-        TypeError,
-        MemoryError,
-        RecursionError,
-    ):  # all that its documentation lists
-        return convert(text, hint)
-    try:
-        return convert(literal, hint)
-    except TypeError:
+            warnings.simplefilter("ignore")  # the compiler would warn the user about "\d"
+            return convert(ast.literal_eval(text.strip()), hint)
+    except _LITERAL_ERRORS:
+        if hint == tuple[str, ...] and _WORDS.fullmatch(text):
+            return tuple(word.strip() for word in text.split(",") if word)
         return convert(text, hint)
 
 
 def describe(hint: Any) -> str:
-    """A type as a person would write it."""
+    """Return the name of a type for people."""
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is None and isinstance(hint, type):
@@ -103,7 +100,7 @@ def _convert_items(items: tuple[Any, ...], sequence_hint: Any) -> tuple[Any, ...
 
 
 def _plain(value: Any) -> Any:
-    """Only what JSON can hold, so that a workdir can be compared with the config it was made from."""
+    """Allow only values that JSON can hold, so that a config can be compared with the workdir's."""
     if isinstance(value, (list, tuple)):
         return tuple(_plain(item) for item in value)
     if not isinstance(value, _PLAIN):

@@ -28,7 +28,7 @@ def refuse_foreign(workdir: Path, config: Any) -> None:
     stored = workdir / layout.CONFIG
     if not stored.exists():
         return
-    changed = config_lib.differences(stored.read_text(errors="replace"), config, config.may_change)
+    changed = config_lib.differences(stored.read_text(errors="replace"), config, config_lib.may_change(config))
     if changed:
         raise UserError(config_lib.foreign(workdir, changed))
 

@@ -1,11 +1,10 @@
-"""Parts of a run that a config selects by import string: its task, its data, its optimizer.
+"""Select task, data and optimizer of a run by import string.
 
-A component is a frozen dataclass named "package.module:Class". Its section of the config has the key `name`, that
-string, and one key per field, with the defaults and types the class declares: nothing is declared twice.
+A component is a frozen dataclass "package.module:Class". Its section of the config has the key `name`, which is that
+string, and one key per field, with the defaults and types that the class declares.
 """
 
 import dataclasses
-import difflib
 import importlib
 import re
 import typing
@@ -15,130 +14,118 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 
 from ..base import values
-from ..base.errors import UserError
+from ..base.errors import UserError, did_you_mean
 
 _IMPORT_STRING = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def component(name: str, **fields: Any) -> Any:
-    """The locked ConfigDict section of a component, `fields` in place of the defaults of its class.
+    """Return the locked ConfigDict section of a component; `fields` replace defaults of its class.
 
-    A field may be a reference into another section (`section.get_ref("vocab_size")`): then one override moves both. A
-    field without a default that is not given is None until it is set; `build` refuses it.
+    A field may be a reference into another section (`section.get_ref("vocab_size")`), so that one override changes
+    both. A field that has no default and is not given is None until it is set; `build` refuses it.
 
     Args:
       name: import string of a dataclass, "shampax.models.lm:LMTask".
       **fields: values of its fields.
 
     Raises:
-      UserError: it cannot be imported, is no dataclass, lacks a given field, or a value has another type.
+      UserError: the class cannot be imported or is not a dataclass, or a field is unknown or has the wrong type.
     """
-    hints = field_types(name)
+    cls, hints = load_class(name), field_types(name)
+    _refuse_unknown(name, fields, hints)
     section = ConfigDict({"name": name})
-    for field, hint in hints.items():
-        section[field] = _default(load_class(name), field, hint)
-    for field, value in fields.items():
-        if field not in hints:
-            raise UserError(f"{name} has no field {field!r}{did_you_mean(field, hints)}")
+    for field in dataclasses.fields(cls):
+        if field.name not in hints:
+            continue
+        value = fields.get(field.name, _default(field))
         if isinstance(value, FieldReference):
-            _convert(name, field, value.get(), hints[field])
+            _convert(
+                name, field.name, value.get(), hints[field.name]
+            )  # a reference stays one; only its type is checked
+        elif value is dataclasses.MISSING:
+            value = None
         else:
-            value = _convert(name, field, value, hints[field])
-        with section.ignore_type():
-            section[field] = value
+            value = _convert(name, field.name, value, hints[field.name])
+        section[field.name] = value
     return section.lock()
 
 
 def build(section: Any) -> Any:
-    """The dataclass instance that a component's section describes.
+    """Return the dataclass instance that a component's section describes.
 
     Raises:
-      UserError: the section names no component, its fields are not those of the class, or the class rejects a value.
+      UserError: the section has no name or other fields than the class, or the class refuses a value.
     """
     if not section.name:
-        raise UserError("no component is chosen; set one by base.component('package.module:Class', ...)")
+        raise UserError("name is empty. Set the section with base.component('package.module:Class', ...).")
     hints = field_types(section.name)
-    for field in section:
-        if field != "name" and field not in hints:
-            raise UserError(f"{section.name} has no field {field!r}{did_you_mean(field, hints)}")
+    _refuse_unknown(section.name, section, hints)
     given = {field: _convert(section.name, field, section[field], hints[field]) for field in hints}
     try:
         return load_class(section.name)(**given)
-    except (ValueError, ArithmeticError) as error:  # a value may be too large for what the class computes from it
+    except (ValueError, ArithmeticError) as error:  # ArithmeticError: the class computes from a value that is too large
         raise UserError(f"{section.name}: {error}") from error
 
 
 def is_component(section: Any) -> bool:
-    """Whether part of a config is the section of a component: only these have a `name`."""
+    """Return whether part of a config is the section of a component: only these have a `name`."""
     return isinstance(section, ConfigDict) and "name" in section
 
 
 def load_class(name: str) -> type:
-    """The dataclass with an import string.
-
-    Raises:
-      UserError: there is none; the message says which half of the string is at fault.
-    """
+    """Import the dataclass of an import string, or raise UserError that says which half is wrong."""
     if not isinstance(name, str) or not _IMPORT_STRING.fullmatch(name):
-        raise UserError(f"{name!r} is no import string; write 'package.module:Class'")
+        raise UserError(f"{name!r} is not an import string. Write 'package.module:Class'.")
     module_name, _, class_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise UserError(f"cannot import {name!r}: {error}; is it installed, or in this directory?") from error
-    except Exception as error:  # the code of the user's module may raise anything
+        raise UserError(f"cannot import {name!r}: {error}. Install it, or run where Python finds it.") from error
+    except Exception as error:  # a user's module may raise anything
         raise UserError(f"cannot import {name!r}: {type(error).__name__}: {error}") from error
-    found = getattr(module, class_name, None)
-    if not isinstance(found, type) or not dataclasses.is_dataclass(found):
-        others = [
-            key for key, value in vars(module).items() if isinstance(value, type) and dataclasses.is_dataclass(value)
-        ]
-        raise UserError(f"{module_name} has no dataclass {class_name!r}{did_you_mean(class_name, others)}")
-    return found
+    found = {key: value for key, value in vars(module).items() if isinstance(value, type)}
+    dataclasses_in_it = {key: value for key, value in found.items() if dataclasses.is_dataclass(value)}
+    if class_name not in dataclasses_in_it:
+        raise UserError(f"{module_name} has no dataclass {class_name!r}{did_you_mean(class_name, dataclasses_in_it)}")
+    return dataclasses_in_it[class_name]
 
 
 def field_types(name: str) -> dict[str, Any]:
-    """Type annotation of every field of a component, in the order of declaration.
+    """Return the type annotation of every field of a component, in the order of declaration.
 
     Raises:
-      UserError: there is no such component, or it cannot have a section: a field is called `name`, an annotation
-        means nothing.
+      UserError: the component cannot be imported, an annotation is invalid, or a field is called `name`.
     """
     cls = load_class(name)
     try:
         hints = typing.get_type_hints(cls)
     except NameError as error:
-        raise UserError(f"{name}: the type of a field cannot be read: {error}") from error
+        raise UserError(f"{name}: cannot read the type of a field: {error}") from error
     fields = [field.name for field in dataclasses.fields(cls) if field.init]
     if "name" in fields:
-        raise UserError(f"{name} has a field 'name', which in its section is the import string; rename the field")
+        raise UserError(f"{name} has a field 'name', which its section needs for the import string. Rename the field.")
     return {field: hints[field] for field in fields}
 
 
-def did_you_mean(unknown: str, known: Iterable[str]) -> str:
-    """The end of an error message: the known name nearest to an unknown one, or all of them where none is near."""
-    names = list(known)
-    close = difflib.get_close_matches(unknown, names, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; there is {', '.join(names)}" if names else ""
+def unknown_field(name: str, field: str, known: Iterable[str]) -> str:
+    """Return the error message for a field that a component does not have."""
+    return f"{name} has no field {field!r}{did_you_mean(field, known)}"
 
 
-def _default(cls: type, name: str, hint: Any) -> Any:
-    field = next(field for field in dataclasses.fields(cls) if field.name == name)
-    if field.default is not dataclasses.MISSING:
-        value = field.default
-    elif field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-    else:
-        return None
-    return _convert(f"{cls.__module__}:{cls.__qualname__}", name, value, hint)
+def _refuse_unknown(name: str, fields: Iterable[str], known: Iterable[str]) -> None:
+    for field in fields:
+        if field != "name" and field not in known:
+            raise UserError(unknown_field(name, field, known))
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _convert(component_name: str, field: str, value: Any, hint: Any) -> Any:
     try:
         return values.convert(value, hint)
     except TypeError:
-        given = "nothing" if value is None else repr(value)
-        message = f"{component_name}.{field}: expected {values.describe(hint)}, given {given}"
-        raise UserError(message) from None
+        given = f"{component_name}.{field}" + (" is missing" if value is None else f"={value!r}")
+        raise UserError(f"{given}: expected {values.describe(hint)}.") from None

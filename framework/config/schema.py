@@ -1,17 +1,18 @@
-"""Every knob of the trainer, once: its name, its default, its type and, beside it, the reason it is there.
+"""Declare every knob of the trainer once: name, default, type and, in the comment beside it, its meaning.
 
-A config file starts from `get_config()` and sets what is its own. The config is locked: a misspelt key is an error.
-Durations are "600 steps", "2 epochs", "1e6 examples", "5e6 tokens" or "10%" of the run, everywhere; "0 steps" after
-`every` is never.
+A config file starts from `get_config()` and changes what it needs. The config is locked, so a misspelt key is an error.
+A duration is "600 steps", "2 epochs", "1e6 examples", "5e6 tokens" or, for a part of the run, "10%". "0 steps" as an
+interval means never. `--help` prints the comments, so each is one line.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
+# Keys that may differ from the workdir's config when a run resumes. They decide where the run computes, what it shows
+# and keeps, and when it gives up. `config.may_change` adds to them.
 MAY_CHANGE = (
-    # A workdir belongs to its config. These keys may still differ when a run resumes: they decide where it computes,
-    # what it shows and keeps and when it gives up, and leave every step the same up to rounding.
     "mesh",
     "simulated_devices",
     "processes",
@@ -26,86 +27,91 @@ MAY_CHANGE = (
     "evaluation.judge_every",
     "guard.max_consecutive_skips",
     "guard.max_rollbacks",
-    "data.data_dir",  # the same data may lie elsewhere on another cluster
-    "data.prepared",  # the same rows, which the fingerprint tells
+    "data.data_dir",  # the same data may be stored elsewhere on another cluster
+    "data.prepared",  # the fingerprint of the rows tells whether they are the same
     "data.workers",
     "data.max_malformed",
     "task.remat",
     "task.attention_block",
-    "resume_from",  # both are read only while the workdir has no checkpoint
+    "resume_from",  # read only while the workdir has no checkpoint, like the next two
     "init_from",
     "renamed",
     "may_change",
 )
 
+# Types of knobs whose default does not show the type of its items.
+TYPES = {
+    "sharding_rules": Sequence[tuple[str, str | Sequence[str] | None]],
+    "renamed": Sequence[tuple[str, str]],
+    "may_change": tuple[str, ...],
+}
+
 
 def get_config() -> Any:
-    """The locked ConfigDict with every default. Task, data and optimizer are the config file's to choose."""
+    """Return the locked ConfigDict of all defaults; the config file chooses task, data and optimizer."""
     config: Any = ConfigDict()
-    config.seed = 0  # all random keys and the order of the examples derive from it
+    config.seed = 0  # seed of all random keys and of the order of the examples
     config.duration = "600 steps"  # length of the run
-    config.batch_size = 32  # examples per step, over all devices and processes together
-    config.microbatches = 1  # parts of a batch whose gradients are summed one after the other, to save memory
+    config.batch_size = 32  # examples per step, summed over all devices
+    config.microbatches = 1  # split each batch into this many parts and accumulate gradients, to save memory
 
     # Components: base.component("package.module:Class", field=value, ...)
-    config.task = ConfigDict({"name": ""})  # what is learnt: the model, its loss and its metrics
-    config.data = ConfigDict({"name": ""})  # what it is learnt from
-    config.optimizer = ConfigDict({"name": ""})  # how it is learnt
+    config.task = ConfigDict({"name": ""})  # the model with its loss and metrics
+    config.data = ConfigDict({"name": ""})  # the data set
+    config.optimizer = ConfigDict({"name": ""})  # the optimizer
 
     config.schedule = ConfigDict()
-    config.schedule.learning_rate = 1e-3  # at the peak; the knob to tune first
-    config.schedule.warmup = "10%"  # linear rise to the peak, while statistics are young
-    config.schedule.decay = "cosine"  # to the end of the run: "cosine", "linear", "quadratic", "constant" or "rsqrt"
-    config.schedule.final_fraction = 0.0  # of the peak, left at the last step; "rsqrt" takes no notice of it
-    config.schedule.begin = "0 steps"  # warm-up and decay go from here to the end: a later phase warms up once more
-    config.averaging = ConfigDict()  # of what the optimizer trains; the average is evaluated, exported and restored
-    config.averaging.kind = "none"  # "ema" (exponential moving average) or "schedule_free" (no momentum, no decay)
-    config.averaging.decay = 0.999  # of "ema": it looks back on about 1 / (1 - decay) steps
-    config.averaging.beta = 0.9  # of "schedule_free": it takes momentum's place; 1 is primal averaging, 0 Polyak's
-    config.averaging.rate_power = 2.0  # of "schedule_free": a step weighs the largest rate so far to this power
-    config.gradient_clip = 0.0  # largest global norm of a gradient; 0 leaves gradients as they are
+    config.schedule.learning_rate = 1e-3  # peak learning rate
+    config.schedule.warmup = "10%"  # length of the linear warm-up
+    config.schedule.decay = "cosine"  # decay after the warm-up: cosine, linear, quadratic, constant or rsqrt
+    config.schedule.final_fraction = 0.0  # learning rate at the end, as a fraction of the peak; rsqrt ignores it
+    config.schedule.begin = "0 steps"  # step at which the schedule starts; set it to warm up again in a second phase
+    config.averaging = ConfigDict()
+    config.averaging.kind = "none"  # average of the parameters to evaluate, save and export: none, ema, schedule_free
+    config.averaging.decay = 0.999  # decay per step of ema; it averages over about 1 / (1 - decay) steps
+    config.averaging.beta = 0.9  # weight of the average in the point of the gradient, for schedule_free
+    config.averaging.rate_power = 2.0  # exponent of the largest learning rate in a step's weight, for schedule_free
+    config.gradient_clip = 0.0  # clip gradients to this global norm; 0 disables
     config.guard = ConfigDict()
-    config.guard.max_consecutive_skips = 20  # steps skipped in a row, after which the run stops: this is no bad luck
-    config.guard.on_spike = "ignore"  # on a loss far above the last ones: "ignore", "skip" or "rollback"
-    config.guard.max_rollbacks = 3  # to a checkpoint, past the batches up to the spike; one more spike ends the run
-    config.guard.spike_factor = 8.0  # mean deviations above the mean that make a spike; 6.4 sigma of a normal loss
-    config.guard.spike_window = 100  # accepted steps that the mean looks back on, and before the first spike
+    config.guard.max_consecutive_skips = 20  # stop the run after this many consecutive skipped steps
+    config.guard.on_spike = "ignore"  # action on a loss spike: ignore, skip the step, or rollback to a checkpoint
+    config.guard.max_rollbacks = 3  # maximum number of rollbacks; one more spike stops the run
+    config.guard.spike_factor = 8.0  # spike threshold: mean absolute deviations above the mean (8 is 6.4 sigma)
+    config.guard.spike_window = 100  # accepted steps in the running mean; the first spike can come after as many
 
     config.evaluation = ConfigDict()
-    config.evaluation.every = "10%"  # held-out data cost time and teach nothing; the last step always evaluates
-    config.evaluation.batches = -1  # of held-out data, the same each time; -1 takes all
-    config.evaluation.judge_every = "0 steps"  # evaluations after which AUC or BLEU are computed too; the last always
-    config.evaluation.best_metric = "loss"  # the held-out metric whose lowest value is the best checkpoint's
+    config.evaluation.every = "10%"  # how often to evaluate; the last step always does
+    config.evaluation.batches = -1  # held-out batches per evaluation, the same each time; -1 uses all
+    config.evaluation.judge_every = "0 steps"  # how often an evaluation computes AUC or BLEU; the last step always does
+    config.evaluation.best_metric = "loss"  # held-out metric that ranks checkpoints; the lowest value is the best
     config.checkpoint = ConfigDict()
-    config.checkpoint.every = "10%"  # what a crash can cost; a signal and the last step always save
-    config.checkpoint.keep_last = 2  # newest checkpoints kept, in case one is damaged
-    config.checkpoint.keep_best = 1  # best checkpoints kept besides
-    config.checkpoint.on_error = "stop"  # where one cannot be saved: "stop", or "continue" with those that there are
-    config.resume_from = ""  # workdir or checkpoint to go on from, its step included, when this workdir has none
-    config.init_from = ""  # workdir or checkpoint to take only the parameters from, when this workdir has none
-    config.renamed = ()  # (old, new) paths of parameters, or leading parts, where a checkpoint has them otherwise
+    config.checkpoint.every = "10%"  # how often to save; a signal and the last step always save
+    config.checkpoint.keep_last = 2  # number of latest checkpoints to keep
+    config.checkpoint.keep_best = 1  # number of best checkpoints to keep in addition
+    config.checkpoint.on_error = "stop"  # action when a checkpoint cannot be saved: stop or continue
+    config.resume_from = ""  # workdir or checkpoint whose state and step to resume, if this workdir has no checkpoint
+    config.init_from = ""  # workdir or checkpoint whose parameters to start from, if this workdir has no checkpoint
+    config.renamed = ()  # (old, new) parameter paths or prefixes, to load a checkpoint that uses other names
     config.log = ConfigDict()
-    config.log.every = "10 steps"  # metrics to the console and the workdir
-    config.watchdog_seconds = 300.0  # in which nothing moves, after which a process says where it stands; 0 is never
-    config.profile_steps = ""  # "10:20" profiles the steps 10 to 19 for TensorBoard; --profile_steps is short for it
-    config.compilation_cache = ConfigDict()  # compiled programs on disk; JAX_COMPILATION_CACHE_DIR, if set, wins
-    config.compilation_cache.folder = "beside"  # compilation_cache beside the workdir; or a path; "" keeps none
-    config.compilation_cache.gigabytes = 5.0  # of the programs used last, kept when a run starts
-    config.may_change = MAY_CHANGE  # keys that may differ from the workdir's config when a run resumes
+    config.log.every = "10 steps"  # how often to log metrics to the console and the workdir
+    config.watchdog_seconds = 300.0  # report a stalled process after this many seconds without progress; 0 disables
+    config.profile_steps = ""  # steps to profile for TensorBoard: "10:20" is 10 to 19. --profile_steps is short for it
+    config.compilation_cache = ConfigDict()
+    config.compilation_cache.folder = "beside"  # beside (the workdir), a path, or ""; JAX_COMPILATION_CACHE_DIR wins
+    config.compilation_cache.gigabytes = 5.0  # maximum size of the compilation cache
+    config.may_change = ()  # keys that may differ when a run resumes, in addition to the built-in ones: "duration,mesh"
 
     config.mesh = ConfigDict()
-    config.mesh.data = -1  # groups of devices that see different examples; -1 is all devices the others leave
-    config.mesh.expert = 1  # devices that see different examples and share the experts of a mixture of experts
-    config.mesh.fsdp = 1  # devices that see different examples and share one copy of the parameters
-    config.mesh.sequence = 1  # devices that share the positions of each example, where one does not hold so long a text
-    config.mesh.tensor = 1  # devices that share each matrix multiplication; keep it within one host
-    config.simulated_devices = 0  # CPU devices to simulate where there is no accelerator; JAX_NUM_CPU_DEVICES wins
-    config.processes = ConfigDict()  # of a run of several
-    config.processes.waiting_seconds = (
-        300.0  # for all to start, machines of a cluster do not at once, and for all to end
-    )
-    config.processes.death_seconds = 60.0  # a silent machine is gone after so long; a killed process is noticed at once
-    config.sharding_rules = (  # (logical axis of a parameter, mesh axis or axes or None), first match wins
+    config.mesh.data = -1  # data parallelism: number of replicas of the parameters; -1 uses all remaining devices
+    config.mesh.expert = 1  # expert parallelism: number of devices over which experts are split; batches are split too
+    config.mesh.fsdp = 1  # data parallelism with sharded parameters: number of devices that share one copy
+    config.mesh.sequence = 1  # context parallelism: number of devices over which each sequence is split
+    config.mesh.tensor = 1  # tensor parallelism: number of devices over which each matrix is split; keep it in one host
+    config.simulated_devices = 0  # number of CPU devices to simulate without an accelerator; JAX_NUM_CPU_DEVICES wins
+    config.processes = ConfigDict()
+    config.processes.waiting_seconds = 300.0  # how long to wait for all processes to start, and to finish
+    config.processes.death_seconds = 60.0  # give up an unreachable machine after this many seconds of silence
+    config.sharding_rules = (  # (logical axis of a parameter, mesh axis or axes or None); the first match wins
         ("embed", "fsdp"),
         ("mlp", "tensor"),
         ("heads", "tensor"),

@@ -22,6 +22,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .. import optimizer
+from ..base.errors import UserError
+
 KINDS = ("none", "ema", "schedule_free")
 
 
@@ -77,6 +80,20 @@ class AveragingOptions:
 
 
 OFF = AveragingOptions("none", decay=0.0, beta=0.0, rate_power=0.0)
+
+
+def configured(config: Any, optimizer_options: Any) -> AveragingOptions:
+    """Return the averaging options of a config.
+
+    Raises:
+      UserError: a value is out of range, or the average conflicts with the schedule's decay or with momentum.
+    """
+    try:
+        options = AveragingOptions(**config.averaging)
+        options.refuse(config.schedule.decay, optimizer.momentum_decays(optimizer_options))
+    except ValueError as error:
+        raise UserError(f"config.{error}") from error
+    return options
 
 
 @jax.tree_util.register_dataclass

@@ -12,8 +12,7 @@ from ..base.errors import UserError
 from ..optimizer import OptimizerOptions
 from ..sharding import partitioning
 from ..task import BatchSpec, Task
-from . import refusals
-from .averaging import AveragingOptions
+from . import averaging, refusals
 from .guard import GuardOptions
 from .schedule import Schedule
 from .state import TrainState, abstract_state, abstract_variables
@@ -85,7 +84,7 @@ class Program:
         """
         config = self.config
         spikes = GuardOptions(config.guard.on_spike, config.guard.spike_factor, config.guard.spike_window)
-        averaging = AveragingOptions(**config.averaging)
+        averages = averaging.configured(config, options)
         with _refusals():
             tx = options.build(
                 learning_rate.after(began),
@@ -93,7 +92,7 @@ class Program:
                 axis_names=self.axes["params"],
                 param_specs=self.shardings["params"],
             )
-            abstract = abstract_state(self.task, tx, self.batch_spec, self.placements, self.mesh, averaging)
+            abstract = abstract_state(self.task, tx, self.batch_spec, self.placements, self.mesh, averages)
             step = make_train_step(
                 self.task,
                 tx,
@@ -104,7 +103,7 @@ class Program:
                 microbatches=config.microbatches,
                 gradient_clip=config.gradient_clip,
                 guard_options=spikes,
-                averaging_options=averaging,
+                averaging_options=averages,
             )
         return Assembly(tx, abstract, step)
 

@@ -224,7 +224,7 @@ def test_best_rate_is_one_that_all_seeds_were_run_with(outcomes, tmp_path):
 def test_misspelt_variant_or_setting_is_refused_before_training(tmp_path, capsys, variant, setting):
     given = [f"--variants={variant}", "--learning_rates=1", f"--output={tmp_path / 'grid'}", "--set", setting]
     assert contest.main(given) == 2
-    assert "did you mean" in capsys.readouterr().err
+    assert "Did you mean" in capsys.readouterr().err
     assert not (tmp_path / "grid").exists()
 
 

@@ -85,7 +85,7 @@ def gone(pids, seconds=15.0):
     ("arguments", "message"),
     [
         ([], "error: there is no command; write it after --"),
-        (["--processes=2", "--", "trian"], "nor the dotted name of another; did you mean 'train'?"),
+        (["--processes=2", "--", "trian"], "nor the dotted name of another. Did you mean 'train'?"),
         (["--", "no_such.module"], "error: there is no module 'no_such' in "),
     ],
 )

@@ -72,7 +72,7 @@ def test_what_does_not_fit_says_what_to_change():
     [
         ((f"{LM}sample", "--topology=v5e-16"), "no TPU slice --topology=v5e-16"),
         ((f"{LM}sample", "--topolgy=v5e:2x2"), "unknown flag '--topolgy=v5e:2x2'"),
-        ((f"{LM}samle",), "did you mean 'sample'"),
+        ((f"{LM}samle",), "Did you mean 'sample'"),
         ((f"{LM}sample", "--chip=v5f"), "--chip=v5f is for --devices and one of v2"),
         ((f"{LM}sample", "--search"), "memory and speeds of cpu are not on file"),
         ((f"{LM}sample", "--devices=3"), "16 is not divisible by 3 data shards"),

@@ -38,22 +38,22 @@ def ran(arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([SAMPLE, "--config.batchsize=3"], "unknown key 'config.batchsize'; did you mean 'config.batch_size'?"),
-        ([SAMPLE, "--config.batch_size", "many"], "config.batch_size: expected int, given 'many'"),
-        ([SAMPLE, "--config.batch_size="], "config.batch_size: expected int, given ''"),
-        ([SAMPLE, "--config.seed=a\nb\tc"], r"config.seed: expected int, given 'a\nb\tc'"),
-        ([SAMPLE, "--config.a\nb=1"], r"unknown key 'config.a\nb'; --help lists all"),
+        ([SAMPLE, "--config.batchsize=3"], "unknown key 'config.batchsize'. Did you mean 'config.batch_size'?"),
+        ([SAMPLE, "--config.batch_size", "many"], "config.batch_size='many': expected int."),
+        ([SAMPLE, "--config.batch_size="], "config.batch_size='': expected int."),
+        ([SAMPLE, "--config.seed=a\nb\tc"], r"config.seed='a\nb\tc': expected int."),
+        ([SAMPLE, "--config.a\nb=1"], r"unknown key 'config.a\nb'. --help lists all."),
         ([SAMPLE, "--config.duration=5 epoks"], "Did you mean 5 epochs?"),
         (
             [SAMPLE, "--config.optimizer.beta3=1"],
-            "unknown key 'config.optimizer.beta3'; did you mean 'config.optimizer.beta",
+            "unknown key 'config.optimizer.beta3'. Did you mean 'config.optimizer.beta",
         ),
         ([SAMPLE, "--config.task.heads=7"], "task.heads 7 is not divisible by task.kv_heads 2"),
         ([SAMPLE, "--config.task.name=no_such.module:Task"], "No module named 'no_such'"),
-        ([SAMPLE, "--config.task.name=shampax.models.lm:LMTsak"], "did you mean 'LMTask'?"),
-        ([SAMPLE + "s"], "shampax/configs/lm.py has no variant 'samples'; did you mean 'sample'?"),
+        ([SAMPLE, "--config.task.name=shampax.models.lm:LMTsak"], "Did you mean 'LMTask'?"),
+        ([SAMPLE + "s"], "shampax/configs/lm.py has no variant 'samples'. Did you mean 'sample'?"),
         (["--config=configs/no.py"], "no config file 'configs/no.py'"),
-        (["--config=sample"], "is no FILE.py or FILE.py:VARIANT"),
+        (["--config=sample"], "must be FILE.py or FILE.py:VARIANT"),
         ([], "--config is missing; add for example --config=shampax/configs/lm.py:sample"),
         (["--config="], "--config has no value"),
         ([SAMPLE, SAMPLE], "--config is given twice"),
@@ -87,7 +87,7 @@ def test_a_workdir_with_too_long_a_name_is_one_line(tmp_path, capsys):
 def test_a_misspelt_key_in_a_file_is_one_line_with_its_place(broken_file, tmp_path, capsys):
     code, out, err = ran([f"--config={broken_file}", f"--workdir={tmp_path / 'work'}"], capsys)
     assert (code, out) == (2, [])
-    assert err == [f"error: {broken_file}:4: unknown key 'batchsize'; did you mean 'batch_size'?"]
+    assert err == [f"error: {broken_file}:4: unknown key 'batchsize'. Did you mean 'batch_size'?"]
     assert not (tmp_path / "work").exists()
 
 

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from shampax.configs import base
 from shampax.framework.base import values
-from shampax.framework.base.errors import UserError
+from shampax.framework.base.errors import UserError, did_you_mean
 from shampax.framework.config import check as config_lib
-from shampax.framework.config import components, files
+from shampax.framework.config import files
 from shampax.framework.config.components import build, component
 
 
@@ -117,12 +117,12 @@ def test_a_component_survives_json_with_its_lists():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"widht": 4}, "Toy has no field 'widht'; did you mean 'width'?"),
-        ({"width": "four"}, "Toy.width: expected int, given 'four'"),
-        ({"width": True}, "Toy.width: expected int, given True"),
-        ({"betas": (0.9,)}, "Toy.betas: expected tuple[float, float], given (0.9,)"),
-        ({"kind": "plane"}, "Toy.kind: expected one of 'plain', 'fancy', given 'plane'"),
-        ({"fast": 1}, "Toy.fast: expected bool, given 1"),
+        ({"widht": 4}, "Toy has no field 'widht'. Did you mean 'width'?"),
+        ({"width": "four"}, "Toy.width='four': expected int."),
+        ({"width": True}, "Toy.width=True: expected int."),
+        ({"betas": (0.9,)}, "Toy.betas=(0.9,): expected tuple[float, float]."),
+        ({"kind": "plane"}, "Toy.kind='plane': expected one of 'plain', 'fancy'."),
+        ({"fast": 1}, "Toy.fast=1: expected bool."),
     ],
 )
 def test_what_a_component_refuses(fields, message):
@@ -132,12 +132,12 @@ def test_what_a_component_refuses(fields, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Toy", "'Toy' is no import string; write 'package.module:Class'"),
+        ("Toy", "'Toy' is not an import string. Write 'package.module:Class'."),
         ("no_such_package.x:Toy", "No module named 'no_such_package'"),
-        (f"{__name__}:Tov", "has no dataclass 'Tov'; did you mean 'Toy'?"),
+        (f"{__name__}:Tov", "has no dataclass 'Tov'. Did you mean 'Toy'?"),
         (f"{__name__}:FILE", "has no dataclass 'FILE'"),
-        (f"{__name__}:Named", "rename the field"),
-        (f"{__name__}:Unholdable", "Unholdable.table: expected dict, given {}"),
+        (f"{__name__}:Named", "Rename the field."),
+        (f"{__name__}:Unholdable", "Unholdable.table={}: expected dict."),
     ],
 )
 def test_import_strings_that_name_no_component(name, message):
@@ -154,18 +154,18 @@ def test_a_module_that_fails_to_import_says_how(tmp_path, monkeypatch):
 def test_building_names_the_component_that_refuses():
     assert refusal(build, component(TOY, width=3)) == f"{TOY}: width 3 is odd; use 4"
     assert refusal(build, component(TOY, width=4, rate=0)) == f"{TOY}: too large"
-    assert refusal(build, component(TOY)) == f"{TOY}.width: expected int, given nothing"
-    assert "no component is chosen" in refusal(build, base.get_config().task)
+    assert refusal(build, component(TOY)) == f"{TOY}.width is missing: expected int."
+    assert "name is empty" in refusal(build, base.get_config().task)
     stale = ConfigDict({"name": OTHER, "dept": 4})
-    assert refusal(build, stale) == f"{OTHER} has no field 'dept'; did you mean 'depth'?"
+    assert refusal(build, stale) == f"{OTHER} has no field 'dept'. Did you mean 'depth'?"
 
 
 def test_a_config_file_and_its_variants(file):
     assert config_lib.load(str(file)).task.width == 2
     assert config_lib.load(f"{file}:large").task.width == 64
     assert files.variants(str(file)) == ("small", "large")
-    assert refusal(config_lib.load, f"{file}:lage") == f"{file} has no variant 'lage'; did you mean 'large'?"
-    assert refusal(config_lib.load, f"{file}:x") == f"{file} has no variant 'x'; there is small, large"
+    assert refusal(config_lib.load, f"{file}:lage") == f"{file} has no variant 'lage'. Did you mean 'large'?"
+    assert refusal(config_lib.load, f"{file}:x") == f"{file} has no variant 'x'. Choose from: small, large."
 
 
 def test_a_file_written_twice_in_a_second_is_read_twice(file, monkeypatch):
@@ -195,16 +195,16 @@ def test_a_file_in_the_current_directory_goes_before_a_shipped_one(file, tmp_pat
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("config.batchsize = 3", ":11: unknown key 'batchsize'; did you mean 'batch_size'?"),
-        ("config.schedul.warmup = 3", ":11: unknown key 'schedul'; did you mean 'schedule'?"),
-        ("config['batchsize'] = 3", ":11: unknown key 'batchsize'; did you mean 'batch_size'?"),
-        ("config.task.widht = 3", ":11: unknown key 'widht'; did you mean 'width'?"),
-        ("config.batch_size = 'many'", ":11: key 'batch_size': expected int, given 'many'"),
-        ("config.task.vocab_size = 'many'", ":11: key 'vocab_size': expected int, given 'many'"),
-        ("base.component('Toy')", ":11: 'Toy' is no import string; write 'package.module:Class'"),
+        ("config.batchsize = 3", ":11: unknown key 'batchsize'. Did you mean 'batch_size'?"),
+        ("config.schedul.warmup = 3", ":11: unknown key 'schedul'. Did you mean 'schedule'?"),
+        ("config['batchsize'] = 3", ":11: unknown key 'batchsize'. Did you mean 'batch_size'?"),
+        ("config.task.widht = 3", ":11: unknown key 'widht'. Did you mean 'width'?"),
+        ("config.batch_size = 'many'", ":11: batch_size='many': expected int."),
+        ("config.task.vocab_size = 'many'", ":11: vocab_size='many': expected int."),
+        ("base.component('Toy')", ":11: 'Toy' is not an import string. Write 'package.module:Class'."),
         ("config.batch_size = many", ":11: NameError: name 'many' is not defined"),
         ("config.batch_size = = 3", ":11: invalid syntax"),
-        ("config = 3", ": get_config returned int, not the ConfigDict of base.get_config()"),
+        ("config = 3", ": get_config returned int. Return base.get_config(), changed."),
     ],
 )
 def test_a_fault_in_a_file_is_found_by_file_and_line(file, line, message):
@@ -214,14 +214,14 @@ def test_a_fault_in_a_file_is_found_by_file_and_line(file, line, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("config.seed = None", "config.seed: expected int, given None"),
+        ("config.seed = None", "config.seed=None: expected int."),
         ("config.duration = 'long'", "config.duration: 'long': not a duration"),
         ("config.duration = '10%'", "config.duration: '10%': a percentage cannot set the length of the run"),
         ("config.schedule.warmup = '5 epoks'", "config.schedule.warmup: '5 epoks': unknown unit"),
         ("config.task.width = 3", f"config.task: {TOY}: width 3 is odd; use 4"),
-        ("config.unlock(); config.mesh.pipe = 1", "unknown key 'config.mesh.pipe'; did you mean 'config."),
-        ("config.mesh = {'data': 1}", "config.mesh.expert is missing; let get_config start from base.get_config()"),
-        ("config.task.name = None", "no component is chosen"),
+        ("config.unlock(); config.mesh.pipe = 1", "unknown key 'config.mesh.pipe'. Did you mean 'config."),
+        ("config.mesh = {'data': 1}", "config.mesh.expert is missing. Let get_config start from base.get_config()"),
+        ("config.task.name = None", "config.task: name is empty"),
         ("config.task = {'width': 1}", "config.task is not the section of a component"),
     ],
 )
@@ -232,14 +232,14 @@ def test_a_config_that_cannot_work_is_refused_when_loaded(file, line, message):
 def test_files_that_are_no_config_files(tmp_path):
     path = tmp_path / "empty.py"
     path.write_text("")
-    assert refusal(config_lib.load, str(path)) == f"{path} defines no function get_config"
+    assert refusal(config_lib.load, str(path)) == f"{path} defines no function get_config."
     path.write_text("def get_config(): pass")
-    assert "takes no variant, given 'x'; variants: it has none" in refusal(config_lib.load, f"{path}:x")
+    assert "takes no variant, given 'x'. Variants: none." in refusal(config_lib.load, f"{path}:x")
     path.write_text("VARIANTS = ('a', 'b')\ndef get_config(variant): pass")
-    assert "needs a variant; variants: a, b" in refusal(config_lib.load, str(path))
-    assert "did you mean 'lm.py'?" in refusal(config_lib.load, "configs/ln.py")
-    assert "'sample' is no FILE.py" in refusal(config_lib.load, "sample")
-    assert "cannot be read" in refusal(config_lib.load, "x" * 5_000 + ".py")
+    assert "needs a variant. Variants: a, b." in refusal(config_lib.load, str(path))
+    assert "Did you mean 'lm.py'?" in refusal(config_lib.load, "configs/ln.py")
+    assert "--config=sample: must be FILE.py" in refusal(config_lib.load, "sample")
+    assert "cannot read config file" in refusal(config_lib.load, "x" * 5_000 + ".py")
 
 
 def test_overrides_are_typed_by_their_knobs(file):
@@ -279,20 +279,20 @@ def test_overrides_are_typed_by_their_knobs(file):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("batchsize=3", "unknown key 'config.batchsize'; did you mean 'config.batch_size'?"),
-        ("learning_rate=3", "unknown key 'config.learning_rate'; did you mean 'config.schedule.learning_rate'?"),
-        ("task.widht=3", "unknown key 'config.task.widht'; did you mean 'config.task.width'?"),
-        ("seed.x=3", "unknown key 'config.seed.x'; did you mean 'config.seed'?"),
-        ("qqqq=3", "unknown key 'config.qqqq'; --help lists all"),
-        ("seed", "'config.seed' gives no value; write config.KEY=VALUE"),
-        ("seed=", "config.seed: expected int, given ''"),
-        ("seed=0x" + 5_000 * "f", "config.seed: expected int, given '0x" + 75 * "f" + "...'"),
-        ("seed=1.5", "config.seed: expected int, given '1.5'"),
+        ("batchsize=3", "unknown key 'config.batchsize'. Did you mean 'config.batch_size'?"),
+        ("learning_rate=3", "unknown key 'config.learning_rate'. Did you mean 'config.schedule.learning_rate'?"),
+        ("task.widht=3", "unknown key 'config.task.widht'. Did you mean 'config.task.width'?"),
+        ("seed.x=3", "unknown key 'config.seed.x'. Did you mean 'config.seed'?"),
+        ("qqqq=3", "unknown key 'config.qqqq'. --help lists all."),
+        ("seed", "missing value for --config.seed. Write --config.seed=VALUE."),
+        ("seed=", "config.seed='': expected int."),
+        ("seed=0x" + 5_000 * "f", "config.seed='0x" + 75 * "f" + "...': expected int."),
+        ("seed=1.5", "config.seed='1.5': expected int."),
         ("task.width=3", f"config.task: {TOY}: width 3 is odd; use 4"),
-        ("task.kind=plane", "config.task.kind: expected one of 'plain', 'fancy', given 'plane'"),
-        ("mesh=3", "config.mesh is a section, given '3'; set one of data, expert, fsdp, sequence, tensor"),
-        ("task=x:Y", "config.task is a section, given 'x:Y'; set config.task.name=..."),
-        ("task.name=x", "config.task.name: 'x' is no import string; write 'package.module:Class'"),
+        ("task.kind=plane", "config.task.kind='plane': expected one of 'plain', 'fancy'."),
+        ("mesh=3", "config.mesh='3': is a section. Set one of its keys: data, expert, fsdp, sequence, tensor."),
+        ("task=x:Y", "config.task='x:Y': is a section. Set config.task.name."),
+        ("task.name=x", "config.task.name: 'x' is not an import string. Write 'package.module:Class'."),
     ],
 )
 def test_what_an_override_cannot_be(file, change, message):
@@ -303,7 +303,7 @@ def test_another_component_brings_its_own_fields_before_other_overrides(file):
     changes = ["task.depth=5", f"task.name={OTHER}"]
     assert config_lib.load(str(file), changes).task.to_dict() == {"name": OTHER, "vocab_size": 7, "depth": 5}
     gone = refusal(config_lib.load, str(file), ["task.width=4", f"task.name={OTHER}"])
-    assert gone.startswith("unknown key 'config.task.width'; ")
+    assert gone.startswith("unknown key 'config.task.width'. ")
 
 
 def test_of_two_components_the_later_holds(file):
@@ -355,6 +355,18 @@ def test_what_the_guard_lets_through_may_not_change(file):
     assert [line.split(":")[0] for line in changed] == ["guard.on_spike", "guard.spike_factor", "guard.spike_window"]
 
 
+@pytest.mark.parametrize("given", ["duration,batch_size", "('duration', 'batch_size')", "batch_size, duration"])
+def test_keys_that_may_change_are_added_to_the_built_in_ones(file, given):
+    """Fault: a list that replaces the built-in one, or is a difference of its own."""
+    old = config_lib.to_json(config_lib.load(str(file)))
+    new = config_lib.load(
+        str(file), [f"may_change={given}", "duration=9 steps", "batch_size=64", "mesh.data=2", "seed=1"]
+    )
+    assert config_lib.differences(old, new, config_lib.may_change(new)) == ["seed: 0 -> 1"]
+    again = config_lib.load(str(file), ["duration=9 steps", "batch_size=64", "seed=1"])
+    assert config_lib.differences(config_lib.to_json(new), again, config_lib.may_change(again)) == []
+
+
 def test_another_component_is_one_difference(file):
     old = config_lib.to_json(config_lib.load(str(file)))
     new = config_lib.load(str(file), [f"task.name={OTHER}"])
@@ -373,11 +385,12 @@ def test_the_message_for_a_foreign_workdir_is_short():
     message = config_lib.foreign("runs/a", [f"key{i}: {i} -> {i + 1}" for i in range(7)])
     assert "runs/a belongs to another config (key0: 0 -> 1, " in message
     assert "key4: 4 -> 5 and 2 more)" in message
-    assert "use another --workdir" in message
+    assert "Use another --workdir" in message
+    assert message.endswith("--config.may_change=key0,key1,key2,key3,key4,key5,key6.")
 
 
 def test_a_damaged_config_in_a_workdir_is_a_user_error(file):
-    assert "is no JSON" in refusal(config_lib.differences, '{"seed":', config_lib.load(str(file)), ())
+    assert "is not a JSON object" in refusal(config_lib.differences, '{"seed":', config_lib.load(str(file)), ())
 
 
 def test_every_key_that_may_change_is_a_knob():
@@ -437,22 +450,22 @@ def test_hostile_text_is_a_value_or_a_type_error(text, recwarn):
 
 
 def test_did_you_mean_lists_all_where_nothing_is_near():
-    assert components.did_you_mean("zzz", ["alpha", "beta"]) == "; there is alpha, beta"
-    assert components.did_you_mean("zzz", []) == ""
+    assert did_you_mean("zzz", ["alpha", "beta"]) == ". Choose from: alpha, beta."
+    assert did_you_mean("zzz", []) == "."
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("gradient_clip=-1", "gradient_clip is -1.0; it must be at least 0"),
-        ("gradient_clip=1e999", "gradient_clip is inf; it must be at least 0, which is off, and finite"),
-        ("schedule.learning_rate=1e999", "learning_rate is inf"),
-        ("sharding_rules=('embed','fsdp')", "config.sharding_rules: expected Sequence"),
+        ("gradient_clip=-1", r"config.gradient_clip=-1.0: must be at least 0 \(off\)"),
+        ("gradient_clip=1e999", r"gradient_clip=inf: must be at least 0 \(off\) and finite"),
+        ("schedule.learning_rate=1e999", "learning_rate=inf"),
+        ("sharding_rules=('embed','fsdp')", r"config.sharding_rules=.*: expected Sequence"),
         ("seed=-1", "from 0 to"),
         ("evaluation.batches=0", "-1 .all. or above 0"),
         ("checkpoint.keep_last=0", "to resume from"),
         ("guard.max_consecutive_skips=0", "at least 1"),
-        ("guard.on_spike=stop", "on_spike is stop; it must be ignore, skip or rollback"),
+        ("guard.on_spike=stop", "on_spike='stop': must be one of ignore, skip, rollback"),
         ("guard.spike_factor=0", "above 0"),
         ("guard.spike_window=1", "at least 2"),
     ],

@@ -16,7 +16,7 @@ from shampax.configs import base
 from shampax.framework.base.errors import UserError
 from shampax.framework.checkpoint import takeover
 from shampax.framework.checkpoint.origin import Origin
-from shampax.framework.config.check import check
+from shampax.framework.config.components import build
 from shampax.framework.distributed.signals import StopSignals
 from shampax.framework.planning import planning
 from shampax.framework.step import averaging
@@ -31,6 +31,10 @@ EMA = AveragingOptions("ema", decay=0.8, beta=0.9, rate_power=2.0)
 FREE = AveragingOptions("schedule_free", decay=0.0, beta=0.9, rate_power=2.0)
 START = np.array([1.0, -2.0, 0.5])
 CURVATURE = np.array([1.0, 0.3, 3.0])
+
+
+def configure(config):
+    return averaging.configured(config, build(config.optimizer))
 
 
 def descend(options, rates):
@@ -283,7 +287,7 @@ def specified(config):
 def test_what_cannot_be_averaged_is_refused(changes, message):
     """Fault: a knob out of range, or a method beside the one that it takes the place of."""
     with pytest.raises(UserError, match=re.escape(f"config.{message}")):
-        check(make_config(**{f"averaging.{key}": value for key, value in changes.items()}))
+        configure(make_config(**{f"averaging.{key}": value for key, value in changes.items()}))
 
 
 @pytest.mark.parametrize(
@@ -309,11 +313,11 @@ def test_schedule_free_has_no_momentum_beside_it(optimizer, field):
     )
     value = config.optimizer[field]
     with pytest.raises(UserError, match=rf"takes the place of momentum, but optimizer.{field} is {value}; set it to 0"):
-        check(config)
+        configure(config)
     for each in ("beta1", "beta", "momentum"):
         if isinstance(config.optimizer.get(each), float):
             config.optimizer[each] = 0.0
-    check(config)
+    configure(config)
 
 
 def test_without_an_average_nothing_is_kept():
