@@ -1,32 +1,42 @@
-"""The contract between the trainer and a data set: what the config's `data` section names, a frozen dataclass.
+"""The contract between the trainer and a data set: write a frozen dataclass with the methods of `Data`.
 
-Beyond `Data`, a data set may have `fingerprint(cache)`, `augment(example, rng)`, `decoder(cache)` and `spec()`; the
-functions here of these names give the answer for those that have none.
+A config names it by import string, `config.data.name = "my_project.my_data:MyData"`; its fields are knobs. A data set
+may also have the methods `fingerprint`, `augment`, `decoder` and `spec`; the functions of these names below call them, or
+return a default for a data set without them.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 import jax
 import numpy as np
 
-from .data.pipeline import Augment, Example, Source
-from .data.splits import Split
-
+Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "heldout")
+Example = dict[str, np.ndarray]
+Augment = Callable[[Example, np.random.Generator], Example]
 Decoder = Callable[[np.ndarray], str]
 
 
+class Source(Protocol):
+    """Random access to examples of fixed shapes, without a batch dimension."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
 class Data(Protocol):
-    """What a data set must offer to be trained on."""
+    """The methods that every data set must have."""
 
     @property
     def tokens_per_example(self) -> int:
-        """Tokens (or what else is counted) that an example trains on."""
+        """Count the tokens (or images, clicks, ...) that one example trains on."""
         ...
 
     def prepare(self, cache: Path) -> None:
-        """Put into `cache`, the run's own folder, what `examples` needs; one process calls it, before any reads.
+        """Write the files that `examples` needs to the run's folder `cache`; one process calls it before any reads.
 
         Raises:
           UserError: the data cannot be used.
@@ -34,57 +44,32 @@ class Data(Protocol):
         ...
 
     def examples(self, split: Split, cache: Path) -> Source:
-        """Random access to the examples of a split."""
+        """Return random access to the examples of a split."""
         ...
 
 
-@runtime_checkable
-class _Fingerprinted(Protocol):
-    def fingerprint(self, cache: Path) -> str: ...
-
-
-@runtime_checkable
-class _Augments(Protocol):
-    def augment(self, example: Example, rng: np.random.Generator) -> Example: ...
-
-
-@runtime_checkable
-class _Decodes(Protocol):
-    def decoder(self, cache: Path) -> Decoder: ...
-
-
-@runtime_checkable
-class _Specified(Protocol):
-    def spec(self) -> dict[str, jax.ShapeDtypeStruct]: ...
-
-
 def fingerprint(data: Data, cache: Path) -> str:
-    """Text that differs where the examples do, and not where they only lie elsewhere or were made anew.
+    """Return a text that changes with the content of the examples, but not with their location; "" by default.
 
-    A run that resumes can tell by it whether its data are still the same. "" for a data set that does not say.
-
-    Args:
-      data: after `prepare`.
-      cache: what it was prepared in.
+    A resumed run compares it with the checkpoint's to detect changed data. Call it after `data.prepare(cache)`.
     """
-    return data.fingerprint(cache) if isinstance(data, _Fingerprinted) else ""
+    return getattr(data, "fingerprint", lambda cache: "")(cache)
 
 
 def augment(data: Data) -> Augment | None:
-    """What makes of a training example, and of random numbers of its own, that which is trained on.
+    """Return the augmentation `(example, rng) -> example` of training examples, or None.
 
-    The numbers are a function of the seed and of the example's place in the run (step and row), on any mesh. Without
-    it the examples of `train` are trained on as they are. Those of `heldout` always are judged as they are, and must
-    have the shapes that it gives.
+    `rng` is a function of the seed and of the example's step and row, on any mesh. Held-out examples are not augmented
+    and must have the shapes of augmented ones.
     """
-    return data.augment if isinstance(data, _Augments) else None
+    return getattr(data, "augment", None)
 
 
 def decoder(data: Data, cache: Path) -> Decoder | None:
-    """What turns the numbers of an example into the text they stand for; None for data that are no text."""
-    return data.decoder(cache) if isinstance(data, _Decodes) else None
+    """Return the function that decodes token ids to text, or None for data that are not text."""
+    return getattr(data, "decoder", lambda cache: None)(cache)
 
 
 def spec(data: Data) -> dict[str, jax.ShapeDtypeStruct] | None:
-    """Shapes and types of one example as it is trained on, known without reading any; None where it does not say."""
-    return data.spec() if isinstance(data, _Specified) else None
+    """Return shapes and types of one augmented example without reading any, or None if the data set cannot tell."""
+    return getattr(data, "spec", lambda: None)()

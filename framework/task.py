@@ -1,15 +1,16 @@
-"""The contract between the trainer and a model: a task is all the trainer knows of one.
+"""The contract between the trainer and a model: write a frozen dataclass with the methods of `Task`.
 
-To train a model of your own, write a frozen dataclass with the four methods of `Task` and name it in the
-config by import string, `config.task.name = "my_project.my_model:MyTask"`; the other keys of the section are
-its fields.
+A config names it by import string, `config.task.name = "my_project.my_model:MyTask"`; its fields are knobs. The trainer
+knows nothing else of a model. A task may also have the methods of `Judge`.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
 import numpy as np
+
+from .dataset import Decoder
 
 Batch = Mapping[str, jax.Array]
 BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
@@ -17,72 +18,72 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (total, weight), flo
 
 
 class Task(Protocol):
-    """What a model must offer to be trained. Every method is pure and traceable; no method sees a mesh.
+    """The methods that every model must have. All are pure and traceable; none of them sees a mesh.
 
-    `variables` are a plain nested dict of arrays: `{"params": {...}}` holds what the optimizer trains, and
-    any other collection (batch statistics, say) is model state that the loss replaces at every step. `batch`
-    is a dict of arrays that share their leading dimension, the examples.
+    `variables` are a nested dict of arrays. The optimizer trains `variables["params"]`; every other collection, such as
+    batch statistics, is model state that the loss replaces at every step. `batch` is a dict of arrays [B, ...], where B
+    is the number of examples.
     """
 
     def init(self, key: jax.Array, batch_spec: BatchSpec) -> dict[str, Any]:
-        """The variables at the start of training.
+        """Return the initial variables.
 
-        The trainer calls it under `jit` with sharded outputs, so that no device ever holds the whole of a
-        large model, and under `jax.eval_shape`.
+        The trainer calls it under `jit` with sharded outputs, so that no device ever holds a whole large model, and
+        under `jax.eval_shape`.
         """
         ...
 
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
     ) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
-        """`(loss, (new_model_state, metrics))` of one batch.
+        """Return `(loss, (new_model_state, metrics))` of one batch.
 
-        `new_model_state` holds the collections other than `params` (`{}` if there are none). `metrics` maps
-        names to (total, weight); the trainer adds totals and weights over micro-batches and evaluation
-        batches and divides at the end. `metrics["loss"]` is required and `loss` must equal its total /
-        weight: gradient accumulation relies on it. Examples that only fill up a batch are all zeros and must have no
-        weight. `train` is a Python bool (dropout and the like), `key` is unique to the step and micro-batch.
+        `new_model_state` holds the collections other than `params` (`{}` if there are none). The trainer sums totals
+        and weights of each metric over micro-batches and evaluation batches, then divides. `metrics["loss"]` is
+        required and `loss` must equal its total / weight: gradient accumulation relies on it. Padding examples are all
+        zeros and must have no weight.
+
+        Args:
+          variables: as returned by `init`.
+          batch: arrays [B, ...].
+          key: random key, unique to the step and micro-batch.
+          train: Python bool; enables dropout and similar.
         """
         ...
 
     def logical_axes(self, variables: dict[str, Any]) -> dict[str, Any]:
-        """For each variable a tuple with one name per dimension ("embed", "mlp", "heads", "vocab", ... or
-        None).
+        """Return for each variable a tuple with one name per dimension: "embed", "mlp", "heads", "vocab", ... or None.
 
-        `variables` are arrays or `jax.ShapeDtypeStruct`s; the result has the same dicts with tuples as
-        leaves. The config's `sharding_rules` say on which mesh axis each name is laid; None stays whole.
+        `variables` are arrays or `jax.ShapeDtypeStruct`s; the result is the same nested dict with tuples as leaves. The
+        config's `sharding_rules` map each name to mesh axes; dimensions named None are replicated.
         """
         ...
 
     def flops(self, batch_spec: BatchSpec) -> float:
-        """Floating-point operations of one training step on one batch: three times the forward pass.
+        """Return the floating-point operations of one training step on one batch: three times the forward pass.
 
-        Analytic, since the compiler's own count sees the body of a scanned layer once.
+        Compute them analytically: the compiler's own count sees the body of a scanned layer once.
         """
         ...
 
 
-@runtime_checkable
 class Judge(Protocol):
-    """What a task may offer besides: held-out metrics that are no sums over examples, such as AUC or BLEU."""
+    """Optional methods of a task: held-out metrics that are not means over examples, such as AUC or BLEU."""
 
     def predict(self, variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
-        """What the judgement needs of one held-out batch: arrays [examples, ...]; pure and traceable."""
+        """Return the predictions for one held-out batch, arrays [B, ...]; pure and traceable."""
         ...
 
-    def judge(
-        self, predictions: Mapping[str, np.ndarray], decode: Callable[[np.ndarray], str] | None
-    ) -> tuple[dict[str, float], str]:
-        """Metrics by name over all held-out examples, and a line on how they were measured ("" for none).
+    def judge(self, predictions: Mapping[str, np.ndarray], decode: Decoder | None) -> tuple[dict[str, float], str]:
+        """Return metrics by name over all held-out examples, and a line on how they were measured ("" for none).
 
         Args:
-          predictions: of `predict`, the arrays of all batches one after the other, in the order of the held-out
-            split, without the examples that fill up the last batch.
-          decode: turns the numbers of an example into text, where the data are text.
+          predictions: outputs of `predict` for all held-out examples in order, without padding examples.
+          decode: decodes the token ids of an example to text; None for data that are not text.
         """
         ...
 
 
 def judge_of(task: Any) -> Judge | None:
-    """The task as a judge, if it is one."""
-    return task if isinstance(task, Judge) else None
+    """Return the task if it has the methods of `Judge`, else None."""
+    return task if hasattr(task, "predict") and hasattr(task, "judge") else None

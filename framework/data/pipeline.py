@@ -1,43 +1,33 @@
-"""Batches as a pure function of their number: `batches[i]`, of which a process reads the rows that its devices hold.
+"""Batches as a pure function of their index: `batches[i]`, of which a process reads the rows that its devices hold.
 
-Row r of batch i is example i * global_batch_size + r of one order, which is a function of the seed alone; so resuming
-needs nothing but the number, on any mesh and any number of processes.
+Row r of batch i is example i * global_batch_size + r of one order, a function of the seed alone. Resuming needs only
+the index, on any mesh and any number of processes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
 from ..base.errors import UserError
+from ..dataset import Augment, Example, Source
 
-Example = dict[str, np.ndarray]
-Augment = Callable[[Example, np.random.Generator], Example]
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
-class Source(Protocol):
-    """Random access to examples of fixed shapes, without a batch dimension."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example: ...
-
-
 class Batches:
-    """Endless shuffled training batches; every epoch has its own order, and a batch may lie in two.
+    """Endless shuffled training batches; every epoch has its own order, and a batch may span two epochs.
 
     `batches[i]`, for any i >= 0, is a dict of arrays [len(rows), ...]: the given rows of batch i, in the given order.
-    Nothing else of the batch is read.
+    Other rows of the batch are not read.
 
     Args:
       source: the examples.
-      seed: decides their order.
-      global_batch_size: rows of a whole batch.
-      rows: those wanted here, such as `global_batch.Share.rows`.
-      augment: applied to each example, with a generator that is a function of the seed and of the example's place
-        (batch and row) alone.
+      seed: determines their order.
+      global_batch_size: rows of the global batch.
+      rows: indices of the rows to read, such as `global_batch.Share.rows`.
+      augment: applied to each example, with a generator that depends only on the seed and the example's batch and row.
 
     Raises:
       UserError: the source is empty.
@@ -47,7 +37,7 @@ class Batches:
         self, source: Source, *, seed: int, global_batch_size: int, rows: Sequence[int], augment: Augment | None = None
     ):
         if not len(source):
-            raise UserError(f"the training split {source!r} has 0 examples; give more data or fewer tokens per example")
+            raise UserError(f"the training split {source!r} has 0 examples. Give more data or shorter examples.")
         shuffled = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
         if augment is not None:
             shuffled = shuffled.random_map(augment)
@@ -59,21 +49,21 @@ class Batches:
         return self._dataset[number]
 
     def from_step(self, number: int) -> Iterator[Example]:
-        """Batches `number`, `number` + 1, ... without end, read ahead by threads."""
+        """Yield batches `number`, `number` + 1, ... without end; threads read ahead."""
         iterator = iter(self._dataset.to_iter_dataset(_READ_AHEAD))
         iterator.set_state({"next_index": number})
         return iterator
 
 
 class HeldoutBatches:
-    """One pass over a source in order: `len(batches)` batches, `batches[i]` the given rows of batch i as in `Batches`.
+    """One pass over a source in order, at most `limit` batches (-1 takes all); `batches[i]` is as in `Batches`.
 
-    The last batch is filled with examples of zeros, which carry no weight. `limit` batches at most (-1 takes all).
+    The last batch is padded with examples of zeros, which have no weight.
     """
 
     def __init__(self, source: Source, *, global_batch_size: int, rows: Sequence[int], limit: int = -1):
         if not len(source):
-            raise UserError(f"the held-out split {source!r} has 0 examples; give more data")
+            raise UserError(f"the held-out split {source!r} has 0 examples. Give more data.")
         self._dataset = _batches_of_rows(_Padded(source, global_batch_size), global_batch_size, rows)
         self._length = len(self._dataset) if limit < 0 else min(limit, len(self._dataset))
 
@@ -90,12 +80,12 @@ class HeldoutBatches:
 
 
 def _batches_of_rows(examples: Any, batch_size: int, rows: Sequence[int]) -> Any:
-    """Batches [len(rows), ...] of a grain data set, from examples whose number is a multiple of the batch's."""
+    """Return a grain data set of batches [len(rows), ...]; the number of examples is a multiple of `batch_size`."""
     return grain.MapDataset.source(_Rows(examples, batch_size, rows)).batch(len(rows), drop_remainder=True)
 
 
 class _Rows:
-    """Of every `batch_size` examples the given rows, one batch after the other."""
+    """The given rows of every `batch_size` examples, batch after batch."""
 
     def __init__(self, examples: Any, batch_size: int, rows: Sequence[int]):
         assert len(rows) and min(rows) >= 0 and max(rows) < batch_size, (rows, batch_size)
@@ -110,7 +100,7 @@ class _Rows:
 
 
 class _Padded:
-    """A source lengthened to a multiple of `multiple` by examples of zeros."""
+    """A source padded with examples of zeros to a multiple of `multiple`."""
 
     def __init__(self, source: Source, multiple: int):
         self._source, self._multiple = source, multiple

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 
 from etils import epath
 
+from ...dataset import Split
 from .. import samples
 from ..reading import tsv
 from ..reading.records import Malformed
-from ..splits import Split
 from .click_rows import CATEGORIES, INTEGERS, Fields
 
 FLIGHTS = "nycflights-30000.tsv.xz"

@@ -10,6 +10,7 @@ import jax
 from etils import epath
 
 from ...base.errors import UserError
+from ...dataset import SPLITS, Split
 from .. import samples
 from ..preparing import manifests
 from ..preparing.jobs import Tally
@@ -18,7 +19,6 @@ from ..preparing.preparing import Preparable
 from ..preparing.streams import Stream, cut
 from ..reading import files, tsv
 from ..reading.shards import ShardRows
-from ..splits import SPLITS, Split
 from . import click_rows, click_sources
 
 # Part of every cache name: raise it when the meaning of cached files changes.

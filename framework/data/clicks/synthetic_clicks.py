@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ..splits import Split
+from ...dataset import Split
 from . import click_rows
 from .click_rows import CATEGORIES, INTEGERS
 

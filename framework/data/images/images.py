@@ -10,11 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from ...dataset import Example, Source, Split
 from .. import samples
-from ..pipeline import Example, Source
 from ..reading.prepared import PreparedSet, Records
 from ..reading.records import Malformed, Rejects
-from ..splits import Split
 from . import pictures
 
 _SAMPLE_FILES: dict[Split, str] = {

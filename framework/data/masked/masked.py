@@ -11,13 +11,12 @@ import numpy as np
 from etils import epath
 
 from ...base.errors import UserError
-from ...dataset import Decoder
+from ...dataset import SPLITS, Decoder, Split
 from ..preparing import manifests
 from ..preparing.jobs import Ingredients, Tally
 from ..preparing.manifests import Manifest
 from ..preparing.streams import Stream
 from ..reading.shards import ShardRows
-from ..splits import SPLITS, Split
 from ..text.document_knobs import check_knobs, documents_of, split_settings
 from ..text.documents import Documents
 from ..text.tokenized import Tokenized

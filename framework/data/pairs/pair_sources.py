@@ -12,12 +12,12 @@ from typing import NamedTuple, Protocol
 from etils import epath
 
 from ...base.errors import UserError
+from ...dataset import Split
 from .. import samples
 from ..preparing import streams
 from ..reading import files, tsv
 from ..reading.prepared import PreparedSet
 from ..reading.records import Malformed
-from ..splits import Split
 from ..text.documents import HELD_OUT_EVERY, held_out_by_index
 
 SAMPLES = {"nt": "web-lsg-nt.en-fr.tsv.xz"}

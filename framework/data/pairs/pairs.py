@@ -11,13 +11,12 @@ import numpy as np
 from etils import epath
 
 from ...base.errors import UserError
-from ...dataset import Decoder
+from ...dataset import Decoder, Split
 from ..preparing import manifests
 from ..preparing.jobs import Ingredients, Tally
 from ..preparing.streams import Stream
 from ..reading.records import Malformed
 from ..reading.shards import ShardRows
-from ..splits import Split
 from ..text.tokenized import Tokenized
 from ..text.tokenizer import END_OF_DOCUMENT, SMALLEST_VOCABULARY, Tokenizer, encode, load_tokenizer, train_tokenizer
 from .pair_packing import COLUMNS, END, Packer, Room, TokenPair

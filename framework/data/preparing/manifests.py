@@ -10,7 +10,7 @@ from etils import epath
 from ...base import paths
 from ...base.errors import UserError
 from ...base.json_files import parse_object
-from ..splits import Split
+from ...dataset import Split
 
 NAME = "manifest.json"
 Manifest = dict[str, Any]

@@ -20,8 +20,8 @@ from etils import epath
 
 from ...base import paths
 from ...base.errors import UserError
+from ...dataset import Split
 from ..reading.records import Rejects
-from ..splits import Split
 from . import manifests
 from .jobs import ROWS, Ingredients, Job, Share, Tally, names
 from .manifests import Manifest

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
-from ..splits import Split
+from ...dataset import Split
 
 T = TypeVar("T")
 

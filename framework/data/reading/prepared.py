@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...base.errors import UserError
-from ..splits import Split
+from ...dataset import Split
 from .records import Malformed
 
 _READ_AHEAD = 256  # examples fetched at once

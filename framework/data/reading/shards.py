@@ -22,7 +22,7 @@ from etils import epath
 
 from ...base import paths
 from ...base.errors import UserError
-from ..pipeline import Example
+from ...dataset import Example
 
 _GROUP_BYTES, _LEAST, _MOST = 10_240, 8, 64  # rows of a group: as many as make so many bytes, within these bounds
 _OPEN = 512  # readers held open; each takes a file descriptor, of which a process often has 1,024

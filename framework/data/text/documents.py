@@ -15,12 +15,12 @@ from typing import Protocol, TypeVar
 from etils import epath
 
 from ...base.errors import UserError
+from ...dataset import Split
 from .. import samples
 from ..preparing import streams
 from ..reading import files, tsv
 from ..reading.prepared import PreparedSet
 from ..reading.records import Malformed
-from ..splits import Split
 
 T = TypeVar("T")
 HELD_OUT_EVERY = 10

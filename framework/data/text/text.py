@@ -11,11 +11,11 @@ import numpy as np
 from etils import epath
 
 from ...base.errors import UserError
+from ...dataset import Split
 from ..preparing import manifests
 from ..preparing.jobs import Ingredients, Tally
 from ..preparing.streams import Stream
 from ..reading.shards import ShardRows
-from ..splits import Split
 from . import packing
 from .document_knobs import check_knobs, documents_of, split_settings
 from .documents import Documents

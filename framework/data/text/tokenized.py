@@ -13,13 +13,13 @@ from tokenizers import Tokenizer
 
 from ...base import paths
 from ...base.errors import UserError
+from ...dataset import SPLITS
 from ..preparing import manifests
 from ..preparing.jobs import Ingredients
 from ..preparing.manifests import Manifest
 from ..preparing.preparing import Preparable
 from ..preparing.streams import Stream, of_split
 from ..reading.records import Rejects
-from ..splits import SPLITS
 
 
 @dataclasses.dataclass(frozen=True)
