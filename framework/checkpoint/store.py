@@ -223,7 +223,8 @@ class Checkpoints:
         earlier = self._outcome(self._finish)
         self._scores[record.step] = record.score(self._best_metric)
         path = self._directory / str(record.step)
-        if path not in finished(self._directory.parent):
+        # Process 0 decides: it may see its own commit of this step before the others see it.
+        if not agreement.first(lambda: path in finished(self._directory.parent)):
             alone = jax.process_count() == 1
             items = {
                 _STATE: ocp.args.PyTreeSave(_copied(state) if alone else state),
