@@ -4,7 +4,7 @@ An optimizer is an `optax.GradientTransformation`. It may also have `state_shard
 `treatments(params)`; and, if the layout of its state depends on more than the parameters, `saved_spec(params)`,
 `manifest(params)` and `inheritance(params, manifest, shapes, renamed)`; and, if part of its work is done outside the
 step, `host_roots(params)`, which gives the service that does it or None. Distributed Shampoo has them all, plain optax
-has none. Its options may have `momentum_decays`.
+has none.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,12 +30,6 @@ class OptimizerOptions(Protocol):
     ) -> optax.GradientTransformation:
         """The optimizer for parameters that lie on `mesh` as `param_specs` say, dimensions named by `axis_names`."""
         ...
-
-
-@runtime_checkable
-class _KeepsMomentum(Protocol):
-    @property
-    def momentum_decays(self) -> dict[str, float]: ...
 
 
 @runtime_checkable
@@ -172,11 +166,6 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -
         return partitioning.replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(tx.init, params))
-
-
-def momentum_decays(options: OptimizerOptions) -> dict[str, float]:
-    """Field of the options -> decay of the momentum that it governs; `{}` where the options do not tell."""
-    return options.momentum_decays if isinstance(options, _KeepsMomentum) else {}
 
 
 def diagnostics(tx: optax.GradientTransformation, state: Any) -> dict[str, jax.Array]:

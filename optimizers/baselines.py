@@ -52,11 +52,6 @@ class AdamWOptions:
         if not 0 <= self.clip_rms < math.inf:
             raise ValueError(f"clip_rms is {self.clip_rms}; it must be a finite number and not negative, such as 1")
 
-    @property
-    def momentum_decays(self) -> dict[str, float]:
-        """As ShampooOptions has it."""
-        return {"beta1": self.beta1}
-
     def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
         """The optimizer; axis names tell the layers that are stacked in one parameter."""
         del layout
@@ -154,11 +149,6 @@ class LambOptions:
     )
     rate_rules: tuple[tuple[str, float], ...] = ShampooOptions.rate_rules  # factors of the learning rate
 
-    @property
-    def momentum_decays(self) -> dict[str, float]:
-        """As ShampooOptions has it."""
-        return {"beta1": self.beta1}
-
     def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
         """The optimizer; axis names tell the layers that are stacked in one parameter."""
         del layout
@@ -180,11 +170,6 @@ class MomentumOptions:
     weight_decay: float = 0.0  # added to the gradient
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
 
-    @property
-    def momentum_decays(self) -> dict[str, float]:
-        """As ShampooOptions has it."""
-        return {"momentum": self.momentum}
-
     def build(self, learning_rate: optax.Schedule, **layout: Any):
         """The optimizer; it need not know how parameters lie or what their axes are called."""
         del layout
@@ -204,11 +189,6 @@ class AdafactorOptions:
     multiply_by_parameter_scale: bool = False  # relative step sizes
     weight_decay: float = 0.0  # decoupled, scaled by the learning rate
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
-
-    @property
-    def momentum_decays(self) -> dict[str, float]:
-        """As ShampooOptions has it."""
-        return {"momentum": self.momentum}
 
     def build(self, learning_rate: optax.Schedule, **layout: Any):
         """The optimizer; it need not know how parameters lie or what their axes are called."""
@@ -240,11 +220,6 @@ class MuonOptions:
     weight_decay: float = 0.0  # decoupled
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
     treatments: tuple[tuple[str, str], ...] = ShampooOptions.treatments  # "diagonal" and "rows" mean Adam
-
-    @property
-    def momentum_decays(self) -> dict[str, float]:
-        """As ShampooOptions has it."""
-        return {"beta": self.beta, "beta1": self.beta1}
 
     def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
         """The optimizer; axis names tell the sides of its matrices, as they do for Shampoo."""

@@ -389,11 +389,6 @@ class ShampooOptions:
         return DIAGONALS["sgd" if self.graft == "none" else self.graft.removesuffix("_normalized")]
 
     @property
-    def momentum_decays(self) -> dict[str, float]:
-        """Field -> decay of the momentum that it governs; a method that replaces momentum asks for 0."""
-        return {"beta1": self.beta1}
-
-    @property
     def normalizes(self) -> bool:
         """Whether gradients are divided by their norm before momentum and second moment."""
         return self.graft.endswith("_normalized")

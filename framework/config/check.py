@@ -26,6 +26,7 @@ def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
 # Values that have the declared type and still make no sense: key -> (whether a value is valid, the rule).
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda seed: 0 <= seed < 2**32, "from 0 to 2**32 - 1"),
+    "ema_decay": (lambda decay: 0 <= decay < 1, "at least 0 (off) and below 1, for example 0.999"),
     "gradient_clip": (lambda norm: 0 <= norm < math.inf, "at least 0 (off) and finite"),
     "schedule.learning_rate": (lambda rate: 0 <= rate < math.inf, "at least 0 and finite"),
     "evaluation.batches": (lambda count: count == -1 or count > 0, "-1 (all) or above 0"),

@@ -66,11 +66,7 @@ def get_config() -> Any:
     config.schedule.decay = "cosine"  # decay after the warm-up: cosine, linear, quadratic, constant or rsqrt
     config.schedule.final_fraction = 0.0  # learning rate at the end, as a fraction of the peak; rsqrt ignores it
     config.schedule.begin = "0 steps"  # step at which the schedule starts; set it to warm up again in a second phase
-    config.averaging = ConfigDict()
-    config.averaging.kind = "none"  # average of the parameters to evaluate, save and export: none, ema, schedule_free
-    config.averaging.decay = 0.999  # decay per step of ema; it averages over about 1 / (1 - decay) steps
-    config.averaging.beta = 0.9  # weight of the average in the point of the gradient, for schedule_free
-    config.averaging.rate_power = 2.0  # exponent of the largest learning rate in a step's weight, for schedule_free
+    config.ema_decay = 0.0  # evaluate and export an exponential moving average of the parameters; 0 disables
     config.gradient_clip = 0.0  # clip gradients to this global norm; 0 disables
     config.guard = ConfigDict()
     config.guard.max_consecutive_skips = 20  # stop the run after this many consecutive skipped steps

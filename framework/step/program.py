@@ -12,7 +12,7 @@ from ..base.errors import UserError
 from ..optimizer import OptimizerOptions
 from ..sharding import partitioning
 from ..task import BatchSpec, Task
-from . import averaging, refusals
+from . import refusals
 from .guard import GuardOptions
 from .schedule import Schedule
 from .state import TrainState, abstract_state, abstract_variables
@@ -84,7 +84,6 @@ class Program:
         """
         config = self.config
         spikes = GuardOptions(config.guard.on_spike, config.guard.spike_factor, config.guard.spike_window)
-        averages = averaging.configured(config, options)
         with _refusals():
             tx = options.build(
                 learning_rate.after(began),
@@ -92,7 +91,7 @@ class Program:
                 axis_names=self.axes["params"],
                 param_specs=self.shardings["params"],
             )
-            abstract = abstract_state(self.task, tx, self.batch_spec, self.placements, self.mesh, averages)
+            abstract = abstract_state(self.task, tx, self.batch_spec, self.placements, self.mesh, config.ema_decay)
             step = make_train_step(
                 self.task,
                 tx,
@@ -103,7 +102,7 @@ class Program:
                 microbatches=config.microbatches,
                 gradient_clip=config.gradient_clip,
                 guard_options=spikes,
-                averaging_options=averages,
+                ema_decay=config.ema_decay,
             )
         return Assembly(tx, abstract, step)
 

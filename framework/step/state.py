@@ -14,7 +14,6 @@ from .. import optimizer
 from ..sharding import partitioning
 from ..task import BatchSpec, Task
 from . import averaging, guard
-from .averaging import AveragingOptions
 
 
 @jax.tree_util.register_dataclass
@@ -55,7 +54,7 @@ def abstract_state(
     batch_spec: BatchSpec,
     placements: dict[str, partitioning.Placement],
     mesh: Mesh,
-    averaging_options: AveragingOptions = averaging.OFF,
+    ema_decay: float = 0.0,
 ) -> TrainState:
     """The train state as ShapeDtypeStructs with shardings: what to compile for, initialise and restore.
 
@@ -65,7 +64,7 @@ def abstract_state(
     variables = abstract_variables(task, batch_spec)
     variables = _with_shardings(variables, partitioning.shardings(variables, placements, mesh))
     replicated = partitioning.replicated(mesh)
-    averages = averaging.abstract(dict(variables), averaging_options, replicated)
+    averages = averaging.abstract(dict(variables), ema_decay, replicated)
     params = variables.pop("params")
     opt_state = _with_shardings(jax.eval_shape(tx.init, params), optimizer.state_shardings(tx, params, mesh))
     scalars = jax.eval_shape(guard.initial)

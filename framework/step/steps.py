@@ -14,7 +14,6 @@ from .. import optimizer
 from ..sharding import partitioning
 from ..task import Batch, Judge, Metrics, Task
 from . import averaging, guard
-from .averaging import AveragingOptions
 from .guard import GuardOptions
 from .state import TrainState, shardings
 
@@ -30,7 +29,7 @@ def make_train_step(
     microbatches: int = 1,
     gradient_clip: float = 0.0,
     guard_options: GuardOptions,
-    averaging_options: AveragingOptions = averaging.OFF,
+    ema_decay: float = 0.0,
 ) -> jax.stages.Wrapped:
     """The jitted train step `(state, batch) -> (state, metrics)`; it donates the state.
 
@@ -49,7 +48,7 @@ def make_train_step(
       microbatches: number of micro-batches, dividing each device's share of the batch.
       gradient_clip: bound on the global norm of the gradient; 0 leaves it alone.
       guard_options: what is a loss spike, and what becomes of its step.
-      averaging_options: whether params are an average of what the optimizer trains; the loss is not the average's.
+      ema_decay: decay of the average of the parameters; 0 keeps none. The loss is that of the trained parameters.
 
     Metrics are float32 scalars (counts int32), the same on all devices: the task's (total / weight),
     `gradient_norm` (before clipping), `update_norm`, `learning_rate`, `spike` (0 or 1), `spike_bound` (on the loss,
@@ -60,9 +59,9 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        point = averaging.point(state.variables, state.averaging, averaging_options)
+        trained = averaging.trained(state.variables, state.averaging)
         gradients, model_state, sums = _whole_batch_gradients(
-            task, point, _cut(batch, microbatches, mesh), key, params_shardings
+            task, trained, _cut(batch, microbatches, mesh), key, params_shardings
         )
         metrics = {name: total / weight for name, (total, weight) in sums.items()}
         metrics["learning_rate"] = jnp.asarray(learning_rate(state.step - state.guard.skipped), jnp.float32)
@@ -77,16 +76,14 @@ def make_train_step(
         # may not return from one. An optimizer with state in host memory, which is renewed in place and cannot be
         # chosen from here, has to see one and refuse the step itself.
         gradients = jax.tree.map(lambda leaf: jnp.where(verdict.accepted, leaf, jnp.nan if hosted else 0), gradients)
-        updates, opt_state = tx.update(gradients, state.opt_state, point["params"])
+        updates, opt_state = tx.update(gradients, state.opt_state, trained["params"])
         metrics["update_norm"] = jnp.where(verdict.accepted, global_norm(updates), 0.0)
 
         def guarded(new: Any, old: Any) -> Any:
             return jax.tree.map(functools.partial(jnp.where, verdict.accepted), new, old)
 
-        iterate = {"params": averaging.moved(state.variables, state.averaging, updates), **model_state}
-        new, averages = averaging.advance(
-            state.variables, state.averaging, iterate, metrics["learning_rate"], averaging_options
-        )
+        iterate = {"params": optax.apply_updates(trained["params"], updates), **model_state}
+        new, averages = averaging.advance(state.variables, state.averaging, iterate, ema_decay)
         clipped = (metrics["gradient_norm"] > gradient_clip) if gradient_clip else False
         state = TrainState(
             step=state.step + 1,

@@ -341,12 +341,12 @@ FRAMEWORK = (
         ("tests/framework/base/test_durations.py",),
     ),
     Mutant(
-        "average-weighs-the-rate-of-now",
+        "average-weighs-the-start",
         "framework/step/averaging.py",
-        "weight = largest**options.rate_power",
-        "weight = rate**options.rate_power",
-        "The schedule-free average forgets its weight whenever the learning rate falls.",
-        ("tests/framework/step/test_averaging.py::test_schedule_free_is_the_papers",),
+        "weight = decay * averaging.weight + 1",
+        "weight = 1 / (1 - decay)",
+        "The average keeps a part of the random initial parameters for a thousand steps.",
+        ("tests/framework/step/test_averaging.py::test_ema_is_that_of_optax_around_an_undisturbed_descent",),
     ),
     Mutant(
         "mean-of-batch-means",

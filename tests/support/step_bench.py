@@ -14,7 +14,6 @@ from shampax.framework.data.pipeline import Batches
 from shampax.framework.sharding import partitioning
 from shampax.framework.sharding.global_batch import Share
 from shampax.framework.step import state
-from shampax.framework.step.averaging import OFF
 from shampax.framework.step.guard import GuardOptions
 from shampax.framework.step.steps import make_eval_step, make_train_step
 from shampax.optimizers.baselines import AdamWOptions
@@ -31,7 +30,7 @@ IGNORE, SKIP = (GuardOptions(policy, spike_factor=20.0, spike_window=10) for pol
 class Bench:
     """A toy run, up to the first step."""
 
-    def __init__(self, sizes, *, task=None, options=None, batch_size=16, rules=RULES, average=OFF, **step_options):
+    def __init__(self, sizes, *, task=None, options=None, batch_size=16, rules=RULES, ema_decay=0.0, **step_options):
         sizes = {"data": 1, "fsdp": 1, "tensor": 1} | sizes
         self.mesh = partitioning.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
         self.task = task or toy.ToyTask()
@@ -43,9 +42,9 @@ class Bench:
         placements = partitioning.place_all(variables, axes, rules, self.mesh)
         rate = optax.linear_schedule(0.01, 0.001, 20)
         self.tx = (options or AdamWOptions()).build(rate, mesh=self.mesh, axis_names=axes["params"])
-        self.abstract = state.abstract_state(self.task, self.tx, spec, placements, self.mesh, average)
+        self.abstract = state.abstract_state(self.task, self.tx, spec, placements, self.mesh, ema_decay)
         self.initial = lambda: state.initial_state(self.task, self.tx, spec, self.abstract, SEED)
-        options = {"seed": SEED, "guard_options": IGNORE, "averaging_options": average} | step_options
+        options = {"seed": SEED, "guard_options": IGNORE, "ema_decay": ema_decay} | step_options
         self.step = make_train_step(self.task, self.tx, rate, self.abstract, self.mesh, **options)
         self.eval_step = make_eval_step(self.task, self.abstract, self.mesh)
 
