@@ -48,7 +48,7 @@ def test_the_page_shows_what_it_speaks_of():
 def test_a_model_of_ones_own_is_planned(walked):
     """Fault: a plan that knows our own models only."""
     plan = next(out for command, out in walked[1] if "launch.plan" in command)
-    for words in ("4 x cpu (data 4)", "statistics", "products of the optimizer"):
+    for words in ("4 x cpu (data 4)", "statistics", "by the task's formula"):
         assert words in plan
 
 

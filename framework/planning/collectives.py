@@ -1,11 +1,10 @@
-"""The collectives of a compiled program, read from its HLO text."""
+"""Read the collectives of a compiled program from its HLO text."""
 
 import math
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
-COLLECTIVES = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter", "collective-permute")
+_KINDS = "all-to-all|all-reduce|all-gather|reduce-scatter|collective-permute"
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
 
 
@@ -13,8 +12,8 @@ class Collective(NamedTuple):
     """One collective of a program.
 
     Attributes:
-      kind: one of COLLECTIVES.
-      bytes: of its result, on one device.
+      kind: "all-to-all", "all-reduce", "all-gather", "reduce-scatter" or "collective-permute".
+      bytes: size of its result on one device.
       group: number of devices that take part together.
     """
 
@@ -36,10 +35,10 @@ class Collective(NamedTuple):
 
 
 def find(text: str) -> list[Collective]:
-    """All collectives of a compiled program, whether they run once or in a loop.
+    """Return all collectives of a compiled program. A collective in a loop counts once.
 
-    An asynchronous one is counted where it starts; the steps of a chain by which a TPU hides one behind other work are
-    one. The fusion by which a TPU makes a reduce-scatter of an all-reduce and a slice counts as a reduce-scatter.
+    An asynchronous collective counts where it starts. On a TPU, the steps of a chain that overlaps a collective with
+    other work count as one, and a fusion that makes a reduce-scatter of an all-reduce and a slice as a reduce-scatter.
     """
     result, chains = [], set()
     by_name = computations(text)
@@ -47,29 +46,23 @@ def find(text: str) -> list[Collective]:
         if name.startswith("all-reduce-scatter"):
             continue
         for line in lines:
-            fused = re.search(r" fusion\(.*calls=%?(all-reduce-scatter[\w.\-]*)", line)
-            found = re.search(rf" ({'|'.join(COLLECTIVES)})(-start)?\(", line)
-            chain = re.search(r"channel_id=\d+.*chain_id=\"\d+\"", line)
-            if chain:
-                link = re.findall(r"channel_id=\d+|chain_id=\"\d+\"", line)
-                if tuple(link) in chains:
+            if re.search(r"channel_id=\d+.*chain_id=\"\d+\"", line):
+                chain = tuple(re.findall(r"channel_id=\d+|chain_id=\"\d+\"", line))
+                if chain in chains:
                     continue
-                chains.add(tuple(link))
-            if fused:
-                inner = next(x for x in by_name[fused[1]] if re.search(r" all-reduce(-start)?\(", x))
-                result.append(Collective("reduce-scatter", _result_bytes(line), _group(inner)))
-            elif found:
-                result.append(Collective(found[1], _result_bytes(line, started=bool(found[2])), _group(line)))
+                chains.add(chain)
+            if fused := re.search(r" fusion\(.*calls=%?(all-reduce-scatter[\w.\-]*)", line):
+                inner = next(each for each in by_name[fused[1]] if re.search(r" all-reduce(-start)?\(", each))
+                result.append(Collective("reduce-scatter", sum(_result_sizes(line)), _group(inner)))
+            elif found := re.search(rf" ({_KINDS})(-start)?\(", line):
+                sizes = _result_sizes(line)
+                # An asynchronous start returns (operands, results, ...).
+                result.append(Collective(found[1], max(sizes) if found[2] else sum(sizes), _group(line)))
     return result
 
 
-def total(found: Sequence[Collective], *kinds: str) -> int:
-    """Bytes of the results of some kinds of collectives."""
-    return sum(c.bytes for c in found if c.kind in kinds)
-
-
 def computations(text: str) -> dict[str, list[str]]:
-    """Name -> instructions of each computation of a compiled program."""
+    """Return the instructions of each computation of a compiled program, by name."""
     result: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
@@ -81,49 +74,21 @@ def computations(text: str) -> dict[str, list[str]]:
     return result
 
 
-def inside_loops(text: str) -> list[str]:
-    """Instructions of all loops, with whatever their bodies and conditions call."""
-    by_name = computations(text)
-    waiting = [name for lines in by_name.values() for line in lines if " while(" in line for name in _called(line)]
-    seen: dict[str, list[str]] = {}
-    while waiting:
-        name = waiting.pop()
-        if name not in seen:
-            seen[name] = by_name[name]
-            waiting += [called for line in by_name[name] for called in _called(line)]
-    return [line for lines in seen.values() for line in lines]
-
-
-def _called(line: str) -> list[str]:
-    names = re.findall(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", line)
-    for several in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line):
-        names += re.findall(r"[\w.\-]+", several)
-    return names
-
-
-def _result_bytes(line: str, started: bool = False) -> int:
-    """Of an instruction's result; what starts asynchronously has (operands, results, ...) for a result."""
+def _result_sizes(line: str) -> list[int]:
+    """Return the bytes of each array in an instruction's result."""
     shape = line.split(" = ", 1)[1]
-    shape = shape[: _end_of_shape(shape)]
-    sizes = [
-        _BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n)
-        for kind, dims in re.findall(r"\b(\w+)\[([\d,]*)\]", shape)
-        if kind in _BYTES
-    ]
-    return max(sizes) if started else sum(sizes)
-
-
-def _end_of_shape(text: str) -> int:
     depth = 0
-    for at, character in enumerate(text):
+    for end, character in enumerate(shape):
         depth += (character in "({[") - (character in ")}]")
         if character == " " and depth == 0:
-            return at
-    raise ValueError(f"no instruction in {text!r}")
+            shape = shape[:end]
+            break
+    arrays = re.findall(r"\b(\w+)\[([\d,]*)\]", shape)
+    return [_BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in arrays if kind in _BYTES]
 
 
 def _group(line: str) -> int:
-    """Devices of a replica group, written as a list, as [groups,devices]<=[...] or as axes of a mesh; 2 of a pair."""
+    """Return the size of a replica group, written as a list, as [groups,devices]<=[...] or as axes of a mesh."""
     if "source_target_pairs=" in line:
         return 2
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
@@ -132,5 +97,5 @@ def _group(line: str) -> int:
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
         return int(found[1])
     found = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-    assert found, f"no replica groups that are understood in {line}"
+    assert found, f"unknown form of replica groups in {line}"
     return len(found[1].split(","))

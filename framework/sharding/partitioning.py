@@ -217,3 +217,8 @@ def describe(spec: PartitionSpec) -> str:
     if not any(spec):
         return "replicated"
     return ",".join("+".join(axes) if isinstance(axes, tuple) else axes or "-" for axes in spec)
+
+
+def bytes_on_device(tree: Any) -> int:
+    """Return the bytes that one device holds of a tree of ShapeDtypeStructs or arrays with shardings."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

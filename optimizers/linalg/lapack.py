@@ -59,14 +59,6 @@ def inverse_root(a_rr: np.ndarray, p: int, ridge: float, cut: float) -> HostRoot
     return HostRoot(x, residual, float(w[-1]), float(condition), float(trace / w[-1]))
 
 
-def seconds(size: int) -> float:
-    """Of `inverse_root` for [size, size] on one core, to plan with.
-
-    A fit to 3.9, 22, 102 and 711 ms for sizes of 128, 256, 512 and 1,024 on a virtual core; cores differ twofold.
-    """
-    return 6.5e-10 * size**3 + 1.5e-7 * size**2
-
-
 def regularised(w, lmax, p: int, ridge: float, cut: float, xp):
     """Eigenvalues with their ridge, those of the root, and which are above zero or the cut; `xp` is NumPy or JAX."""
     above = w > cut * lmax

@@ -21,7 +21,7 @@ def plan(*arguments):
 
 def test_a_full_size_config_is_planned_without_accelerator_or_data():
     """Fault: planning needs as many devices as are planned for, or the data set."""
-    code, out, _ = plan(f"{LM}1b", "--devices=256", "--chip=v5e", "--json")
+    code, out, _ = plan(f"{LM}1b", "--devices=256", "--json")
     assert code == 0
     found = json.loads(out)
     assert found["mesh"] == {"data": 16, "fsdp": 16, "tensor": 1} | {
@@ -29,9 +29,8 @@ def test_a_full_size_config_is_planned_without_accelerator_or_data():
     }
     assert sum(elements for _, elements in found["parameters"].values()) == 1_199_671_296
     assert found["bytes"]["parameters"] == pytest.approx(4 * 1_199_671_296 / 16, rel=0.01)
-    assert found["optimizer_flops"] < 0.1 * found["model_flops"]
-    assert found["state_bytes"] < found["predicted"]["peak"] < found["memory"]
-    assert 0.2 < found["predicted"]["utilisation"] < 0.9
+    assert found["bytes"]["momentum"] == pytest.approx(found["bytes"]["parameters"] / 16, rel=0.5)
+    assert (found["compiled"], found["fits"]) == ({}, None)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +45,11 @@ def test_a_slice_that_is_not_here(small):
     assert code == 0, err
     found = json.loads(out)
     assert found["device_kind"] == "TPU v5 lite"
-    assert found["compiled"]["arguments"] == pytest.approx(found["state_bytes"], rel=0.1)
-    assert found["state_bytes"] < found["needed"] == found["compiled"]["peak"] < found["memory"]
-    assert found["compiled"]["traffic"]["all-to-all"][0] >= 2
+    train = found["compiled"]["train"]
+    assert train["arguments"] == pytest.approx(found["state_bytes"], rel=0.1)
+    assert found["state_bytes"] < found["peak"] == train["peak"] < found["memory"]
+    assert 0 < train["flops"] < 2 * found["model_flops"]
+    assert train["traffic"]["all-to-all"][0] >= 2
 
 
 def test_what_does_not_fit_says_what_to_change():
@@ -63,18 +64,16 @@ def test_what_does_not_fit_says_what_to_change():
     assert code == 1, err
     assert "the compiler refuses it" in out
     assert "available HBM" in out
-    assert "try microbatches 2 instead of 1" in out
+    assert "try microbatches=2 instead of 1" in out
     assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((f"{LM}sample", "--topology=v5e-16"), "no TPU slice --topology=v5e-16"),
-        ((f"{LM}sample", "--topolgy=v5e:2x2"), "unknown flag '--topolgy=v5e:2x2'"),
+        ((f"{LM}sample", "--topology=v5e-16"), "--topology=v5e-16: no such TPU slice"),
+        ((f"{LM}sample", "--topolgy=v5e:2x2"), "unrecognized arguments: --topolgy=v5e:2x2"),
         ((f"{LM}samle",), "Did you mean 'sample'"),
-        ((f"{LM}sample", "--chip=v5f"), "--chip=v5f is for --devices and one of v2"),
-        ((f"{LM}sample", "--search"), "memory and speeds of cpu are not on file"),
         ((f"{LM}sample", "--devices=3"), "16 is not divisible by 3 data shards"),
     ],
 )

@@ -250,12 +250,12 @@ def test_traffic_beyond_the_baseline(layout):
     whole = sum(4 * np.prod(shape) for shape in programs.transformer(layers, width).values())
     part = whole / np.prod(list(axes.values()))
     assert [c.kind for c in found].count("all-to-all") == 2  # one bucket
-    assert collectives.total(found, "all-to-all") <= 2.5 * part
+    assert programs.total(found, "all-to-all") <= 2.5 * part
     shards = np.prod([size for name, size in axes.items() if name != "data"])
     gathered = whole / shards if "data" in axes else 0
-    assert gathered <= collectives.total(found, "all-gather") <= 1.01 * gathered
-    assert collectives.total(found, "all-reduce", "reduce-scatter", "collective-permute") <= 0.01 * part
-    inside = collectives.inside_loops(text)
+    assert gathered <= programs.total(found, "all-gather") <= 1.01 * gathered
+    assert programs.total(found, "all-reduce", "reduce-scatter", "collective-permute") <= 0.01 * part
+    inside = programs.inside_loops(text)
     assert inside and not collectives.find("\n".join(["loops (x) -> x {", *inside]))
 
 

@@ -56,11 +56,11 @@ def test_tpu_traffic_beyond_the_baseline(layout):
     whole = sum(4 * math.prod(shape) for shape in SHAPES.values())
     part = whole / mesh.size
     assert [c.kind for c in found].count("all-to-all") == 2
-    assert collectives.total(found, "all-to-all") <= 2.5 * part
+    assert programs.total(found, "all-to-all") <= 2.5 * part
     gathered = whole if layout == "replicated" else 0
-    assert gathered <= collectives.total(found, "all-gather") <= 1.01 * gathered
-    assert collectives.total(found, "all-reduce", "reduce-scatter", "collective-permute") <= 0.01 * part
-    inside = collectives.inside_loops(text)
+    assert gathered <= programs.total(found, "all-gather") <= 1.01 * gathered
+    assert programs.total(found, "all-reduce", "reduce-scatter", "collective-permute") <= 0.01 * part
+    inside = programs.inside_loops(text)
     assert inside and not collectives.find("\n".join(["loops (x) -> x {", *inside]))
 
 
@@ -105,12 +105,12 @@ def test_tpu_gradients_are_reduced_and_scattered_straight_to_where_blocks_are_cu
     mesh = slice_of("v5e:4x4", x=4, y=4)
     whole = 4 * 4 * 512 * 512
     adamw = train_step(mesh, AdamWOptions().build(0.01), spread=False)
-    assert collectives.total(adamw, "all-reduce") == pytest.approx(whole, rel=0.01)
+    assert programs.total(adamw, "all-reduce") == pytest.approx(whole, rel=0.01)
     specs = {f"w{i}": PartitionSpec(("x", "y")) for i in range(4)}
     ours = train_step(mesh, distributed_shampoo(0.01, OPTIONS, mesh=mesh, param_specs=specs), spread=True)
-    assert collectives.total(ours, "all-reduce") <= 0.01 * whole
-    assert collectives.total(ours, "reduce-scatter") <= 0.32 * whole  # a quarter over the one axis, 1/16 over the other
-    assert collectives.total(ours, "all-gather") == pytest.approx(whole, rel=0.01)
+    assert programs.total(ours, "all-reduce") <= 0.01 * whole
+    assert programs.total(ours, "reduce-scatter") <= 0.32 * whole  # a quarter over the one axis, 1/16 over the other
+    assert programs.total(ours, "all-gather") == pytest.approx(whole, rel=0.01)
     assert sum(c.sent for c in ours) <= 1.1 * sum(c.sent for c in adamw)
 
 
@@ -119,9 +119,9 @@ def test_tpu_gradients_of_replicated_parameters_are_reduced_once():
     mesh = slice_of("v5e:4x4", x=4, y=4)
     whole = 4 * 4 * 512 * 512
     ours = train_step(mesh, distributed_shampoo(0.01, OPTIONS, mesh=mesh), spread=False)
-    assert collectives.total(ours, "all-reduce", "reduce-scatter") <= 1.01 * whole
-    assert collectives.total(ours, "all-gather") == pytest.approx(whole, rel=0.01)
-    assert collectives.total(ours, "all-to-all") == pytest.approx(2 * whole / mesh.size, rel=0.01)
+    assert programs.total(ours, "all-reduce", "reduce-scatter") <= 1.01 * whole
+    assert programs.total(ours, "all-gather") == pytest.approx(whole, rel=0.01)
+    assert programs.total(ours, "all-to-all") == pytest.approx(2 * whole / mesh.size, rel=0.01)
 
 
 def test_tpu_steps_with_roots_on_the_host_have_no_solver_and_parcels_no_traffic(monkeypatch):
@@ -132,7 +132,7 @@ def test_tpu_steps_with_roots_on_the_host_have_no_solver_and_parcels_no_traffic(
     options = dataclasses.replace(OPTIONS, refresh="host", delay=4)
     step = programs.lower_shampoo(SHAPES, mesh, specs, options)
     text = step.lowered.compile().as_text()
-    assert not collectives.inside_loops(text)
+    assert not programs.inside_loops(text)
     assert "stablehlo.while" not in step.lowered.as_text()
     assert "stablehlo.while" in programs.lower_shampoo(SHAPES, mesh, specs, OPTIONS).lowered.as_text()
 

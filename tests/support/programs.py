@@ -1,7 +1,8 @@
 """Compiled optimizer steps as tests see them: their collectives, loops, FLOPs and memory."""
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from shampax.framework import optimizer
+from shampax.framework.planning.collectives import Collective, computations
 from shampax.optimizers import ShampooOptions, distributed_shampoo
 
 Specs = Callable[[str], PartitionSpec]
@@ -102,3 +104,28 @@ def lower_shampoo(shapes: Shapes, mesh: Mesh | None, specs: Specs, options: Sham
 def device_bytes(tree: Any) -> int:
     """Bytes that one device keeps of ShapeDtypeStructs with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def total(found: Sequence[Collective], *kinds: str) -> int:
+    """Bytes of the results of some kinds of collectives."""
+    return sum(c.bytes for c in found if c.kind in kinds)
+
+
+def inside_loops(text: str) -> list[str]:
+    """Instructions of all loops of a compiled program, with whatever their bodies and conditions call."""
+    by_name = computations(text)
+    waiting = [name for lines in by_name.values() for line in lines if " while(" in line for name in _called(line)]
+    seen: dict[str, list[str]] = {}
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen[name] = by_name[name]
+            waiting += [called for line in by_name[name] for called in _called(line)]
+    return [line for lines in seen.values() for line in lines]
+
+
+def _called(line: str) -> list[str]:
+    names = re.findall(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", line)
+    for several in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line):
+        names += re.findall(r"[\w.\-]+", several)
+    return names

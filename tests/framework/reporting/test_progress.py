@@ -6,7 +6,6 @@ from jax.sharding import PartitionSpec as P
 from shampax.framework.reporting import progress
 from shampax.framework.reporting.clock import Clock, seconds_since_process_start
 from shampax.framework.sharding import partitioning
-from shampax.framework.sharding.chips import peak_flops
 from shampax.framework.sharding.partitioning import Placement
 from shampax.framework.step.evaluation import evaluate
 
@@ -73,20 +72,6 @@ def test_mfu_is_the_share_of_all_devices_peak(monkeypatch):
         "step   5/100  loss 2.5000  learning rate 1.00e-02  skipped 3  2 steps/s  128 tokens/s  MFU 25.0%  ETA 0:01:01"
     )
     assert "  skipped 3  spikes 2  " in progress.progress_line(5, 100, values | {"train/spikes": 2}, speed, 61)
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("TPU v5 lite", 197e12),
-        ("TPU v5", 459e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("cpu", None),
-    ],
-)
-def test_peaks(kind, peak):
-    assert peak_flops(kind) == peak
 
 
 def test_clock_counts_only_while_entered(monkeypatch):

@@ -1,0 +1,241 @@
+"""Compute a config's needs on a mesh: parameters, blocks, bytes and FLOPs of each device, and the compiled programs.
+
+Without compilation nothing is allocated: all tables come from shapes and shardings.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from ...optimizers.plan import patterns
+from .. import dataset, optimizer
+from ..base.errors import UserError
+from ..config import components
+from ..config.check import check
+from ..sharding import chips, partitioning
+from ..step.program import Program
+from ..step.schedule import Schedule
+from ..step.steps import make_eval_step
+from . import collectives
+
+# (regex over the path in the optimizer's state, kind of state), first match wins
+_KINDS = (
+    (r"(.*/)?(momentum|mu|trace|m)(/.*)?", "momentum"),
+    (r"(.*/)?(second_moment|nu|v|v_row|v_col|sum_of_squares)(/.*)?", "second moments"),
+    (r"(.*/)?(statistics|gathered)(/.*)?", "statistics"),
+    (r"(.*/)?roots?(/.*)?", "roots"),
+    (r".*", "other optimizer state"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """Memory, FLOPs and collectives of a compiled program. The content of a loop counts once.
+
+    Attributes:
+      seconds: time taken to compile.
+      error: the compiler's reason if the program does not fit; all fields below are then 0.
+      arguments, temporaries, peak: bytes on each device.
+      flops: FLOPs on each device.
+      traffic: kind of collective -> (number, bytes of their results on a device, bytes that a device sends).
+    """
+
+    seconds: float
+    error: str = ""
+    arguments: int = 0
+    temporaries: int = 0
+    peak: int = 0
+    flops: float = 0.0
+    traffic: Mapping[str, tuple[int, int, float]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A config's needs on a mesh.
+
+    Attributes:
+      mesh: axis -> number of devices.
+      device_kind: kind of the devices.
+      parameters: treatment -> (tensors, elements).
+      blocks: per bucket: name, blocks, shape, slots on a device, share of the elements that is padding.
+      bytes: per device and kind: what stays between two steps, and the gradient during a step.
+      model_flops: FLOPs of a step on each device, by the task's formula.
+      memory: bytes of a device, None if not known.
+      compiled: program ("train" and "evaluation") -> its figures; empty if nothing was compiled.
+    """
+
+    mesh: Mapping[str, int]
+    device_kind: str
+    parameters: Mapping[str, tuple[int, int]]
+    blocks: Sequence[Mapping[str, Any]]
+    bytes: Mapping[str, int]
+    model_flops: float
+    memory: int | None
+    compiled: Mapping[str, Compiled]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that stay on each device between two steps."""
+        return sum(size for kind, size in self.bytes.items() if kind != "gradients")
+
+    @property
+    def peak(self) -> int | None:
+        """Peak bytes of a device, None without compiled programs. During evaluation the whole state stays in memory."""
+        if not self.compiled or any(each.error for each in self.compiled.values()):
+            return None
+        evaluation = self.compiled["evaluation"]
+        return max(self.compiled["train"].peak, evaluation.peak + self.state_bytes - evaluation.arguments)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a device has enough memory, None if unknown. Without compilation it is at best unknown."""
+        if any(each.error for each in self.compiled.values()):
+            return False
+        if self.memory is not None and max(self.peak or 0, self.state_bytes) > self.memory:
+            return False
+        return None if self.peak is None else True
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all figures as plain dicts."""
+        derived = {"state_bytes": self.state_bytes, "peak": self.peak, "fits": self.fits}
+        return dataclasses.asdict(self) | derived
+
+
+def make_plan(config: Any, devices: Sequence[Any], *, compiles: bool = False) -> Plan:
+    """Plan a config for some devices, which need not belong to this machine.
+
+    Args:
+      config: a complete config.
+      devices: devices of the mesh.
+      compiles: whether to compile the programs for these devices, which takes minutes for a large model.
+
+    Raises:
+      UserError: the config does not fit the devices, or its data set does not tell shapes.
+    """
+    check(config)
+    task, data, options = (components.build(section) for section in (config.task, config.data, config.optimizer))
+    mesh = partitioning.make_mesh(config.mesh, devices)
+    partitioning.check_rules(config.sharding_rules, mesh)
+    partitioning.check_batch(config.batch_size, config.microbatches, mesh)
+    example = dataset.spec(data)
+    if example is None:
+        raise UserError(
+            f"config.data.name={config.data.name}: the data set does not tell the shapes of an example. Give it a "
+            "method spec(), see docs/data.md."
+        )
+    peak_rate = config.schedule.learning_rate
+    with jax.set_mesh(mesh):
+        sharding = partitioning.batch_sharding(mesh)
+        batch = {
+            name: jax.ShapeDtypeStruct((config.batch_size, *leaf.shape), leaf.dtype, sharding=sharding)
+            for name, leaf in example.items()
+        }
+        program = Program.of(config, task, mesh, batch)
+        tx, state, train_step = program.assemble(options, Schedule(optax.constant_schedule(peak_rate), peak_rate))
+        compiled = {}
+        if compiles:
+            compiled["train"] = _compile(train_step.lower(state, batch))
+            compiled["evaluation"] = _compile(make_eval_step(task, state, mesh).lower(state.variables, batch))
+        return Plan(
+            mesh=dict(mesh.shape),
+            device_kind=devices[0].device_kind,
+            parameters=_by_treatment(state.params, optimizer.treatments(tx, state.params)),
+            blocks=_block_table(tx, state.params),
+            bytes=_bytes_by_kind(state, batch),
+            model_flops=task.flops(batch) / mesh.size,
+            memory=chips.memory(devices[0].device_kind),
+            compiled=compiled,
+        )
+
+
+def suggestions(plan: Plan, config: Any) -> list[str]:
+    """Return knobs to change if the plan does not fit, most promising first."""
+    if plan.fits is not False or plan.memory is None:
+        return []
+    held = plan.state_bytes + plan.bytes["gradients"]
+    lines = []
+    if held > 0.5 * plan.memory and plan.mesh.get("data", 1) > 1:
+        lines.append(f"mesh.fsdp={2 * config.mesh.fsdp} instead of {config.mesh.fsdp}: smaller shards of parameters")
+    if held < plan.memory:
+        if config.task.get("remat") == "none":
+            lines.append("task.remat=full instead of none: recompute activations in the backward pass")
+        if config.task.get("compute_dtype") == "float32":
+            lines.append("task.compute_dtype=bfloat16 instead of float32")
+        parts = config.microbatches
+        lines.append(f"microbatches={2 * parts} instead of {parts}: activations of half as many examples at a time")
+    if plan.bytes.get("statistics", 0) + plan.bytes.get("roots", 0) > 0.1 * plan.memory:
+        size = config.optimizer.block_size
+        lines.append(f"optimizer.block_size={size // 2} instead of {size}: smaller statistics and roots")
+    return lines or ["a larger slice, or a smaller batch or model"]
+
+
+def _by_treatment(params: Any, treatments: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    for path, leaf in zip(patterns.paths(params), jax.tree.leaves(params), strict=True):
+        kind = treatments.get(path, "all alike").split(" ")[0]
+        tensors, elements = found.get(kind, (0, 0))
+        found[kind] = (tensors + 1, elements + math.prod(leaf.shape))
+    return found
+
+
+def _block_table(tx: Any, params: Any) -> list[dict[str, Any]]:
+    if not hasattr(tx, "plan"):
+        return []
+    rows = []
+    for bucket in tx.plan(params).buckets:
+        real = sum(math.prod(leaf.view.lengths) * leaf.view.stacked for leaf in bucket.leaves)
+        held = bucket.slots.size * math.prod(bucket.shape)
+        rows.append(
+            {
+                "name": bucket.name,
+                "blocks": bucket.blocks,
+                "shape": list(bucket.shape),
+                "slots on a device": bucket.slots.shape[1],
+                "padding": 1 - real / held,
+            }
+        )
+    return rows
+
+
+def _bytes_by_kind(state: Any, batch: Any) -> dict[str, int]:
+    held = partitioning.bytes_on_device
+    found = {"parameters": held(state.params), "gradients": held(state.params)}
+    for path, leaf in zip(patterns.paths(state.opt_state), jax.tree.leaves(state.opt_state), strict=True):
+        kind = patterns.first_match(_KINDS, path)
+        found[kind] = found.get(kind, 0) + held(leaf)
+    found["average"] = held(state.averaging)
+    found["model state and guard"] = held((state.model_state, state.guard, state.step))
+    found["batch"] = held(batch)
+    return {kind: size for kind, size in found.items() if size}
+
+
+def _compile(lowered: jax.stages.Lowered) -> Compiled:
+    begun = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        found = re.search(r"Ran out of memory.*", str(error))
+        return Compiled(time.perf_counter() - begun, error=found[0] if found else str(error).splitlines()[0])
+    seconds = time.perf_counter() - begun
+    memory: Any = compiled.memory_analysis()
+    cost: Any = compiled.cost_analysis()
+    traffic: dict[str, tuple[int, int, float]] = {}
+    for each in collectives.find(compiled.as_text() or ""):
+        count, size, sent = traffic.get(each.kind, (0, 0, 0.0))
+        traffic[each.kind] = (count + 1, size + each.bytes, sent + each.sent)
+    return Compiled(
+        seconds,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
+        flops=cost.get("flops", 0.0),
+        traffic=traffic,
+    )
