@@ -1,79 +1,92 @@
-"""The flags of a command: --config and one --config.KEY for every knob, --workdir, and what a command has besides."""
+"""Parse the flags of a verb, and turn errors into exit codes."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-from ..framework.base.errors import UserError
+from ..framework.base.errors import TrainingStopped, UserError
 
-_EXAMPLES = {"--config": "--config=shampax/configs/lm.py:sample", "--workdir": "--workdir=runs/quickstart"}
-_SHORT = {"--profile_steps": "--config.profile_steps"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """A command line, read.
-
-    Attributes:
-      config: the file and variant, "" where --help needs none.
-      workdir: where the run lives, "" where --help needs none.
-      overrides: "key=value", in the order given.
-      help: whether --help is among the flags.
-    """
-
-    config: str
-    workdir: str
-    overrides: tuple[str, ...]
-    help: bool
+INTERRUPTED = 128 + signal.SIGINT
 
 
-def parse(arguments: Sequence[str]) -> Command:
-    """Read the flags; `--flag=value` and `--flag value` are the same.
+class Parser(argparse.ArgumentParser):
+    """Parse the flags of a verb, and `--config.KEY=VALUE` for every knob. Errors in the flags raise UserError."""
 
-    Raises:
-      UserError: a flag is unknown, missing, given twice or without a value.
-    """
-    given, overrides, wants_help = read(arguments, _EXAMPLES, _SHORT)
-    for flag, example in _EXAMPLES.items():
-        if flag not in given and not wants_help:
-            raise UserError(f"{flag} is missing; add for example {example}")
-    return Command(given.get("--config", ""), given.get("--workdir", ""), overrides, wants_help)
+    def __init__(self, verb: str, description: str | None, **options: Any):
+        super().__init__(
+            prog=f"python -m shampax.launch.{verb}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+        self.register("action", None, _Once)
 
+    def parse(self, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, tuple[str, ...]]:
+        """Return the flags, and the overrides of knobs as "KEY=VALUE" in the order given.
 
-def read(
-    arguments: Sequence[str], examples: Mapping[str, str], short: Mapping[str, str] = MappingProxyType({})
-) -> tuple[dict[str, str], tuple[str, ...], bool]:
-    """Values by flag, the overrides of knobs, and whether --help is among the flags.
+        Args:
+          arguments: the command line; None takes that of this process.
 
-    Args:
-      arguments: of a command line.
-      examples: the flags that there are, each as it may be given.
-      short: other names of knobs.
-
-    Raises:
-      UserError: a flag is unknown, given twice or without a value.
-    """
-    given: dict[str, str] = {}
-    overrides = []
-    wants_help = False
-    rest = iter(arguments)
-    for argument in rest:
-        if argument in ("--help", "-h"):
-            wants_help = True
-            continue
-        flag, equals, value = argument.partition("=")
-        flag = short.get(flag, flag)
-        if flag not in examples and not flag.startswith("--config."):
-            known = ", ".join([*examples, "--config.KEY", *short])
-            raise UserError(f"unknown flag {flag!r}; there are {known} and --help")
-        if not equals:
-            value = next(rest, "--")
-        if value.startswith("--") or (flag in examples and not value):
-            raise UserError(f"{flag} has no value; write {examples.get(flag, f'{flag}=VALUE')}")
-        if flag.startswith("--config."):
+        Raises:
+          UserError: a flag is unknown, missing, repeated or without a value.
+        """
+        flags, overrides = [], []
+        rest = iter(sys.argv[1:] if arguments is None else arguments)
+        for argument in rest:
+            if not argument.startswith("--config."):
+                flags.append(argument)
+                continue
+            flag, equals, value = argument.partition("=")
+            if not equals:
+                value = next(rest, "--")
+            if value.startswith("--"):
+                self.error(f"{flag}: the value is missing. Write {flag}=VALUE")
             overrides.append(f"{flag.removeprefix('--config.')}={value}")
-        elif flag in given:
-            raise UserError(f"{flag} is given twice: {given[flag]!r} and {value!r}; leave one")
+        return self.parse_args(flags), tuple(overrides)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(f"{message}. See --help.")
+
+
+class _Once(argparse.Action):
+    """Store a value. A flag may be given once, and its value must not be empty."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if option_string and values == "":
+            parser.error(f"{option_string}: the value is missing. Write {option_string}=VALUE")
+        if option_string and getattr(namespace, self.dest) != self.default:
+            parser.error(f"{option_string}: given twice. Give it once")
+        setattr(namespace, self.dest, values)
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """Return the exit code and the last line for an error that needs no traceback, else None."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
+    if isinstance(error, BrokenPipeError):  # the reader of the output has ended, as `head` does
+        return 128 + signal.SIGPIPE, "the output was closed"
+    if isinstance(error, UserError | TrainingStopped):
+        return (2 if isinstance(error, UserError) else 1), f"error: {' '.join(str(error).split())}"
+    return None
+
+
+def run(command: Callable[[], int], explain: Callable[[BaseException], tuple[int, str] | None] = explain) -> int:
+    """Run a command and return its exit code. An error that `explain` knows ends in one line on stderr."""
+    try:
+        code = command()
+        sys.stdout.flush()
+        return code
+    except BaseException as error:
+        if (known := explain(error)) is None:
+            raise
+        code, words = known
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again at exit
         else:
-            given[flag] = value
-    return given, tuple(overrides), wants_help
+            print(words, file=sys.stderr)
+        return code

@@ -1,21 +1,19 @@
 """Prepare data: `python -m shampax.launch.prepare --config=FILE.py[:VARIANT] --output=DIR [--config.KEY=VALUE ...]`.
 
-Makes the rows that the config's data set is read by, once, in DIR, local or gs://: tokens or parsed fields in shards of
-ArrayRecord files, with a manifest. `shampax.launch.train` with --config.data.prepared=DIR reads them; its batches are
-bitwise those of a run that prepares in its workdir. Several preparations may lie in one DIR.
+Writes the rows of the config's data set to DIR (local or gs://) once: tokens or parsed fields in ArrayRecord shards,
+with a manifest. `shampax.launch.train` with --config.data.prepared=DIR reads them; its batches are bitwise those of a
+run that prepares in its workdir. A DIR may hold several preparations.
 
---workers=N uses N cores. --process=I/N makes share I, from 0, of N: the same command on N hosts, or N times here, at
-one time or one after another. None waits for another, and the last to finish writes the manifest. Each that does not
-find a tokenizer trains it; all get the same one. What was killed goes on with the shards that are missing, by the same
-command.
+--process=I/N makes share I (from 0) of N: run the same command on N hosts, or N times here, at once or one after
+another. No process waits for another, and the last to finish writes the manifest. After an interruption, rerun the same
+command: it makes only the missing shards.
 
-Exit codes: 0, this process' share is made; 2, something given cannot work; 130, interrupted.
+Exit codes: 0, this share is complete; 2, invalid input; 130, interrupted.
 """
 
 import dataclasses
 import os
 import re
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -25,68 +23,44 @@ from ..framework.config import components
 from ..framework.config.check import load
 from . import flags
 
-_EXAMPLES = {
-    "--config": "--config=shampax/configs/lm.py:sample",
-    "--output": "--output=/data/lm_sample",
-    "--workers": "--workers=8",
-    "--process": "--process=0/4",
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see the module. `arguments` are those of this process by default. Returns the exit code."""
-    try:
-        given, overrides, wants_help = flags.read(sys.argv[1:] if arguments is None else arguments, _EXAMPLES)
-        if wants_help:
-            print(__doc__)
-            return 0
-        for flag in ("--config", "--output"):
-            if flag not in given:
-                raise UserError(f"{flag} is missing; add for example {_EXAMPLES[flag]}")
-        process, processes = _process(given.get("--process", "0/1"))
-        workers = _workers(given.get("--workers", str(os.cpu_count() or 1)))
-        _prepare(given["--config"], overrides, given["--output"], workers, process, processes)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with the shards that are missing", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    """Run the verb and return its exit code. `arguments` defaults to those of this process."""
+    return flags.run(lambda: _prepare(arguments))
 
 
-def _prepare(spec: str, overrides: Sequence[str], output: str, workers: int, process: int, processes: int) -> None:
-    config = load(spec, overrides)
-    # Imported when the config is known to be good: this brings JAX with it.
+def _prepare(arguments: Sequence[str] | None) -> int:
+    parser = flags.Parser("prepare", __doc__)
+    parser.add_argument("--config", required=True, metavar="FILE.py[:VARIANT]")
+    parser.add_argument("--output", required=True, metavar="DIR", help="local or gs://")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (one a core)")
+    parser.add_argument("--process", default="0/1", metavar="I/N", help="make share I of N")
+    options, overrides = parser.parse(arguments)
+    if options.workers < 1:
+        raise UserError(f"--workers={options.workers}: must be at least 1. Give a number of processes.")
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", options.process)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UserError(f"--process={options.process}: not a share. Write I/N with I from 0 to N - 1, as in 0/4.")
+    process, processes = int(match[1]), int(match[2])
+    config = load(options.config, overrides)
+    # Imported after the config is checked: this imports JAX.
     from ..framework.data.preparing import preparing
 
     data = components.build(config.data)
     if not isinstance(data, preparing.Preparable):
         raise UserError(
-            f"{config.data.name} has nothing to prepare: it reads its source as it is; images are read from the "
-            "records of a tfds set, which are ArrayRecord already (tfds build NAME --file_format=array_record)"
+            f"config.data.name={config.data.name}: nothing to prepare, the data set reads its source directly. For "
+            "images, make ArrayRecord files with tfds build NAME --file_format=array_record."
         )
-    place = paths.of(output)
+    place = paths.of(options.output)
     manifest = preparing.run(
-        dataclasses.replace(data, prepared=""), place, workers=workers, process=process, processes=processes
+        dataclasses.replace(data, prepared=""), place, workers=options.workers, process=process, processes=processes
     )
     if manifest is None:
-        print(f"share {process} of {processes} is made in {place}; shards of others are missing, the last joins them")
+        print(f"share {process} of {processes} is complete in {place}; shards of other shares are missing")
     else:
-        print(f"prepared in {place}: train with --config={spec} --config.data.prepared={place}")
-
-
-def _process(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
-    if match is None or int(match[1]) >= int(match[2]):
-        raise UserError(f"--process is {text!r}; write I/N with I from 0 to N - 1, as in {_EXAMPLES['--process']}")
-    return int(match[1]), int(match[2])
-
-
-def _workers(text: str) -> int:
-    if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
-        raise UserError(f"--workers is {text!r}; give a number of processes, as in {_EXAMPLES['--workers']}")
-    return int(text)
+        print(f"prepared in {place}: train with --config={options.config} --config.data.prepared={place}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
 """Train: `python -m shampax.launch.train --config=FILE.py[:VARIANT] --workdir=DIR [--config.KEY=VALUE ...]`.
 
-The same command again resumes from the newest checkpoint; once the run is complete it only says so. --help lists every
-knob; with a --config, its values too.
+Rerun the same command to resume from the latest checkpoint. --help lists every knob; with --config, its values too.
 
-A run of several processes is this command in each. Slurm, GKE, Cloud TPU and Open MPI say which process each is; else
-JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment do. They end
+In a run of several processes, each runs this command. Slurm, GKE, Cloud TPU and Open MPI tell each process its number;
+elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. All processes end
 together. `shampax.launch.local` starts several on this machine.
 
-Exit codes: 0, complete; 1, training could not go on (a checkpoint is saved), or this process has failed with a
-traceback; 2, something given cannot work, or is not the same in all processes (no run has begun); 75, another process
-has died, failed or not come, the same command goes on from the newest checkpoint; 130 and 143, stopped by Ctrl-C or
-SIGTERM (a checkpoint is saved, the same command goes on from it).
+Exit codes: 0, complete; 1, training cannot continue (a checkpoint is saved), or this process failed with a traceback;
+2, invalid input, or input that differs between processes (no run has begun); 75, another process died, failed or did
+not connect: rerun to resume; 130 and 143, stopped by Ctrl-C or SIGTERM (a checkpoint is saved): rerun to resume.
 """
 
+import argparse
 import errno
 import signal
 import sys
@@ -21,93 +20,100 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..configs import base
-from ..framework.base.errors import TrainingStopped, UserError
+from ..framework.base.errors import UserError
 from ..framework.config.check import load
 from ..framework.distributed import cluster, sameness
 from ..framework.distributed.processes import Group
 from . import environment, flags, knobs
-from .next_steps import next_steps
 
 _UNUSABLE = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
-_USAGE = "usage: python -m shampax.launch.train --config=FILE.py[:VARIANT] --workdir=DIR [--config.KEY=VALUE ...]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see the module. `arguments` are those of this process by default. Returns the exit code."""
-    group = None
+    """Run the verb and return its exit code. `arguments` defaults to those of this process."""
+    return flags.run(lambda: _main(sys.argv[1:] if arguments is None else arguments), explain)
+
+
+def parser(*, helps: bool = False) -> flags.Parser:
+    """Return the parser of the verb's flags. With `helps`, none is required."""
+    made = flags.Parser("train", __doc__, add_help=False)
+    made.add_argument("--config", required=not helps, metavar="FILE.py[:VARIANT]")
+    made.add_argument("--workdir", required=not helps, metavar="DIR", help="rerun with the same DIR to resume")
+    made.add_argument("--profile_steps", metavar="FIRST:STOP", help="the same as --config.profile_steps")
+    made.add_argument("--help", "-h", action="store_true", help="list every knob; with --config, its values too")
+    return made
+
+
+def _main(arguments: Sequence[str]) -> int:
+    helps = not {"--help", "-h"}.isdisjoint(arguments)
+    options, overrides = parser(helps=helps).parse(arguments)
+    if options.profile_steps:
+        overrides = (*overrides, f"profile_steps={options.profile_steps}")
+    if helps:
+        _help(options.config, overrides)
+        return 0
+    place = cluster.place()
+    if place is None:
+        return _train(options, overrides, None)
+    group = Group(place, explain)
     try:
-        command = flags.parse(sys.argv[1:] if arguments is None else arguments)
-        if command.help:
-            _help(command)
-            return 0
-        place = cluster.place()
-        group = Group(place, _explain) if place else None
-        code = _train(command, group)
+        code = _train(options, overrides, group)
     except BaseException as error:
-        if group is not None:
-            group.fail(error)
-        known = _explain(error)
-        if known is None:
-            raise
-        code, words = known
-        print(words, file=sys.stderr)
-        return code
-    if group is not None:
-        group.leave()
+        group.fail(error)
+    group.leave()
     return code
 
 
-def _train(command: flags.Command, group: Group | None) -> int:
+def _help(file: str | None, overrides: Sequence[str]) -> None:
+    config = load(file, overrides) if file else base.get_config()
+    parser(helps=True).print_help()
+    print(f"\nKnobs and their {'values' if file else 'defaults'}:\n\n{knobs.table(config)}")
+    if not file:
+        print("\nWith --config=FILE.py:VARIANT also the knobs of its task, data and optimizer.")
+
+
+def _train(options: argparse.Namespace, overrides: Sequence[str], group: Group | None) -> int:
     environment.check_accelerator()
-    config = load(command.config, command.overrides)
+    config = load(options.config, overrides)
     environment.simulate_devices(config.simulated_devices)
     if group is not None:
-        group.join(sameness.identity(config, command.workdir), **config.processes)
-    # Imported when the config is known to be good: the trainer brings all of JAX, Orbax and grain with it.
+        group.join(sameness.identity(config, options.workdir), **config.processes)
+    # Imported after the config is checked: the trainer imports JAX, Orbax and grain.
     from ..framework.train import train
 
     try:
-        result = train(config, command.workdir)
+        result = train(config, options.workdir)
     except OSError as error:
         if error.errno not in _UNUSABLE:
             raise
-        raise UserError(f"workdir {command.workdir} cannot be used: {error}") from error
-    _say_where(command, config, result)
+        raise UserError(f"--workdir={options.workdir}: cannot be used ({error}). Use another folder.") from error
+    _show_result(options.workdir, result)
     return 128 + signal.Signals[result["stopped"]] if result["stopped"] else 0
 
 
-def _say_where(command: flags.Command, config: Any, result: dict[str, Any]) -> None:
+def _show_result(workdir: str, result: dict[str, Any]) -> None:
     import jax
 
     if jax.process_index() != 0:
         return
-    print(f"\nResults: {command.workdir} (result.json, metrics.jsonl, config.json, checkpoints/, TensorBoard events)")
+    print(f"\nResults: {workdir} (result.json, metrics.jsonl, config.json, checkpoints/, TensorBoard events)")
     if result["stopped"]:
-        print(f"Stopped by {result['stopped']} after step {result['steps']}; the same command goes on from there.")
-        return
-    print("Next:")
-    for line in next_steps(command, config):
-        print(f"  {line}")
+        print(f"Stopped by {result['stopped']} after step {result['steps']}. Rerun the same command to resume.")
+    else:
+        print(f"Draw it: python -m shampax.launch.report {workdir}")
 
 
-def _help(command: flags.Command) -> None:
-    config = load(command.config, command.overrides) if command.config else base.get_config()
-    print(f"{_USAGE}\n\nThe same command again resumes. Knobs, their {'values' if command.config else 'defaults'}:\n")
-    print(knobs.table(config))
-    if not command.config:
-        print("\nWith --config=FILE.py:VARIANT also the knobs of its task, data and optimizer.")
-
-
-def _explain(error: BaseException) -> tuple[int, str] | None:
-    """Exit code and last words for what a user can make use of; None for what needs its traceback."""
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT, "interrupted; the same command goes on from the newest checkpoint, if there is one"
-    if not isinstance(error, (UserError, TrainingStopped)):
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """Return the exit code and the last words for an error that needs no traceback, else None."""
+    known = flags.explain(error)
+    if known is None:
         return None
-    words = f"error: {' '.join(str(error).split())}"
-    if isinstance(error.__cause__, RuntimeError):  # not the user's doing: whoever mends it needs to see where it was
+    code, words = known
+    if isinstance(error, KeyboardInterrupt):
+        words = "interrupted. Rerun the same command to resume from the latest checkpoint."
+    if isinstance(error.__cause__, RuntimeError):  # a bug, not the user's input: whoever fixes it needs its place
         words = "".join(traceback.format_exception(error.__cause__)) + words
-    return (2 if isinstance(error, UserError) else 1), words
+    return code, words
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from shampax.framework.config.check import load
 from shampax.framework.distributed import cluster
-from shampax.launch import flags
+from shampax.launch import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CLUSTERS = ROOT / "launch" / "clusters"
@@ -141,7 +141,7 @@ def test_pods_on_tpus_find_each_other():
 def test_pods_train_and_do_not_start_again_where_that_cannot_help(name):
     document = manifest(name)
     _, container, job = pod(document, 0)
-    command = flags.parse(container["args"])
+    command, _ = train.parser().parse(container["args"])
     assert load(command.config).batch_size > 0
     [claim] = [volume["persistentVolumeClaim"]["claimName"] for volume in job["template"]["spec"]["volumes"][:1]]
     assert claim == manifest("gke_storage.yaml")["metadata"]["name"]

@@ -721,8 +721,8 @@ LAUNCH = (
     Mutant(
         "next-flag-taken-for-a-value",
         "launch/flags.py",
-        'if value.startswith("--") or (flag in examples and not value):',
-        "if flag in examples and not value:",
+        'if value.startswith("--"):',
+        'if value == "--":',
         "A flag whose value is forgotten swallows the flag behind it.",
         ("tests/launch/test_train_cli.py::test_bad_input_is_one_line_and_writes_nothing",),
     ),

@@ -25,7 +25,7 @@ from shampax.framework.reporting import curves, metrics
 from shampax.framework.reporting.runs import read_run
 from shampax.framework.sharding import partitioning
 from shampax.framework.step.schedule import make_schedule
-from shampax.launch import flags, report
+from shampax.launch import report, train
 
 fuzz = settings(
     derandomize=True, deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -135,8 +135,9 @@ def set_up(config):
 @example(["--config.optimizer.exponent=1e-310"])
 @example(["--config.seed", "1"])
 def test_command_lines(tmp_path, arguments):
-    command = attempt(tmp_path, flags.parse, [f"--config={SAMPLE}", f"--workdir={tmp_path / 'run'}", *arguments])
-    config = command and attempt(tmp_path, config_lib.load, command.config, command.overrides)
+    given = [f"--config={SAMPLE}", f"--workdir={tmp_path / 'run'}", *arguments]
+    command, overrides = attempt(tmp_path, train.parser().parse, given) or (None, ())
+    config = command and attempt(tmp_path, config_lib.load, command.config, overrides)
     if config is not None:
         attempt(tmp_path, set_up, config)
         assert config_lib.differences(config_lib.to_json(config), config, ()) == []

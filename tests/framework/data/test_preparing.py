@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_one_line(sources, tmp_path, capsys):
         there.prepare(tmp_path)
     arguments = ["--config=shampax/configs/resnet.py:sample", f"--output={place}"]
     assert prepare.main(arguments) == 2
-    assert "has nothing to prepare" in capsys.readouterr().err
-    for flag, message in (("--process=2/2", "from 0 to N - 1"), ("--workers=0", "number of processes")):
+    assert "nothing to prepare" in capsys.readouterr().err
+    for flag, message in (("--process=2/2", "from 0 to N - 1"), ("--workers=0", "at least 1")):
         assert prepare.main([*arguments, flag]) == 2
         assert message in capsys.readouterr().err
