@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other: every process calls the same function at the same place."""
+"""Exchange values between the processes of a run. Every process calls the same function at the same place."""
 
 import json
 from collections.abc import Callable
@@ -12,21 +12,20 @@ from ..base.errors import UserError
 
 
 def gather(text: str) -> list[str]:
-    """The texts of all processes, of any lengths, by process index."""
+    """Return the texts of all processes, which may differ in length, by process index."""
     mine = np.frombuffer(text.encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(mine.size)).ravel()
-    # A power of two: every size is a program to compile.
-    padded = np.zeros(1 << int(lengths.max()).bit_length(), np.uint8)
+    padded = np.zeros(1 << int(lengths.max()).bit_length(), np.uint8)  # a power of two: each size compiles a program
     padded[: mine.size] = mine
     rows = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
     return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
 def first(work: Callable[[], Any]) -> Any:
-    """Process 0 works while the others wait; what it returns, which must be good for JSON, is returned in all.
+    """Run `work` on process 0 and return its (JSON-serialisable) result on every process.
 
     Raises:
-      UserError: the work has raised it; with the same message in all.
+      UserError: `work` has raised it; the message is the same on every process.
     """
     outcome, failure = {}, None
     if jax.process_index() == 0:

@@ -1,14 +1,15 @@
-"""Which process of a run this is, as the environment says: by JAX_... variables, or by whoever has started it.
+"""Read from the environment which process of a run this is.
 
-JAX finds these out by itself, too, when it starts. Here they are needed before that: the processes of a run meet, and
-compare what they are to do, before JAX looks at a device (`framework/distributed/processes.py`). The ports are
-those that JAX would take. Formats:
+`jax.distributed.initialize` can detect this too, but only while it starts JAX. The processes of a run connect and
+compare their configs before that (`framework/distributed/processes.py`), and JAX has no public function for the
+detection alone. Hosts and ports are those that JAX would choose. Sources, in this order:
 
-- Open MPI 4: OMPI_COMM_WORLD_SIZE, _RANK, _LOCAL_SIZE, _LOCAL_RANK; OMPI_MCA_orte_hnp_uri has the addresses of mpirun.
-- Slurm: the variables that srun sets in a step, https://slurm.schedmd.com/srun.html.
-- Cloud TPU on GKE: TPU_WORKER_HOSTNAMES, TPU_WORKER_ID, and MEGASCALE_... where a run has several slices.
-- Kubernetes: JOB_COMPLETION_INDEX of an indexed Job; the pods' host names are the Job's name and that index.
-- Cloud TPU VMs: attributes of the machine, which its metadata server tells.
+- JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; each overrides the others below.
+- Open MPI: OMPI_COMM_WORLD_SIZE, _RANK, _LOCAL_SIZE, _LOCAL_RANK; in version 4, OMPI_MCA_orte_hnp_uri has the address.
+- Slurm: variables of a step started by srun, https://slurm.schedmd.com/srun.html.
+- Cloud TPU on GKE: TPU_WORKER_HOSTNAMES, TPU_WORKER_ID, and MEGASCALE_... if a run has several slices.
+- Kubernetes: JOB_COMPLETION_INDEX of an indexed Job; host names of its pods are the Job's name and the index.
+- Cloud TPU VMs: attributes that the machine's metadata server returns.
 """
 
 import glob
@@ -22,124 +23,90 @@ from typing import NamedTuple
 from ..base.errors import UserError
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-PORT = "JAX_COORDINATOR_PORT"
+PORT, LOCAL_DEVICES = "JAX_COORDINATOR_PORT", "JAX_LOCAL_DEVICE_IDS"
 _TPU_PORT, _KUBERNETES_PORT = 8482, 55527
-_EPHEMERAL_PORTS = range(65536 - 2**12, 65536)  # above those that Linux gives away by itself
+_EPHEMERAL_PORTS = range(65536 - 2**12, 65536)  # above those that Linux assigns
 _TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
+_GPU_FILES = "/dev/nvidia[0-9]*"
+_VISIBLE_GPUS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 _METADATA_SECONDS = 10.0
 
 
 class Place(NamedTuple):
-    """Which process of a run this is: number `index` of `count`; process 0 is at `host`:`port`."""
+    """Identify one process of a run.
+
+    Attributes:
+      host, port: where process 0 listens.
+      count: number of processes.
+      index: number of this process, from 0.
+      port_in: environment variable that can change the port.
+      local_devices: numbers of this machine's GPUs that this process uses; None leaves the choice to JAX.
+    """
 
     host: str
     port: int
     count: int
     index: int
-    hosts: tuple[str, ...] = ()  # of the processes, by index, where that is known
-    port_in: str = ADDRESS  # the variable that has the last word on the port
-    local_device: int | None = None  # the only one to take, of those that this machine has
+    port_in: str = ADDRESS
+    local_devices: tuple[int, ...] | None = None
 
 
 class Found(NamedTuple):
-    """What a cluster says; None where it does not say it."""
+    """The answer of a cluster: like `Place`, with None for what it does not tell."""
 
     name: str
     host: str | None
     port: int
     count: int | None
     index: int
-    hosts: tuple[str, ...] = ()  # of the processes, by index
-    local_device: int | None = None
+    local_devices: tuple[int, ...] | None = None
 
 
 def place(environ: Mapping[str, str] = os.environ) -> Place | None:
-    """Which process of a run this is, or None where it is the whole run.
+    """Return which process of a run this is, or None if it is the only one.
 
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID have the last word, each for itself, and where all
-    three are set nothing else is looked at; JAX_COORDINATOR_PORT moves the port of what a cluster says.
-    JAX_NUM_PROCESSES=1 by itself makes a run of this process alone; with the other two it is process 0 of 1, which
-    starts, adds up and ends as those of many do.
+    JAX_COORDINATOR_PORT changes the port of a detected cluster. JAX_NUM_PROCESSES=1 alone makes this process a run of
+    its own; with the other two variables it is process 0 of 1, which starts and ends like a run of several.
 
     Raises:
-      UserError: what is said is not all that is needed, or makes no sense.
+      UserError: a value is missing or invalid.
     """
     given = {name: environ[name] for name in (ADDRESS, COUNT, INDEX) if environ.get(name)}
-    if given.get(COUNT) == "1" and len(given) < 3:
-        return _alone(given)
+    if given.get(COUNT) == "1" and len(given) < 3 and given.get(INDEX, "0") == "0":
+        return None
     found = None if len(given) == 3 else _find(environ)
     if not given and (found is None or found.count == 1):
         return None
-    name, host, port = (found.name, found.host, found.port) if found else ("", None, 0)
+    host, port = (found.host, found.port) if found else (None, 0)
     if environ.get(PORT):
         port = _number(environ, PORT)
     if ADDRESS in given:
         host, port = _address(given[ADDRESS])
     count = _number(given, COUNT) if COUNT in given else found and found.count
     index = _number(given, INDEX) if INDEX in given else found and found.index
-    missing = [name for name, value in ((ADDRESS, host), (COUNT, count), (INDEX, index)) if value is None]
-    if host is None or count is None or index is None:
-        says = " and ".join([*given, *([name] if name else [])])
+    said = " and ".join([*given, *([found.name] if found else [])])
+    if index is not None and count is not None and not 0 <= index < count:
         raise UserError(
-            f"{says} {'say' if ' and ' in says else 'says'} that this is a process of several, and "
-            f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set in the environment; "
-            "set all three in each process, or JAX_NUM_PROCESSES=1 for a run of this process alone"
+            f"{INDEX}={index} and {COUNT}={count} (from {said}): the index must be below the number of processes. Give "
+            "each process another index, from 0."
         )
-    if not 0 <= index < count:
+    if host is None or count is None or index is None:
+        missing = [name for name, value in ((ADDRESS, host), (COUNT, count), (INDEX, index)) if value is None]
         raise UserError(
-            f"this is process {index} of {count} by {' and '.join([*given, name]).removesuffix(' and ')}; "
-            f"give the number of processes ({COUNT}), and to each another index from 0 to one less ({INDEX})"
+            f"{said} found in the environment, but not {' or '.join(missing)}. Set all three variables in each process "
+            f"of a run, or {COUNT}=1 for a run of this process alone."
         )
     if not 0 < port < 2**16:
-        raise UserError(f"the port of process 0 is {port}; give one from 1 to 65535 in {PORT}")
+        raise UserError(f"{PORT}={port}: must be from 1 to 65535.")
     if count == 1 and len(given) < 3:
         return None
-    hosts = found.hosts if found and len(found.hosts) == count else ()
-    return Place(host, port, count, index, hosts, ADDRESS if ADDRESS in given else PORT, found and found.local_device)
-
-
-def expand(hostlist: str) -> list[str]:
-    """The hosts of a Slurm host list: "n[01-03,7],gpu" is n01, n02, n03, n7, gpu.
-
-    Raises:
-      UserError: it is none.
-    """
-    entry = r"(?:[^\[\],]|\[[0-9,-]+\])+"
-    if not re.fullmatch(f"{entry}(?:,{entry})*", hostlist):
-        raise UserError(f"{hostlist!r} is no list of hosts as Slurm writes them, such as n[01-03,7],gpu")
-    hosts = []
-    for group in re.findall(entry, hostlist):
-        found = [""]
-        for literal, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", group):
-            endings = [literal] if literal else [number for part in ranges.split(",") for number in _range(part)]
-            found = [start + ending for start in found for ending in endings]
-        hosts += found
-    return hosts
-
-
-def _range(part: str) -> list[str]:
-    first, dash, last = part.partition("-")
-    try:
-        return [f"{number:0{len(first)}}" for number in range(int(first), int(last if dash else first) + 1)]
-    except ValueError:
-        raise UserError(f"[{part}] is no range of hosts as Slurm writes them, such as [01-03]") from None
-
-
-def _alone(given: Mapping[str, str]) -> None:
-    if _number(given, INDEX) if INDEX in given else 0:
-        raise UserError(
-            f"{COUNT} is '1' and {INDEX} is {given[INDEX]!r}; give the number of processes, and to each another index "
-            "from 0 to one less"
-        )
+    return Place(host, port, count, index, ADDRESS if ADDRESS in given else PORT, found and found.local_devices)
 
 
 def _find(environ: Mapping[str, str]) -> Found | None:
-    # mpirun under Slurm starts its own helpers by srun, whose variables the processes inherit: it is asked first.
-    for look in (_open_mpi, _slurm, _gke_tpu, _kubernetes, _tpu_vm):
-        found = look(environ)
-        if found is not None:
-            return found
-    return None
+    # mpirun under Slurm starts its helpers with srun, and the processes inherit srun's variables: Open MPI comes first.
+    finders = (_open_mpi, _slurm, _gke_tpu, _kubernetes, _tpu_vm)
+    return next((found for find in finders if (found := find(environ)) is not None), None)
 
 
 def _open_mpi(environ: Mapping[str, str]) -> Found | None:
@@ -147,40 +114,67 @@ def _open_mpi(environ: Mapping[str, str]) -> Found | None:
         return None
     uri = environ.get("OMPI_MCA_orte_hnp_uri", "")  # JOB.0;tcp://IP,IP:PORT; Open MPI 5 has none
     match = re.match(r"(\d+)\.[^;]*;.*?(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri)
-    port = _EPHEMERAL_PORTS[int(match[1]) // 2**12 % 2**12 if match else 0]  # the low 12 bits of a job's number are 0
-    shared = _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE") > 1
+    size, rank, local_size, local_rank = (
+        _number(environ, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
+    )
     return Found(
         "Open MPI",
         (match[2] or match[3]) if match else None,
-        port,
-        _number(environ, "OMPI_COMM_WORLD_SIZE"),
-        _number(environ, "OMPI_COMM_WORLD_RANK"),
-        local_device=_own_device(environ, _number(environ, "OMPI_COMM_WORLD_LOCAL_RANK")) if shared else None,
+        _EPHEMERAL_PORTS[int(match[1]) // 2**12 % 2**12 if match else 0],  # the low 12 bits of a job's number are 0
+        size,
+        rank,
+        _own_devices(environ, local_size, local_rank),
     )
 
 
 def _slurm(environ: Mapping[str, str]) -> Found | None:
-    # A batch script, too, has SLURM_PROCID and SLURM_NTASKS; only in a step are there as many processes as that.
+    # A batch script has SLURM_PROCID and SLURM_NTASKS as well; only a step has that many processes.
     if "SLURM_STEP_NODELIST" not in environ or "SLURM_STEP_NUM_TASKS" not in environ:
         return None
-    hosts = expand(environ["SLURM_STEP_NODELIST"])
     count = _number(environ, "SLURM_STEP_NUM_TASKS")
-    shared = len(hosts) < count
+    nodes = _number(environ, "SLURM_STEP_NUM_NODES") if "SLURM_STEP_NUM_NODES" in environ else count
     return Found(
         "Slurm",
-        hosts[0],
+        first_host(environ["SLURM_STEP_NODELIST"]),
         _EPHEMERAL_PORTS[_number(environ, "SLURM_JOB_ID") % 2**12],
         count,
         _number(environ, "SLURM_PROCID"),
-        tuple(hosts),
-        _own_device(environ, _number(environ, "SLURM_LOCALID")) if shared else None,
+        _own_devices(environ, -(-count // max(1, nodes)), _number(environ, "SLURM_LOCALID")),
     )
 
 
-def _own_device(environ: Mapping[str, str], local_index: int) -> int | None:
-    """Processes that share a machine take one device each, unless each is shown only its own."""
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    return local_index if visible is None or "," in visible else None
+def first_host(hostlist: str) -> str:
+    """Return the first host of a Slurm host list: "n01" of "n[01-03,7],gpu".
+
+    Raises:
+      UserError: the text is not a host list.
+    """
+    match = re.match(r"(?:[^\[\],]|\[\d+[\d,-]*\])+(?=,|$)", hostlist)
+    if match is None:
+        raise UserError(f"SLURM_STEP_NODELIST={hostlist!r}: cannot parse it. It should look like n[01-03,7],gpu.")
+    return re.sub(r"\[(\d+)[\d,-]*\]", r"\1", match[0])
+
+
+def _own_devices(environ: Mapping[str, str], tasks: int, index: int) -> tuple[int, ...] | None:
+    """Return the share of a process in the GPUs of a machine that `tasks` processes use, or None for all it sees.
+
+    None also if the user or the cluster has already given each process its own GPUs, which shows as fewer visible GPUs
+    than the machine, or the part of it that the job has, has.
+    """
+    allotted = "SLURM_GPUS_ON_NODE"
+    here = _number(environ, allotted) if environ.get(allotted) else len(glob.glob(_GPU_FILES))
+    listed = next((environ[name].split(",") for name in _VISIBLE_GPUS if environ.get(name)), None)
+    visible = here if listed is None else len(listed)
+    total = here or visible
+    if environ.get(LOCAL_DEVICES) or tasks == 1 or visible < total or total < tasks:
+        return None
+    if total % tasks:
+        raise UserError(
+            f"{tasks} processes share {total} GPUs, which does not divide evenly. Start another number of processes on "
+            f"each machine, or set {LOCAL_DEVICES} in each, e.g. 0,1."
+        )
+    each = total // tasks
+    return tuple(range(index * each, (index + 1) * each))
 
 
 def _gke_tpu(environ: Mapping[str, str]) -> Found | None:
@@ -191,18 +185,18 @@ def _gke_tpu(environ: Mapping[str, str]) -> Found | None:
 
 
 def _kubernetes(environ: Mapping[str, str]) -> Found | None:
-    # Pods of an indexed Job may as well be runs of their own; with JAX_NUM_PROCESSES they are one.
+    # The pods of an indexed Job may also be separate runs; JAX_NUM_PROCESSES makes them one.
     if "JOB_COMPLETION_INDEX" not in environ or not environ.get(COUNT):
         return None
-    index, count = _number(environ, "JOB_COMPLETION_INDEX"), _number(environ, COUNT)
+    index = _number(environ, "JOB_COMPLETION_INDEX")
     stem, service = environ.get("HOSTNAME", "").removesuffix(f"-{index}"), environ.get("HEADLESS_SERVICE")
-    hosts = tuple(f"{stem}-{other}.{service}" for other in range(count)) if stem and service else ()
-    if not hosts and not environ.get(ADDRESS):
+    host = f"{stem}-0.{service}" if stem and service else None
+    if not host and not environ.get(ADDRESS):
         raise UserError(
-            f"this is a pod of an indexed Job with {COUNT}={count}, and HEADLESS_SERVICE or HOSTNAME is not set; set "
-            "HEADLESS_SERVICE to the name of the service that gives the pods their names: in a JobSet, the JobSet's"
+            f"{COUNT}={environ[COUNT]} in a pod of an indexed Job: HEADLESS_SERVICE or HOSTNAME is not set. Set "
+            "HEADLESS_SERVICE to the service that names the pods; in a JobSet, it has the JobSet's name."
         )
-    return Found("Kubernetes", hosts[0] if hosts else None, _KUBERNETES_PORT, None, index, hosts)
+    return Found("Kubernetes", host, _KUBERNETES_PORT, None, index)
 
 
 def _tpu_vm(environ: Mapping[str, str]) -> Found | None:
@@ -210,52 +204,49 @@ def _tpu_vm(environ: Mapping[str, str]) -> Found | None:
         return None
     index, endpoints = (_metadata(environ, key) for key in ("agent-worker-number", "worker-network-endpoints"))
     if not index or not endpoints:
-        return None  # a TPU of another kind of machine
-    hosts = [endpoint.rpartition(":")[2] for endpoint in endpoints.split(",")]  # NAME:NUMBER:IP, or only the last
+        return None  # the TPU of another kind of machine
+    hosts = [endpoint.rpartition(":")[2] for endpoint in endpoints.split(",")]  # NAME:NUMBER:IP, or only IP
     said = dict(re.findall(r"^\s*(MEGASCALE_\w+)\s*:\s*'?([^'\n]*)'?\s*$", _metadata(environ, "tpu-env"), re.MULTILINE))
     return _slices("the TPU's metadata", hosts, _number({"agent-worker-number": index}, "agent-worker-number"), said)
 
 
 def _slices(name: str, hosts: list[str], index: int, said: Mapping[str, str]) -> Found:
-    """A process of a slice, or of several slices that are one run."""
+    """Return a process of one slice, or of several slices that form one run."""
     slices = _number(said, "MEGASCALE_NUM_SLICES") if said.get("MEGASCALE_NUM_SLICES") else 1
     if slices == 1:
-        return Found(name, hosts[0], _TPU_PORT, len(hosts), index, tuple(hosts))
+        return Found(name, hosts[0], _TPU_PORT, len(hosts), index)
     host, _, _ = said.get("MEGASCALE_COORDINATOR_ADDRESS", "").partition(":")
     index += len(hosts) * _number(said, "MEGASCALE_SLICE_ID")
     return Found(name, host or None, _TPU_PORT, len(hosts) * slices, index)
 
 
 def _metadata(environ: Mapping[str, str], key: str) -> str:
-    """An attribute of this machine; "" where it has none."""
+    """Return an attribute of this machine, "" if it has none."""
     server = environ.get("GCE_METADATA_HOST") or "metadata.google.internal"
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
-    direct = urllib.request.ProxyHandler({})  # a proxy would ask its own machine's server
+    direct = urllib.request.ProxyHandler({})  # a proxy would ask the server of its own machine
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     try:
         with urllib.request.build_opener(direct).open(request, timeout=_METADATA_SECONDS) as answer:
             return answer.read().decode().strip()
-    except urllib.error.HTTPError as error:
-        if error.code == 404:
-            return ""
-        reason: Exception = error
     except OSError as error:
-        reason = error
-    raise UserError(
-        f"the metadata server {server}, which knows the other machines of this TPU, does not tell {key}: {reason}; "
-        f"set {ADDRESS}, {COUNT} and {INDEX} in each process, or TPU_SKIP_MDS_QUERY=1 for a run of this machine alone"
-    )
+        if isinstance(error, urllib.error.HTTPError) and error.code == 404:
+            return ""
+        raise UserError(
+            f"cannot read {key} from the metadata server {server}, which knows the machines of this TPU: {error}. Set "
+            f"{ADDRESS}, {COUNT} and {INDEX} in each process, or TPU_SKIP_MDS_QUERY=1 for a run of this machine alone."
+        ) from error
 
 
 def _address(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise UserError(f"{ADDRESS} is {text!r}; give host:port of process 0, such as 10.0.0.1:8476")
+        raise UserError(f"{ADDRESS}={text!r}: must be host:port of process 0, e.g. 10.0.0.1:8476.")
     return host.strip("[]"), int(port)
 
 
 def _number(said: Mapping[str, str], name: str) -> int:
     text = said.get(name, "")
     if not text.isdecimal():
-        raise UserError(f"{name} is {text!r} in the environment; it must be a whole number")
+        raise UserError(f"{name}={text!r} in the environment: must be a whole number.")
     return int(text)

@@ -1,9 +1,9 @@
-"""Lines for the person at the console."""
+"""Print lines for the user."""
 
 import jax
 
 
 def say(message: str) -> None:
-    """Print a line from process 0 and nothing from the others."""
+    """Print a line on process 0; do nothing on the others."""
     if jax.process_index() == 0:
         print(message, flush=True)

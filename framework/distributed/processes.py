@@ -1,25 +1,27 @@
-"""A run of several processes as one thing: they start together, and they end together.
+"""Start and end the processes of a run together.
 
-Process 0 listens, every other process holds one connection to it for as long as it lives. Once all are there and have
-been given the same to do, JAX starts, and a first all-reduce shows that their devices reach each other. The kernel
-closes the connection of a process that is killed, so that its death is noticed at once, in whatever collective the
-others wait; the keep-alive of TCP finds out about a machine that is gone without a word. Whoever learns that the run
-cannot go on tells the others, and who is told ends on the spot: neither exit handlers nor the end of a `with` block can
-wait for processes that will never come.
+Process 0 listens, and every other process keeps one TCP connection to it. When all have connected and sent the same
+identity, JAX starts, and a first all-reduce shows that the devices reach each other. The kernel closes the connection
+of a killed process at once, whatever collective the others wait in; TCP keep-alive detects a machine that is gone. A
+process that detects a failure notifies the others, and every notified process exits immediately: an exit handler or the
+end of a `with` block could wait forever.
 
-JAX finds out about deaths too, later, and about process 0's at the same time: it ends the process by SIGABRT, with some
-lines about the C++ that noticed. There is no callback to take (that of jaxlib 0.10.2 cannot be called from Python), so
-SIGABRT is caught in C: the last line and the exit code are ours in any case.
+JAX detects dead processes too, but later and by aborting. Only when process 0 dies can its abort come first; the exit
+code is then that of SIGABRT.
 
-Messages are JSON lists, one per line: ["hello", index, count] from who comes, ["welcome"] to it, ["ready", identity]
-from who knows what it is to do, ["start", port] to all once they are, ["done"] from who has come to the end, ["over"]
-to all once all have, ["end", code, line] to and from all.
+Messages are JSON lists, one per line:
+
+    ["hello", index, count]  to process 0: the first message
+    ["welcome"]              from process 0: the answer
+    ["ready", identity]      to process 0: the config is loaded
+    ["start", port]          from process 0: all are ready, start JAX at this port
+    ["done"]                 to process 0: training has finished
+    ["over"]                 from process 0: training has finished in all processes
+    ["end", code, line]      in both directions: exit with this code and this last line
 """
 
 import contextlib
-import ctypes
 import os
-import signal
 import socket
 import threading
 import time
@@ -32,25 +34,23 @@ from . import sameness, wire
 from .cluster import ADDRESS, COUNT, INDEX, Place
 
 _FAILED, _REFUSED = 1, 2
-_GONE = 75  # EX_TEMPFAIL: another process has died or failed, and the same command goes on
+_GONE = 75  # EX_TEMPFAIL: another process has died or failed, and the same command resumes
 
-_GO_ON = "the same command goes on from the newest checkpoint, if there is one"
-_VERDICT_SECONDS = 3.0  # after a collective has failed, until who died is known
-_LEAVING_SECONDS = 2.0  # for processes that are told to end; they need milliseconds
-_COMING_SECONDS = 20.0  # for processes that are to be told why the run ends, and have not come yet
+_RESUME = "rerun the same command to resume from the latest checkpoint"
+_VERDICT_SECONDS = 3.0  # a collective fails before it is known which process died
+_LEAVING_SECONDS = 2.0  # for notified processes to exit; they need milliseconds
+_COMING_SECONDS = 20.0  # for processes that have not connected yet, to tell them why the run ends
 _RETRY_SECONDS = 0.2
-_SECONDS_BEHIND = 5.0  # that process 0, which knows who is missing, speaks before the others do
+_SECONDS_BEHIND = 5.0  # process 0 knows which processes are missing, so it reports before the others do
 _NAMED = 10  # processes that a message names
-
-_abort_handler: Any = None
 
 
 class Group:
-    """The processes of one run, as this one sees them. In the background, they meet from now on.
+    """Connect the processes of one run; they connect in the background from construction on.
 
     Args:
-      place: of this process.
-      explain: (exit code, last words) for an exception that needs no traceback, None for any other.
+      place: which process of the run this is.
+      explain: returns (exit code, last line) of an exception that needs no traceback, None for any other.
 
     Raises:
       UserError: process 0 cannot listen.
@@ -59,51 +59,49 @@ class Group:
     def __init__(self, place: Place, explain: Callable[[BaseException], tuple[int, str] | None]):
         self._place, self._explain = place, explain
         self._lock = threading.Lock()
-        self._connections: dict[int, socket.socket] = {}  # of process 0 to all others, of them to process 0
-        self._come: set[int] = set()
-        self._identities: dict[int, Mapping[str, str]] = {}  # of process 0 and all others, of them their own
+        self._connections: dict[int, socket.socket] = {}  # process 0 has one to each other process, they have one to it
+        self._come: set[int] = set()  # connected processes; in processes other than 0 only process 0
+        self._identities: dict[int, Mapping[str, str]] = {}
         self._done: set[int] = set()
         self._jax_port = 0
         self._waiting_seconds = 0.0
-        self._patience = _COMING_SECONDS  # at the end, with processes that have yet to hear of it
+        self._patience = _COMING_SECONDS  # at the end of the run, for processes that are not yet notified
         self._started, self._over = threading.Event(), threading.Event()
         self._ending = threading.Lock()
         self._verdict: list[Any] | None = None
-        if place.index == 0:
-            try:
-                listener = wire.listen(place)
-            except OSError as error:
-                raise UserError(
-                    f"process 0 cannot listen at {place.host}:{place.port}: {os.strerror(error.errno or 0)}; "
-                    f"is another run there, or another process 0? Use another port in {place.port_in}, in all processes"
-                ) from error
-            _in_background(self._accept, listener)
-        else:
+        if place.index:
             _in_background(self._connect)
+            return
+        try:
+            listener = wire.listen(place)
+        except OSError as error:
+            raise UserError(
+                f"process 0 cannot listen at {place.host}:{place.port}: {os.strerror(error.errno or 0)}. If another "
+                f"run or another process 0 uses the port, set another one in {place.port_in} of all processes."
+            ) from error
+        _in_background(self._accept, listener)
 
     def join(self, identity: Mapping[str, str], *, waiting_seconds: float, death_seconds: float) -> None:
-        """Wait until all processes are there, and start JAX with them, which must not have looked at its devices yet.
+        """Wait for all processes and start JAX with them; JAX must not have looked at its devices yet.
 
-        Where one differs in what it is to do, or some have not come in time, all end.
+        All processes exit if identities differ or a process is missing.
 
         Args:
-          identity: what must be the same in all, by name; see `sameness.identity`.
-          waiting_seconds: that each waits for all to come, for the first all-reduce, and in `leave` for all to come to
-            their end.
-          death_seconds: after which a machine that is silent is given up.
+          identity: values by name that must be the same in all processes; see `sameness.identity`.
+          waiting_seconds: timeout for all to connect, for the first all-reduce and, in `leave`, for all to finish.
+          death_seconds: silence after which a machine is given up.
         """
         place = self._place
         behind = _SECONDS_BEHIND if place.index else 0
+        self._waiting_seconds = waiting_seconds
         self._note_ready(place.index, identity)
         started = self._started.wait(waiting_seconds + behind)
         self._patience = _LEAVING_SECONDS
         if not started:
-            self._end(_GONE, f"error: {self._missing(waiting_seconds)}")
-        self._waiting_seconds = waiting_seconds
+            self._end(_GONE, f"error: {self._missing()}")
         with self._lock:
             for connection in self._connections.values():
                 wire.keep_alive(connection, death_seconds)
-        _on_abort(self._aborted)
         import jax
 
         host = wire.bracketed(place.host)
@@ -112,7 +110,7 @@ class Group:
             place.count,
             place.index,
             coordinator_bind_address=f"{host if wire.is_loopback(place.host) else '[::]'}:{self._jax_port}",
-            local_device_ids=place.local_device,
+            local_device_ids=place.local_devices,
             cluster_detection_method="deactivate",
             initialization_timeout=max(1, round(waiting_seconds)),
             heartbeat_timeout_seconds=max(10, round(2 * death_seconds)),
@@ -120,100 +118,88 @@ class Group:
         )
         from .proof_of_life import all_reduce
 
-        watch = threading.Timer(waiting_seconds + behind, self._no_answer, [waiting_seconds])
+        watch = threading.Timer(waiting_seconds + behind, self._no_answer)
         watch.daemon = True
         watch.start()
         all_reduce()
         watch.cancel()
 
     def leave(self) -> None:
-        """Wait until all processes have come to their end. One that does not within `waiting_seconds` ends the run."""
+        """Wait until all processes have finished; if one has not after `waiting_seconds`, all exit."""
         self._note_done(self._place.index)
         if not self._over.wait(self._waiting_seconds):
             self._end(
                 _GONE,
-                f"error: process {self._place.index} has come to its end, and not all others within "
-                f"{self._waiting_seconds:g} s; do all see the same workdir? {_GO_ON}",
+                f"error: process {self._place.index} has finished, and other processes have not within "
+                f"{self._waiting_seconds:g} s. Check that all use the same workdir, then {_RESUME}.",
             )
         import jax
 
         jax.distributed.shutdown()
 
     def fail(self, error: BaseException) -> NoReturn:
-        """End all processes for an exception of this one."""
+        """Exit all processes because this one has raised an exception."""
         me, known = self._place.index, self._explain(error)
         if known is not None:
             code, text = known
             self._end(code, text, told=(code, f"process {me}: {text.splitlines()[-1]}"))
-        # A collective that fails because another process has died raises any error; if so, who waits for messages
-        # ends this process meanwhile.
+        # The death of another process makes collectives raise. If that is the cause, the thread that reads messages
+        # exits this process meanwhile.
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(_VERDICT_SECONDS)
         text = "".join(traceback.format_exception(error)).rstrip()
         last = traceback.format_exception_only(error)[0].strip()
-        told = f"error: process {me} has failed, its output says where ({last}); {_GO_ON}"
+        told = f"error: process {me} has failed ({last}). Its output has the traceback. Then {_RESUME}."
         self._end(_FAILED, text, told=(_GONE, told))
 
     def _end(self, code: int, text: str, *, told: tuple[int, str] | None = None) -> NoReturn:
-        """End this process at once with an exit code and last words, and the others with those that they are `told`."""
+        """Exit at once with a code and last line, and notify the others, with `told` in place of these."""
         if not self._ending.acquire(blocking=False):
-            threading.Event().wait()  # another thread is ending this process
+            threading.Event().wait()  # another thread is exiting
         _last_words(text)
         verdict = ["end", *(told or (code, text))]
         with self._lock:
-            self._verdict = verdict  # whoever comes later hears it first
+            self._verdict = verdict  # for processes that connect later
             connections = list(self._connections.values())
         for connection in connections:
             wire.send(connection, verdict)
         deadline = time.monotonic() + self._patience
         try:
-            while not self._all_know() and time.monotonic() < deadline:
+            while not self._all_notified() and time.monotonic() < deadline:
                 time.sleep(0.01)
         finally:
             os._exit(code)
 
-    def _all_know(self) -> bool:
-        # JAX aborts the others as soon as process 0 is gone: it goes last.
+    def _all_notified(self) -> bool:
+        # JAX aborts the others as soon as process 0 is gone, so process 0 exits last.
         if self._place.index:
             return bool(self._come)
         return len(self._come) == self._place.count - 1 and not self._connections
 
-    def _missing(self, seconds: float) -> str:
-        place = self._place
+    def _missing(self) -> str:
+        place, within = self._place, f"within {self._waiting_seconds:g} s"
         where = f"{place.host}:{place.port}" + (f" ({ADDRESS})" if place.port_in == ADDRESS else "")
+        if place.index and not self._come:
+            return f"process 0 does not answer at {where} {within}. See its output."
         if place.index:
-            if not self._come:
-                return f"process 0 does not answer at {where} within {seconds:g} s; its own output may say why"
-            return f"not all {place.count} processes have come to {where} within {seconds:g} s; process 0 may say which"
+            return f"some of {place.count} processes have not connected to {where} {within}. See process 0's output."
         absent = sorted(set(range(1, place.count)) - self._come)
         silent = sorted(self._come - self._identities.keys())
-        said = []
+        found = []
         if absent:
-            have = "has" if len(absent) == 1 else "have"
-            said.append(
-                f"{len(absent)} of {place.count} processes {have} not come to {where} within {seconds:g} s: "
-                f"{self._names(absent)}"
+            found.append(
+                f"{len(absent)} of {place.count} processes not connected to {where} {within}: {_names(absent)}"
             )
         if silent:
-            said.append(
-                f"after {seconds:g} s these have come and have not read their config yet: {self._names(silent)}"
-            )
-        return (
-            f"{'; '.join(said)}; their own output may say why; if they only need longer, raise "
-            "config.processes.waiting_seconds"
-        )
+            found.append(f"processes that connected but sent no config {within}: {_names(silent)}")
+        return f"{'; '.join(found)}. See their output; if they need longer, raise config.processes.waiting_seconds."
 
-    def _names(self, indices: Iterable[int]) -> str:
-        hosts = self._place.hosts
-        names = [f"{index} on {hosts[index]}" if hosts else str(index) for index in indices]
-        return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
-
-    def _no_answer(self, seconds: float) -> NoReturn:
+    def _no_answer(self) -> NoReturn:
         place = self._place
         self._end(
             _GONE,
-            f"error: a first all-reduce over the devices of all {place.count} processes has not come back to process "
-            f"{place.index} within {seconds:g} s; do the machines reach each other at all ports? {_GO_ON}",
+            f"error: the first all-reduce over the devices of all {place.count} processes has not returned in process "
+            f"{place.index} within {self._waiting_seconds:g} s. Open all ports between the machines, then {_RESUME}.",
         )
 
     def _accept(self, listener: socket.socket) -> None:
@@ -226,7 +212,7 @@ class Group:
             case ["hello", int(index), int(count)]:
                 pass
             case _:
-                connection.close()  # a stranger
+                connection.close()  # not a process of ours
                 return
         with self._lock:
             welcome = count == place.count and 0 < index < count and index not in self._come
@@ -238,25 +224,25 @@ class Group:
                     wire.send(connection, self._verdict)
         if not welcome:
             line = (
-                f"error: a process came as number {index} of {count}, where {place.count} are expected and "
-                f"{self._names(sorted({0, *self._come}))} are there; the number of processes ({COUNT}) must be the "
-                f"same in all, the index ({INDEX}) another in each"
+                f"error: process {index} of {count} has connected to a run of {place.count} processes, of which "
+                f"{_names(sorted({0, *self._come}))} are connected. {COUNT} must be the same in all processes, and "
+                f"{INDEX} different in each."
             )
             wire.send(connection, ["end", _REFUSED, line])
-            if self._started.is_set():  # one that is too many does not end a run that is at work
+            if self._started.is_set():  # a surplus process must not end a run that is training
                 connection.close()
                 return
-            self._patience = _LEAVING_SECONDS  # whoever else is missing may never come
+            self._patience = _LEAVING_SECONDS  # the missing processes may never connect
             self._end(_REFUSED, line)
         self._follow(index, messages)
 
     def _connect(self) -> None:
         place = self._place
-        # Until process 0 has answered, it may not be there yet, or somebody else may be; `join` knows how long to wait.
+        # Process 0 may not listen yet, or another program may answer; `join` has the timeout.
         while not self._come:
             with contextlib.suppress(OSError):
                 connection = socket.create_connection((place.host, place.port), timeout=_COMING_SECONDS)
-                # Where nobody listens, loopback can connect a port to itself.
+                # On loopback a connection to a port where nobody listens can reach itself.
                 if connection.getsockname() != connection.getpeername():
                     self._introduce(connection)
                 connection.close()
@@ -278,10 +264,10 @@ class Group:
         place = self._place
         with self._lock:
             self._identities[index] = identity
+            complete = len(self._identities) == place.count
             if place.index:
                 for connection in self._connections.values():
                     wire.send(connection, ["ready", identity])
-            complete = len(self._identities) == place.count
         if not complete:
             return
         difference = sameness.difference(self._identities)
@@ -315,8 +301,8 @@ class Group:
             return
         self._end(
             _GONE,
-            f"error: process {index} of {self._place.count} has died or cannot be reached; its own output or its "
-            f"machine's log may say why; {_GO_ON}",
+            f"error: process {index} of {self._place.count} has died or cannot be reached. See its output or its "
+            f"machine's log, then {_RESUME}.",
         )
 
     def _forget(self, index: int) -> None:
@@ -340,10 +326,10 @@ class Group:
         for connection in connections:
             wire.send(connection, message)
 
-    def _aborted(self) -> NoReturn:
-        time.sleep(_VERDICT_SECONDS)  # who waits for messages may know who died, and ends this process meanwhile
-        me = self._place.index
-        self._end(_GONE, f"error: process {me} was aborted, for the reason above; {_GO_ON}")
+
+def _names(indices: Iterable[int]) -> str:
+    names = [str(index) for index in indices]
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
 
 def _in_background(work: Callable[..., None], *arguments: Any) -> None:
@@ -351,20 +337,8 @@ def _in_background(work: Callable[..., None], *arguments: Any) -> None:
 
 
 def _last_words(text: str) -> None:
-    """Write to stderr, and let nobody write there after it: not JAX, not a thread with a traceback."""
+    """Write to stderr and close it, so that neither JAX nor another thread writes after this line."""
     stderr = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     with contextlib.suppress(OSError):
         os.write(stderr, f"{text}\n".encode())
-
-
-def _on_abort(handler: Callable[[], NoReturn]) -> None:
-    """Call `handler`, which does not return, in whatever thread aborts this process.
-
-    Python's own handlers run in the main thread, some time after the signal; after abort() there is no such time.
-    """
-    global _abort_handler
-    _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: handler())  # C keeps no reference
-    install = ctypes.CDLL(None).signal
-    install.argtypes, install.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-    install(signal.SIGABRT, ctypes.cast(_abort_handler, ctypes.c_void_p))

@@ -1,4 +1,4 @@
-"""The first thing that all devices of a run do together, so that what does not work is found out before compiling."""
+"""Run a first collective on all devices, so that a broken network shows before anything is compiled."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,10 @@ import numpy as np
 
 
 def all_reduce() -> None:
-    """Count the devices of all processes by a sum over them, and wait for it.
+    """Count the devices of all processes with an all-reduce.
 
     Raises:
-      RuntimeError: the sum is not their number; or whatever a collective raises whose other end is gone.
+      RuntimeError: the count is wrong, or the collective fails because a process is gone.
     """
     devices = np.array(jax.devices())
     mesh = jax.sharding.Mesh(devices, ("all",))
@@ -18,4 +18,4 @@ def all_reduce() -> None:
     )
     total = jax.jit(jnp.sum, out_shardings=jax.NamedSharding(mesh, jax.P()))(one_each)
     if int(total) != devices.size:
-        raise RuntimeError(f"the first all-reduce over {devices.size} devices has counted {int(total)}")
+        raise RuntimeError(f"the first all-reduce counted {int(total)} of {devices.size} devices")

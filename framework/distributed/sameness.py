@@ -1,7 +1,7 @@
-"""What must be the same in all processes of a run, and in what they differ.
+"""Compare what the processes of a run are about to do.
 
-JAX would only find out when programs differ, by a hang, or not at all: a learning rate of its own in one process gives
-its devices other parameters.
+JAX notices a difference only if the programs differ, by hanging, or never: with another learning rate in one process,
+the parameters of its devices drift apart.
 """
 
 import collections
@@ -15,47 +15,39 @@ from pathlib import Path
 from typing import Any
 
 from ..config import check as config_lib
-from ..config import overrides
+from ..config.overrides import flat
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGE = __name__.partition(".")[0]
-_LIBRARIES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "numpy",
-)  # what steps and files are made by
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")  # they make the steps and files
 _SHOWN = 5
 
 
 def identity(config: Any, workdir: str | Path) -> dict[str, str]:
-    """What this process has been given to do, and what it does it with, by name.
+    """Return what this process will do, by name.
 
-    The config, each key for itself; the workdir; the sources of this package, each file for itself, and those of the
-    modules of task, data and optimizer; the versions of Python and of the libraries.
+    The names are the keys of the config, the workdir, each source file of this package, the modules of task, data and
+    optimizer, and the versions of Python and of libraries.
 
     Args:
-      config: checked, so that the modules of its components are there.
-      workdir: as given; relative ones are made absolute.
+      config: a checked config, so that the modules of its components are imported.
+      workdir: the workdir; a relative path is made absolute.
     """
-    keys = overrides.flat(json.loads(config_lib.to_json(config)))
+    keys = flat(json.loads(config_lib.to_json(config)))
     return (
         {f"config.{key}": json.dumps(value) for key, value in keys}
         | {"--workdir": str(Path(workdir).expanduser().absolute())}
-        | {f"the code of {name}": _digest(path) for name, path in _sources(config)}
+        | {f"the code of {name}": hashlib.sha256(path.read_bytes()).hexdigest()[:8] for name, path in _sources(config)}
         | {f"the version of {library}": importlib.metadata.version(library) for library in _LIBRARIES}
         | {"the version of Python": platform.python_version()}
     )
 
 
 def difference(identities: Mapping[int, Mapping[str, str]]) -> str | None:
-    """Who differs from most others and in what, in one line; None where nobody does.
+    """Return one line that names a process that differs from most others, and the difference, or None.
 
     Args:
-      identities: of all processes, by index.
+      identities: the identities of all processes, by index.
     """
     texts = {index: json.dumps(identities[index], sort_keys=True) for index in sorted(identities)}
     (most, count), *_ = collections.Counter(texts.values()).most_common(1)
@@ -72,13 +64,13 @@ def difference(identities: Mapping[int, Mapping[str, str]]) -> str | None:
     return (
         f"process {odd} differs from process {usual} in {shown}"
         + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-        + (f"; so do processes {', '.join(map(str, more))}, or in something else" if more else "")
-        + "; give all processes of a run the same config, workdir and code"
+        + (f"; processes {', '.join(map(str, more))} differ too" if more else "")
+        + ". Give all processes of a run the same config, workdir and code."
     )
 
 
 def _sources(config: Any) -> Iterator[tuple[str, Path]]:
-    # Only packages: in a checkout environments and runs lie beside them.
+    # Only packages: a checkout may also contain environments and workdirs.
     for folder in (_ROOT, *sorted(package.parent for package in _ROOT.glob("*/__init__.py"))):
         for path in sorted(folder.glob("*.py") if folder == _ROOT else folder.rglob("*.py")):
             yield str(path.relative_to(_ROOT)), path
@@ -87,7 +79,3 @@ def _sources(config: Any) -> Iterator[tuple[str, Path]]:
         file = getattr(sys.modules.get(module), "__file__", None)
         if file and not module.startswith(f"{_PACKAGE}."):
             yield module, Path(file)
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop after the step it is in."""
+"""Stop a run after the current step when a signal arrives."""
 
 import os
 import signal
@@ -15,11 +15,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM is remembered instead of ending the process; a second SIGINT
-    aborts.
+    """Note the first SIGINT or SIGTERM inside the `with` block instead of exiting; a second SIGINT aborts.
 
-    Where JAX has started with the processes of a run, it listens for SIGTERM itself, from its start on, and lets all of
-    them stop after the same step. A SIGINT becomes a SIGTERM there, and its name is what all of them report.
+    In a run of several processes, JAX handles SIGTERM itself and lets all processes stop after the same step. SIGINT is
+    passed on as SIGTERM there, and all processes report its name.
     """
 
     def __init__(self):
@@ -28,7 +27,7 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self):
-        # Python lets only the main thread handle signals; elsewhere the caller must see to them.
+        # Only the main thread may handle signals; in another thread the caller must do so.
         if threading.current_thread() is threading.main_thread():
             handled = _SIGNALS if self._alone else (signal.SIGINT,)
             self._previous = {number: signal.signal(number, self._receive) for number in handled}
@@ -39,9 +38,9 @@ class StopSignals:
             signal.signal(number, handler)
 
     def reason(self, step: int) -> str | None:
-        """The name of the signal to stop for after this step, if any: in all processes the same.
+        """Return the name of the signal to stop for after this step, or None; the same in all processes.
 
-        Every process asks after every step.
+        Every process calls this after every step.
         """
         if self._alone:
             return self._received
@@ -55,7 +54,7 @@ class StopSignals:
         if self._received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._received = signal.Signals(number).name
-        # print is not safe inside a handler: it may have interrupted another print.
+        # print is not safe in a handler, which may have interrupted another print.
         os.write(2, f"\n{self._received}: saving after this step; press Ctrl-C again to abort\n".encode())
         if not self._alone:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Lines of JSON over TCP: what the processes of a run (`framework/distributed/processes.py`) tell each other."""
+"""Send and receive JSON lines over TCP, for the processes of a run (`framework/distributed/processes.py`)."""
 
 import contextlib
 import json
@@ -10,20 +10,20 @@ from .cluster import Place
 
 
 def messages(connection: socket.socket) -> Iterator[Any]:
-    """What the other end says, until it is gone or says what is no message."""
+    """Yield messages until the connection closes or sends something that is not a message."""
     with contextlib.suppress(OSError, ValueError), connection.makefile("r", encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)
 
 
 def send(connection: socket.socket, message: list[Any]) -> None:
-    """Say something to the other end, if it is still there."""
-    with contextlib.suppress(OSError):  # who listens to this connection notices
+    """Send a message; ignore a closed connection, which the reader of `messages` notices."""
+    with contextlib.suppress(OSError):
         connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 def keep_alive(connection: socket.socket, seconds: float) -> None:
-    """Let the kernel ask a silent other end for signs of life, and give it up after so many seconds, at least 5."""
+    """Let the kernel probe a silent connection and close it after `seconds`, at least 5."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     count, interval = 4, max(1, int(seconds / 8))
     silence = max(1, int(seconds) - count * interval)
@@ -33,27 +33,25 @@ def keep_alive(connection: socket.socket, seconds: float) -> None:
 
 
 def listen(place: Place) -> socket.socket:
-    """Listen at the port of a place: on loopback if that is its host, else at all addresses of this machine."""
-    if is_loopback(place.host):
-        family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
-        return socket.create_server((place.host, place.port), family=family, backlog=place.count)
-    if socket.has_dualstack_ipv6():
-        address = ("", place.port)
-        return socket.create_server(address, family=socket.AF_INET6, dualstack_ipv6=True, backlog=place.count)
-    return socket.create_server(("", place.port), backlog=place.count)
+    """Listen at the port of a place: on loopback if its host is, else on all addresses of this machine."""
+    host, dualstack = place.host, False
+    if not is_loopback(host):
+        host, dualstack = "", socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if ":" in host or dualstack else socket.AF_INET
+    return socket.create_server((host, place.port), family=family, dualstack_ipv6=dualstack, backlog=place.count)
 
 
 def free_port(place: Place) -> int:
-    """A port at which this machine could listen instead."""
+    """Return a free port of this machine."""
     with listen(place._replace(port=0)) as probe:
         return probe.getsockname()[1]
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches itself by this name."""
+    """Return whether a host name is that of this machine alone."""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def bracketed(host: str) -> str:
-    """A host as it is written before a port."""
+    """Return a host as it is written before a port."""
     return f"[{host}]" if ":" in host else host

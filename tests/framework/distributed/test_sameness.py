@@ -22,18 +22,18 @@ def test_the_same_everywhere_is_no_difference():
     [
         (
             differing(of_2={"config.seed": "1"}),
-            "process 2 differs from process 0 in config.seed (1, and 0 in process 0);",
+            "process 2 differs from process 0 in config.seed (1, and 0 in process 0).",
         ),
         (
             differing(of_0={"config.seed": "1"}),
-            "process 0 differs from process 1 in config.seed (1, and 0 in process 1); give all processes",
+            "process 0 differs from process 1 in config.seed (1, and 0 in process 1). Give all processes",
         ),
         (differing(of_3={"config.new": '"x"'}), 'process 3 differs from process 0 in config.new ("x", and absent in'),
         (
             differing(of_1={"the code of a.py": "13"}, of_3={"config.seed": "2"}),
-            "process 1 differs from process 0 in the code of a.py (13, and 12 in process 0); so do processes 3, or in",
+            "process 1 differs from process 0 in the code of a.py (13, and 12 in process 0); processes 3 differ too",
         ),
-        (differing(of_1={f"config.k{n}": "1" for n in range(8)}), "config.k4 (1, and absent in process 0) and 3 more;"),
+        (differing(of_1={f"config.k{n}": "1" for n in range(8)}), "config.k4 (1, and absent in process 0) and 3 more."),
     ],
 )
 def test_the_odd_one_out_is_named_and_in_what_it_differs(identities, message):
