@@ -1,7 +1,7 @@
-"""Processes of this machine that start together and end together, and whose output is one log.
+"""Start processes of this machine together, end them together, and label their output.
 
-No process outlives this one, however it ends: Linux kills the children of a process that is gone. Each has a session of
-its own, so that a Ctrl-C of the terminal reaches it once, from here, and what it has started itself ends with it.
+No process outlives this one: Linux kills the children of a dead process. Each process leads a session of its own, so
+that Ctrl-C in a terminal reaches it once, through this process, and the processes that it starts end with it.
 """
 
 import contextlib
@@ -18,17 +18,17 @@ from types import FrameType
 from typing import IO, Any, NamedTuple
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_OTHER_FAILED = 75  # what a process of a run says when another has failed
-_SETTLING_SECONDS = 1.0  # for failures that have one cause; the processes of a run end each other meanwhile
-_OUTPUT_SECONDS = 5.0  # for the last lines of processes that have ended
+_OTHER_FAILED = 75  # exit code of a process that ends because another process of the run has failed
+_SETTLING_SECONDS = 1.0  # processes that fail for one reason also end each other; collect their codes meanwhile
+_OUTPUT_SECONDS = 5.0  # for the last lines of ended processes
 _PR_SET_PDEATHSIG = 1
-_COLOURS = (36, 33, 35, 32, 34, 31, 96, 93, 95, 92, 94, 91)  # of terminals; those that can be read on black and white
+_COLOURS = (36, 33, 35, 32, 34, 31, 96, 93, 95, 92, 94, 91)  # readable on black and on white terminals
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Failure(NamedTuple):
-    """The first process that has failed: its index, and its code as a shell has it, 128 + N for signal N."""
+    """The first process that failed: its index, and its exit code as a shell has it, 128 + N for signal N."""
 
     index: int
     code: int
@@ -40,28 +40,26 @@ class Failure(NamedTuple):
 
 
 class Gang:
-    """Starts processes, any number of times, and passes on the signals that this one gets while the block is entered.
+    """Run processes, any number of times, and pass on signals that arrive inside the `with` block.
 
-    The first SIGINT, SIGTERM or SIGHUP (as a SIGTERM) goes to all processes, once, and they have all the time they
-    want. Another one goes to all again, and whoever is still there after the grace is killed.
+    The first SIGINT, SIGTERM or SIGHUP (as SIGTERM) is sent to all processes, which may take any time to end. A second
+    one is sent too, and processes that have not ended after the grace are killed.
 
     Args:
-      command: of all.
-      grace_seconds: for processes that are asked to end because another has failed.
+      command: command of every process.
+      grace_seconds: time from SIGTERM to SIGKILL after another process has failed.
     """
 
     def __init__(self, command: Sequence[str], *, grace_seconds: float):
         self._command, self._grace = command, grace_seconds
-        self.asked: signal.Signals | None = None  # the signal by which all were asked to end
+        self.asked: signal.Signals | None = None  # the latest signal received
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._complete = False  # all have been started
-        self._pending: int | None = None  # a signal that came before that
-        # Codes by index as they end; None: somebody is impatient.
-        self._ends: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
+        # (index, exit code) of ended processes; (None, signal) of received signals.
+        self._events: queue.SimpleQueue[tuple[int | None, int]] = queue.SimpleQueue()
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self):
-        self._handlers = {number: signal.signal(number, self._pass_on) for number in _SIGNALS}
+        self._handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         return self
 
     def __exit__(self, *exception):
@@ -69,13 +67,12 @@ class Gang:
             signal.signal(number, handler)
 
     def run(self, environments: Sequence[Mapping[str, str]]) -> Failure | None:
-        """Start a process in each environment and wait until all have ended; None where none has failed.
+        """Start a process in each environment, wait until all have ended, and return the first failure.
 
-        In the main thread only: that is whose end Linux kills the children at.
+        Call it from the main thread: Linux kills children when the thread that started them exits.
         """
         if self.asked:
             return Failure(0, 128 + self.asked)
-        self._ends = queue.SimpleQueue()
         relays = []
         try:
             for index, environment in enumerate(environments):
@@ -92,96 +89,81 @@ class Gang:
                 label = f"[{index:>{len(str(len(environments) - 1))}}]"
                 for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
                     relays.append(_in_background(_relay, source, target, _coloured(label, index, target)))
-                _in_background(_await, process, index, self._ends)
-            # In this order a signal is neither lost nor passed on twice, whenever it comes.
-            self._complete = True
-            if self._pending is not None:
-                self._send(self._pending)
+                _in_background(self._report_end, index, process)
             return self._wait()
         finally:
-            self._complete = False
             for process in self._processes:
                 if process.poll() is None:
-                    _signal_session(process.pid, signal.SIGKILL)
+                    _kill_session(process.pid)
                     process.wait()
             self._processes = []
             for relay in relays:
                 relay.join(_OUTPUT_SECONDS)
 
     def _wait(self) -> Failure | None:
-        running = set(range(len(self._processes)))
-        failures: list[Failure] = []
-        # When the next thing is due: the others are asked to end, then they are killed.
-        deadline, ask = None, True
+        running, failures, signals = set(range(len(self._processes))), [], 0
+        deadline, killing = None, False  # at the deadline, ask the running processes to end or kill them
         while running:
             try:
-                end = self._ends.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+                index, code = self._events.get(timeout=deadline and max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                if ask and not self.asked:
+                if killing:
+                    for each in running:
+                        _kill_session(self._processes[each].pid)
+                elif not self.asked:
                     self._send(signal.SIGTERM)
-                elif not ask:
-                    for index in running:
-                        _signal_session(self._processes[index].pid, signal.SIGKILL)
-                deadline, ask = (time.monotonic() + self._grace if ask else None), False
+                deadline, killing = None if killing else time.monotonic() + self._grace, True
                 continue
-            if end is None:
-                deadline, ask = time.monotonic() + self._grace, False
+            if index is None:
+                self._send(code)
+                signals += 1
+                if signals > 1:
+                    deadline, killing = time.monotonic() + self._grace, True
                 continue
-            index, code = end
             running.discard(index)
-            if code:
-                if deadline is None and ask:
-                    deadline = time.monotonic() + _SETTLING_SECONDS
-                if ask or not failures:
-                    failures.append(Failure(index, code if code > 0 else 128 - code))
-        return next((failure for failure in failures if failure.code != _OTHER_FAILED), None) or next(
-            iter(failures), None
-        )
+            if code and (not killing or not failures):
+                failures.append(Failure(index, code if code > 0 else 128 - code))
+                deadline = deadline or time.monotonic() + _SETTLING_SECONDS
+        causes = [failure for failure in failures if failure.code != _OTHER_FAILED]
+        return next(iter(causes + failures), None)
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame
-        again, self.asked = self.asked is not None, signal.Signals(number)
-        number = signal.SIGTERM if number == signal.SIGHUP else number
-        if self._complete:
-            self._send(number)
-        else:
-            self._pending = number
-        if again:
-            self._ends.put(None)
+        self.asked = signal.Signals(number)
+        self._events.put((None, signal.SIGTERM if number == signal.SIGHUP else number))
 
     def _send(self, number: int) -> None:
         for process in self._processes:
-            process.send_signal(number)  # unless it has ended
+            process.send_signal(number)  # ignored if it has ended
+
+    def _report_end(self, index: int, process: subprocess.Popen[bytes]) -> None:
+        # Kill the rest of the session while the process is a zombie, so that its number is not reused.
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        _kill_session(process.pid)
+        self._events.put((index, process.wait()))
 
 
 def _die_with(parent: int):
     def ask_linux() -> None:
         assert _libc is not None
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it has ended before
+        if os.getppid() != parent:  # the parent has died before the call
             os._exit(128 + signal.SIGKILL)
 
     return ask_linux
 
 
-def _await(process: subprocess.Popen[bytes], index: int, ends: queue.SimpleQueue) -> None:
-    # Before its number is free for another process, what it has left behind in its session is ended.
-    with contextlib.suppress(ChildProcessError):
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    _signal_session(process.pid, signal.SIGKILL)
-    ends.put((index, process.wait()))
-
-
-def _signal_session(leader: int, number: int) -> None:
+def _kill_session(leader: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, number)
+        os.killpg(leader, signal.SIGKILL)
 
 
 _output = threading.Lock()
 
 
 def _relay(source: IO[bytes], target: Any, label: str) -> None:
-    """Copy whole lines, each with a label, until there are no more; where nobody reads them, into nothing."""
+    """Copy lines, each with the label; drop them if the target is closed."""
     with source:
         for line in source:
             text = f"{label} {line.decode(errors='replace').rstrip()}\n"
@@ -191,7 +173,7 @@ def _relay(source: IO[bytes], target: Any, label: str) -> None:
 
 
 def _coloured(label: str, index: int, target: Any) -> str:
-    """With colour on a terminal that has some and whose user wants it, https://no-color.org."""
+    """Colour the label on a terminal, unless the user has opted out (https://no-color.org)."""
     if not target.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return label
     return f"\033[{_COLOURS[index % len(_COLOURS)]}m{label}\033[0m"

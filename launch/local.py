@@ -2,19 +2,18 @@
 
     python -m shampax.launch.local [--processes=N] [--devices=M] [--max_restarts=N] [--grace_seconds=S] -- VERB ...
 
-VERB is a module of shampax.launch, such as train, or the dotted name of any other module. Each process sees simulated
-devices of its own, and all find each other over loopback: what is tried here runs there. Their lines appear with the
-number of the process before them.
+VERB is a module of shampax.launch, such as train, or the dotted name of any other module. Each process simulates its
+own devices, and the processes connect over loopback. Each line of output starts with the number of its process.
 
     python -m shampax.launch.local --processes=2 --devices=2 --max_restarts=3 -- \\
         train --config=shampax/configs/lm.py:sample --workdir=runs/two
 
-When one fails, all end: the others get SIGTERM, and SIGKILL after the grace. Ctrl-C and SIGTERM are passed on to all,
-who save and stop; a second one does not wait for longer than the grace. When this process is gone, so are they.
+If one process fails, the others get SIGTERM and, after the grace, SIGKILL. Ctrl-C and SIGTERM are passed on to all
+processes, which save and stop; after a second one they are killed once the grace is over. If this process dies, so do
+they.
 
-Exit codes: 0; 2, something given cannot work; else that of the first process that failed, 128 + N where signal N ended
-it. With --max_restarts all are started again after a failure, unless its code is 2, which would only come again, or
-they were asked to stop.
+Exit codes: 0; 2, invalid input; else that of the first process that failed, 128 + N if signal N ended it.
+--max_restarts restarts all processes after a failure, except after code 2 or a signal.
 """
 
 import argparse
@@ -35,14 +34,13 @@ _REFUSED = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see the module. `arguments` are those of this process by default. Returns the exit code."""
+    """Run the command and return the exit code; `arguments` default to those of this process."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
     divider = given.index("--") if "--" in given else len(given)
-    options, command = parser.parse_args(given[:divider]), given[divider + 1 :]
+    options, command = _parser().parse_args(given[:divider]), given[divider + 1 :]
     try:
         if not command:
-            raise UserError("there is no command; write it after --, such as: -- train --config=... --workdir=...")
+            raise UserError("no command. Write it after --, e.g. -- train --config=... --workdir=...")
         module = _module(command[0])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -68,7 +66,7 @@ def _environments(processes: int, devices: int) -> list[dict[str, str]]:
         **environment.simulating(devices),
         cluster.ADDRESS: address,
         cluster.COUNT: str(processes),
-        "PYTHONUNBUFFERED": "1",  # lines when they are written, not when a buffer is full
+        "PYTHONUNBUFFERED": "1",  # write lines at once
     }
     return [{**shared, cluster.INDEX: str(index)} for index in range(processes)]
 
@@ -78,12 +76,10 @@ def _module(name: str) -> str:
     if name in verbs:
         return f"{_PACKAGE}.{name}"
     if "." not in name:
-        raise UserError(
-            f"{name!r} is neither a module of {_PACKAGE} nor the dotted name of another{did_you_mean(name, verbs)}"
-        )
+        raise UserError(f"{name!r} is neither a module of {_PACKAGE} nor a dotted name{did_you_mean(name, verbs)}")
     top = name.partition(".")[0]
     if importlib.util.find_spec(top) is None:
-        raise UserError(f"there is no module {top!r} in {os.getcwd()}, in PYTHONPATH, or installed")
+        raise UserError(f"module {top!r} is not in {os.getcwd()}, in PYTHONPATH or installed.")
     return name
 
 
@@ -98,25 +94,20 @@ def _parser() -> argparse.ArgumentParser:
         description="Run a command in several processes of this machine, as on a cluster.",
         allow_abbrev=False,
     )
-    parser.add_argument("--processes", type=_whole(1), default=2, metavar="N", help="how many (2)")
-    parser.add_argument("--devices", type=_whole(1), default=1, metavar="M", help="simulated devices of each (1)")
-    parser.add_argument(
-        "--max_restarts", type=_whole(0), default=0, metavar="N", help="starts of all again after failures (0)"
-    )
-    parser.add_argument(
-        "--grace_seconds",
-        type=_whole(1),
-        default=30,
-        metavar="S",
-        help="from SIGTERM to SIGKILL where another process has failed (30)",
-    )
+    for flag, least, default, meaning in (
+        ("--processes", 1, 2, "number of processes"),
+        ("--devices", 1, 1, "simulated devices per process"),
+        ("--max_restarts", 0, 0, "restarts of all processes after failures"),
+        ("--grace_seconds", 1, 30, "seconds from SIGTERM to SIGKILL after another process has failed"),
+    ):
+        parser.add_argument(flag, type=_whole(least), default=default, metavar="N", help=f"{meaning} ({default})")
     return parser
 
 
 def _whole(least: int):
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+            raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least {least}")
         return int(text)
 
     return number

@@ -84,9 +84,9 @@ def gone(pids, seconds=15.0):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "error: there is no command; write it after --"),
-        (["--processes=2", "--", "trian"], "nor the dotted name of another. Did you mean 'train'?"),
-        (["--", "no_such.module"], "error: there is no module 'no_such' in "),
+        ([], "error: no command. Write it after --"),
+        (["--processes=2", "--", "trian"], "nor a dotted name. Did you mean 'train'?"),
+        (["--", "no_such.module"], "error: module 'no_such' is not in "),
     ],
 )
 def test_what_cannot_be_started_is_one_line(arguments, message, capsys):
@@ -101,7 +101,7 @@ def test_numbers_that_make_no_sense_are_refused(wrong, capsys):
     with pytest.raises(SystemExit) as ended:
         main([wrong, "--", "train"])
     assert ended.value.code == 2
-    assert "is no whole number of at least" in capsys.readouterr().err
+    assert "must be a whole number of at least" in capsys.readouterr().err
 
 
 def test_one_that_fails_ends_all_and_its_code_is_the_answer(module, tmp_path, monkeypatch):

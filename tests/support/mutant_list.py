@@ -713,8 +713,8 @@ LAUNCH = (
     Mutant(
         "victim-reported-for-the-cause",
         "launch/gang.py",
-        "if failure.code != _OTHER_FAILED",
-        "if failure.code == _OTHER_FAILED",
+        "if failure.code != _OTHER_FAILED]",
+        "if failure.code == _OTHER_FAILED]",
         "The exit code is that of a process that ended because another one had failed.",
         ("tests/launch/test_local.py::test_who_ends_because_another_has_failed_is_not_the_first_that_failed",),
     ),
