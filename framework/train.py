@@ -24,7 +24,7 @@ from .config.check import check
 from .data import pipeline
 from .distributed import agreement, console
 from .distributed.signals import StopSignals
-from .reporting import progress
+from .reporting import progress, startup
 from .reporting.clock import Clock
 from .reporting.journal import Journal
 from .reporting.metrics import MetricsWriter
@@ -136,10 +136,10 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         ownership.claim(workdir, config)
         origin.set_aside(workdir, start)
         agreement.first(functools.partial(evaluations.forget_after, workdir, record.step))
-        progress.show_parameters(progress.parameter_rows(abstract.params, program.placements, treatments), workdir)
-        console.say(progress.memory_line(abstract))
+        startup.show_parameters(startup.parameter_rows(abstract.params, program.placements, treatments), workdir)
+        console.say(startup.memory_line(abstract))
         console.say(str(start))
-        progress.show_takeover(taken, workdir)
+        startup.show_takeover(taken, workdir)
 
         watch.at("reading the checkpoint" if taken.path else "initialising", record.step)
         fresh = initial_arrays(task, tx, batch_spec, abstract, config.seed, taken.fresh)

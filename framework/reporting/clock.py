@@ -1,4 +1,4 @@
-"""Time spent on training alone, and time since the process started."""
+"""Measure training time, and the time since the process started."""
 
 import os
 import time
@@ -8,20 +8,18 @@ _IMPORTED = time.monotonic()
 
 
 class Clock:
-    """A stopwatch for training: runs while entered, stands still while the run compiles, evaluates, saves."""
+    """A stopwatch that runs while entered: during training, but not during compilation, evaluation or saving."""
 
     def __init__(self, seconds: float):
-        """`seconds`: what earlier processes of this run have spent."""
+        """Start from the `seconds` of earlier processes of the run."""
         self._before = seconds
         self._started: float | None = None
 
     def __enter__(self):
-        """Go on counting."""
         self._started = time.monotonic()
         return self
 
     def __exit__(self, *exception):
-        """Stand still."""
         self._before, self._started = self.seconds, None
 
     @property
@@ -31,10 +29,10 @@ class Clock:
 
 
 def seconds_since_process_start() -> float:
-    """Age of this process; where the system does not tell, time since this module was imported."""
+    """Return the age of this process, or the time since this module was imported where the system does not tell."""
     stat = Path("/proc/self/stat")
     if not stat.exists():
         return time.monotonic() - _IMPORTED
-    # Field 22, in clock ticks since boot; the name in field 2 may hold spaces but ends with the last bracket.
+    # Field 22, in clock ticks since boot. The name in field 2 may hold spaces but ends with the last bracket.
     started = int(stat.read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started

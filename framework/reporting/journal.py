@@ -1,4 +1,4 @@
-"""What a run reports while it goes: each measurement to the console and to the workdir."""
+"""Report the measurements of a run to the console and to the workdir."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -14,29 +14,35 @@ from .metrics import MetricsWriter
 
 
 class Reporter(Protocol):
-    """Something beside the step that has something to report."""
+    """A part of the run, such as the saver, that has its own metrics and warnings."""
 
     def metrics(self) -> dict[str, float]:
-        """Numbers by name."""
+        """Return metrics by name."""
         ...
 
     def complaint(self) -> str | None:
-        """What a person should hear of since this was asked last, if anything."""
+        """Return a warning about the time since the last call, or None."""
         ...
 
 
 class Journal:
-    """Reads the metrics of steps off the devices, and reports those that are due.
+    """Read the metrics of each step from the devices, and report those that are due.
 
     Args:
-      writer: to the workdir; None in all processes but the first.
-      speedometer: of this process.
+      writer: writer of metrics, None on all processes but the first.
+      speedometer: speed of this process.
       clock: training time.
-      reporters: whatever else has numbers to report with the step's, and complaints to make.
-      start: what this process begins after.
-      tokens_per_step: trained on in one step.
-      total_steps: of the whole run.
-      period: of reports; the first and last step of a run are always reported.
+      reporters: parts of the run whose metrics and warnings are reported with those of a step.
+      start: record that this process starts from.
+      tokens_per_step: tokens of a global batch.
+      total_steps: steps of the whole run.
+      period: how often to report; the first and last step are always reported.
+
+    Attributes:
+      seconds_to_first_step: time from process start to the end of the first step.
+      skipped: number of skipped steps in the whole run.
+      most_consecutive_skips: largest number of consecutive skipped steps since the start or the last rollback.
+      first_spike: number of the first step with a loss spike since then, or None.
     """
 
     def __init__(
@@ -61,19 +67,19 @@ class Journal:
         self._period = period
         self.seconds_to_first_step: float | None = None
         self.skipped = start.skipped
-        self.most_consecutive_skips = 0  # of the steps read
-        self.first_spike: int | None = None  # the number of the first step since the start whose loss was one
+        self.most_consecutive_skips = 0
+        self.first_spike: int | None = None
 
     def tokens(self, step: int) -> int:
-        """Tokens trained on up to and including a step."""
+        """Return the tokens trained on up to and including a step."""
         return self._start.tokens + (step - self._start.step) * self._tokens_per_step
 
     def due(self, step: int) -> bool:
-        """Whether a step is reported."""
+        """Return whether a step is reported."""
         return step == 1 or step == self._total_steps or self._period.due(step)
 
     def step_done(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Wait for a step and report it if that is due. Steps come in order, each once."""
+        """Wait for a step, and report it if due. Call it once per step, in order."""
         numbers = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
         seconds = self._clock.seconds
         consecutive_skips, spike, bound = (numbers.pop(name) for name in ("consecutive_skips", "spike", "spike_bound"))
@@ -99,7 +105,7 @@ class Journal:
         self._write(step, seconds, values | (speed.values() if speed else {}))
 
     def went_back(self, record: Record, *, limit: int) -> None:
-        """The run goes on from an earlier step, whose record this is; what was measured since is dropped."""
+        """Restart from the record of an earlier step after a rollback, and drop all later measurements."""
         console.say(
             f"back to step {record.step}, with {record.batches_passed_over} batches passed over in all "
             f"(rollback {record.rollbacks} of {limit})"
@@ -112,7 +118,7 @@ class Journal:
             self._writer.drop_after(record.step, evaluated=record.evaluated)
 
     def evaluated(self, step: int, values: Mapping[str, float], *, best: bool) -> None:
-        """Report an evaluation after a step."""
+        """Report the held-out metrics after a step."""
         console.say(progress.evaluation_line(step, values, best))
         self._write(step, self._clock.seconds, {f"heldout/{name}": value for name, value in values.items()})
 
@@ -120,7 +126,6 @@ class Journal:
         return self
 
     def __exit__(self, *exception):
-        """Wait until everything is on disk."""
         if self._writer:
             self._writer.close()
 

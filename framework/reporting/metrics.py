@@ -1,4 +1,4 @@
-"""What is measured, on disk: JSON lines for people and programs, TensorBoard events for browsers."""
+"""Write measurements to the workdir: JSON lines for programs, TensorBoard events for browsers."""
 
 import json
 import math
@@ -13,24 +13,24 @@ from .runs import parse_point
 
 
 class MetricsWriter:
-    """Writes one line of `metrics.jsonl` per call, and the same numbers as TensorBoard events.
+    """Write one line of `metrics.jsonl` per call, and the same numbers as TensorBoard events.
 
-    For one process of a run. On disk, the history of a resumed run is that of an uninterrupted one: lines
-    after the step it resumes from are dropped.
+    One process of a run writes. When a run resumes, lines after its checkpoint are dropped, so that its history equals
+    that of an uninterrupted run.
     """
 
     def __init__(self, workdir: Path, *, after_step: int, evaluated: bool):
-        """Keep what was measured up to `after_step`; evaluations of that very step only if `evaluated`."""
+        """Drop the lines after `after_step`; those of its evaluation too unless `evaluated`."""
         self._path = workdir / layout.METRICS
         self._workdir = workdir
-        # The library that writes events takes up to seconds to import; in a thread of its own it delays no step.
+        # The import of TensorBoard takes up to seconds; in a thread it delays no step.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorboard")
         self._events: Any = None
         self._pending: list[Future[None]] = []
         self.drop_after(after_step, evaluated=evaluated)
 
     def write(self, *, step: int, seconds: float, tokens: int, values: Mapping[str, float]) -> None:
-        """Append what was measured after `step`; a number that is not finite becomes null."""
+        """Append the measurements after `step`. A number that is not finite becomes null."""
         line = {"step": step, "seconds": round(seconds, 3), "tokens": tokens} | {
             name: value if math.isfinite(value) else None for name, value in values.items()
         }
@@ -39,7 +39,7 @@ class MetricsWriter:
         self._pending.append(self._thread.submit(self._write_events, step, dict(values)))
 
     def drop_after(self, step: int, *, evaluated: bool) -> None:
-        """Drop what was measured after a step, and its evaluation too unless `evaluated`: it will be repeated."""
+        """Drop the lines after a step. Unless `evaluated`, drop its evaluation too, which will be repeated."""
         if not self._path.exists():
             return
         points = ((line, parse_point(line)) for line in self._path.read_text(errors="replace").splitlines())
@@ -49,14 +49,14 @@ class MetricsWriter:
         partial.replace(self._path)
 
     def close(self) -> None:
-        """Wait until all is on disk; raises what went wrong in the background."""
+        """Wait until everything is written, and raise errors of the background thread."""
         self._pending.append(self._thread.submit(self._close_events))
         self._thread.shutdown()
         for written in self._pending:
             written.result()
 
     def _write_events(self, step: int, values: dict[str, float]) -> None:
-        # TensorBoard's own writer: that of clu needs TensorFlow, which takes 1.3 GB on disk.
+        # clu's writer needs TensorFlow, which takes 1.3 GB on disk.
         from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -73,7 +73,7 @@ class MetricsWriter:
 
 
 def _stays(point: Mapping[str, Any], step: int, evaluated: bool) -> bool:
-    """Whether a line of the history belongs to a run that resumes after `step`."""
+    """Return whether a line belongs to the history of a run that resumes after `step`."""
     if point["step"] != step or evaluated:
         return point["step"] <= step
     return not any(name.startswith("heldout/") for name in point)

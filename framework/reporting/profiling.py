@@ -1,4 +1,4 @@
-"""A profile of some steps of a run, for TensorBoard, written by process 0."""
+"""Profile some steps of a run for TensorBoard, on process 0."""
 
 import re
 from pathlib import Path
@@ -13,10 +13,10 @@ _NEVER = 2**62
 
 
 def parse(text: str) -> range:
-    """The steps of `config.profile_steps`, numbered from 1 as in the console; "" is none of them.
+    """Return the steps of `config.profile_steps`, numbered from 1 as on the console; none for "".
 
     Raises:
-      UserError: it is no range of steps.
+      UserError: the text is not a range of steps.
     """
     if not text:
         return range(0)
@@ -24,63 +24,61 @@ def parse(text: str) -> range:
     first, stop = map(int, match.groups()) if match else (0, 0)
     if not 1 <= first < stop:
         raise UserError(
-            f"config.profile_steps is {text!r}; write FIRST:STOP, such as 10:20 for the steps 10 to 19, the first step "
-            "of a run being 1"
+            f"config.profile_steps={text!r}: not a range of steps. Write FIRST:STOP, such as 10:20 for steps 10 to 19; "
+            "the first step of a run is 1."
         )
     return range(first, stop)
 
 
 class Profile:
-    """Traces the steps of a range: once, from the first that this process comes to, to the last or the end of the run.
+    """Trace the steps of a range once, until the last of them or the end of the run.
 
-    One process of a run is enough to see compute, collectives and the waits of both; all of them would write the same
-    many megabytes a hundred times. In the workdir the profile lies where TensorBoard looks, `plugins/profile/DATE/`.
+    Process 0 alone shows compute, collectives and waiting time; each process would write the same many megabytes.
+    TensorBoard finds the profile in the workdir, in `plugins/profile/DATE/`.
 
     Args:
-      steps: as `parse` has them.
-      workdir: of the run.
-      watch: writing a profile takes a while, in which nothing moves.
-      begin: the steps behind the run already; where these are some of the range, that is said.
-      total_steps: of the run.
+      steps: steps to trace, from `parse`.
+      workdir: workdir of the run.
+      watch: told while a profile is written.
+      begin: steps taken before this process; a warning names steps of the range that are past.
+      total_steps: steps of the run.
 
     Raises:
       UserError: the run ends before the range does.
     """
 
     def __init__(self, steps: range, workdir: Path, watch: Watchdog, *, begin: int, total_steps: int):
+        given = f"config.profile_steps={steps.start}:{steps.stop}"
         if steps and steps[-1] > total_steps:
             raise UserError(
-                f"config.profile_steps {steps.start}:{steps.stop} needs {steps[-1]} steps, but config.duration is "
-                f"{total_steps} steps; the largest STOP is {total_steps + 1}"
+                f"{given}: needs {steps[-1]} steps, but config.duration is {total_steps} steps. The largest STOP is "
+                f"{total_steps + 1}."
             )
         left = range(max(steps.start, begin + 1), steps.stop)
         if steps and left != steps:
             rest = f"only {left[0]} to {left[-1]} are profiled" if left else "no step is profiled"
-            console.say(
-                f"warning: config.profile_steps {steps.start}:{steps.stop}: {begin} steps are past, {rest}; "
-                "take a later range"
-            )
+            console.say(f"warning: {given}: {begin} steps are past, {rest}. Use a later range.")
         self._workdir, self._watch = workdir, watch
-        self._first = left.start if left else _NEVER  # becomes _NEVER when the trace begins: there is one
+        self._first = left.start if left else _NEVER  # _NEVER once the trace has begun
         self._last = left[-1] if left else _NEVER
         self._running = False
 
     def next(self, step: int) -> int:
-        """The nearest step after `step` at which training has to pause for the profile to begin or to end."""
+        """Return the first step after `step` at which training must pause to begin or end the trace."""
         return min(border for border in (self._first - 1, self._last, _NEVER) if border > step)
 
     def begin(self, step: int) -> None:
-        """Begin, if the next step is the first of the range. Nothing is under way on the devices."""
+        """Begin the trace if the next step is the first of the range. The devices must be idle."""
         if step + 1 >= self._first:
             self._first, self._running = _NEVER, True
             if jax.process_index() == 0:
                 options = jax.profiler.ProfileOptions()
-                options.python_tracer_level = 0  # every Python call: 19 to 42 MB for three steps
+                options.python_tracer_level = 0  # tracing every Python call takes 19 to 42 MB for three steps
                 with self._watch.during("profile"):
                     jax.profiler.start_trace(self._workdir, profiler_options=options)
 
     def end(self, step: int) -> None:
-        """End, if the last step of the range is done, and nothing is under way on the devices."""
+        """Write the trace if the last step of the range is done. The devices must be idle."""
         if step >= self._last:
             self._write()
 
@@ -88,7 +86,6 @@ class Profile:
         return self
 
     def __exit__(self, *exception):
-        """Where the run ends within the range, write what there is."""
         self._write()
 
     def _write(self) -> None:
@@ -98,6 +95,4 @@ class Profile:
         if jax.process_index() == 0:
             with self._watch.during("profile"):
                 jax.profiler.stop_trace()
-            console.say(
-                f"profile written: tensorboard --logdir={self._workdir}, with the package xprof for its Profile tab"
-            )
+            console.say(f"profile written: tensorboard --logdir={self._workdir} (the Profile tab needs xprof)")

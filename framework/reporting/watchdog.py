@@ -1,7 +1,7 @@
-"""A run in which nothing moves says so, and where it stands: what a person needs to know of a job that hangs.
+"""Report when a process makes no progress, and where it is: the first thing to know of a job that hangs.
 
-Each process watches itself. In a run of several, most of those that stand still wait in a collective for one that is
-somewhere else; their reports lie side by side in the workdir, the phase of each in its first line.
+Each process watches itself. In a run of several, most stalled processes wait in a collective for another one; their
+reports are side by side in the workdir, with the phase of each in its first line.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ import jax
 
 from ..base import workdir as layout
 
-_LOOKING_SECONDS = 1.0  # between looks while nothing moves, to say soon that it goes on
+_LOOKING_SECONDS = 1.0  # between looks during a stall, so that its end is reported soon
 
 
-class Mark(NamedTuple):
-    """What a process has begun, the steps behind it then, and when, in seconds of a monotonic clock."""
+class _Mark(NamedTuple):
+    """The phase that a process has begun, the steps taken before it, and its start on the monotonic clock."""
 
     phase: str
     step: int
@@ -30,20 +30,20 @@ class Mark(NamedTuple):
 
 
 class Watchdog:
-    """While entered, a thread that writes to stderr when no mark has been made for `seconds`.
+    """While entered, a thread writes a line to stderr when no phase has begun for `seconds`.
 
-    It says so again after twice, four times, ... as long, each time with the stacks of all threads in
-    `stalls/process_N.txt` of the workdir, and once more when the process has moved on.
+    It repeats the line after twice, four times, ... as long, each time with the stacks of all threads in
+    `stalls/process_N.txt` of the workdir, and reports when the process moves again.
 
     Args:
-      workdir: of the run.
-      seconds: 0 never says anything.
+      workdir: workdir of the run.
+      seconds: time without progress; 0 disables the watchdog.
     """
 
     def __init__(self, workdir: Path, seconds: float):
         self._path = workdir / layout.STALLS / f"process_{jax.process_index()}.txt"
         self._seconds = seconds
-        self._mark: Mark | None = None
+        self._mark: _Mark | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -55,15 +55,15 @@ class Watchdog:
     def __exit__(self, *exception):
         self._over.set()
         if self._seconds:
-            self._thread.join(_LOOKING_SECONDS)  # it may be writing to a disk that hangs
+            self._thread.join(_LOOKING_SECONDS)  # it may hang in a write to the disk
 
     def at(self, phase: str, step: int) -> None:
-        """This process begins a phase, with so many steps behind it. Costs less than a microsecond."""
-        self._mark = Mark(phase, step, time.monotonic())
+        """Begin a phase after `step` steps. Takes less than a microsecond."""
+        self._mark = _Mark(phase, step, time.monotonic())
 
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """A phase within another."""
+        """Enter a phase inside another one, and begin the outer phase again at the end."""
         outer = self._mark
         step = outer.step if outer else 0
         self.at(phase, step)
@@ -73,7 +73,7 @@ class Watchdog:
             self.at(outer.phase if outer else phase, step)
 
     def _watch(self) -> None:
-        stalled: Mark | None = None
+        stalled: _Mark | None = None
         due, pause = self._seconds, self._seconds
         while not self._over.wait(pause):
             mark, now = self._mark, time.monotonic()
@@ -86,22 +86,22 @@ class Watchdog:
                 self._report(mark, still)
             pause = min(due - still, _LOOKING_SECONDS) if stalled else due - still
 
-    def _report(self, mark: Mark, still: float) -> None:
-        line = f"nothing has moved for {still:.0f} s: {mark.phase!r}, after step {mark.step}"
-        _say(f"{line}; where every thread is: {self._path}")  # before the disk, which may be what hangs
+    def _report(self, mark: _Mark, still: float) -> None:
+        line = f"no progress for {still:.0f} s in {mark.phase!r} after step {mark.step}"
+        _say(f"{line}; stacks of all threads: {self._path}")  # before the write, which may hang too
         try:
             self._path.parent.mkdir(exist_ok=True)
             with self._path.open("w") as file:
-                file.write(f"{datetime.datetime.now().isoformat(timespec='seconds')} {_who()}{line}\n\n")
+                file.write(f"{datetime.datetime.now().isoformat(timespec='seconds')} {_process()}{line}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
-            _say(f"{self._path} cannot be written: {error.strerror}")
+            _say(f"cannot write {self._path}: {error.strerror}")
 
 
-def _who() -> str:
+def _process() -> str:
     return f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
 
 
 def _say(text: str) -> None:
-    print(f"watchdog: {_who()}{text}", file=sys.stderr, flush=True)
+    print(f"watchdog: {_process()}{text}", file=sys.stderr, flush=True)

@@ -167,7 +167,7 @@ def whole_of(tmp_path_factory):
         pytest.param({"refresh": "host", "statistics_memory": "host"}, id="host", marks=pytest.mark.slow),
     ],
 )
-def test_shampoo_resumes_bitwise_and_on_another_number_of_devices(whole_of, tmp_path, monkeypatch, capsys, schedule):
+def test_shampoo_resumes_bitwise_and_on_another_number_of_devices(whole_of, tmp_path, monkeypatch, schedule):
     """Catches state that a checkpoint leaves out, and statistics that are given to other blocks than their own."""
     whole, _ = whole_of(**schedule)
     same, other = tmp_path / "same", tmp_path / "other"
@@ -178,7 +178,6 @@ def test_shampoo_resumes_bitwise_and_on_another_number_of_devices(whole_of, tmp_
     train(shampoo(schedule), same, devices=two())
     assert lines(same) == lines(whole)
     jax.tree.map(np.testing.assert_array_equal, arrays(same, 12), arrays(whole, 12))
-    assert ("in its host's memory" in capsys.readouterr().out) == bool(schedule)
     train(shampoo(schedule, **{"mesh.fsdp": 2, "mesh.tensor": 2}), other, devices=jax.devices())
     for line, expected in zip(lines(other), lines(whole), strict=True):
         exact = {key: value for key, value in expected.items() if "residual" not in key}  # that is rounding itself

@@ -59,7 +59,10 @@ def ran(arguments, capsys):
         ([SAMPLE, "--verbose"], "unrecognized arguments: --verbose"),
         ([SAMPLE, "--config", "--config.seed=3"], "argument --config: expected one argument"),
         ([SAMPLE, "runs/other"], "unrecognized arguments: runs/other"),
-        ([SAMPLE, "--profile_steps=20:10"], "config.profile_steps is '20:10'; write FIRST:STOP, such as 10:20"),
+        (
+            [SAMPLE, "--profile_steps=20:10"],
+            "config.profile_steps='20:10': not a range of steps. Write FIRST:STOP, such as 10:20",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(arguments, message, tmp_path, capsys):

@@ -33,7 +33,7 @@ def test_every_spike_is_told_whether_its_step_is_due_or_not(journal, capsys):
     done(journal, 4, spike=1, loss=8.0, consecutive_skips=1)
     done(journal, 5)
     assert capsys.readouterr().out.splitlines() == [
-        "loss spike at step 2: 7.0000, above the bound of 3.0000; trained on all the same",
+        "loss spike at step 2: 7.0000, above the bound of 3.0000; the step is not skipped",
         "loss spike at step 4: 8.0000, above the bound of 3.0000; the step is skipped",
     ]
     assert journal.first_spike == 2

@@ -21,13 +21,13 @@ def steps_of(workdir):
 
 @pytest.mark.parametrize("text", ["20:10", "5:5", "0:3", "10", "a:b", "-1:4", "1:2:3", "10 : 20"])
 def test_what_is_no_range_of_steps_is_refused_before_anything_is_written(text, tmp_path):
-    with pytest.raises(UserError, match="write FIRST:STOP, such as 10:20"):
+    with pytest.raises(UserError, match="Write FIRST:STOP, such as 10:20"):
         train(make_config(profile_steps=text), tmp_path / "run")
     assert not any(tmp_path.iterdir())
 
 
 def test_a_range_beyond_the_run_is_refused_with_both_numbers(tmp_path):
-    with pytest.raises(UserError, match=r"needs 13 steps, but config.duration is 12 steps; the largest STOP is 13"):
+    with pytest.raises(UserError, match=r"needs 13 steps, but config.duration is 12 steps. The largest STOP is 13"):
         train(make_config(profile_steps="10:14"), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
 
@@ -42,7 +42,7 @@ def test_the_steps_asked_for_are_profiled_also_in_a_run_that_goes_on(tmp_path, c
     more = make_config(profile_steps="5:9", may_change=("duration", "profile_steps"))
     capsys.readouterr()
     train(more, tmp_path / "run", devices=devices)
-    assert "5:9: 6 steps are past, only 7 to 8 are profiled; take a later range" in capsys.readouterr().out
+    assert "5:9: 6 steps are past, only 7 to 8 are profiled. Use a later range" in capsys.readouterr().out
     assert steps_of(tmp_path / "run") == [7, 8]
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import time
 
 import pytest
@@ -18,13 +19,13 @@ def test_a_stall_is_named_at_growing_pauses_with_stacks_and_its_end(tmp_path, ca
         watch.at("data", 8)
         stands_still(1.2)
     lines = capsys.readouterr().err.splitlines()
-    first = [line for line in lines if "'step', after step 8" in line]
+    first = [line for line in lines if "'step' after step 8" in line]
     assert len(first) == 3  # after 0.2, 0.4 and 0.8 s
-    assert all(line.startswith("watchdog: nothing has moved for ") for line in first)
+    assert all(line.startswith("watchdog: no progress for ") for line in first)
     assert lines[3].startswith("watchdog: moves again, after ") and lines[3].endswith("'step'")
-    assert "'data', after step 8" in lines[4]
+    assert "'data' after step 8" in lines[4]
     report = (tmp_path / "stalls" / "process_0.txt").read_text()
-    assert "'data', after step 8" in report.splitlines()[0]
+    assert "'data' after step 8" in report.splitlines()[0]
     assert "in stands_still" in report
 
 
@@ -46,10 +47,11 @@ def test_a_phase_within_another_gives_way_to_it_again(tmp_path, capsys):
     """Fault: a compilation in an evaluation is taken for the evaluation, or all that follows for compiling."""
     with Watchdog(tmp_path, 0.2) as watch:
         watch.at("evaluation", 3)
-        with watch.during("compiling"):
+        with contextlib.suppress(ZeroDivisionError), watch.during("compiling"):
             stands_still(0.35)
+            print(1 / 0)
         stands_still(0.35)
-    said = [line for line in capsys.readouterr().err.splitlines() if "nothing" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "no progress" in line]
     assert ["compiling" in said[0], "evaluation" in said[1]] == [True, True]
 
 
@@ -60,4 +62,4 @@ def test_a_report_that_cannot_be_written_costs_no_run(tmp_path, capsys):
         watch.at("checkpoint", 1)
         stands_still(0.15)
     err = capsys.readouterr().err
-    assert "'checkpoint'" in err and "cannot be written" in err and "Traceback" not in err
+    assert "'checkpoint'" in err and "cannot write" in err and "Traceback" not in err

@@ -1,0 +1,107 @@
+"""Show the parameters, memory and restored state of a run at its start."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from ...optimizers.plan import patterns
+from ..base import workdir as layout
+from ..checkpoint import takeover
+from ..distributed.console import say
+from ..sharding import partitioning
+from ..step.state import TrainState
+
+_CONSOLE_ROWS = 40
+
+
+class Row(NamedTuple):
+    """One line of the parameter table."""
+
+    path: str
+    shape: str = ""
+    sharding: str = ""
+    treatment: str = ""
+    count: int = 0
+
+
+def parameter_rows(
+    params: Any, placements: Mapping[str, partitioning.Placement], treatments: Mapping[str, str]
+) -> list[Row]:
+    """Return a row for each parameter, in the order of the tree.
+
+    Args:
+      params: arrays or ShapeDtypeStructs.
+      placements: placement by "params/<path>"; its notes on dropped axes are shown too.
+      treatments: the optimizer's treatment by path; "-" is shown for paths without one.
+    """
+    rows = []
+    for path, leaf in zip(patterns.paths(params), jax.tree.leaves(params), strict=True):
+        placement = placements[f"params/{path}"]
+        notes = f" ({'; '.join(placement.notes)})" if placement.notes else ""
+        shape = "x".join(map(str, leaf.shape)) or "scalar"
+        sharding = partitioning.describe(placement.spec) + notes
+        rows.append(Row(path, shape, sharding, treatments.get(path, "-"), math.prod(leaf.shape)))
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return all rows and their total as aligned text."""
+    cells = [("parameter", *Row._fields[1:]), *((*row[:-1], f"{row.count:,}") for row in rows)]
+    cells.append(("total", "", "", "", f"{sum(row.count for row in rows):,}"))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for *left, count in cells:
+        left = [cell.ljust(width) for cell, width in zip(left, widths[:-1], strict=True)]
+        lines.append("  ".join([*left, count.rjust(widths[-1])]))
+    return "\n".join(lines)
+
+
+def show_parameters(rows: Sequence[Row], workdir: Path) -> None:
+    """Write the table to `parameters.txt`, and print it.
+
+    On the console, parameters that differ only by numbers in their paths share a line, and of more than 40 lines the
+    largest are shown.
+    """
+    if jax.process_index() != 0:
+        return
+    (workdir / layout.PARAMETERS).write_text(table(rows) + "\n")
+    shown = _merged(rows)
+    if len(shown) > _CONSOLE_ROWS:
+        large = sorted(range(len(shown)), key=lambda i: -shown[i].count)[:_CONSOLE_ROWS]
+        rest = sum(row.count for i, row in enumerate(shown) if i not in large)
+        more = Row(f"({len(shown) - len(large)} more in {layout.PARAMETERS})", count=rest)
+        shown = [*(shown[i] for i in sorted(large)), more]
+    say(table(shown))
+
+
+def _merged(rows: Sequence[Row]) -> list[Row]:
+    """Merge `layer_0/w` ... `layer_11/w` of one shape, sharding and treatment into `layer_*/w (12)`."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((re.sub(r"\d+", "*", row.path), *row[1:-1]), []).append(row)
+    return [
+        same[0] if len(same) == 1 else Row(f"{path} ({len(same)})", *rest, count=sum(row.count for row in same))
+        for (path, *rest), same in groups.items()
+    ]
+
+
+def show_takeover(taken: takeover.Takeover, workdir: Path) -> None:
+    """Write what a run restores from a checkpoint, and what not, to `restored.txt`, and print it."""
+    if taken.path is None or jax.process_index() != 0:
+        return
+    first = f"taken over with all their state: {taken.whole} of {len(jax.tree.leaves(taken.spec.params))} parameters"
+    (workdir / layout.RESTORED).write_text("\n".join([f"from {taken.path}", first, *taken.lines]) + "\n")
+    say("\n  ".join([first, *taken.lines[:_CONSOLE_ROWS]]))
+    if len(taken.lines) > _CONSOLE_ROWS:
+        say(f"  ({len(taken.lines) - _CONSOLE_ROWS} more lines in {layout.RESTORED})")
+
+
+def memory_line(state: TrainState) -> str:
+    """Return `on each device: parameters 2.9 MB, optimizer state 11.2 MB` for ShapeDtypeStructs with shardings."""
+    parts = {"parameters": state.params, "optimizer state": state.opt_state, "average": state.averaging}
+    sizes = {name: partitioning.bytes_on_device(part) for name, part in parts.items()}
+    return "on each device: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items() if size)
