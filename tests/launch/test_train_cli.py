@@ -106,7 +106,7 @@ def test_half_a_place_in_a_run_is_one_line(monkeypatch, capsys):
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
     code, out, [line] = ran([SAMPLE, "--workdir=w"], capsys)
     assert (code, out) == (2, [])
-    assert line.startswith("error: JAX_PROCESS_ID says that this is a process of several, and JAX_COORDINATOR_ADDRESS")
+    assert line.startswith("error: JAX_PROCESS_ID found in the environment, but not JAX_COORDINATOR_ADDRESS")
 
 
 RESULT = {"stopped": None, "steps": 3}
