@@ -24,6 +24,7 @@ class StopSignals:
     def __init__(self):
         self._alone = not jax.distributed.is_initialized()
         self._received: str | None = None
+        self._asked = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self):
@@ -37,14 +38,15 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def reason(self, step: int) -> str | None:
-        """Return the name of the signal to stop for after this step, or None; the same in all processes.
+    def reason(self) -> str | None:
+        """Return the name of the signal to stop for, if any, the same on all processes.
 
-        Every process calls this after every step.
+        Every process calls it equally often: after every step, and between held-out batches.
         """
         if self._alone:
             return self._received
-        if not multihost_utils.reached_preemption_sync_point(step):
+        self._asked += 1
+        if not multihost_utils.reached_preemption_sync_point(self._asked):
             return None
         received = agreement.gather(self._received or "")
         return signal.SIGINT.name if signal.SIGINT.name in received else signal.SIGTERM.name

@@ -1,7 +1,6 @@
 """Held-out metrics: sums over all held-out batches, divided once at the end; and those that need all examples."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -10,19 +9,6 @@ import numpy as np
 from ..task import Batch
 
 Step = Callable[[Any, Batch], Any]
-
-
-def compiled_at_first_call(step: jax.stages.Wrapped, compiling: Callable[[], AbstractContextManager[None]]) -> Step:
-    """A jitted step for arguments of one shape, which is compiled within `compiling()`: many a run never calls it."""
-    compiled: list[Step] = []
-
-    def call(variables: Any, batch: Batch) -> Any:
-        if not compiled:
-            with compiling():
-                compiled.append(step.lower(variables, batch).compile())
-        return compiled[0](variables, batch)
-
-    return call
 
 
 def evaluate(eval_step: Step, variables: Any, batches: Iterable[Batch]) -> dict[str, float]:

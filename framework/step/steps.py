@@ -125,12 +125,20 @@ def make_diagnosis(tx: optax.GradientTransformation, abstract: TrainState, mesh:
     return jax.jit(diagnose, in_shardings=(shardings(abstract.opt_state),), out_shardings=partitioning.replicated(mesh))
 
 
-def make_eval_step(task: Task, abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted `(variables, batch) -> metrics` of one evaluation batch, (total, weight) pairs to add up."""
+def make_eval_step(task: Task, abstract: TrainState, mesh: Mesh, microbatches: int = 1) -> jax.stages.Wrapped:
+    """Return the jitted `(variables, batch) -> metrics` of one held-out batch, sums of (total, weight) pairs.
+
+    It uses the micro-batches of training, so that it needs no more memory.
+    """
 
     def eval_step(variables: dict[str, Any], batch: Batch) -> Metrics:
-        _, (_, metrics) = task.loss(variables, batch, key=jax.random.key(0), train=False)
-        return metrics
+        def of_microbatch(part: Batch) -> Metrics:
+            _, (_, metrics) = task.loss(variables, part, key=jax.random.key(0), train=False)
+            return metrics
+
+        if microbatches == 1:
+            return of_microbatch(batch)
+        return jax.tree.map(lambda leaf: leaf.sum(axis=0), jax.lax.map(of_microbatch, _cut(batch, microbatches, mesh)))
 
     return jax.jit(
         eval_step,
@@ -139,10 +147,18 @@ def make_eval_step(task: Task, abstract: TrainState, mesh: Mesh) -> jax.stages.W
     )
 
 
-def make_predict_step(judge: Judge, abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted `(variables, batch) -> predictions` of one held-out batch, whole on every process."""
+def make_predict_step(judge: Judge, abstract: TrainState, mesh: Mesh, microbatches: int = 1) -> jax.stages.Wrapped:
+    """Return the jitted `(variables, batch) -> predictions` of one held-out batch, replicated on every process."""
+
+    def predict_step(variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
+        if microbatches == 1:
+            return judge.predict(variables, batch)
+        parts = jax.lax.map(functools.partial(judge.predict, variables), _cut(batch, microbatches, mesh))
+        # Micro-batch i has the examples i, i + microbatches, ...
+        return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:]), parts)
+
     return jax.jit(
-        judge.predict,
+        predict_step,
         in_shardings=(shardings(abstract.variables), partitioning.batch_sharding(mesh)),
         out_shardings=partitioning.replicated(mesh),
     )

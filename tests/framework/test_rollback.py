@@ -10,7 +10,7 @@ from toy_runs import ADAMW, SHAMPOO, arrays, lines, make_config, saved, two
 from shampax.configs import base
 from shampax.framework.base.errors import TrainingStopped
 from shampax.framework.checkpoint import integrity
-from shampax.framework.distributed.signals import StopSignals
+from shampax.framework.loop import Run
 from shampax.framework.reporting import journal
 from shampax.framework.train import train
 
@@ -50,7 +50,7 @@ def test_goes_back_to_the_newest_regular_checkpoint_and_past_the_spike(rolled_ba
     steps = [line["step"] for line in lines(workdir) if "train/loss" in line]
     assert steps == [1, *range(2, 31, 2)]
     # The same by hand: stop where it went back to, and say that three batches are to be left out.
-    monkeypatch.setattr(StopSignals, "reason", lambda self, step: "SIGINT" if step == 15 else None)
+    monkeypatch.setattr(Run, "signal", lambda self: "SIGINT" if self.step == 15 else None)
     train(config(spikes=False), tmp_path, devices=two())
     monkeypatch.undo()
     checkpoint = tmp_path / "checkpoints" / "15"
@@ -68,11 +68,11 @@ def test_stopped_around_the_spike_and_resumed_is_bitwise_the_same(rolled_back, t
     workdir, result = rolled_back
     asked = []
 
-    def once(self, now):
-        asked.append(now)
-        return "SIGTERM" if now == step and asked.count(now) == 1 else None
+    def once(self):
+        asked.append(self.step)
+        return "SIGTERM" if self.step == step and asked.count(step) == 1 else None
 
-    monkeypatch.setattr(StopSignals, "reason", once)
+    monkeypatch.setattr(Run, "signal", once)
     stopped = train(config(), tmp_path, devices=two())
     monkeypatch.undo()
     assert stopped["stopped"] == "SIGTERM"
@@ -87,7 +87,7 @@ def test_stopped_around_the_spike_and_resumed_is_bitwise_the_same(rolled_back, t
 def test_checkpoints_of_the_way_that_is_given_up_are_gone(rolled_back, tmp_path, monkeypatch):
     """Catches a step that is not saved anew because the run has once come by it in another way."""
     keeping = {"checkpoint.keep_last": 20}
-    monkeypatch.setattr(StopSignals, "reason", lambda self, now: "SIGTERM" if now == 17 else None)
+    monkeypatch.setattr(Run, "signal", lambda self: "SIGTERM" if self.step == 17 else None)
     train(config(**keeping), tmp_path, devices=two())
     assert saved(tmp_path)[-1] == 17
     monkeypatch.undo()
@@ -120,7 +120,9 @@ def test_back_to_the_first_step_and_no_further_than_the_limit(tmp_path):
     """Catches a run without a checkpoint to go back to, and one that goes back for ever."""
     changes = {"checkpoint.every": "0 steps", "duration": "60 steps", "guard.max_rollbacks": 1}
     early = config(optimizer=base.component(ADAMW), **changes)
-    with pytest.raises(TrainingStopped, match=r"step 24 has a loss spike after 1 rollbacks \(guard.max_rollbacks 1\)"):
+    with pytest.raises(
+        TrainingStopped, match=r"step 24 has a loss spike after 1 rollbacks \(config.guard.max_rollbacks=1\)"
+    ):
         train(early, tmp_path, devices=two())
     stored = json.loads((tmp_path / "result.json").read_text())
     assert (stored["rollbacks"], stored["batches_passed_over"]) == (1, 18)

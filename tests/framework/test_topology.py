@@ -9,7 +9,7 @@ from processes import Job
 from toy_runs import SHAMPOO, lines, make_config
 
 from shampax.configs import base
-from shampax.framework.distributed.signals import StopSignals
+from shampax.framework.loop import Run
 from shampax.framework.train import train
 
 STEPS = 26
@@ -34,7 +34,7 @@ def test_from_eight_devices_to_four_to_two_to_one(tmp_path, monkeypatch):
         (STEPS, 1, {}),
     ]
     for stop, devices, mesh in moving:
-        monkeypatch.setattr(StopSignals, "reason", lambda self, step, stop=stop: "SIGTERM" if step == stop else None)
+        monkeypatch.setattr(Run, "signal", lambda self, stop=stop: "SIGTERM" if self.step == stop else None)
         result = train(config(**mesh), tmp_path / "moved", devices=jax.devices()[:devices])
         assert (result["steps"], result["devices"]) == (stop, devices)
     monkeypatch.undo()

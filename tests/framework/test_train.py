@@ -1,9 +1,11 @@
+import contextlib
 import functools
 import json
 import os
 import re
 import shutil
 import signal
+import types
 
 import jax
 import numpy as np
@@ -12,10 +14,11 @@ import toy
 from toy_runs import ADAMW, SHAMPOO, arrays, lines, make_config, saved, two
 
 from shampax.configs import base
-from shampax.framework import train as train_module
+from shampax.framework import hooks
 from shampax.framework.base.errors import TrainingStopped, UserError
 from shampax.framework.checkpoint import store
 from shampax.framework.distributed.signals import StopSignals
+from shampax.framework.loop import Run
 from shampax.framework.reporting import journal
 from shampax.framework.step.state import TrainState
 from shampax.framework.train import train
@@ -171,7 +174,7 @@ def test_shampoo_resumes_bitwise_and_on_another_number_of_devices(whole_of, tmp_
     """Catches state that a checkpoint leaves out, and statistics that are given to other blocks than their own."""
     whole, _ = whole_of(**schedule)
     same, other = tmp_path / "same", tmp_path / "other"
-    monkeypatch.setattr(StopSignals, "reason", lambda self, step: "SIGINT" if step == 6 else None)
+    monkeypatch.setattr(Run, "signal", lambda self: "SIGINT" if self.step == 6 else None)
     train(shampoo(schedule), same, devices=two())
     monkeypatch.undo()
     shutil.copytree(same, other)
@@ -186,7 +189,7 @@ def test_shampoo_resumes_bitwise_and_on_another_number_of_devices(whole_of, tmp_
 
 def test_resumes_on_another_mesh(uninterrupted, tmp_path, monkeypatch):
     whole, _, _ = uninterrupted
-    monkeypatch.setattr(StopSignals, "reason", lambda self, step: "SIGINT" if step == 6 else None)
+    monkeypatch.setattr(Run, "signal", lambda self: "SIGINT" if self.step == 6 else None)
     train(make_config(), tmp_path, devices=two())
     monkeypatch.undo()
     other = make_config(**{"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2})
@@ -222,7 +225,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, change
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"evaluation.best_metric": "bleu"}, "'bleu' is none of the task's metrics: accuracy, loss"),
+        ({"evaluation.best_metric": "bleu"}, "config.evaluation.best_metric='bleu': must be one of accuracy, loss."),
         ({"schedule.warmup": "20 steps"}, "warmup of 20 steps must be shorter than the run of 12 steps"),
         ({"sharding_rules": (("embed", None), ("mlp", None))}, r'parameter params/.*"vocab" has no rule'),
     ],
@@ -250,20 +253,20 @@ def test_resume_from_continues_and_init_from_starts_afresh(uninterrupted, tmp_pa
     assert first["train/loss"] < lines(whole)[0]["train/loss"] - 0.2
 
     shorter = make_config(duration="11 steps", resume_from=str(whole))
-    with pytest.raises(UserError, match=r"has 12 steps behind it, but config.duration is 11 steps"):
+    with pytest.raises(UserError, match=r"is at step 12, past config.duration=11 steps. Increase config.duration."):
         train(shorter, tmp_path / "short", devices=two())
 
 
 def test_too_many_skips_stop_the_run_with_a_checkpoint(tmp_path):
     config = make_config(task={"nan_from": 3}, **{"guard.max_consecutive_skips": 3})
-    with pytest.raises(TrainingStopped, match=r"4 steps in a row .*not finite.*learning_rate.*checkpoint after step 7"):
+    with pytest.raises(TrainingStopped, match=r"4 consecutive steps .*non-finite.*learning_rate.*checkpoint of step 7"):
         train(config, tmp_path, devices=two())
     stored = json.loads((tmp_path / "result.json").read_text())
     assert (stored["steps"], stored["skipped_steps"]) == (7, 4)  # 3, and the one in flight
-    assert "4 steps in a row" in stored["stopped"]
+    assert "4 consecutive steps" in stored["stopped"]
     assert saved(tmp_path)[-1] == 7
     assert int(arrays(tmp_path, 7)["model_state"]["counters"]["batches"]) == 3
-    with pytest.raises(TrainingStopped, match=r"5 steps in a row .*after step 8"):
+    with pytest.raises(TrainingStopped, match=r"5 consecutive steps .*of step 8"):
         train(config, tmp_path, devices=two())
 
 
@@ -276,7 +279,7 @@ def test_twenty_bad_steps_in_a_row_stop_a_run_that_goes_on_with_a_higher_limit(t
         guard = {"guard.on_spike": "skip", "guard.spike_window": 5}
         return make_config(task=task, duration="30 steps", gradient_clip=0.2, **guard, **changes)
 
-    with pytest.raises(TrainingStopped, match=r"20 steps in a row .*not finite.*checkpoint after step 24"):
+    with pytest.raises(TrainingStopped, match=r"20 consecutive steps .*non-finite.*checkpoint of step 24"):
         train(config(), tmp_path / "run", devices=two())
     assert json.loads((tmp_path / "run" / "result.json").read_text())["skipped_steps"] == 20
     higher = config(**{"guard.max_consecutive_skips": 21})
@@ -318,11 +321,11 @@ def test_a_dead_solver_on_the_host_ends_the_run_with_its_traceback_and_a_checkpo
 
     monkeypatch.setattr(lapack, "inverse_root", dies)
     with pytest.raises(
-        TrainingStopped, match=r"MemoryError: no memory .*; a checkpoint after step \d+ is saved"
+        TrainingStopped, match=r"MemoryError: no memory .*; a checkpoint of step \d+ is saved"
     ) as caught:
         train(config, broken, devices=two())
     assert isinstance(caught.value.__cause__.__cause__, MemoryError)
-    code, told = launch_train._explain(caught.value)
+    code, told = launch_train.explain(caught.value)
     assert (code, "in dies" in told) == (1, True)
     assert told.splitlines()[-1].startswith("error: a thread that takes roots on the host died")
     monkeypatch.undo()
@@ -353,10 +356,39 @@ def test_one_trace_serves_every_kind_of_step(tmp_path):
     assert toy.TRACES["train"] == 1
 
 
+def test_a_failing_evaluation_costs_no_steps(tmp_path, monkeypatch):
+    """Fault: evaluation comes before the save of its step, so that all steps since the last save are lost."""
+
+    def fail(*arguments):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(hooks, "evaluate", fail)
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        train(make_config(**{"checkpoint.every": "4 steps"}), tmp_path, devices=two())
+    assert saved(tmp_path) == [4]
+
+
+def test_a_signal_ends_an_evaluation_within_a_batch(uninterrupted, tmp_path, monkeypatch):
+    """Fault: a signal waits for the end of a long evaluation, or an evaluation of some batches counts."""
+    asked = []
+
+    def later(self):
+        asked.append(self.step)
+        return "SIGTERM" if asked.count(8) == 4 else None  # after the step, at its pause, and before two batches
+
+    monkeypatch.setattr(Run, "signal", later)
+    stopped = train(make_config(), tmp_path, devices=two())
+    monkeypatch.undo()
+    assert (stopped["stopped"], stopped["steps"], saved(tmp_path)[-1]) == ("SIGTERM", 8, 8)
+    assert not [line for line in lines(tmp_path) if line["step"] == 8 and "heldout/loss" in line]
+    train(make_config(), tmp_path, devices=two())
+    assert lines(tmp_path) == lines(uninterrupted[0])
+
+
 def test_second_interrupt_aborts():
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
-        assert signals.reason(1) == "SIGINT"
+        assert signals.reason() == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -365,6 +397,11 @@ def test_the_host_runs_one_step_ahead_and_no_further():
     events = []
 
     class Log:
+        first_spike, most_consecutive_skips, skipped = None, 0, 0
+
+        def tokens(self, step):
+            return 0
+
         def due(self, step):
             return step == 6
 
@@ -390,9 +427,19 @@ def test_the_host_runs_one_step_ahead_and_no_further():
         def at(self, phase, step):
             phases.append((phase, step))
 
+    class Clock(contextlib.nullcontext):
+        seconds = 0.0
+
     phases = []
-    start = TrainState(None, None, None, None, None)
-    train_module.advance(step, diagnose, Service(), start, iter("abc"), range(4, 7), Log(), Watch(), lambda step: None)
+    run = object.__new__(Run)
+    run.plan = types.SimpleNamespace(total_steps=9)
+    run.steps = types.SimpleNamespace(train=step, diagnose=diagnose)
+    run.state, run.step, run.record, run.stopped = TrainState(None, None, None, None, None), 4, store.Record(), None
+    run.service, run.journal, run.watch = Service(), Log(), Watch()
+    run._batches, run._clock = iter("abc"), Clock()
+    run._guard = base.get_config().guard
+    run.signal = lambda: None
+    run.advance(7)
     assert phases == [(phase, step) for step in (4, 5, 6) for phase in ("host roots", "data", "step")]
     assert events == [
         *["install", "dispatch a", "take after a"],

@@ -17,7 +17,7 @@ from shampax.framework.checkpoint import takeover
 from shampax.framework.checkpoint.origin import Origin
 from shampax.framework.config.check import check
 from shampax.framework.config.components import build
-from shampax.framework.distributed.signals import StopSignals
+from shampax.framework.loop import Run
 from shampax.framework.planning.plan import make_plan
 from shampax.framework.step import averaging
 from shampax.framework.train import train
@@ -152,7 +152,7 @@ def test_the_average_is_what_is_evaluated_and_exported(run, tmp_path, capsys):
 def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(run, tmp_path, monkeypatch):
     """Fault: an iterate or a weight that a checkpoint leaves out."""
     whole, _ = run
-    monkeypatch.setattr(StopSignals, "reason", lambda self, step: "SIGINT" if step == 6 else None)
+    monkeypatch.setattr(Run, "signal", lambda self: "SIGINT" if self.step == 6 else None)
     train(averaged_config(), tmp_path, devices=two())
     monkeypatch.undo()
     train(averaged_config(), tmp_path, devices=two())

@@ -1,0 +1,246 @@
+"""The training loop. Only this module changes the train state and the record of a run.
+
+Training pauses at the steps that hooks ask for. At a pause the hooks run in their order, saving first.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from . import optimizer
+from .base.durations import Period
+from .base.errors import TrainingStopped
+from .checkpoint import evaluations, origin, store, takeover
+from .checkpoint.store import Checkpoints, SaveError
+from .distributed import agreement, console
+from .distributed.signals import StopSignals
+from .reporting.clock import Clock
+from .reporting.journal import Journal
+from .reporting.metrics import MetricsWriter
+from .reporting.progress import Speedometer
+from .reporting.watchdog import Watchdog
+from .setup import Plan, Steps
+from .step.state import TrainState
+
+
+class Hook(Protocol):
+    """Something that happens when training pauses."""
+
+    def next(self, step: int) -> int:
+        """Return the first step after `step` at which training has to pause for this hook."""
+        ...
+
+    def due(self, run: "Run") -> bool:
+        """Return whether the hook has something to do at this pause."""
+        ...
+
+    def __call__(self, run: "Run") -> None:
+        """Do it."""
+        ...
+
+
+def train_to_end(run: "Run", hooks: Sequence[Hook]) -> None:
+    """Train until the run is complete or has to stop. The first hook saves: it runs once more after the others."""
+    while True:
+        for hook in (*hooks, hooks[0]):
+            if hook.due(run):
+                hook(run)
+        if run.at_end or run.stopped:
+            return
+        run.advance(min(hook.next(run.step) for hook in hooks))
+        if run.spiked and not run.trouble():
+            run.roll_back()
+
+
+class Run:
+    """A run in progress.
+
+    Attributes:
+      plan: what the run consists of.
+      steps: its compiled functions.
+      state: the train state.
+      record: what the host knows beside the state.
+      step: number of steps taken.
+      stopped: why the run stops early: a signal, a fault of the optimizer's service, a decision of the guard; or None.
+      saver: saves checkpoints.
+      service: what the optimizer does on the host.
+      journal: reports metrics.
+      watch: the watchdog.
+    """
+
+    def __init__(self, plan: Plan, steps: Steps, state: TrainState, watch: Watchdog):
+        config, start = plan.request.config, plan.record
+        self.plan, self.steps, self.state, self.record, self.watch = plan, steps, state, start, watch
+        self.step = start.step
+        self.stopped: str | optimizer.ServiceError | None = None
+        self._saving = Period(plan.in_steps(config.checkpoint.every))
+        self._guard = config.guard
+        self._clock = Clock(start.seconds)
+        self._signals = StopSignals()
+        self.service = optimizer.service(plan.assembly.tx, plan.assembly.abstract.params)
+        self.saver = Checkpoints(
+            plan.request.workdir,
+            keep_last=config.checkpoint.keep_last,
+            keep_best=config.checkpoint.keep_best,
+            best_metric=config.evaluation.best_metric,
+            milestone=self.milestone,
+        )
+        self.journal = self._journal()
+        self._batches = plan.feed.train(start.step + start.batches_passed_over)
+        self._open = contextlib.ExitStack()
+
+    def _journal(self) -> Journal:
+        request, record = self.plan.request, self.record
+        pace = {"total_steps": self.plan.total_steps, "tokens_per_step": self.plan.tokens_per_step}
+        writer = None
+        if jax.process_index() == 0:
+            writer = MetricsWriter(request.workdir, after_step=record.step, evaluated=record.evaluated)
+        flops = request.task.flops(self.plan.feed.batch_spec)
+        return Journal(
+            writer,
+            Speedometer(request.mesh, flops_per_step=flops, **pace),
+            self._clock,
+            (self.service, self.saver),
+            start=record,
+            period=Period(self.plan.in_steps(request.config.log.every)),
+            **pace,
+        )
+
+    def __enter__(self):
+        for each in (self._signals, self.journal, contextlib.closing(self.saver), contextlib.closing(self.service)):
+            self._open.enter_context(each)
+        self._start_service()
+        return self
+
+    def __exit__(self, *exception):
+        return self._open.__exit__(*exception)
+
+    @property
+    def at_end(self) -> bool:
+        """Whether all steps are taken."""
+        return self.step == self.plan.total_steps
+
+    @property
+    def spiked(self) -> bool:
+        """Whether a loss spike asks for a rollback."""
+        return self._guard.on_spike == "rollback" and self.journal.first_spike is not None
+
+    def milestone(self, step: int) -> bool:
+        """Return whether a checkpoint is saved at a step in any case. A rollback returns to such a step."""
+        return self._saving.due(step) or (self._guard.on_spike == "rollback" and step == self.record.began)
+
+    def signal(self) -> str | None:
+        """Return the name of the signal that asks the run to stop, the same on all processes, which all ask."""
+        return self._signals.reason()
+
+    def advance(self, pause: int) -> None:
+        """Train to step `pause`, the end of the run, or a reason to stop.
+
+        The host runs one step ahead of the metrics: it dispatches a step, then waits for the step before it.
+        """
+        unread = None
+        with self._clock:
+            while self.step < min(pause, self.plan.total_steps) and not (self.stopped or self.spiked):
+                metrics = self._take_step()
+                if unread is not None:
+                    self.journal.step_done(*unread)
+                unread = (self.step, metrics) if metrics is not None else None
+                self.stopped = self.stopped or self.signal() or self.trouble()
+            if unread is not None:
+                self.journal.step_done(*unread)
+            self.stopped = self.stopped or self.signal() or self.trouble()
+        self.record = dataclasses.replace(
+            self.record,
+            step=self.step,
+            seconds=self._clock.seconds,
+            tokens=self.journal.tokens(self.step),
+            skipped=self.journal.skipped,
+        )
+
+    def _take_step(self) -> dict[str, Any] | None:
+        """Dispatch one step and return its metrics; None if the optimizer's service has failed."""
+        self.watch.at("host roots", self.step)
+        try:
+            self.state = dataclasses.replace(self.state, opt_state=self.service.install(self.state.opt_state))
+        except optimizer.ServiceError as error:
+            self.stopped = error
+            if jax.process_count() > 1:  # the others know nothing of it, and would wait for this process in a save
+                raise TrainingStopped(
+                    f"{error}; rerun the same command to resume from the latest checkpoint"
+                ) from error
+            return None
+        self.watch.at("data", self.step)
+        batch = next(self._batches)
+        self.watch.at("step", self.step)
+        with jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
+            self.state, metrics = self.steps.train(self.state, batch)
+        self.service.take(self.state.opt_state)
+        self.step += 1
+        return metrics | self.steps.diagnose(self.state.opt_state) if self.journal.due(self.step) else metrics
+
+    def evaluated(self, values: Mapping[str, float]) -> None:
+        """Record and report the held-out metrics of this step."""
+        self.record = self.record.with_evaluation(dict(values), self.plan.request.config.evaluation.best_metric)
+        self.journal.evaluated(self.step, values, best=self.record.best == self.record.last)
+        self.saver.evaluated(self.record)
+
+    def roll_back(self) -> None:
+        """Return to the newest milestone and skip the batches up to the spike."""
+        workdir, config, spike = self.plan.request.workdir, self.plan.request.config, self.journal.first_spike
+        del self.state
+        self.watch.at("checkpoint", self.step)
+        with storage_faults("stop"):
+            self.saver.confirm()
+        point = origin.newest_of(workdir, self.milestone)
+        self.record = point.record().rolled_back(self.record, spike=spike or self.step)
+        self.step = self.record.step
+        agreement.first(functools.partial(_forget_after, workdir, self.step))
+        tx, abstract, _ = self.plan.assembly
+        self.state = takeover.plan(point, abstract, tx, config.optimizer.name, config.renamed).state({})
+        self._start_service()
+        self._batches = self.plan.feed.train(self.step + self.record.batches_passed_over)
+        self.journal.went_back(self.record, limit=self._guard.max_rollbacks)
+
+    def _start_service(self) -> None:
+        self.state = dataclasses.replace(self.state, opt_state=self.service.start(self.state.opt_state))
+
+    def trouble(self) -> str | None:
+        """Return why the guard ends the run, or None."""
+        guard, skips = self._guard, self.journal.most_consecutive_skips
+        if self.spiked and self.record.rollbacks >= guard.max_rollbacks:
+            return (
+                f"step {self.journal.first_spike} has a loss spike after {self.record.rollbacks} rollbacks "
+                f"(config.guard.max_rollbacks={guard.max_rollbacks}). In a new workdir, with resume_from this one, "
+                "lower schedule.learning_rate or raise guard.spike_factor"
+            )
+        if skips >= guard.max_consecutive_skips:
+            return (
+                f"{skips} consecutive steps were skipped for a non-finite loss or gradient or a loss spike "
+                f"(config.guard.max_consecutive_skips={guard.max_consecutive_skips}). In a new workdir, with "
+                "resume_from this one, lower schedule.learning_rate, set gradient_clip or, for spikes, raise "
+                "guard.spike_factor"
+            )
+        return None
+
+
+def _forget_after(workdir: Path, last: int) -> None:
+    """Delete the checkpoints and evaluations of steps after `last`: the run will take these steps on other batches."""
+    evaluations.forget_after(workdir, last)
+    steps = [int(path.name) for path in store.finished(workdir)]
+    store.prune(workdir, {step for step in steps if step <= last})
+
+
+@contextlib.contextmanager
+def storage_faults(on_error: str) -> Iterator[None]:
+    """Handle a checkpoint that cannot be saved: "stop" raises TrainingStopped, "continue" warns."""
+    try:
+        yield
+    except SaveError as error:
+        if on_error == "stop":
+            raise TrainingStopped(f"{error}. Fix the storage, then rerun the same command to resume.") from error
+        console.say(f"warning: {error}. Training continues.")

@@ -1,0 +1,293 @@
+"""Set up a run: check everything that can be refused, then build what the loop needs.
+
+Nothing is written before `claim`, except prepared data in the workdir's cache.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from . import optimizer
+from .base import durations, paths
+from .base import workdir as layout
+from .base.errors import UserError
+from .checkpoint import evaluations, origin, ownership, takeover
+from .checkpoint.record import Record
+from .config import components
+from .config.check import check, may_change
+from .data.feed import Feed
+from .distributed import agreement, console
+from .reporting import profiling, startup
+from .reporting.watchdog import Watchdog
+from .sharding import partitioning
+from .step import compilation_cache, refusals
+from .step.program import Assembly, Program
+from .step.schedule import Schedule, make_schedule
+from .step.state import TrainState, initial_arrays
+from .step.steps import make_diagnosis, make_eval_step, make_predict_step
+from .task import judge_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A checked config, with its components and mesh.
+
+    Attributes:
+      config: the config.
+      workdir: absolute path.
+      task: the model.
+      data: the data set.
+      options: of the optimizer.
+      mesh: the devices.
+      profile_steps: steps to profile.
+    """
+
+    config: Any
+    workdir: Path
+    task: Any
+    data: Any
+    options: Any
+    mesh: Mesh
+    profile_steps: range
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run consists of. Nothing in it changes while the run is in progress.
+
+    Attributes:
+      request: the checked config.
+      start: the checkpoint that the run starts from, if any.
+      record: what the host knows at the start.
+      feed: the data.
+      total_steps: length of the run.
+      in_steps: converts a duration of the config to steps.
+      program: the variables on the mesh.
+      assembly: optimizer, layout of the state, train step.
+      metrics: names of the held-out metrics that every evaluation measures.
+      manifest: describes the arrays of a checkpoint.
+      taken: where each array of the first state comes from.
+    """
+
+    request: Request
+    start: origin.Origin
+    record: Record
+    feed: Feed
+    total_steps: int
+    in_steps: Callable[[str], int]
+    program: Program
+    assembly: Assembly
+    metrics: tuple[str, ...]
+    manifest: dict[str, Any]
+    taken: takeover.Takeover
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
+        return self.request.config.batch_size * self.request.data.tokens_per_example
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The compiled functions of a run.
+
+    Attributes:
+      train: (state, batch) -> (state, metrics).
+      diagnose: optimizer state -> diagnostics.
+      evaluate: (variables, batch) -> sums of metrics.
+      predict: (variables, batch) -> predictions; None for a task that judges no predictions.
+    """
+
+    train: Callable[..., Any]
+    diagnose: Callable[..., Any]
+    evaluate: Callable[..., Any]
+    predict: Callable[..., Any] | None
+
+
+def completed(config: Any, workdir: str | Path) -> dict[str, Any] | None:
+    """Return the result of a workdir whose run is complete, None for others.
+
+    Raises:
+      UserError: the config is invalid, or the workdir belongs to another config.
+    """
+    check(config)
+    paths.refuse_bucket("workdir", workdir)
+    place = _absolute(workdir)
+    ownership.refuse_foreign(place, config)
+    result = ownership.finished(place, config)
+    if result is not None:
+        console.say(f"{place} is complete after {result['steps']} steps: nothing left to train")
+    return result
+
+
+def examine(config: Any, workdir: str | Path, devices: Sequence[Any] | None) -> Request:
+    """Build the components and the mesh of a config.
+
+    Raises:
+      UserError: a component or the mesh is invalid.
+    """
+    task, data, options = (components.build(section) for section in (config.task, config.data, config.optimizer))
+    mesh = partitioning.make_mesh(config.mesh, devices)
+    partitioning.check_rules(config.sharding_rules, mesh)
+    partitioning.check_batch(config.batch_size, config.microbatches, mesh)
+    console.say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
+    return Request(config, _absolute(workdir), task, data, options, mesh, profiling.parse(config.profile_steps))
+
+
+@contextlib.contextmanager
+def surroundings(request: Request) -> Iterator[Watchdog]:
+    """Hold the workdir, the mesh, the compilation cache and the watchdog of a run.
+
+    Raises:
+      UserError: the workdir is in use or cannot be made.
+    """
+    config, workdir = request.config, request.workdir
+    with (
+        compilation_cache.kept(workdir, config.compilation_cache),
+        ownership.hold(workdir),
+        jax.set_mesh(request.mesh),
+        Watchdog(workdir, config.watchdog_seconds) as watch,
+    ):
+        yield watch
+
+
+def build(request: Request) -> Plan:
+    """Choose the checkpoint, open the data and lay out the state. No array of the state is computed.
+
+    Raises:
+      UserError: a checkpoint, the data, the task or the optimizer cannot be used.
+    """
+    config, task, mesh = request.config, request.task, request.mesh
+    start = origin.find(request.workdir, resume_from=config.resume_from, init_from=config.init_from)
+    feed = Feed.open(
+        request.data,
+        request.workdir / layout.CACHE,
+        mesh,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        heldout_batches=config.evaluation.batches,
+    )
+    record = _with_data(start.record(), feed.fingerprint, start, may_change(config))
+    total_steps, in_steps = _lengths(request, feed.examples)
+    _refuse_overrun(record.step, total_steps, start)
+
+    program = Program.of(config, task, mesh, feed.batch_spec)
+    began = takeover.optimizer_began(start, record, config.optimizer.name)
+    assembly = program.assemble(request.options, _schedule(config.schedule, total_steps, in_steps), began=began)
+    tx, abstract, _ = assembly
+    with refusals.of(task):
+        metrics = tuple(jax.eval_shape(make_eval_step(task, abstract, mesh), abstract.variables, feed.batch_spec))
+    _refuse_unknown_metric(config.evaluation.best_metric, metrics)
+    treatments = optimizer.treatments(tx, abstract.params)
+    manifest = takeover.describe(tx, config.optimizer.name, abstract.params, treatments, mesh.shape)
+    taken = takeover.plan(start, abstract, tx, config.optimizer.name, config.renamed)
+    record = dataclasses.replace(
+        record, optimizer_began=began, began=record.began if start.kind == "own" else record.step
+    )
+    return Plan(request, start, record, feed, total_steps, in_steps, program, assembly, metrics, manifest, taken)
+
+
+def claim(plan: Plan) -> None:
+    """Make the workdir this run's: write its config, set damaged checkpoints aside, show what will be trained."""
+    workdir, assembly = plan.request.workdir, plan.assembly
+    ownership.claim(workdir, plan.request.config)
+    origin.set_aside(workdir, plan.start)
+    agreement.first(functools.partial(evaluations.forget_after, workdir, plan.record.step))
+    treatments = optimizer.treatments(assembly.tx, assembly.abstract.params)
+    rows = startup.parameter_rows(assembly.abstract.params, plan.program.placements, treatments)
+    startup.show_parameters(rows, workdir)
+    console.say(startup.memory_line(assembly.abstract))
+    console.say(str(plan.start))
+    startup.show_takeover(plan.taken, workdir)
+
+
+def first_state(plan: Plan, watch: Watchdog) -> tuple[TrainState, float]:
+    """Return the state that training starts from, and the seconds that reading the checkpoint took."""
+    watch.at("reading the checkpoint" if plan.taken.path else "initialising", plan.record.step)
+    request, (tx, abstract, _) = plan.request, plan.assembly
+    fresh = initial_arrays(request.task, tx, plan.feed.batch_spec, abstract, request.config.seed, plan.taken.fresh)
+    begun = time.perf_counter()
+    state = jax.block_until_ready(plan.taken.state(fresh))
+    return state, time.perf_counter() - begun
+
+
+def compile_steps(plan: Plan, watch: Watchdog) -> Steps:
+    """Compile all functions of the run, so that none of them can fail or stall in the middle of it."""
+    console.say("compiling the train step ...")
+    watch.at("compiling", plan.record.step)
+    request, (tx, abstract, train_step) = plan.request, plan.assembly
+    batch, judge = plan.feed.batch_spec, judge_of(request.task)
+    microbatches = request.config.microbatches
+    with refusals.of(request.task):
+        lowered = {
+            "train": train_step.lower(abstract, batch),
+            "diagnose": make_diagnosis(tx, abstract, request.mesh).lower(abstract.opt_state),
+            "evaluate": make_eval_step(request.task, abstract, request.mesh, microbatches).lower(
+                abstract.variables, batch
+            ),
+        }
+        if judge:
+            predict = make_predict_step(judge, abstract, request.mesh, microbatches)
+            lowered["predict"] = predict.lower(abstract.variables, batch)
+    with ThreadPoolExecutor(thread_name_prefix="compiling") as threads:
+        compiled = dict(zip(lowered, threads.map(lambda each: each.compile(), lowered.values()), strict=True))
+    return Steps(**{"predict": None, **compiled})
+
+
+def _absolute(workdir: str | Path) -> Path:
+    return Path(workdir).expanduser().absolute()
+
+
+def _lengths(request: Request, examples: int) -> tuple[int, Callable[[str], int]]:
+    """Return the number of steps of the run, and a function from durations to steps."""
+    units = durations.Units(request.config.batch_size, examples, request.data.tokens_per_example)
+    total_steps = durations.to_steps(request.config.duration, units)
+    return total_steps, functools.partial(durations.to_steps, units=dataclasses.replace(units, total_steps=total_steps))
+
+
+def _schedule(section: Any, total_steps: int, in_steps: Callable[[str], int]) -> Schedule:
+    return make_schedule(
+        section.learning_rate,
+        warmup_steps=in_steps(section.warmup),
+        total_steps=total_steps,
+        decay=section.decay,
+        final_fraction=section.final_fraction,
+        begin_step=in_steps(section.begin),
+    )
+
+
+def _with_data(record: Record, fingerprint: str, start: origin.Origin, changeable: Sequence[str]) -> Record:
+    """Return the record with the fingerprint of today's data; warn if they have changed since the checkpoint.
+
+    Raises:
+      UserError: a workdir would continue on other data, and the config does not allow it.
+    """
+    if record.data and fingerprint != record.data:
+        both = f"fingerprint {record.data} when {start.path} was saved, {fingerprint or 'unknown'} now"
+        if start.kind == "own" and "data" not in changeable:
+            raise UserError(
+                f"the training data have changed ({both}). Restore them, or use a new workdir with resume_from this "
+                "one, or allow the change with --config.may_change=data."
+            )
+        console.say(f"warning: the training data have changed since the checkpoint ({both})")
+    return dataclasses.replace(record, data=fingerprint)
+
+
+def _refuse_overrun(step: int, total_steps: int, start: origin.Origin) -> None:
+    if step > total_steps:
+        raise UserError(
+            f"{start.path} is at step {step}, past config.duration={total_steps} steps. Increase config.duration."
+        )
+
+
+def _refuse_unknown_metric(best_metric: str, names: Sequence[str]) -> None:
+    if best_metric not in names:
+        raise UserError(f"config.evaluation.best_metric={best_metric!r}: must be one of {', '.join(names)}.")
