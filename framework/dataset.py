@@ -1,7 +1,7 @@
 """The contract between the trainer and a data set: write a frozen dataclass with the methods of `Data`.
 
 A config names it by import string, `config.data.name = "my_project.my_data:MyData"`; its fields are knobs. A data set
-may also have the methods `fingerprint`, `augment`, `decoder` and `spec`; the functions of these names below call them
+may also have the methods `fingerprint`, `augment`, `decoder` and `spec`; the functions of these names below call them,
 or return a default for a data set without them.
 """
 

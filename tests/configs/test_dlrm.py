@@ -8,7 +8,7 @@ from workdirs import cut_short, history
 
 from shampax.configs import base, dlrm
 from shampax.framework.config.check import load
-from shampax.framework.data.clicks.synthetic_clicks import SyntheticClicks
+from shampax.framework.data.clicks.synthetic import SyntheticClicks
 from shampax.framework.train import train
 from shampax.launch.train import main
 

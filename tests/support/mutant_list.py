@@ -526,8 +526,8 @@ FRAMEWORK = (
     Mutant(
         "every-process-makes-the-same-shards",
         "framework/data/preparing/preparing.py",
-        "shares = [Share(process * workers + worker, processes * workers) for worker in range(workers)]",
-        "shares = [Share(worker, processes * workers) for worker in range(workers)]",
+        "own = [Worker(process * workers + worker, processes * workers) for worker in range(workers)]",
+        "own = [Worker(worker, processes * workers) for worker in range(workers)]",
         "Every host of a preparation makes the same shards, and the others are never made.",
         ("tests/framework/data/test_preparing.py::test_batches_are_those_of_a_run_that_prepares_itself",),
     ),
@@ -549,7 +549,7 @@ FRAMEWORK = (
     ),
     Mutant(
         "full-row-refused",
-        "framework/data/pairs/pair_packing.py",
+        "framework/data/pairs/packing.py",
         "fits = source + count <= self.source_length and",
         "fits = source + count < self.source_length and",
         "Sentence pairs that fill a row exactly are dropped as too long.",
@@ -557,7 +557,7 @@ FRAMEWORK = (
     ),
     Mutant(
         "held-out-documents-trained-on",
-        "framework/data/text/documents.py",
+        "framework/data/reading/sources.py",
         'if (index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == (split == "heldout")',
         'if split == "train" or index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1',
         "Held-out documents are trained on, and the held-out loss is too good.",

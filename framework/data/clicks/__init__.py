@@ -1,6 +1,6 @@
 """Clicks on advertisements: logs in Criteo's form, and synthetic ones."""
 
 from .criteo import ClickData
-from .synthetic_clicks import SyntheticClicks
+from .synthetic import SyntheticClicks
 
 __all__ = ["ClickData", "SyntheticClicks"]

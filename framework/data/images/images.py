@@ -1,19 +1,18 @@
-"""Labelled images: JPEG and PNG files of a prepared tfds set, decoded as they are read, or the vendored sample."""
+"""Labelled images: JPEG and PNG files of a prepared tfds set, decoded when they are read, or the vendored sample."""
 
 import dataclasses
 import hashlib
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from ...dataset import Example, Source, Split
 from .. import samples
-from ..reading.prepared import PreparedSet, Records
-from ..reading.records import Malformed, Rejects
+from ..reading.malformed import Malformed, Rejects
+from ..reading.tfds import TfdsSet
 from . import pictures
 
 _SAMPLE_FILES: dict[Split, str] = {
@@ -25,77 +24,80 @@ _SAMPLE_SIDE = 28
 
 @dataclasses.dataclass(frozen=True)
 class ImageData:
-    """Images of one size with a label; nothing is cached, each is read where and when it is needed.
+    """Labelled images of one size, read when they are needed; nothing is cached.
 
     Examples are uint8 "image" [image_size, image_size, channels], int32 "label" [] and float32 "weight" []: 1, or 0 for
-    an image that cannot be decoded. Such an image is counted and named on stderr, once by each process that meets it,
-    and past `max_malformed` of a split it ends the run. It is not left out: batches stay a function of their number.
+    an image that cannot be decoded. Each process that reads such an image names it on stderr once, and more than
+    `max_malformed` of a split stop the run. The image keeps its place, so that batches stay a function of their index.
     """
 
     source: str = "sample:fashion_mnist"  # or "tfds:imagenet2012:5.1.0"
-    image_size: int = 28  # side of what the model sees; the sample's images have 28
-    classes: int = 10  # a label must be below it
-    data_dir: str = ""  # where tfds sets lie, local or gs://; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets
+    image_size: int = 28  # side of the model's input in pixels; the sample's images have 28
+    classes: int = 10  # number of labels; labels count from 0
+    data_dir: str = ""  # folder of tfds sets, local or gs://; "" uses $TFDS_DATA_DIR or ~/tensorflow_datasets
     image_key: str = "image"  # feature of a tfds set that holds the image's file
     label_key: str = "label"  # feature of a tfds set that holds the label
     train_split: str = "train"  # tfds split to train on
     heldout_split: str = "validation"  # tfds split to evaluate on
-    crop_area: tuple[float, float] = (0.08, 1.0)  # of a tfds image in training: share of it (Szegedy et al. 2015)
-    crop_aspect: tuple[float, float] = (0.75, 4 / 3)  # width / height of the crop, likewise
-    heldout_share: float = 0.875  # of the shorter side, in the central crop that is evaluated: 224 of 256
-    shift: int = 2  # pixels that an image of the sample is moved in training, at most, each way
+    crop_area: tuple[float, float] = (
+        0.08,
+        1.0,
+    )  # training crop's share of a tfds image's area, range (Szegedy et al. 2015)
+    crop_aspect: tuple[float, float] = (0.75, 4 / 3)  # training crop's width / height, range
+    heldout_share: float = 0.875  # side of the evaluated central crop / shorter side: 224 of 256
+    shift: int = 2  # training images of the sample move by up to this many pixels each way
     flip: bool = True  # mirror half of the training images
-    max_malformed: int = 0  # images of a split that may be skipped; 0, so that nobody's data shrink unasked
+    max_malformed: int = 0  # malformed images of a split that are skipped; one more stops the run
 
     def __post_init__(self):
         if self.source != "sample:fashion_mnist" and not self.source.startswith("tfds:"):
-            raise ValueError(
-                f"data.source is {self.source!r}; write 'sample:fashion_mnist' or 'tfds:imagenet2012:5.1.0'"
-            )
+            raise ValueError(f"data.source={self.source!r}: write 'sample:fashion_mnist' or 'tfds:imagenet2012:5.1.0'")
         if self.image_size < 1 or self.classes < 1:
-            raise ValueError(f"data.image_size {self.image_size} and data.classes {self.classes} must be at least 1")
+            raise ValueError(f"data.image_size={self.image_size} and data.classes={self.classes}: must be at least 1")
         if self._is_sample and self.image_size != _SAMPLE_SIDE:
-            raise ValueError(f"data.image_size is {self.image_size}, but the sample's images have {_SAMPLE_SIDE}")
+            raise ValueError(f"data.image_size={self.image_size}: the sample's images have {_SAMPLE_SIDE}")
         if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
-            raise ValueError(f"data.crop_area is {self.crop_area}; give two rising shares, as (0.08, 1.0)")
+            raise ValueError(f"data.crop_area={self.crop_area}: give two rising shares, as (0.08, 1.0)")
         if not 0 < self.crop_aspect[0] <= self.crop_aspect[1] < np.inf:
-            raise ValueError(f"data.crop_aspect is {self.crop_aspect}; give two rising ratios, as (0.75, 1.33)")
+            raise ValueError(f"data.crop_aspect={self.crop_aspect}: give two rising ratios, as (0.75, 1.33)")
         if not 0 < self.heldout_share <= 1:
-            raise ValueError(f"data.heldout_share is {self.heldout_share}; it must be above 0 and at most 1")
+            raise ValueError(f"data.heldout_share={self.heldout_share}: must be above 0 and at most 1")
         if not 0 <= self.shift < _SAMPLE_SIDE:
-            raise ValueError(f"data.shift is {self.shift}; images of {_SAMPLE_SIDE} pixels move by 0 to 27")
+            raise ValueError(
+                f"data.shift={self.shift}: images of {_SAMPLE_SIDE} pixels move by 0 to {_SAMPLE_SIDE - 1}"
+            )
         if self.max_malformed < 0:
-            raise ValueError(f"data.max_malformed is {self.max_malformed}; give a count, or 0 for none")
+            raise ValueError(f"data.max_malformed={self.max_malformed}: give a count, or 0 for none")
 
     @property
     def tokens_per_example(self) -> int:
-        """One image."""
+        """One."""
         return 1
 
     def prepare(self, cache: Path) -> None:
-        """Check that the set is there, with these features and splits; nothing is written.
+        """Check that the set exists, with these features and splits; nothing is written.
 
         Raises:
-          UserError: it is not.
+          UserError: it does not.
         """
         del cache
         self._opened()
 
     def examples(self, split: Split, cache: Path) -> Source:
-        """The images of a split: whole, of any size, for `augment` in training; as they are judged in `heldout`.
+        """Return the images of a split: whole and of any size in "train", cropped in "heldout".
 
         Raises:
-          UserError: the set cannot be used; and from reading an example, more than `max_malformed` are malformed.
+          UserError: the set cannot be used; or, when an example is read, more than `max_malformed` are malformed.
         """
         del cache
         opened = self._opened()
-        if not isinstance(opened, PreparedSet):
+        if not isinstance(opened, TfdsSet):
             return _SampleImages(split)
-        whole = _Decoded(opened.records(split), self)
+        whole = _Decoded(opened, split, self)
         return whole if split == "train" else _CentralCrops(whole, self)
 
     def augment(self, example: Example, rng: np.random.Generator) -> Example:
-        """A random crop of a training image, or the sample's image shifted; and mirrored by chance."""
+        """Return a random crop of a training image, or a shifted image of the sample; mirrored by chance."""
         image = example["image"]
         if self._is_sample:
             down, right = rng.integers(-self.shift, self.shift, size=2, endpoint=True).tolist()
@@ -109,7 +111,7 @@ class ImageData:
         return example | {"image": np.ascontiguousarray(image)}
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and types of an example as it is trained on."""
+        """Return shapes and types of an augmented example."""
         channels = 1 if self._is_sample else 3
         return {
             "image": jax.ShapeDtypeStruct((self.image_size, self.image_size, channels), np.uint8),
@@ -118,14 +120,14 @@ class ImageData:
         }
 
     def fingerprint(self, cache: Path) -> str:
-        """Hash of the sample's bytes, or of a tfds set's place, splits, shards and features.
+        """Return a hash of the sample's bytes, or of a tfds set's path, splits, shards and features.
 
         Raises:
-          UserError: the set is not there any more.
+          UserError: the set does not exist any more.
         """
         del cache
         opened = self._opened()
-        if isinstance(opened, PreparedSet):
+        if isinstance(opened, TfdsSet):
             return opened.fingerprint
         return hashlib.sha256("".join(samples.sha256(file) for file in opened.values()).encode()).hexdigest()
 
@@ -133,14 +135,14 @@ class ImageData:
     def _is_sample(self) -> bool:
         return self.source.startswith("sample:")
 
-    def _opened(self) -> PreparedSet | dict[Split, str]:
-        """The tfds set, or the files of the sample."""
+    def _opened(self) -> TfdsSet | dict[Split, str]:
+        """Return the tfds set, or the files of the sample."""
         if self._is_sample:
             return _SAMPLE_FILES
-        import tensorflow_datasets as tfds  # 0.4 s, and only this source needs it
+        import tensorflow_datasets as tfds  # takes 0.4 s, and only this source needs it
 
         features = {"image_key": self.image_key, "label_key": self.label_key}
-        return PreparedSet(
+        return TfdsSet(
             self.source.removeprefix("tfds:"),
             self.data_dir,
             features,
@@ -167,13 +169,15 @@ class _SampleImages:
 
 
 class _Decoded:
-    """Whole images uint8 [H, W, 3] of a prepared set; in place of a malformed one a black pixel of weight 0."""
+    """Whole images uint8 [H, W, 3] of a tfds set; a black pixel of weight 0 takes the place of a malformed one."""
 
-    def __init__(self, records: Records, data: ImageData):
-        self._records, self._data, self._skipped = records, data, _Skipped(data.max_malformed)
+    def __init__(self, images: TfdsSet, split: Split, data: ImageData):
+        self._images, self._data = images, data
+        self._split: Split = split
+        self._source, self._skipped = images.source(split), _Skipped(data.max_malformed)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._source)
 
     def __getitem__(self, index: int) -> Example:
         read = self._read(index)
@@ -184,10 +188,10 @@ class _Decoded:
         return _example(image, label, 1)
 
     def _read(self, index: int) -> tuple[np.ndarray, int] | Malformed:
-        record: Any = self._records[index]
+        (record,) = self._images.examples(self._split, self._source, [index])
         if isinstance(record, Malformed):
             return record
-        place, label = self._records.place(index), int(record[self._data.label_key])
+        place, label = self._images.place(self._split, index), int(record[self._data.label_key])
         if not 0 <= label < self._data.classes:
             return Malformed(place, f"label {label} is not in 0 .. data.classes - 1 = {self._data.classes - 1}")
         try:
@@ -197,7 +201,7 @@ class _Decoded:
 
 
 class _CentralCrops:
-    """The centre of each image, uint8 [size, size, 3]."""
+    """Central crops of images, uint8 [size, size, 3]."""
 
     def __init__(self, whole: _Decoded, data: ImageData):
         self._whole, self._data = whole, data
@@ -217,16 +221,16 @@ def _example(image: np.ndarray, label: int, weight: float) -> Example:
 
 
 class _Skipped:
-    """Malformed images of a split, which threads meet in any order and in every epoch anew: each counts once."""
+    """Counts each malformed image of a split once, although threads meet it in any order and in every epoch."""
 
     def __init__(self, limit: int):
         self._rejects, self._places, self._lock = Rejects(limit), set[str](), threading.Lock()
 
     def add(self, malformed: Malformed) -> None:
-        """Count and name an image.
+        """Count an image and name it on stderr.
 
         Raises:
-          UserError: there are more than the limit; and on every later call.
+          UserError: there are more than the limit; every later call raises it, too.
         """
         with self._lock:
             if malformed.place in self._places:

@@ -1,6 +1,6 @@
-"""Image files to arrays, and the crops that training and evaluation take of images.
+"""Decoding of image files, and the crops of training and evaluation.
 
-Pillow tolerates much, and warns of more; here a file is either decoded whole or refused with a reason.
+Pillow accepts many damaged files; here a file is either decoded whole or refused with a reason.
 """
 
 import io
@@ -9,26 +9,26 @@ import math
 import numpy as np
 from PIL import Image, ImageFile
 
-FORMATS = ("JPEG", "PNG")  # Pillow's other parsers see nothing of what is read
-MOST_PIXELS = 2**26  # of one image; a few bytes can ask for gigabytes. ImageNet's largest has 2**24.5
+FORMATS = ("JPEG", "PNG")  # Pillow's other parsers are not used
+MOST_PIXELS = 2**26  # per image: a small file may decode to gigabytes. ImageNet's largest has 2**24.5
 _SHOWN = 80  # characters of another library's message
 
-# A file that ends early is refused; Pillow could fill up the rest with grey.
+# Refuse a truncated file; Pillow could fill the rest with grey.
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 class NotAnImage(Exception):
-    """Bytes that are no image to train on; the message says why, in a few words."""
+    """Bytes that cannot be used as an image; the message gives the reason in a few words."""
 
 
 def decode(content: bytes) -> np.ndarray:
-    """The pixels of a JPEG or PNG file, uint8 [H, W, 3].
+    """Return the pixels of a JPEG or PNG file, uint8 [H, W, 3].
 
-    Grey, palette and CMYK images are converted to RGB, transparency is dropped, and an orientation noted in the file is
-    ignored, as is usual for ImageNet.
+    Grey, palette and CMYK images are converted to RGB; transparency and orientation tags are ignored, as is usual for
+    ImageNet.
 
     Raises:
-      NotAnImage: another format, more than `MOST_PIXELS`, cut short or damaged.
+      NotAnImage: the file has another format or more than `MOST_PIXELS`, or is truncated or damaged.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -40,12 +40,12 @@ def decode(content: bytes) -> np.ndarray:
         raise
     except Image.UnidentifiedImageError:
         raise NotAnImage(f"neither {' nor '.join(FORMATS)}") from None
-    except Exception as error:  # its parsers raise what they like: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ...
         raise NotAnImage(f"{type(error).__name__}: {error}"[:_SHOWN]) from None
 
 
 def resized(image: np.ndarray, box: tuple[float, float, float, float], size: int) -> np.ndarray:
-    """The part of an image [H, W, C] inside a box (left, top, right, bottom), bilinear, uint8 [size, size, C]."""
+    """Resize a box (left, top, right, bottom) of an image [H, W, C] to uint8 [size, size, C], bilinear."""
     picture = Image.fromarray(image)
     return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
@@ -53,16 +53,16 @@ def resized(image: np.ndarray, box: tuple[float, float, float, float], size: int
 def random_box(
     height: int, width: int, rng: np.random.Generator, *, area: tuple[float, float], aspect: tuple[float, float]
 ) -> tuple[float, float, float, float]:
-    """A box of random area and shape at a random place in an image (Szegedy et al. 2015, arXiv 1409.4842, section 6).
+    """Return a box of random area and shape at a random place (Szegedy et al. 2015, arXiv 1409.4842, section 6).
 
-    Of ten draws the first that fits is taken; without any, the largest centred box of the nearest shape allowed.
+    The first of ten draws that fits is used; if none fits, the largest centred box of the nearest allowed shape.
 
     Args:
       height: of the image.
       width: of the image.
-      rng: decides everything.
-      area: smallest and largest share of the image, drawn evenly.
-      aspect: least and greatest width / height, drawn evenly in the logarithm.
+      rng: source of all randomness.
+      area: range of the share of the image, drawn uniformly.
+      aspect: range of width / height, drawn uniformly in the logarithm.
     """
     for _ in range(10):
         share = rng.uniform(*area)
@@ -76,7 +76,7 @@ def random_box(
 
 
 def central_box(height: int, width: int, share: float) -> tuple[float, float, float, float]:
-    """The centred square whose side is a share of the shorter side.
+    """Return the centred square whose side is a share of the shorter side.
 
     Resizing it to n equals resizing the shorter side to n / share and taking the central n x n.
     """
@@ -85,7 +85,7 @@ def central_box(height: int, width: int, share: float) -> tuple[float, float, fl
 
 
 def shifted(image: np.ndarray, down: int, right: int) -> np.ndarray:
-    """An image [H, W, C] moved by so many pixels, black where it leaves nothing; the shape stays."""
+    """Return an image [H, W, C] shifted by a number of pixels, filled with black; the shape stays."""
     height, width, _ = image.shape
     result = np.zeros_like(image)
     source = image[max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)]

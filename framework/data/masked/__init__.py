@@ -1,4 +1,4 @@
-"""Masked text for BERT: pairs of texts, whose tokens are masked when a row is read."""
+"""Masked text for BERT: pairs of texts whose tokens are masked when a row is read."""
 
 from .masked import MaskedTextData
 

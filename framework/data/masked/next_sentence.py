@@ -1,8 +1,8 @@
-"""Pairs of texts for BERT: half of them follow each other in a document, in the others the second comes from elsewhere.
+"""Pairs of texts for BERT: in half of them the second text follows the first, in the others it comes from elsewhere.
 
 The published algorithm (google-research/bert, create_pretraining_data.py): sentences are gathered until a row is full
-and cut at one of their ends into a first and a second text. With probability 1/2, or where there is only one sentence,
-the second is replaced by text from a random place of another document, and what was cut off goes into the next row.
+and cut at a sentence end into a first and a second text. With probability 1/2, or if there is only one sentence, the
+second is replaced by text from a random place of another document, and the sentences cut off go into the next row.
 """
 
 import re
@@ -11,8 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...dataset import Example
+from ..text.wordpiece import Vocabulary
+
 Sentence = np.ndarray  # token ids, int32 [length >= 1]
-# A line break, or white space after . ! ? (and a quote or bracket that closes there) before what is no small letter.
+# A line break, or white space after . ! ? (and a closing quote or bracket) unless a small letter follows.
 _SENTENCE_END = re.compile(r"""\s*[\n\r\f]\s*|(?<=[.!?])\s+(?![a-z])|(?<=[.!?]["')\]\u2019\u201d])\s+(?![a-z])""")
 
 
@@ -25,10 +28,10 @@ class Pair(NamedTuple):
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a document, without white space around them.
+    """Return the sentences of a document, stripped of white space.
 
     A sentence ends at a line break, and at white space after ".", "!" or "?" (a closing quote or bracket may stand
-    between) unless a small letter a-z follows. "U.S. Army" is cut in two; for pairs of texts that does no harm.
+    between) unless a small letter a-z follows. "U.S. Army" is cut in two, which does no harm here.
     """
     return [sentence for part in _SENTENCE_END.split(text) if (sentence := part.strip())]
 
@@ -36,13 +39,13 @@ def split_sentences(text: str) -> list[str]:
 def pairs(
     documents: Sequence[Sequence[Sentence]], *, capacity: int, short_rate: float, rng: np.random.Generator
 ) -> Iterator[Pair]:
-    """The pairs of a group of documents, in their order.
+    """Yield the pairs of a group of documents, in order.
 
     Args:
-      documents: each of at least one sentence; two at least, for random texts come from another one.
-      capacity: tokens of both texts together, at most.
-      short_rate: share of the pairs that aim at a random length from 2 on, so that short texts are seen too.
-      rng: what everything random is drawn from.
+      documents: at least two, each of at least one sentence.
+      capacity: largest number of tokens of both texts together.
+      short_rate: share of the pairs that aim at a random length from 2 on, so that the model sees short texts.
+      rng: source of all randomness.
     """
     for number, document in enumerate(documents):
         start = 0
@@ -64,7 +67,7 @@ def pairs(
 
 
 def groups(documents: Iterable[list[Sentence]], size: int) -> Iterator[list[list[Sentence]]]:
-    """`size` documents at a time, those without a sentence left out; the last group has one more or fewer, 2 at least.
+    """Yield groups of `size` documents without empty ones; the last group has 2 to `size` + 1 documents.
 
     A single document is a group of one.
     """
@@ -81,7 +84,7 @@ def groups(documents: Iterable[list[Sentence]], size: int) -> Iterator[list[list
 
 
 def _reach(document: Sequence[Sentence], start: int, aim: int) -> int:
-    """The end of the sentences from `start` on that together have `aim` tokens, one at least."""
+    """Return the end of the sentences from `start` on that together have `aim` tokens; at least one sentence."""
     end, length = start, 0
     while end < len(document) and (length < aim or end == start):
         length += len(document[end])
@@ -92,7 +95,7 @@ def _reach(document: Sequence[Sentence], start: int, aim: int) -> int:
 def _shortened(
     first: np.ndarray, second: np.ndarray, capacity: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Both texts less tokens from random ends of the longer one, until they have `capacity` tokens together."""
+    """Remove tokens from random ends of the longer text until both have `capacity` tokens together."""
     bounds = [[0, len(first)], [0, len(second)]]
     while (lengths := [end - start for start, end in bounds])[0] + lengths[1] > capacity:
         longer = bounds[0] if lengths[0] > lengths[1] else bounds[1]
@@ -101,3 +104,46 @@ def _shortened(
         else:
             longer[1] -= 1
     return first[slice(*bounds[0])], second[slice(*bounds[1])]
+
+
+class PairRow:
+    """Converts pairs of texts to rows of a shard, and rows to unmasked examples.
+
+    A row on disk: its tokens in the smallest type that holds them, and int32 the ends of the first text and of the row,
+    and whether the second text follows.
+
+    Args:
+      vocabulary: vocabulary of the tokens.
+      length: tokens of a row.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, length: int):
+        self._vocabulary = vocabulary
+        tokens = np.min_scalar_type(vocabulary.size - 1)
+        self._type = np.dtype([("tokens", tokens, length), ("bounds", np.int32, 3)])
+
+    def to_bytes(self, pair: Pair) -> bytes:
+        """Return the bytes of [CLS] first text [SEP] second text [SEP] and padding."""
+        start, separator = ([each] for each in (self._vocabulary.start, self._vocabulary.separator))
+        tokens = np.concatenate([start, pair.first, separator, pair.second, separator])
+        row = np.full((), self._vocabulary.pad, self._type)
+        row["tokens"][: len(tokens)] = tokens
+        row["bounds"] = len(pair.first) + 2, len(tokens), pair.is_next
+        return row.tobytes()
+
+    def __call__(self, content: bytes) -> Example:
+        """Return the unmasked row, int32 arrays.
+
+        tokens [T]; segments [T], 1 for [CLS], the first text and its [SEP], 2 for the second text and its [SEP], 0 for
+        padding; is_next, 1 if the second text follows the first; vocabulary, the fields of `Vocabulary`.
+        """
+        row = np.frombuffer(content, self._type)[0]
+        first, end, is_next = row["bounds"].tolist()
+        segments = np.zeros(len(row["tokens"]), np.int32)
+        segments[:first], segments[first:end] = 1, 2
+        return {
+            "tokens": row["tokens"].astype(np.int32),
+            "segments": segments,
+            "is_next": np.array(is_next, np.int32),
+            "vocabulary": np.array(self._vocabulary, np.int32),
+        }

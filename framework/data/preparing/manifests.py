@@ -1,4 +1,4 @@
-"""Manifests: what is noted of prepared rows, beside them; found by settings, and compared with what is there."""
+"""Manifests of prepared rows: written beside them, found by settings, and compared with the files that exist."""
 
 import hashlib
 import json
@@ -18,78 +18,72 @@ _SHOWN = 3
 
 
 def to_text(content: dict[str, Any]) -> str:
-    """Indented JSON."""
+    """Return indented JSON."""
     return json.dumps(content, indent=2) + "\n"
 
 
 def digest(content: Any) -> str:
-    """Hash of what JSON can hold, 12 hexadecimal digits."""
-    return sha256(json.dumps(content, sort_keys=True))[:12]
+    """Return a hash of JSON content, 12 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def sha256(text: str) -> str:
-    """Hash of a text, "" for none."""
-    return hashlib.sha256(text.encode()).hexdigest() if text else ""
-
-
-def read(folder: epath.Path) -> Manifest:
-    """The manifest of a folder of rows.
+def read(folder: epath.Path, name: str = NAME) -> Manifest:
+    """Read the manifest of a folder of rows, or with `name` another of its JSON files.
 
     Raises:
-      UserError: it is damaged.
+      UserError: the file is corrupt.
     """
-    path = folder / NAME
     try:
-        manifest = parse_object(path.read_text())
+        content = parse_object((folder / name).read_text())
     except UnicodeDecodeError:
-        manifest = None
-    if manifest is None or not _is_whole(manifest):
-        raise UserError(f"{path} is damaged; remove {folder}, and it is made again")
-    return manifest
+        content = None
+    if content is None or (name == NAME and not _is_valid(content)):
+        raise UserError(f"{folder / name}: is corrupt. Delete {folder} and prepare again.")
+    return content
 
 
 def find(place: epath.Path, settings: dict[str, Any]) -> tuple[epath.Path, Manifest]:
-    """The folder of `place` that holds rows of these settings, whatever state of the source they were made of.
+    """Return the folder in `place` with rows of these settings, whatever the state of the source, and its manifest.
 
     Raises:
-      UserError: there is none, or more than one, or files of it are missing; the message says how the nearest differs.
+      UserError: there is no such folder or more than one, or some of its files are missing.
     """
+    prepare = f"run python -m shampax.launch.prepare --output={place}"
     folders = sorted(path for path in place.glob("rows-*") if path.is_dir()) if place.exists() else []
-    held = {folder: read(folder) for folder in folders if (folder / NAME).exists()}
-    if not held:
-        why = "has shards but no manifest: not all are made yet" if folders else "holds no prepared data"
-        raise UserError(f"data.prepared {place} {why}; run python -m shampax.launch.prepare --output={place}")
-    same = [folder for folder, manifest in held.items() if not _differences(manifest["settings"], settings)]
+    found = {folder: read(folder) for folder in folders if (folder / NAME).exists()}
+    if not found:
+        why = "has shards but no manifest: some are still missing" if folders else "holds no prepared data"
+        raise UserError(f"data.prepared={place}: {why}. To make them, {prepare}.")
+    same = [folder for folder, manifest in found.items() if not _differences(manifest["settings"], settings)]
     if not same:
-        nearest = min((_differences(manifest["settings"], settings) for manifest in held.values()), key=len)
+        nearest = min((_differences(manifest["settings"], settings) for manifest in found.values()), key=len)
         raise UserError(
-            f"data.prepared {place} is prepared with other settings: {', '.join(nearest[:_SHOWN])}; set data's "
-            f"knobs as they were, or run python -m shampax.launch.prepare --output={place} with this config"
+            f"data.prepared={place}: was prepared with other settings: {', '.join(nearest[:_SHOWN])}. Set these knobs "
+            f"as they were, or {prepare} with this config."
         )
     if len(same) > 1:
         raise UserError(
-            f"data.prepared {place} holds {len(same)} preparations of these settings, of different states of the "
-            f"source: {', '.join(folder.name for folder in same)}; remove all but one"
+            f"data.prepared={place}: holds {len(same)} preparations with these settings, of different states of the "
+            f"source: {', '.join(folder.name for folder in same)}. Delete all but one."
         )
-    gone = missing(same[0], held[same[0]])
+    (folder,) = same
+    gone = missing(folder, found[folder])
     if gone:
-        total = len(held[same[0]]["shards"])
         raise UserError(
-            f"{same[0]} lacks {len(gone)} of its {total} shards, or they have another size "
-            f"({', '.join(gone[:_SHOWN])}); copy them again, or run python -m shampax.launch.prepare "
-            f"--output={place}, which makes what is missing"
+            f"{folder}: {len(gone)} of {len(found[folder]['shards'])} shards are missing or have another size "
+            f"({', '.join(gone[:_SHOWN])}). Copy them again, or {prepare} to make them."
         )
-    return same[0], held[same[0]]
+    return folder, found[folder]
 
 
 def of_split(folder: epath.Path, manifest: Manifest, split: Split) -> tuple[list[epath.Path], list[int]]:
-    """The shards that rows of a split are in, and how many rows they have."""
+    """Return the shards that hold rows of a split, and their row counts."""
     own = [shard for shard in manifest["shards"] if shard["split"] in (split, None)]
     return [folder / shard["file"] for shard in own], [int(shard["rows"]) for shard in own]
 
 
 def missing(folder: epath.Path, manifest: Manifest) -> list[str]:
-    """Shards that are not there; of a local folder also those of another size."""
+    """Return the shards that are missing or, in a local folder, have another size."""
     there = {path.name for path in folder.iterdir()}
     return [
         shard["file"]
@@ -100,16 +94,13 @@ def missing(folder: epath.Path, manifest: Manifest) -> list[str]:
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """A text like "sequence_length 128 there, 256 here" for each setting that differs, the source's state apart."""
+    """Return a text such as "sequence_length 128 there, 256 here" for each setting that differs."""
     keys = sorted((stored.keys() | wanted.keys()) - {"fingerprint"})
-    return [
-        f"{key} {stored.get(key, 'absent')!r} there, {wanted.get(key, 'absent')!r} here"
-        for key in keys
-        if stored.get(key, "absent") != wanted.get(key, "absent")
-    ]
+    pairs = [(key, stored.get(key, "absent"), wanted.get(key, "absent")) for key in keys]
+    return [f"{key} {there!r} there, {here!r} here" for key, there, here in pairs if there != here]
 
 
-def _is_whole(manifest: Manifest) -> bool:
+def _is_valid(manifest: Manifest) -> bool:
     try:
         return (
             all({"file", "split", "rows", "bytes", "content"} <= shard.keys() for shard in manifest["shards"])

@@ -1,19 +1,20 @@
-"""Preparing: the records of a source made into shards of rows, once; the one mechanism of all data sets that need it.
+"""Preparing: make the records of a source into shards of rows, once, for all data sets that need it.
 
-A shard is a function of the source, the settings and its number. So workers and processes share shards out by number
-and need tell each other nothing; whoever finds all of them there writes the manifest, which is the same bytes whoever
-does; and what was killed goes on with the shards that are missing.
+A shard depends only on the source, the settings and its number. Workers and processes therefore divide shards by number
+without communicating; whichever process finds all shards done writes the manifest, always with the same bytes; and a
+preparation that was killed continues with the missing shards.
 """
 
 import abc
 import collections
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
-import json
+import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, MutableSequence, Sequence
 from typing import Any, ClassVar
 
 from etils import epath
@@ -21,125 +22,170 @@ from etils import epath
 from ...base import paths
 from ...base.errors import UserError
 from ...dataset import Split
-from ..reading.records import Rejects
+from ..reading import shards
+from ..reading.malformed import Rejects
 from . import manifests
-from .jobs import ROWS, Ingredients, Job, Share, Tally, names
 from .manifests import Manifest
-from .progress import Progress
+from .progress import FIELDS, ProgressLines, WorkerCounter
 from .streams import Stream
-from .workers import work_here, work_in_parallel
+from .workers import run_in_processes
 
-_LIBRARIES = ("array-record", "numpy", "tokenizers")  # what rows are made by
+_ROWS = ".array_record"
+_LIBRARIES = ("array-record", "numpy", "tokenizers")  # versions in the manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class Ingredients:
+    """What all shards of a preparation are made with; picklable.
+
+    Attributes:
+      tokenizer: path of its JSON file, "" for data without one.
+      sha256: hash of that file.
+      known: held-out sources that also occur in training.
+    """
+
+    tokenizer: str = ""
+    sha256: str = ""
+    known: frozenset[str] = frozenset()
+
+
+class Tally:
+    """Counts of one shard: `counts` by noun, `dropped` records by reason, and malformed records."""
+
+    def __init__(self, limit: int):
+        self.counts, self.dropped = collections.Counter[str](), collections.Counter[str]()
+        self.rejects = Rejects(limit)
+
+
+@dataclasses.dataclass(frozen=True)
+class Worker:
+    """One of `of` workers, over all processes; it makes every `of`th shard."""
+
+    index: int
+    of: int
+
+    def owns(self, stream: Stream, stream_number: int, number: int) -> bool:
+        """Return whether it makes shard `number` of a stream."""
+        return (stream_number if stream.one_worker else stream_number + number) % self.of == self.index
 
 
 @dataclasses.dataclass(frozen=True)
 class Preparable(abc.ABC):
-    """A data set whose examples are made once: knobs that all of these have, and what each of them says for itself."""
+    """Base of data sets whose examples are made once."""
 
-    noun: ClassVar[str]  # what a record is called, in the plural
+    noun: ClassVar[str]  # plural name of a record
+    version: ClassVar[int]  # of the row format; raise it when the meaning of prepared files changes
 
-    prepared: str = ""  # folder that launch.prepare has filled, local or gs://; "" prepares in the workdir
-    shard_size: int = 100_000  # records of the source in a shard, at whose end the rows are cut; 0.1 to 1 GB is good
-    workers: int = 1  # processes that prepare, where it is done in the workdir
-    max_malformed: int = 0  # records of a split that may be skipped; 0, so that nobody's data shrink unasked
+    prepared: str = ""  # folder filled by launch.prepare, local or gs://; "" prepares in the workdir
+    shard_size: int = 100_000  # source records per shard; shards of 0.1 to 1 GB work well
+    workers: int = 1  # processes that prepare in the workdir
+    max_malformed: int = 0  # malformed records of a split that are skipped; one more stops the run
 
     def __post_init__(self):
         if self.shard_size < 2:
-            raise ValueError(f"data.shard_size is {self.shard_size}; it must be at least 2")
+            raise ValueError(f"data.shard_size={self.shard_size}: must be at least 2")
         if self.workers < 1:
-            raise ValueError(f"data.workers is {self.workers}; it must be at least 1")
+            raise ValueError(f"data.workers={self.workers}: must be at least 1")
         if self.max_malformed < 0:
-            raise ValueError(f"data.max_malformed is {self.max_malformed}; give a count, or 0 for none")
+            raise ValueError(f"data.max_malformed={self.max_malformed}: give a count, or 0 for none")
 
     @abc.abstractmethod
     def open_source(self) -> Any:
-        """The source, whose `fingerprint` changes with its content.
+        """Open the source; its `fingerprint` changes with its content.
 
         Raises:
           UserError: it cannot be read.
         """
 
     @abc.abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """What decides the rows, the content of the source apart; good for JSON."""
+    def row_knobs(self) -> Sequence[str]:
+        """Return the names of the knobs that determine the rows."""
 
     @abc.abstractmethod
     def streams(self, source: Any) -> Sequence[Stream]:
-        """The source's records, in blocks."""
+        """Return the source's records in blocks."""
 
     @abc.abstractmethod
     def rows(self, stream: Stream, number: int, records: Iterator[Any], tools: Any, tally: Tally) -> Iterator[bytes]:
-        """The rows of shard `number` of a stream, from its records, malformed ones left out already.
+        """Yield the rows of shard `number` of a stream from its records, without malformed ones.
 
         Raises:
           UserError: the records cannot be used.
         """
 
     def ingredients(self, cache: epath.Path, source: Any) -> Ingredients:
-        """What all shards need, made if it is not in `cache` yet."""
+        """Return what all shards need; make it in `cache` if it is missing."""
         del cache, source
         return Ingredients()
 
     def tools(self, ingredients: Ingredients) -> Any:
-        """What `rows` needs, made of the ingredients once in each worker."""
+        """Return the tools for `rows`; each worker makes them once from the ingredients."""
         return ingredients
 
     def summary(self, folder: epath.Path, manifest: Manifest) -> dict[str, Any]:
-        """What the manifest is to say besides; reads rows if it must.
+        """Return further entries for the manifest.
 
         Raises:
-          UserError: the rows are not enough.
+          UserError: there are too few rows.
         """
         del folder, manifest
         return {}
 
-    def prepare(self, cache: str | os.PathLike[str]) -> None:
-        """Make the rows in `cache`, as far as they are not there; with `prepared`, check those that are there.
+    def settings(self) -> dict[str, Any]:
+        """Return what determines the rows, besides the content of the source; JSON values."""
+        return {"format": self.version} | {name: getattr(self, name) for name in self.row_knobs()}
 
-        For one process, before any other reads. Streams the source; shards that are finished outlive a failure.
-        Malformed records are skipped; how many, and the first few, is said on stderr, also where the rows are there.
+    def prepare(self, cache: str | os.PathLike[str]) -> None:
+        """Make the missing rows in `cache`; with `prepared`, check the existing ones.
+
+        One process calls it, before any reads. Finished shards survive a failure. Skipped malformed records are
+        reported on stderr, also if the rows exist already.
 
         Raises:
-          UserError: the source, or what is prepared, cannot be used; or a split has more than `max_malformed`
-            malformed records.
+          UserError: the source or the prepared rows cannot be used, or a split has more than `max_malformed` malformed
+            records.
         """
         if self.prepared:
-            self.say(*self.manifest(cache))
+            self.report(*self.manifest(cache))
         else:
             run(self, paths.of(cache), workers=self.workers)
 
     def manifest(self, cache: str | os.PathLike[str]) -> tuple[epath.Path, Manifest]:
-        """The folder of the rows, and what is noted of them.
+        """Return the folder of the rows and its manifest.
 
         Raises:
-          UserError: nothing is prepared for these settings, or not all of it is there.
+          UserError: nothing is prepared for these settings, or files are missing.
         """
         if self.prepared:
             return manifests.find(paths.of(self.prepared), self.settings())
         folder = self.folder(paths.of(cache), self.open_source())
         if not (folder / manifests.NAME).exists():
             raise UserError(
-                f"{cache} holds no rows for {self.settings()['source']} with these settings; call prepare first"
+                f"{cache}: holds no rows of {self.settings()['source']} for these settings; call prepare first"
             )
         return folder, manifests.read(folder)
 
     def folder(self, cache: epath.Path, source: Any) -> epath.Path:
-        """Where the rows of a source lie: named by what decides them, so that others never meet."""
-        return cache / f"rows-{manifests.digest(self._identity(source))}"
+        """Return the folder for the rows of a source, named by a hash of the settings and the source."""
+        return cache / f"rows-{manifests.digest(self.identity(source))}"
+
+    def identity(self, source: Any) -> dict[str, Any]:
+        """Return the settings and the source's fingerprint."""
+        return self.settings() | {"fingerprint": source.fingerprint}
 
     def fingerprint(self, cache: str | os.PathLike[str]) -> str:
-        """Hash of the rows of both splits: a source or rows that were copied, touched or made anew do not change it.
+        """Return a hash of the rows of both splits; copying, touching or preparing again does not change it.
 
         Raises:
           UserError: nothing is prepared for these settings in `cache`.
         """
         return self.manifest(cache)[1]["content"]
 
-    def say(self, folder: epath.Path, manifest: Manifest) -> None:
-        """Lines on stderr about what was left out.
+    def report(self, folder: epath.Path, manifest: Manifest) -> None:
+        """Print to stderr which records were skipped or dropped.
 
         Raises:
-          UserError: more is malformed than `max_malformed` allows.
+          UserError: more records are malformed than `max_malformed` allows.
         """
         del folder
         for name, total in manifest["splits"].items():
@@ -151,22 +197,19 @@ class Preparable(abc.ABC):
                 counts = ", ".join(f"{count:,} {why}" for why, count in total["dropped"].items())
                 print(f"{name} {self.noun}: {counts}; dropped", file=sys.stderr, flush=True)
 
-    def _identity(self, source: Any) -> dict[str, Any]:
-        return self.settings() | {"fingerprint": source.fingerprint}
-
 
 def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, processes: int = 1) -> Manifest | None:
-    """Make the missing shards that fall to this process, and the manifest once all are there.
+    """Make this process' missing shards, and the manifest once all shards exist.
 
     Args:
-      data: what to prepare.
-      cache: where; several preparations may lie in one folder.
-      workers: processes that work here.
-      process: number of this one.
-      processes: how many there are, on this host or others, at one time or one after another.
+      data: the data set to prepare.
+      cache: folder that may hold several preparations.
+      workers: number of worker processes.
+      process: index of this process.
+      processes: number of processes, on this host or others, at once or one after another.
 
     Returns:
-      The manifest; None where shards of other processes are missing.
+      The manifest; None if shards of other processes are missing.
 
     Raises:
       UserError: see `Preparable.prepare`.
@@ -176,96 +219,130 @@ def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, 
     if (folder / manifests.NAME).exists():
         manifest = manifests.read(folder)
         if not manifests.missing(folder, manifest):
-            data.say(folder, manifest)
+            data.report(folder, manifest)
             return manifest
     ingredients = data.ingredients(cache, source)
-    progress = Progress(data.noun, workers, data.max_malformed)
+    own = [Worker(process * workers + worker, processes * workers) for worker in range(workers)]
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process that has started JAX may hang
+    counters: Any = spawn.RawArray("d", FIELDS * workers)
+    progress = ProgressLines(data.noun, counters)
     try:
-        job = Job(data, folder, ingredients)
-        shares = [Share(process * workers + worker, processes * workers) for worker in range(workers)]
-        if workers == 1:
-            work_here(job, shares[0], progress)
-        else:
-            work_in_parallel(job, shares, progress)
-        manifest = _join(data, job, source)
+        with progress:
+            if workers == 1:
+                _make_shards(data, folder, ingredients, own[0], counters, 0)
+            else:
+                jobs = [(data, folder, ingredients, worker, counters, place) for place, worker in enumerate(own)]
+                run_in_processes(spawn, _make_shards, jobs)
+        manifest = _join(data, folder, ingredients, source)
     except BaseException:
         _remove_empty(folder)
         raise
     if manifest is not None:
-        progress.finish(manifest["splits"])
-        data.say(folder, manifest)
+        for name, total in manifest["splits"].items():
+            counted = ", ".join(f"{count:,} {noun}" for noun, count in total.items() if isinstance(count, int))
+            print(f"prepared {name}: {counted}", file=sys.stderr)
+        print(progress.summary(), file=sys.stderr, flush=True)
+        data.report(folder, manifest)
     return manifest
 
 
-def _join(data: Preparable, job: Job, source: Any) -> Manifest | None:
-    """The manifest of all shards, written; None where some are missing."""
-    folder, there = job.folder, names(job.folder)
+def _make_shards(
+    data: Preparable,
+    folder: epath.Path,
+    ingredients: Ingredients,
+    worker: Worker,
+    counters: MutableSequence[float],
+    place: int,
+) -> None:
+    """Make the missing shards of a worker, whose counters are number `place`."""
+    source, tools = data.open_source(), data.tools(ingredients)
+    streams = data.streams(source)
+    counter, there = WorkerCounter(counters, place, streams), _names(folder)
+    totals: dict[Split | None, Rejects] = {}
+    for stream_number, stream in enumerate(streams):
+        if not stream.one_worker or worker.owns(stream, stream_number, 0):
+            count = 0
+            for number, records in enumerate(stream.blocks()):
+                count = number + 1
+                name = f"{stream.name}-{number:05}"
+                if not worker.owns(stream, stream_number, number) or {f"{name}.json", f"{name}{_ROWS}"} <= there:
+                    continue
+                tally = Tally(data.max_malformed)
+                usable = tally.rejects.sift(counter.records(stream, records))
+                rows = counter.rows(data.rows(stream, number, usable, tools, tally))
+                written = shards.write(folder / f"{name}{_ROWS}", rows)
+                note = {
+                    "file": f"{name}{_ROWS}",
+                    "split": stream.split,
+                    **written._asdict(),
+                    "tokenizer": ingredients.sha256,
+                    "counts": dict(tally.counts),
+                    "dropped": dict(tally.dropped),
+                    "malformed": tally.rejects.to_json(),
+                }
+                paths.write_text(folder / f"{name}.json", manifests.to_text(note))
+                totals[stream.split] = tally.rejects.after(totals.get(stream.split, Rejects(0)))
+                totals[stream.split].refuse_excess()
+            paths.write_text(folder / f"{stream.name}.json", manifests.to_text({"shards": count}))
+        counter.finish(stream)
+
+
+def _join(data: Preparable, folder: epath.Path, ingredients: Ingredients, source: Any) -> Manifest | None:
+    """Write and return the manifest of all shards; None if some are missing."""
+    there = _names(folder)
     notes: list[dict[str, Any]] = []
     for stream in data.streams(source):
         if f"{stream.name}.json" not in there:
             return None
-        for number in range(_read(folder / f"{stream.name}.json")["shards"]):
+        for number in range(manifests.read(folder, f"{stream.name}.json")["shards"]):
             name = f"{stream.name}-{number:05}"
-            if not {f"{name}.json", f"{name}{ROWS}"} <= there:
+            if not {f"{name}.json", f"{name}{_ROWS}"} <= there:
                 return None
-            notes.append(_read(folder / f"{name}.json"))
-    tokenizer = job.ingredients.sha256
-    others = [note["file"] for note in notes if note["tokenizer"] != tokenizer]
+            notes.append(manifests.read(folder, f"{name}.json"))
+    others = [note["file"] for note in notes if note["tokenizer"] != ingredients.sha256]
     if others:
-        raise UserError(f"{folder / others[0]} is made with another tokenizer; remove {folder} and prepare again")
+        raise UserError(f"{folder / others[0]}: was made with another tokenizer. Delete {folder} and prepare again.")
+    path = epath.Path(ingredients.tokenizer)
+    beside = path.name if ingredients.tokenizer and path.parent == folder.parent else ""
     manifest: Manifest = {
-        "settings": data._identity(source),
+        "settings": data.identity(source),
         "versions": {library: importlib.metadata.version(library) for library in _LIBRARIES},
-        "tokenizer": {"file": _beside(job), "sha256": tokenizer},
-        "splits": {name: _total(data, each) for name, each in _by_split(notes)},
+        "tokenizer": {"file": beside, "sha256": ingredients.sha256},
+        "splits": _totals(data.max_malformed, notes),
         "shards": [{key: note[key] for key in ("file", "split", "rows", "bytes", "content")} for note in notes],
     }
     manifest |= data.summary(folder, manifest)
     content = [[note["split"], note["rows"], note["content"]] for note in notes]
-    manifest["content"] = manifests.digest([tokenizer, content, manifest.get("ranges")])
+    manifest["content"] = manifests.digest([ingredients.sha256, content, manifest.get("ranges")])
     paths.write_text(folder / manifests.NAME, manifests.to_text(manifest))
     for name in there:
-        if name.endswith(".partial"):  # of a process that was killed: every shard is there without it
+        if name.endswith(".partial"):  # left by a killed process: every shard exists without it
             (folder / name).unlink(missing_ok=True)
     return manifest
 
 
-def _beside(job: Job) -> str:
-    """The name of a tokenizer that lies beside the rows, "" for none."""
-    path = epath.Path(job.ingredients.tokenizer)
-    return path.name if job.ingredients.tokenizer and path.parent == job.folder.parent else ""
+def _totals(limit: int, notes: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Add up the notes of shards by split, training first."""
+    totals = {}
+    for split in sorted({note["split"] for note in notes}, key=lambda split: split == "heldout"):
+        rejects, counts, dropped, rows = Rejects(limit), collections.Counter(), collections.Counter(), 0
+        for note in (note for note in notes if note["split"] == split):
+            rejects = Rejects(limit, **note["malformed"]).after(rejects)
+            counts.update(note["counts"])
+            dropped.update(note["dropped"])
+            rows += note["rows"]
+        rejects.refuse_excess()
+        name = split or "train and heldout"
+        totals[name] = {**counts, "rows": rows, "dropped": dict(dropped), "malformed": rejects.to_json()}
+    return totals
 
 
-def _read(path: epath.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged; remove {path.parent}, and it is made again") from error
-
-
-def _by_split(notes: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    groups: dict[Split | None, list[dict[str, Any]]] = {}
-    for note in notes:
-        groups.setdefault(note["split"], []).append(note)
-    # In the order that people think of them, whichever is made first.
-    order = sorted(groups, key=lambda split: split == "heldout")
-    return ((split or "train and heldout", groups[split]) for split in order)
-
-
-def _total(data: Preparable, notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    rejects, counts, dropped = Rejects(data.max_malformed), collections.Counter(), collections.Counter()
-    for note in notes:
-        rejects = Rejects(data.max_malformed, **note["malformed"]).after(rejects)
-        counts.update(note["counts"])
-        dropped.update(note["dropped"])
-    rejects.refuse_excess()
-    rows = sum(note["rows"] for note in notes)
-    return {**counts, "rows": rows, "dropped": dict(dropped), "malformed": rejects.to_json()}
+def _names(folder: epath.Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
 def _remove_empty(folder: epath.Path) -> None:
-    """Leave no empty folders behind."""
     if paths.is_local(folder):
         for path in itertools.islice((folder, *folder.parents), 2):
-            if path.exists() and not any(path.iterdir()):
-                path.rmdir()
+            with contextlib.suppress(OSError):  # missing, or not empty
+                os.rmdir(path)

@@ -1,82 +1,90 @@
-"""The progress of a preparation on stderr: share, records and rows a second, and time left."""
+"""Progress of a preparation on stderr: fraction done, records and rows per second, time left."""
 
+import datetime
 import sys
+import threading
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator, MutableSequence
+from typing import TypeVar
 
-from ..reading.records import Rejects
+from .streams import Stream
 
-_EVERY_SECONDS = 10.0  # between lines; on a terminal one line is rewritten
-_REWRITTEN_SECONDS = 0.5
-_WINDOW_SECONDS = 60.0  # that the pace is taken over
-
-
-class Progress:
-    """Adds up what workers tell and shows it.
-
-    Args:
-      noun: what records are called.
-      workers: how many tell.
-      max_malformed: records of a split that may be skipped, of all workers together.
-    """
-
-    def __init__(self, noun: str, workers: int, max_malformed: int):
-        self._noun, self._limit = noun, max_malformed
-        self._ticks: list[tuple[float, int, int]] = [(0.0, 0, 0)] * workers
-        self._rejects: dict[Any, Rejects] = {}
-        self._begun = self._shown = time.monotonic()
-        self._past = [(self._begun, 0.0)]
-
-    def hear(self, worker: int, kind: str, content: Any) -> None:
-        """Take a message of `Job.work`.
-
-        Raises:
-          UserError: a split has more malformed records than may be skipped.
-        """
-        if kind == "shard":
-            rejects = Rejects(self._limit, **content["malformed"])
-            self._rejects[content["split"]] = rejects.after(self._rejects.get(content["split"], Rejects(self._limit)))
-            self._rejects[content["split"]].refuse_excess()
-            return
-        self._ticks[worker] = content
-        now = time.monotonic()
-        if now - self._shown >= (_REWRITTEN_SECONDS if sys.stderr.isatty() else _EVERY_SECONDS):
-            self._shown = now
-            self._print(self._line(now), end="" if sys.stderr.isatty() else "\n")
-
-    def finish(self, splits: dict[str, dict[str, Any]]) -> None:
-        """Print the totals of each split, and the pace of what was made here."""
-        for name, total in splits.items():
-            counted = ", ".join(f"{count:,} {what}" for what, count in total.items() if isinstance(count, int))
-            self._print(f"prepared {name}: {counted}")
-        _, records, rows = self._sum()
-        seconds = max(time.monotonic() - self._begun, 1e-3)
-        self._print(
-            f"made here: {records:,} {self._noun} into {rows:,} rows in {seconds:,.1f} s "
-            f"({records / seconds:,.0f} {self._noun}/s, {rows / seconds:,.0f} rows/s)"
-        )
-
-    def _sum(self) -> tuple[float, int, int]:
-        shares, records, rows = zip(*self._ticks, strict=True)
-        return sum(shares) / len(shares), sum(records), sum(rows)
-
-    def _line(self, now: float) -> str:
-        share, records, rows = self._sum()
-        self._past.append((now, share))
-        while len(self._past) > 2 and now - self._past[1][0] > _WINDOW_SECONDS:
-            self._past.pop(0)
-        (then, before), seconds = self._past[0], max(now - self._begun, 1e-3)
-        pace = (share - before) / max(now - then, 1e-3)
-        left = f"{_clock((1 - share) / pace)} left" if pace > 0 else "time left unknown"
-        return (
-            f"preparing: {share:.1%}, {records:,} {self._noun} ({records / seconds:,.0f}/s), {rows:,} rows "
-            f"({rows / seconds:,.0f} rows/s), {left}"
-        )
-
-    def _print(self, line: str, end: str = "\n") -> None:
-        print(f"{chr(13) if sys.stderr.isatty() else ''}{line}", end=end, file=sys.stderr, flush=True)
+T = TypeVar("T")
+FIELDS = 3  # of each worker: fraction done, records, rows
+_EVERY_SECONDS = 10.0  # between lines; a terminal's line is rewritten more often
+_REWRITE_SECONDS = 0.5
+_WINDOW_SECONDS = 60.0  # over which the pace is measured
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+class WorkerCounter:
+    """Counts what one worker does, in its part of an array that all processes share."""
+
+    def __init__(self, counters: MutableSequence[float], worker: int, streams: Iterable[Stream]):
+        self._counters, self._at = counters, FIELDS * worker
+        self._total = sum(stream.weight for stream in streams)
+        self._finished = 0.0
+
+    def records(self, stream: Stream, records: Iterable[T]) -> Iterator[T]:
+        """Pass records through and count them."""
+        for record in records:
+            self._counters[self._at] = (self._finished + stream.weight * stream.fraction()) / self._total
+            self._counters[self._at + 1] += 1
+            yield record
+
+    def rows(self, rows: Iterable[T]) -> Iterator[T]:
+        """Pass rows through and count them."""
+        for row in rows:
+            self._counters[self._at + 2] += 1
+            yield row
+
+    def finish(self, stream: Stream) -> None:
+        """Count a stream as done."""
+        self._finished += stream.weight
+        self._counters[self._at] = self._finished / self._total
+
+
+class ProgressLines:
+    """Prints a line about the counters of all workers every 10 seconds, from a thread, while its context lasts."""
+
+    def __init__(self, noun: str, counters: MutableSequence[float]):
+        self._noun, self._counters = noun, counters
+        self._began, self._stop = time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "ProgressLines":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def summary(self) -> str:
+        """Return the line that ends a preparation."""
+        _, records, rows = self._sums()
+        return f"made here: {self._pace(records, rows)} in {time.monotonic() - self._began:,.1f} s"
+
+    def _run(self) -> None:
+        rewrite = sys.stderr.isatty()
+        past = [(self._began, 0.0)]
+        while not self._stop.wait(_REWRITE_SECONDS if rewrite else _EVERY_SECONDS):
+            now, (fraction, records, rows) = time.monotonic(), self._sums()
+            past.append((now, fraction))
+            while len(past) > 2 and now - past[1][0] > _WINDOW_SECONDS:
+                past.pop(0)
+            pace = (fraction - past[0][1]) / (now - past[0][0])
+            left = (
+                f"{datetime.timedelta(seconds=round((1 - fraction) / pace))} left" if pace > 0 else "time left unknown"
+            )
+            line = f"preparing: {fraction:.1%}, {self._pace(records, rows)}, {left}"
+            print(f"\r{line}" if rewrite else line, end="" if rewrite else "\n", file=sys.stderr, flush=True)
+        if rewrite and len(past) > 1:
+            print(file=sys.stderr)
+
+    def _sums(self) -> tuple[float, int, int]:
+        fractions, records, rows = (list(self._counters[field::FIELDS]) for field in range(FIELDS))
+        return sum(fractions) / len(fractions), int(sum(records)), int(sum(rows))
+
+    def _pace(self, records: int, rows: int) -> str:
+        seconds = max(time.monotonic() - self._began, 1e-3)
+        return f"{records:,} {self._noun} ({records / seconds:,.0f}/s), {rows:,} rows ({rows / seconds:,.0f}/s)"

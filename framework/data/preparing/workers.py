@@ -1,72 +1,59 @@
-"""Who makes shards: this process alone, or several at its side that tell it how far they are."""
+"""Worker processes that end together: when one fails, or when their parent is killed."""
 
 import multiprocessing
+import multiprocessing.connection
 import os
-import queue
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...base.errors import UserError
-from .jobs import Job, Share
-from .progress import Progress
-
-_POLL_SECONDS = 0.5
 
 
-def work_here(job: Job, share: Share, progress: Progress) -> None:
-    """Make a share in this process."""
-    job.work(share, lambda kind, content: progress.hear(0, kind, content))
-
-
-def work_in_parallel(job: Job, shares: Sequence[Share], progress: Progress) -> None:
-    """Make each share in a process of its own.
+def run_in_processes(context: Any, work: Callable[..., None], jobs: Sequence[tuple[Any, ...]]) -> None:
+    """Run `work(*job)` for each job in a process of its own, of a multiprocessing context.
 
     Raises:
-      UserError: one of them has failed; the others are ended.
+      UserError: one of them failed; the others are terminated.
     """
-    # A fork of a process that has started JAX may hang.
-    context = multiprocessing.get_context("spawn")
-    messages = context.Queue()
-    workers = [context.Process(target=_work, args=(job, share, messages, i)) for i, share in enumerate(shares)]
+    errors = context.SimpleQueue()
+    processes = [context.Process(target=_child, args=(errors, work, job), daemon=True) for job in jobs]
     try:
-        for worker in workers:
-            worker.start()
-        busy = set(range(len(workers)))
-        while busy:
-            try:
-                number, kind, content = messages.get(timeout=_POLL_SECONDS)
-            except queue.Empty:
-                for number in busy:
-                    if workers[number].exitcode is not None:
-                        raise UserError(
-                            f"preparing worker {number} died with exit code {workers[number].exitcode}, perhaps for "
-                            "lack of memory (use fewer workers); the same command goes on from there"
-                        ) from None
-                continue
-            if kind == "error":
-                raise UserError(content)
-            if kind == "end":
-                busy.discard(number)
-            else:
-                progress.hear(number, kind, content)
+        for process in processes:
+            process.start()
+        running = {process.sentinel: process for process in processes}
+        while running:
+            for sentinel in multiprocessing.connection.wait(list(running)):
+                process = running.pop(sentinel)
+                process.join()
+                if process.exitcode:
+                    raise UserError(
+                        errors.get()
+                        if not errors.empty()
+                        else f"a worker of the preparation died with exit code {process.exitcode}, perhaps for lack of "
+                        "memory. Use fewer workers and rerun the command; it continues with the missing shards."
+                    )
     finally:
-        for worker in workers:
-            if worker.pid is not None:
-                worker.terminate()
-                worker.join()
+        for process in processes:
+            if process.pid is not None:
+                process.terminate()
+                process.join()
 
 
-def _work(job: Job, share: Share, messages: Any, number: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core is this worker's
-    parent = multiprocessing.parent_process()
-
-    def report(kind: str, content: Any) -> None:
-        if parent is not None and not parent.is_alive():
-            os._exit(1)  # killed: whoever goes on in its place must not meet us
-        messages.put((number, kind, content))
-
+def _child(errors: Any, work: Callable[..., None], job: tuple[Any, ...]) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has one core
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
-        job.work(share, report)
-        report("end", None)
+        work(*job)
     except UserError as error:
-        report("error", str(error))
+        errors.put(str(error))
+        sys.exit(1)
+
+
+def _exit_with_parent() -> None:
+    """End this process when its parent is killed, so that it does not compete with a rerun."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,4 +1,4 @@
-"""Files, local or in a bucket, read as a stream, decompressed where their name ends in .xz or .gz; never held whole."""
+"""Files, local or in a bucket, read as streams and decompressed if their names end in .xz or .gz; never held whole."""
 
 import glob
 import gzip
@@ -18,65 +18,60 @@ _OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
 COMPRESSED = frozenset(_OPENERS)
 
 
-class Meter:
-    """How much of some files a stream has read; compressed ones count as they lie on disk."""
+class ReadMeter:
+    """Tracks the fraction of some files that a stream has read, by compressed size."""
 
     def __init__(self, files: Sequence[epath.Path]):
-        self._sizes = {path: path.stat().length for path in files}
         self._before: dict[epath.Path, int] = {}
-        so_far = 0
-        for path, size in self._sizes.items():
-            self._before[path] = so_far
-            so_far += size
-        self._total, self._read = so_far, 0
+        self._total = self._read = 0
+        for path in files:
+            self._before[path] = self._total
+            self._total += path.stat().length
 
-    def at(self, path: epath.Path, place: int) -> None:
-        """The stream is at a place of a file."""
-        self._read = self._before[path] + place
+    def at(self, path: epath.Path, offset: int) -> None:
+        """Note that the stream has reached a byte offset of a file."""
+        self._read = self._before[path] + offset
 
-    def share(self) -> float:
-        """From 0 to 1."""
+    def fraction(self) -> float:
+        """Return the fraction read, 0 to 1."""
         return self._read / max(self._total, 1)
 
 
-def found(pattern: str) -> list[epath.Path]:
-    """The files that a glob matches, in the order of their paths."""
-    if paths.is_local(pattern):
-        matches = glob.glob(os.path.expanduser(pattern), recursive=True)
-        return [epath.Path(match) for match in sorted(matches) if os.path.isfile(match)]
-    scheme, _, rest = pattern.partition("://")
-    root, _, rest = rest.partition("/")
-    return sorted(path for path in epath.Path(f"{scheme}://{root}").glob(rest) if path.is_file())
-
-
-def matching(pattern: str, example: str) -> list[epath.Path]:
-    """The files that a glob matches, in the order of their paths.
+def find(knob: str, pattern: str, example: str = "*") -> list[epath.Path]:
+    """Return the files that a glob matches, sorted by path.
 
     Args:
-      pattern: what stands behind "file:" in `data.source`.
-      example: a glob for the files wanted, such as "*.txt", to advise with where the pattern is a directory.
+      knob: the knob that the pattern comes from, for errors: "data.source".
+      pattern: a glob, local or gs://.
+      example: a glob for wanted files, such as "*.txt"; the error for a directory suggests it.
 
     Raises:
-      UserError: there is none, or one may not be read.
+      UserError: no file matches, or one may not be read.
     """
-    files = found(pattern)
-    if not files:
-        is_folder = paths.is_local(pattern) and glob.glob(os.path.expanduser(pattern))
-        hint = f"; for the files in a directory write file:{pattern.rstrip('/')}/{example}" if is_folder else ""
-        raise UserError(f"data.source 'file:{pattern}' matches no file{hint or '; check the path'}")
-    refuse_unreadable(files)
-    return files
-
-
-def refuse_unreadable(files: Sequence[epath.Path]) -> None:
-    """Raise UserError for a local file that may not be read."""
-    for path in files:
-        if paths.is_local(path) and not os.access(path, os.R_OK):
-            raise UserError(f"data file {path} cannot be read; check its permissions (chmod +r)")
+    is_local = paths.is_local(pattern)
+    if is_local:
+        matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        found = [epath.Path(match) for match in matches if os.path.isfile(match)]
+    else:
+        matches = []
+        scheme, _, rest = pattern.partition("://")
+        root, _, rest = rest.partition("/")
+        found = sorted(path for path in epath.Path(f"{scheme}://{root}").glob(rest) if path.is_file())
+    if not found:
+        fix = (
+            f"For the files in a directory, write file:{pattern.rstrip('/')}/{example}."
+            if matches
+            else "Check the path."
+        )
+        raise UserError(f"{knob}: {pattern!r} matches no file. {fix}")
+    for path in found:
+        if is_local and not os.access(path, os.R_OK):
+            raise UserError(f"data file {path}: cannot be read. Check its permissions (chmod +r).")
+    return found
 
 
 def stats(files: Sequence[epath.Path]) -> list[tuple[str, int, int]]:
-    """Path, size and time of change of each file: other stats, perhaps other content."""
+    """Return path, size and modification time of each file; they change when the content may have changed."""
     return [(os.fspath(path), *_stat(path)) for path in files]
 
 
@@ -84,39 +79,39 @@ def _stat(path: epath.Path) -> tuple[int, int]:
     if paths.is_local(path):
         stat = os.stat(path)
         return stat.st_size, stat.st_mtime_ns
-    stat = path.stat()  # of a bucket, in whole seconds
+    stat = path.stat()  # in a bucket, in whole seconds
     return stat.length, stat.mtime
 
 
-def records(path: epath.Path, separator: bytes, longest: int, meter: Meter | None = None) -> Iterator[bytes | None]:
-    """The content of a file cut after every `separator`, one byte; the last record may lack it.
+def pieces(path: epath.Path, separator: bytes, longest: int, meter: ReadMeter | None = None) -> Iterator[bytes | None]:
+    """Yield the content of a file, cut after every `separator` (one byte); the last piece may lack it.
 
-    Of a record with more than `longest` bytes nothing is kept: it is None.
+    A piece of more than `longest` bytes is not held in memory: None takes its place.
 
     Raises:
-      UserError: the file cannot be read, or is no whole .xz or .gz file.
+      UserError: the file cannot be read, or is a damaged .xz or .gz file.
     """
-    pieces: list[bytes] = []
+    held: list[bytes] = []
     size = 0
     for chunk in _chunks(path, meter):
         start = 0
         while start < len(chunk):
             end = chunk.find(separator, start) + 1
-            piece = chunk[start : end or len(chunk)]
-            start += len(piece)
-            size += len(piece)
+            part = chunk[start : end or len(chunk)]
+            start += len(part)
+            size += len(part)
             if size > longest:
-                pieces.clear()
+                held.clear()
             else:
-                pieces.append(piece)
+                held.append(part)
             if end:
-                yield b"".join(pieces) if pieces else None
-                pieces, size = [], 0
+                yield b"".join(held) if held else None
+                held, size = [], 0
     if size:
-        yield b"".join(pieces) if pieces else None
+        yield b"".join(held) if held else None
 
 
-def _chunks(path: epath.Path, meter: Meter | None) -> Iterator[bytes]:
+def _chunks(path: epath.Path, meter: ReadMeter | None) -> Iterator[bytes]:
     try:
         with path.open("rb") as raw:
             opener = _OPENERS.get(path.suffix)
@@ -126,4 +121,4 @@ def _chunks(path: epath.Path, meter: Meter | None) -> Iterator[bytes]:
                     meter.at(path, raw.tell())
                 yield chunk
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"data file {path} cannot be read ({error}); mend it or leave it out") from error
+        raise UserError(f"data file {path}: cannot be read ({error}). Replace or remove it.") from error

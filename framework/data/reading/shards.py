@@ -1,7 +1,7 @@
-"""Rows as bytes in ArrayRecord files: a shard is written once in order, rows of many shards are read at random.
+"""Rows as bytes in ArrayRecord files: a shard is written once in order; rows of many shards are read at random.
 
-Groups of up to 64 uncompressed rows: reading one costs 10 to 50 microseconds of a core, where groups of one, which
-grain asks for, cost 200 and more. A row of a damaged file is refused, since ArrayRecord keeps a checksum of each group.
+Rows are stored in uncompressed groups of up to 64: reading one costs 10 to 50 microseconds of a core, with the groups
+of one that grain asks for 200 and more. ArrayRecord keeps a checksum of each group: corrupt rows are refused.
 """
 
 import bisect
@@ -24,13 +24,13 @@ from ...base import paths
 from ...base.errors import UserError
 from ...dataset import Example
 
-_GROUP_BYTES, _LEAST, _MOST = 10_240, 8, 64  # rows of a group: as many as make so many bytes, within these bounds
-_OPEN = 512  # readers held open; each takes a file descriptor, of which a process often has 1,024
-_AT_ONCE = 4_096  # rows read in one go
+_GROUP_BYTES, _LEAST, _MOST = 10_240, 8, 64  # size of a group in bytes; bounds of its number of rows
+_OPEN = 512  # readers held open; each takes one of the process' file descriptors, often 1,024
+_AT_ONCE = 4_096  # rows read at once
 
 
 class Written(NamedTuple):
-    """What `write` has done: the number of rows, a hash of them, and the size of the file."""
+    """The result of `write`: number of rows, their hash, and the size of the file."""
 
     rows: int
     content: str
@@ -38,7 +38,7 @@ class Written(NamedTuple):
 
 
 def write(path: epath.Path, rows: Iterable[bytes]) -> Written:
-    """Stream rows to a file, which appears when it is whole; one of a bucket is written here and then copied there."""
+    """Stream rows to a file that appears only when complete; a file in a bucket is written locally and then copied."""
     folder = Path(path.parent) if paths.is_local(path) else Path(tempfile.mkdtemp())
     partial = folder / f".{path.name}.{os.getpid()}.partial"
     try:
@@ -74,15 +74,13 @@ def _written(path: Path, rows: Iterable[bytes]) -> tuple[int, str]:
 
 
 class ShardRows:
-    """Random access to the rows `start` to `stop` of shards taken one after the other; a pickled copy has no readers.
-
-    ArrayRecord opens gs:// by itself.
+    """Random access to rows `start` to `stop` of concatenated shards; picklable.
 
     Args:
-      shards: files of `write`.
-      counts: how many rows each of them has.
-      decode: the example that a row stands for.
-      start, stop: as of a slice; all by default.
+      shards: files of `write`, local or gs://.
+      counts: number of rows of each shard.
+      decode: returns the example of a row.
+      start, stop: bounds as of a slice; all rows by default.
     """
 
     def __init__(
@@ -119,7 +117,7 @@ class ShardRows:
         return self._decode(self._readers.read(shard, [place - (self._ends[shard - 1] if shard else 0)])[0])
 
     def raw(self) -> Iterator[bytes]:
-        """All rows in order as they were written, read many at a time."""
+        """Yield the bytes of all rows in order."""
         for shard, end in enumerate(self._ends):
             before = self._ends[shard - 1] if shard else 0
             start, stop = max(self._range.start, before) - before, min(self._range.stop, end) - before
@@ -128,7 +126,7 @@ class ShardRows:
 
 
 class _Readers:
-    """Readers of shards, opened when first needed; those longest unused are closed."""
+    """Readers of shards, opened on first use; the least recently used are closed."""
 
     def __init__(self, shards: Sequence[str], ends: Sequence[int]):
         self._shards, self._ends = shards, ends
@@ -136,16 +134,16 @@ class _Readers:
         self._lock = threading.Lock()
 
     def read(self, shard: int, rows: list[int]) -> Sequence[bytes]:
-        """Rows of a shard by number.
+        """Return rows of a shard by index.
 
         Raises:
-          UserError: it cannot be read, or is not as long as it is said to be.
+          UserError: the shard cannot be read, or has another number of rows than its manifest says.
         """
         try:
             return self._open(shard).read(rows)
         except (RuntimeError, IndexError) as error:
             raise UserError(
-                f"{self._shards[shard]}, row {rows[0] + 1} cannot be read ({str(error)[:80]}); {_AGAIN}"
+                f"{self._shards[shard]}, row {rows[0] + 1}: cannot be read ({str(error)[:80]}). {_REBUILD}"
             ) from None
 
     def _open(self, shard: int) -> ArrayRecordReader:
@@ -156,11 +154,13 @@ class _Readers:
                 self._held[shard] = reader
                 found, expected = reader.num_records(), self._ends[shard] - (self._ends[shard - 1] if shard else 0)
                 if found != expected:
-                    raise UserError(f"{self._shards[shard]} has {found} rows, its manifest says {expected}; {_AGAIN}")
+                    raise UserError(
+                        f"{self._shards[shard]}: has {found} rows, its manifest says {expected}. {_REBUILD}"
+                    )
                 if len(self._held) > _OPEN:
                     self._held.popitem(last=False)  # closed once no thread reads from it
             self._held.move_to_end(shard)
             return reader
 
 
-_AGAIN = "remove it, and preparing again makes it anew"
+_REBUILD = "Delete it and rerun shampax.launch.prepare, or the run, to rebuild it."

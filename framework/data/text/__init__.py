@@ -1,4 +1,4 @@
-"""Text for a language model: tokenized and packed once, then read by row."""
+"""Text for language models: documents, tokenizers, and rows of packed tokens."""
 
 from .text import TextData
 

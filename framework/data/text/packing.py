@@ -1,8 +1,8 @@
-"""Documents into rows of one length, ahead of time, so that a batch is a pure function of its step.
+"""Documents packed into rows of one length, ahead of time, so that a batch is a pure function of its step.
 
-Every row is filled to its end: a document that does not fit goes on in the next row as a new segment, whose first
-token repeats the last one of the row before. Inputs are `row[:-1]` and targets `row[1:]`, and a target counts where
-its segment is its input's; so every token of every document, and its end, is predicted exactly once.
+Rows are full: a document that does not fit continues in the next row as a new segment, whose first token repeats the
+last token of the previous row. Inputs are `row[:-1]` and targets `row[1:]`; a target counts if its segment equals its
+input's. So every token of every document, and its end, is predicted exactly once.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,10 +13,10 @@ Row = tuple[np.ndarray, np.ndarray]
 
 
 def pack(documents: Iterable[np.ndarray], row_length: int) -> Iterator[Row]:
-    """Rows (tokens, segments), each int32 [row_length], from documents int32 [length >= 2].
+    """Yield rows (tokens, segments), each int32 [row_length], from documents int32 [length >= 2].
 
-    Segments count the documents in a row from 1; 0 marks padding: at most one slot at the end of a row, and what is
-    left of the last row.
+    Segments number the documents in a row from 1; 0 is padding: at most one slot at the end of a row, and the rest of
+    the last row.
     """
     tokens, segments, used = np.zeros(row_length, np.int32), np.zeros(row_length, np.int32), 0
     for document in documents:
@@ -35,27 +35,27 @@ def pack(documents: Iterable[np.ndarray], row_length: int) -> Iterator[Row]:
 
 
 def real_targets(segments: np.ndarray) -> np.ndarray:
-    """Which slots of rows [..., row_length] are predicted, bool of the same shape; the first slot never is."""
+    """Return which slots of segments [..., row_length] are targets, bool of the same shape; the first slot never is."""
     real = np.zeros(segments.shape, bool)
     real[..., 1:] = (segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] > 0)
     return real
 
 
 def positions(segments: np.ndarray) -> np.ndarray:
-    """The place of each slot of a row inside its segment, from 0: int32 [row_length]."""
+    """Return the position of each slot inside its segment, from 0: int32 [row_length]."""
     slots = np.arange(len(segments), dtype=np.int32)
     starts = np.diff(segments, prepend=-1) != 0
     return slots - np.maximum.accumulate(np.where(starts, slots, 0))
 
 
 def row_type(row_length: int, vocab_size: int) -> np.dtype:
-    """How a row lies in a shard: tokens and segments, in the smallest types that hold them."""
+    """Return the type of a row in a shard: tokens and segments, in the smallest types that hold them."""
     tokens, segments = np.min_scalar_type(vocab_size - 1), np.min_scalar_type(row_length)
     return np.dtype([("tokens", tokens, row_length), ("segments", segments, row_length)])
 
 
 def to_bytes(row: Row, row_type: np.dtype) -> bytes:
-    """A row of `pack` as it lies in a shard."""
+    """Return the bytes of a row of `pack` in a shard."""
     packed = np.empty((), row_type)
     packed["tokens"], packed["segments"] = row
     return packed.tobytes()
@@ -65,15 +65,15 @@ COLUMNS = ("tokens", "segments", "positions", "characters")
 
 
 def unpacked(content: bytes, row_type: np.dtype, characters: np.ndarray) -> dict[str, np.ndarray]:
-    """The example that a row of a shard stands for: int32 [row_length] arrays by `COLUMNS`.
+    """Return the example of a row of a shard: int32 [row_length] arrays by `COLUMNS`.
 
-    tokens: ids. segments: number of the document inside the row, from 1; 0 is padding. positions: place inside the
-    segment, from 0. characters: how many characters begin in a token, 0 where the token is no target.
+    tokens: ids. segments: number of the document inside the row, from 1; 0 is padding. positions: position inside the
+    segment, from 0. characters: number of characters that begin in a token, 0 if the token is not a target.
 
     Args:
-      content: of `to_bytes`.
-      row_type: likewise.
-      characters: that begin in each token, int32 [vocab_size].
+      content: result of `to_bytes`.
+      row_type: type of the row.
+      characters: number of characters that begin in each token, int32 [vocab_size].
     """
     row = np.frombuffer(content, row_type)[0]
     tokens, segments = row["tokens"].astype(np.int32), row["segments"].astype(np.int32)

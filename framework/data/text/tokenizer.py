@@ -1,17 +1,17 @@
 """Byte-level byte-pair encoding: any text encodes, decodes to itself, and its characters are counted exactly.
 
-Training is deterministic: the same documents give the same JSON, whatever the number of threads or processes.
+Training is deterministic: the same documents give the same JSON for any number of threads or processes.
 """
 
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from etils import epath
 
-# The Rust side starts threads of its own; said explicitly, because it warns at every fork when left to guess.
+# The Rust library starts threads. Set explicitly, because it warns at every fork otherwise.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import numpy as np
@@ -25,12 +25,13 @@ SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of a document
 TRAINING_CHARACTERS = 300_000_000
 _BYTE_LEVEL_PARTS = ("ByteLevel", "Split", "Digits", "Punctuation")
 _PROBE = " a  b\r\n\tÉe\u0301ﬁ \uff21\u00a0漢字 👩‍🚀 1,000 <|endoftext|>"
+_CHUNK = 1_000_000  # characters encoded at once
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of at most `vocab_size` tokens; id 0 ends a document, the 256 bytes follow, then the merges.
+    """Train a tokenizer of at most `vocab_size` tokens: id 0 ends a document, the 256 bytes follow, then the merges.
 
-    Fewer tokens come out where the text runs out of pairs that occur twice. Reads 300 M characters at most.
+    It has fewer tokens if no further pair occurs twice. Reads at most 300 M characters.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
@@ -42,77 +43,82 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(first_characters(documents, TRAINING_CHARACTERS), trainer)
-    # A document may contain the text of the end token; it is ordinary text there.
+    tokenizer.train_from_iterator(first_characters(documents), trainer)
+    # The text of the end token inside a document is ordinary text.
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def load_tokenizer(path: epath.Path, vocab_size: int) -> Tokenizer:
-    """Read a tokenizers JSON file and check that it can serve: it fits, ends documents, and keeps text as it is.
+    """Read a tokenizers JSON file of byte-level BPE that preserves text.
 
     Raises:
-      UserError: the file is missing or no tokenizer, has more than `vocab_size` tokens, has no "<|endoftext|>",
-        or is not byte-level (decoding does not give the text back).
+      UserError: the file is missing or invalid, has more than `vocab_size` tokens, has no "<|endoftext|>", or is not
+        byte-level (decoding does not restore the text).
     """
-    try:
-        content = path.read_text("utf-8")
-    except OSError as error:
-        raise UserError(f"data.tokenizer {path} cannot be read ({error.strerror or error}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"data.tokenizer {path} is not a tokenizers JSON file: {error}") from error
-    _refuse_unfit_parts(path, content)
-    with refusing(f"data.tokenizer {path} is not a tokenizers JSON file"):
-        tokenizer = Tokenizer.from_str(content)
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    size = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if size > vocab_size:
-        raise UserError(f"data.tokenizer {path} has {size} tokens, data.vocab_size is {vocab_size}; set it to {size}")
+    tokenizer = read_tokenizer(path, vocab_size, _refuse_unfit_parts)
     if tokenizer.token_to_id(END_OF_DOCUMENT) is None:
-        raise UserError(f"data.tokenizer {path} has no token {END_OF_DOCUMENT!r}; add it as a special token")
-    with refusing(f"data.tokenizer {path} fails on {_PROBE!r}"):
+        raise UserError(f"data.tokenizer={path}: has no token {END_OF_DOCUMENT!r}. Add it as a special token.")
+    with refusing(f"data.tokenizer={path}: fails on {_PROBE!r}"):
         ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
         text = tokenizer.decode(ids, skip_special_tokens=False)
     kept = text == _PROBE and not set(ids) - set(_byte_level_ids(tokenizer))
     if not kept or characters_per_token(tokenizer, vocab_size)[ids].sum() != len(_PROBE):
-        raise UserError(
-            f"data.tokenizer {path} does not keep text as it is, so bits per character would be wrong; "
-            f"use a byte-level tokenizer without normaliser or prefix space"
-        )
+        raise _changes_text(path, "a probe does not decode to itself")
     return tokenizer
 
 
-def _refuse_unfit_parts(path: epath.Path, content: str) -> None:
+def read_tokenizer(path: epath.Path, vocab_size: int, check: Callable[[epath.Path, Any], None]) -> Tokenizer:
+    """Read a tokenizers JSON file; `check(path, parts)` may refuse its parsed content.
+
+    Raises:
+      UserError: the file is missing or invalid, or has more than `vocab_size` tokens.
+    """
+    invalid = f"data.tokenizer={path}: is not a tokenizers JSON file"
+    try:
+        content = path.read_text("utf-8")
+        check(path, json.loads(content))
+    except OSError as error:
+        raise UserError(
+            f"data.tokenizer={path}: cannot be read ({error.strerror or error}). Check the path."
+        ) from error
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{invalid}: {error!r}") from None
+    with refusing(invalid):
+        tokenizer = Tokenizer.from_str(content)
+        size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if size > vocab_size:
+        raise UserError(f"data.vocab_size={vocab_size}: {path} has {size} tokens. Set data.vocab_size={size}.")
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _refuse_unfit_parts(path: epath.Path, parts: Any) -> None:
     """Raise UserError for a tokenizer with parts that no byte-level tokenizer has.
 
-    From outside the Rust code, for there some of them panic, which writes to the terminal and is no Exception.
+    Checked in Python, because the Rust library panics on some of them, which writes to the terminal.
     """
-    unfit = {}
-    try:
-        parts = json.loads(content)
-        for name in ("normalizer", "pre_tokenizer"):
-            if not _is_byte_level(parts.get(name)):
-                unfit[name] = parts[name]
-        model = parts["model"]
-        if model.get("type", "BPE") != "BPE" or "merges" not in model:
-            unfit["model"] = model.get("type")
-        for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
-            if model.get(name):
-                unfit[name] = model[name]
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"data.tokenizer {path} is not a tokenizers JSON file: {error!r}") from None
+    unfit = {name: parts[name] for name in ("normalizer", "pre_tokenizer") if not _is_byte_level(parts.get(name))}
+    model = parts["model"]
+    if model.get("type", "BPE") != "BPE" or "merges" not in model:
+        unfit["model"] = model.get("type")
+    names = ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
+    unfit |= {name: model[name] for name in names if model.get(name)}
     if unfit:
-        shown = ", ".join(f"{name} {str(value)[:60]}" for name, value in unfit.items())
-        raise UserError(
-            f"data.tokenizer {path} does not keep text as it is, so bits per character would be wrong ({shown}); "
-            f"use a byte-level BPE tokenizer without normaliser, dropout or prefix space"
-        )
+        raise _changes_text(path, ", ".join(f"{name} {str(value)[:60]}" for name, value in unfit.items()))
+
+
+def _changes_text(path: epath.Path, why: str) -> UserError:
+    return UserError(
+        f"data.tokenizer={path}: does not preserve text, so bits per character would be wrong ({why}). Use a "
+        "byte-level BPE tokenizer without normalizer, dropout or prefix space."
+    )
 
 
 def _is_byte_level(part: Any) -> bool:
-    """Whether a normaliser or pre-tokenizer is of the kinds that byte-level tokenizers are made of."""
+    """Return whether a normalizer or pre-tokenizer is of a kind that byte-level tokenizers use."""
     if part is None:
         return True
     if part["type"] == "Sequence":
@@ -122,9 +128,9 @@ def _is_byte_level(part: Any) -> bool:
 
 @contextlib.contextmanager
 def refusing(message: str) -> Iterator[None]:
-    """Raise UserError for whatever the tokenizers library raises.
+    """Turn any error of the tokenizers library into a UserError.
 
-    The Rust side raises plain Exception, and where it panics a BaseException of a class that has no public name.
+    The Rust library raises plain Exception and, when it panics, a BaseException of a class without a public name.
     """
     try:
         yield
@@ -135,15 +141,15 @@ def refusing(message: str) -> Iterator[None]:
 
 
 def encode(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Each document with its token ids, int32 [tokens], the end token before and after them.
+    """Yield each document with its token ids, int32 [tokens], between two end tokens.
 
-    The first end token gives the first real token something to be predicted from.
+    The first end token is the input from which the first real token is predicted.
 
     Raises:
-      UserError: a document is more than the tokenizer can take.
+      UserError: the tokenizer fails on a document.
     """
     end = np.array([tokenizer.token_to_id(END_OF_DOCUMENT)], np.int32)
-    for chunk in _chunks(documents, characters=1_000_000):
+    for chunk in _chunks(documents):
         with refusing(f"the tokenizer fails on one of the documents from {chunk[0][:40]!r} on; use another"):
             encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
         for document, encoding in zip(chunk, encodings, strict=True):
@@ -151,9 +157,10 @@ def encode(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[tuple[str
 
 
 def characters_per_token(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """How many characters begin in each token, int32 [vocab_size]: its bytes that do not continue a UTF-8 character.
+    """Return the number of characters that begin in each token, int32 [vocab_size].
 
-    Summed over the tokens of a text this is the length of the text, though a token may hold a part of a character.
+    These are the bytes of a token that do not continue a UTF-8 character. Summed over the tokens of a text they give
+    its length, even if some tokens hold part of a character.
     """
     table = np.zeros(vocab_size, np.int32)
     for id, token in _byte_level_ids(tokenizer).items():
@@ -164,7 +171,7 @@ def characters_per_token(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
 
 
 def _byte_level_ids(tokenizer: Tokenizer) -> dict[int, str]:
-    """Tokens spelt in the byte-level alphabet, and those added later as literal text."""
+    """Return the tokens spelt in the byte-level alphabet and those added later as literal text."""
     special = {id for id, added in tokenizer.get_added_tokens_decoder().items() if added.special}
     return {
         id: token
@@ -174,7 +181,7 @@ def _byte_level_ids(tokenizer: Tokenizer) -> dict[int, str]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable character for each byte, inverted: printable Latin-1 for itself, the others from U+0100 on."""
+    """Return GPT-2's alphabet: printable Latin-1 characters stand for themselves, other bytes begin at U+0100."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -183,23 +190,23 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTES = _byte_alphabet()
 
 
-def first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
-    """Documents until `limit` characters are read; the last is whole."""
+def first_characters(documents: Iterable[str]) -> Iterator[str]:
+    """Yield whole documents until `TRAINING_CHARACTERS` are read."""
     read = 0
     for document in documents:
-        if read >= limit:
+        if read >= TRAINING_CHARACTERS:
             return
         read += len(document)
         yield document
 
 
-def _chunks(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
+def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
     chunk: list[str] = []
     size = 0
     for document in documents:
         chunk.append(document)
         size += len(document)
-        if size >= characters:
+        if size >= _CHUNK:
             yield chunk
             chunk, size = [], 0
     if chunk:

@@ -18,7 +18,7 @@ from shampax.framework.base.errors import UserError
 from shampax.framework.checkpoint import ownership
 from shampax.framework.config import check as config_lib
 from shampax.framework.config import overrides
-from shampax.framework.data.reading.records import Rejects
+from shampax.framework.data.reading.malformed import Rejects
 from shampax.framework.data.text.documents import open_documents
 from shampax.framework.data.text.tokenizer import encode, load_tokenizer, train_tokenizer
 from shampax.framework.reporting import curves, metrics

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from shampax.framework.base.errors import UserError
-from shampax.framework.data.clicks import click_rows, click_sources
-from shampax.framework.data.clicks.click_rows import MISSING
-from shampax.framework.data.clicks.criteo import ClickData
-from shampax.framework.data.clicks.synthetic_clicks import SyntheticClicks
+from shampax.framework.data.clicks import ClickData, SyntheticClicks, criteo
+from shampax.framework.data.clicks import rows as click_rows
+from shampax.framework.data.clicks.rows import MISSING
 from shampax.framework.data.pipeline import Batches
 from shampax.framework.data.reading import tsv
 
@@ -82,13 +81,18 @@ def test_awkward_fields(tmp_path, cache):
     [
         ("\t".join(line().split("\t")[:39]), "39 columns, expected 40"),
         (line() + "\t", "41 columns, expected 40"),
-        (line(2), "label 2 is neither 0 nor 1"),
+        (line(2), "label '2' is neither 0 nor 1"),
         (line(""), "column 1 is empty"),
-        (line(0, {3: "1.5"}), "column 4 is no integer of 64 bits: '1.5'"),
-        (line(0, {}, {1: "xyz"}), "column 15 is no hexadecimal number of 32 bits: 'xyz'"),
-        (line(0, {}, {26: "123456789"}), "column 40 is no hexadecimal number of 32 bits: '123456789'"),
-        (line(0, {}, {2: "-1"}), "column 16 is no hexadecimal number of 32 bits: '-1'"),
-        (line(0, {}, {2: "0x1"}), "column 16 is no hexadecimal number of 32 bits: '0x1'"),
+        (line(0, {3: "1.5"}), "column 4 is not a 64-bit integer: '1.5'"),
+        (line(0, {1: "1_000"}), "column 2 is not a 64-bit integer: '1_000'"),
+        (line(0, {1: "٣"}), "column 2 is not a 64-bit integer: '٣'"),
+        (line(0, {2: " 2"}), "column 3 is not a 64-bit integer: ' 2'"),
+        (line(0, {2: "9223372036854775808"}), "column 3 is not a 64-bit integer: '9223372036854775808'"),
+        (line(0, {2: 5000 * "9"}), f"column 3 is not a 64-bit integer: '{37 * '9'}...'"),
+        (line(0, {}, {1: "xyz"}), "column 15 is not a 32-bit hexadecimal number: 'xyz'"),
+        (line(0, {}, {26: "123456789"}), "column 40 is not a 32-bit hexadecimal number: '123456789'"),
+        (line(0, {}, {2: "-1"}), "column 16 is not a 32-bit hexadecimal number: '-1'"),
+        (line(0, {}, {2: "0x1"}), "column 16 is not a 32-bit hexadecimal number: '0x1'"),
     ],
 )
 def test_malformed_rows_are_named_or_skipped(tmp_path, cache, capsys, bad, reason):
@@ -111,7 +115,7 @@ def test_malformed_rows_of_all_files_count_together(tmp_path, cache):
     """Fault: the limit holds for each file by itself."""
     for day in range(3):
         write(tmp_path / f"day_{day}", [*numbered(3), "bad"])
-    with pytest.raises(UserError, match=r"max_malformed is 2, and 3 records are malformed.*day_0.*day_1.*day_2"):
+    with pytest.raises(UserError, match=r"max_malformed=2: 3 records are malformed.*day_0.*day_1.*day_2"):
         prepared(cache, source=f"file:{tmp_path}/day_*", max_malformed=2)
 
 
@@ -150,11 +154,11 @@ def test_kaggles_split_is_the_last_seventh(tmp_path, cache):
 @pytest.mark.parametrize(
     ("fields", "error"),
     [
-        ({"source": "criteo"}, "data.source is 'criteo'; write 'sample:flights' or 'file:/path/day_"),
+        ({"source": "criteo"}, "data.source='criteo': write 'sample:flights' or 'file:/path/day_"),
         ({"heldout_files": "day_23"}, "sample:flights holds out November and December; leave it empty"),
-        ({"heldout_fraction": 1.0}, "data.heldout_fraction is 1.0"),
-        ({"max_malformed": -1}, "data.max_malformed is -1"),
-        ({"workers": 0}, "data.workers is 0"),
+        ({"heldout_fraction": 1.0}, "data.heldout_fraction=1.0"),
+        ({"max_malformed": -1}, "data.max_malformed=-1"),
+        ({"workers": 0}, "data.workers=0"),
     ],
 )
 def test_bad_fields_are_refused(fields, error):
@@ -165,12 +169,12 @@ def test_bad_fields_are_refused(fields, error):
 
 def test_sources_that_cannot_be_used(tmp_path, cache):
     """Fault: a traceback, or an empty split that is noticed after hours."""
-    with pytest.raises(UserError, match=r"data.source '.*none' matches no file"):
+    with pytest.raises(UserError, match=r"data.source: '.*none' matches no file"):
         prepared(cache, source=f"file:{tmp_path}/none")
     path = write(tmp_path / "one", numbered(1))
     with pytest.raises(UserError, match="has 1 usable rows and none for the heldout split"):
         prepared(cache, source=f"file:{path}")
-    with pytest.raises(UserError, match=r"data.heldout_files '.*day_9' matches no file"):
+    with pytest.raises(UserError, match=r"data.heldout_files: '.*day_9' matches no file"):
         prepared(cache, source=f"file:{path}", heldout_files="day_9")
     with pytest.raises(UserError, match="call prepare first"):
         ClickData(source=f"file:{path}").examples("train", cache)
@@ -196,16 +200,16 @@ def test_damage_is_noticed(tmp_path, cache):
     file.write_bytes(content)
     rows = data.examples("train", cache)
     assert rows[0]["integers"][0] == 0
-    with pytest.raises(UserError, match="row 151 cannot be read"):
+    with pytest.raises(UserError, match="row 151: cannot be read"):
         rows[150]
     (stamp,) = cache.glob("rows-*/manifest.json")
     stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"shards": [{}]}))
-    with pytest.raises(UserError, match="is damaged; remove"):
+    with pytest.raises(UserError, match="is corrupt"):
         data.examples("train", cache)
 
 
-def criteo(path):
-    return click_sources.criteo(path, tsv.lines(path))
+def parsed(path):
+    return criteo.parse(path, tsv.lines(path))
 
 
 def test_random_access_is_the_stream_for_any_number_of_processes(tmp_path, cache):
@@ -214,7 +218,7 @@ def test_random_access_is_the_stream_for_any_number_of_processes(tmp_path, cache
         write(tmp_path / f"day_{day}", numbered(7 + day, 100 * day))
     data = prepared(cache, source=f"file:{tmp_path}/day_*", heldout_fraction=0.25)
     rows = data.examples("train", cache)
-    streamed = [row[1][0] for day in range(3) for row in criteo(tmp_path / f"day_{day}")]
+    streamed = [row[1][0] for day in range(3) for row in parsed(tmp_path / f"day_{day}")]
     assert numbers(data, "train", cache) + numbers(data, "heldout", cache) == streamed
     copy = pickle.loads(pickle.dumps(rows))
     assert [int(copy[i]["integers"][0]) for i in (17, 3, 9)] == [streamed[i] for i in (17, 3, 9)]
@@ -239,7 +243,7 @@ def test_flights(cache):
     assert (len(train), len(heldout)) == (25_039, 4_961)
     first = train[0]
     assert first["integers"].tolist() == [375, 522, 746, 38, 28, 67, 240, 115, MISSING, 0, 10124, 100, 145]
-    hashed = click_sources._hashed
+    hashed = criteo._hashed
     wanted = [hashed(text) for text in ("DL", "575", "N326NB", "EWR", "ATL", "1", "1", "6", "1")]
     assert first["categories"][:9].tolist() == wanted
     assert first["categories"][17] == hashed("EWR\tATL") and first["categories"][25] == hashed("DL\t6")
@@ -249,7 +253,7 @@ def test_flights(cache):
 
 def test_hashes_stay():
     """Fault: a hash that differs between processes or versions, as Python's own does: caches and models would rot."""
-    hashed = click_sources._hashed
+    hashed = criteo._hashed
     assert [hashed(text) for text in ("", "DL", "EWR\tATL", "1")] == [0, 2863043909, 1978277074, 2212294583]
 
 

@@ -15,11 +15,11 @@ from wmt14 import prepare_wmt14
 from shampax.framework.base.errors import UserError
 from shampax.framework.data import samples
 from shampax.framework.data.pairs import PairData
-from shampax.framework.data.pairs.pair_packing import Packer, Room
-from shampax.framework.data.pairs.pair_sources import open_pairs
+from shampax.framework.data.pairs.packing import Packer, Room
+from shampax.framework.data.pairs.sources import open_pairs
 from shampax.framework.data.pipeline import Batches
 from shampax.framework.data.reading import shards
-from shampax.framework.data.reading.records import Malformed
+from shampax.framework.data.reading.malformed import Malformed
 from shampax.framework.data.text.tokenizer import train_tokenizer
 
 PAIRS = [
@@ -198,9 +198,9 @@ def test_columns_of_tsv_files(tmp_path, capfd):
     assert decoded(data, tmp_path / "cache", "heldout") == [PAIRS[9], PAIRS[19], PAIRS[39]]
     data.prepare(tmp_path / "cache")
     assert "train pairs: 1 with an empty side, 1 too long for a row; dropped" in capfd.readouterr().err
-    with pytest.raises(UserError, match=r"max_malformed is 0, and 1 record is malformed .*row 6"):
+    with pytest.raises(UserError, match=r"max_malformed=0: 1 record is malformed .*row 6"):
         PairData(source=f"{source}.xz", source_column=3, target_column=2, **SMALL).prepare(tmp_path / "cache")
-    with pytest.raises(UserError, match=r"data.source_column is 4, but .*a.tsv.xz has 3 columns"):
+    with pytest.raises(UserError, match=r"data.source_column=4: but .*a.tsv.xz has 3 columns"):
         PairData(source=f"{source}.xz", source_column=4, **SMALL).prepare(tmp_path / "cache")
 
 
@@ -209,7 +209,7 @@ def test_heldout_pairs_are_never_cut(tmp_path):
     pairs = [*PAIRS[:19], ("word " * 100, "mot " * 90), *PAIRS[20:]]
     source = write_tsv(tmp_path / "a.tsv", pairs)
     fields = {"source": source, "source_column": 3, "target_column": 2, "vocab_size": 300}
-    with pytest.raises(UserError, match=r"1 held-out pairs are longer .* up to \d+ source and \d+ target") as caught:
+    with pytest.raises(UserError, match=r"1 held-out pairs are longer, up to \d+ source and \d+ target") as caught:
         PairData(**fields, source_length=90, target_length=90).prepare(tmp_path / "cache")
     assert list((tmp_path / "cache").glob("rows-*")) == []
     longest = [int(word) for word in str(caught.value).split() if word.isdecimal()][1:3]
@@ -257,7 +257,7 @@ def test_wmt14_is_read_by_the_names_of_its_features(wmt14, tmp_path):
     other = PairData(**fields, source_key="fr", target_key="en", heldout_split="validation")
     other.prepare(tmp_path)
     assert sorted(decoded(other, tmp_path, "heldout")) == sorted(pair[::-1] for pair in PAIRS[30:34])
-    with pytest.raises(UserError, match=r"no feature 'de'; set data.target_key to one of en, fr"):
+    with pytest.raises(UserError, match=r"data.target_key='de': no such feature .* Use one of en, fr"):
         PairData(**fields, target_key="de").prepare(tmp_path)
 
 
@@ -293,8 +293,8 @@ def test_unusable_sources_are_one_line(tmp_path, wmt14):
     )
     cases = [
         ({"source": "sample:ot"}, "there is sample:nt"),
-        ({"heldout_split": "dev"}, "'dev'; sample:nt has validation and test"),
-        ({"source": few}, "has 5 rows and needs at least 10"),
+        ({"heldout_split": "dev"}, "'dev': sample:nt holds out 'validation' or 'test'"),
+        ({"source": few}, "has 5 records and needs at least 10"),
         ({"source": f"file:{tmp_path}"}, r"write file:.*\*\.tsv"),
         ({"source": "tfds:wmt14_translate/de-en:1.0.0", "data_dir": str(wmt14)}, "tfds build wmt14_translate/de-en"),
         ({"tokenizer": f"{tmp_path}/gpt.json"}, "has no token"),
@@ -310,9 +310,9 @@ def test_unusable_sources_are_one_line(tmp_path, wmt14):
     ("fields", "message"),
     [
         ({"source": "nt"}, "sample:nt"),
-        ({"source_length": 1}, "source_length is 1; it must be at least 2"),
-        ({"target_column": 0}, "target_column is 0"),
-        ({"pairs_per_row": -1}, "pairs_per_row is -1"),
+        ({"source_length": 1}, "source_length=1: must be at least 2"),
+        ({"target_column": 0}, "target_column=0"),
+        ({"pairs_per_row": -1}, "pairs_per_row=-1"),
         ({"vocab_size": 256}, "bytes alone need 257"),
     ],
 )

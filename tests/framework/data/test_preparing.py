@@ -132,16 +132,16 @@ def test_what_does_not_fit_is_one_line(sources, tmp_path, capsys):
     """Fault: rows of other settings are trained on, a missing shard is found out at its first row, or a traceback."""
     data, place = sources["text"], tmp_path / "here"
     there = dataclasses.replace(data, prepared=str(place))
-    with pytest.raises(UserError, match=r"holds no prepared data; run .*launch\.prepare"):
+    with pytest.raises(UserError, match=r"holds no prepared data. To make them, run .*launch\.prepare"):
         there.prepare(tmp_path)
     in_shares(data, place)
-    with pytest.raises(UserError, match="sequence_length 16 there, 17 here; set"):
+    with pytest.raises(UserError, match="sequence_length 16 there, 17 here"):
         dataclasses.replace(there, sequence_length=17).prepare(tmp_path)
     shard = next(place.glob("rows-*/train-00002.array_record"))
     whole = shard.read_bytes()
     for content in (whole[:-1], None):
         shard.unlink() if content is None else shard.write_bytes(content)
-        with pytest.raises(UserError, match=r"lacks 1 of its \d+ shards.*train-00002.*makes what is missing"):
+        with pytest.raises(UserError, match=r"1 of \d+ shards are missing.*train-00002.*to make them"):
             there.prepare(tmp_path)
     in_shares(data, place)
     assert shard.read_bytes() == whole

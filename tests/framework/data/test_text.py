@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from shampax.framework.base.errors import UserError
 from shampax.framework.data import samples
 from shampax.framework.data.reading import files
-from shampax.framework.data.reading.records import Malformed
+from shampax.framework.data.reading.malformed import Malformed
 from shampax.framework.data.text import TextData, documents
 from shampax.framework.data.text.packing import real_targets
 from shampax.framework.data.text.tokenizer import train_tokenizer
@@ -173,9 +173,7 @@ def test_malformed_documents_are_skipped_up_to_a_limit(tmp_path, capfd):
     """Fault: one bad document costs its whole file, moves the others to another split, or is skipped in silence."""
     source, cache = bad_documents(tmp_path), tmp_path / "cache"
     fields = {"source": source, "sequence_length": 32, "vocab_size": 300}
-    with pytest.raises(
-        UserError, match=r"max_malformed is 1, and 2 records are malformed .*document 7: .*document 25:"
-    ):
+    with pytest.raises(UserError, match=r"max_malformed=1: 2 records are malformed .*document 7: .*document 25:"):
         TextData(**fields, max_malformed=1).prepare(cache)
     assert not cache.exists()
     data = TextData(**fields, max_malformed=2)
@@ -201,7 +199,7 @@ def test_prepared_rows_tell_what_they_lack(tmp_path, capfd):
     TextData(**fields, max_malformed=5).prepare(tmp_path / "cache")
     assert "train documents: 2 records are malformed (" in capfd.readouterr().err
     assert len(list((tmp_path / "cache").glob("rows-*"))) == 1
-    with pytest.raises(UserError, match=r"max_malformed is 0, and 2 records are malformed .*document 7"):
+    with pytest.raises(UserError, match=r"max_malformed=0: 2 records are malformed .*document 7"):
         TextData(**fields).prepare(tmp_path / "cache")
 
 
@@ -240,7 +238,7 @@ def test_malformed_documents_of_a_tfds_set_are_named(tmp_path):
     source = documents.open_documents("tfds:lm1b:1.1.0", data_dir=str(tmp_path), **splits)  # the first is damaged too
     assert [i for i, each in enumerate(source.stream("train")) if each != whole[i]] == [0, damaged]
     shard.unlink()
-    with pytest.raises(UserError, match=r"'train' of tfds:lm1b:1\.1\.0 cannot be read any further"):
+    with pytest.raises(UserError, match=r"'train' of tfds:lm1b:1\.1\.0: cannot be read any further"):
         list(source.stream("train"))
 
 
@@ -254,7 +252,7 @@ def test_max_documents(tmp_path, tfds_dir):
 READ = """
 import json, pathlib, sys
 from shampax.framework.data.pipeline import Batches
-from shampax.framework.data.reading.records import Malformed
+from shampax.framework.data.reading.malformed import Malformed
 from shampax.framework.data.text import TextData
 source, data_dir, heldout, cache = sys.argv[1:]
 data = TextData(source=source, data_dir=data_dir, heldout_split=heldout, sequence_length=32, vocab_size=300)
@@ -302,22 +300,22 @@ def test_unusable_sources_are_one_line_and_write_nothing(tmp_path, tfds_dir):
     cases = [
         ({"source": f"file:{tmp_path}/none/*.txt"}, "none/.* matches no file"),
         ({"source": f"file:{few}"}, r"write file:.*few/\*\.txt"),
-        ({"source": f"file:{few}/*.txt"}, "has 1 documents and needs at least 10"),
+        ({"source": f"file:{few}/*.txt"}, "has 1 records and needs at least 10"),
         (
             {"source": f"file:{bad}/*.txt"},
-            r"max_malformed is 0, and 1 record is malformed .*bad/a.txt, document 13: not UTF-8 at byte 0",
+            r"max_malformed=0: 1 record is malformed .*bad/a.txt, document 13: not UTF-8 at byte 0",
         ),
-        ({"source": f"file:{bad}/*.tsv", "tsv_column": 2}, "data.tsv_column is 2, but .*bad/a.tsv has 1 columns"),
+        ({"source": f"file:{bad}/*.tsv", "tsv_column": 2}, "data.tsv_column=2: but .*bad/a.tsv has 1 columns"),
         ({"source": "sample:dewiki"}, "there is sample:enwiki"),
         ({"source": "tfds:lm1b"}, "has no version"),
         ({"source": "tfds:lm1b:9.9.9", **here}, "lm1b/9.9.9.*data.data_dir.*tfds build lm1b"),
         (
             {**lm1b, "heldout_split": "validation"},
-            "no split 'validation'; set data.heldout_split to one of test, train",
+            "data.heldout_split='validation': no such split .* Use one of test, train",
         ),
-        ({**lm1b, "text_key": "article"}, "no feature 'article'; set data.text_key to one of text, url"),
+        ({**lm1b, "text_key": "article"}, "data.text_key='article': no such feature .* Use one of text, url"),
         ({**lm1b, "heldout_split": "train[90%:]"}, "share examples"),
-        ({"tokenizer": f"{tmp_path}/none.json"}, "none.json cannot be read"),
+        ({"tokenizer": f"{tmp_path}/none.json"}, "none.json: cannot be read"),
     ]
     for fields, message in cases:
         with pytest.raises(UserError, match=message) as caught:
@@ -354,7 +352,7 @@ def test_a_damaged_sample_is_refused(tmp_path, monkeypatch):
     [
         ({"source": "wiki"}, "sample:enwiki"),
         ({"sequence_length": 0}, "at least 1"),
-        ({"vocab_size": 256}, "256; bytes alone need 257"),
+        ({"vocab_size": 256}, "256: bytes alone need 257"),
         ({"max_documents": -1}, "0 for all"),
         ({"max_malformed": -1}, "0 for none"),
         ({"tsv_column": 0}, "count from 1"),

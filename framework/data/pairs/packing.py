@@ -1,47 +1,50 @@
-"""Sentence pairs into rows of fixed lengths: kept as tokens alone, laid out when a row is read.
+"""Sentence pairs packed into rows of fixed lengths: stored as tokens, laid out when a row is read.
 
-A pair takes as many source slots as its source has tokens, and one for the end; and as many target slots as its target
-has, one for the end before it, which the first token is predicted from, and one for the end after it. Inputs are
-`target[:-1]` and targets `target[1:]`, and a target counts where its segment is its input's and not 0.
+A pair takes one source slot for each source token and one for the end; and one target slot for each target token, one
+for the end before it, from which the first token is predicted, and one for the end after it. Inputs are `target[:-1]`
+and targets `target[1:]`; a target counts if its segment equals its input's and is not 0.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from ..text.packing import positions
 
-END = 0  # the token before and after each target and after each source; also that of padding, whose segment is 0
+END = 0  # the token before and after each target and after each source; padding has it too, with segment 0
 TokenPair = tuple[np.ndarray, np.ndarray]
 COLUMNS = tuple(f"{side}{part}" for side in ("source", "target") for part in ("", "_segments", "_positions"))
 
 
+@dataclasses.dataclass(frozen=True)
 class Room:
-    """What a row holds.
+    """The capacity of a row.
 
-    Args:
+    Attributes:
       source_length: source slots.
       target_length: target slots; a row of targets holds one more, the first input.
-      pairs: at most so many pairs; 0 is as many as fit.
+      pairs: largest number of pairs; 0 is as many as fit.
     """
 
-    def __init__(self, source_length: int, target_length: int, pairs: int):
-        self.source_length, self.target_length, self.pairs = source_length, target_length, pairs
+    source_length: int
+    target_length: int
+    pairs: int
 
     def holds(self, count: int, source: int, target: int) -> bool:
-        """Whether `count` pairs fit that have `source` and `target` tokens together, ends not counted."""
+        """Return whether `count` pairs with `source` and `target` tokens in total, without ends, fit."""
         fits = source + count <= self.source_length and target + 2 * count <= self.target_length + 1
         return fits and not 0 < self.pairs < count
 
 
 class Packer:
-    """Rows of pairs as they lie in a shard, and the examples that they stand for.
+    """Converts pairs to the rows of a shard, and rows to examples.
 
-    A row on disk: how many pairs, int32; the source and target tokens of each, int32; all source tokens and all target
-    tokens, without ends, in the smallest type that holds them.
+    A row on disk: number of pairs, int32; numbers of source and target tokens of each, int32; all source tokens and all
+    target tokens, without ends, in the smallest type that holds them.
 
     Args:
-      room: what a row holds.
+      room: capacity of a row.
       vocab_size: tokens of both languages.
     """
 
@@ -49,9 +52,9 @@ class Packer:
         self._room, self._type = room, np.min_scalar_type(vocab_size - 1)
 
     def pack(self, pairs: Iterable[TokenPair]) -> Iterator[bytes]:
-        """Pairs of tokens, without ends, in their order; one that does not fit any more begins the next row.
+        """Yield rows of pairs of tokens without ends, in order; a pair that does not fit begins the next row.
 
-        Each must fit by itself.
+        Each pair must fit into an empty row.
         """
         row, source, target = [], 0, 0
         for pair in pairs:
@@ -70,10 +73,10 @@ class Packer:
         return lengths.tobytes() + tokens.tobytes()
 
     def __call__(self, content: bytes) -> dict[str, np.ndarray]:
-        """The example of a row: int32 arrays by `COLUMNS`.
+        """Return the example of a row: int32 arrays by `COLUMNS`.
 
         source: token ids [source_length]. target: [target_length + 1]. *_segments: number of the pair inside the row,
-        from 1, the same on both sides; 0 is padding. *_positions: place inside the segment, from 0.
+        from 1, the same on both sides; 0 is padding. *_positions: position inside the segment, from 0.
         """
         count = int(np.frombuffer(content, np.int32, 1)[0])
         lengths = np.frombuffer(content, np.int32, 2 * count, offset=4).reshape(count, 2)

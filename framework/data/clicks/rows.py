@@ -1,4 +1,4 @@
-"""Clicks as rows of a fixed size: how they lie in a shard, and the examples that they stand for."""
+"""Rows of clicks: their bytes in a shard, and their examples."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,18 +7,17 @@ import jax
 import numpy as np
 
 INTEGERS, CATEGORIES = 13, 26
-# Stands for an empty field among the integers. An empty category is 0, like any category whose hash that is.
-MISSING = -(2**31)
+MISSING = -(2**31)  # an empty integer field; an empty category is 0
 ROW = np.dtype([("label", "u1"), ("integers", "<i4", INTEGERS), ("categories", "<u4", CATEGORIES)])
 
-Fields = tuple[int, Sequence[int | None], Sequence[int]]
+Fields = tuple[int, Sequence[int | None], Sequence[int]]  # label, integers, 32-bit hashes of categories
 
 
 def spec() -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of an example.
+    """Return shapes and types of an example.
 
-    label: 1 for a click. weight: 1, so that examples of zeros have none. integers: counts, which may be negative;
-    `MISSING` where the field was empty. categories: 32-bit hashes, which a model maps to the rows of its tables.
+    label: 1 for a click. weight: 1; padding examples have 0. integers: counts, which may be negative; `MISSING` for an
+    empty field. categories: 32-bit hashes, which a model maps to the rows of its tables.
     """
     return {
         "label": jax.ShapeDtypeStruct((), np.int32),
@@ -29,7 +28,7 @@ def spec() -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def packed(fields: Fields) -> bytes:
-    """A row of (label, integers or None, hashes of categories); integers beyond 32 bits become the nearest within."""
+    """Return the bytes of a row; integers are clipped to 32 bits."""
     label, integers, categories = fields
     row = np.empty((), ROW)
     row["label"] = label
@@ -39,12 +38,12 @@ def packed(fields: Fields) -> bytes:
 
 
 def unpacked(content: bytes) -> dict[str, np.ndarray]:
-    """The example of a row of `packed`."""
+    """Return the example of the bytes of a row."""
     return example(np.frombuffer(content, ROW)[0])
 
 
 def example(row: Any) -> dict[str, np.ndarray]:
-    """The example that a row, one element of type `ROW`, holds."""
+    """Return the example of a row with the fields of `ROW`."""
     return {
         "label": np.asarray(row["label"], np.int32),
         "weight": np.ones((), np.float32),

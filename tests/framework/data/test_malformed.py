@@ -3,7 +3,7 @@ import json
 import pytest
 
 from shampax.framework.base.errors import UserError
-from shampax.framework.data.reading.records import Malformed, Rejects
+from shampax.framework.data.reading.malformed import Malformed, Rejects
 
 
 def mixed(good, bad):
@@ -23,10 +23,10 @@ def test_the_error_has_the_count_the_limit_and_the_places():
     with pytest.raises(UserError) as caught:
         list(Rejects(0).sift(mixed(3, [4])))
     assert str(caught.value) == (
-        "data.max_malformed is 0, and 1 record is malformed (a.tsv, row 4: 1 columns, expected 3); "
-        "mend the data or skip them with a higher limit"
+        "data.max_malformed=0: 1 record is malformed (a.tsv, row 4: 1 columns, expected 3). "
+        "Repair the data or raise the limit to skip them."
     )
-    with pytest.raises(UserError, match=r"is 1500, and 1,501 records are malformed .*row 5: [^;]*; and 1496 more\)"):
+    with pytest.raises(UserError, match=r"=1500: 1,501 records are malformed .*row 5: [^;]*; and 1496 more\)"):
         list(Rejects(1500).sift(mixed(0, range(1, 4000))))
 
 
@@ -36,5 +36,5 @@ def test_what_was_noted_counts_again():
     list(rejects.sift(mixed(0, range(1, 9))))
     noted = json.loads(json.dumps(rejects.to_json()))
     assert str(Rejects(10, **noted)) == str(rejects)
-    with pytest.raises(UserError, match="is 7, and 8 records"):
+    with pytest.raises(UserError, match="=7: 8 records"):
         Rejects(7, **noted).refuse_excess()

@@ -1,8 +1,8 @@
-"""Clicks made up by a hidden teacher: for throughput without a disk, and to see whether a model finds what is there.
+"""Synthetic clicks of a hidden teacher: for throughput without a disk, and to test whether a model learns.
 
-An example is a function of the seed and of its index. Categories follow a power law, integers are log-normal, some
-fields are empty. The teacher adds up a number for each category, a number for each integer's logarithm and products of
-two hidden vectors for neighbouring categories; a click has the logistic function of that as its probability.
+An example is a function of the seed and its index. Categories follow a power law, integers are log-normal, some fields
+are empty. The teacher's logit is a sum of a number for each category, a slope times the logarithm of each integer, and
+products of hidden vectors of neighbouring categories.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from ...dataset import Split
-from . import click_rows
-from .click_rows import CATEGORIES, INTEGERS
+from . import rows
+from .rows import CATEGORIES, INTEGERS
 
 _HIDDEN = 4  # length of the teacher's vectors
 _EMPTY = 0.05  # share of the integers
@@ -23,44 +23,44 @@ _SHARES = 0.6, 0.3, 0.1  # of the logit's variance: categories, integers, produc
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticClicks:
-    """Endless clicks of a teacher; nothing is stored."""
+    """Clicks of a teacher, computed when they are read."""
 
     examples_in_train: int = 1_000_000
     examples_in_heldout: int = 10_000
-    values: int = 1_000  # different values of each category
-    signal: float = 1.0  # standard deviation of the teacher's logits, roughly; AUC rises with it
+    values: int = 1_000  # distinct values of each category
+    signal: float = 1.0  # approximate standard deviation of the teacher's logits; AUC rises with it
     seed: int = 0  # of the teacher and of the examples
 
     def __post_init__(self):
         for name in ("examples_in_train", "examples_in_heldout", "values"):
             if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least 1")
+                raise ValueError(f"data.{name}={getattr(self, name)}: must be at least 1")
         if self.signal < 0:
-            raise ValueError(f"data.signal is {self.signal}; it must not be negative")
+            raise ValueError(f"data.signal={self.signal}: must be at least 0")
 
     @property
     def tokens_per_example(self) -> int:
-        """An example counts as one."""
+        """One."""
         return 1
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and types of an example; see `click_rows.spec`."""
-        return click_rows.spec()
+        """See `rows.spec`."""
+        return rows.spec()
 
     def prepare(self, cache: Path) -> None:
-        """Nothing needs to be prepared."""
+        """Do nothing."""
 
     def examples(self, split: Split, cache: Path) -> "TaughtClicks":
-        """Random access to the examples of a split."""
+        """Return random access to the examples of a split."""
         return TaughtClicks(self, split)
 
     def fingerprint(self, cache: Path) -> str:
-        """The fields, which decide everything."""
+        """Return the fields, which determine everything."""
         return repr(self)
 
 
 class TaughtClicks:
-    """The examples of a split; a pickled copy makes its teacher anew."""
+    """The examples of a split."""
 
     def __init__(self, data: SyntheticClicks, split: Split):
         self._data, self._split = data, split
@@ -69,7 +69,7 @@ class TaughtClicks:
         self._slopes = random.normal(size=INTEGERS) * math.sqrt(_SHARES[1] / INTEGERS)
         length = (_SHARES[2] / CATEGORIES / _HIDDEN) ** 0.25
         self._vectors = random.normal(size=(CATEGORIES, data.values, _HIDDEN)) * length
-        # What Criteo does to its categories: 32 bits that tell nothing of the value.
+        # As in Criteo's data, a category is a 32-bit hash of its value.
         self._hashes = random.integers(1, 2**32, (CATEGORIES, data.values), dtype=np.uint32)
 
     def __len__(self) -> int:
@@ -79,7 +79,7 @@ class TaughtClicks:
         return self.taught(index)[0]
 
     def taught(self, index: int) -> tuple[dict[str, np.ndarray], float]:
-        """An example, and the probability of a click that the teacher gives it."""
+        """Return an example and its probability of a click."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         random = np.random.default_rng([self._data.seed, 1 if self._split == "train" else 2, index])
@@ -89,15 +89,15 @@ class TaughtClicks:
         integers = np.maximum(np.expm1(logarithms), -2).astype(np.int32)
         every = np.arange(CATEGORIES)
         vectors = self._vectors[every, values]
-        # The teacher sees what a model sees: whole numbers, and nothing where a field is empty.
+        # The teacher sees the same integers as a model.
         seen = np.log1p(np.maximum(integers, 0))
         empty = random.random(INTEGERS) < _EMPTY
         logit = self._values[every, values].sum() + self._slopes @ np.where(empty, 0, seen - 2)
         logit += (vectors * np.roll(vectors, 1, axis=0)).sum()
         chance = 1 / (1 + math.exp(-self._data.signal * logit))
-        row = {
+        fields = {
             "label": np.int32(random.random() < chance),
-            "integers": np.where(empty, click_rows.MISSING, integers),
+            "integers": np.where(empty, rows.MISSING, integers),
             "categories": self._hashes[every, values],
         }
-        return click_rows.example(row), chance
+        return rows.example(fields), chance
