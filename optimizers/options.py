@@ -20,8 +20,7 @@ from .update.grafting import DIAGONALS, GRAFTS
 DIAGONAL_KINDS = ("diagonal", "rows")
 KINDS = (*PRECONDITIONERS, *DIAGONAL_KINDS)
 SIDES = ("both", "left", "right", "short")
-FLOATS = ("float32", "bfloat16")
-DTYPES = (*FLOATS, "int8")  # bytes share exponents; see the module `storage`
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,6 @@ class Treatment:
       block_size: largest side of a block.
       exponent: the power each side is raised to is -exponent; 0 preconditions nothing and leaves the momentum.
       ridge, cut: relative regularisers; setting one of them takes the place of the options' other.
-      rank: of sketches that are kept of the statistics of longer sides; 0 keeps all whole.
       beta2: decay of the statistics and of the graft's second moment.
       stack: number of leading axes that are stacks of matrices where no axis names are given.
     """
@@ -51,7 +49,6 @@ class Treatment:
     exponent: float | None = None
     ridge: float | None = None
     cut: float | None = None
-    rank: int | None = None
     beta2: float | None = None
     stack: int = 0
 
@@ -107,7 +104,6 @@ class Rule:
     exponent: float | None
     ridge: float
     cut: float
-    rank: int
     beta2: float
     stack: int
 
@@ -124,19 +120,6 @@ class Rule:
             raise ValueError(f"ridge {self.ridge} and cut {self.cut} are both set; set one of them to 0")
         if not 0 <= self.beta2 <= 1:
             raise ValueError(f"beta2 is {self.beta2}; it must lie between 0 and 1")
-        if self.rank < 0 or self.rank == 1:
-            raise ValueError(f"rank is {self.rank}; it must be 0, for whole statistics, or at least 2")
-        if self.rank and self.preconditioner:
-            if not self.family.sketches:
-                raise ValueError(
-                    f"rank is {self.rank}, but {self.kind} needs its statistics whole; set rank in treatments of "
-                    "shampoo or one_sided, or to 0"
-                )
-            if self.cut:
-                raise ValueError(
-                    f"rank {self.rank} and cut {self.cut} are both set, but a sketch does not know the directions that "
-                    "a cut leaves out; set a ridge in its place"
-                )
 
     @property
     def preconditioner(self) -> str:
@@ -175,7 +158,7 @@ class Rule:
 
 
 # What a treatment may set in place of the options.
-OVERRIDABLE = ("view", "block_size", "exponent", "ridge", "cut", "rank", "beta2")
+OVERRIDABLE = ("view", "block_size", "exponent", "ridge", "cut", "beta2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,9 +186,7 @@ class ShampooOptions:
     exponent: float | None = 0.5  # each side's inverse power; None is 1 / (2 x sides), 0 leaves the momentum as it is
     ridge: float = 1e-4  # relative to the largest eigenvalue, added before the root is taken
     cut: float = 0.0  # relative; with it, eigen-directions below contribute nothing, and ridge must be 0
-    rank: int = 0  # of sketches that shampoo and one_sided keep of sides more than twice as long; 0 keeps all whole
     solver: str = "newton"  # "newton" (matmuls only) or "eigh", both on the owner's device
-    basis: str = "iterate"  # of soap, after the first: "iterate" (one step of orthogonal iteration) or "eigh"
     orthogonalization: str = "jordan"  # of muon, which polynomials: "jordan" or "polar_express"
     residual_bound: float = 0.1  # a root is accepted with a residual of at most this
     max_failures: int = 3  # refused refreshes in a row after which a block uses the graft method until one succeeds
@@ -213,7 +194,6 @@ class ShampooOptions:
     # When roots are computed and used
     refresh: str = "staggered"  # "staggered" (a share each step), "periodic" (all every interval) or "host"
     interval: int = 10  # steps from one refresh of a block's roots to the next
-    tolerance: float = 0.0  # a due factor stays if it still suits its statistics up to this, relative; 0: none does
     delay: int = 2  # with "host": the roots of a step's statistics act from the (1 + delay)-th step after it on
     host_workers: int = 0  # with "host": threads that solve, in each process; 0 is one fewer than the cores, at least 1
     early_intervals: tuple[tuple[int, int], ...] = ()  # (last step, interval) pairs before `interval` takes over
@@ -243,10 +223,8 @@ class ShampooOptions:
     )  # (regex, factor of the learning rate), first match wins
 
     # How state is stored; all arithmetic is float32
-    statistics_dtype: str = "float32"  # or "bfloat16", or "int8": bytes, 32 of which share an exponent
-    roots_dtype: str = "float32"  # or "bfloat16" or "int8"
+    roots_dtype: str = "float32"  # or "bfloat16"
     momentum_dtype: str = "float32"  # or "bfloat16"
-    statistics_memory: str = "device"  # or "host": in the hosts' memory, streamed through the devices at each renewal
 
     def __post_init__(self):
         self._check_choices()
@@ -263,20 +241,10 @@ class ShampooOptions:
         for rule in rules:
             if not rule.preconditioner:
                 continue
-            if self.tolerance and rule.cut and rule.family.inverts:
-                raise ValueError(
-                    f"tolerance {self.tolerance} asks whether a root still inverts its statistics, and with the cut "
-                    f"{rule.cut} none does; set a ridge in its place"
-                )
-            if self.tolerance and rule.rank:
-                raise ValueError(
-                    f"tolerance {self.tolerance} asks whether a root still inverts its statistics, and of those a "
-                    f"sketch of rank {rule.rank} does not know enough; set one of them to 0"
-                )
             rule.order(2)
-            if rule.family.reads_statistics and self.statistics_memory == "host":
+            if rule.cut and rule.family.has_exponent and self.solver == "newton" and self.refresh != "host":
                 raise ValueError(
-                    f"statistics_memory is 'host', but {rule.kind} reads its statistics on every step; use 'device'"
+                    f"cut {rule.cut} needs solver 'eigh' or refresh 'host'; solver 'newton' takes a ridge instead"
                 )
         self._warn(rules)
 
@@ -299,7 +267,6 @@ class ShampooOptions:
             "epsilon",
             "weight_decay",
             "clip_rms",
-            "tolerance",
             "start_step",
             "merge_dims",
             "delay",
@@ -309,8 +276,6 @@ class ShampooOptions:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.diagonal.has_second_moment and self.epsilon == 0:
             raise ValueError(f"epsilon is 0, so graft {self.graft!r} divides 0 by 0 where no gradient was; use 1e-8")
-        if self.tolerance >= 1:
-            raise ValueError(f"tolerance is {self.tolerance}, which any factor is within; use a share such as 0.1")
         before = 0
         for last, interval in self.early_intervals:
             if last <= before:
@@ -322,11 +287,6 @@ class ShampooOptions:
                     f"{', '.join(divisors)}"
                 )
             before = last
-        if self.statistics_memory == "host" and self.refresh == "periodic":
-            raise ValueError(
-                "statistics_memory 'host' with refresh 'periodic' would stream all statistics through the devices at "
-                "once; use refresh 'staggered' or 'host'"
-            )
         shortest = min([self.interval, *[interval for _, interval in self.early_intervals]])
         if self.refresh == "host" and self.delay >= shortest:
             raise ValueError(
@@ -339,16 +299,13 @@ class ShampooOptions:
             ("view", ["matrix", "tensor"]),
             ("solver", [name for name in SOLVERS if name != "host"]),
             ("refresh", ["staggered", "periodic", "host"]),
-            ("basis", ["iterate", "eigh"]),
             ("orthogonalization", list(POLYNOMIALS)),
             ("graft", GRAFTS),
             ("graft_norm", ["parameter", "block"]),
             ("momentum", ["ema", "heavy_ball"]),
             ("decay", DECAYS),
-            ("statistics_dtype", DTYPES),
             ("roots_dtype", DTYPES),
-            ("momentum_dtype", FLOATS),
-            ("statistics_memory", ["device", "host"]),
+            ("momentum_dtype", DTYPES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
@@ -363,25 +320,6 @@ class ShampooOptions:
                 f">= {10 ** (-1 / rule.power):.3g}",
                 stacklevel=4,
             )
-        if self.statistics_dtype == "int8" and max(self.ridge, self.cut) < 1e-2:
-            warnings.warn(
-                f"statistics_dtype int8 has rounding errors of about 1e-2, above {max(self.ridge, self.cut):g}; "
-                "use ridge or cut >= 1e-2",
-                stacklevel=4,
-            )
-        if self.statistics_dtype == "bfloat16":
-            if 1 > self.beta2 > 0.99:
-                warnings.warn(
-                    f"statistics_dtype bfloat16 rounds away an average's new part of 1 - beta2 = {1 - self.beta2:.2g}; "
-                    "use beta2 <= 0.99",
-                    stacklevel=4,
-                )
-            if max(self.ridge, self.cut) < 1e-3:
-                warnings.warn(
-                    f"statistics_dtype bfloat16 has rounding errors of 4e-3, far above {max(self.ridge, self.cut):g}; "
-                    "use ridge or cut >= 1e-3",
-                    stacklevel=4,
-                )
 
     @property
     def diagonal(self):
@@ -404,8 +342,6 @@ class ShampooOptions:
             own = {"ridge": 0.0, "cut": 0.0} | own
         values: dict[str, Any] = {name: getattr(self, name) for name in OVERRIDABLE} | own
         family = PRECONDITIONERS.get(treatment.kind)
-        if not (family and family.sketches):
-            values["rank"] = own.get("rank", 0)
         values.setdefault("side", family.side if family else "both")
         rule = Rule(**values)
         if rule.beta2 == 1 and self.graft.startswith(("adam", "rmsprop")):

@@ -187,7 +187,7 @@ class DistributedShampoo(optax.GradientTransformation):
             tiles,
             specs,
             (state.buckets, tables),
-            (step, exponent, finite),
+            (step, exponent),
         )
         for bucket in plan.buckets:
             for leaf, x in zip(bucket.leaves, tiles[bucket.name], strict=True):
@@ -203,7 +203,7 @@ class DistributedShampoo(optax.GradientTransformation):
         ]
         accepted = ShampooState(step, state.skipped, buckets, diagonal)
         refused = state._replace(skipped=state.skipped + 1)
-        new_state = self._layout(grads).select(finite, accepted, refused)
+        new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), accepted, refused)
         return jax.tree.unflatten(jax.tree.structure(grads), updates), new_state
 
     def _tables(self, bucket: Bucket) -> _Tables:
@@ -227,12 +227,11 @@ class DistributedShampoo(optax.GradientTransformation):
         tables: dict[str, _Tables],
         step: jax.Array,
         exponent: jax.Array,
-        finite: jax.Array,
     ) -> tuple[Any, Any, Any]:
         """On each device: gradients arrive, directions leave, statistics and due roots are renewed.
 
-        Norms are taken in units of powers of two, found from `exponent`, that of the largest gradient entry. `finite`
-        is whether the step is to be accepted, as far as it is known; returned is the number of overflows.
+        Norms are taken in units of powers of two, found from `exponent`, that of the largest gradient entry. Returns
+        also the number of overflows.
         """
         options, owners = self.options, self.owners
         gradients = {b.name: owners.to_owners(tiles[b.name], tables[b.name].routes, b) for b in buckets}
@@ -279,13 +278,11 @@ class DistributedShampoo(optax.GradientTransformation):
             if adapted[name] is not None:
                 overflows += ~jnp.isfinite(adapted[name].sum())
         overflows = owners.sum(overflows)
-        # In device memory a refused step's statistics are made and thrown away: they need not wait for the others.
-        accepted = finite & (overflows == 0) if options.statistics_memory == "host" else True
         states = {
             name: state._replace(roots=state.roots._replace(second_moment=adapted[name]))
             for name, state in states.items()
         }
-        roots = self._renew(buckets, states, gradients, tables, step, accepted)
+        roots = self._renew(buckets, states, gradients, tables, step)
         new_states = {}
         for bucket in buckets:
             name, state = bucket.name, states[bucket.name]
@@ -327,24 +324,20 @@ class DistributedShampoo(optax.GradientTransformation):
         gradients: dict[str, jax.Array],
         tables: dict[str, _Tables],
         step: jax.Array,
-        accepted: jax.Array | bool,
     ) -> dict[str, tuple[Roots, jax.Array | None]]:
         """Bucket name -> (statistics and roots after this step, gradients gathered for the next statistics)."""
-        every, on_host = self.options.statistics_every, self.options.statistics_memory == "host"
+        every = self.options.statistics_every
         roots, gathered = {}, {}
         for bucket in buckets:
             name, state, sizes = bucket.name, states[bucket.name], tables[bucket.name].sizes
             renewed = functools.partial(accumulate, bucket=bucket, sizes=sizes)
             if state.gathered is None:
-                roots[name] = renewed(state.roots, gradients[name], wanted=accepted, on_host=on_host)
+                roots[name] = renewed(state.roots, gradients[name])
                 gathered[name] = None
                 continue
             total, due = state.gathered + gradients[name], step % every == 0
             gathered[name] = jnp.where(due, 0, total)
-            if on_host:
-                roots[name] = renewed(state.roots, total / every, wanted=accepted & due, on_host=True)
-            else:
-                roots[name] = lax.cond(due, renewed, lambda old, _: old, state.roots, total / every)
+            roots[name] = lax.cond(due, renewed, lambda old, _: old, state.roots, total / every)
         roots = self._refresh(buckets, roots, tables, step)
         return {bucket.name: (roots[bucket.name], gathered[bucket.name]) for bucket in buckets}
 

@@ -1,7 +1,6 @@
 """The state of Distributed Shampoo: what it holds, and where each part lies."""
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from . import residence
 from .exchange import Owners
 from .host.in_flight import InFlight, in_flight_spec
 from .kept import Roots, initial_roots, preconditioner_of
@@ -67,7 +65,7 @@ class Layout:
     Args:
       plan: of the parameters.
       owners: the devices.
-      options: what the state has to hold, and in which memory.
+      options: decide which arrays there are.
     """
 
     def __init__(self, plan: Plan, owners: Owners, options: ShampooOptions):
@@ -85,7 +83,7 @@ class Layout:
         if self.owners.mesh is not None:
             by_block = self.owners.sharding(self.owners.by_block)
             buckets = jax.tree.map(lambda x: lax.with_sharding_constraint(x, by_block), buckets)
-        return self._placed(state._replace(buckets=buckets), residence.to_host)
+        return state._replace(buckets=buckets)
 
     def zeros(self, params: Any, *, saved: bool = False) -> ShampooState:
         """The state with nothing in it; `saved` is the form that checkpoints have."""
@@ -124,8 +122,7 @@ class Layout:
         mesh = self.owners.mesh
         if mesh is None:
             single = SingleDeviceSharding(jax.devices()[0])
-            state = jax.tree.map(lambda _: single, state)
-            return self._placed(state, lambda x: x.with_memory_kind(residence.HOST_KIND))
+            return jax.tree.map(lambda _: single, state)
         replicated = NamedSharding(mesh, PartitionSpec())
         by_block = self.owners.sharding(self.owners.by_block)
         leaves = jax.tree.leaves(params)
@@ -137,13 +134,12 @@ class Layout:
             key = patterns.state_key(kept.path)
             lies = PartitionSpec(*spec[: leaf.ndim - 1]) if kept.by_row else _spread(spec, leaf.shape, mesh)
             diagonal[key] = jax.tree.map(lambda _, lies=lies: NamedSharding(mesh, lies), state.diagonal[key])
-        shardings = ShampooState(
+        return ShampooState(
             count=replicated,  # type: ignore
             skipped=replicated,  # type: ignore
             buckets=jax.tree.map(lambda _: by_block, state.buckets),
             diagonal=diagonal,
         )
-        return self._placed(shardings, lambda x: x.with_memory_kind(residence.HOST_KIND))
 
     def saved_spec(self, params: Any) -> ShampooState:
         """The state as a checkpoint holds it: ShapeDtypeStructs with shardings."""
@@ -152,32 +148,6 @@ class Layout:
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
         )
-
-    def select(self, accept: jax.Array, new: ShampooState, old: ShampooState) -> ShampooState:
-        """One of two states; statistics in host memory have been left alone where the step was refused."""
-
-        def chosen(new: ShampooState, old: ShampooState) -> ShampooState:
-            return jax.tree.map(lambda new, old: jnp.where(accept, new, old), new, old)
-
-        if self.options.statistics_memory == "device":
-            return chosen(new, old)
-        without = chosen(_with_statistics(new, lambda *_: ()), _with_statistics(old, lambda *_: ()))
-        return _with_statistics(without, lambda name, _: new.buckets[name].roots.statistics)
-
-    def _placed(self, state: Any, place: Callable[[Any], Any]) -> Any:
-        """The state (or a tree like it) with `place` called on what lives in host memory."""
-        if self.options.statistics_memory == "device":
-            return state
-        return _with_statistics(state, lambda _, statistics: tuple(map(place, statistics)))
-
-
-def _with_statistics(state: Any, of: Callable[[str, Any], Any]) -> Any:
-    """The state (or a tree like it) with other statistics, of a bucket's name and its own."""
-    buckets = {
-        name: bucket._replace(roots=bucket.roots._replace(statistics=of(name, bucket.roots.statistics)))
-        for name, bucket in state.buckets.items()
-    }
-    return state._replace(buckets=buckets)
 
 
 def _spread(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -18,7 +18,7 @@ from .contents import OPTIMIZER, Contents
 _CHUNK = 2**22  # elements whose difference is taken at a time, in float64
 _BATCH = 2**28  # bytes that small arrays are read together up to
 _BUCKETS = f"{OPTIMIZER}buckets/"
-_PER_SIDE = ("roots/statistics", "roots/roots", "roots/spared", "in_flight/statistics")
+_PER_SIDE = ("roots/statistics", "roots/roots", "in_flight/statistics")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ...optimizers.plan import patterns
-from ...optimizers.residence import HOST_KIND
 from ..base import workdir as layout
 from ..base.errors import UserError
 from ..distributed import agreement
@@ -349,7 +348,7 @@ def _give_way() -> None:
 
 def _copied(state: Any) -> Any:
     """What is in the host's memory when this returns, whatever becomes of the state."""
-    shardings = jax.tree.map(lambda x: x.sharding.with_memory_kind(HOST_KIND), state)
+    shardings = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), state)
     return jax.block_until_ready(jax.device_put(state, shardings, may_alias=False))
 
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ...optimizers.residence import HOST_KIND
 from ...optimizers.update.finite import all_finite
 from .. import optimizer
 from ..sharding import partitioning
@@ -55,7 +54,6 @@ def make_train_step(
     infinite while the guard has seen too few) and the guard's `skipped`, `consecutive_skips`, `clipped`, `spikes`.
     """
     params_shardings = shardings(abstract.params)
-    hosted = any(map(_in_host_memory, jax.tree.leaves(abstract.opt_state)))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -72,10 +70,9 @@ def make_train_step(
         if gradient_clip:
             scale = gradient_clip / jnp.maximum(metrics["gradient_norm"], gradient_clip)
             gradients = jax.tree.map(lambda leaf: leaf * scale, gradients)
-        # A solver inside the optimizer must never see a NaN, not even in a step that is thrown away: LAPACK
-        # may not return from one. An optimizer with state in host memory, which is renewed in place and cannot be
-        # chosen from here, has to see one and refuse the step itself.
-        gradients = jax.tree.map(lambda leaf: jnp.where(verdict.accepted, leaf, jnp.nan if hosted else 0), gradients)
+        # A solver inside the optimizer must never see a NaN, not even in a step that is thrown away: LAPACK may not
+        # return from one.
+        gradients = jax.tree.map(lambda leaf: jnp.where(verdict.accepted, leaf, 0), gradients)
         updates, opt_state = tx.update(gradients, state.opt_state, trained["params"])
         metrics["update_norm"] = jnp.where(verdict.accepted, global_norm(updates), 0.0)
 
@@ -88,12 +85,7 @@ def make_train_step(
         state = TrainState(
             step=state.step + 1,
             params=guarded(new.pop("params"), state.params),
-            opt_state=jax.tree.map(
-                lambda new, old, spec: new if _in_host_memory(spec) else jnp.where(verdict.accepted, new, old),
-                opt_state,
-                state.opt_state,
-                abstract.opt_state,
-            ),
+            opt_state=guarded(opt_state, state.opt_state),
             model_state=guarded(new, state.model_state),
             guard=guard.updated(state.guard, verdict, metrics["loss"], clipped, guard_options),
             averaging=guarded(averages, state.averaging),
@@ -170,10 +162,6 @@ def global_norm(tree: Any) -> jax.Array:
     largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf), initial=0.0) for leaf in leaves])
     unit = jnp.where(largest > 0, largest, 1.0)
     return unit * jnp.sqrt(sum(jnp.sum(jnp.square(leaf / unit)) for leaf in leaves))
-
-
-def _in_host_memory(spec: jax.ShapeDtypeStruct) -> bool:
-    return spec.sharding is not None and spec.sharding.memory_kind == HOST_KIND
 
 
 def _cut(batch: Batch, microbatches: int, mesh: Mesh) -> Batch:

@@ -140,23 +140,15 @@ class Inheritance:
             fate[_STATISTICS] = f"of the sides {list(entry['sides'])} there, {list(bucket.sides)} here"
         elif _statistics(entry["preconditioner"]) != _statistics(bucket.group.preconditioner):
             fate[_STATISTICS] = f"{entry['preconditioner']} there, {bucket.group.preconditioner} here"
-        elif entry.get("rank", 0) != bucket.group.rank:
-            fate[_STATISTICS] = f"rank {entry.get('rank', 0)} there, {bucket.group.rank} here"
         elif (entry["beta2"] == 1) != (bucket.group.beta2 == 1):
             fate[_STATISTICS] = "a sum and an average are two things"
-        else:
-            fate[_STATISTICS] = _other_bytes(self._saved.statistics_dtype, self._options.statistics_dtype)
-        fate[_ROOTS] = (
-            fate[_STATISTICS]
-            or _other_bytes(self._saved.roots_dtype, self._options.roots_dtype)
-            or next(
-                (
-                    f"{field} {entry[field]} there, {getattr(bucket.group, field)} here"
-                    for field in ("preconditioner", "p", "ridge", "cut")
-                    if entry[field] != getattr(bucket.group, field)
-                ),
-                "",
-            )
+        fate[_ROOTS] = fate[_STATISTICS] or next(
+            (
+                f"{field} {entry[field]} there, {getattr(bucket.group, field)} here"
+                for field in ("preconditioner", "p", "ridge", "cut")
+                if entry[field] != getattr(bucket.group, field)
+            ),
+            "",
         )
         return fate
 
@@ -293,7 +285,6 @@ def _numbering(entry: Mapping[str, Any]) -> tuple[Any, ...]:
     cuts = tuple((tuple(part["shape"]), tuple(part["pieces"])) for part in entry["parameters"])
     return (
         *(entry[field] for field in ("preconditioner", "p", "ridge", "cut", "first", "phases")),
-        entry.get("rank", 0),
         tuple(entry["sides"]),
         cuts,
     )
@@ -302,11 +293,6 @@ def _numbering(entry: Mapping[str, Any]) -> tuple[Any, ...]:
 def _statistics(name: str) -> str:
     """What a preconditioner's statistics are."""
     return PRECONDITIONERS[name].statistics
-
-
-def _other_bytes(there: str, here: str) -> str:
-    """Why arrays of these types cannot be taken over; floats can become floats."""
-    return f"{there} there, {here} here" if there != here and "int8" in (there, here) else ""
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import storage
 from ..host.in_flight import InFlight
-from ..kept import Roots, kept_shape
-from ..options import DTYPES, ShampooOptions
+from ..kept import Roots
+from ..linalg.symmetric import packed_shape
+from ..options import ShampooOptions
 from ..plan.blocks import Bucket, Leaf, Plan
 from ..plan.patterns import state_key
 from ..plan.views import View
@@ -32,8 +32,6 @@ def describe(plan: Plan, options: ShampooOptions) -> dict[str, Any]:
     return {
         "momentum": options.momentum,
         "graft": options.graft,
-        "statistics_dtype": options.statistics_dtype,
-        "roots_dtype": options.roots_dtype,
         "buckets": {bucket.name: describe_bucket(bucket) for bucket in plan.buckets},
         "diagonal": {
             leaf.path: {"shape": list(leaf.shape), "beta2": leaf.beta2} | ({"by_row": True} if leaf.by_row else {})
@@ -48,7 +46,6 @@ def describe_bucket(bucket: Bucket) -> dict[str, Any]:
         "shape": list(bucket.shape),
         "sides": list(bucket.sides),
         **{field: getattr(bucket.group, field) for field in ("preconditioner", "p", "beta2", "ridge", "cut")},
-        **({"rank": bucket.group.rank} if bucket.group.rank else {}),
         "first": bucket.first,
         "phases": bucket.phases,
         "parameters": [_describe_leaf(leaf) for leaf in bucket.leaves],
@@ -146,7 +143,7 @@ class SavedBlocks:
     """What a manifest says.
 
     Attributes:
-      momentum, graft, statistics_dtype, roots_dtype: of the options.
+      momentum, graft: of the options.
       buckets: by name.
       bucket_of: path of a parameter in blocks -> name of its bucket.
       diagonal: path of a parameter under diagonal treatment -> its entry: shape, beta2 and by_row.
@@ -155,8 +152,6 @@ class SavedBlocks:
 
     momentum: str
     graft: str
-    statistics_dtype: str
-    roots_dtype: str
     buckets: dict[str, SavedBucket]
     bucket_of: dict[str, str]
     diagonal: dict[str, Mapping[str, Any]]
@@ -189,12 +184,8 @@ class SavedBlocks:
 def _read(manifest: Any, shapes: Shapes, renamed: Callable[[str], str]) -> SavedBlocks:
     buckets = {name: _bucket(name, entry) for name, entry in manifest["buckets"].items()}
     known = set()
-    dtypes = {name: _text(manifest[name]) for name in ("statistics_dtype", "roots_dtype")}
-    for name, dtype in dtypes.items():
-        if dtype not in DTYPES:
-            raise ValueError(f"{name} {dtype!r:.50} is none of {', '.join(DTYPES)}")
     for bucket in buckets.values():
-        known |= _check_arrays(bucket, shapes, **dtypes)
+        known |= _check_arrays(bucket, shapes)
     diagonal = {}
     for path, kept in manifest["diagonal"].items():
         shape = _wholes(kept["shape"])
@@ -222,7 +213,6 @@ def _read(manifest: Any, shapes: Shapes, renamed: Callable[[str], str]) -> Saved
     return SavedBlocks(
         momentum=_text(manifest["momentum"]),
         graft=_text(manifest["graft"]),
-        **dtypes,
         buckets=buckets,
         bucket_of={path: name for name, bucket in buckets.items() for path in bucket.blocks},
         diagonal={renamed(path): kept for path, kept in diagonal.items()},
@@ -241,7 +231,6 @@ def _bucket(name: str, entry: Mapping[str, Any]) -> SavedBucket:
     _whole(entry["phases"], least=1)
     for field in ("beta2", "ridge", "cut"):
         _number(entry[field])
-    _whole(entry.get("rank", 0))
     slots = np.array(_wholes(entry["slots"]), np.int64)
     slot_of_block = np.argsort(slots, kind="stable")
     blocks: dict[str, Blocks] = {}
@@ -266,14 +255,10 @@ def _bucket(name: str, entry: Mapping[str, Any]) -> SavedBucket:
     return SavedBucket(name, entry, shape, sides, slots, blocks)
 
 
-def _check_arrays(bucket: SavedBucket, shapes: Shapes, statistics_dtype: str, roots_dtype: str) -> set[str]:
+def _check_arrays(bucket: SavedBucket, shapes: Shapes) -> set[str]:
     """The names of a bucket's arrays; raises ValueError if one is missing or has not the shape it must have."""
     lengths = [bucket.shape[side] for side in bucket.sides]
-    symmetric, rank = PRECONDITIONERS[bucket.entry["preconditioner"]].symmetric, bucket.entry.get("rank", 0)
-
-    def per_side(field: str, dtype: str, *, packed: bool = True) -> dict[str, tuple[int, ...]]:
-        matrices = [kept_shape(r, rank, symmetric=packed) for r in lengths]
-        return {f"{field}/{number}": storage.shape_of(shape, dtype) for number, shape in enumerate(matrices)}
+    statistics = {f"statistics/{number}": packed_shape(r) for number, r in enumerate(lengths)}
 
     def per_slot(kind: type, prefix: str, *stacks: str) -> dict[str, tuple[int, ...]]:
         fields: Sequence[str] = kind._fields  # type: ignore  (of a NamedTuple)
@@ -281,12 +266,12 @@ def _check_arrays(bucket: SavedBucket, shapes: Shapes, statistics_dtype: str, ro
 
     needed = {"block": (), "graft_ratio": ()}
     needed |= (
-        per_slot(Roots, "roots", "statistics", "roots", "second_moment", "spared")
-        | {f"roots/spared/{number}": () for number in range(len(lengths))}
-        | per_side("roots/statistics", statistics_dtype)
-        | per_side("roots/roots", roots_dtype, packed=symmetric)
+        per_slot(Roots, "roots", "statistics", "roots", "second_moment")
+        | {f"roots/{name}": shape for name, shape in statistics.items()}
+        | {f"roots/roots/{number}": (r, r) for number, r in enumerate(lengths)}
     )
-    in_flight = per_slot(InFlight, "in_flight", "statistics") | per_side("in_flight/statistics", "float32")
+    in_flight = per_slot(InFlight, "in_flight", "statistics")
+    in_flight |= {f"in_flight/{name}": shape for name, shape in statistics.items()}
     prefix = f"buckets/{bucket.name}/"
     if any(name.startswith(f"{prefix}in_flight/") for name in shapes):
         needed |= in_flight

@@ -1,67 +1,51 @@
-"""Statistics whose roots are still to come, as a checkpoint keeps them: slot by slot, so that they move with blocks."""
+"""Statistics whose roots the host is still computing, slot by slot, so that a checkpoint can move them with blocks."""
 
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from ..linalg.symmetric import packed_shape
 from ..plan.blocks import Bucket
-from .parcels import Contents, contents_spec
 
 
 class InFlight(NamedTuple):
-    """Statistics whose roots have not been installed yet, as a checkpoint keeps them; axis 0 numbers the slots.
+    """Statistics of some blocks of a bucket on their way to the host; axis 0 numbers the blocks.
 
     Attributes:
-      statistics: per preconditioned side [n, r, r] float32, packed, or [n, r, rank].
-      correction: [n] float32, what they are to be divided by.
-      exponent: [n] int32, of the gradients they are of.
-      suited: [n] int32, which factors stay as they are; see `parcels.Contents`.
-      stamp: [n] int32, the count of the steps in them; 0 where nothing is in flight.
+      statistics: per preconditioned side [n, r, r] float32, packed.
+      exponent: [n] int32, statistics are of gradients divided by 2^exponent.
+      stamp: [n] int32, the count of steps in them; 0 where nothing is in flight.
     """
 
-    statistics: tuple[jax.Array, ...]
-    correction: jax.Array
-    exponent: jax.Array
-    suited: jax.Array
-    stamp: jax.Array
+    statistics: tuple[Any, ...]
+    exponent: Any
+    stamp: Any
 
 
-def in_flight_spec(bucket: Bucket, slots: int) -> InFlight:
-    """Shapes and types of what a checkpoint keeps of a bucket."""
-    spec = contents_spec(bucket, slots)
-    return InFlight(tuple(spec.statistics), spec.correction, spec.exponent, spec.suited, stamp=spec.slot)
+def in_flight_spec(bucket: Bucket, blocks: int) -> InFlight:
+    """Return shapes and types for a number of blocks."""
+    shapes = [(blocks, *packed_shape(bucket.shape[side])) for side in bucket.sides]
+    statistics = tuple(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)
+    return InFlight(statistics, *[jax.ShapeDtypeStruct((blocks,), np.int32)] * 2)
 
 
 def empty_bank(bucket: Bucket) -> Any:
-    """One device's part of what a checkpoint keeps of a bucket, empty."""
+    """Return one device's part of a bucket in a checkpoint, with nothing in flight."""
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), in_flight_spec(bucket, bucket.slots.shape[1]))
 
 
-def store(bank: Any, contents: Contents, stamp: int) -> None:
-    """Put what one parcel brought from a device into that device's part."""
-    due = contents.slot < len(bank.stamp)
-    slots = contents.slot[due]
-    for place, stack in zip(bank.statistics, contents.statistics, strict=True):
-        place[slots] = stack[due]
-    for field in ("correction", "exponent", "suited"):
-        getattr(bank, field)[slots] = getattr(contents, field)[due]
-    bank.stamp[slots] = stamp
+def store(bank: InFlight, slot: np.ndarray, taken: InFlight) -> None:
+    """Copy one parcel's blocks into a device's part of a checkpoint."""
+    due = slot < len(bank.stamp)
+    for place, stack in zip(jax.tree.leaves(bank), jax.tree.leaves(taken), strict=True):
+        place[slot[due]] = stack[due]
 
 
-def recalled(bank: InFlight, slots: np.ndarray, sizes: np.ndarray, window: int) -> Contents:
-    """Some slots of a bank as the contents of a parcel."""
+def recalled(bank: InFlight, slots: np.ndarray, window: int) -> tuple[np.ndarray, InFlight]:
+    """Return the blocks in some slots as a parcel holds them: (slot, statistics), both filled up to `window` rows."""
 
-    def filled(x: Any, rest: Any) -> np.ndarray:
-        x = np.asarray(x)
-        return np.concatenate([x, np.broadcast_to(np.asarray(rest, x.dtype), (window - len(x), *x.shape[1:]))])
+    def filled(x: np.ndarray, rest: int = 0) -> np.ndarray:
+        return np.pad(x, [(0, window - len(x)), *[(0, 0)] * (x.ndim - 1)], constant_values=rest)
 
-    stamp = np.asarray(bank.stamp)
-    return Contents(
-        statistics=[filled(np.asarray(s)[slots], 0) for s in bank.statistics],
-        correction=filled(np.asarray(bank.correction)[slots], 1),
-        slot=filled(slots.astype(np.int32), len(stamp)),
-        exponent=filled(np.asarray(bank.exponent)[slots], 0),
-        suited=filled(np.asarray(bank.suited)[slots], 0),
-        sizes=filled(sizes[slots], 0),
-    )
+    return filled(slots.astype(np.int32), len(bank.stamp)), jax.tree.map(lambda x: filled(np.asarray(x)[slots]), bank)

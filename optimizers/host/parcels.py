@@ -6,47 +6,21 @@ donates: a thread may read it while the train step reuses the state's memory. Ne
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .. import residence, storage
 from ..exchange import Owners
-from ..kept import Roots, factor_shape, statistics_of, statistics_shape
+from ..kept import Roots
+from ..linalg.roots import RootResult
 from ..options import ShampooOptions
 from ..plan.blocks import Bucket
 from ..refresh import schedule
-from ..refresh.refresh import Fresh, install
-from ..refresh.tolerance import suited
-from ..update.moments import correction
-
-
-class Contents(NamedTuple):
-    """One device's part of a parcel of statistics, for one bucket; axis 0 numbers the blocks that may be due.
-
-    Attributes:
-      statistics: per preconditioned side [w, r, r] float32, packed, or [w, r, rank].
-      correction: [w] float32, what statistics are to be divided by.
-      slot: [w] int32, the device's slots; past the last where nothing is due.
-      exponent: [w] int32, statistics are of gradients divided by 2^exponent.
-      suited: [w] int32, bit k tells that the factor of the k-th preconditioned side is to stay as it is.
-      sizes: [w, sides of a block] int32, the blocks' real lengths.
-    """
-
-    statistics: list[Any]
-    correction: Any
-    slot: Any
-    exponent: Any
-    suited: Any
-    sizes: Any
-
-
-class _Due(NamedTuple):
-    slot: Any
-    sizes: Any
+from ..refresh.refresh import install
+from .in_flight import InFlight, in_flight_spec
 
 
 class Parcels:
@@ -62,25 +36,25 @@ class Parcels:
         self.buckets = [bucket for bucket in buckets if bucket.sides]
         self.owners = owners
         self._options = options
-        self._contents = {b.name: contents_spec(b, self.window(b)) for b in self.buckets}
+        self._taken = {b.name: (_ints(self.window(b)), in_flight_spec(b, self.window(b))) for b in self.buckets}
         self._answers = {b.name: self._found(b) for b in self.buckets}
         self.take = jax.jit(self._take)
         self.install = jax.jit(self._install, donate_argnums=0)
 
-    def tables(self) -> dict[str, _Due]:
-        """Which slots are due in each phase, and the blocks' real lengths, for `take`; axis 0 is to be shared out."""
-        return {b.name: _Due(b.due, b.real_sizes) for b in self.buckets}
+    def tables(self) -> dict[str, np.ndarray]:
+        """Return the slots that are due in each phase, for `take`; axis 0 is to be shared out."""
+        return {b.name: b.due for b in self.buckets}
 
     def window(self, bucket: Bucket) -> int:
         """The most blocks of a bucket that are due on one device in one phase."""
         return bucket.due.shape[2]
 
-    def contents(self, parcel: Any) -> dict[str, Contents]:
-        """One device's part [m] of a parcel of statistics, taken apart; of a NumPy array the parts are views."""
-        return _parts(self._contents, parcel)
+    def taken(self, parcel: Any) -> dict[str, tuple[Any, InFlight]]:
+        """Split one device's part [m] of a parcel of statistics: bucket name -> (slots, statistics); NumPy views."""
+        return _parts(self._taken, parcel)
 
-    def answers(self, parcel: Any) -> dict[str, tuple[Any, Fresh]]:
-        """One device's part of a parcel of roots, taken apart: bucket name -> (slots, what was found for them)."""
+    def answers(self, parcel: Any) -> dict[str, tuple[Any, RootResult]]:
+        """Split one device's part of a parcel of roots: bucket name -> (slots, results)."""
         return _parts(self._answers, parcel)
 
     def empty_answer(self) -> np.ndarray:
@@ -93,7 +67,7 @@ class Parcels:
     def _take(
         self,
         states: Mapping[str, Roots],
-        tables: Mapping[str, _Due],
+        tables: Mapping[str, jax.Array],
         count: jax.Array,
         last: jax.Array,
         number: jax.Array,
@@ -112,25 +86,15 @@ class Parcels:
             (states, tables), (count, last, number) = owned, shared
             first, phases = schedule.due_phases(count, self._options)
             phase, due = (first + number) % self._options.interval, (count > last) & (number < phases)
-            updates = count // self._options.statistics_every
-            on_host = self._options.statistics_memory == "host"
-            contents = {}
+            taken = {}
             for bucket in self.buckets:
-                state, table = states[bucket.name], tables[bucket.name]
-                slot = jnp.where(due, table.slot[0, phase], bucket.slots.shape[1])
-                exponent, sizes = state.exponent.at[slot].get(mode="clip"), table.sizes.at[slot].get(mode="clip")
-                kept = [residence.rows(s, slot, on_host=on_host) for s in state.statistics]
-                divisor = correction(bucket.group.beta2, updates, self._options)
-                whole = [statistics_of(s, bucket, number) / divisor for number, s in enumerate(kept)]
-                contents[bucket.name] = Contents(
-                    [storage.loaded(s, statistics_shape(bucket, number)) for number, s in enumerate(kept)],
-                    jnp.broadcast_to(divisor, slot.shape),
-                    slot,
-                    exponent,
-                    suited(state, slot, whole, sizes, bucket, self._options),
-                    sizes,
+                state = states[bucket.name]
+                slot = jnp.where(due, tables[bucket.name][0, phase], bucket.slots.shape[1])
+                statistics, exponent = jax.tree.map(
+                    lambda x, slot=slot: x.at[slot].get(mode="clip"), (state.statistics, state.exponent)
                 )
-            bits = [lax.bitcast_convert_type(x.ravel(), jnp.int32) for x in jax.tree.leaves(contents)]
+                taken[bucket.name] = slot, InFlight(statistics, exponent, jnp.broadcast_to(count, slot.shape))
+            bits = [lax.bitcast_convert_type(x.ravel(), jnp.int32) for x in jax.tree.leaves(taken)]
             parcel = jnp.concatenate([jnp.zeros(0, jnp.int32), *bits])[None]
             # Not the count itself: that array the next step donates.
             return {}, parcel, jnp.maximum(count, last)
@@ -155,25 +119,18 @@ class Parcels:
             (roots, parcel), (count, at, stamp) = owned, shared
             result = {}
             for bucket in self.buckets:
-                slot, fresh = self.answers(parcel[0])[bucket.name]
+                slot, found = self.answers(parcel[0])[bucket.name]
                 slot = jnp.where(count == at, slot, bucket.slots.shape[1])
-                fresh = fresh._replace(accepted=fresh.accepted > 0, seen=fresh.seen > 0)
-                result[bucket.name] = install(roots[bucket.name], slot, fresh, stamp, bucket)
+                found = found._replace(accepted=found.accepted > 0)
+                result[bucket.name] = install(roots[bucket.name], slot, found, stamp, bucket)
             return {}, result, ()
 
         return self.owners.run(local, {}, {}, (dict(roots), parcel), (count, at, stamp))[1]
 
-    def _found(self, bucket: Bucket) -> tuple[Any, Fresh]:
+    def _found(self, bucket: Bucket) -> tuple[Any, RootResult]:
         w = self.window(bucket)
-        roots = tuple(_floats(w, *factor_shape(bucket, number)) for number in range(len(bucket.sides)))
-        return _ints(w), Fresh(roots, *[_floats(w)] * 3, *[_ints(w)] * 3)
-
-
-def contents_spec(bucket: Bucket, blocks: int) -> Contents:
-    """Shapes and types of the contents of a parcel for so many blocks."""
-    statistics = [_floats(blocks, *statistics_shape(bucket, number)) for number in range(len(bucket.sides))]
-    slot, exponent, suited = [_ints(blocks)] * 3
-    return Contents(statistics, _floats(blocks), slot, exponent, suited, _ints(blocks, len(bucket.shape)))
+        roots: Any = tuple(_floats(w, bucket.shape[side], bucket.shape[side]) for side in bucket.sides)
+        return _ints(w), RootResult(roots, *[_floats(w)] * 4, accepted=_ints(w))
 
 
 def _floats(*shape: int) -> Any:

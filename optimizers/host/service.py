@@ -28,18 +28,17 @@ import numpy as np
 import threadpoolctl
 from jax.sharding import PartitionSpec
 
-from ..kept import kept_factor, preconditioner_of, trace, whole
-from ..linalg.sketch import is_sketch
+from ..kept import preconditioner_of, statistics_of
 from ..options import ShampooOptions
 from ..plan.blocks import Bucket
 from ..refresh import schedule
-from ..residence import HOST_KIND
 from .in_flight import InFlight, empty_bank, recalled, store
-from .parcels import Contents, Parcels
+from .parcels import Parcels
 from .workers import Workers, pool_size
 
 # Share of a run's time spent waiting for roots that nobody need hear of.
 _TOLERATED = 0.02
+_HOST_KIND = "pinned_host"
 
 
 class HostRootsError(RuntimeError):
@@ -87,7 +86,7 @@ class _Work(NamedTuple):
     """One device's part of a launch: what came, what goes back, and the solves that fill it in."""
 
     device: Any
-    taken: dict[str, Contents]
+    taken: dict[str, tuple[np.ndarray, InFlight]]
     answer: np.ndarray
     solves: list[Future[None]]
 
@@ -127,6 +126,7 @@ class HostRoots:
         # One thread for each LAPACK call: the calls run side by side, and the number changes their last bits.
         self._blas = threadpoolctl.threadpool_limits(limits=1, user_api="blas")
         self._tables: Any = None
+        self._numbers: dict[Any, int] = {}
         self._known = 0
         self._last: Any = None
         self._unknown: deque[_Launch] = deque()
@@ -153,6 +153,7 @@ class HostRoots:
         self._tables = jax.device_put(self._parcels.tables(), by_block)
         self._last = jax.device_put(np.int32(0), replicated)
         self._known = int(np.asarray(state.count))
+        self._numbers = {d: i for i, d in enumerate(owners.mesh.devices.flat if owners.mesh else self._devices(state))}
         self._resume(state)
         state = state._replace(buckets={name: b._replace(in_flight=None) for name, b in state.buckets.items()})
         # Compiles both programs, and makes of the count an array of its own. No root acts at count -1.
@@ -209,7 +210,7 @@ class HostRoots:
                 continue  # the run is about to end for it; these blocks keep their roots until they are due again
             for work in (work for part in launch.opened.result() for work in part):
                 for bucket in self._parcels.buckets:
-                    store(banks[work.device][bucket.name], work.taken[bucket.name], launch.stamp)
+                    store(banks[work.device][bucket.name], *work.taken[bucket.name])
         buckets = dict(state.buckets)
         for bucket in self._parcels.buckets:
             leaves = [jax.tree.leaves(banks[device][bucket.name]) for device in devices]
@@ -312,53 +313,49 @@ class HostRoots:
             part = []
             for shard in parcel.addressable_shards:
                 start = time.perf_counter()
-                taken = self._parcels.contents(np.asarray(shard.data)[0])
+                taken = self._parcels.taken(np.asarray(shard.data)[0])
                 self._note("copy", start, 0)
                 part.append(self._begin(shard.device, taken))
             parts.append(part)
         return parts
 
-    def _begin(self, device: Any, taken: dict[str, Contents]) -> _Work:
+    def _begin(self, device: Any, taken: dict[str, tuple[np.ndarray, InFlight]]) -> _Work:
         """Hand out the solves of one device's part of a parcel."""
         # Workers write into an array that is never used again: a device may take it as it is.
         answer = self._parcels.empty_answer()
         places = self._parcels.answers(answer)
         solves = []
         for bucket in self._parcels.buckets:
-            contents, (slots, fresh) = taken[bucket.name], places[bucket.name]
-            for i in np.flatnonzero(contents.slot < bucket.slots.shape[1]):
-                slots[i], fresh.suited[i] = contents.slot[i], contents.suited[i]
-                if contents.suited[i] == 2 ** len(bucket.sides) - 1:
-                    fresh.accepted[i] = fresh.seen[i] = True
-                else:
-                    solves.append(self._solvers.submit(self._solve, bucket, contents, fresh, i))
+            (slot, statistics), (slots, found) = taken[bucket.name], places[bucket.name]
+            sizes = bucket.real_sizes.reshape(*bucket.slots.shape, -1)[self._numbers[device]]
+            for i in np.flatnonzero(slot < bucket.slots.shape[1]):
+                slots[i] = slot[i]
+                part = jax.tree.map(lambda x, i=i: x[i], statistics)
+                solves.append(self._solvers.submit(self._solve, bucket, part, sizes[slot[i]], found, i))
         return _Work(device, taken, answer, solves)
 
-    def _solve(self, bucket: Bucket, contents: Contents, fresh: Any, i: int) -> None:
-        """In a worker's thread: the roots of one block."""
+    def _solve(self, bucket: Bucket, taken: InFlight, sizes: np.ndarray, found: Any, i: int) -> None:
+        """Solve for one block and write the result into row i of `found`; runs in a worker's thread."""
         start = time.perf_counter()
         group, preconditioner, sides, retries = bucket.group, preconditioner_of(bucket), [], 0
-        statistics = [whole(s[i], bucket, k) for k, s in enumerate(contents.statistics)]
-        fresh.seen[i] = all(trace(s) > 0 for s in statistics)
-        due = [k for k in range(len(bucket.sides)) if not contents.suited[i] >> k & 1]
-        for k in due:
-            size, s = contents.sizes[i, bucket.sides[k]], statistics[k]
-            part = s if is_sketch(s) else s[:size, :size]
-            a = np.asarray(part, np.float64) / np.float64(contents.correction[i])
-            root, tried = preconditioner.solve_on_host(a, size, group, self._options)
+        updates = int(taken.stamp) // self._options.statistics_every
+        corrected = group.beta2 < 1 and self._options.bias_correction and updates > 0
+        divisor = 1 - group.beta2**updates if corrected else 1.0
+        for number, packed in enumerate(taken.statistics):
+            size = sizes[bucket.sides[number]]
+            a = np.asarray(statistics_of(packed, bucket, number)[:size, :size], np.float64) / divisor
+            result, tried = preconditioner.solve_on_host(a, group, self._options)
             retries += tried
-            sides.append(root)
-        scale = 2.0 ** preconditioner.shift(int(contents.exponent[i]), group)
-        accepted = fresh.seen[i] and all(side is not None for side in sides)
-        if accepted:
-            for k, found in zip(due, sides, strict=True):
-                # A sketch's has its padding already.
-                padded = np.pad(found.root * scale, (0, bucket.shape[bucket.sides[k]] - len(found.root)))
-                fresh.roots[k][i] = kept_factor(padded, bucket)
-            fresh.residual[i] = max(side.residual for side in sides)
-            fresh.condition[i] = max(side.condition for side in sides)
-            fresh.effective_rank[i] = min(side.effective_rank for side in sides)
-        fresh.accepted[i] = accepted
+            sides.append(result)
+        scale = 2.0 ** preconditioner.shift(int(taken.exponent), group)
+        if all(side.accepted for side in sides):
+            for place, side in zip(found.root, sides, strict=True):
+                place[i][: len(side.root), : len(side.root)] = side.root * scale
+            found.residual[i] = max(side.residual for side in sides)
+            found.condition[i] = max(side.condition for side in sides)
+            found.effective_rank[i] = min(side.effective_rank for side in sides)
+            found.accepted[i] = True
+        found.largest[i] = min(side.largest for side in sides)
         with self._counters:
             self._solves += 1
             self._retries += retries
@@ -388,8 +385,8 @@ class HostRoots:
         if owners.mesh is None:
             return jax.device_put(parts[0], devices[0])
         sharding = owners.sharding(owners.by_block)
-        if host and all(HOST_KIND in {m.kind for m in d.addressable_memories()} for d in devices):
-            sharding = sharding.with_memory_kind(HOST_KIND)
+        if host and all(_HOST_KIND in {m.kind for m in d.addressable_memories()} for d in devices):
+            sharding = sharding.with_memory_kind(_HOST_KIND)
         shape = (owners.count * parts[0].shape[0], *parts[0].shape[1:])
         places = sharding.addressable_devices_indices_map(shape)
         by_device = dict(zip(devices, parts, strict=True))
@@ -414,8 +411,6 @@ class HostRoots:
             for device in kept:
                 parts = [next(s.data for s in leaf.addressable_shards if s.device == device) for leaf in leaves]
                 kept[device][bucket.name] = jax.tree.unflatten(structure, [np.array(part) for part in parts])
-        tables = {bucket.name: bucket.real_sizes.reshape(*bucket.slots.shape, -1) for bucket in buckets}
-        numbers = {d: i for i, d in enumerate(self._devices_of_mesh(state))}
         for stamp in range(max(1, self._known - self._options.delay), self._known + 1):
             parts: list[list[_Work]] = [[] for _ in range(schedule.phases_due(stamp, self._options))]
             for device, by_name in kept.items():
@@ -425,18 +420,13 @@ class HostRoots:
                     for bucket in buckets:
                         window = self._parcels.window(bucket)
                         slots = due[bucket.name][number * window : (number + 1) * window]
-                        sizes = tables[bucket.name][numbers[device]]
-                        taken[bucket.name] = recalled(by_name[bucket.name], slots, sizes, window)
+                        taken[bucket.name] = recalled(by_name[bucket.name], slots, window)
                     part.append(self._begin(device, taken))
             opened: Future[list[list[_Work]]] = Future()
             opened.set_result(parts)
             launch = _Launch(None, opened)
             launch.stamp = stamp
             self._flying.append(launch)
-
-    def _devices_of_mesh(self, state: Any) -> list[Any]:
-        mesh = self._parcels.owners.mesh
-        return list(mesh.devices.flat) if mesh is not None else self._devices(state)
 
     def _note(self, kind: str, start: float, stamp: int) -> None:
         if self._events is not None:

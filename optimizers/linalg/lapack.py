@@ -3,27 +3,37 @@
 `numpy.linalg.eigh` releases the interpreter lock, so threads solve side by side; SciPy's does not.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 
-class HostRoot(NamedTuple):
-    """A root and how far it can be trusted; the numbers are those of `roots.RootResult`.
+class RootResult(NamedTuple):
+    """Roots and how far they can be trusted: of one matrix, of a stack [n], or a tuple of roots, one for each side.
+
+    The root of a matrix that is zero is zero, with residual 1. So is that of a matrix with a NaN or an infinity, with
+    residual NaN.
 
     Attributes:
-      root: [r, r] float64, symmetric.
-      residual, largest, condition, effective_rank: as in `roots.RootResult`.
+      root: [n, r, r] symmetric; float32 from a device, float64 from the host.
+      residual: [n] max |X^(p/2) A X^(p/2) - P| recomputed from the root, where A is the matrix with its ridge and P the
+        identity (with a cut, the projector on the kept eigenvectors); an odd p is split unevenly. At least 1 for a
+        singular matrix without regulariser.
+      largest: [n] the largest eigenvalue of the matrix as given.
+      condition: [n] estimated condition number of A on the range of P; 1 for a matrix that is zero.
+      effective_rank: [n] trace over largest eigenvalue of the matrix as given; 0 for a matrix that is zero.
+      accepted: [n] bool, whether a preconditioner may use the root; None where nothing has decided yet.
     """
 
-    root: np.ndarray
-    residual: float
-    largest: float
-    condition: float
-    effective_rank: float
+    root: Any
+    residual: Any
+    largest: Any
+    condition: Any
+    effective_rank: Any
+    accepted: Any = None
 
 
-def inverse_root(a_rr: np.ndarray, p: int, ridge: float, cut: float) -> HostRoot:
+def inverse_root(a_rr: np.ndarray, p: int, ridge: float, cut: float) -> RootResult:
     """A^(-1/p) of one symmetric matrix, with a ridge or a cut relative to its largest eigenvalue.
 
     Args:
@@ -38,12 +48,12 @@ def inverse_root(a_rr: np.ndarray, p: int, ridge: float, cut: float) -> HostRoot
     a = np.asarray(a_rr, np.float64)
     size = len(a)
     if not np.all(np.isfinite(a)):
-        return HostRoot(np.zeros((size, size)), np.nan, 0.0, 1.0, 0.0)
+        return RootResult(np.zeros((size, size)), np.nan, 0.0, 1.0, 0.0)
     a = (a + a.T) / 2
     trace = np.trace(a)
     w, v = np.linalg.eigh(a)
     if size == 0 or w[-1] <= 0:
-        return HostRoot(np.zeros((size, size)), 1.0, 0.0, 1.0, 0.0)
+        return RootResult(np.zeros((size, size)), 1.0, 0.0, 1.0, 0.0)
     shifted, root_w, above = regularised(w, w[-1], p, ridge, cut, np)
     x = (v * root_w) @ v.T
     if cut:
@@ -56,7 +66,13 @@ def inverse_root(a_rr: np.ndarray, p: int, ridge: float, cut: float) -> HostRoot
     if not ridge and not cut and not np.all(above):
         residual = max(residual, 1.0)
     condition = shifted[-1] / np.min(shifted[root_w > 0])
-    return HostRoot(x, residual, float(w[-1]), float(condition), float(trace / w[-1]))
+    return RootResult(x, residual, float(w[-1]), float(condition), float(trace / w[-1]))
+
+
+def refused(a_rr: np.ndarray) -> RootResult:
+    """Return the result for a matrix without a usable root; `largest` is 0 if it is zero or not finite."""
+    trace = float(np.trace(a_rr)) if np.all(np.isfinite(a_rr)) else 0.0
+    return RootResult(np.zeros_like(a_rr), np.nan, max(trace, 0.0), 1.0, 0.0, accepted=False)
 
 
 def regularised(w, lmax, p: int, ridge: float, cut: float, xp):

@@ -1,4 +1,4 @@
-"""Inverse p-th roots and spectral projectors by matrix multiplications alone, in float32.
+"""Inverse p-th roots by matrix multiplications alone, in float32.
 
 Every product is pinned to the highest precision, whatever the global setting: in bfloat16 or TF32 none of these
 iterations converges.
@@ -166,7 +166,7 @@ def _coupled_newton(a_nrr: jax.Array, p: int, smallest: float, wanted_n: jax.Arr
 
 @cache
 def _sign_schedule() -> tuple[float, ...]:
-    """What S is scaled by before each step S <- S (3 - S^2) / 2, for eigenvalues in +-[RESOLUTION, 1].
+    """Scales of S before each step S <- S (3 - S^2) / 2, for eigenvalues in +-[RESOLUTION, 1].
 
     sqrt(3 / (1 + l + l^2)) is optimal for +-[l, 1] (Chen and Chow 2014); 1.6 keeps the largest out of rounding.
     """
@@ -178,11 +178,8 @@ def _sign_schedule() -> tuple[float, ...]:
     return (*scales, 1.0, 1.0)
 
 
-def spectral_projector(a_nrr: jax.Array, threshold: float) -> jax.Array:
-    """Projector (I + sign(A - threshold I)) / 2 on the eigenvectors with eigenvalues above the threshold, at most 1.
-
-    Eigenvectors whose eigenvalue is within rounding of the threshold are kept in part.
-    """
+def _positive_part(a_nrr: jax.Array) -> jax.Array:
+    """Return A (I + sign(A)) / 2: A without its negative eigenvalues. The largest eigenvalue is 1."""
     scales = jnp.array(_sign_schedule(), a_nrr.dtype)
     identity = jnp.eye(a_nrr.shape[-1], dtype=a_nrr.dtype)
 
@@ -190,30 +187,23 @@ def spectral_projector(a_nrr: jax.Array, threshold: float) -> jax.Array:
         s = s * scales[k]
         return symmetric(matmul(s, 1.5 * identity - 0.5 * matmul(s, s)))
 
-    sign = lax.fori_loop(0, len(scales), step, (a_nrr - threshold * identity) / (1 + threshold))
-    return (identity + sign) / 2
+    sign = lax.fori_loop(0, len(scales), step, a_nrr)
+    return symmetric(accurate_matmul(a_nrr, (identity + sign) / 2))
 
 
-def inverse_root(a_nrr: jax.Array, p: int, ridge: float, cut: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Root [n, r, r], residual [n] and condition number [n] of matrices with largest eigenvalue 1.
+def inverse_root(a_nrr: jax.Array, p: int, ridge: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return roots [n, r, r], residuals [n] and condition numbers [n] of matrices with largest eigenvalue 1.
 
-    With a ridge the first attempt takes A + ridge I. Where it does not converge, or finds an eigenvalue below the
-    ridge, a second attempt is made without the negative eigenvalues of A. With a cut the only attempt takes
-    A P + (I - P), which is well-conditioned, and keeps the root on the range of P.
+    The first attempt takes A + ridge I. If it does not converge, or finds an eigenvalue below the ridge, a second
+    attempt takes A without its negative eigenvalues.
     """
     identity = jnp.zeros_like(a_nrr) + jnp.eye(a_nrr.shape[-1], dtype=a_nrr.dtype)
 
-    def above(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-        projector = spectral_projector(a, cut)
-        return symmetric(accurate_matmul(a, projector)), projector
-
-    def solve(a: jax.Array, projector: jax.Array, wanted: jax.Array):
-        regularised = a + (identity - projector if cut else ridge * identity)
-        x, distance = _coupled_newton(regularised, p, max(ridge, cut, RESOLUTION), wanted)
-        if cut:
-            x = symmetric(matmul(x, projector))
+    def solve(a: jax.Array, wanted: jax.Array):
+        regularised = a + ridge * identity
+        x, distance = _coupled_newton(regularised, p, max(ridge, RESOLUTION), wanted)
         low, high = halves(x, p)
-        off = residual(low, high, *((a_nrr, projector) if cut else (regularised, identity)))
+        off = residual(low, high, regularised, identity)
 
         def apply(v: jax.Array) -> jax.Array:
             return matmul(high, v) if low is None else matmul(low, matmul(high, v))
@@ -226,14 +216,13 @@ def inverse_root(a_nrr: jax.Array, p: int, ridge: float, cut: float) -> tuple[ja
 
     everywhere = jnp.ones_like(a_nrr[:, 0, 0], bool)
     if not ridge:
-        x, off, condition, _ = solve(*(above(a_nrr) if cut else (a_nrr, identity)), everywhere)
-        return x, off, condition
+        return solve(a_nrr, everywhere)[:3]
 
     def attempt(state):
         k, x, off, condition, wanted = state
         # Both attempts in one loop: the solver is compiled once.
-        a = lax.cond(k > 0, lambda a: above(a)[0], lambda a: a, a_nrr)
-        new_x, new_off, new_condition, good = solve(a, identity, wanted)
+        a = lax.cond(k > 0, _positive_part, lambda a: a, a_nrr)
+        new_x, new_off, new_condition, good = solve(a, wanted)
         x = jnp.where(wanted[:, None, None], new_x, x)
         off, condition = jnp.where(wanted, new_off, off), jnp.where(wanted, new_condition, condition)
         return k + 1, x, off, condition, wanted & ~good

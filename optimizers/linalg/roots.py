@@ -16,29 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import lapack, newton
+from .lapack import RootResult
 
-
-class RootResult(NamedTuple):
-    """Roots of a stack and how far they can be trusted.
-
-    A matrix that is zero has the root zero and the residual 1. So has one with a NaN or an infinity in it, but for its
-    residual, which is NaN.
-
-    Attributes:
-      root: [n, r, r] float32, symmetric.
-      residual: [n] float32, max |X^(p/2) A X^(p/2) - P| recomputed from the root, where A is the matrix with its ridge
-        and P the identity (the projector on the kept eigenvectors with a cut); an odd p is split unevenly. At least 1
-        for a matrix that is singular and has no regulariser.
-      largest: [n] float32, the largest eigenvalue of the matrix as given.
-      condition: [n] float32, estimate of the condition number of A on the range of P; 1 for a matrix that is zero.
-      effective_rank: [n] float32, trace over largest eigenvalue of the matrix as given; 0 for a matrix that is zero.
-    """
-
-    root: jax.Array
-    residual: jax.Array
-    largest: jax.Array
-    condition: jax.Array
-    effective_rank: jax.Array
+__all__ = ["RootResult", "inverse_pth_root"]
 
 
 def inverse_pth_root(
@@ -58,12 +38,11 @@ def inverse_pth_root(
       p: positive integer; the root's order.
       solver: "newton" (coupled Newton, matmuls only), "eigh" (on device) or "host" (float64 LAPACK, outside jit).
       ridge: relative ridge rho >= 0.
-      cut: relative cut tau >= 0; at most one of the two is positive. For an eigenvalue within float32 rounding of the
-        cut the solver "newton" may answer anything between 0 and the root.
+      cut: relative cut tau >= 0, for "eigh" and "host"; at most one of the two is positive.
       sizes_n: [n] how many leading rows and columns of each matrix are real; the rest is padding, and zero in the root.
 
     Raises:
-      ValueError: an unknown solver, p < 1, a negative regulariser, or both at once.
+      ValueError: an unknown solver, p < 1, a negative regulariser, both at once, or a cut for "newton".
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
@@ -71,32 +50,9 @@ def inverse_pth_root(
         raise ValueError(f"p is {p}; it must be a positive integer")
     if min(ridge, cut) < 0 or (ridge > 0 and cut > 0):
         raise ValueError(f"ridge {ridge} and cut {cut} must not be negative, and only one of them may be positive")
+    if solver == "newton" and cut:
+        raise ValueError(f"cut={cut} is for solvers 'eigh' and 'host'; solver 'newton' takes a ridge")
     return SOLVERS[solver](stack_nrr, int(p), ridge, cut, sizes_n)
-
-
-def misfit(
-    stack_nrr: jax.Array, root_nrr: jax.Array, p: int, *, ridge: float, sizes_n: jax.Array, scale_free: bool
-) -> jax.Array:
-    """[n] |M - c I| / |M| in Frobenius' norm, with M = X^(p/2) A X^(p/2) for roots X of other matrices than A.
-
-    0 where X is A's own root; an odd p is split unevenly, as in the residual. NaN where X or A is zero or not finite.
-
-    Args:
-      stack_nrr: [n, r, r] symmetric.
-      root_nrr: [n, r, r], zero in the padding.
-      p: the roots' order.
-      ridge: relative, added to A before.
-      sizes_n: [n] how many leading rows and columns are real.
-      scale_free: whether c is the mean of M's diagonal, so that a multiple of A fits as well as A; otherwise 1.
-    """
-    given = _prepare(stack_nrr, sizes_n)
-    real = jnp.where(given.real, jnp.eye(stack_nrr.shape[-1], dtype=given.a.dtype), 0)
-    a = given.a + ridge * newton.largest_eigenvalue(given.a)[:, None, None] * real
-    low, high = newton.halves(root_nrr, p)
-    m = newton.matmul(a, high)
-    m = jnp.ldexp(m if low is None else newton.matmul(low, m), given.exponent[:, None, None])
-    mean = jnp.trace(m, axis1=-2, axis2=-1) / sizes_n if scale_free else jnp.ones(len(m))
-    return jnp.linalg.norm(m - mean[:, None, None] * real, axis=(-2, -1)) / jnp.linalg.norm(m, axis=(-2, -1))
 
 
 class _Prepared(NamedTuple):
@@ -150,13 +106,14 @@ def _finish(given: _Prepared, p: int, x_nrr, residual_n, largest_n, condition_n)
 
 
 def _newton(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> RootResult:
+    del cut
     given = _prepare(stack_nrr, sizes_n)
     largest = newton.largest_eigenvalue(given.a)
     # A matrix that is zero must not keep the others waiting, nor ask for a second attempt.
     bound = jnp.where(largest > 0, largest, 1)[:, None, None]
     identity = jnp.eye(given.a.shape[-1], dtype=given.a.dtype)
     a = jnp.where(given.real & (largest > 0)[:, None, None], given.a / bound, identity)
-    x, residual, condition = newton.inverse_root(a, p, ridge, cut)
+    x, residual, condition = newton.inverse_root(a, p, ridge)
     return _finish(given, p, x * bound ** (-1 / p), residual, largest, condition)
 
 
@@ -214,7 +171,7 @@ def _host(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> RootResult:
     sizes = np.full(n, r) if sizes_n is None else np.asarray(sizes_n)
     root, numbers = np.zeros((n, r, r), np.float32), np.zeros((n, 4), np.float32)
     for i, size in enumerate(sizes):
-        x, *numbers[i] = lapack.inverse_root(stack[i, :size, :size], p, ridge, cut)
+        x, *numbers[i], _ = lapack.inverse_root(stack[i, :size, :size], p, ridge, cut)
         root[i, :size, :size] = x
     return RootResult(jnp.asarray(root), *jnp.asarray(numbers.T))
 

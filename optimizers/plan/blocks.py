@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..linalg.sketch import columns
 from ..options import Rule, ShampooOptions, Treatment
 from ..preconditioners import PRECONDITIONERS
 from . import patterns
@@ -58,7 +57,6 @@ class Group:
       p: the order of the inverse roots, 0 where no side has statistics.
       beta2, ridge, cut: of statistics and roots.
       preconditioner: a name in the family.
-      rank: of the sketches that are kept of longer sides; 0 where no side has one.
     """
 
     shape: tuple[int, ...]
@@ -68,7 +66,6 @@ class Group:
     ridge: float
     cut: float
     preconditioner: str
-    rank: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -259,9 +256,7 @@ def make_plan(params: Any, axis_names: Any, param_specs: Any, options: ShampooOp
         pieces, shape = (tuple(part[i] for part in cuts) for i in (0, 1))
         p = rule.order(len(sides))
         sides = sides if p else ()
-        sketched = any(columns(shape[side], rule.rank) < shape[side] for side in sides)
-        regularisers = (rule.ridge, rule.cut)
-        group = Group(shape, sides, p, rule.beta2, *regularisers, rule.preconditioner, rule.rank if sketched else 0)
+        group = Group(shape, sides, p, rule.beta2, rule.ridge, rule.cut, rule.preconditioner)
         entry = Leaf(index, path, make_tiling(view, pieces, shape, specs.get(path), mesh))
         grouped.setdefault(group, []).append(entry)
         treatments[path] = f"{rule.kind} {_title(group)} x{entry.blocks}"
@@ -316,8 +311,7 @@ def _title(group: Group) -> str:
     """As in "128x512 p4"; where not all sides are preconditioned, those that are have a mark: "128*x512 p2"."""
     marked = group.sides if len(group.sides) < len(group.shape) else ()
     lengths = "x".join(f"{length}{'*' if side in marked else ''}" for side, length in enumerate(group.shape))
-    rank = f" rank {group.rank}" if group.rank else ""
-    return f"{lengths} {PRECONDITIONERS[group.preconditioner].title(group.p)}{rank}"
+    return f"{lengths} {PRECONDITIONERS[group.preconditioner].title(group.p)}"
 
 
 def _name(group: Group, options: ShampooOptions) -> str:
@@ -327,8 +321,6 @@ def _name(group: Group, options: ShampooOptions) -> str:
     for field in ("beta2", "ridge", "cut"):
         if getattr(group, field) != getattr(options, field):
             parts.append(f"{field}-{getattr(group, field)!r}".replace("+", ""))
-    if group.rank:
-        parts.append(f"rank-{group.rank}")
     return "_".join([*parts, *([] if group.preconditioner == "shampoo" else [group.preconditioner])])
 
 

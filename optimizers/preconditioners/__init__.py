@@ -2,7 +2,6 @@
 
 from .base import Preconditioner
 from .kl_shampoo import KLShampoo
-from .kl_soap import KLSoap
 from .muon import Muon
 from .shampoo import Shampoo
 from .soap import Soap
@@ -12,6 +11,5 @@ PRECONDITIONERS: dict[str, Preconditioner] = {
     "one_sided": Shampoo(side="short"),
     "soap": Soap(),
     "kl_shampoo": KLShampoo(),
-    "kl_soap": KLSoap(),
     "muon": Muon(),
 }

@@ -6,13 +6,13 @@ Shapes in names: n blocks, r a side's length, s the shape of a block.
 """
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from ..linalg.lapack import HostRoot
+from ..linalg.roots import RootResult
 
 
 class Blocks(NamedTuple):
@@ -20,11 +20,9 @@ class Blocks(NamedTuple):
 
     Attributes:
       sides: which sides of a block are preconditioned.
-      factors: per preconditioned side [n, r, r] float32, or [n, r, rank] of a sketch, what a refresh has found; zero
-        before the first accepted one.
+      factors: per preconditioned side [n, r, r] float32, found by the newest accepted refresh; zero before the first.
       found: [n] bool, whether there was one.
       exponent: [n] int32, statistics are of gradients divided by 2^exponent.
-      statistics: gives per preconditioned side [n, r, r] float32, of gradients divided by 2^exponent.
       second_moment: [n, *s] float32, of a preconditioner that adapts; None otherwise.
       sizes: [n, sides of a block] int32, real lengths; the rest is padding, and zero.
       group: what the blocks have in common (`blocks.Group`).
@@ -34,26 +32,9 @@ class Blocks(NamedTuple):
     factors: Sequence[jax.Array]
     found: jax.Array
     exponent: jax.Array
-    statistics: Callable[[], Sequence[jax.Array]]
     second_moment: jax.Array | None
     sizes: jax.Array
     group: Any
-
-
-class Solved(NamedTuple):
-    """What was found for matrices of one batch; axis 0 numbers them.
-
-    Attributes:
-      factor: [n, r, r] float32, or [n, r, rank] of sketches, of statistics as they were given.
-      residual, condition, effective_rank: [n] float32; 0 where they mean nothing.
-      accepted: [n] bool, whether it may be used.
-    """
-
-    factor: jax.Array
-    residual: jax.Array
-    condition: jax.Array
-    effective_rank: jax.Array
-    accepted: jax.Array
 
 
 class Preconditioner(abc.ABC):
@@ -65,13 +46,9 @@ class Preconditioner(abc.ABC):
       statistics: what its statistics are, in a word; states of the same word can be taken over from each other.
       grafts: whether its updates have the graft's norm, and the graft's direction before there are factors.
       adapts: whether it keeps a second moment for each element of a block as it sees it.
-      symmetric: whether its factors are.
       warm: whether a refresh starts from the factor that is there.
-      reads_statistics: whether what it observes depends on the statistics; they must then be on the devices.
       matrices_only: whether blocks must have two sides.
-      inverts: whether its factors are inverse roots of its statistics.
       has_exponent: whether a treatment may set its exponent.
-      sketches: whether it can do with sketches of its statistics; see the module `sketch`.
     """
 
     name = ""
@@ -79,13 +56,9 @@ class Preconditioner(abc.ABC):
     statistics = "second moments"
     grafts = True
     adapts = False
-    symmetric = True
     warm = False
-    reads_statistics = False
     matrices_only = False
-    inverts = False
     has_exponent = False
-    sketches = False
 
     def power(self, sides: int) -> float:
         """How many powers of the gradient's scale the statistics of one of so many sides have."""
@@ -138,11 +111,11 @@ class Preconditioner(abc.ABC):
     def takes(self, exponent: jax.Array, group: Any) -> jax.Array:
         """How many powers of two acting takes from a momentum of the order of 2^exponent."""
 
-    def solve(self, stack: jax.Array, old: jax.Array | None, sizes: jax.Array, group: Any, options: Any) -> Solved:
-        """Factors of a batch of statistics, on a device.
+    def solve(self, stack: jax.Array, old: jax.Array | None, sizes: jax.Array, group: Any, options: Any) -> RootResult:
+        """Return factors for a batch of statistics, and which of them are accepted; on a device.
 
         Args:
-          stack: [n, r, r] float32, or sketches [n, r, rank], bias-corrected; zero where nothing is due.
+          stack: [n, r, r] float32, bias-corrected; zero where nothing is due.
           old: [n, r, r] float32, the factors that are there, zero before the first; None unless `warm`.
           sizes: [n] int32, real lengths.
           group: p, ridge and cut of the blocks.
@@ -150,24 +123,11 @@ class Preconditioner(abc.ABC):
         """
         raise AssertionError(f"{self.name} keeps no statistics")
 
-    def misfit(self, stack: jax.Array, old: jax.Array, sizes: jax.Array, group: Any, *, scale_free: bool) -> jax.Array:
-        """How badly factors that are there suit newer statistics, from 0 (as if solved anew): [n] float32.
+    def solve_on_host(self, a: np.ndarray, group: Any, options: Any) -> tuple[RootResult, int]:
+        """(result, number of retries) for the statistics of one side, float64.
 
         Args:
-          stack: [n, r, r] float32, bias-corrected.
-          old: [n, r, r] float32, factors of statistics of the same scale.
-          sizes: [n] int32, real lengths.
-          group: p, ridge and cut of the blocks.
-          scale_free: whether statistics that have only grown or shrunk are suited as before.
-        """
-        raise AssertionError(f"{self.name} keeps no statistics")
-
-    def solve_on_host(self, a: np.ndarray, size: int, group: Any, options: Any) -> tuple[HostRoot | None, int]:
-        """(the factor, None where none is sound; how many more tries) of one side's statistics, float64.
-
-        Args:
-          a: [size, size], without padding, or a sketch [r, rank], with it.
-          size: the side's real length.
+          a: [r, r], without padding.
           group: p, ridge and cut of the block.
           options: of the optimizer.
         """

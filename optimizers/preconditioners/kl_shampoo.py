@@ -23,7 +23,6 @@ class KLShampoo(Shampoo):
     name = "kl_shampoo"
     statistics = "second moments of whitened gradients"
     has_exponent = False
-    sketches = False
 
     def power(self, sides: int) -> float:
         """The product over all sides has two, each an equal share."""

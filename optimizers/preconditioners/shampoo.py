@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..linalg import lapack, sketch
-from ..linalg.roots import inverse_pth_root, misfit
-from .base import Blocks, Preconditioner, Solved, multiplied
+from ..linalg import lapack
+from ..linalg.roots import RootResult, inverse_pth_root
+from .base import Blocks, Preconditioner, multiplied
 
 # How far an entry of an accepted root may exceed (regulariser x largest eigenvalue)^(-1/p).
 NORM_MARGIN = 1.05
@@ -25,9 +25,7 @@ class Shampoo(Preconditioner):
     """
 
     name = "shampoo"
-    inverts = True
     has_exponent = True
-    sketches = True
 
     def __init__(self, side: str = "both"):
         self.side = side
@@ -46,8 +44,9 @@ class Shampoo(Preconditioner):
         return p
 
     def uses_lapack(self, group: Any, options: Any) -> bool:
-        """One of the solvers does, and that of sketches."""
-        return options.solver == "eigh" or bool(group.rank)
+        """One of the solvers does."""
+        del group
+        return options.solver == "eigh"
 
     def title(self, p: int) -> str:
         """As in "p4"."""
@@ -58,55 +57,42 @@ class Shampoo(Preconditioner):
     ) -> tuple[jax.Array, jax.Array | None]:
         """Each preconditioned side multiplied by its root."""
         del g, step, options
-        for side, factor in zip(blocks.sides, blocks.factors, strict=True):
-            m = sketch.multiplied(m, factor, side) if sketch.is_sketch(factor) else multiplied(m, [factor], [side])
-        return m, None
+        return multiplied(m, blocks.factors, blocks.sides), None
 
     def takes(self, exponent: jax.Array, group: Any) -> jax.Array:
         """Two powers for each side, shared by the order of the roots."""
         return 2 * len(group.sides) * exponent // max(group.p, 1)
 
-    def solve(self, stack: jax.Array, old: jax.Array | None, sizes: jax.Array, group: Any, options: Any) -> Solved:
+    def solve(self, stack: jax.Array, old: jax.Array | None, sizes: jax.Array, group: Any, options: Any) -> RootResult:
         """Inverse p-th roots; accepted if finite, of a residual and of entries within bounds."""
         del old
         p, ridge, cut = group.p, group.ridge, group.cut
-        if sketch.is_sketch(stack):
-            result = sketch.inverse_root(stack, p, ridge, sizes)
-        else:
-            result = inverse_pth_root(stack, p, solver=options.solver, ridge=ridge, cut=cut, sizes_n=sizes)
+        result = inverse_pth_root(stack, p, solver=options.solver, ridge=ridge, cut=cut, sizes_n=sizes)
         accepted = (result.residual <= options.residual_bound) & (result.largest > 0)
         accepted &= jnp.all(jnp.isfinite(result.root), axis=(-2, -1))
         if ridge or cut:
             bound = NORM_MARGIN * ((ridge or cut) * result.largest) ** (-1 / p)
             accepted &= jnp.max(jnp.abs(result.root), axis=(-2, -1)) <= bound
-        return Solved(result.root, result.residual, result.condition, result.effective_rank, accepted)
+        return result._replace(accepted=accepted)
 
-    def misfit(self, stack: jax.Array, old: jax.Array, sizes: jax.Array, group: Any, *, scale_free: bool) -> jax.Array:
-        """How far the roots' p-th powers times the statistics are from the identity."""
-        return misfit(stack, old, group.p, ridge=group.ridge, sizes_n=sizes, scale_free=scale_free)
-
-    def solve_on_host(self, a: np.ndarray, size: int, group: Any, options: Any) -> tuple[lapack.HostRoot | None, int]:
-        """The same in float64; a solve that fails is tried again with a larger regulariser."""
-        if not np.all(np.isfinite(a)):
-            return None, 0
+    def solve_on_host(self, a: np.ndarray, group: Any, options: Any) -> tuple[RootResult, int]:
+        """Solve in float64; retry a failed solve with a larger regulariser."""
+        refused = lapack.refused(a)
+        if refused.largest <= 0:
+            return refused, 0
         ridge, cut = group.ridge, group.cut
         regulariser = ridge or cut
         for tried, factor in enumerate((1.0, *RETRIES)):
             if factor > 1:
                 regulariser = factor * max(ridge, cut, SMALLEST_RETRY)
             try:
-                if sketch.is_sketch(a):
-                    found = sketch.inverse_root_on_host(a, size, group.p, regulariser)
-                else:
-                    found = lapack.inverse_root(a, group.p, *((0.0, regulariser) if cut else (regulariser, 0.0)))
+                found = lapack.inverse_root(a, group.p, *((0.0, regulariser) if cut else (regulariser, 0.0)))
             except np.linalg.LinAlgError:
                 continue
-            if found.largest <= 0:
-                return None, tried
             bound = NORM_MARGIN * (regulariser * found.largest) ** (-1 / group.p) if regulariser else np.inf
             if found.residual <= options.residual_bound and np.max(np.abs(found.root)) <= bound:
-                return found, tried
-        return None, len(RETRIES)
+                return found._replace(accepted=True), tried
+        return refused, len(RETRIES)
 
     def shift(self, exponent: Any, group: Any) -> Any:
         """A = 2^(power x exponent) x statistics, hence 2^(-power x exponent / p) x their root."""

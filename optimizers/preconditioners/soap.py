@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..linalg import lapack, newton
-from .base import Blocks, Preconditioner, Solved, multiplied
+from ..linalg.roots import RootResult
+from .base import Blocks, Preconditioner, multiplied
 
 # Of an accepted basis, the largest entry of |Q' Q - I|.
 ORTHOGONALITY = 1e-3
@@ -24,14 +25,13 @@ class Soap(Preconditioner):
     is Adam.
 
     A basis is found by `eigh` at first and by one step of orthogonal iteration, the Q of a QR decomposition of S Q_old,
-    afterwards (algorithm 4 there); with `basis = "eigh"` always by that. Directions come in the order of q' S q, the
+    afterwards (algorithm 4 there). Directions come in the order of q' S q, the
     largest first: QR keeps the first column as it is, and of the last, which S makes small, only what the others leave.
     """
 
     name = "soap"
     grafts = False
     adapts = True
-    symmetric = False
     warm = True
 
     def order(self, exponent: float | None, sides: int) -> int:
@@ -67,9 +67,9 @@ class Soap(Preconditioner):
         del group
         return exponent
 
-    def solve(self, stack: jax.Array, old: jax.Array | None, sizes: jax.Array, group: Any, options: Any) -> Solved:
+    def solve(self, stack: jax.Array, old: jax.Array | None, sizes: jax.Array, group: Any, options: Any) -> RootResult:
         """Orthonormal bases, the identity on the padding; accepted if they are orthonormal."""
-        del group
+        del group, options
         assert old is not None
         r = stack.shape[-1]
         real = jnp.arange(r) < sizes[:, None]
@@ -91,39 +91,32 @@ class Soap(Preconditioner):
             order = jnp.argsort(-jnp.sum(old * moved, axis=-2), axis=-1)
             return jnp.linalg.qr(jnp.take_along_axis(moved, order[:, None, :], axis=-1))[0]
 
-        if options.basis == "eigh":
-            q = anew(a, old)
-        else:
-            start = jnp.where(found[:, None, None], old, identity)
-            q = jax.lax.cond(jnp.all(found | (trace <= 0)), onward, anew, a, start)
+        start = jnp.where(found[:, None, None], old, identity)
+        q = jax.lax.cond(jnp.all(found | (trace <= 0)), onward, anew, a, start)
         q = jnp.where(real, q, identity)
         residual = jnp.max(jnp.abs(newton.matmul(jnp.swapaxes(q, -2, -1), q) - identity), axis=(-2, -1))
         values = jnp.einsum("nij,nik,nkj->nj", q, a, q, precision=jax.lax.Precision.HIGHEST)
         values = jnp.where(jnp.arange(r) < sizes[:, None], values, 0)
         largest = jnp.max(values, axis=-1)
         rank = jnp.where(largest > 0, 1 / jnp.where(largest > 0, largest, 1), 0)
-        accepted = (residual <= ORTHOGONALITY) & (trace > 0) & jnp.all(jnp.isfinite(stack), axis=(-2, -1))
-        return Solved(q, residual, jnp.zeros_like(residual), rank, accepted)
+        finite = jnp.all(jnp.isfinite(stack), axis=(-2, -1))
+        accepted = (residual <= ORTHOGONALITY) & (trace > 0) & finite
+        seen = jnp.where(finite & (trace > 0), largest, 0)
+        return RootResult(q, residual, seen, jnp.zeros_like(residual), rank, accepted)
 
-    def misfit(self, stack: jax.Array, old: jax.Array, sizes: jax.Array, group: Any, *, scale_free: bool) -> jax.Array:
-        """The share of the statistics' norm that is off the diagonal in the basis that is there."""
-        del sizes, group, scale_free
-        d = newton.matmul(jnp.swapaxes(old, -2, -1), newton.matmul(stack, old))
-        off = jnp.where(jnp.eye(d.shape[-1], dtype=bool), 0, d)
-        return jnp.linalg.norm(off, axis=(-2, -1)) / jnp.linalg.norm(d, axis=(-2, -1))
-
-    def solve_on_host(self, a: np.ndarray, size: int, group: Any, options: Any) -> tuple[lapack.HostRoot | None, int]:
-        """All eigenvectors in float64."""
-        del size, group, options
-        trace = np.trace(a)
-        if not np.all(np.isfinite(a)) or trace <= 0:
-            return None, 0
+    def solve_on_host(self, a: np.ndarray, group: Any, options: Any) -> tuple[RootResult, int]:
+        """Return all eigenvectors, in float64."""
+        del group, options
+        refused = lapack.refused(a)
+        if refused.largest <= 0:
+            return refused, 0
         try:
             values, q = np.linalg.eigh((a + a.T) / 2)
         except np.linalg.LinAlgError:
-            return None, 0
+            return refused, 0
         residual = float(np.max(np.abs(q.T @ q - np.eye(len(q)))))
-        return lapack.HostRoot(q[:, ::-1], residual, float(values[-1]), 0.0, float(trace / values[-1])), 0
+        rank = float(np.trace(a) / values[-1])
+        return RootResult(q[:, ::-1], residual, float(values[-1]), 0.0, rank, accepted=True), 0
 
     def carried(
         self, second_moment: jax.Array, old: Sequence[jax.Array], new: Sequence[jax.Array], sides: Sequence[int]

@@ -167,7 +167,7 @@ def whole_of(tmp_path_factory):
     "schedule",
     [
         pytest.param({}, id="staggered"),
-        pytest.param({"refresh": "host", "statistics_memory": "host"}, id="host", marks=pytest.mark.slow),
+        pytest.param({"refresh": "host"}, id="host", marks=pytest.mark.slow),
     ],
 )
 def test_shampoo_resumes_bitwise_and_on_another_number_of_devices(whole_of, tmp_path, monkeypatch, schedule):

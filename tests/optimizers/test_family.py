@@ -21,16 +21,8 @@ def options(kind, **values):
     return ShampooOptions(**{"block_size": 64, "treatments": ((".*", kind),)} | values)
 
 
-@pytest.mark.parametrize(
-    ("interval", "basis"),
-    [
-        (1, "iterate"),
-        (10, "eigh"),
-        pytest.param(10, "iterate", marks=pytest.mark.slow),
-        pytest.param(1, "eigh", marks=pytest.mark.slow),
-    ],
-)
-def test_soap_stays_bounded_when_gradients_turn(interval, basis):
+@pytest.mark.parametrize("interval", [1, 10])
+def test_soap_stays_bounded_when_gradients_turn(interval):
     """Catches a second moment that is left behind in an old basis: where gradients turn abruptly it is too small in the
     directions they turn to, and the update many times too long."""
     random = np.random.default_rng(0)
@@ -40,7 +32,7 @@ def test_soap_stays_bounded_when_gradients_turn(interval, basis):
     for t in range(300):
         left, right = (turns[0], turns[2]) if t < 150 else (turns[1], turns[3])
         stream.append({"w": (left @ (scale * random.normal(size=(64, 32))) @ right).astype(np.float32)})
-    run = train(options("soap", interval=interval, basis=basis), stream)
+    run = train(options("soap", interval=interval), stream)
     norms = [np.linalg.norm(update["w"]) for update in run.updates]
     assert max(norms) <= 1.05 * np.sqrt(64 * 32)
     (name,) = run.states[-1].buckets

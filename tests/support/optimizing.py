@@ -26,8 +26,6 @@ SHARDED_SHAPES = {"bias": (64,), "down": (64, 24), "odd": (31, 23), "square": (3
 SHARDED_OPTIONS = ShampooOptions(block_size=16, interval=4, exponent=0.5, ridge=1e-4)
 # The other preconditioners, as a treatment names them.
 SIBLINGS = [name for name, member in PRECONDITIONERS.items() if member.name == name != "shampoo"]
-# And Shampoo with sketches of the sides of 16 and 12, while shorter ones have whole statistics.
-KINDS = [*SIBLINGS, "shampoo rank=5"]
 
 
 def sharded_options(kind: str) -> ShampooOptions:
@@ -42,10 +40,10 @@ def sharded_options(kind: str) -> ShampooOptions:
 
 
 # All of these kinds in one program: a matrix of eight blocks and a padded one for each.
-FAMILY_PARAMETERS = {kind: (f"{kind} down", f"{kind} odd") for kind in KINDS}
+FAMILY_PARAMETERS = {kind: (f"{kind} down", f"{kind} odd") for kind in SIBLINGS}
 FAMILY_SHAPES = {path: SHARDED_SHAPES[path.split()[-1]] for paths in FAMILY_PARAMETERS.values() for path in paths}
 FAMILY_OPTIONS = dataclasses.replace(
-    SHARDED_OPTIONS, treatments=tuple((f"{re.escape(kind)} .*", kind) for kind in KINDS), start_step=7
+    SHARDED_OPTIONS, treatments=tuple((f"{re.escape(kind)} .*", kind) for kind in SIBLINGS), start_step=7
 )
 
 

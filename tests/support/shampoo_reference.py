@@ -9,7 +9,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from shampax.optimizers.linalg.sketch import columns, directions
 from shampax.optimizers.options import Treatment
 from shampax.optimizers.plan.blocks import cut
 from shampax.optimizers.preconditioners.muon import POLYNOMIALS
@@ -23,18 +22,6 @@ def inverse_root(a, p, ridge=0.0, cut=0.0):
         kept = w > cut * w[-1]
         return (v * np.where(kept, np.where(kept, w, 1) ** (-1 / p), 0)) @ v.T
     return (v * (w + ridge * w[-1]) ** (-1 / p)) @ v.T
-
-
-def sketched_root(a, p, ridge, rank):
-    """The root of Nystroem's approximation of a by its products with rank - 1 directions, the rest of the trace being
-    spread over the other directions."""
-    known = rank - 1
-    w = directions(len(a), known, np).astype(np.float64)
-    approximation = a @ w @ np.linalg.pinv(w.T @ a @ w, hermitian=True) @ w.T @ a
-    values, v = np.linalg.eigh(approximation)
-    values = np.where(np.arange(len(a)) < len(a) - known, 0, values)
-    rest = max(np.trace(a) - values.sum(), 0) / max(len(a) - known, 1)
-    return (v * (values + rest + ridge * values[-1]) ** (-1 / p)) @ v.T
 
 
 def stored(x, dtype):
@@ -91,7 +78,6 @@ class Block:
 
     at: tuple[slice, ...]
     statistics: dict[int, Any]
-    ranks: dict[int, int]  # of sketches, 0 where all is kept
     roots: dict[int, Any] | None = None
     second: Any = 0.0  # in the basis, under SOAP
     largest: float = 0.0  # entry of its gradients so far
@@ -142,11 +128,7 @@ class Parameter:
         pieces = [cut(side, self.rule.block_size) for side in shape]
         padded = tuple(length for _, length in pieces)
         self.bucket = (padded, preconditioned, self.p, self.rule.beta2, self.rule.ridge, self.rule.cut)
-        ranks = {
-            side: self.rule.rank if columns(padded[side], self.rule.rank) < padded[side] else 0
-            for side in preconditioned
-        }
-        self.bucket += (self.rule.preconditioner, max(ranks.values(), default=0))
+        self.bucket += (self.rule.preconditioner,)
         self.matrices = []
         for _ in range(self.stacks):
             blocks = []
@@ -157,7 +139,7 @@ class Parameter:
                 )
                 sizes = {side: at[side].stop - at[side].start for side in preconditioned}
                 statistics = {side: np.zeros((n, n)) for side, n in sizes.items()}
-                blocks.append(Block(at, statistics, ranks, roots=None if preconditioned else {}))
+                blocks.append(Block(at, statistics, roots=None if preconditioned else {}))
             self.matrices.append(Matrix(np.zeros(shape), np.zeros(shape), np.zeros(shape), blocks))
 
     def split(self, x):
@@ -217,7 +199,7 @@ def direction(o, rule, matrix, g, t):
     graft = diagonal_method(o, a, matrix.second, rule.beta2, t)
 
     d = graft.copy()
-    if rule.kind in ("soap", "kl_soap", "muon"):
+    if rule.kind in ("soap", "muon"):
         for b in matrix.blocks:
             d[b.at] = soap(o, rule, b, a[b.at], h[b.at], t) if rule.kind != "muon" else muon(o, a[b.at])
         acting = []
@@ -261,10 +243,10 @@ def iterated(s, q):
     return np.linalg.qr(s @ q[:, order])[0]
 
 
-def new_bases(o, b):
+def new_bases(b):
     """Eigenvectors; from old ones by one step of orthogonal iteration. The second moment goes along."""
     new = {
-        side: np.linalg.eigh(s)[1][:, ::-1] if b.roots is None or o.basis == "eigh" else iterated(s, b.roots[side])
+        side: np.linalg.eigh(s)[1][:, ::-1] if b.roots is None else iterated(s, b.roots[side])
         for side, s in b.statistics.items()
     }
     for side, q in new.items():
@@ -281,7 +263,7 @@ def muon(o, a):
     return 0.2 * math.sqrt(max(a.shape)) * x
 
 
-def whitened(rule, b, u, side):
+def whitened(b, u, side):
     """A block's gradient with the root applied along every other side, over the root of their lengths (KL-Shampoo).
 
     Before the first roots the other sides are the identity, in units of the power of two above the largest entry.
@@ -291,11 +273,7 @@ def whitened(rule, b, u, side):
     if b.roots is None:
         u = u * 2.0 ** (-np.frexp(b.largest)[1] * len(others) / len(b.statistics))
     for other in others:
-        if b.roots and rule.kind == "kl_soap":
-            values = np.diag(b.roots[other].T @ b.statistics[other] @ b.roots[other])
-            root = np.maximum(values, rule.ridge * values.max()) ** -0.5
-            u = along(u, other, (b.roots[other] * root).T)
-        elif b.roots:
+        if b.roots:
             u = along(u, other, b.roots[other])
         u = u / math.sqrt(len(b.statistics[other]))
     return u
@@ -317,11 +295,10 @@ def accumulate(o, rule, matrix, g, t):
     for b in matrix.blocks:
         x = mean[b.at]
         seen = {
-            side: unfolding(whitened(rule, b, x, side) if rule.kind.startswith("kl") else x, side)
-            for side in b.statistics
+            side: unfolding(whitened(b, x, side) if rule.kind.startswith("kl") else x, side) for side in b.statistics
         }
         for side, u in seen.items():
-            b.statistics[side] = stored(rule.beta2 * b.statistics[side] + new * u @ u.T, o.statistics_dtype)
+            b.statistics[side] = rule.beta2 * b.statistics[side] + new * u @ u.T
 
 
 def delay(o):
@@ -346,16 +323,11 @@ def refresh(o, rule, p, block, t):
     correction = 1 - rule.beta2**updates if o.bias_correction and rule.beta2 < 1 and updates > 0 else 1.0
     if not block.statistics or not all(s.any() for s in block.statistics.values()):
         return
-    if rule.kind in ("soap", "kl_soap"):
-        block.to_come[t] = new_bases(o, block)
+    if rule.kind == "soap":
+        block.to_come[t] = new_bases(block)
     else:
         block.to_come[t + delay(o)] = {
-            side: stored(
-                sketched_root(s / correction, p, rule.ridge, block.ranks[side])
-                if block.ranks[side]
-                else inverse_root(s / correction, p, rule.ridge, rule.cut),
-                o.roots_dtype,
-            )
+            side: stored(inverse_root(s / correction, p, rule.ridge, rule.cut), o.roots_dtype)
             for side, s in block.statistics.items()
         }
 

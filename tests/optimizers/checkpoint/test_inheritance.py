@@ -105,7 +105,6 @@ def test_parameters_that_come_go_and_change_their_names_disturb_no_other():
     [
         ({"ridge": 1e-6}, {"roots"}),
         ({"exponent": 0.25}, {"roots"}),
-        ({"rank": 2}, {"statistics", "roots"}),
         ({"beta2": 0.9}, set()),
         ({"beta2": 1.0, "graft": "adagrad"}, {"statistics", "roots", "second moment"}),
         ({"graft": "rmsprop"}, {"second moment"}),

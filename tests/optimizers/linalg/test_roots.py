@@ -14,8 +14,6 @@ from jax.sharding import PartitionSpec
 from shampax.optimizers.linalg import newton
 from shampax.optimizers.linalg.roots import SOLVERS, inverse_pth_root
 
-SOLVERS_ON_DEVICE = [name for name in SOLVERS if name != "host"]
-
 
 def solvers_with(values, fast):
     """Pairs of a solver and a value; slow are those on a device that `fast`, solver -> value, does not have."""
@@ -133,7 +131,7 @@ def test_negative_eigenvalues_count_as_zero(solver, ridge):
     assert np.array_equal(alone.root[0], result.root[0])
 
 
-@pytest.mark.parametrize(("solver", "p"), solvers_with([2, 4], {"newton": 2, "eigh": 4}))
+@pytest.mark.parametrize(("solver", "p"), [("eigh", 4), pytest.param("eigh", 2, marks=pytest.mark.slow), ("host", 2)])
 def test_cut_leaves_nothing_outside_the_range(solver, p):
     """Catches a pseudo-inverse that lets noise directions through, or is right only far above the cut."""
     n, cut = 32, 1e-4
@@ -182,7 +180,7 @@ def test_zero_and_non_finite_matrices_disturb_nobody(solver, n):
     function = solve(solver, 4, 1e-6)
     result = function(np.stack([good, zero, nan, infinite, good]).astype(np.float32))
     alone = function(np.stack([good] * 5).astype(np.float32))
-    for mixed, expected in zip(result, alone, strict=True):
+    for mixed, expected in zip(result[:5], alone[:5], strict=True):
         np.testing.assert_array_equal(np.asarray(mixed)[[0, 4]], np.asarray(expected)[[0, 4]])
     np.testing.assert_array_equal(result.residual[1:4], [1, np.nan, np.nan])
     np.testing.assert_array_equal(result.condition[1:4], 1)
@@ -216,13 +214,13 @@ def test_residual_tells_an_iteration_that_did_not_converge(monkeypatch):
 
 def test_second_attempts_are_made_only_where_needed(monkeypatch):
     """Catches the cost of negative eigenvalues, twice the time, for batches that have none."""
-    attempts, projector = [], newton.spectral_projector
+    attempts, positive_part = [], newton._positive_part
 
-    def counted(a, threshold):
-        jax.debug.callback(lambda: attempts.append(threshold))
-        return projector(a, threshold)
+    def counted(a):
+        jax.debug.callback(lambda: attempts.append(1))
+        return positive_part(a)
 
-    monkeypatch.setattr(newton, "spectral_projector", counted)
+    monkeypatch.setattr(newton, "_positive_part", counted)
     function = jax.jit(lambda stack: inverse_pth_root(stack, 2, ridge=1e-6))
     good = [matrix(w) for w in (spread(64, 1e3), spread(64, 1e12), half_rank(64))] + [np.zeros((64, 64))]
     for last, expected in ((np.full((64, 64), np.nan), 0), (matrix(with_negative(64, 1e2)), 1)):
@@ -231,8 +229,9 @@ def test_second_attempts_are_made_only_where_needed(monkeypatch):
         assert len(attempts) == expected
 
 
-@pytest.mark.parametrize("solver", SOLVERS_ON_DEVICE)
-@pytest.mark.parametrize("regulariser", [{"ridge": 1e-5}, {"cut": 1e-5}], ids=["ridge", "cut"])
+@pytest.mark.parametrize(
+    ("solver", "regulariser"), [("newton", {"ridge": 1e-5}), ("eigh", {"ridge": 1e-5}), ("eigh", {"cut": 1e-5})]
+)
 def test_inside_shard_map(solver, regulariser):
     """Catches a loop that waits for other devices' matrices, and a batch unrolled into the program."""
     spectra = [with_negative(32, 1e2), half_rank(32), np.ones(32), spread(32, 1e3), np.zeros(32)]
@@ -252,8 +251,9 @@ def test_inside_shard_map(solver, regulariser):
     np.testing.assert_array_less(result.residual, np.where(np.any(stack, axis=(1, 2)), 0.1, 1.1))
 
 
-@pytest.mark.parametrize("arguments", [{"ridge": 1e-6}, {"cut": 1e-6}], ids=["ridge", "cut"])
-@pytest.mark.parametrize("solver", SOLVERS_ON_DEVICE)
+@pytest.mark.parametrize(
+    ("solver", "arguments"), [("newton", {"ridge": 1e-6}), ("eigh", {"ridge": 1e-6}), ("eigh", {"cut": 1e-6})]
+)
 def test_precision_is_pinned(solver, arguments):
     """Catches a product that follows the global precision: on an accelerator Newton would never converge."""
     with jax.default_matmul_precision("bfloat16"):
@@ -274,6 +274,7 @@ def test_eigh_is_one_batched_call():
         ({"p": 0}, "positive integer"),
         ({"p": 4, "solver": "svd"}, "choose one of"),
         ({"p": 4, "ridge": 1e-6, "cut": 1e-6}, "only one"),
+        ({"p": 4, "cut": 1e-6}, "'eigh' and 'host'"),
     ],
 )
 def test_bad_arguments(arguments, words):

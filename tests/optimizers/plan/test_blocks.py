@@ -121,7 +121,7 @@ def test_rules_separate_buckets():
     )
     params = {pattern.removesuffix(".*"): shape_of(16, 24) for pattern, _ in rules} | {"plain too": shape_of(24, 16)}
     params["tensor"] = shape_of(4, 4, 16, 24)
-    result = plan(params, treatments=rules)
+    result = plan(params, treatments=rules, solver="eigh")
     paths = {bucket.name: {leaf.path for leaf in bucket.leaves} for bucket in result.buckets}
     assert len(paths) == len(result.buckets) == len(rules)
     assert all(re.fullmatch(r"[\w.\-]+", name) for name in paths)
