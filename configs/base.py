@@ -1,6 +1,38 @@
-"""What config files start from: every knob with its default, and `component` to choose task, data and optimizer."""
+"""Start a config file: every knob with its default, `component`, and helpers that the shipped files share."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from ..framework.config.components import component
 from ..framework.config.schema import MAY_CHANGE, get_config
 
 __all__ = ["MAY_CHANGE", "component", "get_config"]
+
+SHAMPOO = "shampax.optimizers.shampoo:ShampooOptions"
+ADAMW = "shampax.optimizers.baselines:AdamWOptions"
+# A small vocabulary's embedding gains from a higher rate, under AdamW as under Shampoo (docs/results.md).
+EMBEDDING_RATE = ((r"(.*/)?[^/]*embed[^/]*(/.*)?", 4.0), (r".*", 1.0))
+
+
+def of_variant(variants: Mapping[str, Callable[[Any], None]], name: str) -> Any:
+    """Return the default config, changed by the variant of this name."""
+    config = get_config()
+    variants[name](config)
+    return config
+
+
+def select(config: Any, task: tuple[str, dict[str, Any]], data: tuple[str, dict[str, Any]], shared: str) -> None:
+    """Set task and data, each (import string, fields); data refer to the task's field `shared`.
+
+    An override of this field in one of them changes both.
+    """
+    config.task = component(task[0], **task[1])
+    config.data = component(data[0], **data[1], **{shared: config.task.get_ref(shared)})
+
+
+def pace(config: Any, *, evaluate: str, save: str, batches: int = -1) -> None:
+    """Set intervals for runs of hours or days."""
+    config.log.every = "50 steps"
+    config.evaluation.every = evaluate
+    config.evaluation.batches = batches
+    config.checkpoint.every = save

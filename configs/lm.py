@@ -1,17 +1,16 @@
-"""Decoder-only language models.
+"""Decoder-only language models; docs/results.md has the results.
 
-sample, sample_host, sample_adamw: the quick start, the same with roots on the host, and a baseline as well tuned.
+sample, sample_host, sample_adamw: the quick start, the same with roots on the host, and a baseline tuned as well.
 
     python -m shampax.launch.train --config=shampax/configs/lm.py:sample --workdir=runs/quickstart
 
-  A Transformer of 0.7 M parameters learns the vendored Wikipedia articles on 2 CPU cores, which simulate 4 devices so
-  that the preconditioner's blocks have owners to be shared among: about a minute of training. The held-out loss after
-  200 steps is 4.77 nats per token, 3.27 bits per character; AdamW's 5.01 and 3.43 (means of three seeds,
-  docs/results.md).
+  A Transformer of 0.7 M parameters learns the vendored Wikipedia articles. Training takes about a minute on 2 CPU
+  cores, which simulate 4 devices, so that Shampoo's blocks have several owners. After 200 steps the held-out loss is
+  4.77 nats per token (3.27 bits per character), with AdamW 5.01 (3.43); means of three seeds.
 
 sample_kl_shampoo, sample_soap, sample_muon: the same with other preconditioners on the same blocks.
 
-sample_moe: the same with a mixture of 4 experts in each layer, of which a token uses 2, divided over 2 of the devices.
+sample_moe: the same with 4 experts per layer, split over 2 devices; a token uses 2 of them.
 
     python -m shampax.launch.train --config=shampax/configs/lm.py:sample_moe --workdir=runs/moe
 
@@ -20,7 +19,7 @@ sample_moe: the same with a mixture of 4 experts in each layer, of which a token
     python -m shampax.launch.train --config=shampax/configs/lm.py:1b --workdir=/mnt/runs/lm_1b \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 
-8b: 8.0 B parameters, 160 B tokens of C4, for a v5p slice of 128 chips or a multiple of that.
+8b: 8.0 B parameters, 160 B tokens of C4, for a v5p slice of 128 chips or a multiple.
 
     python -m shampax.launch.train --config=shampax/configs/lm.py:8b --workdir=/mnt/runs/lm_8b \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
@@ -30,29 +29,24 @@ moe: 13.7 B parameters, of which a token uses 2.0 B, 25 B tokens of C4, for a v5
     python -m shampax.launch.train --config=shampax/configs/lm.py:moe --workdir=/mnt/runs/lm_moe \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 
-long: 1b trained on with books, in rows of 65,536 tokens, for a v5e slice of 256 chips.
+long: continue 1b on books, in rows of 65,536 tokens, for a v5e slice of 256 chips.
 
     python -m shampax.launch.train --config=shampax/configs/lm.py:long --workdir=/mnt/runs/lm_long \
         --config.init_from=/mnt/runs/lm_1b --config.data.tokenizer=/mnt/runs/lm_1b/data/tokenizer-HASH.json \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 
-  These four run in a process on every host of the slice, with a workdir on a file system that all hosts share
-  (docs/clusters.md). Process 0 tokenises and packs the text once, at about 0.4 M tokens a second; `data.max_documents`
-  bounds it.
+  1b, 8b, moe and long have not been trained yet. Run the command in every host of the slice, with a workdir that all
+  hosts share (docs/clusters.md). Prepare the data first with shampax.launch.prepare: a process tokenises about 0.4 M
+  tokens a second, and `data.max_documents` limits how many.
 """
 
 from typing import Any
 
 from . import base
 
-SHAMPOO = "shampax.optimizers.shampoo:ShampooOptions"
-ADAMW = "shampax.optimizers.baselines:AdamWOptions"
-# The embedding of a small vocabulary gains from a higher rate, under AdamW as under Shampoo (docs/results.md).
-EMBEDDING_RATE = ((r"(.*/)?[^/]*embed[^/]*(/.*)?", 4.0), (r".*", 1.0))
-
 
 def sample(config: Any) -> None:
-    """Minutes on a laptop."""
+    """Train a small Transformer in a minute."""
     _select(
         config,
         vocab_size=1_024,
@@ -66,51 +60,51 @@ def sample(config: Any) -> None:
         mlp_dim=384,
     )
     config.optimizer = base.component(
-        SHAMPOO,
+        base.SHAMPOO,
         block_size=128,
-        early_intervals=((20, 1),),  # a tenth of so short a run; long runs can do without
-        beta1=0.8,  # so short a run gains from a shorter memory, under any optimizer (docs/results.md)
-        rate_rules=EMBEDDING_RATE,
+        early_intervals=((20, 1),),  # a tenth of this short run; long runs do not need it
+        beta1=0.8,  # a short run gains from a shorter memory, under any optimizer (docs/results.md)
+        rate_rules=base.EMBEDDING_RATE,
     )
     config.duration = "200 steps"
     config.batch_size = 16
     config.schedule.learning_rate = 6e-3
-    config.evaluation.batches = 16  # the first 256 of 670 held-out rows: all of them would take longer than training
+    config.evaluation.batches = 16  # 256 of 670 held-out rows; all of them would take longer than training
     config.simulated_devices = 4
 
 
 def sample_host(config: Any) -> None:
-    """The same with roots by LAPACK on the host, which the devices here are."""
+    """Train the sample with roots computed by LAPACK on the host."""
     sample(config)
     config.optimizer.refresh = "host"
     config.optimizer.delay = 1
-    config.optimizer.early_intervals = ((20, 2),)  # no shorter than the delay allows
+    config.optimizer.early_intervals = ((20, 2),)  # the delay allows no shorter interval
 
 
 def sample_adamw(config: Any) -> None:
-    """The same model, data and budget under AdamW."""
+    """Train the sample with AdamW."""
     sample(config)
-    config.optimizer = base.component(ADAMW, rate_rules=EMBEDDING_RATE, beta1=0.7)
+    config.optimizer = base.component(base.ADAMW, rate_rules=base.EMBEDDING_RATE, beta1=0.7)
     config.schedule.learning_rate = 3e-3
 
 
 def sample_kl_shampoo(config: Any) -> None:
-    """The same under KL-Shampoo."""
-    _of_the_family(config, "kl_shampoo")
+    """Train the sample with KL-Shampoo."""
+    _with_treatment(config, "kl_shampoo")
 
 
 def sample_soap(config: Any) -> None:
-    """The same under SOAP."""
-    _of_the_family(config, "soap")
+    """Train the sample with SOAP."""
+    _with_treatment(config, "soap")
 
 
 def sample_muon(config: Any) -> None:
-    """The same under Muon, on whole matrices."""
-    _of_the_family(config, "muon block_size=1024")
+    """Train the sample with Muon, on whole matrices."""
+    _with_treatment(config, "muon block_size=1024")
 
 
 def sample_moe(config: Any) -> None:
-    """A token uses as many weights as in `sample`, of twice as many."""
+    """Train the sample with experts; a token uses as many weights as in `sample`, of twice as many."""
     sample(config)
     config.task.experts = 4
     config.task.experts_per_token = 2
@@ -119,7 +113,7 @@ def sample_moe(config: Any) -> None:
 
 
 def one_billion(config: Any) -> None:
-    """Each copy of the parameters is shared by 16 chips, one row of a v5e slice."""
+    """Train 1b; the 16 chips of a row of a v5e slice share one copy of the parameters."""
     _select(
         config,
         vocab_size=32_768,
@@ -135,19 +129,15 @@ def one_billion(config: Any) -> None:
         remat="full",
         z_loss=1e-4,
     )
-    config.optimizer = base.component(SHAMPOO, block_size=1_024, interval=50, weight_decay=0.1)
+    config.optimizer = base.component(base.SHAMPOO, block_size=1_024, interval=50, weight_decay=0.1)
     config.duration = "25e9 tokens"
     config.batch_size = 512
     config.mesh.fsdp = 16
-    config.schedule.learning_rate = 1e-3
-    config.schedule.warmup = "1_000 steps"
-    config.schedule.final_fraction = 0.1
-    config.gradient_clip = 1.0
-    _pace(config)
+    _large_run(config, learning_rate=1e-3, warmup="1_000 steps")
 
 
 def eight_billion(config: Any) -> None:
-    """Llama 3 8B's shape (arXiv 2407.21783, table 3) with a vocabulary trained on the data."""
+    """Train the shape of Llama 3 8B (arXiv 2407.21783, table 3) with a vocabulary learned from the data."""
     _select(
         config,
         vocab_size=128_256,
@@ -165,41 +155,37 @@ def eight_billion(config: Any) -> None:
         remat="full",
         z_loss=1e-4,
     )
-    config.optimizer = base.component(SHAMPOO, block_size=2_048, interval=50, weight_decay=0.1)
+    config.optimizer = base.component(base.SHAMPOO, block_size=2_048, interval=50, weight_decay=0.1)
     config.duration = "160e9 tokens"
     config.batch_size = 1_024
-    config.microbatches = 4  # the logits of a whole batch would take 17 GB of each chip
+    config.microbatches = 4  # the logits of a whole batch would take 17 GB per chip
     config.mesh.fsdp = 32
     config.mesh.tensor = 4
-    config.schedule.learning_rate = 3e-4
-    config.schedule.warmup = "2_000 steps"
-    config.schedule.final_fraction = 0.1
-    config.gradient_clip = 1.0
-    _pace(config)
+    _large_run(config, learning_rate=3e-4, warmup="2_000 steps")
 
 
 def mixture(config: Any) -> None:
-    """1b with 16 experts in place of each MLP, one to a chip of each group of 16."""
+    """Train 1b with 16 experts in place of each MLP, one per chip of each group of 16."""
     one_billion(config)
     config.task.experts = 16
     config.task.experts_per_token = 2
-    config.task.expert_group = 512  # the products that send tokens grow with it: 8 % of the experts' own
+    config.task.expert_group = 512  # the cost of dispatch grows with it; here 8 % of the experts' cost
     config.mesh.expert = 16
 
 
 def long(config: Any) -> None:
-    """1b on rows of 65,536 tokens, each row shared by 16 chips; a batch has as many tokens as 1b's."""
+    """Continue 1b on rows of 65,536 tokens, each split over 16 chips; a batch has as many tokens as in 1b."""
     one_billion(config)
     config.data.source = "tfds:pg19:0.1.1"
     config.data.text_key = "book_text"
     config.data.shard_size = 500  # books are long: about 200 MB of rows
     config.data.sequence_length = 65_536
-    config.task.rope_theta = 500_000.0  # Llama 3's (arXiv 2407.21783, section 3.2)
+    config.task.rope_theta = 500_000.0  # as in Llama 3 (arXiv 2407.21783, section 3.2)
     config.task.attention_block = 512
     config.duration = "2.5e9 tokens"
     config.batch_size = 16
     config.mesh.sequence = 16
-    # Chips that share a row share the parameters too, as those do that have different rows.
+    # Chips that share a row also share the parameters.
     config.sharding_rules = (("embed", ("fsdp", "sequence")), *config.sharding_rules)
     config.schedule.learning_rate = 1e-4
     config.schedule.warmup = "100 steps"
@@ -221,34 +207,30 @@ VARIANTS = {
 
 
 def get_config(variant: str = "sample") -> Any:
-    """One of `VARIANTS`."""
-    config = base.get_config()
-    VARIANTS[variant](config)
-    return config
+    """Return the config of a variant."""
+    return base.of_variant(VARIANTS, variant)
 
 
-def _select(config: Any, *, vocab_size: int, source: str, sequence_length: int, **model: Any) -> None:
-    """The task and its data, which share one vocabulary: an override of either size moves both."""
-    config.task = base.component("shampax.models.lm:LMTask", vocab_size=vocab_size, **model)
-    config.data = base.component(
-        "shampax.framework.data.text:TextData",
-        source=source,
-        sequence_length=sequence_length,
-        vocab_size=config.task.get_ref("vocab_size"),
+def _select(config: Any, *, source: str, sequence_length: int, **model: Any) -> None:
+    base.select(
+        config,
+        ("shampax.models.lm:LMTask", model),
+        ("shampax.framework.data.text:TextData", {"source": source, "sequence_length": sequence_length}),
+        shared="vocab_size",
     )
 
 
-def _of_the_family(config: Any, treatment: str) -> None:
-    """`sample` with another preconditioner on everything but embeddings."""
+def _with_treatment(config: Any, treatment: str) -> None:
+    """Set `sample` with another preconditioner on everything but embeddings."""
     sample(config)
     config.optimizer.treatments = tuple(
         (pattern, treatment if text == "shampoo" else text) for pattern, text in config.optimizer.treatments
     )
 
 
-def _pace(config: Any) -> None:
-    """Pauses fit for runs of days."""
-    config.log.every = "50 steps"
-    config.evaluation.every = "1_000 steps"
-    config.evaluation.batches = 32
-    config.checkpoint.every = "1_000 steps"
+def _large_run(config: Any, *, learning_rate: float, warmup: str) -> None:
+    config.schedule.learning_rate = learning_rate
+    config.schedule.warmup = warmup
+    config.schedule.final_fraction = 0.1
+    config.gradient_clip = 1.0
+    base.pace(config, evaluate="1_000 steps", save="1_000 steps", batches=32)

@@ -787,9 +787,9 @@ CONFIGS = (
     ),
     Mutant(
         "vocabulary-in-two-places",
-        "configs/lm.py",
-        'vocab_size=config.task.get_ref("vocab_size"),',
-        "vocab_size=vocab_size,",
+        "configs/base.py",
+        "**{shared: config.task.get_ref(shared)}",
+        "**{shared: config.task[shared]}",
         "An override of task.vocab_size leaves the data as they are, and tokens beyond it read the last row.",
         ("tests/framework/config/test_config.py::test_shipped_configs_can_be_built",),
     ),
