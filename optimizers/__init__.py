@@ -1,7 +1,7 @@
 """Distributed Shampoo and its parts, usable with plain optax by people who never see the trainer."""
 
-from .options import ShampooOptions, Treatment
-from .shampoo import DistributedShampoo, distributed_shampoo
+from .options import Treatment
+from .shampoo import DistributedShampoo, ShampooOptions, distributed_shampoo
 from .state import ShampooState
 
 __all__ = ["DistributedShampoo", "ShampooOptions", "ShampooState", "Treatment", "distributed_shampoo"]

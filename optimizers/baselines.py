@@ -10,9 +10,10 @@ import optax
 import optax.contrib
 from optax.contrib import MuonDimensionNumbers
 
-from .options import DIAGONAL_KINDS, ShampooOptions, Treatment
+from .options import DIAGONAL_KINDS, Treatment
 from .plan import patterns
 from .plan.views import matrix_axes, names_by_path
+from .shampoo import ShampooOptions
 from .update import decay
 
 NO_DECAY = ShampooOptions.decay_rules

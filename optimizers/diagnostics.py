@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from .kept import NO_GRADIENT
-from .options import ShampooOptions
+from .options import Options
 from .state import ShampooState
 
 
-def diagnose(state: ShampooState, options: ShampooOptions) -> dict[str, jax.Array]:
+def diagnose(state: ShampooState, options: Options) -> dict[str, jax.Array]:
     """Return scalars about the state: `refreshes`, the accepted refreshes of all blocks, and for every bucket
 
     residual and condition: the largest over its blocks with roots.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .linalg.symmetric import packed_shape, unpack
-from .options import ShampooOptions
+from .options import Options
 from .plan.blocks import Bucket
 from .preconditioners import PRECONDITIONERS, Preconditioner
 from .preconditioners.base import Blocks
@@ -46,7 +46,7 @@ class Roots(NamedTuple):
     refreshes: jax.Array
 
 
-def initial_roots(bucket: Bucket, slots: int, options: ShampooOptions) -> Roots:
+def initial_roots(bucket: Bucket, slots: int, options: Options) -> Roots:
     """Return the state before the first gradient."""
     lengths = [bucket.shape[side] for side in bucket.sides]
     return Roots(
@@ -78,7 +78,7 @@ def factors(kept: Sequence[jax.Array]) -> list[jax.Array]:
     return [x.astype(jnp.float32) for x in kept]
 
 
-def grafted(bucket: Bucket, options: ShampooOptions) -> bool:
+def grafted(bucket: Bucket, options: Options) -> bool:
     """Whether the updates of a bucket's blocks get the norm of the graft's."""
     return options.graft != "none" and preconditioner_of(bucket).grafts
 
@@ -96,7 +96,7 @@ def blocks_of(roots: Roots, bucket: Bucket, sizes: jax.Array) -> Blocks:
     )
 
 
-def usable(roots: Roots, bucket: Bucket, options: ShampooOptions, step: jax.Array) -> jax.Array:
+def usable(roots: Roots, bucket: Bucket, options: Options, step: jax.Array) -> jax.Array:
     """[n] whether a block acts by its preconditioner on a step; otherwise it acts by the graft method."""
     always = jnp.ones_like(roots.refreshed, dtype=bool)
     if not preconditioner_of(bucket).grafts:

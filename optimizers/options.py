@@ -8,9 +8,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import optax
-
 from .linalg.roots import SOLVERS
 from .preconditioners import PRECONDITIONERS, Preconditioner
 from .preconditioners.muon import POLYNOMIALS
@@ -162,7 +159,7 @@ OVERRIDABLE = ("view", "block_size", "exponent", "ridge", "cut", "beta2")
 
 
 @dataclasses.dataclass(frozen=True)
-class ShampooOptions:
+class Options:
     """Options of Distributed Shampoo; a user who sets only the learning rate gets the measured defaults.
 
     The comment beside each attribute describes it; docs/optimizer.md gives formulas and the peers' names.
@@ -349,16 +346,3 @@ class ShampooOptions:
                 f"beta2 1.0 sums second moments but graft {self.graft!r} averages them; use graft 'adagrad'"
             )
         return rule
-
-    def build(
-        self,
-        learning_rate: float | optax.Schedule,
-        *,
-        mesh: jax.sharding.Mesh | None = None,
-        axis_names: Any = None,
-        param_specs: Any = None,
-    ) -> optax.GradientTransformation:
-        """The optimizer; see `distributed_shampoo`."""
-        from .shampoo import distributed_shampoo
-
-        return distributed_shampoo(learning_rate, self, mesh=mesh, axis_names=axis_names, param_specs=param_specs)

@@ -10,6 +10,7 @@ For Shampoo itself, after Anil, Gupta, Koren, Regan and Singer, "Scalable Second
     for the blocks that are due: new roots of L and R, used from the next step on
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from .exchange import Owners
 from .host.parcels import Parcels
 from .host.service import Event, HostRoots
 from .kept import Roots, blocks_of, grafted, preconditioner_of, usable
-from .options import ShampooOptions
+from .options import Options
 from .plan import patterns
 from .plan.blocks import Bucket, Plan, make_plan
 from .refresh import schedule
@@ -48,6 +49,22 @@ class _Tables(NamedTuple):
     due: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class ShampooOptions(Options):
+    """Options of Distributed Shampoo, as a config names them; the fields and their defaults are those of `Options`."""
+
+    def build(
+        self,
+        learning_rate: float | optax.Schedule,
+        *,
+        mesh: Mesh | None = None,
+        axis_names: Any = None,
+        param_specs: Any = None,
+    ) -> "DistributedShampoo":
+        """Return the optimizer; see `distributed_shampoo`."""
+        return distributed_shampoo(learning_rate, self, mesh=mesh, axis_names=axis_names, param_specs=param_specs)
+
+
 class DistributedShampoo(optax.GradientTransformation):
     """What `distributed_shampoo` returns: optax's (init, update), and what a trainer wants to know.
 
@@ -60,14 +77,14 @@ class DistributedShampoo(optax.GradientTransformation):
     """
 
     learning_rate: float | optax.Schedule
-    options: ShampooOptions
+    options: Options
     owners: Owners
     axis_names: Any
     param_specs: Any
     _plans: dict[Any, Plan]
     _parcels: dict[int, Parcels]
 
-    def __new__(cls, learning_rate, options: ShampooOptions, mesh: Mesh | None, axis_names: Any, param_specs: Any):
+    def __new__(cls, learning_rate, options: Options, mesh: Mesh | None, axis_names: Any, param_specs: Any):
         """A NamedTuple, as optax has it, with attributes beside its two functions."""
         self = super().__new__(  # type: ignore
             cls,
@@ -388,7 +405,7 @@ def _reciprocal(x: jax.Array) -> jax.Array:
 
 def distributed_shampoo(
     learning_rate: float | optax.Schedule,
-    options: ShampooOptions | None = None,
+    options: Options | None = None,
     *,
     mesh: Mesh | None = None,
     axis_names: Any = None,

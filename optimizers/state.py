@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from .exchange import Owners
 from .host.in_flight import InFlight, in_flight_spec
 from .kept import Roots, initial_roots, preconditioner_of
-from .options import ShampooOptions
+from .options import Options
 from .plan import patterns
 from .plan.blocks import Bucket, Plan
 from .update import moments
@@ -68,7 +68,7 @@ class Layout:
       options: decide which arrays there are.
     """
 
-    def __init__(self, plan: Plan, owners: Owners, options: ShampooOptions):
+    def __init__(self, plan: Plan, owners: Owners, options: Options):
         self.plan = plan
         self.owners = owners
         self.options = options

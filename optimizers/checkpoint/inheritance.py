@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..kept import NO_GRADIENT
-from ..options import ShampooOptions
+from ..options import Options
 from ..plan.blocks import Bucket, DiagonalLeaf, Leaf, Plan
 from ..plan.patterns import state_key
 from ..preconditioners import PRECONDITIONERS
@@ -75,7 +75,7 @@ class Inheritance:
     def __init__(
         self,
         plan: Plan,
-        options: ShampooOptions,
+        options: Options,
         manifest: Any,
         shapes: Mapping[str, tuple[int, ...]],
         renamed: Callable[[str], str] = lambda path: path,

@@ -14,7 +14,7 @@ import numpy as np
 from ..host.in_flight import InFlight
 from ..kept import Roots
 from ..linalg.symmetric import packed_shape
-from ..options import ShampooOptions
+from ..options import Options
 from ..plan.blocks import Bucket, Leaf, Plan
 from ..plan.patterns import state_key
 from ..plan.views import View
@@ -27,7 +27,7 @@ ELEMENTWISE = {MOMENTUM: "momentum", SECOND_MOMENT: "second moment", GATHERED: "
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def describe(plan: Plan, options: ShampooOptions) -> dict[str, Any]:
+def describe(plan: Plan, options: Options) -> dict[str, Any]:
     """The manifest of a state, as JSON: what `SavedBlocks.read` reads."""
     return {
         "momentum": options.momentum,

@@ -16,7 +16,7 @@ from jax import lax
 from ..exchange import Owners
 from ..kept import Roots
 from ..linalg.roots import RootResult
-from ..options import ShampooOptions
+from ..options import Options
 from ..plan.blocks import Bucket
 from ..refresh import schedule
 from ..refresh.refresh import install
@@ -32,7 +32,7 @@ class Parcels:
       options: the schedule.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], owners: Owners, options: ShampooOptions):
+    def __init__(self, buckets: Sequence[Bucket], owners: Owners, options: Options):
         self.buckets = [bucket for bucket in buckets if bucket.sides]
         self.owners = owners
         self._options = options

@@ -29,7 +29,7 @@ import threadpoolctl
 from jax.sharding import PartitionSpec
 
 from ..kept import preconditioner_of, statistics_of
-from ..options import ShampooOptions
+from ..options import Options
 from ..plan.blocks import Bucket
 from ..refresh import schedule
 from .in_flight import InFlight, empty_bank, recalled, store
@@ -117,7 +117,7 @@ class HostRoots:
       events: where to note a timeline, if anywhere.
     """
 
-    def __init__(self, parcels: Parcels, options: ShampooOptions, events: list[Event] | None = None):
+    def __init__(self, parcels: Parcels, options: Options, events: list[Event] | None = None):
         self._parcels = parcels
         self._options = options
         self._events = events

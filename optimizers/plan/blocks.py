@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..options import Rule, ShampooOptions, Treatment
+from ..options import Options, Rule, Treatment
 from ..preconditioners import PRECONDITIONERS
 from . import patterns
 from .assignment import assign_owners
@@ -219,7 +219,7 @@ def cut(side: int, block_size: int) -> tuple[int, int]:
     return pieces, min(math.ceil(length / granule) * granule, block_size)
 
 
-def make_plan(params: Any, axis_names: Any, param_specs: Any, options: ShampooOptions, mesh: Mapping[str, int]) -> Plan:
+def make_plan(params: Any, axis_names: Any, param_specs: Any, options: Options, mesh: Mapping[str, int]) -> Plan:
     """Decide the treatment of every parameter, gather blocks into buckets and share them out.
 
     Args:
@@ -265,7 +265,7 @@ def make_plan(params: Any, axis_names: Any, param_specs: Any, options: ShampooOp
 
 
 def _view(
-    shape: tuple[int, ...], names: tuple[str | None, ...] | None, rule: Rule, options: ShampooOptions
+    shape: tuple[int, ...], names: tuple[str | None, ...] | None, rule: Rule, options: Options
 ) -> tuple[View, tuple[int, ...]]:
     """The parameter's view and which of its sides are preconditioned."""
     stack = min(rule.stack, len(shape))
@@ -282,9 +282,7 @@ def _view(
     return view, (view.sides.index(tuple(left if rule.side == "left" else right)),)
 
 
-def _buckets(
-    grouped: Mapping[Group, list[Leaf]], owners: int, phases: int, options: ShampooOptions
-) -> tuple[Bucket, ...]:
+def _buckets(grouped: Mapping[Group, list[Leaf]], owners: int, phases: int, options: Options) -> tuple[Bucket, ...]:
     groups = sorted(grouped, key=dataclasses.astuple)
     counts = [sum(leaf.blocks for leaf in grouped[group]) for group in groups]
     bucket = np.repeat(np.arange(len(groups)), counts)
@@ -314,7 +312,7 @@ def _title(group: Group) -> str:
     return f"{lengths} {PRECONDITIONERS[group.preconditioner].title(group.p)}"
 
 
-def _name(group: Group, options: ShampooOptions) -> str:
+def _name(group: Group, options: Options) -> str:
     """A key for the state: letters, digits, dots, dashes, underscores."""
     sides = "all" if len(group.sides) == len(group.shape) else "side" + "".join(map(str, group.sides))
     parts = ["x".join(map(str, group.shape)), sides, f"p{group.p}"]

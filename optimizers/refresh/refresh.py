@@ -10,7 +10,7 @@ from jax import lax
 from ..kept import NO_GRADIENT, Roots, blocks_of, factors, preconditioner_of, rows, statistics_of
 from ..linalg.roots import RootResult
 from ..linalg.symmetric import pack
-from ..options import ShampooOptions
+from ..options import Options
 from ..plan.blocks import Bucket
 from ..update.moments import correction
 
@@ -62,7 +62,7 @@ def _power(exponent: jax.Array) -> jax.Array:
 
 
 def refresh(
-    roots: dict[str, Roots], due: dict[str, Due], buckets: Sequence[Bucket], options: ShampooOptions, *, step: jax.Array
+    roots: dict[str, Roots], due: dict[str, Due], buckets: Sequence[Bucket], options: Options, *, step: jax.Array
 ) -> dict[str, Roots]:
     """Solve for the due blocks of one device and install the factors that are accepted.
 

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from ..options import ShampooOptions
+from ..options import Options
 
 
-def due_phases(step: jax.Array, options: ShampooOptions) -> tuple[jax.Array, jax.Array]:
+def due_phases(step: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
     """(first, count): the phases first, first + 1, ... first + count - 1, modulo the interval, are due on this step.
 
     On a step whose interval is k, interval / k phases are due, so that every block is refreshed once in k steps. With
@@ -28,11 +28,11 @@ def due_phases(step: jax.Array, options: ShampooOptions) -> tuple[jax.Array, jax
     return first % options.interval, count
 
 
-def phases_due(step: int, options: ShampooOptions) -> int:
+def phases_due(step: int, options: Options) -> int:
     """The count of `due_phases`, on the host."""
     interval = next((interval for last, interval in options.early_intervals if step <= last), options.interval)
     return options.interval // interval if step >= _first_due(options) else 0
 
 
-def _first_due(options: ShampooOptions) -> int:
+def _first_due(options: Options) -> int:
     return options.start_step - options.interval - (options.delay if options.refresh == "host" else 0)

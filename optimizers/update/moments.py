@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..options import ShampooOptions
+from ..options import Options
 from .grafting import DIAGONALS
 
 
@@ -19,7 +19,7 @@ class Moments(NamedTuple):
     second_moment: jax.Array | None
 
 
-def initial_moments(shape: tuple[int, ...], options: ShampooOptions, *, grafts: bool = True) -> Moments:
+def initial_moments(shape: tuple[int, ...], options: Options, *, grafts: bool = True) -> Moments:
     """Zeros for an array of a shape; no second moment where the diagonal method is never used (`grafts` is False)."""
     return Moments(
         jnp.zeros(shape, options.momentum_dtype) if options.beta1 else None,
@@ -32,7 +32,7 @@ def initial_row_moments(shape: tuple[int, ...]) -> Moments:
     return Moments(None, jnp.zeros(shape[:-1], jnp.float32))
 
 
-def correction(beta: float, count: jax.Array, options: ShampooOptions) -> jax.Array:
+def correction(beta: float, count: jax.Array, options: Options) -> jax.Array:
     """Divisor that makes an average of `count` terms, begun at zero, unbiased; 1 for sums and without correction."""
     if beta == 1 or not options.bias_correction:
         return jnp.float32(1)
@@ -40,7 +40,7 @@ def correction(beta: float, count: jax.Array, options: ShampooOptions) -> jax.Ar
 
 
 def advance(
-    moments: Moments, g: jax.Array, step: jax.Array, beta2: float, options: ShampooOptions
+    moments: Moments, g: jax.Array, step: jax.Array, beta2: float, options: Options
 ) -> tuple[Moments, jax.Array, jax.Array]:
     """(new moments, the momentum to act on, the diagonal method's direction; 0 where it has no second moment).
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ..exchange import Owners
 from ..kept import grafted
-from ..options import ShampooOptions
+from ..options import Options
 from ..plan.blocks import Bucket
 
 
@@ -49,7 +49,7 @@ def factors(
     matrix_of_slot: dict[str, jax.Array],
     buckets: Sequence[Bucket],
     owners: Owners,
-    options: ShampooOptions,
+    options: Options,
     exponent: jax.Array | int,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """What each block's direction is to be multiplied by: (with its roots, by the graft method), each [slots].

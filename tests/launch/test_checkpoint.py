@@ -35,7 +35,7 @@ from shampax.launch.checkpoint import main
 from shampax.optimizers import ShampooOptions
 from shampax.optimizers.checkpoint.inheritance import Made
 
-SHAMPOO = "shampax.optimizers.options:ShampooOptions"
+SHAMPOO = "shampax.optimizers.shampoo:ShampooOptions"
 OPTIONS = {"block_size": 8, "interval": 3, "refresh": "host"}
 BUCKET = "opt_state/buckets/8x8_all_p2"
 

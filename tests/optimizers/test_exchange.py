@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from shampax.optimizers import ShampooOptions
 from shampax.optimizers.exchange import Owners
-from shampax.optimizers.options import ShampooOptions
 from shampax.optimizers.plan.blocks import make_plan
 
 # A bucket mixes parameters that are cut into other tiles: replicated, sharded along either side, a stack or a fold.

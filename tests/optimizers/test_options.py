@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from shampax.framework.base.errors import UserError
 from shampax.framework.config import overrides
 from shampax.framework.config.components import build, component
-from shampax.optimizers.options import ShampooOptions, Treatment
+from shampax.optimizers import ShampooOptions, Treatment
 from shampax.optimizers.update.grafting import GRAFTS
 
 # What the expectations below depend on, whatever the defaults are.

@@ -39,7 +39,7 @@ def get_config(arg=""):
     config.task = base.component("toy:ToyTask", nan_steps=(7, 40))
     config.data = base.component("slow_toy:SlowData")
     config.optimizer = base.component(
-        "shampax.optimizers.options:ShampooOptions", block_size=8, interval=4, refresh="host", delay=2)
+        "shampax.optimizers.shampoo:ShampooOptions", block_size=8, interval=4, refresh="host", delay=2)
     config.duration = "{STEPS} steps"
     config.batch_size = 8
     config.evaluation.every = "20 steps"

@@ -10,7 +10,7 @@ from shampax.configs import base
 ADAMW = "shampax.optimizers.baselines:AdamWOptions"
 
 
-SHAMPOO = "shampax.optimizers.options:ShampooOptions"
+SHAMPOO = "shampax.optimizers.shampoo:ShampooOptions"
 
 
 TIMES = ("seconds", "throughput/steps_per_second", "throughput/tokens_per_second")

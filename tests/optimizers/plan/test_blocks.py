@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from shampax.optimizers.options import ShampooOptions
+from shampax.optimizers import ShampooOptions
 from shampax.optimizers.plan.blocks import cut, make_plan
 
 

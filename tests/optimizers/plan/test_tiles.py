@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shampax.optimizers.options import ShampooOptions
+from shampax.optimizers import ShampooOptions
 from shampax.optimizers.plan.blocks import make_plan
 from shampax.optimizers.plan.tiles import SMALLEST_TILE, from_tiles, slice_tiles, to_tiles
 

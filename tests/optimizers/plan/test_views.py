@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shampax.optimizers.options import ShampooOptions
+from shampax.optimizers import ShampooOptions
 from shampax.optimizers.plan.blocks import make_plan
 from shampax.optimizers.plan.views import matrix_view, names_by_path, tensor_view
 

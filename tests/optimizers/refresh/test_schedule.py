@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shampax.optimizers.options import ShampooOptions
+from shampax.optimizers import ShampooOptions
 from shampax.optimizers.refresh.schedule import due_phases
 
 STEPS = 160
