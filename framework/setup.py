@@ -209,37 +209,46 @@ def claim(plan: Plan) -> None:
     startup.show_takeover(plan.taken, workdir)
 
 
-def first_state(plan: Plan, watch: Watchdog) -> tuple[TrainState, float]:
-    """Return the state that training starts from, and the seconds that reading the checkpoint took."""
-    watch.at("reading the checkpoint" if plan.taken.path else "initialising", plan.record.step)
+def start(plan: Plan, watch: Watchdog) -> tuple[Steps, TrainState, float]:
+    """Compile all functions of the run and, at the same time, compute or restore the first state.
+
+    All functions are compiled here, so that none of them can fail or stall in the middle of the run.
+
+    Returns:
+      The compiled functions, the state, and the seconds that reading the checkpoint took.
+    """
+    console.say("compiling the train step ...")
+    watch.at("compiling", plan.record.step)
+    lowered = _lower(plan)
+    with ThreadPoolExecutor(thread_name_prefix="compiling") as threads:
+        compiling = {name: threads.submit(each.compile) for name, each in lowered.items()}
+        state, seconds = _first_state(plan)
+        steps = Steps(**{"predict": None, **{name: each.result() for name, each in compiling.items()}})
+    return steps, state, seconds
+
+
+def _lower(plan: Plan) -> dict[str, jax.stages.Lowered]:
+    """Trace the functions of the run, by their names in `Steps`."""
+    request, (tx, abstract, train_step) = plan.request, plan.assembly
+    task, mesh, microbatches, batch = request.task, request.mesh, request.config.microbatches, plan.feed.batch_spec
+    with refusals.of(task):
+        lowered = {
+            "train": train_step.lower(abstract, batch),
+            "diagnose": make_diagnosis(tx, abstract, mesh).lower(abstract.opt_state),
+            "evaluate": make_eval_step(task, abstract, mesh, microbatches).lower(abstract.variables, batch),
+        }
+        if judge := judge_of(task):
+            predict = make_predict_step(judge, abstract, mesh, microbatches)
+            lowered["predict"] = predict.lower(abstract.variables, batch)
+    return lowered
+
+
+def _first_state(plan: Plan) -> tuple[TrainState, float]:
     request, (tx, abstract, _) = plan.request, plan.assembly
     fresh = initial_arrays(request.task, tx, plan.feed.batch_spec, abstract, request.config.seed, plan.taken.fresh)
     begun = time.perf_counter()
     state = jax.block_until_ready(plan.taken.state(fresh))
     return state, time.perf_counter() - begun
-
-
-def compile_steps(plan: Plan, watch: Watchdog) -> Steps:
-    """Compile all functions of the run, so that none of them can fail or stall in the middle of it."""
-    console.say("compiling the train step ...")
-    watch.at("compiling", plan.record.step)
-    request, (tx, abstract, train_step) = plan.request, plan.assembly
-    batch, judge = plan.feed.batch_spec, judge_of(request.task)
-    microbatches = request.config.microbatches
-    with refusals.of(request.task):
-        lowered = {
-            "train": train_step.lower(abstract, batch),
-            "diagnose": make_diagnosis(tx, abstract, request.mesh).lower(abstract.opt_state),
-            "evaluate": make_eval_step(request.task, abstract, request.mesh, microbatches).lower(
-                abstract.variables, batch
-            ),
-        }
-        if judge:
-            predict = make_predict_step(judge, abstract, request.mesh, microbatches)
-            lowered["predict"] = predict.lower(abstract.variables, batch)
-    with ThreadPoolExecutor(thread_name_prefix="compiling") as threads:
-        compiled = dict(zip(lowered, threads.map(lambda each: each.compile(), lowered.values()), strict=True))
-    return Steps(**{"predict": None, **compiled})
 
 
 def _absolute(workdir: str | Path) -> Path:

@@ -45,8 +45,8 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             request.profile_steps, request.workdir, watch, begin=plan.record.step, total_steps=plan.total_steps
         )
         setup.claim(plan)
-        state, seconds_reading = setup.first_state(plan, watch)
-        run = Run(plan, setup.compile_steps(plan, watch), state, watch)
+        steps, state, seconds_reading = setup.start(plan, watch)
+        run = Run(plan, steps, state, watch)
         del state
         if plan.taken.path is not None:
             run.saver.note_restored(plan.taken.path, seconds_reading)
