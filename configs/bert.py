@@ -25,10 +25,8 @@ paper, paper_512: BERT-large, 335 M parameters, in two phases, for a v5e slice o
   state and step. The position table has 512 entries from the start. The second phase warms up again
   (`schedule.begin`).
 
-  The graft is "adam_normalized", over each layer's matrix: as with LAMB, a layer's update does not depend on the scale
-  of its gradients. Anil et al. (arXiv 2002.09018) graft LAMB's length, which depends on the weights; no graft here
-  does. The rate is therefore Adam's, BERT's 1e-4 for 256 rows times the square root of the batch's growth, and not
-  tuned.
+  The rate is BERT's 1e-4 for 256 rows times the square root of the batch's growth, and not tuned: the graft
+  "adam_normalized" keeps Adam's rates (docs/workloads/bert.md).
 
 base, paper and paper_512 read `wikipedia/20230601.en:1.0.0` and hold out its last hundredth of articles. The
 BooksCorpus, on which the published models were also trained, is not distributed. Run the command in every host of the

@@ -22,7 +22,6 @@ _OTHER_FAILED = 75  # exit code of a process that ends because another process o
 _SETTLING_SECONDS = 1.0  # processes that fail for one reason also end each other; collect their codes meanwhile
 _OUTPUT_SECONDS = 5.0  # for the last lines of ended processes
 _PR_SET_PDEATHSIG = 1
-_COLOURS = (36, 33, 35, 32, 34, 31, 96, 93, 95, 92, 94, 91)  # readable on black and on white terminals
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -88,7 +87,7 @@ class Gang:
                 self._processes.append(process)
                 label = f"[{index:>{len(str(len(environments) - 1))}}]"
                 for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
-                    relays.append(_in_background(_relay, source, target, _coloured(label, index, target)))
+                    relays.append(_in_background(_relay, source, target, label))
                 _in_background(self._report_end, index, process)
             return self._wait()
         finally:
@@ -170,13 +169,6 @@ def _relay(source: IO[bytes], target: Any, label: str) -> None:
             with _output, contextlib.suppress(OSError, ValueError):
                 target.write(text)
                 target.flush()
-
-
-def _coloured(label: str, index: int, target: Any) -> str:
-    """Colour the label on a terminal, unless the user has opted out (https://no-color.org)."""
-    if not target.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-        return label
-    return f"\033[{_COLOURS[index % len(_COLOURS)]}m{label}\033[0m"
 
 
 def _in_background(work: Any, *arguments: Any) -> threading.Thread:

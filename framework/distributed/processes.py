@@ -102,7 +102,7 @@ class Group:
         with self._lock:
             for connection in self._connections.values():
                 wire.keep_alive(connection, death_seconds)
-        import jax
+        import jax  # not at the top: processes connect, and hear of failures, while it loads
 
         host = wire.bracketed(place.host)
         jax.distributed.initialize(

@@ -1,4 +1,3 @@
-import io
 import os
 import pathlib
 import re
@@ -15,7 +14,6 @@ from workdirs import history
 
 from shampax.framework.config.check import load
 from shampax.framework.train import train
-from shampax.launch import gang
 from shampax.launch.local import main
 
 CONFIG = pathlib.Path(__file__).parents[1] / "support" / "toy_many.py"
@@ -203,19 +201,6 @@ note(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid
 """)
     assert local(*command)[0] == 0
     assert gone([notes[1] for notes in told(tmp_path, 2).values()])
-
-
-def test_only_a_terminal_that_wants_colour_gets_it(monkeypatch):
-    class Terminal:
-        def isatty(self):
-            return True
-
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    assert gang._coloured("[1]", 1, Terminal()) == "\033[33m[1]\033[0m"
-    assert gang._coloured("[1]", 1, io.StringIO()) == "[1]"
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert gang._coloured("[1]", 1, Terminal()) == "[1]"
 
 
 SMALL_LM = (
