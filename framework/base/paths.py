@@ -1,4 +1,4 @@
-"""Paths that users give: of this machine's file system, or gs:// and other buckets through etils.epath."""
+"""Handle paths that users give: local ones, and gs:// and other buckets through etils.epath."""
 
 import os
 
@@ -8,13 +8,13 @@ from .errors import UserError
 
 
 def of(text: str | os.PathLike[str]) -> epath.Path:
-    """A path with ~ expanded; a local one is made absolute, so that it means the same in every process."""
+    """Return a path with ~ expanded; a local one is made absolute, so that all processes mean the same."""
     path = epath.Path(text)
     return epath.Path(os.path.abspath(os.path.expanduser(os.fspath(path)))) if is_local(path) else path
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
-    """Whether a path lies in this machine's file system."""
+    """Return whether a path is in this machine's file system, not in a bucket."""
     return "://" not in os.fspath(path)
 
 
@@ -28,7 +28,7 @@ def refuse_bucket(what: str, path: str | os.PathLike[str]) -> None:
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Put text at `path`; a reader sees all of it or nothing. In a bucket an object appears whole anyway."""
+    """Write text to `path` so that readers see all of it or nothing, as they always do in a bucket."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not is_local(path):
         path.write_text(text)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _PLAIN = (str, int, float, bool, type(None))
-_WORDS = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*,?")
+_WORDS = re.compile(r"([\w.]+(\s*,\s*[\w.]+)*,?)?")
 _LITERAL_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)  # as documented by ast
 
 

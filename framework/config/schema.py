@@ -56,9 +56,9 @@ def get_config() -> Any:
     config.microbatches = 1  # split each batch into this many parts and accumulate gradients, to save memory
 
     # Components: base.component("package.module:Class", field=value, ...)
-    config.task = ConfigDict({"name": ""})  # the model with its loss and metrics
-    config.data = ConfigDict({"name": ""})  # the data set
-    config.optimizer = ConfigDict({"name": ""})  # the optimizer
+    config.task = ConfigDict({"name": ""})  # import string of the model with its loss and metrics
+    config.data = ConfigDict({"name": ""})  # import string of the data set
+    config.optimizer = ConfigDict({"name": ""})  # import string of the optimizer
 
     config.schedule = ConfigDict()
     config.schedule.learning_rate = 1e-3  # peak learning rate

@@ -17,7 +17,7 @@ from shampax.framework.train import train
 from shampax.launch.local import main
 
 CONFIG = pathlib.Path(__file__).parents[1] / "support" / "toy_many.py"
-# What a process of these tests does: each writes its number to a file, and what it has got to the end of it.
+# Program of the processes in these tests: each writes its process id, and its notes, to a file.
 PROGRAM = """
 import os, pathlib, signal, subprocess, sys, time
 index = os.environ["JAX_PROCESS_ID"]
@@ -31,7 +31,7 @@ note(os.getpid())
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """Makes a module of a program; returns what to type for it, a folder for notes included."""
+    """Return a function that makes a module of a program and returns its command line."""
     (tmp_path / "told").mkdir()
     (tmp_path / "noting").mkdir()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
@@ -44,7 +44,7 @@ def module(tmp_path, monkeypatch):
 
 
 def told(tmp_path, processes):
-    """The notes of all processes, once each has made one: {index: lines}."""
+    """Return the notes of all processes, once each has written one: {index: lines}."""
     end = time.monotonic() + 30
     while time.monotonic() < end:
         notes = {path.name: path.read_text().split() for path in (tmp_path / "told").iterdir()}
@@ -60,7 +60,7 @@ def launched(*arguments):
 
 
 def local(*arguments, timeout=60):
-    """Exit code, stdout and stderr of the launcher, which forks: not in this process, where JAX has threads."""
+    """Return exit code, stdout and stderr of the launcher. It forks, so it needs a process without JAX's threads."""
     process = launched(*arguments)
     try:
         out, err = process.communicate(timeout=timeout)
@@ -103,7 +103,7 @@ def test_numbers_that_make_no_sense_are_refused(wrong, capsys):
 
 
 def test_one_that_fails_ends_all_and_its_code_is_the_answer(module, tmp_path, monkeypatch):
-    """Faults: the others go on for ever; one that does not listen to SIGTERM does; another's code is returned."""
+    """Faults: the others run forever, or the one that ignores SIGTERM does; the code of another is returned."""
     monkeypatch.delenv("NPROC")
     command = module("""
 if index == "1":
@@ -128,7 +128,7 @@ time.sleep(60)
 
 
 def test_who_ends_because_another_has_failed_is_not_the_first_that_failed(module):
-    """Fault: the answer is 75, which says no more than that somebody should be asked."""
+    """Fault: the answer is 75, which only says that another process failed."""
     command = module("""
 if index == "1":
     note("failing")
@@ -161,7 +161,7 @@ def test_what_is_refused_is_not_started_again(module, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_all_once_and_they_may_take_their_time(number, module, tmp_path):
-    """Faults: who is slower is asked a second time, or killed, when the first has ended; all start again."""
+    """Faults: the slower process is signalled again, or killed, when the first has ended; all restart."""
     command = module("""
 import threading
 stop = threading.Event()
@@ -187,7 +187,7 @@ sys.exit(128 + int(notes.read_text().split()[2]))
 
 
 def test_nobody_is_left_when_the_launcher_is_killed(module, tmp_path):
-    """Faults: orphans go on training, and their workdir is in use for ever."""
+    """Faults: orphans continue to train and keep their workdir locked."""
     with launched(*module("time.sleep(60)")) as process:
         pids = [notes[0] for notes in told(tmp_path, 2).values()]
         process.kill()
@@ -226,7 +226,7 @@ SMALL_LM = (
 
 @pytest.mark.slow
 def test_two_processes_of_two_devices_train_as_one_of_four(tmp_path):
-    """Fault: what is trained depends on how devices are shared among processes, be it in the last bit."""
+    """Fault: the losses depend on the division of devices over processes, even in the last bit."""
     sample = "shampax/configs/lm.py:sample"
     for processes in (2, 1):
         command = ["train", f"--config={sample}", f"--workdir={tmp_path / str(processes)}"]
@@ -244,7 +244,7 @@ def test_two_processes_of_two_devices_train_as_one_of_four(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_starts_again_and_ends_as_one_that_is_not(tmp_path, monkeypatch):
-    """Fault: a kill costs the run, or some of its bits."""
+    """Fault: a kill ends the run or changes its bits."""
 
     def command(workdir):
         knobs = ["--config.duration=40 steps", "--config.data.row_seconds=0.02"]

@@ -1,4 +1,4 @@
-"""Real processes that form one job over loopback."""
+"""Start processes that form one job over loopback."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ if int(count) > 1:
 
 
 class Ended(NamedTuple):
-    """What is left of a process; `code` is None where it has not ended."""
+    """How a process ended; `code` is None if it has not."""
 
     code: int | None
     out: str
@@ -38,14 +38,14 @@ class Ended(NamedTuple):
 
 
 class Job(contextlib.ExitStack):
-    """One command in each of some processes, which find each other by the variables that `launch.train` reads.
+    """Run a command in several processes, which connect by the variables that `launch.train` reads.
 
     The processes are killed when the block ends.
 
     Args:
-      command: of all.
-      processes, devices: numbers of; simulated devices of each process.
-      variables: of the environment, besides.
+      command: command of every process.
+      processes, devices: number of processes, and of simulated devices of each.
+      variables: additional environment variables.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Job(contextlib.ExitStack):
     ):
         super().__init__()
         address = f"127.0.0.1:{free_port()}"
-        # Files, not pipes: who is not read at once must not wait.
+        # Files, not pipes, which would block a process that is not read at once.
         self._files = Path(self.enter_context(tempfile.TemporaryDirectory()))
         meeting = self._files / "meeting"
         meeting.mkdir()
@@ -75,7 +75,7 @@ class Job(contextlib.ExitStack):
             self.callback(process.kill)
 
     def wait(self) -> list[Ended]:
-        """Wait for all to end, at most `LIMIT` seconds."""
+        """Wait at most `LIMIT` seconds for all to end."""
         start = time.monotonic()
         seconds = {}
         while len(seconds) < len(self.processes) and time.monotonic() < start + LIMIT:
@@ -91,10 +91,10 @@ class Job(contextlib.ExitStack):
 
 
 def script(text: str, processes: int, **variables: str) -> Job:
-    """Processes of a run without a trainer, whose `group` is to be made and joined.
+    """Start processes of a run without a trainer; `text` makes and joins the `group`.
 
-    A failure is code 2 and its message. `text` begins in all processes at once, however long each takes to import:
-    what it waits for can be short.
+    A failure is code 2 and its message. `text` begins in all processes at once, after their imports, so its timeouts
+    can be short.
     """
     start = f"""
         import os, pathlib, sys, time
@@ -113,24 +113,25 @@ def script(text: str, processes: int, **variables: str) -> Job:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens at."""
+    """Return a free port of loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
 def run_together(script: str, *, processes: int, devices: int, arguments: Sequence[str] = ()):
-    """Run a script in each of some processes with some simulated devices each.
+    """Run a script in several processes.
 
     Args:
-      script: Python text; `jax` is imported and the job has started when it begins. `sys.argv[1:]` are `arguments`.
-      processes, devices: numbers of.
+      script: Python text; `jax` is imported and the job has started when it begins.
+      processes, devices: number of processes, and of simulated devices of each.
+      arguments: `sys.argv[1:]` of the script.
 
     Returns:
-      What each process printed, in order.
+      The output of each process.
 
     Raises:
-      AssertionError: a process failed or did not end; with what it wrote.
+      AssertionError: a process failed or did not end; the message has its output.
     """
     with Job([sys.executable, "-c", _START + script, *arguments], processes=processes, devices=devices) as job:
         ended = job.wait()

@@ -347,7 +347,7 @@ def test_differences_leave_out_what_may_change(file):
 
 
 def test_what_the_guard_lets_through_may_not_change(file):
-    """Catches a run that goes on with other rules for its steps and does not say so."""
+    """Fault: a run resumes with other rules for its steps, without a warning."""
     old = config_lib.to_json(config_lib.load(str(file)))
     knobs = ("max_consecutive_skips=3", "on_spike=skip", "spike_factor=5", "spike_window=20")
     new = config_lib.load(str(file), [f"guard.{knob}" for knob in knobs])
@@ -355,9 +355,11 @@ def test_what_the_guard_lets_through_may_not_change(file):
     assert [line.split(":")[0] for line in changed] == ["guard.on_spike", "guard.spike_factor", "guard.spike_window"]
 
 
-@pytest.mark.parametrize("given", ["duration,batch_size", "('duration', 'batch_size')", "batch_size, duration"])
+@pytest.mark.parametrize(
+    "given", ["duration,batch_size", "duration,batch_size,", "('duration', 'batch_size')", "batch_size, duration"]
+)
 def test_keys_that_may_change_are_added_to_the_built_in_ones(file, given):
-    """Fault: a list that replaces the built-in one, or is a difference of its own."""
+    """Fault: the list replaces the built-in one, or is itself a difference."""
     old = config_lib.to_json(config_lib.load(str(file)))
     new = config_lib.load(
         str(file), [f"may_change={given}", "duration=9 steps", "batch_size=64", "mesh.data=2", "seed=1"]

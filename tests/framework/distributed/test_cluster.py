@@ -1,4 +1,4 @@
-"""Environments as the documentation of each cluster has them; what a metadata server tells, from a real server."""
+"""Test environments as documented by each cluster, and metadata from an HTTP server."""
 
 import contextlib
 import http.server
@@ -82,7 +82,7 @@ EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:84", "JAX_NUM_PROCESSES": "4", 
     ],
 )
 def test_the_environment_says_which_process_of_a_run_this_is(environ, expected):
-    """Fault: a process takes itself for another one, or for a run of its own, which trains beside the others."""
+    """Fault: a process takes the number of another, or trains alone beside the others."""
     assert cluster.place(environ) == (expected and cluster.Place(*expected))
 
 
@@ -106,7 +106,7 @@ ALL_FOUR = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
     ],
 )
 def test_processes_that_share_a_machine_divide_its_devices(environ, devices):
-    """Faults: all of them take all devices of it; each takes one of several; a share of what is a share already."""
+    """Faults: each takes all devices, or one of several, or a share of its own share."""
     assert cluster.place(environ).local_devices == devices
 
 
@@ -158,7 +158,7 @@ def test_the_first_of_a_list_of_hosts(hostlist, hosts):
 
 @pytest.mark.parametrize("wrong", ["", "n[", "n[-1]x", "n[a]", ",n2", "a" * 5_000 + "["])
 def test_what_is_no_list_of_hosts(wrong):
-    """Fault: a pattern that takes for ever on long names."""
+    """Fault: a pattern with exponential time on long names."""
     with pytest.raises(UserError, match="cannot parse it"):
         cluster.first_host(wrong)
 
@@ -219,6 +219,6 @@ def test_a_tpu_machine_asks_its_metadata_server(attributes, expected, tpu):
 
 
 def test_a_metadata_server_that_does_not_answer_is_one_line(tpu):
-    """Fault: a machine of a slice trains on its own while the others wait for it."""
+    """Fault: a machine of a slice trains alone while the others wait for it."""
     with pytest.raises(UserError, match=r"cannot read agent-worker-number from .*refused"):
         cluster.place({"GCE_METADATA_HOST": "127.0.0.1:9"})

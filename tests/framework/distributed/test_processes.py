@@ -15,20 +15,20 @@ RESUME = "rerun the same command to resume from the latest checkpoint."
 
 
 def training(workdir, fault=""):
-    """Two processes of the real command."""
+    """Start the real command in two processes."""
     command = [sys.executable, "-m", "shampax.launch.train", f"--config={CONFIG}", f"--workdir={workdir}"]
     return Job(command, processes=2, devices=1, variables={"FAULT": fault})
 
 
 def step_of(workdir):
-    """The last step that the run has logged."""
+    """Return the last step that the run has logged."""
     path = workdir / "metrics.jsonl"
     complete = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
     return json.loads(complete[-1])["step"] if complete else 0
 
 
 def signalled(workdir, number, index):
-    """Send a process a signal as soon as the run has logged a step of its own; what became of the processes."""
+    """Send a signal to a process once the run has logged a new step, and return how the processes ended."""
     before = step_of(workdir)
     with training(workdir) as job:
         end = time.monotonic() + LIMIT
@@ -52,7 +52,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_that_is_stopped_and_killed_again_and_again_ends_as_one_that_is_not(whole, tmp_path):
-    """Faults: a signal stops one process alone, or at another step; a survivor hangs, or has another code."""
+    """Faults: a signal stops only one process, or at another step; a survivor hangs or has another code."""
     for number, index in ((signal.SIGTERM, 1), (signal.SIGINT, 0)):
         ended = signalled(tmp_path, number, index)
         assert [each.code for each in ended] == [128 + number] * 2
@@ -95,7 +95,7 @@ def test_what_one_process_refuses_ends_all(fault, message, tmp_path):
 
 @pytest.mark.slow
 def test_an_error_of_one_process_has_its_traceback_there_and_ends_all(tmp_path):
-    """Fault: the other waits for ever in a collective."""
+    """Fault: the other waits forever in a collective."""
     with training(tmp_path, "row 1") as job:
         ended = job.wait()
     assert [each.code for each in ended] == [75, 1]
@@ -107,7 +107,7 @@ def test_an_error_of_one_process_has_its_traceback_there_and_ends_all(tmp_path):
 
 @pytest.mark.slow
 def test_processes_agree_and_one_that_ends_early_ends_the_run():
-    """Faults: texts cut at some size, a refusal of process 0 alone; an end that waits for others for ever."""
+    """Faults: long texts are cut; only process 0 raises; a process that has finished waits forever."""
     text = """
         group = Group(place, explain)
         group.join({}, waiting_seconds=120, death_seconds=5)

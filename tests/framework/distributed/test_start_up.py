@@ -1,4 +1,4 @@
-"""Runs that cannot begin: each ends in time, in all processes, with one line that says why, and a code."""
+"""Test runs that cannot start: all processes exit in time, with one line that explains, and a code."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ CONFIG = pathlib.Path(__file__).parents[2] / "support" / "toy_many.py"
 
 
 def train(workdir, of_process_1):
-    """The real command in two processes, with one more flag in the second."""
+    """Start the real command in two processes, with an additional flag in the second."""
     program = f"""
 import os, sys
 from shampax.launch.train import main
@@ -30,7 +30,7 @@ def codes(ended):
 
 
 def test_another_config_in_one_process_is_named_by_its_key(tmp_path):
-    """Fault: the programs hang, or train something that nobody has asked for."""
+    """Fault: the programs hang, or train different things."""
     with train(tmp_path / "work", "--config.schedule.learning_rate=0.5") as job:
         ended = job.wait()
     assert codes(ended) == [2, 2]
@@ -44,7 +44,7 @@ def test_another_config_in_one_process_is_named_by_its_key(tmp_path):
 
 @pytest.mark.slow
 def test_who_has_not_come_in_time_is_named():
-    """Faults: whoever else knocks is counted; only a number of the missing is told."""
+    """Faults: a strange connection is counted as a process; the missing ones are not named."""
     text = """
         import socket
         group = Group(place, explain)
@@ -112,7 +112,7 @@ def test_another_number_of_processes_in_one_is_refused():
 
 @pytest.mark.slow
 def test_one_that_is_too_many_leaves_a_run_at_work_alone():
-    """Fault: a second launch of one process ends a run of days."""
+    """Fault: a second start of one process ends a run of days."""
     text = """
         late, working, number = place.index == 2, meeting / "working", meeting / "number"
         if late:
@@ -134,7 +134,7 @@ def test_one_that_is_too_many_leaves_a_run_at_work_alone():
 
 @pytest.mark.slow
 def test_a_port_in_use_is_told_by_process_0_and_the_others_end_in_time():
-    """Fault: the others take whoever listens there for process 0, and wait for ever."""
+    """Fault: the others take another program at that port for process 0, and wait forever."""
     with contextlib.ExitStack() as stack:
         stranger = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         port = stranger.getsockname()[1]
