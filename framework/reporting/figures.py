@@ -1,6 +1,6 @@
-"""Figures of training runs: loss against steps, time and tokens, and small panels of everything else.
+"""Draw training runs: loss against steps, time and tokens, and a small panel for each other measurement.
 
-A drawn line's gid is "key|label of its group", so that what is drawn can be read back.
+The gid of a line is "key|label of its group", so that drawings can be read back.
 """
 
 from collections.abc import Sequence
@@ -12,24 +12,23 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
-from .curves import Group, band, race
+from .curves import Group, band, last, race
 from .runs import Axis
 
 HELDOUT, TRAIN = "heldout/loss", "train/loss"
-DPI = 144
-# Okabe and Ito's colours, told apart with every common colour-vision deficiency; then again, dashed.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", ":")
-_LABEL_WIDTH = 0.1  # of "100%", as a share of the run that reaches furthest right
+_DPI = 144
+# Okabe and Ito's colours, distinct with every common colour-vision deficiency; repeated with dashes.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_DASHES = ("-", "--", ":")
 
 
 def loss_figure(groups: Sequence[Group], axes: Sequence[Axis] = ("step", "seconds", "tokens")) -> Figure:
-    """Held-out loss (thick, with its range) and, where it was measured, training loss (thin); a panel for each axis."""
-    figure = Figure(figsize=(min(15, 7.5 * len(axes)), 5.4), layout="constrained", dpi=DPI)
+    """Draw held-out loss (thick, with its range) and training loss (thin) against each axis."""
+    figure = Figure(figsize=(min(15, 7.5 * len(axes)), 5.4), layout="constrained", dpi=_DPI)
     panels: Sequence[Axes] = np.ravel(figure.subplots(1, len(axes), sharey=True, squeeze=False)).tolist()
     styles = _styles(groups)
     for panel, axis in zip(panels, axes, strict=True):
-        unit, scale = time_unit(groups) if axis == "seconds" else ("", 1.0)
+        unit, scale = _time_unit(groups) if axis == "seconds" else ("", 1.0)
         for group in groups:
             style = styles[group.label]
             _line(panel, group, TRAIN, axis, style | {"linewidth": 0.8, "alpha": 0.45}, scale)
@@ -37,13 +36,12 @@ def loss_figure(groups: Sequence[Group], axes: Sequence[Axis] = ("step", "second
         _mark_reached(panel, groups, axis, scale)
         labels = {"step": "optimizer steps", "seconds": f"training time ({unit})", "tokens": "tokens seen"}
         panel.set_xlabel(labels[axis], fontsize=12)
-        panel.set_xlim(left=0)
         _dress(panel)
         if axis == "tokens":
             panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panels[0].set_ylabel("loss (nats per token)", fontsize=12)
     handles = [Line2D([], [], linewidth=2.2, label=_with_end(group), **styles[group.label]) for group in groups]
-    if any(TRAIN in keys for keys in map(Group.keys, groups)):
+    if any(TRAIN in group.keys() for group in groups):  # noqa: SIM118  (not a mapping)
         handles.append(Line2D([], [], color="#666666", linewidth=2.2, label="held-out"))
         handles.append(Line2D([], [], color="#666666", linewidth=0.8, alpha=0.6, label="training batches"))
     _legend(figure, handles)
@@ -51,10 +49,10 @@ def loss_figure(groups: Sequence[Group], axes: Sequence[Axis] = ("step", "second
 
 
 def small_multiples(groups: Sequence[Group], keys: Sequence[str], prefix: str) -> Figure:
-    """One small panel per key against steps, titled with the key less the prefix."""
+    """Draw one small panel per key against steps, titled with the key without the prefix."""
     columns = min(4, len(keys))
     rows = -(-len(keys) // columns)
-    figure = Figure(figsize=(15 * columns / 4 if columns > 1 else 6, 2.4 * rows + 0.6), layout="constrained", dpi=DPI)
+    figure = Figure(figsize=(15 * columns / 4 if columns > 1 else 6, 2.4 * rows + 0.6), layout="constrained", dpi=_DPI)
     panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
     styles = _styles(groups)
     measured = [group for group in groups if not set(keys).isdisjoint(group.keys())]
@@ -62,7 +60,6 @@ def small_multiples(groups: Sequence[Group], keys: Sequence[str], prefix: str) -
         for group in measured:
             _line(panel, group, key, "step", styles[group.label] | {"linewidth": 1.4})
         panel.set_title(key.removeprefix(prefix).replace("_", " "), fontsize=11, loc="left")
-        panel.set_xlim(left=0)
         panel.tick_params(labelsize=9)
         _dress(panel)
         _scale(panel)
@@ -70,13 +67,12 @@ def small_multiples(groups: Sequence[Group], keys: Sequence[str], prefix: str) -
         panel.set_xlabel("optimizer steps", fontsize=10)
     for panel in panels[len(keys) :]:
         panel.set_visible(False)
-    handles = [Line2D([], [], linewidth=2, label=group.label, **styles[group.label]) for group in measured]
-    _legend(figure, handles)
+    _legend(figure, [Line2D([], [], linewidth=2, label=group.label, **styles[group.label]) for group in measured])
     return figure
 
 
-def time_unit(groups: Sequence[Group]) -> tuple[str, float]:
-    """The unit for the longest run's training time, and its length in seconds."""
+def _time_unit(groups: Sequence[Group]) -> tuple[str, float]:
+    """Return the unit for the longest run's training time, and its length in seconds."""
     longest = max(run.points[-1]["seconds"] for group in groups for run in group.runs)
     if longest > 3 * 3600:
         return "hours", 3600.0
@@ -84,9 +80,9 @@ def time_unit(groups: Sequence[Group]) -> tuple[str, float]:
 
 
 def _styles(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
-    colours = len(COLOURS)
+    colours = len(_COLOURS)
     return {
-        group.label: {"color": COLOURS[i % colours], "linestyle": DASHES[i // colours % len(DASHES)]}
+        group.label: {"color": _COLOURS[i % colours], "linestyle": _DASHES[i // colours % len(_DASHES)]}
         for i, group in enumerate(groups)
     }
 
@@ -98,20 +94,20 @@ def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
 
 
 def _with_end(group: Group) -> str:
-    heldout = band(group, HELDOUT, "step").last
-    return group.label if heldout is None else f"{group.label}: {heldout:.3f} held-out at the end"
+    end = last(band(group, HELDOUT, "step").mean)
+    return group.label if end is None else f"{group.label}: {end:.3f} held-out at the end"
 
 
 def _line(panel: Axes, group: Group, key: str, axis: Axis, style: dict[str, Any], scale: float = 1.0) -> None:
     line = band(group, key, axis)
-    marker = "o" if len(line.x) == 1 else ""  # a single measurement has no length to draw
+    marker = "o" if len(line.x) == 1 else ""
     panel.plot(line.x / scale, line.mean, gid=f"{key}|{group.label}", marker=marker, **style)
     if len(group.runs) > 1 and key != TRAIN:
         panel.fill_between(line.x / scale, line.low, line.high, color=style["color"], alpha=0.2, linewidth=0)
 
 
 def _mark_reached(panel: Axes, groups: Sequence[Group], axis: Axis, scale: float) -> None:
-    """Mark where each group reaches the held-out loss at which the worst one ends, as a share of its run."""
+    """Mark where each group reaches the last held-out loss of the worst one, as a share of that one's run."""
     compared = race(groups, HELDOUT, axis)
     if compared is None:
         return
@@ -119,25 +115,23 @@ def _mark_reached(panel: Axes, groups: Sequence[Group], axis: Axis, scale: float
     ring = {"marker": "o", "markersize": 9, "markeredgewidth": 2, "markerfacecolor": "white", "zorder": 5}
     text = {"textcoords": "offset points", "ha": "right", "fontsize": 13, "fontweight": "bold"}
     styles = _styles(groups)
-    reached = [(at, label) for label, at in compared.reached.items() if at is not None and label != compared.last]
-    ends: list[float] = []  # of the labels in each line below the target, as shares of the run
-    for at, label in sorted(reached):
-        spot, colour, share = (at / scale, compared.target), styles[label]["color"], at / compared.whole
+    reached = sorted((at, label) for label, at in compared.reached.items() if at is not None and label != compared.last)
+    for line, (at, label) in enumerate(reached):
+        spot, colour = (at / scale, compared.target), styles[label]["color"]
         panel.plot(*spot, color=colour, **ring)
-        # Below and left of a falling curve is free; a label that would lie on another goes one line down.
-        line = next((i for i, end in enumerate(ends) if share - end > _LABEL_WIDTH), len(ends))
-        ends[line:] = [share, *ends[line + 1 :]]
-        panel.annotate(f"{share:.0%}", spot, (-7, -17 - 15 * line), color=colour, **text)
+        # The area below and left of a falling curve is free; each label gets its own line.
+        panel.annotate(f"{at / compared.whole:.0%}", spot, (-7, -17 - 15 * line), color=colour, **text)
 
 
 def _dress(panel: Axes) -> None:
+    panel.set_xlim(left=0)
     panel.grid(color="#e8e8e8", linewidth=0.8)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
 
 
 def _scale(panel: Axes) -> None:
-    """Logarithmic where values are positive and span more than a factor of 30; with zero where constant."""
+    """Use a logarithmic axis for positive values that span more than a factor of 30; show zero for a constant."""
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in panel.lines])
     values = values[np.isfinite(values)]
     low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)

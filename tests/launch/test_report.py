@@ -168,7 +168,7 @@ def test_page_shows_results_race_and_differing_knobs(two):
         "bits per character": "2.0000",
         "steps": "60",
         "tokens": "6,000",
-        "training time": "30 s",
+        "training time, s": "30",
         "skipped steps": "0",
         "clipped steps": "41",
         "loss spikes": "2",

@@ -56,7 +56,7 @@ def test_band_of_one_run_is_what_it_measured():
     np.testing.assert_array_equal(line.x, [1, 2, 4])
     for values in (line.mean, line.low, line.high):
         np.testing.assert_array_equal(values, [3.0, np.nan, 1.0])
-    assert line.last == 1.0
+    assert curves.last(line.mean) == 1.0
 
 
 def test_band_of_seeds_at_common_steps_is_their_mean_and_range():
@@ -80,7 +80,7 @@ def test_band_is_empty_where_a_run_has_no_finite_point():
     runs = [make_run(step=[1], loss=[1.0]), make_run(step=[1], loss=[None])]
     line = curves.band(make_group(*runs), "loss", "step")
     assert line.x.shape == line.mean.shape == (0,)
-    assert line.last is None
+    assert curves.last(line.mean) is None
 
 
 @pytest.mark.parametrize(
