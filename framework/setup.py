@@ -32,8 +32,7 @@ from .step import compilation_cache, refusals
 from .step.program import Assembly, Program
 from .step.schedule import Schedule, make_schedule
 from .step.state import TrainState, initial_arrays
-from .step.steps import make_diagnosis, make_eval_step, make_predict_step
-from .task import judge_of
+from .step.steps import make_eval_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +134,12 @@ def examine(config: Any, workdir: str | Path, devices: Sequence[Any] | None) -> 
       UserError: a component or the mesh is invalid.
     """
     task, data, options = (components.build(section) for section in (config.task, config.data, config.optimizer))
+    profile_steps = profiling.parse(config.profile_steps)
     mesh = partitioning.make_mesh(config.mesh, devices)
     partitioning.check_rules(config.sharding_rules, mesh)
     partitioning.check_batch(config.batch_size, config.microbatches, mesh)
     console.say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
-    return Request(config, _absolute(workdir), task, data, options, mesh, profiling.parse(config.profile_steps))
+    return Request(config, _absolute(workdir), task, data, options, mesh, profile_steps)
 
 
 @contextlib.contextmanager
@@ -219,28 +219,12 @@ def start(plan: Plan, watch: Watchdog) -> tuple[Steps, TrainState, float]:
     """
     console.say("compiling the train step ...")
     watch.at("compiling", plan.record.step)
-    lowered = _lower(plan)
+    lowered = plan.program.lower(plan.assembly)
     with ThreadPoolExecutor(thread_name_prefix="compiling") as threads:
         compiling = {name: threads.submit(each.compile) for name, each in lowered.items()}
         state, seconds = _first_state(plan)
         steps = Steps(**{"predict": None, **{name: each.result() for name, each in compiling.items()}})
     return steps, state, seconds
-
-
-def _lower(plan: Plan) -> dict[str, jax.stages.Lowered]:
-    """Trace the functions of the run, by their names in `Steps`."""
-    request, (tx, abstract, train_step) = plan.request, plan.assembly
-    task, mesh, microbatches, batch = request.task, request.mesh, request.config.microbatches, plan.feed.batch_spec
-    with refusals.of(task):
-        lowered = {
-            "train": train_step.lower(abstract, batch),
-            "diagnose": make_diagnosis(tx, abstract, mesh).lower(abstract.opt_state),
-            "evaluate": make_eval_step(task, abstract, mesh, microbatches).lower(abstract.variables, batch),
-        }
-        if judge := judge_of(task):
-            predict = make_predict_step(judge, abstract, mesh, microbatches)
-            lowered["predict"] = predict.lower(abstract.variables, batch)
-    return lowered
 
 
 def _first_state(plan: Plan) -> tuple[TrainState, float]:

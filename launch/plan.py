@@ -1,10 +1,10 @@
 """Plan a config before running it: `python -m shampax.launch.plan --config=FILE.py[:VARIANT] [--topology=v5e:16x16]`.
 
 Prints the needs of each device: parameters by treatment, buckets, bytes and FLOPs. No accelerator is needed and no data
-are read. With --topology the train and evaluation steps are compiled ahead of time for a TPU slice, in minutes for a
-large model, and the memory, FLOPs and collectives of the compiled programs are shown too; this needs libtpu (make
-install EXTRA=plan). Without it, --devices is the number of devices, by default as many as the config's mesh names or
-simulates. Any --config.KEY=VALUE changes the config, as in training.
+are read. With --topology the train, evaluation and prediction steps are compiled ahead of time for a TPU slice, in
+minutes for a large model, and the memory, FLOPs and collectives of the compiled programs are shown too; this needs
+libtpu (make install EXTRA=plan). Without it, --devices is the number of devices, by default as many as the config's
+mesh names or simulates. Any --config.KEY=VALUE changes the config, as in training.
 
 Exit codes: 0; 1, the config does not fit in the memory of a device; 2, invalid input.
 """

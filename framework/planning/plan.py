@@ -21,7 +21,6 @@ from ..config.check import check
 from ..sharding import chips, partitioning
 from ..step.program import Program
 from ..step.schedule import Schedule
-from ..step.steps import make_eval_step
 from . import collectives
 
 # (regex over the path in the optimizer's state, kind of state), first match wins
@@ -67,7 +66,8 @@ class Plan:
       bytes: per device and kind: what stays between two steps, and the gradient during a step.
       model_flops: FLOPs of a step on each device, by the task's formula.
       memory: bytes of a device, None if not known.
-      compiled: program ("train" and "evaluation") -> its figures; empty if nothing was compiled.
+      compiled: program ("train", "evaluate" and, if the task has it, "predict") -> its figures; empty without
+        compilation.
     """
 
     mesh: Mapping[str, int]
@@ -86,11 +86,10 @@ class Plan:
 
     @property
     def peak(self) -> int | None:
-        """Peak bytes of a device, None without compiled programs. During evaluation the whole state stays in memory."""
+        """Peak bytes of a device, None without compiled programs. The whole state stays in memory during each."""
         if not self.compiled or any(each.error for each in self.compiled.values()):
             return None
-        evaluation = self.compiled["evaluation"]
-        return max(self.compiled["train"].peak, evaluation.peak + self.state_bytes - evaluation.arguments)
+        return max(each.peak + max(0, self.state_bytes - each.arguments) for each in self.compiled.values())
 
     @property
     def fits(self) -> bool | None:
@@ -137,11 +136,12 @@ def make_plan(config: Any, devices: Sequence[Any], *, compiles: bool = False) ->
             for name, leaf in example.items()
         }
         program = Program.of(config, task, mesh, batch)
-        tx, state, train_step = program.assemble(options, Schedule(optax.constant_schedule(peak_rate), peak_rate))
+        assembly = program.assemble(options, Schedule(optax.constant_schedule(peak_rate), peak_rate))
+        tx, state, _ = assembly
         compiled = {}
         if compiles:
-            compiled["train"] = _compile(train_step.lower(state, batch))
-            compiled["evaluation"] = _compile(make_eval_step(task, state, mesh).lower(state.variables, batch))
+            lowered = program.lower(assembly)
+            compiled = {name: _compile(each) for name, each in lowered.items() if name != "diagnose"}
         return Plan(
             mesh=dict(mesh.shape),
             device_kind=devices[0].device_kind,

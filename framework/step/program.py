@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from ..base.errors import UserError
 from ..optimizer import OptimizerOptions
 from ..sharding import partitioning
-from ..task import BatchSpec, Task
+from ..task import BatchSpec, Task, judge_of
 from . import refusals
 from .guard import GuardOptions
 from .schedule import Schedule
 from .state import TrainState, abstract_state, abstract_variables
-from .steps import make_train_step
+from .steps import make_diagnosis, make_eval_step, make_predict_step, make_train_step
 
 
 class Assembly(NamedTuple):
@@ -105,6 +105,28 @@ class Program:
                 ema_decay=config.ema_decay,
             )
         return Assembly(tx, abstract, step)
+
+    def lower(self, assembly: Assembly) -> dict[str, jax.stages.Lowered]:
+        """Lower all functions of a run, ready to compile.
+
+        Returns:
+          "train": (state, batch) -> (state, metrics). "diagnose": optimizer state -> diagnostics. "evaluate":
+          (variables, batch) -> sums of metrics. "predict": (variables, batch) -> predictions, only for a task that
+          judges predictions.
+
+        Raises:
+          UserError: the task refuses the batch.
+        """
+        tx, abstract, step = assembly
+        of_variables = {"evaluate": make_eval_step(self.task, abstract, self.mesh, self.config.microbatches)}
+        if judge := judge_of(self.task):
+            of_variables["predict"] = make_predict_step(judge, abstract, self.mesh, self.config.microbatches)
+        with refusals.of(self.task):
+            return {
+                "train": step.lower(abstract, self.batch_spec),
+                "diagnose": make_diagnosis(tx, abstract, self.mesh).lower(abstract.opt_state),
+                **{name: each.lower(abstract.variables, self.batch_spec) for name, each in of_variables.items()},
+            }
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ def found():
 
 def test_bytes_are_those_of_the_compiler(found):
     """Fault: a part of the state is forgotten, counted whole though it is divided, or counted twice."""
-    train, evaluation = found.compiled["train"], found.compiled["evaluation"]
+    train, evaluation = found.compiled["train"], found.compiled["evaluate"]
     assert train.arguments == pytest.approx(found.state_bytes, rel=0.02)
     assert evaluation.arguments == pytest.approx(found.bytes["parameters"] + found.bytes["batch"], rel=0.02)
     assert found.peak >= max(train.peak, found.state_bytes)
@@ -65,7 +65,7 @@ def test_collectives_are_counted(found):
     count, size, sent = found.compiled["train"].traffic["all-to-all"]
     assert count >= 2
     assert 0 < sent < size
-    assert found.compiled["evaluation"].peak > 0
+    assert found.compiled["evaluate"].peak > 0
 
 
 def test_other_optimizers_have_bytes_too():
@@ -80,7 +80,7 @@ def test_other_optimizers_have_bytes_too():
 
 def made_up(memory, *, train=0, evaluation=0, error=""):
     """A plan of 60 bytes of state, 20 of which are the arguments of evaluation."""
-    compiled = {"train": Compiled(1.0, error, 60, peak=train), "evaluation": Compiled(1.0, "", 20, peak=evaluation)}
+    compiled = {"train": Compiled(1.0, error, 60, peak=train), "evaluate": Compiled(1.0, "", 20, peak=evaluation)}
     held = {"parameters": 20, "gradients": 20, "momentum": 40}
     return Plan({"data": 1}, "chip", {}, [], held, 1.0, memory, compiled if train or error else {})
 
@@ -113,7 +113,7 @@ def test_the_tables_show_every_figure(found):
         "statistics",
         "all-to-all",
         "temporaries",
-        "evaluation step",
+        "evaluate step",
         "fits: peak",
         "more chips",
     ):
