@@ -51,7 +51,7 @@ def test_from_two_processes_to_one_to_two(tmp_path):
     """Catches state that only the process that saved it can find, and batches that depend on who reads them."""
 
     def train_to(step, processes, workdir):
-        config = pathlib.Path(__file__).parents[1] / "support" / "toy_many.py"
+        config = pathlib.Path(__file__).parents[1] / "support" / "toys" / "toy_many.py"
         knobs = {
             "optimizer.name": SHAMPOO,
             "optimizer.block_size": 8,

@@ -16,7 +16,7 @@ from shampax.framework.config.check import load
 from shampax.framework.train import train
 from shampax.launch.local import main
 
-CONFIG = pathlib.Path(__file__).parents[1] / "support" / "toy_many.py"
+CONFIG = pathlib.Path(__file__).parents[1] / "support" / "toys" / "toy_many.py"
 # Program of the processes in these tests: each writes its process id, and its notes, to a file.
 PROGRAM = """
 import os, pathlib, signal, subprocess, sys, time

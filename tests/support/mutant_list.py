@@ -795,4 +795,31 @@ CONFIGS = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = (*OPTIMIZERS, *FRAMEWORK, *MODELS, *LAUNCH, *CONFIGS)
+FLOORS = (
+    Mutant(
+        "import-upwards",
+        "framework/dataset.py",
+        "import numpy as np\n",
+        "import numpy as np\n\nfrom .data.feed import Feed\n",
+        "The contract that users implement imports the whole data pipeline.",
+        ("tests/test_floors.py::test_imports_point_to_lower_floors",),
+    ),
+    Mutant(
+        "import-by-string",
+        "framework/config/schema.py",
+        'config.optimizer = ConfigDict({"name": ""})',
+        'config.optimizer = ConfigDict({"name": "shampax.optimizers.shampoo:ShampooOptions"})',
+        "The trainer depends on one optimizer, hidden in a string.",
+        ("tests/test_floors.py::test_only_configs_name_components_in_strings",),
+    ),
+    Mutant(
+        "import-in-a-function",
+        "framework/step/schedule.py",
+        "def make_schedule(",
+        "def _hidden():\n    from .steps import make_train_step\n\n\ndef make_schedule(",
+        "An import in a function hides a cycle.",
+        ("tests/test_floors.py::test_own_modules_are_imported_at_the_top_of_a_file",),
+    ),
+)
+
+MUTANTS: tuple[Mutant, ...] = (*OPTIMIZERS, *FRAMEWORK, *MODELS, *LAUNCH, *CONFIGS, *FLOORS)

@@ -30,7 +30,7 @@ import numpy as np
 STEPS = 90
 HERE = Path(__file__).resolve().parent
 # What a process must find: the package, this file and the toy task beside it.
-SEARCHED = [str(HERE), *sys.path]
+SEARCHED = [str(HERE), str(HERE / "toys"), *sys.path]
 CONFIG = f"""
 from shampax.configs import base
 

@@ -10,7 +10,7 @@ import pytest
 from processes import LIMIT, Job, script
 from toy_runs import arrays, lines, saved
 
-CONFIG = pathlib.Path(__file__).parents[2] / "support" / "toy_many.py"
+CONFIG = pathlib.Path(__file__).parents[2] / "support" / "toys" / "toy_many.py"
 RESUME = "rerun the same command to resume from the latest checkpoint."
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 from processes import Job, script
 
-CONFIG = pathlib.Path(__file__).parents[2] / "support" / "toy_many.py"
+CONFIG = pathlib.Path(__file__).parents[2] / "support" / "toys" / "toy_many.py"
 
 
 def train(workdir, of_process_1):

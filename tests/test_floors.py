@@ -1,0 +1,171 @@
+"""The floors of the house: folders are small, imports point downwards and stand at the top of a file."""
+
+from pathlib import Path
+
+import pytest
+from imports import Import, cycle, imports, modules
+
+ROOT = Path(__file__).resolve().parents[1]
+PRODUCT = ("launch", "configs", "framework", "models", "optimizers", "benchmarks")
+IMPORTS = imports(ROOT, modules(ROOT, PRODUCT))
+LARGEST_FOLDER = 20
+
+# Lowest floor first. A room imports only from lower floors; rooms of one floor do not import each other.
+FLOORS = {
+    "": (("models", "optimizers"), ("framework",), ("configs",), ("launch",), ("benchmarks", "__init__.py")),
+    "framework": (
+        ("base",),
+        ("dataset.py",),
+        ("task.py",),
+        ("config",),
+        ("distributed",),
+        ("sharding",),
+        ("optimizer.py",),
+        ("step",),
+        ("data",),
+        ("checkpoint",),
+        ("reporting",),
+        ("planning",),
+        ("setup.py",),
+        ("loop.py",),
+        ("hooks.py",),
+        ("train.py",),
+    ),
+}
+# Start of the importing file's name -> why its imports of our own modules may stand in functions.
+DEFERRED = {
+    "launch/": "a verb answers --help and a wrong flag in less time than JAX takes to import",
+    "framework/distributed/processes.py": "JAX may be imported only after the processes have found each other",
+}
+# Start of the file's name -> why it may name a component in a string.
+NAMES_COMPONENTS = {
+    "configs/": "a config chooses its components",
+    "benchmarks/": "a benchmark chooses its components",
+    "launch/translate.py": "the verb accepts only the workdirs of one task",
+}
+# Imports that close a cycle -> how to remove them.
+CYCLES = {
+    ("models/encoder_decoder.py", "models/translation.py"): "give the fields of the Transformer a type of their own",
+    ("optimizers/options.py", "optimizers/shampoo.py"): "build the optimizer beside the options",
+}
+# Folders whose children still form a cycle.
+UNORDERED = {"optimizers"}
+
+
+def room(file: str, folder: str) -> str | None:
+    """Return the child of a folder in which a file lies, None for a file elsewhere."""
+    inside = file.removeprefix(f"{folder}/") if folder else file
+    return None if folder and inside == file else inside.partition("/")[0]
+
+
+def upward(found: list[Import]) -> list[str]:
+    """Return the imports that break FLOORS."""
+    faults = []
+    for folder, floors in FLOORS.items():
+        level = {name: number for number, names in enumerate(floors) for name in names}
+        for each in found:
+            start, end = room(each.file, folder), room(each.target, folder)
+            if start is None or end is None or start == end:
+                continue
+            if start not in level or end not in level or level[end] >= level[start]:
+                faults.append(f"{each.file}:{each.line} imports {each.target}: {start} is not above {end}")
+    return faults
+
+
+def named_components(found: list[Import]) -> list[str]:
+    """Return the imports by string in places that do not choose components."""
+    return [
+        f"{each.file}:{each.line} names {each.target} in a string"
+        for each in found
+        if each.kind == "string" and not each.file.startswith(tuple(NAMES_COMPONENTS))
+    ]
+
+
+def hidden(found: list[Import]) -> list[str]:
+    """Return the imports of our own modules inside functions."""
+    return [
+        f"{each.file}:{each.line} imports {each.target} in a function"
+        for each in found
+        if each.deferred
+        and each.kind == "import"
+        and not each.file.startswith(tuple(DEFERRED))
+        and (each.file, each.target) not in CYCLES
+    ]
+
+
+def edges(found: list[Import]) -> list[tuple[str, str]]:
+    """Return (importing file, imported file) without CYCLES."""
+    return [(each.file, each.target) for each in found if (each.file, each.target) not in CYCLES]
+
+
+def folder_cycles(found: list[Import]) -> list[str]:
+    """Return for each folder a cycle between the files and folders in it, if there is one."""
+    cycles = []
+    for folder in ("", *sorted({str(parent) for each in found for parent in Path(each.file).parents} - {"."})):
+        rooms = [(room(file, folder), room(target, folder)) for file, target in edges(found)]
+        circle = cycle((start, end) for start, end in rooms if start and end and "__init__.py" not in (start, end))
+        cycles += [f"{folder or '.'}: {' -> '.join(circle)}"] if circle and folder not in UNORDERED else []
+    return cycles
+
+
+def test_folders_are_small():
+    """Fault: a new module is put beside sixty others, where nobody finds it."""
+    files = modules(ROOT, (*PRODUCT, "tests", "docs", "examples"))
+    folders = [Path(file).parent.as_posix() for file in files if not file.endswith("__init__.py")]
+    assert {"framework", "optimizers", "tests/support"} <= set(folders)
+    assert {name: count for name in folders if (count := folders.count(name)) > LARGEST_FOLDER} == {}
+
+
+def test_imports_point_to_lower_floors():
+    """Fault: the trainer learns of one model or optimizer, or a room needs a room above it."""
+    assert len(IMPORTS) > 400
+    assert upward(IMPORTS) == []
+
+
+def test_there_is_no_cycle_between_modules():
+    """Fault: two modules cannot be read, tested or imported one after the other."""
+    assert cycle(edges(IMPORTS)) == []
+
+
+def test_there_is_no_cycle_between_folders():
+    """Fault: two folders without an order of their own depend on each other."""
+    assert folder_cycles(IMPORTS) == []
+
+
+def test_only_configs_name_components_in_strings():
+    """Fault: an import by string hides that the trainer depends on a model or a config."""
+    assert named_components(IMPORTS) == []
+
+
+def test_own_modules_are_imported_at_the_top_of_a_file():
+    """Fault: an import in a function dodges a cycle."""
+    assert hidden(IMPORTS) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "deferred"),
+    [
+        ("from ..b import c", "import", False),
+        ("from ..b.c import D", "import", False),
+        ("import shampax.b.c as d", "import", False),
+        ("def f():\n    from ..b.c import D", "import", True),
+        ("importlib.import_module('shampax.b.c')", "string", False),
+        ("importlib.import_module('..b.c', __package__)", "string", False),
+        ("__import__('shampax.b.c')", "string", False),
+        ("TASK = 'shampax.b.c:D'", "string", False),
+        ("'shampax.b.c:D'  # a docstring", None, False),
+    ],
+)
+def test_every_form_of_an_import_is_seen(tmp_path, line, kind, deferred):
+    """Fault: an import that the checks above overlook."""
+    for name, text in {"a/x.py": line, "b/c.py": "", "b/__init__.py": ""}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = imports(tmp_path, modules(tmp_path, ("a", "b")))
+    assert [(each.target, each.kind, each.deferred) for each in found] == ([("b/c.py", kind, deferred)] if kind else [])
+
+
+def test_a_cycle_is_found():
+    """Fault: a search for cycles that stops at the first dead end."""
+    assert cycle([("a", "b"), ("b", "c"), ("a", "d"), ("d", "e"), ("e", "a")]) == ["a", "d", "e", "a"]
+    assert cycle([("a", "b"), ("b", "c"), ("a", "c")]) == []
