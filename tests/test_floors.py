@@ -46,7 +46,6 @@ NAMES_COMPONENTS = {
 # Imports that close a cycle -> how to remove them.
 CYCLES = {
     ("models/encoder_decoder.py", "models/translation.py"): "give the fields of the Transformer a type of their own",
-    ("optimizers/options.py", "optimizers/shampoo.py"): "build the optimizer beside the options",
 }
 # Folders whose children still form a cycle.
 UNORDERED = {"optimizers"}
