@@ -53,8 +53,9 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), ready[0])
     rate = make_schedule(1e-3, warmup_steps=0, total_steps=10**6, decay="constant", final_fraction=0.0)
     with jax.set_mesh(mesh):
-        tx, abstract, step = Program.of(config, task, mesh, spec).assemble(chosen, rate)
-        compiled = step.lower(abstract, spec).compile()
+        program = Program.of(config, task, chosen, mesh, spec, rate)
+        tx, abstract = program.tx, program.abstract
+        compiled = program.train_step.lower(abstract, spec).compile()
         state = initial_state(task, tx, spec, abstract, 0)
         manifest = takeover.describe(
             tx, config.optimizer.name, abstract.params, optimizer.treatments(tx, abstract.params), mesh.shape

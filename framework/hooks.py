@@ -8,20 +8,20 @@ from .base.durations import Period
 from .distributed import console
 from .loop import Hook, Run, storage_faults
 from .reporting.profiling import Profile
-from .setup import Plan
+from .setup import Blueprint
 from .step.evaluation import evaluate, predict
 from .task import judge_of
 
 
-def of(plan: Plan, profile: Profile) -> tuple[Hook, ...]:
+def of(blueprint: Blueprint, profile: Profile) -> tuple[Hook, ...]:
     """Return the hooks of a run, in their order."""
-    config = plan.request.config
+    config = blueprint.request.config
     evaluation = Evaluate(
-        Period(plan.in_steps(config.evaluation.every)),
-        Judge(plan, Period(plan.in_steps(config.evaluation.judge_every))),
+        Period(blueprint.in_steps(config.evaluation.every)),
+        Judge(blueprint, Period(blueprint.in_steps(config.evaluation.judge_every))),
     )
     save = Save(
-        Period(plan.in_steps(config.checkpoint.every)),
+        Period(blueprint.in_steps(config.checkpoint.every)),
         config.checkpoint.on_error,
         best=bool(config.checkpoint.keep_best),
     )
@@ -56,7 +56,7 @@ class Save:
         run.watch.at("checkpoint", run.step)
         state = dataclasses.replace(run.state, opt_state=run.service.with_in_flight(run.state.opt_state))
         with storage_faults(self._on_error):
-            run.saver.save(state, run.record, run.plan.manifest)
+            run.saver.save(state, run.record, run.blueprint.manifest)
 
 
 class Evaluate:
@@ -85,8 +85,8 @@ class Evaluate:
 class Judge:
     """Measure the metrics that need the predictions for all held-out examples, as a part of an evaluation."""
 
-    def __init__(self, plan: Plan, period: Period):
-        self._judge, self._feed, self._period = judge_of(plan.request.task), plan.feed, period
+    def __init__(self, blueprint: Blueprint, period: Period):
+        self._judge, self._feed, self._period = judge_of(blueprint.request.task), blueprint.feed, period
 
     def due(self, run: Run) -> bool:
         """Return whether the task judges predictions and this step is to be judged."""
@@ -127,7 +127,7 @@ class ProfileSteps:
 
 def _heldout(run: Run) -> Iterator[Any]:
     """Yield held-out batches until a signal arrives, which is set in `run.stopped`."""
-    for batch in run.plan.feed.heldout():
+    for batch in run.blueprint.feed.heldout():
         run.watch.at("evaluation", run.step)
         run.stopped = run.stopped or run.signal()
         if run.stopped:

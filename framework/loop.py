@@ -24,7 +24,7 @@ from .reporting.journal import Journal
 from .reporting.metrics import MetricsWriter
 from .reporting.progress import Speedometer
 from .reporting.watchdog import Watchdog
-from .setup import Plan, Steps
+from .setup import Blueprint, Steps
 from .step.state import TrainState
 
 
@@ -61,7 +61,7 @@ class Run:
     """A run in progress.
 
     Attributes:
-      plan: what the run consists of.
+      blueprint: what the run consists of.
       steps: its compiled functions.
       state: the train state.
       record: what the host knows beside the state.
@@ -73,41 +73,41 @@ class Run:
       watch: the watchdog.
     """
 
-    def __init__(self, plan: Plan, steps: Steps, state: TrainState, watch: Watchdog):
-        config, start = plan.request.config, plan.record
-        self.plan, self.steps, self.state, self.record, self.watch = plan, steps, state, start, watch
+    def __init__(self, blueprint: Blueprint, steps: Steps, state: TrainState, watch: Watchdog):
+        config, start = blueprint.request.config, blueprint.record
+        self.blueprint, self.steps, self.state, self.record, self.watch = blueprint, steps, state, start, watch
         self.step = start.step
         self.stopped: str | optimizer.ServiceError | None = None
-        self._saving = Period(plan.in_steps(config.checkpoint.every))
+        self._saving = Period(blueprint.in_steps(config.checkpoint.every))
         self._guard = config.guard
         self._clock = Clock(start.seconds)
         self._signals = StopSignals()
-        self.service = optimizer.service(plan.assembly.tx, plan.assembly.abstract.params)
+        self.service = optimizer.service(blueprint.program.tx, blueprint.program.abstract.params)
         self.saver = Checkpoints(
-            plan.request.workdir,
+            blueprint.request.workdir,
             keep_last=config.checkpoint.keep_last,
             keep_best=config.checkpoint.keep_best,
             best_metric=config.evaluation.best_metric,
             milestone=self.milestone,
         )
         self.journal = self._journal()
-        self._batches = plan.feed.train(start.step + start.batches_passed_over)
+        self._batches = blueprint.feed.train(start.step + start.batches_passed_over)
         self._open = contextlib.ExitStack()
 
     def _journal(self) -> Journal:
-        request, record = self.plan.request, self.record
-        pace = {"total_steps": self.plan.total_steps, "tokens_per_step": self.plan.tokens_per_step}
+        request, record = self.blueprint.request, self.record
+        pace = {"total_steps": self.blueprint.total_steps, "tokens_per_step": self.blueprint.tokens_per_step}
         writer = None
         if jax.process_index() == 0:
             writer = MetricsWriter(request.workdir, after_step=record.step, evaluated=record.evaluated)
-        flops = request.task.flops(self.plan.feed.batch_spec)
+        flops = request.task.flops(self.blueprint.feed.batch_spec)
         return Journal(
             writer,
             Speedometer(request.mesh, flops_per_step=flops, **pace),
             self._clock,
             (self.service, self.saver),
             start=record,
-            period=Period(self.plan.in_steps(request.config.log.every)),
+            period=Period(self.blueprint.in_steps(request.config.log.every)),
             **pace,
         )
 
@@ -123,7 +123,7 @@ class Run:
     @property
     def at_end(self) -> bool:
         """Whether all steps are taken."""
-        return self.step == self.plan.total_steps
+        return self.step == self.blueprint.total_steps
 
     @property
     def spiked(self) -> bool:
@@ -145,7 +145,7 @@ class Run:
         """
         unread = None
         with self._clock:
-            while self.step < min(pause, self.plan.total_steps) and not (self.stopped or self.spiked):
+            while self.step < min(pause, self.blueprint.total_steps) and not (self.stopped or self.spiked):
                 metrics = self._take_step()
                 if unread is not None:
                     self.journal.step_done(*unread)
@@ -185,13 +185,13 @@ class Run:
 
     def evaluated(self, values: Mapping[str, float]) -> None:
         """Record and report the held-out metrics of this step."""
-        self.record = self.record.with_evaluation(dict(values), self.plan.request.config.evaluation.best_metric)
+        self.record = self.record.with_evaluation(dict(values), self.blueprint.request.config.evaluation.best_metric)
         self.journal.evaluated(self.step, values, best=self.record.best == self.record.last)
         self.saver.evaluated(self.record)
 
     def roll_back(self) -> None:
         """Return to the newest milestone and skip the batches up to the spike."""
-        workdir, config, spike = self.plan.request.workdir, self.plan.request.config, self.journal.first_spike
+        workdir, config, spike = self.blueprint.request.workdir, self.blueprint.request.config, self.journal.first_spike
         del self.state
         self.watch.at("checkpoint", self.step)
         with storage_faults("stop"):
@@ -200,10 +200,10 @@ class Run:
         self.record = point.record().rolled_back(self.record, spike=spike or self.step)
         self.step = self.record.step
         agreement.first(functools.partial(_forget_after, workdir, self.step))
-        tx, abstract, _ = self.plan.assembly
+        tx, abstract = self.blueprint.program.tx, self.blueprint.program.abstract
         self.state = takeover.plan(point, abstract, tx, config.optimizer.name, config.renamed).state({})
         self._start_service()
-        self._batches = self.plan.feed.train(self.step + self.record.batches_passed_over)
+        self._batches = self.blueprint.feed.train(self.step + self.record.batches_passed_over)
         self.journal.went_back(self.record, limit=self._guard.max_rollbacks)
 
     def _start_service(self) -> None:

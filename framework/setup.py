@@ -28,11 +28,10 @@ from .distributed import agreement, console
 from .reporting import profiling, startup
 from .reporting.watchdog import Watchdog
 from .sharding import partitioning
-from .step import compilation_cache, refusals
-from .step.program import Assembly, Program
+from .step import compilation_cache
+from .step.program import Program
 from .step.schedule import Schedule, make_schedule
 from .step.state import TrainState, initial_arrays
-from .step.steps import make_eval_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Blueprint:
     """What a run consists of. Nothing in it changes while the run is in progress.
 
     Attributes:
@@ -69,8 +68,7 @@ class Plan:
       feed: the data.
       total_steps: length of the run.
       in_steps: converts a duration of the config to steps.
-      program: the variables on the mesh.
-      assembly: optimizer, layout of the state, train step.
+      program: layout of the state, and the functions to compile.
       metrics: names of the held-out metrics that every evaluation measures.
       manifest: describes the arrays of a checkpoint.
       taken: where each array of the first state comes from.
@@ -83,7 +81,6 @@ class Plan:
     total_steps: int
     in_steps: Callable[[str], int]
     program: Program
-    assembly: Assembly
     metrics: tuple[str, ...]
     manifest: dict[str, Any]
     taken: takeover.Takeover
@@ -134,12 +131,11 @@ def examine(config: Any, workdir: str | Path, devices: Sequence[Any] | None) -> 
       UserError: a component or the mesh is invalid.
     """
     task, data, options = (components.build(section) for section in (config.task, config.data, config.optimizer))
-    profile_steps = profiling.parse(config.profile_steps)
     mesh = partitioning.make_mesh(config.mesh, devices)
     partitioning.check_rules(config.sharding_rules, mesh)
     partitioning.check_batch(config.batch_size, config.microbatches, mesh)
     console.say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
-    return Request(config, _absolute(workdir), task, data, options, mesh, profile_steps)
+    return Request(config, _absolute(workdir), task, data, options, mesh, profiling.parse(config.profile_steps))
 
 
 @contextlib.contextmanager
@@ -159,13 +155,13 @@ def surroundings(request: Request) -> Iterator[Watchdog]:
         yield watch
 
 
-def build(request: Request) -> Plan:
+def build(request: Request) -> Blueprint:
     """Choose the checkpoint, open the data and lay out the state. No array of the state is computed.
 
     Raises:
       UserError: a checkpoint, the data, the task or the optimizer cannot be used.
     """
-    config, task, mesh = request.config, request.task, request.mesh
+    config, mesh = request.config, request.mesh
     start = origin.find(request.workdir, resume_from=config.resume_from, init_from=config.init_from)
     feed = Feed.open(
         request.data,
@@ -179,37 +175,36 @@ def build(request: Request) -> Plan:
     total_steps, in_steps = _lengths(request, feed.examples)
     _refuse_overrun(record.step, total_steps, start)
 
-    program = Program.of(config, task, mesh, feed.batch_spec)
     began = takeover.optimizer_began(start, record, config.optimizer.name)
-    assembly = program.assemble(request.options, _schedule(config.schedule, total_steps, in_steps), began=began)
-    tx, abstract, _ = assembly
-    with refusals.of(task):
-        metrics = tuple(jax.eval_shape(make_eval_step(task, abstract, mesh), abstract.variables, feed.batch_spec))
+    schedule = _schedule(config.schedule, total_steps, in_steps)
+    program = Program.of(config, request.task, request.options, mesh, feed.batch_spec, schedule, began=began)
+    metrics = program.metrics()
     _refuse_unknown_metric(config.evaluation.best_metric, metrics)
+    tx, abstract = program.tx, program.abstract
     treatments = optimizer.treatments(tx, abstract.params)
     manifest = takeover.describe(tx, config.optimizer.name, abstract.params, treatments, mesh.shape)
     taken = takeover.plan(start, abstract, tx, config.optimizer.name, config.renamed)
     record = dataclasses.replace(
         record, optimizer_began=began, began=record.began if start.kind == "own" else record.step
     )
-    return Plan(request, start, record, feed, total_steps, in_steps, program, assembly, metrics, manifest, taken)
+    return Blueprint(request, start, record, feed, total_steps, in_steps, program, metrics, manifest, taken)
 
 
-def claim(plan: Plan) -> None:
+def claim(blueprint: Blueprint) -> None:
     """Make the workdir this run's: write its config, set damaged checkpoints aside, show what will be trained."""
-    workdir, assembly = plan.request.workdir, plan.assembly
-    ownership.claim(workdir, plan.request.config)
-    origin.set_aside(workdir, plan.start)
-    agreement.first(functools.partial(evaluations.forget_after, workdir, plan.record.step))
-    treatments = optimizer.treatments(assembly.tx, assembly.abstract.params)
-    rows = startup.parameter_rows(assembly.abstract.params, plan.program.placements, treatments)
+    workdir, program = blueprint.request.workdir, blueprint.program
+    ownership.claim(workdir, blueprint.request.config)
+    origin.set_aside(workdir, blueprint.start)
+    agreement.first(functools.partial(evaluations.forget_after, workdir, blueprint.record.step))
+    treatments = optimizer.treatments(program.tx, program.abstract.params)
+    rows = startup.parameter_rows(program.abstract.params, program.placements, treatments)
     startup.show_parameters(rows, workdir)
-    console.say(startup.memory_line(assembly.abstract))
-    console.say(str(plan.start))
-    startup.show_takeover(plan.taken, workdir)
+    console.say(startup.memory_line(program.abstract))
+    console.say(str(blueprint.start))
+    startup.show_takeover(blueprint.taken, workdir)
 
 
-def start(plan: Plan, watch: Watchdog) -> tuple[Steps, TrainState, float]:
+def start(blueprint: Blueprint, watch: Watchdog) -> tuple[Steps, TrainState, float]:
     """Compile all functions of the run and, at the same time, compute or restore the first state.
 
     All functions are compiled here, so that none of them can fail or stall in the middle of the run.
@@ -218,20 +213,20 @@ def start(plan: Plan, watch: Watchdog) -> tuple[Steps, TrainState, float]:
       The compiled functions, the state, and the seconds that reading the checkpoint took.
     """
     console.say("compiling the train step ...")
-    watch.at("compiling", plan.record.step)
-    lowered = plan.program.lower(plan.assembly)
+    watch.at("compiling", blueprint.record.step)
+    lowered = blueprint.program.lower()
     with ThreadPoolExecutor(thread_name_prefix="compiling") as threads:
         compiling = {name: threads.submit(each.compile) for name, each in lowered.items()}
-        state, seconds = _first_state(plan)
+        state, seconds = _first_state(blueprint)
         steps = Steps(**{"predict": None, **{name: each.result() for name, each in compiling.items()}})
     return steps, state, seconds
 
 
-def _first_state(plan: Plan) -> tuple[TrainState, float]:
-    request, (tx, abstract, _) = plan.request, plan.assembly
-    fresh = initial_arrays(request.task, tx, plan.feed.batch_spec, abstract, request.config.seed, plan.taken.fresh)
+def _first_state(blueprint: Blueprint) -> tuple[TrainState, float]:
+    program, seed = blueprint.program, blueprint.request.config.seed
+    fresh = initial_arrays(program.task, program.tx, program.batch_spec, program.abstract, seed, blueprint.taken.fresh)
     begun = time.perf_counter()
-    state = jax.block_until_ready(plan.taken.state(fresh))
+    state = jax.block_until_ready(blueprint.taken.state(fresh))
     return state, time.perf_counter() - begun
 
 

@@ -40,18 +40,22 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         return result
     request = setup.examine(config, workdir, devices)
     with setup.surroundings(request) as watch:
-        plan = setup.build(request)
+        blueprint = setup.build(request)
         profile = Profile(
-            request.profile_steps, request.workdir, watch, begin=plan.record.step, total_steps=plan.total_steps
+            request.profile_steps,
+            request.workdir,
+            watch,
+            begin=blueprint.record.step,
+            total_steps=blueprint.total_steps,
         )
-        setup.claim(plan)
-        steps, state, seconds_reading = setup.start(plan, watch)
-        run = Run(plan, steps, state, watch)
+        setup.claim(blueprint)
+        steps, state, seconds_reading = setup.start(blueprint, watch)
+        run = Run(blueprint, steps, state, watch)
         del state
-        if plan.taken.path is not None:
-            run.saver.note_restored(plan.taken.path, seconds_reading)
+        if blueprint.taken.path is not None:
+            run.saver.note_restored(blueprint.taken.path, seconds_reading)
         with run, profile:
-            train_to_end(run, hooks.of(plan, profile))
+            train_to_end(run, hooks.of(blueprint, profile))
             watch.at("checkpoint", run.step)
             with storage_faults("stop"):
                 run.saver.confirm()
@@ -64,7 +68,7 @@ def finish(run: Run) -> dict[str, Any]:
     Raises:
       TrainingStopped: the guard or the optimizer's service has ended the run.
     """
-    workdir, ended = run.plan.request.workdir, run.trouble()
+    workdir, ended = run.blueprint.request.workdir, run.trouble()
     result = ownership.finish(workdir, _result(run, ended))
     saved = f"a checkpoint of step {run.step} is saved in {workdir}"
     if ended:
@@ -75,8 +79,8 @@ def finish(run: Run) -> dict[str, Any]:
 
 
 def _result(run: Run, ended: str | None) -> dict[str, Any]:
-    plan, record, state = run.plan, run.record, run.state
-    heldout = record.last.values if record.last else dict.fromkeys(plan.metrics)
+    blueprint, record, state = run.blueprint, run.record, run.state
+    heldout = record.last.values if record.last else dict.fromkeys(blueprint.metrics)
     diagnostics = run.steps.diagnose(state.opt_state)
     early = str(run.stopped) if run.stopped and not run.at_end else None
     return {name: value for name, value in heldout.items() if name != "loss"} | {
@@ -85,14 +89,14 @@ def _result(run: Run, ended: str | None) -> dict[str, Any]:
         "tokens": record.tokens,
         "heldout_loss": heldout["loss"],
         "best_heldout_loss": record.best.values["loss"] if record.best else None,
-        "optimizer": type(plan.request.options).__name__,
+        "optimizer": type(blueprint.request.options).__name__,
         "skipped_steps": int(state.guard.skipped),
         "clipped_steps": int(state.guard.clipped),
         "loss_spikes": int(state.guard.spikes) + record.rollbacks,
         "rollbacks": record.rollbacks,
         "batches_passed_over": record.batches_passed_over,
         "refreshes": int(diagnostics.get("optimizer/refreshes", 0)),
-        "devices": plan.request.mesh.size,
+        "devices": blueprint.request.mesh.size,
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
         "seconds_to_first_step": run.journal.seconds_to_first_step,
         "stopped": ended or early,

@@ -135,13 +135,12 @@ def make_plan(config: Any, devices: Sequence[Any], *, compiles: bool = False) ->
             name: jax.ShapeDtypeStruct((config.batch_size, *leaf.shape), leaf.dtype, sharding=sharding)
             for name, leaf in example.items()
         }
-        program = Program.of(config, task, mesh, batch)
-        assembly = program.assemble(options, Schedule(optax.constant_schedule(peak_rate), peak_rate))
-        tx, state, _ = assembly
-        compiled = {}
-        if compiles:
-            lowered = program.lower(assembly)
-            compiled = {name: _compile(each) for name, each in lowered.items() if name != "diagnose"}
+        program = Program.of(
+            config, task, options, mesh, batch, Schedule(optax.constant_schedule(peak_rate), peak_rate)
+        )
+        tx, state = program.tx, program.abstract
+        programs = program.lower() if compiles else {}
+        compiled = {name: _compile(each) for name, each in programs.items() if name != "diagnose"}
         return Plan(
             mesh=dict(mesh.shape),
             device_kind=devices[0].device_kind,

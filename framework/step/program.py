@@ -1,14 +1,12 @@
-"""What a config computes on a mesh, before anything is computed: its arrays, where they lie, and its train step."""
+"""All that a config computes on a mesh: the layout of the state, and the functions of a run, not yet compiled."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
-from ..base.errors import UserError
 from ..optimizer import OptimizerOptions
 from ..sharding import partitioning
 from ..task import BatchSpec, Task, judge_of
@@ -19,120 +17,110 @@ from .state import TrainState, abstract_state, abstract_variables
 from .steps import make_diagnosis, make_eval_step, make_predict_step, make_train_step
 
 
-class Assembly(NamedTuple):
-    """An optimizer for the parameters of a program.
-
-    Attributes:
-      tx: the optimizer.
-      abstract: the train state as ShapeDtypeStructs with shardings.
-      step: the jitted train step.
-    """
-
-    tx: Any
-    abstract: TrainState
-    step: jax.stages.Wrapped
-
-
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A task's variables on a mesh.
+    """The program of a config on a mesh. Nothing of it is computed or compiled.
 
     Attributes:
-      config: of the run.
-      task: of the config.
-      mesh: the mesh.
+      task: the model.
       batch_spec: shapes of a global batch, with shardings.
-      variables: shapes of the task's variables.
-      axes: their logical axes.
-      placements: where each lies, by path.
-      shardings: the same as a tree.
+      placements: sharding of each variable, by path.
+      tx: the optimizer.
+      abstract: the train state as ShapeDtypeStructs with shardings.
+      train_step: jitted (state, batch) -> (state, metrics).
+      eval_step: jitted (variables, batch) -> sums of metrics.
+      predict_step: jitted (variables, batch) -> predictions; None for a task that judges no predictions.
+      diagnose: jitted optimizer state -> diagnostics.
     """
 
-    config: Any
     task: Task
-    mesh: Mesh
     batch_spec: BatchSpec
-    variables: dict[str, Any]
-    axes: dict[str, Any]
     placements: dict[str, partitioning.Placement]
-    shardings: dict[str, Any]
+    tx: optax.GradientTransformation
+    abstract: TrainState
+    train_step: jax.stages.Wrapped
+    eval_step: jax.stages.Wrapped
+    predict_step: jax.stages.Wrapped | None
+    diagnose: jax.stages.Wrapped
 
     @classmethod
-    def of(cls, config: Any, task: Task, mesh: Mesh, batch_spec: BatchSpec) -> "Program":
-        """Lay the variables of a task over a mesh; `jax.set_mesh` has it in the context.
+    def of(
+        cls,
+        config: Any,
+        task: Task,
+        options: OptimizerOptions,
+        mesh: Mesh,
+        batch_spec: BatchSpec,
+        learning_rate: Schedule,
+        *,
+        began: int = 0,
+    ) -> "Program":
+        """Lay out the state of a config on a mesh, which `jax.set_mesh` has made current.
+
+        Args:
+          config: the config.
+          task: the model.
+          options: of the optimizer.
+          mesh: the mesh.
+          batch_spec: shapes of a global batch, with shardings.
+          learning_rate: function of the number of accepted steps of the run.
+          began: number of accepted steps before the first step of this optimizer.
 
         Raises:
-          UserError: the task refuses the batch or the mesh, or the config's rules do not cover its logical axes.
+          UserError: the task refuses the batch or the mesh, the sharding rules do not cover its logical axes, or the
+            optimizer refuses the parameters.
         """
         with refusals.of(task):
             variables = abstract_variables(task, batch_spec)
             axes = task.logical_axes(variables)
         placements = partitioning.place_all(variables, axes, config.sharding_rules, mesh)
-        shardings = partitioning.shardings(variables, placements, mesh)
-        return cls(config, task, mesh, batch_spec, variables, axes, placements, shardings)
-
-    def assemble(self, options: OptimizerOptions, learning_rate: Schedule, *, began: int = 0) -> Assembly:
-        """The optimizer, the layout of the state, and the train step.
-
-        Args:
-          options: of the optimizer.
-          learning_rate: a function of the number of accepted steps of the run.
-          began: how many of these lay behind the run when this optimizer began.
-
-        Raises:
-          UserError: the optimizer cannot work on these parameters.
-        """
-        config = self.config
-        spikes = GuardOptions(config.guard.on_spike, config.guard.spike_factor, config.guard.spike_window)
-        with _refusals():
-            tx = options.build(
-                learning_rate.after(began),
-                mesh=self.mesh,
-                axis_names=self.axes["params"],
-                param_specs=self.shardings["params"],
-            )
-            abstract = abstract_state(self.task, tx, self.batch_spec, self.placements, self.mesh, config.ema_decay)
-            step = make_train_step(
-                self.task,
+        specs = partitioning.shardings(variables, placements, mesh)["params"]
+        with refusals.of_any():
+            tx = options.build(learning_rate.after(began), mesh=mesh, axis_names=axes["params"], param_specs=specs)
+            abstract = abstract_state(task, tx, batch_spec, placements, mesh, config.ema_decay)
+            train_step = make_train_step(
+                task,
                 tx,
                 learning_rate,
                 abstract,
-                self.mesh,
+                mesh,
                 seed=config.seed,
                 microbatches=config.microbatches,
                 gradient_clip=config.gradient_clip,
-                guard_options=spikes,
+                guard_options=GuardOptions(config.guard.on_spike, config.guard.spike_factor, config.guard.spike_window),
                 ema_decay=config.ema_decay,
             )
-        return Assembly(tx, abstract, step)
+        judge = judge_of(task)
+        return cls(
+            task,
+            batch_spec,
+            placements,
+            tx,
+            abstract,
+            train_step,
+            make_eval_step(task, abstract, mesh, config.microbatches),
+            make_predict_step(judge, abstract, mesh, config.microbatches) if judge else None,
+            make_diagnosis(tx, abstract, mesh),
+        )
 
-    def lower(self, assembly: Assembly) -> dict[str, jax.stages.Lowered]:
-        """Lower all functions of a run, ready to compile.
+    def metrics(self) -> tuple[str, ...]:
+        """Return the names of the held-out metrics that every evaluation measures."""
+        with refusals.of(self.task):
+            return tuple(jax.eval_shape(self.eval_step, self.abstract.variables, self.batch_spec))
 
-        Returns:
-          "train": (state, batch) -> (state, metrics). "diagnose": optimizer state -> diagnostics. "evaluate":
-          (variables, batch) -> sums of metrics. "predict": (variables, batch) -> predictions, only for a task that
-          judges predictions.
+    def lower(self) -> dict[str, jax.stages.Lowered]:
+        """Trace the functions, by name: "train", "evaluate", "diagnose" and, if there is one, "predict".
 
         Raises:
           UserError: the task refuses the batch.
         """
-        tx, abstract, step = assembly
-        of_variables = {"evaluate": make_eval_step(self.task, abstract, self.mesh, self.config.microbatches)}
-        if judge := judge_of(self.task):
-            of_variables["predict"] = make_predict_step(judge, abstract, self.mesh, self.config.microbatches)
+        variables = self.abstract.variables
         with refusals.of(self.task):
-            return {
-                "train": step.lower(abstract, self.batch_spec),
-                "diagnose": make_diagnosis(tx, abstract, self.mesh).lower(abstract.opt_state),
-                **{name: each.lower(abstract.variables, self.batch_spec) for name, each in of_variables.items()},
+            lowered = {
+                "train": self.train_step.lower(self.abstract, self.batch_spec),
+                "evaluate": self.eval_step.lower(variables, self.batch_spec),
+                "diagnose": self.diagnose.lower(self.abstract.opt_state),
             }
-
-
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """What an optimizer refuses of the parameters it is given is the user's to mend."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error)) from error
+            if self.predict_step:
+                lowered["predict"] = self.predict_step.lower(variables, self.batch_spec)
+        return lowered

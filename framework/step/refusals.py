@@ -1,4 +1,4 @@
-"""What a task or an optimizer refuses of a config when it is first traced: the user's to mend, in one line."""
+"""Turn ValueErrors that a user's task or optimizer raises while it is traced into one-line UserErrors."""
 
 import contextlib
 import linecache
@@ -16,24 +16,33 @@ _OURS = __name__.partition(".")[0]
 
 @contextlib.contextmanager
 def of(component: Any) -> Iterator[None]:
-    """A ValueError of a `raise` statement in the component's own package, or in this one, becomes a UserError.
+    """Raise UserError for a ValueError of a `raise` statement in the component's package or in this package.
 
-    One that JAX raises beneath it, or Python itself, such as for a tuple that cannot be unpacked, is somebody's bug and
-    keeps its traceback.
+    Other ValueErrors, of JAX or of Python itself, are bugs and keep their traceback.
     """
     filtering = jax.config.values[_FILTERING]
-    jax.config.update(_FILTERING, "off")  # otherwise JAX takes its own frames out, and its errors look like the task's
+    # Otherwise JAX removes its own frames, and its errors look like the component's.
+    jax.config.update(_FILTERING, "off")
     try:
         yield
     except ValueError as error:
-        if _meant(error, {_OURS, type(component).__module__.partition(".")[0]}):
+        if _deliberate(error, {_OURS, type(component).__module__.partition(".")[0]}):
             raise UserError(str(error)) from error
         raise
     finally:
         jax.config.update(_FILTERING, filtering)
 
 
-def _meant(error: ValueError, packages: set[str]) -> bool:
+@contextlib.contextmanager
+def of_any() -> Iterator[None]:
+    """Raise UserError for every ValueError, such as those of an optimizer that is built."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _deliberate(error: ValueError, packages: set[str]) -> bool:
     frame, line = [*traceback.walk_tb(error.__traceback__)][-1]
     statement = linecache.getline(frame.f_code.co_filename, line).split(maxsplit=1)
     return frame.f_globals.get("__name__", "").partition(".")[0] in packages and statement[:1] == ["raise"]

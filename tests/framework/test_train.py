@@ -432,7 +432,7 @@ def test_the_host_runs_one_step_ahead_and_no_further():
 
     phases = []
     run = object.__new__(Run)
-    run.plan = types.SimpleNamespace(total_steps=9)
+    run.blueprint = types.SimpleNamespace(total_steps=9)
     run.steps = types.SimpleNamespace(train=step, diagnose=diagnose)
     run.state, run.step, run.record, run.stopped = TrainState(None, None, None, None, None), 4, store.Record(), None
     run.service, run.journal, run.watch = Service(), Log(), Watch()
