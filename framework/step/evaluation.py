@@ -1,4 +1,4 @@
-"""Held-out metrics: sums over all held-out batches, divided once at the end; and those that need all examples."""
+"""Held-out metrics: sums over all held-out batches, divided once, and predictions for all held-out examples."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -12,8 +12,7 @@ Step = Callable[[Any, Batch], Any]
 
 
 def evaluate(eval_step: Step, variables: Any, batches: Iterable[Batch]) -> dict[str, float]:
-    """Metrics over all batches by name: sum of totals / sum of weights, added up in float64 in the batches'
-    order.
+    """Return each metric over all batches: sum of totals / sum of weights, in float64 and in the order of the batches.
 
     A metric whose weights are all zero is NaN.
     """
@@ -29,13 +28,13 @@ def evaluate(eval_step: Step, variables: Any, batches: Iterable[Batch]) -> dict[
 
 
 def predict(predict_step: Step, variables: Any, batches: Iterable[Batch], examples: int) -> dict[str, np.ndarray]:
-    """The predictions for the first `examples` examples of all batches, one array [examples, ...] by name."""
+    """Return the predictions for the first `examples` examples, arrays [examples, ...] by name."""
     parts = [jax.device_get(part) for part in _one_behind(predict_step, variables, batches)]
     return {name: np.concatenate([part[name] for part in parts])[:examples] for name in parts[0]}
 
 
 def _one_behind(step: Step, variables: Any, batches: Iterable[Batch]) -> Iterator[Any]:
-    """Results in order; reading one after the next is dispatched keeps the devices busy, with two batches in flight."""
+    """Yield results in order, each after the next batch has been dispatched, so that the devices stay busy."""
     unread = None
     for batch in batches:
         result = step(variables, batch)

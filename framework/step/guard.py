@@ -1,8 +1,7 @@
-"""The guard of the train step: which steps are refused, which losses are spikes, and how often either happened.
+"""The guard of the train step: refuse steps with non-finite numbers, detect loss spikes, count both.
 
-A step whose loss or gradient is not finite is refused. A finite loss that lies far above those of late is a spike; by
-config its step is trained on or refused. Everything here is a scalar computed in the step, the same on all devices, so
-that all of them decide alike.
+A spike is a finite loss far above the recent losses. The config decides whether its step is refused. All decisions are
+scalars computed inside the step from global arrays, so that all devices decide alike.
 """
 
 import dataclasses
@@ -12,19 +11,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Of the mean: the least that a deviation counts for, lest the rounding of a constant loss be a spike.
+# Minimum deviation, as a fraction of the mean, so that rounding noise of a constant loss is not a spike.
 _LEAST_DEVIATION = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardOptions:
-    """What is a spike, and what becomes of its step.
+    """Definition and treatment of loss spikes.
 
     Attributes:
-      on_spike: "ignore" trains on it, "skip" refuses the step; so does "rollback", after which the host goes back to a
+      on_spike: "ignore" trains on the step, "skip" refuses it; "rollback" refuses it, and the host then returns to a
         checkpoint.
-      spike_factor: a spike is a loss so many deviations above the mean of the accepted ones.
-      spike_window: accepted steps that the mean and the deviation look back on, and that come before the first spike.
+      spike_factor: a spike is a loss more than this many mean absolute deviations above the mean.
+      spike_window: length of the running averages, in accepted steps; also the number of steps before the first spike.
     """
 
     on_spike: str
@@ -35,16 +34,16 @@ class GuardOptions:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """What the guard remembers from step to step: scalars, the counts int32, the statistics float32.
+    """State of the guard: scalars, int32 counts and float32 statistics.
 
     Attributes:
-      accepted: steps that were not skipped.
-      skipped: steps that were.
-      consecutive: how many of the last steps were skipped in a row.
-      clipped: accepted steps whose gradient was clipped.
-      spikes: steps whose loss was a spike, skipped or not.
-      loss_mean: of the accepted losses, each step's weighing 1 - 1/window of the next one's.
-      loss_deviation: mean absolute deviation of the accepted losses, each from the mean before it, weighed likewise.
+      accepted: number of steps not skipped.
+      skipped: number of steps skipped.
+      consecutive: number of skipped steps since the last accepted step.
+      clipped: number of accepted steps whose gradient was clipped.
+      spikes: number of loss spikes, skipped or not.
+      loss_mean: exponential moving average of the accepted losses, decay 1 - 1/window.
+      loss_deviation: the same average of the distance of each accepted loss from the mean before it.
     """
 
     accepted: Any
@@ -57,7 +56,7 @@ class Guard:
 
 
 class Verdict(NamedTuple):
-    """On one step: whether it is accepted, whether its loss is a spike (bool scalars), and the bound on the loss."""
+    """Decision on one step: `accepted` and `spike`, bool scalars, and the largest loss that is no spike."""
 
     accepted: jax.Array
     spike: jax.Array
@@ -65,18 +64,18 @@ class Verdict(NamedTuple):
 
 
 def initial() -> Guard:
-    """Before the first step."""
+    """Return the state before the first step."""
     zero, nothing = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
     return Guard(zero, zero, zero, zero, zero, loss_mean=nothing, loss_deviation=nothing)
 
 
 def judge(guard: Guard, loss: jax.Array, gradients_finite: jax.Array, options: GuardOptions) -> Verdict:
-    """Decide on a step. Only a step that is finite throughout can be a spike.
+    """Decide on a step. Only a step with finite loss and gradient can be a spike.
 
     Args:
-      guard: as the step before has left it.
+      guard: state before the step.
       loss: scalar.
-      gradients_finite: bool scalar, of all elements.
+      gradients_finite: bool scalar, whether all elements are finite.
       options: static.
     """
     deviation = jnp.maximum(guard.loss_deviation, _LEAST_DEVIATION * jnp.abs(guard.loss_mean))
@@ -88,20 +87,20 @@ def judge(guard: Guard, loss: jax.Array, gradients_finite: jax.Array, options: G
 
 
 def updated(guard: Guard, verdict: Verdict, loss: jax.Array, clipped: jax.Array | bool, options: GuardOptions) -> Guard:
-    """The guard after the step of the verdict; a loss that was not accepted leaves the statistics as they are.
+    """Return the state after a step. A refused step leaves the statistics unchanged.
 
     Args:
-      guard: as the step before has left it.
-      verdict: of `judge`.
+      guard: state before the step.
+      verdict: result of `judge`.
       loss: scalar.
-      clipped: bool scalar, whether the gradient was longer than allowed.
+      clipped: bool scalar, whether the gradient was clipped.
       options: static.
     """
     accepted = verdict.accepted
     change = loss.astype(jnp.float32) - guard.loss_mean
     surprise = jnp.abs(change) - guard.loss_deviation
     mean = guard.loss_mean + _weight(guard.accepted + 1, options) * change
-    # The first loss has no mean to deviate from, so that there is one deviation less than there are losses.
+    # The first loss has no mean before it: there is one deviation less than losses.
     deviation = jnp.where(guard.accepted > 0, _weight(guard.accepted, options) * surprise, 0) + guard.loss_deviation
     return Guard(
         accepted=guard.accepted + jnp.where(accepted, 1, 0),
@@ -115,6 +114,6 @@ def updated(guard: Guard, verdict: Verdict, loss: jax.Array, clipped: jax.Array 
 
 
 def _weight(count: jax.Array, options: GuardOptions) -> jax.Array:
-    """Of the newest of `count` values whose weights sum to 1: (1 - decay) / (1 - decay^count), decay 1 - 1/window."""
+    """Return the weight of the newest of `count` values: (1 - decay) / (1 - decay^count), with decay 1 - 1/window."""
     window = options.spike_window
     return 1 / window / -jnp.expm1(jnp.maximum(count, 1) * math.log1p(-1 / window))

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step: warm-up, then decay."""
+"""The learning rate as a function of the step: linear warm-up, then decay."""
 
 import dataclasses
 import functools
@@ -15,46 +15,46 @@ DECAYS = ("cosine", "linear", "quadratic", "constant", "rsqrt")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A learning rate by the number of accepted steps, called like any `optax.Schedule`.
+    """The learning rate as a function of the number of accepted steps, an `optax.Schedule` with a peak.
 
     Attributes:
       rate: count -> learning rate.
-      peak: the highest of them.
+      peak: highest learning rate.
     """
 
     rate: optax.Schedule
     peak: float
 
     def __call__(self, count: jax.typing.ArrayLike) -> Any:
-        """The learning rate after so many steps."""
+        """Return the learning rate after `count` steps."""
         return self.rate(count)
 
     def after(self, steps: int) -> "Schedule":
-        """What is left after so many steps, counted anew."""
+        """Return the schedule shifted by `steps`: its count 0 is count `steps` of this one."""
         return Schedule(lambda count: self.rate(count + steps), self.peak)
 
 
 def make_schedule(
     learning_rate: float, *, warmup_steps: int, total_steps: int, decay: str, final_fraction: float, begin_step: int = 0
 ) -> Schedule:
-    """Linear warm-up over `warmup_steps` to `learning_rate`, then decay to `final_fraction` of it at
-    `total_steps`.
+    """Return a linear warm-up to `learning_rate`, then a decay to `final_fraction` of it at `total_steps`.
 
-    No step is spent on a rate of zero: step 0 has `learning_rate / (warmup_steps + 1)`, and the last step,
-    number `total_steps` - 1, is the last before the end of the decay. `rsqrt` falls as sqrt(w / step), w
-    being the warm-up (at least 1), and takes no notice of `final_fraction`. From `begin_step` on, all of this goes as
-    if the run were the steps from there to its end: a phase of its own.
+    No step has a rate of zero: step 0 has `learning_rate / (warmup_steps + 1)`, and step `total_steps` - 1 is the last
+    before the end of the decay. `rsqrt` decays as sqrt(w / step), where w is the warm-up (at least 1), and ignores
+    `final_fraction`. With `begin_step`, warm-up and decay cover the steps from there to the end: a second phase.
 
     Raises:
-      UserError: unknown decay, or a warm-up longer than the run, or what is left of it from `begin_step` on.
+      UserError: the decay is unknown, or the warm-up is longer than the run or its second phase.
     """
     if decay not in DECAYS:
-        raise UserError(f"schedule.decay {decay!r} is none of {', '.join(DECAYS)}")
+        raise UserError(f"config.schedule.decay={decay!r}: must be one of {', '.join(DECAYS)}.")
     if not 0 <= final_fraction <= 1:
-        raise UserError(f"schedule.final_fraction {final_fraction} must lie between 0 and 1")
+        raise UserError(f"config.schedule.final_fraction={final_fraction}: must be between 0 and 1.")
     if begin_step:
         if begin_step >= total_steps:
-            raise UserError(f"schedule.begin of {begin_step} steps must be shorter than the run of {total_steps} steps")
+            raise UserError(
+                f"config.schedule.begin={begin_step} steps: must be shorter than the run of {total_steps} steps."
+            )
         phase = make_schedule(
             learning_rate,
             warmup_steps=warmup_steps,
@@ -64,7 +64,9 @@ def make_schedule(
         )
         return Schedule(lambda count: phase(jnp.maximum(jnp.asarray(count) - begin_step, 0)), learning_rate)
     if warmup_steps >= total_steps:
-        raise UserError(f"schedule.warmup of {warmup_steps} steps must be shorter than the run of {total_steps} steps")
+        raise UserError(
+            f"config.schedule.warmup={warmup_steps} steps: must be shorter than the run of {total_steps} steps."
+        )
     decay_steps = total_steps - warmup_steps
     after: optax.Schedule
     if decay == "cosine":

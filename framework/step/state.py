@@ -1,4 +1,4 @@
-"""The train state: everything a step reads and writes, a pytree of arrays laid out on the mesh."""
+"""The train state: all arrays that a step reads and writes, laid out on the mesh."""
 
 import dataclasses
 from collections.abc import Callable, Collection
@@ -19,15 +19,15 @@ from . import averaging, guard
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a train step takes and returns, and what a checkpoint holds.
+    """The input and output of a train step, and the content of a checkpoint.
 
     Attributes:
-      step: int32 scalar, steps taken, skipped ones included; the next batch is that of this number.
-      params: of the model: what the optimizer trains or, with averaging, the average of that.
-      opt_state: the optimizer's state.
-      model_state: the task's collections other than "params".
-      guard: what the guard has counted, and its statistics of the loss.
-      averaging: what the optimizer trains where `params` are an average, and the average's weights; else None.
+      step: int32 scalar, number of steps taken, including skipped steps; also the index of the next batch.
+      params: parameters of the model. With `ema_decay` they are the average of the trained parameters.
+      opt_state: state of the optimizer.
+      model_state: collections of the task other than "params".
+      guard: counters of the guard, and its statistics of the loss.
+      averaging: with `ema_decay`, the trained variables and the weight of the average; else None.
     """
 
     step: Any
@@ -39,12 +39,12 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Params and model state in the form that the task takes."""
+        """Parameters and model state as one dict, as the task takes them."""
         return {"params": self.params, **self.model_state}
 
 
 def abstract_variables(task: Task, batch_spec: BatchSpec) -> dict[str, Any]:
-    """Shapes and types of the task's variables; nothing is computed."""
+    """Return shapes and dtypes of the task's variables. Nothing is computed."""
     return jax.eval_shape(lambda: task.init(jax.random.key(0), batch_spec))
 
 
@@ -56,9 +56,9 @@ def abstract_state(
     mesh: Mesh,
     ema_decay: float = 0.0,
 ) -> TrainState:
-    """The train state as ShapeDtypeStructs with shardings: what to compile for, initialise and restore.
+    """Return the train state as ShapeDtypeStructs with shardings.
 
-    `placements` are those of the task's variables, by path. The step, the guard and the weights of an average are
+    `placements` are those of the task's variables, by path. The step, the guard and the weight of the average are
     replicated.
     """
     variables = abstract_variables(task, batch_spec)
@@ -81,7 +81,7 @@ def abstract_state(
 def initial_state(
     task: Task, tx: optax.GradientTransformation, batch_spec: BatchSpec, abstract: TrainState, seed: int
 ) -> TrainState:
-    """The state before the first step: each device computes its part, with the same values on every mesh."""
+    """Compute the state before the first step. Each device computes its shards; values are the same on every mesh."""
     init = _initial(task, tx, batch_spec, abstract, seed)
     return jax.jit(init, out_shardings=shardings(abstract))()
 
@@ -94,7 +94,7 @@ def initial_arrays(
     seed: int,
     names: Collection[str],
 ) -> dict[str, jax.Array]:
-    """Some arrays of the initial state, by their paths in it; the others take no memory."""
+    """Compute the arrays of the initial state whose paths are in `names`. The others take no memory."""
     if not names:
         return {}
     init = _initial(task, tx, batch_spec, abstract, seed)
@@ -113,7 +113,7 @@ def _initial(
     task: Task, tx: optax.GradientTransformation, batch_spec: BatchSpec, abstract: TrainState, seed: int
 ) -> Callable[[], TrainState]:
     def init() -> TrainState:
-        # No step uses this key: steps fold in 0, 1, 2, ...
+        # Steps fold in 0, 1, 2, ... and never reach this number.
         variables = dict(task.init(jax.random.fold_in(jax.random.key(seed), 2**32 - 1), batch_spec))
         averages = averaging.initial(dict(variables), abstract.averaging)
         params = variables.pop("params")
@@ -130,7 +130,7 @@ def _initial(
 
 
 def shardings(abstract: Any) -> Any:
-    """The shardings of a tree of ShapeDtypeStructs or arrays, as a tree."""
+    """Return the shardings of a tree of ShapeDtypeStructs or arrays."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 

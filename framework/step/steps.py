@@ -1,4 +1,4 @@
-"""The train step and the evaluation step: pure functions, jitted, with every sharding in plain sight."""
+"""The train, evaluation and prediction steps: pure jitted functions with explicit shardings."""
 
 import functools
 from typing import Any
@@ -30,28 +30,28 @@ def make_train_step(
     guard_options: GuardOptions,
     ema_decay: float = 0.0,
 ) -> jax.stages.Wrapped:
-    """The jitted train step `(state, batch) -> (state, metrics)`; it donates the state.
+    """Return the jitted train step `(state, batch) -> (state, metrics)`, which donates the state.
 
-    The batch is cut into `microbatches`, whose gradients are added up with the weight of their loss (the
-    number of targets, say), so that the result is the gradient of the whole batch however uneven the masks.
-    Where the guard does not accept the step (loss or any element of the gradient not finite, or a loss spike, by its
-    options), params, optimizer state, model state and averages stay bitwise as they were; `step` advances all the same.
+    Gradients of micro-batches are weighted by the weights of their losses, for example the number of targets. The sum
+    is the gradient of the whole batch, however uneven the masks are. If the guard refuses the step, parameters,
+    optimizer state, model state and averages stay bitwise unchanged; `step` still advances. The guard refuses a
+    non-finite loss or gradient and, depending on its options, a loss spike.
 
     Args:
-      task: gives the loss.
-      tx: the optimizer; the learning rate is its business.
-      learning_rate: the schedule given to `tx`, for reporting. It sees the number of steps not skipped.
-      abstract: the state's shapes and shardings.
+      task: the model.
+      tx: the optimizer, which applies the learning rate.
+      learning_rate: the schedule given to `tx`, for reporting; a function of the number of accepted steps.
+      abstract: shapes and shardings of the state.
       mesh: the mesh.
-      seed: of the random keys: micro-batch i of step t has fold_in(fold_in(key(seed), t), i).
-      microbatches: number of micro-batches, dividing each device's share of the batch.
-      gradient_clip: bound on the global norm of the gradient; 0 leaves it alone.
-      guard_options: what is a loss spike, and what becomes of its step.
+      seed: of the random keys; micro-batch i of step t has fold_in(fold_in(key(seed), t), i).
+      microbatches: number of micro-batches; divides each device's share of the batch.
+      gradient_clip: bound on the global norm of the gradient; 0 disables.
+      guard_options: definition and treatment of loss spikes.
       ema_decay: decay of the average of the parameters; 0 keeps none. The loss is that of the trained parameters.
 
-    Metrics are float32 scalars (counts int32), the same on all devices: the task's (total / weight),
-    `gradient_norm` (before clipping), `update_norm`, `learning_rate`, `spike` (0 or 1), `spike_bound` (on the loss,
-    infinite while the guard has seen too few) and the guard's `skipped`, `consecutive_skips`, `clipped`, `spikes`.
+    Metrics are float32 scalars (counts int32), replicated: those of the task (total / weight), `gradient_norm` (before
+    clipping), `update_norm`, `learning_rate`, `spike` (0 or 1), `spike_bound` (largest loss that is no spike, infinite
+    during the first steps) and the guard's `skipped`, `consecutive_skips`, `clipped`, `spikes`.
     """
     params_shardings = shardings(abstract.params)
 
@@ -65,7 +65,7 @@ def make_train_step(
         metrics["learning_rate"] = jnp.asarray(learning_rate(state.step - state.guard.skipped), jnp.float32)
         metrics["gradient_norm"] = global_norm(gradients)
 
-        # Loss and finiteness are reductions over the global arrays, hence one decision for all devices.
+        # Loss and finiteness are reductions over global arrays, so that all devices decide alike.
         verdict = guard.judge(state.guard, metrics["loss"], all_finite(gradients), guard_options)
         if gradient_clip:
             scale = gradient_clip / jnp.maximum(metrics["gradient_norm"], gradient_clip)
@@ -109,7 +109,7 @@ def make_train_step(
 
 
 def make_diagnosis(tx: optax.GradientTransformation, abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted `opt_state -> {"optimizer/<diagnostic>": scalar}`, apart from the step: few steps are reported."""
+    """Return the jitted `opt_state -> {"optimizer/<diagnostic>": scalar}`. Only reported steps run it."""
 
     def diagnose(opt_state: Any) -> dict[str, jax.Array]:
         return {f"optimizer/{name}": value for name, value in optimizer.diagnostics(tx, opt_state).items()}
@@ -157,7 +157,7 @@ def make_predict_step(judge: Judge, abstract: TrainState, mesh: Mesh, microbatch
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """Root of the sum of all squares, float32; it overflows only where the result does, not the squares."""
+    """Return the root of the sum of all squares, float32. Squares are scaled so that they do not overflow."""
     leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
     largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf), initial=0.0) for leaf in leaves])
     unit = jnp.where(largest > 0, largest, 1.0)
@@ -165,10 +165,9 @@ def global_norm(tree: Any) -> jax.Array:
 
 
 def _cut(batch: Batch, microbatches: int, mesh: Mesh) -> Batch:
-    """[batch, ...] to [microbatches, batch / microbatches, ...].
+    """Reshape [batch, ...] to [microbatches, batch / microbatches, ...].
 
-    Micro-batch i has the examples i, i + microbatches, ...: a device cuts the examples it has, and none
-    moves.
+    Micro-batch i has the examples i, i + microbatches, ...: every device cuts its own examples, and none moves.
     """
     sharding = NamedSharding(mesh, PartitionSpec(None, partitioning.batch_axes(mesh)))
 
@@ -182,7 +181,7 @@ def _cut(batch: Batch, microbatches: int, mesh: Mesh) -> Batch:
 def _whole_batch_gradients(
     task: Task, variables: dict[str, Any], microbatches: Batch, key: jax.Array, params_shardings: Any
 ) -> tuple[Any, dict[str, Any], Metrics]:
-    """Gradient of sum(totals) / sum(weights) over the micro-batches, last model state, summed metrics."""
+    """Return the gradient of sum(totals) / sum(weights) over the micro-batches, the last model state, metric sums."""
     params = variables["params"]
     first_model_state = {name: collection for name, collection in variables.items() if name != "params"}
 
@@ -199,7 +198,7 @@ def _whole_batch_gradients(
             params, model_state, batch, jax.random.fold_in(key, number)
         )
         weight = metrics["loss"][1]
-        # A micro-batch without targets may have a loss of 0 / 0 and says nothing.
+        # The loss of a micro-batch without targets may be 0 / 0.
         gradients = jax.tree.map(lambda total, leaf: total + jnp.where(weight > 0, weight * leaf, 0), gradients, new)
         return (lay_out(gradients), model_state), metrics
 
@@ -207,7 +206,7 @@ def _whole_batch_gradients(
     start = lay_out(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params))
     inputs = (jnp.arange(count), microbatches)
     if count == 1:
-        # XLA keeps a loop of one turn, and on a CPU convolutions inside a loop take ten times as long.
+        # XLA keeps a loop of one iteration, and on a CPU convolutions in a loop take ten times as long.
         (gradients, model_state), sums = accumulate((start, first_model_state), jax.tree.map(lambda x: x[0], inputs))
     else:
         (gradients, model_state), stacked = jax.lax.scan(accumulate, (start, first_model_state), inputs)

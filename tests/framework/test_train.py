@@ -226,7 +226,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, change
     ("changes", "message"),
     [
         ({"evaluation.best_metric": "bleu"}, "config.evaluation.best_metric='bleu': must be one of accuracy, loss."),
-        ({"schedule.warmup": "20 steps"}, "warmup of 20 steps must be shorter than the run of 12 steps"),
+        ({"schedule.warmup": "20 steps"}, "warmup=20 steps: must be shorter than the run of 12 steps"),
         ({"sharding_rules": (("embed", None), ("mlp", None))}, r'parameter params/.*"vocab" has no rule'),
     ],
     ids=["metric", "warmup", "rule"],

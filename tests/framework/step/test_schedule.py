@@ -50,11 +50,11 @@ def test_a_phase_has_a_schedule_of_its_own():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"decay": "cosin"}, "'cosin' is none of cosine, linear, quadratic, constant, rsqrt"),
-        ({"decay": "linear", "warmup_steps": 12}, "12 steps must be shorter than the run of 12 steps"),
-        ({"decay": "linear", "begin_step": 12}, "begin of 12 steps must be shorter than the run of 12 steps"),
-        ({"decay": "linear", "begin_step": 9}, "warmup of 4 steps must be shorter than the run of 3 steps"),
-        ({"decay": "linear", "final_fraction": 1.5}, "1.5 must lie between 0 and 1"),
+        ({"decay": "cosin"}, "'cosin': must be one of cosine, linear, quadratic, constant, rsqrt"),
+        ({"decay": "linear", "warmup_steps": 12}, "12 steps: must be shorter than the run of 12 steps"),
+        ({"decay": "linear", "begin_step": 12}, "begin=12 steps: must be shorter than the run of 12 steps"),
+        ({"decay": "linear", "begin_step": 9}, "warmup=4 steps: must be shorter than the run of 3 steps"),
+        ({"decay": "linear", "final_fraction": 1.5}, "1.5: must be between 0 and 1"),
     ],
 )
 def test_errors_say_what_is_allowed(changes, words):
