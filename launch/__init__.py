@@ -1,6 +1,6 @@
 """The command line: one module per verb.
 
-Sets the environment of JAX first of all, for whatever a verb imports.
+Its import sets the environment of JAX before any verb imports JAX.
 """
 
 from .environment import before_jax

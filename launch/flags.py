@@ -13,7 +13,7 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse the flags of a verb, and `--config.KEY=VALUE` for every knob. Errors in the flags raise UserError."""
+    """Parse a verb's flags, and `--config.KEY=VALUE` for every knob if there is --config. Errors raise UserError."""
 
     def __init__(self, verb: str, description: str | None, **options: Any):
         super().__init__(
@@ -35,9 +35,10 @@ class Parser(argparse.ArgumentParser):
           UserError: a flag is unknown, missing, repeated or without a value.
         """
         flags, overrides = [], []
+        takes_knobs = any("--config" in action.option_strings for action in self._actions)
         rest = iter(sys.argv[1:] if arguments is None else arguments)
         for argument in rest:
-            if not argument.startswith("--config."):
+            if not takes_knobs or not argument.startswith("--config."):
                 flags.append(argument)
                 continue
             flag, equals, value = argument.partition("=")

@@ -1,6 +1,6 @@
-"""The table of knobs that --help shows: each key, its value, and the comment that stands beside it in the source.
+"""List the knobs for --help: each key, its value, and the comment beside it in the source.
 
-The comments in `framework/config/schema.py` and in the dataclasses of components are the only explanation of a knob.
+The comments in `framework/config/schema.py` and in the dataclasses of components are the only documentation of a knob.
 """
 
 import ast
@@ -20,7 +20,7 @@ _WIDEST_VALUE = 32
 
 
 def table(config: Any) -> str:
-    """One knob a line: key, value, reason; with the knobs of its components where these are chosen."""
+    """Return one line per knob: key, value, comment. The knobs of components are included where these are chosen."""
     rows = [(f"--config.{key}", _short(value), reason) for key, value, reason in _rows(config)]
     keys, values = (max(len(row[column]) for row in rows) for column in (0, 1))
     width = max(shutil.get_terminal_size().columns, keys + values + 44)
@@ -32,7 +32,7 @@ def table(config: Any) -> str:
 
 
 def reasons(declaration: Any) -> dict[str, str]:
-    """The comment beside each `config.KEY = ...` of a function, or beside each field of a class, by key."""
+    """Return the comment beside each `config.KEY = ...` of a function, or beside each field of a class, by key."""
     source = textwrap.dedent(inspect.getsource(declaration))
     comments = {
         token.start[0]: token.string.lstrip("# ")

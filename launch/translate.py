@@ -1,10 +1,10 @@
-"""Translate: `python -m shampax.launch.translate --workdir=DIR < SENTENCES > TRANSLATIONS`; --help lists the flags.
+"""Translate: `python -m shampax.launch.translate --workdir=DIR < SENTENCES > TRANSLATIONS`.
 
-One sentence a line, UTF-8, gives one line; an empty line stays empty. What the model was trained with (vocabulary, beam
-size, length penalty) is taken from the workdir. Lines are read in groups of several batches, sorted by length within
-them, and written in their order.
+Each line of the input is a sentence in UTF-8 and gives one line of output; an empty line stays empty. Vocabulary, beam
+size and length penalty of the training run are read from the workdir. Groups of several batches are sorted by length,
+and written in their original order.
 
-Exit codes: 0; 2, something given cannot work.
+Exit codes: 0; 2, invalid input.
 """
 
 import argparse
@@ -12,38 +12,43 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..framework.base.errors import UserError
+from . import flags
 
 TASK, DATA = "shampax.models.translation:TranslationTask", "shampax.framework.data.pairs:PairData"
-_BATCHES_READ = 16  # lines are sorted by length among so many batches
-_LENGTH_STEP = 32  # sources are padded to a multiple of it, so that few lengths are compiled
+_BATCHES_READ = 16  # lines are sorted by length within this many batches
+_LENGTH_STEP = 32  # sources are padded to a multiple of this, so that few lengths are compiled
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see the module. `arguments` are those of this process by default. Returns the exit code."""
-    options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+    """Run the verb and return its exit code. `arguments` defaults to those of this process."""
+    return flags.run(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    parser = flags.Parser("translate", __doc__)
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--workdir", type=Path, metavar="DIR", help="workdir of a translation run")
+    place.add_argument("--checkpoint", type=Path, metavar="PATH", help="one of its checkpoints: DIR/checkpoints/STEP")
+    parser.add_argument("--use", choices=("best", "newest"), default="best", help="which checkpoint of the workdir")
+    parser.add_argument("--input", default="-", metavar="FILE", help="sentences (default: standard input)")
+    parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="sentences per batch (64)")
+    parser.add_argument("--beam_size", type=int, metavar="K", help="replaces that of the run")
+    parser.add_argument("--length_penalty", type=float, metavar="A", help="replaces that of the run")
+    parser.add_argument("--decode_length", type=int, metavar="N", help="maximum tokens of a translation")
+    options, _ = parser.parse(arguments)
+    if options.batch_size < 1:
+        raise UserError(f"--batch_size={options.batch_size}: must be at least 1.")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
-    try:
-        with _opened(options.input) as file:
-            _translate(options, file)
-        sys.stdout.flush()
-        return 0
-    except UserError as error:
-        _complain("error", str(error))
-        return 2
-    except BrokenPipeError:  # whoever read the output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more when it ends
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    with _opened(options.input) as file:
+        _translate(options, file)
+    return 0
 
 
 @contextlib.contextmanager
@@ -54,7 +59,7 @@ def _opened(name: str) -> Iterator[BinaryIO]:
     try:
         file = Path(name).expanduser().open("rb")
     except OSError as error:
-        raise UserError(f"--input {name} cannot be read ({error.strerror}); check the path") from error
+        raise UserError(f"--input={name}: cannot be read ({error.strerror}). Check the path.") from error
     with file:
         yield file
 
@@ -74,12 +79,12 @@ def _text(line: bytes, number: int) -> str:
     try:
         return line.rstrip(b"\r\n").decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"line {number} of the input is not UTF-8 at byte {error.start}; convert it") from error
+        raise UserError(f"line {number} of the input is not UTF-8 at byte {error.start}. Convert it.") from error
 
 
 def _model(options: argparse.Namespace) -> Callable[[list[tuple[int, str]]], dict[int, str]]:
-    """What turns numbered sentences into translations by number."""
-    # Imported when the flags are known to be good: --help is not to wait for JAX and Orbax.
+    """Return a function from numbered sentences to translations by number."""
+    # Imported after the flags are parsed, so that --help does not wait for JAX and Orbax.
     import jax
     import numpy as np
 
@@ -95,7 +100,7 @@ def _model(options: argparse.Namespace) -> Callable[[list[tuple[int, str]]], dic
         workdir = options.workdir.expanduser()
         checkpoint, damaged = restore.choose(workdir, options.use)
     for path, why in damaged:
-        _complain("warning", f"checkpoint {path} is damaged ({why}); {checkpoint} is used")
+        _warn(f"checkpoint {path} is damaged ({why}); using {checkpoint}")
     data = restore.component(workdir, "data", [DATA])
     search = {name: getattr(options, name) for name in ("beam_size", "length_penalty", "decode_length")}
     try:
@@ -118,9 +123,9 @@ def _model(options: argparse.Namespace) -> Callable[[list[tuple[int, str]]], dic
         length = -(-(max(map(len, sources)) + 1) // _LENGTH_STEP) * _LENGTH_STEP
         tokens, segments = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
         for row, source in enumerate(sources):
-            tokens[row, : len(source)] = source  # the end behind it is token 0
+            tokens[row, : len(source)] = source  # the end token, 0, follows
             segments[row, : len(source) + 1] = 1
-        segments[len(sources) :, 0] = 1  # an empty sentence, which every search ends soon
+        segments[len(sources) :, 0] = 1  # an empty sentence, whose search ends soon
         return jax.device_put((tokens, segments), placed)
 
     def translate(sentences: list[tuple[int, str]]) -> dict[int, str]:
@@ -133,44 +138,17 @@ def _model(options: argparse.Namespace) -> Callable[[list[tuple[int, str]]], dic
                 translations = jax.device_get(compiled(variables, *batch_of([source for _, source in batch])))
             for row, (number, source) in enumerate(batch):
                 if len(source) >= data.source_length:
-                    _complain(
-                        "warning",
-                        f"line {number} has {len(source) + 1} tokens, more than the {data.source_length} of training",
-                    )
+                    _warn(f"line {number} has {len(source) + 1} tokens; training had at most {data.source_length}")
                 if not translations.finished[row]:
-                    _complain("warning", f"the translation of line {number} is cut after {task.decode_length} tokens")
+                    _warn(f"the translation of line {number} is cut after {task.decode_length} tokens")
                 found[number] = " ".join(decode(translations.tokens[row]).splitlines())
         return found
 
     return translate
 
 
-def _complain(kind: str, text: str) -> None:
-    print(f"{kind}: {' '.join(text.split())}", file=sys.stderr)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m shampax.launch.translate",
-        description="Translate sentences, one a line, by a model that launch.train has trained.",
-    )
-    place = parser.add_mutually_exclusive_group(required=True)
-    place.add_argument("--workdir", type=Path, metavar="DIR", help="of a translation run")
-    place.add_argument("--checkpoint", type=Path, metavar="PATH", help="one of its checkpoints: DIR/checkpoints/STEP")
-    parser.add_argument("--use", choices=("best", "newest"), default="best", help="which checkpoint of the workdir")
-    parser.add_argument("--input", default="-", metavar="FILE", help="sentences; standard input by default")
-    parser.add_argument("--batch_size", type=_positive, default=64, metavar="N", help="sentences at once (64)")
-    parser.add_argument("--beam_size", type=int, metavar="K", help="in place of the run's")
-    parser.add_argument("--length_penalty", type=float, metavar="A", help="in place of the run's")
-    parser.add_argument("--decode_length", type=int, metavar="N", help="most tokens of a translation, likewise")
-    return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
+def _warn(text: str) -> None:
+    print(f"warning: {' '.join(text.split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

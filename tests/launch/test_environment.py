@@ -119,8 +119,8 @@ def test_a_jaxlib_that_may_not_know_the_flag_is_not_given_it(monkeypatch):
 @pytest.mark.parametrize(
     ("files", "installed", "fix"),
     [
-        ("/dev/nvidia[0-9]*", "libtpu", "this machine has an NVIDIA GPU and .*; make install EXTRA=cuda13"),
-        ("/dev/accel*", "jax_cuda13_plugin", "this machine has a TPU and .*; make install EXTRA=tpu"),
+        ("/dev/nvidia[0-9]*", "libtpu", "this machine has an NVIDIA GPU, but .* make install EXTRA=cuda13"),
+        ("/dev/accel*", "jax_cuda13_plugin", "this machine has a TPU, but .* make install EXTRA=tpu"),
         ("/dev/nvidia[0-9]*", "jax_cuda12_plugin", None),
         ("/dev/accel*", "libtpu", None),
         ("/dev/kfd", "", None),
@@ -181,6 +181,6 @@ def test_settings_of_the_user_stay(monkeypatch):
 def test_simulating_devices_after_jax_has_started_is_a_user_error(monkeypatch):
     present = jax.device_count()
     monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
-    with pytest.raises(UserError, match="set JAX_NUM_CPU_DEVICES=3 in the environment"):
+    with pytest.raises(UserError, match="Set JAX_NUM_CPU_DEVICES=3 in the environment"):
         environment.simulate_devices(3)
     assert jax.device_count() == present

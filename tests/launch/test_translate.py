@@ -133,6 +133,8 @@ def test_what_cannot_work_is_one_line(run, tmp_path):
         assert err[0].startswith("error: ") and message in err[0]
     with contextlib.redirect_stderr(io.StringIO()) as err:
         assert main([f"--workdir={workdir}", f"--input={tmp_path}/none.txt"]) == 2
-    assert "none.txt cannot be read" in err.getvalue()
-    with contextlib.redirect_stderr(io.StringIO()), pytest.raises(SystemExit):
-        main(["--input=none.txt"])
+        assert main(["--input=none.txt"]) == 2
+        assert main([f"--workdir={workdir}", "--config.seed=1"]) == 2
+    assert "none.txt: cannot be read" in err.getvalue()
+    assert "one of the arguments --workdir --checkpoint is required" in err.getvalue()
+    assert "unrecognized arguments: --config.seed=1" in err.getvalue()
