@@ -9,7 +9,7 @@ import pytest
 
 from shampax.configs import base
 from shampax.framework.base.errors import UserError
-from shampax.framework.checkpoint import integrity, restore
+from shampax.framework.checkpoint import restore
 from shampax.framework.sharding import partitioning
 from shampax.framework.train import train
 from shampax.launch.translate import DATA, TASK, main
@@ -81,10 +81,10 @@ def test_the_best_or_the_newest_checkpoint_is_taken(run, tmp_path):
     """Fault: the order of scores reversed, or a damaged checkpoint translated with."""
     workdir = shutil.copytree(run[0], tmp_path / "run")
     first = workdir / "checkpoints" / "2"
-    record = json.loads((first / "record" / "metadata").read_text())
-    record["last"]["values"]["loss"] = 0.5
-    (first / "record" / "metadata").write_text(json.dumps(record))
-    integrity.seal(first)
+    path = workdir / "evaluations" / "2.json"
+    evaluation = json.loads(path.read_text())
+    evaluation["last"]["values"]["loss"] = 0.5
+    path.write_text(json.dumps(evaluation))
     assert restore.choose(workdir, "best") == (first, [])
     assert restore.choose(workdir, "newest") == (workdir / "checkpoints" / "4", [])
     largest = max(first.joinpath("state").rglob("*"), key=lambda path: path.stat().st_size)
