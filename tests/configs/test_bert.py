@@ -43,13 +43,13 @@ def shrunk(variant, *changes):
 
 @pytest.fixture(scope="module")
 def first_phase(tmp_path_factory):
-    """The sample, shrunk, trained for 4 steps; and its result."""
+    """Train the shrunk sample for 4 steps; return workdir and result."""
     workdir = tmp_path_factory.mktemp("bert") / "first"
     return workdir, train(shrunk("sample"), workdir, devices=jax.devices()[:1])
 
 
 def test_golden_steps(first_phase):
-    """Fault: any unmeant change to initialisation, data, masks, model, loss or optimizer; a metric that is missing."""
+    """Faults: an unintended change of initialisation, data, masks, model, loss or optimizer; a missing metric."""
     workdir, result = first_phase
     golden = {"train/loss": [5.42619, 5.22886], "train/gradient_norm": [1.59673, 1.77912]}
     for key, values in golden.items():
@@ -61,7 +61,7 @@ def test_golden_steps(first_phase):
 
 @pytest.mark.slow
 def test_resumed_equals_uninterrupted(first_phase, tmp_path):
-    """Fault: masks or dropout that a resumed run draws anew, or state that does not come back bit for bit."""
+    """Faults: a resumed run draws other masks or dropout, or restores other bits."""
     workdir, _ = first_phase
     cut = cut_short(workdir, tmp_path / "cut", 2)
     assert train(shrunk("sample"), cut, devices=jax.devices()[:1])["steps"] == 4
@@ -71,7 +71,7 @@ def test_resumed_equals_uninterrupted(first_phase, tmp_path):
 
 @pytest.mark.slow
 def test_a_second_phase_goes_on_with_longer_rows(first_phase, tmp_path, capfd):
-    """Fault: a change of the rows' length that loses the optimizer's state, the step, or the positions table."""
+    """Fault: a new row length loses optimizer state, step or position table."""
     workdir, first = first_phase
     second = ("data.sequence_length=32", "data.predictions=5", "duration=7 steps", "schedule.begin=4 steps")
     capfd.readouterr()
@@ -83,7 +83,7 @@ def test_a_second_phase_goes_on_with_longer_rows(first_phase, tmp_path, capfd):
     rates = history(tmp_path / "second", "train/learning_rate")
     assert len(rates) == 3
     assert rates[0] == pytest.approx(rates[1] / 2)  # warms up from the beginning of the phase
-    assert result["refreshes"] > first["refreshes"]  # the optimizer counts on; three steps alone have fewer
+    assert result["refreshes"] > first["refreshes"]  # the optimizer's count continues; three steps alone have fewer
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ def test_other_variants_train(variant, tmp_path):
 
 
 def test_published_variants_are_as_published():
-    """Fault: a size, a batch or a budget that another edit has moved."""
+    """Fault: a size, a batch or a budget is changed by accident."""
     sizes = {"base": 110e6, "paper": 335e6}
     for variant, parameters in sizes.items():
         config = bert.get_config(variant)

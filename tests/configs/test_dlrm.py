@@ -30,7 +30,7 @@ SHAMPOO = ("optimizer.block_size=4",)
 
 @pytest.fixture(scope="module")
 def criteo(tmp_path_factory):
-    """Two files in Criteo's form, and what makes a config read them."""
+    """Write two files in Criteo's format; return the overrides that read them."""
     random, folder = np.random.default_rng(0), tmp_path_factory.mktemp("criteo")
     for day in (0, 1):
         with (folder / f"day_{day}").open("w") as file:
@@ -46,10 +46,10 @@ def criteo(tmp_path_factory):
     [pytest.param(name, marks=() if name == "sample_adagrad" else pytest.mark.slow) for name in dlrm.VARIANTS],
 )
 def test_every_variant_trains_through_the_command_line(variant, criteo, tmp_path, capsys):
-    """Fault: a shipped config that does not build, compile, train or report; Criteo's files that it cannot read."""
+    """Fault: a shipped config does not build, compile, train, report, or read Criteo's files."""
     changes = [*TINY, ROWS, "duration=3 steps", *(() if variant == "sample_adagrad" else SHAMPOO)]
     if not variant.startswith("sample"):
-        changes += [*criteo, "data.workers=1"]  # the terabyte has 24, which are processes
+        changes += [*criteo, "data.workers=1"]  # the terabyte config starts 24 processes
     arguments = [f"--config=shampax/configs/dlrm.py:{variant}", f"--workdir={tmp_path / 'run'}"]
     assert main([*arguments, *(f"--config.{change}" for change in changes)]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -70,14 +70,14 @@ def sample():
 
 @pytest.fixture(scope="module")
 def on_four(tmp_path_factory):
-    """Six steps of the sample, shrunk, on four devices that share all tables."""
+    """Train the shrunk sample for six steps on four devices that share all tables."""
     workdir = tmp_path_factory.mktemp("dlrm") / "four"
     return workdir, train(sample(), workdir, devices=jax.devices()[:4])
 
 
 @pytest.mark.slow
 def test_a_resumed_run_is_the_same_bitwise(on_four, tmp_path):
-    """Fault: sums of rows, statistics of integers or the order of clicks that a checkpoint does not hold."""
+    """Fault: a checkpoint lacks sums of rows, statistics of integers or the order of examples."""
     workdir, whole = on_four
     assert (whole["steps"], whole["devices"], whole["skipped_steps"]) == (6, 4, 0) and whole["refreshes"] > 0
     config = sample()
@@ -90,7 +90,7 @@ def test_a_resumed_run_is_the_same_bitwise(on_four, tmp_path):
 
 @pytest.mark.slow
 def test_the_same_on_another_mesh(on_four, tmp_path):
-    """Fault: tables that are divided otherwise give another run."""
+    """Fault: the division of tables changes the run."""
     config = sample()
     config.mesh.update({"fsdp": 1, "tensor": 1})
     train(config, tmp_path, devices=jax.devices()[:1])
@@ -99,7 +99,7 @@ def test_the_same_on_another_mesh(on_four, tmp_path):
 
 @pytest.mark.slow
 def test_a_teacher_is_found_again(tmp_path):
-    """Fault: categories that meet other rows than in training, a loss of the wrong sign, tables that do not learn."""
+    """Faults: categories use other rows than in training; a loss of the wrong sign; tables do not learn."""
     config = base.get_config()
     task = {"rows": (64,) * 26, "embed_dim": 4, "bottom": (16, 4), "top": (16,), "normalize_integers": True}
     config.task = base.component("shampax.models.dlrm:DLRMTask", **task)

@@ -44,7 +44,7 @@ BY_TWO = {
 
 @pytest.fixture(scope="module")
 def commanded(tmp_path_factory):
-    """Train a variant by the command, once, on eight devices: variant -> (workdir, what is printed)."""
+    """Train a variant by the command, once, on eight devices: variant -> (workdir, output)."""
 
     @functools.cache
     def run(variant):
@@ -65,7 +65,7 @@ def commanded(tmp_path_factory):
     [pytest.param(name, marks=() if name == "sample" else pytest.mark.slow) for name in lm.VARIANTS],
 )
 def test_every_variant_trains_through_the_command_line(variant, commanded):
-    """Catches a shipped config that does not build, compile, train or report."""
+    """Fault: a shipped config does not build, compile, train or report."""
     workdir, out = commanded(variant)
     result = json.loads((workdir / "result.json").read_text())
     steps = 12 if variant == "sample" else 4
@@ -99,7 +99,7 @@ def config_of(variant, *changes):
     ],
 )
 def test_the_same_run_on_every_mesh(on_one_device, commanded, tmp_path, devices, mesh):
-    """Catches a loss, an update or a refresh that depends on where things lie."""
+    """Fault: a loss, an update or a refresh depends on the sharding."""
     if devices == 8:
         workdir, _ = commanded("sample")
     else:
@@ -113,7 +113,7 @@ def test_the_same_run_on_every_mesh(on_one_device, commanded, tmp_path, devices,
 
 @pytest.mark.slow
 def test_experts_and_positions_over_devices_train_as_on_one(tmp_path):
-    """Catches statistics of an expert that are given to another, or owners that overlook an axis of the mesh."""
+    """Faults: an expert gets another's statistics; owners ignore an axis of the mesh."""
     on = {"one": (1, {"expert": 1}), "four": (4, {"expert": 2, "sequence": 2})}
     for name, (devices, mesh) in on.items():
         config = config_of("sample_moe", "duration=5 steps", "task.attention_block=8")
@@ -128,7 +128,7 @@ def test_experts_and_positions_over_devices_train_as_on_one(tmp_path):
 
 
 def test_golden_steps(on_one_device):
-    """Catches any unmeant change to initialisation, data, model, loss or optimizer."""
+    """Fault: an unintended change of initialisation, data, model, loss or optimizer."""
     golden = {
         "train/loss": [5.70703, 5.60487, 5.20819],
         "train/gradient_norm": [0.63524, 1.09349, 1.25637],

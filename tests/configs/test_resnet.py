@@ -45,7 +45,7 @@ def tfds_dir(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["sample_sgd", "resnet50", "paper"])
 def test_every_variant_trains(variant, tfds_dir, tmp_path):
-    """Fault: a shipped config that does not build, compile, train, or judge held-out images that fill no batch."""
+    """Fault: a shipped config does not build, compile, train, or evaluate held-out images that do not fill a batch."""
     changes = ["duration=3 steps", "evaluation.every=0 steps"]
     if variant != "sample_sgd":
         changes += [f"data.data_dir={tfds_dir}", "data.image_size=32", "mesh.data=2", "task.batch_norm_group=8"]
@@ -66,14 +66,14 @@ def six_steps_of_the_sample():
 
 @pytest.fixture(scope="module")
 def six_steps(tmp_path_factory):
-    """The sample, shrunk, without interruption."""
+    """Train the shrunk sample without interruption."""
     workdir = tmp_path_factory.mktemp("resnet") / "whole"
     return workdir, train(six_steps_of_the_sample(), workdir, devices=jax.devices()[:2])
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_bitwise(six_steps, tmp_path):
-    """Fault: batch statistics that start anew, or augmentation of other steps, in a run that goes on."""
+    """Fault: a resumed run restarts batch statistics, or uses the augmentation of other steps."""
     whole, result = six_steps
     assert (result["steps"], result["skipped_steps"]) == (6, 0) and result["refreshes"] > 0
     cut = cut_short(whole, tmp_path / "cut", 3)
@@ -83,7 +83,7 @@ def test_a_run_goes_on_bitwise(six_steps, tmp_path):
 
 
 def test_golden_steps(six_steps):
-    """Fault: any unmeant change to initialisation, data, model, loss or optimizer."""
+    """Fault: an unintended change of initialisation, data, model, loss or optimizer."""
     golden = {
         "train/loss": [2.30123, 2.30319, 2.28216],
         "train/gradient_norm": [0.31984, 0.43719, 0.39390],
@@ -95,8 +95,7 @@ def test_golden_steps(six_steps):
 
 @pytest.fixture(scope="module")
 def stepping():
-    """The train step, in two micro-batches, of the shrunk sample under momentum on 2 devices: (its task, the step, a
-    function that makes its first state, a batch)."""
+    """Return the shrunk sample's task, train step (2 micro-batches, 2 devices), initial state function and a batch."""
     config = configured("sample_sgd", "task.stages=(1,)")
     task, data, options = (components.build(section) for section in (config.task, config.data, config.optimizer))
     mesh = partitioning.make_mesh(config.mesh, jax.devices()[:2])
@@ -126,7 +125,7 @@ def stepping():
 
 
 def test_microbatches_update_the_batch_statistics_one_after_the_other(stepping):
-    """Fault: statistics of the last micro-batch alone, or of the first."""
+    """Fault: statistics of only the first or last micro-batch."""
     task, step, begin, batch = stepping
     loss = quick_jit(functools.partial(task.loss, key=jax.random.key(0), train=True))
     state = begin()
@@ -145,7 +144,7 @@ def test_microbatches_update_the_batch_statistics_one_after_the_other(stepping):
 
 
 def test_a_skipped_step_leaves_the_batch_statistics_as_they_were(stepping):
-    """Fault: statistics of a batch that the guard has thrown away."""
+    """Fault: statistics of a skipped batch."""
     _, step, begin, batch = stepping
     state, metrics = step(begin(), batch)
     assert metrics["skipped"] == 0
@@ -162,7 +161,7 @@ def test_a_skipped_step_leaves_the_batch_statistics_as_they_were(stepping):
 
 
 def test_shampoo_sees_kernels_as_the_paper_folds_them():
-    """Fault: scanned blocks mixed into a matrix, or places of a kernel on the side of its results."""
+    """Fault: scanned blocks are mixed into a matrix, or positions of a kernel are on its output side."""
     config = configured("sample", "task.stages=(1, 3)")
     task, data = (components.build(section) for section in (config.task, config.data))
     spec = {name: jax.ShapeDtypeStruct((16, *x.shape), x.dtype) for name, x in data.spec().items()}

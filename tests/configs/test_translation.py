@@ -45,13 +45,13 @@ def run(workdir, *changes, variant="sample"):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The sample, shrunk, to its end on two devices."""
+    """Train the shrunk sample to its end on two devices."""
     workdir = tmp_path_factory.mktemp("translation") / "whole"
     return workdir, run(workdir, "duration=6 steps")
 
 
 def test_the_sample_is_trained_and_judged(whole):
-    """Fault: labels smoothed in what is held out, or BLEU lost on its way to the result, or of some examples only."""
+    """Faults: smoothed labels in the held-out loss; BLEU missing in the result, or of only some examples."""
     workdir, result = whole
     assert (result["steps"], result["devices"], result["skipped_steps"]) == (6, 2, 0)
     assert result["heldout_loss"] == result["nats_per_token"] < history(workdir, "heldout/loss")[0] < math.log(400)
@@ -62,7 +62,7 @@ def test_the_sample_is_trained_and_judged(whole):
 
 @pytest.mark.slow
 def test_a_resumed_run_is_the_same_bit_for_bit(whole, tmp_path):
-    """Fault: dropout, or the order of the rows, that begins anew with the run."""
+    """Fault: a resumed run restarts dropout or the order of the rows."""
     workdir, result = whole
     first = cut_short(workdir, tmp_path / "first", 3)
     again = run(tmp_path / "second", "duration=6 steps", f"resume_from={first}")
@@ -71,7 +71,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(whole, tmp_path):
 
 
 def test_golden_steps(whole):
-    """Catches any unmeant change to initialisation, data, dropout, model, loss or optimizer."""
+    """Fault: an unintended change of initialisation, data, dropout, model, loss or optimizer."""
     golden = {
         "train/loss": [5.99876, 5.79248, 5.41570],
         "train/gradient_norm": [0.30568, 0.65775, 0.36800],
@@ -83,7 +83,7 @@ def test_golden_steps(whole):
 
 @pytest.mark.slow
 def test_the_baseline_trains(tmp_path):
-    """Fault: a baseline that does not build, or is not AdamW on the sample's data."""
+    """Fault: a baseline does not build, or is not AdamW on the sample's data."""
     result = run(tmp_path, "duration=2 steps", "evaluation.batches=1", variant="sample_adam")
     assert (result["optimizer"], result["steps"]) == ("AdamWOptions", 2)
     assert np.isfinite(result["heldout_loss"])
@@ -102,7 +102,7 @@ def wmt14(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["base", "paper"])
 def test_wmt14_is_trained_on(variant, wmt14, tmp_path, capsys):
-    """Fault: a shipped config for real data that does not find, read, compile or train on them."""
+    """Fault: a shipped config for real data does not find, read, compile or train on them."""
     result = run(tmp_path, f"data.data_dir={wmt14}", "duration=3 steps", variant=variant)
     assert (result["steps"], result["devices"], result["skipped_steps"]) == (3, 2, 0)
     assert np.isfinite(result["heldout_loss"]) and 0 <= result["bleu"] <= 100
@@ -111,7 +111,7 @@ def test_wmt14_is_trained_on(variant, wmt14, tmp_path, capsys):
 
 @pytest.mark.parametrize(("variant", "millions"), [("base", 60.8), ("paper", 209.7)])
 def test_sizes_are_those_of_vaswani_et_al(variant, millions):
-    """Fault: a layer too few, or a head that is no embedding; theirs are 65 and 213 M with 37,000 tokens and biases."""
+    """Faults: a missing layer; an untied head. The published 65 and 213 M have 37,000 tokens and biases."""
     config = translation.get_config(variant)
     task, data = components.build(config.task), components.build(config.data)
     shapes = jax.eval_shape(lambda: task.init(jax.random.key(0), data.spec()))

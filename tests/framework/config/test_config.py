@@ -473,6 +473,6 @@ def test_did_you_mean_lists_all_where_nothing_is_near():
     ],
 )
 def test_numbers_without_sense_are_refused(change, words):
-    """Catches a knob that would turn the gradient round, or keep no checkpoint."""
+    """Fault: a knob that reverses the gradient, or keeps no checkpoint."""
     with pytest.raises(UserError, match=words):
         config_lib.load("shampax/configs/lm.py:sample", [change])

@@ -1,4 +1,4 @@
-"""Whatever is given is used or refused in one line: no other exception, no hang, nothing written elsewhere."""
+"""Test that any input is used or refused in one line: no other exception, no hang, no write elsewhere."""
 
 import dataclasses
 import gzip
@@ -30,12 +30,12 @@ from shampax.launch import report, train
 fuzz = settings(
     derandomize=True, deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-LONGEST = 20  # seconds: what takes longer hangs
+LONGEST = 20  # seconds, after which a function counts as hung
 WRITING = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
 SAMPLE = "shampax/configs/lm.py:sample"
 LM = config_lib.load(SAMPLE)
 
-written: list[str] | None = None  # paths, while somebody watches
+written: list[str] | None = None  # paths written while `attempt` runs
 
 
 def watch(event, arguments):
@@ -56,7 +56,7 @@ def hangs(*_):
 
 
 def attempt(folder, function, *arguments):
-    """What a function returns, None where it refuses its arguments; it may write only inside the folder."""
+    """Return the function's result, or None if it raises UserError; it may write only inside the folder."""
     global written
     before, written = signal.signal(signal.SIGALRM, hangs), []
     signal.setitimer(signal.ITIMER_REAL, LONGEST)
@@ -93,7 +93,7 @@ BROKEN = [
 
 @st.composite
 def damaged(draw, good):
-    """Bytes of a JSON object cut short, changed or left without one of its keys, or of something else."""
+    """Draw a JSON object that is truncated, changed or lacks a key, or other bytes."""
     content, text = dict(good), json.dumps(good)
     key = draw(st.sampled_from(sorted(content)))
     kind = draw(st.sampled_from(["cut", "changed", "lacking", "other", "broken", "whole"]))
@@ -115,7 +115,7 @@ FLAGS = st.tuples(st.sampled_from(KEYS), LITERALS).map("=".join).map("--config."
 
 
 def set_up(config):
-    """What a run does with a config before it has read any data."""
+    """Do what a run does with a config before it reads data."""
     mesh = partitioning.make_mesh(config.mesh)
     partitioning.check_rules(config.sharding_rules, mesh)
     partitioning.check_batch(config.batch_size, config.microbatches, mesh)
@@ -294,7 +294,7 @@ WHOLE = json.dumps(POINT).encode()
 
 
 def tables(path):
-    """Everything that a report says in numbers."""
+    """Return all numbers of a report."""
     run = read_run(path)
     groups = curves.groups([run, run])
     for key in groups[0].keys():  # noqa: SIM118  (no mapping)
@@ -329,7 +329,7 @@ def test_damaged_workdirs(tmp_path, lines, result, config):
 
 
 def test_the_watch_sees_what_is_written(tmp_path):
-    """Fault: the tests above see no write at all."""
+    """Fault: the tests above miss every write."""
     folder = Path(tmp_path)
     attempt(folder, (folder / "inside").write_text, "x")
     with pytest.raises(AssertionError):

@@ -6,7 +6,7 @@ from shampax.framework.distributed import sameness
 
 
 def differing(**changes):
-    """Identities of four processes, of which some differ in something: index -> (name, value)."""
+    """Return identities of four processes with changes: of_INDEX={name: value}."""
     identities = {index: {"config.seed": "0", "the code of a.py": "12"} for index in range(4)}
     for index, change in changes.items():
         identities[int(index.removeprefix("of_"))].update(change)
@@ -37,14 +37,14 @@ def test_the_same_everywhere_is_no_difference():
     ],
 )
 def test_the_odd_one_out_is_named_and_in_what_it_differs(identities, message):
-    """Fault: process 0 is taken for right where all others agree."""
+    """Fault: process 0 counts as right although all others agree."""
     found = sameness.difference(identities)
     assert message in found
     assert "\n" not in found
 
 
 def test_identities_tell_configs_workdirs_and_code_apart(tmp_path, monkeypatch):
-    """Fault: a process with an edited file of the package, or of the user's own task, passes for the same."""
+    """Fault: an edited file of the package, or of the user's own task, is not noticed."""
     config = lm.get_config()
     module = tmp_path / "mine.py"
     module.write_text("class Task: pass\n")
