@@ -8,7 +8,6 @@ detection alone. Hosts and ports are those that JAX would choose. Sources, in th
 - Open MPI: OMPI_COMM_WORLD_SIZE, _RANK, _LOCAL_SIZE, _LOCAL_RANK; in version 4, OMPI_MCA_orte_hnp_uri has the address.
 - Slurm: variables of a step started by srun, https://slurm.schedmd.com/srun.html.
 - Cloud TPU on GKE: TPU_WORKER_HOSTNAMES, TPU_WORKER_ID, and MEGASCALE_... if a run has several slices.
-- Kubernetes: JOB_COMPLETION_INDEX of an indexed Job; host names of its pods are the Job's name and the index.
 - Cloud TPU VMs: attributes that the machine's metadata server returns.
 """
 
@@ -24,7 +23,7 @@ from ..base.errors import UserError
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 PORT, LOCAL_DEVICES = "JAX_COORDINATOR_PORT", "JAX_LOCAL_DEVICE_IDS"
-_TPU_PORT, _KUBERNETES_PORT = 8482, 55527
+_TPU_PORT = 8482
 _EPHEMERAL_PORTS = range(65536 - 2**12, 65536)  # above those that Linux assigns
 _TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 _GPU_FILES = "/dev/nvidia[0-9]*"
@@ -105,7 +104,7 @@ def place(environ: Mapping[str, str] = os.environ) -> Place | None:
 
 def _find(environ: Mapping[str, str]) -> Found | None:
     # mpirun under Slurm starts its helpers with srun, and the processes inherit srun's variables: Open MPI comes first.
-    finders = (_open_mpi, _slurm, _gke_tpu, _kubernetes, _tpu_vm)
+    finders = (_open_mpi, _slurm, _gke_tpu, _tpu_vm)
     return next((found for find in finders if (found := find(environ)) is not None), None)
 
 
@@ -182,21 +181,6 @@ def _gke_tpu(environ: Mapping[str, str]) -> Found | None:
     if not hosts or "TPU_WORKER_ID" not in environ:
         return None
     return _slices("GKE", hosts.split(","), _number(environ, "TPU_WORKER_ID"), environ)
-
-
-def _kubernetes(environ: Mapping[str, str]) -> Found | None:
-    # The pods of an indexed Job may also be separate runs; JAX_NUM_PROCESSES makes them one.
-    if "JOB_COMPLETION_INDEX" not in environ or not environ.get(COUNT):
-        return None
-    index = _number(environ, "JOB_COMPLETION_INDEX")
-    stem, service = environ.get("HOSTNAME", "").removesuffix(f"-{index}"), environ.get("HEADLESS_SERVICE")
-    host = f"{stem}-0.{service}" if stem and service else None
-    if not host and not environ.get(ADDRESS):
-        raise UserError(
-            f"{COUNT}={environ[COUNT]} in a pod of an indexed Job: HEADLESS_SERVICE or HOSTNAME is not set. Set "
-            "HEADLESS_SERVICE to the service that names the pods; in a JobSet, it has the JobSet's name."
-        )
-    return Found("Kubernetes", host, _KUBERNETES_PORT, None, index)
 
 
 def _tpu_vm(environ: Mapping[str, str]) -> Found | None:

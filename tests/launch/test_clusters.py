@@ -1,4 +1,4 @@
-"""What is handed to clusters: against published schemas and linters, and the scripts against commands that note calls.
+"""Check what clusters get: manifests against published schemas, scripts with a linter and fake commands.
 
 A JobSet's own fields are checked by the models of kubeflow-trainer-api, which are generated from its published schema,
 the Jobs in it and everything else by the published schemas of Kubernetes in kubernetes-validate.
@@ -36,7 +36,7 @@ def manifest(name):
 
 
 def unknown(given, taken, path="") -> list[str]:
-    """What of a manifest the schema has not taken over: fields that it does not know."""
+    """Return the fields of a manifest that the schema does not know."""
     if isinstance(given, dict) and isinstance(taken, dict):
         return [
             line for key, value in given.items() for line in unknown(value, taken.get(key, "nothing"), f"{path}.{key}")
@@ -51,7 +51,7 @@ def unknown(given, taken, path="") -> list[str]:
 
 
 def check(document):
-    """Raise where a manifest is not what the schemas say."""
+    """Raise if a manifest does not match the schemas."""
     if document["kind"] != "JobSet":
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
         return
@@ -97,35 +97,35 @@ def test_the_schemas_find_what_is_misspelt_missing_or_of_another_type(place, wro
 
 
 def pod(document, index):
-    """What Kubernetes puts into the environment of a pod, and its container."""
+    """Return the environment that Kubernetes gives a pod, its container and its Job."""
     [job] = document["spec"]["replicatedJobs"]
     [container] = job["template"]["spec"]["template"]["spec"]["containers"]
     name = document["metadata"]["name"]
-    annotations = {"jobset.sigs.k8s.io/jobset-name": name}
-    environ = {"HOSTNAME": f"{name}-{job['name']}-0-{index}", "JOB_COMPLETION_INDEX": str(index)}
+    annotations = {"jobset.sigs.k8s.io/jobset-name": name, "batch.kubernetes.io/job-completion-index": str(index)}
+    environ = {"HOSTNAME": f"{name}-{job['name']}-0-{index}"}
     for variable in container.get("env", ()):
         value = variable.get("value")
         if value is None:
             path = variable["valueFrom"]["fieldRef"]["fieldPath"]
             value = annotations[re.fullmatch(r"metadata\.annotations\['(.+)'\]", path)[1]]
-        environ[variable["name"]] = value
+        environ[variable["name"]] = re.sub(r"\$\((\w+)\)", lambda match: environ[match[1]], value)
     return environ, container, job["template"]["spec"]
 
 
 def test_pods_on_gpus_find_each_other():
-    """Faults: another number of pods than of processes; a port that is not declared; names that no service gives."""
+    """Faults: the numbers of pods and processes differ; an undeclared port; the wrong host name."""
     document = manifest("gke_gpu.yaml")
     environ, container, job = pod(document, 1)
     place = cluster.place(environ)
     assert (place.count, place.index) == (job["completions"], 1)
     assert job["parallelism"] == job["completions"]
     assert job["completionMode"] == "Indexed"
-    assert place.host == "lm-workers-0-0.lm"
+    assert place.host == f"{pod(document, 0)[0]['HOSTNAME']}.{document['metadata']['name']}"
     assert [port["containerPort"] for port in container["ports"]] == [place.port]
 
 
 def test_pods_on_tpus_find_each_other():
-    """What GKE adds to the environment where chips are asked for."""
+    """Test with the variables that GKE adds for pods with TPU chips."""
     document = manifest("gke_tpu.yaml")
     environ, container, job = pod(document, 3)
     hosts = [f"lm-slice-0-{index}.lm" for index in range(job["completions"])]

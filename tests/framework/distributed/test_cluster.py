@@ -24,12 +24,6 @@ MPI = {
     "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
 }
 GKE = {"TPU_WORKER_HOSTNAMES": "t-0.job,t-1.job", "TPU_WORKER_ID": "1"}
-POD = {
-    "JOB_COMPLETION_INDEX": "2",
-    "HOSTNAME": "lm-workers-0-2",
-    "HEADLESS_SERVICE": "lm",
-    "JAX_NUM_PROCESSES": "3",
-}
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:84", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 
 
@@ -68,17 +62,6 @@ EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:84", "JAX_NUM_PROCESSES": "4", 
             },
             ("lm-slice-0-0.lm", 8482, 6, 5, "JAX_COORDINATOR_PORT"),
         ),
-        (
-            POD,
-            (
-                "lm-workers-0-0.lm",
-                55527,
-                3,
-                2,
-                "JAX_COORDINATOR_PORT",
-            ),
-        ),
-        ({"JOB_COMPLETION_INDEX": "2", "HOSTNAME": "sweep-2"}, None),  # runs of their own
     ],
 )
 def test_the_environment_says_which_process_of_a_run_this_is(environ, expected):
@@ -132,7 +115,6 @@ def test_processes_that_share_a_machine_divide_its_devices(environ, devices):
             "Open MPI found in the environment, but not JAX_COORDINATOR_ADDRESS",
         ),
         (SHARED | {"CUDA_VISIBLE_DEVICES": "0,1,2"}, "2 processes share 3 GPUs, which does not divide evenly"),
-        ({name: value for name, value in POD.items() if name != "HEADLESS_SERVICE"}, "HEADLESS_SERVICE or HOSTNAME"),
     ],
 )
 def test_what_makes_no_sense_is_one_line_with_the_fix(environ, message):
