@@ -22,8 +22,8 @@ import numpy as np
 from ..configs import lm
 from ..framework import optimizer
 from ..framework.checkpoint import takeover
-from ..framework.checkpoint.record import Record
-from ..framework.checkpoint.store import Checkpoints
+from ..framework.checkpoint.record import Ranking, Record
+from ..framework.checkpoint.saving import Checkpoints
 from ..framework.config import components
 from ..framework.config.check import check
 from ..framework.data import pipeline
@@ -60,7 +60,7 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
         manifest = takeover.describe(
             tx, config.optimizer.name, abstract.params, optimizer.treatments(tx, abstract.params), mesh.shape
         )
-        saver = Checkpoints(place, keep_last=2, keep_best=0, best_metric="loss", milestone=lambda step: False)
+        saver = Checkpoints(place, keep_last=2, keep_best=0, ranking=Ranking())
         record, taken = Record(), 0
         plain, saved, overlapped, writes = [], [], [], []  # the first two: when each step of each turn has ended
         for turn in range(2 * options.turns + 2):

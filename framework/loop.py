@@ -5,9 +5,7 @@ Training pauses at the steps that hooks ask for. At a pause the hooks run in the
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -15,9 +13,9 @@ import jax
 from . import optimizer
 from .base.durations import Period
 from .base.errors import TrainingStopped
-from .checkpoint import evaluations, origin, store, takeover
-from .checkpoint.store import Checkpoints, SaveError
-from .distributed import agreement, console
+from .checkpoint import origin, takeover
+from .checkpoint.saving import Checkpoints, SaveError
+from .distributed import console
 from .distributed.signals import StopSignals
 from .reporting.clock import Clock
 from .reporting.journal import Journal
@@ -73,7 +71,9 @@ class Run:
       watch: the watchdog.
     """
 
-    def __init__(self, blueprint: Blueprint, steps: Steps, state: TrainState, watch: Watchdog):
+    def __init__(
+        self, blueprint: Blueprint, steps: Steps, state: TrainState, watch: Watchdog, still_ours: Callable[[], None]
+    ):
         config, start = blueprint.request.config, blueprint.record
         self.blueprint, self.steps, self.state, self.record, self.watch = blueprint, steps, state, start, watch
         self.step = start.step
@@ -87,8 +87,10 @@ class Run:
             blueprint.request.workdir,
             keep_last=config.checkpoint.keep_last,
             keep_best=config.checkpoint.keep_best,
-            best_metric=config.evaluation.best_metric,
+            keep_every=blueprint.in_steps(config.checkpoint.keep_every),
+            ranking=blueprint.ranking,
             milestone=self.milestone,
+            still_ours=still_ours,
         )
         self.journal = self._journal()
         self._batches = blueprint.feed.train(start.step + start.batches_passed_over)
@@ -185,7 +187,7 @@ class Run:
 
     def evaluated(self, values: Mapping[str, float]) -> None:
         """Record and report the held-out metrics of this step."""
-        self.record = self.record.with_evaluation(dict(values), self.blueprint.request.config.evaluation.best_metric)
+        self.record = self.record.with_evaluation(dict(values), self.blueprint.ranking)
         self.journal.evaluated(self.step, values, best=self.record.best == self.record.last)
         self.saver.evaluated(self.record)
 
@@ -199,7 +201,7 @@ class Run:
         point = origin.newest_of(workdir, self.milestone)
         self.record = point.record().rolled_back(self.record, spike=spike or self.step)
         self.step = self.record.step
-        agreement.first(functools.partial(_forget_after, workdir, self.step))
+        self.saver.forget_after(self.step)
         tx, abstract = self.blueprint.program.tx, self.blueprint.program.abstract
         self.state = takeover.plan(point, abstract, tx, config.optimizer.name, config.renamed).state({})
         self._start_service()
@@ -226,13 +228,6 @@ class Run:
                 "guard.spike_factor"
             )
         return None
-
-
-def _forget_after(workdir: Path, last: int) -> None:
-    """Delete the checkpoints and evaluations of steps after `last`: the run will take these steps on other batches."""
-    evaluations.forget_after(workdir, last)
-    steps = [int(path.name) for path in store.finished(workdir)]
-    store.prune(workdir, {step for step in steps if step <= last})
 
 
 @contextlib.contextmanager

@@ -19,12 +19,12 @@ from . import optimizer
 from .base import durations, paths
 from .base import workdir as layout
 from .base.errors import UserError
-from .checkpoint import evaluations, origin, ownership, takeover
-from .checkpoint.record import Record
+from .checkpoint import origin, ownership, takeover
+from .checkpoint.record import Ranking, Record
 from .config import components
 from .config.check import check, may_change
 from .data.feed import Feed
-from .distributed import agreement, console
+from .distributed import console
 from .reporting import profiling, startup
 from .reporting.watchdog import Watchdog
 from .sharding import partitioning
@@ -86,6 +86,12 @@ class Blueprint:
     taken: takeover.Takeover
 
     @property
+    def ranking(self) -> Ranking:
+        """The order of evaluations from best to worst."""
+        section = self.request.config.evaluation
+        return Ranking(section.best_metric, section.best_mode)
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens of a global batch."""
         return self.request.config.batch_size * self.request.data.tokens_per_example
@@ -139,8 +145,11 @@ def examine(config: Any, workdir: str | Path, devices: Sequence[Any] | None) -> 
 
 
 @contextlib.contextmanager
-def surroundings(request: Request) -> Iterator[Watchdog]:
+def surroundings(request: Request) -> Iterator[tuple[Watchdog, Callable[[], None]]]:
     """Hold the workdir, the mesh, the compilation cache and the watchdog of a run.
+
+    Yields:
+      The watchdog, and the check of `ownership.hold`.
 
     Raises:
       UserError: the workdir is in use or cannot be made.
@@ -148,11 +157,11 @@ def surroundings(request: Request) -> Iterator[Watchdog]:
     config, workdir = request.config, request.workdir
     with (
         compilation_cache.kept(workdir, config.compilation_cache),
-        ownership.hold(workdir),
+        ownership.hold(workdir) as still_ours,
         jax.set_mesh(request.mesh),
         Watchdog(workdir, config.watchdog_seconds) as watch,
     ):
-        yield watch
+        yield watch, still_ours
 
 
 def build(request: Request) -> Blueprint:
@@ -179,7 +188,7 @@ def build(request: Request) -> Blueprint:
     schedule = _schedule(config.schedule, total_steps, in_steps)
     program = Program.of(config, request.task, request.options, mesh, feed.batch_spec, schedule, began=began)
     metrics = program.metrics()
-    _refuse_unknown_metric(config.evaluation.best_metric, metrics)
+    _refuse_unknown_metric(config.evaluation.best_metric, (*metrics, *getattr(request.task, "judged_metrics", ())))
     tx, abstract = program.tx, program.abstract
     treatments = optimizer.treatments(tx, abstract.params)
     manifest = takeover.describe(tx, config.optimizer.name, abstract.params, treatments, mesh.shape)
@@ -195,7 +204,6 @@ def claim(blueprint: Blueprint) -> None:
     workdir, program = blueprint.request.workdir, blueprint.program
     ownership.claim(workdir, blueprint.request.config)
     origin.set_aside(workdir, blueprint.start)
-    agreement.first(functools.partial(evaluations.forget_after, workdir, blueprint.record.step))
     treatments = optimizer.treatments(program.tx, program.abstract.params)
     rows = startup.parameter_rows(program.abstract.params, program.placements, treatments)
     startup.show_parameters(rows, workdir)

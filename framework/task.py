@@ -5,7 +5,7 @@ knows nothing else of a model. A task may also have the methods of `Judge`.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
@@ -68,7 +68,13 @@ class Task(Protocol):
 
 
 class Judge(Protocol):
-    """Optional methods of a task: held-out metrics that are not means over examples, such as AUC or BLEU."""
+    """Optional methods of a task: held-out metrics that are not means over examples, such as AUC or BLEU.
+
+    Attributes:
+      judged_metrics: names of the metrics that `judge` returns; a config may rank checkpoints by one of them.
+    """
+
+    judged_metrics: ClassVar[tuple[str, ...]] = ()
 
     def predict(self, variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
         """Return the predictions for one held-out batch, arrays [B, ...]; pure and traceable."""

@@ -39,7 +39,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
     if result is not None:
         return result
     request = setup.examine(config, workdir, devices)
-    with setup.surroundings(request) as watch:
+    with setup.surroundings(request) as (watch, still_ours):
         blueprint = setup.build(request)
         profile = Profile(
             request.profile_steps,
@@ -50,7 +50,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
         )
         setup.claim(blueprint)
         steps, state, seconds_reading = setup.start(blueprint, watch)
-        run = Run(blueprint, steps, state, watch)
+        run = Run(blueprint, steps, state, watch, still_ours)
         del state
         if blueprint.taken.path is not None:
             run.saver.note_restored(blueprint.taken.path, seconds_reading)

@@ -43,48 +43,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from ..framework.checkpoint import report
+    from ..framework.checkpoint import inspect
 
-    text, whole = report.listing(options.workdir, verify=options.verify)
+    text, intact = inspect.listing(options.workdir, verified=options.verify)
     _say(*text.split("\n"))
-    return 0 if whole else 1
+    return 0 if intact else 1
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from ..framework.checkpoint import contents, report
+    from ..framework.checkpoint import inspect
 
-    found = contents.read(_locate(options.path, whole=False))
-    if options.json:
-        text = json.dumps(report.as_json(found), indent=2)
-    else:
-        text = report.as_text(found, arrays=options.arrays)
+    told = inspect.describe(inspect.read(_locate(options.path, intact=False)))
+    text = json.dumps(told, indent=2) if options.json else inspect.as_text(told, arrays=options.arrays)
     _say(*text.split("\n"))
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from ..framework.checkpoint import contents, store
+    from ..framework.checkpoint import inspect, store
 
-    whole = True
+    intact = True
     for given in options.paths:
         path = given.expanduser()
-        for checkpoint in [path] if contents.is_one(path) else store.numbered(path) or contents.in_workdir(path):
-            faults = contents.faults(checkpoint)
-            whole = whole and not faults
+        for checkpoint in [path] if store.is_checkpoint(path) else store.in_workdir(path):
+            faults = inspect.faults(checkpoint)
+            intact = intact and not faults
             for fault in faults:
                 _say(f"{checkpoint}: {fault}")
             if not faults:
-                _say(f"{checkpoint}: whole")
-    return 0 if whole else 1
+                _say(f"{checkpoint}: intact")
+    return 0 if intact else 1
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from ..framework.checkpoint import contents, diff
+    from ..framework.checkpoint import diff, inspect
 
     sides = []
     for name, given in (("A", options.a), ("B", options.b)):
-        path = _locate(given, whole=True)
-        found = contents.read(path)
+        path = _locate(given, intact=True)
+        found = inspect.read(path)
         mesh = ", ".join(f"{axis} {size}" for axis, size in found.manifest.mesh.items())
         _say(f"{name}: {path}, step {found.record.step}, mesh {mesh}, {found.manifest.optimizer}")
         sides.append(found)
@@ -99,12 +96,12 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from ..framework.checkpoint import contents
+    from ..framework.checkpoint import inspect
     from ..framework.checkpoint.export import export
 
-    path = _locate(options.path, whole=True)
+    path = _locate(options.path, intact=True)
     count, size = export(
-        contents.read(path),
+        inspect.read(path),
         options.file.expanduser(),
         source=str(path),
         model_state=options.model_state,
@@ -115,37 +112,36 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    from ..framework.checkpoint import contents, integrity, ownership, retention, store
+    from ..framework.checkpoint import ownership, saving, store, verify
 
     workdir = options.workdir.expanduser()
-    contents.in_workdir(workdir)
-    # Nothing is written by a dry run, not even the lock.
-    with contextlib.nullcontext() if options.dry_run else ownership.hold(workdir):
-        pruning = retention.prune(workdir, keep_last=options.keep_last, keep_best=options.keep_best)
+    store.in_workdir(workdir)
+    # A dry run writes nothing, not even the lock.
+    with contextlib.nullcontext() if options.dry_run else ownership.lock(workdir):
+        pruning = saving.pruning(workdir, keep_last=options.keep_last, keep_best=options.keep_best)
         for path in pruning.kept:
             _say(f"{path}: kept")
         for path, why in pruning.damaged:
             _say(f"{path}: left alone, it is damaged ({why})")
         would = "would be " if options.dry_run else ""
         try:
-            sizes = {path: integrity.size(path) for path in pruning.doomed}
+            sizes = {path: verify.size(path) for path in pruning.doomed}
             if not options.dry_run:
-                keep = {*store.finished(workdir)} - sizes.keys()
-                store.prune(workdir, {int(path.name) for path in keep})
+                saving.delete(sizes)
         except OSError as error:
-            raise UserError(f"not all of {workdir} could be pruned ({error}); mend that and try again") from error
+            raise UserError(f"not all of {workdir} could be pruned ({error}); fix that and retry") from error
         for path, size in sizes.items():
             _say(f"{path}: {would}deleted, {size:,} bytes")
     _say(f"{len(sizes)} checkpoints, {sum(sizes.values()):,} bytes {would}freed")
     return 0
 
 
-def _locate(given: Path, *, whole: bool) -> Path:
-    from ..framework.checkpoint import contents
+def _locate(given: Path, *, intact: bool) -> Path:
+    from ..framework.checkpoint import store
 
-    path, damaged = contents.locate(given, whole=whole)
+    path, damaged = store.locate(given, intact=intact)
     for other, why in damaged:
-        _complain("warning", f"checkpoint {other} is damaged ({why}); {path} is used")
+        _complain("warning", f"checkpoint {other} is damaged ({why}); using {path}")
     return path
 
 

@@ -90,11 +90,11 @@ def _model(options: argparse.Namespace) -> Callable[[list[tuple[int, str]]], dic
 
     from ..configs import base
     from ..framework.base import workdir as layout
-    from ..framework.checkpoint import contents, restore
+    from ..framework.checkpoint import restore, store
     from ..framework.sharding import partitioning
 
     if options.checkpoint is not None:
-        checkpoint, damaged = contents.locate(options.checkpoint, whole=True)
+        checkpoint, damaged = store.locate(options.checkpoint, intact=True)
         workdir = checkpoint.absolute().parents[1]
     else:
         workdir = options.workdir.expanduser()

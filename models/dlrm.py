@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -111,6 +111,8 @@ class DLRMTask:
             variables, *inputs, train=True, rngs={"dropout": key}, mutable=["statistics"]
         )
         return logits, dict(state)
+
+    judged_metrics: ClassVar[tuple[str, ...]] = ("auc", "log_loss", "calibration")
 
     def predict(self, variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
         """Log odds and labels [B]."""

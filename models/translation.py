@@ -6,7 +6,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -156,6 +156,8 @@ class TranslationTask:
             end=END,
             penalty=self.length_penalty,
         )
+
+    judged_metrics: ClassVar[tuple[str, ...]] = ("bleu",)
 
     def predict(self, variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
         """Of rows that hold one pair each the translation [B, decode_length] and the reference [B, T], as tokens."""

@@ -11,7 +11,6 @@ PARAMETERS = "parameters.txt"  # the table printed at start
 METRICS = "metrics.jsonl"  # one JSON object per line and measured step
 RESULT = "result.json"  # written when the run ends
 CHECKPOINTS = "checkpoints"
-EVALUATIONS = "evaluations"  # of checkpoints, one file per step
 DAMAGED = "damaged"  # damaged checkpoints, moved out of the way
 RESTORED = "restored.txt"  # what the newest start took over from a checkpoint, line by line
 STALLS = "stalls"  # stack traces of each process, written when nothing has moved for a while

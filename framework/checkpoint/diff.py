@@ -13,7 +13,8 @@ import numpy as np
 
 from ...optimizers.checkpoint.manifest import ELEMENTWISE, Blocks
 from . import store
-from .contents import OPTIMIZER, Contents
+from .inspect import Contents
+from .store import OPTIMIZER
 
 _CHUNK = 2**22  # elements whose difference is taken at a time, in float64
 _BATCH = 2**28  # bytes that small arrays are read together up to

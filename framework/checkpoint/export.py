@@ -9,7 +9,8 @@ import safetensors.numpy
 
 from ..base.errors import UserError
 from . import store
-from .contents import MODEL, PARAMS, Contents
+from .inspect import Contents
+from .store import MODEL, PARAMS
 
 
 def export(contents: Contents, target: Path, *, source: str, model_state: bool, force: bool) -> tuple[int, int]:

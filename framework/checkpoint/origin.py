@@ -1,4 +1,7 @@
-"""Where the state of a run is taken from: the newest whole checkpoint of its own, of another run, or nothing."""
+"""Choose the checkpoint that a run starts from. Process 0 decides and all processes obey.
+
+Directories are listed by process 0 alone: the listing of another process may be stale on a network file system.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,21 +14,21 @@ from ..base import paths
 from ..base import workdir as layout
 from ..base.errors import UserError
 from ..distributed import agreement
-from . import integrity, store
+from . import store, verify
 from .record import Record
+
+_Damaged = list[tuple[Path, str]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where the state of a run is taken from.
-
-    `own` continues this workdir, `resume` continues the run of another workdir (step, optimizer and all), `init` takes
-    only the variables of another run, `scratch` takes nothing.
+    """The checkpoint that the state of a run is taken from.
 
     Attributes:
-      kind: one of them.
+      kind: `own` resumes this workdir's run; `resume` continues another workdir's run with its step and optimizer;
+        `init` takes only the variables of another run; `scratch` takes nothing.
       path: the checkpoint, None for scratch.
-      damaged: newer checkpoints that are not whole, newest first, each with what is wrong with it.
+      damaged: newer checkpoints that are damaged, newest first, each with its first fault.
     """
 
     kind: Literal["own", "resume", "init", "scratch"]
@@ -38,65 +41,62 @@ class Origin:
         return [] if self.path is None or self.kind == "init" else [self.path.parent.parent]
 
     def record(self) -> Record:
-        """What the host knows at the start of a run with this origin."""
-        return Record() if self.path is None or self.kind == "init" else store.record(self.path)
+        """Return the record at the start of the run, as process 0 reads it."""
+        path = self.path
+        if path is None or self.kind == "init":
+            return Record()
+        return Record.from_json(agreement.first(lambda: store.record(path).to_json()))
 
     def __str__(self):
         """One line for the console, and one for each damaged checkpoint."""
         texts = {
             "own": "resuming from {}",
             "resume": "no checkpoint in this workdir; continuing the run of resume_from {}",
-            "init": "no checkpoint in this workdir; parameters from init_from {}, step 0, optimizer afresh",
+            "init": "no checkpoint in this workdir; parameters from init_from {}, step 0, new optimizer state",
             "scratch": "starting from scratch",
         }
-        instead = f"{self.path} is used" if self.path else "the run begins anew"
+        instead = f"using {self.path}" if self.path else "starting without it"
         warnings = [f"warning: checkpoint {path} is damaged ({why}); {instead}" for path, why in self.damaged]
         return "\n".join([*warnings, texts[self.kind].format(self.path)])
 
 
 def find(workdir: Path, *, resume_from: str, init_from: str) -> Origin:
-    """The workdir's own newest whole checkpoint, else that of `resume_from`, else that of `init_from`, else scratch.
+    """Return the workdir's own newest intact checkpoint, else that of `resume_from`, else of `init_from`, else scratch.
 
-    Both strings name a workdir (its newest whole checkpoint counts) or one checkpoint, `WORKDIR/checkpoints/STEP`;
-    "" is none. Every file of a checkpoint is read, by the processes in turns, and compared with its checksum. Writes
-    nothing.
+    Both strings name a workdir, whose newest intact checkpoint counts, or one checkpoint, `WORKDIR/checkpoints/STEP`;
+    "" is none. All files of a checkpoint are compared with their checksums, by all processes together. Writes nothing.
 
     Raises:
-      UserError: there is no whole checkpoint where one is to be taken from; the workdir's own are never passed over
-        for another run's.
+      UserError: every checkpoint of a place is damaged, or there is none where one is named. Another run is never
+        used instead of this workdir's own damaged checkpoints.
     """
-    damaged: list[tuple[Path, str]] = []
-    own = _newest_whole("own", str(workdir), store.numbered(workdir), damaged)
+    own = _newest("own", str(workdir), lambda: store.checkpoints(workdir))
     if own is not None:
         return own
-    # What is left are saves that were cut short before there was any whole checkpoint.
     if resume_from:
-        return _named("resume", resume_from, damaged)
+        return _named("resume", resume_from)
     if init_from:
-        return _named("init", init_from, damaged)
-    return Origin("scratch", None, tuple(damaged))
+        return _named("init", init_from)
+    return Origin("scratch")
 
 
 def newest_of(workdir: Path, steps: Callable[[int], bool]) -> Origin:
-    """The newest whole checkpoint of a workdir whose step is one of `steps`.
+    """Return the newest intact checkpoint of a workdir whose step is one of `steps`.
 
     Raises:
       UserError: there is none.
     """
-    found = [path for path in store.finished(workdir) if steps(int(path.name))]
-    origin = _newest_whole("own", str(workdir), found, [])
-    if origin is None:
-        raise UserError(f"{workdir} holds no checkpoint to go back to")
-    return origin
+    found = _newest("own", str(workdir), lambda: [p for p in store.checkpoints(workdir) if steps(int(p.name))])
+    if found is None:
+        raise UserError(f"{workdir} has no checkpoint to go back to; restart in a new workdir")
+    return found
 
 
 def set_aside(workdir: Path, origin: Origin) -> None:
-    """Move what is damaged or was not saved to its end out of the checkpoints of `workdir`, into its `damaged`."""
+    """Move the damaged checkpoints of `workdir` into its folder `damaged`."""
     if jax.process_index() != 0:
         return
-    unfinished = [path for path in store.numbered(workdir) if not integrity.is_sealed(path)]
-    damaged = [path for path, _ in origin.damaged if path.parent.parent == workdir]
-    for path in dict.fromkeys([*unfinished, *damaged]):
+    for path in (path for path, _ in origin.damaged if path.parent.parent == workdir):
         place = workdir / layout.DAMAGED / path.name
         place.parent.mkdir(exist_ok=True)
         number = 1
@@ -106,30 +106,27 @@ def set_aside(workdir: Path, origin: Origin) -> None:
         path.rename(place)
 
 
-def _named(kind: Literal["resume", "init"], text: str, damaged: list[tuple[Path, str]]) -> Origin:
+def _named(kind: Literal["resume", "init"], text: str) -> Origin:
     paths.refuse_bucket(f"{kind}_from", text)
     path = Path(text).expanduser().absolute()
     one = path.name.isdecimal() and path.parent.name == layout.CHECKPOINTS
-    found = [path] if one and path.is_dir() else store.numbered(path)
-    origin = _newest_whole(kind, f"{kind}_from {text}", found, damaged)
-    if origin is None:
-        raise UserError(f"{kind}_from {text} holds no finished checkpoint; give a workdir or WORKDIR/checkpoints/STEP")
-    return origin
+    found = _newest(kind, f"{kind}_from {text}", lambda: [path] if one and path.is_dir() else store.checkpoints(path))
+    if found is None:
+        raise UserError(f"{kind}_from {text} has no checkpoint; give a workdir or WORKDIR/checkpoints/STEP")
+    return found
 
 
-def _newest_whole(
-    kind: Literal["own", "resume", "init"], place: str, found: Sequence[Path], damaged: list[tuple[Path, str]]
-) -> Origin | None:
-    """The newest that is whole; what was passed over is added to `damaged`. None where no save came to an end."""
-    for path in reversed(found):
-        faults = integrity.faults(path, part=jax.process_index(), parts=jax.process_count())
+def _newest(kind: Literal["own", "resume", "init"], place: str, listing: Callable[[], Sequence[Path]]) -> Origin | None:
+    """Return the newest intact checkpoint of those that process 0 lists, None if it lists none."""
+    damaged: _Damaged = []
+    for name in reversed(agreement.first(lambda: list(map(str, listing())))):
+        path = Path(name)
+        sums = verify.Sums(**agreement.first(lambda: dataclasses.asdict(verify.read(path))))
+        faults = store.faults(path, sums, part=jax.process_index(), parts=jax.process_count())
         faults = [fault for fault in agreement.gather("; ".join(faults[:3])) if fault]
         if not faults:
             return Origin(kind, path, tuple(damaged))
         damaged.append((path, faults[0]))
-    if any(map(integrity.is_sealed, found)):
-        reasons = "; ".join(f"{path.name}: {why}" for path, why in damaged)
-        raise UserError(
-            f"no checkpoint of {place} is whole ({reasons}); restore one from a backup, or use another workdir"
-        )
+    if damaged:
+        raise UserError(store.all_damaged(place, damaged))
     return None

@@ -1,4 +1,4 @@
-"""What the host knows of a run beside the train state: saved with every checkpoint, as JSON."""
+"""The record of a run: what the host knows beside the train state. Every checkpoint holds it as JSON."""
 
 import dataclasses
 import math
@@ -7,8 +7,26 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
+class Ranking:
+    """Orders evaluations by a held-out metric.
+
+    Attributes:
+      metric: its name.
+      mode: "min" if low values are good, "max" if high ones are.
+    """
+
+    metric: str = "loss"
+    mode: str = "min"
+
+    def rank(self, values: Mapping[str, float]) -> float | None:
+        """Return a number that is low for good evaluations; None if the metric is missing or not finite."""
+        value = values.get(self.metric, math.nan)
+        return None if not math.isfinite(value) else value if self.mode == "min" else -value
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Held-out metrics by name, and the step they were measured after."""
+    """Held-out metrics by name, and the step after which they were measured."""
 
     step: int
     values: dict[str, float]
@@ -20,17 +38,16 @@ class Record:
 
     Attributes:
       step: steps taken.
-      seconds: training time, evaluation, saving and compilation left out.
+      seconds: training time, without evaluation, saving and compilation.
       tokens: tokens trained on.
-      last: the latest evaluation, if there was one.
-      best: the best evaluation so far, by the config's best metric.
+      last: the latest evaluation, None before the first.
+      best: the best evaluation so far.
       skipped: steps that the guard has skipped.
-      began: the step that the run of this workdir began after.
-      optimizer_began: accepted steps that lay behind the run when its optimizer began: above 0 where it took the place
-        of another one.
-      batches_passed_over: batches that were left out by rolling back; step t trains on batch t + this number.
+      began: the step after which the run of this workdir began.
+      optimizer_began: accepted steps before the optimizer began; above 0 if it replaced another one.
+      batches_passed_over: batches left out by rollbacks; step t trains on batch t + this number.
       rollbacks: how often the run went back to a checkpoint.
-      data: fingerprint of the training data, "" where the data have none.
+      data: fingerprint of the training data, "" if they have none.
     """
 
     step: int = 0
@@ -47,29 +64,30 @@ class Record:
 
     @property
     def evaluated(self) -> bool:
-        """Whether the latest evaluation is that of this step."""
+        """Whether the latest evaluation is of this step."""
         return self.last is not None and self.last.step == self.step
 
-    def with_evaluation(self, values: dict[str, float], best_metric: str) -> "Record":
-        """This record after an evaluation at its step; `best` is kept where the metric is not lower, or not finite."""
+    def with_evaluation(self, values: dict[str, float], ranking: Ranking) -> "Record":
+        """Return this record after an evaluation of its step, which becomes `best` only if it ranks lower."""
         new = Evaluation(self.step, values)
-
-        def rank(evaluation: Evaluation) -> float:
-            value = evaluation.values.get(best_metric, math.inf)
-            return value if math.isfinite(value) else math.inf
-
-        better = self.best is None or rank(new) < rank(self.best)
+        rank = ranking.rank(values)
+        before = ranking.rank(self.best.values) if self.best else None
+        better = self.best is None or (rank is not None and (before is None or rank < before))
         return dataclasses.replace(self, last=new, best=new if better else self.best)
 
     def score(self, metric: str) -> float | None:
-        """A held-out metric measured at this very step; None where it was not, or is not finite."""
+        """Return a held-out metric of this step; None if it was not measured or is not finite."""
         value = self.last.values.get(metric) if self.last is not None and self.evaluated else None
         return value if value is not None and math.isfinite(value) else None
 
-    def rolled_back(self, now: "Record", spike: int) -> "Record":
-        """This record of an earlier step, to go on from when step number `spike` was one too many.
+    def rank(self, ranking: Ranking) -> float | None:
+        """Return the rank of this step's evaluation; None if there is none or its metric is not finite."""
+        return ranking.rank(self.last.values) if self.last is not None and self.evaluated else None
 
-        The batches of the steps in between are passed over, that of the spike included.
+    def rolled_back(self, now: "Record", spike: int) -> "Record":
+        """Return this record of an earlier step, to resume from after a loss spike at step `spike`.
+
+        The batches of the steps between are passed over, including that of the spike.
         """
         return dataclasses.replace(
             self,
@@ -79,22 +97,22 @@ class Record:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As plain dicts."""
+        """Return the record as plain dicts."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, content: Any) -> "Record":
-        """The inverse of `to_json`.
+        """Return the record that `to_json` has written.
 
         Raises:
-          ValueError: it is no record.
+          ValueError: the content is not a record.
         """
         if not isinstance(content, Mapping):
-            raise ValueError(f"no record of a run: {type(content).__name__}")
+            raise ValueError(f"invalid record: {type(content).__name__}")
         values = dict(content)
         for field in dataclasses.fields(cls):
             if field.name not in values:
-                raise ValueError(f"no record of a run: {field.name} is missing")
+                raise ValueError(f"invalid record: {field.name} is missing")
             value = values[field.name]
             if field.name in ("last", "best"):
                 values[field.name] = None if value is None else _evaluation(value)
@@ -103,30 +121,30 @@ class Record:
             elif isinstance(field.default, int):
                 _whole(value, field.name)
             elif not isinstance(value, str):
-                raise ValueError(f"no record of a run: {field.name} is {value!r:.50}")
+                raise ValueError(f"invalid record: {field.name} is {value!r:.50}")
         try:
             return cls(**values)
         except TypeError as error:
-            raise ValueError(f"no record of a run: {error}") from error
+            raise ValueError(f"invalid record: {error}") from error
 
 
 def _evaluation(content: Any) -> Evaluation:
     values = content.get("values") if isinstance(content, Mapping) else None
     if not isinstance(content, Mapping) or not isinstance(values, Mapping):
-        raise ValueError(f"no evaluation: {content!r:.50}")
+        raise ValueError(f"invalid evaluation: {content!r:.50}")
     step = _whole(content.get("step"), "the step of an evaluation")
     return Evaluation(step, {name: _number(value, name, finite=False) for name, value in values.items()})
 
 
 def _whole(value: Any, name: str) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"no record of a run: {name} is {value!r:.50}")
+        raise ValueError(f"invalid record: {name} is {value!r:.50}")
     return value
 
 
 def _number(value: Any, name: str, *, finite: bool = True) -> float:
-    # Whole numbers have no bound in JSON, and those beyond the largest float cannot become one.
+    # JSON integers are unbounded, and those above the largest float cannot become one.
     fits = type(value) is float or (type(value) is int and abs(value) < 2**63)
     if not fits or (finite and not math.isfinite(value)):
-        raise ValueError(f"no record of a run: {name} is {value!r:.50}")
+        raise ValueError(f"invalid record: {name} is {value!r:.50}")
     return float(value)

@@ -19,29 +19,29 @@ from ..config import components
 from ..sharding import partitioning
 from ..step.state import abstract_variables
 from ..task import BatchSpec, Task
-from . import contents, integrity, retention, store
-
-_PARAMS, _MODEL = "params/", "model_state/"
+from . import saving, store
+from .store import MODEL, PARAMS
 
 
 def choose(workdir: Path, which: Literal["best", "newest"]) -> tuple[Path, list[tuple[Path, str]]]:
-    """A whole checkpoint of a workdir: the newest, or the best by the run's best metric (without any, the newest).
+    """Return an intact checkpoint of a workdir: the newest, or the best by the run's best metric if any has it.
 
     Returns:
-      The checkpoint, and those that would have been taken before it but are damaged, each with its first fault.
+      The checkpoint, and damaged ones that were preferred to it, each with its first fault.
 
     Raises:
       UserError: there is none.
     """
-    if which == "newest":
-        return contents.locate(workdir, whole=True)
     damaged = []
-    for path in _ranked(workdir):
-        faults = integrity.faults(path)
-        if not faults:
-            return path, damaged
-        damaged.append((path, faults[0]))
-    path, others = contents.locate(workdir, whole=True)
+    if which == "best":
+        ranks = saving.ranks(workdir, store.ranking(workdir)).items()
+        ranked = {path: rank for path, rank in ranks if rank is not None}
+        for path in sorted(ranked, key=ranked.__getitem__):
+            faults = store.faults(path)
+            if not faults:
+                return path, damaged
+            damaged.append((path, faults[0]))
+    path, others = store.locate(workdir, intact=True)
     return path, [*damaged, *(fault for fault in others if fault not in damaged)]
 
 
@@ -86,7 +86,7 @@ def variables(
     specs = jax.tree.leaves(partitioning.shardings(abstract, placements, mesh))
     there, wanted = store.arrays(checkpoint), {}
     for path, leaf, sharding in zip(patterns.paths(abstract), jax.tree.leaves(abstract), specs, strict=True):
-        name = path if path.startswith(_PARAMS) else f"{_MODEL}{path}"
+        name = path if path.startswith(PARAMS) else f"{MODEL}{path}"
         here = store.Array(tuple(leaf.shape), leaf.dtype)
         if there.get(name) != here:
             raise UserError(
@@ -96,16 +96,3 @@ def variables(
         wanted[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     arrays = store.read(checkpoint, wanted)
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
-
-
-def _ranked(workdir: Path) -> list[Path]:
-    """The finished checkpoints that were evaluated, best first; of equal ones the older."""
-    metric, scores = retention.best_metric(workdir), []
-    for number, path in enumerate(contents.in_workdir(workdir)):
-        try:
-            score = store.record(path).score(metric)
-        except UserError:  # a damaged one has no score
-            continue
-        if score is not None:
-            scores.append((score, number, path))
-    return [path for *_, path in sorted(scores)]

@@ -1,47 +1,38 @@
-"""Checkpoints of a workdir: saved in the background, whole or invisible, read back by name. All that knows Orbax.
+"""Find and read the checkpoints of a workdir.
 
-A checkpoint is a directory named by its step. It holds `state` (arrays, in Orbax's form), `record` and `manifest`
-(JSON), and SHA256SUMS, which is written last: without it the directory is not a checkpoint.
+A checkpoint is a directory named by its step. Orbax writes it under a temporary name and renames it once it is
+complete. It holds the arrays (`state`), what the host knew (`record`), a description of the arrays (`manifest`), the
+checksums of these files, and once its step has been evaluated `evaluation.json`.
 """
 
 import contextlib
 import dataclasses
+import json
 import math
-import os
-import shutil
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from ...optimizers.plan import patterns
 from ..base import workdir as layout
 from ..base.errors import UserError
-from ..distributed import agreement
-from . import evaluations, integrity
-from .record import Record
+from ..base.json_files import read_object
+from . import verify
+from .record import Ranking, Record
 
-_STATE, _RECORD, _MANIFEST = "state", "record", "manifest"
-# What stands in the names of checkpoints on their way in, which Orbax gives, and on their way out.
-_UNFINISHED, _DELETED = ".orbax-checkpoint-tmp", ".deleted"
-# What goes wrong with storage. Orbax and TensorStore wrap the system's errors in their own.
-_STORAGE_ERRORS = (OSError, ValueError, RuntimeError, TimeoutError)
-
-
-class SaveError(Exception):
-    """A checkpoint could not be saved; those before it are as they were."""
+STATE, RECORD, MANIFEST = "state", "record", "manifest"
+# Arrays are named by their paths in the train state, which begin so.
+PARAMS, MODEL, OPTIMIZER, AVERAGING = "params/", "model_state/", "opt_state/", "averaging/"
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """Shape and type of a saved array."""
+    """Shape and dtype of a saved array."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -55,17 +46,89 @@ class Array:
         return f"{np.dtype(self.dtype).name}[{','.join(map(str, self.shape))}]"
 
 
-def numbered(workdir: Path) -> list[Path]:
-    """What a workdir has in the places of checkpoints, oldest first, finished or not."""
+def checkpoints(workdir: Path) -> list[Path]:
+    """Return the committed checkpoints of a workdir, oldest first."""
     directory = workdir / layout.CHECKPOINTS
     if not directory.is_dir():
         return []
     return sorted((path for path in directory.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
 
 
-def finished(workdir: Path) -> list[Path]:
-    """The checkpoints of a workdir, oldest first; those whose save was cut short are none."""
-    return [path for path in numbered(workdir) if integrity.is_sealed(path)]
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a path is a checkpoint and not a workdir, which may have a number for its name, too."""
+    named = path.name.isdecimal() and path.absolute().parent.name in (layout.CHECKPOINTS, layout.DAMAGED)
+    return path.is_dir() and (named or (path / MANIFEST).is_dir())
+
+
+def in_workdir(workdir: Path) -> list[Path]:
+    """Return the checkpoints of a workdir, oldest first.
+
+    Raises:
+      UserError: it has none.
+    """
+    if found := checkpoints(workdir):
+        return found
+    given = "has no checkpoint" if workdir.is_dir() else "is not a directory"
+    raise UserError(f"{workdir} {given}; give the workdir of a training run, or WORKDIR/{layout.CHECKPOINTS}/STEP")
+
+
+def locate(text: str | Path, *, intact: bool) -> tuple[Path, list[tuple[Path, str]]]:
+    """Return the checkpoint that a path names: the checkpoint itself, or the newest intact one of a workdir.
+
+    Args:
+      text: a workdir, WORKDIR/checkpoints/STEP, or a copy of such a directory.
+      intact: whether to verify a checkpoint that is named itself, too.
+
+    Returns:
+      The checkpoint, and newer ones of the workdir that are damaged, each with its first fault.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = Path(text).expanduser()
+    one = is_checkpoint(path)
+    if one and not intact:
+        return path, []
+    damaged = []
+    for found in [path] if one else reversed(in_workdir(path)):
+        wrong = faults(found)
+        if not wrong:
+            return found, damaged
+        damaged.append((found, wrong[0]))
+    if one:
+        raise UserError(f"checkpoint {path} is damaged ({damaged[0][1]}); use another one")
+    raise UserError(all_damaged(str(path), damaged))
+
+
+def all_damaged(place: str, damaged: list[tuple[Path, str]]) -> str:
+    """Return the message for a workdir in which every checkpoint is damaged."""
+    reasons = "; ".join(f"{path.name}: {why}" for path, why in damaged)
+    return f"every checkpoint of {place} is damaged ({reasons}); restore one from a backup, or use another workdir"
+
+
+def faults(path: Path, sums: verify.Sums | None = None, *, part: int = 0, parts: int = 1) -> list[str]:
+    """Return what is wrong with a checkpoint's files, one text each.
+
+    Files are compared with their checksums. If these are incomplete, all arrays are read instead.
+
+    Args:
+      path: the checkpoint.
+      sums: its checksums, if they have been read.
+      part: the share of this reader, of `parts` readers of the same checkpoint.
+      parts: number of readers.
+    """
+    sums = sums or verify.read(path)
+    names = list(sums.digests)[part::parts]
+    found = sums.faults + verify.mismatches(path, {name: sums.digests[name] for name in names})
+    if not (found or sums.complete):
+        try:
+            record(path)
+            manifest(path)
+            for name in sorted(arrays(path))[part::parts]:
+                read(path, {name: None})
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 def record(path: Path) -> Record:
@@ -74,44 +137,70 @@ def record(path: Path) -> Record:
     Raises:
       UserError: it cannot be read.
     """
+    content = _json(path, RECORD)
+    evaluation = read_object(path / verify.EVALUATION)
     try:
-        return evaluations.applied(Record.from_json(_json(path, _RECORD)), path.parent.parent)
-    except ValueError as error:
+        return Record.from_json(content | evaluation if evaluation else content)
+    except (ValueError, TypeError) as error:
         raise UserError(f"checkpoint {path}: {error}; use another one") from error
 
 
+def write_evaluation(path: Path, record: Record) -> None:
+    """Write the evaluation of a checkpoint that was saved before its step was evaluated."""
+    content = record.to_json()
+    partial = path / f"{verify.EVALUATION}.partial"
+    partial.write_text(json.dumps({"last": content["last"], "best": content["best"]}) + "\n")
+    partial.replace(path / verify.EVALUATION)
+
+
+def ranking(workdir: Path) -> Ranking:
+    """Return the metric by which a workdir's config ranks checkpoints; the lowest loss if there is no config.
+
+    Raises:
+      UserError: the config cannot be read or names no metric.
+    """
+    content = read_object(workdir / layout.CONFIG)
+    if content is None:
+        return Ranking()
+    section = content.get("evaluation")
+    metric, mode = (section.get(key) if isinstance(section, dict) else None for key in ("best_metric", "best_mode"))
+    if not isinstance(metric, str) or mode not in ("min", "max"):
+        raise UserError(f"{workdir / layout.CONFIG} has no valid evaluation.best_metric and best_mode; restore it")
+    return Ranking(metric, mode)
+
+
 def manifest(path: Path) -> dict[str, Any]:
-    """What describes a checkpoint's arrays; see the module `takeover`.
+    """Return the description of a checkpoint's arrays; see the module `takeover`.
 
     Raises:
       UserError: it cannot be read.
     """
-    content = _json(path, _MANIFEST)
+    content = _json(path, MANIFEST)
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path} has no manifest; use another one")
     return content
 
 
 def arrays(path: Path) -> dict[str, Array]:
-    """Shape and type of every array of a checkpoint, by its path in the train state; no array is read.
+    """Return shape and dtype of every array by its path in the train state, without reading the arrays.
 
     Raises:
-      UserError: what describes them cannot be read.
+      UserError: the checkpoint cannot be read.
     """
     with _readable(path):
         return {name: Array(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in _by_name(_tree(path)).items()}
 
 
 def read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Some arrays of a checkpoint.
+    """Read some arrays of a checkpoint.
 
     Args:
       path: the checkpoint.
-      wanted: name -> ShapeDtypeStruct with a sharding for an array on the devices, None for one in NumPy. Shapes are to
+      wanted: name -> ShapeDtypeStruct with a sharding for an array on the devices, None for a NumPy array. Shapes must
         be those of `arrays`.
 
     Raises:
-      UserError: they cannot be read.
+      UserError: the arrays cannot be read.
     """
     if not wanted:
         return {}
@@ -134,8 +223,9 @@ def _read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
     structure = jax.tree.structure(tree)
     items, args = (jax.tree.unflatten(structure, list(map(make, names))) for make in (item, restore_args))
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        restored = checkpointer.restore(path.absolute() / _STATE, args=ocp.args.PyTreeRestore(items, restore_args=args))
+    # The handler has no barriers of its own, so processes may read different arrays.
+    wanted_args = ocp.args.PyTreeRestore(items, restore_args=args)
+    restored = ocp.PyTreeCheckpointHandler().restore(_item(path, STATE), args=wanted_args)
     return {name: value for name, value in _by_name(restored).items() if name in wanted}
 
 
@@ -143,15 +233,19 @@ def _read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # what damaged metadata end in is any of a dozen, of Orbax, TensorStore and NumPy
+    except Exception as error:  # damaged metadata raise any of a dozen errors in Orbax, TensorStore and NumPy
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise UserError(
             f"the arrays of checkpoint {path} cannot be read ({type(error).__name__} {reason:.200}); use another one"
         ) from error
 
 
+def _item(path: Path, name: str) -> Any:
+    return epath.Path(path.absolute() / name)
+
+
 def _tree(path: Path) -> Any:
-    return ocp.PyTreeCheckpointHandler().metadata(path.absolute() / _STATE).tree  # type: ignore  (for etils' paths)
+    return ocp.PyTreeCheckpointHandler().metadata(_item(path, STATE)).tree
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
@@ -160,199 +254,6 @@ def _by_name(tree: Any) -> dict[str, Any]:
 
 def _json(path: Path, item: str) -> Any:
     try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(path.absolute() / item)
+        return ocp.JsonCheckpointHandler().restore(_item(path, item))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"the {item} of checkpoint {path} cannot be read ({error}); use another one") from error
-
-
-class Checkpoints:
-    """Saves the checkpoints of a workdir, and keeps the `keep_last` newest and `keep_best` of lowest `best_metric`.
-
-    Args:
-      workdir: theirs.
-      keep_last, keep_best: how many.
-      best_metric: a held-out metric.
-      milestone: says which steps' newest checkpoint is kept besides, to go back to.
-    """
-
-    def __init__(
-        self,
-        workdir: Path,
-        *,
-        keep_last: int,
-        keep_best: int,
-        best_metric: str,
-        milestone: Callable[[int], bool] = lambda step: False,
-    ):
-        """Removes what interrupted saves have left behind."""
-        self._directory = (workdir / layout.CHECKPOINTS).absolute()
-        self._keep_last, self._keep_best, self._best_metric = keep_last, keep_best, best_metric
-        self._milestone = milestone
-        self._first = jax.process_index() == 0
-        self._scores: dict[int, float | None] = {}
-        for path in finished(workdir):
-            # One of the older ones may be damaged: it has no score, and is none of the best.
-            with contextlib.suppress(UserError):
-                self._scores[int(path.name)] = record(path).score(best_metric)
-        if self._first:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            for path in self._directory.iterdir():
-                if path.name.endswith(_DELETED) or _UNFINISHED in path.name:
-                    shutil.rmtree(path)
-        self._step = 0
-        self._failure = self._told = ""
-        self._metrics: dict[str, float] = {}
-        # Nothing of a save is urgent once it is copied off the devices. The threads that this one starts inherit its
-        # priority.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints", initializer=_give_way)
-        self._ending: Future[None] | None = None  # of the save that is under way
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-
-    def save(self, state: Any, record: Record, manifest: dict[str, Any]) -> None:
-        """Save in the background; returns once the state is copied off the devices and may be donated.
-
-        A step that is already saved is left as it is. Every process calls this.
-
-        Raises:
-          SaveError: the save before it has failed, or, with several processes, this one could not be begun; in all
-            processes, where it is so in one. One process says at the next save, or in `confirm`, that it could not.
-        """
-        begun = time.perf_counter()
-        earlier = self._outcome(self._finish)
-        self._scores[record.step] = record.score(self._best_metric)
-        path = self._directory / str(record.step)
-        # Process 0 decides: it may see its own commit of this step before the others see it.
-        if not agreement.first(lambda: path in finished(self._directory.parent)):
-            alone = jax.process_count() == 1
-            items = {
-                _STATE: ocp.args.PyTreeSave(_copied(state) if alone else state),
-                _RECORD: ocp.args.JsonSave(record.to_json()),
-                _MANIFEST: ocp.args.JsonSave(manifest),
-            }
-            self._step = record.step
-            beginning = self._thread.submit(self._checkpointer.save, path, args=ocp.args.Composite(**items))
-            # In it several processes meet by collectives, which must not come between those of steps.
-            failure = "" if alone else self._outcome(beginning.result)
-            self._ending = None if failure else self._thread.submit(self._end, beginning, path, begun)
-            earlier = failure or earlier
-            self._metrics["checkpoint/blocked_seconds"] = time.perf_counter() - begun
-        _raise_in_all(earlier)
-
-    def evaluated(self, record: Record) -> None:
-        """Rank the checkpoint of a step that has been evaluated after it was saved, and delete what may go."""
-        self._scores[record.step] = record.score(self._best_metric)
-        if self._first:
-            try:
-                evaluations.write(self._directory.parent, record)
-            except OSError as error:
-                self._failure = f"the evaluation of step {record.step} could not be saved ({error})"
-            self._thread.submit(self._prune)
-
-    def confirm(self) -> None:
-        """Wait for the save that is under way, if one is. Every process calls this.
-
-        Raises:
-          SaveError: it has failed; in all processes, where it has in one.
-        """
-        _raise_in_all(self._outcome(self._finish))
-
-    def metrics(self) -> dict[str, float]:
-        """Of the newest save: seconds that training stood still, seconds in all and bytes, as far as they are known.
-
-        And what `note_restored` was told.
-        """
-        return dict(self._metrics)
-
-    def note_restored(self, path: Path, seconds: float) -> None:
-        """Report also that a checkpoint was restored, and how long that took."""
-        self._metrics["checkpoint/restore_seconds"] = seconds
-        self._metrics["checkpoint/restore_bytes"] = float(integrity.size(path))
-
-    def complaint(self) -> str | None:
-        """That a save has failed in this process, before the others know of it at the next one; otherwise None."""
-        self._failure = self._outcome(self._check) or self._failure
-        told, self._told = self._failure != self._told, self._failure
-        return f"warning: {self._failure}" if told and self._failure else None
-
-    def close(self) -> None:
-        """End. A save that is under way is waited for, but not vouched for: see `confirm`."""
-        self._outcome(self._finish)
-        self._checkpointer.close()
-        self._thread.shutdown()
-
-    def _finish(self) -> None:
-        ending, self._ending = self._ending, None
-        if ending is not None:
-            ending.result()
-
-    def _check(self) -> None:
-        if self._ending is not None and self._ending.done():
-            self._finish()
-
-    def _outcome(self, action: Callable[[], None]) -> str:
-        """Why an action of the checkpointer or the save before it has failed, "" if neither has."""
-        failure, self._failure = self._failure, ""
-        try:
-            action()
-        except _STORAGE_ERRORS as error:
-            steps = [int(path.name) for path in finished(self._directory.parent)]
-            rest = f"the newest whole one is of step {steps[-1]}" if steps else "there is none before it"
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            failure = f"the checkpoint of step {self._step} could not be saved in {self._directory} ({reason}); {rest}"
-        return failure
-
-    def _end(self, beginning: Future[None], path: Path, begun: float) -> None:
-        """Wait, in the background, until Orbax has committed a save; process 0 then makes it a checkpoint of ours."""
-        beginning.result()
-        self._checkpointer.wait_until_finished()
-        if self._first:
-            size = integrity.seal(path)
-            self._metrics["checkpoint/seconds"] = time.perf_counter() - begun
-            self._metrics["checkpoint/bytes"] = float(size)
-            self._prune()
-
-    def _prune(self) -> None:
-        prune(self._directory.parent, self._kept([int(path.name) for path in finished(self._directory.parent)]))
-
-    def _kept(self, steps: Iterable[int]) -> set[int]:
-        steps = sorted(steps)
-        scored = [(score, step) for step in steps if (score := self._scores.get(step)) is not None]
-        best = [step for _, step in sorted(scored)[: self._keep_best]]
-        wanted = [step for step in steps if self._milestone(step)][-1:]
-        return {*steps[max(len(steps) - self._keep_last, 0) :], *best, *wanted}
-
-
-def prune(workdir: Path, keep: set[int]) -> list[Path]:
-    """Delete a workdir's checkpoints, those of the steps in `keep` left out; returns what is gone.
-
-    A checkpoint is renamed before its files go: whoever looks sees all of it or nothing.
-    """
-    gone = [path for path in finished(workdir) if int(path.name) not in keep]
-    for path in gone:
-        doomed = path.with_name(f"{path.name}{_DELETED}")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-    return gone
-
-
-def _give_way() -> None:
-    """Give this thread a tenth of the weight of others. Linux has priorities of threads; elsewhere nothing changes.
-
-    With less, other programs on a busy machine hold up saves for minutes, and steps with them, which wait for Python's
-    lock while the thread that has it gets no core.
-    """
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-
-
-def _copied(state: Any) -> Any:
-    """What is in the host's memory when this returns, whatever becomes of the state."""
-    shardings = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), state)
-    return jax.block_until_ready(jax.device_put(state, shardings, may_alias=False))
-
-
-def _raise_in_all(failure: str) -> None:
-    failures = [text for text in agreement.gather(failure) if text]
-    if failures:
-        raise SaveError(failures[0])

@@ -23,10 +23,9 @@ from . import store
 from .manifest import Manifest, Parameter
 from .origin import Origin
 from .record import Record
-from .store import Array
+from .store import AVERAGING, MODEL, OPTIMIZER, PARAMS, Array
 
-_OPTIMIZER, _PARAMS, _MODEL, _STEP = "opt_state/", "params/", "model_state/", "step"
-_ITERATE = "averaging/iterate/"  # and then a path in the variables
+_STEP, _ITERATE = "step", f"{AVERAGING}iterate/"  # followed by a path in the variables
 
 Renames = Sequence[tuple[str, str]]
 
@@ -177,22 +176,22 @@ class _Planner:
         of_averages: dict[str, str] = {}
         lines = []
         for path, leaf in _by_name(spec).items():
-            if path.startswith(_PARAMS):
-                sources[path] = of_params[path.removeprefix(_PARAMS)]
-            elif path.startswith(_MODEL):
+            if path.startswith(PARAMS):
+                sources[path] = of_params[path.removeprefix(PARAMS)]
+            elif path.startswith(MODEL):
                 source = sources[path] = self._model_array(path, leaf)
                 if isinstance(source, Fresh):
                     lines.append(f"{path}: afresh ({source.why})")
-            elif path.startswith(_OPTIMIZER):
-                own = path.removeprefix(_OPTIMIZER)
+            elif path.startswith(OPTIMIZER):
+                own = path.removeprefix(OPTIMIZER)
                 sources[path] = _of_optimizer(inheritance.source(own, leaf.shape)) if inheritance else Fresh("")
             elif path.startswith(_ITERATE):
                 own = path.removeprefix(_ITERATE)
-                average = own if own.startswith(_PARAMS) else f"{_MODEL}{own}"
+                average = own if own.startswith(PARAMS) else f"{MODEL}{own}"
                 sources[path], why = self._iterate(sources[average], leaf)
                 if self._origin.kind != "init":
-                    of_averages[average.removeprefix(_PARAMS)] = why
-                    if why and average.startswith(_MODEL):
+                    of_averages[average.removeprefix(PARAMS)] = why
+                    if why and average.startswith(MODEL):
                         lines.append(f"{average}: average afresh ({why})")
             elif self._origin.kind == "init":
                 sources[path] = Fresh("")
@@ -234,7 +233,7 @@ class _Planner:
             return average, ""
         if not isinstance(average, Kept):
             return average, average.why if isinstance(average, Fresh) else ""
-        there = self._array(f"{_ITERATE}{average.name.removeprefix(_MODEL)}", leaf)
+        there = self._array(f"{_ITERATE}{average.name.removeprefix(MODEL)}", leaf)
         if isinstance(there, Fresh):
             return average, there.why
         return there, ""
@@ -243,21 +242,21 @@ class _Planner:
         if self._origin.kind == "init" or self._manifest.optimizer != name:
             return None
         shapes = {
-            path.removeprefix(_OPTIMIZER): array.shape
+            path.removeprefix(OPTIMIZER): array.shape
             for path, array in self._saved.items()
-            if path.startswith(_OPTIMIZER)
+            if path.startswith(OPTIMIZER)
         }
         return optimizer.inheritance(tx, params, self._manifest.state, shapes, self._renamed)
 
     def _parameter(self, path: str, leaf: Any) -> Source:
-        return self._array(f"{_PARAMS}{self._parameters.get(path, '')}", leaf)
+        return self._array(f"{PARAMS}{self._parameters.get(path, '')}", leaf)
 
     def _model_array(self, path: str, leaf: Any) -> Source:
         def today(saved: str) -> str:
-            collection, _, rest = saved.removeprefix(_MODEL).partition("/")
-            return f"{_MODEL}{collection}/{self._renamed(rest)}"
+            collection, _, rest = saved.removeprefix(MODEL).partition("/")
+            return f"{MODEL}{collection}/{self._renamed(rest)}"
 
-        found = [saved for saved in self._saved if saved.startswith(_MODEL) and today(saved) == path]
+        found = [saved for saved in self._saved if saved.startswith(MODEL) and today(saved) == path]
         return self._array(found[0], leaf) if found else Fresh("there is none")
 
     def _array(self, name: str, leaf: Any) -> Source:
@@ -272,10 +271,10 @@ class _Planner:
 def _of_optimizer(source: Source) -> Source:
     """A source within the optimizer's state as one within the train state."""
     if isinstance(source, Kept):
-        return Kept(f"{_OPTIMIZER}{source.name}")
+        return Kept(f"{OPTIMIZER}{source.name}")
     if isinstance(source, Made):
-        names = tuple(f"{_OPTIMIZER}{name}" for name in source.names)
-        return Made(names, lambda arrays: source.make({name: arrays[f"{_OPTIMIZER}{name}"] for name in source.names}))
+        names = tuple(f"{OPTIMIZER}{name}" for name in source.names)
+        return Made(names, lambda arrays: source.make({name: arrays[f"{OPTIMIZER}{name}"] for name in source.names}))
     return source
 
 

@@ -32,6 +32,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "evaluation.batches": (lambda count: count == -1 or count > 0, "-1 (all) or above 0"),
     "checkpoint.keep_last": (lambda count: count >= 1, "at least 1, to resume from"),
     "checkpoint.keep_best": (lambda count: count >= 0, "at least 0"),
+    "evaluation.best_mode": _one_of("min", "max"),
     "checkpoint.on_error": _one_of("stop", "continue"),
     "guard.max_consecutive_skips": (lambda count: count >= 1, "at least 1"),
     "guard.on_spike": _one_of("ignore", "skip", "rollback"),

@@ -79,11 +79,13 @@ def get_config() -> Any:
     config.evaluation.every = "10%"  # how often to evaluate; the last step always does
     config.evaluation.batches = -1  # held-out batches per evaluation, the same each time; -1 uses all
     config.evaluation.judge_every = "0 steps"  # how often an evaluation computes AUC or BLEU; the last step always does
-    config.evaluation.best_metric = "loss"  # held-out metric that ranks checkpoints; the lowest value is the best
+    config.evaluation.best_metric = "loss"  # held-out metric that ranks checkpoints, also one that a task judges
+    config.evaluation.best_mode = "min"  # whether the lowest ("min") or the highest ("max") best_metric is the best
     config.checkpoint = ConfigDict()
     config.checkpoint.every = "10%"  # how often to save; a signal and the last step always save
     config.checkpoint.keep_last = 2  # number of latest checkpoints to keep
     config.checkpoint.keep_best = 1  # number of best checkpoints to keep in addition
+    config.checkpoint.keep_every = "0 steps"  # keep the first checkpoint of every such period for good
     config.checkpoint.on_error = "stop"  # action when a checkpoint cannot be saved: stop or continue
     config.resume_from = ""  # workdir or checkpoint whose state and step to resume, if this workdir has no checkpoint
     config.init_from = ""  # workdir or checkpoint whose parameters to start from, if this workdir has no checkpoint

@@ -9,7 +9,7 @@ from toy_runs import ADAMW, SHAMPOO, arrays, lines, make_config, saved, two
 
 from shampax.configs import base
 from shampax.framework.base.errors import TrainingStopped
-from shampax.framework.checkpoint import integrity
+from shampax.framework.checkpoint import verify
 from shampax.framework.loop import Run
 from shampax.framework.reporting import journal
 from shampax.framework.train import train
@@ -56,7 +56,7 @@ def test_goes_back_to_the_newest_regular_checkpoint_and_past_the_spike(rolled_ba
     checkpoint = tmp_path / "checkpoints" / "15"
     kept = checkpoint / "record" / "metadata"
     kept.write_text(json.dumps(json.loads(kept.read_text()) | {"batches_passed_over": 3}))
-    integrity.seal(checkpoint)
+    verify.write(checkpoint, 0, 1)
     train(config(spikes=False), tmp_path, devices=two())
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 30), arrays(workdir, 30))
 

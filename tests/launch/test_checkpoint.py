@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 
 from shampax.configs import base
 from shampax.framework.base.errors import UserError
-from shampax.framework.checkpoint import diff, integrity, ownership, store, takeover
+from shampax.framework.checkpoint import diff, ownership, saving, store, takeover, verify
 from shampax.framework.checkpoint.origin import Origin
+from shampax.framework.checkpoint.record import Ranking, Record
 from shampax.framework.sharding import partitioning
 from shampax.framework.step import state
 from shampax.framework.train import train
@@ -36,6 +37,7 @@ from shampax.optimizers import ShampooOptions
 from shampax.optimizers.checkpoint.inheritance import Made
 
 SHAMPOO = "shampax.optimizers.shampoo:ShampooOptions"
+SUMS = "SHA256SUMS-0-of-1"
 OPTIONS = {"block_size": 8, "interval": 3, "refresh": "host"}
 BUCKET = "opt_state/buckets/8x8_all_p2"
 
@@ -93,7 +95,13 @@ def rewrite(path, item, change):
     content = json.loads(file.read_text())
     content = change(content) or content
     file.write_text(json.dumps(content))
-    integrity.seal(path)
+    verify.write(path, 0, 1)
+
+
+def evaluate(path, loss):
+    """Replace the evaluation of a checkpoint."""
+    found = store.record(path)
+    store.write_evaluation(path, found.with_evaluation({"loss": loss}, Ranking()))
 
 
 def numpy_arrays(path):
@@ -120,7 +128,7 @@ def save_again(path, change):
     shutil.rmtree(path / "state")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(path.absolute() / "state", tree)
-    integrity.seal(path)
+    verify.write(path, 0, 1)
 
 
 def snapshot(root):
@@ -133,26 +141,25 @@ def snapshot(root):
 def test_list_tells_newest_best_damaged_and_unfinished(workdir):
     directory = workdir / "checkpoints"
 
-    def best(record):
-        record["last"]["values"]["loss"] = 0.125
-
-    rewrite(directory / "4", "record", best)
+    evaluate(directory / "4", 0.125)
     shutil.copytree(directory / "6", directory / "8")
-    (directory / "8" / "SHA256SUMS").unlink()
+    (directory / "8" / SUMS).unlink()
     (directory / "9.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     shutil.copytree(directory / "6", workdir / "damaged" / "7")
     size = sum(path.stat().st_size for path in (directory / "6").rglob("*") if path.is_file())
-    size -= (directory / "6" / "SHA256SUMS").stat().st_size
+    size -= sum((directory / "6" / name).stat().st_size for name in (SUMS, "evaluation.json"))
 
     code, out, err = ran("list", workdir)
     rows = {line.split()[0]: line for line in out}
     assert (code, err) == (0, [])
     assert list(rows) == ["step", "2", "4", "6", "8", "damaged/7", "checkpoints/9.orbax-checkpoint-tmp"]
     assert re.search(r" 0\.1250 .* best$", rows["4"])
-    assert re.search(rf" {size / 1000:.1f} kB .* newest$", rows["6"])
+    assert re.search(rf" {size / 1000:.1f} kB ", rows["6"])
     assert re.search(r" \d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", rows["2"]) and "newest" not in rows["2"]
-    assert "none" in rows["8"] and rows["8"].endswith("unfinished: its save did not come to an end")
-    assert "damaged" in rows["damaged/7"] and rows["checkpoints/9.orbax-checkpoint-tmp"].endswith("unfinished")
+    assert "incomplete" in rows["8"] and rows["8"].endswith("newest")
+    shutil.rmtree(directory / "8")
+    assert "damaged" in rows["damaged/7"]
+    assert rows["checkpoints/9.orbax-checkpoint-tmp"].endswith("being saved or deleted")
 
     with (directory / "6" / "state" / "_METADATA").open("ab") as file:
         file.write(b" ")
@@ -187,13 +194,13 @@ def test_inspect_tells_all_that_is_there(runs):
     assert told["sizes"] == {
         "parameters": {"arrays": 3, "bytes": (16 * 16 + 2 * 16 * 32) * 4},
         "statistics": {"arrays": 2, "bytes": 2 * packed},
-        "roots": {"arrays": 2, "bytes": 2 * packed},
+        "roots": {"arrays": 2, "bytes": 2 * square},
         "momenta and second moments": {"arrays": 4, "bytes": 2 * square + 2 * 16 * 16 * 4},
-        "in flight": {"arrays": 6, "bytes": 2 * packed + 4 * vector},
+        "in flight": {"arrays": 4, "bytes": 2 * packed + 2 * vector},
         "model state": {"arrays": 1, "bytes": 4},
         "other": {
-            "arrays": len(arrays) - 18,
-            "bytes": sum(x.nbytes for x in arrays.values()) - 5120 - 4 - 2048 - 2 * square - 6 * packed - 4 * vector,
+            "arrays": len(arrays) - 16,
+            "bytes": sum(x.nbytes for x in arrays.values()) - 5120 - 4 - 2048 - 4 * square - 4 * packed - 2 * vector,
         },
     }
     (bucket,) = told["buckets"].values()
@@ -228,14 +235,12 @@ def test_of_a_workdir_the_newest_whole_one_is_meant(workdir):
     code, out, err = ran("inspect", workdir)
     assert (code, out[0]) == (0, f"checkpoint {workdir / 'checkpoints' / '4'}")
     assert len(err) == 1
-    assert re.match(
-        r"warning: checkpoint .*/6 is damaged \(state/.* does not have its checksum\); .*/4 is used$", err[0]
-    )
+    assert re.match(r"warning: checkpoint .*/6 is damaged \(state/.* does not have its checksum\); using .*/4$", err[0])
     workdir = workdir.rename(workdir.with_name("7"))
     assert ran("inspect", workdir)[1][0] == f"checkpoint {workdir / 'checkpoints' / '4'}"
     for step in (2, 4):
         (workdir / "checkpoints" / str(step) / "record" / "metadata").unlink()
-    assert "no checkpoint of" in refused("inspect", workdir)
+    assert "every checkpoint of" in refused("inspect", workdir)
 
 
 def save_plain(tmp_path, params, *, tx, step=3, model_state=None, name="plain"):
@@ -246,8 +251,8 @@ def save_plain(tmp_path, params, *, tx, step=3, model_state=None, name="plain"):
     whole = jax.device_put(whole, partitioning.replicated(mesh))
     spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), whole.params)
     manifest = takeover.describe(tx, "an optimizer", spec, {}, mesh.shape)
-    record = store.Record(step).with_evaluation({"loss": math.nan}, "loss")
-    saver = store.Checkpoints(tmp_path / name, keep_last=9, keep_best=0, best_metric="loss")
+    record = Record(step).with_evaluation({"loss": math.nan}, Ranking())
+    saver = saving.Checkpoints(tmp_path / name, keep_last=9, keep_best=0, ranking=Ranking())
     with contextlib.closing(saver):
         saver.save(whole, record, manifest)
         saver.confirm()
@@ -290,10 +295,10 @@ def test_verify_names_each_file_that_is_not_as_it_was(workdir, newest, kind, dam
     file = FILES[kind](newest)
     DAMAGE[damage](file)
     name = file.relative_to(newest)
-    fault = {"no file": "is missing", "a pipe": "is no file"}.get(damage, "does not have its checksum")
+    fault = {"no file": "is missing", "a pipe": "is not a file"}.get(damage, "does not have its checksum")
     assert ran("verify", newest) == (1, [f"{newest}: {name} {fault}"], [])
     code, out, _ = ran("verify", workdir)
-    whole = [f"{newest.with_name(step)}: whole" for step in "24"]
+    whole = [f"{newest.with_name(step)}: intact" for step in "24"]
     assert (code, out) == (1, [*whole, f"{newest}: {name} {fault}"])
     assert ran("verify", newest, newest.with_name("4"))[0] == 1
     for arguments in (["diff", newest, newest.with_name("4")], ["export", newest, workdir / "x.safetensors"]):
@@ -303,10 +308,9 @@ def test_verify_names_each_file_that_is_not_as_it_was(workdir, newest, kind, dam
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (lambda path: (path / "SHA256SUMS").unlink(), "no SHA256SUMS: its save did not come to an end"),
-        (lambda path: (path / "SHA256SUMS").write_text("nonsense\n"), "SHA256SUMS has a line that is no checksum"),
-        (lambda path: (path / "SHA256SUMS").write_bytes(b"\xff"), "SHA256SUMS cannot be read"),
-        (lambda path: (path / "state" / "more").write_text("x"), "state/more is not in SHA256SUMS"),
+        (lambda path: (path / SUMS).write_text("nonsense\n"), f"{SUMS} has a line that is not a checksum"),
+        (lambda path: (path / SUMS).write_bytes(b"\xff"), f"{SUMS} cannot be read"),
+        (lambda path: (path / "state" / "more").write_text("x"), "state/more has no checksum"),
     ],
 )
 def test_verify_needs_the_checksums_themselves(newest, change, fault):
@@ -316,11 +320,20 @@ def test_verify_needs_the_checksums_themselves(newest, change, fault):
     assert out[0].startswith(f"{newest}: {fault}")
 
 
+def test_verify_without_checksums_reads_all_arrays(newest):
+    """Fault: a checkpoint whose run ended before it had hashed it is taken for damaged, or for intact unread."""
+    (newest / SUMS).unlink()
+    assert ran("verify", newest) == (0, [f"{newest}: intact"], [])
+    largest(newest).unlink()
+    code, out, _ = ran("verify", newest)
+    assert (code, len(out)) == (1, 1) and "cannot be read" in out[0]
+
+
 def test_verify_of_what_is_whole(runs):
-    steps = [f"{runs / 'two' / 'checkpoints' / step}: whole" for step in "246"]
+    steps = [f"{runs / 'two' / 'checkpoints' / step}: intact" for step in "246"]
     assert ran("verify", runs / "two", runs / "four" / "checkpoints" / "6") == (
         0,
-        [*steps, f"{runs / 'four' / 'checkpoints' / '6'}: whole"],
+        [*steps, f"{runs / 'four' / 'checkpoints' / '6'}: intact"],
         [],
     )
 
@@ -357,7 +370,7 @@ MANIFESTS = {
         lambda m: m["parameters"].update({"a\x1b[2J": m["parameters"]["embed/kernel"]}),
         r"'a\\x1b\[2J' where a text is expected",
     ),
-    "puts blocks into other slots": (swap_slots, rf"{BUCKET}/block is not what the manifest says"),
+    "puts blocks into other slots": (swap_slots, rf"{BUCKET}/block differs from the manifest"),
     "puts a block into two slots": (
         lambda m: bucket_of(m)["slots"].__setitem__(0, 2),
         "do not hold each of its 16 blocks once",
@@ -377,7 +390,7 @@ MANIFESTS = {
     ),
     "has blocks of no parameter": (
         lambda m: bucket_of(m)["parameters"][0].update(path="other"),
-        "the optimizer has no state of hidden/kernel",
+        "the optimizer's state of hidden/kernel is missing",
     ),
     "has no buckets": (lambda m: m.update(state={}), r"no manifest of Distributed Shampoo: KeyError 'buckets'"),
     "has a bucket less": (
@@ -399,7 +412,7 @@ def test_verify_finds_where_a_manifest_contradicts_the_arrays(newest, what):
     assert (code, err) == (1, [])
     assert all(line.startswith(f"{newest}: ") for line in out)
     assert any(re.search(fault, line) for line in out), out
-    if "not what the manifest says" not in fault:
+    if "differs from the manifest" not in fault:
         refused("inspect", newest)
 
 
@@ -407,7 +420,7 @@ def test_verify_finds_a_record_of_another_step(newest):
     rewrite(newest, "record", lambda record: record.update(step=5))
     assert ran("verify", newest)[1] == [f"{newest}: the record is of step 5, the directory of step 6"]
     elsewhere = newest.rename(newest.parents[2] / "copy")
-    assert ran("verify", elsewhere)[1] == [f"{elsewhere}: step is not what the record says"]
+    assert ran("verify", elsewhere)[1] == [f"{elsewhere}: step differs from the record"]
 
 
 @pytest.mark.parametrize(
@@ -468,7 +481,7 @@ def test_diff_tells_how_much_and_where(runs, newest, monkeypatch):
         "model_state/counters/more: only in B",
         "opt_state/roots/failures of hidden/kernel: 1 of 8 elements in 1 of 8 blocks differ, by at most 7; "
         "norm of the difference inf of A's",
-        "opt_state/roots/roots of side 1 of out/kernel: 1 of 288 elements in 1 of 8 blocks differ, by at most nan; "
+        "opt_state/roots/roots of side 1 of out/kernel: 1 of 512 elements in 1 of 8 blocks differ, by at most nan; "
         "norm of the difference nan of A's",
         "params/embed/kernel: 2 of 256 elements differ, by at most 0.5; "
         f"norm of the difference {expected[0]:.3g} of A's",
@@ -483,7 +496,7 @@ def test_diff_tells_how_much_and_where(runs, newest, monkeypatch):
 
     save_again(other, change_more)
     assert ran("diff", newest, other)[1][2].startswith(
-        "opt_state/roots/roots of side 1 of out/kernel: 2 of 288 elements in 1 of 8 blocks differ, by at most 1; "
+        "opt_state/roots/roots of side 1 of out/kernel: 2 of 512 elements in 1 of 8 blocks differ, by at most 1; "
     )
 
 
@@ -586,8 +599,8 @@ def test_an_export_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
 def test_prune_keeps_newest_and_best_and_says_what_goes(workdir):
     directory = workdir / "checkpoints"
     for step, loss in ((2, math.nan), (4, 0.125), (6, 3.0)):
-        rewrite(directory / str(step), "record", lambda record: record["last"]["values"].update(loss=loss))
-    size = integrity.size(directory / "2")
+        evaluate(directory / str(step), loss)
+    size = verify.size(directory / "2")
     (workdir / "lock").unlink()
     before = snapshot(workdir)
     code, out, err = ran("prune", workdir, "--keep_last=1", "--keep_best=1", "--dry_run")
@@ -614,7 +627,7 @@ def test_prune_never_takes_the_newest_whole_one(workdir):
     assert code == 0
     assert f"{directory / '6'}: left alone, it is damaged (manifest/metadata does not have its checksum)" in out
     assert sorted(path.name for path in directory.iterdir()) == ["4", "6", "8.orbax-checkpoint-tmp"]
-    (directory / "4" / "SHA256SUMS").write_text("nonsense\n")
+    (directory / "4" / SUMS).write_text("nonsense\n")
     before = snapshot(workdir)
     assert "none is deleted" in refused("prune", workdir, "--keep_last=1", "--keep_best=1")
     assert snapshot(workdir) == before
@@ -672,7 +685,7 @@ def test_wrong_usage_is_exit_code_2(arguments):
 def test_names_do_not_reach_the_terminal_as_they_are(workdir, newest):
     (newest / "state" / "\x1b[2J\n").write_text("")
     code, out, _ = ran("verify", newest)
-    assert (code, out) == (1, [f"{newest}: state/\\x1b[2J\\n is not in SHA256SUMS"])
+    assert (code, out) == (1, [f"{newest}: state/\\x1b[2J\\n has no checksum"])
 
 
 def test_the_command_touches_no_accelerator_and_needs_one_device(runs):
@@ -686,7 +699,7 @@ def test_arrays_that_cannot_be_read_end_in_one_line(newest):
     """Catches what TensorStore says of readings that are abandoned with the first that fails, if it comes to that."""
     for file in (newest / "state").rglob("d/*"):
         file.write_bytes(file.read_bytes()[:1000])  # the values are cut, what tells where they lie is not
-    integrity.seal(newest)
+    verify.write(newest, 0, 1)
     done = in_a_process_of_its_own("diff", newest, newest.with_name("4"))
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert done.stderr.startswith(f"error: the arrays of checkpoint {newest} cannot be read (")
@@ -817,7 +830,7 @@ def check_that_nothing_breaks(fuzzed, benches, item, content):
     path, other, arrays = fuzzed
     text = content if isinstance(content, bytes) else json.dumps(content).encode()
     (path / item / "metadata").write_bytes(text)
-    integrity.seal(path)
+    verify.write(path, 0, 1)
     before = sorted(path.parents[2].rglob("*"))
     for verb in (
         ["inspect", path],

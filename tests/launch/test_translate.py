@@ -9,7 +9,8 @@ import pytest
 
 from shampax.configs import base
 from shampax.framework.base.errors import UserError
-from shampax.framework.checkpoint import restore
+from shampax.framework.checkpoint import restore, store
+from shampax.framework.checkpoint.record import Ranking
 from shampax.framework.sharding import partitioning
 from shampax.framework.train import train
 from shampax.launch.translate import DATA, TASK, main
@@ -81,10 +82,7 @@ def test_the_best_or_the_newest_checkpoint_is_taken(run, tmp_path):
     """Fault: the order of scores reversed, or a damaged checkpoint translated with."""
     workdir = shutil.copytree(run[0], tmp_path / "run")
     first = workdir / "checkpoints" / "2"
-    path = workdir / "evaluations" / "2.json"
-    evaluation = json.loads(path.read_text())
-    evaluation["last"]["values"]["loss"] = 0.5
-    path.write_text(json.dumps(evaluation))
+    store.write_evaluation(first, store.record(first).with_evaluation({"loss": 0.5}, Ranking()))
     assert restore.choose(workdir, "best") == (first, [])
     assert restore.choose(workdir, "newest") == (workdir / "checkpoints" / "4", [])
     largest = max(first.joinpath("state").rglob("*"), key=lambda path: path.stat().st_size)
@@ -122,7 +120,7 @@ def test_what_cannot_work_is_one_line(run, tmp_path):
     content["task"]["name"] = "this:Zen"
     (foreign / "config.json").write_text(json.dumps(content))
     cases = [
-        ("Amen.", [f"--workdir={tmp_path}"], "holds no finished checkpoint"),
+        ("Amen.", [f"--workdir={tmp_path}"], "has no checkpoint"),
         ("Amen.", [f"--workdir={foreign}"], "has config.task.name 'this:Zen'; needed is shampax.models.translation"),
         ("Amen.", [f"--workdir={workdir}", "--beam_size=0"], "task.beam_size is 0"),
         (b"Amen.\n\xff", [f"--workdir={workdir}"], "line 2 of the input is not UTF-8 at byte 0"),

@@ -359,8 +359,8 @@ FRAMEWORK = (
     Mutant(
         "worst-evaluation-is-best",
         "framework/checkpoint/record.py",
-        "rank(new) < rank(self.best)",
-        "rank(new) > rank(self.best)",
+        "rank < before))",
+        "rank > before))",
         "The worst checkpoint is kept as the best one.",
         ("tests/framework/checkpoint/test_record.py::test_best_evaluation_is_the_lowest_finite_one",),
     ),
@@ -375,26 +375,26 @@ FRAMEWORK = (
     Mutant(
         "oldest-checkpoint-restored",
         "framework/checkpoint/origin.py",
-        "for path in reversed(found):",
-        "for path in found:",
+        "for name in reversed(agreement.first(",
+        "for name in list(agreement.first(",
         "A run resumes from its oldest checkpoint and loses the work since.",
         ("tests/framework/checkpoint/test_origin.py::test_own_before_resume_before_init_before_scratch",),
     ),
     Mutant(
         "worst-checkpoints-kept",
-        "framework/checkpoint/store.py",
-        "best = [step for _, step in sorted(scored)[: self._keep_best]]",
-        "best = [step for _, step in sorted(scored, reverse=True)[: self._keep_best]]",
+        "framework/checkpoint/saving.py",
+        "best = [step for _, step in ranked[: self.best]]",
+        "best = [step for _, step in ranked[::-1][: self.best]]",
         "The best checkpoint is deleted, and the worst one is kept.",
-        ("tests/framework/checkpoint/test_checkpoints.py::test_keeps_last_best_and_the_newest_milestone",),
+        ("tests/framework/checkpoint/test_saving.py::test_keeps_last_best_and_the_newest_milestone",),
     ),
     Mutant(
         "first-file-not-compared",
-        "framework/checkpoint/integrity.py",
-        "names = sorted(there & listed.keys())[part::parts]",
-        "names = sorted(there & listed.keys())[part + 1 :: parts]",
+        "framework/checkpoint/store.py",
+        "names = list(sums.digests)[part::parts]",
+        "names = list(sums.digests)[part + 1 :: parts]",
         "Damage to one file of a checkpoint goes unnoticed, and the run resumes from it.",
-        ("tests/framework/checkpoint/test_integrity.py",),
+        ("tests/framework/checkpoint/test_origin.py::test_a_damaged_checkpoint_gives_way_to_the_one_before_it",),
     ),
     Mutant(
         "next-period-is-now",
@@ -453,6 +453,25 @@ FRAMEWORK = (
         "            return None\n",
         "Ctrl-C and SIGTERM do not stop a run, and a preempted machine loses the steps since its last checkpoint.",
         ("tests/framework/test_train.py::test_stopped_by_a_signal_and_resumed_is_bitwise_the_uninterrupted_run",),
+    ),
+    Mutant(
+        "each-process-chooses-its-checkpoint",
+        "framework/checkpoint/origin.py",
+        "agreement.first(lambda: list(map(str, listing())))",
+        "list(map(str, listing()))",
+        "After a restart, processes with different listings resume from different checkpoints.",
+        ("tests/framework/checkpoint/test_origin.py::test_a_stale_listing_of_another_process_changes_nothing",),
+    ),
+    Mutant(
+        "other-run-not-noticed",
+        "framework/checkpoint/ownership.py",
+        "    if holder != run:\n",
+        "    if not holder:\n",
+        "Where the file system has no locks, two runs save in one workdir.",
+        (
+            "tests/framework/checkpoint/test_ownership.py"
+            "::test_without_locks_the_newer_run_goes_on_and_the_older_one_stops_at_its_next_save",
+        ),
     ),
     Mutant(
         "two-runs-in-one-workdir",
@@ -586,11 +605,11 @@ FRAMEWORK = (
     ),
     Mutant(
         "failed-save-forgotten",
-        "framework/checkpoint/store.py",
+        "framework/checkpoint/saving.py",
         "        beginning.result()\n",
         "        beginning.done()\n",
         "A checkpoint that cannot even be begun is reported as a file that is missing, or not at all.",
-        ("tests/framework/checkpoint/test_checkpoints.py::test_a_save_that_cannot_even_begin_says_so",),
+        ("tests/framework/checkpoint/test_saving.py::test_a_save_that_cannot_even_begin_says_so",),
     ),
 )
 
@@ -745,8 +764,8 @@ LAUNCH = (
     Mutant(
         "last-verdict-counts",
         "launch/checkpoint.py",
-        "whole = whole and not faults",
-        "whole = not faults",
+        "intact = intact and not faults",
+        "intact = not faults",
         "verify exits with 0 although a checkpoint is damaged, if the one checked after it is whole.",
         ("tests/launch/test_checkpoint.py::test_verify_names_each_file_that_is_not_as_it_was",),
     ),

@@ -132,7 +132,7 @@ class Job:
 
     def at_work(self, step: int) -> None:
         def saved() -> bool:
-            whole = self.workdir.glob("checkpoints/*/SHA256SUMS")
+            whole = self.workdir.glob("checkpoints/*/SHA256SUMS-0-of-*")
             return any(int(path.parent.name) >= step for path in whole if path.parent.name.isdecimal())
 
         wait_for(f"a checkpoint after step {step}", saved, 300)
@@ -197,7 +197,7 @@ def differences(mine: Path, whole: Path) -> list[str]:
 
     sides = []
     for workdir in (mine, whole):
-        path = store.finished(workdir)[-1]
+        path = store.checkpoints(workdir)[-1]
         sides.append(store.read(path, dict.fromkeys(store.arrays(path))))
     a, b = sides
     if a.keys() != b.keys():

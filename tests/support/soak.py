@@ -126,7 +126,7 @@ def arrays_of(workdir: Path) -> dict[str, np.ndarray]:
     """Every array of a run's last checkpoint."""
     from shampax.framework.checkpoint import store
 
-    path = store.finished(workdir)[-1]
+    path = store.checkpoints(workdir)[-1]
     assert path.name == str(STEPS), path
     return store.read(path, dict.fromkeys(store.arrays(path)))
 

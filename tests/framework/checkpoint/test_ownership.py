@@ -1,3 +1,5 @@
+import errno
+import json
 import signal
 import subprocess
 import sys
@@ -6,7 +8,8 @@ import pytest
 from toy_runs import make_config, saved, two
 
 from shampax.framework.base.errors import TrainingStopped, UserError
-from shampax.framework.checkpoint import integrity, ownership, store
+from shampax.framework.checkpoint import ownership, saving, store
+from shampax.framework.loop import Run
 from shampax.framework.train import train
 
 HOLDER = """
@@ -45,24 +48,56 @@ def test_a_workdir_that_nothing_was_written_to_is_gone_afterwards(tmp_path):
 
 
 @pytest.fixture
+def without_locks(monkeypatch):
+    """A file system that does not implement locks."""
+
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(ownership.fcntl, "flock", flock)
+
+
+def test_without_locks_the_newer_run_goes_on_and_the_older_one_stops_at_its_next_save(
+    tmp_path, without_locks, monkeypatch
+):
+    """Fault: a file system without locks is taken for a workdir in use, or two runs go on in one workdir."""
+    config = make_config(**{"checkpoint.every": "2 steps"})
+    older, signal_of = [], Run.signal
+
+    def start_another(self):
+        if self.step == 5 and not older:
+            older.append(self.step)
+            self.saver.confirm()  # two saves of one step at the same time would meet in one folder
+            train(config, tmp_path, devices=two())
+        return signal_of(self)
+
+    monkeypatch.setattr(Run, "signal", start_another)
+    with pytest.raises(UserError, match=r"has been taken over by process \d+ on .*; this run .* stops without saving"):
+        train(config, tmp_path, devices=two())
+    assert older == [5]
+    assert json.loads((tmp_path / "result.json").read_text())["steps"] == 12
+    assert all(store.faults(path) == [] for path in store.checkpoints(tmp_path))
+
+
+@pytest.fixture
 def full_disk_at_5(monkeypatch):
-    """The checkpoint of step 5 cannot be finished."""
-    seal = integrity.seal
+    """The checkpoint of step 5 cannot be written."""
+    save = saving._Manager.save
 
-    def seal_or_fail(path):
-        if path.name == "5":
+    def save_or_fail(self, step, **options):
+        if step == 5:
             raise OSError(28, "No space left on device")
-        return seal(path)
+        return save(self, step, **options)
 
-    monkeypatch.setattr(integrity, "seal", seal_or_fail)
+    monkeypatch.setattr(saving._Manager, "save", save_or_fail)
 
 
 def test_a_full_disk_stops_the_run_with_its_earlier_checkpoint_intact(tmp_path, full_disk_at_5, monkeypatch):
     config = make_config(**{"evaluation.every": "100%", "checkpoint.every": "1 steps"})
-    with pytest.raises(TrainingStopped, match=r"step 5 could not .*No space left on device.* step 4; mend the storage"):
+    with pytest.raises(TrainingStopped, match=r"step 5 could not .*No space left on device.* step 4"):
         train(config, tmp_path, devices=two())
-    assert [int(path.name) for path in store.finished(tmp_path)][-1] in (4, 6)
-    assert integrity.faults(tmp_path / "checkpoints" / "4") == []
+    assert [int(path.name) for path in store.checkpoints(tmp_path)][-1] in (4, 6)
+    assert store.faults(tmp_path / "checkpoints" / "4") == []
     monkeypatch.undo()
     assert train(config, tmp_path, devices=two())["steps"] == 12
 
@@ -71,15 +106,18 @@ def test_a_full_disk_is_told_and_trained_past_if_the_config_says_so(tmp_path, fu
     config = make_config(**{"checkpoint.on_error": "continue", "evaluation.every": "100%"})
     assert train(config, tmp_path, devices=two())["steps"] == 12
     out = capsys.readouterr().out
-    assert "warning: the checkpoint of step 5 could not be saved" in out and "training goes on" in out
-    assert [int(path.name) for path in store.finished(tmp_path)] == [10, 12]
-    assert saved(tmp_path) == [10, 12] or 5 in saved(tmp_path)
+    assert "warning: the checkpoint of step 5 could not be saved" in out and "Training continues" in out
+    assert saved(tmp_path) == [10, 12]
 
 
 def test_a_last_checkpoint_that_cannot_be_saved_is_no_complete_run(tmp_path, monkeypatch):
     """Catches a run that calls itself complete and whose end is nowhere."""
-    monkeypatch.setattr(integrity, "seal", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+
+    def denied(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(saving._Manager, "save", denied)
     config = make_config(**{"checkpoint.on_error": "continue", "duration": "2 steps", "schedule.warmup": "0 steps"})
-    with pytest.raises(TrainingStopped, match=r"step 2 could not be saved .*Permission denied.*there is none before"):
+    with pytest.raises(TrainingStopped, match=r"step 2 could not be saved .*Permission denied.*there is no earlier"):
         train(config, tmp_path, devices=two())
     assert not (tmp_path / "result.json").exists()

@@ -3,9 +3,9 @@ import math
 
 import pytest
 
-from shampax.framework.checkpoint.record import Record
+from shampax.framework.checkpoint.record import Ranking, Record
 
-GOOD = Record(3, 1.5, 10, data="abc").with_evaluation({"loss": 2.0}, "loss").to_json()
+GOOD = Record(3, 1.5, 10, data="abc").with_evaluation({"loss": 2.0}, Ranking()).to_json()
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ GOOD = Record(3, 1.5, 10, data="abc").with_evaluation({"loss": 2.0}, "loss").to_
 )
 def test_what_is_no_record_is_refused(change):
     """Catches any error but ValueError, which would reach the user as a traceback, and values taken for others."""
-    with pytest.raises(ValueError, match=r"no record of a run|no evaluation"):
+    with pytest.raises(ValueError, match=r"invalid record|invalid evaluation"):
         Record.from_json(json.loads(json.dumps(GOOD | change)))
 
 
@@ -44,19 +44,23 @@ def test_a_record_may_have_whole_seconds_and_a_loss_that_is_no_number():
 
 def test_a_best_of_another_metric_is_no_best():
     """Catches a run that ends in a KeyError once its config has another best metric."""
-    record = Record(3).with_evaluation({"loss": 2.0}, "loss").with_evaluation({"loss": 3.0, "error": 0.5}, "error")
+    record = (
+        Record(3)
+        .with_evaluation({"loss": 2.0}, Ranking())
+        .with_evaluation({"loss": 3.0, "error": 0.5}, Ranking("error"))
+    )
     assert record.best.values["error"] == 0.5
 
 
 def test_survives_json():
-    record = Record(3, 1.5, 10, data="abc").with_evaluation({"loss": 2.0}, "loss")
+    record = Record(3, 1.5, 10, data="abc").with_evaluation({"loss": 2.0}, Ranking())
     assert Record.from_json(json.loads(json.dumps(record.to_json()))) == record
 
 
 def test_best_evaluation_is_the_lowest_finite_one():
     record, best = Record(), []
     for step, loss in enumerate([math.nan, 3.0, math.nan, 2.0, 2.5, -math.inf], start=1):
-        record = Record(step=step, last=record.last, best=record.best).with_evaluation({"loss": loss}, "loss")
+        record = Record(step=step, last=record.last, best=record.best).with_evaluation({"loss": loss}, Ranking())
         best.append(record.best.step)
     assert best == [1, 2, 2, 4, 4, 4]
     assert record.last.step == 6

@@ -176,6 +176,6 @@ def test_other_training_data_are_refused_or_told(tmp_path, capsys):
         train(config("new", **longer), tmp_path / "run", devices=two())
     allowed = longer | {"may_change": (*longer["may_change"], "data")}
     train(config("new", **allowed), tmp_path / "run", devices=two())
-    assert "warning: the training data are others than before (fingerprint old" in capsys.readouterr().out
+    assert "warning: the training data have changed since the checkpoint (fingerprint old" in capsys.readouterr().out
     train(config("newer", duration="3 steps", resume_from=str(tmp_path / "run")), tmp_path / "next", devices=two())
     assert "(fingerprint new when" in capsys.readouterr().out

@@ -11,6 +11,8 @@ import toy
 class JudgedTask(toy.ToyTask):
     """Judges by the median over examples, which is no sum over batches."""
 
+    judged_metrics = ("median", "examples")
+
     def predict(self, variables, batch):
         def nats(row):
             one = {name: value[None] for name, value in row.items()}

@@ -8,8 +8,8 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shampax.framework.checkpoint.record import Record
-from shampax.framework.checkpoint.store import Checkpoints
+from shampax.framework.checkpoint.record import Ranking, Record
+from shampax.framework.checkpoint.saving import Checkpoints
 from shampax.framework.sharding import partitioning
 from shampax.framework.step import guard
 from shampax.framework.step.state import TrainState
@@ -34,7 +34,7 @@ def like(tree):
 
 
 def saver(workdir, **options):
-    defaults = {"keep_last": 2, "keep_best": 1, "best_metric": "loss", "milestone": lambda step: False}
+    defaults = {"keep_last": 2, "keep_best": 1, "ranking": Ranking()}
     return Checkpoints(workdir, **(defaults | options))
 
 
@@ -44,7 +44,7 @@ def save(workdir, state, scores, **options):
     for step, score in scores.items():
         record = dataclasses.replace(record, step=step, tokens=100 * step)
         if score is not None:
-            record = record.with_evaluation({"loss": score}, "loss")
+            record = record.with_evaluation({"loss": score}, Ranking())
         checkpoints_of.save(state, record, {"step": step})
     checkpoints_of.confirm()
     checkpoints_of.close()
