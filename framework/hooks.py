@@ -25,7 +25,7 @@ def of(blueprint: Blueprint, profile: Profile) -> tuple[Hook, ...]:
         config.checkpoint.on_error,
         best=bool(config.checkpoint.keep_best),
     )
-    return save, evaluation, ProfileSteps(profile)
+    return save, evaluation, profile
 
 
 class Save:
@@ -102,27 +102,6 @@ class Judge:
         if line:
             console.say(line)
         return values
-
-
-class ProfileSteps:
-    """Begin and end the profile of `config.profile_steps`."""
-
-    def __init__(self, profile: Profile):
-        self._profile = profile
-
-    def next(self, step: int) -> int:
-        """Return the next step at which the profile begins or ends."""
-        return self._profile.next(step)
-
-    def due(self, run: Run) -> bool:
-        """Return True: the profile knows its steps."""
-        return True
-
-    def __call__(self, run: Run) -> None:
-        """End a profile whose last step is done; begin one whose first step is next."""
-        self._profile.end(run.step)
-        if not (run.at_end or run.stopped):
-            self._profile.begin(run.step)
 
 
 def _heldout(run: Run) -> Iterator[Any]:

@@ -1,6 +1,5 @@
 """Compare runs: group those that differ only in the seed, average their curves, and find when each reaches a value."""
 
-import itertools
 import json
 import os
 import re
@@ -51,20 +50,24 @@ class Race(NamedTuple):
 
 def groups(runs: Sequence[Run]) -> list[Group]:
     """Group runs whose configs are equal except for the seed, in order of first appearance."""
-    labels = distinct_names([os.path.abspath(run.path) for run in runs])
+    paths = [os.path.abspath(run.path) for run in runs]
+    parent = os.path.commonpath([os.path.dirname(path) for path in paths])
     together: dict[str, list[int]] = {}
     for number, run in enumerate(runs):
         # A run without a config gets a group of its own.
         same = {name: value for name, value in run.config.items() if name != "seed"} or {"run": number}
         together.setdefault(json.dumps(same, sort_keys=True), []).append(number)
-    shared = [_shared_label([labels[i] for i in members]) for members in together.values()]
-    return [
-        Group(
-            label if shared.count(label) == 1 else f"{labels[members[0]]} and {len(members) - 1} more",
-            tuple(runs[i] for i in members),
-        )
-        for label, members in zip(shared, together.values(), strict=True)
-    ]
+    made = []
+    for members in together.values():
+        names = [os.path.relpath(paths[number], parent) for number in members]
+        label = names[0]
+        if len(names) > 1:
+            without_seed = re.sub(r"[\W_]*seed[\W_]*\d+$", "", label) or label
+            label = f"{without_seed} ({len(names)} runs)"
+        if label in {group.label for group in made}:
+            label = f"{names[0]} and {len(names) - 1} more"
+        made.append(Group(label, tuple(runs[number] for number in members)))
+    return made
 
 
 def band(group: Group, key: str, axis: Axis) -> Band:
@@ -125,21 +128,3 @@ def differences(configs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     flattened = [dict(flat(config)) for config in configs]
     rows = {name: [values.get(name) for values in flattened] for name in sorted(set().union(*flattened))}
     return {name: row for name, row in rows.items() if any(value != row[0] for value in row)}
-
-
-def distinct_names(paths: Sequence[str]) -> list[str]:
-    """Return the shortest equally long endings that distinguish all paths."""
-    parts = [path.strip(os.sep).split(os.sep) for path in paths]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = [os.sep.join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(set(paths)):
-            return names
-    return list(paths)
-
-
-def _shared_label(labels: Sequence[str]) -> str:
-    if len(labels) == 1:
-        return labels[0]
-    alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*labels, strict=False))
-    shared = re.sub(r"[\W_]*(seed)?[\W_]*$", "", "".join(letters[0] for letters in alike))
-    return f"{shared or labels[0]} ({len(labels)} runs)"

@@ -1,5 +1,6 @@
 """Report the measurements of a run to the console and to the workdir."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -25,10 +26,11 @@ class Reporter(Protocol):
         ...
 
 
+@dataclasses.dataclass
 class Journal:
     """Read the metrics of each step from the devices, and report those that are due.
 
-    Args:
+    Attributes:
       writer: writer of metrics, None on all processes but the first.
       speedometer: speed of this process.
       clock: training time.
@@ -37,51 +39,41 @@ class Journal:
       tokens_per_step: tokens of a global batch.
       total_steps: steps of the whole run.
       period: how often to report; the first and last step are always reported.
-
-    Attributes:
       seconds_to_first_step: time from process start to the end of the first step.
       skipped: number of skipped steps in the whole run.
       most_consecutive_skips: largest number of consecutive skipped steps since the start or the last rollback.
       first_spike: number of the first step with a loss spike since then, or None.
     """
 
-    def __init__(
-        self,
-        writer: MetricsWriter | None,
-        speedometer: progress.Speedometer,
-        clock: Clock,
-        reporters: Sequence[Reporter],
-        *,
-        start: Record,
-        tokens_per_step: int,
-        total_steps: int,
-        period: Period,
-    ):
-        self._writer = writer
-        self._speedometer = speedometer
-        self._clock = clock
-        self._reporters = reporters
-        self._start = start
-        self._tokens_per_step = tokens_per_step
-        self._total_steps = total_steps
-        self._period = period
-        self.seconds_to_first_step: float | None = None
-        self.skipped = start.skipped
-        self.most_consecutive_skips = 0
-        self.first_spike: int | None = None
+    writer: MetricsWriter | None
+    speedometer: progress.Speedometer
+    clock: Clock
+    reporters: Sequence[Reporter]
+    _: dataclasses.KW_ONLY
+    start: Record
+    tokens_per_step: int
+    total_steps: int
+    period: Period
+    seconds_to_first_step: float | None = None
+    skipped: int = dataclasses.field(init=False)
+    most_consecutive_skips: int = 0
+    first_spike: int | None = None
+
+    def __post_init__(self):
+        self.skipped = self.start.skipped
 
     def tokens(self, step: int) -> int:
         """Return the tokens trained on up to and including a step."""
-        return self._start.tokens + (step - self._start.step) * self._tokens_per_step
+        return self.start.tokens + (step - self.start.step) * self.tokens_per_step
 
     def due(self, step: int) -> bool:
         """Return whether a step is reported."""
-        return step == 1 or step == self._total_steps or self._period.due(step)
+        return step == 1 or step == self.total_steps or self.period.due(step)
 
     def step_done(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Wait for a step, and report it if due. Call it once per step, in order."""
         numbers = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
-        seconds = self._clock.seconds
+        seconds = self.clock.seconds
         consecutive_skips, spike, bound = (numbers.pop(name) for name in ("consecutive_skips", "spike", "spike_bound"))
         self.skipped = numbers["skipped"]
         self.most_consecutive_skips = max(self.most_consecutive_skips, consecutive_skips)
@@ -91,14 +83,14 @@ class Journal:
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = seconds_since_process_start()
             console.say(f"first step done {self.seconds_to_first_step:.1f} s after the process started")
-            self._speedometer.warmed_up(step, seconds)
+            self.speedometer.warmed_up(step, seconds)
         if not self.due(step):
             return
         values = {name if name.startswith("optimizer/") else f"train/{name}": n for name, n in numbers.items()}
-        speed = self._speedometer.read(step, seconds)
-        remaining = self._speedometer.remaining(step, seconds)
-        console.say(progress.progress_line(step, self._total_steps, values, speed, remaining))
-        for reporter in self._reporters:
+        speed = self.speedometer.read(step, seconds)
+        remaining = self.speedometer.remaining(step, seconds)
+        console.say(progress.progress_line(step, self.total_steps, values, speed, remaining))
+        for reporter in self.reporters:
             if complaint := reporter.complaint():
                 console.say(complaint)
             values |= reporter.metrics()
@@ -112,23 +104,23 @@ class Journal:
         )
         self.first_spike = None
         self.skipped, self.most_consecutive_skips = record.skipped, 0
-        self._start = record
-        self._speedometer.warmed_up(record.step, self._clock.seconds)
-        if self._writer:
-            self._writer.drop_after(record.step, evaluated=record.evaluated)
+        self.start = record
+        self.speedometer.warmed_up(record.step, self.clock.seconds)
+        if self.writer:
+            self.writer.drop_after(record.step, evaluated=record.evaluated)
 
     def evaluated(self, step: int, values: Mapping[str, float], *, best: bool) -> None:
         """Report the held-out metrics after a step."""
         console.say(progress.evaluation_line(step, values, best))
-        self._write(step, self._clock.seconds, {f"heldout/{name}": value for name, value in values.items()})
+        self._write(step, self.clock.seconds, {f"heldout/{name}": value for name, value in values.items()})
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        if self._writer:
-            self._writer.close()
+        if self.writer:
+            self.writer.close()
 
     def _write(self, step: int, seconds: float, values: dict[str, Any]) -> None:
-        if self._writer:
-            self._writer.write(step=step, seconds=seconds, tokens=self.tokens(step), values=values)
+        if self.writer:
+            self.writer.write(step=step, seconds=seconds, tokens=self.tokens(step), values=values)

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -31,7 +32,7 @@ def parse(text: str) -> range:
 
 
 class Profile:
-    """Trace the steps of a range once, until the last of them or the end of the run.
+    """A hook of the loop that traces the steps of a range once, until the last of them or the end of the run.
 
     Process 0 alone shows compute, collectives and waiting time; each process would write the same many megabytes.
     TensorBoard finds the profile in the workdir, in `plugins/profile/DATE/`.
@@ -59,38 +60,38 @@ class Profile:
             rest = f"only {left[0]} to {left[-1]} are profiled" if left else "no step is profiled"
             console.say(f"warning: {given}: {begin} steps are past, {rest}. Use a later range.")
         self._workdir, self._watch = workdir, watch
-        self._first = left.start if left else _NEVER  # _NEVER once the trace has begun
+        self._before = left.start - 1 if left else _NEVER  # _NEVER once the trace has begun
         self._last = left[-1] if left else _NEVER
         self._running = False
 
     def next(self, step: int) -> int:
         """Return the first step after `step` at which training must pause to begin or end the trace."""
-        return min(border for border in (self._first - 1, self._last, _NEVER) if border > step)
+        return min(border for border in (self._before, self._last, _NEVER) if border > step)
 
-    def begin(self, step: int) -> None:
-        """Begin the trace if the next step is the first of the range. The devices must be idle."""
-        if step + 1 >= self._first:
-            self._first, self._running = _NEVER, True
+    def due(self, run: Any) -> bool:
+        """Return whether the trace begins or ends at this pause."""
+        return (self._running and run.step >= self._last) or (run.step >= self._before and not run.at_end)
+
+    def __call__(self, run: Any) -> None:
+        """Begin or end the trace. No step is in flight at a pause."""
+        if self._running:
+            self._write()
+        elif not run.stopped:
+            self._before, self._running = _NEVER, True
             if jax.process_index() == 0:
                 options = jax.profiler.ProfileOptions()
                 options.python_tracer_level = 0  # tracing every Python call takes 19 to 42 MB for three steps
                 with self._watch.during("profile"):
                     jax.profiler.start_trace(self._workdir, profiler_options=options)
 
-    def end(self, step: int) -> None:
-        """Write the trace if the last step of the range is done. The devices must be idle."""
-        if step >= self._last:
-            self._write()
-
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        self._write()
+        if self._running:
+            self._write()
 
     def _write(self) -> None:
-        if not self._running:
-            return
         self._running = False
         if jax.process_index() == 0:
             with self._watch.during("profile"):

@@ -327,8 +327,8 @@ FRAMEWORK = (
     Mutant(
         "evaluates-before-it-saves",
         "framework/hooks.py",
-        "return save, evaluation, ProfileSteps(profile)",
-        "return evaluation, save, ProfileSteps(profile)",
+        "return save, evaluation, profile",
+        "return evaluation, save, profile",
         "An evaluation that fails costs all steps since the last checkpoint, at every restart again.",
         ("tests/framework/test_train.py::test_a_failing_evaluation_costs_no_steps",),
     ),
@@ -407,8 +407,8 @@ FRAMEWORK = (
     Mutant(
         "tokens-counted-twice",
         "framework/reporting/journal.py",
-        "return self._start.tokens + (step - self._start.step) * self._tokens_per_step",
-        "return self._start.tokens + step * self._tokens_per_step",
+        "return self.start.tokens + (step - self.start.step) * self.tokens_per_step",
+        "return self.start.tokens + step * self.tokens_per_step",
         "After a resume the tokens before it are counted twice in every curve.",
         ("tests/framework/test_train.py::test_resume_from_continues_and_init_from_starts_afresh",),
     ),

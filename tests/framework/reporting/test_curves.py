@@ -32,22 +32,24 @@ def test_runs_without_a_config_are_never_one_group():
     assert len(curves.groups([make_run("a"), make_run("b")])) == 2
 
 
-def test_labels_are_distinct():
-    runs = [make_run(f"run{i}", config={"seed": i, "rate": i // 2}) for i in range(4)]
-    labels = [group.label for group in curves.groups(runs)]
-    assert labels == ["run0 and 1 more", "run2 and 1 more"]
-
-
 @pytest.mark.parametrize(
-    ("paths", "names"),
+    ("paths", "labels"),
     [
+        (["/x/a"], ["a"]),
         (["/x/a", "/x/b"], ["a", "b"]),
         (["/x/a/run", "/x/b/run"], ["a/run", "b/run"]),
-        (["/x/a", "/x/a"], ["a", "a"]),
+        (["/x/a", "/x/y/b"], ["a", "y/b"]),
     ],
 )
-def test_distinct_names(paths, names):
-    assert curves.distinct_names(paths) == names
+def test_labels_are_paths_in_the_common_folder(paths, labels):
+    runs = [make_run(path, config={"rate": rate}) for rate, path in enumerate(paths)]
+    assert [group.label for group in curves.groups(runs)] == labels
+
+
+def test_labels_of_seeds_are_distinct():
+    runs = [make_run(f"run-seed{i}", config={"seed": i, "rate": i // 2}) for i in range(4)]
+    labels = [group.label for group in curves.groups(runs)]
+    assert labels == ["run (2 runs)", "run-seed2 and 1 more"]
 
 
 def test_band_of_one_run_is_what_it_measured():

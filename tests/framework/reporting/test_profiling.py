@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import pytest
 from toy_runs import make_config
@@ -50,7 +52,7 @@ def test_steps_that_are_all_past_are_one_warning(capsys, tmp_path):
     profile = profiling.Profile(profiling.parse("2:4"), tmp_path, None, begin=8, total_steps=12)
     assert "8 steps are past, no step is profiled" in capsys.readouterr().out
     with profile:
-        profile.begin(8)
         assert profile.next(8) > 10**6
-        profile.end(12)
+        for step in (8, 12):
+            assert not profile.due(SimpleNamespace(step=step, at_end=step == 12, stopped=None))
     assert not any(tmp_path.iterdir())
