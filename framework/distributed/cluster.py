@@ -50,17 +50,6 @@ class Place(NamedTuple):
     local_devices: tuple[int, ...] | None = None
 
 
-class Found(NamedTuple):
-    """The answer of a cluster: like `Place`, with None for what it does not tell."""
-
-    name: str
-    host: str | None
-    port: int
-    count: int | None
-    index: int
-    local_devices: tuple[int, ...] | None = None
-
-
 def place(environ: Mapping[str, str] = os.environ) -> Place | None:
     """Return which process of a run this is, or None if it is the only one.
 
@@ -71,29 +60,28 @@ def place(environ: Mapping[str, str] = os.environ) -> Place | None:
       UserError: a value is missing or invalid.
     """
     given = {name: environ[name] for name in (ADDRESS, COUNT, INDEX) if environ.get(name)}
-    if given.get(COUNT) == "1" and len(given) < 3 and given.get(INDEX, "0") == "0":
+    alone = len(given) < 3 and given.get(COUNT) == "1" and given.get(INDEX, "0") == "0"
+    found = None if alone or len(given) == 3 else _find(environ)
+    if alone or (found is None and not given):
         return None
-    found = None if len(given) == 3 else _find(environ)
-    if not given and (found is None or found.count == 1):
-        return None
-    host, port = (found.host, found.port) if found else (None, 0)
+    count = _number(given, COUNT) if COUNT in given else found and found.count
+    index = _number(given, INDEX) if INDEX in given else found and found.index
+    if index is not None and count is not None and not 0 <= index < count:
+        raise UserError(
+            f"{INDEX}={index} and {COUNT}={count}: the index must be below the number of processes. Give each process "
+            "another index, from 0."
+        )
+    host, port = (found.host, found.port) if found else ("", 1)
     if environ.get(PORT):
         port = _number(environ, PORT)
     if ADDRESS in given:
         host, port = _address(given[ADDRESS])
-    count = _number(given, COUNT) if COUNT in given else found and found.count
-    index = _number(given, INDEX) if INDEX in given else found and found.index
-    said = " and ".join([*given, *([found.name] if found else [])])
-    if index is not None and count is not None and not 0 <= index < count:
+    if not host or count is None or index is None:
+        missing = [name for name, value in ((ADDRESS, host or None), (COUNT, count), (INDEX, index)) if value is None]
+        said = " and ".join(given) or "the cluster's variables"
         raise UserError(
-            f"{INDEX}={index} and {COUNT}={count} (from {said}): the index must be below the number of processes. Give "
-            "each process another index, from 0."
-        )
-    if host is None or count is None or index is None:
-        missing = [name for name, value in ((ADDRESS, host), (COUNT, count), (INDEX, index)) if value is None]
-        raise UserError(
-            f"{said} found in the environment, but not {' or '.join(missing)}. Set all three variables in each process "
-            f"of a run, or {COUNT}=1 for a run of this process alone."
+            f"{said} mean a run of several processes, but {' and '.join(missing)} cannot be detected. Set all three "
+            f"variables in each process, or {COUNT}=1 for a run of this process alone."
         )
     if not 0 < port < 2**16:
         raise UserError(f"{PORT}={port}: must be from 1 to 65535.")
@@ -102,13 +90,14 @@ def place(environ: Mapping[str, str] = os.environ) -> Place | None:
     return Place(host, port, count, index, ADDRESS if ADDRESS in given else PORT, found and found.local_devices)
 
 
-def _find(environ: Mapping[str, str]) -> Found | None:
+def _find(environ: Mapping[str, str]) -> Place | None:
+    """Ask the clusters in turn; the host is "" if a cluster does not tell it."""
     # mpirun under Slurm starts its helpers with srun, and the processes inherit srun's variables: Open MPI comes first.
     finders = (_open_mpi, _slurm, _gke_tpu, _tpu_vm)
     return next((found for find in finders if (found := find(environ)) is not None), None)
 
 
-def _open_mpi(environ: Mapping[str, str]) -> Found | None:
+def _open_mpi(environ: Mapping[str, str]) -> Place | None:
     if "OMPI_COMM_WORLD_RANK" not in environ:
         return None
     uri = environ.get("OMPI_MCA_orte_hnp_uri", "")  # JOB.0;tcp://IP,IP:PORT; Open MPI 5 has none
@@ -116,29 +105,27 @@ def _open_mpi(environ: Mapping[str, str]) -> Found | None:
     size, rank, local_size, local_rank = (
         _number(environ, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
     )
-    return Found(
-        "Open MPI",
-        (match[2] or match[3]) if match else None,
+    return Place(
+        (match[2] or match[3]) if match else "",
         _EPHEMERAL_PORTS[int(match[1]) // 2**12 % 2**12 if match else 0],  # the low 12 bits of a job's number are 0
         size,
         rank,
-        _own_devices(environ, local_size, local_rank),
+        local_devices=_own_devices(environ, local_size, local_rank),
     )
 
 
-def _slurm(environ: Mapping[str, str]) -> Found | None:
+def _slurm(environ: Mapping[str, str]) -> Place | None:
     # A batch script has SLURM_PROCID and SLURM_NTASKS as well; only a step has that many processes.
     if "SLURM_STEP_NODELIST" not in environ or "SLURM_STEP_NUM_TASKS" not in environ:
         return None
     count = _number(environ, "SLURM_STEP_NUM_TASKS")
     nodes = _number(environ, "SLURM_STEP_NUM_NODES") if "SLURM_STEP_NUM_NODES" in environ else count
-    return Found(
-        "Slurm",
+    return Place(
         first_host(environ["SLURM_STEP_NODELIST"]),
         _EPHEMERAL_PORTS[_number(environ, "SLURM_JOB_ID") % 2**12],
         count,
         _number(environ, "SLURM_PROCID"),
-        _own_devices(environ, -(-count // max(1, nodes)), _number(environ, "SLURM_LOCALID")),
+        local_devices=_own_devices(environ, -(-count // max(1, nodes)), _number(environ, "SLURM_LOCALID")),
     )
 
 
@@ -176,14 +163,14 @@ def _own_devices(environ: Mapping[str, str], tasks: int, index: int) -> tuple[in
     return tuple(range(index * each, (index + 1) * each))
 
 
-def _gke_tpu(environ: Mapping[str, str]) -> Found | None:
+def _gke_tpu(environ: Mapping[str, str]) -> Place | None:
     hosts = environ.get("TPU_WORKER_HOSTNAMES")
     if not hosts or "TPU_WORKER_ID" not in environ:
         return None
-    return _slices("GKE", hosts.split(","), _number(environ, "TPU_WORKER_ID"), environ)
+    return _slices(hosts.split(","), _number(environ, "TPU_WORKER_ID"), environ)
 
 
-def _tpu_vm(environ: Mapping[str, str]) -> Found | None:
+def _tpu_vm(environ: Mapping[str, str]) -> Place | None:
     if environ.get("TPU_SKIP_MDS_QUERY") or not any(map(glob.glob, _TPU_FILES)):
         return None
     index, endpoints = (_metadata(environ, key) for key in ("agent-worker-number", "worker-network-endpoints"))
@@ -191,17 +178,17 @@ def _tpu_vm(environ: Mapping[str, str]) -> Found | None:
         return None  # the TPU of another kind of machine
     hosts = [endpoint.rpartition(":")[2] for endpoint in endpoints.split(",")]  # NAME:NUMBER:IP, or only IP
     said = dict(re.findall(r"^\s*(MEGASCALE_\w+)\s*:\s*'?([^'\n]*)'?\s*$", _metadata(environ, "tpu-env"), re.MULTILINE))
-    return _slices("the TPU's metadata", hosts, _number({"agent-worker-number": index}, "agent-worker-number"), said)
+    return _slices(hosts, _number({"agent-worker-number": index}, "agent-worker-number"), said)
 
 
-def _slices(name: str, hosts: list[str], index: int, said: Mapping[str, str]) -> Found:
+def _slices(hosts: list[str], index: int, said: Mapping[str, str]) -> Place:
     """Return a process of one slice, or of several slices that form one run."""
     slices = _number(said, "MEGASCALE_NUM_SLICES") if said.get("MEGASCALE_NUM_SLICES") else 1
     if slices == 1:
-        return Found(name, hosts[0], _TPU_PORT, len(hosts), index)
+        return Place(hosts[0], _TPU_PORT, len(hosts), index)
     host, _, _ = said.get("MEGASCALE_COORDINATOR_ADDRESS", "").partition(":")
     index += len(hosts) * _number(said, "MEGASCALE_SLICE_ID")
-    return Found(name, host or None, _TPU_PORT, len(hosts) * slices, index)
+    return Place(host, _TPU_PORT, len(hosts) * slices, index)
 
 
 def _metadata(environ: Mapping[str, str], key: str) -> str:
