@@ -1,7 +1,7 @@
-"""Attention over packed rows: rotary positions, grouped queries, whole or by blocks, on one device or along `sequence`.
+"""Attention over packed rows: rotary positions, grouped queries, whole or by blocks, sharded along `sequence` or not.
 
 Shapes in names: B batch, T queries, S keys, H query heads, K key-value heads, G = H / K, D head_dim. Slot t of a row
-reads the slots up to t of its own segment.
+attends to the slots up to t of its own segment.
 """
 
 import functools
@@ -19,33 +19,33 @@ _MASKED = float(jnp.finfo(jnp.float32).min)  # finite: the difference of two mas
 
 
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
-    """Cosines and sines, float32 [B, T, 1, head_dim / 2], for positions [B, T] (RoFormer, arXiv 2104.09864)."""
+    """Return cosines and sines, float32 [B, T, 1, head_dim / 2], for positions [B, T] (RoFormer, arXiv 2104.09864)."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Turn the pairs (x[i], x[i + D/2]) of x [B, T, heads, D] by their position's angles; computed in float32."""
+    """Rotate the pairs (x[i], x[i + D/2]) of x [B, T, heads, D] by the angles of their positions, in float32."""
     cos, sin = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def self_attention(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, block: int) -> jax.Array:
-    """softmax(q k / sqrt(D)) v over the visible slots: query [B, T, H, D], key and value [B, T, K, D], segments [B, T].
+    """Return softmax(q k / sqrt(D)) v: query [B, T, H, D], key and value [B, T, K, D], segments [B, T].
 
-    Where the mesh in the context divides the positions, each device keeps its part of the queries and gathers the keys
-    and values of all positions along `sequence` (Llama 3's context parallelism, arXiv 2407.21783, section 3.3.2). With
-    grouped queries these are a small part of a layer's activations, and the gradient is one reduce-scatter. A ring
-    (arXiv 2310.01889) would hold 1 / parts of them, for as many dependent exchanges as there are parts.
+    If the mesh in the context shards the positions, each device keeps its part of the queries and gathers all keys and
+    values along `sequence` (Llama 3's context parallelism, arXiv 2407.21783, section 3.3.2). With grouped queries these
+    are a small part of a layer's activations, and the gradient is one reduce-scatter. A ring (arXiv 2310.01889) would
+    hold 1 / parts of them, at the price of as many dependent exchanges as there are parts.
 
     Args:
-      query: rotated already.
-      key: likewise.
-      value: what is mixed.
+      query: rotated.
+      key: rotated.
+      value: values to average.
       segments: int32; slots of different segments do not see each other.
-      block: keys whose scores a device holds at once; 0 for those of all keys.
+      block: keys whose scores a device holds at once; 0 for all keys.
     """
     local = functools.partial(attend_by_blocks, block=block) if block else _attend_whole
     parts = layout.sequence_parts(query.shape[1])
@@ -56,7 +56,7 @@ def self_attention(query: jax.Array, key: jax.Array, value: jax.Array, segments:
         start = lax.axis_index(layout.SEQUENCE_AXIS) * query.shape[1]
         return local(query, _gather(key), _gather(value), segments, all_segments, start)
 
-    # Rows are divided by hand too: the partitioner would gather the gradients of all rows for the reduce-scatter.
+    # Rows are sharded by hand too: the partitioner would gather the gradients of all rows for the reduce-scatter.
     rows = layout.batch_axes(query.shape[0])
     by_position = P(rows, layout.SEQUENCE_AXIS)
     return jax.shard_map(
@@ -70,7 +70,7 @@ def self_attention(query: jax.Array, key: jax.Array, value: jax.Array, segments:
 
 @jax.custom_vjp
 def _gather(x: jax.Array) -> jax.Array:
-    """Part of the positions [B, S / parts, ...] on each device along `sequence` to all of them [B, S, ...]."""
+    """Gather positions [B, S / parts, ...] along `sequence` to [B, S, ...]."""
     return lax.all_gather(x, layout.SEQUENCE_AXIS, axis=1, tiled=True)
 
 
@@ -95,10 +95,10 @@ def attend(
     *,
     drop: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """softmax(q k / sqrt(D)) v for query [B, T, H, D], key and value [B, S, K, D], visible bool [B, T or 1, S].
+    """Return softmax(q k / sqrt(D)) v: query [B, T, H, D], key and value [B, S, K, D], visible bool [B, T or 1, S].
 
     Query head h reads key-value head h // (H / K). Scores and softmax are float32, the result has the query's dtype.
-    A query that sees no key reads the mean of all values. `drop` is applied to the weights [B, K, H / K, T, S].
+    A query without visible keys gets the mean of all values. `drop` is applied to the weights [B, K, H / K, T, S].
     """
     scores = _scores(_grouped(query, key), key, visible)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
@@ -117,10 +117,10 @@ def attend_by_blocks(
     *,
     block: int,
 ) -> jax.Array:
-    """`attend` in memory linear in S: one block of keys after the other, by an online softmax (arXiv 2112.05682).
+    """Compute `attend` in memory linear in S: block by block of keys, by an online softmax (arXiv 2112.05682).
 
-    The backward pass keeps the result and the logarithm of the softmax's denominator, and computes the scores of each
-    block anew (FlashAttention, arXiv 2205.14135, appendix B).
+    The backward pass keeps the result and the logarithm of the softmax's denominator, and recomputes the scores of each
+    block (FlashAttention, arXiv 2205.14135, appendix B).
 
     Args:
       query: [B, T, H, D].
@@ -128,7 +128,7 @@ def attend_by_blocks(
       value: [B, S, K, D].
       query_segments: int32 [B, T], not -1.
       key_segments: int32 [B, S].
-      start: int32 scalar, the slot of the first query among the keys.
+      start: int32 scalar, slot of the first query among the keys.
       block: number of keys in a block; the last block may be shorter.
     """
     block = min(block, key.shape[1])
@@ -144,7 +144,7 @@ def _attend_whole(query, key, value, query_segments, key_segments, start):
 
 
 def _visible(query_segments: jax.Array, key_segments: jax.Array, query_start: jax.Array, key_start) -> jax.Array:
-    """Which keys a query may read, bool [B, T, S]: itself and earlier ones of its own segment."""
+    """Return which keys a query attends to, bool [B, T, S]: itself and earlier ones of its segment."""
     queries = jnp.arange(query_segments.shape[1]) + query_start
     keys = jnp.arange(key_segments.shape[1]) + key_start
     return (queries[:, None] >= keys[None, :]) & (query_segments[:, :, None] == key_segments[:, None, :])
@@ -156,7 +156,7 @@ def _grouped(query: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _scores(query: jax.Array, key: jax.Array, visible: jax.Array) -> jax.Array:
-    """float32 [B, K, G, T, S] for grouped queries [B, T, K, G, D]."""
+    """Return scores, float32 [B, K, G, T, S], of grouped queries [B, T, K, G, D]."""
     scores = jnp.einsum("btkgd,bskd->bkgts", query, key, preferred_element_type=jnp.float32)
     return jnp.where(visible[:, None, None], scores * query.shape[-1] ** -0.5, _MASKED)
 
@@ -167,7 +167,7 @@ def _by_blocks(block, query, key, value, query_segments, key_segments, start):
 
 
 def _forward(block, query, key, value, query_segments, key_segments, start):
-    """Mixed values [B, T, K, G, D], and what the backward pass needs."""
+    """Return the result [B, T, K, G, D] and the residuals of the backward pass."""
 
     def add(carry, cut):
         highest, total, mixed = carry
@@ -175,7 +175,7 @@ def _forward(block, query, key, value, query_segments, key_segments, start):
         scores = _scores(query, key_block, _visible(query_segments, segments_block, start, first))
         new = jnp.maximum(highest, scores.max(axis=-1))
         weights = jnp.exp(scores - new[..., None])
-        # What a query has summed before it met a visible key vanishes here: exp(_MASKED - score) is 0.
+        # Sums over masked keys before the first visible one vanish: exp(_MASKED - score) is 0.
         kept = jnp.exp(highest - new)
         mixed = mixed * kept[..., None] + jnp.einsum(
             "bkgts,bskd->bkgtd", weights.astype(value.dtype), value_block, preferred_element_type=jnp.float32
@@ -185,8 +185,8 @@ def _forward(block, query, key, value, query_segments, key_segments, start):
     batch, length, kv_heads, group, head_dim = query.shape
     rows = (batch, kv_heads, group, length)
     begin = (jnp.full(rows, _MASKED), jnp.zeros(rows), jnp.zeros((*rows, head_dim)))
-    # Masks depend on no layer: a scan over layers would compute those of all blocks ahead and keep them, T x S for
-    # every head. What is inside of a checkpoint is kept by nobody.
+    # Masks do not depend on the layer: a scan over layers would compute them ahead for all blocks and keep them, T x S
+    # per head. Values inside a checkpoint are not kept.
     add = jax.checkpoint(add, prevent_cse=False)
     (highest, total, mixed), _ = lax.scan(add, begin, _cut(block, key, value, key_segments))
     result = jnp.moveaxis(mixed / total[..., None], 3, 1).astype(query.dtype)
@@ -219,7 +219,7 @@ _by_blocks.defvjp(_forward, _backward)
 
 
 def _cut(block: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Arrays [B, S, ...] as [S / block, B, block, ...], and the slot of each block's first key."""
+    """Return arrays [B, S, ...] as [S / block, B, block, ...], and the slot of each block's first key."""
     count = arrays[0].shape[1] // block
     cut = (jnp.moveaxis(x.reshape(x.shape[0], count, block, *x.shape[2:]), 1, 0) for x in arrays)
     return (*cut, jnp.arange(count) * block)

@@ -1,50 +1,54 @@
-"""Batch normalisation (Ioffe and Szegedy 2015) whose statistics are those of the global batch, or of groups of it."""
+"""Batch normalisation (Ioffe and Szegedy 2015) with the statistics of the global batch or of groups of it."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from .modules import partitioned
+
+_EPSILON = 1e-5  # added to the variance
+
 
 class BatchNorm(nn.Module):
     """Normalises each channel of images [B, H, W, C] over examples and places.
 
-    In training the mean and variance are those of the batch; in a program over a sharded batch that is the global
-    batch, and two sums per channel cross the devices. With `group` they are those of `group` neighbouring examples:
-    where each device holds whole groups, nothing crosses. Otherwise the running statistics of collection "batch_stats"
-    serve, so that the result for an example depends on no other.
+    In training it uses the mean and variance of the global batch, whose two sums per channel cross the devices; with
+    `group`, those of `group` neighbouring examples, which cross nothing if each device holds whole groups. In
+    evaluation it uses the running statistics of collection "batch_stats", so that an example's result depends on no
+    other.
 
-    Examples of weight 0 enter no statistics. A batch without any weight leaves the running statistics as they are.
-    All arithmetic is float32.
+    Examples of weight 0 do not enter the statistics. A batch without any weight leaves the running statistics
+    unchanged. All arithmetic is float32.
 
     Attributes:
-      momentum: of the running statistics; they become momentum x old + (1 - momentum) x new.
-      epsilon: added to the variance.
-      group: examples normalised together; 0 is the whole batch. The running statistics are of the mean over groups.
-      zero_scale: begin with a scale of 0 in place of 1.
-      dtype: of the result.
+      momentum: of the running statistics: momentum x old + (1 - momentum) x new.
+      group: examples normalised together; 0 is the whole batch. Running statistics follow the mean over groups.
+      zero_scale: whether the scale begins at 0 instead of 1.
+      dtype: type of the result.
     """
 
     momentum: float
-    epsilon: float
     group: int
     zero_scale: bool
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array, weights_B: jax.Array, train: bool) -> jax.Array:
-        """The normalised, scaled and shifted images [B, H, W, C].
+        """Return the normalised, scaled and shifted images [B, H, W, C].
 
         Raises:
           ValueError: the batch does not divide into groups.
         """
         channels = x_BxHxWxC.shape[-1:]
-        ones, zeros = (_of_channels(init) for init in (nn.initializers.ones_init(), nn.initializers.zeros_init()))
+        ones, zeros = (
+            partitioned(init, "norm") for init in (nn.initializers.ones_init(), nn.initializers.zeros_init())
+        )
         scale_C = self.param("scale", zeros if self.zero_scale else ones, channels)
         bias_C = self.param("bias", zeros, channels)
         mean = self.variable("batch_stats", "mean", zeros, None, channels)
         variance = self.variable("batch_stats", "variance", ones, None, channels)
         if not train:
-            factor_C = scale_C * jax.lax.rsqrt(variance.value + self.epsilon)
+            factor_C = scale_C * jax.lax.rsqrt(variance.value + _EPSILON)
             x = x_BxHxWxC.astype(jnp.float32)
             return (x * factor_C + (bias_C - mean.value * factor_C)).astype(self.dtype)
 
@@ -56,16 +60,16 @@ class BatchNorm(nn.Module):
             new = (weight_G[:, None] * of_groups).sum(axis=0) / jnp.where(total > 0, total, 1)
             mixed = self.momentum * running.value + (1 - self.momentum) * new
             running.value = jax.lax.stop_gradient(jnp.where(total > 0, mixed, running.value))
-        factor_GxC = scale_C * jax.lax.rsqrt(variance_GxC + self.epsilon)
+        factor_GxC = scale_C * jax.lax.rsqrt(variance_GxC + _EPSILON)
         shift_GxC = bias_C - mean_GxC * factor_GxC
         y = x_GxNxHxWxC * factor_GxC[:, None, None, None] + shift_GxC[:, None, None, None]
         return y.reshape(x_BxHxWxC.shape).astype(self.dtype)
 
 
 def _statistics(x_GxNxHxWxC: jax.Array, weights_GxN: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mean and (biased) variance of each group's channels [G, C], and each group's weight [G].
+    """Return mean and (biased) variance of each group's channels [G, C], and each group's weight [G].
 
-    One pass over x gives both, as E[x^2] - E[x]^2: it is memory traffic that normalisation costs.
+    One pass over x gives both, as E[x^2] - E[x]^2, because memory traffic dominates the cost of normalisation.
     """
     places = x_GxNxHxWxC.shape[2] * x_GxNxHxWxC.shape[3]
     weight_G = weights_GxN.sum(axis=1)
@@ -77,16 +81,11 @@ def _statistics(x_GxNxHxWxC: jax.Array, weights_GxN: jax.Array) -> tuple[jax.Arr
 
 
 def _grouped(x_Bx: jax.Array, group: int) -> jax.Array:
-    """[B, ...] to [B / group, group, ...]: neighbours along the batch, which the mesh divides in the same order."""
+    """Reshape [B, ...] to [B / group, group, ...]; groups are neighbours in the batch, as the mesh divides it."""
     examples = x_Bx.shape[0]
     group = group or examples
     if examples % group:
         raise ValueError(
-            f"{examples} examples (of a micro-batch) are not divisible by task.batch_norm_group {group}; "
-            f"use a divisor of {examples}, or 0 for all of them together"
+            f"task.batch_norm_group={group}: must divide the {examples} examples of a micro-batch; 0 takes all"
         )
     return x_Bx.reshape(examples // group, group, *x_Bx.shape[1:])
-
-
-def _of_channels(initializer: nn.initializers.Initializer) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(initializer, ("norm",))

@@ -1,9 +1,9 @@
 """Beam search under jit, batched, with the length penalty of GNMT (arXiv 1609.08144, equation 14, without coverage).
 
-A hypothesis is scored by log P(Y) / ((5 + |Y|) / 6)^penalty, its end counted as one of the |Y| tokens. Live and
-finished hypotheses are kept apart. Of the best `beams` continuations at a position those that end are finished; the
-best `beams` of those that do not end live on. A sentence is done when `beams` hypotheses have finished, and its result
-does not depend on the sentences beside it. With one beam this is greedy decoding.
+The score of a hypothesis is log P(Y) / ((5 + |Y|) / 6)^penalty; its end counts as one of the |Y| tokens. Live and
+finished hypotheses are kept apart. Of the best `beams` continuations at a position, those that end are finished; the
+best `beams` of those that do not end stay live. A sentence is done when `beams` hypotheses have finished; its result
+does not depend on other sentences of the batch. With one beam this is greedy decoding.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ class Translations(NamedTuple):
     """The best hypothesis of each sentence.
 
     Attributes:
-      tokens: int32 [B, length]; the end where a hypothesis ends, and behind it.
+      tokens: int32 [B, length]; filled with the end token after a hypothesis ends.
       scores: float32 [B], log-probability under the length penalty.
-      finished: bool [B]; False where no hypothesis has come to its end, and the best unfinished one is given.
+      finished: bool [B]; False if no hypothesis has ended, and the best live one is returned.
     """
 
     tokens: jax.Array
@@ -33,12 +33,12 @@ class Translations(NamedTuple):
 
 class _Search(NamedTuple):
     position: jax.Array
-    last_BxK: jax.Array  # tokens that the live hypotheses end in
-    parents_BxK: jax.Array  # which hypotheses of the position before they continue
+    last_BxK: jax.Array  # latest tokens of the live hypotheses
+    parents_BxK: jax.Array  # hypotheses of the previous position that they continue
     live_BxKxN: jax.Array
-    logs_BxK: jax.Array  # of the live ones, without penalty; -inf where there are fewer
+    logs_BxK: jax.Array  # of the live ones, without penalty; -inf for absent ones
     finished_BxKxN: jax.Array
-    scores_BxK: jax.Array  # of the finished ones, with penalty; -inf where there are fewer
+    scores_BxK: jax.Array  # of the finished ones, with penalty; -inf for absent ones
     state: Any
 
 
@@ -50,26 +50,26 @@ def length_penalty(length: jax.Array | int, penalty: float) -> jax.Array:
 def beam_search(
     step: Step, state: Any, *, batch: int, beams: int, length: int, start: int, end: int, penalty: float
 ) -> Translations:
-    """The best continuation of `start` for each of `batch` sentences, of at most `length` tokens.
+    """Return the best continuation of `start` for each of `batch` sentences, of at most `length` tokens.
 
     Args:
-      step: `(state, parents_BxK, tokens_BxK, position) -> (log_probs_BxKxV, state)`: what follows the token at a
-        position, 0 for `start`. Hypothesis k continues number `parents[:, k]` of the position before: the step takes
-        the state's rows over accordingly.
-      state: of the step at position 0; arrays that keep their shapes.
-      batch: sentences, B.
-      beams: hypotheses of each, K.
-      length: most tokens of a hypothesis, N, the end included.
+      step: `(state, parents_BxK, tokens_BxK, position) -> (log_probs_BxKxV, state)`: predicts the token after a
+        position, 0 for `start`. Hypothesis k continues hypothesis `parents[:, k]` of the previous position; the step
+        reorders the state accordingly.
+      state: state of the step at position 0; arrays that keep their shapes.
+      batch: number of sentences, B.
+      beams: number of hypotheses of each, K.
+      length: most tokens of a hypothesis, N, including the end.
       start: the token before the first.
       end: the token that ends a hypothesis.
-      penalty: exponent of the length penalty; 0 prefers short translations, 1 nearly the mean per token.
+      penalty: exponent of the length penalty; 0 prefers short translations, 1 is nearly the mean per token.
     """
 
     def put(search: _Search) -> _Search:
         log_probs_BxKxV, state = step(search.state, search.parents_BxK, search.last_BxK, search.position)
         vocab = log_probs_BxKxV.shape[-1]
         all_BxC = shard_batch((search.logs_BxK[:, :, None] + log_probs_BxKxV).reshape(batch, beams * vocab))
-        # Of each live hypothesis one continuation ends: among so many there are `beams` that do not.
+        # One continuation of each live hypothesis ends, so at least `beams` of these do not.
         logs_BxC, chosen_BxC = jax.lax.top_k(all_BxC, min(2 * beams, beams * vocab))
         parents_BxC, tokens_BxC = chosen_BxC // vocab, chosen_BxC % vocab
         ends_BxC = tokens_BxC == end
@@ -79,7 +79,7 @@ def beam_search(
         parents_BxK, tokens_BxK = take(parents_BxC, living_BxK), take(tokens_BxC, living_BxK)
         live_BxKxN = take(search.live_BxKxN, parents_BxK).at[:, :, search.position].set(tokens_BxK)
 
-        # What ends has the end behind its last token, where the arrays hold nothing else.
+        # The arrays already hold the end token after the last token of a hypothesis that ends.
         done_B = jnp.isfinite(search.scores_BxK).all(axis=1)
         ended_BxC = jnp.where(ends_BxC & among_best_C & ~done_B[:, None], logs_BxC, -jnp.inf)
         ended_BxC /= length_penalty(search.position + 1, penalty)
@@ -97,7 +97,7 @@ def beam_search(
             state=state,
         )
 
-    def goes_on(search: _Search) -> jax.Array:
+    def continues(search: _Search) -> jax.Array:
         return (search.position < length) & ~jnp.isfinite(search.scores_BxK).all()
 
     nothing_BxKxN = shard_batch(jnp.full((batch, beams, length), end, jnp.int32))
@@ -107,12 +107,12 @@ def beam_search(
         last_BxK=shard_batch(jnp.full((batch, beams), start, jnp.int32)),
         parents_BxK=shard_batch(jnp.zeros((batch, beams), jnp.int32)),
         live_BxKxN=nothing_BxKxN,
-        logs_BxK=none_BxK.at[:, 0].set(0.0),  # all hypotheses are the same one yet
+        logs_BxK=none_BxK.at[:, 0].set(0.0),  # all hypotheses are still the same
         finished_BxKxN=nothing_BxKxN,
         scores_BxK=none_BxK,
         state=state,
     )
-    last = jax.lax.while_loop(goes_on, put, first)
+    last = jax.lax.while_loop(continues, put, first)
     finished_B = jnp.isfinite(last.scores_BxK[:, 0])
     cut_B = last.logs_BxK[:, 0] / length_penalty(length, penalty)
     return Translations(
@@ -123,5 +123,5 @@ def beam_search(
 
 
 def take(x: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Of x [B, K, ...] the rows with numbers [B, J] within each example: [B, J, ...]."""
+    """Return rows of x [B, K, ...] by their indices [B, J] within each example: [B, J, ...]."""
     return jax.vmap(lambda rows, chosen: rows[chosen])(x, numbers)

@@ -1,17 +1,16 @@
-"""BERT: a bidirectional Transformer encoder that restores masked tokens and tells whether two texts follow each other.
+"""BERT: a bidirectional Transformer encoder that predicts masked tokens and whether one text follows another.
 
 Devlin et al. 2019 (arXiv 1810.04805): learned positions, token types, a norm after each part, GELU (in the tanh form
 of the published code), dropout. Shapes in names: B batch, T sequence, E embed, H heads, D = E / H, M mlp, V vocab,
 P predictions in a row.
 
 Parameters are float32; matmuls run in the compute dtype; norms, softmaxes and logits are float32. Kernels and
-embeddings begin as a normal distribution of standard deviation `init_std` cut off at two of them, which leaves a spread
-of 0.88 `init_std`, as published; biases begin at zero.
+embeddings begin as a normal distribution of standard deviation `init_std` truncated at two of them, which leaves a
+standard deviation of 0.88 `init_std`, as published; biases begin at zero.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -21,77 +20,65 @@ import optax
 
 from .attention import attend
 from .layout import gather_columns, shard_batch
-from .parameters import axis_names, partitioned
-from .stack import REMAT_POLICIES, run_layers
-
-Batch = Mapping[str, jax.Array]
-BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
+from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options
+from .modules import partitioned, run_layers
 
 _TYPES = 2  # the first and the second text of a pair
 _EPSILON = 1e-12  # of the norms, as published
 
 
 @dataclasses.dataclass(frozen=True)
-class BertTask:
-    """Masked tokens and next sentences, as the trainer sees them.
+class BertTask(LinenTask):
+    """Prediction of masked tokens and next sentences.
 
     A batch holds int32 arrays: tokens [B, T], some masked; segments [B, T], 1 and 2 for the two texts of a pair and 0
-    for padding; masked_positions [B, P], the slots to predict, 0 where a row has fewer (slot 0 is [CLS], never masked);
-    masked_tokens [B, P], what stood there; is_next [B], 1 where the second text follows the first.
+    for padding; masked_positions [B, P], the slots to predict, padded with 0 (slot 0 is [CLS], never masked);
+    masked_tokens [B, P], the tokens to predict; is_next [B], 1 if the second text follows the first.
 
     The loss of a row is the sum of the nats of its masked tokens divided by P, plus `next_weight` times the nats of
-    is_next. In rows with P masked tokens and with a weight of 1 that is the published loss; and a masked token weighs
-    the same whatever its row and micro-batch. A mean over the masked tokens of the whole batch would be no sum over
+    is_next. For rows with P masked tokens and a weight of 1 it is the published loss. A masked token has the same
+    weight in every row and micro-batch; a mean over the masked tokens of the whole batch would not be a sum over
     micro-batches.
     """
 
-    vocab_size: int = 30_522  # must be the data's
+    vocab_size: int = 30_522  # number of tokens; must equal data.vocab_size
     max_length: int = 512  # entries of the table of positions; the longest row of any phase
     layers: int = 12  # blocks of attention and MLP
     embed_dim: int = 768  # width of the residual stream
-    heads: int = 12  # heads of attention, of embed_dim / heads each
-    mlp_dim: int = 3072  # hidden width of the MLP, customarily 4 embed_dim
-    dropout: float = 0.1  # of the embeddings, the attention weights and what each part adds; while training
-    next_weight: float = (
-        1.0  # of is_next in the loss; in small batches its gradient is mostly noise, and drowns the rest
-    )
-    init_std: float = 0.02  # of kernels and embeddings at the start; narrow models need a larger one
-    position_init: str = (
-        "normal"  # the table of positions at the start; "sinusoidal" tells neighbours from the first step
-    )
+    heads: int = 12  # attention heads, each of width embed_dim / heads
+    mlp_dim: int = 3072  # hidden width of the MLP, usually 4 embed_dim
+    dropout: float = 0.1  # dropout rate of embeddings, attention weights and the output of each part
+    next_weight: float = 1.0  # weight of is_next in the loss; small batches need less, its gradient is mostly noise
+    init_std: float = 0.02  # standard deviation of initial kernels and embeddings; narrow models need more
+    position_init: str = "normal"  # initial table of positions; "sinusoidal" encodes neighbourhood from the first step
     remat: str = "none"  # recompute in the backward pass: "none", "full" (least memory) or "dots"
     compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
-    scan_layers: bool = True  # one traced block for all layers; False unrolls them, to compare
+    scan_layers: bool = True  # trace one block for all layers; False unrolls them
 
     def __post_init__(self):
-        for name in ("vocab_size", "max_length", "layers", "embed_dim", "heads", "mlp_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"task.{name} is {getattr(self, name)}; it must be at least 1")
+        check_options(
+            self,
+            positive="vocab_size max_length layers embed_dim heads mlp_dim",
+            not_negative="next_weight",
+            fractions="dropout",
+        )
         if self.embed_dim % self.heads:
             raise ValueError(
-                f"task.embed_dim {self.embed_dim} is not divisible by task.heads {self.heads}; "
-                f"use {self.embed_dim // self.heads * self.heads or self.heads}"
+                f"task.embed_dim={self.embed_dim}: must be divisible by task.heads={self.heads}; use "
+                f"{self.embed_dim // self.heads * self.heads or self.heads}"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"task.dropout is {self.dropout}; it must be at least 0 and less than 1")
-        if self.next_weight < 0:
-            raise ValueError(f"task.next_weight is {self.next_weight}; it must not be negative, 1 as published")
         if self.init_std <= 0:
-            raise ValueError(f"task.init_std is {self.init_std}; it must be above 0, 0.02 as published")
+            raise ValueError(f"task.init_std={self.init_std}: must be above 0; 0.02 as published")
         if self.position_init not in ("normal", "sinusoidal"):
-            raise ValueError(f"task.position_init is {self.position_init!r}; use 'normal' or 'sinusoidal'")
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"task.remat is {self.remat!r}; use one of {', '.join(REMAT_POLICIES)}")
-        if self.compute_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"task.compute_dtype is {self.compute_dtype!r}; use 'float32' or 'bfloat16'")
+            raise ValueError(f"task.position_init={self.position_init!r}: use 'normal' or 'sinusoidal'")
 
-    def init(self, key: jax.Array, batch_spec: BatchSpec) -> dict[str, Any]:
-        """Parameters as plain nested dicts {"params": ...}, float32; pure, works under jax.eval_shape.
+    def boxed(self, key: jax.Array) -> Any:
+        """See `LinenTask.boxed`. Axes: layers, embed, mlp, heads, kv (in a head), vocab, norm, None."""
+        row = jnp.zeros((1, 2), jnp.int32)
+        return Bert(self, 0.0).init(key, row, row, row[:, :1])
 
-        Raises:
-          ValueError: the batch is not of masked text, or its rows are longer than `max_length`.
-        """
+    def check_batch(self, batch_spec: BatchSpec) -> None:
+        """See `LinenTask.check_batch`."""
         if "masked_positions" not in batch_spec:
             raise ValueError(
                 f"the batch has {sorted(batch_spec)} and no 'masked_positions'; BERT needs masked text, "
@@ -99,16 +86,15 @@ class BertTask:
             )
         length = batch_spec["tokens"].shape[1]
         if length > self.max_length:
-            raise ValueError(f"rows have {length} tokens, task.max_length is {self.max_length}; set it to {length}")
-        return nn.unbox(self._boxed_init(key))
+            raise ValueError(f"task.max_length={self.max_length}: rows have {length} tokens; set it to {length}")
 
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
     ) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
-        """The mean loss of the rows (0 where there is none), no model state, and the metrics as (total, weight).
+        """Return the mean loss of the rows (0 if there are none), no model state, and metrics as (total, weight).
 
-        metrics: "loss", over rows; "masked_loss", nats over masked tokens, "masked_accuracy" likewise;
-        "next_sentence_accuracy", over rows. Rows whose segments are all 0 count nowhere.
+        metrics: "loss", over rows; "masked_loss", nats over masked tokens; "masked_accuracy", over masked tokens;
+        "next_sentence_accuracy", over rows. Rows whose segments are all 0 do not count.
         """
         masked_BxPxV, next_Bx2 = self.logits(variables, batch, dropout_key=key if train else None)
         real_B = batch["segments"][:, 0] > 0
@@ -133,21 +119,14 @@ class BertTask:
     def logits(
         self, variables: dict[str, Any], batch: Batch, *, dropout_key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Float32 predictions for the masked tokens [B, P, V] and for is_next [B, 2]; dropout only with a key."""
+        """Return float32 logits of masked tokens [B, P, V] and of is_next [B, 2]; dropout only with a key."""
         inputs = (batch[name] for name in ("tokens", "segments", "masked_positions"))
         module = Bert(self, self.dropout if dropout_key is not None else 0.0)
         logits: Any = module.apply(variables, *inputs, rngs={} if dropout_key is None else {"dropout": dropout_key})
         return logits
 
-    def logical_axes(self, variables: dict[str, Any]) -> dict[str, Any]:
-        """A tuple of names per parameter, one for each dimension.
-
-        Names: layers, embed, mlp, heads, kv (inside a head), vocab, norm (scales and biases of norms), None.
-        """
-        return axis_names(variables, jax.eval_shape(lambda: self._boxed_init(jax.random.key(0))))
-
     def flops(self, batch_spec: BatchSpec) -> float:
-        """Training FLOPs of one batch: three times the forward pass's matrix products, 2 for each multiplication.
+        """Return the training FLOPs of one batch: three times the forward pass's matrix products, 2 per multiplication.
 
         A row has layers x (4 E^2 + 2 E M + 2 T E) in each of T slots, E^2 + E V for each of P predictions, and
         E^2 + 2 E for is_next. Attention counts the whole T x T square; recomputation by remat, lookups, norms and
@@ -160,23 +139,16 @@ class BertTask:
         pair = embed**2 + 2 * embed
         return 6.0 * rows * (length * slot + batch_spec["masked_positions"].shape[1] * prediction + pair)
 
-    def _boxed_init(self, key: jax.Array) -> Any:
-        row = jnp.zeros((1, 2), jnp.int32)
-        return Bert(self, 0.0).init(key, row, row, row[:, :1])
-
 
 def _judged(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Nats [...] of the targets [...] under logits [..., classes], and whether the targets are the likeliest.
-
-    A tie counts as right.
-    """
+    """Return nats [...] of targets [...] under logits [..., classes], and whether they have the largest logit."""
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return nats, chosen >= logits.max(axis=-1)
 
 
 class Bert(nn.Module):
-    """Tokens and segments [B, T] and masked positions [B, P] to logits [B, P, V] and [B, 2]."""
+    """Maps tokens and segments [B, T] and masked positions [B, P] to logits [B, P, V] and [B, 2]."""
 
     task: BertTask
     dropout: float
@@ -185,7 +157,7 @@ class Bert(nn.Module):
     def __call__(
         self, tokens_BxT: jax.Array, segments_BxT: jax.Array, masked_BxP: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Logits, float32."""
+        """Return logits, float32."""
         task = self.task
         x_BxTxE, words_VxE = Embeddings(task, self.dropout, name="embeddings")(tokens_BxT, segments_BxT)
         visible_Bx1xT = (segments_BxT > 0)[:, None, :]
@@ -205,14 +177,14 @@ class Bert(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Words, positions and token types [B, T], added, normed and thinned out."""
+    """The sum of word, position and token type embeddings [B, T], with norm and dropout."""
 
     task: BertTask
     dropout: float
 
     @nn.compact
     def __call__(self, tokens_BxT: jax.Array, segments_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The residual stream [B, T, E], and the table of words [V, E] in the compute dtype."""
+        """Return the residual stream [B, T, E] and the table of words [V, E] in the compute dtype."""
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
         init = nn.initializers.truncated_normal(task.init_std)
@@ -223,43 +195,43 @@ class Embeddings(nn.Module):
         shape = (task.max_length, task.embed_dim)
         positions = self.param("positions", partitioned(position_init, None, "embed"), shape)
         types = self.param("types", partitioned(init, None, "embed"), (_TYPES, task.embed_dim))
-        types_BxT = jnp.maximum(segments_BxT - 1, 0)  # padding is of the first type, as published
+        types_BxT = jnp.maximum(segments_BxT - 1, 0)  # padding has the first type, as published
         x_BxTxE = shard_batch(jnp.take(gather_columns(words_VxE), tokens_BxT, axis=0))
         x_BxTxE += gather_columns(positions.astype(dtype))[: tokens_BxT.shape[1]]
         x_BxTxE += shard_batch(jnp.take(gather_columns(types.astype(dtype)), types_BxT, axis=0))
-        return shard_batch(_thinned(_norm("norm", dtype)(x_BxTxE), self.dropout)), words_VxE
+        return shard_batch(_dropped(_norm("norm", dtype)(x_BxTxE), self.dropout)), words_VxE
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the residual stream [B, T, E], which is normed after each."""
+    """Attention and MLP, each added to the residual stream [B, T, E], followed by a norm."""
 
     task: BertTask
     dropout: float
 
     @nn.compact
     def __call__(self, x_BxTxE: jax.Array, visible_Bx1xT: jax.Array) -> tuple[jax.Array, None]:
-        """The residual stream after this layer."""
+        """Return the residual stream after this layer."""
         dtype = jnp.dtype(self.task.compute_dtype)
         attention = Attention(self.task, self.dropout, name="attention")(x_BxTxE, visible_Bx1xT)
-        x_BxTxE = _norm("attention_norm", dtype)(x_BxTxE + _thinned(attention, self.dropout))
+        x_BxTxE = _norm("attention_norm", dtype)(x_BxTxE + _dropped(attention, self.dropout))
         mlp = GeluMLP(self.task, name="mlp")(x_BxTxE)
-        return shard_batch(_norm("mlp_norm", dtype)(x_BxTxE + _thinned(mlp, self.dropout))), None
+        return shard_batch(_norm("mlp_norm", dtype)(x_BxTxE + _dropped(mlp, self.dropout))), None
 
 
 class Attention(nn.Module):
-    """Attention of every slot to all real ones; kernels [E, H, D] three times and [H, D, E], with biases."""
+    """Attention from every slot to all real slots; kernels [E, H, D] three times and [H, D, E], with biases."""
 
     task: BertTask
     dropout: float
 
     @nn.compact
     def __call__(self, x_BxTxE: jax.Array, visible_Bx1xT: jax.Array) -> jax.Array:
-        """What attention adds to the residual stream, [B, T, E]."""
+        """Return the update of the residual stream, [B, T, E]."""
         task = self.task
         heads = (task.heads, task.embed_dim // task.heads)
         into = functools.partial(_dense, task, heads, ("embed",), ("heads", "kv"))
         query, key, value = (into(name=name)(x_BxTxE) for name in ("query", "key", "value"))
-        drop = functools.partial(_thinned, rate=self.dropout)
+        drop = functools.partial(_dropped, rate=self.dropout)
         mixed_BxTxHxD = attend(query, key, value, visible_Bx1xT, drop=drop)
         return _dense(task, task.embed_dim, ("heads", "kv"), ("embed",), name="out")(mixed_BxTxHxD)
 
@@ -271,19 +243,19 @@ class GeluMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxE: jax.Array) -> jax.Array:
-        """What the MLP adds to the residual stream, [B, T, E]."""
+        """Return the update of the residual stream, [B, T, E]."""
         hidden_BxTxM = _dense(self.task, self.task.mlp_dim, ("embed",), ("mlp",), name="up")(x_BxTxE)
         return _dense(self.task, self.task.embed_dim, ("mlp",), ("embed",), name="down")(nn.gelu(hidden_BxTxM))
 
 
 class MaskedHead(nn.Module):
-    """What stood in the masked slots: dense, GELU and norm, then the table of words and a bias for each."""
+    """Predicts masked tokens: dense, GELU and norm, then the table of words and a bias for each."""
 
     task: BertTask
 
     @nn.compact
     def __call__(self, x_BxPxE: jax.Array, words_VxE: jax.Array) -> jax.Array:
-        """Logits, float32 [B, P, V]."""
+        """Return logits, float32 [B, P, V]."""
         task = self.task
         hidden = nn.gelu(_dense(task, task.embed_dim, ("embed",), ("mlp",), name="dense")(x_BxPxE))
         hidden_BxPxE = shard_batch(_norm("norm", jnp.dtype(task.compute_dtype))(hidden))
@@ -292,20 +264,20 @@ class MaskedHead(nn.Module):
 
 
 class NextHead(nn.Module):
-    """Whether the second text follows the first, from the slot of [CLS]: the pooler (dense, tanh) and two classes."""
+    """Predicts is_next from the slot of [CLS]: the pooler (dense, tanh) and two classes."""
 
     task: BertTask
 
     @nn.compact
     def __call__(self, x_BxE: jax.Array) -> jax.Array:
-        """Logits, float32 [B, 2]; class 1 is "follows"."""
+        """Return logits, float32 [B, 2]; class 1 is "follows"."""
         task = self.task
         pooled_BxE = shard_batch(jnp.tanh(_dense(task, task.embed_dim, ("embed",), (None,), name="pooler")(x_BxE)))
         return _dense(task, 2, (None,), (None,), name="classes")(pooled_BxE).astype(jnp.float32)
 
 
 def _sinusoids(scale: float, key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
-    """Sines and cosines of wavelengths from 2 pi to 2 pi T slots, of root mean square `scale`; [T, E].
+    """Return sines and cosines with wavelengths from 2 pi to 2 pi T slots and root mean square `scale`; [T, E].
 
     As Vaswani et al. 2017 (arXiv 1706.03762), whose longest wavelength is 10,000 x 2 pi.
     """
@@ -324,7 +296,7 @@ def _dense(
     *,
     name: str,
 ) -> nn.DenseGeneral:
-    """A dense layer over the last axes, whose names are `inputs`, to axes with the names of `outputs`."""
+    """Return a dense layer from the last axes, named `inputs`, to axes named `outputs`."""
     return nn.DenseGeneral(
         features,
         axis=tuple(range(-len(inputs), 0)),
@@ -335,8 +307,8 @@ def _dense(
     )
 
 
-def _thinned(x: jax.Array, rate: float) -> jax.Array:
-    """Dropout; nothing at a rate of 0."""
+def _dropped(x: jax.Array, rate: float) -> jax.Array:
+    """Apply dropout; a rate of 0 does nothing."""
     return nn.Dropout(rate, deterministic=False)(x)
 
 
@@ -344,7 +316,7 @@ def _norm(name: str, dtype: jnp.dtype) -> nn.LayerNorm:
     return nn.LayerNorm(
         epsilon=_EPSILON,
         dtype=dtype,
-        use_fast_variance=False,  # the mean of squares less the square of the mean loses more than so small an epsilon
+        use_fast_variance=False,  # mean of squares - square of mean would lose more precision than epsilon
         scale_init=partitioned(nn.initializers.ones_init(), "norm"),
         bias_init=partitioned(nn.initializers.zeros_init(), "norm"),
         name=name,

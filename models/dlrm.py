@@ -1,7 +1,7 @@
-"""A deep learning recommendation model and its task (Naumov et al., arXiv 1906.00091): will this be clicked?
+"""A deep learning recommendation model and its task (Naumov et al., arXiv 1906.00091): prediction of clicks.
 
-Integers go through a bottom MLP, categories through embedding tables; the dot products of all pairs of these vectors,
-and the bottom MLP's output, go through a top MLP to a logit. Shapes in names: B batch, I integers, F categories,
+A bottom MLP maps integers and embedding tables map categories to vectors; a top MLP maps the dot products of all pairs
+of these vectors, and the bottom MLP's output, to a logit. Shapes in names: B batch, I integers, F categories,
 V = F + 1 vectors, D their width.
 
 Initialisation is that of the paper's code: kernels normal with variance 2 / (inputs + outputs), biases normal with
@@ -19,62 +19,55 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import ranking, tables
+from . import tables
+from .linen_task import Batch, BatchSpec, Metrics, check_options
 
-Batch = Mapping[str, jax.Array]
-BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
-
-# An integer that is not there, as the data have it.
-MISSING = -(2**31)
-# Of normalised integers: what keeps one that never changes from a division by zero, and the newest batch's share.
-_LEAST_VARIANCE = 1e-3
-_NEW_SHARE = 0.01
+MISSING = -(2**31)  # an empty integer field in the data
+_LEAST_VARIANCE = 1e-3  # added to the variance of normalised integers, which may be constant
+_NEW_WEIGHT = 0.01  # least weight of the latest batch in running statistics
 
 
 @dataclasses.dataclass(frozen=True)
 class DLRMTask:
-    """Click-through prediction, as the trainer sees it.
+    """Click-through prediction.
 
-    A batch holds integers int32 [B, I] (`MISSING` where there is none), categories uint32 [B, F] (32-bit hashes), label
-    int32 [B] and weight float32 [B], 0 for examples that only fill up the batch. A category's row is its hash modulo
-    the size of its table: so the data know nothing of tables, and other sizes need no other data.
+    A batch holds integers int32 [B, I] (`MISSING` for an empty field), categories uint32 [B, F] (32-bit hashes), label
+    int32 [B] and weight float32 [B], 0 for padding examples. A category's row is its hash modulo the size of its table,
+    so the data do not depend on the sizes of tables.
     """
 
-    rows: tuple[int, ...] = (1_000,) * 26  # of the tables, one for each category; colliding hashes share a row
+    rows: tuple[int, ...] = (1_000,) * 26  # rows of each category's table; colliding hashes share a row
     embed_dim: int = 16  # width of the tables and of the bottom MLP's output
-    bottom: tuple[int, ...] = (512, 256, 64, 16)  # layers of the MLP over the integers; the last is embed_dim
-    top: tuple[int, ...] = (512, 256)  # hidden layers of the MLP over the interactions
-    normalize_integers: bool = False  # their logarithms by running means and variances; not published, helps small data
-    dropout: float = 0.0  # of hidden units of the top MLP, while training
+    bottom: tuple[int, ...] = (
+        512,
+        256,
+        64,
+        16,
+    )  # layer widths of the MLP over the integers; the last must be embed_dim
+    top: tuple[int, ...] = (512, 256)  # hidden layer widths of the MLP over the interactions
+    normalize_integers: bool = False  # normalise log integers by running statistics; not published, helps small data
+    dropout: float = 0.0  # dropout rate of the top MLP's hidden units
     compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
 
     def __post_init__(self):
+        check_options(self, fractions="dropout")
         for name in ("rows", "bottom", "top"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise ValueError(f"task.{name} is {getattr(self, name)}; give sizes of at least 1")
+                raise ValueError(f"task.{name}={getattr(self, name)}: give sizes of at least 1")
         if self.bottom[-1] != self.embed_dim:
-            raise ValueError(
-                f"task.bottom ends in {self.bottom[-1]} and task.embed_dim is {self.embed_dim}; make them equal, their "
-                "vectors are multiplied"
-            )
+            raise ValueError(f"task.bottom={self.bottom}: must end in task.embed_dim={self.embed_dim}")
         if tables.total_rows(self.rows) >= 2**31:
-            raise ValueError(f"task.rows add up to {sum(self.rows):,}; keep them below {2**31 - 2**11:,}, for int32")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"task.dropout is {self.dropout}; it must be at least 0 and below 1")
-        if self.compute_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"task.compute_dtype is {self.compute_dtype!r}; use 'float32' or 'bfloat16'")
+            raise ValueError(f"task.rows: {sum(self.rows):,} rows in total; at most {2**31 - 2**11:,} fit int32")
 
     def init(self, key: jax.Array, batch_spec: BatchSpec) -> dict[str, Any]:
-        """Plain nested dicts {"params": ..., "statistics": ...}, float32; pure, works under jax.eval_shape.
-
-        The statistics are there with `normalize_integers` alone.
-        """
+        """Return {"params": ...} and, with `normalize_integers`, {"statistics": ...}: nested dicts, float32."""
         if "categories" not in batch_spec:
             raise ValueError(f"the batch has {sorted(batch_spec)} and no 'categories'; DLRM needs click data")
         count = batch_spec["categories"].shape[-1]
         if count != len(self.rows):
-            raise ValueError(f"task.rows has {len(self.rows)} tables and the data {count} categories; give as many")
+            raise ValueError(
+                f"task.rows: has {len(self.rows)} tables, but the data have {count} categories; give one for each"
+            )
         one = {name: jnp.zeros((1, *spec.shape[1:]), spec.dtype) for name, spec in batch_spec.items()}
         variables: Any = DLRM(self).init(key, one["integers"], one["categories"], train=False)
         return variables
@@ -82,9 +75,9 @@ class DLRMTask:
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
     ) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
-        """Mean nats per example (0 where there is none), new statistics, and the metrics as (total, weight).
+        """Return mean nats per example (0 if there are none), new statistics, and metrics as (total, weight).
 
-        metrics: "loss", nats of the sigmoid cross-entropy; "accuracy", where a probability of one half counts as no.
+        metrics: "loss", nats of the sigmoid cross-entropy; "accuracy", with a probability of one half counted as no.
         """
         logits_B, state = self._apply(variables, batch, key=key if train else None)
         clicked_B = batch["label"] > 0
@@ -96,13 +89,13 @@ class DLRMTask:
         return nats / jnp.maximum(weight, 1), (state, metrics)
 
     def logits(self, variables: dict[str, Any], batch: Batch) -> jax.Array:
-        """Log odds of a click, float32 [B]."""
+        """Return log odds of a click, float32 [B]."""
         return self._apply(variables, batch, key=None)[0]
 
     def _apply(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Log odds [B] and the statistics after this batch; with a key, for dropout, as in training."""
+        """Return log odds [B] and the statistics; with a key, both as in training."""
         inputs = batch["integers"], batch["categories"]
         if key is None:
             logits: Any = DLRM(self).apply(variables, *inputs, train=False)
@@ -115,32 +108,32 @@ class DLRMTask:
     judged_metrics: ClassVar[tuple[str, ...]] = ("auc", "log_loss", "calibration")
 
     def predict(self, variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
-        """Log odds and labels [B]."""
+        """Return log odds and labels [B]."""
         return {"logit": self.logits(variables, batch), "label": batch["label"]}
 
     def judge(
         self, predictions: Mapping[str, np.ndarray], decode: Callable[[np.ndarray], str] | None
     ) -> tuple[dict[str, float], str]:
-        """AUC, log loss in nats and calibration (mean prediction / mean label), over all held-out examples."""
+        """Return AUC, log loss in nats and calibration (mean prediction / mean label) over all held-out examples."""
         del decode  # no text
         logits, labels = predictions["logit"], predictions["label"]
         metrics = {
-            "auc": ranking.auc(logits, labels),
-            "log_loss": ranking.log_loss(logits, labels),
-            "calibration": ranking.calibration(logits, labels),
+            "auc": auc(logits, labels),
+            "log_loss": log_loss(logits, labels),
+            "calibration": calibration(logits, labels),
         }
         return metrics, f"AUC over {len(labels):,} held-out examples, {labels.mean():.1%} of them positive; ties half"
 
     def logical_axes(self, variables: dict[str, Any]) -> dict[str, Any]:
-        """The tables' rows are "rows"; everything else is small and whole on every device."""
+        """Return "rows" for the rows of tables; everything else is small and replicated."""
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: ("rows", None) if path[-1].key == "embedding" else (None,) * len(leaf.shape), variables
         )
 
     def flops(self, batch_spec: BatchSpec) -> float:
-        """Training FLOPs of one batch: 6 for each weight of the MLPs and each number of the products of all pairs.
+        """Return the training FLOPs of one batch: 6 per weight of the MLPs and per factor of the pairs' products.
 
-        The whole V x V square of products is counted, because it is computed. Lookups are moves, and not counted.
+        The whole V x V square of products counts, because it is computed; lookups do not.
         """
         examples, integers = batch_spec["integers"].shape
         vectors = len(self.rows) + 1
@@ -150,20 +143,20 @@ class DLRMTask:
 
 
 class DLRM(nn.Module):
-    """Integers [B, I] and categories [B, F] to log odds [B]."""
+    """Maps integers [B, I] and categories [B, F] to log odds [B]."""
 
     task: DLRMTask
 
     @nn.compact
     def __call__(self, integers_BxI: jax.Array, categories_BxF: jax.Array, *, train: bool) -> jax.Array:
-        """Log odds, float32."""
+        """Return log odds, float32."""
         task, dtype = self.task, jnp.dtype(self.task.compute_dtype)
         table = self.param("embedding", functools.partial(tables.initial_tables, sizes=task.rows, width=task.embed_dim))
         embedded_BxFxD = tables.look_up(table, tables.row_numbers(categories_BxF, task.rows), dtype)
         x, present = logarithms(integers_BxI), integers_BxI != MISSING
         if task.normalize_integers:
             x = Normalized(name="normalized")(x, present, train=train)
-        # In place of what is missing a value that is learnt for each integer, 0 at first.
+        # A learned value for each integer, initially 0, replaces missing ones.
         x = jnp.where(present, x, self.param("missing", nn.initializers.zeros, (x.shape[-1],)))
         x = MLP(task.bottom, dtype=dtype, name="bottom")(x.astype(dtype), train=train)
         x = jnp.concatenate([x, interactions(x, embedded_BxFxD)], axis=-1)
@@ -172,7 +165,7 @@ class DLRM(nn.Module):
 
 
 class MLP(nn.Module):
-    """Dense layers, each followed by a ReLU and by dropout."""
+    """Dense layers, each followed by a ReLU and dropout."""
 
     widths: Sequence[int]
     dtype: Any
@@ -180,7 +173,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """[B, inputs] to [B, widths[-1]]."""
+        """Map [B, inputs] to [B, widths[-1]]."""
         for number, width in enumerate(self.widths):
             x = nn.relu(_dense(width, self.dtype, f"layer_{number}")(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
@@ -188,13 +181,13 @@ class MLP(nn.Module):
 
 
 class Normalized(nn.Module):
-    """Each column less its mean, over its standard deviation: the batch's in training, running ones otherwise."""
+    """Normalises each column by the batch's mean and variance in training, otherwise by running ones."""
 
     @nn.compact
     def __call__(self, x_BxI: jax.Array, present_BxI: jax.Array, *, train: bool) -> jax.Array:
-        """[B, I] to [B, I]; what is not present counts for nothing.
+        """Return the normalised columns [B, I]; missing entries do not count.
 
-        Running statistics are plain means over the first 100 batches, so that a short run has them right.
+        Over the first 100 batches, running statistics are plain means, so that short runs have usable ones.
         """
         kept: dict[str, Any] = {
             name: self.variable("statistics", name, make, shape)
@@ -211,19 +204,19 @@ class Normalized(nn.Module):
         variance_I = jnp.where(present_BxI, jnp.square(x_BxI - mean_I), 0).sum(axis=0) / jnp.maximum(count_I, 1)
         if not self.is_initializing():
             kept["batches"].value += 1
-            share = jnp.maximum(1 / kept["batches"].value, _NEW_SHARE)
+            share = jnp.maximum(1 / kept["batches"].value, _NEW_WEIGHT)
             for name, now_I in (("mean", mean_I), ("variance", variance_I)):
                 kept[name].value += jnp.where(count_I > 0, share * (now_I - kept[name].value), 0)
         return (x_BxI - mean_I) * jax.lax.rsqrt(variance_I + _LEAST_VARIANCE)
 
 
 def logarithms(integers_BxI: jax.Array) -> jax.Array:
-    """log(1 + max(x, 0)), float32."""
+    """Return log(1 + max(x, 0)), float32."""
     return jnp.log1p(jnp.maximum(integers_BxI, 0).astype(jnp.float32))
 
 
 def interactions(dense_BxD: jax.Array, embedded_BxFxD: jax.Array) -> jax.Array:
-    """Dot products of all pairs of different vectors, [B, V (V - 1) / 2]: the lower triangle, row by row."""
+    """Return dot products of all pairs of different vectors, [B, V (V - 1) / 2]: the lower triangle by rows."""
     vectors_BxVxD = jnp.concatenate([dense_BxD[:, None], embedded_BxFxD], axis=1)
     products_BxVxV = jnp.einsum("bvd,bwd->bvw", vectors_BxVxD, vectors_BxVxD)
     rows, columns = np.tril_indices(vectors_BxVxD.shape[1], -1)
@@ -238,3 +231,35 @@ def _dense(width: int, dtype: jnp.dtype, name: str) -> nn.Dense:
         bias_init=nn.initializers.normal(width**-0.5),
         name=name,
     )
+
+
+def auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Return the exact area under the ROC curve, by the rank statistic of Mann and Whitney; ties count half.
+
+    NaN if one of the classes is missing or a score is NaN.
+
+    Args:
+      scores: [examples], any increasing function of the predictions.
+      labels: [examples], 1 for positives and 0 for negatives.
+    """
+    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    positives = np.bincount(place, weights=labels, minlength=len(counts))
+    negatives = counts - positives
+    pairs = positives.sum() * negatives.sum()
+    if not pairs or np.isnan(scores).any():
+        return float("nan")
+    below = np.cumsum(negatives) - negatives
+    return float((positives * (below + negatives / 2)).sum() / pairs)
+
+
+def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Return the mean of -log p of the labels, in nats, float64; p is the logistic function of the logit."""
+    logits, labels = np.asarray(logits, np.float64), np.asarray(labels, np.float64)
+    return float(np.mean(np.logaddexp(0, logits) - labels * logits))
+
+
+def calibration(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Return mean prediction / mean label; NaN without positives."""
+    predicted = np.mean(np.exp(-np.logaddexp(0, -np.asarray(logits, np.float64))))
+    happened = np.mean(np.asarray(labels, np.float64))
+    return float(predicted / happened) if happened else float("nan")

@@ -1,13 +1,13 @@
-"""An encoder-decoder Transformer as a Flax module, for whole rows and position by position for a search.
+"""An encoder-decoder Transformer as a Flax module, for whole rows and, for a search, position by position.
 
-The model of Vaswani et al. (arXiv 1706.03762), with these differences: RMSNorm before each part in place of LayerNorm
-after it, rotary positions in all attention (between target and source too) in place of sinusoids that are added to
-embeddings, and no biases. One embedding serves both languages and the output.
+The model of Vaswani et al. (arXiv 1706.03762), with these differences: RMSNorm before each part instead of LayerNorm
+after it, rotary positions in all attention (between target and source too) instead of added sinusoids, and no biases.
+One embedding serves both languages and the output.
 
-Initialisation: kernels are truncated normal with variance 1 / fan_in, those that write into the residual stream divided
-by a further sqrt(writers in the stack), as in `lm`. The embedding has standard deviation 0.02 and is multiplied by
-sqrt(E) on its way in: large enough not to drown in what attention adds, small enough that the model does not begin by
-repeating its input.
+Initialisation: kernels are truncated normal with variance 1 / fan_in; those that write into the residual stream are
+divided by a further sqrt(writers in the stack), as in `lm`. The embedding has standard deviation 0.02 and is multiplied
+by sqrt(E) on input: large enough not to vanish beside what attention adds, small enough that the model does not begin
+by repeating its input.
 
 Shapes in names: B batch, S source slots, T target slots, E embed, H heads, D head_dim, M mlp, V vocab; in the search K
 beams and N slots of the cache. Parameters are float32; matmuls run in the compute dtype; norms, rotations, softmaxes
@@ -15,8 +15,8 @@ and logits are float32.
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
@@ -25,9 +25,7 @@ import jax.numpy as jnp
 from .attention import Rotation, attend, rotary_angles, rotate
 from .beam_search import take
 from .layout import gather_columns, shard_batch
-from .norms import rms_norm
-from .parameters import EMBEDDING_STD, fan_in, partitioned
-from .stack import REMAT_POLICIES
+from .modules import EMBEDDING_STD, REMAT_POLICIES, fan_in, partitioned, rms_norm, scan_layers
 
 if TYPE_CHECKING:
     from .translation import TranslationTask
@@ -38,13 +36,13 @@ _ROPE_THETA = 10_000.0
 
 
 class Transformer(nn.Module):
-    """Source and target inputs to logits; and the same position by position, for a search."""
+    """Maps source and target inputs to logits, for whole rows or position by position."""
 
     task: "TranslationTask"
-    train: bool  # whether there is dropout
+    train: bool  # enables dropout
 
     def setup(self):
-        """Declare the parts."""
+        """Declare the submodules."""
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
         init = partitioned(nn.initializers.normal(EMBEDDING_STD), "vocab", "embed")
@@ -59,7 +57,7 @@ class Transformer(nn.Module):
         self.drop = nn.Dropout(task.dropout, deterministic=not self.train)
 
     def __call__(self, inputs: Mapping[str, jax.Array]) -> jax.Array:
-        """Logits float32 [B, T, V] of source [B, S] and target [B, T], with their segments and positions."""
+        """Return logits float32 [B, T, V] of source [B, S] and target [B, T], with their segments and positions."""
         sources, targets = inputs["source_segments"], inputs["target_segments"]
         source_rotation = self._rotation(inputs["source_positions"])
         memory_BxSxE = self._encode(inputs["source"], sources, source_rotation)
@@ -72,19 +70,16 @@ class Transformer(nn.Module):
             source_rotation,
             self._rotation(inputs["target_positions"]),
         )
-        x_BxTxE, _ = self._scan(
-            self.task.decoder_layers, nn.broadcast, lambda block, x, *context: (block(x, *context), None)
-        )(self.decoder, self._embed(inputs["target"]), *context)
+        stack = scan_layers(lambda block, x, *context: (block(x, *context), None), self.task.decoder_layers)
+        x_BxTxE, _ = stack(self.decoder, self._embed(inputs["target"]), *context)
         return self._head(x_BxTxE)
 
     def memory(self, source_BxS: jax.Array, segments_BxS: jax.Array) -> KeysValues:
-        """What every layer of the decoder attends to in the source: keys and values [layers, B, S, H, D]."""
+        """Return the source's keys and values for every layer of the decoder, [layers, B, S, H, D]."""
         rotation = self._rotation(jnp.broadcast_to(jnp.arange(source_BxS.shape[1]), source_BxS.shape))
         memory_BxSxE = self._encode(source_BxS, segments_BxS, rotation)
-        _, memory = self._scan(
-            self.task.decoder_layers, nn.broadcast, lambda block, carry, *context: (carry, block.memory(*context))
-        )(self.decoder, None, memory_BxSxE, rotation)
-        return memory
+        stack = scan_layers(lambda block, carry, *inputs: (carry, block.memory(*inputs)), self.task.decoder_layers)
+        return stack(self.decoder, None, memory_BxSxE, rotation)[1]
 
     def step(
         self,
@@ -95,31 +90,25 @@ class Transformer(nn.Module):
         memory: KeysValues,
         segments_BxS: jax.Array,
     ) -> tuple[jax.Array, KeysValues]:
-        """Logits [B, K, V] behind the tokens at a position, and the cache of keys and values [layers, B, K, N, H, D].
+        """Return logits [B, K, V] after the tokens at a position, and the updated cache [layers, B, K, N, H, D].
 
-        Hypothesis k continues number parents[:, k] of the position before.
+        Hypothesis k continues hypothesis parents[:, k] of the previous position.
         """
         rotation = self._rotation(jnp.broadcast_to(position, (1, 1)))
-        (x_BxKxE, _), cache = self._scan(
+        stack = scan_layers(
+            lambda block, carry, *inputs: block.step(carry, *inputs),
             self.task.decoder_layers,
-            (0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
-            lambda block, carry, *context: block.step(carry, *context),
-        )(
-            self.decoder,
-            (self._embed(tokens_BxK), parents_BxK),
-            cache,
-            memory,
-            segments_BxS[:, None, :] > 0,
-            position,
-            rotation,
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         )
+        carry = self._embed(tokens_BxK), parents_BxK
+        visible_Bx1xS = segments_BxS[:, None, :] > 0
+        (x_BxKxE, _), cache = stack(self.decoder, carry, cache, memory, visible_Bx1xS, position, rotation)
         return self._head(x_BxKxE), cache
 
     def _encode(self, source_BxS: jax.Array, segments_BxS: jax.Array, rotation: Rotation) -> jax.Array:
         visible_BxSxS = segments_BxS[:, :, None] == segments_BxS[:, None, :]
-        x_BxSxE, _ = self._scan(
-            self.task.encoder_layers, nn.broadcast, lambda block, x, *context: (block(x, *context), None)
-        )(self.encoder, self._embed(source_BxS), visible_BxSxS, rotation)
+        stack = scan_layers(lambda block, x, *context: (block(x, *context), None), self.task.encoder_layers)
+        x_BxSxE, _ = stack(self.encoder, self._embed(source_BxS), visible_BxSxS, rotation)
         return self.encoder_norm(x_BxSxE)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
@@ -133,31 +122,20 @@ class Transformer(nn.Module):
     def _rotation(self, positions: jax.Array) -> Rotation:
         return rotary_angles(positions, self.task.head_dim, _ROPE_THETA)
 
-    def _scan(self, length: int, in_axes: Any, body: Callable[..., Any]) -> Callable[..., Any]:
-        """`body(block, carry, *inputs) -> (carry, outputs)` over the layers of a block."""
-        return nn.scan(
-            body,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=in_axes,
-            length=length,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-
 
 class EncoderBlock(nn.Module):
-    """Self-attention and MLP, each read from a normed residual stream [B, S, E] and added to it."""
+    """Self-attention and MLP, each applied to the normed residual stream [B, S, E] and added to it."""
 
     task: "TranslationTask"
     train: bool
 
     @nn.compact
     def __call__(self, x_BxSxE: jax.Array, visible_BxSxS: jax.Array, rotation: Rotation) -> jax.Array:
-        """The residual stream after this layer."""
+        """Return the residual stream after this layer."""
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
         drop = nn.Dropout(task.dropout, deterministic=not self.train)
-        # Two parts a layer write into the residual stream.
+        # Two parts of a layer write into the residual stream.
         attention = Attention(task, 2 * task.encoder_layers, name="attention")
         normed = rms_norm("attention_norm", dtype)(x_BxSxE)
         keys_values = attention.keys_values(normed, rotation)
@@ -168,13 +146,13 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Self-attention, attention to the source and MLP, each read from a normed residual stream and added to it."""
+    """Self-attention, attention to the source and MLP, each applied to the normed residual stream and added to it."""
 
     task: "TranslationTask"
     train: bool
 
     def setup(self):
-        """Declare the parts, three of which write into the residual stream."""
+        """Declare the submodules, three of which write into the residual stream."""
         task = self.task
         dtype, writers = jnp.dtype(task.compute_dtype), 3 * task.decoder_layers
         self.attention, self.source_attention = Attention(task, writers), Attention(task, writers)
@@ -191,7 +169,7 @@ class DecoderBlock(nn.Module):
         source_rotation: Rotation,
         rotation: Rotation,
     ) -> jax.Array:
-        """The residual stream [B, T, E] after this layer."""
+        """Return the residual stream [B, T, E] after this layer."""
         normed = self.attention_norm(x_BxTxE)
         keys_values = self.attention.keys_values(normed, rotation)
         x_BxTxE += self.drop(self.attention(normed, *keys_values, visible_BxTxT, rotation))
@@ -199,7 +177,7 @@ class DecoderBlock(nn.Module):
         return self._rest(x_BxTxE, memory, visible_BxTxS, rotation)
 
     def memory(self, memory_BxSxE: jax.Array, source_rotation: Rotation) -> KeysValues:
-        """Keys and values [B, S, H, D] of the source."""
+        """Return keys and values [B, S, H, D] of the source."""
         return self.source_attention.keys_values(memory_BxSxE, source_rotation)
 
     def step(
@@ -211,7 +189,7 @@ class DecoderBlock(nn.Module):
         position: jax.Array,
         rotation: Rotation,
     ) -> tuple[tuple[jax.Array, jax.Array], KeysValues]:
-        """The residual stream [B, K, E] of a position, with parents [B, K] beside it, and the cache [B, K, N, H, D]."""
+        """Return the residual stream [B, K, E] of a position with parents [B, K], and the cache [B, K, N, H, D]."""
         x_BxKxE, parents_BxK = carry
         normed = self.attention_norm(x_BxKxE)
         new = self.attention.keys_values(normed, rotation)
@@ -232,7 +210,7 @@ class Attention(nn.Module):
     """Multi-head attention with rotary positions on both sides; kernels [E, H, D] three times, and [H, D, E]."""
 
     task: "TranslationTask"
-    writers: int  # parts that write into the residual stream, of all layers together
+    writers: int  # parts of all layers that write into the residual stream
 
     def setup(self):
         """Declare the kernels."""
@@ -245,19 +223,19 @@ class Attention(nn.Module):
         self.out = dense(task.embed_dim, axis=(-2, -1), kernel_init=out_init)
 
     def keys_values(self, x_BxSxE: jax.Array, rotation: Rotation) -> KeysValues:
-        """What is attended to, [B, S, H, D] twice."""
+        """Return keys and values, [B, S, H, D] each."""
         return rotate(self.key(x_BxSxE), rotation), self.value(x_BxSxE)
 
     def __call__(
         self, x_BxTxE: jax.Array, keys: jax.Array, values: jax.Array, visible_BxTxS: jax.Array, rotation: Rotation
     ) -> jax.Array:
-        """What attention adds to the residual stream, [B, T, E]."""
+        """Return the update of the residual stream, [B, T, E]."""
         return self.out(attend(rotate(self.query(x_BxTxE), rotation), keys, values, visible_BxTxS))
 
     def search(
         self, x_BxKxE: jax.Array, keys: jax.Array, values: jax.Array, position: jax.Array, rotation: Rotation
     ) -> jax.Array:
-        """The same for one position of K hypotheses, each of which has keys and values [B, K, N, H, D] of its own."""
+        """Return the update at one position of K hypotheses with their own keys and values [B, K, N, H, D]."""
         beams, slots = keys.shape[1:3]
         visible_Kx1xN = jnp.broadcast_to(jnp.arange(slots) <= position, (beams, 1, slots))
         query_BxKx1xHxD = rotate(self.query(x_BxKxE), rotation)[:, :, None]
@@ -273,7 +251,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxE: jax.Array) -> jax.Array:
-        """What the MLP adds to the residual stream, [B, T, E]."""
+        """Return the update of the residual stream, [B, T, E]."""
         task = self.task
         dense = functools.partial(nn.Dense, use_bias=False, dtype=jnp.dtype(task.compute_dtype))
         up = dense(task.mlp_dim, kernel_init=fan_in(1.0, "embed", "mlp"), name="up")

@@ -6,16 +6,14 @@ V vocab.
 
 Parameters are float32; matmuls run in the compute dtype; norms, rotations, softmaxes and logits are float32.
 
-Initialisation: kernels are truncated normal with variance 1 / fan_in, those that write into the residual stream
-(attention/out, mlp/down) divided by a further sqrt(2 * layers), as in GPT-2. Embeddings have standard deviation 0.02
-and are not scaled on their way in (the norms make that immaterial), as in GPT-2 and Llama: small against what the
-layers add, so that with a tied head the model does not begin by repeating its input. A separate head has 0.02 too.
+Initialisation: kernels are truncated normal with variance 1 / fan_in; those that write into the residual stream
+(attention/out, mlp/down) are divided by a further sqrt(2 * layers), as in GPT-2. Embeddings have standard deviation
+0.02 and are not scaled on input, as in GPT-2 and Llama: they are small compared with what the layers add, so that a
+model with a tied head does not begin by repeating its input. A separate head has 0.02 too.
 """
 
 import dataclasses
 import functools
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -26,142 +24,110 @@ import numpy as np
 from . import layout, moe
 from .attention import Rotation, rotary_angles, rotate, self_attention
 from .layout import gather_columns, shard_tokens
-from .norms import rms_norm
-from .parameters import EMBEDDING_STD, axis_names, fan_in, partitioned
-from .stack import REMAT_POLICIES, run_layers
-
-Batch = Mapping[str, jax.Array]
-BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
+from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, real_targets, token_losses
+from .modules import EMBEDDING_STD, fan_in, partitioned, rms_norm, run_layers
 
 
 @dataclasses.dataclass(frozen=True)
-class LMTask:
-    """Next-token prediction on packed rows, as the trainer sees it.
+class LMTask(LinenTask):
+    """Next-token prediction on packed rows.
 
-    A batch holds int32 arrays [B, T + 1]: tokens, segments (0 is padding), positions and characters; inputs are
-    `[:, :-1]` and targets `[:, 1:]`, of which those count whose segment is their input's and is not 0.
+    A batch holds int32 arrays [B, T + 1]: tokens, segments (0 is padding), positions and characters. Inputs are
+    `[:, :-1]` and targets `[:, 1:]`; a target counts if its segment equals its input's and is not 0.
     """
 
-    vocab_size: int = 4096  # must be the data's
+    vocab_size: int = 4096  # number of tokens; must equal data.vocab_size
     layers: int = 4  # blocks of attention and MLP
     embed_dim: int = 256  # width of the residual stream
     heads: int = 4  # query heads
-    kv_heads: int = 4  # key and value heads, each shared by heads / kv_heads query heads
-    head_dim: int = 64  # per head; even, because rotary positions turn pairs
-    mlp_dim: int = 768  # hidden width of SwiGLU, customarily 8/3 of embed_dim
+    kv_heads: int = 4  # key and value heads; heads / kv_heads query heads share each
+    head_dim: int = 64  # width of a head; even, for rotary positions
+    mlp_dim: int = 768  # hidden width of SwiGLU, usually 8/3 of embed_dim
     rope_theta: float = 10_000.0  # longest rotary wavelength / 2 pi; larger for longer sequences
-    tied_head: bool = True  # the embedding is also the head; saves V * E parameters
-    qk_norm: bool = False  # RMSNorm on queries and keys: keeps attention logits bounded in large models
+    tied_head: bool = True  # use the embedding as output head; saves vocab_size * embed_dim parameters
+    qk_norm: bool = False  # RMSNorm on queries and keys; bounds attention logits in large models
     remat: str = "none"  # recompute in the backward pass: "none", "full" (least memory) or "dots"
     compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
-    z_loss: float = 0.0  # weight of log(Z)^2 in the training loss (PaLM: 1e-4); keeps logits from drifting
-    scan_layers: bool = True  # one traced block for all layers; False unrolls them, to compare
-    attention_block: int = 0  # keys whose scores are held at once; 0 is all, T^2 a head: for long sequences 512 or so
-    experts: int = 0  # of which each token uses a few, in place of one MLP; 0 is the MLP
-    experts_per_token: int = 2  # that each token is sent to: 1 as in Switch, 2 as in GShard and Mixtral
-    capacity_factor: float = 1.25  # room of an expert over its even share; what finds none passes by it
-    expert_group: int = 0  # neighbours in a row that share that room; 0 is the row, less costs less to send
-    balance_loss: float = 0.01  # weight of the loss that spreads tokens over experts (Switch: 1e-2)
-    router_z_loss: float = 0.001  # weight of the routers' log(Z)^2 (ST-MoE: 1e-3); keeps their logits from drifting
+    z_loss: float = 0.0  # weight of log(Z)^2 in the training loss (PaLM: 1e-4); limits drift of the logits
+    scan_layers: bool = True  # trace one block for all layers; False unrolls them
+    attention_block: int = (
+        0  # keys per block of memory-efficient attention (512 for long sequences); 0 holds all T x T scores
+    )
+    experts: int = 0  # number of experts that replace the MLP; 0 keeps the MLP
+    experts_per_token: int = 2  # experts per token: 1 as in Switch, 2 as in GShard and Mixtral
+    capacity_factor: float = 1.25  # expert capacity / mean load; an expert drops tokens above it
+    expert_group: int = 0  # tokens that share an expert's capacity; 0 is the row; smaller groups cost less dispatch
+    balance_loss: float = 0.01  # weight of the loss that balances the load of experts (Switch: 1e-2)
+    router_z_loss: float = 0.001  # weight of the routers' log(Z)^2 (ST-MoE: 1e-3); limits drift of their logits
 
     def __post_init__(self):
-        for name in ("vocab_size", "layers", "embed_dim", "heads", "kv_heads", "head_dim", "mlp_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"task.{name} is {getattr(self, name)}; it must be at least 1")
+        check_options(
+            self,
+            positive="vocab_size layers embed_dim heads kv_heads head_dim mlp_dim",
+            not_negative="attention_block experts expert_group balance_loss router_z_loss z_loss",
+        )
         if self.heads % self.kv_heads:
-            raise ValueError(
-                f"task.heads {self.heads} is not divisible by task.kv_heads {self.kv_heads}; "
-                f"use a divisor of {self.heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"task.head_dim is {self.head_dim}; rotary positions need it even: {self.head_dim + 1}")
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"task.remat is {self.remat!r}; use one of {', '.join(REMAT_POLICIES)}")
-        if self.compute_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"task.compute_dtype is {self.compute_dtype!r}; use 'float32' or 'bfloat16'")
-        for name in ("attention_block", "experts", "expert_group", "balance_loss", "router_z_loss"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"task.{name} is {getattr(self, name)}; it must be at least 0")
+            raise ValueError(f"task.kv_heads={self.kv_heads}: must divide task.heads={self.heads}")
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
             raise ValueError(
-                f"task.experts_per_token is {self.experts_per_token}; with task.experts {self.experts} "
-                f"it must be 1 to {self.experts}"
+                f"task.experts_per_token={self.experts_per_token}: must be 1 to task.experts={self.experts}"
             )
-        if self.capacity_factor <= 0:
-            raise ValueError(f"task.capacity_factor is {self.capacity_factor}; it must be above 0, such as 1.25")
-        if not 0 <= self.z_loss < math.inf:
-            raise ValueError(f"task.z_loss is {self.z_loss}; it must be at least 0 and finite, such as 1e-4")
-        if self.rope_theta <= 0:
-            raise ValueError(f"task.rope_theta is {self.rope_theta}; it must be above 0, such as 10_000")
+        for name in ("capacity_factor", "rope_theta"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"task.{name}={getattr(self, name)}: must be above 0")
 
-    def init(self, key: jax.Array, batch_spec: BatchSpec) -> dict[str, Any]:
-        """Parameters as plain nested dicts {"params": ...}, float32; pure, works under jax.eval_shape."""
+    def boxed(self, key: jax.Array) -> Any:
+        """See `LinenTask.boxed`. Axes: layers, experts, embed, mlp, heads, kv_heads, kv (in a head), vocab, norm."""
+        row = jnp.zeros((1, 2), jnp.int32)
+        return Transformer(self).init(key, row, row, row)
+
+    def check_batch(self, batch_spec: BatchSpec) -> None:
+        """See `LinenTask.check_batch`."""
         if "tokens" not in batch_spec:
             raise ValueError(f"the batch has {sorted(batch_spec)} and no 'tokens'; a language model needs text data")
         layout.check_sequence(batch_spec["tokens"].shape[1] - 1)
-        return nn.unbox(self._boxed_init(key))
 
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
     ) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
-        """Mean nats per real target (0 where there is none), no model state, and the metrics as (total, weight).
+        """Return mean nats per real target (0 if there are none), no model state, and metrics as (total, weight).
 
-        metrics: "loss", nats over targets, while training with z_loss and the losses of routers; "bits_per_character",
-        bits over the characters that begin in the targets (ends of documents cost bits and have no characters);
-        "accuracy"; with z_loss also "z_loss", the mean of log(Z)^2 before its weight (PaLM, arXiv 2204.02311, section
-        5); with experts also those of `moe.router_metrics`.
+        metrics: "loss", nats over targets, in training plus z_loss and the routers' losses; "bits_per_character", bits
+        over the characters that begin in the targets (ends of documents cost bits and have no characters); "accuracy";
+        with z_loss also "z_loss", the mean of log(Z)^2; with experts also those of `moe.router_metrics`.
         """
         del key  # no dropout
-        real_BxT = (batch["segments"][:, 1:] == batch["segments"][:, :-1]) & (batch["segments"][:, 1:] > 0)
         logits_BxTxV, routing = self._apply(variables, batch)
-        logsumexp_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
-        chosen_BxT = jnp.take_along_axis(logits_BxTxV, batch["tokens"][:, 1:, None], axis=-1)[..., 0]
-        nats_BxT = logsumexp_BxT - chosen_BxT
-
-        def total(values_BxT: jax.Array) -> jax.Array:
-            return jnp.where(real_BxT, values_BxT, 0).sum(dtype=jnp.float32)
-
-        targets, nats = total(jnp.ones_like(nats_BxT)), total(nats_BxT)
-        objective = nats
-        z_metrics = {"z_loss": (total(jnp.square(logsumexp_BxT)), targets)} if self.z_loss else {}
-        if train and z_metrics:
-            objective += self.z_loss * z_metrics["z_loss"][0]
-        # As argmax == target, but the maximum is there already; a tie counts as right.
-        right = total(chosen_BxT >= logits_BxTxV.max(axis=-1))
+        losses = token_losses(logits_BxTxV, batch["tokens"][:, 1:], real_targets(batch["segments"]))
+        objective, targets = losses.nats, losses.count
+        z_metrics = {"z_loss": (losses.z, targets)} if self.z_loss else {}
         routers = {} if routing is None else moe.router_metrics(routing, self.experts_per_token)
+        if train and z_metrics:
+            objective += self.z_loss * losses.z
         if train and routers:
             for name in ("balance_loss", "router_z_loss"):
                 total_of_routers, inputs = routers[name]
                 objective += targets * getattr(self, name) * total_of_routers / jnp.maximum(inputs, 1)
+        characters = jnp.where(real_targets(batch["segments"]), batch["characters"][:, 1:], 0).sum(dtype=jnp.float32)
         metrics = {
             "loss": (objective, targets),
-            "bits_per_character": (nats / np.log(2), total(batch["characters"][:, 1:])),
-            "accuracy": (right, targets),
+            "bits_per_character": (losses.nats / np.log(2), characters),
+            "accuracy": (losses.correct, targets),
             **z_metrics,
             **routers,
         }
         return objective / jnp.maximum(targets, 1), ({}, metrics)
 
     def logits(self, variables: dict[str, Any], batch: Batch) -> jax.Array:
-        """Predictions for the inputs `tokens[:, :-1]`: float32 [B, T, V]."""
+        """Return predictions for the inputs `tokens[:, :-1]`, float32 [B, T, V]."""
         return self._apply(variables, batch)[0]
 
-    def logical_axes(self, variables: dict[str, Any]) -> dict[str, Any]:
-        """A tuple of names per parameter, one for each dimension.
-
-        Names: layers, experts, embed, mlp, heads, kv_heads, kv (inside a head), vocab, norm (scales of norms).
-        """
-        boxed = jax.eval_shape(lambda: self._boxed_init(jax.random.key(0)))
-        return axis_names(variables, boxed)
-
     def flops(self, batch_spec: BatchSpec) -> float:
-        """Training FLOPs of one batch: 6 N tokens + 12 layers T H D tokens + 6 E V tokens.
+        """Return the training FLOPs of one batch: 6 N tokens + 12 layers T H D tokens + 6 E V tokens.
 
-        N counts the parameters of the blocks' matmuls, of experts those that a token uses; sending tokens to them and
-        back is not counted. The attention term is PaLM's (arXiv 2204.02311, appendix B):
-        the whole T x T square, because the masked half is computed too. Recomputation by remat, norms and softmaxes
-        are not counted, as is usual for MFU.
+        N counts the parameters of the blocks' matmuls, of experts those that a token uses; dispatch is not counted. The
+        attention term is PaLM's (arXiv 2204.02311, appendix B): the whole T x T square, because the masked half is
+        computed too. Recomputation by remat, norms and softmaxes are not counted, as is usual for MFU.
         """
         rows, length = batch_spec["tokens"].shape
         sequence = length - 1
@@ -178,13 +144,9 @@ class LMTask:
         result: Any = Transformer(self).apply(variables, *inputs)
         return result
 
-    def _boxed_init(self, key: jax.Array) -> Any:
-        row = jnp.zeros((1, 2), jnp.int32)
-        return Transformer(self).init(key, row, row, row)
-
 
 class Transformer(nn.Module):
-    """Tokens, segments and positions [B, T] to logits [B, T, V] and, with experts, the routers' sums for each layer."""
+    """Maps tokens, segments and positions [B, T] to logits [B, T, V] and, with experts, the routers' sums."""
 
     task: LMTask
 
@@ -192,7 +154,7 @@ class Transformer(nn.Module):
     def __call__(
         self, tokens_BxT: jax.Array, segments_BxT: jax.Array, positions_BxT: jax.Array
     ) -> tuple[jax.Array, moe.Routing | None]:
-        """Logits, float32, and sums [layers, ...] as in `moe.route`."""
+        """Return logits, float32, and the sums [layers, ...] of `moe.route`."""
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
         init = nn.initializers.normal(EMBEDDING_STD)
@@ -222,7 +184,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU (or experts), each read from a normed residual stream [B, T, E] and added to it."""
+    """Attention and SwiGLU (or experts), each applied to the normed residual stream [B, T, E] and added to it."""
 
     task: LMTask
 
@@ -230,7 +192,7 @@ class Block(nn.Module):
     def __call__(
         self, x_BxTxE: jax.Array, segments_BxT: jax.Array, rotation: Rotation
     ) -> tuple[jax.Array, moe.Routing | None]:
-        """The residual stream after this layer, and what its router did, if it has one."""
+        """Return the residual stream after this layer, and the sums of its router if it has experts."""
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
         attention = Attention(task, name="attention")
@@ -252,7 +214,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxE: jax.Array, segments_BxT: jax.Array, rotation: Rotation) -> jax.Array:
-        """What attention adds to the residual stream, [B, T, E]."""
+        """Return the update of the residual stream, [B, T, E]."""
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
         dense = functools.partial(nn.DenseGeneral, use_bias=False, dtype=dtype)
@@ -275,7 +237,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxE: jax.Array) -> jax.Array:
-        """What the MLP adds to the residual stream, [B, T, E]."""
+        """Return the update of the residual stream, [B, T, E]."""
         task = self.task
         dense = functools.partial(nn.Dense, use_bias=False, dtype=jnp.dtype(task.compute_dtype))
         gate = dense(task.mlp_dim, kernel_init=fan_in(1.0, "embed", "mlp"), name="gate")(x_BxTxE)

@@ -1,9 +1,9 @@
-"""A mixture of experts in place of an MLP: each token is sent to the few experts that its router prefers.
+"""A mixture of experts in place of an MLP: a router sends each token to a few experts.
 
-Token-choice top-k routing with a bound on what an expert takes (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961).
-Tokens travel by products with one-hot arrays, which the partitioner understands: with the experts divided over the mesh
-axis `expert`, tokens move there and back in an all-to-all each, and no expert's weights move. Shapes in names: B batch,
-N groups of a row, T tokens of a group, X experts, C capacity, E embed, M mlp.
+Token-choice top-k routing with bounded expert capacity (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961). Dispatch
+and combine are einsums with one-hot tensors. With experts sharded over the mesh axis `expert`, the partitioner turns
+each into an all-to-all of tokens, and no expert's weights move. Shapes in names: B batch, N groups of a row, T tokens
+of a group, X experts, C capacity, E embed, M mlp.
 """
 
 import dataclasses
@@ -14,20 +14,20 @@ import jax
 import jax.numpy as jnp
 
 from .layout import shard_experts, shard_groups, shard_tokens
-from .parameters import fan_in
+from .modules import fan_in
 
 Routing = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """What the router decides by.
+    """Options of the router.
 
     Attributes:
       count: number of experts.
-      per_token: how many each token is sent to.
-      capacity_factor: room of an expert as a multiple of its even share of a group.
-      group: tokens, neighbours in a row, that share that room; 0 for the whole row.
+      per_token: number of experts that each token is sent to.
+      capacity_factor: capacity of an expert as a multiple of the mean load.
+      group: neighbouring tokens of a row that share a capacity; 0 for the whole row.
     """
 
     count: int
@@ -36,37 +36,37 @@ class Experts:
     group: int
 
     def capacity(self, tokens: int) -> int:
-        """Tokens that an expert takes from a group of so many."""
+        """Return the number of tokens that an expert accepts from a group of `tokens`."""
         return min(tokens, max(1, math.ceil(tokens * self.per_token * self.capacity_factor / self.count)))
 
     def group_of(self, length: int) -> int:
-        """Tokens of a group in rows of so many.
+        """Return the number of tokens of a group in rows of `length`.
 
         Raises:
-          ValueError: rows do not divide into groups.
+          ValueError: the row is not divisible into groups.
         """
         group = min(self.group, length) or length
         if length % group:
-            raise ValueError(f"rows of {length} tokens do not divide into groups of {group}; use a divisor of {length}")
+            raise ValueError(f"task.expert_group={group}: must divide rows of {length} tokens")
         return group
 
 
 def route(logits: jax.Array, real: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array, Routing]:
-    """Where each token goes, and with what weight its experts answer.
+    """Return the experts of each token and the weights of their outputs.
 
-    First choices are served before second ones, and earlier tokens before later ones. A token that finds an expert full
-    gets nothing from it. With one expert per token its weight is the probability, so that the router learns; with more,
-    the probabilities of those chosen are scaled to a sum of 1.
+    First choices are served before second ones, earlier tokens before later ones. A token gets nothing from a full
+    expert. With one expert per token its weight is the probability, so that the router learns; with more, the
+    probabilities of the chosen experts are scaled to a sum of 1.
 
     Args:
       logits: float32 [..., T, X].
-      real: bool [..., T]; the others, padding, are sent nowhere.
-      experts: see there.
+      real: bool [..., T]; padding is sent nowhere.
+      experts: options.
 
     Returns:
       (sent, weights, routing): bool and float32 [..., T, X, C], token t in slot c of expert x; and sums over real
-      tokens: `assigned` [X], tokens that chose each expert, `probability` [X], `dropped`, choices that found an expert
-      full, and `router_z`, squared logsumexp (ST-MoE, arXiv 2202.08906, equation 5).
+      tokens: `assigned` [X], tokens that chose each expert; `probability` [X]; `dropped`, choices of a full expert; and
+      `router_z`, squared logsumexp (ST-MoE, arXiv 2202.08906, equation 5).
     """
     capacity = experts.capacity(logits.shape[-2])
     probabilities = jax.nn.softmax(logits, axis=-1)
@@ -96,15 +96,15 @@ def route(logits: jax.Array, real: jax.Array, experts: Experts) -> tuple[jax.Arr
 
 
 def router_metrics(routing: Routing, per_token: int) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Means over layers and real tokens, as (total, weight).
+    """Return means over layers and real tokens, as (total, weight).
 
-    "dropped_tokens": choices that found their expert full, of all; "load_imbalance": tokens that chose the busiest
-    expert over an even share; "balance_loss": X sum_x f_x p_x, with f the share of choices and p the mean probability
-    of an expert (arXiv 2101.03961, equation 4), 1 where all are even; "router_z_loss".
+    "dropped_tokens": share of choices dropped by full experts; "load_imbalance": load of the busiest expert / mean
+    load; "balance_loss": X sum_x f_x p_x, with f the share of choices and p the mean probability of an expert (arXiv
+    2101.03961, equation 4), 1 if all are equal; "router_z_loss".
 
     Args:
-      routing: the sums of `route`, with a leading dimension for the layers.
-      per_token: experts that each token chooses.
+      routing: sums of `route`, with a leading dimension for the layers.
+      per_token: number of experts that each token chooses.
     """
     assigned_LxX, probability_LxX = routing["assigned"], routing["probability"]
     experts = assigned_LxX.shape[-1]
@@ -121,26 +121,26 @@ def router_metrics(routing: Routing, per_token: int) -> dict[str, tuple[jax.Arra
 
 
 class RoutedSwiGLU(nn.Module):
-    """Experts, each a SwiGLU with kernels of its own: gate and up [X, E, M], down [X, M, E]; router [E, X].
+    """Experts, each a SwiGLU with its own kernels: gate and up [X, E, M], down [X, M, E]; router [E, X].
 
-    The router's kernel is a matrix like any other; its experts have no name, for a dimension named "experts" would be
-    divided over the mesh, and stack vectors for Shampoo.
+    The router's kernel is an ordinary matrix: its second axis has no name, because an axis named "experts" would be
+    sharded over the mesh and stack vectors for Shampoo.
     """
 
     experts: Experts
     mlp_dim: int
-    layers: int  # of the whole model; see the module `lm` for what the initialisation makes of it
+    layers: int  # of the whole model, for the initialisation; see the module `lm`
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x_BxTxE: jax.Array, real_BxT: jax.Array) -> tuple[jax.Array, Routing]:
-        """What the experts add to the residual stream [B, T, E], and the sums of `route`."""
+        """Return the update of the residual stream [B, T, E], and the sums of `route`."""
         batch, length, embed = x_BxTxE.shape
         group = self.experts.group_of(length)
         x_BxNxTxE = x_BxTxE.reshape(batch, length // group, group, embed)
         real_BxNxT = real_BxT.reshape(x_BxNxTxE.shape[:3])
         router_ExX = self.param("router", fan_in(1.0, "embed", None), (embed, self.experts.count))
-        # float32: rounding of bfloat16 decides between experts otherwise (Switch, section 2.4).
+        # float32, because bfloat16 rounding would change the choice of experts (Switch, section 2.4).
         logits = jnp.einsum("bnte,ex->bntx", x_BxNxTxE.astype(jnp.float32), router_ExX)
         sent, weights, routing = route(logits, real_BxNxT, self.experts)
 
@@ -149,8 +149,8 @@ class RoutedSwiGLU(nn.Module):
             init = fan_in(scale, "experts", inputs, outputs, stacked=1)
             return self.param(name, init, (self.experts.count, sizes[inputs], sizes[outputs])).astype(self.dtype)
 
-        # By groups first, for the gradient that comes back: for its product with `sent` the partitioner would otherwise
-        # gather the tokens of the whole batch on every device.
+        # Sharded by groups first, for the backward pass: otherwise the partitioner gathers the tokens of the whole
+        # batch on every device for the gradient's product with `sent`.
         into = shard_experts(shard_groups(jnp.einsum("bntxc,bnte->bxnce", sent.astype(self.dtype), x_BxNxTxE)))
         gate = jnp.einsum("bxnce,xem->bxncm", into, kernel("gate", 1.0, "embed", "mlp"))
         up = jnp.einsum("bxnce,xem->bxncm", into, kernel("up", 1.0, "embed", "mlp"))

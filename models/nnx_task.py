@@ -1,9 +1,8 @@
-"""An NNX module as a task: the adapter between modules that hold their arrays and a trainer that passes them.
+"""Base of tasks with an NNX module: the adapter between modules that hold their arrays and a trainer that passes them.
 
-The trainer sees what it sees of any task, pure functions on nested dicts of arrays. A module is taken apart into its
-parameters, collection "params", and what else it holds (batch statistics, counters), collection "state"; it is put
-together again inside every trace. Its random streams belong to neither: they start anew from the key of each step, so
-that a resumed run draws the same numbers. What modules `sow` is not kept.
+The module is split into its parameters, collection "params", and its other arrays (batch statistics, counters),
+collection "state", and merged again inside every trace. Its random streams belong to neither: they restart from the key
+of each step, so that a resumed run draws the same numbers. Values that modules `sow` are not kept.
 """
 
 import abc
@@ -13,59 +12,58 @@ from typing import Any
 import jax
 from flax import nnx
 
-Batch = Mapping[str, jax.Array]
-BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
-Path = tuple[Any, ...]  # of an array in a module: names, and places in lists
+from .linen_task import Batch, BatchSpec, Metrics
+
+Path = tuple[Any, ...]  # of an array in a module: names, and indices in lists
 
 
 class NNXTask(abc.ABC):
-    """Base of a frozen dataclass that names an NNX module and measures it; the rest of a task follows from these.
+    """Base of a frozen dataclass that names an NNX module and measures it; it derives the methods of a task.
 
-    Logical axis names are those of the module's own metadata, `nnx.with_partitioning(init, ("embed", "mlp"))`;
-    arrays without have None for every dimension and lie whole on every device.
+    Logical axis names come from the module's metadata, `nnx.with_partitioning(init, ("embed", "mlp"))`; arrays without
+    names have None for every dimension and are replicated.
     """
 
     @abc.abstractmethod
     def module(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The module at the start of training: a function of the task's fields and of `rngs` alone."""
+        """Return the initial module, a function of the task's fields and `rngs` alone."""
 
     @abc.abstractmethod
     def measure(self, module: Any, batch: Batch, *, train: bool) -> Metrics:
-        """What the module makes of a batch: (total, weight) by name, float32 scalars; pure but for the module.
+        """Return (total, weight) by name, float32 scalars, of the module on a batch; pure except for the module.
 
-        metrics["loss"] is required; its total / weight is what training lowers. Examples that only fill up a batch are
-        all zeros and must have no weight.
+        metrics["loss"] is required; training lowers its total / weight. Padding examples are all zeros and must have no
+        weight.
 
         Args:
-          module: in training mode (`module.train()`), or in evaluation mode where `train` is False.
+          module: in training mode (`module.train()`), or in evaluation mode if `train` is False.
           batch: arrays [B, ...].
           train: whether a gradient is taken.
         """
 
     @abc.abstractmethod
     def flops(self, batch_spec: BatchSpec) -> float:
-        """Floating-point operations of one training step on one batch: three times the forward pass."""
+        """Return the floating-point operations of one training step on one batch: three times the forward pass."""
 
     def init(self, key: jax.Array, batch_spec: BatchSpec) -> dict[str, Any]:
-        """{"params": {...}} and, if the module holds other arrays than parameters, {"state": {...}}; float32 or own."""
+        """Return {"params": {...}} and, if the module holds other arrays, {"state": {...}}."""
         del batch_spec
-        leaves = nnx.to_flat_state(self._take_apart(key)[1])
+        leaves = nnx.to_flat_state(self._split(key)[1])
         return _collections({tuple(path): (leaf, leaf.get_value()) for path, leaf in leaves})
 
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
     ) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
-        """`(loss, (new_model_state, metrics))` of one batch; the model state is what the module holds afterwards.
+        """Return `(loss, (new_model_state, metrics))` of one batch.
 
         Raises:
-          ValueError: there is no metric "loss".
+          ValueError: `measure` returns no metric "loss".
         """
         module = self.assemble(variables, key=key, train=train)
         with nnx.use_eager_sharding(False):
             metrics = self.measure(module, batch, train=train)
         if "loss" not in metrics:
-            raise ValueError(f"{type(self).__name__}.measure gives {', '.join(metrics) or 'nothing'} and no 'loss'")
+            raise ValueError(f"{type(self).__name__}.measure returns {', '.join(metrics) or 'nothing'} and no 'loss'")
         total, weight = metrics["loss"]
         left = dict(nnx.to_flat_state(nnx.state(module)))
         after = {path: (leaf, left[path].get_value()) for path, leaf in self._abstract()[1].items()}
@@ -73,17 +71,17 @@ class NNXTask(abc.ABC):
         return total / weight, (model_state, metrics)
 
     def logical_axes(self, variables: dict[str, Any]) -> dict[str, Any]:
-        """The names in the module's metadata, one for each dimension, None where it has none."""
+        """Return the names in the module's metadata, one for each dimension, or None."""
         names = _collections({path: (leaf, _names(leaf)) for path, leaf in self._abstract()[1].items()})
         return jax.tree.map(lambda _, axes: axes, variables, names)
 
     def assemble(self, variables: dict[str, Any], *, key: jax.Array, train: bool = False) -> Any:
-        """The module with the given arrays, its random streams begun from `key`, in training or evaluation mode.
+        """Return the module with the given arrays and random streams from `key`, in training or evaluation mode.
 
         Args:
-          variables: of `init`, or from a checkpoint.
-          key: of dropout and the like; in evaluation mode most modules have no use for it.
-          train: the mode.
+          variables: from `init` or a checkpoint.
+          key: key of dropout and similar; most modules do not use it in evaluation mode.
+          train: selects the mode.
         """
         graph, leaves = self._abstract()
         state = []
@@ -104,12 +102,12 @@ class NNXTask(abc.ABC):
         return module
 
     def _abstract(self) -> tuple[Any, dict[Path, nnx.Variable]]:
-        """The module taken apart, with shapes in place of arrays."""
-        graph, state = jax.eval_shape(self._take_apart, jax.random.key(0))
+        """Return the split module, with shapes in place of arrays."""
+        graph, state = jax.eval_shape(self._split, jax.random.key(0))
         return graph, {tuple(path): leaf for path, leaf in nnx.to_flat_state(state)}
 
-    def _take_apart(self, key: jax.Array) -> tuple[Any, Any]:
-        # Logical names are no axes of the mesh in the context, on which NNX would lay new arrays at once.
+    def _split(self, key: jax.Array) -> tuple[Any, Any]:
+        # NNX would shard new arrays at once over the mesh in the context, whose axes the logical names are not.
         with nnx.use_eager_sharding(False):
             return nnx.split(self.module(nnx.Rngs(key)))
 
@@ -119,7 +117,7 @@ def _collection(leaf: nnx.Variable) -> str:
 
 
 def _collections(leaves: Mapping[Path, tuple[nnx.Variable, Any]]) -> dict[str, Any]:
-    """Nested dicts by collection of what is given for each variable; lists of modules have "0", "1", ... for keys."""
+    """Return nested dicts by collection of a value for each variable; indices in lists become keys "0", "1", ..."""
     result: dict[str, Any] = {"params": {}}
     for path, (leaf, value) in leaves.items():
         if isinstance(leaf, nnx.RngState):

@@ -1,18 +1,18 @@
 """Residual networks for image classification, ResNet v1.5, and their task.
 
-He et al. 2016 (arXiv 1512.03385) with the stride of a bottleneck in its 3x3 convolution, as MLPerf's "v1.5" has it.
-Shapes in names: B batch, H height, W width, C channels, K classes.
+He et al. 2016 (arXiv 1512.03385) with the stride of a bottleneck in its 3x3 convolution, as in MLPerf's "v1.5". Shapes
+in names: B batch, H height, W width, C channels, K classes.
 
 Parameters are float32; convolutions run in the compute dtype; normalisation, logits and loss are float32.
 
-Initialisation is that of Goyal et al. 2017 (arXiv 1706.02677, section 5.1): convolutions are normal with variance
+Initialisation follows Goyal et al. 2017 (arXiv 1706.02677, section 5.1): convolutions are normal with variance
 2 / fan_out, the scale of the last normalisation of each block is 0, so that a block begins as its shortcut, and the
 classifier has standard deviation 0.01.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -21,89 +21,86 @@ import jax.numpy as jnp
 
 from .batch_norm import BatchNorm
 from .layout import shard_batch
-
-Batch = Mapping[str, jax.Array]
-BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
+from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options
+from .modules import partitioned, scan_layers
 
 _EXPANSION = {"bottleneck": 4, "basic": 1}  # channels of a block's result, relative to its width
 _STEMS = ("imagenet", "small")
 
 
 @dataclasses.dataclass(frozen=True)
-class ResNetTask:
-    """Classification of images, as the trainer sees it.
+class ResNetTask(LinenTask):
+    """Classification of images.
 
-    A batch holds uint8 "image" [B, H, W, C], int32 "label" [B] in 0 .. classes - 1, and float32 "weight" [B]: 0 for
-    examples that count for nothing, not in batch statistics either. ResNet-50 is the default.
+    A batch holds uint8 "image" [B, H, W, C], int32 "label" [B] in 0 .. classes - 1, and float32 "weight" [B]:
+    examples of weight 0 do not count, not even in batch statistics. The default is ResNet-50.
     """
 
-    classes: int = 1_000  # must be the data's
-    stages: tuple[int, ...] = (3, 4, 6, 3)  # blocks in each; every stage but the first halves the image
-    width: int = 64  # channels inside the blocks of the first stage; each further stage has twice as many
-    block: str = "bottleneck"  # 1x1, 3x3, 1x1 with four times as many channels out; or "basic", 3x3 twice
-    stem: str = "imagenet"  # 7x7 with stride 2 and a pool with stride 2; or "small", one 3x3, for images of 28 or 32
-    stem_stride: int = 1  # of the small stem; 2 makes all that follows four times as cheap
-    label_smoothing: float = 0.0  # share of the target spread over all classes, in training (MLPerf: 0.1)
-    batch_norm_group: int = 0  # examples normalised together; 0 is all of a micro-batch, on all devices
-    batch_norm_momentum: float = 0.9  # of the running statistics; less for a short run
-    batch_norm_epsilon: float = 1e-5  # added to the variance
-    pixel_mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel, of pixels from 0 to 1: ImageNet's
-    pixel_std: tuple[float, ...] = (0.229, 0.224, 0.225)  # likewise
+    classes: int = 1_000  # number of labels; must equal data.classes
+    stages: tuple[int, ...] = (3, 4, 6, 3)  # blocks per stage; every stage but the first halves the image
+    width: int = 64  # channels inside the blocks of the first stage; each later stage doubles them
+    block: str = "bottleneck"  # "bottleneck": 1x1, 3x3, 1x1 with 4x channels; "basic": 3x3 twice
+    stem: str = "imagenet"  # "imagenet": 7x7 and pool, stride 2 each; "small": one 3x3, for images of 28 or 32
+    stem_stride: int = 1  # stride of the small stem; 2 makes all later layers four times cheaper
+    label_smoothing: float = 0.0  # probability spread over all classes, in training (MLPerf: 0.1)
+    batch_norm_group: int = 0  # examples normalised together; 0 is the whole micro-batch, on all devices
+    batch_norm_momentum: float = 0.9  # momentum of the running statistics; short runs need less
+    pixel_mean: tuple[float, ...] = (
+        0.485,
+        0.456,
+        0.406,
+    )  # mean of each channel, for pixels from 0 to 1; default: ImageNet
+    pixel_std: tuple[float, ...] = (0.229, 0.224, 0.225)  # standard deviation of each channel
     compute_dtype: str = "float32"  # of convolutions and activations; "bfloat16" on accelerators
-    scan_blocks: bool = True  # one traced block for all like ones of a stage; False unrolls them, to compare
+    scan_blocks: bool = True  # trace one block for all equal blocks of a stage; False unrolls them
 
     def __post_init__(self):
+        check_options(
+            self,
+            positive="classes width stem_stride",
+            not_negative="batch_norm_group",
+            fractions="label_smoothing batch_norm_momentum",
+        )
         if not self.stages or min(self.stages) < 1:
-            raise ValueError(f"task.stages is {self.stages}; each needs at least 1 block, as in (3, 4, 6, 3)")
-        for name in ("classes", "width", "stem_stride"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"task.{name} is {getattr(self, name)}; it must be at least 1")
+            raise ValueError(f"task.stages={self.stages}: each needs at least 1 block, as in (3, 4, 6, 3)")
         if self.block not in _EXPANSION:
-            raise ValueError(f"task.block is {self.block!r}; use one of {', '.join(_EXPANSION)}")
+            raise ValueError(f"task.block={self.block!r}: use one of {', '.join(_EXPANSION)}")
         if self.stem not in _STEMS:
-            raise ValueError(f"task.stem is {self.stem!r}; use one of {', '.join(_STEMS)}")
+            raise ValueError(f"task.stem={self.stem!r}: use one of {', '.join(_STEMS)}")
         if self.stem == "imagenet" and self.stem_stride != 1:
-            raise ValueError(f"task.stem_stride is {self.stem_stride}, but it is the small stem's; leave it at 1")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"task.label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
-        if not 0 <= self.batch_norm_momentum < 1:
-            raise ValueError(f"task.batch_norm_momentum is {self.batch_norm_momentum}; it must be 0 or more, below 1")
-        if self.batch_norm_group < 0 or self.batch_norm_epsilon <= 0:
-            raise ValueError(
-                f"task.batch_norm_group {self.batch_norm_group} must be >= 0 and task.batch_norm_epsilon "
-                f"{self.batch_norm_epsilon} > 0"
-            )
+            raise ValueError(f"task.stem_stride={self.stem_stride}: applies to the small stem; leave it at 1")
         if len(self.pixel_mean) != len(self.pixel_std) or not self.pixel_mean or min(self.pixel_std) <= 0:
             raise ValueError(
-                f"task.pixel_mean {self.pixel_mean} and task.pixel_std {self.pixel_std} need a value for each channel, "
-                "and the latter must be positive"
+                f"task.pixel_mean={self.pixel_mean} and task.pixel_std={self.pixel_std}: give each channel a value; "
+                "the latter must be positive"
             )
-        if self.compute_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"task.compute_dtype is {self.compute_dtype!r}; use 'float32' or 'bfloat16'")
 
-    def init(self, key: jax.Array, batch_spec: BatchSpec) -> dict[str, Any]:
-        """{"params": ..., "batch_stats": ...}, float32 plain dicts; pure, works under jax.eval_shape.
+    def boxed(self, key: jax.Array) -> Any:
+        """See `LinenTask.boxed`.
 
-        Raises:
-          ValueError: the batch has no images, or none with as many channels as `pixel_mean` has values.
+        Axes: layers (equal blocks of a stage), height, width, conv_in, conv_out (of kernels; Shampoo uses a matrix
+        [height x width x conv_in, conv_out]), classes, norm (channels of normalisations and their statistics).
         """
+        image = jnp.zeros((1, 32, 32, len(self.pixel_mean)), jnp.uint8)  # no parameter depends on the image's size
+        return ResNet(self, train=False).init(key, image, jnp.ones(1))
+
+    def check_batch(self, batch_spec: BatchSpec) -> None:
+        """See `LinenTask.check_batch`."""
         if "image" not in batch_spec:
             raise ValueError(f"the batch has {sorted(batch_spec)} and no 'image'; a ResNet needs image data")
         if batch_spec["image"].shape[3:] != (len(self.pixel_mean),):
             raise ValueError(
-                f"images of shape {batch_spec['image'].shape} do not have the {len(self.pixel_mean)} channels of "
-                f"task.pixel_mean {self.pixel_mean}; give it, and task.pixel_std, a value for each channel"
+                f"task.pixel_mean={self.pixel_mean}: images of shape {batch_spec['image'].shape} do not have "
+                f"{len(self.pixel_mean)} channels; give it, and task.pixel_std, a value for each channel"
             )
-        return nn.unbox(self._boxed_init(key))
 
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
     ) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
-        """Mean nats per unit of weight, the new batch statistics, and the metrics as (total, weight).
+        """Return mean nats per unit of weight, the new batch statistics, and metrics as (total, weight).
 
         metrics: "loss", in training with label smoothing (Szegedy et al. 2016, section 7); "accuracy", the share of
-        labels that have the largest logit; "top5", of those among the five largest. Ties count against the label.
+        labels with the largest logit; "top5", with one of the five largest. Ties count against the label.
         """
         del key  # nothing is random
         weights_B = batch["weight"]
@@ -113,7 +110,7 @@ class ResNetTask:
         nats_B = -jnp.take_along_axis(log_p_BxK, label_Bx1, axis=-1)[:, 0]
         if train and self.label_smoothing:
             nats_B = (1 - self.label_smoothing) * nats_B - self.label_smoothing * log_p_BxK.mean(axis=-1)
-        # Negated, so that a logit that is not a number ranks no label first.
+        # Negated, so that a NaN logit does not rank its label first.
         rank_B = (~(logits_BxK < jnp.take_along_axis(logits_BxK, label_Bx1, axis=-1))).sum(axis=-1)
 
         def total(values_B: jax.Array) -> jax.Array:
@@ -128,28 +125,16 @@ class ResNetTask:
         return total(nats_B) / jnp.where(weight > 0, weight, 1), (model_state, metrics)
 
     def logits(self, variables: dict[str, Any], batch: Batch, *, train: bool) -> tuple[jax.Array, dict[str, Any]]:
-        """Float32 [B, K], and the batch statistics, new ones in training."""
+        """Return logits, float32 [B, K], and the batch statistics, updated in training."""
         output: Any = ResNet(self, train).apply(
             variables, batch["image"], batch["weight"], mutable=["batch_stats"] if train else False
         )
         return output if train else (output, {name: variables[name] for name in variables if name != "params"})
 
-    def logical_axes(self, variables: dict[str, Any]) -> dict[str, Any]:
-        """A tuple of names per array, one for each dimension.
-
-        Names: layers (like blocks of a stage), height, width, conv_in, conv_out (of kernels; Shampoo sees a matrix
-        [height x width x conv_in, conv_out]), classes, norm (channels of normalisations and their statistics).
-        """
-        boxed = jax.eval_shape(lambda: self._boxed_init(jax.random.key(0)))
-        names = jax.tree.map(
-            lambda box: tuple(box.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
-        )
-        return jax.tree.map(lambda _, axes: axes, variables, names)
-
     def flops(self, batch_spec: BatchSpec) -> float:
-        """Training FLOPs of one batch: six for each multiplication of convolutions and classifier in a forward pass.
+        """Return the training FLOPs of one batch: six per multiplication of a forward pass.
 
-        Products with the zeros that pad an image count, as hardware computes them; normalisation and pooling do not.
+        Convolutions and the classifier count, with the zeros that pad an image; normalisation and pooling do not.
         """
         examples, height, width, channels = batch_spec["image"].shape
         products = 0
@@ -160,11 +145,11 @@ class ResNetTask:
 
     @property
     def _features(self) -> int:
-        """Channels that the classifier reads."""
+        """Number of channels that the classifier reads."""
         return self.width * 2 ** (len(self.stages) - 1) * _EXPANSION[self.block]
 
     def _convolutions(self, channels: int) -> Iterator[tuple[int, int, int, int, int]]:
-        """(kernel, stride, channels in, channels out, how often the image is halved before, as a factor) of each."""
+        """Yield (kernel, stride, channels in, channels out, factor by which the image was reduced before) of each."""
         kernel, stride, pool = (7, 2, 2) if self.stem == "imagenet" else (3, self.stem_stride, 1)
         yield kernel, stride, channels, self.width, 1
         scale, channels = stride * pool, self.width
@@ -177,30 +162,26 @@ class ResNetTask:
                     yield kernel, stride, channels, channels_out, scale
                     scale, channels = scale * stride, channels_out
 
-    def _boxed_init(self, key: jax.Array) -> Any:
-        image = jnp.zeros((1, 32, 32, len(self.pixel_mean)), jnp.uint8)  # no parameter depends on the image's size
-        return ResNet(self, train=False).init(key, image, jnp.ones(1))
-
 
 def _plan(task: ResNetTask, stage: int, number: int) -> tuple[int, bool, list[tuple[int, int, int]]]:
-    """Of a block: its stride, whether its shortcut is a convolution, and its (kernel, channels out, stride)s."""
+    """Return a block's stride, whether its shortcut is a convolution, and its (kernel, channels out, stride)s."""
     width = task.width * 2**stage
     stride = 2 if stage and not number else 1
     if task.block == "basic":
-        # The stem's channels are those of the first stage already.
+        # The stem already has the channels of the first stage.
         return stride, bool(stage) and not number, [(3, width, stride), (3, width, 1)]
     return stride, not number, [(1, width, 1), (3, width, stride), (1, width * _EXPANSION["bottleneck"], 1)]
 
 
 class ResNet(nn.Module):
-    """Images uint8 [B, H, W, C] and weights [B] to logits float32 [B, K]."""
+    """Maps images uint8 [B, H, W, C] and weights [B] to logits float32 [B, K]."""
 
     task: ResNetTask
     train: bool
 
     @nn.compact
     def __call__(self, image_BxHxWxC: jax.Array, weights_B: jax.Array) -> jax.Array:
-        """Logits."""
+        """Return logits."""
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
         mean, std = jnp.array(task.pixel_mean), jnp.array(task.pixel_std)
@@ -218,13 +199,8 @@ class ResNet(nn.Module):
             x = Block(task, self.train, stage, 0, name=f"stage{stage + 1}_first")(x, weights_B)
             rest = f"stage{stage + 1}_rest"
             if blocks > 1 and task.scan_blocks:
-                stack = nn.scan(
-                    lambda block, x, weights_B: (block(x, weights_B), None),
-                    variable_axes={"params": 0, "batch_stats": 0},
-                    split_rngs={"params": True},
-                    in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
-                    length=blocks - 1,
-                    metadata_params={nn.PARTITION_NAME: "layers"},
+                stack = scan_layers(
+                    lambda block, x, weights_B: (block(x, weights_B), None), blocks - 1, state=("batch_stats",)
                 )
                 x, _ = stack(Block(task, self.train, stage, 1, name=rest), x, weights_B)
             elif blocks > 1:
@@ -232,15 +208,15 @@ class ResNet(nn.Module):
                     x = Block(task, self.train, stage, number, name=f"{rest}_{number}")(x, weights_B)
 
         x_BxC = x.astype(jnp.float32).mean(axis=(1, 2))
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.01), ("conv_in", "classes"))
-        bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("classes",))
+        init = partitioned(nn.initializers.normal(0.01), "conv_in", "classes")
+        bias_init = partitioned(nn.initializers.zeros_init(), "classes")
         return nn.Dense(task.classes, kernel_init=init, bias_init=bias_init, name="classifier")(x_BxC)
 
 
 class Block(nn.Module):
     """Convolutions beside a shortcut: [B, H, W, C] to [B, H / stride, W / stride, C'].
 
-    `number` is the block's in its stage; the first changes the shape, all others are alike.
+    `number` counts the blocks of the stage; the first changes the shape, all others are equal.
     """
 
     task: ResNetTask
@@ -250,7 +226,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array, weights_B: jax.Array) -> jax.Array:
-        """The images after this block."""
+        """Return the images after this block."""
         task = self.task
         stride, shortcut, plan = _plan(task, self.stage, self.number)
         y, kept = x_BxHxWxC, x_BxHxWxC
@@ -265,7 +241,7 @@ class Block(nn.Module):
 
 
 def _conv(task: ResNetTask, channels: int, kernel: int, stride: int, name: str) -> nn.Conv:
-    """Padded evenly on both sides, so that the result has ceil(side / stride) places."""
+    """Return a convolution padded equally on both sides; its result has ceil(side / stride) places."""
     init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     return nn.Conv(
         channels,
@@ -274,7 +250,7 @@ def _conv(task: ResNetTask, channels: int, kernel: int, stride: int, name: str) 
         padding=((kernel // 2, kernel // 2),) * 2,
         use_bias=False,
         dtype=jnp.dtype(task.compute_dtype),
-        kernel_init=nn.with_logical_partitioning(init, ("height", "width", "conv_in", "conv_out")),
+        kernel_init=partitioned(init, "height", "width", "conv_in", "conv_out"),
         name=name,
     )
 
@@ -282,7 +258,6 @@ def _conv(task: ResNetTask, channels: int, kernel: int, stride: int, name: str) 
 def _norm(task: ResNetTask, name: str, zero_scale: bool = False) -> BatchNorm:
     return BatchNorm(
         momentum=task.batch_norm_momentum,
-        epsilon=task.batch_norm_epsilon,
         group=task.batch_norm_group,
         zero_scale=zero_scale,
         dtype=jnp.dtype(task.compute_dtype),

@@ -1,6 +1,6 @@
-"""Many embedding tables as one array, divided by rows over all devices, and the lookup that leaves it there.
+"""Embedding tables concatenated to one array, sharded by rows over all devices, and a lookup that does not move it.
 
-Shapes: R rows of all tables together, D their width, B batch, F categories of an example, one for each table.
+Shapes: R rows of all tables, D their width, B batch, F categories of an example, one for each table.
 """
 
 import math
@@ -12,27 +12,25 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-# Mesh axes that divide the rows, in this order, and of these the ones that divide a batch too.
-ROW_AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
-# The number of rows is rounded up to a multiple of this, so that any usual number of devices divides it.
-_GRANULE = 2048
+ROW_AXES = ("data", "fsdp", "tensor")  # mesh axes that shard the rows, in this order
+BATCH_AXES = ("data", "fsdp")  # those of them that shard the batch
+_GRANULE = 2048  # the number of rows is rounded up to a multiple, so that any usual number of devices divides it
 
 
 def total_rows(sizes: Sequence[int]) -> int:
-    """Rows of the array that holds tables of these sizes."""
+    """Return the number of rows of the array that holds tables of these sizes."""
     return math.ceil(sum(sizes) / _GRANULE) * _GRANULE
 
 
 def row_numbers(categories_BxF: jax.Array, sizes: Sequence[int]) -> jax.Array:
-    """Rows int32 [B, F] of the array, for 32-bit hashes of categories: the hash modulo the size of its table."""
+    """Return the rows int32 [B, F] of categories' 32-bit hashes: each hash modulo the size of its table."""
     starts = np.cumsum([0, *sizes[:-1]], dtype=np.int64).astype(np.int32)
     within_BxF = categories_BxF.astype(jnp.uint32) % np.asarray(sizes, np.uint32)
     return within_BxF.astype(jnp.int32) + starts
 
 
 def initial_tables(key: jax.Array, sizes: Sequence[int], width: int) -> jax.Array:
-    """Float32 [R, D], uniform between -1 / sqrt(n) and 1 / sqrt(n) for a table of n rows, as DLRM has it."""
+    """Return initial values, float32 [R, D], uniform between -1 / sqrt(n) and 1 / sqrt(n) for a table of n rows."""
     row_Rx1 = lax.broadcasted_iota(jnp.int32, (total_rows(sizes), 1), 0)
     bound_Rx1 = jnp.zeros(row_Rx1.shape, jnp.float32)
     start = 0
@@ -44,13 +42,13 @@ def initial_tables(key: jax.Array, sizes: Sequence[int], width: int) -> jax.Arra
 
 
 def look_up(table_RxD: jax.Array, rows_BxF: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows of the array, [B, F, D] in `dtype`, the batch divided over the mesh of the context (`jax.set_mesh`).
+    """Return rows of the array, [B, F, D] in `dtype`, with the batch sharded over the mesh of the context.
 
-    Each device gathers those rows of the whole batch that it holds, zeros for the others, and a reduce-scatter adds up
-    and hands out: B F D numbers travel, in the compute dtype, and the table never does, nor does its gradient, which
-    comes back the same way. The automatic partitioner would all-reduce, which is twice that.
+    Each device gathers the rows of the whole batch that it holds, zeros for the others; a reduce-scatter sums and
+    distributes them. B F D numbers travel in the compute dtype, and as many for the gradient; the table does not move.
+    The automatic partitioner would all-reduce, which costs twice that.
 
-    It expects the rows to lie over all of `ROW_AXES`; without a mesh, and where their number does not divide, it is an
+    The rows must be sharded over all of `ROW_AXES`. Without a mesh, or if their number does not divide, it is an
     ordinary lookup.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -65,7 +63,7 @@ def look_up(table_RxD: jax.Array, rows_BxF: jax.Array, dtype: jnp.dtype) -> jax.
         count = own_rxD.shape[0]
         all_BxF = lax.all_gather(rows_bxF, batch_axes, tiled=True) if batch_axes else rows_bxF
         within_BxF = all_BxF - lax.axis_index(axes) * count
-        # Beyond the end is nothing: such rows read as zeros, and their gradients are dropped.
+        # Rows beyond the end read as zeros, and their gradients are dropped.
         within_BxF = jnp.where((within_BxF >= 0) & (within_BxF < count), within_BxF, count)
         found = own_rxD.at[within_BxF].get(mode="fill", fill_value=0).astype(dtype)
         if batch_axes:

@@ -135,5 +135,8 @@ def test_rows_of_other_devices_are_not_gathered():
 def test_positions_that_do_not_divide_are_refused():
     """Fault: a sequence axis that is passed over in silence, and memory that does not fall."""
     mesh = jax.make_mesh((8,), ("sequence",), axis_types=(AxisType.Auto,))
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"rows of 20 tokens .* mesh.sequence 8; use 16 or 24"):
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match=r"mesh.sequence=8: must divide rows of 20 tokens; use rows of 16 or 24"),
+    ):
         jax.eval_shape(SMALL.init, jax.random.key(0), spec_of(batch_of([[1] * 21])))

@@ -311,13 +311,13 @@ def spec_of_tree(tree):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"heads": 3}, "embed_dim 16 is not divisible by task.heads 3; use 15"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"init_std": 0.0}, "init_std is 0.0"),
-        ({"position_init": "rotary"}, "'rotary'; use 'normal' or 'sinusoidal'"),
-        ({"remat": "some"}, "'some'; use one of none, full, dots"),
+        ({"heads": 3}, "embed_dim=16: must be divisible by task.heads=3; use 15"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"init_std": 0.0}, "init_std=0.0"),
+        ({"position_init": "rotary"}, "'rotary': use 'normal' or 'sinusoidal'"),
+        ({"remat": "some"}, "'some': use one of none, full, dots"),
         ({"compute_dtype": "float16"}, "'float16'"),
-        ({"layers": 0}, "layers is 0"),
+        ({"layers": 0}, "layers=0"),
     ],
 )
 def test_fields_are_checked(fields, message):
@@ -330,7 +330,10 @@ def test_fields_are_checked(fields, message):
     ("batch", "message"),
     [
         ({"tokens": jax.ShapeDtypeStruct((2, 17), jnp.int32)}, "no 'masked_positions'"),
-        (spec_of(batch_of()) | {"tokens": jax.ShapeDtypeStruct((2, 21), jnp.int32)}, "max_length is 20; set it to 21"),
+        (
+            spec_of(batch_of()) | {"tokens": jax.ShapeDtypeStruct((2, 21), jnp.int32)},
+            "max_length=20: rows have 21 tokens; set it to 21",
+        ),
     ],
 )
 def test_unfit_batches_are_refused(batch, message):

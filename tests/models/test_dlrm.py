@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from sklearn.metrics import log_loss, roc_auc_score
 
 from shampax.framework.planning import collectives
-from shampax.models import ranking, tables
+from shampax.models import dlrm, tables
 from shampax.models.dlrm import MISSING, DLRMTask, interactions, logarithms
 
 SIZES = (3, 50, 700, 11)
@@ -175,11 +175,11 @@ def test_tables_begin_as_published():
 @pytest.mark.parametrize(
     ("fields", "error"),
     [
-        ({"bottom": (8, 5)}, "task.bottom ends in 5 and task.embed_dim is 4"),
-        ({"rows": (3, 0)}, r"task.rows is \(3, 0\); give sizes of at least 1"),
-        ({"rows": (2**30, 2**30)}, "task.rows add up to 2,147,483,648; keep them below 2,147,481,600"),
-        ({"dropout": 1.0}, "task.dropout is 1.0"),
-        ({"compute_dtype": "float16"}, "task.compute_dtype is 'float16'"),
+        ({"bottom": (8, 5)}, r"task.bottom=\(8, 5\): must end in task.embed_dim=4"),
+        ({"rows": (3, 0)}, r"task.rows=\(3, 0\): give sizes of at least 1"),
+        ({"rows": (2**30, 2**30)}, "task.rows: 2,147,483,648 rows in total; at most 2,147,481,600"),
+        ({"dropout": 1.0}, "task.dropout=1.0"),
+        ({"compute_dtype": "float16"}, "task.compute_dtype='float16'"),
     ],
 )
 def test_bad_fields_are_refused(fields, error):
@@ -192,7 +192,7 @@ def test_data_of_another_kind_are_refused():
     """Fault: text, or another number of categories, ends in a traceback."""
     with pytest.raises(ValueError, match="no 'categories'; DLRM needs click data"):
         TASK.init(jax.random.key(0), {"tokens": jax.ShapeDtypeStruct((4, 9), np.int32)})
-    with pytest.raises(ValueError, match="has 2 tables and the data 4 categories"):
+    with pytest.raises(ValueError, match="has 2 tables, but the data have 4 categories"):
         dataclasses.replace(TASK, rows=(3, 4)).init(jax.random.key(0), spec_of(clicks()))
 
 
@@ -278,13 +278,13 @@ def test_auc_is_that_of_scikit_learn(decimals):
     random = np.random.default_rng(decimals)
     labels = random.integers(0, 2, 5000)
     scores = np.round(random.normal(size=5000) + labels / 2, decimals).astype(np.float32)
-    assert ranking.auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
+    assert dlrm.auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
 
 
 def test_auc_of_nothing_to_rank():
     """Fault: a division by zero where a class is missing, or a rank for a NaN."""
-    assert np.isnan(ranking.auc(np.array([1.0, 2.0]), np.array([1, 1])))
-    assert np.isnan(ranking.auc(np.array([1.0, np.nan]), np.array([1, 0])))
+    assert np.isnan(dlrm.auc(np.array([1.0, 2.0]), np.array([1, 1])))
+    assert np.isnan(dlrm.auc(np.array([1.0, np.nan]), np.array([1, 0])))
 
 
 def test_judgement():

@@ -295,13 +295,13 @@ def test_fsdp_moves_weights_and_not_activations():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"heads": 4, "kv_heads": 3}, "heads 4 is not divisible by task.kv_heads 3"),
-        ({"head_dim": 7}, "head_dim is 7"),
-        ({"remat": "some"}, "'some'; use one of none, full, dots"),
+        ({"heads": 4, "kv_heads": 3}, "kv_heads=3: must divide task.heads=4"),
+        ({"head_dim": 7}, "head_dim=7"),
+        ({"remat": "some"}, "'some': use one of none, full, dots"),
         ({"compute_dtype": "float16"}, "'float16'"),
-        ({"layers": 0}, "layers is 0"),
-        ({"z_loss": -1.0}, "z_loss is -1.0; it must be at least 0 and finite, such as 1e-4"),
-        ({"z_loss": math.nan}, "z_loss is nan"),
+        ({"layers": 0}, "layers=0"),
+        ({"z_loss": -1.0}, "z_loss=-1.0: must be at least 0"),
+        ({"z_loss": math.nan}, "z_loss=nan"),
     ],
 )
 def test_fields_are_checked(fields, message):

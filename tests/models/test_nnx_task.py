@@ -164,5 +164,5 @@ def test_variables_are_plain_dicts_of_arrays_without_random_state():
 def test_a_module_without_a_loss_is_told():
     """Fault: a KeyError inside a trace."""
     variables = StackedTask().init(jax.random.key(0), {})
-    with pytest.raises(ValueError, match=r"StackedTask\.measure gives kept and no 'loss'"):
+    with pytest.raises(ValueError, match=r"StackedTask\.measure returns kept and no 'loss'"):
         StackedTask().loss(variables, {"ones": np.ones(4)}, key=jax.random.key(0), train=True)

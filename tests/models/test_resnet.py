@@ -298,15 +298,15 @@ def test_groups_within_devices_need_no_traffic():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"stages": (3, 0)}, r"stages is \(3, 0\)"),
-        ({"classes": 0}, "classes is 0"),
-        ({"block": "wide"}, "'wide'; use one of bottleneck, basic"),
-        ({"stem": "large"}, "'large'; use one of imagenet, small"),
-        ({"stem_stride": 2}, "stem_stride is 2"),
-        ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
-        ({"batch_norm_momentum": 1.0}, "batch_norm_momentum is 1.0"),
-        ({"batch_norm_group": -1}, "batch_norm_group -1"),
-        ({"pixel_std": (1.0,)}, "a value for each channel"),
+        ({"stages": (3, 0)}, r"stages=\(3, 0\)"),
+        ({"classes": 0}, "classes=0"),
+        ({"block": "wide"}, "'wide': use one of bottleneck, basic"),
+        ({"stem": "large"}, "'large': use one of imagenet, small"),
+        ({"stem_stride": 2}, "stem_stride=2"),
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
+        ({"batch_norm_momentum": 1.0}, "batch_norm_momentum=1.0"),
+        ({"batch_norm_group": -1}, "batch_norm_group=-1"),
+        ({"pixel_std": (1.0,)}, "give each channel a value"),
         ({"compute_dtype": "float16"}, "'float16'"),
     ],
 )
@@ -321,5 +321,5 @@ def test_batches_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"\['tokens'\] and no 'image'"):
         SMALL.init(jax.random.key(0), {"tokens": jax.ShapeDtypeStruct((2, 2), jnp.int32)})
     grey = {"image": jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.uint8)}
-    with pytest.raises(ValueError, match="do not have the 3 channels"):
+    with pytest.raises(ValueError, match="do not have 3 channels"):
         SMALL.init(jax.random.key(0), grey)

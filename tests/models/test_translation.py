@@ -296,7 +296,7 @@ def test_judged_by_sacrebleu():
     assert values == {"bleu": expected.score}
     assert 0 < expected.score < 100
     assert "tok:13a" in line and f"version:{sacrebleu.__version__}" in line and "beam 3" in line
-    with pytest.raises(ValueError, match="do not decode"):
+    with pytest.raises(ValueError, match="has no `decoder`"):
         SMALL.judge({}, None)
 
 
@@ -338,16 +338,16 @@ def test_logical_axes_name_every_dimension():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"decoder_layers": 0}, "decoder_layers is 0"),
-        ({"head_dim": 7}, "head_dim is 7; .* 8"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
-        ({"z_loss": -1.0}, "z_loss is -1.0; it must be at least 0 and finite, such as 1e-4"),
-        ({"beam_size": 0}, "beam_size is 0"),
-        ({"length_penalty": -1.0}, "length_penalty is -1.0"),
-        ({"remat": "some"}, "'some'; use one of none, full, dots"),
+        ({"decoder_layers": 0}, "decoder_layers=0"),
+        ({"head_dim": 7}, "head_dim=7: .* 8"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"label_smoothing": -0.1}, "label_smoothing=-0.1"),
+        ({"z_loss": -1.0}, "z_loss=-1.0: must be at least 0"),
+        ({"beam_size": 0}, "beam_size=0"),
+        ({"length_penalty": -1.0}, "length_penalty=-1.0"),
+        ({"remat": "some"}, "'some': use one of none, full, dots"),
         ({"compute_dtype": "float16"}, "'float16'"),
-        ({"vocab_size": 1}, "vocab_size is 1"),
+        ({"vocab_size": 1}, "vocab_size=1"),
     ],
 )
 def test_fields_are_checked(fields, message):

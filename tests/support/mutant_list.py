@@ -664,7 +664,7 @@ MODELS = (
     ),
     Mutant(
         "ties-count-whole",
-        "models/ranking.py",
+        "models/dlrm.py",
         "below + negatives / 2",
         "below + negatives",
         "A model that says the same of every example has an AUC of 1.",
@@ -680,9 +680,9 @@ MODELS = (
     ),
     Mutant(
         "padding-in-the-loss",
-        "models/lm.py",
-        '== batch["segments"][:, :-1]) & (batch["segments"][:, 1:] > 0)',
-        '== batch["segments"][:, :-1]) & (batch["segments"][:, 1:] >= 0)',
+        "models/linen_task.py",
+        "== segments[:, :-1]) & (segments[:, 1:] > 0)",
+        "== segments[:, :-1]) & (segments[:, 1:] >= 0)",
         "The model learns to predict padding, and its loss is too low.",
         ("tests/models/test_lm.py::test_loss_and_metrics_by_hand",),
     ),

@@ -1,0 +1,123 @@
+"""Base of tasks with a Linen module; checks of their options, and the loss over tokens."""
+
+import abc
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .modules import REMAT_POLICIES
+
+Batch = Mapping[str, jax.Array]
+BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (total, weight)
+
+
+class LinenTask(abc.ABC):
+    """Base of a frozen dataclass that names a Linen module; it derives `init` and `logical_axes`.
+
+    Logical axis names come from the module, `nn.with_logical_partitioning(init, ("embed", "mlp"))`; arrays without
+    names have None for every dimension and are replicated.
+    """
+
+    @abc.abstractmethod
+    def boxed(self, key: jax.Array) -> Any:
+        """Return the variables of the module's `init`; traceable."""
+
+    def check_batch(self, batch_spec: BatchSpec) -> None:  # noqa: B027
+        """Raise ValueError if the model cannot be trained on such a batch."""
+
+    def init(self, key: jax.Array, batch_spec: BatchSpec) -> dict[str, Any]:
+        """Return the initial variables as nested dicts.
+
+        Raises:
+          ValueError: see `check_batch`.
+        """
+        self.check_batch(batch_spec)
+        return nn.unbox(self.boxed(key))
+
+    def logical_axes(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """Return for each variable a tuple of names, one for each dimension.
+
+        Raises:
+          ValueError: `variables` are not those of this task.
+        """
+
+        def is_boxed(leaf: Any) -> bool:
+            return isinstance(leaf, nn.LogicallyPartitioned)
+
+        def names_of(leaf: Any) -> tuple[str | None, ...]:
+            return tuple(leaf.names) if is_boxed(leaf) else (None,) * leaf.ndim
+
+        boxed = jax.eval_shape(lambda: self.boxed(jax.random.key(0)))
+        names = jax.tree.map(names_of, boxed, is_leaf=is_boxed)
+        return jax.tree.map(lambda _, axes: axes, variables, names)
+
+
+def check_options(task: Any, *, positive: str = "", not_negative: str = "", fractions: str = "") -> None:
+    """Check options of a task by name, and `remat`, `compute_dtype` and `head_dim` if it has them.
+
+    Args:
+      task: a dataclass.
+      positive: names, separated by blanks, of numbers that must be at least 1.
+      not_negative: names of numbers that must be at least 0 and finite.
+      fractions: names of numbers that must be at least 0 and below 1.
+
+    Raises:
+      ValueError: an option is out of range.
+    """
+    for names, least, below in ((positive, 1, math.inf), (not_negative, 0, math.inf), (fractions, 0, 1)):
+        for name in names.split():
+            if not least <= getattr(task, name) < below:
+                rule = f"at least {least}" + ("" if below == math.inf else f" and below {below}")
+                raise ValueError(f"task.{name}={getattr(task, name)}: must be {rule}")
+    for name, choices in (("remat", REMAT_POLICIES), ("compute_dtype", ("float32", "bfloat16"))):
+        value = getattr(task, name, None)
+        if value is not None and value not in choices:
+            raise ValueError(f"task.{name}={value!r}: use one of {', '.join(choices)}")
+    head_dim = getattr(task, "head_dim", 0)
+    if head_dim % 2:
+        raise ValueError(f"task.head_dim={head_dim}: must be even for rotary positions; use {head_dim + 1}")
+
+
+class TokenLosses(NamedTuple):
+    """Sums over the real targets of logits [B, T, V].
+
+    Attributes:
+      count: number of targets.
+      nats: -log p of the targets.
+      correct: number of targets whose logit is the largest; ties count.
+      z: log(Z)^2 (PaLM, arXiv 2204.02311, section 5).
+      uniform: mean over the vocabulary of -log p, for label smoothing.
+    """
+
+    count: jax.Array
+    nats: jax.Array
+    correct: jax.Array
+    z: jax.Array
+    uniform: jax.Array
+
+
+def token_losses(logits_BxTxV: jax.Array, targets_BxT: jax.Array, real_BxT: jax.Array) -> TokenLosses:
+    """Return the sums over targets [B, T] where `real` holds; float32. Unused ones cost nothing under jit."""
+    logsumexp_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
+    chosen_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
+
+    def total(values_BxT: jax.Array) -> jax.Array:
+        return jnp.where(real_BxT, values_BxT, 0).sum(dtype=jnp.float32)
+
+    return TokenLosses(
+        count=total(jnp.ones_like(chosen_BxT)),
+        nats=total(logsumexp_BxT - chosen_BxT),
+        correct=total(chosen_BxT >= logits_BxTxV.max(axis=-1)),
+        z=total(jnp.square(logsumexp_BxT)),
+        uniform=total(logsumexp_BxT - logits_BxTxV.mean(axis=-1)),
+    )
+
+
+def real_targets(segments: jax.Array) -> jax.Array:
+    """Return which of the targets `[:, 1:]` count: those with their input's segment, which is not 0; bool [B, T]."""
+    return (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)

@@ -1,0 +1,88 @@
+"""Building blocks that Transformers share: parameters with named axes, norms, and stacks of equal layers."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+EMBEDDING_STD = 0.02
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    # Keeps products with weights, but not those of attention: they have batch dimensions and grow with T^2.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def partitioned(initializer: nn.initializers.Initializer, *names: str | None) -> nn.initializers.Initializer:
+    """Return an initializer of a parameter whose axes have these names."""
+    return nn.with_logical_partitioning(initializer, names)
+
+
+def fan_in(scale: float, *names: str | None, stacked: int = 0) -> nn.initializers.Initializer:
+    """Return a truncated normal of variance scale / fan_in, for kernels that dense layers fold to [inputs, outputs].
+
+    Args:
+      scale: variance times fan_in.
+      *names: names of the axes of the parameter.
+      stacked: number of leading axes that stack kernels.
+    """
+    axes = tuple(range(stacked))
+    return partitioned(nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal", batch_axis=axes), *names)
+
+
+def rms_norm(name: str | None, dtype: jnp.dtype) -> nn.RMSNorm:
+    """Return an RMSNorm over the last axis, computed in float32, with results of the given type."""
+    return nn.RMSNorm(dtype=dtype, scale_init=partitioned(nn.initializers.ones_init(), "norm"), name=name)
+
+
+def run_layers(
+    block: type[nn.Module], fields: tuple[Any, ...], x: jax.Array, *context: Any, layers: int, remat: str, scan: bool
+) -> tuple[jax.Array, Any]:
+    """Apply `layers` blocks with their own parameters to `x`; call it in a module's compact method.
+
+    Args:
+      block: class of the blocks; `block(*fields)(x, *context)` returns the next x and a tree of arrays or None.
+      fields: arguments of the constructor.
+      x: input of the first block.
+      context: further inputs of every block.
+      layers: number of blocks.
+      remat: one of `REMAT_POLICIES`.
+      scan: whether to trace the block once, with parameters stacked under "layers" along an axis of that name;
+        otherwise they are named "layers_0", "layers_1", ...
+
+    Returns:
+      The last x, and the trees of all blocks, stacked.
+    """
+    if remat != "none":
+        # Inside a scan the loop itself keeps XLA from merging the recomputation away.
+        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
+    if scan:
+        stack = scan_layers(lambda block, x, *context: block(x, *context), layers)
+        return stack(block(*fields, name="layers"), x, *context)
+    given = []
+    for layer in range(layers):
+        made: Any = block(*fields, name=f"layers_{layer}")
+        x, of_layer = made(x, *context)
+        given.append(of_layer)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *given)
+
+
+def scan_layers(body: Any, length: int, in_axes: Any = nn.broadcast, state: tuple[str, ...] = ()) -> Any:
+    """Return `body(block, carry, *inputs) -> (carry, outputs)` scanned over layers, with parameters stacked.
+
+    Args:
+      body: body of the loop.
+      length: number of layers.
+      in_axes: axes of the inputs, as of `nn.scan`; by default every layer gets the same inputs.
+      state: collections besides "params" that are stacked.
+    """
+    return nn.scan(
+        body,
+        variable_axes=dict.fromkeys(("params", *state), 0),  # pyright: ignore[reportArgumentType]
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
