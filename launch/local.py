@@ -16,7 +16,6 @@ Exit codes: 0; 2, invalid input; else that of the first process that failed, 128
 --max_restarts restarts all processes after a failure, except after code 2 or a signal.
 """
 
-import argparse
 import importlib.util
 import os
 import pkgutil
@@ -26,27 +25,37 @@ from collections.abc import Sequence
 
 from ..framework.base.errors import UserError, did_you_mean
 from ..framework.distributed import cluster
-from . import environment
+from . import environment, flags
 from .gang import Gang
 
 _PACKAGE = __package__ or ""
 _REFUSED = 2
+_FLAGS = (  # name, lowest value, default, meaning
+    ("processes", 1, 2, "number of processes"),
+    ("devices", 1, 1, "simulated devices per process"),
+    ("max_restarts", 0, 0, "restarts of all processes after failures"),
+    ("grace_seconds", 1, 30, "seconds from SIGTERM to SIGKILL after another process has failed"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code; `arguments` default to those of this process."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    return flags.run(lambda: _run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _run(given: list[str]) -> int:
+    parser = flags.Parser("local", __doc__)
+    for name, _, default, meaning in _FLAGS:
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{meaning} ({default})")
     divider = given.index("--") if "--" in given else len(given)
-    options, command = _parser().parse_args(given[:divider]), given[divider + 1 :]
-    try:
-        if not command:
-            raise UserError("no command. Write it after --, e.g. -- train --config=... --workdir=...")
-        module = _module(command[0])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _REFUSED
+    (options, _), command = parser.parse(given[:divider]), given[divider + 1 :]
+    for name, least, _, _ in _FLAGS:
+        if getattr(options, name) < least:
+            raise UserError(f"--{name}={getattr(options, name)}: must be at least {least}.")
+    if not command:
+        raise UserError("no command. Write it after --, e.g. -- train --config=... --workdir=...")
     restarts = 0
-    with Gang([sys.executable, "-m", module, *command[1:]], grace_seconds=options.grace_seconds) as gang:
+    with Gang([sys.executable, "-m", _module(command[0]), *command[1:]], grace_seconds=options.grace_seconds) as gang:
         while True:
             failure = gang.run(_environments(options.processes, options.devices))
             if failure is None:
@@ -85,32 +94,6 @@ def _module(name: str) -> str:
 
 def _say(text: str) -> None:
     print(f"local: {text}", file=sys.stderr, flush=True)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m shampax.launch.local",
-        usage="%(prog)s [--processes=N] [--devices=M] [--max_restarts=N] [--grace_seconds=S] -- VERB ...",
-        description="Run a command in several processes of this machine, as on a cluster.",
-        allow_abbrev=False,
-    )
-    for flag, least, default, meaning in (
-        ("--processes", 1, 2, "number of processes"),
-        ("--devices", 1, 1, "simulated devices per process"),
-        ("--max_restarts", 0, 0, "restarts of all processes after failures"),
-        ("--grace_seconds", 1, 30, "seconds from SIGTERM to SIGKILL after another process has failed"),
-    ):
-        parser.add_argument(flag, type=_whole(least), default=default, metavar="N", help=f"{meaning} ({default})")
-    return parser
-
-
-def _whole(least: int):
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least {least}")
-        return int(text)
-
-    return number
 
 
 if __name__ == "__main__":

@@ -96,10 +96,8 @@ def test_what_cannot_be_started_is_one_line(arguments, message, capsys):
 
 @pytest.mark.parametrize("wrong", ["--processes=0", "--devices=-1", "--max_restarts=x", "--grace_seconds=0"])
 def test_numbers_that_make_no_sense_are_refused(wrong, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main([wrong, "--", "train"])
-    assert ended.value.code == 2
-    assert "must be a whole number of at least" in capsys.readouterr().err
+    assert main([wrong, "--", "train"]) == 2
+    assert wrong.partition("=")[0] in capsys.readouterr().err
 
 
 def test_one_that_fails_ends_all_and_its_code_is_the_answer(module, tmp_path, monkeypatch):
