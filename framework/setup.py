@@ -137,11 +137,12 @@ def examine(config: Any, workdir: str | Path, devices: Sequence[Any] | None) -> 
       UserError: a component or the mesh is invalid.
     """
     task, data, options = (components.build(section) for section in (config.task, config.data, config.optimizer))
+    profile_steps = profiling.parse(config.profile_steps)
     mesh = partitioning.make_mesh(config.mesh, devices)
     partitioning.check_rules(config.sharding_rules, mesh)
     partitioning.check_batch(config.batch_size, config.microbatches, mesh)
     console.say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
-    return Request(config, _absolute(workdir), task, data, options, mesh, profiling.parse(config.profile_steps))
+    return Request(config, _absolute(workdir), task, data, options, mesh, profile_steps)
 
 
 @contextlib.contextmanager

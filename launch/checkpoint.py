@@ -10,36 +10,23 @@ work.
 import argparse
 import contextlib
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..framework.base.errors import UserError
-from . import environment
+from . import environment, flags
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see the module. `arguments` are those of this process by default. Returns the exit code."""
+    """Run the verb and return its exit code. `arguments` defaults to those of this process."""
     options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
     environment.without_accelerator()
-    try:
-        code = options.verb(options)
-        sys.stdout.flush()
-        return code
-    except UserError as error:
-        _complain("error", str(error))
-        return 2
-    except BrokenPipeError:  # whoever read the output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more when it ends
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    return flags.run(lambda: options.verb(options))
 
 
-# The verbs import what they need when they run: --help is not to wait for JAX and Orbax.
+# Each verb imports its modules when it runs, so that --help does not wait for JAX and Orbax.
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -141,21 +128,12 @@ def _locate(given: Path, *, intact: bool) -> Path:
 
     path, damaged = store.locate(given, intact=intact)
     for other, why in damaged:
-        _complain("warning", f"checkpoint {other} is damaged ({why}); using {path}")
+        print(flags.printable(f"warning: checkpoint {other} is damaged ({why}); using {path}"), file=sys.stderr)
     return path
 
 
 def _say(*lines: str) -> None:
-    print(*map(_printable, lines), sep="\n")
-
-
-def _complain(kind: str, text: str) -> None:
-    print(f"{kind}: {_printable(' '.join(text.split()))}", file=sys.stderr)
-
-
-def _printable(line: str) -> str:
-    """Names come from the checkpoint, and a terminal would act on what cannot be printed."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(*map(flags.printable, lines), sep="\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -72,7 +72,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, BrokenPipeError):  # the reader of the output has ended, as `head` does
         return 128 + signal.SIGPIPE, "the output was closed"
     if isinstance(error, UserError | TrainingStopped):
-        return (2 if isinstance(error, UserError) else 1), f"error: {' '.join(str(error).split())}"
+        return (2 if isinstance(error, UserError) else 1), printable(f"error: {' '.join(str(error).split())}")
     return None
 
 
@@ -91,3 +91,8 @@ def run(command: Callable[[], int], explain: Callable[[BaseException], tuple[int
         else:
             print(words, file=sys.stderr)
         return code
+
+
+def printable(line: str) -> str:
+    """Escape control characters: names from a checkpoint or file must not control the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
