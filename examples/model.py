@@ -2,19 +2,19 @@
 
     python -m shampax.launch.train --config=examples/config.py --workdir=runs/example --config.task.width=32
 
-`shampax/framework/task.py` is the contract; `nnx_model.py` has the same model in NNX. Batch statistics show how a task
-keeps model state, and dropout how it uses random keys.
+`shampax/framework/task.py` is the contract. `LinenTask` derives `init` and `logical_axes` from the module; a task may also
+implement them itself. Batch statistics show how a task keeps model state, and dropout how it uses random keys.
+`nnx_model.py` has the same model in NNX.
 """
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import optax
 
 from examples.data import CLASSES, LENGTH
+from shampax.models.linen_task import LinenTask
 
 
 class WavesNet(nn.Module):
@@ -35,15 +35,15 @@ class WavesNet(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class WavesTask:
+class WavesTask(LinenTask):
     """The task. Each field is a knob of `config.task`."""
 
     width: int = 16  # number of channels
     dropout: float = 0.1  # probability that a feature is dropped
 
-    def init(self, key, batch_spec):
-        """Return the initial variables: "params" is trained, every other collection is model state."""
-        return nn.unbox(self._boxed(key))
+    def boxed(self, key):
+        """Return the initial variables with the names of their dimensions."""
+        return self._net().init(key, jnp.zeros((1, LENGTH, 1)), False)
 
     def loss(self, variables, batch, *, key, train):
         """Return `(loss, (new_model_state, metrics))`."""
@@ -54,26 +54,12 @@ class WavesTask:
         total, weight = metrics["loss"]
         return total / weight, (state, metrics)
 
-    def logical_axes(self, variables):
-        """Return a tuple of dimension names for each variable, None for dimensions that are never sharded."""
-
-        def names(leaf: Any) -> tuple[str | None, ...]:
-            boxed = isinstance(leaf, nn.LogicallyPartitioned)
-            return tuple(leaf.names) if boxed else (None,) * leaf.ndim
-
-        # eval_shape computes shapes only: this method must not allocate a whole large model.
-        boxed = jax.eval_shape(lambda: self._boxed(jax.random.key(0)))
-        return jax.tree.map(names, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
-
     def flops(self, batch_spec):
         """Return the floating-point operations of a training step."""
         return flops(batch_spec["wave"].shape[0], self.width)
 
     def _net(self):
         return WavesNet(self.width, self.dropout)
-
-    def _boxed(self, key):
-        return self._net().init(key, jnp.zeros((1, LENGTH, 1)), False)
 
 
 def measure(logits, batch):
