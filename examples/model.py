@@ -2,8 +2,8 @@
 
     python -m shampax.launch.train --config=examples/config.py --workdir=runs/example --config.task.width=32
 
-`shampax/framework/task.py` is the contract. `LinenTask` derives `init` and `logical_axes` from the module; a task may also
-implement them itself. Batch statistics show how a task keeps model state, and dropout how it uses random keys.
+`shampax/framework/task.py` is the contract. `LinenTask` derives `init` and `logical_axes` from the module; a task may
+also implement them itself. Batch statistics show how a task keeps model state, and dropout how it uses random keys.
 `nnx_model.py` has the same model in NNX.
 """
 
