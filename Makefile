@@ -1,4 +1,4 @@
-# Targets for people. `make train` is the quick start; `make help` lists the rest.
+# `make train` is the quick start; `make help` lists all targets.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,14 +8,14 @@ QUICKSTART := runs/quickstart
 WORKDIRS ?= $(QUICKSTART)
 WORKERS ?= 2
 EXTRA ?=
-# What training needs, with EXTRA if one is given; and besides it what tests and lint need.
+# Stamps of what is installed: the packages for training, with EXTRA if given, and those for tests and lint.
 INSTALLED := $(VENV)/.installed$(addprefix -,$(EXTRA))
 TOOLS := $(VENV)/.installed-dev
 PROGRAMS := .pytest_cache/programs
 
-# XLA sizes its CPU thread pool by NPROC: simulated devices on few cores deadlock below 2 threads a device.
+# XLA sizes its CPU thread pool by NPROC. Simulated devices deadlock with fewer than 2 threads per device.
 export NPROC ?= 32
-# XLA's LAPACK calls go through OpenBLAS, whose spinning threads starve a small machine.
+# XLA calls LAPACK through OpenBLAS, whose spinning threads starve a small machine.
 export OPENBLAS_NUM_THREADS ?= 1
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -26,14 +26,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 help:
 	@echo "make train      set up $(VENV) (once) and train the quick start into $(QUICKSTART)"
-	@echo "make report     draw WORKDIRS=\"$(WORKDIRS)\" to a PNG and an HTML page"
-	@echo "make test       run the fast tests in WORKERS=$(WORKERS) processes; ARGS=\"tests/models -k lm\" chooses some; COLD=1"
-	@echo "                first deletes the programs that earlier tests have compiled"
-	@echo "make test-slow  run the other tests: real processes, compilation for TPUs, long references"
-	@echo "make mutants    put faults into copies of the sources and see whether the tests notice"
-	@echo "make lint       ruff and pyright"
+	@echo "make report     draw the runs WORKDIRS=\"$(WORKDIRS)\" to an HTML page"
+	@echo "make test       run the fast tests in WORKERS=$(WORKERS) processes; ARGS=\"tests/models -k lm\" selects some;"
+	@echo "                COLD=1 first deletes the programs that earlier tests have compiled"
+	@echo "make test-slow  run the slow tests: real processes, compilation for TPUs, long references"
+	@echo "make mutants    put faults into copies of the sources and check that tests fail"
+	@echo "make lint       run ruff and pyright"
 	@echo "make format     let ruff rewrite what it can"
-	@echo "make lock       resolve pyproject.toml into $(LOCK) again; ARGS=--upgrade takes the newest versions"
+	@echo "make lock       resolve pyproject.toml into $(LOCK); ARGS=--upgrade takes the latest versions"
 	@echo "make install    only set up $(VENV); EXTRA=cuda13, cuda12 or tpu adds support for the accelerator"
 	@echo "make clean      remove build products and caches; $(VENV) and runs/ stay"
 
@@ -43,7 +43,7 @@ train: $(INSTALLED)
 	@echo "==> Training the quick start into $(QUICKSTART): 2 to 3 minutes on 2 cores. Ctrl-C is safe; make train resumes."
 	$(BIN)/python -m shampax.launch.train --config=shampax/configs/lm.py:sample --workdir=$(QUICKSTART)
 
-# A candidate is run, not only looked up: version managers leave shims for interpreters that are not there.
+# Run each candidate instead of only looking it up: version managers leave shims of missing interpreters.
 $(BIN)/python:
 	@set -e; found=; \
 	for candidate in $${PYTHON:-python3.13 python3.12 python3.11 python3}; do \
@@ -58,7 +58,7 @@ $(BIN)/python:
 	echo "==> Creating $(VENV) with $$($$found --version)"; \
 	$$found -m venv $(VENV)
 
-# The lock holds versions for every extra and every supported Python; as constraints they apply to what is installed.
+# The lock has versions for every extra and every supported Python. Constraints apply only to packages that get installed.
 INSTALL = $(BIN)/python -m pip install --quiet --quiet --constraint $(LOCK)
 
 $(VENV)/.installed: $(LOCK) pyproject.toml | $(BIN)/python
@@ -74,7 +74,7 @@ $(VENV)/.installed-%: $(VENV)/.installed
 	@touch $@
 	@echo "==> Installed"
 
-# Tests see the CPU backend with simulated devices, also on a machine that has an accelerator.
+# Tests use the CPU backend with simulated devices, also on a machine with an accelerator.
 test test-slow mutants: export JAX_PLATFORMS = cpu
 test: $(TOOLS)
 	$(if $(COLD),rm -rf $(PROGRAMS))
@@ -96,8 +96,8 @@ format: $(TOOLS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Python $(LOCK_PYTHON) is the oldest supported; --universal adds markers for newer ones, which get newer releases of JAX
-# and Flax, and for other systems. Versions that are locked stay unless pyproject.toml forbids them.
+# Python $(LOCK_PYTHON) is the oldest supported. --universal adds markers for other systems and for newer Pythons, which get
+# newer releases of JAX and Flax. Locked versions stay unless pyproject.toml forbids them.
 lock: $(TOOLS)
 	$(BIN)/uv pip compile --quiet --universal --python-version $(LOCK_PYTHON) --all-extras $(ARGS) \
 	  --custom-compile-command "make lock" --no-emit-index-url --no-emit-find-links \
