@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
+from synthetic_clicks import SyntheticClicks
 from workdirs import cut_short, history
 
 from shampax.configs import base, dlrm
 from shampax.framework.config.check import load
-from shampax.framework.data.clicks.synthetic import SyntheticClicks
 from shampax.framework.train import train
 from shampax.launch.train import main
 
@@ -104,7 +104,7 @@ def test_a_teacher_is_found_again(tmp_path):
     task = {"rows": (64,) * 26, "embed_dim": 4, "bottom": (16, 4), "top": (16,), "normalize_integers": True}
     config.task = base.component("shampax.models.dlrm:DLRMTask", **task)
     clicks = {"values": 8, "signal": 2.0, "examples_in_train": 60_000, "examples_in_heldout": 4_000}
-    config.data = base.component("shampax.framework.data.clicks:SyntheticClicks", **clicks)
+    config.data = base.component("synthetic_clicks:SyntheticClicks", **clicks)
     config.optimizer = base.component(
         dlrm.SHAMPOO, treatments=dlrm.TREATMENTS, rate_rules=(("embedding", 3.0), (".*", 1.0))
     )

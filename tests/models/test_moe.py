@@ -114,7 +114,7 @@ def test_groups_are_routed_each_by_itself():
     rows, rows_routing = quick_jit(functools.partial(apply_experts, whole))(x.reshape(4, 4, 6), real.reshape(4, 4))
     assert_close(added.reshape(4, 4, 6), rows, 1e-6)
     assert_close(routing, rows_routing, 1e-5)
-    with pytest.raises(ValueError, match="task.expert_group=3: must divide rows of 8 tokens"):
+    with pytest.raises(ValueError, match=r"task.expert_group=3: must divide rows of 8 tokens"):
         Experts(3, 2, 0.8, 3).group_of(8)
 
 

@@ -1,6 +1,5 @@
-"""Clicks on advertisements: logs in Criteo's form, and synthetic ones."""
+"""Clicks on advertisements: logs in Criteo's form."""
 
 from .criteo import ClickData
-from .synthetic import SyntheticClicks
 
-__all__ = ["ClickData", "SyntheticClicks"]
+__all__ = ["ClickData"]

@@ -20,6 +20,7 @@ _SAMPLE_FILES: dict[Split, str] = {
     "heldout": "fashion-mnist-test-500.u8.xz",
 }
 _SAMPLE_SIDE = 28
+_CROP_ASPECT = (0.75, 4 / 3)  # width / height of a training crop (Szegedy et al. 2015)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,6 @@ class ImageData:
         0.08,
         1.0,
     )  # training crop's share of a tfds image's area, range (Szegedy et al. 2015)
-    crop_aspect: tuple[float, float] = (0.75, 4 / 3)  # training crop's width / height, range
     heldout_share: float = 0.875  # side of the evaluated central crop / shorter side: 224 of 256
     shift: int = 2  # training images of the sample move by up to this many pixels each way
     flip: bool = True  # mirror half of the training images
@@ -58,8 +58,6 @@ class ImageData:
             raise ValueError(f"data.image_size={self.image_size}: the sample's images have {_SAMPLE_SIDE}")
         if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
             raise ValueError(f"data.crop_area={self.crop_area}: give two rising shares, as (0.08, 1.0)")
-        if not 0 < self.crop_aspect[0] <= self.crop_aspect[1] < np.inf:
-            raise ValueError(f"data.crop_aspect={self.crop_aspect}: give two rising ratios, as (0.75, 1.33)")
         if not 0 < self.heldout_share <= 1:
             raise ValueError(f"data.heldout_share={self.heldout_share}: must be above 0 and at most 1")
         if not 0 <= self.shift < _SAMPLE_SIDE:
@@ -104,7 +102,7 @@ class ImageData:
             image = pictures.shifted(image, down, right)
         else:
             height, width, _ = image.shape
-            box = pictures.random_box(height, width, rng, area=self.crop_area, aspect=self.crop_aspect)
+            box = pictures.random_box(height, width, rng, area=self.crop_area, aspect=_CROP_ASPECT)
             image = pictures.resized(image, box, self.image_size)
         if self.flip and rng.random() < 0.5:
             image = image[:, ::-1]

@@ -8,9 +8,10 @@ import re
 import jax
 import numpy as np
 import pytest
+from synthetic_clicks import SyntheticClicks
 
 from shampax.framework.base.errors import UserError
-from shampax.framework.data.clicks import ClickData, SyntheticClicks, criteo
+from shampax.framework.data.clicks import ClickData, criteo
 from shampax.framework.data.clicks import rows as click_rows
 from shampax.framework.data.clicks.rows import MISSING
 from shampax.framework.data.pipeline import Batches

@@ -207,7 +207,6 @@ def test_unusable_sets_are_refused_before_training(tfds_dir, tmp_path):
         ({"image_size": 32}, "32: the sample's images have 28"),
         ({"classes": 0}, "must be at least 1"),
         ({"crop_area": (0.5, 0.1)}, "two rising shares"),
-        ({"crop_aspect": (0.0, 1.0)}, "two rising ratios"),
         ({"heldout_share": 0.0}, "above 0 and at most 1"),
         ({"shift": 28}, "move by 0 to 27"),
         ({"max_malformed": -1}, "0 for none"),

@@ -1,4 +1,4 @@
-"""Synthetic clicks of a hidden teacher: for throughput without a disk, and to test whether a model learns.
+"""Synthetic clicks of a hidden teacher, to test whether a model learns.
 
 An example is a function of the seed and its index. Categories follow a power law, integers are log-normal, some fields
 are empty. The teacher's logit is a sum of a number for each category, a slope times the logarithm of each integer, and
@@ -12,9 +12,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ...dataset import Split
-from . import rows
-from .rows import CATEGORIES, INTEGERS
+from shampax.framework.data.clicks import rows
+from shampax.framework.data.clicks.rows import CATEGORIES, INTEGERS
+from shampax.framework.dataset import Split
 
 _HIDDEN = 4  # length of the teacher's vectors
 _EMPTY = 0.05  # share of the integers
