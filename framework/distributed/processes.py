@@ -61,14 +61,14 @@ class Group:
         self._lock = threading.Lock()
         self._connections: dict[int, socket.socket] = {}  # process 0 has one to each other process, they have one to it
         self._come: set[int] = set()  # connected processes; in processes other than 0 only process 0
-        self._identities: dict[int, Mapping[str, str]] = {}
+        self._identities: dict[int, Mapping[str, str]] = {}  # in process 0 only
         self._done: set[int] = set()
         self._jax_port = 0
         self._waiting_seconds = 0.0
         self._patience = _COMING_SECONDS  # at the end of the run, for processes that are not yet notified
         self._started, self._over = threading.Event(), threading.Event()
         self._ending = threading.Lock()
-        self._verdict: list[Any] | None = None
+        self._told: list[list[Any]] = []  # messages for all connected processes, and for those that connect later
         if place.index:
             _in_background(self._connect)
             return
@@ -157,12 +157,7 @@ class Group:
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # another thread is exiting
         _last_words(text)
-        verdict = ["end", *(told or (code, text))]
-        with self._lock:
-            self._verdict = verdict  # for processes that connect later
-            connections = list(self._connections.values())
-        for connection in connections:
-            wire.send(connection, verdict)
+        self._tell(["end", *(told or (code, text))])
         deadline = time.monotonic() + self._patience
         try:
             while not self._all_notified() and time.monotonic() < deadline:
@@ -217,11 +212,8 @@ class Group:
         with self._lock:
             welcome = count == place.count and 0 < index < count and index not in self._come
             if welcome:
-                self._connections[index] = connection
                 self._come.add(index)
-                wire.send(connection, ["welcome"])
-                if self._verdict is not None:
-                    wire.send(connection, self._verdict)
+                self._open(index, connection, ["welcome"])
         if not welcome:
             line = (
                 f"error: process {index} of {count} has connected to a run of {place.count} processes, of which "
@@ -244,30 +236,32 @@ class Group:
                 connection = socket.create_connection((place.host, place.port), timeout=_COMING_SECONDS)
                 # On loopback a connection to a port where nobody listens can reach itself.
                 if connection.getsockname() != connection.getpeername():
-                    self._introduce(connection)
+                    connection.settimeout(None)
+                    with self._lock:
+                        self._open(0, connection, ["hello", place.index, place.count])
+                    self._follow(0, wire.messages(connection))
                 connection.close()
             time.sleep(_RETRY_SECONDS)
 
-    def _introduce(self, connection: socket.socket) -> None:
-        place = self._place
-        connection.settimeout(None)
-        wire.send(connection, ["hello", place.index, place.count])
+    def _open(self, index: int, connection: socket.socket, greeting: list[Any]) -> None:
+        self._connections[index] = connection
+        for message in (greeting, *self._told):
+            wire.send(connection, message)
+
+    def _tell(self, message: list[Any]) -> None:
         with self._lock:
-            self._connections[0] = connection
-            if self._verdict is not None:
-                wire.send(connection, self._verdict)
-            if place.index in self._identities:
-                wire.send(connection, ["ready", self._identities[place.index]])
-        self._follow(0, wire.messages(connection))
+            self._told.append(message)
+            for connection in self._connections.values():
+                wire.send(connection, message)
 
     def _note_ready(self, index: int, identity: Mapping[str, str]) -> None:
         place = self._place
+        if place.index:
+            self._tell(["ready", identity])
+            return
         with self._lock:
             self._identities[index] = identity
             complete = len(self._identities) == place.count
-            if place.index:
-                for connection in self._connections.values():
-                    wire.send(connection, ["ready", identity])
         if not complete:
             return
         difference = sameness.difference(self._identities)
@@ -275,7 +269,7 @@ class Group:
             self._patience = _LEAVING_SECONDS
             self._end(_REFUSED, f"error: {difference}")
         self._jax_port = wire.free_port(place)
-        self._tell_all(["start", self._jax_port])
+        self._tell(["start", self._jax_port])
         self._started.set()
 
     def _follow(self, index: int, messages: Iterator[Any]) -> None:
@@ -311,20 +305,14 @@ class Group:
 
     def _note_done(self, index: int) -> None:
         if self._place.index:
-            self._tell_all(["done"])
+            self._tell(["done"])
             return
         with self._lock:
             self._done.add(index)
             over = len(self._done) == self._place.count
         if over:
-            self._tell_all(["over"])
+            self._tell(["over"])
             self._over.set()
-
-    def _tell_all(self, message: list[Any]) -> None:
-        with self._lock:
-            connections = list(self._connections.values())
-        for connection in connections:
-            wire.send(connection, message)
 
 
 def _names(indices: Iterable[int]) -> str:
