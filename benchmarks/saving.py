@@ -27,7 +27,7 @@ from ..framework.checkpoint.saving import Checkpoints
 from ..framework.config import components
 from ..framework.config.check import check
 from ..framework.data import pipeline
-from ..framework.sharding import partitioning
+from ..framework.sharding import meshes
 from ..framework.sharding.global_batch import Share
 from ..framework.step.program import Program
 from ..framework.step.schedule import make_schedule
@@ -39,8 +39,8 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     """Seconds of turns with and without a save; see the module."""
     config = lm.get_config(options.variant)
     check(config)
-    task, data, chosen = (components.build(section) for section in (config.task, config.data, config.optimizer))
-    mesh = partitioning.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    task, data, chosen = components.build_all(config)
+    mesh = meshes.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     data.prepare(place / "data")
     share = Share(config.batch_size, mesh)
     batches = pipeline.Batches(

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ..optimizers.checkpoint.inheritance import Fresh, Kept, Source
 from ..optimizers.host.service import HostRootsError as ServiceError
 from ..optimizers.plan import patterns
-from .sharding import partitioning
+from .sharding import meshes
 
 __all__ = ["OptimizerOptions", "Service", "ServiceError"]
 
@@ -163,7 +163,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -
             parameter = mirrored.get(patterns.path_name(key_path[start:]))
             if parameter is not None and parameter.shape == leaf.shape:
                 return parameter.sharding
-        return partitioning.replicated(mesh)
+        return meshes.replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(tx.init, params))
 

@@ -27,7 +27,7 @@ from .data.feed import Feed
 from .distributed import console
 from .reporting import profiling, startup
 from .reporting.watchdog import Watchdog
-from .sharding import partitioning
+from .sharding import placement
 from .step import compilation_cache
 from .step.program import Program
 from .step.schedule import Schedule, make_schedule
@@ -136,11 +136,9 @@ def examine(config: Any, workdir: str | Path, devices: Sequence[Any] | None) -> 
     Raises:
       UserError: a component or the mesh is invalid.
     """
-    task, data, options = (components.build(section) for section in (config.task, config.data, config.optimizer))
+    task, data, options = components.build_all(config)
     profile_steps = profiling.parse(config.profile_steps)
-    mesh = partitioning.make_mesh(config.mesh, devices)
-    partitioning.check_rules(config.sharding_rules, mesh)
-    partitioning.check_batch(config.batch_size, config.microbatches, mesh)
+    mesh = placement.mesh_of(config, devices)
     console.say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
     return Request(config, _absolute(workdir), task, data, options, mesh, profile_steps)
 

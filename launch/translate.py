@@ -90,8 +90,13 @@ def _model(options: argparse.Namespace) -> Callable[[list[tuple[int, str]]], dic
 
     from ..configs import base
     from ..framework.base import workdir as layout
+<<<<<<< Updated upstream
     from ..framework.checkpoint import restore, store
     from ..framework.sharding import partitioning
+=======
+    from ..framework.checkpoint import contents, restore
+    from ..framework.sharding import meshes
+>>>>>>> Stashed changes
 
     if options.checkpoint is not None:
         checkpoint, damaged = store.locate(options.checkpoint, intact=True)
@@ -112,11 +117,11 @@ def _model(options: argparse.Namespace) -> Callable[[list[tuple[int, str]]], dic
         raise UserError(str(error)) from error
     tokenizer, decode = data.load_tokenizer(workdir / layout.CACHE), data.decoder(workdir / layout.CACHE)
     defaults = base.get_config()
-    mesh = partitioning.make_mesh(defaults.mesh)
+    mesh = meshes.make_mesh(defaults.mesh)
     rows = -(-options.batch_size // mesh.size) * mesh.size
     with jax.set_mesh(mesh):
         variables = restore.variables(checkpoint, task, data.spec(), defaults.sharding_rules, mesh)
-    placed = partitioning.batch_sharding(mesh)
+    placed = meshes.batch_sharding(mesh)
     compiled = jax.jit(task.translate)
 
     def batch_of(sources: list[list[int]]) -> tuple[Any, Any]:

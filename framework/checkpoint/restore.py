@@ -16,7 +16,7 @@ from ..base import workdir as layout
 from ..base.errors import UserError
 from ..base.json_files import read_object
 from ..config import components
-from ..sharding import partitioning
+from ..sharding import placement
 from ..step.state import abstract_variables
 from ..task import BatchSpec, Task
 from . import saving, store
@@ -67,7 +67,7 @@ def component(workdir: Path, section: str, allowed: Sequence[str]) -> Any:
 
 
 def variables(
-    checkpoint: Path, task: Task, batch_spec: BatchSpec, rules: partitioning.Rules, mesh: Mesh
+    checkpoint: Path, task: Task, batch_spec: BatchSpec, rules: placement.Rules, mesh: Mesh
 ) -> dict[str, Any]:
     """The variables of a checkpoint, laid out on a mesh by the rules.
 
@@ -82,8 +82,8 @@ def variables(
       UserError: the checkpoint cannot be read, or has other variables than the task.
     """
     abstract = abstract_variables(task, batch_spec)
-    placements = partitioning.place_all(abstract, task.logical_axes(abstract), rules, mesh)
-    specs = jax.tree.leaves(partitioning.shardings(abstract, placements, mesh))
+    placements = placement.place_all(abstract, task.logical_axes(abstract), rules, mesh)
+    specs = jax.tree.leaves(placement.shardings(abstract, placements, mesh))
     there, wanted = store.arrays(checkpoint), {}
     for path, leaf, sharding in zip(patterns.paths(abstract), jax.tree.leaves(abstract), specs, strict=True):
         name = path if path.startswith(PARAMS) else f"{MODEL}{path}"

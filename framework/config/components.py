@@ -68,6 +68,15 @@ def build(section: Any) -> Any:
         raise UserError(f"{section.name}: {error}") from error
 
 
+def build_all(config: Any) -> tuple[Any, Any, Any]:
+    """Return the task, the data set and the optimizer's options of a config.
+
+    Raises:
+      UserError: as `build`.
+    """
+    return build(config.task), build(config.data), build(config.optimizer)
+
+
 def is_component(section: Any) -> bool:
     """Return whether part of a config is the section of a component: only these have a `name`."""
     return isinstance(section, ConfigDict) and "name" in section

@@ -18,7 +18,7 @@ from .. import dataset, optimizer
 from ..base.errors import UserError
 from ..config import components
 from ..config.check import check
-from ..sharding import chips, partitioning
+from ..sharding import chips, meshes, placement
 from ..step.program import Program
 from ..step.schedule import Schedule
 from . import collectives
@@ -118,10 +118,8 @@ def make_plan(config: Any, devices: Sequence[Any], *, compiles: bool = False) ->
       UserError: the config does not fit the devices, or its data set does not tell shapes.
     """
     check(config)
-    task, data, options = (components.build(section) for section in (config.task, config.data, config.optimizer))
-    mesh = partitioning.make_mesh(config.mesh, devices)
-    partitioning.check_rules(config.sharding_rules, mesh)
-    partitioning.check_batch(config.batch_size, config.microbatches, mesh)
+    task, data, options = components.build_all(config)
+    mesh = placement.mesh_of(config, devices)
     example = dataset.spec(data)
     if example is None:
         raise UserError(
@@ -130,7 +128,7 @@ def make_plan(config: Any, devices: Sequence[Any], *, compiles: bool = False) ->
         )
     peak_rate = config.schedule.learning_rate
     with jax.set_mesh(mesh):
-        sharding = partitioning.batch_sharding(mesh)
+        sharding = meshes.batch_sharding(mesh)
         batch = {
             name: jax.ShapeDtypeStruct((config.batch_size, *leaf.shape), leaf.dtype, sharding=sharding)
             for name, leaf in example.items()
@@ -203,7 +201,7 @@ def _block_table(tx: Any, params: Any) -> list[dict[str, Any]]:
 
 
 def _bytes_by_kind(state: Any, batch: Any) -> dict[str, int]:
-    held = partitioning.bytes_on_device
+    held = meshes.bytes_on_device
     found = {"parameters": held(state.params), "gradients": held(state.params)}
     for path, leaf in zip(patterns.paths(state.opt_state), jax.tree.leaves(state.opt_state), strict=True):
         kind = patterns.first_match(_KINDS, path)

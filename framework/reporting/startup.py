@@ -12,7 +12,7 @@ from ...optimizers.plan import patterns
 from ..base import workdir as layout
 from ..checkpoint import takeover
 from ..distributed.console import say
-from ..sharding import partitioning
+from ..sharding import meshes, placement
 from ..step.state import TrainState
 
 _CONSOLE_ROWS = 40
@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
 
 def parameter_rows(
-    params: Any, placements: Mapping[str, partitioning.Placement], treatments: Mapping[str, str]
+    params: Any, placements: Mapping[str, placement.Placement], treatments: Mapping[str, str]
 ) -> list[Row]:
     """Return a row for each parameter, in the order of the tree.
 
@@ -40,10 +40,10 @@ def parameter_rows(
     """
     rows = []
     for path, leaf in zip(patterns.paths(params), jax.tree.leaves(params), strict=True):
-        placement = placements[f"params/{path}"]
-        notes = f" ({'; '.join(placement.notes)})" if placement.notes else ""
+        placed = placements[f"params/{path}"]
+        notes = f" ({'; '.join(placed.notes)})" if placed.notes else ""
         shape = "x".join(map(str, leaf.shape)) or "scalar"
-        sharding = partitioning.describe(placement.spec) + notes
+        sharding = placement.describe(placed.spec) + notes
         rows.append(Row(path, shape, sharding, treatments.get(path, "-"), math.prod(leaf.shape)))
     return rows
 
@@ -103,5 +103,5 @@ def show_takeover(taken: takeover.Takeover, workdir: Path) -> None:
 def memory_line(state: TrainState) -> str:
     """Return `on each device: parameters 2.9 MB, optimizer state 11.2 MB` for ShapeDtypeStructs with shardings."""
     parts = {"parameters": state.params, "optimizer state": state.opt_state, "average": state.averaging}
-    sizes = {name: partitioning.bytes_on_device(part) for name, part in parts.items()}
+    sizes = {name: meshes.bytes_on_device(part) for name, part in parts.items()}
     return "on each device: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items() if size)

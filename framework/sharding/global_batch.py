@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from . import partitioning
+from . import meshes
 
 
 class Share:
@@ -21,8 +21,8 @@ class Share:
     """
 
     def __init__(self, global_batch_size: int, mesh: Mesh):
-        """`partitioning.check_batch` has passed the batch size."""
-        self._size, self._sharding = global_batch_size, partitioning.batch_sharding(mesh)
+        """`meshes.check_batch` has passed the batch size."""
+        self._size, self._sharding = global_batch_size, meshes.batch_sharding(mesh)
         held = self._sharding.addressable_devices_indices_map((global_batch_size,)).values()
         self.rows = np.unique(np.concatenate([np.arange(global_batch_size)[index] for index in held]))
 
@@ -33,7 +33,7 @@ class Share:
           local: arrays [len(rows), ...].
 
         Returns:
-          Arrays [global_batch_size, ...] with `partitioning.batch_sharding`.
+          Arrays [global_batch_size, ...] with `meshes.batch_sharding`.
         """
         return {name: self._lay(array) for name, array in local.items()}
 

@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh
 
 from ..optimizer import OptimizerOptions
-from ..sharding import partitioning
+from ..sharding import placement
 from ..task import BatchSpec, Task, judge_of
 from . import refusals
 from .guard import GuardOptions
@@ -35,7 +35,7 @@ class Program:
 
     task: Task
     batch_spec: BatchSpec
-    placements: dict[str, partitioning.Placement]
+    placements: dict[str, placement.Placement]
     tx: optax.GradientTransformation
     abstract: TrainState
     train_step: jax.stages.Wrapped
@@ -73,8 +73,8 @@ class Program:
         with refusals.of(task):
             variables = abstract_variables(task, batch_spec)
             axes = task.logical_axes(variables)
-        placements = partitioning.place_all(variables, axes, config.sharding_rules, mesh)
-        specs = partitioning.shardings(variables, placements, mesh)["params"]
+        placements = placement.place_all(variables, axes, config.sharding_rules, mesh)
+        specs = placement.shardings(variables, placements, mesh)["params"]
         with refusals.of_any():
             tx = options.build(learning_rate.after(began), mesh=mesh, axis_names=axes["params"], param_specs=specs)
             abstract = abstract_state(task, tx, batch_spec, placements, mesh, config.ema_decay)

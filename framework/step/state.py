@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from ...optimizers.plan import patterns
 from .. import optimizer
-from ..sharding import partitioning
+from ..sharding import meshes, placement
 from ..task import BatchSpec, Task
 from . import averaging, guard
 
@@ -52,7 +52,7 @@ def abstract_state(
     task: Task,
     tx: optax.GradientTransformation,
     batch_spec: BatchSpec,
-    placements: dict[str, partitioning.Placement],
+    placements: dict[str, placement.Placement],
     mesh: Mesh,
     ema_decay: float = 0.0,
 ) -> TrainState:
@@ -62,8 +62,8 @@ def abstract_state(
     replicated.
     """
     variables = abstract_variables(task, batch_spec)
-    variables = _with_shardings(variables, partitioning.shardings(variables, placements, mesh))
-    replicated = partitioning.replicated(mesh)
+    variables = _with_shardings(variables, placement.shardings(variables, placements, mesh))
+    replicated = meshes.replicated(mesh)
     averages = averaging.abstract(dict(variables), ema_decay, replicated)
     params = variables.pop("params")
     opt_state = _with_shardings(jax.eval_shape(tx.init, params), optimizer.state_shardings(tx, params, mesh))

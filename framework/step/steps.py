@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ...optimizers.update.finite import all_finite
 from .. import optimizer
-from ..sharding import partitioning
+from ..sharding import meshes
 from ..task import Batch, Judge, Metrics, Task
 from . import averaging, guard
 from .guard import GuardOptions
@@ -102,8 +102,8 @@ def make_train_step(
 
     return jax.jit(
         train_step,
-        in_shardings=(shardings(abstract), partitioning.batch_sharding(mesh)),
-        out_shardings=(shardings(abstract), partitioning.replicated(mesh)),
+        in_shardings=(shardings(abstract), meshes.batch_sharding(mesh)),
+        out_shardings=(shardings(abstract), meshes.replicated(mesh)),
         donate_argnums=0,
     )
 
@@ -114,7 +114,7 @@ def make_diagnosis(tx: optax.GradientTransformation, abstract: TrainState, mesh:
     def diagnose(opt_state: Any) -> dict[str, jax.Array]:
         return {f"optimizer/{name}": value for name, value in optimizer.diagnostics(tx, opt_state).items()}
 
-    return jax.jit(diagnose, in_shardings=(shardings(abstract.opt_state),), out_shardings=partitioning.replicated(mesh))
+    return jax.jit(diagnose, in_shardings=(shardings(abstract.opt_state),), out_shardings=meshes.replicated(mesh))
 
 
 def make_eval_step(task: Task, abstract: TrainState, mesh: Mesh, microbatches: int = 1) -> jax.stages.Wrapped:
@@ -134,8 +134,8 @@ def make_eval_step(task: Task, abstract: TrainState, mesh: Mesh, microbatches: i
 
     return jax.jit(
         eval_step,
-        in_shardings=(shardings(abstract.variables), partitioning.batch_sharding(mesh)),
-        out_shardings=partitioning.replicated(mesh),
+        in_shardings=(shardings(abstract.variables), meshes.batch_sharding(mesh)),
+        out_shardings=meshes.replicated(mesh),
     )
 
 
@@ -151,8 +151,8 @@ def make_predict_step(judge: Judge, abstract: TrainState, mesh: Mesh, microbatch
 
     return jax.jit(
         predict_step,
-        in_shardings=(shardings(abstract.variables), partitioning.batch_sharding(mesh)),
-        out_shardings=partitioning.replicated(mesh),
+        in_shardings=(shardings(abstract.variables), meshes.batch_sharding(mesh)),
+        out_shardings=meshes.replicated(mesh),
     )
 
 
@@ -169,7 +169,7 @@ def _cut(batch: Batch, microbatches: int, mesh: Mesh) -> Batch:
 
     Micro-batch i has the examples i, i + microbatches, ...: every device cuts its own examples, and none moves.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(None, partitioning.batch_axes(mesh)))
+    sharding = NamedSharding(mesh, PartitionSpec(None, meshes.batch_axes(mesh)))
 
     def cut(leaf: jax.Array) -> jax.Array:
         rows = leaf.reshape(leaf.shape[0] // microbatches, microbatches, *leaf.shape[1:])

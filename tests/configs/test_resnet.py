@@ -10,7 +10,7 @@ from workdirs import cut_short, history
 from shampax.framework import optimizer
 from shampax.framework.config import components
 from shampax.framework.config.check import load
-from shampax.framework.sharding import partitioning
+from shampax.framework.sharding import meshes, placement
 from shampax.framework.step.guard import GuardOptions
 from shampax.framework.step.schedule import make_schedule
 from shampax.framework.step.state import abstract_state, abstract_variables, initial_state
@@ -98,16 +98,16 @@ def stepping():
     """Return the shrunk sample's task, train step (2 micro-batches, 2 devices), initial state function and a batch."""
     config = configured("sample_sgd", "task.stages=(1,)")
     task, data, options = (components.build(section) for section in (config.task, config.data, config.optimizer))
-    mesh = partitioning.make_mesh(config.mesh, jax.devices()[:2])
+    mesh = meshes.make_mesh(config.mesh, jax.devices()[:2])
     source = data.examples("train", None)
     examples = [source[index] for index in range(0, 1_600, 100)]
     with jax.set_mesh(mesh):
-        sharding = partitioning.batch_sharding(mesh)
+        sharding = meshes.batch_sharding(mesh)
         batch = {name: jax.device_put(np.stack([x[name] for x in examples]), sharding) for name in examples[0]}
         spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
         variables = abstract_variables(task, spec)
         axes = task.logical_axes(variables)
-        placements = partitioning.place_all(variables, axes, config.sharding_rules, mesh)
+        placements = placement.place_all(variables, axes, config.sharding_rules, mesh)
         schedule = make_schedule(0.1, warmup_steps=0, total_steps=10, decay="constant", final_fraction=0.0)
         tx = options.build(schedule, mesh=mesh, axis_names=axes["params"])
         abstract = abstract_state(task, tx, spec, placements, mesh)

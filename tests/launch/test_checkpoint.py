@@ -27,8 +27,12 @@ from shampax.configs import base
 from shampax.framework.base.errors import UserError
 from shampax.framework.checkpoint import diff, ownership, saving, store, takeover, verify
 from shampax.framework.checkpoint.origin import Origin
+<<<<<<< Updated upstream
 from shampax.framework.checkpoint.record import Ranking, Record
 from shampax.framework.sharding import partitioning
+=======
+from shampax.framework.sharding import meshes, placement
+>>>>>>> Stashed changes
 from shampax.framework.step import state
 from shampax.framework.train import train
 from shampax.launch import checkpoint
@@ -245,10 +249,10 @@ def test_of_a_workdir_the_newest_whole_one_is_meant(workdir):
 
 def save_plain(tmp_path, params, *, tx, step=3, model_state=None, name="plain"):
     """A checkpoint of an optax optimizer on one device."""
-    mesh = partitioning.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    mesh = meshes.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     scalar = np.int32(step)
     whole = state.TrainState(scalar, params, tx.init(params), model_state or {}, {"skipped": np.int32(0)})
-    whole = jax.device_put(whole, partitioning.replicated(mesh))
+    whole = jax.device_put(whole, meshes.replicated(mesh))
     spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), whole.params)
     manifest = takeover.describe(tx, "an optimizer", spec, {}, mesh.shape)
     record = Record(step).with_evaluation({"loss": math.nan}, Ranking())
@@ -784,12 +788,12 @@ class Bench:
     """What takes over from a checkpoint: the toy run on 4 devices."""
 
     def __init__(self, **options):
-        mesh = partitioning.make_mesh({"data": 4, "fsdp": 1, "tensor": 1}, jax.devices()[:4])
+        mesh = meshes.make_mesh({"data": 4, "fsdp": 1, "tensor": 1}, jax.devices()[:4])
         task, rows = toy.ToyTask(), toy.ToySource(8, 1)
         spec = {name: jax.ShapeDtypeStruct((8, *x.shape), x.dtype) for name, x in rows[0].items()}
         variables = state.abstract_variables(task, spec)
         axes = task.logical_axes(variables)
-        placements = partitioning.place_all(variables, axes, base.get_config().sharding_rules, mesh)
+        placements = placement.place_all(variables, axes, base.get_config().sharding_rules, mesh)
         self.tx = ShampooOptions(**(OPTIONS | options)).build(
             0.1, mesh=mesh, axis_names=axes["params"], param_specs=None
         )

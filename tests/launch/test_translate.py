@@ -9,9 +9,14 @@ import pytest
 
 from shampax.configs import base
 from shampax.framework.base.errors import UserError
+<<<<<<< Updated upstream
 from shampax.framework.checkpoint import restore, store
 from shampax.framework.checkpoint.record import Ranking
 from shampax.framework.sharding import partitioning
+=======
+from shampax.framework.checkpoint import restore
+from shampax.framework.sharding import meshes
+>>>>>>> Stashed changes
 from shampax.framework.train import train
 from shampax.launch.translate import DATA, TASK, main
 
@@ -101,7 +106,7 @@ def test_variables_are_restored_onto_another_mesh(run):
     defaults = base.get_config()
     checkpoint, found = workdir / "checkpoints" / "4", []
     for sizes, count in (({"data": 1, "fsdp": 2, "tensor": 2}, 4), ({"data": 1, "fsdp": 1, "tensor": 1}, 1)):
-        mesh = partitioning.make_mesh(sizes, jax.devices()[:count])
+        mesh = meshes.make_mesh(sizes, jax.devices()[:count])
         found.append(restore.variables(checkpoint, task, data.spec(), defaults.sharding_rules, mesh))
     jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, found))
     up = found[0]["params"]["encoder"]["mlp"]["up"]["kernel"]

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from shampax.framework.data.pipeline import Batches, HeldoutBatches
-from shampax.framework.sharding import partitioning
+from shampax.framework.sharding import meshes
 from shampax.framework.sharding.global_batch import Share
 
 BATCH, EXAMPLES, STEPS = 12, 31, (0, 2, 3, 17)  # batches 2 and 17 lie in two epochs
@@ -48,7 +48,7 @@ def batches_on(sizes, order):
       Digests by "batch array rows", and the number of reads for each training batch.
     """
     devices = [jax.devices()[index] for index in order]
-    mesh = partitioning.make_mesh(dict.fromkeys(("data", "expert", "fsdp", "sequence", "tensor"), 1) | sizes, devices)
+    mesh = meshes.make_mesh(dict.fromkeys(("data", "expert", "fsdp", "sequence", "tensor"), 1) | sizes, devices)
     share, source = Share(BATCH, mesh), Source()
     wanted = {"global_batch_size": BATCH, "rows": share.rows}
     batches, heldout = Batches(source, seed=5, **wanted), HeldoutBatches(source, **wanted)
@@ -60,7 +60,7 @@ def batches_on(sizes, order):
     for name, local in read.items():
         for key, array in share.to_devices(local).items():
             assert array.shape[0] == BATCH
-            assert array.sharding == partitioning.batch_sharding(mesh)
+            assert array.sharding == meshes.batch_sharding(mesh)
             for shard in array.addressable_shards:
                 rows = range(BATCH)[shard.index[0]]
                 held[f"{name} {key} {rows.start}:{rows.stop} device {shard.device.id}"] = digest(shard.data)

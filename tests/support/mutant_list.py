@@ -414,11 +414,11 @@ FRAMEWORK = (
     ),
     Mutant(
         "experts-see-the-same-examples",
-        "framework/sharding/partitioning.py",
+        "framework/sharding/meshes.py",
         'BATCH_AXES = ("data", "fsdp", "expert")',
         'BATCH_AXES = ("data", "fsdp")',
         "Devices along the expert axis all train on the same examples: the work of all but one is wasted.",
-        ("tests/framework/sharding/test_partitioning.py::test_experts_and_not_positions_divide_the_batch",),
+        ("tests/framework/sharding/test_meshes.py::test_experts_and_not_positions_divide_the_batch",),
     ),
     Mutant(
         "negative-clip-accepted",

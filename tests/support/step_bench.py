@@ -11,7 +11,7 @@ import toy
 from emitters import SAME_BITS
 
 from shampax.framework.data.pipeline import Batches
-from shampax.framework.sharding import partitioning
+from shampax.framework.sharding import meshes, placement
 from shampax.framework.sharding.global_batch import Share
 from shampax.framework.step import state
 from shampax.framework.step.guard import GuardOptions
@@ -32,14 +32,14 @@ class Bench:
 
     def __init__(self, sizes, *, task=None, options=None, batch_size=16, rules=RULES, ema_decay=0.0, **step_options):
         sizes = {"data": 1, "fsdp": 1, "tensor": 1} | sizes
-        self.mesh = partitioning.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+        self.mesh = meshes.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
         self.task = task or toy.ToyTask()
         self.share = Share(batch_size, self.mesh)
         self.batches = Batches(toy.ToySource(200, 1), seed=SEED, global_batch_size=batch_size, rows=self.share.rows)
         spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(self.batches[0]))
         variables = state.abstract_variables(self.task, spec)
         axes = self.task.logical_axes(variables)
-        placements = partitioning.place_all(variables, axes, rules, self.mesh)
+        placements = placement.place_all(variables, axes, rules, self.mesh)
         rate = optax.linear_schedule(0.01, 0.001, 20)
         self.tx = (options or AdamWOptions()).build(rate, mesh=self.mesh, axis_names=axes["params"])
         self.abstract = state.abstract_state(self.task, self.tx, spec, placements, self.mesh, ema_decay)

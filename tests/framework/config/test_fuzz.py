@@ -23,7 +23,7 @@ from shampax.framework.data.text.documents import open_documents
 from shampax.framework.data.text.tokenizer import encode, load_tokenizer, train_tokenizer
 from shampax.framework.reporting import curves, metrics
 from shampax.framework.reporting.runs import read_run
-from shampax.framework.sharding import partitioning
+from shampax.framework.sharding import placement
 from shampax.framework.step.schedule import make_schedule
 from shampax.launch import report, train
 
@@ -116,9 +116,7 @@ FLAGS = st.tuples(st.sampled_from(KEYS), LITERALS).map("=".join).map("--config."
 
 def set_up(config):
     """Do what a run does with a config before it reads data."""
-    mesh = partitioning.make_mesh(config.mesh)
-    partitioning.check_rules(config.sharding_rules, mesh)
-    partitioning.check_batch(config.batch_size, config.microbatches, mesh)
+    placement.mesh_of(config, None)
     units = durations.Units(config.batch_size, 1000, 128)
     units = dataclasses.replace(units, total_steps=durations.to_steps(config.duration, units))
     every = (config.evaluation.every, config.checkpoint.every, config.log.every, config.schedule.warmup)

@@ -125,7 +125,7 @@ def test_the_tables_show_every_figure(found):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"batch_size": 6}, "6 is not divisible by 4 data shards"),
+        ({"batch_size": 6}, "batch_size=6: must be divisible by 4 data shards"),
         ({"mesh.fsdp": 3}, "4 devices are not divisible by 3"),
         ({"optimizer.treatments": (("hidden.*", "shampoo"),)}, "embed"),
     ],

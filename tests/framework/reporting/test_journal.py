@@ -6,7 +6,7 @@ from shampax.framework.checkpoint.record import Record
 from shampax.framework.reporting import progress
 from shampax.framework.reporting.clock import Clock
 from shampax.framework.reporting.journal import Journal
-from shampax.framework.sharding import partitioning
+from shampax.framework.sharding import meshes
 
 COUNTS = {"skipped": 0, "consecutive_skips": 0, "spike": 0, "spikes": 0}
 STEP = COUNTS | {"loss": 2.0, "learning_rate": 0.1, "spike_bound": 3.0}
@@ -15,7 +15,7 @@ STEP = COUNTS | {"loss": 2.0, "learning_rate": 0.1, "spike_bound": 3.0}
 @pytest.fixture
 def journal():
     pace = {"total_steps": 1000, "tokens_per_step": 64}
-    speedometer = progress.Speedometer(partitioning.make_mesh({"data": -1}), flops_per_step=1.0, **pace)
+    speedometer = progress.Speedometer(meshes.make_mesh({"data": -1}), flops_per_step=1.0, **pace)
     return Journal(None, speedometer, Clock(0.0), (), start=Record(), period=Period(100), **pace)
 
 

@@ -3,12 +3,12 @@ import pytest
 
 from shampax.framework.reporting import progress
 from shampax.framework.reporting.clock import Clock, seconds_since_process_start
-from shampax.framework.sharding import partitioning
+from shampax.framework.sharding import meshes
 from shampax.framework.step.evaluation import evaluate
 
 
 def test_speed_leaves_the_first_step_out():
-    mesh = partitioning.make_mesh({"data": -1})
+    mesh = meshes.make_mesh({"data": -1})
     meter = progress.Speedometer(mesh, total_steps=100, tokens_per_step=64, flops_per_step=1e9)
     assert meter.read(1, 30.0) is None
     meter.warmed_up(1, 30.0)
@@ -21,7 +21,7 @@ def test_speed_leaves_the_first_step_out():
 
 def test_mfu_is_the_share_of_all_devices_peak(monkeypatch):
     monkeypatch.setattr(progress.chips, "peak_flops", lambda kind: 1e12)
-    mesh = partitioning.make_mesh({"data": -1})
+    mesh = meshes.make_mesh({"data": -1})
     meter = progress.Speedometer(mesh, total_steps=100, tokens_per_step=64, flops_per_step=1e12)
     meter.warmed_up(1, 0.0)
     speed = meter.read(5, 2.0)

@@ -2,7 +2,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from shampax.framework.reporting import startup
-from shampax.framework.sharding.partitioning import Placement
+from shampax.framework.sharding.placement import Placement
 
 
 def test_table_shows_each_parameter_and_the_total():

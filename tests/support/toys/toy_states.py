@@ -8,24 +8,30 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+<<<<<<< Updated upstream
 from shampax.framework.checkpoint.record import Ranking, Record
 from shampax.framework.checkpoint.saving import Checkpoints
 from shampax.framework.sharding import partitioning
+=======
+from shampax.framework.checkpoint.record import Record
+from shampax.framework.checkpoint.store import Checkpoints
+from shampax.framework.sharding import meshes
+>>>>>>> Stashed changes
 from shampax.framework.step import guard
 from shampax.framework.step.state import TrainState
 
 
 def make_state(sizes, spec, *, width=8):
     """A state on a mesh of its own."""
-    mesh = partitioning.make_mesh({"data": 1, "fsdp": 1, "tensor": 1} | sizes)
+    mesh = meshes.make_mesh({"data": 1, "fsdp": 1, "tensor": 1} | sizes)
     values = jnp.arange(16 * width, dtype=jnp.float32).reshape(16, width)
     params = {"layer": {"w": jax.device_put(values, NamedSharding(mesh, spec))}}
-    scalars = [jax.device_put(jnp.int32(7 + i), partitioning.replicated(mesh)) for i in range(4)]
+    scalars = [jax.device_put(jnp.int32(7 + i), meshes.replicated(mesh)) for i in range(4)]
     opt_state = jax.tree.map(
         lambda leaf: jax.device_put(leaf, NamedSharding(mesh, spec if leaf.ndim else P())),
         optax.adam(1e-3).init(params),
     )
-    counts = jax.jit(guard.initial, out_shardings=partitioning.replicated(mesh))()
+    counts = jax.jit(guard.initial, out_shardings=meshes.replicated(mesh))()
     return TrainState(scalars[3], params, opt_state, {"counters": {"batches": scalars[0]}}, counts)
 
 

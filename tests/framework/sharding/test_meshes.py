@@ -6,14 +6,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from shampax.framework.base.errors import UserError
-from shampax.framework.sharding import partitioning
+from shampax.framework.sharding import meshes, placement
 from shampax.models import layout
 
 RULES = (("vocab", "tensor"), ("mlp", ("fsdp", "tensor")), ("embed", "fsdp"), ("norm", None))
 
 
 def mesh(data=1, fsdp=1, tensor=1, devices=None):
-    return partitioning.make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, devices)
+    return meshes.make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, devices)
 
 
 def test_minus_one_takes_the_rest():
@@ -25,10 +25,10 @@ def test_minus_one_takes_the_rest():
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"data": 16}, ["16x1x1", "needs 16 devices but 8 are here"]),
+        ({"data": 16}, ["16x1x1", "needs 16 devices, but there are 8"]),
         ({"data": 2}, ["2x1x1", "uses 2 of 8 devices", "-1"]),
         ({"data": -1, "fsdp": 3}, ["-1x3x1", "8 devices are not divisible by 3", "1, 2, 4 or 8"]),
-        ({"data": -1, "fsdp": -1}, ["-1x-1x1", "at most one of them -1"]),
+        ({"data": -1, "fsdp": -1}, ["-1x-1x1", "at most one can be -1"]),
         ({"data": 0}, ["0x1x1", "at least 1"]),
     ],
 )
@@ -63,30 +63,30 @@ def test_a_network_is_divided_where_no_whole_axis_will_do():
 @pytest.mark.parametrize(
     ("batch", "microbatches", "message"),
     [
-        (100, 1, "batch 100 is not divisible by 8 data shards; use 96 or 104"),
-        (24, 2, "batch 24 is not divisible by 8 data shards x 2 microbatches = 16; use 16 or 32"),
-        (4, 1, "batch 4 is not divisible by 8 data shards; use 8"),
+        (100, 1, "config.batch_size=100: must be divisible by 8 data shards. Use 96 or 104."),
+        (24, 2, "config.batch_size=24: must be divisible by 8 data shards x 2 microbatches = 16. Use 16 or 32."),
+        (4, 1, "config.batch_size=4: must be divisible by 8 data shards. Use 8."),
     ],
 )
 def test_batch_errors_carry_both_numbers_and_the_fix(batch, microbatches, message):
     with pytest.raises(UserError) as error:
-        partitioning.check_batch(batch, microbatches, mesh(data=2, fsdp=4))
+        meshes.check_batch(batch, microbatches, mesh(data=2, fsdp=4))
     assert str(error.value) == message
 
 
 def test_experts_and_not_positions_divide_the_batch():
     """Fault: devices along `expert` that all see the same examples, or rows of T + 1 tokens cut over `sequence`."""
-    grid = partitioning.make_mesh({"data": 1, "expert": 2, "fsdp": 2, "sequence": 2, "tensor": 1})
-    assert partitioning.batch_sharding(grid).spec == P(("data", "fsdp", "expert"))
-    assert layout.BATCH_AXES == partitioning.BATCH_AXES
-    partitioning.check_batch(4, 1, grid)
-    with pytest.raises(UserError, match="batch 2 is not divisible by 4 data shards"):
-        partitioning.check_batch(2, 1, grid)
+    grid = meshes.make_mesh({"data": 1, "expert": 2, "fsdp": 2, "sequence": 2, "tensor": 1})
+    assert meshes.batch_sharding(grid).spec == P(("data", "fsdp", "expert"))
+    assert layout.BATCH_AXES == meshes.BATCH_AXES
+    meshes.check_batch(4, 1, grid)
+    with pytest.raises(UserError, match="batch_size=2: must be divisible by 4 data shards"):
+        meshes.check_batch(2, 1, grid)
 
 
 def test_tensor_axis_does_not_divide_the_batch():
-    partitioning.check_batch(2, 1, mesh(data=2, tensor=4))
-    assert partitioning.batch_sharding(mesh(data=2, tensor=4)).spec == P(("data", "fsdp"))
+    meshes.check_batch(2, 1, mesh(data=2, tensor=4))
+    assert meshes.batch_sharding(mesh(data=2, tensor=4)).spec == P(("data", "fsdp"))
 
 
 @pytest.mark.parametrize(
@@ -103,36 +103,36 @@ def test_tensor_axis_does_not_divide_the_batch():
     ],
 )
 def test_rules_fall_back_to_replication_and_say_so(shape, names, spec, notes):
-    placement = partitioning.place(shape, names, RULES, mesh(fsdp=4, tensor=2))
-    assert placement == partitioning.Placement(spec, notes)
+    placed = placement.place(shape, names, RULES, mesh(fsdp=4, tensor=2))
+    assert placed == placement.Placement(spec, notes)
 
 
 def test_axes_of_size_one_leave_no_trace():
-    placement = partitioning.place((9, 9), ("vocab", "embed"), RULES, mesh(data=8))
-    assert placement == partitioning.Placement(P(), ())
-    assert partitioning.describe(placement.spec) == "replicated"
-    assert partitioning.describe(P(None, ("fsdp", "tensor"))) == "-,fsdp+tensor"
+    placed = placement.place((9, 9), ("vocab", "embed"), RULES, mesh(data=8))
+    assert placed == placement.Placement(P(), ())
+    assert placement.describe(placed.spec) == "replicated"
+    assert placement.describe(P(None, ("fsdp", "tensor"))) == "-,fsdp+tensor"
 
 
 def test_name_without_a_rule_and_wrong_rank_name_the_parameter():
     leaf = jax.ShapeDtypeStruct((4, 4), "float32")
-    no_rule = r'parameter a/b: logical axis "layers" has no rule.*add \("layers", None\)'
+    no_rule = r'parameter a/b: logical axis "layers" has no rule.*Add \("layers", None\)'
     with pytest.raises(UserError, match=no_rule):
-        partitioning.place_all({"a": {"b": leaf}}, {"a": {"b": ("layers", "mlp")}}, RULES, mesh(data=8))
+        placement.place_all({"a": {"b": leaf}}, {"a": {"b": ("layers", "mlp")}}, RULES, mesh(data=8))
     with pytest.raises(UserError, match=r"parameter a: .*name 1 dimensions, but the shape \(4, 4\) has 2"):
-        partitioning.place_all({"a": leaf}, {"a": ("mlp",)}, RULES, mesh(data=8))
+        placement.place_all({"a": leaf}, {"a": ("mlp",)}, RULES, mesh(data=8))
 
 
 def test_rule_for_an_axis_the_mesh_lacks():
-    with pytest.raises(UserError, match='"moe" names the mesh axis "expert", but the mesh has data'):
-        partitioning.check_rules((("moe", "expert"),), mesh(data=8))
+    with pytest.raises(UserError, match='"moe" names the mesh axis "expert". Use None or one of data'):
+        placement.check_rules((("moe", "expert"),), mesh(data=8))
 
 
 def test_every_element_lies_on_exactly_its_devices():
     array = jax.numpy.arange(32 * 16).reshape(32, 16)
     grid = mesh(fsdp=4, tensor=2)
-    placements = partitioning.place_all({"w": array}, {"w": ("vocab", "embed")}, RULES, grid)
-    shardings = partitioning.shardings({"w": array}, placements, grid)
+    placements = placement.place_all({"w": array}, {"w": ("vocab", "embed")}, RULES, grid)
+    shardings = placement.shardings({"w": array}, placements, grid)
     laid = jax.device_put({"w": array}, shardings)["w"]
     assert {shard.data.shape for shard in laid.addressable_shards} == {(16, 4)}
     assert sum(math.prod(shard.data.shape) for shard in laid.addressable_shards) == array.size
