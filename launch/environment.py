@@ -8,9 +8,7 @@ OpenBLAS, which XLA calls for LAPACK, is loaded at the first such call. JAX read
 import glob
 import importlib.util
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from ..framework.base import cpu_backend
 from ..framework.base.errors import UserError
@@ -28,31 +26,15 @@ def _has_tpu() -> bool:
     return any(Path(vendor).read_text().strip() == _GOOGLE for vendor in vendors)
 
 
-class _Accelerator(NamedTuple):
-    """A kind of accelerator.
-
-    Attributes:
-      name: name in messages.
-      is_here: whether this machine has one, found without starting JAX.
-      modules: JAX can use it if any of these is installed.
-      fix: command that installs one.
-    """
-
-    name: str
-    is_here: Callable[[], bool]
-    modules: tuple[str, ...]
-    fix: str
-
-
-_ACCELERATORS = (
-    _Accelerator("a TPU", _has_tpu, ("libtpu",), "make install EXTRA=tpu"),
-    _Accelerator(
-        "an NVIDIA GPU",
+# name in messages -> (whether this machine has one, modules of which JAX needs one to use it, command to install one)
+_ACCELERATORS = {
+    "a TPU": (_has_tpu, ("libtpu",), "make install EXTRA=tpu"),
+    "an NVIDIA GPU": (
         lambda: bool(glob.glob("/dev/nvidia[0-9]*")),
         ("jax_cuda12_plugin", "jax_cuda13_plugin"),
         "make install EXTRA=cuda13 (driver 580 or newer) or EXTRA=cuda12",
     ),
-)
+}
 
 
 def before_jax() -> None:
@@ -61,7 +43,7 @@ def before_jax() -> None:
     # XLA calls LAPACK from many threads at once; OpenBLAS's own threads would spin against each other.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     cpu_backend.avoid_wrong_fusions()
-    if not (os.path.exists(_AMD_GPU) or any(accelerator.is_here() for accelerator in _ACCELERATORS)):
+    if not (os.path.exists(_AMD_GPU) or any(is_here() for is_here, _, _ in _ACCELERATORS.values())):
         # Otherwise an installed plugin for an accelerator searches for one and prints a long complaint.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -74,11 +56,11 @@ def check_accelerator() -> None:
     """
     if os.environ.get("JAX_PLATFORMS"):
         return
-    for accelerator in _ACCELERATORS:
-        if accelerator.is_here() and not any(map(importlib.util.find_spec, accelerator.modules)):
+    for name, (is_here, modules, fix) in _ACCELERATORS.items():
+        if is_here() and not any(map(importlib.util.find_spec, modules)):
             raise UserError(
-                f"this machine has {accelerator.name}, but JAX is installed without support for it. Run "
-                f"{accelerator.fix}, or set JAX_PLATFORMS=cpu to train on the CPU."
+                f"this machine has {name}, but JAX is installed without support for it. Run {fix}, or set "
+                "JAX_PLATFORMS=cpu to train on the CPU."
             )
 
 

@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser(*, helps: bool = False) -> flags.Parser:
     """Return the parser of the verb's flags. With `helps`, none is required."""
-    made = flags.Parser("train", __doc__, add_help=False)
+    usage = "%(prog)s --config=FILE.py[:VARIANT] --workdir=DIR [--config.KEY=VALUE ...]"
+    made = flags.Parser("train", __doc__, usage=usage, add_help=False)
     made.add_argument("--config", required=not helps, metavar="FILE.py[:VARIANT]")
     made.add_argument("--workdir", required=not helps, metavar="DIR", help="rerun with the same DIR to resume")
     made.add_argument("--profile_steps", metavar="FIRST:STOP", help="the same as --config.profile_steps")

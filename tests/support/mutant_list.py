@@ -780,8 +780,8 @@ LAUNCH = (
     Mutant(
         "accelerator-left-alone",
         "launch/environment.py",
-        "accelerator.is_here() and not any(",
-        "accelerator.is_here() and any(",
+        "is_here() and not any(",
+        "is_here() and any(",
         "A job on a GPU machine without JAX's support for GPUs trains on the CPU.",
         ("tests/launch/test_environment.py::test_an_accelerator_that_jax_cannot_use_is_refused",),
     ),
