@@ -90,13 +90,8 @@ def _model(options: argparse.Namespace) -> Callable[[list[tuple[int, str]]], dic
 
     from ..configs import base
     from ..framework.base import workdir as layout
-<<<<<<< Updated upstream
     from ..framework.checkpoint import restore, store
-    from ..framework.sharding import partitioning
-=======
-    from ..framework.checkpoint import contents, restore
     from ..framework.sharding import meshes
->>>>>>> Stashed changes
 
     if options.checkpoint is not None:
         checkpoint, damaged = store.locate(options.checkpoint, intact=True)

@@ -27,12 +27,8 @@ from shampax.configs import base
 from shampax.framework.base.errors import UserError
 from shampax.framework.checkpoint import diff, ownership, saving, store, takeover, verify
 from shampax.framework.checkpoint.origin import Origin
-<<<<<<< Updated upstream
 from shampax.framework.checkpoint.record import Ranking, Record
-from shampax.framework.sharding import partitioning
-=======
 from shampax.framework.sharding import meshes, placement
->>>>>>> Stashed changes
 from shampax.framework.step import state
 from shampax.framework.train import train
 from shampax.launch import checkpoint

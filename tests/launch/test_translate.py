@@ -9,14 +9,9 @@ import pytest
 
 from shampax.configs import base
 from shampax.framework.base.errors import UserError
-<<<<<<< Updated upstream
 from shampax.framework.checkpoint import restore, store
 from shampax.framework.checkpoint.record import Ranking
-from shampax.framework.sharding import partitioning
-=======
-from shampax.framework.checkpoint import restore
 from shampax.framework.sharding import meshes
->>>>>>> Stashed changes
 from shampax.framework.train import train
 from shampax.launch.translate import DATA, TASK, main
 

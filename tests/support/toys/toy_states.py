@@ -8,15 +8,9 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-<<<<<<< Updated upstream
 from shampax.framework.checkpoint.record import Ranking, Record
 from shampax.framework.checkpoint.saving import Checkpoints
-from shampax.framework.sharding import partitioning
-=======
-from shampax.framework.checkpoint.record import Record
-from shampax.framework.checkpoint.store import Checkpoints
 from shampax.framework.sharding import meshes
->>>>>>> Stashed changes
 from shampax.framework.step import guard
 from shampax.framework.step.state import TrainState
 
