@@ -210,7 +210,7 @@ def test_workdir_of_another_config_is_refused_and_left_alone(uninterrupted):
     ("changes", "message"),
     [
         ({"batch_size": 3}, "config.batch_size=3: must be divisible by 2 data shards. Use 2 or 4."),
-        ({"mesh.fsdp": 16}, "needs 16 devices but 2 are here"),
+        ({"mesh.fsdp": 16}, "needs 16 devices, but there are 2"),
         ({"resume_from": "nowhere"}, "resume_from nowhere has no checkpoint"),
         ({"sharding_rules": (("embed", "pipeline"),)}, 'names the mesh axis "pipeline"'),
     ],
