@@ -124,7 +124,7 @@ def test_name_without_a_rule_and_wrong_rank_name_the_parameter():
 
 
 def test_rule_for_an_axis_the_mesh_lacks():
-    with pytest.raises(UserError, match='"moe" names the mesh axis "expert". Use None or one of data'):
+    with pytest.raises(UserError, match=r'"moe" names the mesh axis "expert". Use None or one of data'):
         placement.check_rules((("moe", "expert"),), mesh(data=8))
 
 
