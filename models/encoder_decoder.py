@@ -14,9 +14,9 @@ beams and N slots of the cache. Parameters are float32; matmuls run in the compu
 and logits are float32.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
@@ -27,18 +27,31 @@ from .beam_search import take
 from .layout import gather_columns, shard_batch
 from .modules import EMBEDDING_STD, REMAT_POLICIES, fan_in, partitioned, rms_norm, scan_layers
 
-if TYPE_CHECKING:
-    from .translation import TranslationTask
-
 KeysValues = tuple[jax.Array, jax.Array]
 
 _ROPE_THETA = 10_000.0
 
 
+@dataclasses.dataclass(frozen=True)
+class TransformerOptions:
+    """Sizes and options of the Transformer."""
+
+    vocab_size: int = 2048  # tokens of both languages; must equal data.vocab_size
+    encoder_layers: int = 2  # blocks of self-attention and MLP
+    decoder_layers: int = 2  # blocks of self-attention, attention to the source, and MLP
+    embed_dim: int = 128  # width of the residual stream
+    heads: int = 4  # heads of each attention
+    head_dim: int = 32  # width of a head; even, for rotary positions
+    mlp_dim: int = 512  # hidden width of the MLP
+    dropout: float = 0.1  # dropout rate of embeddings and of every update of the residual stream
+    remat: str = "none"  # recompute in the backward pass: "none", "full" (least memory) or "dots"
+    compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
+
+
 class Transformer(nn.Module):
     """Maps source and target inputs to logits, for whole rows or position by position."""
 
-    task: "TranslationTask"
+    task: TransformerOptions
     train: bool  # enables dropout
 
     def setup(self):
@@ -126,7 +139,7 @@ class Transformer(nn.Module):
 class EncoderBlock(nn.Module):
     """Self-attention and MLP, each applied to the normed residual stream [B, S, E] and added to it."""
 
-    task: "TranslationTask"
+    task: TransformerOptions
     train: bool
 
     @nn.compact
@@ -148,7 +161,7 @@ class EncoderBlock(nn.Module):
 class DecoderBlock(nn.Module):
     """Self-attention, attention to the source and MLP, each applied to the normed residual stream and added to it."""
 
-    task: "TranslationTask"
+    task: TransformerOptions
     train: bool
 
     def setup(self):
@@ -209,7 +222,7 @@ class DecoderBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention with rotary positions on both sides; kernels [E, H, D] three times, and [H, D, E]."""
 
-    task: "TranslationTask"
+    task: TransformerOptions
     writers: int  # parts of all layers that write into the residual stream
 
     def setup(self):
@@ -246,7 +259,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """relu(x up), then down: kernels [E, M] and [M, E]."""
 
-    task: "TranslationTask"
+    task: TransformerOptions
     writers: int
 
     @nn.compact

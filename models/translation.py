@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .beam_search import Translations, beam_search
-from .encoder_decoder import KeysValues, Transformer
+from .encoder_decoder import KeysValues, Transformer, TransformerOptions
 from .layout import shard_batch
 from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, real_targets, token_losses
 
@@ -17,7 +17,7 @@ END = 0  # the token before and after a sentence
 
 
 @dataclasses.dataclass(frozen=True)
-class TranslationTask(LinenTask):
+class TranslationTask(TransformerOptions, LinenTask):
     """Translation of sentence pairs.
 
     A batch holds int32 arrays: source and source_segments, source_positions [B, S]; target, target_segments and
@@ -26,18 +26,8 @@ class TranslationTask(LinenTask):
     equals its input's and is not 0. Held-out rows must hold one pair each.
     """
 
-    vocab_size: int = 2048  # tokens of both languages; must equal data.vocab_size
-    encoder_layers: int = 2  # blocks of self-attention and MLP
-    decoder_layers: int = 2  # blocks of self-attention, attention to the source, and MLP
-    embed_dim: int = 128  # width of the residual stream
-    heads: int = 4  # heads of each attention
-    head_dim: int = 32  # width of a head; even, for rotary positions
-    mlp_dim: int = 512  # hidden width of the MLP
-    dropout: float = 0.1  # dropout rate of embeddings and of every update of the residual stream
     label_smoothing: float = 0.1  # probability spread over all tokens; in the training loss only
     z_loss: float = 0.0  # weight of log(Z)^2 in the training loss (PaLM: 1e-4); limits drift of the logits
-    remat: str = "none"  # recompute in the backward pass: "none", "full" (least memory) or "dots"
-    compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
     beam_size: int = 4  # hypotheses kept per sentence; 1 is greedy decoding
     length_penalty: float = 0.6  # exponent of GNMT's length penalty: larger values prefer longer translations
     decode_length: int = 128  # most tokens of a translation, including its end
