@@ -80,7 +80,7 @@ def place(environ: Mapping[str, str] = os.environ) -> Place | None:
         missing = [name for name, value in ((ADDRESS, host or None), (COUNT, count), (INDEX, index)) if value is None]
         said = " and ".join(given) or "the cluster's variables"
         raise UserError(
-            f"{said} mean a run of several processes, but {' and '.join(missing)} cannot be detected. Set all three "
+            f"{said} set for a run of several processes, but {' and '.join(missing)} cannot be detected. Set all three "
             f"variables in each process, or {COUNT}=1 for a run of this process alone."
         )
     if not 0 < port < 2**16:

@@ -45,7 +45,7 @@ def ran(arguments, capsys):
             [SAMPLE, "--config.optimizer.beta3=1"],
             "unknown key 'config.optimizer.beta3'. Did you mean 'config.optimizer.beta",
         ),
-        ([SAMPLE, "--config.task.heads=7"], "task.heads 7 is not divisible by task.kv_heads 2"),
+        ([SAMPLE, "--config.task.heads=7"], "task.kv_heads=2: must divide task.heads=7"),
         ([SAMPLE, "--config.task.name=no_such.module:Task"], "No module named 'no_such'"),
         ([SAMPLE, "--config.task.name=shampax.models.lm:LMTsak"], "Did you mean 'LMTask'?"),
         ([SAMPLE + "s"], "shampax/configs/lm.py has no variant 'samples'. Did you mean 'sample'?"),
@@ -106,7 +106,7 @@ def test_half_a_place_in_a_run_is_one_line(monkeypatch, capsys):
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
     code, out, [line] = ran([SAMPLE, "--workdir=w"], capsys)
     assert (code, out) == (2, [])
-    assert line.startswith("error: JAX_PROCESS_ID found in the environment, but not JAX_COORDINATOR_ADDRESS")
+    assert line.startswith("error: JAX_PROCESS_ID set for a run of several processes, but JAX_COORDINATOR_ADDRESS")
 
 
 RESULT = {"stopped": None, "steps": 3}

@@ -98,7 +98,7 @@ def test_processes_that_share_a_machine_divide_its_devices(environ, devices):
     [
         (
             EXPLICIT | {"JAX_PROCESS_ID": ""},
-            "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES mean a run of several processes, but JAX_PROCESS_ID cannot",
+            "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES set for a run of several processes, but JAX_PROCESS_ID cannot",
         ),
         ({"JAX_NUM_PROCESSES": "4"}, "but JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID cannot be detected"),
         (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "must be host:port of process 0"),
@@ -112,7 +112,7 @@ def test_processes_that_share_a_machine_divide_its_devices(environ, devices):
         (SLURM | {"SLURM_STEP_NODELIST": "a[1"}, "SLURM_STEP_NODELIST='a[1': cannot parse it"),
         (
             {name: value for name, value in MPI.items() if "uri" not in name},
-            "the cluster's variables mean a run of several processes, but JAX_COORDINATOR_ADDRESS cannot",
+            "the cluster's variables set for a run of several processes, but JAX_COORDINATOR_ADDRESS cannot",
         ),
         (SHARED | {"CUDA_VISIBLE_DEVICES": "0,1,2"}, "2 processes share 3 GPUs, which does not divide evenly"),
     ],
