@@ -43,7 +43,7 @@ class _Search(NamedTuple):
 
 
 def length_penalty(length: jax.Array | int, penalty: float) -> jax.Array:
-    """What log-probabilities are divided by: ((5 + length) / 6)^penalty."""
+    """Return the divisor of log-probabilities, ((5 + length) / 6)^penalty."""
     return ((5.0 + jnp.asarray(length, jnp.float32)) / 6.0) ** penalty
 
 

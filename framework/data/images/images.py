@@ -91,8 +91,7 @@ class ImageData:
         opened = self._opened()
         if not isinstance(opened, TfdsSet):
             return _SampleImages(split)
-        whole = _Decoded(opened, split, self)
-        return whole if split == "train" else _CentralCrops(whole, self)
+        return _TfdsImages(opened, split, self)
 
     def augment(self, example: Example, rng: np.random.Generator) -> Example:
         """Return a random crop of a training image, or a shifted image of the sample; mirrored by chance."""
@@ -166,8 +165,8 @@ class _SampleImages:
         return _example(self._images[index], self._labels[index], 1)
 
 
-class _Decoded:
-    """Whole images uint8 [H, W, 3] of a tfds set; a black pixel of weight 0 takes the place of a malformed one."""
+class _TfdsImages:
+    """Images of a tfds set, uint8: whole in "train", central crops in "heldout"; malformed ones are black, weight 0."""
 
     def __init__(self, images: TfdsSet, split: Split, data: ImageData):
         self._images, self._data = images, data
@@ -178,6 +177,14 @@ class _Decoded:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Example:
+        example = self._whole(index)
+        if self._split == "train":
+            return example
+        height, width, _ = example["image"].shape
+        box = pictures.central_box(height, width, self._data.heldout_share)
+        return example | {"image": pictures.resized(example["image"], box, self._data.image_size)}
+
+    def _whole(self, index: int) -> Example:
         read = self._read(index)
         if isinstance(read, Malformed):
             self._skipped.add(read)
@@ -196,22 +203,6 @@ class _Decoded:
             return pictures.decode(record[self._data.image_key]), label
         except pictures.NotAnImage as error:
             return Malformed(place, str(error))
-
-
-class _CentralCrops:
-    """Central crops of images, uint8 [size, size, 3]."""
-
-    def __init__(self, whole: _Decoded, data: ImageData):
-        self._whole, self._data = whole, data
-
-    def __len__(self) -> int:
-        return len(self._whole)
-
-    def __getitem__(self, index: int) -> Example:
-        example = self._whole[index]
-        height, width, _ = example["image"].shape
-        box = pictures.central_box(height, width, self._data.heldout_share)
-        return example | {"image": pictures.resized(example["image"], box, self._data.image_size)}
 
 
 def _example(image: np.ndarray, label: int, weight: float) -> Example:

@@ -21,8 +21,8 @@ from ..text.tokenizer import Tokenizer, refusing
 from ..text.wordpiece import SMALLEST_VOCABULARY, Vocabulary, load_wordpiece, train_wordpiece, vocabulary_of
 from .next_sentence import PairRow, groups, pairs, split_sentences
 
-_PAIRS_SEED = 20_181_011  # of the pairs, whatever the run's seed
-_MASKS_SEED = 20_190_524  # of the masks of held-out rows, whatever the run's seed
+_PAIRS_SEED = 20_181_011  # of the pairs; independent of the run's seed
+_MASKS_SEED = 20_190_524  # of the masks of held-out rows; independent of the run's seed
 _GROUP = 1_000  # documents among which random second texts are drawn
 _ALONE = "alone in the last shard"
 

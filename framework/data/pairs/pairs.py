@@ -46,7 +46,7 @@ class PairData(Tokenized):
     pairs_per_row: int = 0  # largest number of pairs in a training row; 0 packs as many as fit
     vocab_size: int = 2048  # tokens of both languages, including the end of a sentence and the 256 bytes
     data_dir: str = ""  # folder of tfds sets, local or gs://; "" uses $TFDS_DATA_DIR or ~/tensorflow_datasets
-    source_key: str = "en"  # feature of a tfds set to translate from, whatever the set's supervised order
+    source_key: str = "en"  # feature of a tfds set to translate from
     target_key: str = "fr"  # feature of a tfds set to translate into
     source_column: int = 1  # column of a .tsv file to translate from; the first is 1
     target_column: int = 2  # column of a .tsv file to translate into

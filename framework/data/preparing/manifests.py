@@ -43,7 +43,7 @@ def read(folder: epath.Path, name: str = NAME) -> Manifest:
 
 
 def find(place: epath.Path, settings: dict[str, Any]) -> tuple[epath.Path, Manifest]:
-    """Return the folder in `place` with rows of these settings, whatever the state of the source, and its manifest.
+    """Return the folder in `place` with rows of these settings, for any state of the source, and its manifest.
 
     Raises:
       UserError: there is no such folder or more than one, or some of its files are missing.

@@ -132,7 +132,7 @@ class Preparable(abc.ABC):
         return {}
 
     def settings(self) -> dict[str, Any]:
-        """Return what determines the rows, besides the content of the source; JSON values."""
+        """Return the settings that determine the rows of a given source; JSON values."""
         return {"format": self.version} | {name: getattr(self, name) for name in self.row_knobs()}
 
     def prepare(self, cache: str | os.PathLike[str]) -> None:

@@ -1,6 +1,6 @@
 """The records of a source cut into blocks; each block becomes one shard.
 
-The blocks depend only on the source and the block size, so shards are the same whoever makes them, in any order.
+The blocks depend only on the source and the block size, so shards are the same for any workers, in any order.
 """
 
 import collections

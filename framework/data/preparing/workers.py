@@ -47,7 +47,7 @@ def _child(errors: Any, work: Callable[..., None], job: tuple[Any, ...]) -> None
     try:
         work(*job)
     except UserError as error:
-        errors.put(str(error))
+        errors.put(str(error)[:10_000])  # less than a pipe holds, so that it never blocks
         sys.exit(1)
 
 

@@ -53,7 +53,7 @@ class DocumentData(Tokenized):
         )
 
     def source_knobs(self) -> Sequence[str]:
-        """Return the names of the knobs that, besides `source`, choose the documents."""
+        """Return the names of the knobs that choose the documents together with `source`."""
         kind = self.source.partition(":")[0]
         return {"tfds": ("text_key", "train_split", "heldout_split"), "file": ("tsv_column",)}.get(kind, ())
 
