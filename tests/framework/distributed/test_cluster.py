@@ -98,7 +98,7 @@ def test_processes_that_share_a_machine_divide_its_devices(environ, devices):
     [
         (
             EXPLICIT | {"JAX_PROCESS_ID": ""},
-            "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES set for a run of several processes, but JAX_PROCESS_ID cannot",
+            "and JAX_NUM_PROCESSES set for a run of several processes, but JAX_PROCESS_ID cannot",
         ),
         ({"JAX_NUM_PROCESSES": "4"}, "but JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID cannot be detected"),
         (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "must be host:port of process 0"),
