@@ -1,10 +1,9 @@
-"""Look after checkpoints: `python -m shampax.launch.checkpoint VERB ...`; --help and VERB --help say how.
+"""Look after checkpoints: `python -m shampax.launch.checkpoint VERB ...`; see --help and VERB --help.
 
-A PATH is a workdir, whose newest whole checkpoint is meant, or one checkpoint, WORKDIR/checkpoints/STEP. Nothing is
-executed that a checkpoint holds, and no accelerator is touched: a run that is at work meanwhile keeps its own.
+A PATH is a workdir, which stands for its newest intact checkpoint, or one checkpoint, WORKDIR/checkpoints/STEP. Nothing
+in a checkpoint is executed. No accelerator is used, so that a run in progress keeps its own.
 
-Exit codes: 0; 1, `verify` (or `list --verify`) has found a fault, or `diff` a difference; 2, something given cannot
-work.
+Exit codes: 0; 1, `verify` or `list --verify` has found a fault, or `diff` a difference; 2, invalid input.
 """
 
 import argparse
@@ -20,13 +19,13 @@ from . import environment, flags
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the verb and return its exit code. `arguments` defaults to those of this process."""
-    options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+    """Run the command and return its exit code. `arguments` defaults to those of this process."""
+    options = _parser().parse_args(arguments)
     environment.without_accelerator()
     return flags.run(lambda: options.verb(options))
 
 
-# Each verb imports its modules when it runs, so that --help does not wait for JAX and Orbax.
+# The verbs import what they need when they run, so that --help does not wait for JAX and Orbax.
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -50,15 +49,11 @@ def _verify(options: argparse.Namespace) -> int:
     from ..framework.checkpoint import inspect, store
 
     intact = True
-    for given in options.paths:
-        path = given.expanduser()
+    for path in options.paths:
         for checkpoint in [path] if store.is_checkpoint(path) else store.in_workdir(path):
             faults = inspect.faults(checkpoint)
             intact = intact and not faults
-            for fault in faults:
-                _say(f"{checkpoint}: {fault}")
-            if not faults:
-                _say(f"{checkpoint}: intact")
+            _say(*(f"{checkpoint}: {fault}" for fault in faults or ["intact"]))
     return 0 if intact else 1
 
 
@@ -87,13 +82,8 @@ def _export(options: argparse.Namespace) -> int:
     from ..framework.checkpoint.export import export
 
     path = _locate(options.path, intact=True)
-    count, size = export(
-        inspect.read(path),
-        options.file.expanduser(),
-        source=str(path),
-        model_state=options.model_state,
-        force=options.force,
-    )
+    contents = inspect.read(path)
+    count, size = export(contents, options.file, str(path), model_state=options.model_state, force=options.force)
     _say(f"{options.file}: {count} arrays, {size:,} bytes, from {path}")
     return 0
 
@@ -101,24 +91,22 @@ def _export(options: argparse.Namespace) -> int:
 def _prune(options: argparse.Namespace) -> int:
     from ..framework.checkpoint import ownership, saving, store, verify
 
-    workdir = options.workdir.expanduser()
-    store.in_workdir(workdir)
+    store.in_workdir(options.workdir)
     # A dry run writes nothing, not even the lock.
-    with contextlib.nullcontext() if options.dry_run else ownership.lock(workdir):
-        pruning = saving.pruning(workdir, keep_last=options.keep_last, keep_best=options.keep_best)
-        for path in pruning.kept:
-            _say(f"{path}: kept")
-        for path, why in pruning.damaged:
-            _say(f"{path}: left alone, it is damaged ({why})")
+    with contextlib.nullcontext() if options.dry_run else ownership.lock(options.workdir):
+        pruning = saving.pruning(options.workdir, keep_last=options.keep_last, keep_best=options.keep_best)
+        _say(*(f"{path}: kept" for path in pruning.kept))
+        _say(*(f"{path}: damaged, left alone ({why})" for path, why in pruning.damaged))
         would = "would be " if options.dry_run else ""
         try:
             sizes = {path: verify.size(path) for path in pruning.doomed}
             if not options.dry_run:
                 saving.delete(sizes)
         except OSError as error:
-            raise UserError(f"not all of {workdir} could be pruned ({error}); fix that and retry") from error
-        for path, size in sizes.items():
-            _say(f"{path}: {would}deleted, {size:,} bytes")
+            raise UserError(
+                f"{options.workdir}: a checkpoint cannot be deleted ({error}). Fix it and retry."
+            ) from error
+        _say(*(f"{path}: {would}deleted, {size:,} bytes" for path, size in sizes.items()))
     _say(f"{len(sizes)} checkpoints, {sum(sizes.values()):,} bytes {would}freed")
     return 0
 
@@ -133,53 +121,60 @@ def _locate(given: Path, *, intact: bool) -> Path:
 
 
 def _say(*lines: str) -> None:
-    print(*map(flags.printable, lines), sep="\n")
+    for line in lines:
+        print(flags.printable(line))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m shampax.launch.checkpoint",
         description="Look after the checkpoints of training runs.",
-        epilog="PATH is a workdir, whose newest whole checkpoint is meant, or one: WORKDIR/checkpoints/STEP.",
+        epilog="PATH is a workdir, which stands for its newest intact checkpoint, or WORKDIR/checkpoints/STEP.",
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    def verb(name: str, work: Callable[[argparse.Namespace], int], told: str) -> argparse.ArgumentParser:
+    def verb(name: str, work: Callable[[argparse.Namespace], int], told: str, **paths: str) -> Callable[..., Any]:
         made = verbs.add_parser(name, help=told, description=f"{told[0].upper()}{told[1:]}.", epilog=parser.epilog)
         made.set_defaults(verb=work)
-        return made
+        for path, words in paths.items():
+            many: Any = {"nargs": "+"} if path == "paths" else {}
+            made.add_argument(path, type=_path, metavar=path.upper().rstrip("S"), help=words, **many)
+        return made.add_argument
 
-    made = verb("list", _list, "the checkpoints of a workdir, a line for each")
-    made.add_argument("workdir", type=Path, metavar="WORKDIR", help="of a training run")
-    made.add_argument("--verify", action="store_true", help="read every file and compare it with its checksum")
+    flag = verb("list", _list, "list the checkpoints of a workdir", workdir="a workdir")
+    flag("--verify", help="compare every file with its checksum", action="store_true")
 
-    made = verb("inspect", _inspect, "what a checkpoint holds: record, sizes, parameters, blocks")
-    made.add_argument("path", type=Path, metavar="PATH", help="a workdir or a checkpoint")
-    made.add_argument("--arrays", action="store_true", help="every array, too, with shape, dtype and bytes")
-    made.add_argument("--json", action="store_true", help="all of it, arrays included, as one JSON object")
+    flag = verb("inspect", _inspect, "show record, sizes, parameters and blocks of a checkpoint", path="a PATH")
+    flag("--arrays", help="show every array with shape, dtype and bytes, too", action="store_true")
+    flag("--json", help="print everything, with all arrays, as one JSON object", action="store_true")
 
-    made = verb(
-        "verify", _verify, "compare every file with its checksum, and the parts of a checkpoint with each other"
+    verb(
+        "verify",
+        _verify,
+        "compare files with their checksums and parts with each other",
+        paths="a PATH",
     )
-    made.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a checkpoint, or a workdir: all it has")
 
-    made = verb("diff", _diff, "compare the arrays of two checkpoints, blocks of the optimizer by parameter and block")
-    made.add_argument("a", type=Path, metavar="A", help="a workdir or a checkpoint")
-    made.add_argument("b", type=Path, metavar="B", help="another one")
-    made.add_argument("--all", action="store_true", help="name what is equal, too")
+    flag = verb(
+        "diff", _diff, "compare two checkpoints array by array and block by block", a="a PATH", b="another PATH"
+    )
+    flag("--all", help="name equal arrays, too", action="store_true")
 
-    made = verb("export", _export, "write the parameters to a safetensors file, keys joined by dots")
-    made.add_argument("path", type=Path, metavar="PATH", help="a workdir or a checkpoint")
-    made.add_argument("file", type=Path, metavar="FILE.safetensors", help="to write; it is there whole or not at all")
-    made.add_argument("--model_state", action="store_true", help="the other collections, too: COLLECTION.path")
-    made.add_argument("--force", action="store_true", help="replace the file if it is there")
+    flag = verb(
+        "export", _export, "write the parameters to a safetensors file", path="a PATH", file="the file, written at once"
+    )
+    flag("--model_state", help="write the other collections, too, as COLLECTION.path", action="store_true")
+    flag("--force", help="replace the file if it exists", action="store_true")
 
-    made = verb("prune", _prune, "delete all checkpoints but the newest and the best whole ones")
-    made.add_argument("workdir", type=Path, metavar="WORKDIR", help="of a run that is not at work")
-    made.add_argument("--keep_last", type=_from(1), required=True, metavar="N", help="how many of the newest to keep")
-    made.add_argument("--keep_best", type=_from(0), required=True, metavar="M", help="how many of the best to keep")
-    made.add_argument("--dry_run", action="store_true", help="only say what would be deleted")
+    flag = verb("prune", _prune, "delete checkpoints", workdir="a workdir without a run in progress")
+    flag("--keep_last", help="number of newest intact checkpoints to keep", type=_from(1), required=True, metavar="N")
+    flag("--keep_best", help="number of best intact checkpoints to keep", type=_from(0), required=True, metavar="M")
+    flag("--dry_run", help="only show what would be deleted", action="store_true")
     return parser
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def _from(least: int) -> Callable[[str], int]:
@@ -193,8 +188,8 @@ def _from(least: int) -> Callable[[str], int]:
 
 
 def _unraisable(unraisable: Any) -> None:
-    # Where one array cannot be read, Orbax abandons those that it reads beside it, and as each of them ends TensorStore
-    # raises this into nowhere: a page of tracebacks around the one line that tells what is wrong.
+    # If one array cannot be read, Orbax abandons the others, and TensorStore raises this for each of them when it ends:
+    # a page of tracebacks around the one line that matters.
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 

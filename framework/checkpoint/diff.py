@@ -1,12 +1,11 @@
-"""Two checkpoints compared, array by array; the blocks of the optimizer by parameter and block.
+"""Compare two checkpoints array by array, and the optimizer's blocks by parameter and block.
 
-So the same state saved on eight devices and on two is equal, though its blocks lie in other slots. Of large arrays
-only one of each checkpoint is in memory at a time.
+The same state saved on eight devices and on two is therefore equal, although its blocks lie in other slots. One array
+of each checkpoint is in memory at a time.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,133 +15,61 @@ from . import store
 from .inspect import Contents
 from .store import OPTIMIZER
 
-_CHUNK = 2**22  # elements whose difference is taken at a time, in float64
-_BATCH = 2**28  # bytes that small arrays are read together up to
+_CHUNK = 2**22  # elements whose difference is computed at a time, in float64
 _BUCKETS = f"{OPTIMIZER}buckets/"
 _PER_SIDE = ("roots/statistics", "roots/roots", "in_flight/statistics")
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """What was found of one array.
+class Finding(NamedTuple):
+    """The comparison of one array, or of one field of the blocks of a parameter.
 
     Attributes:
-      name: its path in the train state; of blocks, the field and the parameter.
-      only_in: "A" or "B" where the other one has none, otherwise "".
-      difference: for people; "" where both hold the same bits.
+      name: its path in the train state, or field and parameter.
+      only_in: "A" or "B" if the other checkpoint does not have it, else "".
+      difference: a text for people, "" if both have the same bits.
     """
 
     name: str
     only_in: str = ""
     difference: str = ""
 
-    @property
-    def equal(self) -> bool:
-        """Whether both have it, with the same bits."""
-        return not self.only_in and not self.difference
-
 
 class _Part(NamedTuple):
-    """The blocks of one parameter in one array of a bucket."""
+    """An array; with `blocks` only those of one parameter, in a field of a bucket."""
 
     array: str
-    blocks: Blocks
-
-
-class _Pair(NamedTuple):
-    """An array of A and one of B, and what is to be found of them, given both."""
-
-    a: str
-    b: str
-    find: Callable[[np.ndarray, np.ndarray], list[Finding]]
+    field: str = ""
+    blocks: Blocks | None = None
 
 
 def compare(a: Contents, b: Contents) -> Iterator[Finding]:
-    """Everything that either checkpoint holds: what only one has, arrays by path, blocks.
+    """Yield a finding for everything that either checkpoint has.
 
     Raises:
       UserError: an array cannot be read.
     """
-    alone, pairs = _by_name(a, b)
-    if a.blocks is not None and b.blocks is not None:
-        more_alone, more_pairs = _by_block(a, b)
-        alone, pairs = alone + more_alone, pairs + more_pairs
-    yield from alone
-    for batch in _batches(pairs, a, b):
-        arrays_a = store.read(a.path, {pair.a: None for pair in batch})
-        arrays_b = store.read(b.path, {pair.b: None for pair in batch})
-        for pair in batch:
-            yield from pair.find(arrays_a[pair.a], arrays_b[pair.b])
-
-
-def _batches(pairs: Sequence[_Pair], a: Contents, b: Contents) -> Iterator[list[_Pair]]:
-    """Pairs in turn: as many small arrays as fit together, large ones alone. Every reading has a cost of its own."""
-    batch, size = [], 0
-    for pair in pairs:
-        needed = a.arrays[pair.a].bytes + b.arrays[pair.b].bytes
-        if batch and size + needed > _BATCH:
-            yield batch
-            batch, size = [], 0
-        batch, size = [*batch, pair], size + needed
-    if batch:
-        yield batch
-
-
-def _by_name(a: Contents, b: Contents) -> tuple[list[Finding], list[_Pair]]:
-    """What only one has, and the pairs, of all arrays but those of blocks where both have blocks."""
-    blocks = a.blocks is not None and b.blocks is not None
-    alone, pairs = [], []
-    for name in sorted(a.arrays.keys() | b.arrays.keys()):
-        there, here = a.arrays.get(name), b.arrays.get(name)
-        if blocks and name.startswith(_BUCKETS):
-            continue
+    by_block = a.blocks is not None and b.blocks is not None
+    in_a, in_b = (_parts(each, by_block) for each in (a, b))
+    read_a, read_b = (
+        functools.lru_cache(1)(lambda name, path=each.path: store.read(path, {name: None})[name]) for each in (a, b)
+    )
+    # In the order of the arrays, so that each is read once.
+    for name in sorted(in_a.keys() | in_b.keys(), key=lambda name: (in_a.get(name) or in_b[name]).array):
+        there, here = in_a.get(name), in_b.get(name)
         if there is None or here is None:
-            alone.append(Finding(name, "A" if here is None else "B"))
-        elif str(there) != str(here):
-            alone.append(Finding(name, difference=f"{there} in A, {here} in B"))
+            yield Finding(name, only_in="A" if here is None else "B")
+            continue
+        saved_a, saved_b = a.arrays[there.array], b.arrays[here.array]
+        if saved_a.dtype != saved_b.dtype or (there.blocks is None and saved_a.shape != saved_b.shape):
+            yield Finding(name, difference=f"{saved_a} in A, {saved_b} in B")
         else:
-            pairs.append(_Pair(name, name, functools.partial(_find_by_name, name)))
-    return alone, pairs
+            yield Finding(name, difference=_of_parts(there, read_a(there.array), here, read_b(here.array)))
 
 
-def _find_by_name(name: str, a: np.ndarray, b: np.ndarray) -> list[Finding]:
-    return [Finding(name, difference=_difference(a, b))]
-
-
-def _by_block(a: Contents, b: Contents) -> tuple[list[Finding], list[_Pair]]:
-    """The same of the blocks: each field of each parameter is one finding."""
-    parts_a, parts_b = _parts(a), _parts(b)
-    alone = [Finding(_name(*key), "A" if key in parts_a else "B") for key in sorted(parts_a.keys() ^ parts_b.keys())]
-    keys: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for key in sorted(parts_a.keys() & parts_b.keys()):
-        keys.setdefault((parts_a[key].array, parts_b[key].array), []).append(key)
-
-    def find(keys: Sequence[tuple[str, str]], stack_a: np.ndarray, stack_b: np.ndarray) -> list[Finding]:
-        return [
-            Finding(
-                _name(*key), difference=_of_blocks(key[0], stack_a, parts_a[key].blocks, stack_b, parts_b[key].blocks)
-            )
-            for key in keys
-        ]
-
-    return alone, [_Pair(*arrays, functools.partial(find, same)) for arrays, same in keys.items()]
-
-
-def _of_blocks(field: str, stack_a: np.ndarray, a: Blocks, stack_b: np.ndarray, b: Blocks) -> str:
-    """How a parameter's blocks [slots, ...] differ in a field."""
-    if stack_a.dtype != stack_b.dtype:
-        return f"{stack_a.dtype.name} in A, {stack_b.dtype.name} in B"
-    if a.geometry == b.geometry:
-        return _difference(stack_a[a.slots], stack_b[b.slots], blocks=True)
-    if field in ELEMENTWISE and a.view.shape == b.view.shape:
-        return _difference(a.joined(stack_a), b.joined(stack_b))
-    return f"blocks of {_cut(a)} in A, of {_cut(b)} in B"
-
-
-def _parts(contents: Contents) -> dict[tuple[str, str], _Part]:
-    """(field, path of a parameter) -> its blocks. Arrays of preconditioned sides are known by the side's number."""
-    parts = {}
-    for bucket in contents.blocks.buckets.values() if contents.blocks else ():
+def _parts(contents: Contents, by_block: bool) -> dict[str, _Part]:
+    """Return what is compared, by name. Arrays of preconditioned sides are named by the number of the side."""
+    parts = {name: _Part(name) for name in contents.arrays if not (by_block and name.startswith(_BUCKETS))}
+    for bucket in contents.blocks.buckets.values() if contents.blocks and by_block else ():
         prefix = f"{_BUCKETS}{bucket.name}/"
         for array in contents.arrays:
             field = array.removeprefix(prefix)
@@ -151,12 +78,20 @@ def _parts(contents: Contents) -> dict[tuple[str, str], _Part]:
             head, _, number = field.rpartition("/")
             if head in _PER_SIDE:
                 field = f"{head} of side {bucket.sides[int(number)]}"
-            parts |= {(field, path): _Part(array, blocks) for path, blocks in bucket.blocks.items()}
+            parts |= {
+                f"{OPTIMIZER}{field} of {path}": _Part(array, field, blocks) for path, blocks in bucket.blocks.items()
+            }
     return parts
 
 
-def _name(field: str, path: str) -> str:
-    return f"{OPTIMIZER}{field} of {path}"
+def _of_parts(a: _Part, array_a: np.ndarray, b: _Part, array_b: np.ndarray) -> str:
+    if a.blocks is None or b.blocks is None:
+        return _difference(array_a[None], array_b[None])
+    if a.blocks.geometry == b.blocks.geometry:
+        return _difference(array_a[a.blocks.slots], array_b[b.blocks.slots], blocks=True)
+    if a.field in ELEMENTWISE and a.blocks.view.shape == b.blocks.view.shape:
+        return _difference(a.blocks.joined(array_a)[None], b.blocks.joined(array_b)[None])
+    return f"blocks of {_cut(a.blocks)} in A, of {_cut(b.blocks)} in B"
 
 
 def _cut(blocks: Blocks) -> str:
@@ -165,25 +100,17 @@ def _cut(blocks: Blocks) -> str:
 
 
 def _difference(a: np.ndarray, b: np.ndarray, *, blocks: bool = False) -> str:
-    """How two arrays of one shape and dtype differ, "" where they hold the same bits.
-
-    Args:
-      a: the first.
-      b: the second.
-      blocks: whether axis 0 numbers blocks.
-    """
-    a, b = (np.ascontiguousarray(x).reshape(len(x) if blocks and x.ndim else 1, -1) for x in (a, b))
+    """Return how two arrays [rows, ...] of one shape and dtype differ, "" if they have the same bits."""
     differing, rows, largest, squares, whole = 0, 0, 0.0, 0.0, 0.0
-    for row_a, row_b in zip(a, b, strict=True):
+    for row_a, row_b in zip(a.reshape(len(a), -1), b.reshape(len(a), -1), strict=True):
         before = differing
-        for start in range(0, len(row_a), _CHUNK):
-            x, y = row_a[start : start + _CHUNK], row_b[start : start + _CHUNK]
-            unlike = (x.view(np.uint8) != y.view(np.uint8)).reshape(len(x), -1).any(axis=1)
+        for start in range(0, row_a.size, _CHUNK):
+            x, y = (np.ascontiguousarray(row[start : start + _CHUNK]) for row in (row_a, row_b))
+            unlike = (x.view(np.uint8) != y.view(np.uint8)).reshape(x.size, -1).any(axis=1)
             differing += int(unlike.sum())
             with np.errstate(all="ignore"):
                 x64, y64 = x.astype(np.float64), y.astype(np.float64)
-                # Equal bits are no difference even where they are no number.
-                gap = np.where(unlike, np.abs(y64 - x64), 0.0)
+                gap = np.where(unlike, np.abs(y64 - x64), 0.0)  # a NaN of the same bits is not a difference
                 largest = float(np.maximum(largest, gap.max(initial=0.0)))
                 squares += float(np.square(gap).sum())
                 whole += float(np.square(x64).sum())
