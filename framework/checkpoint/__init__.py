@@ -1,0 +1,1 @@
+"""Saving, finding, verifying and restoring checkpoints; moving a state to another mesh or model."""

@@ -1,0 +1,1 @@
+"""The knobs (`schema`), config files, overrides, and checks before a run."""

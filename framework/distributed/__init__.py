@@ -1,0 +1,1 @@
+"""Which process this is, and how processes start, agree and end together."""

@@ -1,0 +1,1 @@
+"""What a config needs: parameters, bytes, FLOPs and collectives, without training."""

@@ -1,0 +1,1 @@
+"""The mesh, the placement of parameters by rules, and the global batch."""

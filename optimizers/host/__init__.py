@@ -1,0 +1,1 @@
+"""Roots computed by the CPU cores of the host while the devices train."""

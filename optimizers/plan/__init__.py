@@ -1,0 +1,1 @@
+"""How parameters become matrices, blocks, buckets and tiles, and which device owns a block."""

@@ -1,0 +1,1 @@
+"""Which blocks are due, their statistics, and whether new roots are accepted."""

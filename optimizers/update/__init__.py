@@ -1,0 +1,1 @@
+"""Momentum, diagonal methods, grafting, norms and weight decay."""
