@@ -1,4 +1,5 @@
 import dataclasses
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,9 +15,10 @@ from shampax.framework.data.clicks.criteo import ClickData
 from shampax.framework.data.masked import MaskedTextData
 from shampax.framework.data.pairs import PairData
 from shampax.framework.data.pipeline import Batches, HeldoutBatches
-from shampax.framework.data.preparing import preparing
+from shampax.framework.data.preparing import preparing, workers
 from shampax.framework.data.reading import shards
 from shampax.framework.data.text import TextData
+from shampax.framework.data.text.documents import open_documents
 from shampax.framework.dataset import augment
 from shampax.launch import prepare
 
@@ -154,3 +156,12 @@ def test_what_does_not_fit_is_one_line(sources, tmp_path, capsys):
     for flag, message in (("--process=2/2", "from 0 to N - 1"), ("--workers=0", "at least 1")):
         assert prepare.main([*arguments, flag]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_worker_that_fails_or_dies_is_one_line():
+    """Fault: a preparation that waits for a worker which the kernel has killed, or hides why another one stopped."""
+    spawn = multiprocessing.get_context("spawn")
+    with pytest.raises(UserError, match="is not shipped"):
+        workers.run_in_processes(spawn, open_documents, [("sample:enwiki",), ("sample:none",)])
+    with pytest.raises(UserError, match="died with exit code 3"):
+        workers.run_in_processes(spawn, os._exit, [(0,), (3,)])
