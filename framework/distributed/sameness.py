@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..base import paths
 from ..config import check as config_lib
 from ..config.overrides import flat
 
@@ -36,7 +37,7 @@ def identity(config: Any, workdir: str | Path) -> dict[str, str]:
     keys = flat(json.loads(config_lib.to_json(config)))
     return (
         {f"config.{key}": json.dumps(value) for key, value in keys}
-        | {"--workdir": str(Path(workdir).expanduser().absolute())}
+        | {"--workdir": str(paths.of(workdir))}
         | {f"the code of {name}": hashlib.sha256(path.read_bytes()).hexdigest()[:8] for name, path in _sources(config)}
         | {f"the version of {library}": importlib.metadata.version(library) for library in _LIBRARIES}
         | {"the version of Python": platform.python_version()}
