@@ -149,8 +149,8 @@ def _own_devices(environ: Mapping[str, str], tasks: int, index: int) -> tuple[in
     """
     allotted = "SLURM_GPUS_ON_NODE"
     here = _number(environ, allotted) if environ.get(allotted) else len(glob.glob(_GPU_FILES))
-    listed = next((environ[name].split(",") for name in _VISIBLE_GPUS if environ.get(name)), None)
-    visible = here if listed is None else len(listed)
+    listed = next((environ[name] for name in _VISIBLE_GPUS if name in environ), None)
+    visible = here if listed is None else len(listed.split(",")) if listed else 0
     total = here or visible
     if environ.get(LOCAL_DEVICES) or tasks == 1 or visible < total or total < tasks:
         return None

@@ -83,6 +83,7 @@ ALL_FOUR = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
         (SHARED | {"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "0,1"}, None),  # bound by --gpus-per-task=2
         (SHARED | {"SLURM_GPUS_ON_NODE": "2", "ROCR_VISIBLE_DEVICES": "1"}, None),  # bound one each
         (SHARED | {"CUDA_VISIBLE_DEVICES": "1"}, None),
+        (SHARED | {"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": ""}, None),  # hidden by the user
         (SHARED | ALL_FOUR | {"JAX_LOCAL_DEVICE_IDS": "0"}, None),
         (SLURM | ALL_FOUR, None),  # a node each
         (MPI | ALL_FOUR, (2, 3)),
