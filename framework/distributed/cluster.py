@@ -142,10 +142,9 @@ def first_host(hostlist: str) -> str:
 
 
 def _own_devices(environ: Mapping[str, str], tasks: int, index: int) -> tuple[int, ...] | None:
-    """Return the share of a process in the GPUs of a machine that `tasks` processes use, or None for all it sees.
+    """Return the share of process `index` in the GPUs of a machine with `tasks` processes, or None for all it sees.
 
-    None also if the user or the cluster has already given each process its own GPUs, which shows as fewer visible GPUs
-    than the machine, or the part of it that the job has, has.
+    A process that sees fewer GPUs than the job has on this machine already has its own.
     """
     allotted = "SLURM_GPUS_ON_NODE"
     here = _number(environ, allotted) if environ.get(allotted) else len(glob.glob(_GPU_FILES))
