@@ -1,1 +1,1 @@
-"""What a config needs: parameters, bytes, FLOPs and collectives, without training."""
+"""Plan a config without training: parameters, bytes, FLOPs and collectives of each device."""

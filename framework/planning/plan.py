@@ -66,8 +66,8 @@ class Plan:
       bytes: per device and kind: what stays between two steps, and the gradient during a step.
       model_flops: FLOPs of a step on each device, by the task's formula.
       memory: bytes of a device, None if not known.
-      compiled: program ("train", "evaluate" and, if the task has it, "predict") -> its figures; empty without
-        compilation.
+      compiled: program ("train", "evaluate" and, if the task has it, "predict") -> its figures, up to the first
+        that does not fit; empty without compilation.
     """
 
     mesh: Mapping[str, int]
@@ -137,8 +137,10 @@ def make_plan(config: Any, devices: Sequence[Any], *, compiles: bool = False) ->
             config, task, options, mesh, batch, Schedule(optax.constant_schedule(peak_rate), peak_rate)
         )
         tx, state = program.tx, program.abstract
-        programs = program.lower() if compiles else {}
-        compiled = {name: _compile(each) for name, each in programs.items() if name != "diagnose"}
+        compiled: dict[str, Compiled] = {}
+        for name, lowered in (program.lower() if compiles else {}).items():
+            if name != "diagnose" and not any(each.error for each in compiled.values()):
+                compiled[name] = _compile(lowered)
         return Plan(
             mesh=dict(mesh.shape),
             device_kind=devices[0].device_kind,

@@ -1,1 +1,1 @@
-"""What a run shows and writes: console, metrics, profiles and stalls; reports about many runs."""
+"""Show and record a run: console, metrics, profiles and stalls. Draw runs."""
