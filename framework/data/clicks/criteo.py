@@ -4,14 +4,14 @@ import dataclasses
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 from etils import epath
 
 from ...base.errors import UserError
-from ...dataset import SPLITS, Split
+from ...dataset import SPLITS, Example, Split
 from .. import samples
 from ..preparing import manifests
 from ..preparing.manifests import Manifest
@@ -19,7 +19,6 @@ from ..preparing.preparing import Preparable, Tally
 from ..preparing.streams import Stream, blocks_of
 from ..reading import files, tsv
 from ..reading.malformed import Malformed
-from ..reading.shards import ShardRows
 from . import rows as click_rows
 from .rows import CATEGORIES, INTEGERS, Fields
 
@@ -133,15 +132,9 @@ class ClickData(Preparable):
                 )
         return {"ranges": ranges}
 
-    def examples(self, split: Split, cache: str | os.PathLike[str]) -> ShardRows:
-        """Return the examples of a split in the source's order: random access, picklable.
-
-        Raises:
-          UserError: nothing is prepared for these settings in `cache`.
-        """
-        folder, manifest = self.manifest(cache)
-        shards, counts = manifests.of_split(folder, manifest, split)
-        return ShardRows(shards, counts, click_rows.unpacked, *self._range(split, manifest["shards"]))
+    def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> Callable[[bytes], Example]:
+        """See `Preparable.row_decoder`."""
+        return click_rows.unpacked
 
     def _stream(self, number: int, split: Split | None, path: epath.Path | None) -> Stream:
         if path is None:

@@ -10,12 +10,11 @@ import numpy as np
 from etils import epath
 
 from ...base.errors import UserError
-from ...dataset import SPLITS, Decoder, Example, Split
+from ...dataset import SPLITS, Decoder, Example, Source, Split
 from ..preparing import manifests
 from ..preparing.manifests import Manifest
 from ..preparing.preparing import Ingredients, Tally
 from ..preparing.streams import Stream
-from ..reading.shards import ShardRows
 from ..text.documents import DocumentData
 from ..text.tokenizer import Tokenizer, refusing
 from ..text.wordpiece import SMALLEST_VOCABULARY, Vocabulary, load_wordpiece, train_wordpiece, vocabulary_of
@@ -125,15 +124,13 @@ class MaskedTextData(DocumentData):
         """Return the vocabulary."""
         return {"vocabulary": vocabulary_of(self.load(self.tokenizer_path(folder, manifest)))._asdict()}
 
-    def examples(self, split: Split, cache: str | os.PathLike[str]) -> "ShardRows | MaskedRows":
-        """Return the rows of a split: random access, picklable; `augment` masks those of "train".
+    def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> PairRow:
+        """See `Preparable.row_decoder`."""
+        return PairRow(self._vocabulary(manifest), self.sequence_length)
 
-        Raises:
-          UserError: nothing is prepared for these settings in `cache`.
-        """
-        folder, manifest = self.manifest(cache)
-        decode = PairRow(self._vocabulary(manifest), self.sequence_length)
-        unmasked = ShardRows(*manifests.of_split(folder, manifest, split), decode)
+    def examples(self, split: Split, cache: str | os.PathLike[str]) -> Source:
+        """See `Preparable.examples`; `augment` masks the rows of "train"."""
+        unmasked = super().examples(split, cache)
         return unmasked if split == "train" else MaskedRows(unmasked, self)
 
     def augment(self, example: Example, rng: np.random.Generator) -> Example:
@@ -157,11 +154,7 @@ class MaskedTextData(DocumentData):
         return {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in shapes.items()}
 
     def fingerprint(self, cache: str | os.PathLike[str]) -> str:
-        """Return a hash of the rows of both splits and of the knobs of masking.
-
-        Raises:
-          UserError: nothing is prepared for these settings in `cache`.
-        """
+        """See `Preparable.fingerprint`; masking knobs change it, too."""
         manifest = self.manifest(cache)[1]
         return manifests.digest([manifest["content"], self._vocabulary(manifest), self.mask_rate, self.predictions])
 
@@ -182,7 +175,7 @@ class MaskedTextData(DocumentData):
 class MaskedRows:
     """Rows masked as a function of their index alone."""
 
-    def __init__(self, rows: ShardRows, data: MaskedTextData):
+    def __init__(self, rows: Source, data: MaskedTextData):
         self._rows, self._data = rows, data
 
     def __repr__(self) -> str:

@@ -12,11 +12,10 @@ from etils import epath
 
 from ...base.errors import UserError
 from ...dataset import Decoder, Split
-from ..preparing import manifests
+from ..preparing.manifests import Manifest
 from ..preparing.preparing import Ingredients, Tally
 from ..preparing.streams import Stream
 from ..reading.malformed import Malformed
-from ..reading.shards import ShardRows
 from ..reading.sources import Source
 from ..text.tokenized import Tokenized
 from ..text.tokenizer import END_OF_DOCUMENT, SMALLEST_VOCABULARY, Tokenizer, encode, load_tokenizer, train_tokenizer
@@ -161,14 +160,9 @@ class PairData(Tokenized):
                 "target tokens. Raise these knobs; held-out pairs are never cut."
             )
 
-    def examples(self, split: Split, cache: str | os.PathLike[str]) -> ShardRows:
-        """Return the rows of a split: random access, picklable.
-
-        Raises:
-          UserError: nothing is prepared for these settings in `cache`.
-        """
-        folder, manifest = self.manifest(cache)
-        return ShardRows(*manifests.of_split(folder, manifest, split), Packer(self._room(split), self.vocab_size))
+    def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> Packer:
+        """See `Preparable.row_decoder`."""
+        return Packer(self._room(split), self.vocab_size)
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return shape and type of the arrays of a row."""

@@ -1,8 +1,10 @@
 """Manifests of prepared rows: written beside them, found by settings, and compared with the files that exist."""
 
+import collections
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -11,6 +13,7 @@ from ...base import paths
 from ...base.errors import UserError
 from ...base.json_files import parse_object
 from ...dataset import Split
+from ..reading.malformed import Rejects
 
 NAME = "manifest.json"
 Manifest = dict[str, Any]
@@ -91,6 +94,26 @@ def missing(folder: epath.Path, manifest: Manifest) -> list[str]:
         if shard["file"] not in there
         or (paths.is_local(folder) and os.stat(folder / shard["file"]).st_size != shard["bytes"])
     ]
+
+
+def totals(limit: int, notes: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Add up the notes of shards by split, training first.
+
+    Raises:
+      UserError: a split has more than `limit` malformed records.
+    """
+    totals = {}
+    for split in sorted({note["split"] for note in notes}, key=lambda split: split == "heldout"):
+        rejects, counts, dropped, rows = Rejects(limit), collections.Counter(), collections.Counter(), 0
+        for note in (note for note in notes if note["split"] == split):
+            rejects = Rejects(limit, **note["malformed"]).after(rejects)
+            counts.update(note["counts"])
+            dropped.update(note["dropped"])
+            rows += note["rows"]
+        rejects.refuse_excess()
+        name = split or "train and heldout"
+        totals[name] = {**counts, "rows": rows, "dropped": dict(dropped), "malformed": rejects.to_json()}
+    return totals
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

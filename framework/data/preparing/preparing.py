@@ -14,14 +14,14 @@ import itertools
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from typing import Any, ClassVar
 
 from etils import epath
 
 from ...base import paths
 from ...base.errors import UserError
-from ...dataset import Split
+from ...dataset import Example, Source, Split
 from ..reading import shards
 from ..reading.malformed import Rejects
 from . import manifests
@@ -113,6 +113,10 @@ class Preparable(abc.ABC):
           UserError: the records cannot be used.
         """
 
+    @abc.abstractmethod
+    def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> Callable[[bytes], Example]:
+        """Return the function, picklable, that decodes a row of a split to an example."""
+
     def ingredients(self, cache: epath.Path, source: Any) -> Ingredients:
         """Return what all shards need; make it in `cache` if it is missing."""
         del cache, source
@@ -123,7 +127,7 @@ class Preparable(abc.ABC):
         return ingredients
 
     def summary(self, folder: epath.Path, manifest: Manifest) -> dict[str, Any]:
-        """Return further entries for the manifest.
+        """Return further entries for the manifest; "ranges" limits a split to some rows of its shards.
 
         Raises:
           UserError: there are too few rows.
@@ -172,6 +176,17 @@ class Preparable(abc.ABC):
     def identity(self, source: Any) -> dict[str, Any]:
         """Return the settings and the source's fingerprint."""
         return self.settings() | {"fingerprint": source.fingerprint}
+
+    def examples(self, split: Split, cache: str | os.PathLike[str]) -> Source:
+        """Return the rows of a split in the order of the source: random access, picklable.
+
+        Raises:
+          UserError: nothing is prepared for these settings in `cache`.
+        """
+        folder, manifest = self.manifest(cache)
+        start, stop = manifest.get("ranges", {}).get(split, (0, None))
+        files, counts = manifests.of_split(folder, manifest, split)
+        return shards.ShardRows(files, counts, self.row_decoder(split, folder, manifest), start, stop)
 
     def fingerprint(self, cache: str | os.PathLike[str]) -> str:
         """Return a hash of the rows of both splits; copying, touching or preparing again does not change it.
@@ -308,7 +323,7 @@ def _join(data: Preparable, folder: epath.Path, ingredients: Ingredients, source
         "settings": data.identity(source),
         "versions": {library: importlib.metadata.version(library) for library in _LIBRARIES},
         "tokenizer": {"file": beside, "sha256": ingredients.sha256},
-        "splits": _totals(data.max_malformed, notes),
+        "splits": manifests.totals(data.max_malformed, notes),
         "shards": [{key: note[key] for key in ("file", "split", "rows", "bytes", "content")} for note in notes],
     }
     manifest |= data.summary(folder, manifest)
@@ -319,22 +334,6 @@ def _join(data: Preparable, folder: epath.Path, ingredients: Ingredients, source
         if name.endswith(".partial"):  # left by a killed process: every shard exists without it
             (folder / name).unlink(missing_ok=True)
     return manifest
-
-
-def _totals(limit: int, notes: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Add up the notes of shards by split, training first."""
-    totals = {}
-    for split in sorted({note["split"] for note in notes}, key=lambda split: split == "heldout"):
-        rejects, counts, dropped, rows = Rejects(limit), collections.Counter(), collections.Counter(), 0
-        for note in (note for note in notes if note["split"] == split):
-            rejects = Rejects(limit, **note["malformed"]).after(rejects)
-            counts.update(note["counts"])
-            dropped.update(note["dropped"])
-            rows += note["rows"]
-        rejects.refuse_excess()
-        name = split or "train and heldout"
-        totals[name] = {**counts, "rows": rows, "dropped": dict(dropped), "malformed": rejects.to_json()}
-    return totals
 
 
 def _names(folder: epath.Path) -> set[str]:

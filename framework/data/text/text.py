@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import jax
@@ -11,11 +10,10 @@ import numpy as np
 from etils import epath
 
 from ...base.errors import UserError
-from ...dataset import Split
-from ..preparing import manifests
+from ...dataset import Example, Split
+from ..preparing.manifests import Manifest
 from ..preparing.preparing import Ingredients, Tally
 from ..preparing.streams import Stream
-from ..reading.shards import ShardRows
 from . import packing
 from .documents import DocumentData
 from .tokenizer import SMALLEST_VOCABULARY, Tokenizer, characters_per_token, encode, load_tokenizer, train_tokenizer
@@ -84,17 +82,11 @@ class TextData(DocumentData):
 
         return (packing.to_bytes(row, self._row_type) for row in packing.pack(counted(), self.sequence_length + 1))
 
-    def examples(self, split: Split, cache: str | os.PathLike[str]) -> ShardRows:
-        """Return the rows of a split: random access, picklable.
-
-        Raises:
-          UserError: nothing is prepared for these settings in `cache`.
-        """
-        folder, manifest = self.manifest(cache)
+    def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> Callable[[bytes], Example]:
+        """See `Preparable.row_decoder`."""
         tokenizer = self.load(self.tokenizer_path(folder, manifest))
         characters = characters_per_token(tokenizer, self.vocab_size)
-        decode = functools.partial(packing.unpacked, row_type=self._row_type, characters=characters)
-        return ShardRows(*manifests.of_split(folder, manifest, split), decode)
+        return functools.partial(packing.unpacked, row_type=self._row_type, characters=characters)
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return shape and type of the arrays of a row."""
