@@ -229,7 +229,7 @@ class _ByName:
             for path in owners:
                 self._report[path][name[: -len(path) - 1]] = why
             if why and not owners:
-                self._notes.append(f"{name} of the optimizer: afresh ({why})")
+                self._notes.append(f"{name} of the optimizer: initialised ({why})")
 
     def source(self, name: str, shape: tuple[int, ...]) -> Source:
         saved = self._saved.get(name)

@@ -1,4 +1,4 @@
-"""What describes the arrays of a checkpoint: the parameters by path, the mesh, and the optimizer's own words."""
+"""The manifest of a checkpoint: it describes mesh, parameters by path, and the optimizer's state."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A parameter: its shape, the name of its dtype, and how the optimizer treats it."""
+    """Shape, name of the dtype and treatment of a parameter."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -18,14 +18,14 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What describes the arrays of a checkpoint.
+    """Describes the arrays of a checkpoint.
 
     Attributes:
-      mesh: axis -> devices, of the run that has saved it.
-      processes: of that run.
-      parameters: by path.
-      optimizer: its name, as the config has it.
-      state: what the optimizer says of its state, as JSON.
+      mesh: axis -> devices, of the run that saved it.
+      processes: number of processes of that run.
+      parameters: path -> parameter.
+      optimizer: its name in the config.
+      state: the optimizer's description of its state, as JSON.
     """
 
     mesh: dict[str, int]
@@ -35,7 +35,7 @@ class Manifest:
     state: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain dicts and lists."""
+        """Return the manifest as plain dicts and lists."""
         content = dataclasses.asdict(self)
         for parameter in content["parameters"].values():
             parameter["shape"] = list(parameter["shape"])
@@ -43,17 +43,17 @@ class Manifest:
 
     @classmethod
     def from_json(cls, content: Any) -> "Manifest":
-        """The inverse of `to_json`; what the optimizer says of its state is left for others to judge.
+        """Return the manifest that `to_json` has written. The optimizer's description is not checked.
 
         Raises:
-          ValueError: it is no manifest.
+          ValueError: the content is not a manifest.
         """
-        content = _dict(content, "it")
+        content = _dict(content, "the manifest")
         if content.get("format") != FORMAT:
-            raise ValueError(f"it has the format {content.get('format')!r:.50}, this version reads {FORMAT}")
+            raise ValueError(f"format {content.get('format')!r:.50}, this version reads {FORMAT}")
         for field in dataclasses.fields(cls):
             if field.name not in content:
-                raise ValueError(f"it has no {field.name}")
+                raise ValueError(f"{field.name} is missing")
         return cls(
             mesh={
                 _text(axis): _whole(size, f"mesh axis {axis}") for axis, size in _dict(content["mesh"], "mesh").items()
@@ -71,27 +71,27 @@ class Manifest:
 def _parameter(path: str, content: Any) -> Parameter:
     entry = _dict(content, path)
     if missing := [field for field in ("shape", "dtype", "treatment") if field not in entry]:
-        raise ValueError(f"{path} has no {missing[0]}")
+        raise ValueError(f"{path}: {missing[0]} is missing")
     shape = entry["shape"]
     if not isinstance(shape, list) or any(type(length) is not int or length < 0 for length in shape):
-        raise ValueError(f"{path} has the shape {shape!r:.50}")
+        raise ValueError(f"{path}: invalid shape {shape!r:.50}")
     return Parameter(tuple(shape), _text(entry["dtype"]), _text(entry["treatment"]))
 
 
 def _dict(content: Any, name: str) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
-        raise ValueError(f"{name} is {content!r:.50} where a JSON object is expected")
+        raise ValueError(f"{name} must be a JSON object, not {content!r:.50}")
     return content
 
 
 def _whole(value: Any, name: str) -> int:
     if type(value) is not int or value < 1:
-        raise ValueError(f"{name} is {value!r:.50}, where a whole number from 1 on is expected")
+        raise ValueError(f"{name} must be an integer above 0, not {value!r:.50}")
     return value
 
 
 def _text(value: Any) -> str:
-    # Texts of a manifest are shown to people, and a terminal acts on what cannot be printed.
+    # Texts of a manifest are shown to people, and a terminal acts on control characters.
     if not isinstance(value, str) or not value.isprintable():
-        raise ValueError(f"{value!r:.50} where a text is expected")
+        raise ValueError(f"must be printable text, not {value!r:.50}")
     return value

@@ -1,6 +1,6 @@
-"""A trained model out of a workdir, for use: its components as the run's config has them, its variables on a mesh.
+"""Read a trained model from a workdir for use: its components from the run's config, its variables onto a mesh.
 
-Nothing of the optimizer is read, and the mesh may be another one than the run's.
+The optimizer's state is not read, and the mesh may differ from that of the run.
 """
 
 from collections.abc import Sequence
@@ -46,13 +46,13 @@ def choose(workdir: Path, which: Literal["best", "newest"]) -> tuple[Path, list[
 
 
 def component(workdir: Path, section: str, allowed: Sequence[str]) -> Any:
-    """The task, data or optimizer of a workdir's run, built.
+    """Build the task, data or optimizer of a workdir's run.
 
     Args:
-      workdir: the run's.
+      workdir: the workdir.
       section: "task", "data" or "optimizer".
-      allowed: import strings that it may have. Others are not imported: a workdir may come from anywhere, and to import
-        is to execute.
+      allowed: import strings that it may have. Others are not imported: importing executes code, and a workdir may
+        come from anywhere.
 
     Raises:
       UserError: the workdir has no such section, another component, or fields that its class refuses.
@@ -60,26 +60,26 @@ def component(workdir: Path, section: str, allowed: Sequence[str]) -> Any:
     config = read_object(workdir / layout.CONFIG)
     found = (config or {}).get(section)
     if not isinstance(found, dict) or not isinstance(found.get("name"), str):
-        raise UserError(f"{workdir / layout.CONFIG} has no section {section!r}; give the workdir of a training run")
+        raise UserError(f"{workdir / layout.CONFIG} has no section {section!r}. Give the workdir of a training run.")
     if found["name"] not in allowed:
-        raise UserError(f"{workdir} has config.{section}.name {found['name']!r}; needed is {' or '.join(allowed)}")
+        raise UserError(f"{workdir}: config.{section}.name={found['name']!r} must be {' or '.join(allowed)}.")
     return components.build(ConfigDict(found))
 
 
 def variables(
     checkpoint: Path, task: Task, batch_spec: BatchSpec, rules: placement.Rules, mesh: Mesh
 ) -> dict[str, Any]:
-    """The variables of a checkpoint, laid out on a mesh by the rules.
+    """Read the variables of a checkpoint onto a mesh.
 
     Args:
-      checkpoint: a whole one.
-      task: whose variables they are.
-      batch_spec: shapes and types of a batch.
+      checkpoint: an intact checkpoint.
+      task: the task of the variables.
+      batch_spec: shapes and dtypes of a batch.
       rules: (logical name, mesh axis | axes | None); the first rule with a name decides.
-      mesh: where they go.
+      mesh: the mesh.
 
     Raises:
-      UserError: the checkpoint cannot be read, or has other variables than the task.
+      UserError: the checkpoint cannot be read, or its variables differ from those of the task.
     """
     abstract = abstract_variables(task, batch_spec)
     placements = placement.place_all(abstract, task.logical_axes(abstract), rules, mesh)
@@ -90,8 +90,8 @@ def variables(
         here = store.Array(tuple(leaf.shape), leaf.dtype)
         if there.get(name) != here:
             raise UserError(
-                f"checkpoint {checkpoint} has {name} as {there.get(name, 'nothing')}, the model as {here}; "
-                "use the checkpoint of the same model"
+                f"checkpoint {checkpoint} has {name} as {there.get(name, 'nothing')}, the model as {here}. "
+                "Use a checkpoint of this model."
             )
         wanted[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     arrays = store.read(checkpoint, wanted)

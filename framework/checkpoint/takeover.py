@@ -1,7 +1,7 @@
-"""What a run takes over from a checkpoint, and what it starts afresh, said line by line.
+"""Decide which arrays a run takes over from a checkpoint and which it initialises, and report it line by line.
 
-A checkpoint's manifest tells what its arrays are: the parameters by path, and what the optimizer says of its state. The
-mesh, the number of processes, the model, block sizes and the optimizer may all be others than when it was saved.
+The checkpoint's manifest describes its arrays: the parameters by path, and the optimizer's own description of its
+state. Mesh, number of processes, model, block sizes and optimizer may have changed since it was saved.
 """
 
 import dataclasses
@@ -33,13 +33,13 @@ Renames = Sequence[tuple[str, str]]
 def describe(
     tx: optax.GradientTransformation, name: str, params: Any, treatments: Mapping[str, str], mesh: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The manifest of a train state, as JSON.
+    """Return the manifest of a train state, as JSON.
 
     Args:
       tx: the optimizer.
-      name: of the optimizer, as the config has it.
+      name: its name in the config.
       params: ShapeDtypeStructs with shardings.
-      treatments: path of a parameter -> how the optimizer treats it.
+      treatments: path of a parameter -> its treatment.
       mesh: axis -> devices.
     """
     parameters = {
@@ -54,11 +54,11 @@ class Takeover:
     """Where each array of a train state comes from.
 
     Attributes:
-      path: the checkpoint, None where nothing is taken over.
-      spec: the state, ShapeDtypeStructs with shardings; with what is in flight where that may be taken over.
-      sources: by the array's path in it.
-      lines: what is not taken over as it was, and what is left behind.
-      whole: how many parameters come with their whole state.
+      path: the checkpoint, None if nothing is taken over.
+      spec: the state, ShapeDtypeStructs with shardings, with roots in flight if they may be taken over.
+      sources: path of an array in the state -> its source.
+      lines: report of everything that is not taken over unchanged.
+      whole: number of parameters taken over with all their state.
     """
 
     path: Path | None
@@ -69,13 +69,13 @@ class Takeover:
 
     @property
     def fresh(self) -> frozenset[str]:
-        """Paths of the arrays that are started afresh."""
+        """Paths of the arrays that are initialised."""
         return frozenset(name for name, source in self.sources.items() if isinstance(source, Fresh))
 
     def state(self, fresh: Mapping[str, jax.Array]) -> TrainState:
-        """The train state, given the arrays that are started afresh.
+        """Return the train state, given the initialised arrays.
 
-        Arrays that are made of several saved ones pass through the memory of each host.
+        Arrays that are computed from several saved ones pass through the memory of each host.
         """
         like = _by_name(self.spec)
         values: dict[str, Any] = dict(fresh)
@@ -86,7 +86,7 @@ class Takeover:
                     kept.setdefault(source.name, []).append(name)
             arrays = store.read(self.path, {saved: like[names[0]] for saved, names in kept.items()})
             for saved, (first, *others) in kept.items():
-                # The step donates each of them, so that no two may be one array.
+                # The step donates each array, so two of them may not share a buffer.
                 values |= {first: arrays[saved], **{name: jnp.copy(arrays[saved]) for name in others}}
             for made in self._made():
                 saved = store.read(self.path, dict.fromkeys(n for source in made.values() for n in source.names))
@@ -94,7 +94,7 @@ class Takeover:
         return jax.tree.unflatten(jax.tree.structure(self.spec), [values[name] for name in like])
 
     def _made(self) -> Iterator[dict[str, Made]]:
-        """The arrays that are to be made, a bucket of the optimizer at a time."""
+        """Yield the arrays to compute, one bucket of the optimizer at a time."""
         groups: dict[tuple[str, ...], dict[str, Made]] = {}
         for name, source in self.sources.items():
             if isinstance(source, Made):
@@ -105,17 +105,17 @@ class Takeover:
 def plan(
     origin: Origin, abstract: TrainState, tx: optax.GradientTransformation, name: str, renames: Renames
 ) -> Takeover:
-    """What a train state takes over from its origin; reads the checkpoint's manifest, and none of its arrays.
+    """Decide what a train state takes over from its origin. Reads the checkpoint's manifest and no array.
 
     Args:
-      origin: where from.
+      origin: the checkpoint.
       abstract: the state, ShapeDtypeStructs with shardings.
       tx: the optimizer.
-      name: of the optimizer, as the config has it.
-      renames: (path of a parameter as it was, as it is), or leading parts of paths.
+      name: its name in the config.
+      renames: (old, new) paths of parameters, or leading parts of paths.
 
     Raises:
-      UserError: the checkpoint's manifest is damaged, or it has no parameter of this model.
+      UserError: the manifest is damaged, or has no parameter of this model.
     """
     if origin.path is None:
         return Takeover(None, abstract, {path: Fresh("") for path in _by_name(abstract)})
@@ -127,7 +127,7 @@ def plan(
 
 
 def optimizer_began(origin: Origin, record: Record, name: str) -> int:
-    """How many accepted steps lie behind a run when its optimizer begins: above 0 if another one came before it."""
+    """Return the number of accepted steps before the optimizer began; above 0 if it replaced another one."""
     if origin.path is None or origin.kind == "init":
         return 0
     if store.manifest(origin.path).get("optimizer") == name:
@@ -136,7 +136,7 @@ def optimizer_began(origin: Origin, record: Record, name: str) -> int:
 
 
 def renamer(renames: Renames) -> Callable[[str], str]:
-    """Gives paths as they were their names of today; the first pair that fits decides."""
+    """Return a function from old paths to new ones; the first pair that matches decides."""
 
     def renamed(path: str) -> str:
         for old, new in renames:
@@ -155,8 +155,8 @@ class _Planner:
             other = self._parameters.setdefault(renamed(path), path)
             if other != path:
                 raise UserError(
-                    f"{other} and {path} of checkpoint {origin.path} would both be {renamed(path)}; "
-                    "give them two names in config.renamed"
+                    f"{other} and {path} of checkpoint {origin.path} would both be {renamed(path)}. "
+                    "Give them two names in config.renamed."
                 )
 
     def plan(self, abstract: TrainState, tx: optax.GradientTransformation, name: str) -> Takeover:
@@ -165,8 +165,8 @@ class _Planner:
         if not any(isinstance(source, Kept) for source in of_params.values()):
             there, here = ", ".join(list(self._parameters)[:3]), ", ".join(list(of_params)[:3])
             raise UserError(
-                f"checkpoint {self._origin.path} has no parameter of this model: {there}, ... there, {here}, ... here; "
-                "use another one, or set config.renamed"
+                f"checkpoint {self._origin.path} has no parameter of this model: it has {there}, ..., the model has "
+                f"{here}, .... Use another one, or set config.renamed."
             )
         inheritance = self._inheritance(tx, name, params)
         if inheritance:
@@ -181,7 +181,7 @@ class _Planner:
             elif path.startswith(MODEL):
                 source = sources[path] = self._model_array(path, leaf)
                 if isinstance(source, Fresh):
-                    lines.append(f"{path}: afresh ({source.why})")
+                    lines.append(f"{path}: initialised ({source.why})")
             elif path.startswith(OPTIMIZER):
                 own = path.removeprefix(OPTIMIZER)
                 sources[path] = _of_optimizer(inheritance.source(own, leaf.shape)) if inheritance else Fresh("")
@@ -192,7 +192,7 @@ class _Planner:
                 if self._origin.kind != "init":
                     of_averages[average.removeprefix(PARAMS)] = why
                     if why and average.startswith(MODEL):
-                        lines.append(f"{average}: average afresh ({why})")
+                        lines.append(f"{average}: average initialised ({why})")
             elif self._origin.kind == "init":
                 sources[path] = Fresh("")
             else:
@@ -200,13 +200,13 @@ class _Planner:
                 if isinstance(source, Fresh):
                     if path == _STEP:
                         raise ValueError(f"its array {path}: {source.why}")
-                    lines.append(f"{path}: afresh ({source.why})")
+                    lines.append(f"{path}: initialised ({source.why})")
         changed = {}
         for path, source in of_params.items():
             average = {"average": of_averages[path]} if path in of_averages else {}
             changed[path] = _line(source, report.get(path, {}) | average)
         lines = [f"{path}: {line}" for path, line in changed.items() if line] + lines
-        lines += [f"{path}: left behind, there is none here" for path in self._parameters if path not in of_params]
+        lines += [f"{path}: dropped (not in this model)" for path in self._parameters if path not in of_params]
         return Takeover(
             self._origin.path,
             spec,
@@ -220,15 +220,15 @@ class _Planner:
             return inheritance.notes()
         if self._origin.kind == "init":
             return []
-        return [f"the optimizer's state is started afresh: {self._manifest.optimizer} there, {name} here"]
+        return [f"the optimizer's state is initialised: saved by {self._manifest.optimizer}, now {name}"]
 
     def _of_average(self, spec: TrainState) -> list[str]:
         if spec.averaging or self._origin.kind == "init" or not any(name.startswith(_ITERATE) for name in self._saved):
             return []
-        return ["the parameters are the average of that run; the iterate it was made of is left behind"]
+        return ["the parameters are the average of that run; its iterate is dropped"]
 
     def _iterate(self, average: Source, leaf: Any) -> tuple[Source, str]:
-        """Where the iterate of an average comes from, and why that average begins afresh, "" if it does not."""
+        """Return the source of an average's iterate, and why the average is initialised, "" if it is taken over."""
         if self._origin.kind == "init":
             return average, ""
         if not isinstance(average, Kept):
@@ -264,12 +264,12 @@ class _Planner:
         if there is None:
             return Fresh("there is none")
         if there.shape != leaf.shape:
-            return Fresh(f"{there} there, {Array(leaf.shape, leaf.dtype)} here")
+            return Fresh(f"saved as {there}, now {Array(leaf.shape, leaf.dtype)}")
         return Kept(name)
 
 
 def _of_optimizer(source: Source) -> Source:
-    """A source within the optimizer's state as one within the train state."""
+    """Return a source in the optimizer's state as one in the train state."""
     if isinstance(source, Kept):
         return Kept(f"{OPTIMIZER}{source.name}")
     if isinstance(source, Made):
@@ -279,7 +279,7 @@ def _of_optimizer(source: Source) -> Source:
 
 
 def _line(source: Source, fate: Mapping[str, str]) -> str:
-    """What happens to a parameter and its state; "" where all of it is taken over."""
+    """Return the report on a parameter and its state; "" if all of it is taken over."""
     parts = {"parameter": source.why if isinstance(source, Fresh) else ""} | dict(fate)
     taken = [part for part, why in parts.items() if not why]
     fresh: dict[str, list[str]] = {}
@@ -289,7 +289,7 @@ def _line(source: Source, fate: Mapping[str, str]) -> str:
     if not fresh:
         return ""
     told = [f"{', '.join(taken)} taken over"] if taken else []
-    return "; ".join([*told, *(f"{', '.join(names)} afresh ({why})" for why, names in fresh.items())])
+    return "; ".join([*told, *(f"{', '.join(names)} initialised ({why})" for why, names in fresh.items())])
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_a_second_phase_goes_on_with_longer_rows(first_phase, tmp_path, capfd):
     result = train(shrunk("sample", *second, f"resume_from={workdir}"), tmp_path / "second", devices=jax.devices()[:1])
     out = capfd.readouterr().out
     assert f"continuing the run of resume_from {workdir}/checkpoints/4" in out
-    assert "afresh" not in out
+    assert "initialised" not in out
     assert result["steps"] == 7
     rates = history(tmp_path / "second", "train/learning_rate")
     assert len(rates) == 3

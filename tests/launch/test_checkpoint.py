@@ -349,7 +349,7 @@ def swap_slots(manifest):
 
 MANIFESTS = {
     "is no object": (lambda m: [m], "has no manifest"),
-    "is of another format": (lambda m: m.update(format=2), r"has the format 2, this version reads 1"),
+    "is of another format": (lambda m: m.update(format=2), r"format 2, this version reads 1"),
     "lacks a parameter": (
         lambda m: m["parameters"].pop("embed/kernel") and None,
         "params/embed/kernel is not in the manifest",
@@ -368,7 +368,7 @@ MANIFESTS = {
     ),
     "has a name for a terminal to act on": (
         lambda m: m["parameters"].update({"a\x1b[2J": m["parameters"]["embed/kernel"]}),
-        r"'a\\x1b\[2J' where a text is expected",
+        r"must be printable text, not 'a\\x1b\[2J'",
     ),
     "puts blocks into other slots": (swap_slots, rf"{BUCKET}/block differs from the manifest"),
     "puts a block into two slots": (
@@ -854,7 +854,7 @@ def test_a_takeover_misses_no_array_in_silence(newest, benches):
     """Catches a step that begins anew under a record that goes on, and counts that nobody hears of."""
     save_again(newest, lambda arrays: arrays.pop("guard/spikes") is None)
     taken = benches[0].plan(newest)
-    assert "guard/spikes: afresh (there is none)" in taken.lines and taken.whole == 3
+    assert "guard/spikes: initialised (there is none)" in taken.lines and taken.whole == 3
     for name in ("step", "opt_state/count", f"{BUCKET}/roots/statistics/0"):
         broken = shutil.copytree(newest, newest.with_name(name.replace("/", "_")))
         save_again(broken, lambda arrays: arrays.pop(name) is None)

@@ -62,7 +62,7 @@ def test_another_block_size_keeps_what_belongs_to_elements(run, tmp_path, capsys
     told = go_on(run, tmp_path / "new", optimizer=base.component(SHAMPOO, block_size=16, interval=3))
     assert "taken over with all their state: 1 of 3 parameters" in told  # the embedding, which is diagonal
     expected = (
-        "hidden/kernel: parameter, momentum, second moment taken over; statistics, roots afresh "
+        "hidden/kernel: parameter, momentum, second moment taken over; statistics, roots initialised "
         "(blocks of 8x8 there, 16x16 here)"
     )
     assert expected in told and expected in capsys.readouterr().out
@@ -84,19 +84,22 @@ def test_another_model_takes_what_it_knows_and_tells_the_rest(run, tmp_path):
     train(config, tmp_path / "new", devices=two())
     told = (tmp_path / "new" / "restored.txt").read_text()
     assert "taken over with all their state: 3 of 4 parameters" in told
-    assert "gain/kernel: parameter, momentum, second moment afresh (there is none); statistics, roots afresh" in told
-    assert "left behind" not in told
+    assert (
+        "gain/kernel: parameter, momentum, second moment initialised (there is none); statistics, roots initialised"
+        in told
+    )
+    assert "dropped" not in told
     config.renamed = ()
     train(config, tmp_path / "unnamed", devices=two())
     told = (tmp_path / "unnamed" / "restored.txt").read_text()
-    assert "middle/kernel: parameter, momentum, second moment afresh (there is none)" in told
-    assert "hidden/kernel: left behind, there is none here" in told
+    assert "middle/kernel: parameter, momentum, second moment initialised (there is none)" in told
+    assert "hidden/kernel: dropped (not in this model)" in told
 
 
 def test_another_optimizer_begins_afresh_at_the_learning_rate_of_the_run(run, tmp_path):
     """Catches a warm-up that begins anew in the middle of a run, also after the next resume."""
     told = go_on(run, tmp_path / "new", optimizer=base.component(ADAMW))
-    assert f"the optimizer's state is started afresh: {SHAMPOO} there, {ADAMW} here" in told
+    assert f"the optimizer's state is initialised: saved by {SHAMPOO}, now {ADAMW}" in told
     assert "taken over with all their state: 3 of 3" in told
     config = make_config(
         optimizer=base.component(ADAMW),
@@ -122,12 +125,14 @@ def test_another_run_s_variables_alone_are_told_line_by_line(run, tmp_path):
     train(config, tmp_path / "new", devices=two())
     told = (tmp_path / "new" / "restored.txt").read_text()
     assert "taken over with all their state: 3 of 3" in told
-    assert "afresh" not in told
+    assert "initialised" not in told
 
 
 def test_a_checkpoint_without_any_parameter_of_the_model_is_refused(run, tmp_path):
     config = make_config(resume_from=str(run), renamed=(("embed", "a"), ("hidden", "b"), ("out", "c")))
-    with pytest.raises(UserError, match=r"has no parameter of this model: a/kernel, .* there, embed/kernel, .* here"):
+    with pytest.raises(
+        UserError, match=r"has no parameter of this model: it has a/kernel, .*, the model has embed/kernel, "
+    ):
         train(config, tmp_path / "new", devices=two())
     assert not (tmp_path / "new" / "config.json").exists()
 

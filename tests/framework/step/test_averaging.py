@@ -166,16 +166,16 @@ def test_a_run_without_an_average_begins_one_and_leaves_it_and_says_so(run, tmp_
     whole, _ = run
     plain = tmp_path / "plain"
     train(averaged_config(**{"ema_decay": 0.0, "resume_from": str(whole)}), plain, devices=two())
-    assert "the parameters are the average of that run; the iterate it was made of is left behind" in told(plain)
+    assert "the parameters are the average of that run; its iterate is dropped" in told(plain)
     jax.tree.map(np.testing.assert_array_equal, arrays(plain, 12)["params"], arrays(whole, 12)["params"])
     assert "averaging" not in {name for name, tree in arrays(plain, 12).items() if jax.tree.leaves(tree)}
 
     again = tmp_path / "again"
     mesh = {"mesh.data": 1, "mesh.fsdp": 2}
     train(averaged_config(resume_from=str(plain), **mesh), again, devices=two())
-    expected = "hidden/kernel: parameter, momentum, second moment, statistics, roots taken over; average afresh"
+    expected = "hidden/kernel: parameter, momentum, second moment, statistics, roots taken over; average initialised"
     assert f"{expected} (there is none)" in told(again)
-    assert "averaging/weight: afresh (there is none)" in told(again)
+    assert "averaging/weight: initialised (there is none)" in told(again)
     begun = arrays(again, 12)
     assert_bitwise_equal(begun["params"], begun["averaging"]["iterate"]["params"])
     assert_bitwise_equal(begun["params"], arrays(plain, 12)["params"])
