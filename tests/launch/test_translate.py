@@ -122,7 +122,7 @@ def test_what_cannot_work_is_one_line(run, tmp_path):
     cases = [
         ("Amen.", [f"--workdir={tmp_path}"], "has no checkpoint"),
         ("Amen.", [f"--workdir={foreign}"], "config.task.name='this:Zen' must be shampax.models.translation"),
-        ("Amen.", [f"--workdir={workdir}", "--beam_size=0"], "task.beam_size is 0"),
+        ("Amen.", [f"--workdir={workdir}", "--beam_size=0"], "task.beam_size=0"),
         (b"Amen.\n\xff", [f"--workdir={workdir}"], "line 2 of the input is not UTF-8 at byte 0"),
     ]
     for text, arguments, message in cases:
