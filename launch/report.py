@@ -24,19 +24,13 @@ from ..framework.reporting.runs import Axis, Run, read_run
 from . import flags
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
-       max-width: 78rem; margin: 2rem auto; padding: 0 1.25rem; }
-h1 { font-size: 1.6rem; margin-bottom: .25rem; }
-h2 { font-size: 1.2rem; margin-top: 2.25rem; }
-p { max-width: 60rem; color: #444; margin-top: 0; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 78rem; margin: 2rem auto; padding: 0 1.25rem; }
+h1, h2 { font-size: 1.3rem; margin-top: 2rem; }
 img { width: 100%; height: auto; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-thead th { background: #f4f4f4; vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; }
-td { max-width: 32rem; overflow: hidden; text-overflow: ellipsis; }
-.notes { color: #7a4100; }
 """
 
 # (heading, key in result.json or config.json, decimals) of the summary
@@ -156,7 +150,7 @@ def page(groups: Sequence[curves.Group], images: dict[str, bytes], notes: Sequen
     ]
     if notes:
         items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-        parts.append(f'<h2>Notes</h2><ul class="notes">{items}</ul>')
+        parts.append(f"<h2>Notes</h2><ul>{items}</ul>")
     return "\n".join([*parts, "</body></html>\n"])
 
 

@@ -131,14 +131,10 @@ def _dress(panel: Axes) -> None:
 
 
 def _scale(panel: Axes) -> None:
-    """Use a logarithmic axis for positive values that span more than a factor of 30; show zero for a constant."""
+    """Use a logarithmic axis for positive values that span more than a factor of 30."""
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in panel.lines])
     values = values[np.isfinite(values)]
-    low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
-    if low > 0 and high > 30 * low:
+    if len(values) and 0 < 30 * values.min() < values.max():
         panel.set_yscale("log")
-        return
-    panel.yaxis.set_major_formatter("{x:.4g}")
-    if low == high:
-        room = abs(low) or 0.5
-        panel.set_ylim(min(low, 0) - 0.1 * room, max(low, 0) + room)
+    else:
+        panel.yaxis.set_major_formatter("{x:.4g}")

@@ -22,11 +22,9 @@ _LOOKING_SECONDS = 1.0  # between looks during a stall, so that its end is repor
 
 
 class _Mark(NamedTuple):
-    """The phase that a process has begun, the steps taken before it, and its start on the monotonic clock."""
-
     phase: str
-    step: int
-    since: float
+    step: int  # steps taken before it
+    since: float  # on the monotonic clock
 
 
 class Watchdog:
