@@ -1,4 +1,4 @@
-"""Side-by-side measurements, each printing JSON. Sets the environment of JAX first of all."""
+"""Measure optimizers and schedules side by side; print JSON. Importing this sets the environment that JAX needs."""
 
 from ..launch.environment import before_jax
 

@@ -1,4 +1,4 @@
-"""What every benchmark's command line does with a result and with what goes wrong."""
+"""Print the result of a benchmark, or its error in one line."""
 
 import json
 import sys
@@ -9,14 +9,14 @@ from ..framework.base.errors import UserError
 
 
 def report(run: Callable[[], Any]) -> int:
-    """Print what `run` returns as JSON; returns the exit code: 2 after one line for the user, 130 when stopped."""
+    """Print the result of `run` as JSON. Return the exit code: 0, 2 after a UserError, 130 after an interrupt."""
     try:
         result = run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("interrupted; rerun the same command to resume", file=sys.stderr)
         return 130
     print(json.dumps(result, indent=2))
     return 0

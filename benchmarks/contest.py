@@ -1,12 +1,13 @@
-"""Compare variants of a config, each at its best learning rate: a grid of rates and seeds on the real trainer.
+"""Compare variants of a config, each at its best learning rate, by training a grid of rates and seeds.
 
     python -m shampax.benchmarks.contest --config=shampax/configs/lm.py --variants=sample,sample_adamw \\
         --learning_rates sample=3e-3,6e-3,1.2e-2 sample_adamw=1.5e-3,3e-3,6e-3
 
-trains every variant with every learning rate and seed, one run after the other, and reports each run, the best rate of
-each variant by the mean over seeds, and how soon each variant at its best comes to the held-out metric at which each
-other ends. With --finalists=1 all rates are tried with the first seed, each variant's best with the others too. JSON
-goes to standard output, progress and the tables to standard error. The same command goes on where it was stopped.
+The trainer runs once for every variant, learning rate and seed, one run after the other. The report has every run, the
+best rate of each variant by its mean over seeds, and the step at which each variant at its best rate reaches the final
+held-out metric of every other. With --finalists=1, all rates are trained with the first seed, and only the best rate of
+each variant with the other seeds. JSON goes to standard output; progress and tables go to standard error. Rerun the
+same command to resume.
 """
 
 import argparse
@@ -34,34 +35,34 @@ from . import command
 from .documents import Section, table
 from .grid import FINALISTS, LOSS, Metric, Outcome, Trial, best_rates, by, crossings, finalists, mean, rounds
 
-_OF_THIS_MACHINE = ("--output", "--reuse", "--markdown")  # flags that decide nothing of the outcome
+_PATHS = ("--output", "--markdown")  # flags that do not change the outcome
 
 
 def trials(learning_rates: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> list[Trial]:
-    """The whole grid, as many rates for each variant; the first seed of everything comes first."""
+    """Return the whole grid, ordered by seed. Every variant must have the same number of rates."""
     rows = [dict(zip(learning_rates, rates, strict=True)) for rates in zip(*learning_rates.values(), strict=True)]
     return [Trial(variant, rate, seed) for seed in seeds for row in rows for variant, rate in row.items()]
 
 
 def config_of(trial: Trial, file: str, settings: Sequence[str]) -> ConfigDict:
-    """The trial's config: a variant of a config file with `settings` ("key=value"), rate and seed.
+    """Load the variant of a config file with `settings` ("key=value") and the trial's rate and seed.
 
     Raises:
-      UserError: there is no such file, variant or key.
+      UserError: the file, variant or key does not exist.
     """
     return load(f"{file}:{trial.variant}", [*settings, *trial.settings])
 
 
 def read_outcome(trial: Trial, path: pathlib.Path) -> Outcome | None:
-    """Read a workdir; None where no run has ended."""
+    """Read a workdir. Return None if it has no result."""
     result = read_object(path / workdir.RESULT)
     return None if result is None else Outcome(trial, read_run(path), result)
 
 
 def analyse(outcomes: Sequence[Outcome], metric: Metric = LOSS, shown: Sequence[str] = ()) -> dict[str, Any]:
-    """Everything the grid tells, as JSON: `runs`, `rates` (means over seeds), `best` and `crossings`.
+    """Return the analysis as JSON: `runs`, `rates` (means over seeds), `best` and `crossings`.
 
-    `shown` are held-out metrics to be given besides.
+    `shown` lists further held-out metrics to report.
     """
     best, names = best_rates(outcomes, metric), [metric.name, *shown]
     cells = by(outcomes, lambda outcome: (outcome.trial.variant, outcome.trial.learning_rate))
@@ -99,7 +100,7 @@ def analyse(outcomes: Sequence[Outcome], metric: Metric = LOSS, shown: Sequence[
 
 
 def markdown(analysis: dict[str, Any], command: str) -> str:
-    """The analysis as Markdown tables, with the command that makes them."""
+    """Format the analysis as Markdown tables, with the command that makes them."""
     names = [analysis["metric"]["name"], *analysis["shown"]]
     titles = [f"held-out {name.replace('_', ' ')}" for name in names]
     runs = [
@@ -145,13 +146,13 @@ def markdown(analysis: dict[str, Any], command: str) -> str:
     ]
     parts = [
         f"Made by `{command}`.",
-        f"Mean {titles[0]} at the end, over seeds:",
+        f"Mean final {titles[0]} over seeds:",
         table(["variant", "learning rate", "seeds", titles[0], ""], rates),
-        *(f"The best rate of {variant} stands at the edge of the grid." for variant in _at_edge(analysis)),
-        f"At its best rate, when each variant comes to the mean {titles[0]} at which the other ends (interpolated "
+        *(f"The best rate of {variant} is at the edge of the grid." for variant in _at_edge(analysis)),
+        f"Step at which each variant, at its best rate, reaches the other's mean final {titles[0]} (interpolated "
         "between evaluations; shares are of the other's whole run):",
         table(
-            ["variant", "comes to", "seed", "steps", "share", "first evaluation there", "seconds", "share"],
+            ["variant", "reaches", "seed", "steps", "share", "first evaluation there", "seconds", "share"],
             reached,
         ),
         "Every run:",
@@ -172,10 +173,10 @@ def markdown(analysis: dict[str, Any], command: str) -> str:
 
 
 def train(trial: Trial, path: pathlib.Path, config: str, settings: Sequence[str]) -> None:
-    """Make one run in a process of its own, its output beside the workdir.
+    """Train in a separate process. Its output goes to a log beside the workdir.
 
     Raises:
-      UserError: it left no result.
+      UserError: the process ended without a result.
     """
     log = path.with_name(f"{path.name}.log")
     command = [
@@ -191,42 +192,37 @@ def train(trial: Trial, path: pathlib.Path, config: str, settings: Sequence[str]
         try:
             code = process.wait()
         finally:
-            # Interrupted: the trainer saves and ends before we do, or it would train on unseen.
+            # After an interrupt, wait until the trainer has saved: it must not outlive this process.
             if process.poll() is None:
                 process.terminate()
                 process.wait()
     if read_object(path / workdir.RESULT) is None:
-        lines = log.read_text().splitlines() or ["nothing"]
-        raise UserError(f"{trial.name} ended with exit code {code} and no result; it said: {lines[-1]} (all: {log})")
+        lines = log.read_text().splitlines() or ["(empty)"]
+        raise UserError(f"{trial.name} exited with code {code} without a result. Last line of {log}: {lines[-1]}")
 
 
 def run_grid(grid: Sequence[Trial], options: argparse.Namespace) -> list[Outcome]:
-    """Make the runs that are not complete yet; returns all.
+    """Train the runs that are not complete yet. Return the outcomes of all.
 
     Raises:
-      UserError: a config cannot be made, a workdir belongs to another config, or a run left no result.
+      UserError: a config is invalid, a workdir belongs to another config, or a run ended without a result.
     """
-    folders = [folder for folder in (options.output, options.reuse) if folder]
-    # What can be refused is refused before hours of training.
+    # Check every trial before hours of training.
     for trial in grid:
-        config = config_of(trial, options.config, options.set)
-        for folder in folders:
-            ownership.refuse_foreign(folder / trial.name, config)
+        ownership.refuse_foreign(options.output / trial.name, config_of(trial, options.config, options.set))
     options.output.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     durations: list[float] = []
     for number, trial in enumerate(grid, start=1):
         path, place = options.output / trial.name, f"[{number}/{len(grid)}] {trial.name}"
-        config = config_of(trial, options.config, options.set)
-        complete = [folder / trial.name for folder in folders if ownership.finished(folder / trial.name, config)]
-        if not complete:
+        if not ownership.finished(path, config_of(trial, options.config, options.set)):
             left = np.mean(durations or [np.nan]) * (len(grid) - number + 1) / 60
             _say(f"{place}: training{f', about {left:.0f} minutes left' if durations else ''}")
             start = time.monotonic()
             train(trial, path, options.config, options.set)
             durations.append(time.monotonic() - start)
-        outcome = read_outcome(trial, complete[0] if complete else path)
-        assert outcome is not None, "complete runs and trained ones have a result"
+        outcome = read_outcome(trial, path)
+        assert outcome is not None, "train() raises if there is no result"
         result = outcome.result
         _say(
             f"{place}: held-out loss {_decimals(result['heldout_loss'])} after {result['steps']} steps, "
@@ -237,9 +233,9 @@ def run_grid(grid: Sequence[Trial], options: argparse.Namespace) -> list[Outcome
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line. Return the exit code."""
     options = _parser().parse_args(arguments)
-    kept = [argument for argument in arguments if not argument.startswith(_OF_THIS_MACHINE)]
+    kept = [argument for argument in arguments if not argument.startswith(_PATHS)]
     line = f"python -m shampax.benchmarks.contest {shlex.join(kept)}"
     section = Section(f"contest {options.section or pathlib.Path(options.config).stem}")
 
@@ -247,7 +243,7 @@ def main(arguments: Sequence[str]) -> int:
         rates = _rates(options.variants, options.learning_rates)
         metric = Metric(options.metric, options.higher)
         if options.markdown:
-            # Before hours of training, not after.
+            # Fail before hours of training, not after.
             section.replace(_document(options.markdown, section), "")
         first, later = rounds(options.seeds, options.finalists)
         outcomes = run_grid(trials(rates, first), options)
@@ -267,7 +263,7 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m shampax.benchmarks.contest",
-        description="A grid of learning rates and seeds for several config variants, and who learns fastest.",
+        description="Train several config variants on a grid of learning rates and seeds, and compare them.",
         allow_abbrev=False,
     )
 
@@ -281,38 +277,37 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="[VARIANT=]RATE,RATE",
-        help="of all variants, or as many for each one",
+        help="rates of all variants or of one; every variant needs the same number",
     )
-    parser.add_argument("--metric", default="loss", metavar="NAME", help="held-out metric that decides")
-    parser.add_argument("--higher", action="store_true", help="more of the metric is better")
-    parser.add_argument("--show", type=several(str), default=[], metavar="NAME,NAME", help="other held-out metrics")
+    parser.add_argument("--metric", default="loss", metavar="NAME", help="held-out metric to compare by")
+    parser.add_argument("--higher", action="store_true", help="higher values of the metric are better")
+    parser.add_argument("--show", type=several(str), default=[], metavar="NAME,NAME", help="further metrics to report")
     parser.add_argument("--seeds", type=several(int), default=[0, 1, 2], metavar="SEED,SEED")
     parser.add_argument("--finalists", type=int, default=0, metavar="N", help=FINALISTS)
-    parser.add_argument("--output", type=pathlib.Path, default="runs/grid", metavar="DIR", help="of the workdirs")
-    parser.add_argument("--reuse", type=pathlib.Path, metavar="DIR", help="take finished workdirs from here, too")
+    parser.add_argument("--output", type=pathlib.Path, default="runs/grid", metavar="DIR", help="folder for workdirs")
     parser.add_argument(
         "--set",
         nargs="+",
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="config values for all runs",
+        help="config values of all runs",
     )
     parser.add_argument(
         "--markdown",
         type=pathlib.Path,
         metavar="FILE",
-        help="write the tables between <!-- contest NAME begin --> and its end in it",
+        help="write the tables between the lines <!-- contest NAME begin --> and <!-- contest NAME end -->",
     )
-    parser.add_argument("--section", metavar="NAME", help="of the file; default: the config file's name")
+    parser.add_argument("--section", metavar="NAME", help="NAME in these lines; default: the config file's name")
     return parser
 
 
 def _rates(variants: Sequence[str], given: Sequence[str]) -> dict[str, list[float]]:
-    """Learning rates of each variant.
+    """Parse the learning rates of each variant.
 
     Raises:
-      UserError: they are no numbers, of other variants, or more for one than for another.
+      UserError: a rate is not a number, or variants have unequal numbers of rates.
     """
     rates: dict[str, list[float]] = {}
     for text in given:
@@ -320,12 +315,14 @@ def _rates(variants: Sequence[str], given: Sequence[str]) -> dict[str, list[floa
         try:
             values = [float(number) for number in numbers.split(",")]
         except ValueError:
-            raise UserError(f"--learning_rates {text!r}: give numbers with commas between them") from None
+            raise UserError(f"--learning_rates={text}: rates must be numbers separated by commas") from None
         for name in [variant] if equals else variants:
             rates[name] = values
     counts = {name: len(values) for name, values in rates.items()}
     if set(rates) != set(variants) or len(set(counts.values())) != 1:
-        raise UserError(f"--learning_rates gives {counts}; give as many to each of {', '.join(variants)}")
+        raise UserError(
+            f"--learning_rates: give the same number of rates to each of {', '.join(variants)}, not {counts}"
+        )
     return {variant: rates[variant] for variant in variants}
 
 

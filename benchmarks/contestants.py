@@ -1,4 +1,4 @@
-"""The optimizers that are compared and their settings: AdamW, Muon, Google's Shampoo, ours and its siblings."""
+"""Define the compared optimizers: AdamW, Muon, Google's Shampoo, and our Shampoo, SOAP and KL-Shampoo."""
 
 import dataclasses
 import importlib
@@ -32,42 +32,42 @@ RATES = {
     "soap": (3e-3, 6e-3, 1.2e-2),
     "kl_shampoo": (3e-3, 6e-3, 1.2e-2),
 }
-# Decay of the momentum: of each one's default, 0.8 and 0.7 the best with one seed, as ours is in the config. So short a
-# run gains from a shorter memory than the defaults'. The siblings have ours.
+# Decay of the momentum: for each optimizer the best of its default, 0.8 and 0.7 with one seed. The config has that of
+# our Shampoo, SOAP and KL-Shampoo. Short runs gain from shorter memory than the defaults have.
 MOMENTUM = {"adamw": 0.7, "muon": 0.8, "google": 0.7}
 
-# Names of the axis that stacks matrices, and of those that fold into one side of them.
+# Name of the axis that stacks matrices, and names of axes that fold into one side.
 _STACK = "layers"
 _FOLDS = ("heads", "kv_heads", "kv")
 
 
 @dataclasses.dataclass(frozen=True)
 class GoogleOptions:
-    """Distributed Shampoo of the package precondition-opt.
+    """Configure Distributed Shampoo of the package precondition-opt.
 
-    It is shown the matrices of every layer one by one (`as_matrices`): a scanned stack of layers it would take for an
-    order-3 tensor, with an exponent of 1/6 instead of 1/4 and the layers mixed. Shapes are taken as they are, because
-    its own interpretation merges the sides of a matrix of up to 64 x 64 into a vector. Its training metrics, which
-    cost time, are off. Exponent and ridge are those of our sample, which served it better than its defaults.
+    `as_matrices` passes it every layer's matrices separately: it would treat a scanned stack of layers as an order-3
+    tensor, with exponent 1/6 instead of 1/4 and mixed layers. Its own shape interpretation is off because it merges
+    both sides of a matrix of up to 64 x 64 into a vector. Its training metrics are off because they cost time. Exponent
+    and ridge are those of our sample, which gave lower losses than its defaults.
     """
 
     block_size: int = 128  # largest side of a block
     interval: int = 10  # steps from one refresh of the roots to the next
-    p: int = 2  # each side is raised to -1/p; 0 takes its default, 2 x sides
+    p: int = 2  # the root of each side has exponent -1/p; 0: its default, 2 x sides
     ridge: float = 1e-4  # relative to the largest eigenvalue
-    graft: str = "RMSPROP_NORMALIZED"  # a member of its GraftingType
-    beta1: float = 0.9  # decay of the momentum, taken after preconditioning
+    graft: str = "RMSPROP_NORMALIZED"  # member of its GraftingType
+    beta1: float = 0.9  # decay of the momentum, which is applied after preconditioning
     beta2: float = 0.99  # decay of the statistics and of the graft's second moment
-    epsilon: float = 1e-8  # of the graft
-    nesterov: bool = False  # look one step ahead along the momentum
-    start_step: int = 1  # before this step the graft acts alone
-    largest_side: int = 4_096  # parameters with a longer side are left to the graft
-    clip: float = 1.0  # largest root mean square of a graft, whose second moment begins at 0 uncorrected: 10 at first
+    epsilon: float = 1e-8  # epsilon of the graft
+    nesterov: bool = False  # Nesterov momentum
+    start_step: int = 1  # first step with preconditioning; earlier steps use the graft alone
+    largest_side: int = 4_096  # parameters with a longer side use the graft alone
+    clip: float = 1.0  # largest root mean square of a graft: its second moment starts at 0 without bias correction
     rate_rules: tuple[tuple[str, float], ...] = AdamWOptions.rate_rules  # factors of the learning rate
-    scale: float = 1e4  # of gradients; statistics begin at ridge x I, which small gradients do not outgrow in 200 steps
+    scale: float = 1e4  # factor of gradients: statistics start at ridge x I, too large for small gradients in 200 steps
 
     def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
-        """The optimizer for parameters whose dimensions are named by `axis_names`; it takes no mesh."""
+        """Return the optimizer. `axis_names` names the dimensions of each parameter; the mesh is ignored."""
         del layout
         package = google_package()
         tx = package.distributed_shampoo(
@@ -94,11 +94,12 @@ class GoogleOptions:
 
 
 def all_options(config: Any) -> dict[str, Any]:
-    """The options of every contestant, by name.
+    """Return the options of every optimizer, by name.
 
-    Ours are the config's, and its siblings' differ in the word that names them. Google's share their block size and
-    interval, and leave the embedding, whose longer side is the vocabulary, to the graft as ours do. AdamW and Google's
-    also have our factors of the learning rate; Muon gives the embedding a learning rate of another kind anyway.
+    Our Shampoo has the config's options; SOAP and KL-Shampoo differ from it only in the treatment. Google's Shampoo has
+    our block size and interval, and uses the graft alone for the embedding (its longer side is the vocabulary), as ours
+    does. AdamW and Google's Shampoo have our factors of the learning rate. Muon does not: it trains the embedding with
+    Adam, on another scale of learning rates.
     """
     ours = components.build(config.optimizer)
     google = GoogleOptions(
@@ -125,29 +126,29 @@ def _sibling(ours: ShampooOptions, kind: str) -> ShampooOptions:
 
 
 def google_package() -> Any:
-    """The module precondition.distributed_shampoo.
+    """Import the module precondition.distributed_shampoo.
 
     Raises:
       UserError: it is not installed; the message says how to install it.
     """
-    # Names it uses that JAX has dropped from its top level.
+    # The package uses names that JAX removed from its top level.
     for name in ("tree_map", "tree_flatten", "tree_unflatten"):
         setattr(jax, name, getattr(jax.tree_util, name))
     try:
         return importlib.import_module("precondition.distributed_shampoo")
     except ModuleNotFoundError as error:
         raise UserError(
-            f"Google's Shampoo cannot be imported ({error}); install it with make install EXTRA=benchmarks, "
-            "or leave google out of --optimizers"
+            f"Google's Shampoo cannot be imported ({error}). Run make install EXTRA=benchmarks, or remove google from "
+            "--optimizers"
         ) from error
 
 
 def as_matrices(tx: optax.GradientTransformation, axis_names: Any) -> optax.GradientTransformation:
-    """`tx` on parameters that are cut into matrices [rows, cols] and vectors.
+    """Apply `tx` to parameters split into matrices [rows, cols] and vectors.
 
     Args:
-      tx: an optimizer that knows neither stacks of matrices nor folded sides.
-      axis_names: a tuple of names for each parameter.
+      tx: optimizer without support for stacked matrices and folded sides.
+      axis_names: tree with a tuple of names for each parameter.
     """
 
     def cut(tree: Any) -> Any:
@@ -164,7 +165,7 @@ def as_matrices(tx: optax.GradientTransformation, axis_names: Any) -> optax.Grad
 
 
 def _matrices(leaf: jax.Array, names: Sequence[str]) -> list[jax.Array]:
-    """[layers, embed, heads, kv] to a list of [embed, heads kv]."""
+    """Split [layers, embed, heads, kv] into a list of [embed, heads * kv]."""
     stack, names = (leaf, names[1:]) if names[0] == _STACK else (leaf[None], names)
     sides = []
     for folds, axes in itertools.groupby(zip(names, stack.shape[1:], strict=True), lambda axis: axis[0] in _FOLDS):

@@ -1,10 +1,10 @@
-"""Where our defaults come from: the sample of configs/lm.py with one option of ours changed at a time.
+"""Train the sample of configs/lm.py with one Shampoo option changed at a time, to choose the defaults.
 
     python -m shampax.benchmarks.defaults learn
     python -m shampax.benchmarks.defaults table --markdown=docs/results.md
 
-Every change is trained with the same learning rates and seeds as no change. Each run is a file in the workdir, and the
-same command goes on where it was stopped. JSON goes to standard output, progress to standard error.
+Every change is trained with the same learning rates and seeds as the unchanged options. Each run is a file in the
+workdir; rerun the same command to resume. JSON goes to standard output, progress to standard error.
 """
 
 import argparse
@@ -54,32 +54,32 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def trials(options: argparse.Namespace) -> list[Trial]:
-    """The grid, the first seed of everything first.
+    """Return the grid, ordered by seed.
 
     Raises:
-      UserError: a change that there is not.
+      UserError: a change is unknown.
     """
     unknown = [name for name in options.changes if name not in CHANGES]
     if unknown:
-        raise UserError(f"there is no change {unknown[0]!r}; there is {', '.join(CHANGES)}")
+        raise UserError(f"--changes={unknown[0]}: unknown change. Choose from: {'; '.join(CHANGES)}")
     return [Trial(name, rate, seed) for seed in options.seeds for name in options.changes for rate in options.rates]
 
 
 def variants(ours: ShampooOptions) -> dict[str, ShampooOptions]:
-    """Our options for the sample, but for the momentum, which has its default again, under every change."""
+    """Return the sample's options with the default momentum, once for every change."""
     unchanged = dataclasses.replace(ours, beta1=ShampooOptions.beta1)
     return {name: dataclasses.replace(unchanged, **change) for name, change in CHANGES.items()}
 
 
 def learn(options: argparse.Namespace) -> dict[str, Any]:
-    """Make the runs that the workdir does not hold; returns how each ended."""
+    """Train the runs that are missing in the workdir. Return a summary of all runs."""
     workload = learning.Workload(load("shampax/configs/lm.py:sample"), options.workdir / workdir.CACHE)
     workload.options = variants(workload.options["ours"])
     programs: dict[str, learning.Program] = {}
 
     def run(trial: Trial) -> dict[str, Any]:
         if trial.variant not in programs:
-            programs.clear()  # the others' programs are done with
+            programs.clear()  # trials come grouped by variant: free the previous program
             programs[trial.variant] = workload.program(workload.options[trial.variant])
         return learning.train(workload, programs[trial.variant], trial)
 
@@ -96,9 +96,9 @@ def learn(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """For each change, best first: the mean loss of each rate over its seeds, the least of them, and what it gains.
+    """Return one row per change, best first: mean loss of each rate over seeds, the lowest of them, and its difference.
 
-    Means are of the seeds that the change and no change have both been trained with.
+    The difference is to the lowest mean of the unchanged options over the same seeds.
     """
     cells = by(outcomes, lambda outcome: (outcome.trial.variant, outcome.trial.seed, outcome.trial.learning_rate))
     rates = sorted({rate for _, _, rate in cells})
@@ -126,11 +126,11 @@ def compare(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 def tabulate(options: argparse.Namespace) -> dict[str, Any]:
-    """The comparison of what the workdir holds; written into the --markdown file or to standard error."""
+    """Compare the runs in the workdir. Write the table into the --markdown file or to standard error."""
     outcomes, missing = learning.read_grid(trials(options), options.workdir / "learn", {})
     rows = compare(outcomes)
     if not rows:
-        raise UserError("there is no run in the workdir; make some with the sub-command learn")
+        raise UserError(f"--workdir={options.workdir}: it has no runs to compare. Run the sub-command learn first")
     rates = list(dict.fromkeys(rate for row in rows for rate in row["by_rate"]))
     body = [
         [
@@ -141,8 +141,8 @@ def tabulate(options: argparse.Namespace) -> dict[str, Any]:
         ]
         for row in rows
     ]
-    heading = ["change", "seeds", *(f"rate {rate}" for rate in rates), "best, less that of no change"]
-    text = f"Made by `{COMMAND}`. Mean held-out loss at the end, nats per token:\n\n{table(heading, body)}\n"
+    heading = ["change", "seeds", *(f"rate {rate}" for rate in rates), "best minus best of defaults"]
+    text = f"Made by `{COMMAND}`. Mean final held-out loss, nats per token:\n\n{table(heading, body)}\n"
     if options.markdown:
         write(options.markdown, {SECTION: text})
     else:
@@ -151,8 +151,8 @@ def tabulate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description="Our options, one changed at a time.")
+    """Run the command line. Return the exit code."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description="Train with one Shampoo option changed at a time.")
     commands = parser.add_subparsers(required=True, metavar="learn|table")
     for name, function in (("learn", learn), ("table", tabulate)):
         verb = commands.add_parser(name)
@@ -161,7 +161,11 @@ def main(arguments: Sequence[str]) -> int:
         verb.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")], default=[0])
         verb.add_argument("--rates", type=lambda text: [float(x) for x in text.split(",")], default=[6e-3, 1.2e-2])
         verb.add_argument(
-            "--changes", type=lambda text: text.split(";"), default=list(CHANGES), metavar="NAME;NAME", help="which"
+            "--changes",
+            type=lambda text: text.split(";"),
+            default=list(CHANGES),
+            metavar="NAME;NAME",
+            help=f"default: all of {'; '.join(CHANGES)}",
         )
     commands.choices["table"].add_argument("--markdown", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)

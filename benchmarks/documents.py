@@ -1,4 +1,4 @@
-"""Tables in Markdown, and the section of a document that a benchmark rewrites."""
+"""Format Markdown tables, and replace sections of a document."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,33 +7,33 @@ from ..framework.base.errors import UserError
 
 
 class Section:
-    """What stands between the lines `<!-- NAME begin -->` and `<!-- NAME end -->` of a document."""
+    """The part of a document between the lines `<!-- NAME begin -->` and `<!-- NAME end -->`."""
 
     def __init__(self, name: str):
         self.begin, self.end = f"<!-- {name} begin -->", f"<!-- {name} end -->"
 
     def replace(self, document: str, content: str) -> str:
-        """The document with other content in the section.
+        """Return the document with new content in the section.
 
         Raises:
-          UserError: it does not hold each of the two lines once, in order.
+          UserError: the document does not have each of the two lines once, in order.
         """
         begin, end = self.begin, self.end
         if document.count(begin) != 1 or document.count(end) != 1 or document.index(begin) > document.index(end):
-            raise UserError(f"the --markdown file must hold the lines {begin} and {end}, each once; add them")
+            raise UserError(f"--markdown: the file must have the lines {begin} and {end}, each once. Add them")
         before, rest = document.split(begin)
         return f"{before}{begin}\n{content}{end}{rest.split(end)[1]}"
 
 
 def write(path: Path, contents: Mapping[Section, str]) -> None:
-    """Put contents into their sections of a file: all of them or, where one is refused, none.
+    """Write all sections of a file, or none if one is missing.
 
     Raises:
-      UserError: there is no such file, or it lacks a section.
+      UserError: the file does not exist or lacks a section.
     """
     if not path.is_file():
         lines = " and ".join(f"{section.begin} {section.end}" for section in contents)
-        raise UserError(f"there is no {path}; make it with the lines {lines}")
+        raise UserError(f"--markdown={path}: the file does not exist. Create it with the lines {lines}")
     document = path.read_text()
     for section, content in contents.items():
         document = section.replace(document, content)
@@ -41,6 +41,6 @@ def write(path: Path, contents: Mapping[Section, str]) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of ready text under their headings."""
+    """Format a Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,4 +1,4 @@
-"""A grid of learning rates and seeds: its runs, the best rate of each contestant, and who gets where how soon."""
+"""Describe a grid of learning rates and seeds; find the best rate of each variant and when it reaches the others."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from ..framework.reporting.runs import Run
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One run of the grid: a variant with a learning rate and a seed."""
+    """One run of a grid: a variant with a learning rate and a seed."""
 
     variant: str
     learning_rate: float
@@ -21,45 +21,45 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Of its workdir."""
+        """Name of its workdir."""
         return f"{self.variant}-lr{self.learning_rate:g}-seed{self.seed}"
 
     @property
     def settings(self) -> tuple[str, str]:
-        """What it changes in its variant's config, as "key=value"."""
+        """Changes to the variant's config, as "key=value"."""
         return f"schedule.learning_rate={self.learning_rate}", f"seed={self.seed}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A held-out metric that runs are compared by, as it is at their end; `higher` says that more of it is better."""
+    """A held-out metric, compared at the end of runs. `higher`: larger values are better."""
 
     name: str = "loss"
     higher: bool = False
 
     def of(self, result: Mapping[str, Any]) -> float:
-        """Its value in the content of a `result.json`.
+        """Return its value in the content of a `result.json`.
 
         Raises:
-          UserError: it is not there.
+          UserError: the result lacks it.
         """
         value = result.get("heldout_loss" if self.name == "loss" else self.name)
         if value is None:
-            raise UserError(f"a run has no held-out {self.name}; there is {', '.join(result)}")
+            raise UserError(f"--metric={self.name}: a run has no such held-out metric. It has: {', '.join(result)}")
         return value
 
     def falling(self, value: Any) -> Any:
-        """Values of it so that less is better."""
+        """Negate values if higher is better, so that lower is better."""
         return -value if self.higher else value
 
 
 LOSS = Metric()
-FINALISTS = "learning rates of each to go on with after the first seed; 0, the default, is all"
+FINALISTS = "number of best learning rates to train with the other seeds; 0, the default: all"
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a trial; `result` is the content of its `result.json`."""
+    """A finished trial. `result` is the content of its `result.json`."""
 
     trial: Trial
     run: Run
@@ -67,15 +67,15 @@ class Outcome:
 
     @property
     def complete(self) -> bool:
-        """Whether it trained to its end with a finite loss; a run that diverged did not."""
+        """Whether the run trained to its end with a finite loss."""
         return self.result["stopped"] is None and self.result["heldout_loss"] is not None
 
 
 def best_rates(outcomes: Sequence[Outcome], metric: Metric = LOSS) -> dict[str, float]:
-    """For each variant the first of `ranking`, among the learning rates that most seeds were run with.
+    """Return the best rate of each variant (see `ranking`), among the rates that have runs for the most seeds.
 
     Raises:
-      UserError: no rate of a variant is eligible.
+      UserError: a variant diverged with every rate.
     """
     best = {}
     for variant, of_variant in by(outcomes, lambda outcome: outcome.trial.variant).items():
@@ -83,18 +83,18 @@ def best_rates(outcomes: Sequence[Outcome], metric: Metric = LOSS) -> dict[str, 
         most = max(len(runs) for runs in rates.values())
         ranked = ranking([run for runs in rates.values() if len(runs) == most for run in runs], metric)
         if not ranked:
-            raise UserError(f"{variant} diverged with every one of {sorted(rates)}; try lower --learning_rates")
+            raise UserError(f"--learning_rates: {variant} diverged with all of {sorted(rates)}. Try lower rates")
         best[variant] = ranked[0]
     return best
 
 
 def rounds(seeds: Sequence[int], count: int) -> tuple[Sequence[int], Sequence[int]]:
-    """Seeds that every learning rate is tried with, and those that only `count` finalists go on with; 0 spares none."""
+    """Return (seeds for all learning rates, seeds for the `count` finalists only); the latter is empty for count 0."""
     return (seeds[:1], seeds[1:]) if count else (seeds, ())
 
 
 def finalists(outcomes: Sequence[Outcome], metric: Metric, count: int) -> dict[str, list[float]]:
-    """The `count` best learning rates of each variant, by the mean of the metric at the end.
+    """Return the `count` best learning rates of each variant, by the mean of the final metric.
 
     Raises:
       UserError: fewer rates of a variant ended with a finite loss.
@@ -103,15 +103,15 @@ def finalists(outcomes: Sequence[Outcome], metric: Metric, count: int) -> dict[s
     for variant, of_variant in by(outcomes, lambda outcome: outcome.trial.variant).items():
         ranked = ranking(of_variant, metric)
         if len(ranked) < count:
-            raise UserError(f"{variant} diverged with all rates but {ranked}, --finalists is {count}; try lower rates")
+            raise UserError(f"--finalists={count}: {variant} diverged with all rates except {ranked}. Try lower rates")
         found[variant] = ranked[:count]
     return found
 
 
 def ranking(outcomes: Sequence[Outcome], metric: Metric) -> list[float]:
-    """Learning rates of one variant's runs by the mean of the metric at their end, over all seeds, the best first.
+    """Return one variant's learning rates by the mean of the final metric over seeds, best first.
 
-    A rate with which any seed diverged is not eligible.
+    Rates with a diverged seed are left out.
     """
     rates = by(outcomes, lambda outcome: outcome.trial.learning_rate)
     means = {rate: mean(runs, metric) for rate, runs in rates.items() if all(run.complete for run in runs)}
@@ -119,18 +119,18 @@ def ranking(outcomes: Sequence[Outcome], metric: Metric) -> list[float]:
 
 
 def mean(outcomes: Sequence[Outcome], metric: Metric = LOSS) -> float:
-    """Mean of the held-out metric at the end."""
+    """Return the mean of the final held-out metric."""
     return float(np.mean([metric.of(outcome.result) for outcome in outcomes]))
 
 
 def crossings(
     challengers: Sequence[Outcome], baselines: Sequence[Outcome], metric: Metric = LOSS
 ) -> list[dict[str, Any]]:
-    """When each challenger's held-out metric comes to the baselines' mean at their end; one entry for each.
+    """Find when each challenger's held-out metric reaches the baselines' mean final metric. Return one entry for each.
 
-    `steps` and `seconds` are interpolated linearly between the evaluations around the crossing,
-    `evaluated_at` is the step of the first evaluation that is as good as the target, fractions are of the
-    baselines' mean steps and seconds; None where the challenger never gets there.
+    `steps` and `seconds` are interpolated linearly between the evaluations around the crossing. `evaluated_at` is the
+    step of the first evaluation that is as good as the target. Fractions are of the baselines' mean steps and seconds.
+    All are None if the challenger never reaches the target.
     """
     target = mean(baselines, metric)
     whole_steps = float(np.mean([outcome.result["steps"] for outcome in baselines]))
@@ -159,7 +159,7 @@ def crossings(
 
 
 def by(items: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
-    """Items by their key, in the order in which keys first come."""
+    """Group items by key, in the order of first occurrence."""
     groups: dict[Any, list[Any]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)

@@ -1,10 +1,10 @@
-"""What roots on the host cost the loop, beside an accelerator that is emulated: a step that waits and uses no core.
+"""Measure what the host schedule adds to a step, with an emulated accelerator: a step that waits and uses no core.
 
     python -m shampax.benchmarks.host_schedule --markdown=docs/schedules.md --figure=docs/images/host_timeline.png
 
-One loop, run several ways in turns: without roots; with roots on the host at intervals from leisurely to far too short;
-and with the same roots in the step. Every step has the optimizer's own arithmetic and then waits as if a device were
-computing gradients. JSON goes to standard output.
+Loops with different schedules take turns: no roots; roots on the host, at intervals from long to too short; the same
+roots in the step. Every step computes the optimizer's arithmetic, and waits as long as a device would need for
+gradients. JSON goes to standard output.
 """
 
 import argparse
@@ -38,7 +38,7 @@ _COLOURS = {"step": "#0072B2", "copy": "#56B4E9", "solve": "#009E73", "install":
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How one loop refreshes roots; `solver` is that of roots in the step."""
+    """How a loop refreshes roots. `solver` applies to roots in the step."""
 
     kind: str
     interval: int
@@ -47,7 +47,7 @@ class Way:
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """Name in tables."""
         if self.kind == NONE:
             return self.kind
         how = f"delay {self.delay}" if self.kind == HOST else self.solver
@@ -55,14 +55,13 @@ class Way:
 
 
 class Loop:
-    """A train loop with one way of refreshing roots, run in turns with others.
+    """A train loop with one way of refreshing roots.
 
     Args:
-      way: of refreshing.
-      shapes: of the parameters.
+      way: how roots are refreshed.
+      shapes: shapes of the parameters, by name.
       block_size: largest side of a block.
-      wait: seconds that the emulated device takes for gradients.
-      events: where steps and what the host does are noted.
+      wait: seconds that the emulated device needs for gradients.
     """
 
     def __init__(self, way: Way, shapes: dict[str, tuple[int, ...]], block_size: int, wait: float):
@@ -98,7 +97,7 @@ class Loop:
         self.blocks = sum(bucket.blocks for bucket in tx.plan(self._params).buckets)
 
     def run(self, steps: int) -> None:
-        """So many steps; like the trainer, it waits for a step when it has dispatched the next."""
+        """Run steps. As in the trainer, wait for a step after the next one is dispatched."""
         unread = None
         for _ in range(steps):
             start = time.perf_counter()
@@ -115,7 +114,7 @@ class Loop:
 
 
 def measure(options: argparse.Namespace) -> tuple[dict[str, Any], Loop]:
-    """All ways in turns: (the result as JSON, the loop for the timeline)."""
+    """Run all ways in turns. Return (result as JSON, loop for the timeline)."""
     shapes = {f"w{i}": (2 * options.block_size, 2 * options.block_size) for i in range(options.matrices)}
     k = options.interval
     ways = [
@@ -129,7 +128,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], Loop]:
         for loop in loops:
             if loop.service:
                 stack.callback(loop.service.close)
-            loop.run(2 * k)  # compiles, and fills every root
+            loop.run(2 * k)  # compiles, and refreshes every root once
         rows: dict[str, list[dict[str, float]]] = {loop.way.name: [] for loop in loops}
         for _ in range(options.turns):
             for loop in loops:
@@ -161,7 +160,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], Loop]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a table."""
+    """Format the result as a table."""
 
     def percent(row: dict[str, Any], name: str) -> str:
         return f"{row[name]:.1%}" if name in row else ""
@@ -177,16 +176,16 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         for row in result["ways"]
     ]
-    heading = ["roots", "ms a step", "over no roots", "stalled", "steps stalled", "pool busy"]
+    heading = ["roots", "ms per step", "added to no roots", "time stalled", "stalls", "pool busy"]
     return (
         f"Made by `{COMMAND}`: {result['blocks']} blocks of {result['block_size']} x {result['block_size']}, "
-        f"{result['workers']} host thread(s), a device that is emulated by a wait of {result['wait_ms']:.0f} ms a "
-        f"step; medians over {result['turns']} turns of {result['steps']} steps:\n\n{table(heading, rows)}\n"
+        f"{result['workers']} host thread(s), a device emulated by a wait of {result['wait_ms']:.0f} ms per step; "
+        f"medians over {result['turns']} turns of {result['steps']} steps:\n\n{table(heading, rows)}\n"
     )
 
 
 def timeline(loop: Loop, steps: int) -> Figure:
-    """The last few steps of a loop: the device's work, copies, solves and installs, each thread in a row."""
+    """Draw a loop's last steps: the device's work, copies, solves and installs, one row per thread."""
     marks = [event for event in loop.events if event.kind == "step"][-steps - 1 : -1]
     first, last = marks[0].start, marks[-1].end
     shown = [event for event in loop.events if event.end > first and event.start < last and event.kind in _COLOURS]
@@ -196,7 +195,7 @@ def timeline(loop: Loop, steps: int) -> Figure:
     panel = figure.subplots()
     for event in shown:
         row = {"step": "device", "copy": "reader", "solve": event.thread}.get(event.kind, "main")
-        # A copy or an install is too short to be seen at its length.
+        # Copies and installs are widened: they are too short to see.
         width = max(event.end - event.start, (last - first) / 400) if event.kind in ("copy", "install") else None
         width = width or event.end - event.start
         panel.barh(rows.index(row), 1e3 * width, left=1e3 * (event.start - first), height=0.6, linewidth=0.3,
@@ -214,25 +213,28 @@ def timeline(loop: Loop, steps: int) -> Figure:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description="Roots on the host beside an emulated accelerator.")
+    """Run the command line. Return the exit code."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description="Measure the host schedule on an emulated accelerator.")
     for name, default, text in (
         ("block_size", 256, "side of a block"),
-        ("matrices", 12, "of 2 x 2 blocks each"),
-        ("interval", 24, "the longest; half and a quarter of it and the shortest are measured, too"),
-        ("delay", 2, "steps"),
-        ("steps", 48, "of a turn"),
-        ("turns", 3, "of every way"),
+        ("matrices", 12, "number of matrices of 2 x 2 blocks"),
+        ("interval", 24, "longest interval; a half, a quarter and the shortest possible are measured too"),
+        ("delay", 2, "delay of roots on the host in steps"),
+        ("steps", 48, "steps per turn"),
+        ("turns", 3, "turns of every loop"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default: {default}")
-    parser.add_argument("--wait", type=float, default=0.1, metavar="S", help="seconds of the device; default: 0.1")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help=f"goes between {SECTION.begin} and its end")
+    parser.add_argument("--wait", type=float, default=0.1, metavar="S", help="seconds per device step; default: 0.1")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help=f"write the table between {SECTION.begin} and {SECTION.end}"
+    )
     parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the timeline of the longest interval")
     options = parser.parse_args(arguments)
 
     def run() -> dict[str, Any]:
         if options.markdown and not options.markdown.is_file():
-            raise UserError(f"there is no {options.markdown}")  # rather than after minutes
+            # Fail before minutes of measuring.
+            raise UserError(f"--markdown={options.markdown}: the file does not exist. Name an existing page")
         result, loop = measure(options)
         if options.markdown:
             write(options.markdown, {SECTION: markdown(result)})

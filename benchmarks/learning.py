@@ -1,6 +1,6 @@
-"""Runs of a config's model in a plain jitted loop, with the same parameters, batches and schedule for every optimizer.
+"""Train a config's model in a plain jitted loop with the same parameters, batches and schedule for every optimizer.
 
-A run is one file, so that a stopped grid goes on where it was.
+Each run is one file, so that an interrupted grid can be resumed.
 """
 
 import dataclasses
@@ -29,17 +29,17 @@ from ..framework.step.schedule import make_schedule
 from . import contestants
 from .grid import Outcome, Trial
 
-# The parts of a config that decide what is learnt; the rest is the trainer's.
+# Sections of a config that this loop uses; the others configure the trainer.
 SECTIONS = ("task", "data", "batch_size", "duration", "schedule")
 
 
 class Workload:
-    """What a config says is to be learnt, on one device.
+    """Task, data and schedule of a config, on one device.
 
     Attributes:
-      options: the optimizers' options, by contestant.
-      total_steps: the length of a run.
-      settings: what decides the outcome of a run, its optimizer apart, as JSON.
+      options: options of the optimizers, by name.
+      total_steps: length of a run in steps.
+      settings: everything except the optimizer that determines the outcome of a run, as JSON.
     """
 
     def __init__(self, config: Any, cache: Path):
@@ -71,14 +71,14 @@ class Workload:
         self._evaluate = jax.jit(lambda params, batch: self._loss(params, batch, train=False)[1])
 
     def batches(self, seed: int) -> pipeline.Batches:
-        """The stream of a seed, `batches[step]`."""
+        """Return the training batches of a seed, indexed by step."""
         return pipeline.Batches(self._source, seed=seed, **self._share)
 
     def program(self, options: Any) -> "Program":
-        """Training with these options, to be compiled once for all rates and seeds."""
+        """Return jitted training with these options. It compiles once for all rates and seeds."""
 
         def start(seed: jax.Array) -> tuple[Any, Any]:
-            # As the trainer draws them.
+            # The same key as in the trainer.
             params = self._task.init(jax.random.fold_in(jax.random.key(seed), 2**32 - 1), self._spec)["params"]
             return params, self._optimizer(options, 0.0).init(params)
 
@@ -90,7 +90,7 @@ class Workload:
         return Program(jax.jit(start), jax.jit(step, donate_argnums=(0, 1)))
 
     def heldout_metrics(self, params: Any) -> dict[str, float]:
-        """The task's metrics over the held-out batches."""
+        """Return the task's metrics over the held-out batches."""
         return evaluate(self._evaluate, params, self._heldout)
 
     def _optimizer(self, options: Any, peak: jax.Array | float) -> optax.GradientTransformation:
@@ -114,16 +114,16 @@ class Program(NamedTuple):
 
 
 def train(workload: Workload, program: Program, trial: Trial) -> dict[str, Any]:
-    """One run from its first step to its last, or to a loss that is not finite.
+    """Train until the last step or the first loss that is not finite.
 
     Args:
-      workload: what is learnt.
-      program: the workload's, with the trial's optimizer.
-      trial: contestant, peak learning rate and seed.
+      workload: task, data and schedule.
+      program: the workload's program with the trial's optimizer.
+      trial: optimizer, peak learning rate and seed.
 
     Returns:
-      `steps` taken; `losses` of training, one for each; `heldout`, a dict of metrics and `step` for every evaluation;
-      `stopped`, why the run ended early, or None; `seconds`, evaluations included.
+      `steps` taken; `losses`, the training loss of each step; `heldout`, a dict of metrics and `step` for every
+      evaluation; `stopped`, why the run ended early, or None; `seconds`, including evaluations.
     """
     start = time.monotonic()
     params, state = program.start(trial.seed)
@@ -148,7 +148,7 @@ def train(workload: Workload, program: Program, trial: Trial) -> dict[str, Any]:
 
 
 def settings_of(workload: Workload, trial: Trial) -> dict[str, Any]:
-    """Everything chosen that decides the outcome of a run, as JSON gives it back."""
+    """Return all settings that determine the outcome of a run, converted to JSON types."""
     options = workload.options[trial.variant]
     chosen = {
         "workload": workload.settings,
@@ -160,7 +160,7 @@ def settings_of(workload: Workload, trial: Trial) -> dict[str, Any]:
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
-    """Text that differs whenever the settings do."""
+    """Return a hash of the settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -170,16 +170,16 @@ def run_grid(
     settings_of: Callable[[Trial], dict[str, Any]],
     run: Callable[[Trial], dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Make the runs of a grid that `folder` does not hold yet; returns the content of all files, in the grid's order.
+    """Train the runs of a grid that are missing in `folder`. Return the content of all files, in the grid's order.
 
     Args:
       grid: the runs.
-      folder: of the files, one for each run.
-      settings_of: what decides the outcome of a run; stored with it.
-      run: makes a run.
+      folder: folder of the files, one per run.
+      settings_of: returns the settings that determine the outcome of a run; they are stored with it.
+      run: trains a run and returns its result.
 
     Raises:
-      UserError: a file was made with other settings; nothing is run then.
+      UserError: an existing file has other settings. Nothing is trained then.
     """
     done = {}
     for trial in grid:
@@ -206,12 +206,12 @@ def run_grid(
 def read_grid(
     grid: Sequence[Trial], folder: Path, seconds_per_step: Mapping[str, float]
 ) -> tuple[list[Outcome], list[Trial]]:
-    """What `folder` holds of a grid, and what it lacks.
+    """Read a grid from `folder`. Return (outcomes, missing trials).
 
     Args:
       grid: the runs.
-      folder: of their files.
-      seconds_per_step: for each contestant, to give its curves a time axis; a contestant without has none.
+      folder: folder of their files.
+      seconds_per_step: mean step time by optimizer; curves of optimizers without it have no time axis.
     """
     outcomes, missing = [], []
     for trial in grid:
@@ -246,7 +246,7 @@ def _refuse_other_settings(path: Path, content: dict[str, Any], settings: dict[s
         return
     changed = curves.differences([content["settings"], settings])
     lines = [f"{name}: {old} -> {new}" for name, (old, new) in changed.items()]
-    raise UserError(f"{path} was made with other settings ({'; '.join(lines)}); remove it, or choose another --workdir")
+    raise UserError(f"{path} was made with other settings ({'; '.join(lines)}). Remove it or choose another --workdir")
 
 
 def _finite(value: float) -> float | None:

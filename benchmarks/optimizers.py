@@ -1,4 +1,4 @@
-"""AdamW, Muon, Google's Distributed Shampoo, ours and its siblings on the same model, batches and grid, on one device.
+"""Compare AdamW, Muon, Google's Shampoo and our Shampoo, SOAP and KL-Shampoo on one model and grid, on one device.
 
     make install EXTRA=benchmarks
     python -m shampax.benchmarks.optimizers learn
@@ -6,11 +6,12 @@
     python -m shampax.benchmarks.optimizers cost
     python -m shampax.benchmarks.optimizers table --markdown=docs/results.md
 
-learn trains the sample of configs/lm.py with every optimizer, learning rate and seed, each run a file in the workdir;
-the same command goes on where it was stopped. With --finalists=1, which table is to be told, too, all learning rates
-are tried with the first seed, each optimizer's best with the others. time measures train steps of the same model in
-turns. cost measures the optimizers' updates alone on the parameters of a Transformer of 25 M. table puts all three
-together. JSON goes to standard output, and that of time and cost to the workdir, too; progress goes to standard error.
+learn trains the sample of configs/lm.py with every optimizer, learning rate and seed. Each run is a file in the
+workdir; rerun the same command to resume. With --finalists=1, all learning rates are trained with the first seed, and
+only each optimizer's best rate with the other seeds; pass the same flag to table. time measures train steps of this
+model, with the optimizers in turns. cost measures only the optimizers' updates, for a Transformer of 25 M parameters.
+table reports all three. JSON goes to standard output; time and cost also store it in the workdir. Progress goes to
+standard error.
 """
 
 import argparse
@@ -43,11 +44,11 @@ RUNS, TIMES, COSTS = "learn", "time.json", "cost-{}.json"
 
 
 def learn(options: argparse.Namespace) -> dict[str, Any]:
-    """Make the runs of the grid that the workdir does not hold; returns how each ended."""
+    """Train the runs that are missing in the workdir. Return a summary of all runs."""
     first, later = rounds(options.seeds, options.finalists)
     grid = trials(_rates(options), first)
     if "google" in options.optimizers:
-        google_package()  # or refused after hours of the others' training
+        google_package()  # fail before hours of training the other optimizers
     workload = _workload(options)
     programs: dict[str, learning.Program] = {}
 
@@ -73,7 +74,7 @@ def learn(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def time_steps(options: argparse.Namespace) -> dict[str, Any]:
-    """Train steps of all optimizers, in turns of one refresh interval of ours."""
+    """Measure train steps of all optimizers, in turns of one refresh interval of our Shampoo."""
     workload = _workload(options)
     interval = workload.options["ours"].interval
     early = -(-timing.early_steps(workload.options["ours"]) // interval)
@@ -85,7 +86,7 @@ def time_steps(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def cost(options: argparse.Namespace) -> dict[str, Any]:
-    """Updates alone: ours and Google's in turns, and then, in a process of its own, our two solvers in turns."""
+    """Measure updates of our Shampoo and Google's in turns, then our two solvers in turns in a separate process."""
     size = options.embed_dim
     task = LMTask(
         vocab_size=8_192,
@@ -95,7 +96,7 @@ def cost(options: argparse.Namespace) -> dict[str, Any]:
         kv_heads=size // 64,
         head_dim=64,
         mlp_dim=3 * size,
-        scan_layers=False,  # as Google's is made for; ours stacks equal blocks itself
+        scan_layers=False,  # Google's Shampoo does not support stacked layers; ours stacks equal blocks itself
     )
     ours = ShampooOptions(block_size=options.block_size, interval=options.interval, exponent=0.5, ridge=1e-4)
     same: dict[str, Any] = {"p": 2, "ridge": 1e-4, "largest_side": task.vocab_size - 1}
@@ -122,7 +123,7 @@ def cost(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(options: argparse.Namespace) -> dict[str, Any]:
-    """The comparison of what the workdir holds; written into the --markdown file or to standard error, and drawn."""
+    """Compare the measurements in the workdir. Write tables into --markdown or to standard error, and draw --figure."""
     times = read_object(options.workdir / TIMES)
     costs = [read_object(path) for path in options.workdir.glob(COSTS.format("*"))]
     costs = sorted((cost for cost in costs if cost), key=lambda cost: cost["block_size"])
@@ -137,7 +138,7 @@ def table(options: argparse.Namespace) -> dict[str, Any]:
     comparison = standings.compare(outcomes, missing, timed)
     told = f" --finalists={options.finalists}" if later else ""
     contents = {standings.SECTION: standings.markdown(comparison, times, f"{COMMAND} table{told}")}
-    if costs:  # or what a document has of them stays
+    if costs:  # without measurements, keep the document's section
         contents[standings.COSTS] = standings.costs_markdown(costs)
     if options.markdown:
         documents.write(options.markdown, contents)
@@ -152,28 +153,28 @@ def table(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def trials(rates: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> list[Trial]:
-    """The grid, one optimizer after the other within a seed: a stopped grid is balanced."""
+    """Return the grid, ordered by seed, so that an interrupted grid has about as many runs of each optimizer."""
     return [Trial(name, rate, seed) for seed in seeds for name in rates for rate in rates[name]]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line. Return the exit code."""
     options = _parser().parse_args(arguments)
     return command.report(lambda: options.run(options))
 
 
 def _rates(options: argparse.Namespace) -> dict[str, tuple[float, ...]]:
-    """Learning rates of each optimizer.
+    """Return the learning rates of each optimizer.
 
     Raises:
-      UserError: one has more than another.
+      UserError: optimizers have unequal numbers of rates.
     """
     given = RATES | dict(options.rates)
     rates = {name: given[name] for name in options.optimizers}
     counts = {name: len(of_name) for name, of_name in rates.items()}
     if len(set(counts.values())) > 1:
         shown = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise UserError(f"every optimizer is to have as many learning rates as the others, not {shown}; see --rates")
+        raise UserError(f"--rates: give the same number of learning rates to each optimizer, not {shown}")
     return rates
 
 
@@ -182,16 +183,16 @@ def _workload(options: argparse.Namespace) -> learning.Workload:
 
 
 def _eigh(options: argparse.Namespace) -> dict[str, Any]:
-    """On CPU two LAPACK operations in flight can wait for each other for ever, hence the process and its time limit."""
+    """Measure our two solvers in a process with a time limit: on CPU, two concurrent LAPACK calls can deadlock."""
     numbers = ("block_size", "interval", "intervals", "repetitions", "layers", "embed_dim")
     flags = [f"--{name}={getattr(options, name)}" for name in numbers]
     command = [sys.executable, "-m", "shampax.benchmarks.optimizers", "cost", "--eigh_only", *flags]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=options.eigh_timeout, check=False)
     except subprocess.TimeoutExpired:
-        return {"stopped": f"no end within {options.eigh_timeout:g} s"}
+        return {"stopped": f"did not finish within {options.eigh_timeout:g} s"}
     if done.returncode:
-        return {"stopped": f"ended with exit code {done.returncode}"}
+        return {"stopped": f"exited with code {done.returncode}"}
     return json.loads(done.stdout) | {"stopped": None}
 
 
@@ -207,7 +208,7 @@ def _store(path: Path, result: dict[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=COMMAND, description="Optimizers side by side.")
+    parser = argparse.ArgumentParser(prog=COMMAND, description="Compare optimizers.")
     commands = parser.add_subparsers(required=True, metavar="learn|time|cost|table")
     workdirs = argparse.ArgumentParser(add_help=False)
     workdirs.add_argument("--workdir", type=Path, default=Path("runs/optimizers"), metavar="DIR", help="%(default)s")
@@ -220,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="NAME=RATE,RATE",
-        help="peak learning rates in place of the default ones; as many for everyone",
+        help="peak learning rates instead of the defaults; every optimizer needs the same number",
     )
     grid.add_argument(
         "--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2], metavar="SEED,SEED"
@@ -232,30 +233,30 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = commands.add_parser("learn", parents=[workdirs, grid, sample], help="train the whole grid")
     verb.set_defaults(run=learn)
-    verb = commands.add_parser("time", parents=[workdirs, grid, sample], help="measure train steps in turns")
-    verb.add_argument("--steps", type=int, default=200, metavar="N", help="of each, at least; default: %(default)s")
+    verb = commands.add_parser("time", parents=[workdirs, grid, sample], help="measure train steps")
+    verb.add_argument("--steps", type=int, default=200, metavar="N", help="minimum per optimizer; default: %(default)s")
     verb.set_defaults(run=time_steps)
-    verb = commands.add_parser("cost", parents=[workdirs], help="measure updates alone")
+    verb = commands.add_parser("cost", parents=[workdirs], help="measure only the optimizers' updates")
     for name, default, text in (
         ("block_size", 128, "largest side of a block"),
         ("interval", 20, "steps from one refresh to the next"),
-        ("intervals", 2, "whole intervals of one repetition"),
-        ("repetitions", 3, "of the measurement"),
-        ("layers", 6, "of the Transformer"),
-        ("embed_dim", 512, "of the Transformer"),
+        ("intervals", 2, "intervals per repetition"),
+        ("repetitions", 3, "repetitions of the measurement"),
+        ("layers", 6, "layers of the Transformer"),
+        ("embed_dim", 512, "width of the Transformer"),
     ):
         verb.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default: {default}")
-    verb.add_argument("--eigh_timeout", type=float, default=900, metavar="S", help="seconds; 0 leaves eigh out")
-    verb.add_argument("--eigh_only", action="store_true", help="our two solvers instead of Google's and ours")
+    verb.add_argument("--eigh_timeout", type=float, default=900, metavar="S", help="limit for eigh in s; 0: skip eigh")
+    verb.add_argument("--eigh_only", action="store_true", help="measure our two solvers, not Google's Shampoo")
     verb.set_defaults(run=cost)
-    verb = commands.add_parser("table", parents=[workdirs, grid], help="put everything together")
+    verb = commands.add_parser("table", parents=[workdirs, grid], help="report all measurements")
     verb.add_argument(
         "--markdown",
         type=Path,
         metavar="FILE",
-        help=f"goes between {standings.SECTION.begin} and its end, costs between {standings.COSTS.begin} and its end",
+        help=f"write tables after the line {standings.SECTION.begin} and costs after the line {standings.COSTS.begin}",
     )
-    verb.add_argument("--figure", type=Path, metavar="PNG", help="draw the losses of each at its best rate")
+    verb.add_argument("--figure", type=Path, metavar="PNG", help="draw the losses of each optimizer at its best rate")
     verb.set_defaults(run=table)
     return parser
 
@@ -264,7 +265,7 @@ def _names(text: str) -> list[str]:
     names = text.split(",")
     unknown = [name for name in names if name not in TITLES]
     if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(TITLES)}")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown. Choose from: {', '.join(TITLES)}")
     return names
 
 

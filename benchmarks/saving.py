@@ -1,10 +1,11 @@
-"""What saving a checkpoint costs the steps that it overlaps: the sample's train steps, with and without a save.
+"""Measure how much saving a checkpoint slows down the train steps that it overlaps.
 
     python -m shampax.benchmarks.saving
 
-Turns without a save and turns that begin with one alternate in one process, on one device. A turn is by default the
-sample's own interval between two checkpoints. The steps that a save overlaps, to the one during which the checkpoint
-becomes whole, are the first of their turn, and are compared with the first of turns without a save. Prints JSON.
+Turns without a save alternate with turns that begin with a save, in one process, on one device. By default, a turn is
+as long as the sample's interval between checkpoints. A save overlaps the first steps of its turn, up to the step during
+which the checkpoint becomes complete. These steps are compared with the first steps of turns without a save. Prints
+JSON.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from . import command
 
 
 def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """Seconds of turns with and without a save; see the module."""
+    """Measure turns with and without a save. Return the result as JSON."""
     config = lm.get_config(options.variant)
     check(config)
     task, data, chosen = components.build_all(config)
@@ -62,7 +63,7 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
         )
         saver = Checkpoints(place, keep_last=2, keep_best=0, ranking=Ranking())
         record, taken = Record(), 0
-        plain, saved, overlapped, writes = [], [], [], []  # the first two: when each step of each turn has ended
+        plain, saved, overlapped, writes = [], [], [], []  # the first two: end times of the steps of each turn
         for turn in range(2 * options.turns + 2):
             begun = time.perf_counter()
             saves = turn % 2 == 1
@@ -79,7 +80,7 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
                 seen, taken = metrics, taken + 1
             jax.block_until_ready(seen)
             ends.append(time.perf_counter() - begun)
-            if turn < 2:  # warms up
+            if turn < 2:  # warm-up
                 saver.confirm()
                 continue
             if saves:
@@ -111,11 +112,11 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="sample", help="of configs/lm.py")
-    parser.add_argument("--turns", type=int, default=20, help="of each kind")
-    parser.add_argument("--steps", type=int, default=20, help="of a turn")
+    parser.add_argument("--variant", default="sample", help="variant of configs/lm.py")
+    parser.add_argument("--turns", type=int, default=20, help="turns with a save, and as many without")
+    parser.add_argument("--steps", type=int, default=20, help="steps per turn")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as place:
         return command.report(lambda: measure(options, Path(place)))

@@ -1,4 +1,4 @@
-"""Who learns faster, from the stored measurements of `benchmarks.optimizers`: the comparison and its Markdown."""
+"""Compare the stored measurements of `benchmarks.optimizers`, and format the comparison as Markdown."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -17,33 +17,32 @@ BASELINE = "adamw"
 
 
 def seconds_per_step(times: Mapping[str, Any]) -> dict[str, float]:
-    """The mean step time of each contestant that was timed."""
+    """Return the mean step time of each timed optimizer."""
     return {name: entry["mean_ms"] / 1e3 for name, entry in times.items()}
 
 
 def compare(outcomes: Sequence[Outcome], missing: Sequence[Trial], times: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that the runs of a grid tell, as JSON.
+    """Compare the runs of a grid. Return the comparison as JSON.
 
-    A rate counts only with all seeds that any was to be tried with; a contestant without such a rate is left out of
-    the comparison.
+    A rate counts only if no seed is missing. An optimizer without such a rate is left out.
 
     Args:
-      outcomes: the runs there are.
-      missing: the runs there are not.
-      times: what `timing.time_steps` returns; contestants that are not in it have no seconds.
+      outcomes: the finished runs.
+      missing: the missing runs.
+      times: result of `timing.time_steps`; optimizers without an entry are not compared by seconds.
 
     Returns:
-      `missing`, names of runs. `rates`, the mean held-out loss at the end of each. `best`, by contestant its best rate,
-      whether it stands `at_edge` of its grid, and the losses `by_seed` and their `mean`. `crossings`, as
-      `grid.crossings` has them, to the baseline and from and to ours. `at_equal_steps` and `at_equal_seconds`, the mean
-      loss of each at the end of the shortest run, best first; None where there is nothing to compare.
-      `timed_otherwise`, contestants that were timed with other options than their runs had.
+      `missing`: names of the missing runs. `rates`: mean final held-out loss of each rate. `best`: for each optimizer
+      its best rate, whether this is `at_edge` of the grid, and the losses `by_seed` and their `mean`. `crossings`:
+      those of `grid.crossings` from each optimizer to the baseline, and from and to our Shampoo. `at_equal_steps` and
+      `at_equal_seconds`: mean losses at the end of the shortest run, best first; None for fewer than two optimizers.
+      `timed_otherwise`: optimizers that were timed with other options than those of their runs.
 
     Raises:
-      UserError: there is no run, or a contestant diverged with every rate.
+      UserError: there are no runs, or an optimizer diverged with every rate.
     """
     if not outcomes:
-        raise UserError("there is no run in the workdir; make some with the sub-command learn")
+        raise UserError("--workdir: it has no runs to compare. Run the sub-command learn first")
     cells = by(outcomes, _cell)
     lacking = by(missing, lambda trial: (trial.variant, trial.learning_rate))
     seeds = max(len(cells.get(cell, ())) + len(lacking.get(cell, ())) for cell in {*cells, *lacking})
@@ -92,7 +91,7 @@ def compare(outcomes: Sequence[Outcome], missing: Sequence[Trial], times: Mappin
 
 
 def at_their_best(outcomes: Sequence[Outcome], comparison: Mapping[str, Any]) -> list[Group]:
-    """The runs of each contestant at its best rate, best first."""
+    """Return the runs of each optimizer at its best rate, best first."""
     ranked = sorted(comparison["best"].items(), key=lambda item: item[1]["mean"])
     return [
         Group(TITLES[name], tuple(o.run for o in outcomes if _cell(o) == (name, entry["learning_rate"])))
@@ -105,7 +104,7 @@ def _cell(outcome: Outcome) -> tuple[str, float]:
 
 
 def _standing(at_best: Mapping[str, Sequence[Outcome]], per_step: Mapping[str, float]) -> dict[str, Any] | None:
-    """The mean held-out losses when the shortest run ends, best first; steps last `per_step`."""
+    """Return the mean held-out losses at the end of the shortest run, best first. A step lasts `per_step`."""
     ends = {name: per_step[name] * runs[0].result["steps"] for name, runs in at_best.items() if name in per_step}
     if len(ends) < 2:
         return None
@@ -123,7 +122,7 @@ def _standing(at_best: Mapping[str, Sequence[Outcome]], per_step: Mapping[str, f
 
 
 def _unlike(options: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
-    """Whether options differ; a knob that one of them lacks came later, and was off."""
+    """Return whether options differ. An absent option counts as off."""
     return any((options.get(key) or None) != (others.get(key) or None) for key in {*options, *others})
 
 
@@ -132,14 +131,14 @@ def _edges(rates: Sequence[float]) -> tuple[float, ...]:
 
 
 def markdown(comparison: dict[str, Any], times: dict[str, Any] | None, command: str) -> str:
-    """The comparison and the times of steps as Markdown; what is not measured is said."""
+    """Format the comparison and the step times as Markdown, and name missing measurements."""
     parts = [f"Made by `{command}`.", *_learning(comparison)]
-    parts += _times(times) if times else ["Step times are not measured; the sub-command `time` does that."]
+    parts += _times(times) if times else ["Step times are not measured. Run the sub-command `time`."]
     return "\n\n".join(parts) + "\n"
 
 
 def costs_markdown(costs: Sequence[dict[str, Any]]) -> str:
-    """The costs of updates as Markdown."""
+    """Format the costs of updates as Markdown."""
     return "\n\n".join(part for cost in costs for part in _cost(cost)) + "\n"
 
 
@@ -179,43 +178,43 @@ def _learning(comparison: dict[str, Any]) -> list[str]:
         for entry in comparison["crossings"]
     ]
     return [
-        *([f"Missing, and so not compared: {', '.join(comparison['missing'])}."] if comparison["missing"] else []),
+        *([f"Missing runs: {', '.join(comparison['missing'])}."] if comparison["missing"] else []),
         _ahead(comparison["at_equal_steps"], "steps"),
         _ahead(comparison["at_equal_seconds"], "seconds"),
         *(
-            f"{TITLES[name]} was timed with other options than its runs had; measure its time again."
+            f"{TITLES[name]} was timed with other options than those of its runs. Measure its time again."
             for name in comparison["timed_otherwise"]
         ),
-        "Held-out loss at the end, each at its best learning rate (nats per token):",
+        "Final held-out loss at the best learning rate (nats per token):",
         table(["optimizer", "learning rate", "mean", *(f"seed {seed}" for seed in seeds)], finals),
         *(
-            f"The best learning rate of {TITLES[name]} stands at the edge of its grid: a better one may lie beyond."
+            f"The best learning rate of {TITLES[name]} is at the edge of its grid: a better one may be outside."
             for name, entry in best.items()
             if entry["at_edge"]
         ),
-        "When each falls to the mean loss at which another ends (interpolated between evaluations; seconds are steps "
-        "x mean step time; shares are of the other's whole run):",
-        table(["optimizer", "falls to the end of", "seed", "steps", "share", "seconds", "share"], crossings),
-        "Every learning rate, mean over its seeds:",
+        "Step at which each optimizer reaches the mean final loss of another (interpolated between evaluations; "
+        "seconds are steps x mean step time; shares are of the other's whole run):",
+        table(["optimizer", "reaches final loss of", "seed", "steps", "share", "seconds", "share"], crossings),
+        "Every learning rate, mean over seeds:",
         table(["optimizer", "learning rate", "seeds", "held-out loss", ""], rows),
     ]
 
 
 def _ahead(standing: dict[str, Any] | None, unit: str) -> str:
     if standing is None:
-        return f"At equal {unit} there is nothing to compare yet."
+        return f"There are not enough runs to compare at equal {unit}."
     leader, *others = standing["losses"].items()
     amount = f"{standing['at']:,.0f} steps" if unit == "steps" else f"{standing['at']:,.1f} seconds"
     followed = ", ".join(f"{TITLES[name]} {loss:.4f}" for name, loss in others)
     sentence = f"At equal {unit}, {amount}, {TITLES[leader[0]]} is ahead with {leader[1]:.4f}; then {followed}."
-    going_on = [
+    unfinished = [
         f"{TITLES[name]} at step {steps:,.0f}"
         for name, steps in standing["steps"].items()
         if name not in standing["ended"]
     ]
-    if going_on:
+    if unfinished:
         ended = " and ".join(TITLES[name] for name in standing["ended"])
-        sentence += f" This is where {ended} ends; still on their way, their rates not yet at 0: {', '.join(going_on)}."
+        sentence += f" {ended} has finished its schedule then; the others have not: {', '.join(unfinished)}."
     return sentence
 
 
@@ -234,9 +233,9 @@ def _times(times: dict[str, Any]) -> list[str]:
     ]
     steps = min(entry["steps"] for entry in times["optimizers"].values())
     return [
-        f"Train steps of the same model, at least {steps} of each in turns of {times['interval']} ({times['device']}). "
-        "The mean is of a whole run, the rest of the steps after early intervals. The slowest phase is the longest of "
-        "the interval's steps, each taken as its median over all turns:",
+        f"Train steps of the same model, at least {steps} per optimizer in turns of {times['interval']} "
+        f"({times['device']}). Means are over a whole run; other columns are over steps after the early intervals. The "
+        "slowest phase is the longest of the interval's steps, after taking the median of each over all turns:",
         table(
             ["optimizer", "median ms", "mean ms", "longest ms", "/ median", "slowest phase / median", *_COMPILATION],
             rows,
@@ -257,18 +256,18 @@ def _cost(cost: dict[str, Any]) -> list[str]:
     ]
     parts = [
         f"Updates alone, for a Transformer of {cost['parameters'] / 1e6:.1f} M parameters, block size "
-        f"{cost['block_size']}, interval {cost['interval']}, on random gradients ({cost['device']}); milliseconds "
-        f"are means over {cost['intervals']} whole intervals, one for each repetition:",
+        f"{cost['block_size']}, interval {cost['interval']}, random gradients ({cost['device']}). Milliseconds are "
+        f"means over {cost['intervals']} intervals, one for each repetition:",
         table(["optimizer", "ms", "/ ours", *_COMPILATION], rows),
     ]
     eigh = cost["eigh"]
     if eigh is not None and eigh["stopped"]:
-        parts.append(f"Ours with the solver eigh: {eigh['stopped']}.")
+        parts.append(f"Our Shampoo with the solver eigh: {eigh['stopped']}.")
     elif eigh is not None:
         means = {name: float(np.mean(entry["mean_ms"])) for name, entry in eigh["optimizers"].items()}
         parts.append(
-            f"Ours with the solver eigh takes {means['ours_eigh']:,.1f} ms, in turns with newton, which takes "
-            f"{means['ours']:,.1f} ms there."
+            f"Our Shampoo takes {means['ours_eigh']:,.1f} ms with the solver eigh, and {means['ours']:,.1f} ms with "
+            "newton in the same run."
         )
     return parts
 

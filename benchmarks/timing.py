@@ -1,4 +1,4 @@
-"""What steps and updates of the optimizers cost, side by side: they take turns, so that all meet the same machine."""
+"""Measure steps and updates of the optimizers in turns, so that all are measured under the same load."""
 
 import dataclasses
 import sys
@@ -13,17 +13,17 @@ import numpy as np
 from ..models.lm import LMTask
 from .learning import Workload
 
-GRADIENTS = 4  # different ones that updates are measured on
+GRADIENTS = 4  # number of different gradients for updates
 
 
 @dataclasses.dataclass
 class Timed:
-    """A compiled program that is run again and again, and how long each run took.
+    """A compiled program and its measurements.
 
     Attributes:
-      once: runs it one time, to its end.
-      costs: of its compilation, and the bytes of the optimizer's state.
-      seconds: of every run since the warm-up.
+      once: runs the program once and waits for its end.
+      costs: costs of its compilation, and the bytes of the optimizer's state.
+      seconds: duration of every run after the warm-up.
     """
 
     once: Callable[[], None]
@@ -32,7 +32,7 @@ class Timed:
 
 
 def compile_measured(program: jax.stages.Wrapped, *arguments: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The compiled program, the seconds to trace and to compile it, and its size before and after XLA's passes."""
+    """Return the compiled program and its costs: seconds to trace and compile, size before and after XLA's passes."""
     start = time.perf_counter()
     lowered = program.lower(*arguments)
     traced = time.perf_counter()
@@ -47,7 +47,7 @@ def compile_measured(program: jax.stages.Wrapped, *arguments: Any) -> tuple[Call
 
 
 def take_turns(timed: Mapping[str, Timed], *, turns: int, runs: int) -> None:
-    """`runs` of each program one after the other, `turns` times, everyone being first in turn; untimed once before."""
+    """Run each program `runs` times per turn, after one turn without timing. The first program changes every turn."""
     names = list(timed)
     for turn in range(-1, turns):
         for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
@@ -60,20 +60,20 @@ def take_turns(timed: Mapping[str, Timed], *, turns: int, runs: int) -> None:
 
 
 def time_steps(workload: Workload, rates: Mapping[str, float], *, interval: int, turns: int) -> dict[str, Any]:
-    """Train steps of the contestants in `rates`, and of ours with periodic instead of staggered refresh.
+    """Measure train steps of the optimizers in `rates`, and of our Shampoo with periodic instead of staggered refresh.
 
     Args:
-      workload: what is learnt; everyone sees the same batches, from the first on.
-      rates: peak learning rate, by contestant.
-      interval: steps of a turn, one refresh interval of ours.
-      turns: of everyone, after the one that warms up.
+      workload: task, data and schedule; all optimizers get the same batches.
+      rates: peak learning rate, by optimizer.
+      interval: steps per turn, one refresh interval of our Shampoo.
+      turns: turns of each optimizer after the warm-up turn.
 
     Returns:
-      For each contestant its options and costs; the mean step of a whole run in milliseconds, early intervals
-      included as far as they go beyond the turn that warms up; and of the steps after these the number, and the median
-      and longest. Neighbours on a machine lengthen single steps,
-      so there is also the slowest phase: the median over turns of each of the interval's steps, and of these the
-      longest; and the two as multiples of the median.
+      For each optimizer its options and costs. The mean step of a whole run in milliseconds includes the early
+      intervals, except those in the warm-up turn. The number of steps, their median and the longest are of the steps
+      after the early intervals. Other processes can lengthen single steps, so there is also the slowest phase: the
+      longest of the interval's steps, after taking the median of each over turns. The longest step and the slowest
+      phase are also given as multiples of the median.
     """
     options = {name: workload.options[name] for name in rates}
     rates = dict(rates)
@@ -88,7 +88,7 @@ def time_steps(workload: Workload, rates: Mapping[str, float], *, interval: int,
     for name, program in timed.items():
         milliseconds = 1e3 * np.array(program.seconds).reshape(turns, interval)
         early = early_steps(options[name])
-        # The turn that warms up is over; the next begins at step 1 + interval.
+        # The first timed turn begins at step 1 + interval.
         steady = milliseconds[max(0, -(-early // interval) - 1) :]
         median, longest = float(np.median(steady)), float(steady.max())
         slowest_phase = float(np.median(steady, axis=0).max())
@@ -113,17 +113,18 @@ def time_steps(workload: Workload, rates: Mapping[str, float], *, interval: int,
 def time_updates(
     task: LMTask, options: Mapping[str, Any], *, interval: int, intervals: int, repetitions: int
 ) -> dict[str, Any]:
-    """Updates alone, without a model's computation, on random gradients for a task's parameters.
+    """Measure only the optimizers' updates, on random gradients for a task's parameters.
 
     Args:
-      task: gives the parameters' shapes.
-      options: of the optimizers, by name.
-      interval: steps from one refresh of the roots to the next, of all of them.
-      intervals: whole intervals that one repetition lasts, so that refreshes are counted in full.
-      repetitions: of the measurement, in turns.
+      task: task with the parameters' shapes.
+      options: options of the optimizers, by name.
+      interval: steps from one refresh to the next, for all optimizers.
+      intervals: intervals per repetition; they are whole so that all refreshes count.
+      repetitions: turns of each optimizer.
 
     Returns:
-      `parameters`, and by optimizer the costs and the mean milliseconds of an update in each repetition.
+      `parameters`: their number. `optimizers`: by name, the options, the costs, and for the updates in milliseconds
+      the mean of each repetition, the median and the longest.
     """
     spec = {"tokens": jax.ShapeDtypeStruct((1, 2), jnp.int32)}
     shapes = jax.eval_shape(task.init, jax.random.key(0), spec)
@@ -150,7 +151,7 @@ def time_updates(
 
 
 def early_steps(options: Any) -> int:
-    """The step after which an optimizer's refresh interval no longer changes; 0 of those that have none."""
+    """Return the last step with an early interval; 0 for optimizers without early intervals."""
     return max((last for last, _ in getattr(options, "early_intervals", ())), default=0)
 
 
@@ -185,7 +186,7 @@ def _update(tx: Any, params: Any, gradients: Sequence[Any]) -> Timed:
 
 
 def _random_like(shapes: Any, seed: int) -> Any:
-    """Normal, falling off as one over the row and over the column: multiples of the identity are too easy a root."""
+    """Draw normal values scaled by 1 / (row x column): the root of a multiple of the identity would be too easy."""
     generator = np.random.default_rng(seed)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:

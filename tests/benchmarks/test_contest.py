@@ -37,7 +37,7 @@ result |= {{"bits_per_character": 1.0, "stopped": None}}
 
 @pytest.fixture
 def trainer(tmp_path, monkeypatch):
-    """In place of the trainer, a script that leaves a workdir and writes down how it was called; small configs."""
+    """Replace the trainer by a script that writes a workdir and logs its arguments; replace configs by small ones."""
 
     def load(spec, settings):
         assert spec.startswith("shampax/configs/lm.py:")
@@ -54,7 +54,7 @@ def trainer(tmp_path, monkeypatch):
 
 
 def write(folder, trial, heldout, *, stopped=None, seconds_per_step=1.0):
-    """A finished workdir whose held-out loss at steps 10, 20, ... is `heldout`."""
+    """Write a finished workdir with held-out losses `heldout` at steps 10, 20, ...; return its outcome."""
     path = folder / trial.name
     path.mkdir(parents=True)
     lines = [
@@ -77,7 +77,7 @@ def write(folder, trial, heldout, *, stopped=None, seconds_per_step=1.0):
 
 @pytest.fixture
 def outcomes(tmp_path):
-    """Variants a and b, two rates, two seeds; b at its best ends at 3.0 on average."""
+    """Write runs of variants a and b, two rates, two seeds. The mean final loss of b at its best rate is 3.0."""
     losses = {
         ("a", 0.1, 0): [6.0, 3.5, 2.5, 2.0],
         ("a", 0.1, 1): [6.0, 4.0, 3.0, 2.4],
@@ -94,7 +94,7 @@ def outcomes(tmp_path):
     ]
 
 
-def test_grid_is_every_combination_once_seed_by_seed():
+def test_grid_has_every_combination_once_ordered_by_seed():
     grid = contest.trials({"a": [0.1, 0.2], "b": [0.1, 0.2]}, [0, 1])
     assert [trial.name for trial in grid[:4]] == [
         "a-lr0.1-seed0",
@@ -113,7 +113,7 @@ def test_rate_with_a_diverged_seed_is_not_eligible(outcomes, tmp_path):
     low = write(tmp_path, Trial("a", 0.3, 0), [1.0, 0.1])
     stopped = write(tmp_path, Trial("a", 0.3, 1), [1.0, 0.1], stopped="8 steps in a row were not finite")
     assert best_rates([*outcomes, low, stopped])["a"] == 0.1
-    with pytest.raises(UserError, match="lower --learning_rates"):
+    with pytest.raises(UserError, match="Try lower rates"):
         best_rates([stopped])
 
 
@@ -133,21 +133,21 @@ def test_crossings_are_interpolated_per_seed_as_a_share_of_the_baseline(outcomes
     assert (second["seed"], second["steps"], second["evaluated_at"]) == (1, pytest.approx(30.0), 30)
 
 
-def test_crossing_never_made_is_null_and_said(outcomes):
+def test_a_target_that_is_never_reached_is_null(outcomes):
     analysis = contest.analyse(outcomes)
     b_to_a = [entry for entry in analysis["crossings"] if entry["variant"] == "b"]
     assert [entry["fraction_of_steps"] for entry in b_to_a] == [None, None]
     assert "| b | a's 2.2000 | 0 | not reached |" in contest.markdown(analysis, "command")
 
 
-def test_analysis_is_json_and_its_tables_hold_every_run(outcomes):
+def test_analysis_is_json_and_its_tables_have_every_run(outcomes):
     analysis = json.loads(json.dumps(contest.analyse(outcomes, shown=["bits_per_character"]), allow_nan=False))
     text = contest.markdown(analysis, "python -m grid")
     assert "`python -m grid`" in text
     assert "| a | 0.2 | 1 | 9.0000 | 4.5000 | 40 | 80 | complete |" in text
     assert "| a | 0.1 | 2 | 2.2000 | best |" in text
     assert "| a | b's 3.0000 | 0 | 25 | 62.5% | 30 | 50 | 125.0% |" in text
-    assert "The best rate of a stands at the edge" in text
+    assert "The best rate of a is at the edge" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 3 * 2 + 4 + 4 + 8
 
@@ -159,8 +159,8 @@ def test_trial_config_is_the_shipped_variant_with_rate_seed_and_settings():
     assert "AdamW" in config.optimizer.name
 
 
-def test_a_metric_of_which_more_is_better(tmp_path):
-    """Fault: the worst rate is taken for the best, and a crossing is where the curve leaves the target."""
+def test_a_metric_where_higher_is_better(tmp_path):
+    """Faults: the worst rate counts as the best; a crossing is where the curve leaves the target."""
 
     def run(variant, rate, accuracies):
         outcome = write(tmp_path, Trial(variant, rate, 0), [1.0] * len(accuracies))
@@ -187,9 +187,9 @@ def test_a_metric_of_which_more_is_better(tmp_path):
     ("given", "words"),
     [
         (["a=1,2", "b=1"], "'a': 2, 'b': 1"),
-        (["a=1,2"], "as many to each of a, b"),
-        (["1,two"], "numbers with commas"),
-        (["1,2", "c=1,2"], "as many to each of a, b"),
+        (["a=1,2"], "same number of rates to each of a, b"),
+        (["1,two"], "numbers separated by commas"),
+        (["1,2", "c=1,2"], "same number of rates to each of a, b"),
     ],
 )
 def test_uneven_grids_are_refused(tmp_path, capsys, given, words):
@@ -198,16 +198,16 @@ def test_uneven_grids_are_refused(tmp_path, capsys, given, words):
     assert words in capsys.readouterr().err
 
 
-def test_each_variant_may_have_rates_of_its_own(tmp_path, trainer):
-    """Fault: the rates of one variant are tried on another."""
+def test_each_variant_may_have_its_own_rates(tmp_path, trainer):
+    """Fault: a variant is trained with the rates of another."""
     given = ["--learning_rates", "a=1,2", "b=3,4"]
     assert contest.main(["--variants=a,b", "--seeds=0", f"--output={tmp_path / 'grid'}", *given]) == 0
     calls = [json.loads(call)[3].rpartition("/")[2] for call in (tmp_path / "grid" / "calls").read_text().splitlines()]
     assert calls == ["a-lr1-seed0", "b-lr3-seed0", "a-lr2-seed0", "b-lr4-seed0"]
 
 
-def test_only_finalists_have_the_other_seeds_and_are_compared(tmp_path, trainer, capsys):
-    """Faults: a rate that lost goes on; one that has the first seed alone is called best."""
+def test_only_finalists_are_trained_with_the_other_seeds(tmp_path, trainer, capsys):
+    """Faults: a rate that is not a finalist is trained with more seeds; a rate with one seed is reported as best."""
     given = ["--learning_rates", "a=1,4,2", "b=5,3,2", "--finalists=1", "--seeds=0,1"]
     assert contest.main(["--variants=a,b", f"--output={tmp_path / 'grid'}", *given]) == 0
     calls = [json.loads(call)[3].rpartition("/")[2] for call in (tmp_path / "grid" / "calls").read_text().splitlines()]
@@ -215,7 +215,7 @@ def test_only_finalists_have_the_other_seeds_and_are_compared(tmp_path, trainer,
     assert json.loads(capsys.readouterr().out)["best"] == {"a": 4, "b": 5}
 
 
-def test_best_rate_is_one_that_all_seeds_were_run_with(outcomes, tmp_path):
+def test_best_rate_needs_runs_of_all_seeds(outcomes, tmp_path):
     low = write(tmp_path, Trial("a", 0.3, 0), [1.0, 0.1])
     assert best_rates([*outcomes, low])["a"] == 0.1
 
@@ -258,24 +258,24 @@ def test_command_trains_the_grid_once_and_writes_the_section(tmp_path, trainer, 
     assert len((tmp_path / "grid" / "calls").read_text().splitlines()) == 4
 
 
-def test_stopped_run_is_trained_again_and_reused_ones_are_not(tmp_path, trainer, capsys):
+def test_stopped_run_is_resumed_and_finished_ones_are_not(tmp_path, trainer, capsys):
+    """Fault: a run that was stopped counts as finished, or finished ones are trained again."""
     assert contest.main(arguments(tmp_path)) == 0
     stopped = tmp_path / "grid" / "a-lr0.2-seed0"
     result = json.loads((stopped / workdir.RESULT).read_text())
     (stopped / workdir.RESULT).write_text(json.dumps(result | {"stopped": "SIGINT"}))
-    more = [f"--reuse={tmp_path / 'grid'}"]
-    assert contest.main([part.replace("/grid", "/second") for part in arguments(tmp_path)] + more) == 0
-    calls = (tmp_path / "second" / "calls").read_text().splitlines()
-    assert [json.loads(call)[3].rpartition("/")[2] for call in calls] == ["a-lr0.2-seed0"]
+    assert contest.main(arguments(tmp_path)) == 0
+    calls = (tmp_path / "grid" / "calls").read_text().splitlines()
+    assert [json.loads(call)[3].rpartition("/")[2] for call in calls[4:]] == ["a-lr0.2-seed0"]
 
 
-def test_failing_trainer_is_one_line_with_its_last_words(tmp_path, trainer, capsys):
+def test_failing_trainer_is_one_line_with_the_last_line_of_its_log(tmp_path, trainer, capsys):
     given = ["--variants=fail", "--learning_rates=1", "--seeds=0", f"--output={tmp_path / 'grid'}"]
     assert contest.main(given) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "out of memory" in errors[0]
-    assert "exit code 1" in errors[0]
+    assert "exited with code 1" in errors[0]
 
 
 def test_workdirs_of_another_config_are_refused_before_training(tmp_path, trainer, capsys):
@@ -291,7 +291,7 @@ def test_markdown_without_markers_is_refused_before_training(tmp_path, trainer, 
     results.write_text("# Results\n")
     assert contest.main(arguments(tmp_path, f"--markdown={results}")) == 2
     assert not (tmp_path / "grid").exists()
-    assert "add them" in capsys.readouterr().err
+    assert "Add them" in capsys.readouterr().err
 
 
 def test_interrupted_grid_leaves_no_trainer_behind(tmp_path, monkeypatch):

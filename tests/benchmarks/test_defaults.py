@@ -20,8 +20,8 @@ def write(folder, change, rate, seed, loss, stopped=None):
     (folder / f"{trial.name}.json").write_text(json.dumps(content))
 
 
-def test_every_change_differs_from_no_change_and_is_allowed(recwarn):
-    """Catches a change that is refused after hours, or that repeats the defaults under another name."""
+def test_every_change_is_valid_and_differs_from_the_defaults(recwarn):
+    """Faults: a change is invalid, which only shows after hours; a change equals the defaults."""
     ours = components.build(load("shampax/configs/lm.py:sample").optimizer)
     changed = list(defaults.variants(ours).values())
     assert changed[0].beta1 == 0.9 and changed[0].early_intervals
@@ -30,8 +30,8 @@ def test_every_change_differs_from_no_change_and_is_allowed(recwarn):
     assert not recwarn.list
 
 
-def test_a_change_is_compared_with_no_change_over_its_own_seeds(tmp_path, capsys):
-    """Catches means over different seeds, a run that diverged and counts, and a best rate of another change."""
+def test_a_change_is_compared_with_the_defaults_over_the_same_seeds(tmp_path, capsys):
+    """Faults: means are over different seeds; a diverged run counts; the best rate is that of another change."""
     folder = tmp_path / "learn"
     for seed, loss in ((0, 5.0), (1, 4.0)):
         write(folder, "defaults", 6e-3, seed, loss)
@@ -52,9 +52,9 @@ def test_a_change_is_compared_with_no_change_over_its_own_seeds(tmp_path, capsys
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--changes=none such"], "no change 'none such'"), ([], "no run in the workdir")],
+    [(["--changes=none such"], "--changes=none such: unknown change"), ([], "no runs to compare")],
 )
-def test_refusals(tmp_path, capsys, arguments, message):
-    """Catches a traceback where one line would do."""
+def test_user_errors_are_one_line(tmp_path, capsys, arguments, message):
+    """Fault: a traceback instead of one line."""
     assert defaults.main(["table", f"--workdir={tmp_path}", *arguments]) == 2
     assert message in capsys.readouterr().err

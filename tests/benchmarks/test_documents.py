@@ -5,7 +5,7 @@ from shampax.framework.base.errors import UserError
 
 
 def test_only_the_section_is_replaced():
-    """Fault: the rest of a document is lost, or content is written where nobody asked for it."""
+    """Fault: the rest of a document is lost, or content is written outside its section."""
     section = Section("grid")
     begin, end = "<!-- grid begin -->", "<!-- grid end -->"
     old = f"before\n{begin}\nold\n{end}\nafter\n"
@@ -13,12 +13,12 @@ def test_only_the_section_is_replaced():
     assert new == f"before\n{begin}\ntable\n{end}\nafter\n"
     assert section.replace(new, "table\n") == new
     for wrong in ("", begin, f"{end}{begin}", old + old):
-        with pytest.raises(UserError, match="add them"):
+        with pytest.raises(UserError, match="Add them"):
             section.replace(wrong, "table\n")
 
 
-def test_sections_are_written_all_or_none(tmp_path):
-    """Fault: one section is of a new run and the other of an old one, since the file lacks a line."""
+def test_all_sections_are_written_or_none(tmp_path):
+    """Fault: the file lacks a section, and only the others are updated."""
     first, second = Section("first"), Section("second")
     path = tmp_path / "results.md"
     path.write_text(f"{first.begin}\nold\n{first.end}\n")
@@ -27,10 +27,10 @@ def test_sections_are_written_all_or_none(tmp_path):
     assert "old" in path.read_text()
     write(path, {first: "new\n"})
     assert path.read_text() == f"{first.begin}\nnew\n{first.end}\n"
-    with pytest.raises(UserError, match="there is no"):
+    with pytest.raises(UserError, match="does not exist"):
         write(tmp_path / "none.md", {first: "new\n"})
 
 
 def test_a_table_is_markdown():
-    """Fault: a heading line that Markdown does not take for one."""
+    """Fault: Markdown does not recognise the heading."""
     assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"

@@ -8,8 +8,8 @@ TINY = ["--block_size=16", "--matrices=2", "--interval=6", "--delay=1", "--steps
 
 
 @pytest.mark.slow
-def test_measures_every_way_and_draws_what_happened(tmp_path, capsys):
-    """Catches a way that is not run, seconds of another loop, a table or figure of something else."""
+def test_every_way_is_measured_and_the_timeline_is_drawn(tmp_path, capsys):
+    """Faults: a way is not run; times belong to another loop; table or figure do not show the result."""
     page, figure = tmp_path / "page.md", tmp_path / "images" / "timeline.png"
     page.write_text("before\n<!-- host_schedule begin -->\nold\n<!-- host_schedule end -->\nafter\n")
     assert host_schedule.main([*TINY, f"--markdown={page}", f"--figure={figure}"]) == 0
@@ -32,7 +32,7 @@ def test_measures_every_way_and_draws_what_happened(tmp_path, capsys):
 
 
 def test_the_timeline_shows_each_thread_in_its_row():
-    """Catches solves that are drawn on the main thread, and steps that are left out."""
+    """Faults: solves are drawn in the row of the main thread; steps are missing."""
     loop = host_schedule.Loop(host_schedule.Way(host_schedule.HOST, 4, 1), {"w": (32, 32)}, 16, 0.01)
     try:
         loop.run(12)
@@ -47,9 +47,9 @@ def test_the_timeline_shows_each_thread_in_its_row():
     assert len(panel.patches) > 12
 
 
-def test_a_page_that_is_not_there_is_refused_before_anything_is_measured(tmp_path, capsys):
-    """Catches minutes that end in a traceback."""
+def test_a_missing_page_is_refused_before_measuring(tmp_path, capsys):
+    """Fault: a traceback after minutes of measuring."""
     assert host_schedule.main([*TINY, f"--markdown={tmp_path / 'none.md'}"]) == 2
-    assert "there is no" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         host_schedule.main(["--turns=many"])

@@ -20,7 +20,7 @@ FLAGS = ["--optimizers=adamw,ours", "--seeds=0,1", "--rates", "adamw=0.1,0.2,0.4
 
 
 def curve(trial):
-    """Held-out loss at steps 0, 10, ... 40: known at the best rates, worse by one elsewhere."""
+    """Return held-out losses at steps 0, 10, ... 40; at other rates than the best they are higher by 1."""
     curves = {
         ("adamw", 0): [9.0, 7.0, 6.0, 5.0, 3.9],
         ("adamw", 1): [9.0, 7.0, 6.0, 5.0, 4.1],
@@ -32,7 +32,7 @@ def curve(trial):
 
 
 def fake_run(trial):
-    """What `learning.train` would return."""
+    """Return a result like that of `learning.train`."""
     heldout = [{"step": 10 * i, "loss": loss} for i, loss in enumerate(curve(trial))]
     return {"steps": 40, "losses": [1.0] * 40, "heldout": heldout, "stopped": None, "seconds": 1.0}
 
@@ -42,7 +42,7 @@ def fake_settings(trial):
 
 
 def timed(mean_ms, **changes):
-    """An entry of time.json."""
+    """Return an entry of time.json."""
     return {
         "options": {"name": "ours" if mean_ms == 40 else "adamw", "beta": 0.9},
         "trace_seconds": 1.0,
@@ -62,7 +62,7 @@ def timed(mean_ms, **changes):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A workdir with all runs of the grid, and times: a step of ours takes twice as long as AdamW's."""
+    """Write a workdir with all runs of the grid and with times: a step of ours takes twice as long as AdamW's."""
     learning.run_grid(GRID, tmp_path / "learn", fake_settings, fake_run)
     times = {"adamw": timed(20.0), "ours": timed(40.0), "ours_periodic": timed(60.0), "kl_shampoo": timed(50.0)}
     content = {"device": "one abacus", "interval": 10, "optimizers": times}
@@ -71,14 +71,14 @@ def folder(tmp_path):
 
 
 def table(folder, capsys, *flags):
-    """Exit code, JSON and Markdown of the sub-command."""
+    """Run the sub-command; return its exit code, JSON and Markdown."""
     code = optimizers.main(["table", f"--workdir={folder}", *FLAGS, *flags])
     shown = capsys.readouterr()
     return code, json.loads(shown.out) if shown.out else None, shown.err
 
 
-def test_table_finds_crossings_best_rates_and_who_is_ahead(folder, capsys):
-    """Fault: the share is of the wrong run, of steps where it is of seconds, or seeds are mixed up."""
+def test_table_has_crossings_best_rates_and_the_leader(folder, capsys):
+    """Faults: a share is of the wrong run; shares of steps and of seconds are swapped; seeds are swapped."""
     code, comparison, text = table(folder, capsys)
     assert code == 0
     assert {name: entry["learning_rate"] for name, entry in comparison["best"].items()} == {"adamw": 0.2, "ours": 0.4}
@@ -97,28 +97,28 @@ def test_table_finds_crossings_best_rates_and_who_is_ahead(folder, capsys):
     assert comparison["at_equal_steps"]["losses"] == pytest.approx({"ours": 2.1, "adamw": 4.0})
     assert comparison["at_equal_seconds"]["losses"] == pytest.approx({"adamw": 4.0, "ours": 4.0})
     assert "At equal steps, 40 steps, ours is ahead with 2.1000; then AdamW 4.0000." in text
-    assert "This is where AdamW ends; still on their way, their rates not yet at 0: ours at step 20." in text
+    assert "AdamW has finished its schedule then; the others have not: ours at step 20." in text
 
 
-def test_table_says_whose_best_rate_stands_at_the_edge(folder, capsys):
-    """Fault: a best rate at the end of the grid passes for the best there is."""
+def test_table_warns_of_a_best_rate_at_the_edge(folder, capsys):
+    """Fault: nothing warns that rates outside the grid may be better."""
     _, comparison, text = table(folder, capsys)
     assert {name: entry["at_edge"] for name, entry in comparison["best"].items()} == {"adamw": False, "ours": True}
-    assert "The best learning rate of ours stands at the edge of its grid" in text
-    assert "The best learning rate of AdamW stands" not in text
+    assert "The best learning rate of ours is at the edge of its grid" in text
+    assert "The best learning rate of AdamW is" not in text
 
 
-def test_table_names_missing_runs_and_ranks_no_rate_without_all_its_seeds(folder, capsys):
+def test_table_names_missing_runs_and_leaves_out_rates_with_missing_seeds(folder, capsys):
     """Fault: the mean of one lucky seed is compared with means of all seeds."""
     (folder / "learn" / "adamw-lr0.2-seed1.json").unlink()
     _, comparison, text = table(folder, capsys)
     assert comparison["missing"] == ["adamw-lr0.2-seed1"]
-    assert "Missing, and so not compared: adamw-lr0.2-seed1." in text
+    assert "Missing runs: adamw-lr0.2-seed1." in text
     assert comparison["best"]["adamw"]["learning_rate"] != 0.2
 
 
-def test_only_finalists_have_the_other_seeds(tmp_path, monkeypatch, capsys):
-    """Faults: a rate that lost goes on; one that has the first seed alone is called best, or edges are lost."""
+def test_only_finalists_get_the_other_seeds(tmp_path, monkeypatch, capsys):
+    """Faults: other rates than the finalists get more seeds; a rate with one seed is the best; edges are lost."""
     made = []
     whole = learning.run_grid
     monkeypatch.setattr(learning, "settings_of", lambda _, trial: fake_settings(trial))
@@ -146,8 +146,8 @@ def test_only_finalists_have_the_other_seeds(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("loss", [None, 1.0])
-def test_table_ranks_no_rate_with_which_a_seed_diverged(folder, capsys, loss):
-    """Fault: a run without a loss at the end is an error, or one that ended early counts as the best."""
+def test_table_leaves_out_rates_with_a_diverged_seed(folder, capsys, loss):
+    """Faults: a run without a final loss is an error; a run that ended early counts as the best."""
     path = folder / "learn" / "adamw-lr0.2-seed1.json"
     content = json.loads(path.read_text())
     content["heldout"][-1]["loss"] = loss
@@ -157,20 +157,20 @@ def test_table_ranks_no_rate_with_which_a_seed_diverged(folder, capsys, loss):
     assert "| AdamW | 0.2 | 2 | diverged |" in text
 
 
-def test_table_without_times_compares_steps_alone(folder, capsys):
-    """Fault: seconds of one that was not timed are made up, or its lack stops the table."""
+def test_table_without_times_compares_only_steps(folder, capsys):
+    """Faults: seconds of an optimizer without times are invented; the table fails without times."""
     (folder / "time.json").unlink()
     code, comparison, text = table(folder, capsys)
     assert code == 0
     assert comparison["at_equal_seconds"] is None
     assert comparison["crossings"][-1]["seconds"] is None
     assert "| ours | AdamW, 4.0000 | 1 | 25 | 62.5% | not measured |  |" in text
-    assert "At equal seconds there is nothing to compare yet." in text
+    assert "There are not enough runs to compare at equal seconds." in text
 
 
-def test_table_says_what_was_timed_with_other_options(folder, capsys):
-    """Faults: an optimizer is changed and trained anew, and its steps are converted at the old one's pace; a knob that
-    was not there yet counts as one that was turned."""
+def test_table_names_optimizers_timed_with_other_options(folder, capsys):
+    """Faults: an optimizer is changed and trained again, and the old step times are used; a knob that did not exist
+    when steps were timed counts as a difference."""
     times = json.loads((folder / "time.json").read_text())
     times["optimizers"]["ours"]["options"]["beta"] = 0.95
     (folder / "time.json").write_text(json.dumps(times))
@@ -181,11 +181,11 @@ def test_table_says_what_was_timed_with_other_options(folder, capsys):
         times["optimizers"]["ours"]["options"] = options
         (folder / "time.json").write_text(json.dumps(times))
         assert table(folder, capsys)[1]["timed_otherwise"] == ["ours"] * unlike
-    assert "ours was timed with other options than its runs had" in text
+    assert "ours was timed with other options than those of its runs" in text
 
 
 def test_markdown_has_times_and_costs_and_replaces_only_its_section(folder, capsys):
-    """Fault: ratios are the wrong way round, a unit is off, or the rest is lost, costs measured elsewhere included."""
+    """Faults: a ratio is inverted; a unit is wrong; other parts of the page, such as older costs, are lost."""
     entry = {name: value for name, value in timed(1.0).items() if name != "mean_ms"}
     costs = {
         "device": "one abacus",
@@ -194,7 +194,7 @@ def test_markdown_has_times_and_costs_and_replaces_only_its_section(folder, caps
         "intervals": 2,
         "parameters": 24_600_000,
         "optimizers": {"google": entry | {"mean_ms": [300.0, 500.0]}, "ours": entry | {"mean_ms": [100.0, 100.0]}},
-        "eigh": {"stopped": "no end within 900 s"},
+        "eigh": {"stopped": "did not finish within 900 s"},
     }
     (folder / "cost-128.json").write_text(json.dumps(costs))
     results = folder / "results.md"
@@ -209,14 +209,14 @@ def test_markdown_has_times_and_costs_and_replaces_only_its_section(folder, caps
     assert "| our KL-Shampoo | 25.0 | 50.0 | 100.0 |" in text
     assert "| Google's Shampoo | 300.0 500.0 | 4.00 | 3.5 | 7,890 | 123,456 | 5.0 |" in text
     assert "24.6 M parameters" in text
-    assert "Ours with the solver eigh: no end within 900 s." in text
+    assert "Our Shampoo with the solver eigh: did not finish within 900 s." in text
     (folder / "cost-128.json").unlink()
     assert table(folder, capsys, f"--markdown={results}")[0] == 0
     assert results.read_text() == text
 
 
-def test_the_figure_has_everyone_at_its_best_rate(folder, capsys, monkeypatch):
-    """Fault: curves of another rate are drawn, seconds are made up, or no file is left."""
+def test_the_figure_has_every_optimizer_at_its_best_rate(folder, capsys, monkeypatch):
+    """Faults: curves of another rate are drawn; seconds are invented; no file is written."""
     drawn = []
     monkeypatch.setattr(figures, "loss_figure", lambda *given: drawn.append(given) or loss_figure(*given))
     for axes in (["step", "seconds"], ["step"]):
@@ -231,17 +231,17 @@ def test_the_figure_has_everyone_at_its_best_rate(folder, capsys, monkeypatch):
 
 
 def test_document_without_markers_is_refused_and_kept(folder, capsys):
-    """Fault: the section is written where nobody asked for it."""
+    """Fault: content is written outside its section."""
     results = folder / "results.md"
     results.write_text("# Results\n")
     code, _, text = table(folder, capsys, f"--markdown={results}")
     assert code == 2
-    assert "add them" in text
+    assert "Add them" in text
     assert results.read_text() == "# Results\n"
 
 
-def test_stopped_grid_goes_on_with_what_is_missing(tmp_path):
-    """Fault: finished runs are made again, or an interrupted one passes for finished."""
+def test_interrupted_grid_trains_only_missing_runs(tmp_path):
+    """Faults: finished runs are trained again; an interrupted one counts as finished."""
     made = []
 
     def run(trial):
@@ -259,8 +259,8 @@ def test_stopped_grid_goes_on_with_what_is_missing(tmp_path):
     assert [result["learning_rate"] for result in results] == [trial.learning_rate for trial in GRID]
 
 
-def test_runs_of_other_settings_are_refused_before_any_is_made(tmp_path):
-    """Fault: runs before and after a change of an optimizer are averaged."""
+def test_runs_of_other_settings_are_refused_before_training(tmp_path):
+    """Fault: means are over runs from before and after a change of an optimizer."""
     learning.run_grid(GRID[-1:], tmp_path, fake_settings, fake_run)
 
     def changed(trial):
@@ -271,14 +271,14 @@ def test_runs_of_other_settings_are_refused_before_any_is_made(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_everyone_gets_as_many_rates(capsys):
+def test_every_optimizer_has_the_same_number_of_rates(capsys):
     """Fault: one optimizer is tuned on a finer grid than the others."""
     assert optimizers.main(["table", "--optimizers=adamw,ours", "--rates", "ours=1e-3,2e-3"]) == 2
     assert f"adamw {len(contestants.RATES['adamw'])}, ours 2" in capsys.readouterr().err
     assert len({len(rates) for rates in contestants.RATES.values()}) == 1
 
 
-def test_without_google_s_package_one_line_says_how_to_install_it(tmp_path, monkeypatch, capsys):
+def test_a_missing_google_package_is_one_line_with_the_command_to_install_it(tmp_path, monkeypatch, capsys):
     """Fault: a traceback after hours of the other optimizers' training."""
     monkeypatch.setitem(sys.modules, "precondition.distributed_shampoo", None)
     monkeypatch.setattr(learning, "run_grid", lambda *_: pytest.fail("trained the others first"))
@@ -288,8 +288,8 @@ def test_without_google_s_package_one_line_says_how_to_install_it(tmp_path, monk
     assert not (tmp_path / "runs").exists()
 
 
-def test_matrices_are_cut_by_layer_with_heads_folded_and_put_back():
-    """Fault: Google's optimizer sees a stack of layers as one tensor, or an update lands in another layer."""
+def test_parameters_are_split_by_layer_with_folded_heads_and_joined_again():
+    """Faults: Google's optimizer gets a stack of layers as one tensor; an update is applied to another layer."""
     params = {
         "query": np.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5),
         "out": np.ones((4, 5, 3)),
@@ -310,7 +310,7 @@ def test_matrices_are_cut_by_layer_with_heads_folded_and_put_back():
 
 @pytest.fixture(scope="module")
 def workload(tmp_path_factory):
-    """The sample, shrunk to one narrow layer and two steps."""
+    """Return the sample, shrunk to one narrow layer and two steps."""
     changes = [
         *(
             "duration=2 steps",
@@ -327,13 +327,13 @@ def workload(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def programs(workload):
-    """One for each optimizer, compiled when it first runs."""
+    """Return one program for each optimizer; each compiles at its first run."""
     return {name: workload.program(workload.options[name]) for name in ("adamw", "muon", "ours")}
 
 
 @pytest.mark.parametrize("name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("muon", "ours"))])
-def test_run_learns_at_its_own_rate_with_one_program(workload, programs, name):
-    """Fault: the rate is baked into the program, so that all rates of the grid train alike."""
+def test_all_rates_share_one_program(workload, programs, name):
+    """Fault: the rate is a constant of the program, and all rates of the grid give the same run."""
     program = programs[name]
     still, moving = (learning.train(workload, program, Trial(name, rate, 0)) for rate in (0.0, 1e-2))
     assert program.step._cache_size() == 1
@@ -344,8 +344,8 @@ def test_run_learns_at_its_own_rate_with_one_program(workload, programs, name):
     assert moving["stopped"] is None
 
 
-def test_run_that_diverges_stops_and_says_so(workload, programs):
-    """Fault: NaN reaches the file, which then is no JSON, or counts as a loss."""
+def test_a_diverging_run_stops(workload, programs):
+    """Fault: NaN is written to the file, which makes it invalid JSON, or counts as a loss."""
     result = learning.train(workload, programs["adamw"], Trial("adamw", math.inf, 0))
     assert result["stopped"] == "the loss was not finite"
     assert result["heldout"][-1]["loss"] is None
