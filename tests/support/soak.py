@@ -83,7 +83,7 @@ class Run:
                 process.kill()
                 process.wait()
         saves = self.workdir / "checkpoints"
-        self.cut_short += any(not (path / "SHA256SUMS").exists() for path in saves.glob("*"))
+        self.cut_short += any(not [*path.glob("SHA256SUMS-*")] for path in saves.glob("*"))
         self.steps.append([int(step) for step in re.findall(r"^step +(\d+)/", log.read_text(), re.M)])
 
 
