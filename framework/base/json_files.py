@@ -1,7 +1,11 @@
 """Read JSON files that a run has written, or that a user may have damaged."""
 
+import dataclasses
 import json
 import pathlib
+import types
+import typing
+from collections.abc import Mapping
 from typing import Any
 
 from .errors import UserError
@@ -35,6 +39,41 @@ def parse_object(text: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):  # not JSON, an integer of thousands of digits, or thousands of levels
         return None
     return content if isinstance(content, dict) and _is_shallow(content) else None
+
+
+def build(hint: Any, content: Any, name: str) -> Any:
+    """Return JSON content as a value of a type, such as a dataclass of such values.
+
+    Args:
+      hint: a dataclass, `int` (at least 0), `float`, `str` (printable), `tuple[X, ...]`, `dict[str, X]`, `X | None` or
+        `Any`.
+      content: parsed JSON.
+      name: name of the content in errors.
+
+    Raises:
+      ValueError: the content has another type, or keys are missing or unknown.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return content
+    if origin is types.UnionType:
+        return None if content is None else build(arguments[0], content, name)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        if not isinstance(content, Mapping) or content.keys() != hints.keys():
+            raise ValueError(f"{name} must be a JSON object with {', '.join(hints)}, not {content!r:.50}")
+        return hint(**{key: build(hints[key], value, f"{name}.{key}") for key, value in content.items()})
+    if origin is dict and isinstance(content, Mapping):
+        return {build(str, key, name): build(arguments[1], value, f"{name}.{key}") for key, value in content.items()}
+    if origin is tuple and isinstance(content, list):
+        return tuple(build(arguments[0], value, name) for value in content)
+    if hint is float and is_number(content):
+        return float(content)
+    if hint is int and type(content) is int and 0 <= content < 2**63:
+        return content
+    if hint is str and isinstance(content, str) and content.isprintable():  # a terminal acts on control characters
+        return content
+    raise ValueError(f"{name} must be {getattr(hint, '__name__', hint)}, not {content!r:.50}")
 
 
 def is_number(value: Any) -> bool:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ..base.json_files import build
+
 FORMAT = 1
 
 
@@ -48,50 +50,10 @@ class Manifest:
         Raises:
           ValueError: the content is not a manifest.
         """
-        content = _dict(content, "the manifest")
-        if content.get("format") != FORMAT:
-            raise ValueError(f"format {content.get('format')!r:.50}, this version reads {FORMAT}")
-        for field in dataclasses.fields(cls):
-            if field.name not in content:
-                raise ValueError(f"{field.name} is missing")
-        return cls(
-            mesh={
-                _text(axis): _whole(size, f"mesh axis {axis}") for axis, size in _dict(content["mesh"], "mesh").items()
-            },
-            processes=_whole(content["processes"], "processes"),
-            parameters={
-                _text(path): _parameter(path, entry)
-                for path, entry in _dict(content["parameters"], "parameters").items()
-            },
-            optimizer=_text(content["optimizer"]),
-            state=dict(_dict(content["state"], "state")),
-        )
-
-
-def _parameter(path: str, content: Any) -> Parameter:
-    entry = _dict(content, path)
-    if missing := [field for field in ("shape", "dtype", "treatment") if field not in entry]:
-        raise ValueError(f"{path}: {missing[0]} is missing")
-    shape = entry["shape"]
-    if not isinstance(shape, list) or any(type(length) is not int or length < 0 for length in shape):
-        raise ValueError(f"{path}: invalid shape {shape!r:.50}")
-    return Parameter(tuple(shape), _text(entry["dtype"]), _text(entry["treatment"]))
-
-
-def _dict(content: Any, name: str) -> Mapping[str, Any]:
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{name} must be a JSON object, not {content!r:.50}")
-    return content
-
-
-def _whole(value: Any, name: str) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be an integer above 0, not {value!r:.50}")
-    return value
-
-
-def _text(value: Any) -> str:
-    # Texts of a manifest are shown to people, and a terminal acts on control characters.
-    if not isinstance(value, str) or not value.isprintable():
-        raise ValueError(f"must be printable text, not {value!r:.50}")
-    return value
+        if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+            found = content.get("format") if isinstance(content, Mapping) else content
+            raise ValueError(f"format {found!r:.50}, this version reads {FORMAT}")
+        found = build(cls, {key: value for key, value in content.items() if key != "format"}, "manifest")
+        if not all(size > 0 for size in (found.processes, *found.mesh.values())):
+            raise ValueError(f"processes {found.processes} and mesh {found.mesh} must be above 0")
+        return found

@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..base.json_files import build
+
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
@@ -107,44 +109,7 @@ class Record:
         Raises:
           ValueError: the content is not a record.
         """
-        if not isinstance(content, Mapping):
-            raise ValueError(f"invalid record: {type(content).__name__}")
-        values = dict(content)
-        for field in dataclasses.fields(cls):
-            if field.name not in values:
-                raise ValueError(f"invalid record: {field.name} is missing")
-            value = values[field.name]
-            if field.name in ("last", "best"):
-                values[field.name] = None if value is None else _evaluation(value)
-            elif isinstance(field.default, float):
-                values[field.name] = _number(value, field.name)
-            elif isinstance(field.default, int):
-                _whole(value, field.name)
-            elif not isinstance(value, str):
-                raise ValueError(f"invalid record: {field.name} is {value!r:.50}")
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ValueError(f"invalid record: {error}") from error
-
-
-def _evaluation(content: Any) -> Evaluation:
-    values = content.get("values") if isinstance(content, Mapping) else None
-    if not isinstance(content, Mapping) or not isinstance(values, Mapping):
-        raise ValueError(f"invalid evaluation: {content!r:.50}")
-    step = _whole(content.get("step"), "the step of an evaluation")
-    return Evaluation(step, {name: _number(value, name, finite=False) for name, value in values.items()})
-
-
-def _whole(value: Any, name: str) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"invalid record: {name} is {value!r:.50}")
-    return value
-
-
-def _number(value: Any, name: str, *, finite: bool = True) -> float:
-    # JSON integers are unbounded, and those above the largest float cannot become one.
-    fits = type(value) is float or (type(value) is int and abs(value) < 2**63)
-    if not fits or (finite and not math.isfinite(value)):
-        raise ValueError(f"invalid record: {name} is {value!r:.50}")
-    return float(value)
+        record = build(cls, content, "record")
+        if not math.isfinite(record.seconds):
+            raise ValueError(f"record.seconds must be finite, not {record.seconds}")
+        return record

@@ -368,7 +368,7 @@ MANIFESTS = {
     ),
     "has a name for a terminal to act on": (
         lambda m: m["parameters"].update({"a\x1b[2J": m["parameters"]["embed/kernel"]}),
-        r"must be printable text, not 'a\\x1b\[2J'",
+        r"must be str, not 'a\\x1b\[2J'",
     ),
     "puts blocks into other slots": (swap_slots, rf"{BUCKET}/block differs from the manifest"),
     "puts a block into two slots": (
