@@ -1,4 +1,4 @@
-"""Rows of a batch on every kind of mesh, for one process or several."""
+"""Read rows of a batch on every kind of mesh, in one process or several."""
 
 import hashlib
 
@@ -24,7 +24,7 @@ MESHES = {
 
 
 class Source:
-    """Examples that are a function of their index, and a count of those read."""
+    """Examples that are a function of their index, and a count of reads."""
 
     def __init__(self):
         self.reads = 0
@@ -42,7 +42,7 @@ def digest(array):
 
 
 def batches_on(sizes, order):
-    """For a mesh over the first four devices: what lies on those of this process, and how many examples it has read.
+    """Return the shards of this process on a mesh over the first four devices, and the number of examples read.
 
     Returns:
       Digests by "batch array rows", and the number of reads for each training batch.

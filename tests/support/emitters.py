@@ -1,8 +1,8 @@
-"""XLA's code generators for CPUs, where a test compares two different programs bit for bit."""
+"""Choose XLA's CPU code generator for tests that compare two different programs bit for bit."""
 
 import importlib.metadata
 
-# The emitters that the conftest chooses on jaxlib 0.10 contract a * b + c differently from one program to another.
+# The generators that conftest.py selects on jaxlib 0.10 contract a * b + c differently from one program to another.
 SAME_BITS: dict[str, bool | int | str] = (
     {"xla_cpu_use_fusion_emitters": True} if importlib.metadata.version("jaxlib").startswith("0.10.") else {}
 )

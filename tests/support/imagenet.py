@@ -1,4 +1,4 @@
-"""A few made-up images, prepared as tensorflow-datasets prepares ImageNet: its name, version, splits and features."""
+"""Write made-up images in the form of ImageNet in tensorflow-datasets: name, version, splits and features."""
 
 import io
 
@@ -8,21 +8,21 @@ from PIL import Image
 
 
 def encoded(pixels, image_format="JPEG", **options):
-    """The bytes of an image file."""
+    """Return the bytes of an image file."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, image_format, **options)
     return file.getvalue()
 
 
 def photo(number, height=40, width=56):
-    """A smooth colourful picture [height, width, 3], each number its own."""
+    """Return a smooth colourful picture [height, width, 3], different for each number."""
     rng = np.random.default_rng(number)
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def photos(count, first=0):
-    """(file, label) pairs; sizes differ, and a few files are PNG or grey, as in ImageNet."""
+    """Return (file, label) pairs; sizes differ, and a few files are PNG or grey, as in ImageNet."""
     pairs = []
     for number in range(first, first + count):
         pixels = photo(number, 36 + number % 5, 60 - number % 7)
@@ -32,7 +32,7 @@ def photos(count, first=0):
 
 
 def prepare(directory, splits, file_format="array_record"):
-    """Writes `splits` (name -> pairs of bytes and label) as imagenet2012:5.1.0 in `directory`, offline."""
+    """Write `splits` (name -> pairs of bytes and label) as imagenet2012:5.1.0 in `directory`, offline."""
     with tfds.core.registered.skip_registration():
 
         class ImageNet(tfds.core.GeneratorBasedBuilder):

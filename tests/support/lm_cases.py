@@ -1,4 +1,4 @@
-"""A small language model, rows of packed documents for it, and its functions, jitted."""
+"""A small language model with jitted functions, and rows of packed documents for it."""
 
 import functools
 
@@ -13,7 +13,7 @@ SEGMENTS = [[1] * 4 + [2] * 7 + [3] * 5 + [0], [1] * 17, [1] * 9 + [0] * 8, [1] 
 
 
 def batch_of(segments=SEGMENTS, vocab_size=64, seed=0):
-    """Random tokens under the given segments, positions that restart in each."""
+    """Return random tokens for the given segments, with positions that restart in each."""
     segments = np.array(segments, np.int32)
     rows, length = segments.shape
     starts = np.diff(segments, prepend=-1, axis=1) != 0
@@ -33,7 +33,7 @@ def spec_of(batch):
 
 @functools.cache
 def variables_of(task):
-    """Parameters drawn by numpy, norms and embeddings large enough that everything matters."""
+    """Return parameters drawn by NumPy, with norms and embeddings large enough that everything matters."""
     random = np.random.default_rng(1)
     abstract = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch_of()))
     return jax.tree.map(lambda x: random.normal(0.1, 0.25, x.shape).astype(np.float32), abstract)

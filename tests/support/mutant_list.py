@@ -1,4 +1,4 @@
-"""Faults that the tests must notice, each a change of one line, for `mutants`."""
+"""Faults of one line that the tests must catch, for `mutants`."""
 
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ class Mutant(NamedTuple):
       name: short and unique.
       file: relative to the root of the repository.
       before: text that occurs in the file exactly once.
-      after: the text that takes its place.
-      fault: what a user would suffer.
-      tests: which tests should fail: "FILE::FUNCTION" without parameters, or a whole file that is quick.
+      after: its replacement.
+      fault: the effect on a user.
+      tests: the tests that must fail: "FILE::FUNCTION" without parameters, or a whole quick file.
     """
 
     name: str

@@ -1,12 +1,11 @@
-"""Put faults into copies of the tree, one at a time, and report which of them the tests notice.
+"""Put faults into copies of the tree, one at a time, and report which ones the tests catch.
 
     python tests/support/mutants.py [--only=PART] [--workers=N] [--fast] [--clean] [--json=FILE] [--programs=FOLDER]
 
-The faults are those of `mutant_list`. Each runs its own tests: first those without the marker `slow`, and where these
-pass, those with it. A fault is caught where a test fails, or does not end within five minutes. Prints a table and the
-share that is caught. Exits with 1 if a fault is broken: its text is not in the file exactly once, no test is selected,
-or pytest cannot run them. With --clean the tests run once without any fault, and must pass: one that fails anyway would
-catch everything.
+`mutant_list` has the faults. Each runs its own tests: first the fast ones and, if these pass, the slow ones. A fault is
+caught if a test fails, or does not end within five minutes. Prints a table and the share of caught faults. Exits with 1
+if a fault is broken: its text is not in the file exactly once, no test is selected, or pytest cannot run. With --clean
+the tests run once without any fault and must pass, because a test that always fails would catch every fault.
 """
 
 import argparse
@@ -32,20 +31,20 @@ __all__ = ["MUTANTS", "Mutant"]
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "shampax"
 TIMEOUT = 300.0
-SHOWN = 25  # lines of a broken fault's output
+SHOWN = 25  # lines of output shown of a broken fault
 # Exit codes of pytest, https://docs.pytest.org/en/stable/reference/exit-codes.html.
 PASSED, FAILED, NOTHING_SELECTED = 0, 1, 5
 
 
 class Outcome(NamedTuple):
-    """What became of a fault.
+    """The outcome of a fault.
 
     Attributes:
-      name: of the fault.
+      name: name of the fault.
       verdict: "caught", "caught (hung)", "survived" or "broken".
-      tier: "fast" or "slow", where it is caught; else "".
-      seconds: of all its tests together.
-      told: by pytest: the test that failed where the fault is caught, the end of its output where it is broken.
+      tier: "fast" or "slow" if it is caught, else "".
+      seconds: time of all its tests.
+      told: the test that failed if the fault is caught, the end of pytest's output if it is broken.
     """
 
     name: str
@@ -56,16 +55,16 @@ class Outcome(NamedTuple):
 
     @property
     def caught(self) -> bool:
-        """Whether a test has noticed it."""
+        """Whether a test has caught it."""
         return self.verdict.startswith("caught")
 
 
 class Copy:
-    """A copy of the tree that a worker has for itself.
+    """A copy of the tree for one worker.
 
     Args:
-      folder: an empty one. The copy is `folder/shampax`, so that `folder` in PYTHONPATH makes it the package.
-      programs: where compiled programs are kept, for all workers.
+      folder: an empty folder. The copy is `folder/shampax`, so that `folder` in PYTHONPATH makes it the package.
+      programs: folder of compiled programs, shared by all workers.
     """
 
     def __init__(self, folder: Path, programs: Path):
@@ -85,10 +84,10 @@ class Copy:
 
     @contextmanager
     def with_fault(self, mutant: Mutant) -> Iterator[None]:
-        """The copy has the fault while entered.
+        """Put the fault into the copy while entered.
 
         Raises:
-          ValueError: the text that is to change does not occur exactly once.
+          ValueError: the text to change does not occur exactly once.
         """
         path = self.path / mutant.file
         text, stat = path.read_text(), path.stat()
@@ -103,11 +102,11 @@ class Copy:
             os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
     def test(self, tests: Sequence[str], *options: str, timeout: float | None = TIMEOUT) -> tuple[int | None, str]:
-        """Run tests: (exit code, None where time ran out; what pytest said)."""
+        """Run tests; return the exit code, or None after the time limit, and the output."""
         return self._run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *tests], timeout)
 
     def _run(self, arguments: Sequence[str], timeout: float | None = TIMEOUT) -> tuple[int | None, str]:
-        # A file and no pipe: what a test leaves behind may hold a pipe open for as long as it lives.
+        # Use a file instead of a pipe: processes that a test leaves behind would hold the pipe open.
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
                 [sys.executable, *arguments],
@@ -132,11 +131,11 @@ class Copy:
             return code, output.read().decode(errors="replace")
 
 
-_running: set[int] = set()  # leaders of sessions
+_running: set[int] = set()  # session leaders
 
 
 def kill_session(leader: int) -> None:
-    """Kill what is left of a process and of what it has started."""
+    """Kill the processes of a session."""
     try:
         os.killpg(leader, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
@@ -144,14 +143,14 @@ def kill_session(leader: int) -> None:
 
 
 def tracked() -> list[str]:
-    """Files of the tree, new ones that git does not ignore among them."""
+    """Return the files of the tree, including new ones that git does not ignore."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
     return [name for name in names if name and (ROOT / name).is_file()]
 
 
 def judge(mutant: Mutant, copy: Copy, *, fast: bool) -> Outcome:
-    """Run a fault's tests: those that are fast, and if they do not notice it, those that are slow."""
+    """Run the fast tests of a fault and, if they pass, its slow tests."""
     begun, selected = time.perf_counter(), False
 
     def outcome(verdict: str, tier: str = "", told: str = "") -> Outcome:
@@ -177,7 +176,7 @@ def judge(mutant: Mutant, copy: Copy, *, fast: bool) -> Outcome:
 
 
 def run(mutants: Sequence[Mutant], *, workers: int, fast: bool, programs: Path) -> list[Outcome]:
-    """Judge all, each in a copy that a worker has for itself; outcomes in the order of the faults."""
+    """Judge all faults, each in a worker's own copy; return the outcomes in the order of the faults."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
         copies: queue.SimpleQueue[Copy] = queue.SimpleQueue()
         for number in range(workers):
@@ -204,7 +203,7 @@ def run(mutants: Sequence[Mutant], *, workers: int, fast: bool, programs: Path) 
 
 
 def clean(mutants: Sequence[Mutant], *, fast: bool, programs: Path) -> int:
-    """Run the tests of all faults without any, and print what pytest says; returns its exit code."""
+    """Run the tests of all faults without any fault, print the output, and return the exit code."""
     tests = sorted({test for mutant in mutants for test in mutant.tests})
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(Path(folder), programs)
@@ -214,13 +213,13 @@ def clean(mutants: Sequence[Mutant], *, fast: bool, programs: Path) -> int:
 
 
 def line(outcome: Outcome) -> str:
-    """One line of the table."""
+    """Return a line of the table."""
     by = f"{outcome.verdict} by {outcome.tier} tests" if outcome.caught else outcome.verdict
     return f"{outcome.name:<42} {by:<28} {outcome.seconds:>6.1f} s"
 
 
 def totals(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """How many are caught, in all and by the fast tier, and their shares in per cent."""
+    """Return numbers and percentages of caught faults, in total and by the fast tier."""
     count = len(outcomes)
     caught = sum(outcome.caught for outcome in outcomes)
     by_fast = sum(outcome.caught and outcome.tier == "fast" for outcome in outcomes)
@@ -237,20 +236,22 @@ def totals(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run the command; see the module."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", action="append", metavar="PART", help="faults whose names contain this; may be given several times"
+        "--only", action="append", metavar="PART", help="run only faults whose names contain this; can be repeated"
     )
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="copies that are tested at a time (2)")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="number of copies to test at a time (2)")
     parser.add_argument("--fast", action="store_true", help="run no slow tests")
     parser.add_argument("--clean", action="store_true", help="run the tests once without any fault")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes as JSON, too")
-    parser.add_argument("--programs", type=Path, metavar="FOLDER", help="of compiled programs; by default temporary")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the outcomes as JSON")
+    parser.add_argument(
+        "--programs", type=Path, metavar="FOLDER", help="folder of compiled programs; temporary by default"
+    )
     options = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if any(part in mutant.name for part in options.only or [""])]
     if not chosen:
-        parser.error(f"no fault has {' or '.join(options.only)} in its name")
+        parser.error(f"--only: no fault has {' or '.join(options.only)} in its name")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory() as folder:
         programs = (options.programs or Path(folder)).absolute()

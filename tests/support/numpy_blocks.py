@@ -1,4 +1,4 @@
-"""Blocks and tiles in NumPy, by loops over what the words mean: what the fast code is compared with."""
+"""Cut blocks and tiles in NumPy with plain loops, as a reference for the fast code."""
 
 import itertools
 import math
@@ -7,12 +7,12 @@ import numpy as np
 
 
 def numbered(shape, first=1):
-    """An array whose elements are numbered in row-major order; none is zero, so padding shows."""
+    """Return an array of numbers from 1 in row-major order; no element is zero, so that padding shows."""
     return np.arange(first, first + math.prod(shape), dtype=np.float32).reshape(shape)
 
 
 def cut(x, view, pieces, block):
-    """[stack x pieces, *block]: every matrix (or tensor) of the stack in pieces, in row-major order, zero-padded."""
+    """Cut every matrix (or tensor) of the stack into zero-padded blocks [stack x pieces, *block], row-major."""
     dropped = [axis for axis in range(x.ndim) if axis not in view.stack and not any(axis in s for s in view.sides)]
     order = [*dropped, *view.stack, *itertools.chain(*view.sides)]
     lengths = [math.prod(x.shape[axis] for axis in side) for side in view.sides]
@@ -27,7 +27,7 @@ def cut(x, view, pieces, block):
 
 
 def shards(x, sharded, mesh):
-    """The shards of a parameter, row-major over its sharded axes, given as (axis, mesh axes) pairs."""
+    """Return the shards of a parameter, row-major over its sharded axes, given as (axis, mesh axes) pairs."""
     pieces = [x]
     for axis, names in sharded:
         count = math.prod(mesh[name] for name in names)
@@ -36,7 +36,7 @@ def shards(x, sharded, mesh):
 
 
 def tiles(x, tiling):
-    """[shards, tiles, *tile]: every shard cut into tiles; sides that are not sharded are padded to whole blocks."""
+    """Cut every shard into tiles [shards, tiles, *tile]; pad sides that are not sharded to whole blocks."""
     result = []
     for shard in shards(x, tiling.sharded, tiling.mesh):
         counts = []

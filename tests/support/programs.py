@@ -1,4 +1,4 @@
-"""Compiled optimizer steps as tests see them: their collectives, loops, FLOPs and memory."""
+"""Compile optimizer steps, and read their collectives, loops, FLOPs and memory."""
 
 import math
 import re
@@ -20,41 +20,41 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def transformer(layers: int, width: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the matrices of a Transformer without scanned layers."""
+    """Return the shapes of the matrices of a Transformer without scanned layers."""
     square, hidden = (width, width), 4 * width
     shapes = dict.fromkeys("qkvo", square) | {"up": (width, hidden), "down": (hidden, width)}
     return {f"{layer}/{name}": shape for layer in range(layers) for name, shape in shapes.items()}
 
 
 def scanned_transformer(layers: int, width: int) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[str, ...]]]:
-    """(shapes, axis names) of the same with scanned layers."""
+    """Return (shapes, axis names) of the same with scanned layers."""
     shapes = {name[2:]: (layers, *shape) for name, shape in transformer(1, width).items()}
     return shapes, dict.fromkeys(shapes, ("layers", "inputs", "outputs"))
 
 
 def mesh_of(**axes: int) -> Mesh:
-    """A mesh of the first simulated devices."""
+    """Return a mesh of the first simulated devices."""
     devices = np.array(jax.devices()[: math.prod(axes.values())])
     return Mesh(devices.reshape(tuple(axes.values())), tuple(axes))
 
 
 def replicated(name: str) -> PartitionSpec:
-    """Every device has the whole parameter."""
+    """Replicate every parameter."""
     return PartitionSpec()
 
 
 def fsdp(name: str) -> PartitionSpec:
-    """The axis that meets the residual stream over `fsdp`."""
+    """Shard the axis of the residual stream over `fsdp`."""
     return PartitionSpec(None, "fsdp") if name.endswith(("o", "down")) else PartitionSpec("fsdp")
 
 
 def fsdp_tensor(name: str) -> PartitionSpec:
-    """Besides, heads and hidden units over `tensor`."""
+    """Shard also heads and hidden units over `tensor`."""
     return PartitionSpec("tensor", "fsdp") if name.endswith(("o", "down")) else PartitionSpec("fsdp", "tensor")
 
 
 def structs(shapes: Shapes, mesh: Mesh | None, specs: Specs) -> dict[str, jax.ShapeDtypeStruct]:
-    """Parameters without values, laid out on a mesh."""
+    """Return parameters without values, with shardings on a mesh."""
     return {
         name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, specs(name)) if mesh else None)
         for name, shape in shapes.items()
@@ -62,7 +62,7 @@ def structs(shapes: Shapes, mesh: Mesh | None, specs: Specs) -> dict[str, jax.Sh
 
 
 def laid_out_state(tx: optax.GradientTransformation, params: Any, mesh: Mesh | None) -> Any:
-    """An optimizer's state without values, laid out as the trainer lays it out."""
+    """Return an optimizer's state without values, with the trainer's shardings."""
     state = jax.eval_shape(tx.init, params)
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), state)
@@ -95,24 +95,24 @@ def lower_step(tx: optax.GradientTransformation, params: Any, mesh: Mesh | None)
 
 
 def lower_shampoo(shapes: Shapes, mesh: Mesh | None, specs: Specs, options: ShampooOptions, names: Any = None) -> Step:
-    """A step of Distributed Shampoo that is told how the parameters lie."""
+    """Return a step of Distributed Shampoo that knows the sharding of the parameters."""
     by_name = {name: specs(name) for name in shapes} if mesh else None
     tx = distributed_shampoo(0.01, options, mesh=mesh, axis_names=names, param_specs=by_name)
     return lower_step(tx, structs(shapes, mesh, specs), mesh)
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes that one device keeps of ShapeDtypeStructs with shardings."""
+    """Return the bytes per device of ShapeDtypeStructs with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def total(found: Sequence[Collective], *kinds: str) -> int:
-    """Bytes of the results of some kinds of collectives."""
+    """Return the bytes of the results of some kinds of collectives."""
     return sum(c.bytes for c in found if c.kind in kinds)
 
 
 def inside_loops(text: str) -> list[str]:
-    """Instructions of all loops of a compiled program, with whatever their bodies and conditions call."""
+    """Return the instructions of all loops of a compiled program, including called computations."""
     by_name = computations(text)
     waiting = [name for lines in by_name.values() for line in lines if " while(" in line for name in _called(line)]
     seen: dict[str, list[str]] = {}

@@ -1,11 +1,11 @@
-"""The shipped Slurm script under a real Slurm on this machine, which is started for that and stopped again.
+"""Check the shipped Slurm script under a real Slurm, which is started on this machine and stopped again.
 
     apt-get install --no-install-recommends slurm-wlm munge
     python tests/support/slurm_check.py
 
-Needs root. Two nodes of one machine run the shrunk language model, a process on each: undisturbed; requeued while it is
-at work; cancelled; stopped by its time limit. What was requeued must end with the arrays of the undisturbed run, bit
-for bit. Prints JSON; exits with 1 if anything ended otherwise.
+Needs root. Two nodes on one machine run the shrunk language model, one process each: undisturbed; requeued while
+training; cancelled; stopped by its time limit. The requeued run must end with the arrays of the undisturbed run, bit
+for bit. Prints JSON; exits with 1 after any other outcome.
 """
 
 import argparse
@@ -76,7 +76,7 @@ PartitionName=all Nodes={names} Default=YES MaxTime=INFINITE State=UP
 
 @contextlib.contextmanager
 def slurm(place: Path) -> Iterator[None]:
-    """A Slurm of two nodes, with everything it writes in `place`; SLURM_CONF in the environment says where it is."""
+    """Run a Slurm of two nodes that writes only to `place`; set SLURM_CONF."""
     ports = free_ports(1 + len(NODES))
     nodes = "\n".join(
         f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} CPUs=1 State=UNKNOWN"
@@ -109,7 +109,7 @@ def slurm(place: Path) -> Iterator[None]:
 
 
 class Job:
-    """The shipped script, submitted."""
+    """Submit the shipped script."""
 
     def __init__(self, place: Path, name: str, *options: str, steps: int):
         self.workdir, self.log = place / name, place / f"{name}.log"
@@ -154,7 +154,7 @@ class Job:
 
 
 def check(place: Path) -> dict[str, dict[str, object]]:
-    """What became of each job, with a list of faults."""
+    """Return the outcome of each job, with a list of faults."""
     results = {}
 
     def note(name: str, job: Job, **expected: object) -> None:
@@ -184,7 +184,7 @@ def check(place: Path) -> dict[str, dict[str, object]]:
     # Slurm looks at time limits once a minute or so.
     limited = Job(place, "limited", "--time=2", "--signal=TERM@60", steps=100_000)
     wait_for("a restart", lambda: int(limited.field("Restarts") or 0) == 1, 300)
-    wait_for("a run that goes on", lambda: "resuming from" in limited.log.read_text(), 300)
+    wait_for("a resumed run", lambda: "resuming from" in limited.log.read_text(), 300)
     said("scancel", limited.number)
     limited.ended()
     note("limited", limited, state="CANCELLED", restarts=1, resumed=1)
@@ -192,7 +192,7 @@ def check(place: Path) -> dict[str, dict[str, object]]:
 
 
 def differences(mine: Path, whole: Path) -> list[str]:
-    """Arrays of the last checkpoint that are not the same bits."""
+    """Return the arrays of the last checkpoint that differ in any bit."""
     from shampax.framework.checkpoint import store
 
     sides = []
@@ -224,7 +224,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def main() -> int:
-    """The command line; returns the exit code."""
+    """Run the command and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=Path, help="a new folder for workdirs, logs and configuration, which stays")
     options = parser.parse_args()

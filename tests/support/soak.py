@@ -1,12 +1,12 @@
-"""Runs that are killed at random moments and resumed, compared bit for bit with one that nobody disturbed.
+"""Kill runs at random moments, resume them, and compare them bit for bit with an undisturbed run.
 
     python tests/support/soak.py --kills=50 --terms=50
 
-Every run is the real command in a process of its own: Distributed Shampoo with roots on the host, which are in flight
-at almost every step, and a checkpoint every third step. A killed run gets SIGKILL at a random moment of its training,
-of its whole life (start-up included), or while a checkpoint is being written, up to three times, and is then resumed to
-the end; a terminated one gets SIGTERM and must not take any step twice. Prints JSON; exits with 1 if any run ends
-otherwise than the undisturbed one.
+Every run is the real command in a separate process: Distributed Shampoo with roots on the host, which are in flight at
+almost every step, and a checkpoint every third step. A killed run gets SIGKILL up to three times, at a random moment of
+its training, of its whole life including start-up, or of writing a checkpoint, and then resumes to the end. A
+terminated run gets SIGTERM and must not repeat any step. Prints JSON; exits with 1 if any run ends differently from the
+undisturbed one.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import numpy as np
 
 STEPS = 90
 HERE = Path(__file__).resolve().parent
-# What a process must find: the package, this file and the toy task beside it.
+# Import path of the processes: the package, this folder and the toy tasks.
 SEARCHED = [str(HERE), str(HERE / "toys"), *sys.path]
 CONFIG = f"""
 from shampax.configs import base
@@ -52,16 +52,16 @@ MOMENTS = ("saving", "training", "life")
 
 @dataclasses.dataclass
 class Run:
-    """One run: its workdir, and what became of its processes."""
+    """One run: its workdir, and the outcomes of its processes."""
 
     workdir: Path
     moments: list[str] = dataclasses.field(default_factory=list)
     codes: list[int] = dataclasses.field(default_factory=list)
-    steps: list[list[int]] = dataclasses.field(default_factory=list)  # told by each process
-    cut_short: int = 0  # saves that a kill has interrupted
+    steps: list[list[int]] = dataclasses.field(default_factory=list)  # reported by each process
+    cut_short: int = 0  # saves that a kill interrupted
 
     def resume(self, config: Path, disturb=None) -> None:
-        """One process, disturbed or not; waits for its end."""
+        """Run one process, disturbed or not, to its end."""
         log = self.workdir.with_suffix(f".{len(self.codes)}.log")
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(SEARCHED),
@@ -88,7 +88,7 @@ class Run:
 
 
 def kill_at(moment: str, chance: random.Random, workdir: Path):
-    """Kills a process at a random moment of a kind."""
+    """Return a function that kills a process at a random moment of a kind."""
 
     def disturb(process: subprocess.Popen, log: Path) -> None:
         if moment != "life":
@@ -106,7 +106,7 @@ def kill_at(moment: str, chance: random.Random, workdir: Path):
 
 
 def terminate(chance: random.Random):
-    """Asks a process to stop, at a random moment of its training."""
+    """Return a function that asks a process to stop at a random moment of its training."""
 
     def disturb(process: subprocess.Popen, log: Path) -> None:
         wait_until(lambda: "first step done" in log.read_text() or process.poll() is not None)
@@ -123,7 +123,7 @@ def wait_until(condition, seconds: float = 60.0) -> None:
 
 
 def arrays_of(workdir: Path) -> dict[str, np.ndarray]:
-    """Every array of a run's last checkpoint."""
+    """Return all arrays of a run's last checkpoint."""
     from shampax.framework.checkpoint import store
 
     path = store.checkpoints(workdir)[-1]
@@ -132,7 +132,7 @@ def arrays_of(workdir: Path) -> dict[str, np.ndarray]:
 
 
 def differences(run: Run, whole: dict[str, np.ndarray], history: list) -> list[str]:
-    """How a run ended otherwise than it should have."""
+    """Return the differences of a run from the undisturbed one."""
     if run.codes[-1] != 0:
         return [f"its last process ended with {run.codes[-1]}"]
     mine = arrays_of(run.workdir)
@@ -141,13 +141,13 @@ def differences(run: Run, whole: dict[str, np.ndarray], history: list) -> list[s
 
 
 def losses(workdir: Path) -> list:
-    """(step, loss) and (step, held-out loss), in the order of the history."""
+    """Return (step, loss) and (step, held-out loss), in the order of the history."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [(line["step"], line.get("train/loss"), line.get("heldout/loss")) for line in lines]
 
 
 def soak(place: Path, *, kills: int, terms: int, seed: int = 0, at_once: int = 2) -> dict:
-    """Make the runs in a directory; returns what became of them."""
+    """Make the runs in a directory and return their outcomes."""
     config = place / "soak_config.py"
     config.write_text(CONFIG)
     whole = Run(place / "whole")
@@ -192,7 +192,7 @@ def soak(place: Path, *, kills: int, terms: int, seed: int = 0, at_once: int = 2
 
 
 def main() -> int:
-    """The command line; returns the exit code."""
+    """Run the command and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--terms", type=int, default=50)

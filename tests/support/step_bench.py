@@ -82,14 +82,14 @@ NAN, SPIKE = (5, 6, 50), 30
 
 
 def with_bits_of_users(bench):
-    """The same with its step compiled so that other programs can have the same bits."""
+    """Return the same with a step that can have the same bits as other programs."""
     exact = copy.copy(bench)
     exact.step = bench.step.lower(bench.abstract, bench.batch(0)).compile(SAME_BITS)
     return exact
 
 
 def steps(bench, count, without=()):
-    """The state after so many steps, and the metrics of each by name; some may be left out, with their batches."""
+    """Return the state after some steps, and the metrics of each; leave out the steps `without`."""
     current, metrics = bench.initial(), []
     for step in range(count):
         if step + 1 in without:

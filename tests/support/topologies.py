@@ -1,12 +1,11 @@
-"""The sample configs on eight devices: of one process, and divided over several; their losses must be the same.
+"""Compare the losses of the sample configs on eight devices of one process and of several processes.
 
     python tests/support/topologies.py --steps=20 --configs=lm,translation,bert,dlrm,resnet --topologies=2x4,4x2
 
-Every run is the real command, and the samples are as they are, except for the length of the run and what that asks of
-the schedule. The one process is started as the several are, by launch.local. In a process that is started by itself,
-without jax.distributed, XLA adds up what devices have in another order; how far that is away is told, too. Prints
-JSON: for each config and topology, processes x devices, the largest relative difference of a step's loss from that of
-one process, and the step. Exits with 1 where one is above 1e-6.
+Every run is the real command with an unchanged sample, except for the length of the run and its schedule. launch.local
+starts the single process, too. A process without jax.distributed is also compared: there XLA sums over devices in
+another order. Prints JSON: for each config and topology (processes x devices), the largest relative difference of a
+step's loss from that of one process, and the step. Exits with 1 if a difference is above 1e-6.
 """
 
 import argparse
@@ -33,19 +32,19 @@ CHANGES: dict[str, tuple[str, ...]] = {
 
 
 def losses(workdir: Path) -> list[float]:
-    """The training losses of a workdir whose every step is logged."""
+    """Return the training losses of a workdir that logs every step."""
     points = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [point["train/loss"] for point in points if "train/loss" in point]
 
 
 def furthest(mine: list[float], reference: list[float]) -> tuple[float, int]:
-    """The largest relative difference of two histories of one length, and its step."""
+    """Return the largest relative difference of two histories of equal length, and its step."""
     assert len(mine) == len(reference), (len(mine), len(reference))
     return max((abs(a - b) / abs(b), step) for step, (a, b) in enumerate(zip(mine, reference, strict=True), 1))
 
 
 def run(name: str, changes: tuple[str, ...], processes: int, workdir: Path) -> list[float]:
-    """Train a sample in so many processes of launch.local, or 0 for one by itself, with eight devices; the losses."""
+    """Train a sample on eight devices in this many processes of launch.local, 0 for none; return the losses."""
     command = [f"--config=shampax/configs/{name}.py:sample", f"--workdir={workdir}"]
     command += [f"--config.{change}" for change in changes]
     if processes:
@@ -61,7 +60,7 @@ def run(name: str, changes: tuple[str, ...], processes: int, workdir: Path) -> l
 
 
 def main() -> int:
-    """See the module."""
+    """Run the command and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--configs", default=",".join(CHANGES))

@@ -1,4 +1,4 @@
-"""Models as tests trace them: quickly compiled, and every equation within reach."""
+"""Trace models without long compilation, and list all equations."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ quick_jit = functools.partial(
 
 
 def equations(jaxpr):
-    """All equations, also those inside calls."""
+    """Return all equations, including those inside calls."""
     for eqn in jaxpr.eqns:
         yield eqn
         for parameter in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, core.Jaxpr)):
@@ -24,6 +24,6 @@ def equations(jaxpr):
 
 
 def dot_flops(eqn):
-    """Floating-point operations of a dot_general."""
+    """Return the floating-point operations of a dot_general."""
     (contract, _), _ = eqn.params["dimension_numbers"]
     return 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[axis] for axis in contract)

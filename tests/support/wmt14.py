@@ -1,4 +1,4 @@
-"""WMT'14 as tensorflow-datasets keeps it, under its own name and in array_record form, with sentences of a test."""
+"""Write sentences of a test in the form of WMT'14 in tensorflow-datasets, as array_record files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 
 
 def prepare_wmt14(directory: Path, config: str, splits: Mapping[str, Sequence[tuple]]) -> None:
-    """Writes `splits` (name -> pairs of the config's languages, in the set's order) as wmt14_translate, offline."""
+    """Write `splits` (name -> pairs of the config's languages, in the set's order) as wmt14_translate, offline."""
     languages = config.split("-")
     with tfds.core.registered.skip_registration():
 

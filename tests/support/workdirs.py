@@ -1,4 +1,4 @@
-"""What runs have left in their workdirs."""
+"""Read and copy the workdirs of runs."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ def history(workdir: Path, key: str) -> list[float]:
 
 
 def cut_short(whole: Path, copy: Path, step: int) -> Path:
-    """Copy the workdir of a complete run as it would be if the run had died at the checkpoint of `step`."""
+    """Copy the workdir of a complete run as if the run had died at the checkpoint of `step`."""
     shutil.copytree(whole, copy)
     (copy / "result.json").unlink()
     assert (copy / "checkpoints" / str(step)).exists()

@@ -1,4 +1,4 @@
-"""One small network with batch norm and dropout, as an NNX module and as a Linen module, and points to learn from."""
+"""One small network with batch norm and dropout, in NNX and in Linen, and data to train it."""
 
 import dataclasses
 
@@ -62,14 +62,14 @@ class LinenNet(nn.Module):
 
 
 def linen_loss(width, variables, batch, train):
-    """As `Task.loss`, without dropout."""
+    """Return the same as `Task.loss`, without dropout."""
     logits, state = LinenNet(width).apply(variables, batch["points"], train, mutable=["batch_stats"])
     metrics = measures(logits, batch)
     return metrics["loss"][0] / metrics["loss"][1], (state, metrics)
 
 
 class Points:
-    """Points on a plane by the octants in which they lie; each is a function of its index."""
+    """Points on a plane, labelled by octant; each is a function of its index."""
 
     def __init__(self, length, seed):
         self.length, self.seed = length, seed

@@ -1,4 +1,4 @@
-"""The toy data for runs that are to last long enough to be disturbed."""
+"""The toy data for runs that last long enough to be disturbed."""
 
 import dataclasses
 import time
@@ -7,7 +7,7 @@ import toy
 
 
 class SlowSource(toy.ToySource):
-    """Rows that take their time."""
+    """Rows with a delay."""
 
     def __getitem__(self, index):
         time.sleep(0.008)

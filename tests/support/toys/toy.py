@@ -1,6 +1,6 @@
-"""A model and a data set of a user's own, without any neural-network library.
+"""A model and a data set without any neural-network library.
 
-Two-layer MLP: predicts the next of random tokens from a Markov chain; pure functions over a dict of arrays.
+A two-layer MLP predicts the next token of a Markov chain. It consists of pure functions on a dict of arrays.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 VOCAB = 16
-TRACES = {"train": 0, "eval": 0}  # how often the loss has been traced
+TRACES = {"train": 0, "eval": 0}  # number of traces of the loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,17 +19,17 @@ class ToyTask:
 
     width: int = 16  # D
     hidden: int = 32  # M
-    nan_from: int = -1  # after so many batches, one element of the loss is not a number; -1 never
-    nan_seed: int = -1  # in steps whose key draws a number above 0.9, with so many added to it; -1 never
-    nan_steps: tuple[int, ...] = ()  # in these steps, counted from 1, too
-    spike_steps: tuple[int, ...] = ()  # in these, the loss of the first example is a thousand times what it should be
-    spike_sum: int = -1  # likewise that of every example whose tokens add up to this
-    seed: int = 0  # of the run, by which the keys of these steps are known
+    nan_from: int = -1  # after this many batches, one element of the loss is NaN; -1 disables
+    nan_seed: int = -1  # seed that makes about a tenth of the steps NaN; -1 disables
+    nan_steps: tuple[int, ...] = ()  # steps, from 1, whose loss is NaN
+    spike_steps: tuple[int, ...] = ()  # steps in which the loss of the first example is multiplied by 1,000
+    spike_sum: int = -1  # sum of tokens of examples whose loss is multiplied by 1,000
+    seed: int = 0  # seed of the run, to know the keys of these steps
 
     def init(self, key, batch_spec):
         width, hidden = self.width, self.hidden
         shapes = {"embed": (VOCAB, width), "hidden": (width, hidden), "out": (hidden, VOCAB)}
-        # One draw for all: it is the drawing that takes long to compile.
+        # One draw for all arrays: random draws take long to compile.
         noise = jax.random.normal(key, (sum(rows * cols for rows, cols in shapes.values()),))
         params = {}
         for name, (rows, cols) in shapes.items():
@@ -65,7 +65,7 @@ class ToyTask:
         return total / weight, ({"counters": counters}, metrics)
 
     def _is_of(self, steps, key):
-        """Whether the key is that of the first micro-batch of one of the steps."""
+        """Return whether the key belongs to the first micro-batch of one of the steps."""
         if not steps:
             return False
         run = jax.random.key(self.seed)

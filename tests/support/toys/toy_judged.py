@@ -9,7 +9,7 @@ import toy
 
 @dataclasses.dataclass(frozen=True)
 class JudgedTask(toy.ToyTask):
-    """Judges by the median over examples, which is no sum over batches."""
+    """Judges by the median over examples, which is not a sum over batches."""
 
     judged_metrics = ("median", "examples")
 
@@ -31,7 +31,7 @@ class JudgedTask(toy.ToyTask):
 
 @dataclasses.dataclass(frozen=True)
 class AugmentedData(toy.ToyData):
-    """Turns the weights of some targets off."""
+    """Set the weights of some targets to 0."""
 
     def augment(self, example, rng):
         return example | {"weights": example["weights"] * (rng.random(8) < 0.7).astype(np.float32)}

@@ -1,7 +1,7 @@
-"""A run of several processes whose course a test can follow, and which can fail in one of them: a config and its data.
+"""A config and data for runs of several processes, which a test can follow and let fail in one process.
 
-FAULT in the environment is "KIND INDEX", what goes wrong and in which process: "options" are refused, "input" cannot be
-read, or "row" raises in the middle of the run.
+The environment variable FAULT is "KIND INDEX", the fault and its process: "options" are refused, "input" cannot be
+read, or "row" raises during training.
 """
 
 import dataclasses

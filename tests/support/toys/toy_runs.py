@@ -1,4 +1,4 @@
-"""Short runs of the toy task, and what they leave in their workdirs."""
+"""Make short runs of the toy task, and read their workdirs."""
 
 import json
 
@@ -36,7 +36,7 @@ def two():
 
 
 def lines(workdir):
-    """The history without what depends on the clock."""
+    """Return the history without times."""
     read = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [
         {k: v for k, v in line.items() if k not in TIMES and not k.startswith(("host/", "checkpoint/"))}
@@ -49,7 +49,7 @@ def saved(workdir):
 
 
 def arrays(workdir, step):
-    """Every array of a checkpoint, read without the trainer."""
+    """Return all arrays of a checkpoint, read without the trainer."""
     import orbax.checkpoint as ocp
 
     path = workdir / "checkpoints" / str(step) / "state"

@@ -1,4 +1,4 @@
-"""The toy data set that tells its shapes, and a task that needs more memory than there is."""
+"""The toy data set with `spec`, and a task that needs more memory than a device has."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import toy
 
 @dataclasses.dataclass(frozen=True)
 class SpecifiedData(toy.ToyData):
-    """Knows the shapes of its examples."""
+    """The toy data set with `spec`."""
 
     def spec(self):
         return {

@@ -1,4 +1,4 @@
-"""Small train states, and workdirs in which they are saved."""
+"""Make small train states, and save them in workdirs."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from shampax.framework.step.state import TrainState
 
 
 def make_state(sizes, spec, *, width=8):
-    """A state on a mesh of its own."""
+    """Return a state on its own mesh."""
     mesh = meshes.make_mesh({"data": 1, "fsdp": 1, "tensor": 1} | sizes)
     values = jnp.arange(16 * width, dtype=jnp.float32).reshape(16, width)
     params = {"layer": {"w": jax.device_put(values, NamedSharding(mesh, spec))}}
@@ -39,7 +39,7 @@ def saver(workdir, **options):
 
 
 def save(workdir, state, scores, **options):
-    """Save a checkpoint at each step of `scores`; None where there was no evaluation."""
+    """Save a checkpoint at each step of `scores`, without an evaluation where the score is None."""
     record, checkpoints_of = Record(), saver(workdir, **options)
     for step, score in scores.items():
         record = dataclasses.replace(record, step=step, tokens=100 * step)
