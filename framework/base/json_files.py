@@ -26,9 +26,9 @@ def read_object(path: pathlib.Path) -> dict[str, Any] | None:
     except UnicodeDecodeError:
         content = None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
     if content is None:
-        raise UserError(f"{path} is not a JSON object; restore it or use another workdir")
+        raise UserError(f"{path} is not a JSON object. Restore it or use another workdir.")
     return content
 
 

@@ -34,5 +34,5 @@ def read_result(path: pathlib.Path) -> dict[str, Any] | None:
         and isinstance(result["stopped"], str | None)
     )
     if not fine:
-        raise UserError(f"{path / RESULT} is damaged; remove it and rerun the training command to write it again")
+        raise UserError(f"{path / RESULT} is damaged. Remove it and rerun the training command to write it again.")
     return result

@@ -51,18 +51,20 @@ def read_run(path: pathlib.Path) -> Run:
       UserError: it is not a directory, holds no metrics, or its config or result is damaged.
     """
     if not path.is_dir():
-        raise UserError(f"{path} is not a directory; give the --workdir of a training run")
+        raise UserError(f"{path} is not a directory. Give the --workdir of a training run.")
     metrics = path / workdir.METRICS
     if not metrics.is_file():
-        raise UserError(f"{path} has no {workdir.METRICS}; give the --workdir of a run that has logged a step")
+        raise UserError(f"{path} has no {workdir.METRICS}. Give the --workdir of a run that has logged a step.")
     points, notes = read_points(metrics)
     if not points:
-        raise UserError(f"{metrics} has no readable line; wait until the run has logged a step")
+        raise UserError(f"{metrics} has no readable line. Wait until the run has logged a step.")
     config, result = read_object(path / workdir.CONFIG), workdir.read_result(path)
     if config is None:
         notes.append(f"{path}: no {workdir.CONFIG}")
     if result is None:
-        notes.append(f"{path}: no {workdir.RESULT}: the run has not ended, numbers are those of its last evaluation")
+        notes.append(
+            f"{path}: no {workdir.RESULT}: the run has not ended; its numbers are those of the last evaluation"
+        )
     return Run(path=path, points=tuple(points), config=config or {}, result=result, notes=tuple(notes))
 
 
