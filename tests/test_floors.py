@@ -1,4 +1,4 @@
-"""The floors of the house: folders are small, imports point downwards and stand at the top of a file."""
+"""Check the folders: they are small, imports point to lower floors and are at the top of a file."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ FLOORS = {
         ("train.py",),
     ),
 }
-# Start of the importing file's name -> why its imports of our own modules may stand in functions.
+# Start of the importing file's name -> why it may import our own modules inside functions.
 DEFERRED = {
     "launch/": "a verb answers --help and a wrong flag in less time than JAX takes to import",
     "framework/distributed/processes.py": "JAX may be imported only after the processes have found each other",
@@ -48,7 +48,7 @@ UNORDERED = {"optimizers"}
 
 
 def room(file: str, folder: str) -> str | None:
-    """Return the child of a folder in which a file lies, None for a file elsewhere."""
+    """Return the child of a folder that contains a file, or None."""
     inside = file.removeprefix(f"{folder}/") if folder else file
     return None if folder and inside == file else inside.partition("/")[0]
 
@@ -96,7 +96,7 @@ def folder_cycles(found: list[Import]) -> list[str]:
 
 
 def test_folders_are_small():
-    """Fault: a new module is put beside sixty others, where nobody finds it."""
+    """Fault: a folder has too many modules to find one."""
     files = modules(ROOT, (*PRODUCT, "tests", "docs", "examples"))
     folders = [Path(file).parent.as_posix() for file in files if not file.endswith("__init__.py")]
     assert {"framework", "optimizers", "tests/support"} <= set(folders)
@@ -104,18 +104,18 @@ def test_folders_are_small():
 
 
 def test_imports_point_to_lower_floors():
-    """Fault: the trainer learns of one model or optimizer, or a room needs a room above it."""
+    """Fault: the trainer depends on a model or optimizer, or a folder on a higher one."""
     assert len(IMPORTS) > 400
     assert upward(IMPORTS) == []
 
 
 def test_there_is_no_cycle_between_modules():
-    """Fault: two modules cannot be read, tested or imported one after the other."""
+    """Fault: two modules cannot be read, tested or imported separately."""
     assert cycle((each.file, each.target) for each in IMPORTS) == []
 
 
 def test_there_is_no_cycle_between_folders():
-    """Fault: two folders without an order of their own depend on each other."""
+    """Fault: two folders without an order depend on each other."""
     assert folder_cycles(IMPORTS) == []
 
 
@@ -125,7 +125,7 @@ def test_only_configs_name_components_in_strings():
 
 
 def test_own_modules_are_imported_at_the_top_of_a_file():
-    """Fault: an import in a function dodges a cycle."""
+    """Fault: an import inside a function hides a cycle."""
     assert hidden(IMPORTS) == []
 
 
@@ -143,8 +143,8 @@ def test_own_modules_are_imported_at_the_top_of_a_file():
         ("'shampax.b.c:D'  # a docstring", None, False),
     ],
 )
-def test_every_form_of_an_import_is_seen(tmp_path, line, kind, deferred):
-    """Fault: an import that the checks above overlook."""
+def test_every_form_of_import_is_found(tmp_path, line, kind, deferred):
+    """Fault: the checks above overlook an import."""
     for name, text in {"a/x.py": line, "b/c.py": "", "b/__init__.py": ""}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -153,6 +153,6 @@ def test_every_form_of_an_import_is_seen(tmp_path, line, kind, deferred):
 
 
 def test_a_cycle_is_found():
-    """Fault: a search for cycles that stops at the first dead end."""
+    """Fault: the search for cycles stops at the first dead end."""
     assert cycle([("a", "b"), ("b", "c"), ("a", "d"), ("d", "e"), ("e", "a")]) == ["a", "d", "e", "a"]
     assert cycle([("a", "b"), ("b", "c"), ("a", "c")]) == []

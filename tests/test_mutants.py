@@ -9,7 +9,7 @@ PACKAGES = ("optimizers", "framework", "models", "launch", "configs")
 
 
 def test_the_list_is_long_and_names_are_unique():
-    """Fault: entries are deleted whenever code moves, or two of them share a name."""
+    """Faults: entries are deleted whenever code moves; two entries share a name."""
     assert len(MUTANTS) >= 60
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
     assert len({(mutant.file, mutant.before, mutant.after) for mutant in MUTANTS}) == len(MUTANTS)
@@ -17,13 +17,13 @@ def test_the_list_is_long_and_names_are_unique():
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_package_has_faults(package):
-    """Fault: the tests of a package are never tried against a fault."""
+    """Fault: no test of a package is checked against a fault."""
     assert any(mutant.file.startswith(f"{package}/") for mutant in MUTANTS)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_fault_changes_one_place_and_can_be_parsed(mutant):
-    """Fault: the code has changed, and an entry applies nowhere or twice, or breaks the whole file."""
+    """Faults: an entry matches nothing or two places because the code changed; the mutant is a syntax error."""
     text = (ROOT / mutant.file).read_text()
     assert text.count(mutant.before) == 1, f"{mutant.file} must have this exactly once: {mutant.before!r}"
     assert mutant.after != mutant.before
@@ -32,8 +32,8 @@ def test_a_fault_changes_one_place_and_can_be_parsed(mutant):
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_its_tests_are_there(mutant):
-    """Fault: a test was renamed, and its entry selects no test."""
+def test_the_tests_of_a_fault_exist(mutant):
+    """Fault: a test was renamed, and an entry selects no test."""
     assert mutant.tests
     for test in mutant.tests:
         file, _, function = test.partition("::")

@@ -1,4 +1,4 @@
-"""What installers rely on: the lock, the list of packages, and a wheel that works elsewhere."""
+"""Check the lock, the list of packages, and a wheel installed in another folder."""
 
 import os
 import pathlib
@@ -20,13 +20,13 @@ NOTICE = "framework/data/samples/LICENSES.md"
 
 
 def locked():
-    """Every line of the lock as a requirement."""
+    """Return every line of the lock as a requirement."""
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     return [Requirement(line) for line in lines if line and not line.lstrip().startswith("#")]
 
 
 def run(*command, cwd, **environment):
-    """Standard output of a command that must succeed."""
+    """Run a command that must succeed. Return its standard output."""
     done = subprocess.run(
         list(map(str, command)),
         cwd=cwd,
@@ -39,7 +39,7 @@ def run(*command, cwd, **environment):
     return done.stdout
 
 
-def test_lock_pins_everything_and_names_no_place():
+def test_lock_pins_everything_and_has_no_urls_or_paths():
     assert all([specifier.operator for specifier in pin.specifier] == ["=="] for pin in locked())
     text = (ROOT / "requirements.lock").read_text()
     for place in ("://", "--index-url", "--find-links", "file:", "/home", "/root", str(ROOT)):
@@ -76,7 +76,7 @@ def test_every_folder_with_modules_is_a_package():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """A wheel built without network from a copy, so that nothing left by an earlier build gets in."""
+    """Build a wheel without network from a copy of the sources, without files of earlier builds."""
     copy, wheels = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheels")
     ignore = shutil.ignore_patterns("__pycache__")
     for name in SOURCES:
@@ -90,7 +90,7 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_wheel_carries_modules_samples_and_licences(wheel):
+def test_wheel_has_modules_samples_and_licences(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         assert archive.read(f"shampax/{SAMPLE}") == (ROOT / SAMPLE).read_bytes()
@@ -107,7 +107,7 @@ def test_wheel_carries_modules_samples_and_licences(wheel):
 def test_installed_wheel_imports_from_another_folder(wheel, tmp_path):
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    # A wheel is a zip file of what is to lie in site-packages.
+    # A wheel is a zip file of the contents of site-packages.
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     program = (

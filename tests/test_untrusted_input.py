@@ -5,8 +5,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("launch", "configs", "framework", "models", "optimizers", "benchmarks")
-# A config file is Python, and the parts it chooses are named by import string: these two run code of the user's. The
-# front door imports by names of its own.
+# A config file is Python and names its components by import string, so these two modules run code of the user. The
+# package's __init__ imports by name, but only names of its own.
 RUNS_CONFIG_FILES = {"framework/config/files.py"}
 IMPORTS_BY_NAME = RUNS_CONFIG_FILES | {"framework/config/components.py", "__init__.py"}
 EXECUTING_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "code", "runpy"}
@@ -14,7 +14,7 @@ EXECUTING_CALLS = {"eval", "exec", "compile", "__import__"}
 
 
 def faults(source, name):
-    """Line and text of everything in a module that may execute what it reads."""
+    """Return line and text of everything in a module that may execute its input."""
     found = []
 
     def fault(node, allowed=frozenset()):
@@ -43,8 +43,8 @@ def faults(source, name):
     return found
 
 
-def test_nothing_that_is_read_is_executed():
-    """Fault: data, checkpoints or values of the command line that can run code; config files alone may."""
+def test_no_input_but_config_files_is_executed():
+    """Fault: data, checkpoints or command-line values can run code."""
     modules = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")] + [ROOT / "__init__.py"]
     assert len(modules) > 50
     assert [line for path in modules for line in faults(path.read_text(), path.relative_to(ROOT).as_posix())] == []
@@ -65,5 +65,5 @@ def test_nothing_that_is_read_is_executed():
         "subprocess.run(text, shell=True)",
     ],
 )
-def test_the_search_finds_what_it_is_for(line):
+def test_the_search_finds_every_kind_of_execution(line):
     assert faults(line, "framework/x.py") == [f"framework/x.py:1: {line}"]

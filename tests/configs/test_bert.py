@@ -8,7 +8,7 @@ from shampax.framework.config import components
 from shampax.framework.config.check import load
 from shampax.framework.train import train
 
-# Kernels of one shape and, with one head, biases that are vectors: a program with few buckets compiles quickly.
+# All kernels have one shape and, with one head, biases are vectors: programs with few buckets compile quickly.
 SMALL = (
     "task.layers=1",
     "task.embed_dim=16",
@@ -70,8 +70,8 @@ def test_resumed_equals_uninterrupted(first_phase, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_phase_goes_on_with_longer_rows(first_phase, tmp_path, capfd):
-    """Fault: a new row length loses optimizer state, step or position table."""
+def test_a_second_phase_continues_with_longer_rows(first_phase, tmp_path, capfd):
+    """Fault: a new row length loses optimizer state, the step or the position table."""
     workdir, first = first_phase
     second = ("data.sequence_length=32", "data.predictions=5", "duration=7 steps", "schedule.begin=4 steps")
     capfd.readouterr()
@@ -82,14 +82,14 @@ def test_a_second_phase_goes_on_with_longer_rows(first_phase, tmp_path, capfd):
     assert result["steps"] == 7
     rates = history(tmp_path / "second", "train/learning_rate")
     assert len(rates) == 3
-    assert rates[0] == pytest.approx(rates[1] / 2)  # warms up from the beginning of the phase
+    assert rates[0] == pytest.approx(rates[1] / 2)  # warm-up from the start of the phase
     assert result["refreshes"] > first["refreshes"]  # the optimizer's count continues; three steps alone have fewer
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [name for name in bert.VARIANTS if name != "sample"])
 def test_other_variants_train(variant, tmp_path):
-    """Fault: a shipped config that does not compile or train."""
+    """Fault: a shipped config does not compile or train."""
     changes = ["duration=1 steps", "schedule.warmup=0 steps", "microbatches=2"]
     if variant == "paper_512":
         changes += ["schedule.begin=0 steps", "resume_from="]
@@ -98,8 +98,8 @@ def test_other_variants_train(variant, tmp_path):
     assert np.isfinite(result["heldout_loss"])
 
 
-def test_published_variants_are_as_published():
-    """Fault: a size, a batch or a budget is changed by accident."""
+def test_sizes_are_those_of_the_paper():
+    """Fault: a size, batch size or budget is changed by accident."""
     sizes = {"base": 110e6, "paper": 335e6}
     for variant, parameters in sizes.items():
         config = bert.get_config(variant)

@@ -12,7 +12,7 @@ from shampax.framework.config.check import load
 from shampax.framework.train import train
 from shampax.launch.train import main
 
-# Layers of one width, and blocks of it: a program with few buckets compiles in half the time.
+# All layers have one width, and so have blocks: programs with few buckets compile in half the time.
 TINY = (
     "task.embed_dim=4",
     "task.bottom=(4,)",
@@ -70,14 +70,14 @@ def sample():
 
 @pytest.fixture(scope="module")
 def on_four(tmp_path_factory):
-    """Train the shrunk sample for six steps on four devices that share all tables."""
+    """Train the shrunk sample for six steps on four devices with all tables split between them."""
     workdir = tmp_path_factory.mktemp("dlrm") / "four"
     return workdir, train(sample(), workdir, devices=jax.devices()[:4])
 
 
 @pytest.mark.slow
 def test_a_resumed_run_is_the_same_bitwise(on_four, tmp_path):
-    """Fault: a checkpoint lacks sums of rows, statistics of integers or the order of examples."""
+    """Fault: a checkpoint lacks row sums, integer statistics or the order of examples."""
     workdir, whole = on_four
     assert (whole["steps"], whole["devices"], whole["skipped_steps"]) == (6, 4, 0) and whole["refreshes"] > 0
     config = sample()
@@ -89,8 +89,8 @@ def test_a_resumed_run_is_the_same_bitwise(on_four, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_same_on_another_mesh(on_four, tmp_path):
-    """Fault: the division of tables changes the run."""
+def test_another_mesh_gives_the_same_run(on_four, tmp_path):
+    """Fault: the sharding of tables changes the run."""
     config = sample()
     config.mesh.update({"fsdp": 1, "tensor": 1})
     train(config, tmp_path, devices=jax.devices()[:1])
@@ -98,8 +98,9 @@ def test_the_same_on_another_mesh(on_four, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_teacher_is_found_again(tmp_path):
-    """Faults: categories use other rows than in training; a loss of the wrong sign; tables do not learn."""
+def test_the_model_learns_the_teacher_of_synthetic_data(tmp_path):
+    """Faults: evaluation uses other rows for a category than training; the loss has the wrong sign; tables do not
+    learn."""
     config = base.get_config()
     task = {"rows": (64,) * 26, "embed_dim": 4, "bottom": (16, 4), "top": (16,), "normalize_integers": True}
     config.task = base.component("shampax.models.dlrm:DLRMTask", **task)

@@ -13,7 +13,7 @@ from shampax.framework.config.check import load
 from shampax.framework.train import train
 from shampax.launch.train import main
 
-# All matrices but a router are cut into blocks of one size: a program with one bucket compiles in half the time.
+# All matrices except a router have blocks of one size: programs with one bucket compile in half the time.
 SMALL = (
     "task.layers=2",
     "task.embed_dim=16",
@@ -98,7 +98,7 @@ def config_of(variant, *changes):
         (8, {"fsdp": 2, "tensor": 2}),
     ],
 )
-def test_the_same_run_on_every_mesh(on_one_device, commanded, tmp_path, devices, mesh):
+def test_every_mesh_gives_the_same_run(on_one_device, commanded, tmp_path, devices, mesh):
     """Fault: a loss, an update or a refresh depends on the sharding."""
     if devices == 8:
         workdir, _ = commanded("sample")
@@ -112,8 +112,8 @@ def test_the_same_run_on_every_mesh(on_one_device, commanded, tmp_path, devices,
 
 
 @pytest.mark.slow
-def test_experts_and_positions_over_devices_train_as_on_one(tmp_path):
-    """Faults: an expert gets another's statistics; owners ignore an axis of the mesh."""
+def test_sharded_experts_and_positions_train_as_on_one_device(tmp_path):
+    """Faults: an expert gets the statistics of another; owners ignore an axis of the mesh."""
     on = {"one": (1, {"expert": 1}), "four": (4, {"expert": 2, "sequence": 2})}
     for name, (devices, mesh) in on.items():
         config = config_of("sample_moe", "duration=5 steps", "task.attention_block=8")

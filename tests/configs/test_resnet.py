@@ -17,7 +17,7 @@ from shampax.framework.step.state import abstract_state, abstract_variables, ini
 from shampax.framework.step.steps import make_train_step
 from shampax.framework.train import train
 
-# One stage, and blocks as long as it is wide: a program with few buckets compiles in a third of the time.
+# One stage, with blocks of its width: programs with few buckets compile in a third of the time.
 SMALL = (
     "task.stages=(2,)",
     "task.width=8",
@@ -45,7 +45,7 @@ def tfds_dir(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["sample_sgd", "resnet50", "paper"])
 def test_every_variant_trains(variant, tfds_dir, tmp_path):
-    """Fault: a shipped config does not build, compile, train, or evaluate held-out images that do not fill a batch."""
+    """Faults: a shipped config does not build, compile or train; held-out images that do not fill a batch fail."""
     changes = ["duration=3 steps", "evaluation.every=0 steps"]
     if variant != "sample_sgd":
         changes += [f"data.data_dir={tfds_dir}", "data.image_size=32", "mesh.data=2", "task.batch_norm_group=8"]
@@ -72,8 +72,8 @@ def six_steps(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_bitwise(six_steps, tmp_path):
-    """Fault: a resumed run restarts batch statistics, or uses the augmentation of other steps."""
+def test_a_resumed_run_is_the_same_bit_for_bit(six_steps, tmp_path):
+    """Faults: a resumed run restarts batch statistics, or uses the augmentation of other steps."""
     whole, result = six_steps
     assert (result["steps"], result["skipped_steps"]) == (6, 0) and result["refreshes"] > 0
     cut = cut_short(whole, tmp_path / "cut", 3)
@@ -124,8 +124,8 @@ def stepping():
         return task, step, lambda: initial_state(task, tx, spec, abstract, 0), batch
 
 
-def test_microbatches_update_the_batch_statistics_one_after_the_other(stepping):
-    """Fault: statistics of only the first or last micro-batch."""
+def test_microbatches_update_batch_statistics_in_sequence(stepping):
+    """Fault: only the first or last micro-batch updates batch statistics."""
     task, step, begin, batch = stepping
     loss = quick_jit(functools.partial(task.loss, key=jax.random.key(0), train=True))
     state = begin()
@@ -143,8 +143,8 @@ def test_microbatches_update_the_batch_statistics_one_after_the_other(stepping):
     )
 
 
-def test_a_skipped_step_leaves_the_batch_statistics_as_they_were(stepping):
-    """Fault: statistics of a skipped batch."""
+def test_a_skipped_step_keeps_batch_statistics(stepping):
+    """Fault: a skipped batch updates batch statistics."""
     _, step, begin, batch = stepping
     state, metrics = step(begin(), batch)
     assert metrics["skipped"] == 0
@@ -160,8 +160,8 @@ def test_a_skipped_step_leaves_the_batch_statistics_as_they_were(stepping):
     ).any()
 
 
-def test_shampoo_sees_kernels_as_the_paper_folds_them():
-    """Fault: scanned blocks are mixed into a matrix, or positions of a kernel are on its output side."""
+def test_shampoo_folds_kernels_as_the_paper_does():
+    """Faults: scanned blocks are mixed in a matrix; kernel positions are on the output side."""
     config = configured("sample", "task.stages=(1, 3)")
     task, data = (components.build(section) for section in (config.task, config.data))
     spec = {name: jax.ShapeDtypeStruct((16, *x.shape), x.dtype) for name, x in data.spec().items()}

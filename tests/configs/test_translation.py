@@ -51,7 +51,7 @@ def whole(tmp_path_factory):
 
 
 def test_the_sample_is_trained_and_judged(whole):
-    """Faults: smoothed labels in the held-out loss; BLEU missing in the result, or of only some examples."""
+    """Faults: the held-out loss has label smoothing; BLEU is missing or of only some examples."""
     workdir, result = whole
     assert (result["steps"], result["devices"], result["skipped_steps"]) == (6, 2, 0)
     assert result["heldout_loss"] == result["nats_per_token"] < history(workdir, "heldout/loss")[0] < math.log(400)
@@ -83,7 +83,7 @@ def test_golden_steps(whole):
 
 @pytest.mark.slow
 def test_the_baseline_trains(tmp_path):
-    """Fault: a baseline does not build, or is not AdamW on the sample's data."""
+    """Faults: a baseline does not build; it is not AdamW on the sample's data."""
     result = run(tmp_path, "duration=2 steps", "evaluation.batches=1", variant="sample_adam")
     assert (result["optimizer"], result["steps"]) == ("AdamWOptions", 2)
     assert np.isfinite(result["heldout_loss"])
@@ -101,8 +101,8 @@ def wmt14(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["base", "paper"])
-def test_wmt14_is_trained_on(variant, wmt14, tmp_path, capsys):
-    """Fault: a shipped config for real data does not find, read, compile or train on them."""
+def test_wmt14_config_trains(variant, wmt14, tmp_path, capsys):
+    """Fault: a shipped config for real data cannot find, read, compile or train on them."""
     result = run(tmp_path, f"data.data_dir={wmt14}", "duration=3 steps", variant=variant)
     assert (result["steps"], result["devices"], result["skipped_steps"]) == (3, 2, 0)
     assert np.isfinite(result["heldout_loss"]) and 0 <= result["bleu"] <= 100
@@ -111,7 +111,8 @@ def test_wmt14_is_trained_on(variant, wmt14, tmp_path, capsys):
 
 @pytest.mark.parametrize(("variant", "millions"), [("base", 60.8), ("paper", 209.7)])
 def test_sizes_are_those_of_vaswani_et_al(variant, millions):
-    """Faults: a missing layer; an untied head. The published 65 and 213 M have 37,000 tokens and biases."""
+    """Faults: a layer is missing; the head is untied. The published 65 M and 213 M are with 37,000 tokens and
+    biases."""
     config = translation.get_config(variant)
     task, data = components.build(config.task), components.build(config.data)
     shapes = jax.eval_shape(lambda: task.init(jax.random.key(0), data.spec()))

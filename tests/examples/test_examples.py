@@ -1,4 +1,4 @@
-"""The examples run as a user runs them; docs/new_model.md shows the commands."""
+"""Run the examples and the commands of docs/new_model.md as a user does."""
 
 import json
 import os
@@ -20,11 +20,11 @@ PAGE = (ROOT / "docs" / "new_model.md").read_text()
 SHELL = "".join(re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)).replace("\\\n", "")
 COMMANDS = [shlex.split(line) for line in SHELL.splitlines()]
 
-sys.path.append(str(ROOT))  # where a user types the command
+sys.path.append(str(ROOT))  # the user's current folder
 
 
 def test_own_model_data_and_optimizer_train_and_resume(monkeypatch, tmp_path):
-    """Fault: the contracts have changed, and a user's own classes no longer run."""
+    """Fault: a contract changed, and a user's own classes no longer run."""
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
 
@@ -38,10 +38,10 @@ def test_own_model_data_and_optimizer_train_and_resume(monkeypatch, tmp_path):
     result = trained()
     assert result["steps"] == 60
     assert (tmp_path / "restored.txt").exists()
-    assert result["heldout_loss"] < 0.7 and result["accuracy"] > 0.75  # guessing has 1.386 and 0.25
+    assert result["heldout_loss"] < 0.7 and result["accuracy"] > 0.75  # guessing gives 1.386 and 0.25
 
 
-def test_shampoo_trains_in_a_loop_of_ones_own(capsys):
+def test_shampoo_trains_in_a_users_own_loop(capsys):
     """Fault: the optimizer does not work without the trainer."""
     runpy.run_path(str(EXAMPLES / "plain_optax.py"))
     before, after = map(float, re.findall(r"loss \w+: (\S+)", capsys.readouterr().out))
@@ -49,8 +49,8 @@ def test_shampoo_trains_in_a_loop_of_ones_own(capsys):
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in EXAMPLES.glob("*.py")))
-def test_every_example_says_how_to_run_it_and_is_listed(file):
-    """Fault: a docstring or the page names a file that is gone."""
+def test_every_example_has_a_command_and_is_listed(file):
+    """Fault: a docstring or the page names a missing file."""
     text = (EXAMPLES / file).read_text()
     assert file == "__init__.py" or re.search(
         r"^    python (-m shampax\.launch\.train --config=)?examples/", text, re.M
@@ -62,7 +62,7 @@ def test_every_example_says_how_to_run_it_and_is_listed(file):
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
-    """The folder, and (command, its output) in order."""
+    """Run the page's commands. Return the folder and (command, output) in order."""
     folder = tmp_path_factory.mktemp("new_model")
     shutil.copytree(EXAMPLES, folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     environment = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
@@ -79,7 +79,7 @@ def walked(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_plan_knows_an_own_model(walked):
+def test_plan_works_for_a_users_own_model(walked):
     """Fault: a plan works only for models of this package."""
     plan = next(out for command, out in walked[1] if "launch.plan" in command)
     for words in ("4 x cpu (data 4)", "statistics", "by the task's formula"):
@@ -89,7 +89,7 @@ def test_the_plan_knows_an_own_model(walked):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["lion", "shampoo", "nnx"])
 def test_variants_train(walked, variant):
-    """Fault: the page or an example has fallen behind the code."""
+    """Fault: the page or an example does not match the code."""
     result = json.loads((walked[0] / "runs" / variant / "result.json").read_text())
     assert (result["steps"], result["devices"], result["skipped_steps"]) == (60, 2, 0)
     assert (result["refreshes"] > 0) == (variant != "lion")
@@ -109,7 +109,7 @@ def test_resumed_runs_have_the_same_bits(walked, variant):
 
 @pytest.mark.slow
 def test_both_libraries_make_the_same_model(walked):
-    """Fault: the parameters of one library have other names, and get another treatment."""
+    """Fault: one library names parameters differently, so that they get another treatment."""
     linen, nnx = (
         sorted((walked[0] / "runs" / name / "parameters.txt").read_text().splitlines()) for name in ("shampoo", "nnx")
     )

@@ -1,4 +1,4 @@
-"""Held-out metrics over all examples together, and augmented examples, through the trainer."""
+"""Test metrics over all held-out examples together, and augmented examples, with the trainer."""
 
 import json
 
@@ -32,13 +32,13 @@ def heldout(workdir):
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
-    """One run on 4 devices, to its end."""
+    """Train a complete run on 4 devices."""
     workdir = tmp_path_factory.mktemp("judged")
     return workdir, train(make_config(), workdir, devices=jax.devices()[:4])
 
 
 def test_judged_metrics_are_over_all_examples(judged):
-    """Fault: examples that fill up the last batch are judged, or the median of batches is taken for that of all."""
+    """Faults: padding examples are judged; the mean of the batches' medians is used as the median of all."""
     workdir, result = judged
     assert result["examples"] == 21
     assert {step for step, line in heldout(workdir).items() if "heldout/median" in line} == {6, 12}
@@ -46,21 +46,21 @@ def test_judged_metrics_are_over_all_examples(judged):
 
 
 def test_judged_metrics_are_the_same_on_another_mesh(judged, tmp_path):
-    """Fault: predictions come in the order of devices."""
+    """Fault: predictions are in the order of devices."""
     again = train(make_config(**{"mesh.fsdp": 2}), tmp_path, devices=jax.devices()[:2])
     assert again["median"] == pytest.approx(judged[1]["median"], rel=1e-5)
 
 
-def test_the_judge_says_how(tmp_path, capsys):
-    """Fault: the line is lost, the text is not the first example's, or the limit of batches does not hold."""
+def test_a_judged_example_is_logged(tmp_path, capsys):
+    """Faults: the line is missing; the text is not of the first example; the limit of batches is ignored."""
     config = make_config(**{"duration": "2 steps", "evaluation.batches": 1})
     assert train(config, tmp_path, devices=jax.devices()[:2])["examples"] == 8
     text = " ".join(map(str, toy.ToySource(21, 2)[0]["tokens"]))
     assert f"judged from '{text}' on" in capsys.readouterr().out
 
 
-def test_augmented_run_goes_on_bitwise(tmp_path):
-    """Fault: the augmentation of a run that goes on is that of its first steps, or of no step."""
+def test_augmented_run_resumes_bitwise(tmp_path):
+    """Fault: a resumed run uses the augmentation of its first steps or none."""
 
     def run(duration, workdir, **changes):
         config = make_config(**{"schedule.decay": "constant", "schedule.warmup": "0 steps"} | changes)

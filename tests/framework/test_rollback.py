@@ -1,4 +1,4 @@
-"""A loss spike in the data: the run goes back to a checkpoint and passes over the batches up to it."""
+"""Test rollbacks: after a loss spike, the run returns to a checkpoint and skips the batches up to the spike."""
 
 import json
 
@@ -14,7 +14,7 @@ from shampax.framework.loop import Run
 from shampax.framework.reporting import journal
 from shampax.framework.train import train
 
-# With this sum of tokens, batches 17, 41 and 51 of the toy data hold an example whose loss is a spike.
+# With this sum of tokens, batches 17, 41 and 51 of the toy data have an example with a loss spike.
 SPIKE_SUM = 22
 
 
@@ -28,7 +28,7 @@ def config(*, spikes=True, optimizer=HOSTED, **changes):
         **{
             "duration": "30 steps",
             "schedule.warmup": "2 steps",
-            "evaluation.every": "8 steps",  # the best checkpoint, of step 16, is newer than the regular one of step 15
+            "evaluation.every": "8 steps",  # the best checkpoint (step 16) is newer than the regular one (step 15)
             "guard.on_spike": "rollback",
             "guard.spike_window": 8,
         }
@@ -42,14 +42,14 @@ def rolled_back(tmp_path_factory):
     return workdir, train(config(), workdir, devices=two())
 
 
-def test_goes_back_to_the_newest_regular_checkpoint_and_past_the_spike(rolled_back, tmp_path, monkeypatch):
-    """Catches a wrong number of batches passed over, state or roots in flight that stay behind, lost counts."""
+def test_rolls_back_to_the_newest_regular_checkpoint_and_skips_the_spike(rolled_back, tmp_path, monkeypatch):
+    """Faults: a wrong number of batches is skipped; state or roots in flight are kept; counts are lost."""
     workdir, result = rolled_back
     assert (result["steps"], result["rollbacks"], result["batches_passed_over"]) == (30, 1, 3)
     assert (result["loss_spikes"], result["skipped_steps"], result["stopped"]) == (1, 0, None)
     steps = [line["step"] for line in lines(workdir) if "train/loss" in line]
     assert steps == [1, *range(2, 31, 2)]
-    # The same by hand: stop where it went back to, and say that three batches are to be left out.
+    # The same by hand: stop at that checkpoint, and set three batches to skip.
     monkeypatch.setattr(Run, "signal", lambda self: "SIGINT" if self.step == 15 else None)
     train(config(spikes=False), tmp_path, devices=two())
     monkeypatch.undo()
@@ -63,8 +63,8 @@ def test_goes_back_to_the_newest_regular_checkpoint_and_past_the_spike(rolled_ba
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [18, 19])
-def test_stopped_around_the_spike_and_resumed_is_bitwise_the_same(rolled_back, tmp_path, monkeypatch, step):
-    """Catches a spike that a stop hides, and a rollback to a checkpoint that only the stop has made."""
+def test_stopped_near_the_spike_and_resumed_is_bitwise_the_same(rolled_back, tmp_path, monkeypatch, step):
+    """Faults: a stop hides a spike; a run rolls back to a checkpoint that exists only because of the stop."""
     workdir, result = rolled_back
     asked = []
 
@@ -84,8 +84,8 @@ def test_stopped_around_the_spike_and_resumed_is_bitwise_the_same(rolled_back, t
 
 
 @pytest.mark.slow
-def test_checkpoints_of_the_way_that_is_given_up_are_gone(rolled_back, tmp_path, monkeypatch):
-    """Catches a step that is not saved anew because the run has once come by it in another way."""
+def test_a_rollback_deletes_later_checkpoints(rolled_back, tmp_path, monkeypatch):
+    """Fault: a step is not saved again because it was saved before the rollback."""
     keeping = {"checkpoint.keep_last": 20}
     monkeypatch.setattr(Run, "signal", lambda self: "SIGTERM" if self.step == 17 else None)
     train(config(**keeping), tmp_path, devices=two())
@@ -97,7 +97,9 @@ def test_checkpoints_of_the_way_that_is_given_up_are_gone(rolled_back, tmp_path,
 
 
 @pytest.mark.slow
-def test_killed_after_the_rollback_comes_to_the_same_end(rolled_back, tmp_path, monkeypatch):
+def test_killed_after_the_rollback_ends_the_same(rolled_back, tmp_path, monkeypatch):
+    """Fault: a run that dies after a rollback forgets it."""
+
     class Killed(BaseException):
         pass
 
@@ -116,8 +118,8 @@ def test_killed_after_the_rollback_comes_to_the_same_end(rolled_back, tmp_path, 
 
 
 @pytest.mark.slow
-def test_back_to_the_first_step_and_no_further_than_the_limit(tmp_path):
-    """Catches a run without a checkpoint to go back to, and one that goes back for ever."""
+def test_rolls_back_to_the_first_step_and_only_up_to_the_limit(tmp_path):
+    """Faults: a run without a checkpoint cannot roll back; a run rolls back without end."""
     changes = {"checkpoint.every": "0 steps", "duration": "60 steps", "guard.max_rollbacks": 1}
     early = config(optimizer=base.component(ADAMW), **changes)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The short form of soak.py."""
+"""Run a short form of soak.py."""
 
 import pytest
 import soak
@@ -6,7 +6,7 @@ import soak
 
 @pytest.mark.slow
 def test_killed_and_stopped_runs_end_as_the_undisturbed_one(tmp_path):
-    """Catches what a SIGKILL can leave half done, and steps that are taken twice after a SIGTERM."""
+    """Faults: files that a SIGKILL leaves incomplete are used; steps are repeated after a SIGTERM."""
     result = soak.soak(tmp_path, kills=1, terms=1, seed=0)
     assert result["faults"] == {}
     assert result["bitwise equal"] == 2

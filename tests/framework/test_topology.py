@@ -1,4 +1,4 @@
-"""One run on ever other meshes."""
+"""Test runs that resume on other meshes."""
 
 import pathlib
 import sys
@@ -24,8 +24,9 @@ def config(**mesh):
     )
 
 
-def test_from_eight_devices_to_four_to_two_to_one(tmp_path, monkeypatch):
-    """Catches statistics, roots (in flight, too) or momenta that come to another block, batches in another order."""
+def test_resumes_on_eight_then_four_then_two_then_one_device(tmp_path, monkeypatch):
+    """Faults: statistics, roots (also in flight) or momenta are assigned to another block; batches are in another
+    order."""
     train(config(**{"mesh.fsdp": 2, "mesh.tensor": 2}), tmp_path / "whole", devices=jax.devices())
     moving = [
         (6, 8, {"mesh.fsdp": 2, "mesh.tensor": 2}),
@@ -47,8 +48,8 @@ def test_from_eight_devices_to_four_to_two_to_one(tmp_path, monkeypatch):
     assert list(moved.values())[:6] == list(whole.values())[:6]
 
 
-def test_from_two_processes_to_one_to_two(tmp_path):
-    """Catches state that only the process that saved it can find, and batches that depend on who reads them."""
+def test_resumes_with_two_then_one_then_two_processes(tmp_path):
+    """Faults: only the process that saved a state can restore it; batches depend on the reading process."""
 
     def train_to(step, processes, workdir):
         config = pathlib.Path(__file__).parents[1] / "support" / "toys" / "toy_many.py"

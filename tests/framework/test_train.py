@@ -35,7 +35,7 @@ def uninterrupted(tmp_path_factory):
     return workdir, result, traced
 
 
-def test_a_run_leaves_what_it_should(uninterrupted):
+def test_a_run_writes_all_its_files(uninterrupted):
     workdir, result, traced = uninterrupted
     assert result == json.loads((workdir / "result.json").read_text())
     assert (result["steps"], result["tokens"], result["stopped"]) == (12, 12 * 8 * 8, None)
@@ -57,7 +57,7 @@ def test_a_run_leaves_what_it_should(uninterrupted):
     assert "hidden/kernel" in (workdir / "parameters.txt").read_text()
 
 
-def test_heldout_loss_is_the_weighted_mean_over_all_rows_padding_left_out(uninterrupted):
+def test_heldout_loss_is_the_weighted_mean_over_all_rows_without_padding(uninterrupted):
     workdir, result, _ = uninterrupted
     source = toy.ToySource(20, 2)  # 20 rows in batches of 8: the last one is half padding
     batch = {name: np.stack([source[i][name] for i in range(20)]) for name in source[0]}
@@ -71,7 +71,7 @@ def test_keeps_last_and_best(uninterrupted):
     assert saved(workdir) == [10, 12]  # the best is the last here
 
 
-def test_a_finished_run_trains_no_further(uninterrupted, capsys):
+def test_a_finished_run_does_not_train_again(uninterrupted, capsys):
     workdir, result, _ = uninterrupted
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     traces = dict(toy.TRACES)
@@ -101,7 +101,7 @@ def test_stopped_by_a_signal_and_resumed_is_bitwise_the_uninterrupted_run(
     assert (stopped["stopped"], stopped["steps"]) == (number.name, step)
     assert saved(tmp_path)[-1] == step
     heldout = {line["step"]: line["heldout/loss"] for line in lines(whole) if "heldout/loss" in line}
-    assert stopped["heldout_loss"] == heldout[(step - 1) // 4 * 4]  # a stopped run does not evaluate its last step
+    assert stopped["heldout_loss"] == heldout[(step - 1) // 4 * 4]  # a stopped run does not evaluate at its last step
 
     result = train(make_config(), tmp_path, devices=two())
     assert f"resuming from {tmp_path / 'checkpoints' / str(step)}" in capsys.readouterr().out
@@ -119,7 +119,7 @@ def test_stopped_by_a_signal_and_resumed_is_bitwise_the_uninterrupted_run(
     assert result["seconds"] > stopped["seconds"]
 
 
-def test_killed_between_checkpoints_drops_the_history_that_is_repeated(uninterrupted, tmp_path, monkeypatch):
+def test_killed_between_checkpoints_drops_the_repeated_history(uninterrupted, tmp_path, monkeypatch):
     whole, _, _ = uninterrupted
 
     class Killed(BaseException):
@@ -152,8 +152,8 @@ def shampoo(schedule, **changes):
 
 
 @pytest.fixture(scope="module")
-def whole_of(tmp_path_factory):
-    """Uninterrupted runs of `shampoo` on two devices, each trained once: knobs of the schedule -> (workdir, result)."""
+def shampoo_runs(tmp_path_factory):
+    """Train uninterrupted runs of `shampoo` on two devices, once each. Return schedule knobs -> (workdir, result)."""
 
     @functools.cache
     def run(**schedule):
@@ -170,9 +170,9 @@ def whole_of(tmp_path_factory):
         pytest.param({"refresh": "host"}, id="host", marks=pytest.mark.slow),
     ],
 )
-def test_shampoo_resumes_bitwise_and_on_another_number_of_devices(whole_of, tmp_path, monkeypatch, schedule):
-    """Catches state that a checkpoint leaves out, and statistics that are given to other blocks than their own."""
-    whole, _ = whole_of(**schedule)
+def test_shampoo_resumes_bitwise_and_on_another_number_of_devices(shampoo_runs, tmp_path, monkeypatch, schedule):
+    """Faults: a checkpoint lacks state; statistics are assigned to other blocks."""
+    whole, _ = shampoo_runs(**schedule)
     same, other = tmp_path / "same", tmp_path / "other"
     monkeypatch.setattr(Run, "signal", lambda self: "SIGINT" if self.step == 6 else None)
     train(shampoo(schedule), same, devices=two())
@@ -183,7 +183,7 @@ def test_shampoo_resumes_bitwise_and_on_another_number_of_devices(whole_of, tmp_
     jax.tree.map(np.testing.assert_array_equal, arrays(same, 12), arrays(whole, 12))
     train(shampoo(schedule, **{"mesh.fsdp": 2, "mesh.tensor": 2}), other, devices=jax.devices())
     for line, expected in zip(lines(other), lines(whole), strict=True):
-        exact = {key: value for key, value in expected.items() if "residual" not in key}  # that is rounding itself
+        exact = {key: value for key, value in expected.items() if "residual" not in key}  # rounding error
         assert {key: line[key] for key in exact} == pytest.approx(exact, rel=1e-4)
 
 
@@ -198,7 +198,7 @@ def test_resumes_on_another_mesh(uninterrupted, tmp_path, monkeypatch):
         assert line == pytest.approx(expected, rel=1e-4)
 
 
-def test_workdir_of_another_config_is_refused_and_left_alone(uninterrupted):
+def test_workdir_of_another_config_is_refused_and_not_changed(uninterrupted):
     workdir, _, _ = uninterrupted
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"belongs to another config .*batch_size: 8 -> 16"):
@@ -216,7 +216,7 @@ def test_workdir_of_another_config_is_refused_and_left_alone(uninterrupted):
     ],
     ids=["batch", "mesh", "resume_from", "rules"],
 )
-def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, changes, message):
+def test_invalid_configs_are_refused_before_anything_is_written(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         train(make_config(**changes), tmp_path / "run", devices=two())
     assert not list(tmp_path.iterdir())
@@ -231,13 +231,13 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, change
     ],
     ids=["metric", "warmup", "rule"],
 )
-def test_what_needs_the_data_to_be_seen_wrong_claims_no_workdir(tmp_path, changes, message):
+def test_errors_found_after_reading_data_leave_no_workdir(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         train(make_config(**changes), tmp_path / "run", devices=two())
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_resume_from_continues_and_init_from_starts_afresh(uninterrupted, tmp_path, capsys):
+def test_resume_from_continues_and_init_from_restarts(uninterrupted, tmp_path, capsys):
     whole, _, _ = uninterrupted
     longer = make_config(duration="14 steps", resume_from=str(whole))
     assert train(longer, tmp_path / "resumed", devices=two())["steps"] == 14
@@ -270,9 +270,9 @@ def test_too_many_skips_stop_the_run_with_a_checkpoint(tmp_path):
         train(config, tmp_path, devices=two())
 
 
-def test_twenty_bad_steps_in_a_row_stop_a_run_that_goes_on_with_a_higher_limit(tmp_path, capsys):
-    """Catches a stop that is forgotten because the step in flight was a good one, a checkpoint from which the run does
-    not go on as if it had not stopped, and counts or a spike that the user does not get to see."""
+def test_bad_steps_in_a_row_stop_a_run_that_resumes_with_a_higher_limit(tmp_path, capsys):
+    """Faults: the stop is forgotten because the step in flight was good; the run does not resume from its checkpoint as
+    if it had not stopped; counts or a spike are not reported."""
 
     def config(**changes):
         task = {"nan_steps": tuple(range(4, 24)), "spike_steps": (27,)}
@@ -294,8 +294,8 @@ def test_twenty_bad_steps_in_a_row_stop_a_run_that_goes_on_with_a_higher_limit(t
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "run", 30), arrays(tmp_path / "whole", 30))
 
 
-def test_shampoo_trains_and_reports_its_inner_life(whole_of):
-    workdir, result = whole_of()
+def test_shampoo_trains_and_reports_its_diagnostics(shampoo_runs):
+    workdir, result = shampoo_runs()
     assert result["optimizer"] == "ShampooOptions"
     assert result["refreshes"] > 0
     assert "optimizer/refreshes" in lines(workdir)[0]
@@ -303,10 +303,10 @@ def test_shampoo_trains_and_reports_its_inner_life(whole_of):
     assert result["heldout_loss"] < 2.7
 
 
-def test_a_dead_solver_on_the_host_ends_the_run_with_its_traceback_and_a_checkpoint(whole_of, tmp_path, monkeypatch):
-    """Catches a run that hangs or goes on, a cause that nobody sees, and a checkpoint that lacks what was in flight."""
+def test_a_failed_host_solver_ends_the_run_with_traceback_and_checkpoint(shampoo_runs, tmp_path, monkeypatch):
+    """Faults: the run hangs or continues; the cause is not shown; the checkpoint lacks roots in flight."""
     config, broken = shampoo(HOSTED), tmp_path / "broken"
-    whole, result = whole_of(**HOSTED)
+    whole, result = shampoo_runs(**HOSTED)
     assert result["refreshes"] > 0
     assert any(
         line["host/solves"] > 0 for line in map(json.loads, (whole / "metrics.jsonl").open()) if "host/busy" in line
@@ -336,8 +336,8 @@ def test_a_dead_solver_on_the_host_ends_the_run_with_its_traceback_and_a_checkpo
     jax.tree.map(np.testing.assert_array_equal, arrays(broken, 12), arrays(whole, 12))
 
 
-def test_one_trace_serves_every_kind_of_step(tmp_path):
-    """Catches a shape, type or Python value that depends on the step: every such step would compile anew."""
+def test_all_kinds_of_steps_share_one_trace(tmp_path):
+    """Fault: a shape, type or Python value depends on the step, and every such step compiles again."""
     toy.TRACES["train"] = 0
     optimizer = base.component(SHAMPOO, block_size=16, interval=4, early_intervals=((20, 2),), start_step=6)
     config = make_config(
@@ -356,8 +356,8 @@ def test_one_trace_serves_every_kind_of_step(tmp_path):
     assert toy.TRACES["train"] == 1
 
 
-def test_a_failing_evaluation_costs_no_steps(tmp_path, monkeypatch):
-    """Fault: evaluation comes before the save of its step, so that all steps since the last save are lost."""
+def test_a_failing_evaluation_loses_no_steps(tmp_path, monkeypatch):
+    """Fault: a step is evaluated before it is saved, and all steps since the last save are lost."""
 
     def fail(*arguments):
         raise RuntimeError("RESOURCE_EXHAUSTED")
@@ -369,12 +369,12 @@ def test_a_failing_evaluation_costs_no_steps(tmp_path, monkeypatch):
 
 
 def test_a_signal_ends_an_evaluation_within_a_batch(uninterrupted, tmp_path, monkeypatch):
-    """Fault: a signal waits for the end of a long evaluation, or an evaluation of some batches counts."""
+    """Faults: a signal waits for the end of a long evaluation; an evaluation of some batches counts."""
     asked = []
 
     def later(self):
         asked.append(self.step)
-        return "SIGTERM" if asked.count(8) == 4 else None  # after the step, at its pause, and before two batches
+        return "SIGTERM" if asked.count(8) == 4 else None  # after the step, at its pause and before two batches
 
     monkeypatch.setattr(Run, "signal", later)
     stopped = train(make_config(), tmp_path, devices=two())
@@ -393,7 +393,7 @@ def test_second_interrupt_aborts():
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_the_host_runs_one_step_ahead_and_no_further():
+def test_the_host_runs_exactly_one_step_ahead():
     events = []
 
     class Log:

@@ -55,7 +55,7 @@ def test_a_module_trains_and_resumes_bitwise(trained, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_same_on_another_mesh(trained, tmp_path):
+def test_another_mesh_gives_the_same_run(trained, tmp_path):
     """Fault: statistics of a device's own examples, or parameters whose logical names meet no rule."""
     config = make_config()
     config.mesh.fsdp, config.mesh.tensor = 2, 2

@@ -330,7 +330,7 @@ FRAMEWORK = (
         "return save, evaluation, profile",
         "return evaluation, save, profile",
         "An evaluation that fails costs all steps since the last checkpoint, at every restart again.",
-        ("tests/framework/test_train.py::test_a_failing_evaluation_costs_no_steps",),
+        ("tests/framework/test_train.py::test_a_failing_evaluation_loses_no_steps",),
     ),
     Mutant(
         "evaluation-outlasts-the-signal",
@@ -370,7 +370,7 @@ FRAMEWORK = (
         "now.batches_passed_over + spike - self.step,",
         "now.batches_passed_over + spike - self.step - 1,",
         "After a rollback the run trains on the batch of the spike again.",
-        ("tests/framework/checkpoint/test_record.py::test_batches_up_to_the_spike_are_passed_over",),
+        ("tests/framework/checkpoint/test_record.py::test_batches_up_to_the_spike_are_skipped",),
     ),
     Mutant(
         "oldest-checkpoint-restored",
@@ -378,7 +378,7 @@ FRAMEWORK = (
         "for name in reversed(agreement.first(",
         "for name in list(agreement.first(",
         "A run resumes from its oldest checkpoint and loses the work since.",
-        ("tests/framework/checkpoint/test_origin.py::test_own_before_resume_before_init_before_scratch",),
+        ("tests/framework/checkpoint/test_origin.py::test_order_is_own_checkpoint_resume_from_init_from_scratch",),
     ),
     Mutant(
         "worst-checkpoints-kept",
@@ -394,7 +394,7 @@ FRAMEWORK = (
         "names = list(sums.digests)[part::parts]",
         "names = list(sums.digests)[part + 1 :: parts]",
         "Damage to one file of a checkpoint goes unnoticed, and the run resumes from it.",
-        ("tests/framework/checkpoint/test_origin.py::test_a_damaged_checkpoint_gives_way_to_the_one_before_it",),
+        ("tests/framework/checkpoint/test_origin.py::test_a_damaged_checkpoint_is_replaced_by_the_previous_one",),
     ),
     Mutant(
         "next-period-is-now",
@@ -410,7 +410,7 @@ FRAMEWORK = (
         "return self.start.tokens + (step - self.start.step) * self.tokens_per_step",
         "return self.start.tokens + step * self.tokens_per_step",
         "After a resume the tokens before it are counted twice in every curve.",
-        ("tests/framework/test_train.py::test_resume_from_continues_and_init_from_starts_afresh",),
+        ("tests/framework/test_train.py::test_resume_from_continues_and_init_from_restarts",),
     ),
     Mutant(
         "experts-see-the-same-examples",
@@ -468,10 +468,7 @@ FRAMEWORK = (
         "    if holder != run:\n",
         "    if not holder:\n",
         "Where the file system has no locks, two runs save in one workdir.",
-        (
-            "tests/framework/checkpoint/test_ownership.py"
-            "::test_without_locks_the_newer_run_goes_on_and_the_older_one_stops_at_its_next_save",
-        ),
+        ("tests/framework/checkpoint/test_ownership.py::test_without_locks_the_older_run_stops_at_its_next_save",),
     ),
     Mutant(
         "two-runs-in-one-workdir",
@@ -479,7 +476,7 @@ FRAMEWORK = (
         "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)",
         "A second run in one workdir mixes its checkpoints with those of the first.",
-        ("tests/framework/checkpoint/test_ownership.py::test_a_workdir_has_one_trainer_and_a_killed_one_lets_go",),
+        ("tests/framework/checkpoint/test_ownership.py::test_a_workdir_has_one_trainer_and_a_killed_one_releases_it",),
     ),
     Mutant(
         "new-optimizer-counts-skipped-steps",
@@ -488,7 +485,7 @@ FRAMEWORK = (
         "return record.step",
         "A run that resumes with another optimizer uses the learning rate of another step.",
         (
-            "tests/framework/checkpoint/test_takeover.py::test_skipped_steps_do_not_count_where_another_optimizer_begins",
+            "tests/framework/checkpoint/test_takeover.py::test_skipped_steps_do_not_count_for_the_schedule_of_another_optimizer",
         ),
     ),
     Mutant(
@@ -497,7 +494,7 @@ FRAMEWORK = (
         'if start.kind == "own" and "data" not in changeable:',
         'if start.kind == "init" and "data" not in changeable:',
         "A run resumes on other training data than it began with.",
-        ("tests/framework/checkpoint/test_takeover.py::test_other_training_data_are_refused_or_told",),
+        ("tests/framework/checkpoint/test_takeover.py::test_other_training_data_are_refused_or_reported",),
     ),
     Mutant(
         "wrong-rows-of-the-global-batch",
@@ -609,7 +606,7 @@ FRAMEWORK = (
         "        beginning.result()\n",
         "        beginning.done()\n",
         "A checkpoint that cannot even be begun is reported as a file that is missing, or not at all.",
-        ("tests/framework/checkpoint/test_saving.py::test_a_save_that_cannot_even_begin_says_so",),
+        ("tests/framework/checkpoint/test_saving.py::test_a_save_that_cannot_start_is_reported",),
     ),
 )
 
@@ -802,7 +799,7 @@ CONFIGS = (
         '    "microbatches",\n    "log",\n',
         '    "microbatches",\n    "batch_size",\n    "log",\n',
         "A run resumes with another batch size, skips some examples and sees others twice.",
-        ("tests/framework/test_train.py::test_workdir_of_another_config_is_refused_and_left_alone",),
+        ("tests/framework/test_train.py::test_workdir_of_another_config_is_refused_and_not_changed",),
     ),
     Mutant(
         "vocabulary-in-two-places",

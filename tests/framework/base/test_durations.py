@@ -53,7 +53,7 @@ def test_known_durations(duration, steps):
         ("5 fortnights", "Write 600 steps, 2 epochs"),
     ],
 )
-def test_an_error_says_what_to_write(duration, fix):
+def test_an_error_names_a_valid_duration(duration, fix):
     with pytest.raises(UserError) as caught:
         to_steps(duration, RUN)
     assert fix in str(caught.value)
@@ -67,14 +67,14 @@ def test_a_run_cannot_be_a_percentage_of_itself():
 
 @settings(deadline=None)
 @given(number=st.integers(min_value=0, max_value=10**9), units=units_of_a_run)
-def test_examples_fit_into_their_steps_and_into_no_fewer(number, units):
+def test_a_number_of_examples_needs_the_fewest_steps_that_hold_them(number, units):
     steps = to_steps(f"{number} examples", units)
     assert (steps - 1) * units.batch_size < number <= steps * units.batch_size
 
 
 @settings(deadline=None)
 @given(number=st.integers(min_value=0, max_value=10**6), units=units_of_a_run)
-def test_one_duration_said_in_three_units_is_one_number_of_steps(number, units):
+def test_equal_durations_in_three_units_are_equal_steps(number, units):
     steps = to_steps(f"{number} epochs", units)
     examples = number * units.examples_per_epoch
     assert to_steps(f"{examples} examples", units) == steps

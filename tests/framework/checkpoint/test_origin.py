@@ -13,7 +13,7 @@ from shampax.framework.checkpoint.record import Record
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two workdirs: one with checkpoints of steps 1 and 2, one with 9."""
+    """Write two workdirs: one with checkpoints of steps 1 and 2, one with step 9."""
     state, place = make_state({"data": 8}, P()), tmp_path_factory.mktemp("runs")
     save(place / "first", state, {1: None, 2: None})
     save(place / "second", state, {9: None})
@@ -28,7 +28,7 @@ def find(workdir, resume_from="", init_from=""):
     return origin.find(workdir, resume_from=str(resume_from), init_from=str(init_from))
 
 
-def test_own_before_resume_before_init_before_scratch(runs, tmp_path):
+def test_order_is_own_checkpoint_resume_from_init_from_scratch(runs, tmp_path):
     own, first, second = tmp_path / "own", runs / "first", runs / "second"
     assert find(own) == Origin("scratch")
     assert find(own, init_from=second) == Origin("init", second / "checkpoints" / "9")
@@ -52,8 +52,8 @@ FILES = ["_CHECKPOINT_METADATA", "record/metadata", "manifest/metadata", "state/
 
 
 @pytest.mark.parametrize("pattern", FILES)
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(runs, tmp_path, pattern):
-    """Catches damage that is used, a warning that does not name both, and evidence that is thrown away."""
+def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(runs, tmp_path, pattern):
+    """Faults: a damaged checkpoint is used; the warning does not name both; the damaged files are deleted."""
     workdir = copied(runs, tmp_path)
     damaged, whole = (workdir / "checkpoints" / step for step in "21")
     path = sorted(damaged.glob(pattern))[0]
@@ -73,8 +73,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(runs, tmp_path, pat
     assert (workdir / "damaged" / "2-2").is_dir() and find(workdir).damaged == ()
 
 
-def test_a_checkpoint_without_checksums_is_used_if_all_of_it_can_be_read(runs, tmp_path):
-    """Fault: a run that ends between commit and checksums loses its last checkpoint, or trains on damage."""
+def test_a_readable_checkpoint_without_checksums_is_used(runs, tmp_path):
+    """Faults: a run that ends between commit and checksums loses its last checkpoint; it trains on damage."""
     workdir = copied(runs, tmp_path)
     newest = workdir / "checkpoints" / "2"
     (newest / "SHA256SUMS-0-of-1").unlink()
@@ -86,7 +86,7 @@ def test_a_checkpoint_without_checksums_is_used_if_all_of_it_can_be_read(runs, t
     assert "the arrays of checkpoint" in found.damaged[0][1]
 
 
-def test_damage_all_over_ends_in_an_error_and_never_in_a_new_beginning(runs, tmp_path):
+def test_if_all_checkpoints_are_damaged_the_run_fails_and_does_not_restart(runs, tmp_path):
     workdir = copied(runs, tmp_path)
     for step in "12":
         (workdir / "checkpoints" / step / "record" / "metadata").unlink()
@@ -97,7 +97,7 @@ def test_damage_all_over_ends_in_an_error_and_never_in_a_new_beginning(runs, tmp
         find(tmp_path / "new", init_from=workdir)
 
 
-def test_a_save_that_was_cut_short_is_not_a_checkpoint(runs, tmp_path):
+def test_an_incomplete_save_is_not_a_checkpoint(runs, tmp_path):
     workdir = copied(runs, tmp_path, "second")
     checkpoint = workdir / "checkpoints" / "9"
     checkpoint.rename(checkpoint.with_name("9.orbax-checkpoint-tmp"))
@@ -119,12 +119,12 @@ print(found.path.name, found.record().step)
 
 
 def test_a_stale_listing_of_another_process_changes_nothing(runs):
-    """Fault: each process resumes from the newest checkpoint that it sees, and two states are mixed in silence."""
+    """Fault: each process resumes from the newest checkpoint it lists, and two states are mixed without an error."""
     told = run_together(STALE, processes=2, devices=1, arguments=[str(runs / "first")])
     assert [text.splitlines()[-1] for text in told] == ["2 2", "2 2"]
 
 
-def test_other_runs_damage_is_left_where_it_is(runs, tmp_path):
+def test_damaged_checkpoints_of_other_runs_are_not_moved(runs, tmp_path):
     other = copied(runs, tmp_path)
     (other / "checkpoints" / "2" / "record" / "metadata").unlink()
     found = find(tmp_path / "new", resume_from=other)

@@ -22,8 +22,8 @@ with ownership.hold(Path(sys.argv[1])):
 """
 
 
-def test_a_workdir_has_one_trainer_and_a_killed_one_lets_go(tmp_path):
-    """Catches two trainers that write into one workdir, and a lock that outlives its holder."""
+def test_a_workdir_has_one_trainer_and_a_killed_one_releases_it(tmp_path):
+    """Faults: two trainers write into one workdir; a lock outlives its process."""
     workdir = tmp_path / "run"
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(workdir)], stdout=subprocess.PIPE, text=True)
     try:
@@ -39,7 +39,7 @@ def test_a_workdir_has_one_trainer_and_a_killed_one_lets_go(tmp_path):
     assert workdir.exists()
 
 
-def test_a_workdir_that_nothing_was_written_to_is_gone_afterwards(tmp_path):
+def test_an_empty_workdir_is_deleted_on_release(tmp_path):
     with ownership.hold(tmp_path / "empty"):
         pass
     with ownership.hold(tmp_path / "full"):
@@ -49,7 +49,7 @@ def test_a_workdir_that_nothing_was_written_to_is_gone_afterwards(tmp_path):
 
 @pytest.fixture
 def without_locks(monkeypatch):
-    """A file system that does not implement locks."""
+    """Simulate a file system without locks."""
 
     def flock(file, how):
         raise OSError(errno.ENOSYS, "Function not implemented")
@@ -57,17 +57,15 @@ def without_locks(monkeypatch):
     monkeypatch.setattr(ownership.fcntl, "flock", flock)
 
 
-def test_without_locks_the_newer_run_goes_on_and_the_older_one_stops_at_its_next_save(
-    tmp_path, without_locks, monkeypatch
-):
-    """Fault: a file system without locks is taken for a workdir in use, or two runs go on in one workdir."""
+def test_without_locks_the_older_run_stops_at_its_next_save(tmp_path, without_locks, monkeypatch):
+    """Faults: a file system without locks counts as a workdir in use; two runs continue in one workdir."""
     config = make_config(**{"checkpoint.every": "2 steps"})
     older, signal_of = [], Run.signal
 
     def start_another(self):
         if self.step == 5 and not older:
             older.append(self.step)
-            self.saver.confirm()  # two saves of one step at the same time would meet in one folder
+            self.saver.confirm()  # two concurrent saves of one step would use the same folder
             train(config, tmp_path, devices=two())
         return signal_of(self)
 
@@ -81,7 +79,7 @@ def test_without_locks_the_newer_run_goes_on_and_the_older_one_stops_at_its_next
 
 @pytest.fixture
 def full_disk_at_5(monkeypatch):
-    """The checkpoint of step 5 cannot be written."""
+    """Make the save of step 5 fail."""
     save = saving._Manager.save
 
     def save_or_fail(self, step, **options):
@@ -92,7 +90,7 @@ def full_disk_at_5(monkeypatch):
     monkeypatch.setattr(saving._Manager, "save", save_or_fail)
 
 
-def test_a_full_disk_stops_the_run_with_its_earlier_checkpoint_intact(tmp_path, full_disk_at_5, monkeypatch):
+def test_a_full_disk_stops_the_run_and_keeps_earlier_checkpoints(tmp_path, full_disk_at_5, monkeypatch):
     config = make_config(**{"evaluation.every": "100%", "checkpoint.every": "1 steps"})
     with pytest.raises(TrainingStopped, match=r"step 5 could not .*No space left on device.* step 4"):
         train(config, tmp_path, devices=two())
@@ -102,7 +100,7 @@ def test_a_full_disk_stops_the_run_with_its_earlier_checkpoint_intact(tmp_path, 
     assert train(config, tmp_path, devices=two())["steps"] == 12
 
 
-def test_a_full_disk_is_told_and_trained_past_if_the_config_says_so(tmp_path, full_disk_at_5, capsys):
+def test_a_full_disk_is_reported_and_training_continues_if_configured(tmp_path, full_disk_at_5, capsys):
     config = make_config(**{"checkpoint.on_error": "continue", "evaluation.every": "100%"})
     assert train(config, tmp_path, devices=two())["steps"] == 12
     out = capsys.readouterr().out
@@ -110,8 +108,8 @@ def test_a_full_disk_is_told_and_trained_past_if_the_config_says_so(tmp_path, fu
     assert saved(tmp_path) == [10, 12]
 
 
-def test_a_last_checkpoint_that_cannot_be_saved_is_no_complete_run(tmp_path, monkeypatch):
-    """Catches a run that calls itself complete and whose end is nowhere."""
+def test_a_run_whose_last_save_failed_is_not_complete(tmp_path, monkeypatch):
+    """Fault: a run is reported as complete, but its last state is not saved."""
 
     def denied(*arguments, **options):
         raise PermissionError(13, "Permission denied")

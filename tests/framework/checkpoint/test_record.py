@@ -30,20 +30,20 @@ GOOD = Record(3, 1.5, 10, data="abc").with_evaluation({"loss": 2.0}, Ranking()).
     ],
     ids=str,
 )
-def test_what_is_no_record_is_refused(change):
-    """Catches any error but ValueError, which would reach the user as a traceback, and values taken for others."""
+def test_invalid_records_are_refused(change):
+    """Faults: an error other than ValueError reaches the user as a traceback; a value is read as another type."""
     with pytest.raises(ValueError, match=r"^record"):
         Record.from_json(json.loads(json.dumps(GOOD | change)))
 
 
-def test_a_record_may_have_whole_seconds_and_a_loss_that_is_no_number():
+def test_a_record_may_have_integer_seconds_and_a_nan_loss():
     read = Record.from_json(GOOD | {"seconds": 2, "last": {"step": 3, "values": {"loss": math.nan}}})
     assert (type(read.seconds), read.seconds) == (float, 2.0)
     assert math.isnan(read.last.values["loss"])
 
 
-def test_a_best_of_another_metric_is_no_best():
-    """Catches a run that ends in a KeyError once its config has another best metric."""
+def test_a_best_value_of_another_metric_is_ignored():
+    """Fault: KeyError when the config has another best metric."""
     record = (
         Record(3)
         .with_evaluation({"loss": 2.0}, Ranking())
@@ -52,7 +52,7 @@ def test_a_best_of_another_metric_is_no_best():
     assert record.best.values["error"] == 0.5
 
 
-def test_survives_json():
+def test_json_round_trip():
     record = Record(3, 1.5, 10, data="abc").with_evaluation({"loss": 2.0}, Ranking())
     assert Record.from_json(json.loads(json.dumps(record.to_json()))) == record
 
@@ -66,11 +66,11 @@ def test_best_evaluation_is_the_lowest_finite_one():
     assert record.last.step == 6
 
 
-def test_batches_up_to_the_spike_are_passed_over():
-    """Step t trains on batch t - 1 + what was passed over before."""
+def test_batches_up_to_the_spike_are_skipped():
+    """Step t trains on batch t - 1 + the number of batches skipped before."""
     earlier, now = Record(step=15), Record(step=19, seconds=4.0, batches_passed_over=0)
     once = earlier.rolled_back(now, spike=18)
     assert (once.step, once.batches_passed_over, once.rollbacks, once.seconds) == (15, 3, 1, 4.0)
-    assert 15 + once.batches_passed_over == 18  # the batch of the next step follows that of the spike, number 17
+    assert 15 + once.batches_passed_over == 18  # the next step uses the batch after that of the spike, number 17
     twice = Record(step=15).rolled_back(once, spike=17)
     assert (twice.batches_passed_over, twice.rollbacks) == (5, 2)

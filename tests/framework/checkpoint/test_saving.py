@@ -22,7 +22,7 @@ def steps(workdir):
     return [int(path.name) for path in store.checkpoints(workdir)]
 
 
-def test_comes_back_on_another_mesh_with_every_value_in_its_place(tmp_path):
+def test_restores_every_value_on_another_mesh(tmp_path):
     state = make_state({"data": 8}, P("data"))
     record = save(tmp_path, state, {3: 1.5})
     (path,) = store.checkpoints(tmp_path)
@@ -43,7 +43,7 @@ def test_comes_back_on_another_mesh_with_every_value_in_its_place(tmp_path):
     assert store.manifest(path) == {"step": 3}
 
 
-def test_saved_state_is_that_of_the_call_even_if_donated_at_once(tmp_path):
+def test_a_state_that_is_donated_after_the_call_is_saved(tmp_path):
     state = make_state({"data": 8}, P("data"))
     expected = np.array(state.params["layer"]["w"])
     spoil = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
@@ -65,16 +65,17 @@ def test_keeps_last_best_and_the_newest_milestone(tmp_path):
     assert steps(tmp_path) == [8, 9]
 
 
-def test_keeps_the_first_of_every_period_for_good():
-    """Fault: a checkpoint that was kept for good goes once the next one is there, or none is if the pauses miss it."""
+def test_keeps_the_first_checkpoint_of_every_period():
+    """Faults: a permanent checkpoint is deleted after the next one; none is kept if no save is exactly at a
+    multiple."""
     retention, there = Retention(1, 0, every=10), set()
     for step in range(3, 40, 3):
         there = retention.kept({*there, step})
     assert there == {12, 21, 30, 39}
 
 
-def test_the_best_is_the_highest_if_the_ranking_says_so(tmp_path):
-    """Fault: the worst checkpoint is kept by accuracy."""
+def test_the_best_is_the_highest_for_metrics_where_higher_is_better(tmp_path):
+    """Fault: keep_best keeps the checkpoint with the lowest accuracy."""
     ranking = Ranking("accuracy", "max")
     saving = saver(tmp_path, keep_last=1, ranking=ranking)
     state, record = make_state({"data": 8}, P()), Record()
@@ -91,7 +92,7 @@ def test_the_best_is_the_highest_if_the_ranking_says_so(tmp_path):
 
 
 def test_a_run_that_was_taken_over_saves_nothing(tmp_path):
-    """Fault: two runs mix their checkpoints in one workdir."""
+    """Fault: two runs save into one workdir."""
 
     def taken_over():
         raise UserError("taken over")
@@ -103,7 +104,7 @@ def test_a_run_that_was_taken_over_saves_nothing(tmp_path):
     assert steps(tmp_path) == []
 
 
-def test_best_is_remembered_over_a_resume_and_rubbish_is_removed(tmp_path):
+def test_a_resume_keeps_the_best_and_deletes_incomplete_saves(tmp_path):
     state = make_state({"data": 8}, P())
     save(tmp_path, state, {1: 1.0, 2: 2.0}, keep_last=1, keep_best=1)
     for name in ("3.orbax-checkpoint-tmp", "deleted/0"):
@@ -114,7 +115,7 @@ def test_best_is_remembered_over_a_resume_and_rubbish_is_removed(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2-mine", "4"]
 
 
-def test_an_older_one_with_an_unreadable_record_stops_nobody(tmp_path):
+def test_an_older_checkpoint_with_an_unreadable_record_is_ignored(tmp_path):
     state = make_state({"data": 8}, P())
     save(tmp_path, state, {1: 1.0, 2: 2.0})
     (tmp_path / "checkpoints" / "1" / "record" / "metadata").write_text("{")
@@ -122,7 +123,7 @@ def test_an_older_one_with_an_unreadable_record_stops_nobody(tmp_path):
     assert steps(tmp_path) == [2, 3]
 
 
-def test_a_step_already_saved_is_left_alone(tmp_path):
+def test_a_saved_step_is_not_saved_again(tmp_path):
     state = make_state({"data": 8}, P())
     save(tmp_path, state, {5: None})
     sums = tmp_path / "checkpoints" / "5" / "SHA256SUMS-0-of-1"
@@ -131,32 +132,32 @@ def test_a_step_already_saved_is_left_alone(tmp_path):
     assert sums.stat().st_mtime_ns == before
 
 
-def test_training_goes_on_while_a_save_begins(tmp_path, monkeypatch):
-    """Catches a loop that stands still for Orbax's own preparations; on a cluster these are requests to a bucket."""
-    saving, go_on = saver(tmp_path), threading.Event()
+def test_a_save_starts_in_the_background(tmp_path, monkeypatch):
+    """Fault: the loop waits for Orbax's preparations, which on a cluster are requests to a bucket."""
+    saving, proceed = saver(tmp_path), threading.Event()
     begin = saving._manager.save
 
     def slow(*arguments, **options):
-        assert go_on.wait(30)
+        assert proceed.wait(30)
         return begin(*arguments, **options)
 
     monkeypatch.setattr(saving._manager, "save", slow)
     saving.save(make_state({"data": 8}, P()), Record(step=1), {})
     assert saving.complaint() is None
     assert steps(tmp_path) == []
-    go_on.set()
+    proceed.set()
     saving.confirm()
     assert steps(tmp_path) == [1]
     saving.close()
 
 
-def test_counts_once_it_is_committed_and_is_hashed_then(tmp_path, monkeypatch):
-    """Catches a checkpoint that is lost if the run ends while it hashes, and hashes that are not waited for."""
-    write, waiting, go_on = verify.write, threading.Event(), threading.Event()
+def test_a_checkpoint_counts_once_committed_and_is_hashed_later(tmp_path, monkeypatch):
+    """Faults: a checkpoint is lost if the run ends while it is hashed; nothing waits for the hashes."""
+    write, waiting, proceed = verify.write, threading.Event(), threading.Event()
 
     def late(*arguments):
         waiting.set()
-        assert go_on.wait(30)
+        assert proceed.wait(30)
         return write(*arguments)
 
     monkeypatch.setattr(verify, "write", late)
@@ -166,7 +167,7 @@ def test_counts_once_it_is_committed_and_is_hashed_then(tmp_path, monkeypatch):
     path = tmp_path / "checkpoints" / "2"
     assert steps(tmp_path) == [2] and not verify.read(path).complete
     assert store.faults(path) == []
-    go_on.set()
+    proceed.set()
     saving.confirm()
     assert verify.read(path).complete
     metrics = saving.metrics()
@@ -175,9 +176,9 @@ def test_counts_once_it_is_committed_and_is_hashed_then(tmp_path, monkeypatch):
     saving.close()
 
 
-def test_a_save_that_fails_says_so_and_leaves_the_others_alone(tmp_path):
-    """A limit on the size of files stands for a full disk: catches an error that is lost, one that is told twice, an
-    older checkpoint that goes before the newer one is whole, and a saver that never recovers."""
+def test_a_failed_save_is_reported_and_keeps_other_checkpoints(tmp_path):
+    """A file size limit simulates a full disk. Faults: an error is lost or reported twice; an older checkpoint is
+    deleted before the newer one is complete; the saver does not recover."""
     state = make_state({"data": 8}, P(), width=4096)
     save(tmp_path, state, {1: None, 2: None})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -203,7 +204,7 @@ def test_a_save_that_fails_says_so_and_leaves_the_others_alone(tmp_path):
     assert steps(tmp_path) == [4]
 
 
-def test_a_failure_in_the_background_is_told_once_and_raised_at_the_next_save(tmp_path, monkeypatch):
+def test_a_background_failure_is_reported_once_and_raised_at_the_next_save(tmp_path, monkeypatch):
     state = make_state({"data": 8}, P())
 
     def full(*arguments, **options):
@@ -224,7 +225,7 @@ def test_a_failure_in_the_background_is_told_once_and_raised_at_the_next_save(tm
     assert steps(tmp_path) == [2]
 
 
-def test_a_save_that_cannot_even_begin_says_so(tmp_path, monkeypatch):
+def test_a_save_that_cannot_start_is_reported(tmp_path, monkeypatch):
     saving = saver(tmp_path)
 
     def denied(*arguments, **options):
@@ -289,8 +290,8 @@ print("content:", store.manifest(path), store.faults(path), store.record(path).l
 """
 
 
-def test_processes_hash_what_they_wrote_and_process_0_decides(tmp_path):
-    """Fault: a failure of one process is not raised on all, or a listing that is old decides what is saved."""
+def test_processes_hash_their_files_and_process_0_decides(tmp_path):
+    """Faults: the failure of one process is not raised on all; a stale listing decides what is saved."""
     for out in run_together(TOGETHER, processes=2, devices=2, arguments=[str(tmp_path)]):
         told = [line for line in out.splitlines() if ":" in line and not line.startswith("[Gloo]")]
         assert told == [

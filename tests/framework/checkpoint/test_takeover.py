@@ -1,4 +1,4 @@
-"""Runs that go on from a checkpoint of another model or optimizer, and say what they took."""
+"""Test runs that start from a checkpoint of another model or optimizer, and their report."""
 
 import dataclasses
 import re
@@ -19,7 +19,7 @@ from shampax.framework.train import train
 
 @dataclasses.dataclass(frozen=True)
 class Changed(toy.ToyTask):
-    """The toy model with `hidden` called `middle`, and a parameter `gain` [M, M] more."""
+    """The toy model with `hidden` renamed to `middle` and an additional parameter `gain` [M, M]."""
 
     def init(self, key, batch_spec):
         variables = super().init(key, batch_spec)
@@ -46,20 +46,20 @@ def shampoo(**changes):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of 12 steps with Shampoo."""
+    """Train 12 steps with Shampoo."""
     workdir = tmp_path_factory.mktemp("takeover") / "run"
     train(make_config(optimizer=shampoo()), workdir, devices=two())
     return workdir
 
 
-def go_on(run, workdir, **changes):
-    """Go on for 2 steps; returns what `restored.txt` says."""
+def resumed(run, workdir, **changes):
+    """Resume for 2 steps; return the content of `restored.txt`."""
     train(make_config(duration="14 steps", resume_from=str(run), **changes), workdir, devices=two())
     return (workdir / "restored.txt").read_text()
 
 
-def test_another_block_size_keeps_what_belongs_to_elements(run, tmp_path, capsys):
-    told = go_on(run, tmp_path / "new", optimizer=base.component(SHAMPOO, block_size=16, interval=3))
+def test_another_block_size_keeps_elementwise_state(run, tmp_path, capsys):
+    told = resumed(run, tmp_path / "new", optimizer=base.component(SHAMPOO, block_size=16, interval=3))
     assert "taken over with all their state: 1 of 3 parameters" in told  # the embedding, which is diagonal
     expected = (
         "hidden/kernel: parameter, momentum, second moment taken over; statistics, roots initialised "
@@ -69,7 +69,7 @@ def test_another_block_size_keeps_what_belongs_to_elements(run, tmp_path, capsys
     assert [line["step"] for line in lines(tmp_path / "new") if "train/loss" in line] == [14]
 
 
-def test_another_model_takes_what_it_knows_and_tells_the_rest(run, tmp_path):
+def test_another_model_restores_known_parameters_and_lists_the_others(run, tmp_path):
     table = (("vocab", None), ("embed", None), ("mlp", None), ("mlp2", None))
     config = make_config(
         optimizer=shampoo(),
@@ -96,9 +96,9 @@ def test_another_model_takes_what_it_knows_and_tells_the_rest(run, tmp_path):
     assert "hidden/kernel: dropped (not in this model)" in told
 
 
-def test_another_optimizer_begins_afresh_at_the_learning_rate_of_the_run(run, tmp_path):
-    """Catches a warm-up that begins anew in the middle of a run, also after the next resume."""
-    told = go_on(run, tmp_path / "new", optimizer=base.component(ADAMW))
+def test_another_optimizer_starts_with_new_state_at_the_runs_learning_rate(run, tmp_path):
+    """Fault: the warm-up restarts in the middle of a run, or at the next resume."""
+    told = resumed(run, tmp_path / "new", optimizer=base.component(ADAMW))
     assert f"the optimizer's state is initialised: saved by {SHAMPOO}, now {ADAMW}" in told
     assert "taken over with all their state: 3 of 3" in told
     config = make_config(
@@ -115,12 +115,12 @@ def test_another_optimizer_begins_afresh_at_the_learning_rate_of_the_run(run, tm
     after = arrays(tmp_path / "whole", 16)
     again = {line["step"]: line["train/learning_rate"] for line in lines(tmp_path / "whole") if "train/loss" in line}
     assert rates == again
-    # AdamW moves a parameter by about the learning rate, which nears its end here and began with a warm-up.
+    # AdamW moves a parameter by about the learning rate, which is near the end of its decay here.
     steps = jax.tree.map(lambda x, y: np.abs(x - y).max(), before["params"], after["params"])
     assert 0 < max(jax.tree.leaves(steps)) < 2 * (rates[15] + rates[16])
 
 
-def test_another_run_s_variables_alone_are_told_line_by_line(run, tmp_path):
+def test_init_from_lists_every_restored_variable(run, tmp_path):
     config = make_config(init_from=str(run), duration="1 steps", **{"schedule.warmup": "0 steps"})
     train(config, tmp_path / "new", devices=two())
     told = (tmp_path / "new" / "restored.txt").read_text()
@@ -137,8 +137,8 @@ def test_a_checkpoint_without_any_parameter_of_the_model_is_refused(run, tmp_pat
     assert not (tmp_path / "new" / "config.json").exists()
 
 
-def test_longer_than_it_was_a_finished_run_goes_on(run, tmp_path, capsys):
-    """Catches a finished run that calls itself complete although its duration has been raised."""
+def test_a_finished_run_resumes_with_a_longer_duration(run, tmp_path, capsys):
+    """Fault: a finished run counts as complete although its duration was raised."""
     again = shutil.copytree(run, tmp_path / "again")
     changed = {"duration": "14 steps", "may_change": (*base.MAY_CHANGE, "duration")}
     assert train(make_config(optimizer=shampoo(), **changed), again, devices=two())["steps"] == 14
@@ -148,7 +148,7 @@ def test_longer_than_it_was_a_finished_run_goes_on(run, tmp_path, capsys):
     assert "complete after 14 steps" in capsys.readouterr().out
 
 
-def test_skipped_steps_do_not_count_where_another_optimizer_begins(run):
+def test_skipped_steps_do_not_count_for_the_schedule_of_another_optimizer(run):
     """Fault: after skipped steps the run resumes with the learning rate of another step."""
     start = origin.Origin("resume", run / "checkpoints" / "12")
     record = Record(step=12, skipped=2, optimizer_began=5)
@@ -166,8 +166,8 @@ class Marked(toy.ToyData):
         return self.mark
 
 
-def test_other_training_data_are_refused_or_told(tmp_path, capsys):
-    """Catches a source that changed under a run, which then goes on without a word."""
+def test_other_training_data_are_refused_or_reported(tmp_path, capsys):
+    """Fault: the data changed, and the run continues without a warning."""
 
     def config(mark, **changes):
         changed = make_config(**{"duration": "1 steps", "schedule.warmup": "0 steps"} | changes)

@@ -17,7 +17,7 @@ FILES = {
 
 @pytest.fixture
 def directory(tmp_path):
-    """The files of two processes, with their checksums."""
+    """Write the files of two processes, with their checksums."""
     for name in FILES:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def flip(path):
     path.write_bytes(content)
 
 
-def test_each_process_lists_what_it_has_written_and_sha256sum_agrees(directory):
+def test_each_process_lists_its_files_and_sha256sum_agrees(directory):
     assert verify.read(directory).complete and faults(directory) == []
     for process in (0, 1):
         lines = (directory / f"SHA256SUMS-{process}-of-2").read_text().splitlines()
@@ -52,7 +52,7 @@ def test_each_process_lists_what_it_has_written_and_sha256sum_agrees(directory):
 
 @pytest.mark.parametrize("name", [*FILES, "SHA256SUMS-0-of-2", "SHA256SUMS-1-of-2"])
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
-def test_every_damage_is_found(directory, name, how):
+def test_all_kinds_of_damage_are_found(directory, name, how):
     path = directory / name
     if how == "flip":
         flip(path)
@@ -64,7 +64,7 @@ def test_every_damage_is_found(directory, name, how):
 
 
 def test_sums_are_incomplete_until_every_process_has_written_its_own(directory):
-    """Fault: a checkpoint counts as verified although the files of one process have never been hashed."""
+    """Fault: a checkpoint counts as verified although the files of one process were not hashed."""
     (directory / "SHA256SUMS-1-of-2").unlink()
     assert not verify.read(directory).complete
     assert faults(directory) == []
@@ -72,14 +72,14 @@ def test_sums_are_incomplete_until_every_process_has_written_its_own(directory):
     assert faults(directory) == ["state/d/0 does not have its checksum"]
 
 
-def test_an_added_file_is_found_and_an_evaluation_may_be_added(directory):
+def test_an_added_file_is_found_but_an_evaluation_may_be_added(directory):
     (directory / "evaluation.json").write_text("{}")
     assert faults(directory) == []
     (directory / "state" / "d" / "3").write_text("")
     assert faults(directory) == ["state/d/3 has no checksum"]
 
 
-def test_names_of_sums_are_not_believed(directory):
-    """Fault: a file whose name claims a trillion processes fills the memory."""
+def test_file_names_of_checksums_are_not_trusted(directory):
+    """Fault: a file name that claims a trillion processes exhausts the memory."""
     (directory / "SHA256SUMS-2-of-1000000000000").write_text("")
     assert not verify.read(directory).complete
