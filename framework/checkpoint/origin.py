@@ -67,7 +67,7 @@ def find(workdir: Path, *, resume_from: str, init_from: str) -> Origin:
     "" is none. All files of a checkpoint are compared with their checksums, by all processes together. Writes nothing.
 
     Raises:
-      UserError: every checkpoint of a place is damaged, or there is none where one is named. Another run is never
+      UserError: every checkpoint of a place is damaged, or a named place has no checkpoint. Another run is never
         used instead of this workdir's own damaged checkpoints.
     """
     own = _newest("own", str(workdir), lambda: store.checkpoints(workdir))
@@ -84,7 +84,7 @@ def newest_of(workdir: Path, steps: Callable[[int], bool]) -> Origin:
     """Return the newest intact checkpoint of a workdir whose step is one of `steps`.
 
     Raises:
-      UserError: there is none.
+      UserError: no checkpoint is intact.
     """
     found = _newest("own", str(workdir), lambda: [p for p in store.checkpoints(workdir) if steps(int(p.name))])
     if found is None:

@@ -83,7 +83,7 @@ class Record:
         return value if value is not None and math.isfinite(value) else None
 
     def rank(self, ranking: Ranking) -> float | None:
-        """Return the rank of this step's evaluation; None if there is none or its metric is not finite."""
+        """Return the rank of this step's evaluation; None without an evaluation or if its metric is not finite."""
         return ranking.rank(self.last.values) if self.last is not None and self.evaluated else None
 
     def rolled_back(self, now: "Record", spike: int) -> "Record":

@@ -30,7 +30,7 @@ def choose(workdir: Path, which: Literal["best", "newest"]) -> tuple[Path, list[
       The checkpoint, and damaged ones that were preferred to it, each with its first fault.
 
     Raises:
-      UserError: there is none.
+      UserError: no checkpoint is intact.
     """
     damaged = []
     if which == "best":

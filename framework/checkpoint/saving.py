@@ -36,11 +36,11 @@ class Retention(checkpoint_managers.PreservationPolicy):
     """Which checkpoints are kept.
 
     Attributes:
-      last: how many of the newest.
-      best: how many of those with the lowest rank.
-      every: the first checkpoint of each such number of steps, for good; 0 is none.
-      milestone: steps of which the newest checkpoint is kept, for a rollback.
-      ranks: step -> rank; None or absent where there is no evaluation. May grow.
+      last: number of newest checkpoints.
+      best: number of checkpoints with the lowest ranks.
+      every: keep the first checkpoint of every such number of steps for good; 0 keeps none.
+      milestone: whether a rollback may return to a step. The newest such checkpoint is kept.
+      ranks: step -> rank, None or absent without an evaluation. Grows during the run.
     """
 
     last: int
@@ -50,7 +50,7 @@ class Retention(checkpoint_managers.PreservationPolicy):
     ranks: Mapping[int, float | None] = dataclasses.field(default_factory=dict)
 
     def kept(self, steps: Iterable[int]) -> set[int]:
-        """Return the steps whose checkpoints are kept, of those that there are."""
+        """Return which of the steps of all checkpoints are kept."""
         steps = sorted(steps)
         ranked = sorted((rank, step) for step in steps if (rank := self.ranks.get(step)) is not None)
         best = [step for _, step in ranked[: self.best]]

@@ -83,7 +83,7 @@ def locate(text: str | Path, *, intact: bool) -> tuple[Path, list[tuple[Path, st
       The checkpoint, and newer ones of the workdir that are damaged, each with its first fault.
 
     Raises:
-      UserError: there is none.
+      UserError: no checkpoint is intact.
     """
     path = Path(text).expanduser()
     one = is_checkpoint(path)

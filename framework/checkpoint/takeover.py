@@ -171,17 +171,34 @@ class _Planner:
         inheritance = self._inheritance(tx, name, params)
         if inheritance:
             spec = dataclasses.replace(abstract, opt_state=optimizer.saved_spec(tx, abstract.opt_state, params))
+        sources, averages = self._sources(spec, of_params, inheritance)
         report = inheritance.report() if inheritance else {}
+        changed = {}
+        for path, source in of_params.items():
+            average = {"average": averages[PARAMS + path]} if PARAMS + path in averages else {}
+            changed[path] = _line(source, report.get(path, {}) | average)
+        lines = [
+            *self._notes(inheritance, name),
+            *self._of_average(spec),
+            *(f"{path}: {line}" for path, line in changed.items() if line),
+            *(f"{path}: initialised ({why})" for path, why in _initialised(sources)),
+            *(f"{x}: average initialised ({why})" for x, why in averages.items() if why and x.startswith(MODEL)),
+            *(f"{path}: dropped (not in this model)" for path in self._parameters if path not in of_params),
+        ]
+        return Takeover(self._origin.path, spec, sources, tuple(lines), sum(not line for line in changed.values()))
+
+    def _sources(
+        self, spec: TrainState, of_params: Mapping[str, Source], inheritance: optimizer.Inheritance | None
+    ) -> tuple[dict[str, Source], dict[str, str]]:
+        """Return the source of each array, and for each variable with an average why that is initialised."""
         sources: dict[str, Source] = {}
-        of_averages: dict[str, str] = {}
-        lines = []
+        averages: dict[str, str] = {}
+        init = self._origin.kind == "init"
         for path, leaf in _by_name(spec).items():
             if path.startswith(PARAMS):
                 sources[path] = of_params[path.removeprefix(PARAMS)]
             elif path.startswith(MODEL):
-                source = sources[path] = self._model_array(path, leaf)
-                if isinstance(source, Fresh):
-                    lines.append(f"{path}: initialised ({source.why})")
+                sources[path] = self._model_array(path, leaf)
             elif path.startswith(OPTIMIZER):
                 own = path.removeprefix(OPTIMIZER)
                 sources[path] = _of_optimizer(inheritance.source(own, leaf.shape)) if inheritance else Fresh("")
@@ -189,31 +206,12 @@ class _Planner:
                 own = path.removeprefix(_ITERATE)
                 average = own if own.startswith(PARAMS) else f"{MODEL}{own}"
                 sources[path], why = self._iterate(sources[average], leaf)
-                if self._origin.kind != "init":
-                    of_averages[average.removeprefix(PARAMS)] = why
-                    if why and average.startswith(MODEL):
-                        lines.append(f"{average}: average initialised ({why})")
-            elif self._origin.kind == "init":
-                sources[path] = Fresh("")
+                averages |= {} if init else {average: why}
             else:
-                source = sources[path] = self._array(path, leaf)
-                if isinstance(source, Fresh):
-                    if path == _STEP:
-                        raise ValueError(f"its array {path}: {source.why}")
-                    lines.append(f"{path}: initialised ({source.why})")
-        changed = {}
-        for path, source in of_params.items():
-            average = {"average": of_averages[path]} if path in of_averages else {}
-            changed[path] = _line(source, report.get(path, {}) | average)
-        lines = [f"{path}: {line}" for path, line in changed.items() if line] + lines
-        lines += [f"{path}: dropped (not in this model)" for path in self._parameters if path not in of_params]
-        return Takeover(
-            self._origin.path,
-            spec,
-            sources,
-            (*self._notes(inheritance, name), *self._of_average(spec), *lines),
-            sum(not line for line in changed.values()),
-        )
+                sources[path] = Fresh("") if init else self._array(path, leaf)
+        if isinstance(step := sources[_STEP], Fresh) and not init:
+            raise ValueError(f"its array {_STEP}: {step.why}")
+        return sources, averages
 
     def _notes(self, inheritance: optimizer.Inheritance | None, name: str) -> list[str]:
         if inheritance:
@@ -266,6 +264,13 @@ class _Planner:
         if there.shape != leaf.shape:
             return Fresh(f"saved as {there}, now {Array(leaf.shape, leaf.dtype)}")
         return Kept(name)
+
+
+def _initialised(sources: Mapping[str, Source]) -> Iterator[tuple[str, str]]:
+    """Yield the arrays that belong to no parameter and are initialised, each with the reason."""
+    for path, source in sources.items():
+        if isinstance(source, Fresh) and source.why and not path.startswith((PARAMS, OPTIMIZER, _ITERATE)):
+            yield path, source.why
 
 
 def _of_optimizer(source: Source) -> Source:
