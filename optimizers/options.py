@@ -8,16 +8,16 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from .grafting import DIAGONALS, GRAFTS
 from .linalg.roots import SOLVERS
 from .preconditioners import PRECONDITIONERS, Preconditioner
 from .preconditioners.muon import POLYNOMIALS
-from .update.decay import DECAYS
-from .update.grafting import DIAGONALS, GRAFTS
 
 DIAGONAL_KINDS = ("diagonal", "rows")
 KINDS = (*PRECONDITIONERS, *DIAGONAL_KINDS)
 SIDES = ("both", "left", "right", "short")
 DTYPES = ("float32", "bfloat16")
+DECAYS = ("decoupled", "coupled", "independent")
 
 
 @dataclasses.dataclass(frozen=True)

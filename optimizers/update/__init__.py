@@ -1,1 +1,1 @@
-"""Momentum, diagonal methods, grafting, norms and weight decay."""
+"""Momentum, norms and weight decay of an update."""

@@ -14,8 +14,6 @@ import optax
 
 from ..plan import patterns
 
-DECAYS = ("decoupled", "coupled", "independent")
-
 
 def peak(learning_rate: float | optax.Schedule) -> float:
     """The highest rate: of a schedule its attribute `peak`.

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..grafting import DIAGONALS
 from ..options import Options
-from .grafting import DIAGONALS
 
 
 class Moments(NamedTuple):

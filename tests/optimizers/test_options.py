@@ -10,7 +10,7 @@ from shampax.framework.base.errors import UserError
 from shampax.framework.config import overrides
 from shampax.framework.config.components import build, component
 from shampax.optimizers import ShampooOptions, Treatment
-from shampax.optimizers.update.grafting import GRAFTS
+from shampax.optimizers.grafting import GRAFTS
 
 # What the expectations below depend on, whatever the defaults are.
 FIXED = {

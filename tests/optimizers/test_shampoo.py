@@ -27,8 +27,8 @@ from optimizing import (
 )
 
 from shampax.optimizers import ShampooOptions, distributed_shampoo
+from shampax.optimizers.grafting import GRAFTS
 from shampax.optimizers.linalg.symmetric import unpack
-from shampax.optimizers.update.grafting import GRAFTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:graft 'none':UserWarning")
 

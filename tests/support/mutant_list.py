@@ -34,7 +34,7 @@ OPTIMIZERS = (
     ),
     Mutant(
         "adam-epsilon-inside-the-root",
-        "optimizers/update/grafting.py",
+        "optimizers/grafting.py",
         "return m / (jnp.sqrt(v / correction) + epsilon)",
         "return m / jnp.sqrt(v / correction + epsilon)",
         "Parameters with gradients below 1e-4, those of a large model late in training, stop learning.",
