@@ -10,7 +10,7 @@ import optax
 import optax.contrib
 from optax.contrib import MuonDimensionNumbers
 
-from .options import DIAGONAL_KINDS, Treatment
+from .options import DIAGONAL_KINDS
 from .plan import patterns
 from .plan.views import matrix_axes, names_by_path
 from .shampoo import ShampooOptions
@@ -225,7 +225,7 @@ class MuonOptions:
     def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
         """The optimizer; axis names tell the sides of its matrices, as they do for Shampoo."""
         del layout
-        rules = [(pattern, Treatment.parse(text)) for pattern, text in self.treatments]
+        rules = [(pattern, ShampooOptions().treatment(text)) for pattern, text in self.treatments]
         names = names_by_path(axis_names)
 
         def dimensions(params: Any) -> Any:

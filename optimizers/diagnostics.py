@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from .kept import NO_GRADIENT
 from .options import Options
+from .preconditioners.base import NO_GRADIENT
 from .state import ShampooState
 
 
@@ -26,7 +26,7 @@ def diagnose(state: ShampooState, options: Options) -> dict[str, jax.Array]:
             continue
         rooted = roots.refreshed > 0
         acting = rooted & (roots.failures < options.max_failures)
-        seen = roots.exponent > NO_GRADIENT
+        seen = roots.scale_log2 > NO_GRADIENT
 
         def mean(x: jax.Array, of: jax.Array) -> jax.Array:
             return jnp.sum(jnp.where(of, x, 0)) / jnp.maximum(jnp.sum(of), 1)

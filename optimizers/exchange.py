@@ -32,9 +32,13 @@ class Route:
       copies: devices that divide each tile.
       elements: of the part of a tile that one device holds.
       depth: most tiles that any device sends to any other.
-      position: [devices, tiles of a device] int32, owner x depth + rank of each tile among those sent there.
+      sent: [devices, devices x depth] int32, the tile at each place of what a device sends; its number of tiles where
+        the place is empty.
+      position: [devices, tiles of a device] int32, the inverse: owner x depth + rank of each tile.
       source: [devices, slots, tiles of a block, copies] int32, the sender x depth + rank that each part of each own
         block comes from; devices x depth where it is padding.
+      returned: [devices, devices x depth] int32, the inverse: the part of its blocks at each place of what an owner
+        returns; its number of parts where the place is empty.
     """
 
     leaves: tuple[int, ...]
@@ -43,8 +47,10 @@ class Route:
     copies: int
     elements: int
     depth: int
+    sent: np.ndarray
     position: np.ndarray
     source: np.ndarray
+    returned: np.ndarray
 
 
 class Owners:
@@ -106,24 +112,24 @@ class Owners:
         """How the tiles of a bucket's parameters lie."""
         return [leaf.tiling.spec(leaf.tiling.free) for leaf in bucket.leaves]
 
-    def tables(self, bucket: Bucket) -> list[tuple[jax.Array, jax.Array]]:
-        """(position, source) of each of the bucket's routes, for `run` to share out."""
+    def tables(self, bucket: Bucket) -> list[tuple[jax.Array, ...]]:
+        """Return (sent, position, source, returned) of each of the bucket's routes, for `run` to share out."""
         if self.mesh is None:
             return []
-        return [(jnp.asarray(route.position), jnp.asarray(route.source)) for route in self._routes(bucket)]
+        routes = self._routes(bucket)
+        return [tuple(map(jnp.asarray, (r.sent, r.position, r.source, r.returned))) for r in routes]
 
     def to_owners(self, tiles: Sequence[jax.Array], tables: Any, bucket: Bucket) -> jax.Array:
         """Inside `run`: the tiles of a bucket's parameters become own blocks [slots per owner, *shape]."""
         if self.mesh is None:
             return jnp.concatenate([x.reshape(-1, *bucket.shape) for x in tiles])
         routes, outgoing = self._routes(bucket), []
-        for route, (position, _) in zip(routes, tables, strict=True):
+        for route, (sent, _, _, _) in zip(routes, tables, strict=True):
             x = jnp.concatenate([tiles[i].reshape(-1, route.elements) for i in route.leaves])
-            places = jnp.full(self.count * route.depth, len(x)).at[position[0]].set(jnp.arange(len(x)))
-            outgoing.append(x.at[places].get(mode="fill", fill_value=0).reshape(self.count, -1))
+            outgoing.append(x.at[sent[0]].get(mode="fill", fill_value=0).reshape(self.count, -1))
         incoming = lax.all_to_all(jnp.concatenate(outgoing, axis=1), self.axes, split_axis=0, concat_axis=0, tiled=True)
         blocks, first = jnp.zeros((), jnp.float32), 0
-        for route, (_, source) in zip(routes, tables, strict=True):
+        for route, (_, _, source, _) in zip(routes, tables, strict=True):
             width = route.depth * route.elements
             x = incoming[:, first : first + width].reshape(-1, route.elements)
             first += width
@@ -137,14 +143,12 @@ class Owners:
             parts = jnp.split(blocks, np.cumsum([leaf.blocks for leaf in bucket.leaves])[:-1])
             return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
         routes, outgoing = self._routes(bucket), []
-        for route, (_, source) in zip(routes, tables, strict=True):
+        for route, (_, _, _, returned) in zip(routes, tables, strict=True):
             x = _disassemble(blocks, route)
-            places = jnp.full(self.count * route.depth, len(x))
-            places = places.at[source.reshape(-1)].set(jnp.arange(len(x)), mode="drop")
-            outgoing.append(x.at[places].get(mode="fill", fill_value=0).reshape(self.count, -1))
+            outgoing.append(x.at[returned[0]].get(mode="fill", fill_value=0).reshape(self.count, -1))
         incoming = lax.all_to_all(jnp.concatenate(outgoing, axis=1), self.axes, split_axis=0, concat_axis=0, tiled=True)
         result, first = [jnp.zeros(())] * len(bucket.leaves), 0
-        for route, (position, _) in zip(routes, tables, strict=True):
+        for route, (_, position, _, _) in zip(routes, tables, strict=True):
             width = route.depth * route.elements
             x = incoming[:, first : first + width].reshape(-1, route.elements)[position[0]]
             first += width
@@ -156,6 +160,10 @@ class Owners:
     def sum(self, x: jax.Array) -> jax.Array:
         """Inside `run`: the sum over all owners, replicated."""
         return lax.psum(x, self.axes) if self.mesh is not None else x
+
+    def max(self, x: jax.Array) -> jax.Array:
+        """Inside `run`: the maximum over all owners, replicated."""
+        return lax.pmax(x, self.axes) if self.mesh is not None else x
 
     def _routes(self, bucket: Bucket) -> tuple[Route, ...]:
         return _routes(bucket, tuple(self.sizes.items()))
@@ -222,9 +230,19 @@ def _routes(bucket: Bucket, mesh: tuple[tuple[str, int], ...]) -> tuple[Route, .
             )
             b = blocks[device]
             source[owner[b], slot[b], places[device], copy] = device * depth + ranks[device]
-        tables = position.astype(np.int32), source.astype(np.int32)
+        places = bucket.owners * depth
+        arrays = _inverse(position, places), position, source, _inverse(source.reshape(bucket.owners, -1), places)
+        tables = [x.astype(np.int32) for x in arrays]
         result.append(Route(tuple(members), tile, per_block, copies, elements, depth, *tables))
     return tuple(result)
+
+
+def _inverse(position: np.ndarray, places: int) -> np.ndarray:
+    """Return [rows, places]: where in each row of `position` each place occurs; the row's length where it does not."""
+    rows, length = position.shape
+    result = np.full((rows, places + 1), length)
+    result[np.arange(rows)[:, None], position] = np.arange(length)
+    return result[:, :places]
 
 
 def _rank(x: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-import typing
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -22,77 +21,23 @@ DECAYS = ("decoupled", "coupled", "independent")
 
 @dataclasses.dataclass(frozen=True)
 class Treatment:
-    """How one group of parameters is treated; parsed from text such as "shampoo block_size=512 exponent=0.5".
-
-    A field that is None takes the options' value.
+    """How a group of parameters is treated: what `Options.treatment` makes of text such as "shampoo block_size=512".
 
     Attributes:
       kind: a preconditioner ("shampoo", "one_sided", "soap", ...), "diagonal" (the graft method alone) or "rows"
         (row-wise AdaGrad, for large tables that are looked up).
-      side: of a matrix, which is preconditioned: "both", "left" (the axes that come first), "right" or "short" (the
+      side: the preconditioned sides of a matrix: "both", "left" (the axes that come first), "right" or "short" (the
         shorter of the two).
       view: "matrix" or "tensor".
       block_size: largest side of a block.
       exponent: the power each side is raised to is -exponent; 0 preconditions nothing and leaves the momentum.
-      ridge, cut: relative regularisers; setting one of them takes the place of the options' other.
+      ridge, cut: relative regularisers; a treatment that sets one of them sets the other to 0.
       beta2: decay of the statistics and of the graft's second moment.
-      stack: number of leading axes that are stacks of matrices where no axis names are given.
+      stack: number of leading axes that stack matrices if there are no axis names.
+
+    Raises:
+      ValueError: a value is out of range, or values contradict each other.
     """
-
-    kind: str = "shampoo"
-    side: str | None = None
-    view: str | None = None
-    block_size: int | None = None
-    exponent: float | None = None
-    ridge: float | None = None
-    cut: float | None = None
-    beta2: float | None = None
-    stack: int = 0
-
-    @classmethod
-    def parse(cls, text: str) -> "Treatment":
-        """Parse a kind followed by key=value words.
-
-        Raises:
-          ValueError: an unknown kind, an unknown key or a value of the wrong type, with what is allowed.
-        """
-        kind, *words = text.split() or [""]
-        if kind not in KINDS:
-            raise ValueError(f"treatment {text!r} must begin with one of {', '.join(KINDS)}")
-        types = {name: typing.get_args(hint) or (hint,) for name, hint in typing.get_type_hints(cls).items()}
-        del types["kind"]
-        values: dict[str, Any] = {}
-        for word in words:
-            key, _, value = word.partition("=")
-            if key not in types:
-                raise ValueError(f"treatment {text!r} sets {key!r}; it may set {', '.join(types)} as key=value")
-            try:
-                values[key] = types[key][0](value)
-            except ValueError:
-                raise ValueError(f"treatment {text!r}: {key} needs a {types[key][0].__name__}, not {value!r}") from None
-        treatment, family = cls(kind, **values), PRECONDITIONERS.get(kind)
-        if treatment.side not in (None, *SIDES):
-            raise ValueError(f"treatment {text!r}: side is {treatment.side!r}; choose one of {', '.join(SIDES)}")
-        if "side" in values and kind in DIAGONAL_KINDS:
-            raise ValueError(f"treatment {text!r}: side is for preconditioners, not for diagonal methods")
-        if "exponent" in values and family and not family.has_exponent:
-            raise ValueError(f"treatment {text!r}: {kind} has no exponent to choose; leave it out")
-        if (
-            treatment.view == "tensor"
-            and family
-            and (family.matrices_only or (treatment.side or family.side) != "both")
-        ):
-            raise ValueError(f"treatment {text!r}: it is of matrices; leave view=tensor out")
-        if values and kind == "rows":
-            raise ValueError(f"treatment {text!r}: rows are summed up without further choices; write 'rows' alone")
-        if treatment.stack < 0:
-            raise ValueError(f"treatment {text!r}: stack is {treatment.stack}; it must not be negative")
-        return treatment
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A treatment with nothing left open; the fields are those of Treatment."""
 
     kind: str
     side: str
@@ -102,44 +47,44 @@ class Rule:
     ridge: float
     cut: float
     beta2: float
-    stack: int
+    stack: int = 0
 
     def __post_init__(self):
+        if self.side not in SIDES:
+            raise ValueError(f"side={self.side!r}: it must be one of {', '.join(SIDES)}.")
         if self.view not in ("matrix", "tensor"):
-            raise ValueError(f"view is {self.view!r}; choose one of matrix, tensor")
+            raise ValueError(f"view={self.view!r}: it must be one of matrix, tensor.")
         if self.block_size < 1:
-            raise ValueError(f"block_size is {self.block_size}; it must be at least 1")
+            raise ValueError(f"block_size={self.block_size}: it must be at least 1.")
+        if self.stack < 0:
+            raise ValueError(f"stack={self.stack}: it must not be negative.")
         for name in ("ridge", "cut"):
             value = getattr(self, name)
             if value < 0 or not math.isfinite(value):
-                raise ValueError(f"{name} is {value}; it must be a finite number and not negative")
+                raise ValueError(f"{name}={value}: it must be a finite number and not negative.")
         if self.ridge > 0 and self.cut > 0:
-            raise ValueError(f"ridge {self.ridge} and cut {self.cut} are both set; set one of them to 0")
+            raise ValueError(f"ridge={self.ridge} and cut={self.cut}: only one may be set. Set the other to 0.")
         if not 0 <= self.beta2 <= 1:
-            raise ValueError(f"beta2 is {self.beta2}; it must lie between 0 and 1")
+            raise ValueError(f"beta2={self.beta2}: it must be between 0 and 1.")
 
     @property
-    def preconditioner(self) -> str:
-        """Its name in the family, "" for diagonal kinds."""
-        return "" if self.kind in DIAGONAL_KINDS else PRECONDITIONERS[self.kind].name
-
-    @property
-    def family(self) -> Preconditioner:
-        """The preconditioner itself."""
-        return PRECONDITIONERS[self.kind]
+    def preconditioner(self) -> Preconditioner | None:
+        """The preconditioner; None for diagonal kinds."""
+        return PRECONDITIONERS.get(self.kind)
 
     def order(self, sides: int) -> int:
-        """The p of each side's inverse p-th root, for a number of preconditioned sides; 0 where there are none.
+        """Return the p of each side's inverse p-th root, for a number of preconditioned sides; 0 if there are none.
 
         Raises:
           ValueError: the exponent is neither 0 nor one over a whole number.
         """
-        return self.family.order(self.exponent, sides)
+        assert self.preconditioner
+        return self.preconditioner.order(self.exponent, sides)
 
     @property
     def power(self) -> float:
-        """The exponents of a matrix's sides, added up; 0 where an update cannot grow between two refreshes."""
-        if not self.preconditioner or not self.family.grafts:
+        """The sum of a matrix's exponents; 0 if an update cannot grow between two refreshes."""
+        if not self.preconditioner or not self.preconditioner.grafts:
             return 0.0
         sides = 2 if self.side == "both" else 1
         p = self.order(sides)
@@ -147,15 +92,26 @@ class Rule:
 
     @property
     def growth(self) -> float:
-        """How many times longer than the direction seen most the roots make one that statistics have not seen."""
+        """Largest factor by which roots amplify a direction absent from the statistics over the dominant one."""
         regulariser = max(self.ridge, self.cut)
         if self.power == 0:
             return 1.0
         return regulariser**-self.power if regulariser > 0 else math.inf
 
 
-# What a treatment may set in place of the options.
-OVERRIDABLE = ("view", "block_size", "exponent", "ridge", "cut", "beta2")
+# Words of a treatment, and their types.
+_WORDS: dict[str, Any] = {
+    "side": str,
+    "view": str,
+    "block_size": int,
+    "exponent": float,
+    "ridge": float,
+    "cut": float,
+    "beta2": float,
+    "stack": int,
+}
+# Of these, the words that default to the option of the same name.
+_OVERRIDES = ("view", "block_size", "exponent", "ridge", "cut", "beta2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,16 +190,15 @@ class Options:
         for pattern, factor in self.rate_rules:
             if not 0 <= factor < math.inf:
                 raise ValueError(f"the learning rate of {pattern!r} has the factor {factor}; it must not be negative")
-        rules = [self.resolve(Treatment.parse(text)) for _, text in self.treatments]
-        for rule in rules:
-            if not rule.preconditioner:
+        treatments = [self.treatment(text) for _, text in self.treatments]
+        for treatment in treatments:
+            if not treatment.preconditioner:
                 continue
-            rule.order(2)
-            if rule.cut and rule.family.has_exponent and self.solver == "newton" and self.refresh != "host":
-                raise ValueError(
-                    f"cut {rule.cut} needs solver 'eigh' or refresh 'host'; solver 'newton' takes a ridge instead"
-                )
-        self._warn(rules)
+            treatment.order(2)
+            newton = self.solver == "newton" and self.refresh != "host" and treatment.preconditioner.has_exponent
+            if treatment.cut and newton:
+                raise ValueError(f"cut={treatment.cut}: solver 'newton' needs a ridge. Use solver 'eigh' or set ridge.")
+        self._warn(treatments)
 
     def _check_numbers(self) -> None:
         for field in dataclasses.fields(self):
@@ -307,14 +262,14 @@ class Options:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
 
-    def _warn(self, rules: Sequence[Rule]) -> None:
-        """Say which combinations are allowed but seldom wanted."""
-        rule = max(rules, key=lambda rule: rule.growth)
-        if self.graft == "none" and self.interval > 1 and rule.growth > 10.001:
+    def _warn(self, treatments: Sequence[Treatment]) -> None:
+        """Warn of combinations that are allowed but rarely wanted."""
+        worst = max(treatments, key=lambda treatment: treatment.growth)
+        if self.graft == "none" and self.interval > 1 and worst.growth > 10.001:
             warnings.warn(
-                f"graft 'none' with interval {self.interval}: between two refreshes a gradient in a direction that the "
-                f"roots have not seen grows by up to {rule.growth:.3g} times; graft, use interval 1, or ridge or cut "
-                f">= {10 ** (-1 / rule.power):.3g}",
+                f"graft='none' with interval={self.interval}: between two refreshes the roots amplify directions "
+                f"absent from the statistics by up to {worst.growth:.3g}. Use a graft, interval 1, or ridge or cut >= "
+                f"{10 ** (-1 / worst.power):.3g}.",
                 stacklevel=4,
             )
 
@@ -328,21 +283,41 @@ class Options:
         """Whether gradients are divided by their norm before momentum and second moment."""
         return self.graft.endswith("_normalized")
 
-    def resolve(self, treatment: Treatment) -> Rule:
-        """The treatment with the options' values in place of None.
+    def treatment(self, text: str) -> Treatment:
+        """Parse a kind followed by key=value words; the options give the rest.
 
         Raises:
-          ValueError: its values are out of range or contradict each other.
+          ValueError: an unknown kind or key, or a value of the wrong type or out of range.
         """
-        own: dict[str, Any] = {name: x for name, x in dataclasses.asdict(treatment).items() if x is not None}
+        kind, *words = text.split() or [""]
+        if kind not in KINDS:
+            raise ValueError(f"treatment {text!r}: it must begin with one of {', '.join(KINDS)}.")
+        own: dict[str, Any] = {}
+        for word in words:
+            key, _, value = word.partition("=")
+            if key not in _WORDS:
+                raise ValueError(f"treatment {text!r}: {key!r} is unknown. Use {', '.join(_WORDS)} as key=value.")
+            try:
+                own[key] = _WORDS[key](value)
+            except ValueError:
+                raise ValueError(f"treatment {text!r}: {key} needs a {_WORDS[key].__name__}, not {value!r}.") from None
+        family = PRECONDITIONERS.get(kind)
+        if "side" in own and not family:
+            raise ValueError(f"treatment {text!r}: only preconditioners have a side. Leave it out.")
+        if "exponent" in own and family and not family.has_exponent:
+            raise ValueError(f"treatment {text!r}: {kind} has a fixed exponent. Leave it out.")
+        if own and kind == "rows":
+            raise ValueError(f"treatment {text!r}: rows take no further words. Write 'rows' alone.")
+        values: dict[str, Any] = {name: getattr(self, name) for name in _OVERRIDES}
+        values["side"] = family.side if family else "both"
         if "ridge" in own or "cut" in own:
-            own = {"ridge": 0.0, "cut": 0.0} | own
-        values: dict[str, Any] = {name: getattr(self, name) for name in OVERRIDABLE} | own
-        family = PRECONDITIONERS.get(treatment.kind)
-        values.setdefault("side", family.side if family else "both")
-        rule = Rule(**values)
-        if rule.beta2 == 1 and self.graft.startswith(("adam", "rmsprop")):
-            raise ValueError(
-                f"beta2 1.0 sums second moments but graft {self.graft!r} averages them; use graft 'adagrad'"
-            )
-        return rule
+            values |= {"ridge": 0.0, "cut": 0.0}
+        try:
+            treatment = Treatment(kind, **(values | own))
+        except ValueError as error:
+            raise ValueError(f"treatment {text!r}: {error}" if own else str(error)) from None
+        if own.get("view") == "tensor" and family and (family.matrices_only or treatment.side != "both"):
+            raise ValueError(f"treatment {text!r}: it is for matrices. Leave view=tensor out.")
+        if treatment.beta2 == 1 and self.graft.startswith(("adam", "rmsprop")):
+            raise ValueError(f"beta2=1.0: graft {self.graft!r} averages second moments. Use graft 'adagrad' for sums.")
+        return treatment

@@ -28,13 +28,15 @@ from .diagnostics import diagnose
 from .exchange import Owners
 from .host.parcels import Parcels
 from .host.service import Event, HostRoots
-from .kept import Roots, blocks_of, grafted, preconditioner_of, usable
+from .linalg.newton import inner
+from .linalg.scaling import power_of_two
 from .options import Options
 from .plan import patterns
 from .plan.blocks import Bucket, Plan, make_plan
+from .preconditioners.base import PreconditionerState
 from .refresh import schedule
 from .refresh.refresh import Due, accumulate, refresh
-from .state import BucketState, Layout, ShampooState
+from .state import BucketState, ShampooState, initial_state, saved_spec, state_shardings
 from .update import decay, moments, norms
 from .update.finite import all_finite, largest
 
@@ -86,9 +88,9 @@ class DistributedShampoo(optax.GradientTransformation):
 
     def __new__(cls, learning_rate, options: Options, mesh: Mesh | None, axis_names: Any, param_specs: Any):
         """A NamedTuple, as optax has it, with attributes beside its two functions."""
-        self = super().__new__(  # type: ignore
+        self = super().__new__(
             cls,
-            lambda params: self._layout(params).initial(params),
+            lambda params: initial_state(self.plan(params), self.owners, options, params),  # type: ignore
             lambda updates, state, params=None: self._update(updates, state, params),
         )
         self.learning_rate = learning_rate
@@ -123,11 +125,11 @@ class DistributedShampoo(optax.GradientTransformation):
           params: arrays, or ShapeDtypeStructs with shardings; a diagonal state follows its parameter, spread over the
             mesh axes that the parameter does not use, and one number for each row lies where its row does.
         """
-        return self._layout(params).shardings(params)
+        return state_shardings(self.plan(params), self.owners, self.options, params)
 
     def saved_spec(self, params: Any) -> ShampooState:
         """The state as a checkpoint holds it, what is in flight included: ShapeDtypeStructs with shardings."""
-        return self._layout(params).saved_spec(params)
+        return saved_spec(self.plan(params), self.owners, self.options, params)
 
     def manifest(self, params: Any) -> dict[str, Any]:
         """Which blocks of which parameters lie where in the state, as JSON; to be kept beside what is saved of it."""
@@ -163,64 +165,58 @@ class DistributedShampoo(optax.GradientTransformation):
             self._parcels[id(plan)] = Parcels(plan.buckets, self.owners, self.options)
         return HostRoots(self._parcels[id(plan)], self.options, events)
 
-    def _layout(self, params: Any) -> Layout:
-        return Layout(self.plan(params), self.owners, self.options)
-
     def _update(self, grads: Any, state: Any, params: Any = None) -> tuple[Any, ShampooState]:
         options, owners = self.options, self.owners
         if options.weight_decay and params is None:
-            raise ValueError("weight decay needs the parameters: call update(grads, state, params)")
+            raise ValueError("weight decay needs the parameters. Call update(grads, state, params).")
         plan = self.plan(grads)
         leaves, names = jax.tree.leaves(grads), patterns.paths(grads)
         coupled = options.decay == "coupled"
         gradients = decay.joined(leaves, params, names, options, self.learning_rate) if coupled else leaves
-        # Squares may overflow where gradients do not.
-        length = largest(gradients)
-        finite = jnp.isfinite(length * length)
-        exponent = jnp.frexp(jnp.where(finite, length, 0))[1]
-        # LAPACK may not return from a NaN, not even in a step that is thrown away.
-        gradients = [jnp.where(finite, leaf, 0) for leaf in gradients]
         step = state.count + 1
         directions: list[jax.Array] = [jnp.zeros(())] * len(leaves)
 
-        diagonal = {}
+        diagonal, sizes = {}, []
         for i, leaf in plan.diagonal.items():
             key, g = patterns.state_key(leaf.path), gradients[i].astype(jnp.float32)
             if leaf.by_row:
                 diagonal[key], directions[i] = moments.advance_rows(state.diagonal[key], g, options.epsilon)
-                continue
-            if options.normalizes:
-                g = _times_power(g, -exponent)
-                g = g * _reciprocal(jnp.sqrt(jnp.sum(g * g)))
-            diagonal[key], _, directions[i] = moments.advance(state.diagonal[key], g, step, leaf.beta2, options)
+            else:
+                h = _unit(g) if options.normalizes else g
+                diagonal[key], _, directions[i] = moments.advance(state.diagonal[key], h, step, leaf.beta2, options)
+            # Squares may overflow where neither gradients nor directions do. An overflow in the state would stay.
+            sizes.append(jnp.maximum(g * g, jnp.abs(directions[i])))
+        finite = all_finite(sizes)
 
-        # What an overflow would leave behind in the state could never recover.
-        finite &= all_finite([directions[i] for i in plan.diagonal])
         tiles = {b.name: [owners.cut(gradients[leaf.index], leaf) for leaf in b.leaves] for b in plan.buckets}
         specs = {b.name: owners.specs(b) for b in plan.buckets}
         tables = {b.name: self._tables(b) for b in plan.buckets}
-        tiles, buckets, overflows = owners.run(
+        tiles, buckets, accepted = owners.run(
             lambda tiles, owned, shared: self._owners_step(plan.buckets, tiles, *owned, *shared),
             tiles,
             specs,
             (state.buckets, tables),
-            (step, exponent),
+            (step, finite),
         )
         for bucket in plan.buckets:
             for leaf, x in zip(bucket.leaves, tiles[bucket.name], strict=True):
                 directions[leaf.index] = owners.join(x, leaf)
 
-        finite &= overflows == 0
         rate = jnp.asarray(self.learning_rate(state.count) if callable(self.learning_rate) else self.learning_rate)
         if not coupled:
             directions = decay.joined(directions, params, names, options, self.learning_rate)
         updates = [
-            jnp.where(finite, -rate * patterns.first_match(options.rate_rules, name) * direction, 0).astype(leaf.dtype)
+            jnp.where(accepted, -rate * patterns.first_match(options.rate_rules, name) * direction, 0).astype(
+                leaf.dtype
+            )
             for direction, leaf, name in zip(directions, leaves, names, strict=True)
         ]
-        accepted = ShampooState(step, state.skipped, buckets, diagonal)
-        refused = state._replace(skipped=state.skipped + 1)
-        new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), accepted, refused)
+        new_state = ShampooState(
+            count=state.count + accepted,
+            skipped=state.skipped + ~accepted,
+            buckets=buckets,
+            diagonal=_select(accepted, diagonal, state.diagonal),
+        )
         return jax.tree.unflatten(jax.tree.structure(grads), updates), new_state
 
     def _tables(self, bucket: Bucket) -> _Tables:
@@ -243,88 +239,105 @@ class DistributedShampoo(optax.GradientTransformation):
         states: dict[str, BucketState],
         tables: dict[str, _Tables],
         step: jax.Array,
-        exponent: jax.Array,
+        finite: jax.Array,
     ) -> tuple[Any, Any, Any]:
-        """On each device: gradients arrive, directions leave, statistics and due roots are renewed.
+        """On each device: receive gradients, return directions, renew statistics and the roots that are due.
 
-        Norms are taken in units of powers of two, found from `exponent`, that of the largest gradient entry. Returns
-        also the number of overflows.
+        Args:
+          buckets: of the plan.
+          tiles: bucket name -> this device's tiles of the gradients.
+          states: bucket name -> this device's slots.
+          tables: bucket name -> tables of the plan.
+          step: number of this step, from 1.
+          finite: whether all other gradients are finite. If not, or if a gradient here is not finite or a direction
+            overflows, the states stay as they are.
+
+        Returns:
+          (tiles of the directions, new states, whether the step is accepted).
         """
         options, owners = self.options, self.owners
         gradients = {b.name: owners.to_owners(tiles[b.name], tables[b.name].routes, b) for b in buckets}
-        scaled = self._normalized(gradients, tables, buckets, exponent) if options.normalizes else gradients
-        of_graft = exponent if options.graft != "none" and options.diagonal.follows_scale else 0
+        length = owners.max(largest(gradients))
+        # Squares may overflow where gradients do not.
+        finite &= jnp.isfinite(length * length)
+        # Norms and directions are computed in units of the largest entry, so that no square leaves float32.
+        scale_log2 = jnp.frexp(jnp.where(finite, length, 0))[1]
+        # LAPACK may not return from a NaN, not even in a step that is thrown away.
+        gradients = {name: jnp.where(finite, g, 0) for name, g in gradients.items()}
+        scaled = self._normalized(gradients, tables, buckets, scale_log2) if options.normalizes else gradients
+        # The units of momentum and graft.
+        unit = 0 if options.normalizes else scale_log2
+        graft_unit = scale_log2 if options.graft != "none" and options.diagonal.follows_scale else 0
         new_moments, directions, adapted, grafts, acting, squares = {}, {}, {}, {}, {}, {}
-        # Powers of two: what the momentum is multiplied by before it is acted on, and what directions are divided by.
-        lifted, of_direction = {}, {}
         for bucket in buckets:
-            name, state, preconditioner = bucket.name, states[bucket.name], preconditioner_of(bucket)
-            # Roots are those of gradients as they are.
-            lifted[name] = exponent if options.normalizes and preconditioner.grafts else 0
-            taken = preconditioner.takes(exponent, bucket.group)
-            of_direction[name] = exponent - taken if grafted(bucket, options) else 0
-            new_moments[name], momentum, grafts[name] = moments.advance(
-                state.moments, scaled[name], step, bucket.group.beta2, options
+            name, state, preconditioner = bucket.name, states[bucket.name], bucket.preconditioner
+            new_moments[name], momentum, graft = moments.advance(
+                state.moments, scaled[name], step, bucket.treatment.beta2, options
             )
-            blocks = blocks_of(state.roots, bucket, tables[name].sizes)
-            momentum = _times_power(momentum, lifted[name])
-            direction, adapted[name] = preconditioner.act(momentum, scaled[name], blocks, step, options)
-            directions[name] = _times_power(direction, -of_direction[name])
-            grafts[name] = _times_power(grafts[name], -of_graft)
-            acting[name] = usable(state.roots, bucket, options, step)
-            own, wanted = _squares(directions[name]), _squares(grafts[name])
+            if preconditioner.grafts:
+                momentum = momentum * power_of_two(-unit)
+            direction, adapted[name] = preconditioner.act(
+                momentum, scaled[name], state.roots, bucket, tables[name].sizes, step, options
+            )
+            if preconditioner.grafts:
+                # A grafted direction needs no more than a unit that all blocks share.
+                common = scale_log2 if norms.grafted(bucket, options) else 0
+                change = preconditioner.degree(bucket) * (common - state.roots.roots_scale_log2)
+                change += 0 if norms.grafted(bucket, options) else unit
+                direction = direction * power_of_two(change).reshape(-1, *[1] * len(bucket.shape))
+            directions[name], grafts[name] = direction, graft * power_of_two(-graft_unit)
+            acting[name] = _acts(state.roots, bucket, options, step)
+            own, wanted = _squares(direction), _squares(grafts[name])
             squares[name] = norms.Squares(
                 own=jnp.where(acting[name], own, 0),
-                wanted=jnp.where(acting[name], wanted if grafted(bucket, options) else own, 0),
+                wanted=jnp.where(acting[name], wanted if norms.grafted(bucket, options) else own, 0),
                 rest=jnp.where(acting[name], 0, wanted),
             )
         elements = {name: table.elements for name, table in tables.items()}
         matrices = {name: table.matrix for name, table in tables.items()}
-        by_roots, by_graft = norms.factors(squares, elements, matrices, buckets, owners, options, of_graft)
+        by_roots, by_graft = norms.factors(squares, elements, matrices, buckets, owners, options, graft_unit)
 
-        overflows = jnp.zeros((), jnp.int32)
+        overflows, ratios = jnp.zeros((), jnp.int32), {}
         for bucket in buckets:
             name, ones = bucket.name, [1] * len(bucket.shape)
-            direction = jnp.where(
+            lengths, ratio = by_roots[name], by_roots[name]
+            if norms.grafted(bucket, options):
+                lengths = lengths * power_of_two(graft_unit)
+                own_unit = unit - bucket.preconditioner.degree(bucket) * scale_log2
+                ratio = lengths * power_of_two(-own_unit)
+            ratios[name] = jnp.where(acting[name], ratio, 0)
+            graft_lengths = by_graft[name] * power_of_two(graft_unit)
+            directions[name] = jnp.where(
                 acting[name].reshape(-1, *ones),
-                directions[name] * by_roots[name].reshape(-1, *ones),
-                grafts[name] * by_graft[name].reshape(-1, *ones),
+                directions[name] * lengths.reshape(-1, *ones),
+                grafts[name] * graft_lengths.reshape(-1, *ones),
             )
-            directions[name] = _times_power(direction, of_graft if grafted(bucket, options) else 0)
-            overflows += ~jnp.isfinite(directions[name].sum())
+            overflows += ~all_finite(directions[name])
             if adapted[name] is not None:
-                overflows += ~jnp.isfinite(adapted[name].sum())
-        overflows = owners.sum(overflows)
-        states = {
-            name: state._replace(roots=state.roots._replace(second_moment=adapted[name]))
-            for name, state in states.items()
-        }
-        roots = self._renew(buckets, states, gradients, tables, step)
-        new_states = {}
-        for bucket in buckets:
-            name, state = bucket.name, states[bucket.name]
-            new_roots, gathered = roots[name]
-            new_states[name] = BucketState(
-                block=state.block,
-                moments=new_moments[name],
-                roots=new_roots,
-                gathered=gathered,
-                graft_ratio=_times_power(
-                    jnp.where(acting[name], by_roots[name], 0), of_graft - of_direction[name] + lifted[name]
-                ),
+                overflows += ~all_finite(adapted[name])
+        accepted = finite & (owners.sum(overflows) == 0)
+        roots = self._renew(buckets, states, gradients, tables, step, accepted, adapted)
+        new_states = {
+            b.name: states[b.name]._replace(
+                moments=_select(accepted, new_moments[b.name], states[b.name].moments),
+                roots=roots[b.name][0],
+                gathered=roots[b.name][1],
+                graft_ratio=jnp.where(accepted, ratios[b.name], states[b.name].graft_ratio),
             )
+            for b in buckets
+        }
         tiles = {b.name: owners.from_owners(directions[b.name], tables[b.name].routes, b) for b in buckets}
-        return tiles, new_states, overflows
+        return tiles, new_states, accepted
 
     def _normalized(
         self,
         gradients: dict[str, jax.Array],
         tables: dict[str, _Tables],
         buckets: Sequence[Bucket],
-        exponent: jax.Array,
+        scale_log2: jax.Array,
     ) -> dict[str, jax.Array]:
-        """Gradients divided by their norm over the matrix or the block."""
-        gradients = {name: _times_power(g, -exponent) for name, g in gradients.items()}
+        """Return gradients divided by their norm over the matrix or the block."""
+        gradients = {name: g * power_of_two(-scale_log2) for name, g in gradients.items()}
         squares = {name: _squares(g)[None] for name, g in gradients.items()}
         if self.options.graft_norm == "parameter":
             matrices = {name: table.matrix for name, table in tables.items()}
@@ -341,62 +354,99 @@ class DistributedShampoo(optax.GradientTransformation):
         gradients: dict[str, jax.Array],
         tables: dict[str, _Tables],
         step: jax.Array,
-    ) -> dict[str, tuple[Roots, jax.Array | None]]:
-        """Bucket name -> (statistics and roots after this step, gradients gathered for the next statistics)."""
+        accepted: jax.Array,
+        adapted: dict[str, jax.Array | None],
+    ) -> dict[str, tuple[PreconditionerState, jax.Array | None]]:
+        """Return bucket name -> (statistics and roots after this step, gradients gathered for the next statistics)."""
         every = self.options.statistics_every
         roots, gathered = {}, {}
         for bucket in buckets:
-            name, state, sizes = bucket.name, states[bucket.name], tables[bucket.name].sizes
-            renewed = functools.partial(accumulate, bucket=bucket, sizes=sizes)
-            if state.gathered is None:
-                roots[name] = renewed(state.roots, gradients[name])
-                gathered[name] = None
-                continue
-            total, due = state.gathered + gradients[name], step % every == 0
-            gathered[name] = jnp.where(due, 0, total)
-            roots[name] = lax.cond(due, renewed, lambda old, _: old, state.roots, total / every)
-        roots = self._refresh(buckets, roots, tables, step)
+            name, old, sizes = bucket.name, states[bucket.name].roots, tables[bucket.name].sizes
+            before, g = states[name].gathered, gradients[name]
+            if before is None:
+                gathered[name], renewed = None, accumulate(old, g, bucket, sizes)
+            else:
+                total, due = before + g, step % every == 0
+                gathered[name] = jnp.where(accepted, jnp.where(due, 0, total), before)
+                renewed = lax.cond(
+                    due,
+                    functools.partial(accumulate, bucket=bucket, sizes=sizes),
+                    lambda old, _: old,
+                    old,
+                    total / every,
+                )
+            changed = old._replace(
+                statistics=_select(accepted, renewed.statistics, old.statistics),
+                scale_log2=jnp.where(accepted, renewed.scale_log2, old.scale_log2),
+            )
+            moments_of = adapted[name], old.second_moment
+            roots[name] = changed._replace(second_moment=_select(accepted, *moments_of))
+        roots = self._refresh(buckets, roots, tables, step, accepted)
         return {bucket.name: (roots[bucket.name], gathered[bucket.name]) for bucket in buckets}
 
     def _refresh(
-        self, buckets: Sequence[Bucket], roots: dict[str, Roots], tables: dict[str, _Tables], step: jax.Array
-    ) -> dict[str, Roots]:
-        """Refresh what is due on this step: a share of the blocks, or with a periodic schedule all or none."""
+        self,
+        buckets: Sequence[Bucket],
+        roots: dict[str, PreconditionerState],
+        tables: dict[str, _Tables],
+        step: jax.Array,
+        accepted: jax.Array,
+    ) -> dict[str, PreconditionerState]:
+        """Refresh what is due in this step: a share of the blocks, or with a periodic schedule all or none."""
         if self.options.refresh == "host":
             return roots
         first, count = schedule.due_phases(step, self.options)
+        count = jnp.where(accepted, count, 0)
 
-        def renew(phase: Any, written: dict[str, Roots]) -> dict[str, Roots]:
+        def renew(phase: Any, written: dict[str, PreconditionerState]) -> dict[str, PreconditionerState]:
             due, whole = {}, {}
             for bucket in buckets:
                 slot = tables[bucket.name].due[0, phase % bucket.phases]
                 due[bucket.name] = Due(slot, tables[bucket.name].sizes.at[slot].get(mode="clip"))
-                whole[bucket.name] = written[bucket.name]._replace(statistics=roots[bucket.name].statistics)
-            return without(refresh(whole, due, buckets, self.options, step=step))
+                old = roots[bucket.name]
+                whole[bucket.name] = written[bucket.name]._replace(statistics=old.statistics, scale_log2=old.scale_log2)
+            return without(refresh(whole, due, buckets, self.options, step=step, accepted=accepted))
 
-        def without(roots: dict[str, Roots]) -> dict[str, Roots]:
-            """What a refresh writes: in a loop or a branch, statistics would be handed on."""
-            return {name: old._replace(statistics=()) for name, old in roots.items()}
+        def without(roots: dict[str, PreconditionerState]) -> dict[str, Any]:
+            """Leave out what a refresh only reads: in a loop or a branch it would be copied."""
+            return {name: old._replace(statistics=(), scale_log2=None) for name, old in roots.items()}
 
         written = without(roots)
         if self.options.refresh == "periodic":
-            crosses = -first % self.options.interval < count
+            crosses = accepted & (-first % self.options.interval < count)
             written = lax.cond(crosses, lambda written: renew(0, written), lambda written: written, written)
         elif self.options.early_intervals or self.options.start_step:
             interval = self.options.interval
             written = lax.fori_loop(0, count, lambda i, written: renew((first + i) % interval, written), written)
         else:
             written = renew(first, written)
-        return {name: new._replace(statistics=roots[name].statistics) for name, new in written.items()}
+        return {
+            name: new._replace(statistics=roots[name].statistics, scale_log2=roots[name].scale_log2)
+            for name, new in written.items()
+        }
+
+
+def _acts(state: PreconditionerState, bucket: Bucket, options: Options, step: jax.Array) -> jax.Array:
+    """[n] whether a block acts by its preconditioner in a step; otherwise it acts by the graft method."""
+    always = jnp.ones_like(state.refreshed, dtype=bool)
+    if not bucket.preconditioner.grafts:
+        return always
+    sound = (state.refreshed > 0) & (state.failures < options.max_failures) if bucket.sides else always
+    return sound & (step >= options.start_step)
+
+
+def _select(accepted: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, old)
 
 
 def _squares(x: jax.Array) -> jax.Array:
-    return jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
+    return inner(x, x)
 
 
-def _times_power(x: jax.Array, exponent: jax.Array | int) -> jax.Array:
-    """The product with 2^exponent, exact as far as float32 can hold the power."""
-    return x * jnp.ldexp(jnp.float32(1), jnp.clip(exponent, -126, 127))
+def _unit(x: jax.Array) -> jax.Array:
+    """Return x / |x|; the squares are taken in units of the largest entry."""
+    x = x * power_of_two(-jnp.frexp(largest(x))[1])
+    return x * _reciprocal(jnp.sqrt(jnp.sum(x * x)))
 
 
 def _reciprocal(x: jax.Array) -> jax.Array:

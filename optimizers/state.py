@@ -1,4 +1,4 @@
-"""The state of Distributed Shampoo: what it holds, and where each part lies."""
+"""The state of Distributed Shampoo: its arrays, and where each of them lies."""
 
 import math
 from typing import Any, NamedTuple
@@ -10,10 +10,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from .exchange import Owners
 from .host.in_flight import InFlight, in_flight_spec
-from .kept import Roots, initial_roots, preconditioner_of
+from .linalg.symmetric import packed_shape
 from .options import Options
 from .plan import patterns
 from .plan.blocks import Bucket, Plan
+from .preconditioners.base import NO_GRADIENT, PreconditionerState
 from .update import moments
 from .update.moments import Moments
 
@@ -29,14 +30,14 @@ class BucketState(NamedTuple):
       moments: momentum and second moment of the blocks.
       roots: statistics and roots.
       gathered: sum of the gradients since the statistics were last renewed; None where they are renewed every step.
-      graft_ratio: [n] float32, what the newest direction was multiplied by to have the graft's norm; 0 for blocks that
+      graft_ratio: [n] float32, factor from the newest preconditioned direction to the graft's norm; 0 for blocks that
         act by the graft method.
       in_flight: in a checkpoint of the host schedule, statistics whose roots are still to come; otherwise None.
     """
 
     block: jax.Array
     moments: Moments
-    roots: Roots
+    roots: PreconditionerState
     gathered: jax.Array | None
     graft_ratio: jax.Array
     in_flight: InFlight | None = None
@@ -59,95 +60,98 @@ class ShampooState(NamedTuple):
     diagonal: dict[str, Moments]
 
 
-class Layout:
-    """Where the state of one plan lies.
+def initial_state(plan: Plan, owners: Owners, options: Options, params: Any) -> ShampooState:
+    """Return the state before the first step."""
+    state = _zeros(plan, options, params)
+    buckets = {
+        bucket.name: state.buckets[bucket.name]._replace(block=jnp.asarray(bucket.slots.reshape(-1)))
+        for bucket in plan.buckets
+    }
+    if owners.mesh is not None:
+        by_block = owners.sharding(owners.by_block)
+        buckets = jax.tree.map(lambda x: lax.with_sharding_constraint(x, by_block), buckets)
+    return state._replace(buckets=buckets)
 
-    Args:
-      plan: of the parameters.
-      owners: the devices.
-      options: decide which arrays there are.
-    """
 
-    def __init__(self, plan: Plan, owners: Owners, options: Options):
-        self.plan = plan
-        self.owners = owners
-        self.options = options
+def state_shardings(plan: Plan, owners: Owners, options: Options, params: Any, *, saved: bool = False) -> Any:
+    """Return a tree of shardings shaped like the state, or with `saved` like its form in checkpoints."""
+    state = jax.eval_shape(lambda params: _zeros(plan, options, params, saved=saved), params)
+    mesh = owners.mesh
+    if mesh is None:
+        single = SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda _: single, state)
+    leaves, diagonal = jax.tree.leaves(params), {}
+    for index, kept in plan.diagonal.items():
+        leaf = leaves[index]
+        own = getattr(leaf, "sharding", None)
+        spec = own.spec if isinstance(own, NamedSharding) else PartitionSpec()
+        key = patterns.state_key(kept.path)
+        lies = PartitionSpec(*spec[: leaf.ndim - 1]) if kept.by_row else _spread(spec, leaf.shape, mesh)
+        diagonal[key] = jax.tree.map(lambda _, lies=lies: NamedSharding(mesh, lies), state.diagonal[key])
+    replicated: Any = NamedSharding(mesh, PartitionSpec())
+    by_block = owners.sharding(owners.by_block)
+    return ShampooState(replicated, replicated, jax.tree.map(lambda _: by_block, state.buckets), diagonal)
 
-    def initial(self, params: Any) -> Any:
-        """The state before the first step."""
-        state = self.zeros(params)
-        buckets = {
-            bucket.name: state.buckets[bucket.name]._replace(block=jnp.asarray(bucket.slots.reshape(-1)))
-            for bucket in self.plan.buckets
-        }
-        if self.owners.mesh is not None:
-            by_block = self.owners.sharding(self.owners.by_block)
-            buckets = jax.tree.map(lambda x: lax.with_sharding_constraint(x, by_block), buckets)
-        return state._replace(buckets=buckets)
 
-    def zeros(self, params: Any, *, saved: bool = False) -> ShampooState:
-        """The state with nothing in it; `saved` is the form that checkpoints have."""
-        leaves, plan = jax.tree.leaves(params), self.plan
+def saved_spec(plan: Plan, owners: Owners, options: Options, params: Any) -> ShampooState:
+    """Return the state in checkpoints, with roots in flight: ShapeDtypeStructs with shardings."""
+    shardings = state_shardings(plan, owners, options, params, saved=True)
+    state = jax.eval_shape(lambda params: _zeros(plan, options, params, saved=True), params)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
+    )
 
-        def bucket_state(bucket: Bucket) -> BucketState:
-            n = bucket.slots.size
-            return BucketState(
-                block=jnp.zeros(n, jnp.int32),
-                moments=moments.initial_moments(
-                    (n, *bucket.shape), self.options, grafts=preconditioner_of(bucket).grafts
-                ),
-                roots=initial_roots(bucket, n, self.options),
-                gathered=jnp.zeros((n, *bucket.shape), jnp.float32) if self.options.statistics_every > 1 else None,
-                graft_ratio=jnp.zeros(n, jnp.float32),
-                in_flight=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), in_flight_spec(bucket, n))
-                if saved and self.options.refresh == "host" and bucket.sides
-                else None,
-            )
 
-        return ShampooState(
-            count=jnp.zeros((), jnp.int32),
-            skipped=jnp.zeros((), jnp.int32),
-            buckets={bucket.name: bucket_state(bucket) for bucket in plan.buckets},
-            diagonal={
-                patterns.state_key(leaf.path): moments.initial_row_moments(leaves[i].shape)
-                if leaf.by_row
-                else moments.initial_moments(leaves[i].shape, self.options)
-                for i, leaf in plan.diagonal.items()
-            },
-        )
+def _zeros(plan: Plan, options: Options, params: Any, *, saved: bool = False) -> ShampooState:
+    leaves = jax.tree.leaves(params)
+    return ShampooState(
+        count=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        buckets={bucket.name: _bucket_zeros(bucket, options, saved=saved) for bucket in plan.buckets},
+        diagonal={
+            patterns.state_key(leaf.path): moments.initial_row_moments(leaves[i].shape)
+            if leaf.by_row
+            else moments.initial_moments(leaves[i].shape, options)
+            for i, leaf in plan.diagonal.items()
+        },
+    )
 
-    def shardings(self, params: Any, *, saved: bool = False) -> Any:
-        """A tree of shardings shaped like the state, or like its saved form."""
-        state = jax.eval_shape(lambda params: self.zeros(params, saved=saved), params)
-        mesh = self.owners.mesh
-        if mesh is None:
-            single = SingleDeviceSharding(jax.devices()[0])
-            return jax.tree.map(lambda _: single, state)
-        replicated = NamedSharding(mesh, PartitionSpec())
-        by_block = self.owners.sharding(self.owners.by_block)
-        leaves = jax.tree.leaves(params)
-        diagonal = {}
-        for index, kept in self.plan.diagonal.items():
-            leaf = leaves[index]
-            own = getattr(leaf, "sharding", None)
-            spec = own.spec if isinstance(own, NamedSharding) else PartitionSpec()
-            key = patterns.state_key(kept.path)
-            lies = PartitionSpec(*spec[: leaf.ndim - 1]) if kept.by_row else _spread(spec, leaf.shape, mesh)
-            diagonal[key] = jax.tree.map(lambda _, lies=lies: NamedSharding(mesh, lies), state.diagonal[key])
-        return ShampooState(
-            count=replicated,  # type: ignore
-            skipped=replicated,  # type: ignore
-            buckets=jax.tree.map(lambda _: by_block, state.buckets),
-            diagonal=diagonal,
-        )
 
-    def saved_spec(self, params: Any) -> ShampooState:
-        """The state as a checkpoint holds it: ShapeDtypeStructs with shardings."""
-        shardings = self.shardings(params, saved=True)
-        state = jax.eval_shape(lambda params: self.zeros(params, saved=True), params)
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
-        )
+def _bucket_zeros(bucket: Bucket, options: Options, *, saved: bool) -> BucketState:
+    n, shape = bucket.slots.size, bucket.shape
+    lengths = [shape[side] for side in bucket.sides]
+    preconditioner = bucket.preconditioner
+
+    # Arrays of their own: one that occurs twice cannot be donated.
+    def floats() -> jax.Array:
+        return jnp.zeros(n, jnp.float32)
+
+    def ints() -> jax.Array:
+        return jnp.zeros(n, jnp.int32)
+
+    in_flight = None
+    if saved and options.refresh == "host" and bucket.sides:
+        in_flight = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), in_flight_spec(bucket, n))
+    return BucketState(
+        block=ints(),
+        moments=moments.initial_moments((n, *shape), options, grafts=preconditioner.grafts),
+        roots=PreconditionerState(
+            statistics=tuple(jnp.zeros((n, *packed_shape(r)), jnp.float32) for r in lengths),
+            scale_log2=jnp.full(n, NO_GRADIENT, jnp.int32),
+            roots=tuple(jnp.zeros((n, r, r), options.roots_dtype) for r in lengths),
+            roots_scale_log2=ints(),
+            second_moment=jnp.zeros((n, *shape), jnp.float32) if preconditioner.adapts else None,
+            residual=floats(),
+            condition=floats(),
+            effective_rank=floats(),
+            refreshed=ints(),
+            failures=ints(),
+            refreshes=ints(),
+        ),
+        gathered=jnp.zeros((n, *shape), jnp.float32) if options.statistics_every > 1 else None,
+        graft_ratio=floats(),
+        in_flight=in_flight,
+    )
 
 
 def _spread(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

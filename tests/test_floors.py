@@ -37,7 +37,6 @@ FLOORS = {
         ("grafting.py",),
         ("options.py",),
         ("plan",),
-        ("kept.py",),
         ("exchange.py",),
         ("update",),
         ("refresh",),

@@ -11,12 +11,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..kept import NO_GRADIENT
 from ..options import Options
 from ..plan.blocks import Bucket, DiagonalLeaf, Leaf, Plan
 from ..plan.patterns import state_key
 from ..preconditioners import PRECONDITIONERS
-from .manifest import ELEMENTWISE, GATHERED, MOMENTUM, SECOND_MOMENT, Blocks, SavedBlocks, describe_bucket
+from ..preconditioners.base import NO_GRADIENT
+from .manifest import (
+    ELEMENTWISE,
+    GATHERED,
+    MOMENTUM,
+    SECOND_MOMENT,
+    Blocks,
+    SavedBlocks,
+    describe_bucket,
+    describe_treatment,
+)
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -122,7 +131,7 @@ class Inheritance:
         return mine == saved
 
     def _fate(self, bucket: Bucket, leaf: Leaf) -> dict[str, str]:
-        fate = self._elementwise_fate(leaf.path, leaf.view.shape, bucket.group.beta2)
+        fate = self._elementwise_fate(leaf.path, leaf.view.shape, bucket.treatment.beta2)
         if not bucket.sides:
             return fate
         saved, mine = self._saved.blocks(leaf.path), _blocks(bucket, leaf)
@@ -130,7 +139,7 @@ class Inheritance:
         if saved is None:
             fate[_STATISTICS] = fate[_ROOTS] = "there are none"
             return fate
-        entry = self._saved.buckets[self._saved.bucket_of[leaf.path]].entry
+        entry, own = self._saved.buckets[self._saved.bucket_of[leaf.path]].entry, describe_treatment(bucket)
         if saved.geometry != mine.geometry:
             there, here = ("x".join(map(str, blocks.shape)) for blocks in (saved, mine))
             fate[_STATISTICS] = f"blocks of {there} there, {here} here"
@@ -138,15 +147,15 @@ class Inheritance:
                 fate[_STATISTICS] = "blocks are cut in another way"
         elif list(entry["sides"]) != list(bucket.sides):
             fate[_STATISTICS] = f"of the sides {list(entry['sides'])} there, {list(bucket.sides)} here"
-        elif _statistics(entry["preconditioner"]) != _statistics(bucket.group.preconditioner):
-            fate[_STATISTICS] = f"{entry['preconditioner']} there, {bucket.group.preconditioner} here"
-        elif (entry["beta2"] == 1) != (bucket.group.beta2 == 1):
+        elif _statistics(entry["preconditioner"]) != bucket.preconditioner.statistics:
+            fate[_STATISTICS] = f"{entry['preconditioner']} there, {bucket.preconditioner.name} here"
+        elif (entry["beta2"] == 1) != (bucket.treatment.beta2 == 1):
             fate[_STATISTICS] = "a sum and an average are two things"
         fate[_ROOTS] = fate[_STATISTICS] or next(
             (
-                f"{field} {entry[field]} there, {getattr(bucket.group, field)} here"
+                f"{field} {entry[field]} there, {own[field]} here"
                 for field in ("preconditioner", "p", "ridge", "cut")
-                if entry[field] != getattr(bucket.group, field)
+                if entry[field] != own[field]
             ),
             "",
         )
@@ -236,7 +245,7 @@ class Inheritance:
 
         def make(arrays: Arrays) -> np.ndarray:
             dtype = next((arrays[array].dtype for array, _ in found.values()), np.dtype(np.float32))
-            rows = np.full((slots, *shape[1:]), NO_GRADIENT if field == "roots/exponent" else 0, dtype)
+            rows = np.full((slots, *shape[1:]), NO_GRADIENT if field == "roots/scale_log2" else 0, dtype)
             for path, (array, there) in found.items():
                 rows[cuts[path].slots] = arrays[array][there]
             return rows
@@ -275,7 +284,7 @@ def _part(field: str) -> str:
         return ELEMENTWISE[field]
     if field.startswith("in_flight/"):
         return _IN_FLIGHT
-    if field.startswith("roots/statistics/") or field == "roots/exponent":
+    if field.startswith("roots/statistics/") or field == "roots/scale_log2":
         return _STATISTICS
     return "" if field == "block" else _ROOTS
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from ..host.in_flight import InFlight
-from ..kept import Roots
 from ..linalg.symmetric import packed_shape
 from ..options import Options
 from ..plan.blocks import Bucket, Leaf, Plan
 from ..plan.patterns import state_key
 from ..plan.views import View
 from ..preconditioners import PRECONDITIONERS
+from ..preconditioners.base import PreconditionerState
 
 MOMENTUM, SECOND_MOMENT, GATHERED = "moments/momentum", "moments/second_moment", "gathered"
 # Fields of a bucket's state that hold one number for each element of the parameters, and what people call them.
@@ -45,12 +45,19 @@ def describe_bucket(bucket: Bucket) -> dict[str, Any]:
     return {
         "shape": list(bucket.shape),
         "sides": list(bucket.sides),
-        **{field: getattr(bucket.group, field) for field in ("preconditioner", "p", "beta2", "ridge", "cut")},
+        **describe_treatment(bucket),
         "first": bucket.first,
         "phases": bucket.phases,
         "parameters": [_describe_leaf(leaf) for leaf in bucket.leaves],
         "slots": bucket.slots.reshape(-1).tolist(),
     }
+
+
+def describe_treatment(bucket: Bucket) -> dict[str, Any]:
+    """Return what decides the meaning of a bucket's statistics and roots."""
+    treatment = bucket.treatment
+    numbers = {"p": bucket.p, "beta2": treatment.beta2, "ridge": treatment.ridge, "cut": treatment.cut}
+    return {"preconditioner": bucket.preconditioner.name} | numbers
 
 
 def _describe_leaf(leaf: Leaf) -> dict[str, Any]:
@@ -266,7 +273,7 @@ def _check_arrays(bucket: SavedBucket, shapes: Shapes) -> set[str]:
 
     needed = {"block": (), "graft_ratio": ()}
     needed |= (
-        per_slot(Roots, "roots", "statistics", "roots", "second_moment")
+        per_slot(PreconditionerState, "roots", "statistics", "roots", "second_moment")
         | {f"roots/{name}": shape for name, shape in statistics.items()}
         | {f"roots/roots/{number}": (r, r) for number, r in enumerate(lengths)}
     )

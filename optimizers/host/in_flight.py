@@ -14,12 +14,12 @@ class InFlight(NamedTuple):
 
     Attributes:
       statistics: per preconditioned side [n, r, r] float32, packed.
-      exponent: [n] int32, statistics are of gradients divided by 2^exponent.
+      scale_log2: [n] int32, statistics are of gradients divided by 2^scale_log2.
       stamp: [n] int32, the count of steps in them; 0 where nothing is in flight.
     """
 
     statistics: tuple[Any, ...]
-    exponent: Any
+    scale_log2: Any
     stamp: Any
 
 

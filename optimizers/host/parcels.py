@@ -14,10 +14,10 @@ import numpy as np
 from jax import lax
 
 from ..exchange import Owners
-from ..kept import Roots
 from ..linalg.roots import RootResult
 from ..options import Options
 from ..plan.blocks import Bucket
+from ..preconditioners.base import PreconditionerState
 from ..refresh import schedule
 from ..refresh.refresh import install
 from .in_flight import InFlight, in_flight_spec
@@ -53,8 +53,8 @@ class Parcels:
         """Split one device's part [m] of a parcel of statistics: bucket name -> (slots, statistics); NumPy views."""
         return _parts(self._taken, parcel)
 
-    def answers(self, parcel: Any) -> dict[str, tuple[Any, RootResult]]:
-        """Split one device's part of a parcel of roots: bucket name -> (slots, results)."""
+    def answers(self, parcel: Any) -> dict[str, tuple[Any, Any, RootResult]]:
+        """Split one device's part of a parcel of roots: bucket name -> (slots, their scale_log2, results)."""
         return _parts(self._answers, parcel)
 
     def empty_answer(self) -> np.ndarray:
@@ -66,7 +66,7 @@ class Parcels:
 
     def _take(
         self,
-        states: Mapping[str, Roots],
+        states: Mapping[str, PreconditionerState],
         tables: Mapping[str, jax.Array],
         count: jax.Array,
         last: jax.Array,
@@ -90,10 +90,10 @@ class Parcels:
             for bucket in self.buckets:
                 state = states[bucket.name]
                 slot = jnp.where(due, tables[bucket.name][0, phase], bucket.slots.shape[1])
-                statistics, exponent = jax.tree.map(
-                    lambda x, slot=slot: x.at[slot].get(mode="clip"), (state.statistics, state.exponent)
+                statistics, scale_log2 = jax.tree.map(
+                    lambda x, slot=slot: x.at[slot].get(mode="clip"), (state.statistics, state.scale_log2)
                 )
-                taken[bucket.name] = slot, InFlight(statistics, exponent, jnp.broadcast_to(count, slot.shape))
+                taken[bucket.name] = slot, InFlight(statistics, scale_log2, jnp.broadcast_to(count, slot.shape))
             bits = [lax.bitcast_convert_type(x.ravel(), jnp.int32) for x in jax.tree.leaves(taken)]
             parcel = jnp.concatenate([jnp.zeros(0, jnp.int32), *bits])[None]
             # Not the count itself: that array the next step donates.
@@ -103,8 +103,13 @@ class Parcels:
         return parcel, count
 
     def _install(
-        self, roots: Mapping[str, Roots], parcel: jax.Array, count: jax.Array, at: jax.Array, stamp: jax.Array
-    ) -> dict[str, Roots]:
+        self,
+        roots: Mapping[str, PreconditionerState],
+        parcel: jax.Array,
+        count: jax.Array,
+        at: jax.Array,
+        stamp: jax.Array,
+    ) -> dict[str, PreconditionerState]:
         """The roots with those of a parcel in their places.
 
         Args:
@@ -119,18 +124,18 @@ class Parcels:
             (roots, parcel), (count, at, stamp) = owned, shared
             result = {}
             for bucket in self.buckets:
-                slot, found = self.answers(parcel[0])[bucket.name]
+                slot, scale_log2, found = self.answers(parcel[0])[bucket.name]
                 slot = jnp.where(count == at, slot, bucket.slots.shape[1])
                 found = found._replace(accepted=found.accepted > 0)
-                result[bucket.name] = install(roots[bucket.name], slot, found, stamp, bucket)
+                result[bucket.name] = install(roots[bucket.name], slot, found, scale_log2, stamp, bucket)
             return {}, result, ()
 
         return self.owners.run(local, {}, {}, (dict(roots), parcel), (count, at, stamp))[1]
 
-    def _found(self, bucket: Bucket) -> tuple[Any, RootResult]:
+    def _found(self, bucket: Bucket) -> tuple[Any, Any, RootResult]:
         w = self.window(bucket)
         roots: Any = tuple(_floats(w, bucket.shape[side], bucket.shape[side]) for side in bucket.sides)
-        return _ints(w), RootResult(roots, *[_floats(w)] * 4, accepted=_ints(w))
+        return _ints(w), _ints(w), RootResult(roots, *[_floats(w)] * 4, accepted=_ints(w))
 
 
 def _floats(*shape: int) -> Any:

@@ -28,7 +28,7 @@ import numpy as np
 import threadpoolctl
 from jax.sharding import PartitionSpec
 
-from ..kept import preconditioner_of, statistics_of
+from ..linalg.symmetric import unpack
 from ..options import Options
 from ..plan.blocks import Bucket
 from ..refresh import schedule
@@ -326,10 +326,10 @@ class HostRoots:
         places = self._parcels.answers(answer)
         solves = []
         for bucket in self._parcels.buckets:
-            (slot, statistics), (slots, found) = taken[bucket.name], places[bucket.name]
+            (slot, statistics), (slots, scale_log2, found) = taken[bucket.name], places[bucket.name]
             sizes = bucket.real_sizes.reshape(*bucket.slots.shape, -1)[self._numbers[device]]
             for i in np.flatnonzero(slot < bucket.slots.shape[1]):
-                slots[i] = slot[i]
+                slots[i], scale_log2[i] = slot[i], statistics.scale_log2[i]
                 part = jax.tree.map(lambda x, i=i: x[i], statistics)
                 solves.append(self._solvers.submit(self._solve, bucket, part, sizes[slot[i]], found, i))
         return _Work(device, taken, answer, solves)
@@ -337,20 +337,20 @@ class HostRoots:
     def _solve(self, bucket: Bucket, taken: InFlight, sizes: np.ndarray, found: Any, i: int) -> None:
         """Solve for one block and write the result into row i of `found`; runs in a worker's thread."""
         start = time.perf_counter()
-        group, preconditioner, sides, retries = bucket.group, preconditioner_of(bucket), [], 0
+        beta2, sides, retries = bucket.treatment.beta2, [], 0
         updates = int(taken.stamp) // self._options.statistics_every
-        corrected = group.beta2 < 1 and self._options.bias_correction and updates > 0
-        divisor = 1 - group.beta2**updates if corrected else 1.0
-        for number, packed in enumerate(taken.statistics):
-            size = sizes[bucket.sides[number]]
-            a = np.asarray(statistics_of(packed, bucket, number)[:size, :size], np.float64) / divisor
-            result, tried = preconditioner.solve_on_host(a, group, self._options)
+        corrected = beta2 < 1 and self._options.bias_correction and updates > 0
+        divisor = 1 - beta2**updates if corrected else 1.0
+        for packed, side in zip(taken.statistics, bucket.sides, strict=True):
+            whole = unpack(packed, bucket.shape[side])[: sizes[side], : sizes[side]]
+            result, tried = bucket.preconditioner.solve_on_host(
+                whole.astype(np.float64) / divisor, bucket, self._options
+            )
             retries += tried
             sides.append(result)
-        scale = 2.0 ** preconditioner.shift(int(taken.exponent), group)
         if all(side.accepted for side in sides):
             for place, side in zip(found.root, sides, strict=True):
-                place[i][: len(side.root), : len(side.root)] = side.root * scale
+                place[i][: len(side.root), : len(side.root)] = side.root
             found.residual[i] = max(side.residual for side in sides)
             found.condition[i] = max(side.condition for side in sides)
             found.effective_rank[i] = min(side.effective_rank for side in sides)
@@ -369,13 +369,13 @@ class HostRoots:
         """The state with the answers of all devices installed."""
         parcel = self._assemble([device for device, _ in answers], [answer[None] for _, answer in answers])
         written = {
-            b.name: state.buckets[b.name].roots._replace(statistics=(), exponent=None) for b in self._parcels.buckets
+            b.name: state.buckets[b.name].roots._replace(statistics=(), scale_log2=None) for b in self._parcels.buckets
         }
         installed = self._parcels.install(written, parcel, state.count, np.int32(at), np.int32(stamp))
         buckets = dict(state.buckets)
         for name, roots in installed.items():
             old = buckets[name].roots
-            roots = roots._replace(statistics=old.statistics, exponent=old.exponent)
+            roots = roots._replace(statistics=old.statistics, scale_log2=old.scale_log2)
             buckets[name] = buckets[name]._replace(roots=roots)
         return state._replace(buckets=buckets)
 

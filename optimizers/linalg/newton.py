@@ -4,21 +4,19 @@ Every product is pinned to the highest precision, whatever the global setting: i
 iterations converges.
 """
 
-from collections.abc import Callable
 from functools import cache
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # Relative to the largest, float32 cannot tell a smaller eigenvalue from zero.
 RESOLUTION = 1e-7
-# The smallest eigenvalue grows by ((p + 1) / p)^p >= 2 per iteration at least: 40 cover float32 without a schedule.
-MAX_ITERATIONS = 40
-# Convergence is quadratic: one step from CLOSE is exact in float32. NEAR is where a rise of the error means rounding.
-NEAR, CLOSE = 0.3, 3e-4
-# A smallest eigenvalue below the ridge by more than this factor is negative without the ridge, and not by rounding.
-BELOW_RIDGE = 1.25
+# Convergence is quadratic: the last step starts within CLOSE of the identity and is exact in float32.
+CLOSE = 3e-4
+# An iteration that ends further than this from the identity has not converged.
+NEAR = 0.3
 
 
 def matmul(x_nrr: jax.Array, y_nrr: jax.Array) -> jax.Array:
@@ -58,29 +56,31 @@ def matrix_power(x_nrr: jax.Array, p: int) -> jax.Array:
     return matmul(power, x_nrr) if p % 2 else power
 
 
+def inner(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return the sum of x * y over all axes but the first, [n]. A product is one operation, a reduction several."""
+    axes = tuple(range(1, x.ndim))
+    return lax.dot_general(x, y, ((axes, axes), ((0,), (0,))), precision=lax.Precision.HIGHEST)
+
+
 def _normalised(v: jax.Array) -> jax.Array:
-    norm = jnp.sqrt(jnp.sum(v * v, axis=(-2, -1), keepdims=True))
+    norm = jnp.sqrt(inner(v, v))[:, None, None]
     return v / jnp.where(norm > 0, norm, 1)
 
 
-def _leading(power_nrr: jax.Array, apply: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Leading eigenvectors [n, r, 1] by 16 power iterations.
-
-    The start is the column with the largest diagonal entry, whose overlap with the leading eigenvector is at least 1/r.
-    """
-    column = jnp.argmax(jnp.diagonal(power_nrr, axis1=-2, axis2=-1), axis=-1)
-    start = _normalised(jnp.take_along_axis(power_nrr, column[:, None, None], axis=-1))
-    return lax.fori_loop(0, 16, lambda _, v: _normalised(apply(v)), start)
+def _start(x_nrr: jax.Array) -> jax.Array:
+    """Return X w [n, r, 1] for a fixed random w, which no eigenvector of data is orthogonal to."""
+    w = np.random.default_rng(0).normal(size=(x_nrr.shape[-1], 1)).astype(np.float32)
+    return _normalised(matmul(x_nrr, jnp.asarray(w)))
 
 
 def largest_eigenvalue(a_nrr: jax.Array) -> jax.Array:
-    """Largest eigenvalue [n] of matrices whose largest entry is about 1, low by at most ln(r) / 544.
+    """Return the largest eigenvalue [n] of matrices whose largest entry is about 1, low by at most ln(r) / 256.
 
-    The Rayleigh quotient after 272 power iterations in effect, on A^16.
+    The Rayleigh quotient of A^256 w, which costs eight products.
     """
-    power = lax.fori_loop(0, 4, lambda _, x: matmul(x, x), _normalised(a_nrr))
-    v = _leading(power, lambda v: matmul(power, v))
-    return jnp.sum(v * matmul(a_nrr, v), axis=(-2, -1))
+    power = lax.fori_loop(0, 8, lambda _, x: _normalised(matmul(x, x)), a_nrr)
+    v = _start(power)
+    return inner(v, matmul(a_nrr, v))
 
 
 def halves(x_nrr: jax.Array, p: int) -> tuple[jax.Array | None, jax.Array]:
@@ -105,8 +105,8 @@ def _distance(m_nrr: jax.Array) -> jax.Array:
 
 
 @cache
-def _newton_schedule(p: int, smallest: float) -> tuple[float, ...]:
-    """What M is scaled by before each Newton step, for eigenvalues in [smallest, 1].
+def newton_schedule(p: int, smallest: float) -> tuple[float, ...]:
+    """Return the scale of M in each Newton step, for eigenvalues in [smallest, 1]; as many steps as they need.
 
     A step maps an eigenvalue m to f(m) = m ((p + 1 - m) / p)^p, which rises to f(1) = 1 and falls to f(p + 1) = 0. The
     scale s with f(s) = f(s smallest) raises the smallest most. That f(s) stays above 0.2 keeps the largest out of
@@ -117,117 +117,52 @@ def _newton_schedule(p: int, smallest: float) -> tuple[float, ...]:
         return m * ((p + 1 - m) / p) ** p if m > 1 else m * (1 + (1 - m) / p) ** p
 
     scales = []
-    while smallest < 0.5:
+    while smallest < 1 - CLOSE:
         inside, outside = 1.0, p + 1.0
-        for _ in range(40):
+        for _ in range(40 if smallest < 0.5 else 0):
             s = (inside + outside) / 2
             too_far = s * smallest > 1 or f(s) < max(0.2, f(s * smallest))
             inside, outside = (inside, s) if too_far else (s, outside)
         scales.append(inside)
         smallest = min(f(inside), f(inside * smallest))
-    return (*scales, *[1.0] * MAX_ITERATIONS)[:MAX_ITERATIONS]
-
-
-def _coupled_newton(a_nrr: jax.Array, p: int, smallest: float, wanted_n: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A^(-1/p) for eigenvalues in [smallest, 1], and how far the iteration was from its end [n].
-
-    Guo and Higham 2006 (Anil et al. 2020, appendix), with a scale s in every step: M_0 = A, X_0 = I;
-    T = ((p + 1) I - s M) / p; X <- s^(1/p) X T; M <- T^p s M. Matrices that are not wanted cost no iteration.
-    """
-    r = a_nrr.shape[-1]
-    identity = jnp.eye(r, dtype=a_nrr.dtype)
-    schedule = _newton_schedule(p, smallest)
-    scales = jnp.array(schedule, a_nrr.dtype)
-
-    def step(state):
-        k, x, m, before, running = state
-        scale = jnp.where(before < NEAR, 1, scales[k])[:, None, None]
-        t = ((p + 1) * identity - scale * m) / p
-        next_x = matmul(x, scale ** (1 / p) * t)
-        next_m = symmetric(matmul(matrix_power(t, p), scale * m))
-        now = _distance(next_m)
-        # Far from the end all eigenvalues are in (0, 1]; a negative one grows without bound.
-        better = running & (now < jnp.where(before < NEAR, before, 1.5 * r**0.5))
-        keep = better[:, None, None]
-        x, m, now = jnp.where(keep, next_x, x), jnp.where(keep, next_m, m), jnp.where(better, now, before)
-        return k + 1, x, m, now, better & (now > CLOSE)
-
-    # Rounding of the first product weighs most, since the small eigenvalues are smallest: it is summed with care, and
-    # the part of T^p that is a multiple of the identity is kept out of the sums.
-    m = schedule[0] * a_nrr
-    t = ((p + 1) * identity - m) / p
-    multiple = ((p + 1) / p) ** p
-    m = symmetric(multiple * m + accurate_matmul(m, matrix_power(t, p) - multiple * identity))
-    off = _distance(m)
-    state = (jnp.int32(1), schedule[0] ** (1 / p) * t, m, off, wanted_n & (off > CLOSE))
-    _, x, m, off, _ = lax.while_loop(lambda s: jnp.any(s[-1]) & (s[0] < MAX_ITERATIONS), step, state)
-    return symmetric(matmul(x, ((p + 1) * identity - m) / p)), off
-
-
-@cache
-def _sign_schedule() -> tuple[float, ...]:
-    """Scales of S before each step S <- S (3 - S^2) / 2, for eigenvalues in +-[RESOLUTION, 1].
-
-    sqrt(3 / (1 + l + l^2)) is optimal for +-[l, 1] (Chen and Chow 2014); 1.6 keeps the largest out of rounding.
-    """
-    scales, smallest = [], RESOLUTION
-    while smallest < 0.95:
-        scale = min(1.6, (3 / (1 + smallest + smallest**2)) ** 0.5)
-        scales.append(scale)
-        smallest = min(scale * x * (3 - (scale * x) ** 2) / 2 for x in (smallest, 1.0))
-    return (*scales, 1.0, 1.0)
-
-
-def _positive_part(a_nrr: jax.Array) -> jax.Array:
-    """Return A (I + sign(A)) / 2: A without its negative eigenvalues. The largest eigenvalue is 1."""
-    scales = jnp.array(_sign_schedule(), a_nrr.dtype)
-    identity = jnp.eye(a_nrr.shape[-1], dtype=a_nrr.dtype)
-
-    def step(k: jax.Array, s: jax.Array) -> jax.Array:
-        s = s * scales[k]
-        return symmetric(matmul(s, 1.5 * identity - 0.5 * matmul(s, s)))
-
-    sign = lax.fori_loop(0, len(scales), step, a_nrr)
-    return symmetric(accurate_matmul(a_nrr, (identity + sign) / 2))
+    return tuple(scales)
 
 
 def inverse_root(a_nrr: jax.Array, p: int, ridge: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return roots [n, r, r], residuals [n] and condition numbers [n] of matrices with largest eigenvalue 1.
+    """Return roots [n, r, r], residuals [n] and condition numbers [n] of A + ridge I, A with largest eigenvalue 1.
 
-    The first attempt takes A + ridge I. If it does not converge, or finds an eigenvalue below the ridge, a second
-    attempt takes A without its negative eigenvalues.
+    Coupled Newton (Guo and Higham 2006; Anil et al. 2020, appendix) with a scale s in every step: M_0 = A, X_0 = I;
+    T = ((p + 1) I - s M) / p; X <- s^(1/p) X T; M <- T^p s M. The number of steps depends on p and the ridge alone, so
+    that no matrix depends on the others of its batch. An eigenvalue below -ridge makes the residual infinite or NaN.
     """
-    identity = jnp.zeros_like(a_nrr) + jnp.eye(a_nrr.shape[-1], dtype=a_nrr.dtype)
+    identity = jnp.eye(a_nrr.shape[-1], dtype=a_nrr.dtype)
+    regularised = a_nrr + ridge * identity
+    schedule = newton_schedule(p, max(ridge, RESOLUTION))
+    scales = jnp.array(schedule, a_nrr.dtype)
 
-    def solve(a: jax.Array, wanted: jax.Array):
-        regularised = a + ridge * identity
-        x, distance = _coupled_newton(regularised, p, max(ridge, RESOLUTION), wanted)
-        low, high = halves(x, p)
-        off = residual(low, high, regularised, identity)
+    def step(k: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x, m = state
+        m = scales[k] * m
+        t = ((p + 1) * identity - m) / p
+        return matmul(x, scales[k] ** (1 / p) * t), symmetric(matmul(matrix_power(t, p), m))
 
-        def apply(v: jax.Array) -> jax.Array:
-            return matmul(high, v) if low is None else matmul(low, matmul(high, v))
+    # Rounding of the first product weighs most, since the small eigenvalues are smallest: it is summed with care, and
+    # the part of T^p that is a multiple of the identity is kept out of the sums.
+    m = schedule[0] * regularised
+    t = ((p + 1) * identity - m) / p
+    multiple = ((p + 1) / p) ** p
+    m = symmetric(multiple * m + accurate_matmul(m, matrix_power(t, p) - multiple * identity))
+    x, m = lax.fori_loop(1, len(schedule), step, (schedule[0] ** (1 / p) * t, m))
+    off = jnp.sqrt(inner(m - identity, m - identity))
+    x = symmetric(matmul(x, ((p + 1) * identity - m) / p))
 
-        v = _leading(x, apply)
-        norm = jnp.sum(v * apply(v), axis=(-2, -1))
-        converged = distance < NEAR
-        off = jnp.where(converged, off, jnp.maximum(off, distance))
-        return x, off, (1 + ridge) * norm, converged & (ridge * norm <= BELOW_RIDGE)
+    low, high = halves(x, p)
+    found = residual(low, high, regularised, identity)
+    found = jnp.where(off < NEAR, found, jnp.maximum(found, off))
 
-    everywhere = jnp.ones_like(a_nrr[:, 0, 0], bool)
-    if not ridge:
-        return solve(a_nrr, everywhere)[:3]
+    def apply(v: jax.Array) -> jax.Array:
+        return matmul(high, v) if low is None else matmul(low, matmul(high, v))
 
-    def attempt(state):
-        k, x, off, condition, wanted = state
-        # Both attempts in one loop: the solver is compiled once.
-        a = lax.cond(k > 0, _positive_part, lambda a: a, a_nrr)
-        new_x, new_off, new_condition, good = solve(a, wanted)
-        x = jnp.where(wanted[:, None, None], new_x, x)
-        off, condition = jnp.where(wanted, new_off, off), jnp.where(wanted, new_condition, condition)
-        return k + 1, x, off, condition, wanted & ~good
-
-    none = jnp.zeros_like(a_nrr[:, 0, 0])
-    state = (jnp.int32(0), jnp.zeros_like(a_nrr), none, none, everywhere)
-    _, x, off, condition, _ = lax.while_loop(lambda s: jnp.any(s[-1]) & (s[0] < 2), attempt, state)
-    return x, off, condition
+    # 1 over the smallest eigenvalue, by 16 power iterations.
+    v = lax.fori_loop(0, 16, lambda _, v: _normalised(apply(v)), _start(x))
+    return x, found, (1 + ridge) * inner(v, apply(v))

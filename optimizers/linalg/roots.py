@@ -17,6 +17,7 @@ import numpy as np
 
 from . import lapack, newton
 from .lapack import RootResult
+from .scaling import power_of_two
 
 __all__ = ["RootResult", "inverse_pth_root"]
 
@@ -56,21 +57,21 @@ def inverse_pth_root(
 
 
 class _Prepared(NamedTuple):
-    """Matrices fit for a solver.
+    """Matrices scaled for a solver.
 
     Attributes:
       a: [n, r, r] symmetric, with its largest entry in [1/2, 1), zero in the padding and where not finite.
-      padding: [n, r, r] that largest entry on the diagonal of the padding: no eigenvalue of it is the largest or the
-        smallest. It is 1 wherever the matrix is zero.
-      real: [n, r, r] whether an entry is none of the padding.
-      exponent: [n] the matrix as given is 2^exponent times `a`.
+      padding: [n, r, r] that largest entry on the diagonal of the padding, so that none of its eigenvalues is the
+        largest or the smallest. It is 1 wherever the matrix is zero.
+      real: [n, r, r] whether an entry is outside the padding.
+      scale_log2: [n] the matrix as given is 2^scale_log2 times `a`.
       finite: [n] whether all entries of the matrix are.
     """
 
     a: jax.Array
     padding: jax.Array
     real: jax.Array
-    exponent: jax.Array
+    scale_log2: jax.Array
     finite: jax.Array
 
 
@@ -79,27 +80,26 @@ def _prepare(stack_nrr, sizes_n) -> _Prepared:
     n, r, _ = a.shape
     real = jnp.ones((n, r), bool) if sizes_n is None else jnp.arange(r) < sizes_n[:, None]
     real = real[:, :, None] & real[:, None, :]
-    finite = jnp.all(jnp.isfinite(a) | ~real, axis=(-2, -1))
-    a = jnp.where(real & finite[:, None, None], a, 0)
-    largest, exponent = jnp.frexp(jnp.max(jnp.abs(a), axis=(-2, -1)))
-    # Two halves: 2^-exponent alone overflows for the smallest float32 numbers.
-    for part in (exponent // 2, exponent - exponent // 2):
-        a = a * jnp.ldexp(jnp.float32(1), -part)[:, None, None]
+    # A NaN is the maximum of anything.
+    largest = jnp.max(jnp.where(real, jnp.abs(a), 0), axis=(-2, -1))
+    finite = jnp.isfinite(largest)
+    largest, scale_log2 = jnp.frexp(jnp.where(finite, largest, 0))
+    a = jnp.where(real & finite[:, None, None], a * power_of_two(-scale_log2)[:, None, None], 0)
     zero = largest == 0
     padding = jnp.where(zero, 1, largest)[:, None, None] * jnp.eye(r, dtype=a.dtype)
-    return _Prepared(newton.symmetric(a), jnp.where(real & ~zero[:, None, None], 0, padding), real, exponent, finite)
+    padding = jnp.where(real & ~zero[:, None, None], 0, padding)
+    return _Prepared(newton.symmetric(a), padding, real, scale_log2, finite)
 
 
 def _finish(given: _Prepared, p: int, x_nrr, residual_n, largest_n, condition_n) -> RootResult:
-    """Undo the scaling; answer for zero, and for what is not finite."""
-    whole, part = jnp.divmod(given.exponent, p)
-    x = x_nrr * jnp.ldexp(jnp.exp2(-part / p), -whole)[:, None, None]
+    """Undo the scaling; answer for matrices that are zero or not finite."""
+    x = x_nrr * power_of_two(-given.scale_log2 / p)[:, None, None]
     trace = jnp.trace(given.a, axis1=-2, axis2=-1)
     nonzero = (largest_n > 0) & (trace > 0)
     return RootResult(
         root=jnp.where(given.real & nonzero[:, None, None], x, 0),
         residual=jnp.where(given.finite, jnp.where(nonzero, residual_n, 1), jnp.nan),
-        largest=jnp.ldexp(jnp.where(nonzero, largest_n, 0), given.exponent),
+        largest=jnp.where(nonzero, largest_n, 0) * power_of_two(given.scale_log2),
         condition=jnp.where(nonzero, condition_n, 1),
         effective_rank=jnp.where(nonzero, trace / jnp.where(nonzero, largest_n, 1), 0),
     )

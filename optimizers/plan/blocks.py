@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..options import Options, Rule, Treatment
-from ..preconditioners import PRECONDITIONERS
+from ..options import Options, Treatment
+from ..preconditioners import PRECONDITIONERS, Preconditioner
 from . import patterns
 from .assignment import assign_owners
 from .tiles import Tiling, make_tiling
@@ -47,27 +47,6 @@ class Leaf:
         return self.tiling.blocks
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """What blocks must agree in to share a bucket; buckets are ordered by it.
-
-    Attributes:
-      shape: the block's sides, padding included, shorter parameter sides first.
-      sides: which of them are preconditioned.
-      p: the order of the inverse roots, 0 where no side has statistics.
-      beta2, ridge, cut: of statistics and roots.
-      preconditioner: a name in the family.
-    """
-
-    shape: tuple[int, ...]
-    sides: tuple[int, ...]
-    p: int
-    beta2: float
-    ridge: float
-    cut: float
-    preconditioner: str
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bucket:
     """Blocks of one shape and one treatment: arrays [slots, *shape], whose slots are shared out over all devices.
@@ -76,8 +55,11 @@ class Bucket:
     refresh interval it is due, so that a run does not depend on the number of devices; `owner` tells whose it is.
 
     Attributes:
-      name: of the group, as far as it tells the bucket from others.
-      group: what its blocks have in common.
+      name: key of the bucket in states and checkpoints.
+      shape: lengths of a block's sides, padding included, shorter parameter sides first.
+      sides: the preconditioned sides.
+      p: order of the inverse roots; 0 if no side has statistics.
+      treatment: of the first parameter; all have the same preconditioner, beta2, ridge and cut.
       leaves: the parameters whose blocks it holds, in order.
       first: number of blocks in the buckets before it.
       owners: number of devices that share its slots.
@@ -86,7 +68,10 @@ class Bucket:
     """
 
     name: str
-    group: Group
+    shape: tuple[int, ...]
+    sides: tuple[int, ...]
+    p: int
+    treatment: Treatment
     leaves: tuple[Leaf, ...]
     first: int
     owners: int
@@ -94,14 +79,14 @@ class Bucket:
     owner: tuple[int, ...]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Lengths of a block's sides, padding included."""
-        return self.group.shape
+    def preconditioner(self) -> Preconditioner:
+        """The preconditioner of its blocks."""
+        return PRECONDITIONERS[self.treatment.kind]
 
     @property
-    def sides(self) -> tuple[int, ...]:
-        """The preconditioned sides."""
-        return self.group.sides
+    def key(self) -> tuple[Any, ...]:
+        """What blocks must agree in to share the bucket; buckets are ordered by it."""
+        return _key(self.shape, self.sides, self.treatment, self.p)
 
     @property
     def blocks(self) -> int:
@@ -206,8 +191,8 @@ def slots_per_owner(blocks: int, owners: int) -> int:
     return math.ceil(blocks / owners)
 
 
-def cut(side: int, block_size: int) -> tuple[int, int]:
-    """Cut a side into equal parts: (number of parts, length of each with padding).
+def split(side: int, block_size: int) -> tuple[int, int]:
+    """Split a side into equal parts: return (number of parts, length of each with padding).
 
     The length is rounded up to a multiple of 1/16 of its power of two (a multiple of 8 from 128 on), which keeps the
     number of different shapes small for at most one part in sixteen of padding.
@@ -234,92 +219,102 @@ def make_plan(params: Any, axis_names: Any, param_specs: Any, options: Options, 
     """
     leaves = jax.tree.leaves(params)
     names, specs = names_by_path(axis_names), _specs_by_path(param_specs)
-    rules = [(pattern, options.resolve(Treatment.parse(text))) for pattern, text in options.treatments]
-    grouped: dict[Group, list[Leaf]] = {}
+    rules = [(pattern, options.treatment(text)) for pattern, text in options.treatments]
+    grouped: dict[tuple[Any, ...], list[tuple[Leaf, Treatment]]] = {}
     diagonal: dict[int, DiagonalLeaf] = {}
     treatments: dict[str, str] = {}
     for index, (path, leaf) in enumerate(zip(patterns.paths(params), leaves, strict=True)):
         if (names and path not in names) or (specs and path not in specs):
             raise ValueError(f"{path!r} is a parameter, but the axis names or the specs given have none for it")
         _check_spec(path, leaf.shape, specs.get(path), mesh)
-        rule = patterns.first_match(rules, path)
-        view, sides = _view(leaf.shape, names.get(path), rule, options)
-        if rule.kind == "rows" and len(leaf.shape) >= 2 and 0 not in leaf.shape:
+        treatment = patterns.first_match(rules, path)
+        view, sides = _view(leaf.shape, names.get(path), treatment, options)
+        if treatment.kind == "rows" and len(leaf.shape) >= 2 and 0 not in leaf.shape:
             diagonal[index] = DiagonalLeaf(path, tuple(leaf.shape), beta2=1.0, by_row=True)
             treatments[path] = "rows (adagrad)"
             continue
-        if not rule.preconditioner or not view.is_matrix:
-            diagonal[index] = DiagonalLeaf(path, tuple(leaf.shape), rule.beta2)
+        if not treatment.preconditioner or not view.is_matrix:
+            diagonal[index] = DiagonalLeaf(path, tuple(leaf.shape), treatment.beta2)
             treatments[path] = f"diagonal ({options.graft})"
             continue
-        cuts = [cut(length, rule.block_size) for length in view.lengths]
-        pieces, shape = (tuple(part[i] for part in cuts) for i in (0, 1))
-        p = rule.order(len(sides))
+        parts = [split(length, treatment.block_size) for length in view.lengths]
+        pieces, shape = (tuple(part[i] for part in parts) for i in (0, 1))
+        p = treatment.order(len(sides))
         sides = sides if p else ()
-        group = Group(shape, sides, p, rule.beta2, rule.ridge, rule.cut, rule.preconditioner)
         entry = Leaf(index, path, make_tiling(view, pieces, shape, specs.get(path), mesh))
-        grouped.setdefault(group, []).append(entry)
-        treatments[path] = f"{rule.kind} {_title(group)} x{entry.blocks}"
+        grouped.setdefault(_key(shape, sides, treatment, p), []).append((entry, treatment))
+        treatments[path] = f"{treatment.kind} {_title(shape, sides, treatment.preconditioner.title(p))} x{entry.blocks}"
     phases = 1 if options.refresh == "periodic" else options.interval
     return Plan(_buckets(grouped, math.prod(mesh.values()), phases, options), diagonal, treatments)
 
 
 def _view(
-    shape: tuple[int, ...], names: tuple[str | None, ...] | None, rule: Rule, options: Options
+    shape: tuple[int, ...], names: tuple[str | None, ...] | None, treatment: Treatment, options: Options
 ) -> tuple[View, tuple[int, ...]]:
     """The parameter's view and which of its sides are preconditioned."""
-    stack = min(rule.stack, len(shape))
-    if rule.view == "tensor" and rule.side == "both" and not (rule.preconditioner and rule.family.matrices_only):
+    stack, family = min(treatment.stack, len(shape)), treatment.preconditioner
+    if treatment.view == "tensor" and treatment.side == "both" and not (family and family.matrices_only):
         view = tensor_view(shape, names, stack_axes=options.stack_axes, merge_dims=options.merge_dims, stack=stack)
         return view, tuple(range(len(view.sides)))
     axes = {"stack_axes": options.stack_axes, "fold_axes": options.fold_axes, "stack": stack}
     view = matrix_view(shape, names, **axes)
-    if rule.side == "both":
+    if treatment.side == "both":
         return view, (0, 1)
-    if rule.side == "short":
+    if treatment.side == "short":
         return view, (0,)
     _, left, right = matrix_axes(len(shape), names, **axes)
-    return view, (view.sides.index(tuple(left if rule.side == "left" else right)),)
+    return view, (view.sides.index(tuple(left if treatment.side == "left" else right)),)
 
 
-def _buckets(grouped: Mapping[Group, list[Leaf]], owners: int, phases: int, options: Options) -> tuple[Bucket, ...]:
-    groups = sorted(grouped, key=dataclasses.astuple)
-    counts = [sum(leaf.blocks for leaf in grouped[group]) for group in groups]
-    bucket = np.repeat(np.arange(len(groups)), counts)
+def _key(shape: tuple[int, ...], sides: tuple[int, ...], treatment: Treatment, p: int) -> tuple[Any, ...]:
+    assert treatment.preconditioner
+    regularisers = treatment.ridge, treatment.cut
+    return shape, sides, p, treatment.beta2, *regularisers, treatment.preconditioner.name
+
+
+def _buckets(
+    grouped: Mapping[tuple[Any, ...], list[tuple[Leaf, Treatment]]], owners: int, phases: int, options: Options
+) -> tuple[Bucket, ...]:
+    keys = sorted(grouped)
+    leaves = {key: tuple(leaf for leaf, _ in grouped[key]) for key in keys}
+    counts = [sum(leaf.blocks for leaf in leaves[key]) for key in keys]
+    bucket = np.repeat(np.arange(len(keys)), counts)
     # Blocks of different parameters have one holder if the parameters' shards lie on the same devices.
     holders: dict[tuple[Any, int], int] = {}
     holder = [
         holders.setdefault((tuple(names for _, names in leaf.tiling.sharded), shard), len(holders))
-        for group in groups
-        for leaf in grouped[group]
+        for key in keys
+        for leaf in leaves[key]
         for shard in leaf.tiling.holder.tolist()
     ]
     number = np.arange(len(bucket))
     owner = assign_owners(bucket, np.asarray(holder, np.int64), number % phases, owners)
     result, first = [], 0
-    for group, count in zip(groups, counts, strict=True):
+    for key, count in zip(keys, counts, strict=True):
+        (shape, sides, p, *_), treatment = key, grouped[key][0][1]
         part = tuple(owner[first : first + count].tolist())
-        name = _name(group, options)
-        result.append(Bucket(name, group, tuple(grouped[group]), first, owners, phases, part))
+        name = _name(shape, sides, p, treatment, options)
+        result.append(Bucket(name, shape, sides, p, treatment, leaves[key], first, owners, phases, part))
         first += count
     return tuple(result)
 
 
-def _title(group: Group) -> str:
-    """As in "128x512 p4"; where not all sides are preconditioned, those that are have a mark: "128*x512 p2"."""
-    marked = group.sides if len(group.sides) < len(group.shape) else ()
-    lengths = "x".join(f"{length}{'*' if side in marked else ''}" for side, length in enumerate(group.shape))
-    return f"{lengths} {PRECONDITIONERS[group.preconditioner].title(group.p)}"
+def _title(shape: tuple[int, ...], sides: tuple[int, ...], title: str) -> str:
+    """Return, for example, "128x512 p4"; if only some sides are preconditioned, they have a mark: "128*x512 p2"."""
+    marked = sides if len(sides) < len(shape) else ()
+    return f"{'x'.join(f'{length}*' if side in marked else f'{length}' for side, length in enumerate(shape))} {title}"
 
 
-def _name(group: Group, options: Options) -> str:
-    """A key for the state: letters, digits, dots, dashes, underscores."""
-    sides = "all" if len(group.sides) == len(group.shape) else "side" + "".join(map(str, group.sides))
-    parts = ["x".join(map(str, group.shape)), sides, f"p{group.p}"]
+def _name(shape: tuple[int, ...], sides: tuple[int, ...], p: int, treatment: Treatment, options: Options) -> str:
+    """Return a key for the state: letters, digits, dots, dashes, underscores."""
+    text = "all" if len(sides) == len(shape) else "side" + "".join(map(str, sides))
+    parts = ["x".join(map(str, shape)), text, f"p{p}"]
     for field in ("beta2", "ridge", "cut"):
-        if getattr(group, field) != getattr(options, field):
-            parts.append(f"{field}-{getattr(group, field)!r}".replace("+", ""))
-    return "_".join([*parts, *([] if group.preconditioner == "shampoo" else [group.preconditioner])])
+        if getattr(treatment, field) != getattr(options, field):
+            parts.append(f"{field}-{getattr(treatment, field)!r}".replace("+", ""))
+    assert treatment.preconditioner
+    name = treatment.preconditioner.name
+    return "_".join([*parts, *([] if name == "shampoo" else [name])])
 
 
 def _check_spec(path: str, shape: tuple[int, ...], spec: PartitionSpec | None, mesh: Mapping[str, int]) -> None:

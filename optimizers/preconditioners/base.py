@@ -1,7 +1,8 @@
-"""What the engine asks of a preconditioner: what to observe, how to act, what a refresh computes.
+"""The contract of a preconditioner: how it observes gradients, acts on a momentum and solves for new factors.
 
 The engine cuts gradients into blocks, brings these to their owners, keeps momenta, decides which blocks are due and
-installs what was found for them, staggered, periodically or from the host. All that a preconditioner adds is here.
+installs what was found for them. Everything that differs between preconditioners is here. A preconditioner receives a
+bucket (`plan.blocks.Bucket`) for its `shape`, `sides`, `p` and `treatment`, and the options (`options.Options`).
 Shapes in names: n blocks, r a side's length, s the shape of a block.
 """
 
@@ -14,39 +15,53 @@ import numpy as np
 
 from ..linalg.roots import RootResult
 
+NO_GRADIENT = -1000
 
-class Blocks(NamedTuple):
-    """Blocks of one bucket on their device, as preconditioners see them; axis 0 of every array numbers them.
+
+class PreconditionerState(NamedTuple):
+    """Statistics and roots of the blocks of one bucket; axis 0 of every array numbers the slots.
 
     Attributes:
-      sides: which sides of a block are preconditioned.
-      factors: per preconditioned side [n, r, r] float32, found by the newest accepted refresh; zero before the first.
-      found: [n] bool, whether there was one.
-      exponent: [n] int32, statistics are of gradients divided by 2^exponent.
-      second_moment: [n, *s] float32, of a preconditioner that adapts; None otherwise.
-      sizes: [n, sides of a block] int32, real lengths; the rest is padding, and zero.
-      group: what the blocks have in common (`blocks.Group`).
+      statistics: per preconditioned side [n, r, r] float32, packed (`linalg.symmetric`), of gradients divided by
+        2^scale_log2.
+      scale_log2: [n] int32, of the largest gradient entry so far. Squares of gradients would overflow float32 far
+        sooner than gradients. NO_GRADIENT before the first gradient that is not zero.
+      roots: per preconditioned side [n, r, r], the factor that acts on it: an inverse root or a basis. Zero before the
+        first accepted refresh.
+      roots_scale_log2: [n] int32, `scale_log2` when the roots were solved; they are roots of gradients divided by it.
+      second_moment: [n, *s] float32, of the gradients in the preconditioner's basis; None if it keeps none.
+      residual: [n] float32 of the newest accepted roots, the worst side.
+      condition: [n] float32, estimated condition number of the regularised statistics, the worst side.
+      effective_rank: [n] float32, trace / largest eigenvalue of the statistics, the side with the smallest value.
+      refreshed: [n] int32, step count after which the roots were accepted; 0 before the first.
+      failures: [n] int32, refused refreshes in a row.
+      refreshes: [n] int32, accepted refreshes in all.
     """
 
-    sides: Sequence[int]
-    factors: Sequence[jax.Array]
-    found: jax.Array
-    exponent: jax.Array
+    statistics: tuple[jax.Array, ...]
+    scale_log2: jax.Array
+    roots: tuple[jax.Array, ...]
+    roots_scale_log2: jax.Array
     second_moment: jax.Array | None
-    sizes: jax.Array
-    group: Any
+    residual: jax.Array
+    condition: jax.Array
+    effective_rank: jax.Array
+    refreshed: jax.Array
+    failures: jax.Array
+    refreshes: jax.Array
 
 
 class Preconditioner(abc.ABC):
-    """One of the family.
+    """A preconditioner.
 
     Attributes:
-      name: under which a checkpoint knows it.
-      side: which sides it takes where a treatment does not say: "both" (all of them), "short", "left" or "right".
-      statistics: what its statistics are, in a word; states of the same word can be taken over from each other.
-      grafts: whether its updates have the graft's norm, and the graft's direction before there are factors.
-      adapts: whether it keeps a second moment for each element of a block as it sees it.
-      warm: whether a refresh starts from the factor that is there.
+      name: key in checkpoints.
+      side: the preconditioned sides unless a treatment says otherwise: "both", "short", "left" or "right".
+      statistics: kind of statistics, in a word; a state can be taken over by a preconditioner with the same kind.
+      grafts: whether updates get the graft's norm, and the graft's direction before there are factors. Its directions
+        must be linear in the momentum.
+      adapts: whether it keeps a second moment for each element of a block in its own basis.
+      warm: whether a refresh starts from the current factor.
       matrices_only: whether blocks must have two sides.
       has_exponent: whether a treatment may set its exponent.
     """
@@ -61,95 +76,102 @@ class Preconditioner(abc.ABC):
     has_exponent = False
 
     def power(self, sides: int) -> float:
-        """How many powers of the gradient's scale the statistics of one of so many sides have."""
+        """Return the degree of the statistics of one of `sides` sides in the gradient."""
         del sides
         return 2.0
 
-    def uses_lapack(self, group: Any, options: Any) -> bool:
+    def degree(self, bucket: Any) -> float:
+        """Return the degree of all factors together in the scale of the gradient: how much of it acting removes."""
+        sides = len(bucket.sides)
+        return self.power(sides) * sides / bucket.p if bucket.p else 0.0
+
+    def uses_lapack(self, options: Any) -> bool:
         """Whether `solve` calls LAPACK on CPUs."""
-        del group, options
+        del options
         return False
 
     @abc.abstractmethod
     def order(self, exponent: float | None, sides: int) -> int:
-        """The p of each side's inverse p-th root, 0 where no side has statistics.
+        """Return the p of each side's inverse p-th root; 0 if no side has statistics.
 
         Raises:
-          ValueError: the exponent is none that it can have.
+          ValueError: it cannot have this exponent.
         """
 
     @abc.abstractmethod
     def title(self, p: int) -> str:
-        """For tables, after a block's shape."""
+        """Return a name for tables, to follow a block's shape."""
 
-    def observed(self, g: jax.Array, blocks: Blocks, side: int) -> jax.Array:
-        """What the statistics of a side are the second moments of: [n, *s], unfolded along that side.
+    def observed(self, g: jax.Array, state: PreconditionerState, bucket: Any, sizes: jax.Array, side: int) -> jax.Array:
+        """Return what the statistics of a side are the second moments of: [n, *s], unfolded along that side.
 
         Args:
-          g: [n, *s] float32, gradients divided by 2^exponent.
-          blocks: theirs.
-          side: one of the preconditioned.
+          g: [n, *s] float32, gradients divided by 2^scale_log2.
+          state: of the blocks.
+          bucket: of the blocks.
+          sizes: [n, sides of a block] int32, real lengths; the rest is padding, and zero.
+          side: one of the preconditioned sides.
         """
-        del blocks, side
+        del state, bucket, sizes, side
         return g
 
     @abc.abstractmethod
     def act(
-        self, m: jax.Array, g: jax.Array, blocks: Blocks, step: jax.Array, options: Any
+        self,
+        m: jax.Array,
+        g: jax.Array,
+        state: PreconditionerState,
+        bucket: Any,
+        sizes: jax.Array,
+        step: jax.Array,
+        options: Any,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """(direction [n, *s], new second moment).
+        """Return (direction [n, *s], new second moment).
 
         Args:
           m: [n, *s] float32, momentum.
           g: [n, *s] float32, the gradient.
-          blocks: theirs, with the factors and the second moment of the step before.
+          state: of the step before.
+          bucket: of the blocks.
+          sizes: [n, sides of a block] int32, real lengths.
           step: number of this step, from 1.
           options: of the optimizer.
         """
 
-    @abc.abstractmethod
-    def takes(self, exponent: jax.Array, group: Any) -> jax.Array:
-        """How many powers of two acting takes from a momentum of the order of 2^exponent."""
-
-    def solve(self, stack: jax.Array, old: jax.Array | None, sizes: jax.Array, group: Any, options: Any) -> RootResult:
+    def solve(self, stack: jax.Array, old: jax.Array | None, sizes: jax.Array, bucket: Any, options: Any) -> RootResult:
         """Return factors for a batch of statistics, and which of them are accepted; on a device.
 
         Args:
           stack: [n, r, r] float32, bias-corrected; zero where nothing is due.
-          old: [n, r, r] float32, the factors that are there, zero before the first; None unless `warm`.
+          old: [n, r, r] float32, the current factors, zero before the first; None unless `warm`.
           sizes: [n] int32, real lengths.
-          group: p, ridge and cut of the blocks.
+          bucket: a bucket of the batch; all have the same p, ridge and cut.
           options: of the optimizer.
         """
         raise AssertionError(f"{self.name} keeps no statistics")
 
-    def solve_on_host(self, a: np.ndarray, group: Any, options: Any) -> tuple[RootResult, int]:
-        """(result, number of retries) for the statistics of one side, float64.
+    def solve_on_host(self, a: np.ndarray, bucket: Any, options: Any) -> tuple[RootResult, int]:
+        """Return (result, number of retries) for the statistics of one side, float64.
 
         Args:
           a: [r, r], without padding.
-          group: p, ridge and cut of the block.
+          bucket: of the block.
           options: of the optimizer.
         """
         raise AssertionError(f"{self.name} keeps no statistics")
-
-    def shift(self, exponent: Any, group: Any) -> Any:
-        """Log2 of what a factor of statistics divided by 2^(power x exponent) is to be multiplied by."""
-        del group
-        return 0.0 * exponent
 
     def carried(
         self, second_moment: jax.Array, old: Sequence[jax.Array], new: Sequence[jax.Array], sides: Sequence[int]
     ) -> jax.Array:
-        """The second moment [n, *s] of the same blocks when new factors take the place of old ones."""
+        """Return the second moment [n, *s] of blocks whose factors change from `old` to `new`."""
         raise AssertionError(f"{self.name} keeps no second moment")
 
 
 def multiplied(x: jax.Array, factors: Sequence[jax.Array], sides: Sequence[int]) -> jax.Array:
-    """Blocks [n, *s] with each of some sides multiplied by its matrix [n, r, r] from the left."""
+    """Return blocks [n, *s] with each of some sides multiplied by its matrix [n, r, r] from the left."""
     for side, factor in zip(sides, factors, strict=True):
         product = jax.lax.dot_general(
-            factor, x, (((2,), (side + 1,)), ((0,), (0,))), precision=jax.lax.Precision.HIGHEST
+            factor.astype(x.dtype), x, (((2,), (side + 1,)), ((0,), (0,))), precision=jax.lax.Precision.HIGHEST
         )
         x = jax.numpy.moveaxis(product, 1, side + 1)
     return x

@@ -6,18 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .base import Blocks, multiplied
+from ..linalg.scaling import power_of_two
+from .base import PreconditionerState, multiplied
 from .shampoo import Shampoo
 
 
 class KLShampoo(Shampoo):
     """Shampoo whose statistics approximate the gradients' covariance by Kullback-Leibler divergence.
 
-    S_a <- beta2 S_a + (1 - beta2) G S_b^(-1) G' / d_b for a side a, with b the other and d_b its length, and likewise
-    for b: the stationary points of the divergence between normal distributions of the covariances E[g g'] and
-    S_a (x) S_b (theorem 1 there). The roots are of order 2, each side's power is -1/2: then S_b^(-1) G' is two of them
-    on the other side. Before a block has roots the others' statistics count as the identity, which makes the first
-    statistics those of one-sided Shampoo.
+    S_a <- beta2 S_a + (1 - beta2) G S_b^(-1) G' / d_b for a side a, with b the other side and d_b its length, and the
+    same for b. These are the stationary points of the divergence between normal distributions of the covariances
+    E[g g'] and S_a (x) S_b (theorem 1 of the paper). The roots are of order 2, so S_b^(-1) G' is two of them on the
+    other side. Before a block has roots, the identity stands for the statistics of the other sides.
     """
 
     name = "kl_shampoo"
@@ -25,35 +25,32 @@ class KLShampoo(Shampoo):
     has_exponent = False
 
     def power(self, sides: int) -> float:
-        """The product over all sides has two, each an equal share."""
+        """Return an equal share of the degree 2 that the product over all sides has."""
         return 2.0 / sides
 
     def order(self, exponent: float | None, sides: int) -> int:
-        """2: all sides together are the covariance, and the gradient is multiplied by its inverse square root."""
+        """Return 2: the gradient is multiplied by the inverse square root of its covariance."""
         del exponent, sides
         return 2
 
     def title(self, p: int) -> str:
-        """As people call it."""
+        """Return the common name."""
         return "KL"
 
-    def observed(self, g: jax.Array, blocks: Blocks, side: int) -> jax.Array:
-        """The gradient whitened along the other preconditioned sides, over the root of their lengths."""
-        others = [number for number, other in enumerate(blocks.sides) if other != side]
+    def observed(self, g: jax.Array, state: PreconditionerState, bucket: Any, sizes: jax.Array, side: int) -> jax.Array:
+        """Return the gradient whitened along the other preconditioned sides, over the root of their lengths."""
+        others = [number for number, other in enumerate(bucket.sides) if other != side]
         if not others:
             return g
-        # The factors are of gradients as they are, these here are divided by 2^exponent.
-        back = jnp.exp2(-self.shift(blocks.exponent, blocks.group))
+        found = state.refreshed > 0
+        # From the units in which the roots were solved to those of g.
+        share = self.power(len(bucket.sides)) / bucket.p
+        change = power_of_two(share * jnp.where(found, state.scale_log2 - state.roots_scale_log2, 0))
         factors = []
         for number in others:
-            length = g.shape[blocks.sides[number] + 1]
-            whole = jnp.where(blocks.found, back, 0)[:, None, None] * blocks.factors[number]
-            factors.append(jnp.where(blocks.found[:, None, None], whole, jnp.eye(length, dtype=g.dtype)))
-        lengths = math.prod(blocks.sizes[:, blocks.sides[number]].astype(jnp.float32) for number in others)
-        x = multiplied(g, factors, [blocks.sides[number] for number in others])
+            identity = jnp.eye(bucket.shape[bucket.sides[number]], dtype=g.dtype)
+            root = change[:, None, None] * state.roots[number]
+            factors.append(jnp.where(found[:, None, None], root, identity))
+        lengths = math.prod(sizes[:, bucket.sides[number]].astype(jnp.float32) for number in others)
+        x = multiplied(g, factors, [bucket.sides[number] for number in others])
         return x / jnp.sqrt(jnp.maximum(lengths, 1)).reshape(-1, *[1] * (g.ndim - 1))
-
-    def takes(self, exponent: jax.Array, group: Any) -> jax.Array:
-        """All: 2 / sides powers for each side, shared by the order of the roots, which is 2."""
-        del group
-        return exponent

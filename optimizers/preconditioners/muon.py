@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .base import Blocks, Preconditioner
+from .base import Preconditioner, PreconditionerState
 
 # Of the odd polynomials a x + b x^3 + c x^5 that are applied one after the other to singular values in (0, 1].
 POLYNOMIALS = {
@@ -42,30 +42,32 @@ class Muon(Preconditioner):
     matrices_only = True
 
     def order(self, exponent: float | None, sides: int) -> int:
-        """0: no side has statistics."""
+        """Return 0: no side has statistics."""
         del exponent, sides
         return 0
 
     def title(self, p: int) -> str:
-        """As people call it."""
+        """Return the common name."""
         return "Muon"
 
     def act(
-        self, m: jax.Array, g: jax.Array, blocks: Blocks, step: jax.Array, options: Any
+        self,
+        m: jax.Array,
+        g: jax.Array,
+        state: PreconditionerState,
+        bucket: Any,
+        sizes: jax.Array,
+        step: jax.Array,
+        options: Any,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """The orthogonal factor, as long as Adam's update."""
-        del g, step
+        """Return the orthogonal factor, scaled to the length of Adam's update."""
+        del g, state, bucket, step
         x = orthogonalized(m, POLYNOMIALS[options.orthogonalization])
-        return x * (RMS * jnp.sqrt(jnp.max(blocks.sizes, axis=-1).astype(jnp.float32)))[:, None, None], None
-
-    def takes(self, exponent: jax.Array, group: Any) -> jax.Array:
-        """All of them."""
-        del group
-        return exponent
+        return x * (RMS * jnp.sqrt(jnp.max(sizes, axis=-1).astype(jnp.float32)))[:, None, None], None
 
 
 def orthogonalized(m_nrc: jax.Array, polynomials: tuple[tuple[float, float, float], ...]) -> jax.Array:
-    """U V' for each M = U S V' of a stack, approximately: odd polynomials bring all singular values near 1.
+    """Return U V' for each M = U S V' of a stack, approximately: odd polynomials bring all singular values near 1.
 
     Args:
       m_nrc: [n, r, c] with r <= c.

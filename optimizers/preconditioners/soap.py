@@ -9,7 +9,7 @@ import numpy as np
 
 from ..linalg import lapack, newton
 from ..linalg.roots import RootResult
-from .base import Blocks, Preconditioner, multiplied
+from .base import Preconditioner, PreconditionerState, multiplied
 
 # Of an accepted basis, the largest entry of |Q' Q - I|.
 ORTHOGONALITY = 1e-3
@@ -25,8 +25,8 @@ class Soap(Preconditioner):
     is Adam.
 
     A basis is found by `eigh` at first and by one step of orthogonal iteration, the Q of a QR decomposition of S Q_old,
-    afterwards (algorithm 4 there). Directions come in the order of q' S q, the
-    largest first: QR keeps the first column as it is, and of the last, which S makes small, only what the others leave.
+    afterwards (algorithm 4 of the paper). QR keeps the leading columns and orthogonalises later ones against them, so
+    columns are sorted by q' S q first, the largest first.
     """
 
     name = "soap"
@@ -35,41 +35,44 @@ class Soap(Preconditioner):
     warm = True
 
     def order(self, exponent: float | None, sides: int) -> int:
-        """1 where there are statistics: no root is taken."""
+        """Return 1: no root is taken."""
         del exponent, sides
         return 1
 
-    def uses_lapack(self, group: Any, options: Any) -> bool:
-        """Both decompositions."""
-        del group, options
+    def uses_lapack(self, options: Any) -> bool:
+        """Both decompositions do."""
+        del options
         return True
 
     def title(self, p: int) -> str:
-        """As people call it."""
+        """Return the common name."""
         return "SOAP"
 
     def act(
-        self, m: jax.Array, g: jax.Array, blocks: Blocks, step: jax.Array, options: Any
+        self,
+        m: jax.Array,
+        g: jax.Array,
+        state: PreconditionerState,
+        bucket: Any,
+        sizes: jax.Array,
+        step: jax.Array,
+        options: Any,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Adam's step in the basis, rotated back."""
-        assert blocks.second_moment is not None
-        bases = [_or_identity(q, blocks.found) for q in blocks.factors]
+        """Take Adam's step in the basis, and rotate it back."""
+        del sizes
+        assert state.second_moment is not None
+        bases = [_or_identity(q.astype(m.dtype), state.refreshed > 0) for q in state.roots]
         into = [jnp.swapaxes(q, -2, -1) for q in bases]
-        g, m = multiplied(g, into, blocks.sides), multiplied(m, into, blocks.sides)
-        beta2 = blocks.group.beta2
+        g, m = multiplied(g, into, bucket.sides), multiplied(m, into, bucket.sides)
+        beta2 = bucket.treatment.beta2
         old, new = (1.0, 1.0) if beta2 == 1 else (beta2, 1 - beta2)
-        v = old * blocks.second_moment + new * g * g
+        v = old * state.second_moment + new * g * g
         corrected = v if beta2 == 1 or not options.bias_correction else v / (1 - beta2 ** step.astype(jnp.float32))
-        return multiplied(m / (jnp.sqrt(corrected) + options.epsilon), bases, blocks.sides), v
+        return multiplied(m / (jnp.sqrt(corrected) + options.epsilon), bases, bucket.sides), v
 
-    def takes(self, exponent: jax.Array, group: Any) -> jax.Array:
-        """All of them."""
-        del group
-        return exponent
-
-    def solve(self, stack: jax.Array, old: jax.Array | None, sizes: jax.Array, group: Any, options: Any) -> RootResult:
-        """Orthonormal bases, the identity on the padding; accepted if they are orthonormal."""
-        del group, options
+    def solve(self, stack: jax.Array, old: jax.Array | None, sizes: jax.Array, bucket: Any, options: Any) -> RootResult:
+        """Return orthonormal bases, the identity on the padding; accepted if they are orthonormal."""
+        del bucket, options
         assert old is not None
         r = stack.shape[-1]
         real = jnp.arange(r) < sizes[:, None]
@@ -82,17 +85,17 @@ class Soap(Preconditioner):
         a = jnp.where(real, a, -identity)
         found = jnp.max(jnp.abs(old), axis=(-2, -1)) > 0
 
-        def anew(a: jax.Array, old: jax.Array) -> jax.Array:
+        def eigenvectors(a: jax.Array, old: jax.Array) -> jax.Array:
             del old
             return jnp.linalg.eigh(a)[1][:, :, ::-1]
 
-        def onward(a: jax.Array, old: jax.Array) -> jax.Array:
+        def iterated(a: jax.Array, old: jax.Array) -> jax.Array:
             moved = newton.matmul(a, old)
             order = jnp.argsort(-jnp.sum(old * moved, axis=-2), axis=-1)
             return jnp.linalg.qr(jnp.take_along_axis(moved, order[:, None, :], axis=-1))[0]
 
         start = jnp.where(found[:, None, None], old, identity)
-        q = jax.lax.cond(jnp.all(found | (trace <= 0)), onward, anew, a, start)
+        q = jax.lax.cond(jnp.all(found | (trace <= 0)), iterated, eigenvectors, a, start)
         q = jnp.where(real, q, identity)
         residual = jnp.max(jnp.abs(newton.matmul(jnp.swapaxes(q, -2, -1), q) - identity), axis=(-2, -1))
         values = jnp.einsum("nij,nik,nkj->nj", q, a, q, precision=jax.lax.Precision.HIGHEST)
@@ -104,9 +107,9 @@ class Soap(Preconditioner):
         seen = jnp.where(finite & (trace > 0), largest, 0)
         return RootResult(q, residual, seen, jnp.zeros_like(residual), rank, accepted)
 
-    def solve_on_host(self, a: np.ndarray, group: Any, options: Any) -> tuple[RootResult, int]:
+    def solve_on_host(self, a: np.ndarray, bucket: Any, options: Any) -> tuple[RootResult, int]:
         """Return all eigenvectors, in float64."""
-        del group, options
+        del bucket, options
         refused = lapack.refused(a)
         if refused.largest <= 0:
             return refused, 0
@@ -121,7 +124,7 @@ class Soap(Preconditioner):
     def carried(
         self, second_moment: jax.Array, old: Sequence[jax.Array], new: Sequence[jax.Array], sides: Sequence[int]
     ) -> jax.Array:
-        """(R o R)' V along each side, with R = Q_old' Q_new."""
+        """Return (R o R)' V along each side, with R = Q_old' Q_new."""
         weights = []
         for before, after in zip(old, new, strict=True):
             before = _or_identity(before, jnp.max(jnp.abs(before), axis=(-2, -1)) > 0)

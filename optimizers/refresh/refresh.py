@@ -1,5 +1,6 @@
 """Statistics of gradients, and new factors from them for the blocks that are due, installed only if accepted."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,12 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..kept import NO_GRADIENT, Roots, blocks_of, factors, preconditioner_of, rows, statistics_of
 from ..linalg.roots import RootResult
-from ..linalg.symmetric import pack
+from ..linalg.scaling import power_of_two
+from ..linalg.symmetric import pack, unpack
 from ..options import Options
 from ..plan.blocks import Bucket
+from ..preconditioners.base import NO_GRADIENT, PreconditionerState
 from ..update.moments import correction
+
+_TILE = 128
 
 
 class Due(NamedTuple):
@@ -27,43 +31,40 @@ class Due(NamedTuple):
     sizes: Any
 
 
-def accumulate(roots: Roots, g: jax.Array, bucket: Bucket, sizes: jax.Array) -> Roots:
-    """L <- beta2 L + (1 - beta2) G G' for each preconditioned side, G unfolded along it; sums where beta2 is 1.
+def accumulate(state: PreconditionerState, g: jax.Array, bucket: Bucket, sizes: jax.Array) -> PreconditionerState:
+    """L <- beta2 L + (1 - beta2) G G' for each preconditioned side, G unfolded along it; sums if beta2 is 1.
 
     Args:
-      roots: a device's blocks.
+      state: a device's blocks.
       g: [n, *shape] float32, their gradients.
       bucket: their bucket.
       sizes: [n, sides of a block] int32, their real lengths.
     """
-    beta2, preconditioner = bucket.group.beta2, preconditioner_of(bucket)
+    beta2, preconditioner = bucket.treatment.beta2, bucket.preconditioner
     old, new = (1.0, 1.0) if beta2 == 1 else (beta2, 1 - beta2)
     largest = jnp.max(jnp.abs(g), axis=tuple(range(1, g.ndim)))
-    exponent = jnp.maximum(roots.exponent, jnp.where(largest > 0, jnp.frexp(largest)[1], NO_GRADIENT))
-    one = jnp.float32(1)  # ldexp gives powers of two to the last bit, which exp2 may not
-    grown = _power(preconditioner.power(len(bucket.sides)) * jnp.maximum(roots.exponent - exponent, -150))
-    grown = grown[:, None, None]
-    scale = jnp.where(largest > 0, jnp.ldexp(one, -exponent), 0).reshape(-1, *[1] * (g.ndim - 1))
-    g = jnp.where(scale > 0, g * scale, 0)
-    blocks = blocks_of(roots._replace(exponent=exponent), bucket, sizes)
-    statistics = []
-    for kept, side in zip(roots.statistics, bucket.sides, strict=True):
-        x = preconditioner.observed(g, blocks, side)
+    scale_log2 = jnp.maximum(state.scale_log2, jnp.where(largest > 0, jnp.frexp(largest)[1], NO_GRADIENT))
+    change = preconditioner.power(len(bucket.sides)) * (state.scale_log2 - scale_log2)
+    change = jnp.where(change > -126, power_of_two(change), 0)[:, None, None]
+    g = g * jnp.where(largest > 0, power_of_two(-scale_log2), 0).reshape(-1, *[1] * (g.ndim - 1))
+    state, statistics = state._replace(scale_log2=scale_log2), []
+    for kept, side in zip(state.statistics, bucket.sides, strict=True):
+        x = preconditioner.observed(g, state, bucket, sizes, side)
         others = [axis for axis in range(1, x.ndim) if axis != side + 1]
         product = lax.dot_general(x, x, ((others, others), ((0,), (0,))), precision=lax.Precision.HIGHEST)
-        statistics.append(old * grown * kept + new * pack(product))
-    return roots._replace(statistics=tuple(statistics), exponent=exponent)
-
-
-def _power(exponent: jax.Array) -> jax.Array:
-    """2^exponent, to the last bit where it is whole."""
-    whole = jnp.floor(exponent)
-    return jnp.ldexp(jnp.exp2(exponent - whole), whole.astype(jnp.int32))
+        statistics.append(old * change * kept + new * pack(product))
+    return state._replace(statistics=tuple(statistics))
 
 
 def refresh(
-    roots: dict[str, Roots], due: dict[str, Due], buckets: Sequence[Bucket], options: Options, *, step: jax.Array
-) -> dict[str, Roots]:
+    states: dict[str, PreconditionerState],
+    due: dict[str, Due],
+    buckets: Sequence[Bucket],
+    options: Options,
+    *,
+    step: jax.Array,
+    accepted: jax.Array | bool = True,
+) -> dict[str, PreconditionerState]:
     """Solve for the due blocks of one device and install the factors that are accepted.
 
     Matrices of one side length, preconditioner, root order and regulariser are solved in one batch, across buckets; a
@@ -71,102 +72,130 @@ def refresh(
     old ones, and its failure count grows.
 
     Args:
-      roots: bucket name -> the device's blocks.
+      states: bucket name -> the device's blocks.
       due: bucket name -> its blocks that are due.
       buckets: the buckets.
       options: solver and bounds.
       step: count of the steps whose gradients are in the statistics.
+      accepted: whether the step is accepted; otherwise nothing changes.
     """
     updates = step // options.statistics_every
-    batches: dict[Any, list[tuple[Bucket, int]]] = {}
-    for bucket in buckets:
-        group = bucket.group
-        for number, side in enumerate(bucket.sides):
-            key = (group.preconditioner, bucket.shape[side], group.p, group.ridge, group.cut)
-            batches.setdefault(key, []).append((bucket, number))
+
+    def rows(x: jax.Array, bucket: Bucket) -> jax.Array:
+        return x.at[due[bucket.name].slot].get(mode="clip")
 
     def statistics(bucket: Bucket, number: int) -> jax.Array:
-        kept = roots[bucket.name].statistics[number].at[due[bucket.name].slot].get(mode="clip")
-        return statistics_of(kept, bucket, number) / correction(bucket.group.beta2, updates, options)
+        packed = rows(states[bucket.name].statistics[number], bucket)
+        return unpack(packed / correction(bucket.treatment.beta2, updates, options), bucket.shape[bucket.sides[number]])
 
     found: dict[tuple[str, int], RootResult] = {}
     before = None
-    for members in batches.values():
-        group, preconditioner = members[0][0].group, preconditioner_of(members[0][0])
-        wanted = jnp.concatenate([due[b.name].slot < len(roots[b.name].residual) for b, _ in members])
-        stack = jnp.concatenate([statistics(b, number) for b, number in members])
+    for length, members in _batches(buckets, options):
+        bucket = members[0][0]
+        preconditioner = bucket.preconditioner
+        wanted = jnp.concatenate([due[b.name].slot < len(states[b.name].residual) for b, _ in members])
+        stack = jnp.concatenate([_padded(statistics(b, number), length) for b, number in members])
         stack = jnp.where(wanted[:, None, None], stack, 0)
         sizes = jnp.concatenate([due[b.name].sizes[:, b.sides[number]] for b, number in members])
         old = None
         if preconditioner.warm:
-            old = jnp.concatenate([factors(rows(roots[b.name], due[b.name].slot))[number] for b, number in members])
-        if before is not None and preconditioner.uses_lapack(group, options):
+            old = jnp.concatenate([rows(states[b.name].roots[n], b).astype(jnp.float32) for b, n in members])
+        if before is not None and preconditioner.uses_lapack(options):
             # Two LAPACK calls in flight can deadlock on a CPU: the next begins when this one has ended.
             stack, before = lax.optimization_barrier((stack, before))
         batch = lax.cond(
             jnp.any(wanted),
-            lambda stack, old, sizes, group=group, preconditioner=preconditioner: preconditioner.solve(
-                stack, old, sizes, group, options
-            ),
+            lambda stack, old, sizes, bucket=bucket: bucket.preconditioner.solve(stack, old, sizes, bucket, options),
             lambda stack, old, sizes: _unsolved(stack),
             stack,
             old,
             sizes,
         )
         before, first = batch.residual, 0
-        for bucket, number in members:
-            part = slice(first, first + due[bucket.name].slot.shape[0])
-            found[bucket.name, number] = jax.tree.map(lambda x, part=part: x[part], batch)
+        for b, number in members:
+            part = slice(first, first + due[b.name].slot.shape[0])
+            own, side = jax.tree.map(lambda x, part=part: x[part], batch), b.shape[b.sides[number]]
+            found[b.name, number] = own._replace(root=own.root[:, :side, :side])
             first = part.stop
 
-    result = dict(roots)
+    result = dict(states)
     for bucket in buckets:
         if bucket.sides:
-            state, slot = roots[bucket.name], due[bucket.name].slot
-            sides = [found[bucket.name, number] for number in range(len(bucket.sides))]
-            # Roots are of the gradients as they are.
-            exponent = state.exponent.at[slot].get(mode="clip")
-            scale = jnp.exp2(preconditioner_of(bucket).shift(exponent, bucket.group))[:, None, None]
-            block = _joined([side._replace(root=side.root * scale) for side in sides])
-            result[bucket.name] = install(state, slot, block, step, bucket)
+            sides = _joined([found[bucket.name, number] for number in range(len(bucket.sides))])
+            slot = jnp.where(accepted, due[bucket.name].slot, len(states[bucket.name].residual))
+            scale_log2 = rows(states[bucket.name].scale_log2, bucket)
+            result[bucket.name] = install(states[bucket.name], slot, sides, scale_log2, step, bucket)
     return result
 
 
-def install(state: Roots, slot: jax.Array, new: RootResult, step: jax.Array, bucket: Bucket) -> Roots:
+def install(
+    state: PreconditionerState,
+    slot: jax.Array,
+    new: RootResult,
+    scale_log2: jax.Array,
+    step: jax.Array,
+    bucket: Bucket,
+) -> PreconditionerState:
     """Put accepted factors into their slots.
 
     Args:
       state: a device's blocks.
       slot: [m] int32, the slots of the blocks in `new`; past the last for blocks to ignore.
       new: result of a refresh, with a tuple of roots, one for each preconditioned side.
+      scale_log2: [m] int32, the scale of the statistics that were solved.
       step: count of the steps whose gradients are in the statistics.
       bucket: the blocks' bucket.
     """
-    accepted, seen = new.accepted, new.largest > 0
+    # By selection, not by scatter: that would first copy all roots.
+    hits = slot == jnp.arange(len(state.residual))[:, None]
+    one = len(slot) == 1
+    here, row = (hits[:, 0], slice(None)) if one else (jnp.any(hits, axis=1), jnp.argmax(hits, axis=1))
+    accepted, seen = new.accepted[row], new.largest[row] > 0
 
-    def old(x: jax.Array) -> jax.Array:
-        return x.at[slot].get(mode="clip")
+    def put(x: jax.Array, new: jax.Array, changed: jax.Array = here & accepted) -> jax.Array:
+        return jnp.where(changed.reshape(-1, *([1] * (x.ndim - 1))), new[row].astype(x.dtype), x)
 
-    def put(x: jax.Array, new: jax.Array, changed: jax.Array = accepted) -> jax.Array:
-        new = jnp.where(changed.reshape(-1, *([1] * (x.ndim - 1))), new, old(x))
-        return x.at[slot].set(new.astype(x.dtype), mode="drop")
+    def add(x: jax.Array, changed: jax.Array) -> jax.Array:
+        return x + changed.astype(x.dtype)
 
     second_moment = state.second_moment
     if second_moment is not None:
-        carried = preconditioner_of(bucket).carried(
-            old(second_moment), factors(rows(state, slot)), new.root, bucket.sides
-        )
-        second_moment = put(second_moment, carried)
+        old = [x.at[slot].get(mode="clip").astype(jnp.float32) for x in state.roots]
+        moment = second_moment.at[slot].get(mode="clip")
+        second_moment = put(second_moment, bucket.preconditioner.carried(moment, old, new.root, bucket.sides))
+    failures = add(state.failures, here & ~accepted & seen)
     return state._replace(
         second_moment=second_moment,
         roots=tuple(put(x, root) for x, root in zip(state.roots, new.root, strict=True)),
+        roots_scale_log2=put(state.roots_scale_log2, scale_log2),
         residual=put(state.residual, new.residual),
         condition=put(state.condition, new.condition),
         effective_rank=put(state.effective_rank, new.effective_rank),
-        refreshed=put(state.refreshed, step),
-        failures=put(state.failures, jnp.where(accepted, 0, old(state.failures) + 1), accepted | seen),
-        refreshes=put(state.refreshes, old(state.refreshes) + 1),
+        refreshed=jnp.where(here & accepted, step, state.refreshed),
+        failures=jnp.where(here & accepted, 0, failures),
+        refreshes=add(state.refreshes, here & accepted),
     )
+
+
+def _batches(buckets: Sequence[Bucket], options: Options) -> list[tuple[int, list[tuple[Bucket, int]]]]:
+    """Return (side length, its members (bucket, number of the preconditioned side)) of each batch.
+
+    Sides up to _TILE join the batch of the longest such side: an accelerator pads them to a tile anyway, and each
+    length costs the compilation of a solver.
+    """
+    batches: dict[Any, list[tuple[Bucket, int]]] = {}
+    for bucket in buckets:
+        treatment = bucket.treatment
+        for number, side in enumerate(bucket.sides):
+            length = bucket.shape[side]
+            joins = length <= _TILE and not bucket.preconditioner.uses_lapack(options)
+            kind = (bucket.preconditioner.name, bucket.p, treatment.ridge, treatment.cut)
+            batches.setdefault((*kind, 0 if joins else length), []).append((bucket, number))
+    return [(max(b.shape[b.sides[number]] for b, number in members), members) for members in batches.values()]
+
+
+def _padded(x: jax.Array, length: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0), *[(0, length - x.shape[-1])] * 2])
 
 
 def _unsolved(stack_nrr: jax.Array) -> RootResult:
@@ -179,9 +208,9 @@ def _joined(sides: Sequence[RootResult]) -> RootResult:
     root, residual, largest, condition, rank, accepted = zip(*sides, strict=True)
     return RootResult(
         root=root,
-        residual=jnp.stack(residual).max(axis=0),
-        largest=jnp.stack(largest).min(axis=0),
-        condition=jnp.stack(condition).max(axis=0),
-        effective_rank=jnp.stack(rank).min(axis=0),
-        accepted=jnp.stack(accepted).all(axis=0),
+        residual=functools.reduce(jnp.maximum, residual),
+        largest=functools.reduce(jnp.minimum, largest),
+        condition=functools.reduce(jnp.maximum, condition),
+        effective_rank=functools.reduce(jnp.minimum, rank),
+        accepted=functools.reduce(jnp.logical_and, accepted),
     )

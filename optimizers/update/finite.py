@@ -1,8 +1,7 @@
-"""Whether the numbers of a tree are finite, and how large they are.
+"""Whether the numbers of a tree are finite, and the largest of them.
 
-What is reduced over the leaves goes through a select or an absolute value: a plain conjunction or maximum over a stack
-of scalars XLA turns into a chain of n operations that it repeats in every fusion that asks for the result, so that
-programs grow with the square of the number of leaves.
+XLA turns `all` or `max` over n stacked scalars into a chain of n operations and duplicates it into every consumer, so
+that code grows as n^2. The absolute value after the stack prevents that fusion.
 """
 
 from typing import Any
@@ -12,15 +11,17 @@ import jax.numpy as jnp
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """One bool for all leaves; True of none."""
-    flags = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
-    if not flags:
-        return jnp.bool_(True)
-    last_that_is_not = jnp.max(jnp.where(jnp.stack(flags), 0, jnp.arange(1, len(flags) + 1)))
-    return last_that_is_not == 0
+    """Return one bool for all leaves; True for none."""
+    return jnp.isfinite(largest(tree))
 
 
 def largest(tree: Any) -> jax.Array:
-    """The largest absolute value of all leaves, float32; NaN where there is one, 0 of none."""
-    maxima = [jnp.max(jnp.abs(leaf.astype(jnp.float32)), initial=0.0) for leaf in jax.tree.leaves(tree)]
+    """Return the largest absolute value of all leaves, float32: infinite if there is a NaN, 0 for no elements."""
+    maxima = [_largest(leaf) for leaf in jax.tree.leaves(tree) if leaf.size]
     return jnp.max(jnp.abs(jnp.stack(maxima))) if maxima else jnp.float32(0)
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    # The maximum over several devices may lose a NaN.
+    x = jnp.abs(x).astype(jnp.float32)
+    return jnp.max(jnp.where(jnp.isnan(x), jnp.inf, x))

@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ..exchange import Owners
-from ..kept import grafted
+from ..linalg.scaling import power_of_two
 from ..options import Options
 from ..plan.blocks import Bucket
 
@@ -26,14 +27,19 @@ class Squares(NamedTuple):
     rest: jax.Array
 
 
+def grafted(bucket: Bucket, options: Options) -> bool:
+    """Whether the updates of a bucket's blocks get the graft's norm."""
+    return options.graft != "none" and bucket.preconditioner.grafts
+
+
 def over_matrices(
     values: dict[str, jax.Array], matrix_of_slot: dict[str, jax.Array], buckets: Sequence[Bucket], owners: Owners
 ) -> dict[str, jax.Array]:
     """Sums of values [k, slots] over the blocks of each matrix, again [k, slots]; one sum over the devices."""
     sums = []
     for bucket in buckets:
-        of_matrix = matrix_of_slot[bucket.name][:, None] == jnp.arange(bucket.matrices)
-        sums.append(jnp.sum(jnp.where(of_matrix, values[bucket.name][:, :, None], 0), axis=1))
+        of_matrix = (matrix_of_slot[bucket.name][:, None] == jnp.arange(bucket.matrices)).astype(jnp.float32)
+        sums.append(jnp.matmul(values[bucket.name], of_matrix, precision=lax.Precision.HIGHEST))
     if not sums:
         return {}
     joined, result, first = owners.sum(jnp.concatenate(sums, axis=1)), {}, 0
@@ -50,12 +56,12 @@ def factors(
     buckets: Sequence[Bucket],
     owners: Owners,
     options: Options,
-    exponent: jax.Array | int,
+    scale_log2: jax.Array | int,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """What each block's direction is to be multiplied by: (with its roots, by the graft method), each [slots].
+    """Return the factors of each block's direction: (with its roots, by the graft method), each [slots].
 
-    Blocks with roots take the norm that the graft's direction has on them. Blocks without take no part in that norm,
-    for they have the graft's direction itself; they do in the root mean square that `clip_rms` bounds.
+    Blocks with roots take the norm that the graft's direction has on them. Blocks without roots already have the
+    graft's direction, so they are left out of that norm; `clip_rms` counts them.
 
     Args:
       squares: bucket name -> sums over each block.
@@ -64,7 +70,7 @@ def factors(
       buckets: the buckets.
       owners: who holds the slots.
       options: graft, graft_norm and clip_rms.
-      exponent: `wanted` and `rest` are of directions divided by 2^exponent.
+      scale_log2: `wanted` and `rest` are of directions divided by 2^scale_log2.
     """
     totals = {name: jnp.stack(sums) for name, sums in squares.items()}
     if options.graft_norm == "parameter" and (options.graft != "none" or options.clip_rms):
@@ -79,7 +85,7 @@ def factors(
         clip = jnp.ones_like(own)
         if options.clip_rms:
             rms = jnp.sqrt((jnp.where(own > 0, wanted, 0) + rest) / elements[bucket.name])
-            limit = options.clip_rms * jnp.exp2(-jnp.float32(exponent))
+            limit = options.clip_rms * power_of_two(-jnp.asarray(scale_log2))
             clip = limit / jnp.maximum(rms, limit)
         rooted[bucket.name], graft[bucket.name] = ratio * clip, clip
     return rooted, graft

@@ -86,7 +86,7 @@ def test_kl_shampoos_statistics_are_the_covariance_of_a_kronecker_product():
     run = train(options("kl_shampoo", interval=1, beta2=0.99), stream)
     (block,) = by_block(optimizer(options("kl_shampoo", interval=1)), zeros({"w": (12, 8)}), run.states[-1]).values()
     short, long = (unpack(s.astype(np.float64), r) for s, r in zip(block.roots.statistics, (8, 12), strict=True))
-    found = np.kron(long, short) * 4.0 ** int(block.roots.exponent)
+    found = np.kron(long, short) * 4.0 ** int(block.roots.scale_log2)
     wanted = np.kron(a, b)
     assert np.linalg.norm(found - wanted) <= 0.25 * np.linalg.norm(wanted)
 

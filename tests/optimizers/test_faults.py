@@ -151,8 +151,8 @@ def test_a_sibling_keeps_what_it_has_while_its_refreshes_fail(kind, monkeypatch)
     member = PRECONDITIONERS[kind]
 
     class Failing(type(member)):
-        def solve(self, stack, old, sizes, group, options):
-            found = super().solve(stack, old, sizes, group, options)
+        def solve(self, stack, old, sizes, bucket, options):
+            found = super().solve(stack, old, sizes, bucket, options)
             refused = stack[:, 0, 0] == 0
             factor = jnp.where(refused[:, None, None], jnp.nan, found.root)
             return found._replace(root=factor, accepted=found.accepted & ~refused)

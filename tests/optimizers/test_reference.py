@@ -19,7 +19,7 @@ import shampoo_reference as reference
 from shampax.framework.optimizer import service
 from shampax.optimizers import ShampooOptions, distributed_shampoo
 
-pytestmark = pytest.mark.filterwarnings("ignore:graft 'none':UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:graft='none':UserWarning")
 
 STEPS = 50
 # Small blocks for small arrays, an interval within the run, and a ridge that float32 resolves.

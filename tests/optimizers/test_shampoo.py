@@ -556,7 +556,7 @@ def test_statistics_of_several_steps():
     kept, wanted = [], [np.zeros((8, 8))]
     for grads, state in zip(stream, run.states, strict=True):
         ((_, block),) = by_block(tx, grads, state).items()
-        kept.append(unpack(block.roots.statistics[0], 8) * 4.0 ** max(block.roots.exponent, -100))
+        kept.append(unpack(block.roots.statistics[0], 8) * 4.0 ** max(block.roots.scale_log2, -100))
     for first in (0, 3):
         mean = np.mean([g["w"].astype(np.float64) for g in stream[first : first + 3]], axis=0)
         wanted.append(0.5 * wanted[-1] + 0.5 * mean @ mean.T)

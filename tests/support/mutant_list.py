@@ -51,8 +51,8 @@ OPTIMIZERS = (
     Mutant(
         "first-leaf-unchecked",
         "optimizers/update/finite.py",
-        "jnp.arange(1, len(flags) + 1)",
-        "jnp.arange(len(flags))",
+        "for leaf in jax.tree.leaves(tree) if leaf.size]",
+        "for leaf in jax.tree.leaves(tree)[1:] if leaf.size]",
         "A NaN in the first parameter's gradient is trained on and spreads through the model.",
         (
             "tests/framework/step/test_step.py::test_a_gradient_that_is_infinite_in_one_shard_is_seen_by_all_devices",
@@ -60,26 +60,18 @@ OPTIMIZERS = (
         ),
     ),
     Mutant(
-        "negative-eigenvalues-kept",
-        "optimizers/linalg/newton.py",
-        "a = lax.cond(k > 0, _positive_part, lambda a: a, a_nrr)",
-        "a = lax.cond(k > 1, _positive_part, lambda a: a, a_nrr)",
-        "Statistics whose rounding has made an eigenvalue negative have no root.",
-        ("tests/optimizers/linalg/test_roots.py::test_negative_eigenvalues_count_as_zero",),
-    ),
-    Mutant(
         "root-unscaled-by-the-wrong-power",
         "optimizers/linalg/roots.py",
-        "jnp.exp2(-part / p)",
-        "jnp.exp2(-part / 2)",
+        "power_of_two(-given.scale_log2 / p)",
+        "power_of_two(-given.scale_log2 / 2)",
         "Roots of any order but 2 have a wrong length that depends on the scale of the gradients.",
         ("tests/optimizers/linalg/test_roots.py::test_multiples_of_the_identity_at_any_scale",),
     ),
     Mutant(
         "infinity-in-a-solver",
         "optimizers/linalg/roots.py",
-        "jnp.all(jnp.isfinite(a) | ~real, axis=(-2, -1))",
-        "jnp.all(~jnp.isnan(a) | ~real, axis=(-2, -1))",
+        "finite = jnp.isfinite(largest)",
+        "finite = ~jnp.isnan(largest)",
         "Statistics that have overflowed reach the solver, and other matrices of the batch lose their roots.",
         ("tests/optimizers/linalg/test_roots.py::test_zero_and_non_finite_matrices_disturb_nobody",),
     ),
@@ -110,8 +102,8 @@ OPTIMIZERS = (
     Mutant(
         "muon-as-long-as-the-shorter-side",
         "optimizers/preconditioners/muon.py",
-        "jnp.max(blocks.sizes, axis=-1)",
-        "jnp.min(blocks.sizes, axis=-1)",
+        "jnp.max(sizes, axis=-1)",
+        "jnp.min(sizes, axis=-1)",
         "Muon's updates of wide matrices are too short for a learning rate that Adam shares.",
         (
             "tests/optimizers/test_family.py::test_muon_on_whole_matrices_is_that_of_optax",
@@ -121,15 +113,15 @@ OPTIMIZERS = (
     Mutant(
         "failures-never-reset",
         "optimizers/refresh/refresh.py",
-        "jnp.where(accepted, 0, old(state.failures) + 1)",
-        "jnp.where(accepted, old(state.failures), old(state.failures) + 1)",
+        "failures=jnp.where(here & accepted, 0, failures)",
+        "failures=failures",
         "After three failures in a whole run a block never uses its roots again.",
         ("tests/optimizers/test_faults.py::test_a_failing_solver_keeps_roots_then_falls_back_then_recovers",),
     ),
     Mutant(
         "statistics-keep-their-old-scale",
         "optimizers/refresh/refresh.py",
-        "statistics.append(old * grown * kept + new * pack(product))",
+        "statistics.append(old * change * kept + new * pack(product))",
         "statistics.append(old * kept + new * pack(product))",
         "Old statistics count too much after every gradient that is larger than all before it.",
         (
@@ -139,7 +131,7 @@ OPTIMIZERS = (
     ),
     Mutant(
         "start-step-one-late",
-        "optimizers/kept.py",
+        "optimizers/shampoo.py",
         "return sound & (step >= options.start_step)",
         "return sound & (step > options.start_step)",
         "Preconditioning begins one step later than the config says.",
@@ -199,8 +191,8 @@ OPTIMIZERS = (
     Mutant(
         "sums-taken-for-averages",
         "optimizers/checkpoint/inheritance.py",
-        'elif (entry["beta2"] == 1) != (bucket.group.beta2 == 1):',
-        'elif (entry["beta2"] == 1) and bucket.group.beta2 > 1:',
+        'elif (entry["beta2"] == 1) != (bucket.treatment.beta2 == 1):',
+        'elif (entry["beta2"] == 1) and bucket.treatment.beta2 > 1:',
         "A run that resumes with another beta2 reads sums of thousands of steps as an average.",
         (
             "tests/optimizers/checkpoint/test_inheritance.py::test_what_another_option_gives_another_meaning_starts_afresh",
@@ -254,8 +246,8 @@ OPTIMIZERS = (
     Mutant(
         "squares-may-overflow",
         "optimizers/shampoo.py",
-        "finite = jnp.isfinite(length * length)",
-        "finite = jnp.isfinite(length)",
+        "finite &= jnp.isfinite(length * length)",
+        "finite &= jnp.isfinite(length)",
         "A gradient of 1e30 leaves infinities in the second moment, and the parameter never moves again.",
         (
             "tests/optimizers/test_faults.py::test_a_gradient_that_is_not_finite_changes_nothing",

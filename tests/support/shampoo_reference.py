@@ -9,8 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from shampax.optimizers.options import Treatment
-from shampax.optimizers.plan.blocks import cut
+from shampax.optimizers.plan.blocks import split
 from shampax.optimizers.preconditioners.muon import POLYNOMIALS
 
 
@@ -99,7 +98,7 @@ class Parameter:
 
     def __init__(self, path, x, names, options):
         self.x = np.array(x, np.float64)
-        self.rule = options.resolve(Treatment.parse(first_match(options.treatments, path)))
+        self.rule = options.treatment(first_match(options.treatments, path))
         self.decay = options.weight_decay if first_match(options.decay_rules, path) else 0.0
 
         stack, sides = view(self.x.shape, names, self.rule, options)
@@ -125,10 +124,10 @@ class Parameter:
         if self.p == 0:
             preconditioned = ()
         shape = [lengths[i] for i in self.order]
-        pieces = [cut(side, self.rule.block_size) for side in shape]
+        pieces = [split(side, self.rule.block_size) for side in shape]
         padded = tuple(length for _, length in pieces)
         self.bucket = (padded, preconditioned, self.p, self.rule.beta2, self.rule.ridge, self.rule.cut)
-        self.bucket += (self.rule.preconditioner,)
+        self.bucket += (self.rule.preconditioner.name,)
         self.matrices = []
         for _ in range(self.stacks):
             blocks = []

@@ -89,7 +89,7 @@ def test_parameters_that_come_go_and_change_their_names_disturb_no_other():
     assert {path for path, _ in after} == {"a_new", "deep/stack", "w"}
     for (path, number), state in after.items():
         if path == "a_new":
-            assert not any(map(np.any, jax.tree.leaves((state.moments, state.roots._replace(exponent=0)))))
+            assert not any(map(np.any, jax.tree.leaves((state.moments, state.roots._replace(scale_log2=0)))))
         else:
             assert_same(state, before[path.removeprefix("deep/"), number])
     assert_same(taken.diagonal["bias"], saved.diagonal["bias"])

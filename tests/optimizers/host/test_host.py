@@ -359,7 +359,9 @@ def test_a_delay_that_reaches_the_next_refresh_is_refused(changes):
 
 def test_a_sound_root_is_asked_for_no_more_than_needed():
     """Catches retries of what cannot be mended, and a first try that is not the one asked for."""
-    plain, ridged = (types.SimpleNamespace(p=2, ridge=ridge, cut=0.0) for ridge in (0.0, 1e-4))
+    plain, ridged = (
+        types.SimpleNamespace(p=2, treatment=types.SimpleNamespace(ridge=ridge, cut=0.0)) for ridge in (0.0, 1e-4)
+    )
     options = ShampooOptions(residual_bound=0.1)
 
     def solve(a, group):

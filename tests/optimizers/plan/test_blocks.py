@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shampax.optimizers import ShampooOptions
-from shampax.optimizers.plan.blocks import cut, make_plan
+from shampax.optimizers.plan.blocks import make_plan, split
 
 
 def shape_of(*shape):
@@ -34,7 +34,7 @@ def everything(text):
 @given(side=st.integers(1, 20_000), block_size=st.integers(1, 4096))
 def test_cut_is_even_and_covers(side, block_size):
     """Catches full blocks with a sliver, a block beyond the block size, or a last block that holds only padding."""
-    pieces, length = cut(side, block_size)
+    pieces, length = split(side, block_size)
     assert pieces == math.ceil(side / block_size)
     assert length <= block_size
     assert pieces * length >= side > (pieces - 1) * length
@@ -44,7 +44,7 @@ def test_cut_is_even_and_covers(side, block_size):
 @given(side=st.integers(1, 20_000), block_size=st.integers(1, 4096))
 def test_padding_is_bounded(side, block_size):
     """Catches rounding to powers of two, which would pad a side of 1030 to 2048: four times the memory of its root."""
-    pieces, length = cut(side, block_size)
+    pieces, length = split(side, block_size)
     even = math.ceil(side / pieces)
     assert even <= length <= even * 17 / 16
     assert length % 8 == 0 or length < 128 or length == block_size
@@ -68,12 +68,12 @@ def test_padding_is_bounded(side, block_size):
 )
 def test_cut_examples(side, block_size, expected):
     """Catches another rounding than the one checkpoints were written with."""
-    assert cut(side, block_size) == expected
+    assert split(side, block_size) == expected
 
 
 def test_few_lengths():
     """Catches a bucket, so a compiled root solver, for every width there is."""
-    lengths = {cut(side, 1024)[1] for side in range(16, 20_000)}
+    lengths = {split(side, 1024)[1] for side in range(16, 20_000)}
     assert len(lengths) <= 6 * 16 + 1
 
 
@@ -94,7 +94,7 @@ def test_blocks_depend_on_their_parameter_alone(shape, neighbours, block_size, d
     together = plan(params, specs=specs, mesh={"x": devices}, **options)
     (bucket,) = alone.buckets
     (there, leaf) = next((b, leaf) for b in together.buckets for leaf in b.leaves if leaf.path == "w")
-    assert (there.name, there.group) == (bucket.name, bucket.group)
+    assert (there.name, there.key) == (bucket.name, bucket.key)
     assert leaf.view == bucket.leaves[0].view
     assert (leaf.tiling.pieces, leaf.tiling.block) == (bucket.leaves[0].tiling.pieces, bucket.leaves[0].tiling.block)
     assert together.treatments["w"] == alone.treatments["w"]
@@ -126,14 +126,15 @@ def test_rules_separate_buckets():
     assert len(paths) == len(result.buckets) == len(rules)
     assert all(re.fullmatch(r"[\w.\-]+", name) for name in paths)
     assert {"plain", "plain too"} in paths.values()
-    groups = {leaf.path: bucket.group for bucket in result.buckets for leaf in bucket.leaves}
+    groups = {leaf.path: bucket for bucket in result.buckets for leaf in bucket.leaves}
     assert (groups["plain"].sides, groups["plain"].p, groups["plain"].shape) == ((0, 1), 4, (16, 24))
     assert groups["size"].shape == (8, 8)
     assert (groups["exponent"].p, groups["third"].p) == (2, 3)
     assert (groups["left"].sides, groups["right"].sides, groups["left"].p) == ((0,), (1,), 2)
-    assert (groups["ridge"].ridge, groups["ridge"].cut) == (1e-4, 0)
-    assert (groups["cut"].ridge, groups["cut"].cut) == (0, 1e-4)
-    assert groups["beta"].beta2 == 0.9
+    treatments = {path: bucket.treatment for path, bucket in groups.items()}
+    assert (treatments["ridge"].ridge, treatments["ridge"].cut) == (1e-4, 0)
+    assert (treatments["cut"].ridge, treatments["cut"].cut) == (0, 1e-4)
+    assert treatments["beta"].beta2 == 0.9
     assert (groups["tensor"].sides, groups["tensor"].p, groups["tensor"].shape) == ((0, 1, 2, 3), 8, (4, 4, 16, 24))
 
 
@@ -141,7 +142,7 @@ def test_rules_separate_buckets():
 def test_exponent_zero_preconditions_no_side(text):
     """Catches statistics that are kept, and roots that are computed, for an exponent of zero."""
     (bucket,) = plan({"w": shape_of(16, 24)}, treatments=everything(text), exponent=0.0).buckets
-    assert (bucket.sides, bucket.group.p, bucket.shape) == ((), 0, (16, 24))
+    assert (bucket.sides, bucket.p, bucket.shape) == ((), 0, (16, 24))
 
 
 def transformer(layers, width, *, scanned):

@@ -1,0 +1,15 @@
+"""Powers of two, by which numbers are scaled without rounding."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def power_of_two(exponent: jax.Array | int | float) -> jax.Array:
+    """Return 2^exponent in float32, exact for whole exponents, which are clipped to [-126, 127]."""
+    exponent = jnp.asarray(exponent)
+    if jnp.issubdtype(exponent.dtype, jnp.integer):
+        bits = (jnp.clip(exponent, -126, 127).astype(jnp.int32) + 127) << 23
+        return lax.bitcast_convert_type(bits, jnp.float32)
+    whole = jnp.floor(exponent)
+    return power_of_two(whole.astype(jnp.int32)) * jnp.exp2((exponent - whole).astype(jnp.float32))
