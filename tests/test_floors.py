@@ -120,6 +120,8 @@ def test_folders_are_small():
 def test_imports_point_to_lower_floors():
     """Fault: the trainer depends on a model or optimizer, or a folder on a higher one."""
     assert len(IMPORTS) > 400
+    named = [f"{folder}/{name}" for folder, floors in FLOORS.items() for names in floors for name in names]
+    assert [path for path in named if not (ROOT / path.lstrip("/")).exists()] == []
     assert upward(IMPORTS) == []
 
 
