@@ -182,7 +182,7 @@ def test_tables_begin_as_published():
         ({"compute_dtype": "float16"}, "task.compute_dtype='float16'"),
     ],
 )
-def test_bad_fields_are_refused(fields, error):
+def test_invalid_fields_are_refused(fields, error):
     """Fault: a traceback deep in the model, or rows whose numbers overflow."""
     with pytest.raises(ValueError, match=error):
         dataclasses.replace(TASK, **fields)

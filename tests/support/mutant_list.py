@@ -55,7 +55,7 @@ OPTIMIZERS = (
         "for leaf in jax.tree.leaves(tree)[1:] if leaf.size]",
         "A NaN in the first parameter's gradient is trained on and spreads through the model.",
         (
-            "tests/framework/step/test_step.py::test_a_gradient_that_is_infinite_in_one_shard_is_seen_by_all_devices",
+            "tests/framework/step/test_step.py::test_all_devices_skip_if_the_gradient_of_one_shard_is_infinite",
             "tests/optimizers/test_rows.py::test_a_refused_step_changes_nothing",
         ),
     ),
@@ -282,7 +282,9 @@ FRAMEWORK = (
         "jnp.where(weight > 0, weight * leaf, 0)",
         "jnp.where(weight > 0, leaf, 0)",
         "The gradient depends on how a batch is cut into micro-batches, and on their padding.",
-        ("tests/framework/step/test_step.py::test_accumulated_gradient_is_that_of_the_whole_batch_with_uneven_masks",),
+        (
+            "tests/framework/step/test_step.py::test_accumulated_gradient_equals_that_of_the_whole_batch_with_uneven_masks",
+        ),
     ),
     Mutant(
         "seed-not-folded-in",
@@ -298,7 +300,7 @@ FRAMEWORK = (
         "consecutive=jnp.where(accepted, 0, guard.consecutive + 1)",
         "consecutive=jnp.where(accepted, guard.consecutive, guard.consecutive + 1)",
         "A run of weeks stops after twenty bad steps in all.",
-        ("tests/framework/step/test_guard.py::test_verdicts_and_statistics_are_those_of_the_definition",),
+        ("tests/framework/step/test_guard.py::test_verdicts_and_statistics_match_the_definition",),
     ),
     Mutant(
         "decay-ends-after-the-run",
@@ -306,7 +308,7 @@ FRAMEWORK = (
         "decay_steps = total_steps - warmup_steps",
         "decay_steps = total_steps",
         "The learning rate has not come down when the run ends.",
-        ("tests/framework/step/test_schedule.py::test_decay_reaches_its_end_where_the_run_ends",),
+        ("tests/framework/step/test_schedule.py::test_decay_ends_with_the_run",),
     ),
     Mutant(
         "percent-of-the-run-rounded-down",
@@ -338,7 +340,7 @@ FRAMEWORK = (
         "weight = decay * averaging.weight + 1",
         "weight = 1 / (1 - decay)",
         "The average keeps a part of the random initial parameters for a thousand steps.",
-        ("tests/framework/step/test_averaging.py::test_ema_is_that_of_optax_around_an_undisturbed_descent",),
+        ("tests/framework/step/test_averaging.py::test_ema_equals_that_of_optax_and_does_not_change_the_descent",),
     ),
     Mutant(
         "mean-of-batch-means",
@@ -410,7 +412,9 @@ FRAMEWORK = (
         'BATCH_AXES = ("data", "fsdp", "expert")',
         'BATCH_AXES = ("data", "fsdp")',
         "Devices along the expert axis all train on the same examples: the work of all but one is wasted.",
-        ("tests/framework/sharding/test_meshes.py::test_experts_and_not_positions_divide_the_batch",),
+        (
+            "tests/framework/sharding/test_meshes.py::test_the_expert_axis_divides_the_batch_and_the_sequence_axis_does_not",
+        ),
     ),
     Mutant(
         "negative-clip-accepted",
@@ -418,7 +422,7 @@ FRAMEWORK = (
         '"gradient_clip": (lambda norm: 0 <= norm < math.inf,',
         '"gradient_clip": (lambda norm: norm < math.inf,',
         "gradient_clip=-1 is accepted and reverses every gradient.",
-        ("tests/framework/config/test_config.py::test_numbers_without_sense_are_refused",),
+        ("tests/framework/config/test_config.py::test_numbers_out_of_range_are_refused",),
     ),
     Mutant(
         "unknown-field-ignored",
@@ -436,7 +440,7 @@ FRAMEWORK = (
         "    for key, text in pairs:",
         "    for key, text in reversed(pairs):",
         "Of two flags for one knob the first holds, so that a flag added to a script has no effect.",
-        ("tests/framework/config/test_config.py::test_overrides_are_typed_by_their_knobs",),
+        ("tests/framework/config/test_config.py::test_overrides_have_the_types_of_their_knobs",),
     ),
     Mutant(
         "signal-ignored",
@@ -496,7 +500,7 @@ FRAMEWORK = (
         "With several processes devices get the rows of other devices, and some rows twice.",
         (
             "tests/framework/sharding/test_global_batch.py"
-            "::test_devices_hold_the_rows_of_one_order_on_any_mesh_and_number_of_processes",
+            "::test_rows_have_one_order_on_any_mesh_and_number_of_processes",
         ),
     ),
     Mutant(
@@ -505,7 +509,7 @@ FRAMEWORK = (
         "shuffled = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)",
         "shuffled = grain.MapDataset.source(source).seed(0).shuffle().repeat(None)",
         "Runs with different seeds see the examples in the same order.",
-        ("tests/framework/data/test_pipeline.py::test_epochs_hold_every_example_once_in_their_own_order",),
+        ("tests/framework/data/test_pipeline.py::test_epochs_have_every_example_once_in_different_orders",),
     ),
     Mutant(
         "filling-carries-weight",
@@ -521,7 +525,7 @@ FRAMEWORK = (
         "own = [Worker(process * workers + worker, processes * workers) for worker in range(workers)]",
         "own = [Worker(worker, processes * workers) for worker in range(workers)]",
         "Every host of a preparation makes the same shards, and the others are never made.",
-        ("tests/framework/data/test_preparing.py::test_batches_are_those_of_a_run_that_prepares_itself",),
+        ("tests/framework/data/test_preparing.py::test_a_prepared_cache_gives_the_same_batches",),
     ),
     Mutant(
         "token-lost-between-rows",
@@ -537,7 +541,7 @@ FRAMEWORK = (
         "elsewhere = documents[other + (other >= number)]",
         "elsewhere = documents[other]",
         "BERT's pairs that should not belong together come from one document, and their label is wrong.",
-        ("tests/framework/data/test_masked.py::test_labels_say_what_follows_what",),
+        ("tests/framework/data/test_masked.py::test_labels_of_next_sentences",),
     ),
     Mutant(
         "full-row-refused",
@@ -563,7 +567,7 @@ FRAMEWORK = (
         "The held-out days of a click log are trained on.",
         (
             "tests/framework/data/test_clicks.py::test_kaggles_split_is_the_last_seventh",
-            "tests/framework/data/test_clicks.py::test_random_access_is_the_stream_for_any_number_of_processes",
+            "tests/framework/data/test_clicks.py::test_random_access_equals_the_stream_for_any_number_of_processes",
         ),
     ),
     Mutant(
@@ -572,7 +576,7 @@ FRAMEWORK = (
         "return _example(np.zeros((1, 1, 3), np.uint8), 0, 0)",
         "return _example(np.zeros((1, 1, 3), np.uint8), 0, 1)",
         "Black pixels that stand for damaged images are trained on as class 0.",
-        ("tests/framework/data/test_images.py::test_malformed_images_weigh_nothing_and_are_named",),
+        ("tests/framework/data/test_images.py::test_malformed_images_have_weight_0_and_are_named",),
     ),
     Mutant(
         "wrong-fusions-stay",
@@ -780,7 +784,7 @@ LAUNCH = (
         "int(match[1]) >= int(match[2])",
         "int(match[1]) > int(match[2])",
         "--process=4/4 is accepted, and the first share is never made.",
-        ("tests/framework/data/test_preparing.py::test_what_does_not_fit_is_one_line",),
+        ("tests/framework/data/test_preparing.py::test_a_cache_that_does_not_match_is_one_line",),
     ),
 )
 

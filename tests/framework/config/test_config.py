@@ -89,7 +89,7 @@ def refusal(function, *arguments):
     return str(caught.value)
 
 
-def test_a_component_has_the_defaults_of_its_class_but_for_what_is_given():
+def test_a_component_has_its_class_defaults_and_the_given_values():
     section = component(TOY, width=4, limit=5)
     assert section.is_locked
     assert section.to_dict() == {
@@ -108,7 +108,7 @@ def test_a_component_has_the_defaults_of_its_class_but_for_what_is_given():
     assert build(section) == Toy(width=4, limit=5, rate=1.0)
 
 
-def test_a_component_survives_json_with_its_lists():
+def test_a_component_with_lists_survives_json():
     section = component(TOY, width=4, rules=[["b", "c"]])
     back = ConfigDict(json.loads(section.to_json()))
     assert build(back) == build(section) == Toy(width=4, rate=1.0, rules=(("b", "c"),))
@@ -125,7 +125,7 @@ def test_a_component_survives_json_with_its_lists():
         ({"fast": 1}, "Toy.fast=1: expected bool."),
     ],
 )
-def test_what_a_component_refuses(fields, message):
+def test_invalid_components(fields, message):
     assert refusal(lambda: component(TOY, **fields)) == f"{__name__}:{message}"
 
 
@@ -140,18 +140,18 @@ def test_what_a_component_refuses(fields, message):
         (f"{__name__}:Unholdable", "Unholdable.table={}: expected dict."),
     ],
 )
-def test_import_strings_that_name_no_component(name, message):
+def test_invalid_import_strings(name, message):
     assert message in refusal(component, name)
 
 
-def test_a_module_that_fails_to_import_says_how(tmp_path, monkeypatch):
+def test_a_module_that_fails_to_import_is_reported(tmp_path, monkeypatch):
     (tmp_path / "broken_module_of_a_user.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     message = refusal(component, "broken_module_of_a_user:Task")
     assert message == "cannot import 'broken_module_of_a_user:Task': ZeroDivisionError: division by zero"
 
 
-def test_building_names_the_component_that_refuses():
+def test_building_names_the_invalid_component():
     assert refusal(build, component(TOY, width=3)) == f"{TOY}: width 3 is odd; use 4"
     assert refusal(build, component(TOY, width=4, rate=0)) == f"{TOY}: too large"
     assert refusal(build, component(TOY)) == f"{TOY}.width is missing: expected int."
@@ -169,7 +169,7 @@ def test_a_config_file_and_its_variants(file):
 
 
 def test_a_file_written_twice_in_a_second_is_read_twice(file, monkeypatch):
-    """Fault: bytecode of the first is taken for the second, which has the same length and time."""
+    """Fault: cached bytecode of the first file is used for the second, which has the same length and time."""
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     rewritten(file, "config.seed = 1")
     for seed in (1, 2):
@@ -184,7 +184,7 @@ def test_shipped_configs_load_from_any_directory(spec, tmp_path, monkeypatch):
     assert config_lib.load(spec).optimizer.name == "shampax.optimizers.baselines:AdamWOptions"
 
 
-def test_a_file_in_the_current_directory_goes_before_a_shipped_one(file, tmp_path, monkeypatch):
+def test_a_file_in_the_current_directory_has_priority_over_a_shipped_one(file, tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "lm.py").write_text(file.read_text())
     monkeypatch.chdir(tmp_path)
@@ -207,7 +207,7 @@ def test_a_file_in_the_current_directory_goes_before_a_shipped_one(file, tmp_pat
         ("config = 3", ": get_config returned int. Return base.get_config(), changed."),
     ],
 )
-def test_a_fault_in_a_file_is_found_by_file_and_line(file, line, message):
+def test_an_error_in_a_file_names_file_and_line(file, line, message):
     assert refusal(config_lib.load, rewritten(file, line)) == f"{file}{message}"
 
 
@@ -225,11 +225,11 @@ def test_a_fault_in_a_file_is_found_by_file_and_line(file, line, message):
         ("config.task = {'width': 1}", "config.task is not the section of a component"),
     ],
 )
-def test_a_config_that_cannot_work_is_refused_when_loaded(file, line, message):
+def test_an_invalid_config_is_refused_when_loaded(file, line, message):
     assert message in refusal(config_lib.load, rewritten(file, line))
 
 
-def test_files_that_are_no_config_files(tmp_path):
+def test_files_that_are_not_config_files(tmp_path):
     path = tmp_path / "empty.py"
     path.write_text("")
     assert refusal(config_lib.load, str(path)) == f"{path} defines no function get_config."
@@ -242,7 +242,7 @@ def test_files_that_are_no_config_files(tmp_path):
     assert "cannot read config file" in refusal(config_lib.load, "x" * 5_000 + ".py")
 
 
-def test_overrides_are_typed_by_their_knobs(file):
+def test_overrides_have_the_types_of_their_knobs(file):
     config = config_lib.load(
         str(file),
         [
@@ -295,18 +295,18 @@ def test_overrides_are_typed_by_their_knobs(file):
         ("task.name=x", "config.task.name: 'x' is not an import string. Write 'package.module:Class'."),
     ],
 )
-def test_what_an_override_cannot_be(file, change, message):
+def test_invalid_overrides(file, change, message):
     assert refusal(config_lib.load, str(file), [change]) == message
 
 
-def test_another_component_brings_its_own_fields_before_other_overrides(file):
+def test_a_component_override_is_applied_before_overrides_of_its_fields(file):
     changes = ["task.depth=5", f"task.name={OTHER}"]
     assert config_lib.load(str(file), changes).task.to_dict() == {"name": OTHER, "vocab_size": 7, "depth": 5}
     gone = refusal(config_lib.load, str(file), ["task.width=4", f"task.name={OTHER}"])
     assert gone.startswith("unknown key 'config.task.width'. ")
 
 
-def test_of_two_components_the_later_holds(file):
+def test_the_last_component_override_wins(file):
     config = config_lib.load(str(file), [f"task.name={OTHER}", "task.width=6", f"task.name='{TOY}'"])
     assert build(config.task) == Toy(width=6, rate=1.0)
 
@@ -318,11 +318,11 @@ def test_a_file_that_names_another_component_but_keeps_the_fields_is_refused(fil
     assert expected in refusal(config_lib.load, spec, ["task.width=4"])
 
 
-def test_naming_the_component_that_is_there_changes_nothing(file):
+def test_naming_the_current_component_changes_nothing(file):
     assert config_lib.load(f"{file}:large", [f"task.name={TOY}"]).task.width == 64
 
 
-def test_one_override_moves_all_that_refer_to_it(file):
+def test_an_override_changes_all_references_to_it(file):
     for change in ("task.vocab_size=50", "data.vocab_size=50"):
         config = config_lib.load(str(file), [change])
         assert config.task.vocab_size == config.data.vocab_size == 50
@@ -331,12 +331,12 @@ def test_one_override_moves_all_that_refer_to_it(file):
         assert stored["task"]["vocab_size"] == stored["data"]["vocab_size"] == 50
 
 
-def test_a_config_does_not_differ_from_its_own_json(file):
+def test_a_config_equals_its_own_json(file):
     config = config_lib.load(str(file))
     assert config_lib.differences(config_lib.to_json(config), config, ()) == []
 
 
-def test_differences_leave_out_what_may_change(file):
+def test_differences_leave_out_keys_that_may_change(file):
     old = config_lib.to_json(config_lib.load(str(file)))
     new = config_lib.load(str(file), ["batch_size=64", "mesh.data=2", "log.every=1 step", "schedule.warmup=1%"])
     assert config_lib.differences(old, new, ("mesh", "log")) == [
@@ -346,8 +346,8 @@ def test_differences_leave_out_what_may_change(file):
     assert len(config_lib.differences(old, new, ("mesh.dat", "lo"))) == 4
 
 
-def test_what_the_guard_lets_through_may_not_change(file):
-    """Fault: a run resumes with other rules for its steps, without a warning."""
+def test_limits_of_the_guard_may_not_change(file):
+    """Fault: a run resumes with other rules for its steps without a warning."""
     old = config_lib.to_json(config_lib.load(str(file)))
     knobs = ("max_consecutive_skips=3", "on_spike=skip", "spike_factor=5", "spike_window=20")
     new = config_lib.load(str(file), [f"guard.{knob}" for knob in knobs])
@@ -359,7 +359,7 @@ def test_what_the_guard_lets_through_may_not_change(file):
     "given", ["duration,batch_size", "duration,batch_size,", "('duration', 'batch_size')", "batch_size, duration"]
 )
 def test_keys_that_may_change_are_added_to_the_built_in_ones(file, given):
-    """Fault: the list replaces the built-in one, or is itself a difference."""
+    """Faults: the list replaces the built-in one; the list itself is a difference."""
     old = config_lib.to_json(config_lib.load(str(file)))
     new = config_lib.load(
         str(file), [f"may_change={given}", "duration=9 steps", "batch_size=64", "mesh.data=2", "seed=1"]
@@ -451,7 +451,7 @@ def test_hostile_text_is_a_value_or_a_type_error(text, recwarn):
     assert not recwarn.list
 
 
-def test_did_you_mean_lists_all_where_nothing_is_near():
+def test_did_you_mean_lists_all_keys_if_none_is_similar():
     assert did_you_mean("zzz", ["alpha", "beta"]) == ". Choose from: alpha, beta."
     assert did_you_mean("zzz", []) == "."
 
@@ -472,7 +472,7 @@ def test_did_you_mean_lists_all_where_nothing_is_near():
         ("guard.spike_window=1", "at least 2"),
     ],
 )
-def test_numbers_without_sense_are_refused(change, words):
-    """Fault: a knob that reverses the gradient, or keeps no checkpoint."""
+def test_numbers_out_of_range_are_refused(change, words):
+    """Faults: a knob reverses the gradient; another keeps no checkpoint."""
     with pytest.raises(UserError, match=words):
         config_lib.load("shampax/configs/lm.py:sample", [change])

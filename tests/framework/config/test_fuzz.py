@@ -1,4 +1,4 @@
-"""Test that any input is used or refused in one line: no other exception, no hang, no write elsewhere."""
+"""Test that any input is accepted or refused in one line, without another exception, a hang or a write elsewhere."""
 
 import dataclasses
 import gzip
@@ -56,7 +56,7 @@ def hangs(*_):
 
 
 def attempt(folder, function, *arguments):
-    """Return the function's result, or None if it raises UserError; it may write only inside the folder."""
+    """Return the function's result, or None if it raises UserError. The function may write only inside the folder."""
     global written
     before, written = signal.signal(signal.SIGALRM, hangs), []
     signal.setitimer(signal.ITIMER_REAL, LONGEST)
@@ -115,7 +115,7 @@ FLAGS = st.tuples(st.sampled_from(KEYS), LITERALS).map("=".join).map("--config."
 
 
 def set_up(config):
-    """Do what a run does with a config before it reads data."""
+    """Do everything that a run does with a config before it reads data."""
     placement.mesh_of(config, None)
     units = durations.Units(config.batch_size, 1000, 128)
     units = dataclasses.replace(units, total_steps=durations.to_steps(config.duration, units))
@@ -266,8 +266,8 @@ def test_tokenizer_files(tmp_path, capfd, changes, other):
     assert "panicked" not in capfd.readouterr().err
 
 
-def test_a_pattern_without_end_is_refused_where_it_is_met(tmp_path):
-    """Fault: a panic of the library that no `except Exception` catches."""
+def test_an_unterminated_pattern_is_refused(tmp_path):
+    """Fault: the library panics, which `except Exception` does not catch."""
     endless = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     parts = {"type": "Sequence", "pretokenizers": [endless, TOKENIZER["pre_tokenizer"]]}
     path = tmp_path / "t.json"
@@ -326,8 +326,8 @@ def test_damaged_workdirs(tmp_path, lines, result, config):
     assert {path.name for path in tmp_path.iterdir()} <= {"metrics.jsonl", "result.json", "config.json"}
 
 
-def test_the_watch_sees_what_is_written(tmp_path):
-    """Fault: the tests above miss every write."""
+def test_writes_are_detected(tmp_path):
+    """Fault: the tests above do not notice writes."""
     folder = Path(tmp_path)
     attempt(folder, (folder / "inside").write_text, "x")
     with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""Click logs: Criteo's files with their awkward rows, the flights, and the made-up clicks."""
+"""Test click logs: irregular rows in Criteo's files, the flights, and synthetic clicks."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ from shampax.framework.data.reading import tsv
 
 
 def line(label=0, integers=None, categories=None):
-    """A row of Criteo's, with `number: text` in place of some of its fields, which count from 1."""
+    """Return a row of Criteo's format with `number: text` for some of its fields, which count from 1."""
     fields = [str(label), *("7" for _ in range(13)), *(f"{i:08x}" for i in range(26))]
     for place, text in (integers or {}).items():
         fields[place] = text
@@ -29,7 +29,7 @@ def line(label=0, integers=None, categories=None):
 
 
 def numbered(count, first=0):
-    """Rows that carry their own number as the first integer."""
+    """Return rows whose first integer is their number."""
     return [line(i % 2, {1: str(i)}) for i in range(first, first + count)]
 
 
@@ -55,8 +55,8 @@ def cache(tmp_path):
     return tmp_path / "cache"
 
 
-def test_awkward_fields(tmp_path, cache):
-    """Fault: an empty field is 0, a negative count is lost, a hash is cut, or an integer of 64 bits wraps around."""
+def test_empty_negative_and_large_fields(tmp_path, cache):
+    """Faults: an empty field is 0; a negative count is lost; a hash is truncated; a 64-bit integer wraps around."""
     path = write(
         tmp_path / "train.txt",
         [
@@ -97,7 +97,7 @@ def test_awkward_fields(tmp_path, cache):
     ],
 )
 def test_malformed_rows_are_named_or_skipped(tmp_path, cache, capsys, bad, reason):
-    """Fault: a row that is guessed at, one that shifts the numbers of others, or a traceback."""
+    """Faults: the content of a malformed row is guessed; it changes the numbers of other rows; it is a traceback."""
     path = write(tmp_path / "train.txt", [*numbered(4), bad, *numbered(4, 4)])
     place = f"{path}, row 5: {reason}"
     with pytest.raises(UserError, match=re.escape(place)):
@@ -113,7 +113,7 @@ def test_malformed_rows_are_named_or_skipped(tmp_path, cache, capsys, bad, reaso
 
 
 def test_malformed_rows_of_all_files_count_together(tmp_path, cache):
-    """Fault: the limit holds for each file by itself."""
+    """Fault: the limit applies to each file separately."""
     for day in range(3):
         write(tmp_path / f"day_{day}", [*numbered(3), "bad"])
     with pytest.raises(UserError, match=r"max_malformed=2: 3 records are malformed.*day_0.*day_1.*day_2"):
@@ -121,8 +121,8 @@ def test_malformed_rows_of_all_files_count_together(tmp_path, cache):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_many_files_in_the_order_of_their_numbers(tmp_path, cache, workers):
-    """Fault: day_10 is read before day_9, so that the held-out rows are not the last; or workers mix their files up."""
+def test_files_are_in_the_order_of_their_numbers(tmp_path, cache, workers):
+    """Faults: day_10 is read before day_9, so that held-out rows are not the last; workers mix up files."""
     for place, day in enumerate((0, 9, 10)):
         write(tmp_path / f"day_{day}.gz", numbered(10, 10 * place))
     data = prepared(cache, source=f"file:{tmp_path}/day_*.gz", heldout_fraction=0.2, workers=workers)
@@ -134,8 +134,8 @@ def test_many_files_in_the_order_of_their_numbers(tmp_path, cache, workers):
 
 
 @pytest.mark.parametrize("place", ["", "elsewhere"])
-def test_held_out_by_file(tmp_path, cache, place):
-    """Fault: the last day is trained on, or is no held-out file because it lies in another folder."""
+def test_files_can_be_held_out(tmp_path, cache, place):
+    """Faults: the last day is trained on; it is not held out because it is in another folder."""
     (tmp_path / place).mkdir(exist_ok=True)
     for day in range(3):
         write(tmp_path / f"day_{day}", numbered(5, 5 * day))
@@ -146,7 +146,7 @@ def test_held_out_by_file(tmp_path, cache, place):
 
 
 def test_kaggles_split_is_the_last_seventh(tmp_path, cache):
-    """Fault: rows are held out at random, or held-out ones are trained on, too."""
+    """Faults: rows are held out at random; held-out rows are trained on too."""
     data = prepared(cache, source=f"file:{write(tmp_path / 'train.txt', numbered(70))}")
     assert numbers(data, "heldout", cache) == [*range(60, 70)]
     assert sorted(numbers(data, "train", cache)) == [*range(60)]
@@ -162,14 +162,14 @@ def test_kaggles_split_is_the_last_seventh(tmp_path, cache):
         ({"workers": 0}, "data.workers=0"),
     ],
 )
-def test_bad_fields_are_refused(fields, error):
-    """Fault: a knob that is given in vain, or a traceback later."""
+def test_invalid_fields_are_refused(fields, error):
+    """Faults: a knob has no effect; a traceback comes later."""
     with pytest.raises(ValueError, match=error):
         ClickData(**fields)
 
 
-def test_sources_that_cannot_be_used(tmp_path, cache):
-    """Fault: a traceback, or an empty split that is noticed after hours."""
+def test_invalid_sources(tmp_path, cache):
+    """Faults: a traceback; an empty split that is noticed after hours."""
     with pytest.raises(UserError, match=r"data.source: '.*none' matches no file"):
         prepared(cache, source=f"file:{tmp_path}/none")
     path = write(tmp_path / "one", numbered(1))
@@ -181,8 +181,8 @@ def test_sources_that_cannot_be_used(tmp_path, cache):
         ClickData(source=f"file:{path}").examples("train", cache)
 
 
-def test_the_fingerprint_is_that_of_the_rows(tmp_path, cache):
-    """Fault: a file that was only moved stops a run that resumes, or one that changed does not."""
+def test_the_fingerprint_depends_on_the_rows(tmp_path, cache):
+    """Faults: a moved file stops a run that resumes; a changed file does not."""
     path = write(tmp_path / "a", numbered(14))
     first = prepared(cache, source=f"file:{path}").fingerprint(cache)
     moved = path.rename(tmp_path / "b")
@@ -192,8 +192,8 @@ def test_the_fingerprint_is_that_of_the_rows(tmp_path, cache):
     assert prepared(cache, source=f"file:{moved}").fingerprint(cache) != first
 
 
-def test_damage_is_noticed(tmp_path, cache):
-    """Fault: a flipped bit becomes another category, or a stamp that is gone a traceback."""
+def test_damage_is_detected(tmp_path, cache):
+    """Faults: a flipped bit becomes another category; a missing stamp is a traceback."""
     data = prepared(cache, source=f"file:{write(tmp_path / 'a', numbered(200))}")
     (file,) = cache.glob("rows-*/*.array_record")
     content = bytearray(file.read_bytes())
@@ -213,8 +213,8 @@ def parsed(path):
     return criteo.parse(path, tsv.lines(path))
 
 
-def test_random_access_is_the_stream_for_any_number_of_processes(tmp_path, cache):
-    """Fault: a row of the wrong file, a pickled copy that reads others, processes that share rows or leave one out."""
+def test_random_access_equals_the_stream_for_any_number_of_processes(tmp_path, cache):
+    """Faults: a row comes from another file; a pickled copy reads other rows; processes share rows or leave one out."""
     for day in range(3):
         write(tmp_path / f"day_{day}", numbered(7 + day, 100 * day))
     data = prepared(cache, source=f"file:{tmp_path}/day_*", heldout_fraction=0.25)
@@ -238,7 +238,7 @@ def test_random_access_is_the_stream_for_any_number_of_processes(tmp_path, cache
 
 
 def test_flights(cache):
-    """Fault: months that are held out are trained on, a column is another's, or a cross is not of its two fields."""
+    """Faults: held-out months are trained on; columns are swapped; a cross is not of its two fields."""
     data = prepared(cache)
     train, heldout = (data.examples(split, cache) for split in ("train", "heldout"))
     assert (len(train), len(heldout)) == (25_039, 4_961)
@@ -252,14 +252,15 @@ def test_flights(cache):
     assert months == {hashed("11"), hashed("12")}
 
 
-def test_hashes_stay():
-    """Fault: a hash that differs between processes or versions, as Python's own does: caches and models would rot."""
+def test_hashes_have_known_values():
+    """Fault: hashes differ between processes or versions, as Python's own do, so that caches and models become
+    invalid."""
     hashed = criteo._hashed
     assert [hashed(text) for text in ("", "DL", "EWR\tATL", "1")] == [0, 2863043909, 1978277074, 2212294583]
 
 
-def test_made_up_clicks_are_a_function_of_their_index(cache):
-    """Fault: an example that depends on what was read before, or held-out examples that are trained on."""
+def test_synthetic_clicks_are_a_function_of_their_index(cache):
+    """Faults: an example depends on earlier reads; held-out examples are trained on."""
     data = SyntheticClicks(examples_in_train=50, examples_in_heldout=20, values=30)
     rows, again = data.examples("train", cache), data.examples("train", cache)
     backwards = [again[i] for i in reversed(range(50))][::-1]
@@ -274,6 +275,6 @@ def test_made_up_clicks_are_a_function_of_their_index(cache):
 
 
 def test_integers_at_the_ends_of_their_range():
-    """Fault: the smallest number of 32 bits, which stands for a missing one, is taken for one."""
+    """Fault: the smallest 32-bit integer, which marks a missing one, is not treated as missing."""
     row = np.frombuffer(click_rows.packed((1, [-(2**31), None, *[2**63 - 1] * 11], [0] * 26)), click_rows.ROW)[0]
     assert row["integers"][:3].tolist() == [MISSING + 1, MISSING, 2**31 - 1]

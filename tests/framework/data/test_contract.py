@@ -23,13 +23,13 @@ def prepared(source, cache, **fields):
     return fingerprint(data, cache)
 
 
-def test_a_data_set_need_not_have_a_fingerprint(tmp_path):
-    """Fault: a user's own data set is refused for lack of one."""
+def test_a_fingerprint_is_optional(tmp_path):
+    """Fault: a user's own data set without a fingerprint is refused."""
     assert fingerprint(toy.ToyData(), tmp_path) == ""
 
 
-def test_the_fingerprint_is_that_of_the_content(source, tmp_path):
-    """Fault: a file that was only touched, moved or packed again stops a run, or a changed one does not."""
+def test_the_fingerprint_depends_on_the_content(source, tmp_path):
+    """Faults: a touched, moved or repacked file stops a run; a changed one does not."""
     first = prepared(source, tmp_path / "cache")
     assert len(first) >= 12
     assert prepared(source, tmp_path / "cache") == first
@@ -37,15 +37,15 @@ def test_the_fingerprint_is_that_of_the_content(source, tmp_path):
     assert prepared(source, tmp_path / "cache") == first
     moved = source.rename(tmp_path / "b.txt")
     assert prepared(moved, tmp_path / "other cache") == first
-    for changed in (0, 9):  # of the training and of the held-out split
+    for changed in (0, 9):  # training and held-out split
         texts = list(TEXTS)
         texts[changed] = texts[changed].replace("some", "same")
         moved.write_text("\f".join(texts))
         assert prepared(moved, tmp_path / "cache") != first
 
 
-def test_the_fingerprint_knows_how_text_was_cut(source, tmp_path):
-    """Fault: other documents of the same text, or other lengths of rows, pass for the same."""
+def test_the_fingerprint_depends_on_how_text_was_split(source, tmp_path):
+    """Fault: other documents or row lengths of the same text have the same fingerprint."""
     first = prepared(source, tmp_path / "cache")
     assert prepared(source, tmp_path / "cache", max_documents=5) != first
     source.write_text("\f".join(TEXTS[:-2]) + "\f" + "".join(TEXTS[-2:]))
@@ -53,7 +53,7 @@ def test_the_fingerprint_knows_how_text_was_cut(source, tmp_path):
 
 
 def test_without_rows_there_is_no_fingerprint(source, tmp_path):
-    """Fault: a traceback where nothing is prepared or the note beside the rows is damaged."""
+    """Fault: a traceback if nothing is prepared or the note beside the rows is damaged."""
     cache = tmp_path / "cache"
     data = TextData(source=f"file:{source}", sequence_length=16, vocab_size=300)
     with pytest.raises(UserError, match="call prepare first"):

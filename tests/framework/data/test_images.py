@@ -38,20 +38,21 @@ def equal(left, right):
         np.testing.assert_array_equal(left[name], right[name])
 
 
-def test_the_sample_is_what_the_notice_says(tmp_path):
-    """Fault: labels and pixels mixed up, rows transposed, or the splits exchanged."""
+def test_the_sample_matches_its_notice(tmp_path):
+    """Faults: labels do not match pixels; rows are transposed; splits are swapped."""
     for split, count in (("train", 2_000), ("heldout", 500)):
         examples = ImageData().examples(split, tmp_path)
         read = [examples[index] for index in range(len(examples))]
         assert np.bincount([example["label"] for example in read]).tolist() == [count // 10] * 10
         images = np.stack([example["image"][..., 0] for example in read])
-        assert 65 < images.mean() < 80  # of Fashion-MNIST: 72.9
+        assert 65 < images.mean() < 80  # mean of Fashion-MNIST: 72.9
         trousers = images[[example["label"] == 1 for example in read]].mean(axis=0)
-        assert trousers[:, :6].mean() < 5 < trousers[:6].mean()  # two legs that stand upright
+        assert trousers[:, :6].mean() < 5 < trousers[:6].mean()  # trousers: two vertical legs
 
 
-def test_examples_are_as_specified(data, tmp_path):
-    """Fault: held-out and training examples differ in shape or type, or from what programs are compiled for."""
+def test_examples_match_their_spec(data, tmp_path):
+    """Faults: held-out and training examples differ in shape or type; they differ from the spec that programs are
+    compiled for."""
     trained = batches_of(data, tmp_path)[0]
     judged = HeldoutBatches(data.examples("heldout", tmp_path), global_batch_size=8, rows=range(8))[0]
     for name, spec in data.spec().items():
@@ -62,7 +63,7 @@ def test_examples_are_as_specified(data, tmp_path):
 
 
 def test_crops_and_flips_are_functions_of_seed_step_and_row(data, tmp_path):
-    """Fault: random numbers that depend on the process, the order of reading or the epoch before."""
+    """Fault: random numbers depend on the process, the reading order or the epoch before."""
     whole = [batches_of(data, tmp_path)[number] for number in range(4)]
     for rows in ([5], [0, 6]):
         part = batches_of(data, tmp_path, rows)
@@ -74,7 +75,7 @@ def test_crops_and_flips_are_functions_of_seed_step_and_row(data, tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_together_read_the_stream(data, tmp_path, processes):
-    """Fault: another number of processes, or a run that goes on, trains on other images."""
+    """Fault: another number of processes, or a resumed run, trains on other images."""
     whole = batches_of(data, tmp_path)
     shares = np.array_split(np.arange(8), processes)
     streams = [itertools.islice(batches_of(data, tmp_path, rows).from_step(5), 3) for rows in shares]
@@ -82,8 +83,8 @@ def test_processes_together_read_the_stream(data, tmp_path, processes):
         equal({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, whole[number])
 
 
-def test_augmentation_keeps_what_it_is_given(tmp_path):
-    """Fault: labels or weights lost, mirrored images that are not, or augmentation that cannot be turned off."""
+def test_augmentation_keeps_labels_and_weights(tmp_path):
+    """Faults: labels or weights are lost; images are never mirrored; augmentation cannot be turned off."""
     example = ImageData().examples("train", tmp_path)[0]
     seen = [ImageData(shift=0).augment(example, np.random.default_rng(seed))["image"] for seed in range(20)]
     mirrored = [not np.array_equal(image, example["image"]) for image in seen]
@@ -97,7 +98,7 @@ def test_augmentation_keeps_what_it_is_given(tmp_path):
 
 
 def test_images_and_labels_of_a_tfds_set_belong_together(tfds_dir, tmp_path):
-    """Fault: labels of other images, files decoded wrongly, or held-out images from the training split."""
+    """Faults: labels are of other images; files are decoded wrongly; held-out images are from the training split."""
     data = ImageData(data_dir=tfds_dir, **SMALL)
     train, heldout = (data.examples(split, tmp_path) for split in ("train", "heldout"))
     assert sorted(int(train[index]["label"]) for index in range(len(train))) == list(range(40))
@@ -125,7 +126,7 @@ print(json.dumps({"shape": next(batches.from_step(3))["image"].shape, "tensorflo
 
 
 def test_a_tfds_set_is_read_without_tensorflow(tfds_dir):
-    """Fault: images decoded by TensorFlow, or its 2.5 s import in the input path."""
+    """Faults: TensorFlow decodes images; its import adds 2.5 s to the input path."""
     command = [sys.executable, "-c", READ, tfds_dir]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"})
     assert done.returncode == 0, done.stderr
@@ -134,7 +135,8 @@ def test_a_tfds_set_is_read_without_tensorflow(tfds_dir):
 
 @pytest.fixture(scope="module")
 def damaged_dir(tmp_path_factory):
-    """30 training images: one cut short, a GIF, a label of another data set, one whose checksum does not hold."""
+    """Write 30 training images: one is truncated, one is a GIF, one has a label of another data set, one has a wrong
+    checksum."""
     directory = tmp_path_factory.mktemp("damaged")
     pairs = imagenet.photos(30)
     pairs[4] = (pairs[4][0][:400], 4)
@@ -148,8 +150,9 @@ def damaged_dir(tmp_path_factory):
     return str(directory)
 
 
-def test_malformed_images_weigh_nothing_and_are_named(damaged_dir, tmp_path, capfd):
-    """Fault: a bad image ends the run, is trained on, moves the others, or is skipped in silence or at every epoch."""
+def test_malformed_images_have_weight_0_and_are_named(damaged_dir, tmp_path, capfd):
+    """Faults: a bad image ends the run, is trained on, moves the others, or is skipped without a message or with one in
+    every epoch."""
     data = ImageData(data_dir=damaged_dir, **{**SMALL, "classes": 100, "max_malformed": 4})
     source = data.examples("train", tmp_path)
     first = [source[index] for index in range(30)]
@@ -166,7 +169,7 @@ def test_malformed_images_weigh_nothing_and_are_named(damaged_dir, tmp_path, cap
 
 
 def test_too_many_malformed_images_end_the_run(damaged_dir, tmp_path):
-    """Fault: a limit that counts an image twice or never ends, or an error lost in a reading thread."""
+    """Faults: the limit counts an image twice or is never reached; an error in a reading thread is lost."""
     data = ImageData(data_dir=damaged_dir, **{**SMALL, "classes": 100, "max_malformed": 3})
     with pytest.raises(UserError, match=r"max_malformed=3: 4 records are malformed \(tfds:imagenet2012:5\.1\.0"):
         list(itertools.islice(batches_of(data, tmp_path).from_step(0), 12))
@@ -175,8 +178,8 @@ def test_too_many_malformed_images_end_the_run(damaged_dir, tmp_path):
         list(itertools.islice(batches_of(strict, tmp_path).from_step(0), 12))
 
 
-def test_fingerprints_tell_data_apart(tfds_dir, damaged_dir, tmp_path):
-    """Fault: a run goes on with other data unnoticed."""
+def test_fingerprints_differ_between_data(tfds_dir, damaged_dir, tmp_path):
+    """Fault: a run continues with other data without an error."""
     made = [
         ImageData(),
         ImageData(data_dir=tfds_dir, **SMALL),
@@ -188,7 +191,7 @@ def test_fingerprints_tell_data_apart(tfds_dir, damaged_dir, tmp_path):
 
 
 def test_unusable_sets_are_refused_before_training(tfds_dir, tmp_path):
-    """Fault: a wrong name met after compilation, or with a traceback."""
+    """Fault: a wrong name is found after compilation or with a traceback."""
     here = {**SMALL, "data_dir": tfds_dir}
     for fields, message in [
         ({**here, "source": "tfds:imagenet2012"}, "has no version"),
@@ -213,6 +216,6 @@ def test_unusable_sets_are_refused_before_training(tfds_dir, tmp_path):
     ],
 )
 def test_fields_are_checked(fields, message):
-    """Fault: nonsense accepted at construction and met in the middle of a run."""
+    """Fault: an invalid value is accepted at construction and fails in the middle of a run."""
     with pytest.raises(ValueError, match=message):
         ImageData(**fields)

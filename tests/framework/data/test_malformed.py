@@ -10,8 +10,8 @@ def mixed(good, bad):
     return [*range(good), *(Malformed(f"a.tsv, row {row}", "1 columns, expected 3") for row in bad), good]
 
 
-def test_usable_records_pass_in_order_and_the_others_are_counted():
-    """Fault: a record lost beside a malformed one, or a limit that is one too low."""
+def test_usable_records_stay_in_order_and_malformed_ones_are_counted():
+    """Faults: a record beside a malformed one is lost; the limit is too low by one."""
     rejects = Rejects(2)
     assert list(rejects.sift(mixed(3, [4, 9]))) == [0, 1, 2, 3]
     assert rejects.count == 2
@@ -19,7 +19,7 @@ def test_usable_records_pass_in_order_and_the_others_are_counted():
 
 
 def test_the_error_has_the_count_the_limit_and_the_places():
-    """Fault: an error that does not say where to look, or lists thousands of places."""
+    """Fault: the error names no place, or thousands."""
     with pytest.raises(UserError) as caught:
         list(Rejects(0).sift(mixed(3, [4])))
     assert str(caught.value) == (
@@ -30,8 +30,8 @@ def test_the_error_has_the_count_the_limit_and_the_places():
         list(Rejects(1500).sift(mixed(0, range(1, 4000))))
 
 
-def test_what_was_noted_counts_again():
-    """Fault: a note of skipped records that loses some on the way through JSON."""
+def test_noted_records_count_again():
+    """Fault: a note of skipped records loses some in JSON."""
     rejects = Rejects(10)
     list(rejects.sift(mixed(0, range(1, 9))))
     noted = json.loads(json.dumps(rejects.to_json()))

@@ -24,7 +24,7 @@ WORDS = ("anchor", "basin", "candle", "dragon", "ember", "falcon", "garden", "ha
 
 
 def document(number, sentences=6):
-    """Sentences that tell their document and their place in it."""
+    """Return sentences with the number of their document and their position in it."""
     random = np.random.default_rng(number)
     return "\n".join(
         f"Place {chr(97 + number)} {chr(97 + place)} has the {' '.join(random.choice(WORDS, 4))}."
@@ -38,7 +38,7 @@ FIELDS = {"sequence_length": 24, "predictions": 4, "vocab_size": 160}
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """Twenty documents of one file, prepared; documents 9 and 19 are held out."""
+    """Prepare twenty documents of one file; documents 9 and 19 are held out."""
     folder = tmp_path_factory.mktemp("masked")
     (folder / "a.txt").write_text("\f".join(TEXTS))
     data = MaskedTextData(source=f"file:{folder}/*.txt", **FIELDS)
@@ -51,17 +51,18 @@ def rows_of(data, cache, split):
     return [source[index] for index in range(len(source))]
 
 
-def test_sentences_end_where_the_rule_says():
-    """Fault: sentences cut at abbreviations before small letters, or not at closing quotes and line breaks."""
+def test_sentence_ends():
+    """Faults: sentences are cut at abbreviations before lower-case letters, or not at closing quotes and line
+    breaks."""
     text = 'A title\n\nOne end. Two ends!  "Three?" (Four.) Five e.g. here, 3.5 of it.\n  Six\n'
     expected = ["A title", "One end.", "Two ends!", '"Three?"', "(Four.)", "Five e.g. here, 3.5 of it.", "Six"]
     assert split_sentences(text) == expected
     assert split_sentences(" \n\t") == []
 
 
-def test_labels_say_what_follows_what():
-    """Fault: a label that is wrong, text of the own document as a random one, or sentences lost on the way."""
-    # Every token tells its document and its place.
+def test_labels_of_next_sentences():
+    """Faults: a label is wrong; the random text is of the same document; sentences are lost."""
+    # Every token has its document and position.
     stories, place = [], 0
     for number in range(30):
         lengths = np.random.default_rng(number).integers(1, 9, size=12)
@@ -77,7 +78,7 @@ def test_labels_say_what_follows_what():
         assert (np.diff(pair.first) == 1).all() and (np.diff(pair.second) == 1).all()
         same = owner[pair.first[0]] == owner[pair.second[0]]
         assert pair.is_next == same
-        # Both are shortened by a token here and there, from either end.
+        # Both texts can be shortened by tokens at either end.
         assert not same or 0 < pair.second[0] - pair.first[-1] < 15
         seen.update(pair.first.tolist(), pair.second.tolist() if pair.is_next else ())
         labels.append(pair.is_next)
@@ -85,8 +86,8 @@ def test_labels_say_what_follows_what():
     assert len(seen) > 0.9 * place
 
 
-def test_groups_leave_no_document_alone():
-    """Fault: a last group of one document, which has no other to take a random text from; empty documents."""
+def test_every_group_has_two_documents():
+    """Faults: the last group has only one document, and so no other to take a random text from; documents are empty."""
     one = [np.array([1])]
     for count in range(1, 12):
         found = [len(group) for group in groups([one, []] * count, 3)]
@@ -94,8 +95,8 @@ def test_groups_leave_no_document_alone():
         assert count == 1 or min(found) >= 2
 
 
-def test_rows_are_laid_out_as_published(texts):
-    """Fault: special tokens missing or in the wrong place, segments that do not end with [SEP], padding with weight."""
+def test_rows_have_the_published_layout(texts):
+    """Faults: special tokens are missing or misplaced; segments do not end with [SEP]; padding has weight."""
     data, cache = texts
     decode = data.decoder(cache)
     for row in rows_of(data, cache, "train"):
@@ -108,7 +109,7 @@ def test_rows_are_laid_out_as_published(texts):
 
 
 def test_held_out_documents_are_never_trained_on(texts):
-    """Fault: a random second text from the other split, or a vocabulary of held-out words."""
+    """Faults: a random second text is of the other split; the vocabulary has held-out words."""
     data, cache = texts
     decode = data.decoder(cache)
     owners = {
@@ -125,7 +126,7 @@ def test_held_out_documents_are_never_trained_on(texts):
 
 
 def restored(row, decode):
-    """Text of a row without its masks."""
+    """Return the text of a row without its masks."""
     tokens = row["tokens"].copy()
     if "masked_positions" in row:
         chosen = row["masked_positions"] > 0
@@ -134,13 +135,14 @@ def restored(row, decode):
 
 
 def marks(text):
-    """The documents that the sentences of a text come from."""
+    """Return the documents of the sentences of a text."""
     words = text.replace("[SEP]", " ").split()
     return {b for a, b in itertools.pairwise(words) if a == "place" and len(b) == 1}
 
 
 def test_masks_have_the_published_statistics():
-    """Fault: shares other than 80/10/10, another rate, special tokens masked or put in, or a token masked twice."""
+    """Faults: shares are not 80/10/10; the rate is wrong; special tokens are masked or inserted; a token is masked
+    twice."""
     vocabulary = Vocabulary(50, pad=0, unknown=7, start=1, separator=49, mask=20)
     length, predictions = 100, 20
     segments = np.repeat([1, 2, 0], [50, 40, 10]).astype(np.int32)
@@ -153,7 +155,7 @@ def test_masks_have_the_published_statistics():
         tokens[[0, 49, 89, 30]] = 1, 49, 49, 7
         tokens[90:] = 0
         row = masked_row(tokens, segments, vocabulary, rng, rate=0.15, predictions=predictions)
-        places = row["masked_positions"][:14]  # 15 % of 90 slots, to the nearest even of 13.5
+        places = row["masked_positions"][:14]  # 15 % of 90 slots are 13.5, rounded to even
         assert (row["masked_positions"][14:] == 0).all() and (row["masked_tokens"][14:] == 0).all()
         assert (np.diff(places) > 0).all()
         assert np.array_equal(row["masked_tokens"][:14], tokens[places])
@@ -167,13 +169,14 @@ def test_masks_have_the_published_statistics():
     drawn = counts[counts > 0]
     assert len(drawn) == 86
     assert np.abs(drawn / drawn.mean() - 1).max() < 0.25
-    # A random token is the old one in 1 of 45 cases.
+    # A random token equals the original one in 1 of 45 cases.
     np.testing.assert_allclose(kinds / kinds.sum(), [0.8, 0.1 * 44 / 45, 0.1 + 0.1 / 45], atol=0.008)
     assert (put_in[ordinary] > 0).all() and put_in[list(vocabulary[1:])].sum() == 0
 
 
-def test_a_short_row_has_one_prediction_at_least():
-    """Fault: a row without any, whose loss is 0 / 0, or more than shapes are fixed to."""
+def test_a_short_row_has_at_least_one_prediction():
+    """Faults: a row has no prediction, and its loss is 0 / 0; a row has more predictions than the fixed shape
+    allows."""
     vocabulary = Vocabulary(50, 0, 1, 2, 3, 4)
     tokens = np.array([2, 9, 3, 8, 3, 0, 0, 0], np.int32)
     segments = np.array([1, 1, 1, 2, 2, 0, 0, 0], np.int32)
@@ -185,7 +188,7 @@ def test_a_short_row_has_one_prediction_at_least():
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_masks_are_a_function_of_seed_step_and_row(texts, processes):
-    """Fault: masks that depend on who reads a row, on the order of reading, or on the row alone."""
+    """Fault: masks depend on the reading process, on the reading order, or only on the row."""
     data, cache = texts
 
     def batches(rows, seed=3):
@@ -206,8 +209,8 @@ def test_masks_are_a_function_of_seed_step_and_row(texts, processes):
     }
 
 
-def test_every_epoch_masks_anew_and_held_out_rows_never(texts):
-    """Fault: masks that are made once, or held-out ones that differ from one evaluation to the next."""
+def test_masks_change_every_epoch_except_for_held_out_rows(texts):
+    """Faults: masks are drawn once; held-out masks differ between evaluations."""
     data, cache = texts
     count = len(data.examples("train", cache))
     one = Batches(
@@ -229,7 +232,8 @@ def test_every_epoch_masks_anew_and_held_out_rows_never(texts):
 
 
 def test_cache_is_used_and_stale_caches_are_not(texts, tmp_path, capfd):
-    """Fault: pairing again on every start, old rows for new settings, or a fingerprint that masks do not change."""
+    """Faults: every start pairs again; old rows are used for new settings; the fingerprint does not depend on the
+    masks."""
     data, cache = texts
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
     data.prepare(cache)
@@ -246,7 +250,7 @@ def test_cache_is_used_and_stale_caches_are_not(texts, tmp_path, capfd):
 
 
 def test_malformed_documents_are_skipped_up_to_a_limit(tmp_path, capfd):
-    """Fault: one bad document ends the run though it may be skipped, or is skipped in silence."""
+    """Faults: one bad document ends the run although it may be skipped; it is skipped without a message."""
     parts = [text.encode() for text in TEXTS]
     parts[6] = b"bad \xff"
     (tmp_path / "a.txt").write_bytes(b"\f".join(parts))
@@ -266,7 +270,7 @@ def test_malformed_documents_are_skipped_up_to_a_limit(tmp_path, capfd):
 
 
 def test_one_document_is_too_few(tmp_path):
-    """Fault: random texts from the document itself, or an endless search for another one."""
+    """Faults: random texts are of the document itself; the search for another document never ends."""
     (tmp_path / "a.txt").write_text("\f".join(TEXTS[:10]))
     with pytest.raises(UserError, match="has 1 document to use in its heldout split and needs at least 2"):
         MaskedTextData(source=f"file:{tmp_path}/*.txt", **FIELDS).prepare(tmp_path / "cache")
@@ -289,8 +293,9 @@ def test_the_vocabulary_is_the_same_in_every_process(tmp_path):
     assert len(made) == 1
 
 
-def test_wordpiece_cuts_words_as_published():
-    """Fault: case or accents kept, punctuation inside words, special tokens in text, rare letters in the alphabet."""
+def test_wordpiece_splits_words_as_published():
+    """Faults: case or accents are kept; punctuation is inside words; text can have special tokens; rare letters are in
+    the alphabet."""
     rare = "".join(map(chr, range(0x3B1, 0x3B1 + 80)))
     tokenizer = wordpiece.train_wordpiece(["the house, the houses [mask]"] * 9 + [rare], 150, lower_case=True)
     assert wordpiece.vocabulary_of(tokenizer)[1:] == (0, 1, 2, 3, 4)
@@ -306,7 +311,7 @@ def test_wordpiece_cuts_words_as_published():
 
 
 def test_a_given_tokenizer_is_used_and_checked(texts, tmp_path):
-    """Fault: special tokens at other numbers are taken for words, or an unfit file fails in the middle of a run."""
+    """Faults: special tokens with other numbers count as words; an unsuitable file fails in the middle of a run."""
     data, cache = texts
     (path,) = cache.glob("tokenizer-*.json")
     content = json.loads(path.read_text())
@@ -347,13 +352,13 @@ def test_a_given_tokenizer_is_used_and_checked(texts, tmp_path):
     ],
 )
 def test_fields_are_checked(fields, message):
-    """Fault: nonsense accepted at construction and met in the middle of a run."""
+    """Fault: an invalid value is accepted at construction and fails in the middle of a run."""
     with pytest.raises(ValueError, match=message):
         MaskedTextData(**fields)
 
 
 def prepare_wikipedia(directory):
-    """Documents as the tfds data set wikipedia/20230601.en:1.0.0, which has a title, a text and one split."""
+    """Write documents as the tfds data set wikipedia/20230601.en:1.0.0, which has a title, a text and one split."""
     with tfds.core.registered.skip_registration():
 
         class Builder(tfds.core.GeneratorBasedBuilder):
@@ -378,7 +383,7 @@ def prepare_wikipedia(directory):
 
 @pytest.fixture
 def wikipedia(tmp_path):
-    """A config for a small BERT on Wikipedia."""
+    """Return a config for a small BERT on Wikipedia."""
     prepare_wikipedia(tmp_path / "tfds")
     changes = (
         "data.source=tfds:wikipedia/20230601.en:1.0.0",
@@ -400,7 +405,7 @@ def wikipedia(tmp_path):
 
 
 def test_wikipedia_opens_under_its_own_name(wikipedia, tmp_path):
-    """Fault: the real set's name, its features or its only split do not open, or its rows do not fit the model."""
+    """Faults: the set's real name, features or only split do not open; its rows do not fit the model."""
     task, data = (components.build(section) for section in (wikipedia.task, wikipedia.data))
     data.prepare(tmp_path)
     rows, heldout = (data.examples(split, tmp_path) for split in ("train", "heldout"))
@@ -416,7 +421,7 @@ def test_wikipedia_opens_under_its_own_name(wikipedia, tmp_path):
 
 @pytest.mark.slow
 def test_wikipedia_trains_under_its_own_name(wikipedia, tmp_path):
-    """Fault: what is read cannot be trained on."""
+    """Fault: the rows cannot be trained on."""
     result = train(wikipedia, tmp_path / "run", devices=jax.devices()[:1])
     assert result["steps"] == 3
     assert result["heldout_loss"] > 0

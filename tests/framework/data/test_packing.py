@@ -14,14 +14,15 @@ LENGTHS = st.lists(st.integers(2, 40), max_size=12)
 
 
 def documents_of(lengths):
-    """Documents whose every token is different, so that a token names its place; 0 is left to padding."""
+    """Return documents in which all tokens differ, so that a token identifies its position; 0 is padding."""
     ends = np.cumsum(lengths)
     return [np.arange(end - length, end, dtype=np.int32) + 1 for length, end in zip(lengths, ends, strict=True)]
 
 
 @given(LENGTHS, st.integers(2, 17))
 def test_every_token_is_predicted_exactly_once_from_its_predecessor(lengths, row_length):
-    """Fault: a token lost or doubled where a document goes on in the next row, or predicted across documents."""
+    """Faults: a token is lost or doubled where a document continues in the next row; a token is predicted from another
+    document."""
     documents = documents_of(lengths)
     predicted = []
     for tokens, segments in pack(documents, row_length):
@@ -33,7 +34,7 @@ def test_every_token_is_predicted_exactly_once_from_its_predecessor(lengths, row
 
 @given(LENGTHS, st.integers(2, 17))
 def test_rows_are_full(lengths, row_length):
-    """Fault: room left in a row though documents follow, or segments that do not count from 1."""
+    """Faults: a row has free slots although documents follow; segments do not count from 1."""
     rows = list(pack(documents_of(lengths), row_length))
     for tokens, segments in rows:
         assert tokens.shape == segments.shape == (row_length,)
@@ -47,7 +48,7 @@ def test_rows_are_full(lengths, row_length):
 
 
 def test_known_rows(tmp_path):
-    """Fault: positions that do not restart, characters counted at tokens that are no targets, or wrong padding."""
+    """Faults: positions do not restart; characters count at tokens that are not targets; padding is wrong."""
     documents = [np.array([0, 5, 6, 0]), np.array([0, 7, 8, 9, 0])]
     kind, path = row_type(6, 10), epath.Path(tmp_path / "rows")
     written = shards.write(path, (to_bytes(row, kind) for row in pack(documents, 6)))
@@ -74,8 +75,8 @@ def test_known_rows(tmp_path):
     assert {name: array.tolist() for name, array in copy[1].items()} == expected[1]
 
 
-def test_the_hash_is_that_of_the_rows(tmp_path):
-    """Fault: a hash that leaves out an array, a row or the length of rows, or that depends on more than these."""
+def test_the_hash_depends_only_on_the_rows(tmp_path):
+    """Faults: the hash leaves out an array, a row or the row length; it depends on more than these."""
     documents = documents_of([9, 4, 17, 3])
 
     def content(name, documents=documents, row_length=6):
@@ -84,7 +85,7 @@ def test_the_hash_is_that_of_the_rows(tmp_path):
 
     first = content("first")
     assert content("again") == first
-    joined = [np.concatenate(documents[:2]), *documents[2:]]  # the same tokens in other segments
+    joined = [np.concatenate(documents[:2]), *documents[2:]]  # same tokens, other segments
     last = [*documents[:-1], documents[-1] + 1]
     others = [content("joined", joined), content("last", last), content("longer", row_length=40)]
     others.append(content("first of all", [documents[0][::-1], *documents[1:]]))
@@ -92,16 +93,16 @@ def test_the_hash_is_that_of_the_rows(tmp_path):
 
 
 @pytest.mark.parametrize("vocab_size", [256, 65536, 65537])
-def test_large_ids_survive_the_file(vocab_size):
-    """Fault: a type too small for the vocabulary."""
+def test_large_ids_are_stored(vocab_size):
+    """Fault: the integer type is too small for the vocabulary."""
     row = np.array([0, vocab_size - 1, vocab_size // 2], np.int32), np.ones(3, np.int32)
     kind = row_type(3, vocab_size)
     back = unpacked(to_bytes(row, kind), kind, np.zeros(vocab_size, np.int32))
     assert back["tokens"].tolist() == row[0].tolist()
 
 
-def test_a_failed_write_leaves_nothing(tmp_path):
-    """Fault: a half-written shard that the next run takes for a whole one."""
+def test_a_failed_write_leaves_no_shard(tmp_path):
+    """Fault: the next run uses a partly written shard."""
 
     def rows():
         yield b"row"

@@ -33,14 +33,14 @@ SMALL = {"vocab_size": 300, "source_length": 200, "target_length": 200}
 def wmt14(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tfds")
     splits = {"train": PAIRS[:30], "validation": PAIRS[30:34], "test": PAIRS[34:]}
-    # The set's first language is the one that it is not translated from here.
+    # The set's first language is the target here, not the source.
     prepare_wmt14(directory, "fr-en", {name: [pair[::-1] for pair in pairs] for name, pairs in splits.items()})
     return directory
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    """The vendored sample, prepared."""
+    """Prepare the vendored sample."""
     cache = tmp_path_factory.mktemp("cache")
     data = PairData(vocab_size=1024, source_length=144, target_length=144)
     data.prepare(cache)
@@ -48,7 +48,7 @@ def sample(tmp_path_factory):
 
 
 def decoded(data, cache, split):
-    """The pairs of a split, read out of its rows."""
+    """Return the pairs of a split, decoded from its rows."""
     decode, rows = data.decoder(cache), data.examples(split, cache)
     pairs = []
     for index in range(len(rows)):
@@ -62,20 +62,20 @@ def decoded(data, cache, split):
 
 
 def verses():
-    """(book, chapter, English, French) of every verse of the sample."""
+    """Return (book, chapter, English, French) of every verse of the sample."""
     for line in samples.read("web-lsg-nt.en-fr.tsv.xz").decode().splitlines():
         place, source, target = line.split("\t")
         yield *map(int, place.split(".")[:2]), source, target
 
 
 def places(**changes):
-    """The arguments of open_pairs."""
+    """Return the arguments of open_pairs."""
     fields = {"data_dir": "", "source_key": "en", "target_key": "fr", "source_column": 1, "target_column": 2}
     return fields | {"train_split": "train", "heldout_split": "test"} | changes
 
 
 def test_sample_is_split_by_chapter_and_repeated_sources_are_dropped(sample):
-    """Fault: verses of one chapter on both sides, sides exchanged, or held-out sources that are trained on."""
+    """Faults: verses of one chapter are in both splits; languages are swapped; held-out sources are trained on."""
     data, cache = sample
     chapters = {group: [] for group in range(20)}
     train = []
@@ -97,7 +97,7 @@ def test_sample_is_split_by_chapter_and_repeated_sources_are_dropped(sample):
 
 
 def test_rows_are_filled_in_order_and_each_pair_is_whole(sample):
-    """Fault: a row with room to spare, a pair cut in two, segments that differ between the sides."""
+    """Faults: a row has room for another pair; a pair is cut; segments differ between source and target."""
     data, cache = sample
     rows = data.examples("train", cache)
     spec = data.spec()
@@ -120,14 +120,14 @@ def test_rows_are_filled_in_order_and_each_pair_is_whole(sample):
             assert (row[side][len(filled) :] == 0).all()
         pairs = len(sizes["source"])
         assert pairs == len(sizes["target"]) > 0
-        if before:  # the first pair of this row would not have fitted into the one before
+        if before:  # the first pair of this row does not fit into the previous row
             source, target = before["source"] + sizes["source"][:1], before["target"] + sizes["target"][:1]
             assert not room.holds(len(source), sum(source) - len(source), sum(target) - 2 * len(target))
         before = sizes
 
 
-def test_one_pair_a_row(sample):
-    """Fault: held-out rows with several pairs, of which only one would be translated; or a limit that is not kept."""
+def test_one_pair_per_row(sample):
+    """Faults: held-out rows have several pairs, of which only one is translated; the limit is not respected."""
     data, cache = sample
     heldout = data.examples("heldout", cache)
     assert {int(heldout[index]["target_segments"].max()) for index in range(len(heldout))} == {1}
@@ -143,10 +143,10 @@ def test_one_pair_a_row(sample):
     [(0, [[10, 11], [12, 13], [14, 15, 16], [17]]), (2, [[10, 11], [12, 13], [14, 15], [16, 17]])],
 )
 def test_pairs_that_just_fit(tmp_path, limit, expected):
-    """Fault: off by one where a row is exactly full, on either side, or a limit of pairs that does not hold."""
+    """Faults: a row that is exactly full is off by one, on either side; the limit of pairs is ignored."""
     sizes = [(3, 2), (1, 1), (1, 2), (1, 2), (1, 1), (1, 1), (1, 1), (3, 3)]
     pairs = [(np.full(s, 10 + i, np.int32), np.full(t, 20 + i, np.int32)) for i, (s, t) in enumerate(sizes)]
-    room = Room(6, 8, limit)  # targets take a slot less than they have with both ends
+    room = Room(6, 8, limit)  # targets take one slot less than their tokens with both ends
     packer = Packer(room, 300)
     count, content, _ = shards.write(epath.Path(tmp_path / "a"), packer.pack(iter(pairs)))
     rows = shards.ShardRows([epath.Path(tmp_path / "a")], [count], packer)
@@ -164,8 +164,8 @@ def test_pairs_that_just_fit(tmp_path, limit, expected):
         rows[len(rows)]
 
 
-def test_tokenizer_is_of_both_sides_of_the_training_pairs(sample):
-    """Fault: a vocabulary of one language, or merges learnt from held-out text."""
+def test_tokenizer_is_trained_on_both_languages_of_the_training_pairs(sample):
+    """Fault: the vocabulary is of one language, or merges are learnt from held-out text."""
     data, cache = sample
     pairs = open_pairs("sample:nt", **places()).stream("train")
     expected = train_tokenizer(itertools.chain.from_iterable(pairs), 1024)
@@ -178,7 +178,8 @@ def write_tsv(path, pairs):
 
 
 def test_columns_of_tsv_files(tmp_path, capfd):
-    """Fault: other columns, malformed or empty rows that move others to another split, or what is dropped not told."""
+    """Faults: other columns are read; malformed or empty rows move others to another split; dropped rows are not
+    reported."""
     pairs = list(PAIRS)
     pairs[3], pairs[12], pairs[29] = ("", "empty"), ("long " * 200, "long"), PAIRS[0]
     source = write_tsv(tmp_path / "a.tsv", pairs)
@@ -205,7 +206,7 @@ def test_columns_of_tsv_files(tmp_path, capfd):
 
 
 def test_heldout_pairs_are_never_cut(tmp_path):
-    """Fault: BLEU over references that lack their ends, or over fewer pairs than there are."""
+    """Fault: BLEU is computed with truncated references or with too few pairs."""
     pairs = [*PAIRS[:19], ("word " * 100, "mot " * 90), *PAIRS[20:]]
     source = write_tsv(tmp_path / "a.tsv", pairs)
     fields = {"source": source, "source_column": 3, "target_column": 2, "vocab_size": 300}
@@ -218,8 +219,8 @@ def test_heldout_pairs_are_never_cut(tmp_path):
     assert decoded(data, tmp_path / "cache", "heldout")[1] == pairs[19]
 
 
-def test_the_fingerprint_is_of_the_content(tmp_path):
-    """Fault: a touched file taken for other data, or a changed target for the same."""
+def test_the_fingerprint_depends_on_the_content(tmp_path):
+    """Faults: a touched file counts as other data; a changed target does not."""
     fields = {"source_column": 3, "target_column": 2} | SMALL
     prints = []
     for name, pairs in (("a", PAIRS), ("b", PAIRS), ("c", [*PAIRS[:20], (PAIRS[20][0], "autre"), *PAIRS[21:]])):
@@ -245,7 +246,8 @@ print(json.dumps({"shape": next(batches.from_step(3))["target"].shape, "tensorfl
 
 
 def test_wmt14_is_read_by_the_names_of_its_features(wmt14, tmp_path):
-    """Fault: translation from French because the set has it first, another split, or TensorFlow in the input path."""
+    """Faults: the source is French because the set has it first; another split is read; TensorFlow is in the input
+    path."""
     command = [sys.executable, "-c", READ, str(wmt14), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"})
     assert done.returncode == 0, done.stderr
@@ -262,7 +264,7 @@ def test_wmt14_is_read_by_the_names_of_its_features(wmt14, tmp_path):
 
 
 def test_damaged_examples_of_a_tfds_set_are_named(tmp_path):
-    """Fault: text that is no UTF-8 ends in a traceback."""
+    """Fault: text that is not UTF-8 is a traceback."""
     bad = [("bad", b"\xff") if index == 2 else pair for index, pair in enumerate(PAIRS[:12])]
     prepare_wmt14(tmp_path, "en-fr", {"train": bad, "test": PAIRS[12:15]})
     pairs = open_pairs("tfds:wmt14_translate/en-fr:1.0.0", **places(data_dir=str(tmp_path)))
@@ -272,7 +274,7 @@ def test_damaged_examples_of_a_tfds_set_are_named(tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_random_access_equals_the_stream_on_any_number_of_processes(sample, processes):
-    """Fault: an example that depends on who reads it, or on what was read before."""
+    """Fault: an example depends on the reading process or on earlier reads."""
     data, cache = sample
     rows = data.examples("train", cache)
     whole = Batches(rows, seed=3, global_batch_size=8, rows=range(8)).from_step(0)
@@ -286,7 +288,7 @@ def test_random_access_equals_the_stream_on_any_number_of_processes(sample, proc
 
 
 def test_unusable_sources_are_one_line(tmp_path, wmt14):
-    """Fault: a wrong name found out late, with a traceback, or after something was written."""
+    """Fault: a wrong name is found late, with a traceback, or after files were written."""
     few = write_tsv(tmp_path / "few.tsv", PAIRS[:5])
     (tmp_path / "gpt.json").write_text(
         train_tokenizer((text for pair in PAIRS for text in pair), 300).to_str().replace("<|endoftext|>", "<|other|>")
@@ -317,6 +319,6 @@ def test_unusable_sources_are_one_line(tmp_path, wmt14):
     ],
 )
 def test_fields_are_checked(fields, message):
-    """Fault: nonsense accepted at construction and met in the middle of a run."""
+    """Fault: an invalid value is accepted at construction and fails in the middle of a run."""
     with pytest.raises(ValueError, match=message):
         PairData(**fields)

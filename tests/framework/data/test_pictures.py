@@ -15,7 +15,7 @@ from shampax.framework.data.images.pictures import NotAnImage
 
 
 def png_that_says(width, height):
-    """A PNG file of a few bytes whose header promises so many pixels."""
+    """Return a PNG file of a few bytes whose header claims so many pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
 
     def chunk(kind, content):
@@ -25,7 +25,7 @@ def png_that_says(width, height):
 
 
 def test_every_kind_of_jpeg_and_png_becomes_rgb():
-    """Fault: grey, palette, transparent or CMYK files, all of which ImageNet has, end in another shape."""
+    """Fault: grey, palette, transparent or CMYK files, all of which ImageNet has, get another shape."""
     image = Image.fromarray(photo(1))
     for mode, kind in (("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("1", "PNG"), ("RGB", "PNG")):
         file = io.BytesIO()
@@ -49,8 +49,9 @@ def test_every_kind_of_jpeg_and_png_becomes_rgb():
         (png_that_says(30_000, 30_000), "DecompressionBombError"),
     ],
 )
-def test_what_is_no_image_is_refused(content, reason):
-    """Fault: a file cut short is filled up with grey, a bomb fills the memory, or other parsers meet what is read."""
+def test_invalid_images_are_refused(content, reason):
+    """Faults: a truncated file is filled with grey; a decompression bomb exhausts the memory; other parsers read the
+    file."""
     with pytest.raises(NotAnImage, match=reason):
         pictures.decode(content)
 
@@ -58,7 +59,7 @@ def test_what_is_no_image_is_refused(content, reason):
 @settings(deadline=None, max_examples=100)
 @given(st.sampled_from(["JPEG", "PNG"]), st.lists(st.tuples(st.integers(0, 10**6), st.binary(min_size=1, max_size=4))))
 def test_damaged_files_are_decoded_or_refused(kind, damage):
-    """Fault: a parser's own exception ends the run."""
+    """Fault: an exception of the parser ends the run."""
     content = bytearray(encoded(photo(1, 8, 8), kind))
     for place, new in damage:
         place %= len(content)
@@ -69,8 +70,8 @@ def test_damaged_files_are_decoded_or_refused(kind, damage):
 
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 500), st.integers(1, 500), st.integers(0, 2**31))
-def test_random_boxes_lie_inside_and_have_the_shapes_allowed(height, width, seed):
-    """Fault: a box that leaves the image, height and width mixed up, or areas and shapes beyond their ranges."""
+def test_random_boxes_are_inside_and_have_allowed_shapes(height, width, seed):
+    """Faults: a box leaves the image; height and width are swapped; areas or shapes are out of range."""
     rng = np.random.default_rng(seed)
     left, top, right, bottom = pictures.random_box(height, width, rng, area=(0.08, 1.0), aspect=(0.75, 4 / 3))
     assert 0 <= left < right <= width
@@ -81,8 +82,8 @@ def test_random_boxes_lie_inside_and_have_the_shapes_allowed(height, width, seed
         assert 0.07 < wide * high / (height * width) < 1.001
 
 
-def test_random_boxes_are_spread_over_area_and_place():
-    """Fault: sides drawn in place of areas, or boxes that favour a corner."""
+def test_random_boxes_vary_in_area_and_position():
+    """Faults: sides are drawn instead of areas; boxes prefer a corner."""
     rng = np.random.default_rng(0)
     boxes = np.array([pictures.random_box(400, 400, rng, area=(0.08, 1.0), aspect=(1.0, 1.0)) for _ in range(2000)])
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / 400**2
@@ -91,13 +92,13 @@ def test_random_boxes_are_spread_over_area_and_place():
 
 
 def test_a_strip_has_a_centred_box():
-    """Fault: no box where none of ten draws fits, or one of a shape that is not allowed."""
+    """Faults: no box if none of ten draws fits; its shape is not allowed."""
     box = pictures.random_box(10, 1_000, np.random.default_rng(0), area=(0.9, 1.0), aspect=(0.5, 2.0))
     assert box == (490, 0, 510, 10)
 
 
-def test_the_central_crop_is_that_of_a_resized_image():
-    """Fault: another part or scale than the central 224 of an image resized to 256."""
+def test_the_central_crop_equals_that_of_a_resized_image():
+    """Fault: the crop is not the central 224 of an image resized to 256."""
     image = photo(3, 512, 640)
     direct = pictures.resized(image, pictures.central_box(512, 640, 0.875), 224)
     picture = Image.fromarray(image).resize((320, 256), Image.Resampling.BILINEAR).crop((48, 16, 272, 240))
@@ -105,8 +106,8 @@ def test_the_central_crop_is_that_of_a_resized_image():
 
 
 @pytest.mark.parametrize(("down", "right"), [(0, 0), (2, 0), (-1, 3), (0, -2)])
-def test_shifted(down, right):
-    """Fault: pixels that come in again on the other side, or a move the other way."""
+def test_shifts_fill_with_zeros(down, right):
+    """Faults: pixels reappear on the other side; the shift has the opposite direction."""
     image = photo(1, 8, 9)
     moved = pictures.shifted(image, down, right)
     for row in range(8):

@@ -10,7 +10,7 @@ from shampax.framework.data.pipeline import Batches, HeldoutBatches
 
 
 class Numbers:
-    """Examples that carry their own index, from 1, and a record of those read."""
+    """Examples with their own index, from 1, and a list of the indices that were read."""
 
     def __init__(self, count):
         self.count = count
@@ -31,7 +31,7 @@ class Numbers:
     st.lists(st.integers(0, 11), min_size=1, max_size=12, unique=True),
     st.integers(0, 2**31 - 1),
 )
-def test_rows_are_the_same_whoever_reads_them(count, number, rows, seed):
+def test_rows_do_not_depend_on_the_number_of_processes(count, number, rows, seed):
     """Fault: another number of processes trains on other batches, or on the same in another order."""
     whole, part = (
         Batches(Numbers(count), seed=seed, global_batch_size=12, rows=wanted)[number] for wanted in (range(12), rows)
@@ -40,8 +40,8 @@ def test_rows_are_the_same_whoever_reads_them(count, number, rows, seed):
     assert part["number"].tolist() == whole["number"][rows].tolist()
 
 
-def test_augmentation_is_a_function_of_seed_and_place():
-    """Fault: random numbers that depend on who reads an example, on the order of reading, or on its index alone."""
+def test_augmentation_is_a_function_of_seed_and_position():
+    """Fault: random numbers depend on the reading process, on the reading order, or only on the index."""
 
     def augment(example, rng):
         return example | {"noise": rng.integers(2**31)}
@@ -61,7 +61,7 @@ def test_augmentation_is_a_function_of_seed_and_place():
     assert batches(1)[4]["noise"].tolist() != whole[4]["noise"].tolist()
 
 
-def test_only_the_rows_asked_for_are_read():
+def test_only_requested_rows_are_read():
     """Fault: every process reads the whole batch."""
     source = Numbers(64)
     batch = Batches(source, seed=0, global_batch_size=16, rows=[3, 9])[2]
@@ -69,24 +69,24 @@ def test_only_the_rows_asked_for_are_read():
 
 
 @pytest.mark.parametrize("number", [0, 1, 7, 23])
-def test_streams_begin_anywhere(number):
-    """Fault: a resumed run reads other batches, or the read-ahead reorders them."""
+def test_streams_start_at_any_step(number):
+    """Faults: a resumed run reads other batches; prefetching reorders them."""
     batches = Batches(Numbers(50), seed=3, global_batch_size=8, rows=[1, 2, 6])
     again = Batches(Numbers(50), seed=3, global_batch_size=8, rows=[1, 2, 6])
     for offset, batch in enumerate(itertools.islice(batches.from_step(number), 12)):
         assert batch["number"].tolist() == again[number + offset]["number"].tolist()
 
 
-def test_there_is_no_batch_before_the_first():
-    """Fault: a wrong number read from the end of an epoch in silence."""
+def test_negative_indices_are_refused():
+    """Fault: a negative step silently reads the end of an epoch."""
     with pytest.raises(IndexError):
         Batches(Numbers(50), seed=3, global_batch_size=8, rows=range(8))[-1]
     with pytest.raises(IndexError):
         HeldoutBatches(Numbers(50), global_batch_size=8, rows=range(8))[-1]
 
 
-def test_epochs_hold_every_example_once_in_their_own_order():
-    """Fault: no shuffling, the same order in every epoch, examples dropped at its end, or a seed without effect."""
+def test_epochs_have_every_example_once_in_different_orders():
+    """Faults: no shuffling; every epoch has the same order; examples are dropped at its end; the seed has no effect."""
 
     def epochs(seed):
         batches = Batches(Numbers(10), seed=seed, global_batch_size=4, rows=range(4))
@@ -103,7 +103,7 @@ def test_epochs_hold_every_example_once_in_their_own_order():
 
 @pytest.mark.parametrize(("count", "batches"), [(1, 1), (8, 1), (9, 2), (21, 3)])
 def test_heldout_pass(count, batches):
-    """Fault: held-out examples left out or read twice, or padding that carries weight."""
+    """Faults: held-out examples are missing or read twice; padding has weight."""
     expected = np.array([*range(1, count + 1), *[0] * (8 * batches - count)]).reshape(batches, 8)
     for rows in (range(8), [0, 1, 6, 7], [5]):
         held = HeldoutBatches(Numbers(count), global_batch_size=8, rows=rows)

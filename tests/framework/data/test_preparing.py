@@ -28,7 +28,7 @@ TEXTS = [" ".join(WORDS[(i * k) % 13] for k in range(3, 30)) + f". Number {i} en
 
 @pytest.fixture
 def sources(tmp_path):
-    """One small data set of each kind, in several shards, by name."""
+    """Return one small data set of each kind, in several shards, by name."""
     text, pairs, clicks = (tmp_path / name for name in ("a.txt", "a.tsv", "clicks.txt"))
     text.write_text("\f".join(TEXTS))
     pairs.write_text("".join(f"{i} {text[:50]}\t{text[50:100]}\n" for i, text in enumerate(TEXTS)))
@@ -48,7 +48,7 @@ def sources(tmp_path):
 
 
 def content(folder):
-    """The bytes of all files under a folder, by name."""
+    """Return the bytes of all files in a folder, by name."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -59,8 +59,8 @@ def in_shares(data, folder, processes=1):
 
 
 @pytest.mark.parametrize("kind", ["text", "pairs", "masked", "clicks"])
-def test_batches_are_those_of_a_run_that_prepares_itself(sources, tmp_path, kind):
-    """Fault: shards in another order, rows of another share, or a source that is still asked for."""
+def test_a_prepared_cache_gives_the_same_batches(sources, tmp_path, kind):
+    """Faults: shards are in another order; rows are of another process; the source is still needed."""
     data = sources[kind]
     data.prepare(tmp_path / "run")
     in_shares(data, tmp_path / "here", processes=3)
@@ -70,7 +70,7 @@ def test_batches_are_those_of_a_run_that_prepares_itself(sources, tmp_path, kind
     there = dataclasses.replace(data, prepared=str(tmp_path / "here"))
     there.prepare(tmp_path / "unused")
     assert not (tmp_path / "unused").exists()
-    (tmp_path / data.source.rpartition("/")[2]).write_bytes(b"")  # a run in its workdir looks at its source
+    (tmp_path / data.source.rpartition("/")[2]).write_bytes(b"")  # a run with its own workdir reads its source
     with pytest.raises(UserError):
         data.examples("train", tmp_path / "run")
     runs = [dataclasses.replace(data, prepared=str(tmp_path / name)) for name in ("run", "here")]
@@ -84,8 +84,8 @@ def test_batches_are_those_of_a_run_that_prepares_itself(sources, tmp_path, kind
     jax.tree.map(np.testing.assert_array_equal, judged[0][0], judged[1][0])
 
 
-def test_workers_make_the_same_bytes(sources, tmp_path):
-    """Fault: rows that depend on who makes them, or a worker that makes another's shards, or none."""
+def test_any_number_of_workers_writes_the_same_bytes(sources, tmp_path):
+    """Faults: rows depend on the worker; a worker writes the shards of another, or none."""
     in_shares(sources["pairs"], tmp_path / "alone")
     preparing.run(sources["pairs"], paths.of(tmp_path / "two"), workers=2)
     assert content(tmp_path / "two") == content(tmp_path / "alone")
@@ -109,8 +109,8 @@ preparing.run(data, paths.of(sys.argv[2]), workers=1)
 """
 
 
-def test_a_killed_preparation_goes_on(sources, tmp_path, monkeypatch):
-    """Fault: a half-written shard is taken for a whole one, shards are made twice, or leftovers stay."""
+def test_a_killed_preparation_resumes(sources, tmp_path, monkeypatch):
+    """Faults: a partly written shard counts as complete; shards are written twice; temporary files remain."""
     data = sources["text"]
     arguments = ["--config=shampax/configs/lm.py:sample", f"--output={tmp_path}/killed", "--workers=1"]
     knobs = {"source": data.source, "sequence_length": 16, "shard_size": 9}
@@ -130,8 +130,8 @@ def test_a_killed_preparation_goes_on(sources, tmp_path, monkeypatch):
     assert len(made) == (total - 3) + total
 
 
-def test_what_does_not_fit_is_one_line(sources, tmp_path, capsys):
-    """Fault: rows of other settings are trained on, a missing shard is found out at its first row, or a traceback."""
+def test_a_cache_that_does_not_match_is_one_line(sources, tmp_path, capsys):
+    """Faults: rows of other settings are trained on; a missing shard is found at its first row; a traceback."""
     data, place = sources["text"], tmp_path / "here"
     there = dataclasses.replace(data, prepared=str(place))
     with pytest.raises(UserError, match=r"holds no prepared data. To make them, run .*launch\.prepare"):
@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_one_line(sources, tmp_path, capsys):
 
 
 def test_a_worker_that_fails_or_dies_is_one_line():
-    """Fault: a preparation that waits for a worker which the kernel has killed, or hides why another one stopped."""
+    """Faults: a preparation waits for a worker that was killed; it hides why another one failed."""
     spawn = multiprocessing.get_context("spawn")
     with pytest.raises(UserError, match="is not shipped"):
         workers.run_in_processes(spawn, open_documents, [("sample:enwiki",), ("sample:none",)])

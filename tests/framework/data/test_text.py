@@ -21,7 +21,7 @@ TEXTS = [f"Document {i}: {'naïve 漢字 text ' * (i % 5 + 1)}🙂" for i in ran
 
 
 def prepare_tfds(directory, name, config, version, splits, file_format="array_record"):
-    """Writes `splits` (name -> texts) as a tfds data set under a real name, offline."""
+    """Write `splits` (name -> texts) as a tfds data set under a real name, offline."""
     with tfds.core.registered.skip_registration():
 
         class Builder(tfds.core.GeneratorBasedBuilder):
@@ -55,7 +55,7 @@ def tfds_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    """The vendored sample, prepared with a small vocabulary."""
+    """Prepare the vendored sample with a small vocabulary."""
     cache = tmp_path_factory.mktemp("cache")
     data = TextData(vocab_size=512, sequence_length=128)
     data.prepare(cache)
@@ -63,7 +63,7 @@ def sample(tmp_path_factory):
 
 
 def decoded(data, cache, split):
-    """The documents of a split, put together again from its rows."""
+    """Return the documents of a split, joined from its rows."""
     tokenizer, rows = data.load_tokenizer(cache), data.examples(split, cache)
     targets = []
     for i in range(len(rows)):
@@ -76,7 +76,7 @@ def decoded(data, cache, split):
 
 
 def test_sample_splits(sample):
-    """Fault: text lost in packing, a document cut at the wrong separator, or a held-out article in training."""
+    """Faults: packing loses text; a document is split at the wrong separator; a held-out article is in training."""
     data, cache = sample
     everything = [
         text for split in ("train", "heldout") for text in documents.open_documents(data.source).stream(split)
@@ -90,7 +90,7 @@ def test_sample_splits(sample):
 
 
 def test_tokenizer_sees_training_documents_only(sample):
-    """Fault: merges learnt from held-out text, which flatter bits per character."""
+    """Fault: merges are learnt from held-out text, which lowers bits per character."""
     data, cache = sample
     expected = train_tokenizer(documents.open_documents(data.source).stream("train"), data.vocab_size)
     assert data.load_tokenizer(cache).get_vocab() == expected.get_vocab()
@@ -98,7 +98,7 @@ def test_tokenizer_sees_training_documents_only(sample):
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_characters_add_up_to_the_text(sample, split):
-    """Fault: bits per character over a wrong number of characters (split pieces, ends, multi-byte characters)."""
+    """Fault: bits per character use a wrong number of characters (split pieces, ends, multi-byte characters)."""
     data, cache = sample
     rows = data.examples(split, cache)
     counted = sum(int(rows[i]["characters"].sum()) for i in range(len(rows)))
@@ -106,7 +106,7 @@ def test_characters_add_up_to_the_text(sample, split):
 
 
 def test_cache_is_used_and_stale_caches_are_not(tmp_path, capfd):
-    """Fault: packing again on every start, or old rows for new settings or changed files."""
+    """Faults: every start packs again; old rows are used for new settings or changed files."""
     texts = tmp_path / "texts"
     texts.mkdir()
     for i, text in enumerate(TEXTS):
@@ -127,11 +127,11 @@ def test_cache_is_used_and_stale_caches_are_not(tmp_path, capfd):
     longer = TextData(source=data.source, sequence_length=64, vocab_size=300)
     longer.prepare(cache)
     assert longer.examples("train", cache)[0]["tokens"].shape == (65,)
-    assert len(list(cache.glob("tokenizer-*.json"))) == 2  # the one before the change, and one for both lengths
+    assert len(list(cache.glob("tokenizer-*.json"))) == 2  # one from before the change, and one for both lengths
 
 
 def test_form_feeds_separate_documents_in_a_file(tmp_path):
-    """Fault: several documents of one file read as one, or the separator kept as text."""
+    """Faults: several documents of a file are one; the separator is kept as text."""
     (tmp_path / "a.txt").write_bytes("\n\f".join(TEXTS[:15]).encode())
     (tmp_path / "b.txt").write_bytes("\f".join(TEXTS[15:]).encode() + b"\n\f")
     source = documents.open_documents(f"file:{tmp_path}/*.txt")
@@ -140,8 +140,8 @@ def test_form_feeds_separate_documents_in_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["a\fb", "a\n\f\r\n\fb\r\f", "\f\f", "a\n", "a\n\r\fb\r\r\n\fc" * 3, ""])
-def test_documents_are_cut_wherever_a_read_ends(tmp_path, monkeypatch, content):
-    """Fault: a separator that spans two reads is missed, or a newline kept that belongs to no document."""
+def test_documents_do_not_depend_on_where_a_read_ends(tmp_path, monkeypatch, content):
+    """Faults: a separator that spans two reads is missed; a newline between documents is kept."""
     path = tmp_path / "a.txt"
     path.write_bytes(content.encode() + b"x\f" * 10)
     expected = [text for text in re.split("\r?\n?\f", content + "x\f" * 10) if text]
@@ -152,8 +152,8 @@ def test_documents_are_cut_wherever_a_read_ends(tmp_path, monkeypatch, content):
         assert sorted(found) == sorted(expected)
 
 
-def test_a_text_without_end_is_no_document(tmp_path, monkeypatch):
-    """Fault: a device image taken for text fills the memory."""
+def test_an_endless_text_is_malformed(tmp_path, monkeypatch):
+    """Fault: a binary image read as text exhausts the memory."""
     monkeypatch.setattr(documents, "_LONGEST_DOCUMENT", 9)
     (tmp_path / "a.txt").write_text("x\f" * 10 + "123456789x" + "\f12345678\f")
     train = list(documents.open_documents(f"file:{tmp_path}/a.txt").stream("train"))
@@ -161,7 +161,7 @@ def test_a_text_without_end_is_no_document(tmp_path, monkeypatch):
 
 
 def bad_documents(folder):
-    """40 documents of one file, of which 7 and 25 are not UTF-8, and 10 neither, which is held out."""
+    """Write 40 documents in one file. Documents 7 and 25, and the held-out 10, are not UTF-8."""
     parts = [text.encode() for text in TEXTS]
     for index in (6, 9, 24):
         parts[index] = parts[index][:5] + b"\xff" + parts[index][5:]
@@ -170,7 +170,7 @@ def bad_documents(folder):
 
 
 def test_malformed_documents_are_skipped_up_to_a_limit(tmp_path, capfd):
-    """Fault: one bad document costs its whole file, moves the others to another split, or is skipped in silence."""
+    """Faults: one bad document loses its whole file, moves others to another split, or is skipped without a message."""
     source, cache = bad_documents(tmp_path), tmp_path / "cache"
     fields = {"source": source, "sequence_length": 32, "vocab_size": 300}
     with pytest.raises(UserError, match=r"max_malformed=1: 2 records are malformed .*document 7: .*document 25:"):
@@ -191,8 +191,8 @@ def test_malformed_documents_are_skipped_up_to_a_limit(tmp_path, capfd):
     ]
 
 
-def test_prepared_rows_tell_what_they_lack(tmp_path, capfd):
-    """Fault: a limit that holds only where rows are made, or skipped documents forgotten once they are."""
+def test_prepared_rows_record_skipped_documents(tmp_path, capfd):
+    """Faults: the limit applies only when rows are written; skipped documents are forgotten after that."""
     fields = {"source": bad_documents(tmp_path), "sequence_length": 32, "vocab_size": 300}
     TextData(**fields, max_malformed=2).prepare(tmp_path / "cache")
     capfd.readouterr()
@@ -203,8 +203,8 @@ def test_prepared_rows_tell_what_they_lack(tmp_path, capfd):
         TextData(**fields).prepare(tmp_path / "cache")
 
 
-def test_a_column_of_a_tsv_file_holds_the_documents(tmp_path):
-    """Fault: another column, rows taken for one document, or a row without the column that ends the run."""
+def test_documents_of_a_tsv_column(tmp_path):
+    """Faults: another column is read; all rows are one document; a row without the column ends the run."""
     lines = [f"{i}\t{text}\t" for i, text in enumerate(TEXTS)]
     lines[3] = "no columns"
     (tmp_path / "a.tsv.xz").write_bytes(lzma.compress("\n".join(lines).encode()))
@@ -217,7 +217,7 @@ def test_a_column_of_a_tsv_file_holds_the_documents(tmp_path):
 
 
 def test_malformed_documents_of_a_tfds_set_are_named(tmp_path):
-    """Fault: prepared data that are damaged or no UTF-8 end in a traceback, or cost the documents beside them."""
+    """Faults: damaged data or text that is not UTF-8 is a traceback, or loses other documents."""
     texts = [b"bad \xff" if i == 2 else text.encode() for i, text in enumerate(TEXTS)]
     prepare_tfds(tmp_path, "lm1b", None, "1.1.0", {"train": texts[:30], "test": texts[30:]})
     splits = {"train_split": "train", "heldout_split": "test"}
@@ -243,7 +243,7 @@ def test_malformed_documents_of_a_tfds_set_are_named(tmp_path):
 
 
 def test_max_documents(tmp_path, tfds_dir):
-    """Fault: a bound that packing or tokenizer training ignores."""
+    """Fault: packing or tokenizer training ignores the limit."""
     data = TextData(source="tfds:c4/en:3.1.0", data_dir=str(tfds_dir), vocab_size=300, max_documents=3)
     data.prepare(tmp_path)
     assert len(decoded(data, tmp_path, "train")) == len(decoded(data, tmp_path, "heldout")) == 3
@@ -265,7 +265,7 @@ print(json.dumps({"shape": next(batches.from_step(3))["tokens"].shape, "tensorfl
 
 @pytest.mark.parametrize(("source", "heldout"), [("tfds:lm1b:1.1.0", "test"), ("tfds:c4/en:3.1.0", "validation")])
 def test_prepared_tfds_sets_are_read_without_tensorflow(tmp_path, tfds_dir, source, heldout):
-    """Fault: real data names that do not open, splits mixed up, or TensorFlow's 2.5 s import in the input path."""
+    """Faults: real names of data do not open; splits are swapped; TensorFlow's import adds 2.5 s to the input path."""
     command = [sys.executable, "-c", READ, source, str(tfds_dir), heldout, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"})
     assert done.returncode == 0, done.stderr
@@ -276,7 +276,7 @@ def test_prepared_tfds_sets_are_read_without_tensorflow(tmp_path, tfds_dir, sour
 
 
 def test_given_tokenizer(sample, tmp_path):
-    """Fault: a tokenizer file that is ignored, or replaced without the rows being packed again."""
+    """Faults: a tokenizer file is ignored, or replaced without packing the rows again."""
     data, cache = sample
     (path,) = cache.glob("tokenizer-*.json")
     given = TextData(vocab_size=600, sequence_length=128, tokenizer=str(path))
@@ -287,7 +287,7 @@ def test_given_tokenizer(sample, tmp_path):
 
 
 def test_unusable_sources_are_one_line_and_write_nothing(tmp_path, tfds_dir):
-    """Fault: a wrong path or name found out late, with a traceback, or after something was written."""
+    """Fault: a wrong path or name is found late, with a traceback, or after files were written."""
     few = tmp_path / "few"
     few.mkdir()
     (few / "a.txt").write_text("one document")
@@ -325,7 +325,7 @@ def test_unusable_sources_are_one_line_and_write_nothing(tmp_path, tfds_dir):
 
 
 def test_tfds_sets_without_random_access_or_files_are_refused(tmp_path):
-    """Fault: a TFRecord set or a missing shard fails somewhere inside tfds, after packing has begun."""
+    """Fault: a TFRecord set or a missing shard fails inside tfds after packing has begun."""
     prepare_tfds(tmp_path, "lm1b", None, "1.1.0", {"train": TEXTS[:30], "test": TEXTS[30:]})
     data = TextData(source="tfds:lm1b:1.1.0", data_dir=str(tmp_path), heldout_split="test", vocab_size=300)
     (shard,) = (tmp_path / "lm1b" / "1.1.0").glob("*test*")
@@ -340,7 +340,7 @@ def test_tfds_sets_without_random_access_or_files_are_refused(tmp_path):
 
 
 def test_a_damaged_sample_is_refused(tmp_path, monkeypatch):
-    """Fault: results on text that is not the one the notice describes."""
+    """Fault: results are of another text than the notice describes."""
     source = documents.open_documents("sample:enwiki")
     monkeypatch.setattr(samples.lzma, "decompress", lambda content: b"other text")
     with pytest.raises(UserError, match="sha256"):
@@ -359,6 +359,6 @@ def test_a_damaged_sample_is_refused(tmp_path, monkeypatch):
     ],
 )
 def test_fields_are_checked(fields, message):
-    """Fault: nonsense accepted at construction and met in the middle of a run."""
+    """Fault: an invalid value is accepted at construction and fails in the middle of a run."""
     with pytest.raises(ValueError, match=message):
         TextData(**fields)

@@ -35,7 +35,7 @@ def tokenizer():
 
 
 def test_training_is_deterministic(tokenizer):
-    """Fault: ids that depend on hash seeds or thread counts, so that processes or reruns disagree."""
+    """Fault: ids depend on hash seeds or thread counts, so that processes or reruns disagree."""
     hashes = {hashlib.sha256(tokenizer.to_str().encode()).hexdigest()}
     for threads in ("1", "2"):
         environment = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
@@ -45,11 +45,12 @@ def test_training_is_deterministic(tokenizer):
     assert len(hashes) == 1
 
 
-# Surrogates alone are no text: UTF-8 cannot hold them.
+# UTF-8 cannot encode single surrogates.
 @settings(deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=4))
-def test_any_text_comes_back_and_its_characters_are_counted(tokenizer, documents):
-    """Fault: a normaliser, a prefix space, an unknown token, or characters counted by byte or by token."""
+def test_any_text_round_trips_and_its_characters_are_counted(tokenizer, documents):
+    """Faults: a normaliser, a prefix space or an unknown token changes text; bytes or tokens are counted instead of
+    characters."""
     characters = characters_per_token(tokenizer, 600)
     encoded = list(encode(tokenizer, documents))
     assert [text for text, _ in encoded] == documents
@@ -61,7 +62,7 @@ def test_any_text_comes_back_and_its_characters_are_counted(tokenizer, documents
 
 
 def test_the_end_token_inside_a_document_is_text(tokenizer, tmp_path):
-    """Fault: text that spells the end token ends the document, also after a tokenizer was saved and loaded."""
+    """Fault: text that spells the end token ends the document, also after saving and loading a tokenizer."""
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer.to_str())
     for each in (tokenizer, load_tokenizer(path, 600)):
@@ -70,8 +71,8 @@ def test_the_end_token_inside_a_document_is_text(tokenizer, tmp_path):
         assert each.decode(ids.tolist(), skip_special_tokens=True) == f"a{END_OF_DOCUMENT}b"
 
 
-def test_an_interruption_is_no_fault_of_the_tokenizer(tokenizer):
-    """Fault: Ctrl-C while text is packed is told as a document that cannot be read."""
+def test_an_interrupt_is_not_a_tokenizer_error(tokenizer):
+    """Fault: Ctrl-C during packing is reported as a document that cannot be read."""
 
     class Interrupted:
         def token_to_id(self, token):
@@ -85,7 +86,7 @@ def test_an_interruption_is_no_fault_of_the_tokenizer(tokenizer):
 
 
 def test_vocabulary_is_bytes_then_merges(tokenizer):
-    """Fault: the end token is not id 0, or bytes are missing from the alphabet because the text has none."""
+    """Faults: the end token is not id 0; bytes that do not occur in the text are missing."""
     vocabulary = tokenizer.get_vocab()
     assert vocabulary[END_OF_DOCUMENT] == 0
     assert sorted(vocabulary.values()) == list(range(600))
@@ -93,7 +94,7 @@ def test_vocabulary_is_bytes_then_merges(tokenizer):
 
 
 def test_unusable_files_are_refused(tokenizer, tmp_path):
-    """Fault: a tokenizer that changes text, has no end token or is too large is found out after training."""
+    """Fault: a tokenizer that changes text, has no end token or is too large is found after training."""
     path = tmp_path / "tokenizer.json"
     with pytest.raises(UserError, match="cannot be read"):
         load_tokenizer(path, 600)

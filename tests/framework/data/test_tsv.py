@@ -19,8 +19,8 @@ def rows(tmp_path, content, name="a.tsv"):
     return [str(row).removeprefix(f"{tmp_path}/") if isinstance(row, Malformed) else row for row in tsv.read(path)]
 
 
-def test_fields_are_kept_as_they_are(tmp_path):
-    """Fault: an empty field taken for a missing one, a carriage return kept, or the last line dropped."""
+def test_fields_are_not_changed(tmp_path):
+    """Faults: an empty field counts as missing; a carriage return is kept; the last line is dropped."""
     content = "1\t-12\ta b\r\n0\t\t\n1\t9\t漢\u2028字"
     assert rows(tmp_path, content.encode()) == [["1", "-12", "a b"], ["0", "", ""], ["1", "9", "漢\u2028字"]]
 
@@ -36,14 +36,14 @@ def test_fields_are_kept_as_they_are(tmp_path):
     ],
 )
 def test_malformed_rows_are_named_and_the_others_kept(tmp_path, line, reason):
-    """Fault: a bad row that ends the reading, or passes for a good one."""
+    """Faults: a bad row ends the reading; a bad row counts as good."""
     good = b"1\t2\t3\t4\n"
     fields = ["1", "2", "3", "4"]
     assert rows(tmp_path, good + line + b"\n" + good) == [fields, f"a.tsv, row 2: {reason}", fields]
 
 
-def test_without_columns_the_first_readable_row_decides(tmp_path):
-    """Fault: a bad first row that makes all others bad."""
+def test_the_first_readable_row_sets_the_number_of_columns(tmp_path):
+    """Fault: a bad first row makes all others malformed."""
     assert rows(tmp_path, b"\xff\na\tb\n\t\nc\n") == [
         "a.tsv, row 1: not UTF-8 at byte 0",
         ["a", "b"],
@@ -52,8 +52,8 @@ def test_without_columns_the_first_readable_row_decides(tmp_path):
     ]
 
 
-def test_a_line_without_end_is_malformed(tmp_path, monkeypatch):
-    """Fault: a line cut at the limit and taken for two rows, or one that hides the rows after it."""
+def test_a_too_long_line_is_malformed(tmp_path, monkeypatch):
+    """Faults: a line cut at the limit counts as two rows; it hides the rows after it."""
     monkeypatch.setattr(tsv, "LONGEST_ROW", 8)
     monkeypatch.setattr(files, "_CHUNK", 3)
     content = b"a\tb\n" + 100 * b"x" + b"\nc\td\n" + 9 * b"y"
@@ -65,8 +65,8 @@ def test_a_line_without_end_is_malformed(tmp_path, monkeypatch):
     ]
 
 
-def test_a_line_without_end_is_not_held(tmp_path, monkeypatch):
-    """Fault: a file without line ends fills the memory."""
+def test_a_too_long_line_is_not_kept_in_memory(tmp_path, monkeypatch):
+    """Fault: a file without line ends exhausts the memory."""
     monkeypatch.setattr(files, "_chunks", lambda *_: (b"x" * 2**20 for _ in range(50)))
     tracemalloc.start()
     assert len(list(files.pieces(tmp_path, b"\n", 2**21))) == 1
@@ -78,7 +78,7 @@ def test_a_line_without_end_is_not_held(tmp_path, monkeypatch):
 @settings(deadline=None, max_examples=60)
 @given(BYTES.map(b"".join), st.integers(1, 5))
 def test_rows_do_not_depend_on_how_a_file_is_read(tmp_path_factory, content, size):
-    """Fault: a row cut where a read ends, or a last empty row that there is not."""
+    """Faults: a row is cut where a read ends; an empty last row is added."""
     tmp_path = tmp_path_factory.mktemp("rows")
     whole = rows(tmp_path, content)
     assert len(whole) == content.count(b"\n") + bool(content and not content.endswith(b"\n"))
@@ -89,7 +89,7 @@ def test_rows_do_not_depend_on_how_a_file_is_read(tmp_path_factory, content, siz
 
 @pytest.mark.parametrize(("suffix", "compress"), [(".xz", lzma.compress), (".gz", gzip.compress)])
 def test_compressed_files(tmp_path, suffix, compress):
-    """Fault: a file cut short passes for a whole one, or fails with a traceback."""
+    """Faults: a truncated file counts as complete, or is a traceback."""
     content = compress(b"a\tb\n" * 10_000)
     assert rows(tmp_path, content, name=f"a.tsv{suffix}") == [["a", "b"]] * 10_000
     for damaged in (content[:-20], content[:30] + b"damaged" + content[37:], b"plain text"):

@@ -64,8 +64,8 @@ EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:84", "JAX_NUM_PROCESSES": "4", 
         ),
     ],
 )
-def test_the_environment_says_which_process_of_a_run_this_is(environ, expected):
-    """Fault: a process takes the number of another, or trains alone beside the others."""
+def test_process_index_and_count_from_the_environment(environ, expected):
+    """Faults: a process takes the index of another, or trains alone."""
     assert cluster.place(environ) == (expected and cluster.Place(*expected))
 
 
@@ -76,21 +76,21 @@ ALL_FOUR = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
 @pytest.mark.parametrize(
     ("environ", "devices"),
     [
-        (SHARED, None),  # no GPUs
+        (SHARED, None),  # no GPU
         (SHARED | ALL_FOUR, (2, 3)),
         (SHARED | {"SLURM_GPUS_ON_NODE": "4"}, (2, 3)),
         (SHARED | {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, (1,)),
         (SHARED | {"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "0,1"}, None),  # bound by --gpus-per-task=2
-        (SHARED | {"SLURM_GPUS_ON_NODE": "2", "ROCR_VISIBLE_DEVICES": "1"}, None),  # bound one each
+        (SHARED | {"SLURM_GPUS_ON_NODE": "2", "ROCR_VISIBLE_DEVICES": "1"}, None),  # one bound to each process
         (SHARED | {"CUDA_VISIBLE_DEVICES": "1"}, None),
         (SHARED | {"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": ""}, None),  # hidden by the user
         (SHARED | ALL_FOUR | {"JAX_LOCAL_DEVICE_IDS": "0"}, None),
-        (SLURM | ALL_FOUR, None),  # a node each
+        (SLURM | ALL_FOUR, None),  # one node each
         (MPI | ALL_FOUR, (2, 3)),
     ],
 )
 def test_processes_that_share_a_machine_divide_its_devices(environ, devices):
-    """Faults: each takes all devices, or one of several, or a share of its own share."""
+    """Faults: each takes all devices, or one of several, or a share of its share."""
     assert cluster.place(environ).local_devices == devices
 
 
@@ -118,7 +118,7 @@ def test_processes_that_share_a_machine_divide_its_devices(environ, devices):
         (SHARED | {"CUDA_VISIBLE_DEVICES": "0,1,2"}, "2 processes share 3 GPUs, which does not divide evenly"),
     ],
 )
-def test_what_makes_no_sense_is_one_line_with_the_fix(environ, message):
+def test_invalid_environments_are_one_line_with_the_fix(environ, message):
     with pytest.raises(UserError) as refused:
         cluster.place(environ)
     assert message in str(refused.value)
@@ -140,8 +140,8 @@ def test_the_first_of_a_list_of_hosts(hostlist, hosts):
 
 
 @pytest.mark.parametrize("wrong", ["", "n[", "n[-1]x", "n[a]", ",n2", "a" * 5_000 + "["])
-def test_what_is_no_list_of_hosts(wrong):
-    """Fault: a pattern with exponential time on long names."""
+def test_invalid_lists_of_hosts(wrong):
+    """Fault: the pattern needs exponential time for long names."""
     with pytest.raises(UserError, match="cannot parse it"):
         cluster.first_host(wrong)
 

@@ -21,14 +21,14 @@ def training(workdir, fault=""):
 
 
 def step_of(workdir):
-    """Return the last step that the run has logged."""
+    """Return the last step in the run's log."""
     path = workdir / "metrics.jsonl"
     complete = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
     return json.loads(complete[-1])["step"] if complete else 0
 
 
 def signalled(workdir, number, index):
-    """Send a signal to a process once the run has logged a new step, and return how the processes ended."""
+    """Send a signal to a process after the run has logged a new step. Return how the processes ended."""
     before = step_of(workdir)
     with training(workdir) as job:
         end = time.monotonic() + LIMIT
@@ -51,8 +51,8 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_and_killed_again_and_again_ends_as_one_that_is_not(whole, tmp_path):
-    """Faults: a signal stops only one process, or at another step; a survivor hangs or has another code."""
+def test_a_repeatedly_stopped_and_killed_run_ends_as_an_undisturbed_one(whole, tmp_path):
+    """Faults: a signal stops only one process, or another step; a survivor hangs or has another exit code."""
     for number, index in ((signal.SIGTERM, 1), (signal.SIGINT, 0)):
         ended = signalled(tmp_path, number, index)
         assert [each.code for each in ended] == [128 + number] * 2
@@ -67,7 +67,7 @@ def test_a_run_that_is_stopped_and_killed_again_and_again_ends_as_one_that_is_no
         assert survivor.seconds < 30
         assert "Traceback" not in survivor.err
         if index == 0 and survivor.code == -signal.SIGABRT:
-            continue  # JAX has noticed first
+            continue  # JAX noticed first
         assert survivor.code == 75
         assert last_line(survivor).startswith(f"error: process {index} of 2 has died")
         assert last_line(survivor).endswith(RESUME)
@@ -86,7 +86,7 @@ def test_a_run_that_is_stopped_and_killed_again_and_again_ends_as_one_that_is_no
     ],
     ids=["before JAX has started", "after"],
 )
-def test_what_one_process_refuses_ends_all(fault, message, tmp_path):
+def test_a_user_error_of_one_process_ends_all(fault, message, tmp_path):
     with training(tmp_path / "work", fault) as job:
         ended = job.wait()
     assert [each.code for each in ended] == [2, 2]
@@ -94,8 +94,8 @@ def test_what_one_process_refuses_ends_all(fault, message, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_has_its_traceback_there_and_ends_all(tmp_path):
-    """Fault: the other waits forever in a collective."""
+def test_a_failing_process_prints_its_traceback_and_ends_all(tmp_path):
+    """Fault: the other process waits forever in a collective."""
     with training(tmp_path, "row 1") as job:
         ended = job.wait()
     assert [each.code for each in ended] == [75, 1]
@@ -107,7 +107,7 @@ def test_an_error_of_one_process_has_its_traceback_there_and_ends_all(tmp_path):
 
 @pytest.mark.slow
 def test_processes_agree_and_one_that_ends_early_ends_the_run():
-    """Faults: long texts are cut; only process 0 raises; a process that has finished waits forever."""
+    """Faults: long texts are truncated; only process 0 raises; a finished process waits forever."""
     text = """
         group = Group(place, explain)
         group.join({}, waiting_seconds=120, death_seconds=5)
@@ -136,7 +136,7 @@ def test_processes_agree_and_one_that_ends_early_ends_the_run():
 
 
 @pytest.mark.parametrize("late", [0, 1])
-def test_who_comes_after_the_end_hears_why(late):
+def test_a_process_that_connects_late_gets_the_reason(late):
     text = f"""
         time.sleep(0.5 * (place.index == {late}))
         group = Group(place, explain)

@@ -13,7 +13,7 @@ def differing(**changes):
     return identities
 
 
-def test_the_same_everywhere_is_no_difference():
+def test_equal_processes_have_no_differences():
     assert sameness.difference(differing()) is None
 
 
@@ -36,14 +36,14 @@ def test_the_same_everywhere_is_no_difference():
         (differing(of_1={f"config.k{n}": "1" for n in range(8)}), "config.k4 (1, and absent in process 0) and 3 more."),
     ],
 )
-def test_the_odd_one_out_is_named_and_in_what_it_differs(identities, message):
+def test_the_differing_process_and_its_difference_are_named(identities, message):
     """Fault: process 0 counts as right although all others agree."""
     found = sameness.difference(identities)
     assert message in found
     assert "\n" not in found
 
 
-def test_identities_tell_configs_workdirs_and_code_apart(tmp_path, monkeypatch):
+def test_identities_differ_between_configs_workdirs_and_code(tmp_path, monkeypatch):
     """Fault: an edited file of the package, or of the user's own task, is not noticed."""
     config = lm.get_config()
     module = tmp_path / "mine.py"

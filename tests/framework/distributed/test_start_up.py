@@ -1,4 +1,4 @@
-"""Test runs that cannot start: all processes exit in time, with one line that explains, and a code."""
+"""Test runs that cannot start: all processes exit in time, with one line that explains why, and an exit code."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ CONFIG = pathlib.Path(__file__).parents[2] / "support" / "toys" / "toy_many.py"
 
 
 def train(workdir, of_process_1):
-    """Start the real command in two processes, with an additional flag in the second."""
+    """Start the real command in two processes; the second has an additional flag."""
     program = f"""
 import os, sys
 from shampax.launch.train import main
@@ -30,7 +30,7 @@ def codes(ended):
 
 
 def test_another_config_in_one_process_is_named_by_its_key(tmp_path):
-    """Fault: the programs hang, or train different things."""
+    """Faults: the programs hang; they train different things."""
     with train(tmp_path / "work", "--config.schedule.learning_rate=0.5") as job:
         ended = job.wait()
     assert codes(ended) == [2, 2]
@@ -43,8 +43,8 @@ def test_another_config_in_one_process_is_named_by_its_key(tmp_path):
 
 
 @pytest.mark.slow
-def test_who_has_not_come_in_time_is_named():
-    """Faults: a strange connection is counted as a process; the missing ones are not named."""
+def test_processes_that_do_not_connect_in_time_are_named():
+    """Faults: a foreign connection counts as a process; the missing processes are not named."""
     text = """
         import socket
         group = Group(place, explain)
@@ -66,7 +66,7 @@ def test_who_has_not_come_in_time_is_named():
 
 
 @pytest.mark.slow
-def test_who_has_come_and_does_not_get_ready_is_named():
+def test_a_process_that_connects_but_sends_no_config_is_named():
     text = """
         group = Group(place, explain)
         if place.index == 1:
@@ -107,12 +107,12 @@ def test_another_number_of_processes_in_one_is_refused():
     assert codes(ended) == [2, 2]
     for each in ended:
         assert "error: process 1 of 3 has connected to a run of 2 processes, of which 0 are connected. " in each.err
-        assert each.seconds < 120  # not as long as they would wait
+        assert each.seconds < 120  # less than their waiting time
 
 
 @pytest.mark.slow
-def test_one_that_is_too_many_leaves_a_run_at_work_alone():
-    """Fault: a second start of one process ends a run of days."""
+def test_an_additional_process_does_not_disturb_a_run():
+    """Fault: starting a process twice ends a run of days."""
     text = """
         late, working, number = place.index == 2, meeting / "working", meeting / "number"
         if late:
@@ -133,8 +133,8 @@ def test_one_that_is_too_many_leaves_a_run_at_work_alone():
 
 
 @pytest.mark.slow
-def test_a_port_in_use_is_told_by_process_0_and_the_others_end_in_time():
-    """Fault: the others take another program at that port for process 0, and wait forever."""
+def test_a_port_in_use_is_reported_by_process_0_and_the_others_end_in_time():
+    """Fault: the others mistake another program at that port for process 0, and wait forever."""
     with contextlib.ExitStack() as stack:
         stranger = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         port = stranger.getsockname()[1]
@@ -155,7 +155,7 @@ def test_a_port_in_use_is_told_by_process_0_and_the_others_end_in_time():
 
 
 @pytest.mark.slow
-def test_a_coordinator_that_never_comes_is_waited_for_no_longer_than_said():
+def test_waiting_for_a_missing_coordinator_ends_in_time():
     text = """
         print(time.time(), flush=True)
         group = Group(place, explain)
@@ -166,12 +166,12 @@ def test_a_coordinator_that_never_comes_is_waited_for_no_longer_than_said():
         [ended] = job.wait()
     assert ended.code == 75
     assert ended.err.startswith("error: process 0 does not answer at 127.0.0.1:")
-    # 1 s, 5 s that process 0 would speak before, and 2 s for others to hear of the end: 20 s if patience is too long.
+    # 1 s, 5 s in which process 0 would speak first, and 2 s for others to learn of the end; 20 s if it waits too long.
     assert start + ended.seconds - float(ended.out) < 20
 
 
 @pytest.mark.slow
-def test_devices_that_do_not_reach_each_other_are_noticed_before_anything_is_compiled():
+def test_unreachable_devices_are_detected_before_compilation():
     text = """
         from shampax.framework.distributed import proof_of_life
         if place.index == 1:

@@ -6,8 +6,8 @@ from shampax.framework.distributed import wire
 
 
 @pytest.mark.parametrize("seconds", [5, 20, 60, 100])
-def test_a_silent_machine_is_given_up_in_time(seconds):
-    """Fault: the intervals do not add up to the configured time, or the kernel's default of two hours stays."""
+def test_a_silent_machine_is_detected_in_time(seconds):
+    """Faults: the intervals do not add up to the configured time; the kernel's default of two hours stays."""
     with socket.socket() as connection:
         wire.keep_alive(connection, seconds)
         assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)

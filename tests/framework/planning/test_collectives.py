@@ -1,4 +1,4 @@
-"""Collectives as compilers write them."""
+"""Test parsing collectives in the text of compiled programs."""
 
 import pytest
 
@@ -19,6 +19,6 @@ DIVIDED = "  %d = f32[8,4]{1,0} all-gather(%x), channel_id=4, replica_groups=[2,
         (DIVIDED, Collective("all-gather", 128, 8)),
     ],
 )
-def test_collectives_are_read(line, found):
-    """Fault: a plan of a program with a permutation, which has pairs in place of groups, ends in an error."""
+def test_collectives_are_parsed(line, found):
+    """Fault: planning fails for a program with a permutation, which has pairs instead of groups."""
     assert find("\n".join(["ENTRY %main (x: f32[2,4]) -> f32[8,4] {", line, "}"])) == [found]

@@ -1,4 +1,4 @@
-"""Plans, against the arrays of training and the compiler's figures of its programs."""
+"""Compare plans with the arrays of training and the compiler's figures."""
 
 import jax
 import numpy as np
@@ -26,13 +26,13 @@ def make_config(optimizer=SHAMPOO, **changes):
 
 @pytest.fixture(scope="module")
 def found():
-    """Shampoo on 4 CPU devices, two of which share the parameters, compiled for them."""
+    """Plan Shampoo for 4 CPU devices, two of which share the parameters, and compile it for them."""
     config = make_config(**{"mesh.fsdp": 2, "optimizer.block_size": 32})
     return make_plan(config, jax.devices()[:4], compiles=True)
 
 
-def test_bytes_are_those_of_the_compiler(found):
-    """Fault: a part of the state is forgotten, counted whole though it is divided, or counted twice."""
+def test_bytes_match_the_compiler(found):
+    """Faults: a part of the state is missing, counted whole although it is sharded, or counted twice."""
     train, evaluation = found.compiled["train"], found.compiled["evaluate"]
     assert train.arguments == pytest.approx(found.state_bytes, rel=0.02)
     assert evaluation.arguments == pytest.approx(found.bytes["parameters"] + found.bytes["batch"], rel=0.02)
@@ -52,7 +52,7 @@ def test_bytes_are_those_of_the_compiler(found):
 
 
 def test_treatments_and_buckets(found):
-    """Fault: parameters are counted under another treatment, or padding is that of blocks without empty slots."""
+    """Faults: parameters are listed with another treatment; padding leaves out empty slots."""
     assert found.parameters == {"diagonal": (1, 16 * 32), "shampoo": (2, 32 * 64 + 64 * 16)}
     real = 32 * 64 + 64 * 16
     held = sum(4 * row["slots on a device"] * np.prod(row["shape"]) for row in found.blocks)
@@ -61,14 +61,14 @@ def test_treatments_and_buckets(found):
 
 
 def test_collectives_are_counted(found):
-    """Fault: the table of traffic is empty, or lacks what carries blocks to their owners."""
+    """Faults: the table of traffic is empty; it lacks the transfer of blocks to their owners."""
     count, size, sent = found.compiled["train"].traffic["all-to-all"]
     assert count >= 2
     assert 0 < sent < size
     assert found.compiled["evaluate"].peak > 0
 
 
-def test_other_optimizers_have_bytes_too():
+def test_other_optimizers_have_named_bytes():
     """Fault: only Shampoo's state has names."""
     plan = make_plan(make_config(ADAMW), jax.devices()[:2])
     parameters = 4 * (16 * 32 + 32 * 64 + 64 * 16)
@@ -79,7 +79,7 @@ def test_other_optimizers_have_bytes_too():
 
 
 def made_up(memory, *, train=0, evaluation=0, error=""):
-    """A plan of 60 bytes of state, 20 of which are the arguments of evaluation."""
+    """Return a plan with 60 bytes of state, 20 of which are arguments of evaluation."""
     compiled = {"train": Compiled(1.0, error, 60, peak=train), "evaluate": Compiled(1.0, "", 20, peak=evaluation)}
     held = {"parameters": 20, "gradients": 20, "momentum": 40}
     return Plan({"data": 1}, "chip", {}, [], held, 1.0, memory, compiled if train or error else {})
@@ -98,14 +98,14 @@ def made_up(memory, *, train=0, evaluation=0, error=""):
     ],
 )
 def test_a_device_must_hold_both_programs_and_the_state(plan, peak, fits):
-    """Fault: the optimizer's state is left out during evaluation, or a refusal of the compiler is taken for success."""
+    """Faults: the optimizer's state is left out during evaluation; a compiler error counts as success."""
     assert (plan.peak, plan.fits) == (peak, fits)
     config = make_config(**{"optimizer.block_size": 32})
     assert (suggestions(plan, config) != []) == (fits is False)
 
 
 def test_the_tables_show_every_figure(found):
-    """Fault: a figure is computed and not shown."""
+    """Fault: a figure is computed but not shown."""
     text = tables.text("a config", found, ["more chips"])
     for word in (
         "a config on 4 x cpu (data 2, fsdp 2)",
@@ -130,14 +130,14 @@ def test_the_tables_show_every_figure(found):
         ({"optimizer.treatments": (("hidden.*", "shampoo"),)}, "embed"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(changes, words):
-    """Fault: a plan is made of a config that cannot train."""
+def test_invalid_configs_are_not_planned(changes, words):
+    """Fault: a plan for a config that cannot train."""
     with pytest.raises(UserError, match=words):
         make_plan(make_config(**changes), jax.devices()[:4])
 
 
 def test_data_without_shapes_are_refused():
-    """Fault: an AttributeError in place of what to write."""
+    """Fault: an AttributeError instead of the fix."""
     config = make_config()
     config.data = base.component("toy:ToyData")
     with pytest.raises(UserError, match=r"toy:ToyData: .* method spec\(\)"):

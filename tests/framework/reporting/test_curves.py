@@ -52,7 +52,7 @@ def test_labels_of_seeds_are_distinct():
     assert labels == ["run (2 runs)", "run-seed2 and 1 more"]
 
 
-def test_band_of_one_run_is_what_it_measured():
+def test_band_of_one_run_is_its_curve():
     run = make_run(step=[1, 2, 4], loss=[3.0, None, 1.0])
     line = curves.band(make_group(run), "loss", "step")
     np.testing.assert_array_equal(line.x, [1, 2, 4])
@@ -91,7 +91,7 @@ def test_band_is_empty_where_a_run_has_no_finite_point():
 def test_reach_interpolates_to_the_first_crossing(target, expected):
     x = np.array([10.0, 20.0, 30.0, 40.0, 50.0])
     y = np.array([4.0, 2.0, np.nan, 1.0 + 1 / 3, 5.0])
-    # Between 20 and 40 the line falls from 2 to 4/3; 1.5 lies three quarters down.
+    # Between 20 and 40 the line falls from 2 to 4/3; 1.5 is at three quarters.
     assert curves.reach(x, y, target) == (None if expected is None else pytest.approx(expected))
 
 
@@ -105,6 +105,6 @@ def test_race_takes_the_highest_end_as_the_target():
     assert curves.race([fast], "loss", "step") is None
 
 
-def test_differences_names_what_is_not_the_same():
+def test_differences_names_differing_keys():
     configs = [{"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}}]
     assert curves.differences(configs) == {"a.c": [2, 5], "d": [3, None]}

@@ -23,8 +23,8 @@ def done(journal, step, **changes):
     journal.step_done(step, {name: jnp.asarray(value) for name, value in (STEP | changes).items()})
 
 
-def test_every_spike_is_told_whether_its_step_is_due_or_not(journal, capsys):
-    """Catches a spike that only due steps tell of, and a line that says the wrong thing was done."""
+def test_every_spike_is_reported(journal, capsys):
+    """Faults: spikes are reported only at steps that are logged; the line names the wrong action."""
     done(journal, 1)
     assert journal.first_spike is None
     capsys.readouterr()
@@ -40,7 +40,7 @@ def test_every_spike_is_told_whether_its_step_is_due_or_not(journal, capsys):
 
 
 def test_the_longest_row_of_skips_is_remembered(journal):
-    """Catches a limit that was reached and is forgotten when the step in flight turns out well."""
+    """Fault: a limit was reached, but it is forgotten when the step in flight is good."""
     for step, skips in enumerate((0, 1, 2, 3, 0, 1), start=1):
         done(journal, step, consecutive_skips=skips)
     assert journal.most_consecutive_skips == 3

@@ -32,7 +32,7 @@ def test_lines_and_events(tmp_path):
     assert (measured.step, measured.value) == (1, 2.5)
 
 
-def test_resuming_drops_what_comes_after_and_what_was_cut_short(tmp_path):
+def test_resuming_drops_later_and_truncated_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [f'{{"step": {step}, "seconds": 0.5, "tokens": 9, "a": {step}}}\n' for step in (1, 5, 5, 6)]
     damaged = b'[1]\n{"step": 1}\n{"step": "1"}\n\xff\n{"step": 4, "a"\n'
@@ -41,7 +41,7 @@ def test_resuming_drops_what_comes_after_and_what_was_cut_short(tmp_path):
     assert path.read_text() == "".join(lines[:3])
 
 
-def test_trouble_in_the_background_is_not_lost(tmp_path, monkeypatch):
+def test_errors_in_the_background_are_raised(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.event_file_writer", None)
     with pytest.raises(ImportError):
         write(tmp_path, 1, {"a": 1.0})

@@ -10,7 +10,7 @@ from shampax.framework.train import train
 
 
 def steps_of(workdir):
-    """The numbers of the steps in a profile, read as TensorBoard finds it."""
+    """Return the step numbers in a profile, read as TensorBoard does."""
     (path,) = workdir.glob("plugins/profile/*/*.xplane.pb")
     events = [
         event
@@ -22,7 +22,7 @@ def steps_of(workdir):
 
 
 @pytest.mark.parametrize("text", ["20:10", "5:5", "0:3", "10", "a:b", "-1:4", "1:2:3", "10 : 20"])
-def test_what_is_no_range_of_steps_is_refused_before_anything_is_written(text, tmp_path):
+def test_invalid_ranges_of_steps_are_refused_before_anything_is_written(text, tmp_path):
     with pytest.raises(UserError, match="Write FIRST:STOP, such as 10:20"):
         train(make_config(profile_steps=text), tmp_path / "run")
     assert not any(tmp_path.iterdir())
@@ -34,8 +34,8 @@ def test_a_range_beyond_the_run_is_refused_with_both_numbers(tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_the_steps_asked_for_are_profiled_also_in_a_run_that_goes_on(tmp_path, capsys):
-    """Faults: steps off by one; the devices still at the step before; past steps are waited for."""
+def test_requested_steps_are_profiled_also_in_a_resumed_run(tmp_path, capsys):
+    """Faults: steps are off by one; devices are still at the step before; the run waits for past steps."""
     devices = jax.devices()[:2]
     first = make_config(profile_steps="3:6", duration="6 steps", may_change=("duration", "profile_steps"))
     train(first, tmp_path / "run", devices=devices)
@@ -48,7 +48,7 @@ def test_the_steps_asked_for_are_profiled_also_in_a_run_that_goes_on(tmp_path, c
     assert steps_of(tmp_path / "run") == [7, 8]
 
 
-def test_steps_that_are_all_past_are_one_warning(capsys, tmp_path):
+def test_a_range_of_past_steps_is_a_warning(capsys, tmp_path):
     profile = profiling.Profile(profiling.parse("2:4"), tmp_path, None, begin=8, total_steps=12)
     assert "8 steps are past, no step is profiled" in capsys.readouterr().out
     with profile:

@@ -19,7 +19,7 @@ def test_speed_leaves_the_first_step_out():
     assert meter.remaining(31, 40.0) == pytest.approx(69 / 3)
 
 
-def test_mfu_is_the_share_of_all_devices_peak(monkeypatch):
+def test_mfu_is_relative_to_the_peak_of_all_devices(monkeypatch):
     monkeypatch.setattr(progress.chips, "peak_flops", lambda kind: 1e12)
     mesh = meshes.make_mesh({"data": -1})
     meter = progress.Speedometer(mesh, total_steps=100, tokens_per_step=64, flops_per_step=1e12)
@@ -47,7 +47,7 @@ def test_clock_counts_only_while_entered(monkeypatch):
     assert clock.seconds == 7.0
 
 
-def test_process_is_older_than_this_test():
+def test_process_start_time():
     first = seconds_since_process_start()
     assert 0 < first < seconds_since_process_start() + 1e-9 < 86_400
 

@@ -17,7 +17,7 @@ def point(step, **values):
     return {"step": step, "seconds": step / 2, "tokens": step * 100} | values
 
 
-def test_curve_holds_only_points_where_the_key_was_measured(tmp_path):
+def test_curve_has_only_points_with_the_key(tmp_path):
     write(tmp_path, [point(1, a=3.0), point(2, b=9.0), point(3, a=2.5), point(4, a=None), point(5, a=1)])
     x, y = runs.read_run(tmp_path).curve("a", "seconds")
     np.testing.assert_array_equal(x, [0.5, 1.5, 2.0, 2.5])

@@ -26,7 +26,7 @@ def test_table_shows_each_parameter_and_the_total():
     assert len({len(line) for line in text.splitlines()}) == 1
 
 
-def test_many_parameters_stay_readable_on_the_console_and_whole_in_the_file(tmp_path, capsys):
+def test_many_parameters_are_shortened_on_the_console_and_complete_in_the_file(tmp_path, capsys):
     rows = [startup.Row(f"layer_{i}/w", "4x4", "replicated", "-", 16) for i in range(100)]
     rows += [
         startup.Row(f"part_{chr(97 + i // 26)}{chr(97 + i % 26)}", f"{i}", "replicated", "-", i) for i in range(100)

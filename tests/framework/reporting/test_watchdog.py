@@ -10,8 +10,8 @@ def stands_still(seconds):
     time.sleep(seconds)
 
 
-def test_a_stall_is_named_at_growing_pauses_with_stacks_and_its_end(tmp_path, capsys):
-    """Faults: a line every second; the wrong phase or step; no word when it goes on; a report without the caller."""
+def test_a_stall_is_reported_at_growing_intervals_with_stacks_and_its_end(tmp_path, capsys):
+    """Faults: a line every second; the wrong phase or step; the end is not reported; a report without the caller."""
     with Watchdog(tmp_path, 0.2) as watch:
         watch.at("data", 7)
         watch.at("step", 8)
@@ -30,8 +30,8 @@ def test_a_stall_is_named_at_growing_pauses_with_stacks_and_its_end(tmp_path, ca
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5])
-def test_nothing_is_said_while_something_moves_or_of_a_dog_that_is_off(seconds, tmp_path, capsys):
-    """Faults: time is counted from the start; what has not begun yet stalls; 0 is at once."""
+def test_no_report_while_steps_finish_or_if_turned_off(seconds, tmp_path, capsys):
+    """Faults: time is measured from the start; a phase that has not begun counts as stalled; 0 means at once."""
     with Watchdog(tmp_path, seconds) as watch:
         stands_still(0.7)
         for step in range(20):
@@ -43,8 +43,9 @@ def test_nothing_is_said_while_something_moves_or_of_a_dog_that_is_off(seconds, 
     assert not any(tmp_path.iterdir())
 
 
-def test_a_phase_within_another_gives_way_to_it_again(tmp_path, capsys):
-    """Fault: a compilation in an evaluation is taken for the evaluation, or all that follows for compiling."""
+def test_after_a_nested_phase_the_outer_one_continues(tmp_path, capsys):
+    """Faults: a compilation in an evaluation is reported as evaluation; everything after it is reported as
+    compilation."""
     with Watchdog(tmp_path, 0.2) as watch:
         watch.at("evaluation", 3)
         with contextlib.suppress(ZeroDivisionError), watch.during("compiling"):
@@ -55,7 +56,7 @@ def test_a_phase_within_another_gives_way_to_it_again(tmp_path, capsys):
     assert ["compiling" in said[0], "evaluation" in said[1]] == [True, True]
 
 
-def test_a_report_that_cannot_be_written_costs_no_run(tmp_path, capsys):
+def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
     """Fault: a full disk ends the thread with a traceback."""
     (tmp_path / "stalls").write_text("in the way")
     with Watchdog(tmp_path, 0.1) as watch:

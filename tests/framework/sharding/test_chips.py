@@ -1,4 +1,4 @@
-"""Public figures of chips."""
+"""Test public figures of chips."""
 
 import pytest
 
@@ -26,11 +26,11 @@ from shampax.framework.sharding.chips import memory, peak_flops
     ],
 )
 def test_peaks(kind, peak):
-    """Fault: a pattern that also matches another chip."""
+    """Fault: a pattern also matches another chip."""
     assert peak_flops(kind) == peak
 
 
 def test_memory_of_unknown_devices_is_unknown():
-    """Fault: a plan for a CPU that fits or not."""
+    """Fault: a plan for CPUs claims that it fits, or not."""
     assert memory("TPU v5 lite") == int(15.75 * 2**30)
     assert memory("cpu") is None

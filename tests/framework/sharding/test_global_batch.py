@@ -14,14 +14,14 @@ def two_processes():
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_devices_hold_the_rows_of_one_order_on_any_mesh_and_number_of_processes(two_processes, name):
-    """Fault: rows in an order that depends on processes, or two processes that disagree about a row both hold."""
+def test_rows_have_one_order_on_any_mesh_and_number_of_processes(two_processes, name):
+    """Faults: the order of rows depends on processes; two processes disagree about a row that both hold."""
     whole = Batches(Source(), seed=5, global_batch_size=BATCH, rows=range(BATCH))
     heldout = HeldoutBatches(Source(), global_batch_size=BATCH, rows=range(BATCH))
     expected = {f"step {step}": whole[step] for step in STEPS}
     expected |= {f"held out {number}": batch for number, batch in enumerate(heldout)}
     alone, _ = batches_on(*MESHES[name])
-    # Devices of a second process have numbers of their own.
+    # Devices of a second process have other numbers.
     together = two_processes[0][name][0] | two_processes[1][name][0]
     assert len(alone) == len(together) == 4 * 2 * len(expected)
     for held in (alone, together):
@@ -31,7 +31,7 @@ def test_devices_hold_the_rows_of_one_order_on_any_mesh_and_number_of_processes(
             assert found == digest(expected[batch][key][start:stop]), place
 
 
-def test_a_process_reads_what_its_devices_hold_once(two_processes):
-    """Fault: each process reads the whole batch, or rows held by two of its devices twice."""
+def test_a_process_reads_each_row_of_its_devices_once(two_processes):
+    """Faults: each process reads the whole batch; rows on two of its devices are read twice."""
     reads = {name: [results[name][1] for results in two_processes] for name in MESHES}
     assert reads == {name: [12, 12] if name in ("tensor=4", "sequence=4") else [6, 6] for name in MESHES}

@@ -40,7 +40,7 @@ def test_mesh_errors_carry_both_numbers_and_the_fix(sizes, words):
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """As much of a TPU as its place in the network takes."""
+    """The parts of a TPU device that its place in the network needs."""
 
     id: int
     coords: tuple[int, int, int]
@@ -50,8 +50,8 @@ class Chip:
     process_index: int = 0
 
 
-def test_a_network_is_divided_where_no_whole_axis_will_do():
-    """Fault: a slice of 4 x 4 chips is refused a mesh with an axis of 2, or neighbours of an axis are far apart."""
+def test_an_axis_of_the_network_is_split_if_needed():
+    """Faults: a slice of 4 x 4 chips cannot have a mesh axis of 2; neighbours on an axis are far apart."""
     chips = [Chip(4 * y + x, (x, y, 0)) for y in range(4) for x in range(4)]
     for sizes in ({"data": 4, "fsdp": 4}, {"data": 8, "tensor": 2}, {"data": 2, "fsdp": 4, "tensor": 2}):
         found = mesh(**sizes, devices=chips)
@@ -74,8 +74,8 @@ def test_batch_errors_carry_both_numbers_and_the_fix(batch, microbatches, messag
     assert str(error.value) == message
 
 
-def test_experts_and_not_positions_divide_the_batch():
-    """Fault: devices along `expert` that all see the same examples, or rows of T + 1 tokens cut over `sequence`."""
+def test_the_expert_axis_divides_the_batch_and_the_sequence_axis_does_not():
+    """Faults: all devices along `expert` get the same examples; rows of T + 1 tokens are cut over `sequence`."""
     grid = meshes.make_mesh({"data": 1, "expert": 2, "fsdp": 2, "sequence": 2, "tensor": 1})
     assert meshes.batch_sharding(grid).spec == P(("data", "fsdp", "expert"))
     assert layout.BATCH_AXES == meshes.BATCH_AXES
@@ -102,12 +102,12 @@ def test_tensor_axis_does_not_divide_the_batch():
         ((), (), P(), ()),
     ],
 )
-def test_rules_fall_back_to_replication_and_say_so(shape, names, spec, notes):
+def test_rules_fall_back_to_replication_with_a_warning(shape, names, spec, notes):
     placed = placement.place(shape, names, RULES, mesh(fsdp=4, tensor=2))
     assert placed == placement.Placement(spec, notes)
 
 
-def test_axes_of_size_one_leave_no_trace():
+def test_axes_of_size_one_do_not_shard():
     placed = placement.place((9, 9), ("vocab", "embed"), RULES, mesh(data=8))
     assert placed == placement.Placement(P(), ())
     assert placement.describe(placed.spec) == "replicated"
@@ -128,7 +128,7 @@ def test_rule_for_an_axis_the_mesh_lacks():
         placement.check_rules((("moe", "expert"),), mesh(data=8))
 
 
-def test_every_element_lies_on_exactly_its_devices():
+def test_every_element_is_on_exactly_its_devices():
     array = jax.numpy.arange(32 * 16).reshape(32, 16)
     grid = mesh(fsdp=4, tensor=2)
     placements = placement.place_all({"w": array}, {"w": ("vocab", "embed")}, RULES, grid)

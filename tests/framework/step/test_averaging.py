@@ -36,7 +36,7 @@ def configure(config):
 
 
 def descend(decay, rate, count):
-    """The averages that gradient descent on a quadratic gives, and the points of its gradients."""
+    """Return the averages from gradient descent on a quadratic, and the points of its gradients."""
     variables = {"params": jnp.asarray(START, jnp.float32), "count": jnp.int32(0)}
     like = averaging.abstract(variables, decay, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     current, averages, points = averaging.initial(variables, like), [], []
@@ -50,8 +50,8 @@ def descend(decay, rate, count):
     return np.array(averages), np.array(points)
 
 
-def test_ema_is_that_of_optax_around_an_undisturbed_descent():
-    """Fault: an average that begins at zero uncorrected, weighs the start, or whose gradient is taken elsewhere."""
+def test_ema_equals_that_of_optax_and_does_not_change_the_descent():
+    """Faults: the average starts at zero without correction; the start has weight; the gradient is of another point."""
     averages, points = descend(EMA, 0.1, 25)
     iterates = START * (1 - 0.1 * CURVATURE) ** np.arange(26)[:, None]
     np.testing.assert_allclose(points, iterates[:-1], rtol=1e-5)
@@ -74,8 +74,8 @@ def bench(name, devices=2):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_bad_steps_leave_the_average_bitwise_alone(name):
-    """Fault: a skipped step that moves average, iterate or weights, or that counts in them."""
+def test_bad_steps_do_not_change_the_average(name):
+    """Fault: a skipped step changes the average, the iterate or the weights, or counts in them."""
     count, bad = SPIKE + 2, (*NAN[:2], SPIKE)
     whole, metrics = steps(bench(name), count)
     assert metrics["skipped"][-1] == len(bad)
@@ -89,12 +89,12 @@ def test_bad_steps_leave_the_average_bitwise_alone(name):
 
 
 def parameters(state):
-    """Of the iterate."""
+    """Return the iterate."""
     return state.averaging.iterate["params"]
 
 
-def test_the_average_is_the_same_on_other_devices_and_lies_as_the_parameters():
-    """Fault: an iterate that is replicated, or an average of a device's own."""
+def test_the_average_is_sharded_like_the_parameters_and_equal_on_other_devices():
+    """Faults: the iterate is replicated; each device has its own average."""
     states = [steps(bench("adamw", devices), 4)[0] for devices in (2, 1)]
     for average, iterate in zip(*map(jax.tree.leaves, (states[0].params, parameters(states[0]))), strict=True):
         assert average.sharding.spec == iterate.sharding.spec
@@ -105,8 +105,8 @@ def test_the_average_is_the_same_on_other_devices_and_lies_as_the_parameters():
             np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-def test_an_ema_does_not_touch_the_training():
-    """Fault: a loss or an update that is the average's."""
+def test_an_ema_does_not_change_training():
+    """Fault: a loss or an update is that of the average."""
     plain = Bench({"data": 1})
     averaged = Bench({"data": 1}, ema_decay=EMA)
     (end, metrics), (other, measured) = (steps(each, 6) for each in (plain, averaged))
@@ -122,7 +122,7 @@ def averaged_config(**changes):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of 12 steps with roots on the host and an average."""
+    """Train 12 steps with roots on the host and an average."""
     workdir = tmp_path_factory.mktemp("averaging") / "run"
     return workdir, train(averaged_config(), workdir, devices=two())
 
@@ -134,8 +134,8 @@ def heldout_loss(params):
     return float(loss)
 
 
-def test_the_average_is_what_is_evaluated_and_exported(run, tmp_path, capsys):
-    """Fault: held-out loss or exported parameters of the iterate."""
+def test_the_average_is_evaluated_and_exported(run, tmp_path, capsys):
+    """Fault: the held-out loss or the exported parameters are of the iterate."""
     workdir, result = run
     saved = arrays(workdir, 12)
     assert result["heldout_loss"] == pytest.approx(heldout_loss(saved["params"]), rel=1e-5)
@@ -150,7 +150,7 @@ def test_the_average_is_what_is_evaluated_and_exported(run, tmp_path, capsys):
 
 
 def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(run, tmp_path, monkeypatch):
-    """Fault: an iterate or a weight that a checkpoint leaves out."""
+    """Fault: a checkpoint lacks the iterate or a weight."""
     whole, _ = run
     monkeypatch.setattr(Run, "signal", lambda self: "SIGINT" if self.step == 6 else None)
     train(averaged_config(), tmp_path, devices=two())
@@ -161,8 +161,8 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(run, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_a_run_without_an_average_begins_one_and_leaves_it_and_says_so(run, tmp_path):
-    """Fault: an average that begins at random parameters, or is lost without a word."""
+def test_an_average_can_be_turned_on_and_off_with_a_message(run, tmp_path):
+    """Faults: a new average starts at random parameters; an average is dropped without a message."""
     whole, _ = run
     plain = tmp_path / "plain"
     train(averaged_config(**{"ema_decay": 0.0, "resume_from": str(whole)}), plain, devices=two())
@@ -181,8 +181,8 @@ def test_a_run_without_an_average_begins_one_and_leaves_it_and_says_so(run, tmp_
     assert_bitwise_equal(begun["params"], arrays(plain, 12)["params"])
 
 
-def test_another_runs_model_is_its_average(run):
-    """Fault: a new run that begins with the model of another one and with that one's iterate."""
+def test_init_from_takes_the_average_of_a_run(run):
+    """Fault: a new run starts with the model of another run and with its iterate."""
     workdir, _ = run
     begun = Bench({"data": 1}, ema_decay=EMA)
     origin = Origin("init", workdir / "checkpoints" / "12")
@@ -198,7 +198,7 @@ def told(workdir):
 
 
 def test_a_plan_counts_the_iterate():
-    """Fault: a plan that says of twice the parameters that they fit."""
+    """Fault: the plan says that twice the parameters fit."""
     found = make_plan(specified(averaged_config()), two()).bytes
     without = make_plan(specified(averaged_config(**{"ema_decay": 0.0})), two()).bytes
     assert "average" not in without
@@ -214,12 +214,12 @@ def specified(config):
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
 def test_a_decay_out_of_range_is_refused(decay):
-    """Fault: an average that never moves, or is not a number, found out at the end of the run."""
+    """Fault: an average that never changes or is NaN is found at the end of the run."""
     with pytest.raises(UserError, match=re.escape(f"config.ema_decay={decay}: ")):
         check(make_config(ema_decay=decay))
 
 
-def test_without_an_average_nothing_is_kept():
-    """Fault: a default that costs memory or changes what checkpoints hold."""
+def test_without_an_average_there_is_no_state():
+    """Fault: the default uses memory or changes checkpoints."""
     assert base.get_config().ema_decay == 0
     assert not jax.tree.leaves(Bench({"data": 1}).abstract.averaging)

@@ -16,7 +16,7 @@ BESIDE = types.SimpleNamespace(folder="beside", gigabytes=1.0)
 
 @pytest.fixture
 def without_cache():
-    """JAX without the cache that tests have; `hits` are programs loaded from one since."""
+    """Turn off the cache of the tests. `hits` counts programs loaded from a cache since then."""
     given = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", None)
     jax_cache.reset_cache()
@@ -35,13 +35,13 @@ def without_cache():
 
 
 def compiled():
-    """A program that nothing else compiles; it is compiled anew, or loaded."""
+    """Compile a program that nothing else compiles, or load it."""
     jax.clear_caches()
     return jax.jit(lambda x: jnp.sin(x) @ x + 17)(np.eye(5, dtype=np.float32))
 
 
-def test_programs_that_tests_keep_are_loaded():
-    """Fault: every run of the tests compiles everything, and nobody sees why (some CPUs: jax#38445)."""
+def test_cached_programs_of_tests_are_loaded():
+    """Fault: every test run compiles everything (for some CPUs, see jax#38445)."""
     hits = []
 
     def count(event, **details):
@@ -59,8 +59,8 @@ def test_programs_that_tests_keep_are_loaded():
 
 
 @pytest.mark.slow
-def test_a_second_start_loads_its_programs_and_ends_bit_for_bit_as_without(without_cache, tmp_path):
-    """Faults: nothing is kept or read; a loaded program with donated state computes something else."""
+def test_a_second_start_loads_its_programs_and_has_the_same_bits(without_cache, tmp_path):
+    """Faults: nothing is stored or loaded; a loaded program with donated state computes something else."""
     knobs = {"duration": "4 steps", "evaluation.every": "0 steps", "checkpoint.every": "0 steps"}
     for name, folder in (("a/plain", ""), ("b/first", "beside"), ("b/second", "beside")):
         jax.clear_caches()
@@ -76,8 +76,8 @@ def test_a_second_start_loads_its_programs_and_ends_bit_for_bit_as_without(witho
     assert jax.config.values["jax_compilation_cache_dir"] is None
 
 
-def test_what_was_used_last_is_kept_within_the_limit(tmp_path):
-    """Fault: the folder grows for ever, or what every start uses goes first because it is old."""
+def test_recently_used_programs_are_kept_up_to_the_limit(tmp_path):
+    """Faults: the folder grows without bound; programs used by every start are deleted because they are old."""
     for age, name in enumerate(["old", "used", "new"]):
         path = tmp_path / f"{name}-cache"
         path.write_bytes(b"x" * 100)
@@ -90,7 +90,7 @@ def test_what_was_used_last_is_kept_within_the_limit(tmp_path):
     compilation_cache.prune(tmp_path / "missing", 1)
 
 
-def test_a_folder_that_cannot_be_used_stops_no_run(without_cache, tmp_path, capsys):
+def test_an_unusable_cache_folder_does_not_stop_a_run(without_cache, tmp_path, capsys):
     """Fault: a run fails because of a cache that it does not need."""
     (tmp_path / "compilation_cache").write_text("a file")
     with compilation_cache.kept(tmp_path / "run", BESIDE):
@@ -99,8 +99,8 @@ def test_a_folder_that_cannot_be_used_stops_no_run(without_cache, tmp_path, caps
     assert without_cache == []
 
 
-def test_a_cache_that_the_environment_gives_stays(tmp_path):
-    """Fault: the cache of a whole cluster, or of these tests, is left for another."""
+def test_a_cache_from_the_environment_is_kept(tmp_path):
+    """Fault: the cache of a cluster, or of these tests, is replaced."""
     given = jax.config.values["jax_compilation_cache_dir"]
     assert given
     with compilation_cache.kept(tmp_path / "run", BESIDE):

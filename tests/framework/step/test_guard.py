@@ -24,20 +24,20 @@ def judging(options):
 
 
 def watch(losses, options=OPTIONS, *, finite=True, clipped=False):
-    """The verdict on each loss and the guard after it, as arrays over the steps."""
+    """Return the verdict on each loss and the guard after it, as arrays over the steps."""
     losses = jnp.asarray(losses, jnp.float32)
     flags = (jnp.broadcast_to(jnp.asarray(flag), losses.shape) for flag in (finite, clipped))
     return jax.tree.map(np.asarray, judging(options)((losses, *flags)))
 
 
 def mean(values, window):
-    """Of float64 values, the newest last, each weighing 1 - 1/window of the next."""
+    """Return the mean of float64 values, the newest last; each weighs 1 - 1/window of the next."""
     weights = (1 - 1 / window) ** np.arange(len(values))[::-1]
     return float(weights @ values / weights.sum())
 
 
 def statistics(losses, window):
-    """Mean and deviation of accepted losses, straight from their definition, in float64."""
+    """Return mean and deviation of accepted losses in float64, straight from their definition."""
     losses = np.asarray(losses, np.float64)
     before = [mean(losses[:n], window) for n in range(1, len(losses))]
     return mean(losses, window), mean(np.abs(losses[1:] - before), window) if len(losses) > 1 else 0.0
@@ -48,9 +48,9 @@ def falling(count, seed=0):
 
 
 @pytest.mark.parametrize("policy", ["ignore", "skip", "rollback"])
-def test_verdicts_and_statistics_are_those_of_the_definition(policy):
-    """Catches a mean or deviation that is biased, that a refused loss enters or an ignored spike does not; a bound that
-    is wrong or too early; a step that is not finite and taken for a spike or accepted; and counts that are wrong."""
+def test_verdicts_and_statistics_match_the_definition(policy):
+    """Faults: mean or deviation are biased, include a refused loss or lack an ignored spike; the bound is wrong or too
+    early; a step that is not finite counts as a spike or is accepted; counts are wrong."""
     options = dataclasses.replace(OPTIONS, on_spike=policy)
     losses = falling(60)
     losses[[3, 20, 21, 40]] = 30.0  # the first before the window is full
@@ -83,8 +83,8 @@ def test_verdicts_and_statistics_are_those_of_the_definition(policy):
 
 
 @pytest.mark.parametrize("level", [1e-12, -7.0, 3.0, 1e30])
-def test_the_rounding_of_a_constant_loss_is_no_spike(level):
-    """Catches a bound that a deviation of nearly 0 draws onto the mean, or that a large or negative loss breaks."""
+def test_rounding_of_a_constant_loss_is_not_a_spike(level):
+    """Faults: a deviation of nearly 0 puts the bound at the mean; a large or negative loss breaks the bound."""
     losses = np.full(300, level)
     losses[50::50] += 1e-5 * abs(level)
     losses[-1] += 0.1 * abs(level)
@@ -92,8 +92,8 @@ def test_the_rounding_of_a_constant_loss_is_no_spike(level):
     assert verdicts.spike.nonzero()[0].tolist() == [299]
 
 
-def test_only_what_is_ignored_becomes_the_new_level():
-    """Catches an ignored level that is a spike for ever, and a refused one that moves the bound."""
+def test_only_ignored_spikes_change_the_level():
+    """Faults: an ignored level stays a spike forever; a refused one moves the bound."""
     losses = np.concatenate([falling(60), 9 + 0.05 * np.random.default_rng(1).standard_normal(60)])
     ignored, _ = watch(losses)
     assert 1 <= ignored.spike.sum() < 5 and not ignored.spike[70:].any()
@@ -103,7 +103,7 @@ def test_only_what_is_ignored_becomes_the_new_level():
 
 
 def test_statistics_do_not_drift_over_a_long_run():
-    """Catches weights that lose their meaning when the powers of the decay are all 0."""
+    """Fault: weights are invalid once the powers of the decay are all 0."""
     losses = 3 + 0.1 * np.random.default_rng(0).standard_normal(20_000)
     _, states = watch(losses, dataclasses.replace(OPTIONS, spike_window=100))
     expected = statistics(losses[-3_000:], 100)

@@ -7,7 +7,7 @@ from shampax.framework.step import refusals
 
 
 class Task:
-    """One that fails in three ways."""
+    """A task that fails in three ways."""
 
     def refuses(self, x):
         raise ValueError("rows of 3 tokens; use 4")
@@ -25,8 +25,9 @@ def traced(task, name):
         return jax.eval_shape(jax.jit(getattr(task, name)), jnp.zeros(3))
 
 
-def test_only_what_the_task_says_itself_is_the_users(capsys):
-    """Faults: a traceback for what a user can mend; a bug in a task, met by Python or JAX, without its traceback."""
+def test_only_value_errors_of_the_task_are_user_errors(capsys):
+    """Faults: a traceback for an error that the user can fix; a bug in a task, raised by Python or JAX, has no
+    traceback."""
     filtering = jax.config.values["jax_traceback_filtering"]
     with pytest.raises(UserError, match="rows of 3 tokens; use 4"):
         traced(Task(), "refuses")

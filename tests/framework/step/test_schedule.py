@@ -23,7 +23,7 @@ def test_warm_up_rises_evenly_from_the_first_step(decay):
     np.testing.assert_allclose(rates(decay)[:5], [0.4, 0.8, 1.2, 1.6, 2.0], rtol=1e-6)
 
 
-def test_decay_reaches_its_end_where_the_run_ends():
+def test_decay_ends_with_the_run():
     remaining = np.linspace(1, 0, 9)
     np.testing.assert_allclose(rates("linear")[4:], 0.2 + 1.8 * remaining, rtol=1e-5)
     np.testing.assert_allclose(rates("quadratic")[4:], 0.2 + 1.8 * remaining**2, rtol=1e-5)
@@ -39,8 +39,9 @@ def test_without_warm_up_the_first_step_has_the_peak():
     np.testing.assert_allclose(rates("rsqrt", warmup_steps=0)[3], 1.0, rtol=1e-6)
 
 
-def test_a_phase_has_a_schedule_of_its_own():
-    """Fault: a second phase without warm-up, with the first one's steps in its decay, or a rate before it begins."""
+def test_a_phase_has_its_own_schedule():
+    """Faults: a second phase has no warm-up; its decay counts the steps of the first phase; it has a rate before it
+    begins."""
     for decay in ("cosine", "linear", "rsqrt"):
         phase = make_schedule(2.0, warmup_steps=4, total_steps=32, decay=decay, final_fraction=0.1, begin_step=20)
         np.testing.assert_allclose([phase(20 + step) for step in range(13)], rates(decay), rtol=1e-6)
@@ -57,7 +58,7 @@ def test_a_phase_has_a_schedule_of_its_own():
         ({"decay": "linear", "final_fraction": 1.5}, "1.5: must be between 0 and 1"),
     ],
 )
-def test_errors_say_what_is_allowed(changes, words):
+def test_errors_name_the_allowed_values(changes, words):
     with pytest.raises(UserError, match=words):
         rates(**changes)
 
@@ -69,8 +70,8 @@ def test_period():
     assert min(Period(0).next(5), 12) == 12
 
 
-def test_a_schedule_tells_its_peak_whatever_is_left_of_it():
-    """Fault: a peak that is a warm-up's first rate, or the highest of what is left."""
+def test_a_schedule_has_the_peak_of_the_whole_run():
+    """Fault: the peak is the first rate of the warm-up, or the highest of the remaining steps."""
     schedule = make_schedule(2.0, warmup_steps=4, total_steps=12, decay="linear", final_fraction=0.0)
     assert schedule.peak == schedule.after(9).peak == 2.0
     np.testing.assert_array_equal([schedule.after(9)(step) for step in range(4)], [schedule(9 + s) for s in range(4)])

@@ -30,7 +30,7 @@ from shampax.optimizers.baselines import AdafactorOptions, AdamWOptions, MuonOpt
 
 @dataclasses.dataclass(frozen=True)
 class Keep:
-    """An optimizer that only keeps the gradient it is given as its state, and as its update."""
+    """An optimizer whose state and update are the gradient."""
 
     def build(self, learning_rate, *, mesh, axis_names):
         def update(gradients, state, params):
@@ -62,7 +62,7 @@ def test_same_start_and_same_losses_on_every_mesh(sizes, on_one_device):
     np.testing.assert_allclose(bench.losses(20), losses, rtol=1e-4)
 
 
-def test_state_lies_where_the_rules_say_and_stays_there():
+def test_state_is_sharded_by_the_rules_and_stays_so():
     bench = Bench({"fsdp": 4, "tensor": 2})
     current = bench.initial()
     for _ in range(2):
@@ -82,13 +82,13 @@ def test_plain_optax_states_get_shardings(options):
         assert leaf.shape in {(16, 16), (16, 32), (32, 16)}
 
 
-def test_accumulated_gradient_is_that_of_the_whole_batch_with_uneven_masks():
+def test_accumulated_gradient_equals_that_of_the_whole_batch_with_uneven_masks():
     microbatches = 4
     gradients, losses = [], []
     for count in (1, microbatches):
         bench = Bench({"data": 2, "fsdp": 2}, options=Keep(), batch_size=32, microbatches=count)
         batch = host(bench.batch(0))
-        batch["weights"][::microbatches] = 0  # the first micro-batch has no targets at all
+        batch["weights"][::microbatches] = 0  # the first micro-batch has no targets
         weights = batch["weights"].reshape(-1, microbatches, 8).sum((0, 2))
         assert weights[0] == 0
         assert len(set(weights)) > microbatches / 2
@@ -109,12 +109,12 @@ def test_microbatches_stay_on_their_devices():
 
 
 @pytest.mark.parametrize(("sizes", "microbatches"), [({"data": 8}, 1), ({"fsdp": 8}, 2)], ids=str)
-def test_one_bad_element_on_one_device_changes_nothing_but_the_counters(sizes, microbatches):
+def test_one_bad_element_on_one_device_changes_only_counters(sizes, microbatches):
     bench = Bench(sizes, microbatches=2) if microbatches > 1 else shared_bench(**sizes)
     current, _ = bench.step(bench.initial(), bench.batch(0))
     before = host(current)
     bad = host(bench.batch(1))
-    bad["weights"][11, 3] = np.nan  # example 11 lies on device 5 or, with micro-batches, thereabouts
+    bad["weights"][11, 3] = np.nan  # example 11 is on device 5 or, with micro-batches, a nearby one
     current, metrics = bench.step(current, bad)
     after = host(current)
     for part in ("params", "opt_state", "model_state"):
@@ -132,10 +132,10 @@ def test_one_bad_element_on_one_device_changes_nothing_but_the_counters(sizes, m
     )
 
 
-def test_a_gradient_that_is_infinite_in_one_shard_is_seen_by_all_devices():
+def test_all_devices_skip_if_the_gradient_of_one_shard_is_infinite():
     @dataclasses.dataclass(frozen=True)
     class Steep(toy.ToyTask):
-        """The loss is finite; the gradient of one element of one sharded parameter is not."""
+        """A task with a finite loss and an infinite gradient in one element of one sharded parameter."""
 
         def loss(self, variables, batch, *, key, train):
             loss, (rest, metrics) = super().loss(variables, batch, key=key, train=train)
@@ -152,7 +152,7 @@ def test_a_gradient_that_is_infinite_in_one_shard_is_seen_by_all_devices():
     assert int(current.guard.skipped) == 1
 
 
-def test_learning_rate_waits_for_skipped_steps():
+def test_skipped_steps_do_not_advance_the_learning_rate():
     bench = shared_bench(data=8)
     current, rates = bench.initial(), []
     for step in range(4):
@@ -165,7 +165,7 @@ def test_learning_rate_waits_for_skipped_steps():
     np.testing.assert_allclose(rates, [0.01, 0.01 - drop, 0.01 - drop, 0.01 - 2 * drop], rtol=1e-5)
 
 
-def test_clipping_bounds_what_the_optimizer_sees():
+def test_clipping_bounds_the_gradient_of_the_optimizer():
     for bound in (0.01, 1e6):
         bench = Bench({"data": 1}, options=Keep(), gradient_clip=bound)
         _, metrics = bench.step(bench.initial(), bench.batch(0))
@@ -189,9 +189,8 @@ def faulty_bench(optimizer, guard_options):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "staggered"])
 def test_a_run_with_bad_steps_is_bitwise_the_run_without_them(optimizer):
-    """Catches a bad step that moves a parameter, a moment, a statistic, a root or the schedule of refreshes, that
-    enters the running loss or is counted as clipped; a spike on one device of eight that the others do not hear of; and
-    counts that do not add up."""
+    """Faults: a bad step changes a parameter, a moment, a statistic, a root or the schedule of refreshes, enters the
+    running loss or counts as clipped; other devices do not learn of a spike on one of eight; counts do not add up."""
     bench, bad = faulty_bench(optimizer, SKIP), (*NAN, SPIKE)
     whole, metrics = steps(bench, 55)
     assert_same_on_all_devices(whole)
@@ -216,7 +215,7 @@ def test_a_run_with_bad_steps_is_bitwise_the_run_without_them(optimizer):
 
 
 def test_an_ignored_spike_is_counted_and_trained_on():
-    """Catches a policy that changes steps without a spike, and one that skips where it should only count."""
+    """Faults: the policy changes steps without a spike; it skips where it should only count."""
     ignore, skip = (with_bits_of_users(faulty_bench("adamw", options)) for options in (IGNORE, SKIP))
     before, _ = steps(ignore, SPIKE - 1)
     assert_bitwise_equal(before, steps(skip, SPIKE - 1)[0])
@@ -238,7 +237,7 @@ def test_global_norm_of_zeros_is_zero():
     assert float(global_norm({"a": jnp.zeros(3)})) == 0.0
 
 
-def test_evaluation_sums_are_those_of_the_loss():
+def test_evaluation_sums_match_the_loss():
     bench = shared_bench(data=2, fsdp=2, tensor=2)
     initial = bench.initial()
     metrics = bench.eval_step(initial.variables, bench.batch(0))
