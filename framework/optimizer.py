@@ -1,14 +1,20 @@
-"""What the trainer asks of an optimizer beyond optax's contract, with an answer for those that offer no more.
+"""The trainer's contract with an optimizer.
 
-An optimizer is an `optax.GradientTransformation`. It may also have `state_shardings(params)`, `diagnostics(state)` and
-`treatments(params)`; and, if the layout of its state depends on more than the parameters, `saved_spec(params)`,
-`manifest(params)` and `inheritance(params, manifest, shapes, renamed)`; and, if part of its work is done outside the
-step, `host_roots(params)`, which gives the service that does it or None. Distributed Shampoo has them all, plain optax
-has none.
+An optimizer is an `optax.GradientTransformation`, built by its options. It may have further methods, which the
+functions of this module call; for an optimizer without a method they return a default:
+
+    state_shardings(params)     tree of NamedSharding shaped like the state
+    diagnostics(state)          scalars by name
+    treatments(params)          path -> short text for the parameter table
+    saved_spec(params), manifest(params), inheritance(params, manifest, shapes, renamed)
+                                checkpoints of a state whose layout depends on more than the parameters
+    host_roots(params)          a `Service` that works on the host beside the steps, or None
+
+Distributed Shampoo has all of them, plain optax has none.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import jax
 import optax
@@ -23,139 +29,90 @@ __all__ = ["OptimizerOptions", "Service", "ServiceError"]
 
 
 class OptimizerOptions(Protocol):
-    """The options of an optimizer, a frozen dataclass: what the config's `optimizer` section names."""
+    """Options of an optimizer: the frozen dataclass that the config's `optimizer` section names."""
 
     def build(
         self, learning_rate: optax.Schedule, *, mesh: Mesh | None, axis_names: Any, param_specs: Any
     ) -> optax.GradientTransformation:
-        """The optimizer for parameters that lie on `mesh` as `param_specs` say, dimensions named by `axis_names`."""
+        """Return the optimizer for parameters on `mesh` with `param_specs` and dimensions named by `axis_names`."""
         ...
-
-
-@runtime_checkable
-class _Shards(Protocol):
-    def state_shardings(self, params: Any) -> Any: ...
-
-
-@runtime_checkable
-class _Diagnoses(Protocol):
-    def diagnostics(self, state: Any) -> dict[str, jax.Array]: ...
-
-
-@runtime_checkable
-class _Treats(Protocol):
-    def treatments(self, params: Any) -> dict[str, str]: ...
 
 
 class Inheritance(Protocol):
-    """What a new state takes over from a saved one."""
+    """Decides what a new state takes over from a saved one."""
 
     def source(self, name: str, shape: tuple[int, ...]) -> Source:
-        """Where an array of the state comes from; `name` is its path in the state."""
+        """Return the source of an array of the state; `name` is its path in the state."""
         ...
 
     def report(self) -> dict[str, dict[str, str]]:
-        """Path of a parameter -> part of its state -> "" where it is taken over, or why it is not."""
+        """Return path of a parameter -> part of its state -> "" if it is taken over, else the reason."""
         ...
 
     def notes(self) -> list[str]:
-        """What else a person should know."""
+        """Return further lines for the user."""
         ...
 
 
-@runtime_checkable
-class _Describes(Protocol):
-    def saved_spec(self, params: Any) -> Any: ...
-
-    def manifest(self, params: Any) -> dict[str, Any]: ...
-
-    def inheritance(
-        self, params: Any, manifest: Any, shapes: Mapping[str, tuple[int, ...]], renamed: Callable[[str], str]
-    ) -> Inheritance: ...
-
-
-@runtime_checkable
-class _Serves(Protocol):
-    def host_roots(self, params: Any) -> "Service | None": ...
-
-
-class Service(Protocol):
-    """What an optimizer does on the host, around the steps; all that it is given and returns is optimizer state."""
+class Service:
+    """Work of an optimizer on the host around the steps, on optimizer states. This one does nothing."""
 
     def start(self, state: Any) -> Any:
-        """Before the first step: begin, or go on with what `with_in_flight` has added to the state."""
-        ...
-
-    def install(self, state: Any) -> Any:
-        """Before every step; raises ServiceError, the state being as it was."""
-        ...
-
-    def take(self, state: Any) -> None:
-        """After every step, before the state is donated."""
-        ...
-
-    def with_in_flight(self, state: Any) -> Any:
-        """The state as a checkpoint holds it."""
-        ...
-
-    def metrics(self) -> dict[str, float]:
-        """Numbers to be reported, by name."""
-        ...
-
-    def complaint(self) -> str | None:
-        """What a person should hear of since this was asked last, if anything."""
-        ...
-
-    def close(self) -> None:
-        """End, without waiting for work that is under way."""
-        ...
-
-
-class _NoService:
-    """Of an optimizer that does everything in the step."""
-
-    def start(self, state: Any) -> Any:
+        """Begin before the first step, with what `with_in_flight` added to the state."""
         return state
 
     def install(self, state: Any) -> Any:
+        """Return the state before a step.
+
+        Raises:
+          ServiceError: the service failed; the state is unchanged.
+        """
         return state
 
     def take(self, state: Any) -> None:
-        pass
+        """Read the state after a step, before it is donated."""
 
     def with_in_flight(self, state: Any) -> Any:
+        """Return the state for a checkpoint."""
         return state
 
     def metrics(self) -> dict[str, float]:
+        """Return numbers to report, by name."""
         return {}
 
-    def complaint(self) -> None:
+    def complaint(self) -> str | None:
+        """Return a warning about the time since the last call, if any."""
         return None
 
     def close(self) -> None:
-        pass
+        """End without waiting for unfinished work."""
+
+
+def _call(tx: optax.GradientTransformation, method: str, *arguments: Any) -> Any:
+    """Call an optional method of an optimizer; return None if it has none."""
+    own = getattr(tx, method, None)
+    return own(*arguments) if own else None
 
 
 def service(tx: optax.GradientTransformation, params: Any) -> Service:
-    """The optimizer's work outside the step."""
-    found = tx.host_roots(params) if isinstance(tx, _Serves) else None
-    return found or _NoService()
+    """Return the optimizer's service."""
+    return _call(tx, "host_roots", params) or Service()
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
-    """Where each array of the optimizer's state lies: a tree of NamedSharding shaped like `tx.init(params)`.
+    """Return a tree of NamedSharding shaped like `tx.init(params)`.
 
-    Where the optimizer does not say, an array that mirrors a parameter (its path ends with the parameter's,
-    its shape is the same: momenta, second moments) lies as the parameter does, and everything else is
-    replicated.
+    By default an array that mirrors a parameter (its path ends with the parameter's, its shape is the same: momenta,
+    second moments) has the parameter's sharding, and everything else is replicated.
 
     Args:
       tx: the optimizer.
       params: ShapeDtypeStructs with shardings.
       mesh: the mesh.
     """
-    if isinstance(tx, _Shards):
-        return tx.state_shardings(params)
+    own = _call(tx, "state_shardings", params)
+    if own is not None:
+        return own
     mirrored = dict(zip(patterns.paths(params), jax.tree.leaves(params), strict=True))
 
     def sharding(key_path, leaf):
@@ -169,23 +126,24 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -
 
 
 def diagnostics(tx: optax.GradientTransformation, state: Any) -> dict[str, jax.Array]:
-    """Scalars about the optimizer (refreshes, failures, residuals), by name; `{}` where it has none."""
-    return tx.diagnostics(state) if isinstance(tx, _Diagnoses) else {}
+    """Return scalars about the optimizer (refreshes, failures, residuals), by name."""
+    return _call(tx, "diagnostics", state) or {}
 
 
 def treatments(tx: optax.GradientTransformation, params: Any) -> dict[str, str]:
-    """A short text per parameter path on how the optimizer treats it; `{}` where it treats all alike."""
-    return tx.treatments(params) if isinstance(tx, _Treats) else {}
+    """Return parameter path -> short text on its treatment; empty if all parameters are treated alike."""
+    return _call(tx, "treatments", params) or {}
 
 
 def saved_spec(tx: optax.GradientTransformation, abstract: Any, params: Any) -> Any:
-    """The optimizer's state as a checkpoint holds it: ShapeDtypeStructs with shardings."""
-    return tx.saved_spec(params) if isinstance(tx, _Describes) else abstract
+    """Return the optimizer's state in checkpoints: ShapeDtypeStructs with shardings."""
+    own = _call(tx, "saved_spec", params)
+    return abstract if own is None else own
 
 
 def manifest(tx: optax.GradientTransformation, params: Any) -> dict[str, Any]:
-    """What a checkpoint says of the optimizer's state beside its arrays, as JSON."""
-    return tx.manifest(params) if isinstance(tx, _Describes) else {}
+    """Return the description of the optimizer's state that a checkpoint keeps beside its arrays, as JSON."""
+    return _call(tx, "manifest", params) or {}
 
 
 def inheritance(
@@ -195,25 +153,24 @@ def inheritance(
     shapes: Mapping[str, tuple[int, ...]],
     renamed: Callable[[str], str],
 ) -> Inheritance:
-    """What the optimizer's state takes over from one that an optimizer of the same name has saved.
+    """Return what the optimizer's state takes over from one saved by an optimizer of the same name.
 
     Args:
       tx: the optimizer.
       params: its parameters, ShapeDtypeStructs with shardings.
-      manifest: what `manifest` gave for the saved state.
-      shapes: name -> shape of the arrays that were saved.
-      renamed: gives a saved parameter's path its name of today.
+      manifest: of the saved state.
+      shapes: name -> shape of the saved arrays.
+      renamed: maps a saved parameter's path to its present name.
 
     Raises:
-      ValueError: the manifest is none.
+      ValueError: the manifest is invalid.
     """
-    if isinstance(tx, _Describes):
-        return tx.inheritance(params, manifest, shapes, renamed)
-    return _ByName(params, jax.eval_shape(tx.init, params), shapes, renamed)
+    own = _call(tx, "inheritance", params, manifest, shapes, renamed)
+    return own or _ByName(params, jax.eval_shape(tx.init, params), shapes, renamed)
 
 
 class _ByName:
-    """State whose arrays are known by their names, which end with those of parameters where they belong to one."""
+    """Inheritance of a state by the names of its arrays, which end with those of the parameters they belong to."""
 
     def __init__(
         self, params: Any, abstract: Any, shapes: Mapping[str, tuple[int, ...]], renamed: Callable[[str], str]
@@ -247,7 +204,7 @@ class _ByName:
 
 
 def _renamed_end(name: str, renamed: Callable[[str], str]) -> str:
-    """The longest end of a name that is renamed, renamed."""
+    """Return a name whose longest renamed end is renamed."""
     parts = name.split("/")
     for start in range(len(parts)):
         end = "/".join(parts[start:])

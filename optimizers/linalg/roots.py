@@ -109,7 +109,7 @@ def _newton(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> RootResult:
     del cut
     given = _prepare(stack_nrr, sizes_n)
     largest = newton.largest_eigenvalue(given.a)
-    # A matrix that is zero must not keep the others waiting, nor ask for a second attempt.
+    # The identity stands for a matrix that is zero: the iteration has nothing to invert there.
     bound = jnp.where(largest > 0, largest, 1)[:, None, None]
     identity = jnp.eye(given.a.shape[-1], dtype=given.a.dtype)
     a = jnp.where(given.real & (largest > 0)[:, None, None], given.a / bound, identity)
