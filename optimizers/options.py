@@ -135,19 +135,19 @@ class Options:
 
     # Statistics and their roots
     beta2: float = 0.99  # decay of the statistics and of the graft's second moment; 1.0 sums, as AdaGrad
-    statistics_every: int = 1  # steps whose mean gradient makes one update of the statistics
-    exponent: float | None = 0.5  # each side's inverse power; None is 1 / (2 x sides), 0 leaves the momentum as it is
-    ridge: float = 1e-4  # relative to the largest eigenvalue, added before the root is taken
-    cut: float = 0.0  # relative; with it, eigen-directions below contribute nothing, and ridge must be 0
+    statistics_every: int = 1  # update the statistics every so many steps, with the mean gradient
+    exponent: float | None = 0.5  # inverse power of each side; None: 1 / (2 x sides); 0: no preconditioning
+    ridge: float = 1e-4  # added to the statistics before the root, relative to the largest eigenvalue
+    cut: float = 0.0  # drop eigenvalues below this share of the largest; needs ridge 0 and eigh or host
     solver: str = "newton"  # "newton" (matmuls only) or "eigh", both on the owner's device
-    orthogonalization: str = "jordan"  # of muon, which polynomials: "jordan" or "polar_express"
-    residual_bound: float = 0.1  # a root is accepted with a residual of at most this
-    max_failures: int = 3  # refused refreshes in a row after which a block uses the graft method until one succeeds
+    orthogonalization: str = "jordan"  # polynomials of muon: "jordan" or "polar_express"
+    residual_bound: float = 0.1  # largest residual of an accepted root
+    max_failures: int = 3  # a block uses the graft method after so many refused refreshes in a row
 
     # When roots are computed and used
     refresh: str = "staggered"  # "staggered" (a share each step), "periodic" (all every interval) or "host"
     interval: int = 10  # steps from one refresh of a block's roots to the next
-    delay: int = 2  # with "host": the roots of a step's statistics act from the (1 + delay)-th step after it on
+    delay: int = 2  # with "host": roots of the statistics of step t act from step t + 1 + delay on
     host_workers: int = 0  # with "host": threads that solve, in each process; 0 is one fewer than the cores, at least 1
     early_intervals: tuple[tuple[int, int], ...] = ()  # (last step, interval) pairs before `interval` takes over
     start_step: int = 0  # before this step the graft method acts alone
