@@ -44,7 +44,7 @@ BUCKET = "opt_state/buckets/8x8_all_p2"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run of 6 steps on 2 devices, saved every 2 steps, and its end taken over and saved on 4 devices."""
+    """Train 6 steps on 2 devices with a save every 2 steps; resume the end on 4 devices and save again."""
     root = tmp_path_factory.mktemp("runs")
 
     def config(**changes):
@@ -64,7 +64,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def workdir(runs, tmp_path):
-    """A copy of the run on 2 devices, to be damaged."""
+    """Copy the run on 2 devices, to damage the copy."""
     return shutil.copytree(runs / "two", tmp_path / "two", ignore=shutil.ignore_patterns("data", "events.*"))
 
 
@@ -74,7 +74,7 @@ def newest(workdir):
 
 
 def ran(*arguments):
-    """Exit code, lines of stdout and lines of stderr."""
+    """Run the command; return its exit code, lines of stdout and lines of stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(list(map(str, arguments)))
@@ -82,7 +82,7 @@ def ran(*arguments):
 
 
 def refused(*arguments):
-    """The one line that a command ends in that cannot work."""
+    """Run a command that must fail; return its one line."""
     code, out, err = ran(*arguments)
     assert (code, out, len(err)) == (2, [], 1)
     assert err[0].startswith("error: ")
@@ -90,7 +90,7 @@ def refused(*arguments):
 
 
 def rewrite(path, item, change):
-    """Change a checkpoint's record or manifest, and seal it as if that were right."""
+    """Change a checkpoint's record or manifest and update the checksums."""
     file = path / item / "metadata"
     content = json.loads(file.read_text())
     content = change(content) or content
@@ -105,7 +105,7 @@ def evaluate(path, loss):
 
 
 def numpy_arrays(path):
-    """Every array of a checkpoint by its path, read without our code."""
+    """Read every array of a checkpoint, by path, without our code."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         tree = checkpointer.metadata(path / "state").item_metadata.tree
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
@@ -115,7 +115,7 @@ def numpy_arrays(path):
 
 
 def save_again(path, change):
-    """Replace the arrays of a checkpoint by what `change` makes of them, and seal it."""
+    """Replace the arrays of a checkpoint by the result of `change` and update the checksums."""
     arrays = numpy_arrays(path)
     arrays = change(arrays) or arrays
     tree = {}
@@ -138,7 +138,7 @@ def snapshot(root):
 # list
 
 
-def test_list_tells_newest_best_damaged_and_unfinished(workdir):
+def test_list_marks_newest_best_damaged_and_incomplete(workdir):
     directory = workdir / "checkpoints"
 
     evaluate(directory / "4", 0.125)
@@ -174,7 +174,7 @@ def test_list_tells_newest_best_damaged_and_unfinished(workdir):
 # inspect
 
 
-def test_inspect_tells_all_that_is_there(runs):
+def test_inspect_shows_everything(runs):
     path = runs / "four" / "checkpoints" / "6"
     arrays = numpy_arrays(path)
     code, out, err = ran("inspect", runs / "four", "--json")
@@ -229,7 +229,7 @@ def test_inspect_of_an_optimizer_without_blocks(tmp_path):
     assert told["record"]["last"]["values"] == {"loss": None}
 
 
-def test_of_a_workdir_the_newest_whole_one_is_meant(workdir):
+def test_a_workdir_stands_for_its_newest_complete_checkpoint(workdir):
     data = largest(workdir / "checkpoints" / "6")
     data.write_bytes(data.read_bytes()[:-1])
     code, out, err = ran("inspect", workdir)
@@ -244,7 +244,7 @@ def test_of_a_workdir_the_newest_whole_one_is_meant(workdir):
 
 
 def save_plain(tmp_path, params, *, tx, step=3, model_state=None, name="plain"):
-    """A checkpoint of an optax optimizer on one device."""
+    """Save a checkpoint of an optax optimizer on one device."""
     mesh = meshes.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     scalar = np.int32(step)
     whole = state.TrainState(scalar, params, tx.init(params), model_state or {}, {"skipped": np.int32(0)})
@@ -282,7 +282,7 @@ DAMAGE = {
 
 
 def each_file_and_each_damage():
-    """All pairs; those in the fast tier have every file and every damage."""
+    """Return all pairs of file and damage; the fast tier has every file and every damage once."""
     return [
         pytest.param(kind, damage, marks=() if number % len(DAMAGE) == other else pytest.mark.slow)
         for number, kind in enumerate(FILES)
@@ -291,7 +291,7 @@ def each_file_and_each_damage():
 
 
 @pytest.mark.parametrize(("kind", "damage"), each_file_and_each_damage())
-def test_verify_names_each_file_that_is_not_as_it_was(workdir, newest, kind, damage):
+def test_verify_names_each_damaged_file(workdir, newest, kind, damage):
     file = FILES[kind](newest)
     DAMAGE[damage](file)
     name = file.relative_to(newest)
@@ -313,7 +313,7 @@ def test_verify_names_each_file_that_is_not_as_it_was(workdir, newest, kind, dam
         (lambda path: (path / "state" / "more").write_text("x"), "state/more has no checksum"),
     ],
 )
-def test_verify_needs_the_checksums_themselves(newest, change, fault):
+def test_verify_needs_the_checksums(newest, change, fault):
     change(newest)
     code, out, err = ran("verify", newest)
     assert (code, len(out), err) == (1, 1, [])
@@ -321,7 +321,7 @@ def test_verify_needs_the_checksums_themselves(newest, change, fault):
 
 
 def test_verify_without_checksums_reads_all_arrays(newest):
-    """Fault: a checkpoint whose run ended before it had hashed it is taken for damaged, or for intact unread."""
+    """Fault: a checkpoint whose run ended before it was hashed counts as damaged, or as intact without reading it."""
     (newest / SUMS).unlink()
     assert ran("verify", newest) == (0, [f"{newest}: intact"], [])
     largest(newest).unlink()
@@ -329,7 +329,7 @@ def test_verify_without_checksums_reads_all_arrays(newest):
     assert (code, len(out)) == (1, 1) and "cannot be read" in out[0]
 
 
-def test_verify_of_what_is_whole(runs):
+def test_verify_of_an_intact_checkpoint(runs):
     steps = [f"{runs / 'two' / 'checkpoints' / step}: intact" for step in "246"]
     assert ran("verify", runs / "two", runs / "four" / "checkpoints" / "6") == (
         0,
@@ -426,8 +426,8 @@ def test_verify_finds_a_record_of_another_step(newest):
 @pytest.mark.parametrize(
     "field", ["roots/statistics/1", "roots/roots/0", "roots/refreshed", "graft_ratio", "in_flight/stamp"]
 )
-def test_verify_misses_an_array_of_the_optimizer(newest, field):
-    """Catches a state that would be taken for begun afresh in silence."""
+def test_verify_reports_a_missing_optimizer_array(newest, field):
+    """Fault: missing state is initialised without an error."""
     save_again(newest, lambda arrays: arrays.pop(f"{BUCKET}/{field}") is None)
     code, out, _ = ran("verify", newest)
     assert code == 1
@@ -438,7 +438,7 @@ def test_verify_misses_an_array_of_the_optimizer(newest, field):
 # diff
 
 
-def test_diff_knows_blocks_whatever_slots_they_lie_in(runs):
+def test_diff_compares_blocks_in_different_slots(runs):
     two, four = (numpy_arrays(runs / name / "checkpoints" / "6") for name in ("two", "four"))
     assert any(not np.array_equal(two[name], four[name]) for name in two if name.startswith(BUCKET))
     code, out, err = ran("diff", runs / "two", runs / "four", "--all")
@@ -454,7 +454,7 @@ def test_diff_knows_blocks_whatever_slots_they_lie_in(runs):
     assert code == 1 and any(line.startswith("params/out/kernel: 512 of 512 elements differ") for line in out)
 
 
-def test_diff_tells_how_much_and_where(runs, newest, monkeypatch):
+def test_diff_shows_size_and_place_of_differences(runs, newest, monkeypatch):
     monkeypatch.setattr(diff, "_CHUNK", 100)  # several parts of an array
     manifest = json.loads((newest / "manifest" / "metadata").read_text())
     slots = bucket_of(manifest)["slots"]
@@ -464,7 +464,7 @@ def test_diff_tells_how_much_and_where(runs, newest, monkeypatch):
         param = arrays["params/embed/kernel"]
         expected.append(np.sqrt(2.0) * 0.5 / np.linalg.norm(param.astype(np.float64)))
         param[3, :2] -= np.float32(0.5)
-        # Blocks 8 to 15 of the bucket are those of out/kernel.
+        # Blocks 8 to 15 of the bucket belong to out/kernel.
         arrays[f"{BUCKET}/roots/roots/1"][slots.index(11), 2, 3] = np.nan
         arrays[f"{BUCKET}/roots/failures"][slots.index(2)] += 7
         arrays["model_state/counters/batches"] = arrays["model_state/counters/batches"].astype(np.int64)
@@ -486,7 +486,7 @@ def test_diff_tells_how_much_and_where(runs, newest, monkeypatch):
         f"norm of the difference {expected[0]:.3g} of A's",
     ]
     assert out[-1].endswith(" 4 different, 1 only in A, 1 only in B")
-    assert ran("diff", newest, newest)[0] == 0  # with its NaN
+    assert ran("diff", newest, newest)[0] == 0  # includes the NaN
     other = shutil.copytree(newest, newest.with_name("other"))
 
     def change_more(arrays):
@@ -499,8 +499,8 @@ def test_diff_tells_how_much_and_where(runs, newest, monkeypatch):
     )
 
 
-def test_diff_of_other_blocks_compares_what_belongs_to_elements(tmp_path):
-    """Blocks of 4 against blocks of 8; the second moment of one element is another."""
+def test_diff_of_other_blocks_compares_elementwise_state(tmp_path):
+    """Compare blocks of 4 with blocks of 8; the second moment of one element differs."""
     params = {"w": np.arange(96, dtype=np.float32).reshape(12, 8)}
 
     def checkpoint(size, value):
@@ -533,7 +533,7 @@ def test_diff_of_other_blocks_compares_what_belongs_to_elements(tmp_path):
     assert told in out
 
 
-def test_diff_of_another_optimizer_is_by_name(runs, tmp_path):
+def test_diff_of_another_optimizer_compares_by_name(runs, tmp_path):
     other = save_plain(tmp_path, {"w": np.ones((2, 2), np.float32)}, tx=optax.sgd(0.1, momentum=0.9), step=6)
     code, out, _ = ran("diff", other, runs / "two")
     assert code == 1
@@ -564,8 +564,8 @@ def test_export_keeps_every_bit(runs, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_export_of_bfloat16_and_of_keys_that_meet(tmp_path, monkeypatch):
-    # In whatever order an array lies in memory.
+def test_export_of_bfloat16_and_of_colliding_names(tmp_path, monkeypatch):
+    # The memory layout of an array does not matter.
     read = store.read
     monkeypatch.setattr(store, "read", lambda *args: {name: np.array(x, order="F") for name, x in read(*args).items()})
     half = (np.arange(12).reshape(3, 4) / 7).astype(ml_dtypes.bfloat16)
@@ -578,7 +578,7 @@ def test_export_of_bfloat16_and_of_keys_that_meet(tmp_path, monkeypatch):
     assert "params/a/w and params/a.w would both have the key 'a.w'" in refused("export", path, tmp_path / "y")
 
 
-def test_an_export_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
+def test_a_failed_export_leaves_no_file(runs, tmp_path, monkeypatch):
     assert "cannot be written" in refused("export", runs / "two", tmp_path / "no" / "x")
     file = tmp_path / "x"
     file.write_text("precious")
@@ -595,7 +595,7 @@ def test_an_export_that_fails_leaves_nothing(runs, tmp_path, monkeypatch):
 # prune
 
 
-def test_prune_keeps_newest_and_best_and_says_what_goes(workdir):
+def test_prune_keeps_newest_and_best_and_lists_the_deleted(workdir):
     directory = workdir / "checkpoints"
     for step, loss in ((2, math.nan), (4, 0.125), (6, 3.0)):
         evaluate(directory / str(step), loss)
@@ -618,7 +618,7 @@ def test_prune_keeps_newest_and_best_and_says_what_goes(workdir):
     assert [path.name for path in directory.iterdir()] == ["6"]
 
 
-def test_prune_never_takes_the_newest_whole_one(workdir):
+def test_prune_never_deletes_the_newest_complete_checkpoint(workdir):
     directory = workdir / "checkpoints"
     (directory / "6" / "manifest" / "metadata").write_text("{}")
     (directory / "8.orbax-checkpoint-tmp").mkdir()
@@ -632,7 +632,7 @@ def test_prune_never_takes_the_newest_whole_one(workdir):
     assert snapshot(workdir) == before
 
 
-def test_prune_refuses_while_a_run_is_at_work(workdir):
+def test_prune_refuses_while_a_run_uses_the_workdir(workdir):
     with ownership.hold(workdir):
         before = snapshot(workdir)
         assert "is in use by process" in refused("prune", workdir, "--keep_last=1", "--keep_best=0")
@@ -642,13 +642,13 @@ def test_prune_refuses_while_a_run_is_at_work(workdir):
 @pytest.mark.parametrize(
     "text", ["[]", "[" * 100_000, "\xff", '{"evaluation": 3}', '{"evaluation": {"best_metric": []}}']
 )
-def test_what_is_best_is_not_guessed_from_a_config_that_cannot_be_read(workdir, text):
+def test_list_and_prune_refuse_an_unreadable_config(workdir, text):
     (workdir / "config.json").write_bytes(text.encode("latin1"))
     for arguments in (["list", workdir], ["prune", workdir, "--keep_last=1", "--keep_best=1"]):
         assert str(workdir / "config.json") in refused(*arguments)
 
 
-# what cannot work
+# errors
 
 
 VERBS = {
@@ -662,8 +662,8 @@ VERBS = {
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_where_there_is_no_checkpoint_one_line_says_so(tmp_path, verb):
-    (tmp_path / "7").mkdir()  # a workdir with a number for its name
+def test_without_a_checkpoint_there_is_one_line(tmp_path, verb):
+    (tmp_path / "7").mkdir()  # a workdir whose name is a number
     (tmp_path / "file").write_text("")
     before = snapshot(tmp_path)
     for name in ("nothing\n", "7", "file"):
@@ -681,30 +681,30 @@ def test_wrong_usage_is_exit_code_2(arguments):
     assert ended.value.code == 2
 
 
-def test_names_do_not_reach_the_terminal_as_they_are(workdir, newest):
+def test_control_characters_in_names_are_escaped(workdir, newest):
     (newest / "state" / "\x1b[2J\n").write_text("")
     code, out, _ = ran("verify", newest)
     assert (code, out) == (1, [f"{newest}: state/\\x1b[2J\\n has no checksum"])
 
 
-def test_the_command_touches_no_accelerator_and_needs_one_device(runs):
-    """Catches a command that takes the accelerator from the run beside it, or needs as many devices as the run."""
+def test_the_command_uses_no_accelerator_and_one_device(runs):
+    """Faults: the command takes the accelerator from a running job; it needs as many devices as the run."""
     done = in_a_process_of_its_own("diff", runs / "two", runs / "four", JAX_PLATFORMS="tpu", JAX_NUM_CPU_DEVICES="1")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1].endswith("equal, 0 different, 0 only in A, 0 only in B")
 
 
-def test_arrays_that_cannot_be_read_end_in_one_line(newest):
-    """Catches what TensorStore says of readings that are abandoned with the first that fails, if it comes to that."""
+def test_unreadable_arrays_are_one_line(newest):
+    """Fault: TensorStore's messages about reads that were abandoned after the first failure are printed."""
     for file in (newest / "state").rglob("d/*"):
-        file.write_bytes(file.read_bytes()[:1000])  # the values are cut, what tells where they lie is not
+        file.write_bytes(file.read_bytes()[:1000])  # values are truncated, but not their index
     verify.write(newest, 0, 1)
     done = in_a_process_of_its_own("diff", newest, newest.with_name("4"))
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert done.stderr.startswith(f"error: the arrays of checkpoint {newest} cannot be read (")
 
 
-def test_only_abandoned_readings_are_not_told(monkeypatch):
+def test_only_messages_of_abandoned_reads_are_hidden(monkeypatch):
     told = []
     monkeypatch.setattr(sys, "__unraisablehook__", told.append)
     gone, other = (types.SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "other"))
@@ -713,7 +713,7 @@ def test_only_abandoned_readings_are_not_told(monkeypatch):
     assert told == [other]
 
 
-def test_a_reader_that_goes_away_is_no_traceback(runs):
+def test_a_closed_pipe_is_not_a_traceback(runs):
     command = [sys.executable, "-m", "shampax.launch.checkpoint", "list", runs / "two"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
@@ -744,7 +744,7 @@ JSON = st.recursive(
 
 
 def spots(content, at=()):
-    """Where something can be changed: the way to every value."""
+    """Return the paths of all values, each of which can be changed."""
     inner = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     yield at
     for key, value in inner:
@@ -753,7 +753,7 @@ def spots(content, at=()):
 
 @st.composite
 def mutated(draw, content):
-    """A real record or manifest with some values replaced, removed, or put where others are."""
+    """Draw a real record or manifest with some values replaced, removed or moved."""
     content = copy.deepcopy(content)
     for _ in range(draw(st.integers(1, 2))):
         ways = [way for way in spots(content) if way]
@@ -780,7 +780,7 @@ def mutated(draw, content):
 
 
 class Bench:
-    """What takes over from a checkpoint: the toy run on 4 devices."""
+    """The target of a takeover: the toy run on 4 devices."""
 
     def __init__(self, **options):
         mesh = meshes.make_mesh({"data": 4, "fsdp": 1, "tensor": 1}, jax.devices()[:4])
@@ -813,7 +813,7 @@ def benches():
 
 @pytest.fixture
 def fuzzed(runs, tmp_path, monkeypatch):
-    """A checkpoint to spoil, another one, and its arrays, which are read once: only texts are spoilt."""
+    """Prepare a checkpoint to damage, another one, and its arrays. They are read once, since only texts are damaged."""
     path = shutil.copytree(runs / "two" / "checkpoints" / "6", tmp_path / "two" / "checkpoints" / "6")
     other = runs / "four" / "checkpoints" / "6"
     described = {place: store.arrays(place) for place in (path, other)}
@@ -850,8 +850,8 @@ def check_that_nothing_breaks(fuzzed, benches, item, content):
     assert sorted(path.parents[2].rglob("*")) == before
 
 
-def test_a_takeover_misses_no_array_in_silence(newest, benches):
-    """Catches a step that begins anew under a record that goes on, and counts that nobody hears of."""
+def test_a_takeover_reports_every_missing_array(newest, benches):
+    """Faults: a step restarts under a record that continues; counts are lost without a message."""
     save_again(newest, lambda arrays: arrays.pop("guard/spikes") is None)
     taken = benches[0].plan(newest)
     assert "guard/spikes: initialised (there is none)" in taken.lines and taken.whole == 3
@@ -862,7 +862,7 @@ def test_a_takeover_misses_no_array_in_silence(newest, benches):
             benches[0].plan(broken)
 
 
-def test_renames_that_meet_are_the_configs_fault(newest, benches):
+def test_colliding_renames_are_a_user_error(newest, benches):
     with pytest.raises(UserError, match=r"embed/kernel and out/kernel of .* would both be out/kernel.*config.renamed"):
         benches[0].plan(newest, (("embed", "out"),))
 

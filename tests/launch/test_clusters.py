@@ -1,4 +1,4 @@
-"""Check what clusters get: manifests against published schemas, scripts with a linter and fake commands.
+"""Check manifests for clusters against published schemas, and scripts with a linter and fake commands.
 
 A JobSet's own fields are checked by the models of kubeflow-trainer-api, which are generated from its published schema,
 the Jobs in it and everything else by the published schemas of Kubernetes in kubernetes-validate.
@@ -36,7 +36,7 @@ def manifest(name):
 
 
 def unknown(given, taken, path="") -> list[str]:
-    """Return the fields of a manifest that the schema does not know."""
+    """Return the fields of a manifest that are not in the schema."""
     if isinstance(given, dict) and isinstance(taken, dict):
         return [
             line for key, value in given.items() for line in unknown(value, taken.get(key, "nothing"), f"{path}.{key}")
@@ -63,12 +63,12 @@ def check(document):
             strict=True,
         )
         job["template"] = {"spec": {"template": {}}}
-    # Not from_dict, which gives what is required and missing a value of its own.
+    # Not from_dict, which gives missing required fields a value.
     assert unknown(frame, JobsetV1alpha2JobSet.model_validate(frame).to_dict()) == []
 
 
 @pytest.mark.parametrize("name", [*JOB_SETS, "gke_storage.yaml"])
-def test_manifests_are_what_the_schemas_say(name):
+def test_manifests_match_the_schemas(name):
     check(manifest(name))
 
 
@@ -84,7 +84,7 @@ def test_manifests_are_what_the_schemas_say(name):
         ("spec replicatedJobs 0 template spec template spec containers 0", {"volumesMounts": []}),
     ],
 )
-def test_the_schemas_find_what_is_misspelt_missing_or_of_another_type(place, wrong):
+def test_the_schemas_find_misspelt_missing_and_mistyped_fields(place, wrong):
     document = section = manifest("gke_gpu.yaml")
     for key in place.split():
         section = section[int(key) if key.isdecimal() else key]
@@ -138,7 +138,7 @@ def test_pods_on_tpus_find_each_other():
 
 
 @pytest.mark.parametrize("name", JOB_SETS)
-def test_pods_train_and_do_not_start_again_where_that_cannot_help(name):
+def test_pods_train_and_restart_only_after_retryable_errors(name):
     document = manifest(name)
     _, container, job = pod(document, 0)
     command, _ = train.parser().parse(container["args"])
@@ -181,7 +181,7 @@ def test_the_image_passes_the_linter_and_has_every_package():
 
 @pytest.fixture
 def fakes(tmp_path, monkeypatch):
-    """Makes commands that note how they are called, and then do something."""
+    """Return a function that makes commands which log their arguments and then run a script."""
     bin_, notes = tmp_path / "bin", tmp_path / "notes"
     bin_.mkdir()
     notes.touch()
@@ -212,8 +212,8 @@ SBATCH = ["bash", str(CLUSTERS / "slurm.sbatch"), "--config=a.py", "--workdir=w 
         (75, 100, False),
     ],
 )
-def test_slurm_queues_a_job_again_where_that_can_help(code, restarts, again, fakes, monkeypatch):
-    """Faults: a mistake in the config is tried a hundred times; a preempted job is not tried again."""
+def test_slurm_requeues_a_job_after_retryable_errors(code, restarts, again, fakes, monkeypatch):
+    """Faults: a config error is tried a hundred times; a preempted job is not tried again."""
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
     fakes("srun", f"exit {code}")
@@ -227,8 +227,8 @@ def test_slurm_queues_a_job_again_where_that_can_help(code, restarts, again, fak
     assert done.returncode == (0 if again else code), done.stderr
 
 
-def test_a_cancelled_job_waits_for_its_processes_and_is_not_queued_again(fakes, monkeypatch):
-    """Faults: the script ends before a checkpoint is whole; scancel does not end the job for good."""
+def test_a_cancelled_job_waits_for_its_processes_and_is_not_requeued(fakes, monkeypatch):
+    """Faults: the script ends before a checkpoint is complete; scancel does not end the job for good."""
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     fakes("srun", "sleep 1.5; exit 143")
     fakes("scontrol", "")
@@ -261,7 +261,7 @@ esac
         ("1", "75 75 75 75", 75, 3, 1),
     ],
 )
-def test_a_slice_is_made_and_trains_until_it_is_complete(spot, codes, ends, starts, creations, fakes, tmp_path):
+def test_a_slice_is_created_and_trains_until_complete(spot, codes, ends, starts, creations, fakes, tmp_path):
     state, left = tmp_path / "state", tmp_path / "codes"
     left.write_text(codes.replace(" ", "\n") + "\n")
     fakes("gcloud", GCLOUD)
@@ -279,8 +279,8 @@ def test_a_slice_is_made_and_trains_until_it_is_complete(spot, codes, ends, star
     assert all("--project=p --zone=z" in call for call in calls)
 
 
-def test_a_slice_that_is_taken_away_is_made_anew(fakes, tmp_path):
-    """Fault: a preempted slice is waited for, or its run given up."""
+def test_a_preempted_slice_is_created_again(fakes, tmp_path):
+    """Faults: the script waits for a preempted slice; it gives up the run."""
     state, left = tmp_path / "state", tmp_path / "codes"
     state.write_text("READY\n")
     left.write_text("0\n")

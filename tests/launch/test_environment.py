@@ -1,4 +1,4 @@
-"""The environment that entry points set before JAX starts, and the faults that it prevents."""
+"""Test the environment that entry points set before JAX starts, and the faults it prevents."""
 
 import os
 import pkgutil
@@ -22,7 +22,7 @@ SETTINGS = (
     "TF_CPP_MIN_LOG_LEVEL",
     "XLA_FLAGS",
 )
-# 0 in jaxlib 0.10.2 and 0.12.0.1 (jax#39103); right is 108: the last row is (0, 1, 2), and (2 (0 + 1 + 2))^2 is 36.
+# 0 in jaxlib 0.10.2 and 0.12.0.1 (jax#39103); correct is 108: the last row is (0, 1, 2), and (2 (0 + 1 + 2))^2 is 36.
 WRONG_FUSION = """
 def f(x):
     matrix = jnp.full((3, 3), 2.0)
@@ -33,7 +33,7 @@ print(float(jax.jit(f)(x)[-1]))
 
 
 def run(program, **variables):
-    """Standard output of a Python program, in an environment where nobody has set anything but `variables`."""
+    """Run a Python program with only `variables` set by the user; return its standard output."""
     bare = {name: value for name, value in os.environ.items() if name not in SETTINGS} | variables
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=120, check=False)
@@ -72,13 +72,13 @@ def test_no_entry_point_imports_jax_before_its_environment_is_set():
     assert [name for name, code in done if code != "0"] == []
 
 
-def test_a_fusion_that_xla_computes_wrongly_is_right_after_the_command_line_was_imported():
+def test_a_wrong_fusion_of_xla_is_right_after_importing_the_command_line():
     program = "import shampax.launch.train\nimport jax, jax.numpy as jnp\n" + WRONG_FUSION
     assert float(run(program)) == 108.0
 
 
-def test_the_wrong_fusion_is_right_in_a_script_that_calls_train_itself(tmp_path):
-    """Fault: who trains without the command line trains on wrong numbers. What can be trained does not matter here."""
+def test_a_wrong_fusion_of_xla_is_right_in_a_script_that_calls_train(tmp_path):
+    """Fault: training without the command line uses wrong numbers. The config does not matter here."""
     program = f"""
         import jax, jax.numpy as jnp
         from shampax.configs import base
@@ -92,7 +92,7 @@ def test_the_wrong_fusion_is_right_in_a_script_that_calls_train_itself(tmp_path)
     assert float(run(textwrap.dedent(program) + WRONG_FUSION)) == 108.0
 
 
-def test_flags_of_the_user_stay(monkeypatch):
+def test_flags_of_the_user_are_kept(monkeypatch):
     for given, expected in (
         (
             "--xla_cpu_enable_fast_math=false",
@@ -106,8 +106,8 @@ def test_flags_of_the_user_stay(monkeypatch):
         assert os.environ["XLA_FLAGS"] == expected
 
 
-def test_a_jaxlib_that_may_not_know_the_flag_is_not_given_it(monkeypatch):
-    """Fault: XLA ends a process that is given an unknown flag."""
+def test_a_jaxlib_without_the_flag_does_not_get_it(monkeypatch):
+    """Fault: XLA aborts on an unknown flag."""
     monkeypatch.setenv("XLA_FLAGS", "")
     for release, flagged in (("0.9.2", False), ("0.10.2", True), ("0.12.0.1", True), ("0.13.0", False)):
         monkeypatch.setattr("importlib.metadata.version", lambda name, release=release: release)
@@ -124,7 +124,7 @@ def test_a_jaxlib_that_may_not_know_the_flag_is_not_given_it(monkeypatch):
         ("/dev/nvidia[0-9]*", "jax_cuda12_plugin", None),
         ("/dev/accel*", "libtpu", None),
         ("/dev/kfd", "", None),
-        ("/dev/vfio/[0-9]*", "", None),  # a device of another kind, given to a program
+        ("/dev/vfio/[0-9]*", "", None),  # a device of another kind, passed to a program
     ],
 )
 def test_an_accelerator_that_jax_cannot_use_is_refused(monkeypatch, files, installed, fix):
@@ -137,7 +137,7 @@ def test_an_accelerator_that_jax_cannot_use_is_refused(monkeypatch, files, insta
         return
     with pytest.raises(UserError, match=fix):
         environment.check_accelerator()
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # so it is wished
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # as requested
     environment.check_accelerator()
 
 
@@ -152,8 +152,8 @@ def test_training_refuses_an_accelerator_that_jax_cannot_use(monkeypatch, capsys
     assert not (tmp_path / "work").exists()
 
 
-def test_simulated_devices_survive_steps_that_nobody_waits_for():
-    """What `main` does before the trainer, in a process of its own: a small thread pool would make this hang."""
+def test_simulated_devices_do_not_deadlock_with_unawaited_steps():
+    """Do what `main` does before the trainer, in a separate process. A small thread pool would hang here."""
     program = """
         from shampax.launch import environment
         environment.before_jax()
@@ -169,7 +169,7 @@ def test_simulated_devices_survive_steps_that_nobody_waits_for():
     assert run(program).split(maxsplit=1) == ["8", "(8, 8)\n"]
 
 
-def test_settings_of_the_user_stay(monkeypatch):
+def test_settings_of_the_user_are_kept(monkeypatch):
     chosen = {"JAX_PLATFORMS": "tpu", "OPENBLAS_NUM_THREADS": "5", "NPROC": "9", "JAX_NUM_CPU_DEVICES": "2"}
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)

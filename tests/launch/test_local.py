@@ -17,7 +17,7 @@ from shampax.framework.train import train
 from shampax.launch.local import main
 
 CONFIG = pathlib.Path(__file__).parents[1] / "support" / "toys" / "toy_many.py"
-# Program of the processes in these tests: each writes its process id, and its notes, to a file.
+# Program of the processes in these tests: each writes its process id and notes to a file.
 PROGRAM = """
 import os, pathlib, signal, subprocess, sys, time
 index = os.environ["JAX_PROCESS_ID"]
@@ -31,7 +31,7 @@ note(os.getpid())
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """Return a function that makes a module of a program and returns its command line."""
+    """Return a function that writes a program as a module and returns its command line."""
     (tmp_path / "told").mkdir()
     (tmp_path / "noting").mkdir()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
@@ -44,7 +44,7 @@ def module(tmp_path, monkeypatch):
 
 
 def told(tmp_path, processes):
-    """Return the notes of all processes, once each has written one: {index: lines}."""
+    """Return the notes of all processes after each has written one: {index: lines}."""
     end = time.monotonic() + 30
     while time.monotonic() < end:
         notes = {path.name: path.read_text().split() for path in (tmp_path / "told").iterdir()}
@@ -60,7 +60,7 @@ def launched(*arguments):
 
 
 def local(*arguments, timeout=60):
-    """Return exit code, stdout and stderr of the launcher. It forks, so it needs a process without JAX's threads."""
+    """Run the launcher; return exit code, stdout and stderr. It forks, so it needs a process without JAX's threads."""
     process = launched(*arguments)
     try:
         out, err = process.communicate(timeout=timeout)
@@ -87,7 +87,7 @@ def gone(pids, seconds=15.0):
         (["--", "no_such.module"], "error: module 'no_such' is not in "),
     ],
 )
-def test_what_cannot_be_started_is_one_line(arguments, message, capsys):
+def test_a_command_that_cannot_start_is_one_line(arguments, message, capsys):
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert message in err
@@ -95,13 +95,13 @@ def test_what_cannot_be_started_is_one_line(arguments, message, capsys):
 
 
 @pytest.mark.parametrize("wrong", ["--processes=0", "--devices=-1", "--max_restarts=x", "--grace_seconds=0"])
-def test_numbers_that_make_no_sense_are_refused(wrong, capsys):
+def test_invalid_numbers_are_refused(wrong, capsys):
     assert main([wrong, "--", "train"]) == 2
     assert wrong.partition("=")[0] in capsys.readouterr().err
 
 
-def test_one_that_fails_ends_all_and_its_code_is_the_answer(module, tmp_path, monkeypatch):
-    """Faults: the others run forever, or the one that ignores SIGTERM does; the code of another is returned."""
+def test_a_failing_process_ends_all_and_its_code_is_returned(module, tmp_path, monkeypatch):
+    """Faults: the others run forever, even one that ignores SIGTERM; the code of another process is returned."""
     monkeypatch.delenv("NPROC")
     command = module("""
 if index == "1":
@@ -125,8 +125,8 @@ time.sleep(60)
     assert gone([notes[0] for notes in told(tmp_path, 4).values()], 0.1)
 
 
-def test_who_ends_because_another_has_failed_is_not_the_first_that_failed(module):
-    """Fault: the answer is 75, which only says that another process failed."""
+def test_the_exit_code_is_that_of_the_first_failure(module):
+    """Fault: the launcher returns 75, which only says that another process failed."""
     command = module("""
 if index == "1":
     note("failing")
@@ -139,7 +139,7 @@ sys.exit(75)
     assert local(*command)[0] == 9
 
 
-def test_all_are_started_again_as_often_as_allowed(module, tmp_path):
+def test_all_restart_up_to_the_limit(module, tmp_path):
     command = module("""
 starts = notes.read_text().count("\\n")
 sys.exit(0 if index == "0" or starts == 3 else 75 + starts)
@@ -151,15 +151,15 @@ sys.exit(0 if index == "0" or starts == 3 else 75 + starts)
     assert [len(notes) for notes in told(tmp_path, 2).values()] == [3, 3]
 
 
-def test_what_is_refused_is_not_started_again(module, tmp_path):
+def test_user_errors_do_not_restart(module, tmp_path):
     assert local("--max_restarts=5", *module("sys.exit(2)"))[0] == 2
     assert [len(notes) for notes in told(tmp_path, 2).values()] == [1, 1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_reaches_all_once_and_they_may_take_their_time(number, module, tmp_path):
-    """Faults: the slower process is signalled again, or killed, when the first has ended; all restart."""
+def test_a_signal_reaches_all_processes_once_and_waits_for_them(number, module, tmp_path):
+    """Faults: when the first process has ended, the slower one gets a second signal or is killed; all restart."""
     command = module("""
 import threading
 stop = threading.Event()
@@ -184,8 +184,8 @@ sys.exit(128 + int(notes.read_text().split()[2]))
     assert [notes[1:] for notes in told(tmp_path, 2).values()] == [["ready", str(int(number)), "saved"]] * 2
 
 
-def test_nobody_is_left_when_the_launcher_is_killed(module, tmp_path):
-    """Faults: orphans continue to train and keep their workdir locked."""
+def test_all_processes_end_when_the_launcher_is_killed(module, tmp_path):
+    """Fault: orphans continue to train and keep their workdir locked."""
     with launched(*module("time.sleep(60)")) as process:
         pids = [notes[0] for notes in told(tmp_path, 2).values()]
         process.kill()
@@ -193,7 +193,7 @@ def test_nobody_is_left_when_the_launcher_is_killed(module, tmp_path):
     assert gone(pids)
 
 
-def test_what_a_process_has_started_ends_with_it(module, tmp_path):
+def test_children_of_a_process_end_with_it(module, tmp_path):
     command = module("""
 note(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid)
 """)
@@ -224,7 +224,7 @@ SMALL_LM = (
 
 @pytest.mark.slow
 def test_two_processes_of_two_devices_train_as_one_of_four(tmp_path):
-    """Fault: the losses depend on the division of devices over processes, even in the last bit."""
+    """Fault: the losses depend on the number of processes, even in the last bit."""
     sample = "shampax/configs/lm.py:sample"
     for processes in (2, 1):
         command = ["train", f"--config={sample}", f"--workdir={tmp_path / str(processes)}"]
@@ -241,7 +241,7 @@ def test_two_processes_of_two_devices_train_as_one_of_four(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_starts_again_and_ends_as_one_that_is_not(tmp_path, monkeypatch):
+def test_a_killed_run_restarts_and_ends_as_an_undisturbed_one(tmp_path, monkeypatch):
     """Fault: a kill ends the run or changes its bits."""
 
     def command(workdir):

@@ -1,4 +1,4 @@
-"""The plan command, and its figures for slices that are not here."""
+"""Test the plan command and its figures for slices that are not attached."""
 
 import json
 import subprocess
@@ -6,21 +6,21 @@ import sys
 
 import pytest
 
-# Each test is a process that imports JAX, traces a model and may compile it for TPUs.
+# Each test starts a process that imports JAX, traces a model and may compile it for TPUs.
 pytestmark = pytest.mark.slow
 
 LM = "--config=shampax/configs/lm.py:"
 
 
 def plan(*arguments):
-    """Exit code, standard output and standard error of the command."""
+    """Run the command; return exit code, standard output and standard error."""
     command = [sys.executable, "-m", "shampax.launch.plan", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, done.stderr
 
 
 def test_a_full_size_config_is_planned_without_accelerator_or_data():
-    """Fault: planning needs as many devices as are planned for, or the data set."""
+    """Fault: planning needs the planned devices or the data set."""
     code, out, _ = plan(f"{LM}1b", "--devices=256", "--json")
     assert code == 0
     found = json.loads(out)
@@ -35,12 +35,12 @@ def test_a_full_size_config_is_planned_without_accelerator_or_data():
 
 @pytest.fixture(scope="module")
 def small():
-    """A small language model compiled for 16 chips."""
+    """Plan a small language model for 16 chips."""
     return plan(f"{LM}sample", "--topology=v5e:4x4", "--json", "--config.task.layers=1")
 
 
-def test_a_slice_that_is_not_here(small):
-    """Fault: the compiler's figures are missing, or are those of this machine's CPU."""
+def test_plan_for_a_slice_that_is_not_attached(small):
+    """Fault: the compiler's figures are missing, or are for this machine's CPU."""
     code, out, err = small
     assert code == 0, err
     found = json.loads(out)
@@ -52,8 +52,8 @@ def test_a_slice_that_is_not_here(small):
     assert train["traffic"]["all-to-all"][0] >= 2
 
 
-def test_what_does_not_fit_says_what_to_change():
-    """Fault: the compiler's refusal ends in a traceback, or in success."""
+def test_a_plan_that_does_not_fit_names_the_fix():
+    """Fault: a compiler error ends in a traceback or in success."""
     sizes = ("vocab_size=4096", "layers=1", "heads=1", "kv_heads=1")
     code, out, err = plan(
         f"{LM}sample_adamw",
@@ -78,7 +78,7 @@ def test_what_does_not_fit_says_what_to_change():
     ],
 )
 def test_errors_are_one_line(arguments, words):
-    """Fault: a traceback, or a plan for something else than was asked for."""
+    """Faults: a traceback; a plan for something that was not requested."""
     code, out, err = plan(*arguments)
     assert code == 2
     assert out == ""

@@ -18,7 +18,7 @@ HELDOUT, TRAIN = "heldout/loss", "train/loss"
 
 
 def write(path, *, seed=0, rate=0.001, slope=0.04, optimizer="Shampoo", finished=True, steps=60):
-    """A run whose loss falls by `slope` a step; every tenth step measured, held-out every twentieth."""
+    """Write a run whose loss falls by `slope` per step; metrics every 10 steps, held-out metrics every 20."""
     path.mkdir(parents=True)
     config = {"seed": seed, "schedule": {"learning_rate": rate}, "optimizer": {"name": optimizer}}
     (path / workdir.CONFIG).write_text(json.dumps(config))
@@ -58,7 +58,7 @@ def write(path, *, seed=0, rate=0.001, slope=0.04, optimizer="Shampoo", finished
 
 
 class Page(html.parser.HTMLParser):
-    """Collects a page's tags, rows and text, and checks that tags close in order."""
+    """Collect a page's tags, rows and text, and check that tags are closed in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -89,7 +89,7 @@ def lines_of(axes):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """Three seeds of a fast config against one run of a slow one, and their report."""
+    """Report three seeds of a fast config and one run of a slow one."""
     root = tmp_path_factory.mktemp("runs")
     paths = [write(root / f"fast-seed{seed}", seed=seed) for seed in range(3)]
     paths.append(write(root / "slow", slope=0.02, rate=0.002, optimizer="AdamW"))
@@ -97,7 +97,7 @@ def two(tmp_path_factory):
     return root, paths
 
 
-def test_loss_figure_draws_what_the_workdir_holds(tmp_path):
+def test_loss_figure_draws_the_curves_of_the_workdir(tmp_path):
     run = read_run(write(tmp_path / "run"))
     figure = figures.loss_figure(curves.groups([run]))
     for axes, axis in zip(figure.axes, ("step", "seconds", "tokens"), strict=True):
@@ -108,7 +108,7 @@ def test_loss_figure_draws_what_the_workdir_holds(tmp_path):
             np.testing.assert_allclose(drawn[f"{key}|run"], measured)
 
 
-def test_time_axis_of_a_long_run_is_in_minutes_and_says_so(tmp_path):
+def test_time_axis_of_a_long_run_is_labelled_in_minutes(tmp_path):
     run = read_run(write(tmp_path / "run", steps=1300))
     axes = figures.loss_figure(curves.groups([run])).axes[1]
     assert "minutes" in axes.get_xlabel()
@@ -137,7 +137,7 @@ def test_small_multiples_have_one_panel_per_diagnostic(two):
     np.testing.assert_allclose(drawn, [(step, 10.0 ** -(step / 10)) for step in range(10, 61, 10)])
 
 
-def test_page_is_whole_html_with_embedded_images_and_nothing_from_outside(two):
+def test_page_is_complete_html_with_embedded_images_and_no_external_files(two):
     root, _ = two
     text = (root / "out" / "index.html").read_text()
     page = Page(text)
@@ -177,7 +177,7 @@ def test_page_shows_results_race_and_differing_knobs(two):
         "parameters": "1,234,567",
         "state": "complete",
     }
-    # The slow run ends at 5.3; the mean of the fast ones, 6.7 - 0.04 step, is there at step 35 of 60.
+    # The slow run ends at 5.3; the mean of the fast ones, 6.7 - 0.04 step, reaches this at step 35 of 60.
     assert ["fast (3 runs)", "35 (58%)", "18 (58%)", "3,500 (58%)"] in rows
     assert ["slow", "60 (100%)", "30 (100%)", "6,000 (100%)"] in rows
     assert ["schedule.learning_rate", "0.001", "0.002"] in rows
@@ -208,7 +208,7 @@ def test_message_names_every_file_written(two, tmp_path, capsys):
     assert all(str(path) in printed for path in output.iterdir())
 
 
-def test_default_output_is_in_the_workdir_or_in_what_they_share(tmp_path):
+def test_default_output_is_in_the_workdir_or_the_common_folder(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     assert report.default_output([a]).resolve() == tmp_path / "a" / "report"
     assert report.default_output([a, b]).resolve() == tmp_path / "report"

@@ -26,7 +26,7 @@ def broken_file(tmp_path):
 
 
 def ran(arguments, capsys):
-    """Exit code, lines of stdout and lines of stderr."""
+    """Run the command; return exit code, lines of stdout and lines of stderr."""
     code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out.splitlines(), captured.err.splitlines()
@@ -102,7 +102,7 @@ def test_the_command_itself(broken_file, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-def test_half_a_place_in_a_run_is_one_line(monkeypatch, capsys):
+def test_an_incomplete_process_index_and_count_are_one_line(monkeypatch, capsys):
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
     code, out, [line] = ran([SAMPLE, "--workdir=w"], capsys)
     assert (code, out) == (2, [])
@@ -114,7 +114,7 @@ RESULT = {"stopped": None, "steps": 3}
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Stands in for training: exit codes and messages are this module's, what is trained is not."""
+    """Replace training, to test only exit codes and messages."""
     calls = []
 
     def answer(outcome):
@@ -143,18 +143,18 @@ def test_the_exit_code_says_how_training_ended(stopped, code, trained, capsys):
     assert ("Rerun the same command to resume" in "\n".join(out)) == (stopped is not None)
 
 
-def test_training_that_cannot_go_on(trained, capsys):
+def test_training_that_fails(trained, capsys):
     trained(TrainingStopped("20 steps in a row"))
     assert ran([SAMPLE, "--workdir=w"], capsys) == (1, [], ["error: 20 steps in a row"])
 
 
-def test_what_the_trainer_refuses(trained, capsys):
+def test_user_errors_of_the_trainer(trained, capsys):
     trained(UserError("batch 100 is not\ndivisible"))
     assert ran([SAMPLE, "--workdir=w"], capsys) == (2, [], ["error: batch 100 is not divisible"])
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--help", SAMPLE], [SAMPLE, "-h", "--config.batch_size=77"]])
-def test_help_shows_every_knob_with_its_reason(arguments, capsys):
+def test_help_shows_every_knob_with_its_comment(arguments, capsys):
     code, out, err = ran(arguments, capsys)
     assert (code, err) == (0, [])
     shown = {line.split()[0]: line for line in out if line.startswith("  --config.")}
@@ -164,7 +164,7 @@ def test_help_shows_every_knob_with_its_reason(arguments, capsys):
     assert ("77" in shown["--config.batch_size"]) == ("-h" in arguments)
 
 
-def test_every_knob_has_a_reason():
+def test_every_knob_has_a_comment():
     config = base.get_config()
     declared = knobs.reasons(base.get_config)
     for key, value in config.items():

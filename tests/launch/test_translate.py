@@ -15,7 +15,7 @@ from shampax.framework.sharding import meshes
 from shampax.framework.train import train
 from shampax.launch.translate import DATA, TASK, main
 
-pytestmark = pytest.mark.slow  # all tests need a trained model with a tokenizer; beam search has quick tests of its own
+pytestmark = pytest.mark.slow  # all tests need a trained model with a tokenizer; beam search has its own fast tests
 
 SIZES = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 16, "heads": 2, "head_dim": 8, "mlp_dim": 32}
 
@@ -32,7 +32,7 @@ def make_config():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A workdir with checkpoints of steps 2 and 4, and its held-out pairs."""
+    """Train a workdir with checkpoints of steps 2 and 4; return it with its held-out pairs."""
     workdir = tmp_path_factory.mktemp("translate") / "run"
     train(make_config(), workdir, devices=jax.devices()[:2])
     data = restore.component(workdir, "data", [DATA])
@@ -42,7 +42,7 @@ def run(tmp_path_factory):
 
 
 def ran(tmp_path, text, *arguments):
-    """Exit code, lines of stdout and lines of stderr."""
+    """Run the command; return exit code, lines of stdout and lines of stderr."""
     file = tmp_path / "input.txt"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     out, err = io.StringIO(), io.StringIO()
@@ -51,13 +51,13 @@ def ran(tmp_path, text, *arguments):
     return code, out.getvalue().split("\n")[:-1], err.getvalue().splitlines()
 
 
-def test_lines_are_translated_as_the_task_does(run, tmp_path, monkeypatch):
-    """Fault: lines out of order, another tokenizer or search than in training, or wrong padding."""
+def test_lines_are_translated_as_in_training(run, tmp_path, monkeypatch):
+    """Faults: lines are out of order; tokenizer or search differ from training; padding is wrong."""
     workdir, pairs = run
     random, drawn = np.random.default_rng(0), []
 
     def varied(checkpoint, task, spec, rules, mesh):
-        """Parameters under which translations differ, which those of a few steps do not make."""
+        """Return parameters that give different translations. A few steps of training do not."""
         assert checkpoint == workdir / "checkpoints" / "4"
         shapes = jax.eval_shape(lambda: task.init(jax.random.key(0), spec))
         drawn.append(jax.tree.map(lambda x: random.normal(0.0, 1.0, x.shape).astype(np.float32), shapes))
@@ -78,8 +78,8 @@ def test_lines_are_translated_as_the_task_does(run, tmp_path, monkeypatch):
     assert sorted(line.split(" of ")[1].split(" is cut after 12 ")[0] for line in err) == cut
 
 
-def test_the_best_or_the_newest_checkpoint_is_taken(run, tmp_path):
-    """Fault: the order of scores reversed, or a damaged checkpoint translated with."""
+def test_the_best_or_newest_checkpoint_is_used(run, tmp_path):
+    """Faults: the order of scores is reversed; a damaged checkpoint is used."""
     workdir = shutil.copytree(run[0], tmp_path / "run")
     first = workdir / "checkpoints" / "2"
     store.write_evaluation(first, store.record(first).with_evaluation({"loss": 0.5}, Ranking()))
@@ -95,7 +95,7 @@ def test_the_best_or_the_newest_checkpoint_is_taken(run, tmp_path):
 
 
 def test_variables_are_restored_onto_another_mesh(run):
-    """Fault: parameters exchanged or left as they were initialised, or laid out otherwise than the rules say."""
+    """Faults: parameters are swapped or keep their initial values; their sharding does not follow the rules."""
     workdir = run[0]
     task, data = restore.component(workdir, "task", [TASK]), restore.component(workdir, "data", [DATA])
     defaults = base.get_config()
@@ -112,8 +112,8 @@ def test_variables_are_restored_onto_another_mesh(run):
         restore.variables(checkpoint, other, data.spec(), defaults.sharding_rules, mesh)
 
 
-def test_what_cannot_work_is_one_line(run, tmp_path):
-    """Fault: a traceback, or code imported that a workdir from elsewhere names."""
+def test_errors_are_one_line(run, tmp_path):
+    """Faults: a traceback; code named by a foreign workdir is imported."""
     workdir = run[0]
     foreign = shutil.copytree(workdir, tmp_path / "foreign")
     content = json.loads((foreign / "config.json").read_text())

@@ -15,7 +15,7 @@ from shampax.models import attention
 
 
 def test_rotation_against_complex_numbers():
-    """Fault: wrong pairing or frequencies, checked in float64 against multiplication by exp(i position / theta^...)."""
+    """Compare in float64 with multiplication by exp(i position / theta^...). Fault: wrong pairs or frequencies."""
     x = np.random.default_rng(0).normal(size=(2, 5, 3, 8))
     positions = np.array([[0, 1, 2, 3, 4], [7, 8, 1000, 0, 1]])
     pairs = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[:, :, None, None] * 10_000.0 ** (-np.arange(4) / 4))
@@ -25,7 +25,7 @@ def test_rotation_against_complex_numbers():
 
 
 def test_attention_against_jax():
-    """Fault: a wrong scale, softmax axis or assignment of query heads to key heads."""
+    """Faults: a wrong scale or softmax axis; query heads use other key heads."""
     random = np.random.default_rng(0)
     shapes = [(2, 7, 6, 8), (2, 7, 3, 8), (2, 7, 3, 8)]
     query, key, value = (random.normal(size=shape).astype(np.float32) for shape in shapes)
@@ -35,22 +35,23 @@ def test_attention_against_jax():
 
 
 @pytest.mark.parametrize("block", [3, 50])
-def test_by_blocks_equals_the_whole(block):
-    """Fault: softmaxes of blocks wrongly joined, a short last block, or a block in which a query sees nothing."""
+def test_blockwise_attention_equals_the_whole(block):
+    """Faults: softmaxes of blocks are combined wrongly; a short last block or a block that is masked for a query is
+    wrong."""
     task = dataclasses.replace(SMALL, attention_block=block)
     variables, batch = variables_of(SMALL), batch_of()
     assert_close(grad_of(SMALL, variables, batch), grad_of(task, variables, batch), 1e-5)
 
 
 def random_input(length, dtype="float32"):
-    """Query, key, value and segments of one row; 4 heads share 2 key-value heads."""
+    """Return query, key, value and segments of one row; 4 heads share 2 key-value heads."""
     random = np.random.default_rng(0)
     shapes = [(1, length, 4, 8), (1, length, 2, 8), (1, length, 2, 8)]
     return *(random.normal(size=shape).astype(dtype) for shape in shapes), np.ones((1, length), np.int32)
 
 
-def test_by_blocks_in_bfloat16():
-    """Fault: sums over blocks, or the gradient of the keys, kept in bfloat16."""
+def test_blockwise_attention_in_bfloat16():
+    """Fault: sums over blocks, or the gradient of the keys, are kept in bfloat16."""
     arrays = random_input(96)
     half = tuple(jnp.asarray(x, jnp.bfloat16) for x in arrays[:3])
 
@@ -71,8 +72,8 @@ def peak(block, length):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_memory_by_blocks_grows_with_the_length_and_not_with_its_square():
-    """Fault: scores of all blocks, or the sums after each block, kept for the backward pass."""
+def test_memory_of_blockwise_attention_is_linear_in_the_length():
+    """Fault: scores of all blocks, or sums after each block, are kept for the backward pass."""
     whole, blocks = ([peak(block, length) for length in (256, 1024)] for block in (0, 32))
     assert whole[1] > 8 * whole[0]
     assert blocks[1] < 5 * blocks[0]
@@ -80,7 +81,7 @@ def test_memory_by_blocks_grows_with_the_length_and_not_with_its_square():
 
 
 def test_masks_of_blocks_are_not_kept():
-    """Fault: a scan over layers computes the masks of all blocks ahead, T x S for every head, for all layers."""
+    """Fault: a scan over layers precomputes the masks of all blocks, T x S for every head and layer."""
     task = dataclasses.replace(SMALL, attention_block=4, remat="full")
     batch = batch_of()
     abstract = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch))
@@ -91,7 +92,7 @@ def test_masks_of_blocks_are_not_kept():
 
 
 def on_mesh(task, sizes, batch):
-    """Loss and gradient compiled with positions over `sequence`, parameters replicated."""
+    """Compile loss and gradient with positions sharded over `sequence` and replicated parameters."""
     names = ("data", "expert", "fsdp", "sequence", "tensor")
     mesh = jax.make_mesh(tuple(sizes.get(name, 1) for name in names), names, axis_types=(AxisType.Auto,) * 5)
     replicated, by_batch = NamedSharding(mesh, P()), NamedSharding(mesh, P(("data", "fsdp", "expert")))
@@ -104,8 +105,8 @@ def on_mesh(task, sizes, batch):
 
 
 @pytest.mark.parametrize("block", [0, 3])
-def test_positions_over_four_devices_equal_one(block):
-    """Fault: a device whose mask takes its queries for the first ones, or gradients of keys that are not summed."""
+def test_sharded_positions_equal_one_device(block):
+    """Faults: a device masks its queries as the first ones; gradients of keys are not summed."""
     batch, variables = batch_of(), variables_of(SMALL)
     step = on_mesh(dataclasses.replace(SMALL, attention_block=block), {"data": 2, "sequence": 4}, batch)
     arguments = jax.device_put((variables, batch), step.input_shardings[0])
@@ -113,8 +114,8 @@ def test_positions_over_four_devices_equal_one(block):
 
 
 @pytest.mark.slow
-def test_each_device_needs_the_memory_of_its_positions():
-    """Fault: activations that every device along `sequence` holds whole."""
+def test_memory_falls_with_the_devices_along_sequence():
+    """Fault: every device along `sequence` keeps complete activations."""
     task = dataclasses.replace(SMALL, attention_block=32, remat="full")
     batch = batch_of([[1] * 1025] * 2)
     alone, four = (
@@ -125,7 +126,7 @@ def test_each_device_needs_the_memory_of_its_positions():
 
 
 def test_rows_of_other_devices_are_not_gathered():
-    """Fault: the gradients of keys and values are gathered for all rows, of which a device has half."""
+    """Fault: the gradients of keys and values are gathered for all rows, although a device has half of them."""
     task = dataclasses.replace(SMALL, attention_block=32, remat="full")
     text = on_mesh(task, {"data": 2, "sequence": 4}, batch_of([[1] * 129] * 2)).as_text()
     gathered = [each.bytes for each in collectives.find(text) if each.kind == "all-gather"]
@@ -133,7 +134,7 @@ def test_rows_of_other_devices_are_not_gathered():
 
 
 def test_positions_that_do_not_divide_are_refused():
-    """Fault: a sequence axis that is passed over in silence, and memory that does not fall."""
+    """Fault: the sequence axis is ignored without an error, and memory does not fall."""
     mesh = jax.make_mesh((8,), ("sequence",), axis_types=(AxisType.Auto,))
     with (
         jax.set_mesh(mesh),

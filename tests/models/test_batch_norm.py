@@ -32,7 +32,7 @@ def trained(norm, variables, x, weights):
 
 
 def reference(x, weights, group, momentum=0.8, epsilon=1e-5):
-    """In float64, group by group, from the examples that weigh."""
+    """Compute in float64, group by group, from the examples with weight."""
     values, x = variables(), x.astype(np.float64)
     result, means, variances, counts = np.zeros_like(x), [], [], []
     for start in range(0, len(x), group):
@@ -53,7 +53,7 @@ def reference(x, weights, group, momentum=0.8, epsilon=1e-5):
 @pytest.mark.parametrize("group", [0, 8, 4, 2])
 @pytest.mark.parametrize("weights", [np.ones(8, np.float32), WEIGHTS])
 def test_against_numpy(group, weights):
-    """Fault: statistics over the wrong axes or examples, a wrong divisor, or running statistics that follow wrongly."""
+    """Faults: statistics over the wrong axes or examples; a wrong divisor; wrong running statistics."""
     result, state = trained(norm_of(group=group), variables(), images(), weights)
     expected, running = reference(images(), weights, group or 8)
     kept = weights > 0
@@ -63,7 +63,7 @@ def test_against_numpy(group, weights):
 
 
 def test_examples_without_weight_change_nothing():
-    """Fault: examples that fill up a batch enter its statistics or their gradient."""
+    """Fault: padding examples enter a batch's statistics or their gradient."""
     x, norm = images(), norm_of()
 
     def of(x, weights):
@@ -80,8 +80,8 @@ def test_examples_without_weight_change_nothing():
         np.testing.assert_array_equal(state["batch_stats"][name], values)
 
 
-def test_a_group_without_weight_has_no_part_in_the_running_statistics():
-    """Fault: a division by zero, or running statistics pulled towards zero."""
+def test_a_group_without_weight_does_not_change_running_statistics():
+    """Faults: a division by zero; running statistics move towards zero."""
     weights = np.array([0, 0, 1, 1, 1, 1, 1, 1], np.float32)
     result, state = trained(norm_of(group=2), variables(), images(), weights)
     _, running = reference(images(), weights, 2)
@@ -90,8 +90,8 @@ def test_a_group_without_weight_has_no_part_in_the_running_statistics():
         np.testing.assert_allclose(state["batch_stats"][name], values, rtol=1e-5)
 
 
-def test_running_statistics_serve_evaluation():
-    """Fault: evaluation by the batch's statistics, with the variance for the deviation, or without the epsilon."""
+def test_evaluation_uses_running_statistics():
+    """Faults: evaluation uses the batch's statistics, the variance instead of the deviation, or no epsilon."""
     values, x = variables(), images()
     result = norm_of().apply(values, x, WEIGHTS, False)
     state, params = values["batch_stats"], values["params"]
@@ -99,8 +99,8 @@ def test_running_statistics_serve_evaluation():
     np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_beginning():
-    """Fault: a norm that begins with statistics or scales of its own, or that an initialisation already updates."""
+def test_initial_statistics_and_scales():
+    """Faults: initial statistics or scales are not 0 and 1; an initialisation updates them."""
     for zero_scale in (False, True):
         made = norm_of(zero_scale=zero_scale).init(jax.random.key(0), images(), WEIGHTS, False)
         flat = {name: np.asarray(made[kind][name].value) for kind in made for name in made[kind]}
@@ -109,7 +109,7 @@ def test_the_beginning():
 
 
 def test_statistics_are_float32():
-    """Fault: sums in bfloat16, which stop growing after a few hundred terms."""
+    """Fault: bfloat16 sums stop growing after a few hundred terms."""
     x = jnp.asarray(np.random.default_rng(0).normal(1, 1, (8, 16, 16, 4)), jnp.bfloat16)
     result, state = trained(norm_of(dtype=jnp.dtype("bfloat16"), momentum=0.0), variables(), x, np.ones(8, np.float32))
     assert result.dtype == jnp.bfloat16
@@ -119,6 +119,6 @@ def test_statistics_are_float32():
 
 
 def test_groups_must_divide_the_batch():
-    """Fault: a reshape error that names neither number."""
+    """Fault: a reshape error that has neither number."""
     with pytest.raises(ValueError, match=r"task.batch_norm_group=3: must divide the 8 examples"):
         trained(norm_of(group=3), variables(), images(), WEIGHTS)

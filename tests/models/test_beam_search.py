@@ -12,7 +12,7 @@ VOCAB, END, START = 4, 2, 3
 
 
 def tables(sentences, length, seed=0, spread=1.5):
-    """Log-probabilities [B, N, V, V, V] of the next token behind the last two, at each position."""
+    """Return log-probabilities [B, N, V, V, V] of the next token after the last two, at each position."""
     scores = np.random.default_rng(seed).normal(size=(sentences, length, VOCAB, VOCAB, VOCAB)) * spread
     return scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
 
@@ -38,7 +38,7 @@ def search(table, beams, length, penalty):
 
 
 def log_probs(table, prefix):
-    """Of one sentence, what follows a prefix, float64 [V]."""
+    """Return the log-probabilities of one sentence after a prefix, float64 [V]."""
     two = [START, START, *prefix][-2:]
     return table[len(prefix), two[0] if len(prefix) > 1 else START, two[1]]
 
@@ -48,7 +48,7 @@ def divisor(tokens, penalty):
 
 
 def by_brute_force(table, length, penalty):
-    """The best of all hypotheses that end."""
+    """Return the best of all finished hypotheses."""
     best = (-np.inf, ())
     others = [token for token in range(VOCAB) if token != END]
     for size in range(length):
@@ -60,7 +60,7 @@ def by_brute_force(table, length, penalty):
 
 
 def by_lists(table, beams, length, penalty):
-    """Beam search written with lists, in float64."""
+    """Search with lists, in float64."""
     live, finished = [(0.0, ())], []
     for _ in range(length):
         everything = sorted(
@@ -88,8 +88,9 @@ def assert_found(found, expected, length):
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 2.0])
-def test_with_all_beams_it_is_a_search_over_all_sequences(penalty):
-    """Fault: a wrong penalty, a score without its end, a finished hypothesis lost or overtaken by a live one."""
+def test_with_all_beams_it_searches_all_sequences(penalty):
+    """Faults: a wrong penalty; a score without the end token; a finished hypothesis is lost or replaced by a live
+    one."""
     length, table = 4, tables(12, 4)
     expected = [by_brute_force(each, length, penalty) for each in table]
     assert_found(search(table, VOCAB**length, length, penalty), expected, length)
@@ -99,14 +100,14 @@ def test_with_all_beams_it_is_a_search_over_all_sequences(penalty):
 @pytest.mark.parametrize("beams", [2, 3])
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_it_equals_a_search_with_lists(beams, penalty):
-    """Fault: hypotheses mixed up when beams are chosen, or a sentence that goes on when it is done."""
+    """Faults: hypotheses are mixed up when beams are chosen; a finished sentence continues."""
     table = tables(40, 7, seed=beams)
     expected = [by_lists(each, beams, 7, penalty) for each in table]
     assert_found(search(table, beams, 7, penalty), expected, 7)
 
 
 def test_one_beam_is_greedy():
-    """Fault: the second best continuation finished beside the best, which more beams may do."""
+    """Fault: the second best continuation is finished as well, which is right only with more beams."""
     table = tables(40, 6, seed=5)
     expected = []
     for each in table:
@@ -119,8 +120,8 @@ def test_one_beam_is_greedy():
     assert_found(search(table, 1, 6, 0.6), expected, 6)
 
 
-def test_a_sentence_does_not_depend_on_those_beside_it():
-    """Fault: a sentence that is done takes up hypotheses while the search goes on for others."""
+def test_a_sentence_does_not_depend_on_others_in_the_batch():
+    """Fault: a finished sentence gets more hypotheses while others continue."""
     table = tables(16, 8, seed=9, spread=2.5)
     together = search(table, 2, 8, 1.0)
     for row in (0, 5, 11):

@@ -38,7 +38,7 @@ def spec_of(batch):
 
 @functools.cache
 def variables_of(task):
-    """Parameters drawn by numpy, all of them large enough to matter."""
+    """Return random parameters, all of them large enough to matter."""
     random = np.random.default_rng(1)
     abstract = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch_of()))
     return jax.tree.map(lambda x: random.normal(0.1, 0.3, x.shape).astype(np.float32), abstract)
@@ -60,8 +60,8 @@ def assert_close(left, right, tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), left, right)
 
 
-def test_every_real_slot_is_seen_and_no_other():
-    """Fault: attention that looks back only, reads padding, or mixes rows."""
+def test_attention_reads_exactly_the_real_slots():
+    """Faults: attention only looks back, reads padding, or mixes rows."""
     batch, variables = batch_of(), variables_of(SMALL)
     masked, relation = map(np.asarray, logits_of(SMALL, variables, batch))
     for slot in (0, 15):
@@ -80,8 +80,8 @@ def test_every_real_slot_is_seen_and_no_other():
     assert_close([masked[1:2], relation[1:2]], list(alone), 1e-5)
 
 
-def test_positions_and_types_tell_slots_apart():
-    """Fault: a table of positions or token types that is looked up nowhere, or by the wrong index."""
+def test_positions_and_token_types_change_predictions():
+    """Fault: a table of positions or token types is not used, or with a wrong index."""
     batch, variables = batch_of(), variables_of(SMALL)
     masked, _ = map(np.asarray, logits_of(SMALL, variables, batch))
     by_hand = variables["params"]["embeddings"]
@@ -94,7 +94,7 @@ def test_positions_and_types_tell_slots_apart():
 
 
 def test_only_masked_slots_are_predicted():
-    """Fault: predictions from another slot than the masked one, or a weight for the places that a row leaves free."""
+    """Faults: a prediction is of another slot than the masked one; an unused prediction slot has weight."""
     batch, variables = batch_of(), variables_of(SMALL)
     masked, _ = map(np.asarray, logits_of(SMALL, variables, batch))
     order = np.array([2, 0, 1])
@@ -107,7 +107,7 @@ def test_only_masked_slots_are_predicted():
 
 
 def test_loss_and_metrics_by_hand():
-    """Fault: totals over the wrong weights, or a loss that is not its total over its weight."""
+    """Faults: totals have wrong weights; a loss is not its total divided by its weight."""
     batch, variables = batch_of(), variables_of(SMALL)
     masked, relation = (np.asarray(x, np.float64) for x in logits_of(SMALL, variables, batch))
 
@@ -134,7 +134,7 @@ def test_loss_and_metrics_by_hand():
 
 
 def test_micro_batches_add_up():
-    """Fault: a normalisation over the batch, under which gradient accumulation changes the gradient."""
+    """Fault: the loss is normalised over the batch, so that gradient accumulation changes the gradient."""
     batch, variables = batch_of(), variables_of(SMALL)
     (_, (_, whole)), gradient = grad_of(SMALL, variables, batch)
     parts = [grad_of(SMALL, variables, {name: x[half::2] for name, x in batch.items()}) for half in range(2)]
@@ -147,15 +147,15 @@ def test_micro_batches_add_up():
 
 
 def test_padding_has_no_weight_and_no_gradient():
-    """Fault: a NaN from rows of padding, which the guard would take for a diverged step."""
+    """Fault: padding rows give NaN, which the guard counts as a diverged step."""
     empty = jax.tree.map(np.zeros_like, batch_of())
     (loss, _), gradient = grad_of(SMALL, variables_of(SMALL), empty)
     assert loss == 0
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
 
 
-def test_what_each_loss_teaches():
-    """Fault: a decoder of its own in place of the table of words, or an is_next that trains no pooler."""
+def test_each_loss_has_gradients_for_its_parameters():
+    """Faults: the decoder is not tied to the word table; is_next does not train the pooler."""
     batch, variables = batch_of(), variables_of(SMALL)
     _, gradient = grad_of(SMALL, variables, batch)
     gradient = gradient["params"]
@@ -164,15 +164,15 @@ def test_what_each_loss_teaches():
     _, of_pairs = grad_of(SMALL, variables, unmasked)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(of_pairs["params"]["masked_head"]))
     assert np.abs(of_pairs["params"]["layers"]["mlp"]["up"]["kernel"]).max() > 1e-4
-    # Words that stand nowhere in the batch move only as what a masked slot might have been.
+    # Words that are not in the batch get gradients only as candidates for masked slots.
     absent = np.setdiff1d(np.arange(48), batch["tokens"])
     assert (np.abs(gradient["embeddings"]["words"])[absent].max(axis=-1) > 1e-5).all()
     assert (of_pairs["params"]["embeddings"]["words"][absent] == 0).all()
     assert set(gradient["masked_head"]) == {"dense", "norm", "bias"}
 
 
-def test_dropout_is_for_training_and_by_key():
-    """Fault: held-out metrics that depend on a key, dropout that never acts, or the same in every layer and step."""
+def test_dropout_is_only_in_training_and_depends_on_the_key():
+    """Faults: held-out metrics depend on a key; dropout has no effect; it is equal in all layers or steps."""
     task = dataclasses.replace(SMALL, dropout=0.5, layers=1)
     batch, variables = batch_of(), variables_of(task)
 
@@ -186,7 +186,7 @@ def test_dropout_is_for_training_and_by_key():
 
 
 def unscanned(variables):
-    """The same weights under the names of separate layers."""
+    """Return the same weights under the names of separate layers."""
     params = dict(variables["params"])
     layers = params.pop("layers")
     names = {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(SMALL.layers)}
@@ -195,7 +195,7 @@ def unscanned(variables):
 
 @pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_scanned_layers_equal_a_loop(remat):
-    """Fault: scan or recomputation that shares, reorders or skips layers."""
+    """Fault: scan or rematerialisation shares, reorders or skips layers."""
     loop = dataclasses.replace(SMALL, scan_layers=False)
     variables = variables_of(SMALL)
     (loss, _), gradient = grad_of(dataclasses.replace(SMALL, remat=remat), variables, batch_of())
@@ -204,8 +204,8 @@ def test_scanned_layers_equal_a_loop(remat):
     assert_close(unscanned(gradient), loop_gradient, 1e-4)
 
 
-def test_flops_are_those_of_the_traced_matmuls():
-    """Fault: a term of the formula forgotten or counted twice, found by counting every matmul of loss and gradient."""
+def test_flops_match_the_traced_matmuls():
+    """Count every matmul of loss and gradient. Fault: the formula lacks a term or counts it twice."""
     task = dataclasses.replace(SMALL, scan_layers=False)
     batch = batch_of()
     abstract = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch))
@@ -215,7 +215,7 @@ def test_flops_are_those_of_the_traced_matmuls():
 
 
 def test_golden_values():
-    """Fault: any unmeant change to initialisation or model; a model that begins confident."""
+    """Faults: an unintended change of initialisation or model; initial predictions are confident."""
     task = dataclasses.replace(SMALL, init_std=0.02)
     (loss, (_, metrics)), gradient = grad_of(task, quick_jit(task.init)(jax.random.key(0), batch_of()), batch_of())
     norm = math.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(gradient)))
@@ -225,20 +225,20 @@ def test_golden_values():
 
 
 def test_initial_scales():
-    """Fault: kernels that begin with another spread than is asked for, or scanned layers that begin alike."""
+    """Faults: kernels have another initial scale than configured; scanned layers are initialised equally."""
     task = dataclasses.replace(SMALL, embed_dim=64, mlp_dim=128, vocab_size=512, init_std=0.05)
     params = jax.device_get(quick_jit(task.init)(jax.random.key(0), batch_of()))["params"]
     up = params["layers"]["mlp"]["up"]["kernel"]
     for kernel in (params["embeddings"]["words"], up, params["layers"]["attention"]["out"]["kernel"]):
         assert kernel.dtype == jnp.float32
         assert np.abs(kernel).max() <= 0.1
-        # Of a normal distribution cut off at two standard deviations.
+        # A normal distribution truncated at two standard deviations.
         assert abs(kernel.std() / (0.05 * 0.8796) - 1) < 0.03
     assert not np.array_equal(up[0], up[1])
 
 
-def test_sinusoidal_positions_begin_as_said():
-    """Fault: sines that are not those of the positions, or another scale than the words'."""
+def test_initial_sinusoidal_positions():
+    """Faults: sines are of other positions; the scale differs from that of words."""
     task = dataclasses.replace(SMALL, position_init="sinusoidal", init_std=0.1, layers=1)
     table = quick_jit(task.init)(jax.random.key(0), batch_of())["params"]["embeddings"]["positions"]
     frequencies = 20.0 ** -(np.arange(0, 16, 2) / 16)
@@ -247,8 +247,8 @@ def test_sinusoidal_positions_begin_as_said():
     np.testing.assert_allclose(table, expected, atol=1e-5)
 
 
-def test_bfloat16_is_used_where_it_should_be():
-    """Fault: logits or norms in bfloat16, or matmuls left in float32."""
+def test_types_of_logits_norms_and_matmuls():
+    """Faults: logits or norms are bfloat16; matmuls are float32."""
     task = dataclasses.replace(SMALL, compute_dtype="bfloat16", scan_layers=False)
     batch = batch_of()
     abstract = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch))
@@ -262,7 +262,7 @@ def test_bfloat16_is_used_where_it_should_be():
 
 
 def test_logical_axes_name_every_dimension():
-    """Fault: axes that do not fit the arrays, boxes left in the tree, or names no rule knows."""
+    """Faults: axes do not fit the arrays; boxes remain in the tree; no rule has a name."""
     variables = jax.eval_shape(SMALL.init, jax.random.key(0), spec_of(batch_of()))
     axes = SMALL.logical_axes(variables)
     sizes = {"embed": (16,), "mlp": (24, 16), "heads": (2,), "kv": (8,), "vocab": (48,), "layers": (2,), "norm": (16,)}
@@ -280,7 +280,7 @@ SPECS = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"}
 
 
 def test_sharded_equals_single():
-    """Fault: constraints that change the result on a mesh; masked slots gathered across devices."""
+    """Faults: constraints change the result on a mesh; masked slots are gathered across devices."""
     batch, variables = batch_of(), variables_of(SMALL)
     mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     shardings = jax.tree.map(
@@ -299,7 +299,7 @@ def test_sharded_equals_single():
     shuffles = [
         line for line in compiled.as_text().splitlines() if re.search(r"all-to-all\(|collective-permute\(", line)
     ]
-    assert not [line for line in shuffles if "next_head" not in line]  # there it is a slot of each row at most
+    assert not [line for line in shuffles if "next_head" not in line]  # at most a slot of each row
     sharded = compiled(jax.device_put(variables, shardings), jax.device_put(batch, by_batch))
     assert_close(grad_of(SMALL, variables, batch), jax.device_get(sharded), 1e-4)
 
@@ -321,7 +321,7 @@ def spec_of_tree(tree):
     ],
 )
 def test_fields_are_checked(fields, message):
-    """Fault: nonsense accepted at construction and met inside a trace."""
+    """Fault: an invalid value is accepted at construction and fails inside a trace."""
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **fields)
 
@@ -336,7 +336,7 @@ def test_fields_are_checked(fields, message):
         ),
     ],
 )
-def test_unfit_batches_are_refused(batch, message):
-    """Fault: data of another kind give a KeyError inside a trace; positions past the table read its last entry."""
+def test_batches_of_other_data_are_refused(batch, message):
+    """Faults: data of another kind give a KeyError inside a trace; positions beyond the table read its last entry."""
     with pytest.raises(ValueError, match=message):
         SMALL.init(jax.random.key(0), batch)

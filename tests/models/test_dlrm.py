@@ -35,7 +35,7 @@ def spec_of(batch):
 
 @pytest.fixture(scope="module")
 def variables():
-    """Parameters with a value for what is missing, as training would leave them."""
+    """Return parameters with values for missing integers, as after training."""
     made = jax.jit(lambda: TASK.init(jax.random.key(0), spec_of(clicks())))()
     made["params"]["missing"] = jnp.arange(5.0) / 5
     return made
@@ -47,7 +47,7 @@ def loss_of(variables, batch, key, task=TASK, *, train=False):
 
 
 def reference_logits(params, batch):
-    """The model in float64, one example after the other."""
+    """Compute the model in float64, one example after the other."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
     def mlp(layers, x):
@@ -68,8 +68,8 @@ def reference_logits(params, batch):
 
 
 def test_agrees_with_numpy_in_float64(variables):
-    """Fault: a table begins in another's rows, a hash above 2^31 turns negative, a pair of vectors is left out or twice
-    there, an integer that is missing counts as a number."""
+    """Faults: a table starts in the rows of another; a hash above 2^31 becomes negative; a pair of vectors is missing
+    or doubled; a missing integer counts as a number."""
     batch = clicks()
     assert (batch["categories"] >= 2**31).any() and (batch["integers"] == MISSING).any()
     logits = jax.jit(TASK.logits)(variables, batch)
@@ -77,19 +77,20 @@ def test_agrees_with_numpy_in_float64(variables):
 
 
 def test_interactions_are_the_lower_triangle():
-    """Fault: the diagonal, or the same pair twice, in place of each pair once."""
+    """Fault: the diagonal is included, or pairs are not exactly once."""
     dense, embedded = np.array([[1.0, 2.0]]), np.array([[[3.0, 5.0], [7.0, 11.0]]])
     assert interactions(jnp.asarray(dense), jnp.asarray(embedded)).tolist() == [[13.0, 29.0, 76.0]]
 
 
 def test_integers_that_are_negative_or_large():
-    """Fault: a NaN from the logarithm, or the largest of 32 bits that overflows."""
+    """Faults: the logarithm gives NaN; the largest 32-bit integer overflows."""
     integers = jnp.asarray([[-1, 0, 2**31 - 1, MISSING + 1]], jnp.int32)
     np.testing.assert_allclose(logarithms(integers), [[0, 0, np.log(2.0**31), 0]], rtol=1e-6)
 
 
 def test_normalized_integers():
-    """Fault: what is missing counts; statistics lag behind a short run, are not used, or are moved by evaluation."""
+    """Faults: missing integers count; statistics are too slow for short runs, are not used, or are changed by
+    evaluation."""
     task = dataclasses.replace(TASK, normalize_integers=True)
     batches = [clicks(seed=seed) for seed in range(3)]
     for batch in batches:
@@ -110,7 +111,7 @@ def test_normalized_integers():
     jax.tree.map(np.testing.assert_array_equal, after["statistics"], variables["statistics"])
     loss, _ = loss_of(variables, batches[0], jax.random.key(0), task)
     moved = batches[0] | {"integers": batches[0]["integers"].copy()}
-    moved["integers"][1:, 0] = 5  # what others are does not matter in evaluation
+    moved["integers"][1:, 0] = 5  # other examples do not matter in evaluation
     one = [jax.jit(task.logits)(variables, batch)[0] for batch in (batches[0], moved)]
     assert one[0] == one[1] and np.isfinite(loss)
     trained, _ = loss_of(variables, batches[0], jax.random.key(0), task, train=True)
@@ -118,7 +119,7 @@ def test_normalized_integers():
 
 
 def test_loss_and_metrics(variables):
-    """Fault: the wrong sign of the label, or nats that overflow where a logit is large."""
+    """Faults: the label has the wrong sign; nats overflow for large logits."""
     batch = clicks()
     loss, (state, metrics) = loss_of(variables, batch, jax.random.key(0))
     chances = 1 / (1 + np.exp(-reference_logits(variables["params"], batch)))
@@ -128,7 +129,7 @@ def test_loss_and_metrics(variables):
 
 
 def test_examples_of_zeros_have_no_weight(variables):
-    """Fault: what fills up the last held-out batch counts as an example without a click."""
+    """Fault: padding of the last held-out batch counts as examples without a click."""
     batch = clicks()
     padded = {name: np.concatenate([x, np.zeros((3, *x.shape[1:]), x.dtype)]) for name, x in batch.items()}
     (loss, (_, metrics)), (again, (_, wanted)) = (
@@ -141,8 +142,8 @@ def test_examples_of_zeros_have_no_weight(variables):
     assert not any(np.any(x) for x in jax.tree.leaves(gradient))
 
 
-def test_dropout_is_of_training_alone(variables):
-    """Fault: dropout that is never applied, is applied to held-out examples, or is the same at every step."""
+def test_dropout_is_only_in_training(variables):
+    """Faults: dropout is never applied, is applied to held-out examples, or is equal at every step."""
     task, batch = dataclasses.replace(TASK, dropout=0.5), clicks()
     losses = [
         float(loss_of(variables, batch, jax.random.key(seed), task, train=train)[0])
@@ -153,13 +154,13 @@ def test_dropout_is_of_training_alone(variables):
 
 
 def test_flops_count_every_product():
-    """Fault: a layer, or the pairs of vectors, left out of the count that MFU is made of."""
+    """Fault: the FLOPs for MFU lack a layer or the pairs of vectors."""
     weights = 5 * 8 + 8 * 4 + (4 + 10) * 8 + 8 * 6 + 6
     assert TASK.flops(spec_of(clicks())) == 6 * EXAMPLES * (weights + 25 * 4)
 
 
-def test_tables_begin_as_published():
-    """Fault: one bound for all tables, or tables of a distribution of their own."""
+def test_initial_tables_are_as_published():
+    """Faults: all tables have one bound; their distribution is not uniform."""
     sizes = (3, 1000, 20_000)
     table = np.asarray(tables.initial_tables(jax.random.key(0), sizes, 16))
     assert table.shape == (22_528, 16) and not table[21_003:].any()
@@ -183,20 +184,20 @@ def test_tables_begin_as_published():
     ],
 )
 def test_invalid_fields_are_refused(fields, error):
-    """Fault: a traceback deep in the model, or rows whose numbers overflow."""
+    """Faults: a traceback inside the model; row numbers overflow."""
     with pytest.raises(ValueError, match=error):
         dataclasses.replace(TASK, **fields)
 
 
 def test_data_of_another_kind_are_refused():
-    """Fault: text, or another number of categories, ends in a traceback."""
+    """Fault: text data, or another number of categories, ends in a traceback."""
     with pytest.raises(ValueError, match="no 'categories'; DLRM needs click data"):
         TASK.init(jax.random.key(0), {"tokens": jax.ShapeDtypeStruct((4, 9), np.int32)})
     with pytest.raises(ValueError, match="has 2 tables, but the data have 4 categories"):
         dataclasses.replace(TASK, rows=(3, 4)).init(jax.random.key(0), spec_of(clicks()))
 
 
-# Tables divided over devices
+# Tables sharded over devices
 
 MESHES = {"2x2x2": (2, 2, 2), "8x1x1": (8, 1, 1), "1x1x8": (1, 1, 8)}
 WIDTH = 4
@@ -208,7 +209,7 @@ def mesh_of(shape):
 
 
 def gradients_of_lookup(table, rows, weights):
-    """Looked up, and the gradient of the table."""
+    """Return looked-up rows and the gradient of the table."""
 
     def weighted(table):
         found = tables.look_up(table, rows, jnp.dtype(jnp.float32))
@@ -220,7 +221,7 @@ def gradients_of_lookup(table, rows, weights):
 
 @pytest.fixture(scope="module", params=MESHES)
 def lookup(request):
-    """(result on the mesh, result on one device, the compiled program)."""
+    """Return (result on the mesh, result on one device, the compiled program)."""
     mesh = mesh_of(MESHES[request.param])
     random = np.random.default_rng(5)
     table = random.normal(size=(tables.total_rows(SIZES), WIDTH)).astype(np.float32)
@@ -238,15 +239,15 @@ def lookup(request):
         return step(*placed), wanted, step.as_text()
 
 
-def test_divided_tables_give_the_same(lookup):
-    """Fault: a device that reads another's row, a gradient that is lost, counted on two devices, or put elsewhere."""
+def test_sharded_tables_give_the_same(lookup):
+    """Faults: a device reads the row of another; a gradient is lost, counted on two devices, or added elsewhere."""
     (found, gradient), (wanted, wanted_gradient), _ = lookup
     np.testing.assert_array_equal(found, wanted)
     np.testing.assert_allclose(gradient, wanted_gradient, rtol=1e-6, atol=1e-6)
 
 
-def test_tables_stay_where_they_are(lookup):
-    """Fault: a table, or its gradient, is gathered; what is looked up is all-reduced, which costs twice as much."""
+def test_tables_are_not_gathered(lookup):
+    """Faults: a table or its gradient is gathered; looked-up rows are all-reduced, which costs twice as much."""
     _, (found, _), text = lookup
     moved = collectives.find(text)
     assert moved
@@ -255,7 +256,7 @@ def test_tables_stay_where_they_are(lookup):
 
 
 def test_a_step_on_a_mesh_gives_the_same(variables):
-    """Fault: the divided lookup differs inside the model, under jit and autodiff."""
+    """Fault: the sharded lookup differs inside the model, under jit and autodiff."""
     mesh, batch = mesh_of((2, 2, 2)), clicks()
 
     def step(variables, batch):
@@ -273,22 +274,22 @@ def test_a_step_on_a_mesh_gives_the_same(variables):
 
 
 @pytest.mark.parametrize("decimals", [0, 1, 9])
-def test_auc_is_that_of_scikit_learn(decimals):
-    """Fault: ties that count whole, or not at all."""
+def test_auc_equals_scikit_learn(decimals):
+    """Fault: ties count fully or not at all."""
     random = np.random.default_rng(decimals)
     labels = random.integers(0, 2, 5000)
     scores = np.round(random.normal(size=5000) + labels / 2, decimals).astype(np.float32)
     assert dlrm.auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
 
 
-def test_auc_of_nothing_to_rank():
-    """Fault: a division by zero where a class is missing, or a rank for a NaN."""
+def test_auc_without_both_classes():
+    """Faults: a division by zero if a class is missing; NaN is ranked."""
     assert np.isnan(dlrm.auc(np.array([1.0, 2.0]), np.array([1, 1])))
     assert np.isnan(dlrm.auc(np.array([1.0, np.nan]), np.array([1, 0])))
 
 
 def test_judgement():
-    """Fault: a probability where a logit is meant, labels upside down, or large logits that overflow."""
+    """Faults: a probability is read as a logit; labels are inverted; large logits overflow."""
     random = np.random.default_rng(1)
     labels, logits = random.integers(0, 2, 200), (3 * random.normal(size=200)).astype(np.float32)
     logits[:2], labels[:2] = (1e4, -1e4), (1, 0)

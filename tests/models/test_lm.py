@@ -27,7 +27,7 @@ from shampax.models.lm import LMTask
 
 
 def test_causality():
-    """Fault: a slot that reads itself as its own target, or anything after it."""
+    """Fault: a slot reads its own target or anything after it."""
     batch, variables = batch_of([[1] * 17] * 2), variables_of(SMALL)
     before = np.asarray(logits_of(SMALL, variables, batch))
     for slot in (3, 8, 15):
@@ -39,7 +39,7 @@ def test_causality():
 
 
 def test_attention_stays_inside_a_document():
-    """Fault: attention that crosses documents packed into one row, or reads padding."""
+    """Fault: attention crosses documents in one row, or reads padding."""
     batch, variables = batch_of(), variables_of(SMALL)
     before = np.asarray(logits_of(SMALL, variables, batch))
     for segment in (1, 2, 3, 0):
@@ -51,7 +51,7 @@ def test_attention_stays_inside_a_document():
 
 
 def test_a_packed_document_is_predicted_as_if_alone():
-    """Fault: positions or masks that make a document's prediction depend on its place in the row."""
+    """Fault: a document's predictions depend on its position in the row."""
     batch, variables = batch_of(), variables_of(SMALL)
     packed = np.asarray(logits_of(SMALL, variables, batch))[0, 4:11]
     alone = batch_of([[1] * 7 + [0] * 10])
@@ -60,7 +60,7 @@ def test_a_packed_document_is_predicted_as_if_alone():
 
 
 def test_rotary_positions_are_relative():
-    """Fault: rotation by absolute position, or none at all."""
+    """Fault: rotation depends on absolute positions, or there is none."""
     batch, variables = batch_of(), variables_of(SMALL)
     shifted = batch | {"positions": batch["positions"] + 100}
     stretched = batch | {"positions": batch["positions"] * 2}
@@ -70,7 +70,7 @@ def test_rotary_positions_are_relative():
 
 
 def test_grouped_heads_equal_repeated_heads():
-    """Fault: grouped queries that read the wrong key-value head."""
+    """Fault: grouped queries read the wrong key-value head."""
     variables = variables_of(SMALL)
     full = jax.tree.map(lambda x: x, variables)
     for name in ("key", "value"):
@@ -81,7 +81,7 @@ def test_grouped_heads_equal_repeated_heads():
 
 
 def unscanned(variables):
-    """The same weights under the names of separate layers."""
+    """Return the same weights under the names of separate layers."""
     params = dict(variables["params"])
     layers = params.pop("layers")
     names = {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(SMALL.layers)}
@@ -89,7 +89,7 @@ def unscanned(variables):
 
 
 def test_scanned_layers_equal_a_loop():
-    """Fault: scan that shares, reorders or skips layers."""
+    """Fault: scan shares, reorders or skips layers."""
     task = dataclasses.replace(SMALL, qk_norm=True, tied_head=False)
     loop = dataclasses.replace(task, scan_layers=False)
     variables = variables_of(task)
@@ -100,8 +100,8 @@ def test_scanned_layers_equal_a_loop():
 
 
 @pytest.mark.parametrize(("remat", "recomputed"), [("full", 9), ("dots", 2)])
-def test_remat_changes_nothing_but_memory(remat, recomputed):
-    """Fault: recomputation that changes the loss or gradient, or another policy than the one named."""
+def test_remat_changes_only_memory(remat, recomputed):
+    """Faults: rematerialisation changes the loss or gradient; it uses another policy than configured."""
     task = dataclasses.replace(SMALL, remat=remat)
     variables, batch = variables_of(SMALL), batch_of()
     assert_close(grad_of(SMALL, variables, batch), grad_of(task, variables, batch), 1e-6)
@@ -110,13 +110,13 @@ def test_remat_changes_nothing_but_memory(remat, recomputed):
         jaxpr = jax.make_jaxpr(functools.partial(value_and_grad, task))(variables, batch).jaxpr
         return sum(eqn.primitive.name == "dot_general" for eqn in equations(jaxpr))
 
-    # All nine of a block, or only attention's two; the last one's result is needed by nobody.
+    # All nine of a block, or only attention's two; the result of the last one is not needed.
     assert matmuls(task) - matmuls(SMALL) in (recomputed, recomputed - 1)
 
 
 @pytest.mark.parametrize("tied_head", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_initial_loss_is_that_of_a_uniform_guess(tied_head):
-    """Fault: an initialisation under which the model begins confident, for one by repeating its input."""
+    """Fault: the initial model is confident, for example by repeating its input."""
     task = dataclasses.replace(SMALL, vocab_size=2048, embed_dim=256, mlp_dim=512, tied_head=tied_head)
     batch = batch_of([[1] * 17] * 64, vocab_size=2048)
     variables = quick_jit(task.init)(jax.random.key(0), batch)
@@ -126,7 +126,8 @@ def test_initial_loss_is_that_of_a_uniform_guess(tied_head):
 
 
 def test_initial_scales():
-    """Fault: wrong fan-in of folded or scanned kernels, residual outputs not scaled down, truncation uncorrected."""
+    """Faults: folded or scanned kernels have the wrong fan-in; residual outputs are not scaled down; truncation is not
+    corrected."""
     task = LMTask(
         vocab_size=512, layers=8, embed_dim=128, heads=8, kv_heads=4, head_dim=32, mlp_dim=256, tied_head=False
     )
@@ -151,7 +152,8 @@ def test_initial_scales():
 
 
 def test_loss_and_metrics_by_hand():
-    """Fault: targets across documents or in padding counted, totals over the wrong weights, z-loss of held-out data."""
+    """Faults: targets across documents or in padding count; totals have wrong weights; held-out losses include the
+    z-loss."""
     task = dataclasses.replace(SMALL, z_loss=0.01)
     variables, batch = variables_of(SMALL), batch_of()
     logits = np.asarray(logits_of(task, variables, batch), np.float64)
@@ -182,7 +184,7 @@ def test_loss_and_metrics_by_hand():
 
 
 def test_padding_has_no_weight_and_no_gradient():
-    """Fault: a NaN from rows of padding, which the guard would take for a diverged step."""
+    """Fault: padding rows give NaN, which the guard counts as a diverged step."""
     variables, padding = variables_of(SMALL), jax.tree.map(np.zeros_like, batch_of())
     loss, gradient = grad_of(SMALL, variables, padding)
     assert loss == 0
@@ -192,8 +194,8 @@ def test_padding_has_no_weight_and_no_gradient():
     assert_close(loss_of(SMALL, variables, batch), loss_of(SMALL, variables, padded), 1e-6)
 
 
-def test_bfloat16_is_used_where_it_should_be():
-    """Fault: parameters, logits or softmax in bfloat16, or matmuls left in float32."""
+def test_types_of_parameters_logits_and_matmuls():
+    """Faults: parameters, logits or softmax are bfloat16; matmuls are float32."""
     task = dataclasses.replace(SMALL, compute_dtype="bfloat16", qk_norm=True, tied_head=False)
     single = dataclasses.replace(task, compute_dtype="float32")
     variables, batch = variables_of(task), batch_of()
@@ -213,8 +215,8 @@ def test_bfloat16_is_used_where_it_should_be():
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_heads": 4, "tied_head": False}])
-def test_flops_are_those_of_the_traced_matmuls(options):
-    """Fault: a term of the formula forgotten or counted twice, found by counting every matmul of loss and gradient."""
+def test_flops_match_the_traced_matmuls(options):
+    """Count every matmul of loss and gradient. Fault: the formula lacks a term or counts it twice."""
     task = dataclasses.replace(SMALL, scan_layers=False, **options)
     batch = batch_of()
     abstract = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch))
@@ -226,7 +228,7 @@ def test_flops_are_those_of_the_traced_matmuls(options):
 
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True, "tied_head": False}, {"scan_layers": False}])
 def test_logical_axes_name_every_dimension(options):
-    """Fault: axes that do not fit the arrays, boxes left in the tree, or names no rule knows."""
+    """Faults: axes do not fit the arrays; boxes remain in the tree; no rule has a name."""
     task = dataclasses.replace(SMALL, **options)
     variables = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch_of()))
     axes = task.logical_axes(variables)
@@ -248,7 +250,7 @@ SPECS = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "kv_heads": "tenso
 
 
 def lower_on_mesh(task, sizes, batch):
-    """Loss and gradient compiled with the parameters sharded by the usual rules and the batch over data and fsdp."""
+    """Compile loss and gradient with parameters sharded by the usual rules and the batch over data and fsdp."""
     mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     variables = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch))
     shardings = jax.tree.map(
@@ -267,7 +269,7 @@ def lower_on_mesh(task, sizes, batch):
 
 
 def test_sharded_equals_single():
-    """Fault: constraints that change the result on a mesh, or a table lookup that reshuffles activations."""
+    """Faults: constraints change the result on a mesh; a table lookup reshuffles activations."""
     batch, variables = batch_of(), variables_of(SMALL)
     step, shardings, by_batch = lower_on_mesh(SMALL, (2, 2, 2), batch)
     assert not re.search("all-to-all|collective-permute", step.as_text())
@@ -275,8 +277,9 @@ def test_sharded_equals_single():
     assert_close(grad_of(SMALL, variables, batch), jax.device_get(sharded), 1e-4)
 
 
-def test_fsdp_moves_weights_and_not_activations():
-    """Fault: without the constraints on activations the partitioner all-reduces them, many times the weights' size."""
+def test_fsdp_moves_weights_but_not_activations():
+    """Fault: without constraints, the partitioner all-reduces activations, which are many times larger than the
+    weights."""
     task = dataclasses.replace(SMALL, layers=1)  # so that the scanned body is counted in full
     batch = batch_of([[1] * 129] * 32)
     step, _, _ = lower_on_mesh(task, (1, 8, 1), batch)
@@ -305,12 +308,12 @@ def test_fsdp_moves_weights_and_not_activations():
     ],
 )
 def test_fields_are_checked(fields, message):
-    """Fault: nonsense accepted at construction and met inside a trace."""
+    """Fault: an invalid value is accepted at construction and fails inside a trace."""
     with pytest.raises(ValueError, match=message):
         LMTask(**fields)
 
 
 def test_a_batch_without_tokens_is_refused():
-    """Fault: a data section for another kind of model gives a KeyError inside a trace."""
+    """Fault: data for another kind of model give a KeyError inside a trace."""
     with pytest.raises(ValueError, match=r"\['image'\] and no 'tokens'"):
         SMALL.init(jax.random.key(0), {"image": jax.ShapeDtypeStruct((2, 2), jnp.int32)})

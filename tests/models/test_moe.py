@@ -17,7 +17,7 @@ ROUTED = dataclasses.replace(SMALL, experts=4, experts_per_token=2, capacity_fac
 
 
 def routed_by_hand(probabilities, real, experts):
-    """A loop over choices, then tokens: (expert, slot, weight) of each token, and the number dropped."""
+    """Loop over choices, then tokens. Return (expert, slot, weight) of each token, and the number of dropped ones."""
     tokens, count = probabilities.shape
     capacity = min(tokens, max(1, int(np.ceil(tokens * experts.per_token * experts.capacity_factor / count))))
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, : experts.per_token]
@@ -40,7 +40,8 @@ def routed_by_hand(probabilities, real, experts):
 
 @pytest.mark.parametrize(("per_token", "factor"), [(1, 1.0), (2, 1.0), (2, 0.3), (3, 4.0)])
 def test_routing_against_a_loop(per_token, factor):
-    """Fault: two tokens in one slot, the wrong ones dropped, padding that takes room, weights of the wrong choice."""
+    """Faults: two tokens share a slot; the wrong ones are dropped; padding uses slots; weights are of another
+    choice."""
     experts = Experts(5, per_token, factor, 0)
     random = np.random.default_rng(per_token)
     logits = random.normal(size=(3, 12, 5)).astype(np.float32)
@@ -68,7 +69,7 @@ def test_routing_against_a_loop(per_token, factor):
 
 
 def test_one_expert_with_room_for_all_is_the_dense_model():
-    """Fault: experts that scale, shift or lose what the MLP would make of a token."""
+    """Fault: experts scale, shift or lose the output of the MLP."""
     routed = dataclasses.replace(
         SMALL, experts=1, experts_per_token=1, capacity_factor=1.0, balance_loss=0.0, router_z_loss=0.0
     )
@@ -92,8 +93,8 @@ def apply_experts(module, x, real, seed=0):
     return module.apply(variables, x, real)
 
 
-def test_dropped_tokens_and_padding_pass_by():
-    """Fault: a token without room that gets the answer to another, or padding that crowds out tokens."""
+def test_dropped_tokens_and_padding_are_unchanged():
+    """Faults: a dropped token gets the output of another; padding displaces tokens."""
     experts = Experts(2, 1, 0.25, 0)  # one slot each for 8 tokens
     module = moe.RoutedSwiGLU(experts, 12, 2, jnp.dtype("float32"))
     x = np.random.default_rng(0).normal(size=(1, 8, 6)).astype(np.float32)
@@ -105,8 +106,8 @@ def test_dropped_tokens_and_padding_pass_by():
     assert routing["dropped"] == 6 - answered.sum()
 
 
-def test_groups_are_routed_each_by_itself():
-    """Fault: groups that share slots, or come back in another order."""
+def test_groups_are_routed_separately():
+    """Faults: groups share slots; they are returned in another order."""
     x = np.random.default_rng(0).normal(size=(2, 8, 6)).astype(np.float32)
     real = np.ones((2, 8), bool)
     by_four, whole = (moe.RoutedSwiGLU(Experts(3, 2, 0.8, group), 12, 2, jnp.dtype("float32")) for group in (4, 0))
@@ -119,7 +120,7 @@ def test_groups_are_routed_each_by_itself():
 
 
 def test_metrics_and_losses_of_routers():
-    """Fault: a loss of routers that training leaves out or evaluation counts, or a mean over the wrong tokens."""
+    """Faults: training leaves out a router loss or evaluation includes it; a mean is over the wrong tokens."""
     task = dataclasses.replace(ROUTED, balance_loss=0.5, router_z_loss=0.25)
     batch, variables = batch_of(), variables_of(ROUTED)
     loss, (_, metrics) = loss_of(task, variables, batch)
@@ -139,14 +140,14 @@ def test_metrics_and_losses_of_routers():
 
 
 def test_padding_has_no_weight():
-    """Fault: rows that fill up a batch count as tokens of some expert."""
+    """Fault: padding rows count as tokens of an expert."""
     batch, variables = batch_of(), variables_of(ROUTED)
     padded = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), batch)
     assert_close(loss_of(ROUTED, variables, batch), loss_of(ROUTED, variables, padded), 1e-5)
 
 
-def test_flops_are_those_of_the_experts_that_a_token_uses():
-    """Fault: MFU from all experts, or from one."""
+def test_flops_count_the_experts_of_a_token():
+    """Fault: MFU counts all experts, or one."""
     spec = spec_of(batch_of())
     twice_as_wide = dataclasses.replace(SMALL, mlp_dim=2 * SMALL.mlp_dim)
     router = 6 * 4 * 16 * ROUTED.layers * 32 * 4
@@ -154,7 +155,7 @@ def test_flops_are_those_of_the_experts_that_a_token_uses():
 
 
 def test_scales_and_names_of_experts():
-    """Fault: the fan-in of all experts together, or experts that are neither divided over the mesh nor stacked."""
+    """Faults: the fan-in is that of all experts together; experts are neither sharded nor stacked."""
     task = dataclasses.replace(ROUTED, embed_dim=64, mlp_dim=128)
     params = quick_jit(task.init)(jax.random.key(0), batch_of())["params"]["layers"]["moe"]
     for name, std in (("router", 1 / 8), ("gate", 1 / 8), ("up", 1 / 8), ("down", 128**-0.5 / 2)):
@@ -176,8 +177,8 @@ RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "kv_heads": "tenso
     [{"expert": 4, "fsdp": 2}, pytest.param({"data": 2, "expert": 2, "sequence": 2}, marks=pytest.mark.slow)],
     ids=str,
 )
-def test_experts_over_devices_equal_one(sizes):
-    """Fault: tokens that come to another expert, or the weights of all experts gathered where tokens should move."""
+def test_sharded_experts_equal_one_device(sizes):
+    """Faults: tokens reach another expert; the weights of all experts are gathered instead of moving tokens."""
     names = ("data", "expert", "fsdp", "sequence", "tensor")
     mesh = jax.make_mesh(tuple(sizes.get(name, 1) for name in names), names, axis_types=(AxisType.Auto,) * 5)
     task = dataclasses.replace(ROUTED, expert_group=8)

@@ -42,7 +42,7 @@ def trained(tmp_path_factory):
 
 
 def test_a_module_trains_and_resumes_bitwise(trained, tmp_path, capsys):
-    """Fault: dropout that counts the draws since the start of the process, or statistics that no checkpoint holds."""
+    """Faults: dropout depends on the number of draws since the start of the process; a checkpoint lacks statistics."""
     whole, result = trained
     assert history(whole, "train/loss")[-1] < history(whole, "train/loss")[0]
     assert 0 < result["accuracy"] <= 1
@@ -56,7 +56,7 @@ def test_a_module_trains_and_resumes_bitwise(trained, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_another_mesh_gives_the_same_run(trained, tmp_path):
-    """Fault: statistics of a device's own examples, or parameters whose logical names meet no rule."""
+    """Faults: statistics are of a device's own examples; no rule has the logical names of parameters."""
     config = make_config()
     config.mesh.fsdp, config.mesh.tensor = 2, 2
     train(config, tmp_path / "four", devices=jax.devices()[:4])
@@ -66,7 +66,7 @@ def test_another_mesh_gives_the_same_run(trained, tmp_path):
 
 
 def as_linen(variables):
-    """The same arrays under the names that Linen modules give."""
+    """Return the same arrays under the names of Linen modules."""
     params = dict(variables["params"])
     layers = params.pop("hidden")
     return {
@@ -76,8 +76,8 @@ def as_linen(variables):
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_numbers_are_those_of_the_same_linen_module(train):
-    """Fault: the wrong mode, statistics that are not renewed, or a gradient that passes through a stale copy."""
+def test_numbers_equal_the_same_linen_module(train):
+    """Faults: the wrong mode; statistics are not updated; a gradient is of a stale copy."""
     task, batch = dataclasses.replace(TASK, dropout=0.0), batch_of()
     variables = jax.tree.map(lambda x: x, initial_variables())
     variables["state"]["norm"]["mean"] += 0.3
@@ -102,7 +102,7 @@ def test_numbers_are_those_of_the_same_linen_module(train):
 
 
 def test_dropout_is_a_function_of_the_key():
-    """Fault: the same units dropped at every step, in every layer, or in evaluation."""
+    """Fault: the same units are dropped at every step, in every layer, or in evaluation."""
     batch, variables = batch_of(), initial_variables()
 
     @functools.partial(quick_jit, static_argnums=1)
@@ -114,7 +114,7 @@ def test_dropout_is_a_function_of_the_key():
 
 
 class Stacked(nnx.Module):
-    """Layers made by vmap: their random streams are stacks of keys."""
+    """Layers made by vmap. Their random streams are stacks of keys."""
 
     def __init__(self, rngs):
         @nnx.split_rngs(splits=3)
@@ -141,7 +141,7 @@ class StackedTask(NNXTask):
 
 
 def test_stacked_layers_drop_different_units():
-    """Fault: one key for all layers that were made together."""
+    """Fault: all stacked layers share one key."""
     variables = StackedTask().init(jax.random.key(0), {})
     module = StackedTask().assemble(variables, key=jax.random.key(5), train=True)
     kept = np.asarray(module(np.ones(64, np.float32)))
@@ -150,7 +150,7 @@ def test_stacked_layers_drop_different_units():
 
 
 def test_variables_are_plain_dicts_of_arrays_without_random_state():
-    """Fault: keys of random streams among what is saved, boxes or integer names in the tree."""
+    """Faults: keys of random streams are saved; boxes or integer names are in the tree."""
     variables = jax.eval_shape(lambda: TASK.init(jax.random.key(0), {}))
     axes = TASK.logical_axes(variables)
     assert set(variables) == {"params", "state"}
@@ -161,7 +161,7 @@ def test_variables_are_plain_dicts_of_arrays_without_random_state():
     jax.tree.map(lambda x: x.shape, variables)
 
 
-def test_a_module_without_a_loss_is_told():
+def test_a_module_without_a_loss_is_refused():
     """Fault: a KeyError inside a trace."""
     variables = StackedTask().init(jax.random.key(0), {})
     with pytest.raises(ValueError, match=r"StackedTask\.measure returns kept and no 'loss'"):

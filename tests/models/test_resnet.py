@@ -39,7 +39,7 @@ def fifty_spec(examples=2):
 
 @functools.cache
 def variables_of(task):
-    """Drawn by numpy, so that every scale and every running statistic matters."""
+    """Return variables drawn by NumPy, so that every scale and running statistic matters."""
     random = np.random.default_rng(1)
     abstract = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch_of()))
     return {
@@ -70,7 +70,7 @@ def assert_close(left, right, tolerance):
 
 
 def convolutions(task, spec):
-    """(kernel shape, stride, result shape) of each convolution of a forward pass, in order."""
+    """Return (kernel shape, stride, result shape) of each convolution of a forward pass, in order."""
     unrolled = dataclasses.replace(task, scan_blocks=False)
     variables = jax.eval_shape(unrolled.init, jax.random.key(0), spec)
     jaxpr = jax.make_jaxpr(lambda *given: unrolled.logits(*given, train=False)[0])(variables, spec)
@@ -82,7 +82,7 @@ def convolutions(task, spec):
 
 
 def equations(jaxpr):
-    """All equations, also those inside calls."""
+    """Return all equations, including those inside calls."""
     for eqn in jaxpr.eqns:
         yield eqn
         for parameter in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, core.Jaxpr)):
@@ -97,14 +97,14 @@ def fifty_convolutions():
 
 
 def test_resnet_50_has_the_published_parameters():
-    """Fault: a block, a shortcut or a norm too many or too few."""
+    """Fault: there is a block, shortcut or norm too many or too few."""
     variables = jax.eval_shape(FIFTY.init, jax.random.key(0), fifty_spec())
     count = {name: sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for name, tree in variables.items()}
     assert count == {"params": 25_557_032, "batch_stats": 53_120}
 
 
 def test_version_1_5_strides_in_the_3x3(fifty_convolutions):
-    """Fault: version 1's stride in the first 1x1, which never looks at three quarters of its input."""
+    """Fault: the stride is in the first 1x1 as in version 1, which ignores three quarters of its input."""
     assert len(fifty_convolutions) == 53
     strided = [(kernel[0], kernel[3]) for kernel, stride, _ in fifty_convolutions if stride == 2]
     assert strided == [(7, 64), (3, 128), (1, 512), (3, 256), (1, 1024), (3, 512), (1, 2048)]
@@ -112,8 +112,8 @@ def test_version_1_5_strides_in_the_3x3(fifty_convolutions):
     assert [sides.count(side) for side in (112, 56, 28, 14, 7)] == [1, 11, 13, 19, 9]
 
 
-def test_flops_are_those_of_the_traced_convolutions(fifty_convolutions):
-    """Fault: a term forgotten or counted twice, found by counting every product of a forward pass."""
+def test_flops_match_the_traced_convolutions(fifty_convolutions):
+    """Count every product of a forward pass. Fault: the formula lacks a term or counts it twice."""
     for task, spec, found in (
         (FIFTY, fifty_spec(), fifty_convolutions),
         (BASIC, spec_of(batch_of(side=9)), convolutions(BASIC, spec_of(batch_of(side=9)))),
@@ -125,7 +125,7 @@ def test_flops_are_those_of_the_traced_convolutions(fifty_convolutions):
 
 
 def test_flops_agree_with_the_compilers():
-    """Fault: a formula that shares its mistake with the test above."""
+    """Fault: the formula has the same error as the test above."""
     task = dataclasses.replace(FIFTY, scan_blocks=False)
     variables = jax.eval_shape(task.init, jax.random.key(0), fifty_spec())
     lowered = jax.jit(lambda *given: task.logits(*given, train=False)[0]).lower(variables, fifty_spec())
@@ -133,7 +133,7 @@ def test_flops_agree_with_the_compilers():
 
 
 def test_scanned_blocks_equal_a_loop():
-    """Fault: scan that shares, reorders or skips blocks, or loses their statistics."""
+    """Fault: scan shares, reorders or skips blocks, or loses their statistics."""
     task = dataclasses.replace(SMALL, stages=(3,))
     loop = dataclasses.replace(task, scan_blocks=False)
 
@@ -152,7 +152,7 @@ def test_scanned_blocks_equal_a_loop():
 
 
 def test_evaluation_depends_on_no_other_example():
-    """Fault: batch statistics in evaluation, so that a prediction depends on its neighbours."""
+    """Fault: evaluation uses batch statistics, so that a prediction depends on other examples."""
     variables, batch = variables_of(SMALL), batch_of()
     logits = jax.jit(lambda batch: SMALL.logits(variables, batch, train=False)[0])
     other = {name: np.concatenate([array[:3], batch_of(seed=5)[name][3:]]) for name, array in batch.items()}
@@ -161,8 +161,8 @@ def test_evaluation_depends_on_no_other_example():
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_filled_up_examples_weigh_nothing(train):
-    """Fault: rows of zeros, which fill up a batch, enter loss, metrics or batch statistics."""
+def test_padding_examples_have_no_weight(train):
+    """Fault: padding rows enter loss, metrics or batch statistics."""
     variables, batch = variables_of(SMALL), batch_of()
     padded = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), batch)
     assert_close(loss_of(SMALL, variables, batch, train), loss_of(SMALL, variables, padded, train), 1e-4)
@@ -174,7 +174,7 @@ def test_filled_up_examples_weigh_nothing(train):
 
 
 def test_loss_and_metrics_by_hand():
-    """Fault: smoothing in evaluation or by a wrong share, ranks off by one, or ties taken for hits."""
+    """Faults: label smoothing in evaluation or of a wrong size; ranks off by one; ties count as hits."""
     variables, batch = variables_of(SMALL), batch_of()
     batch["weight"] = np.array([1, 0, 2, 1, 1, 0.5, 1, 1], np.float32)
     for train in (False, True):
@@ -195,16 +195,16 @@ def test_loss_and_metrics_by_hand():
         assert_close(loss, expected["loss"][0] / 7.5, 1e-4)
 
 
-def test_equal_logits_are_no_hits():
-    """Fault: a network that says the same of every class is right about all of them."""
+def test_equal_logits_are_not_hits():
+    """Fault: a network with equal logits for all classes is always right."""
     variables = jax.tree.map(np.zeros_like, variables_of(SMALL))
     _, (_, metrics) = loss_of(SMALL, variables, batch_of(), False)
     assert metrics["accuracy"][0] == metrics["top5"][0] == 0
     assert metrics["loss"][0] / 8 == pytest.approx(math.log(12), rel=1e-5)
 
 
-def test_the_beginning():
-    """Fault: a wrong fan, or residual branches that do not begin at zero."""
+def test_initial_scales():
+    """Faults: a wrong fan; residual branches do not start at zero."""
     task = ResNetTask(classes=400, stages=(1, 3), width=64, stem="small")
     variables = jax.device_get(jax.jit(task.init)(jax.random.key(0), fifty_spec()))
     params = variables["params"]
@@ -224,8 +224,8 @@ def test_the_beginning():
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(variables))
 
 
-def test_bfloat16_is_used_where_it_should_be():
-    """Fault: parameters, statistics or logits in bfloat16, or convolutions left in float32."""
+def test_types_of_parameters_statistics_and_convolutions():
+    """Faults: parameters, statistics or logits are bfloat16; convolutions are float32."""
     task = dataclasses.replace(BASIC, compute_dtype="bfloat16", scan_blocks=False)
     batch = batch_of()
     abstract = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch))
@@ -241,7 +241,7 @@ def test_bfloat16_is_used_where_it_should_be():
 
 @pytest.mark.parametrize("task", [SMALL, BASIC, dataclasses.replace(SMALL, scan_blocks=False)])
 def test_logical_axes_name_every_dimension(task):
-    """Fault: axes that do not fit the arrays, boxes left in the tree, or statistics without names."""
+    """Faults: axes do not fit the arrays; boxes remain in the tree; statistics have no names."""
     variables = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch_of()))
     axes = task.logical_axes(variables)
     allowed = {"layers": {2}, "height": {1, 3}, "width": {1, 3}, "classes": {12}}
@@ -262,7 +262,7 @@ def test_logical_axes_name_every_dimension(task):
 
 @functools.cache
 def on_mesh(devices, group):
-    """The compiled loss and gradient of 8 examples over so many devices, and its result."""
+    """Compile loss and gradient of 8 examples over so many devices; return the program and its result."""
     task = dataclasses.replace(TINY, batch_norm_group=group)
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
@@ -273,8 +273,8 @@ def on_mesh(devices, group):
 
 
 @pytest.mark.parametrize("group", [0, 2])
-def test_the_global_batch_is_normalised_alike_on_any_mesh(group):
-    """Fault: statistics of each device's examples, groups that follow the mesh, or a loss of one device."""
+def test_batch_norm_is_equal_on_any_mesh(group):
+    """Faults: statistics are of each device's examples; groups depend on the mesh; the loss is of one device."""
     (loss, aux), gradient = on_mesh(1, group)[1]
     (other_loss, other_aux), other_gradient = on_mesh(4, group)[1]
     assert_close(loss, other_loss, 1e-5)
@@ -285,7 +285,7 @@ def test_the_global_batch_is_normalised_alike_on_any_mesh(group):
 
 
 def test_groups_within_devices_need_no_traffic():
-    """Fault: groups laid so that each spans devices, or that the partitioner gathers the images for."""
+    """Faults: groups span devices; the partitioner gathers images for them."""
     counts = {}
     for group in (0, 2):
         text = on_mesh(4, group)[0].as_text()
@@ -311,13 +311,13 @@ def test_groups_within_devices_need_no_traffic():
     ],
 )
 def test_fields_are_checked(fields, message):
-    """Fault: nonsense accepted at construction and met inside a trace."""
+    """Fault: an invalid value is accepted at construction and fails inside a trace."""
     with pytest.raises(ValueError, match=message):
         ResNetTask(**fields)
 
 
 def test_batches_that_do_not_fit_are_refused():
-    """Fault: a data section for another kind of model gives a KeyError, other channels a broadcast."""
+    """Faults: data for another kind of model give a KeyError; another number of channels is broadcast."""
     with pytest.raises(ValueError, match=r"\['tokens'\] and no 'image'"):
         SMALL.init(jax.random.key(0), {"tokens": jax.ShapeDtypeStruct((2, 2), jnp.int32)})
     grey = {"image": jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.uint8)}

@@ -25,9 +25,9 @@ SMALL = TranslationTask(
     beam_size=3,
     decode_length=6,
 )
-SOURCES = [[4, 3], [7], [2, 2, 2], [5, 1]]  # source tokens of each pair of a row, ends included
+SOURCES = [[4, 3], [7], [2, 2, 2], [5, 1]]  # source tokens of each pair of a row, including ends
 TARGETS = [[3, 5], [6], [3, 2, 4], [2, 5]]  # target slots of each pair of a row
-# Programs are small and run once: without LLVM's optimisations they compile in a third of the time.
+# Programs are small and run once: they compile in a third of the time without LLVM's optimisations.
 quick_jit = functools.partial(
     jax.jit,
     compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
@@ -35,7 +35,7 @@ quick_jit = functools.partial(
 
 
 def batch_of(sources=SOURCES, targets=TARGETS, source_length=8, target_length=9, seed=0):
-    """Random tokens; segments and positions of pairs with the given lengths."""
+    """Return random tokens with segments and positions of pairs of the given lengths."""
     random = np.random.default_rng(seed)
     batch = {}
     for side, rows, length in (("source", sources, source_length), ("target", targets, target_length + 1)):
@@ -54,7 +54,7 @@ def spec_of(batch):
 
 @functools.cache
 def variables_of(task=SMALL):
-    """Parameters drawn by numpy, large enough that everything matters."""
+    """Return parameters drawn by NumPy, large enough that everything matters."""
     random = np.random.default_rng(1)
     abstract = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch_of()))
     return jax.tree.map(lambda x: random.normal(0.1, 0.3, x.shape).astype(np.float32), abstract)
@@ -74,7 +74,7 @@ def loss_and_gradient(task, variables, batch):
     return jax.value_and_grad(lambda v: task.loss(v, batch, key=jax.random.key(0), train=True)[0])(variables)
 
 
-# Without dropout it is one program for all that need a gradient.
+# Without dropout, all gradients share one program.
 STILL = dataclasses.replace(SMALL, dropout=0.0)
 gradient_of = quick_jit(functools.partial(loss_and_gradient, STILL))
 
@@ -85,7 +85,7 @@ def assert_close(left, right, tolerance):
 
 @pytest.fixture(scope="module")
 def before():
-    """Logits of the small model on the usual batch."""
+    """Return logits of the small model on the usual batch."""
     return np.asarray(logits_of(SMALL, variables_of(), batch_of()))
 
 
@@ -93,8 +93,8 @@ def changed(batch, name, where, by=5):
     return batch | {name: np.where(where, (batch[name] + by) % 24, batch[name]).astype(np.int32)}
 
 
-def test_later_targets_are_not_seen(before):
-    """Fault: a slot that reads itself as its own target, or anything behind it."""
+def test_later_targets_are_masked(before):
+    """Fault: a slot reads its own target or anything after it."""
     batch = batch_of()
     after = np.asarray(logits_of(SMALL, variables_of(), changed(batch, "target", np.arange(10) >= 4)))
     np.testing.assert_array_equal(before[:, :4], after[:, :4])
@@ -102,8 +102,8 @@ def test_later_targets_are_not_seen(before):
     assert (np.abs(before - after)[inside, 4].max(axis=-1) > 1e-3).all()
 
 
-def test_pairs_of_a_row_do_not_see_each_other(before):
-    """Fault: attention that crosses pairs, on either side or between the sides, or reads padding."""
+def test_pairs_of_a_row_are_masked_from_each_other(before):
+    """Fault: attention crosses pairs, on either side or between the sides, or reads padding."""
     batch, variables = batch_of(), variables_of()
     for segment in (0, 1, 2, 3):
         others = batch
@@ -115,15 +115,15 @@ def test_pairs_of_a_row_do_not_see_each_other(before):
 
 
 def test_a_packed_pair_is_predicted_as_if_alone(before):
-    """Fault: positions or masks that make a prediction depend on a pair's place in the row, or on padding behind it."""
+    """Fault: predictions depend on a pair's position in the row, or on padding after it."""
     batch = batch_of()
     alone = batch_of([[3]], [[5]], source_length=5, target_length=7)
     alone["source"][0, :3], alone["target"][0, :5] = batch["source"][0, 4:7], batch["target"][0, 3:8]
     assert_close(before[0, 3:8], np.asarray(logits_of(SMALL, variables_of(), alone))[0, :5], 1e-5)
 
 
-def test_every_token_of_the_source_and_its_place_matter(before):
-    """Fault: an encoder that is cut off, or a bag of words: without positions, order makes no difference."""
+def test_every_source_token_and_its_position_matter(before):
+    """Faults: the encoder is not connected; without positions, the order of tokens does not matter."""
     batch, variables = batch_of(), variables_of()
     for place in range(7):
         after = np.asarray(logits_of(SMALL, variables, changed(batch, "source", np.arange(8) == place)))
@@ -134,8 +134,8 @@ def test_every_token_of_the_source_and_its_place_matter(before):
 
 
 def test_loss_and_metrics_by_hand(before):
-    """Fault: labels smoothed in the held-out loss or a z-loss in it, a target of another pair or of padding counted,
-    wrong weights."""
+    """Faults: held-out losses include label smoothing or the z-loss; a target of another pair or of padding counts;
+    weights are wrong."""
     batch, variables = batch_of(), variables_of()
     logits = before.astype(np.float64)
     nats = spread = right = count = z = 0.0
@@ -163,8 +163,8 @@ def test_loss_and_metrics_by_hand(before):
         assert_close((loss, metrics["loss"][0]), (objective / count, objective), 1e-4)
 
 
-def test_dropout_is_of_the_key_and_of_training_alone():
-    """Fault: held-out examples judged under dropout, or the same units dropped at every step."""
+def test_dropout_depends_on_the_key_and_is_only_in_training():
+    """Faults: held-out examples are evaluated with dropout; the same units are dropped at every step."""
     batch, variables = batch_of(), variables_of()
     losses = [float(loss_of(SMALL, variables, batch, seed, True)[0]) for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
@@ -172,7 +172,7 @@ def test_dropout_is_of_the_key_and_of_training_alone():
 
 
 def test_examples_of_zeros_have_no_weight_and_no_gradient():
-    """Fault: a NaN from rows of padding, which the guard would take for a diverged step."""
+    """Fault: padding rows give NaN, which the guard counts as a diverged step."""
     variables, padding = variables_of(), jax.tree.map(np.zeros_like, batch_of())
     loss, gradient = gradient_of(variables, padding)
     assert loss == 0
@@ -181,7 +181,7 @@ def test_examples_of_zeros_have_no_weight_and_no_gradient():
 
 
 def test_gradient_against_finite_differences():
-    """Fault: a part of the model that gradients do not pass, such as the encoder through the source's keys."""
+    """Fault: gradients do not reach a part of the model, such as the encoder through the source's keys."""
     batch, variables = batch_of(), variables_of()
     _, gradient = gradient_of(variables, batch)
     assert all((leaf != 0).any() for leaf in jax.tree.leaves(gradient))
@@ -200,7 +200,7 @@ def test_gradient_against_finite_differences():
 
 
 def test_cached_decoding_gives_the_logits_of_the_whole_row():
-    """Fault: a cache that keeps the keys of another hypothesis or position, or rotates them otherwise."""
+    """Fault: the cache has the keys of another hypothesis or position, or rotates them wrongly."""
     beams, slots = 3, SMALL.decode_length
     batch, variables, model = batch_of([[7], [5]], [[7], [7]]), variables_of(), Transformer(SMALL, train=False)
     random = np.random.default_rng(4)
@@ -241,13 +241,13 @@ def test_cached_decoding_gives_the_logits_of_the_whole_row():
 
 @functools.cache
 def translated():
-    """Translations of 4 sources, by the small model on one device."""
+    """Return translations of 4 sources by the small model on one device."""
     batch = batch_of([[size] for size in (7, 5, 2, 8)], [[4]] * 4)
     return batch, quick_jit(SMALL.translate)(variables_of(), batch["source"], batch["source_segments"])
 
 
-def test_the_score_of_a_translation_is_that_of_its_tokens():
-    """Fault: the search starts from another token, ends elsewhere, or reads the source otherwise than training."""
+def test_the_score_of_a_translation_is_the_sum_over_its_tokens():
+    """Fault: the search starts with another token, ends elsewhere, or reads the source differently from training."""
     batch, found = translated()
     rows = batch | {"target": np.zeros((4, 10), np.int32), "target_segments": np.ones((4, 10), np.int32)}
     rows["target_positions"] = np.tile(np.arange(10, dtype=np.int32), (4, 1))
@@ -265,7 +265,7 @@ SPECS = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"}
 
 
 def test_sharded_equals_single():
-    """Fault: constraints or recomputation that change loss, gradient or translations on a mesh."""
+    """Fault: constraints or rematerialisation change loss, gradient or translations on a mesh."""
     batch, single = translated()
     task, variables = dataclasses.replace(STILL, remat="full"), variables_of()
     mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=jax.devices()[:4])
@@ -283,7 +283,7 @@ def test_sharded_equals_single():
 
 
 def test_judged_by_sacrebleu():
-    """Fault: BLEU of tokens instead of text, sides exchanged, or what is behind the end taken for text."""
+    """Faults: BLEU is of tokens instead of text; sides are swapped; tokens after the end count as text."""
     words = ["", *"abcdefghij"]
 
     def decode(tokens):
@@ -301,7 +301,7 @@ def test_judged_by_sacrebleu():
 
 
 def matmul_flops(jaxpr):
-    """Of all products, those inside a scan once for each turn."""
+    """Return FLOPs of all products; those inside a scan count once per iteration."""
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -314,15 +314,15 @@ def matmul_flops(jaxpr):
     return total
 
 
-def test_flops_are_those_of_the_traced_matmuls():
-    """Fault: a term of the formula forgotten or counted twice, found by counting every matmul of loss and gradient."""
+def test_flops_match_the_traced_matmuls():
+    """Count every matmul of loss and gradient. Fault: the formula lacks a term or counts it twice."""
     abstract = jax.eval_shape(SMALL.init, jax.random.key(0), spec_of(batch_of()))
     jaxpr = jax.make_jaxpr(functools.partial(loss_and_gradient, SMALL))(abstract, batch_of()).jaxpr
     assert SMALL.flops(spec_of(batch_of())) == matmul_flops(jaxpr)
 
 
 def test_logical_axes_name_every_dimension():
-    """Fault: axes that do not fit the arrays, boxes left in the tree, or names no rule knows."""
+    """Faults: axes do not fit the arrays; boxes remain in the tree; no rule has a name."""
     variables = jax.eval_shape(SMALL.init, jax.random.key(0), spec_of(batch_of()))
     sizes = {"embed": 16, "mlp": 24, "heads": 2, "kv": 4, "vocab": 24, "norm": 16}
 
@@ -351,12 +351,12 @@ def test_logical_axes_name_every_dimension():
     ],
 )
 def test_fields_are_checked(fields, message):
-    """Fault: nonsense accepted at construction and met inside a trace."""
+    """Fault: an invalid value is accepted at construction and fails inside a trace."""
     with pytest.raises(ValueError, match=message):
         TranslationTask(**fields)
 
 
 def test_a_batch_without_pairs_is_refused():
-    """Fault: a data section for another kind of model gives a KeyError inside a trace."""
+    """Fault: data for another kind of model give a KeyError inside a trace."""
     with pytest.raises(ValueError, match=r"\['tokens'\] and not both 'source' and 'target'"):
         SMALL.init(jax.random.key(0), {"tokens": jax.ShapeDtypeStruct((2, 2), jnp.int32)})

@@ -584,9 +584,7 @@ FRAMEWORK = (
         "if _FIRST <= release < _BEYOND",
         "if _FIRST > release",
         "XLA computes wrong numbers on CPUs.",
-        (
-            "tests/launch/test_environment.py::test_a_fusion_that_xla_computes_wrongly_is_right_after_the_command_line_was_imported",
-        ),
+        ("tests/launch/test_environment.py::test_a_wrong_fusion_of_xla_is_right_after_importing_the_command_line",),
     ),
     Mutant(
         "events-of-another-step",
@@ -637,7 +635,7 @@ MODELS = (
         "ended_BxC /= length_penalty(search.position + 1, penalty)",
         "ended_BxC /= length_penalty(search.position, penalty)",
         "Beam search prefers translations that are too short.",
-        ("tests/models/test_beam_search.py::test_with_all_beams_it_is_a_search_over_all_sequences",),
+        ("tests/models/test_beam_search.py::test_with_all_beams_it_searches_all_sequences",),
     ),
     Mutant(
         "loss-over-the-masked-tokens-of-a-batch",
@@ -661,7 +659,7 @@ MODELS = (
         "below + negatives / 2",
         "below + negatives",
         "A model that says the same of every example has an AUC of 1.",
-        ("tests/models/test_dlrm.py::test_auc_is_that_of_scikit_learn",),
+        ("tests/models/test_dlrm.py::test_auc_equals_scikit_learn",),
     ),
     Mutant(
         "two-tokens-in-one-slot",
@@ -693,7 +691,7 @@ MODELS = (
         "targets[:, :, None] == sources[:, None, :],",
         "targets[:, :, None] >= sources[:, None, :],",
         "A translation attends to the sources of other pairs of its row.",
-        ("tests/models/test_translation.py::test_pairs_of_a_row_do_not_see_each_other",),
+        ("tests/models/test_translation.py::test_pairs_of_a_row_are_masked_from_each_other",),
     ),
     Mutant(
         "one-key-for-all-layers",
@@ -720,7 +718,7 @@ LAUNCH = (
         "restarts == options.max_restarts:",
         "restarts > options.max_restarts:",
         "Processes are started once more than --max_restarts allows.",
-        ("tests/launch/test_local.py::test_all_are_started_again_as_often_as_allowed",),
+        ("tests/launch/test_local.py::test_all_restart_up_to_the_limit",),
     ),
     Mutant(
         "victim-reported-for-the-cause",
@@ -728,7 +726,7 @@ LAUNCH = (
         "if failure.code != _OTHER_FAILED]",
         "if failure.code == _OTHER_FAILED]",
         "The exit code is that of a process that ended because another one had failed.",
-        ("tests/launch/test_local.py::test_who_ends_because_another_has_failed_is_not_the_first_that_failed",),
+        ("tests/launch/test_local.py::test_the_exit_code_is_that_of_the_first_failure",),
     ),
     Mutant(
         "next-flag-taken-for-a-value",
@@ -744,7 +742,7 @@ LAUNCH = (
         'os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")',
         'os.environ["OPENBLAS_NUM_THREADS"] = "1"',
         "The number of threads that a user has set in the environment is ignored.",
-        ("tests/launch/test_environment.py::test_settings_of_the_user_stay",),
+        ("tests/launch/test_environment.py::test_settings_of_the_user_are_kept",),
     ),
     Mutant(
         "dry-run-deletes",
@@ -752,7 +750,7 @@ LAUNCH = (
         "if not options.dry_run:",
         "if options.keep_last:",
         "prune --dry_run deletes checkpoints.",
-        ("tests/launch/test_checkpoint.py::test_prune_keeps_newest_and_best_and_says_what_goes",),
+        ("tests/launch/test_checkpoint.py::test_prune_keeps_newest_and_best_and_lists_the_deleted",),
     ),
     Mutant(
         "last-verdict-counts",
@@ -760,7 +758,7 @@ LAUNCH = (
         "intact = intact and not faults",
         "intact = not faults",
         "verify exits with 0 although a checkpoint is damaged, if the one checked after it is whole.",
-        ("tests/launch/test_checkpoint.py::test_verify_names_each_file_that_is_not_as_it_was",),
+        ("tests/launch/test_checkpoint.py::test_verify_names_each_damaged_file",),
     ),
     Mutant(
         "environment-set-too-late",
