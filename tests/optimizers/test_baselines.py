@@ -28,12 +28,12 @@ def parameters():
         baselines.MomentumOptions(),
         baselines.AdafactorOptions(),
         baselines.MuonOptions(),
-        baselines.AdaGradOptions(rate_rules=((".*", 10.0),)),  # its steps shrink
+        baselines.AdaGradOptions(rate_rules=((".*", 10.0),)),  # its steps get smaller
     ],
     ids=lambda options: type(options).__name__,
 )
 def test_descends(options):
-    """Catches a wrong sign or a learning rate that is not applied."""
+    """Faults: a wrong sign; the learning rate is not applied."""
     params = parameters()
     tx = options.build(lambda count: 1e-2, axis_names=NAMES)
     state, update = tx.init(params), jax.jit(tx.update)
@@ -47,8 +47,8 @@ def test_descends(options):
 @pytest.mark.parametrize(
     "options", [baselines.AdamWOptions, baselines.AdafactorOptions, baselines.MuonOptions, baselines.AdaGradOptions]
 )
-def test_decoupled_decay_spares_biases_and_embeddings(options):
-    """Catches decay on what should not decay, and decay that is not learning rate x weight decay."""
+def test_decay_does_not_apply_to_biases_and_embeddings(options):
+    """Faults: excluded parameters decay; the decay is not learning rate x weight decay."""
     params = parameters()
     zero = jax.tree.map(jnp.zeros_like, params)
     tx = options(weight_decay=0.5).build(lambda count: 0.1, axis_names=NAMES)
@@ -58,7 +58,7 @@ def test_decoupled_decay_spares_biases_and_embeddings(options):
 
 
 def test_muon_orthogonalises_each_layer_with_heads_folded():
-    """Catches Muon on a wrong view of the stacked attention kernel."""
+    """Fault: Muon uses a wrong view of the stacked attention kernel."""
     params = parameters()
     tx = baselines.MuonOptions(beta=0.0, nesterov=False).build(lambda count: 1.0, axis_names=NAMES)
     updates, _ = tx.update(params, tx.init(params), params)
@@ -67,8 +67,9 @@ def test_muon_orthogonalises_each_layer_with_heads_folded():
         assert values.max() < 1.5 and np.median(values) > 0.5
 
 
-def test_lamb_is_optax_lamb_for_each_layer():
-    """Fault: one trust ratio for all layers of a stack, decay after the ratio or where it is not asked for."""
+def test_lamb_equals_optax_lamb_for_each_layer():
+    """Faults: all layers of a stack share one trust ratio; decay is applied after the ratio or to excluded
+    parameters."""
     params = parameters()
     random = np.random.default_rng(1)
     grads = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32), params)
@@ -95,8 +96,8 @@ def test_lamb_is_optax_lamb_for_each_layer():
     assert np.abs(plain["layers"]["out"] / ours["layers"]["out"] - 1).min() > 0.05
 
 
-def test_lamb_leaves_biases_to_adam():
-    """Fault: a bias that begins at zero stays there, its update as short as it is itself; or decays."""
+def test_lamb_uses_adam_for_biases():
+    """Faults: a bias that starts at zero stays there, because its update is scaled to its norm; biases decay."""
     params = parameters() | {"bias": jnp.full(8, 1e-6)}
     grads = jax.tree.map(jnp.ones_like, params)
     tx = baselines.LambOptions(weight_decay=0.5).build(lambda count: 0.1, axis_names=NAMES)
@@ -106,8 +107,8 @@ def test_lamb_leaves_biases_to_adam():
     np.testing.assert_allclose(norms[0], 0.1 * norms[1], rtol=1e-5)
 
 
-def test_muon_leaves_tables_to_adam():
-    """Fault: a table whose treatment is "rows" counts as a matrix."""
+def test_muon_uses_adam_for_tables():
+    """Fault: a table with the treatment "rows" counts as a matrix."""
     params = parameters()
     treatments = (("embed", "rows"), (".*", "shampoo"))
     tx = baselines.MuonOptions(treatments=treatments).build(lambda count: 1.0, axis_names=NAMES)
@@ -119,8 +120,9 @@ def test_muon_leaves_tables_to_adam():
     )
 
 
-def test_adagrad_is_that_of_optax_and_by_row_on_tables():
-    """Fault: sums that are averaged or begin above zero, momentum, a factor that is lost, a table summed by element."""
+def test_adagrad_equals_optax_and_is_row_wise_on_tables():
+    """Faults: sums are averaged or start above zero; there is momentum; a factor is lost; a table is summed by
+    element."""
     params = parameters()
     options = baselines.AdaGradOptions(epsilon=1e-3, rate_rules=(("bias", 2.0), (".*", 1.0)))
     tx, twin = options.build(lambda count: 0.1), optax.adagrad(0.1, initial_accumulator_value=0.0, eps=0.0)
@@ -131,7 +133,7 @@ def test_adagrad_is_that_of_optax_and_by_row_on_tables():
         updates, state = tx.update(grads, state, params)
         wanted, twin_state = twin.update(grads, twin_state, params)
         by_row += (np.asarray(grads["embed"], np.float64) ** 2).mean(axis=1)
-    # Of the two, ours adds epsilon to the root.
+    # Ours adds epsilon to the root, optax does not.
     out = updates["layers"]["out"] * (1 + 1e-3 * np.abs(wanted["layers"]["out"] / (0.1 * grads["layers"]["out"])))
     np.testing.assert_allclose(out, wanted["layers"]["out"], rtol=1e-5)
     np.testing.assert_allclose(updates["bias"], 2 * wanted["bias"], rtol=5e-3)
@@ -140,7 +142,7 @@ def test_adagrad_is_that_of_optax_and_by_row_on_tables():
 
 
 class Falling:
-    """A rate that halves with each step, and its peak."""
+    """A rate that halves at each step, and its peak."""
 
     peak = 0.1
 
@@ -157,11 +159,11 @@ def two_steps(options, grads, params, rate, compiled=jax.jit):
 
 @pytest.mark.parametrize(
     "options",
-    [baselines.AdamWOptions, functools.partial(ShampooOptions, exponent=0.0)],  # without roots, it compiles little
+    [baselines.AdamWOptions, functools.partial(ShampooOptions, exponent=0.0)],  # compiles quickly without roots
     ids=["AdamWOptions", "ShampooOptions"],
 )
 def test_independent_decay_is_relative_to_the_peak(options):
-    """Fault: decay that grows with the rate or its factor, does not follow the schedule, or moves what is frozen."""
+    """Faults: decay grows with the rate or its factor, ignores the schedule, or moves frozen parameters."""
     params = parameters() | {"frozen": jnp.ones(8), "twice": jnp.ones(8)}
     zero = jax.tree.map(jnp.zeros_like, params)
     rules = {
@@ -176,7 +178,7 @@ def test_independent_decay_is_relative_to_the_peak(options):
 
 @pytest.mark.parametrize("options", [baselines.AdamWOptions, ShampooOptions], ids=lambda cls: cls.__name__)
 def test_independent_decay_needs_a_peak(options):
-    """Fault: a peak that is guessed, and a division by 0 in the middle of a step."""
+    """Faults: the peak is guessed; a division by 0 in a step."""
     chosen = options(weight_decay=0.3, decay="independent")
     with pytest.raises(ValueError, match="which this one does not tell; give it an attribute `peak`, or use decay"):
         chosen.build(lambda count: 0.1)
@@ -187,8 +189,8 @@ def test_independent_decay_needs_a_peak(options):
     options(decay="independent").build(lambda count: 0.1)  # there is nothing to shrink
 
 
-def test_clipped_updates_are_those_of_optax_for_each_matrix():
-    """Fault: a stack clipped as one, clipping after decay or rate, or of what is short enough."""
+def test_clipped_updates_equal_optax_for_each_matrix():
+    """Faults: a stack is clipped as one; clipping is after decay or rate; short updates are clipped."""
     params = parameters()
     grads = jax.tree.map(jnp.ones_like, params)
     grads["layers"]["out"] = grads["layers"]["out"].at[0].set(0.0)
@@ -206,8 +208,8 @@ def test_clipped_updates_are_those_of_optax_for_each_matrix():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), *pair)
 
 
-def test_adamw_is_optax_adamw_and_knows_its_state_by_the_same_names():
-    """Fault: another order of decay and rate, or a clipping that moves the count of the schedule to another name."""
+def test_adamw_equals_optax_adamw_with_the_same_state_names():
+    """Faults: decay and rate are applied in another order; clipping changes the name of the schedule's count."""
     params = parameters()
     random = np.random.default_rng(1)
     grads = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32), params)
@@ -237,7 +239,7 @@ def test_adamw_is_optax_adamw_and_knows_its_state_by_the_same_names():
         ({"clip_rms": float("nan")}, "clip_rms is nan"),
     ],
 )
-def test_adamw_refuses_what_makes_no_sense(options, words):
-    """Fault: an option that is ignored, or fails in a trace."""
+def test_adamw_refuses_invalid_options(options, words):
+    """Fault: an invalid option is ignored or fails in a trace."""
     with pytest.raises(ValueError, match=words):
         baselines.AdamWOptions(**options)

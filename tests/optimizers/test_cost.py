@@ -1,4 +1,5 @@
-"""What a step costs each device: program size, FLOPs, memory, padding, traffic; and that layouts change no result."""
+"""Test the cost of a step per device: program size, FLOPs, memory, padding and traffic; and that layouts give the same
+results."""
 
 import contextlib
 import dataclasses
@@ -21,7 +22,7 @@ from shampax.optimizers.baselines import AdamWOptions
 from shampax.optimizers.plan.blocks import make_plan
 
 OPTIONS = ShampooOptions(block_size=128, interval=20, solver="newton")
-# What tests/conftest.py turns off for all other programs.
+# The options that tests/conftest.py turns off for all other programs.
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 
 LAYOUTS = {
@@ -30,7 +31,7 @@ LAYOUTS = {
     "fsdp on 8": ({"fsdp": 8}, programs.fsdp, 512, 2),
     "fsdp x tensor on 8": ({"fsdp": 4, "tensor": 2}, programs.fsdp_tensor, 512, 2),
     "data x fsdp x tensor on 8": ({"data": 2, "fsdp": 2, "tensor": 2}, programs.fsdp_tensor, 512, 2),
-    # 768 rows are 6 blocks of 128, which 6 devices do not divide.
+    # 768 rows are 6 blocks of 128.
     "replicated on 6": ({"data": 6}, programs.replicated, 768, 1),
     "fsdp x tensor on 6": ({"fsdp": 3, "tensor": 2}, programs.fsdp_tensor, 768, 1),
     "fsdp on 3": ({"fsdp": 3}, programs.fsdp, 768, 1),
@@ -40,14 +41,14 @@ FAST_LAYOUTS = ("fsdp x tensor on 8", "data x fsdp x tensor on 8", "replicated o
 
 
 def lower(layout, layers):
-    """One optimizer step of a Transformer of unscanned layers in a layout."""
+    """Lower one optimizer step of a Transformer of unscanned layers for a layout."""
     axes, specs, width, _ = LAYOUTS[layout]
     return programs.lower_shampoo(programs.transformer(layers, width), programs.mesh_of(**axes), specs, OPTIONS)
 
 
 @functools.cache
 def compiled(layout, layers):
-    """(text of the program, CPU seconds to compile it); other work on the machine does not add to CPU seconds."""
+    """Return (text of the program, CPU seconds to compile it). Other processes do not change CPU seconds."""
     lowered = lower(layout, layers).lowered
     start = time.process_time()
     program = lowered.compile()
@@ -59,8 +60,8 @@ def operations(step):
     return text.count("dot_general"), text.count("stablehlo.while")
 
 
-def test_the_program_has_as_much_mathematics_for_any_number_of_layers():
-    """Catches a Python loop over parameters, layers, blocks or owners around a product or a solver."""
+def test_the_number_of_products_does_not_depend_on_layers():
+    """Fault: a Python loop over parameters, layers, blocks or owners contains a product or a solver."""
     seen = {layers: operations(lower("fsdp x tensor on 8", layers)) for layers in (2, 16)}
     for layers in (2, 16):
         shapes, names = programs.scanned_transformer(layers, 512)
@@ -70,8 +71,8 @@ def test_the_program_has_as_much_mathematics_for_any_number_of_layers():
 
 
 @pytest.mark.parametrize("layout", ["fsdp x tensor on 8", pytest.param("replicated on 8", marks=pytest.mark.slow)])
-def test_eight_times_the_layers_are_not_eight_times_the_program(layout):
-    """Catches instructions for every block, or for every pair of parameters.
+def test_program_size_is_not_proportional_to_layers(layout):
+    """Fault: there are instructions for every block or pair of parameters.
 
     Parameters that are not scanned cost a few instructions each; the mathematics is there once.
     """
@@ -99,7 +100,7 @@ def step_of(model, devices):
 
 @functools.cache
 def program_of(model, devices):
-    """(program, CPU seconds to compile it)."""
+    """Return (program, CPU seconds to compile it)."""
     lowered = step_of(model, devices).lowered
     start = time.process_time()
     program = lowered.compile(compiler_options=MODELS[model][-1])
@@ -108,15 +109,15 @@ def program_of(model, devices):
 
 @pytest.mark.slow
 def test_776_blocks_compile_in_seconds():
-    """Catches a program that is linear in the blocks; a peer that has one needs 107 s for as many, this one 5 s."""
+    """Fault: the size of the program is linear in the blocks. Another implementation with this fault needs 107 s, this
+    one 5 s."""
     _, seconds = program_of("776 blocks", 8)
     assert seconds < 20
 
 
 @pytest.mark.parametrize("model", ["64 blocks", pytest.param("776 blocks", marks=pytest.mark.slow)])
 def test_each_of_8_devices_has_an_eighth_of_the_work_and_of_the_memory(model):
-    """Catches statistics, roots or products that are repeated on devices, and refreshes that are not level: a device
-    with more blocks due than the others makes all of them wait.
+    """Faults: devices repeat statistics, roots or products; a device has more due blocks than others, which wait.
 
     XLA counts the body of a loop once, on one device as on eight.
     """
@@ -124,19 +125,19 @@ def test_each_of_8_devices_has_an_eighth_of_the_work_and_of_the_memory(model):
     alone, shared = step_of(model, 1), step_of(model, 8)
     both = [program_of(model, devices)[0] for devices in (1, 8)]
     flops = [program.cost_analysis()["flops"] for program in both]
-    assert flops[0] > blocks * 8 * 128**3  # the four products with each block are among them
+    assert flops[0] > blocks * 8 * 128**3  # includes the four products with each block
     scratch = [program.memory_analysis().temp_size_in_bytes for program in both]
     state = [programs.device_bytes(step.state) for step in (alone, shared)]
     for on_one, on_each in (flops, state):
         assert on_each <= 1.15 * on_one / 8
     # An exchange holds the blocks that leave and those that arrive.
     assert scratch[1] <= 1.15 * scratch[0] / 8 + 2 * 4 * blocks / 8 * 128**2
-    due = shared.tx.plan(shared.params).buckets[0].due  # [devices, phases, most blocks of a device in a phase]
+    due = shared.tx.plan(shared.params).buckets[0].due  # [devices, phases, maximum blocks of a device in a phase]
     assert due.shape[2] <= 1.15 * blocks / interval / 8
 
 
 def language_model(variant):
-    """(shapes, axis names) of a shipped config at full size."""
+    """Return (shapes, axis names) of a shipped config at full size."""
     fields = lm.get_config(variant).task.to_dict()
     del fields["name"]
     task = LMTask(**fields)
@@ -146,7 +147,7 @@ def language_model(variant):
 
 
 def attention_and_mlp(prefix, attentions=("self",)):
-    """A Transformer layer of width 1024 with 16 heads."""
+    """Return a Transformer layer of width 1024 with 16 heads."""
     shapes = {f"{prefix}/up": (1024, 4096), f"{prefix}/down": (4096, 1024)}
     for attention in attentions:
         shapes |= {f"{prefix}/{attention}/{kind}": (1024, 16, 64) for kind in ("query", "key", "value")}
@@ -155,7 +156,7 @@ def attention_and_mlp(prefix, attentions=("self",)):
 
 
 def transformer_big():
-    """WMT's, arXiv 1706.03762, table 3."""
+    """Return WMT's Transformer, arXiv 1706.03762, table 3."""
     shapes = {"embedding": (32_768, 1024)}
     for layer in range(6):
         shapes |= attention_and_mlp(f"encoder/{layer}") | attention_and_mlp(f"decoder/{layer}", ("self", "cross"))
@@ -170,7 +171,7 @@ def bert_large():
 
 
 def dlrm():
-    """MLPerf's on Criteo; its tables are diagonal."""
+    """Return MLPerf's DLRM on Criteo; its tables are diagonal."""
     layers = {"bottom": (13, 512, 256, 128), "top": (479, 1024, 1024, 512, 256, 1)}
     return {
         f"{name}/{i}": shape for name, widths in layers.items() for i, shape in enumerate(itertools.pairwise(widths))
@@ -191,7 +192,7 @@ def resnet_50():
 
 
 def named(shapes):
-    """(ShapeDtypeStructs, axis names)."""
+    """Return (ShapeDtypeStructs, axis names)."""
     kinds = {"query": ("embed", "heads", "kv"), "out": ("heads", "kv", "embed")}
     kinds["key"] = kinds["value"] = kinds["query"]
     names = {name: kinds.get(name.split("/")[-1], (None,) * len(shape)) for name, shape in shapes.items()}
@@ -209,7 +210,7 @@ WORKLOADS = {
 
 
 def cost(sizes):
-    """(FLOPs, elements of state) of blocks of sizes [n, 2], each up to a factor."""
+    """Return (FLOPs, elements of state) of blocks with sizes [n, 2], each up to a constant factor."""
     r, c = np.asarray(sizes, np.float64).T
     return np.array([np.sum(r * c * (r + c) + r**3 + c**3), np.sum(r**2 + c**2 + 2 * r * c)])
 
@@ -217,9 +218,9 @@ def cost(sizes):
 @pytest.mark.parametrize("block_size", [128, 1024])
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_padding_wastes_at_most_a_quarter(workload, block_size):
-    """Catches cuts that leave slivers, and rounding by which few buckets are bought with much padding.
+    """Faults: cuts leave slivers; sides are rounded up much to have few buckets.
 
-    Empty slots count at block size 128, where even the smallest workload has blocks enough for 8 devices.
+    Empty slots count at block size 128, where even the smallest workload has enough blocks for 8 devices.
     """
     params, names = WORKLOADS[workload]()
     plan = make_plan(params, names, None, ShampooOptions(block_size=block_size), {"data": 8})
@@ -240,11 +241,10 @@ def test_padding_wastes_at_most_a_quarter(workload, block_size):
     [pytest.param(name, marks=() if name in FAST_LAYOUTS else pytest.mark.slow) for name in LAYOUTS],
 )
 def test_traffic_beyond_the_baseline(layout):
-    """Catches blocks joined by the automatic partitioner, parameters gathered to be cut, a solver that talks to other
-    devices, and all-to-alls that are mostly padding.
+    """Faults: blocks are joined; parameters are gathered; a solver uses collectives; all-to-alls are mostly padding.
 
-    The baseline, AdamW, needs no collective at all. Parameters of which devices hold copies must have their updates
-    gathered over these devices besides; no way of sharing out the work avoids that.
+    The baseline, AdamW, needs no collective. The updates of replicated parameters must also be gathered over the
+    devices with copies; no assignment of the work avoids that.
     """
     axes, _, width, layers = LAYOUTS[layout]
     text, _ = compiled(layout, layers)
@@ -262,15 +262,15 @@ def test_traffic_beyond_the_baseline(layout):
 
 
 def test_the_baseline_has_no_traffic():
-    """Catches a measure that counts nothing, together with the test above: this one must find none."""
+    """Fault: the test above counts nothing. Here it must find no traffic."""
     mesh = programs.mesh_of(fsdp=4, tensor=2)
     params = programs.structs(programs.transformer(1, 512), mesh, programs.fsdp_tensor)
     text = programs.lower_step(AdamWOptions().build(0.01), params, mesh).lowered.compile().as_text()
     assert not collectives.find(text)
 
 
-def test_parameters_of_every_kind_get_the_updates_of_one_device_wherever_their_shards_lie():
-    """Catches tiles that are cut, sent, joined or put back in another order than the blocks are numbered."""
+def test_updates_do_not_depend_on_shardings():
+    """Fault: tiles are split, sent, joined or returned in another order than that of the blocks."""
     shapes_and_specs = {
         "matrix": ((64, 32), ("fsdp", "tensor")),
         "transposed": ((32, 64), (None, ("tensor", "fsdp"))),
@@ -302,7 +302,8 @@ def test_parameters_of_every_kind_get_the_updates_of_one_device_wherever_their_s
     stream = [{k: random.normal(size=s).astype(np.float32) for k, s in shapes.items()} for _ in range(4)]
 
     def updates(mesh):
-        """Of every step, from gradients that lie as the parameters do; what does not divide is replicated."""
+        """Return the updates of every step, from gradients sharded like the parameters; axes that do not divide are
+        replicated."""
         tx = distributed_shampoo(0.01, options, mesh=mesh, axis_names=names, param_specs=specs)
         params, own, shardings = {k: jnp.zeros(s) for k, s in shapes.items()}, None, None
         if mesh is not None:

@@ -14,7 +14,7 @@ from shampax.optimizers import ShampooOptions
 from shampax.optimizers.exchange import Owners
 from shampax.optimizers.plan.blocks import make_plan
 
-# A bucket mixes parameters that are cut into other tiles: replicated, sharded along either side, a stack or a fold.
+# A bucket mixes parameters with different tiles: replicated, sharded along either side, a stack or a fold.
 # name -> (shape, axis names, the mesh axes that divide each axis: the first, the last, or both, where 48 allows it)
 PARAMETERS = {
     "replicated": ((72, 48), ("a", "b"), ()),
@@ -49,7 +49,7 @@ MESHES = {
 
 
 def spec_of(words, mesh):
-    """The PartitionSpec that the words say; no mesh axis divides two axes."""
+    """Return the PartitionSpec for these words. No mesh axis divides two axes."""
     names, used, entries = tuple(mesh), set(), []
     for word in words:
         axes = {"first": names[:1], "last": names[-1:], "all": names, "rest": names[:-1], "": ()}[word]
@@ -60,7 +60,7 @@ def spec_of(words, mesh):
 
 @functools.cache
 def setting(count):
-    """(mesh, parameters, their shardings, plan) for a number of devices; no mesh for 0."""
+    """Return (mesh, parameters, their shardings, plan) for a number of devices; 0 has no mesh."""
     sizes = MESHES[count]
     mesh = Mesh(np.array(jax.devices()[:count]).reshape(tuple(sizes.values())), tuple(sizes)) if count else None
     shapes = {name: shape for name, (shape, *_) in PARAMETERS.items()}
@@ -73,7 +73,7 @@ def setting(count):
 
 
 def programs(mesh, plan):
-    """(parameters -> bucket name -> owned blocks, and back)."""
+    """Return (parameters -> bucket name -> owned blocks, inverse)."""
     owners = Owners(mesh)
     tables = {bucket.name: owners.tables(bucket) for bucket in plan.buckets}
     specs = {bucket.name: owners.specs(bucket) for bucket in plan.buckets}
@@ -92,7 +92,7 @@ def programs(mesh, plan):
             blocks, tables = owned
             return {b.name: owners.from_owners(blocks[b.name], tables[b.name], b) for b in plan.buckets}, owned, ()
 
-        # The tiles that go in are not looked at; those that come out are laid out as they are.
+        # The shardings of input tiles are free; those of output tiles are constrained.
         empty = {b.name: [jnp.zeros(tiles_shape(leaf)) for leaf in b.leaves] for b in plan.buckets}
         tiles, *_ = owners.run(local, empty, specs, (blocks, tables), ())
         return {
@@ -112,10 +112,8 @@ def tiles_shape(leaf):
 
 @pytest.mark.parametrize("count", [0, 6, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
 def test_blocks_reach_their_owners_and_return(count):
-    """Catches a tile that arrives at another owner, in another slot or at another place in its block; padding that is
-    not zero; a parameter that returns changed, or with what was in the padding or the empty slots; and traffic other
-    than one all-to-all each way for every bucket.
-    """
+    """Faults: a tile reaches another owner, slot or position; padding is not zero; a parameter returns changed or with
+    values of padding or empty slots; there is other traffic than one all-to-all per bucket and direction."""
     mesh, params, shardings, plan = setting(count)
     there, back = programs(mesh, plan)
     there = jax.jit(there, in_shardings=(shardings,) if mesh else None)
@@ -139,7 +137,7 @@ def test_blocks_reach_their_owners_and_return(count):
 
 
 def test_buckets_mix_tilings():
-    """Catches a test above that tests nothing: buckets whose parameters are all cut alike."""
+    """Fault: the test above is too easy, because all parameters of a bucket have equal tiles."""
     for count in MESHES:
         *_, plan = setting(count)
         tilings = [{(leaf.tiling.tile, leaf.tiling.copies) for leaf in bucket.leaves} for bucket in plan.buckets]
@@ -148,8 +146,8 @@ def test_buckets_mix_tilings():
 
 
 def test_traffic():
-    """Catches a partitioner that moves blocks itself: from the parameters' shards to the owners there is one all-to-all
-    for each bucket and nothing else."""
+    """Fault: the partitioner moves blocks itself. There must be only one all-to-all per bucket from shards to
+    owners."""
     mesh, params, shardings, plan = setting(8)
     there, _ = programs(mesh, plan)
     text = jax.jit(there, in_shardings=(shardings,)).lower(params).compile().as_text()

@@ -1,4 +1,4 @@
-"""What each preconditioner promises by itself; what all of them do alike is tested where it is tested of Shampoo."""
+"""Test properties of single preconditioners. Properties of all are tested with Shampoo."""
 
 import itertools
 
@@ -23,8 +23,8 @@ def options(kind, **values):
 
 @pytest.mark.parametrize("interval", [1, 10])
 def test_soap_stays_bounded_when_gradients_turn(interval):
-    """Catches a second moment that is left behind in an old basis: where gradients turn abruptly it is too small in the
-    directions they turn to, and the update many times too long."""
+    """Fault: the second moment stays in the old basis. When gradients turn abruptly, it is too small and the update
+    many times too long."""
     random = np.random.default_rng(0)
     turns = [np.linalg.qr(random.normal(size=(n, n)))[0] for n in (64, 64, 32, 32)]
     scale = np.outer(10.0 ** -np.linspace(0, 3, 64), 10.0 ** -np.linspace(0, 3, 32))
@@ -43,7 +43,7 @@ def test_soap_stays_bounded_when_gradients_turn(interval):
 
 
 def test_soap_in_the_identity_basis_is_adam():
-    """Catches moments, corrections or an epsilon that differ from Adam's."""
+    """Fault: moments, corrections or epsilon differ from Adam's."""
     stream = gradients(20, SHAPE)
     run = train(options("soap", start_step=1000), stream)
     adam, state = optax.adam(1.0, b1=0.9, b2=0.99), None
@@ -54,7 +54,7 @@ def test_soap_in_the_identity_basis_is_adam():
 
 
 def test_soaps_second_moment_keeps_its_sum_when_the_basis_changes():
-    """Catches weights that are not those of directions: rows and columns of the squared rotation add up to one."""
+    """Fault: weights are not squared rotations, whose rows and columns add up to one."""
     stream = gradients(9, SHAPE)
     fast = train(options("soap", interval=1, beta1=0.0), stream)
     (name,) = fast.states[-1].buckets
@@ -64,7 +64,7 @@ def test_soaps_second_moment_keeps_its_sum_when_the_basis_changes():
 
 
 def test_kl_shampoo_of_one_side_is_one_sided_shampoo():
-    """Catches whitening along a side that has no statistics, or a length that is divided by nevertheless."""
+    """Fault: a side without statistics is whitened, or its length divides."""
     treatments = {f"{kind} {side}": f"{kind} side={side}" for kind in ("kl_shampoo", "one_sided") for side in SIDES}
     stream = [dict.fromkeys(treatments, g["w"]) for g in gradients(12, SHAPE)]
     values = {"block_size": 64, "interval": 2, "refresh": "periodic", "ridge": 1e-2, "exponent": 0.5}
@@ -72,13 +72,13 @@ def test_kl_shampoo_of_one_side_is_one_sided_shampoo():
     for update in train(chosen, stream).updates:
         for side in SIDES:
             here, there = update[f"kl_shampoo {side}"], update[f"one_sided {side}"]
-            # XLA may fuse and round the same formula differently.
+            # XLA may fuse and round one formula differently.
             np.testing.assert_allclose(here, there, rtol=0, atol=1e-5 * np.abs(there).max())
 
 
 def test_kl_shampoos_statistics_are_the_covariance_of_a_kronecker_product():
-    """Catches a wrong length or side: gradients A^(1/2) Z B^(1/2) have the covariance A (x) B, which the statistics'
-    product must become, whatever its scale."""
+    """Fault: a wrong length or side. Gradients A^(1/2) Z B^(1/2) have covariance A (x) B, which the product of the
+    statistics must equal up to scale."""
     random = np.random.default_rng(0)
     a, b = (np.diag(np.linspace(0.5, 2, n) ** 2) for n in (12, 8))
     a *= 100
@@ -93,7 +93,7 @@ def test_kl_shampoos_statistics_are_the_covariance_of_a_kronecker_product():
 
 @pytest.mark.parametrize(("name", "tolerance"), [("jordan", 0.35), ("polar_express", 0.02)])
 def test_orthogonalization_brings_singular_values_to_one(name, tolerance):
-    """Catches a wrong coefficient."""
+    """Fault: a wrong coefficient."""
     random = np.random.default_rng(0)
     u, _, vt = np.linalg.svd(random.normal(size=(3, 16, 24)), full_matrices=False)
     s = np.geomspace(1, 1e-2, 16)
@@ -103,8 +103,8 @@ def test_orthogonalization_brings_singular_values_to_one(name, tolerance):
     assert not np.any(np.asarray(orthogonalized(jnp.zeros((1, 4, 4)), POLYNOMIALS[name])))
 
 
-def test_muon_on_whole_matrices_is_that_of_optax():
-    """Catches a momentum or a direction that is not Muon's; ours has another length, by choice."""
+def test_muon_on_whole_matrices_equals_optax():
+    """Fault: momentum or direction differ from Muon's. The length differs on purpose."""
     stream = gradients(6, {"w": (48, 20)})
     run = train(options("muon", nesterov=True, beta1=0.95, bias_correction=False), stream)
     tx = optax.contrib.muon(1.0, beta=0.95, nesterov=True)
@@ -116,7 +116,7 @@ def test_muon_on_whole_matrices_is_that_of_optax():
 
 
 @pytest.mark.parametrize("text", ["soap exponent=0.5", "kl_shampoo exponent=0.25", "muon view=tensor", "soap side=top"])
-def test_what_a_preconditioner_has_no_choice_of_is_refused(text):
-    """Catches a word that would be ignored."""
+def test_inapplicable_treatment_words_are_refused(text):
+    """Fault: a word is ignored."""
     with pytest.raises(ValueError, match=text.split(" ")[0]):
         options(text)

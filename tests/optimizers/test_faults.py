@@ -1,4 +1,4 @@
-"""What goes wrong in long runs, forced: gradients that are not finite and solvers that fail."""
+"""Force faults of long runs: gradients that are not finite, and solvers that fail."""
 
 import functools
 
@@ -27,13 +27,14 @@ from shampax.optimizers.preconditioners import PRECONDITIONERS
 
 
 def assert_same(x, y):
-    """Bitwise."""
+    """Compare bitwise."""
     jax.tree.map(np.testing.assert_array_equal, x, y)
 
 
 @functools.cache
 def clean_run(shared, layout):
-    """(gradients, a function that trains on some of them, the run on all of them) of Shampoo or of its siblings."""
+    """Return (gradients, a function that trains on some of them, the run on all of them) for Shampoo or its
+    siblings."""
     mesh, specs = family_layout(layout) if shared else LAYOUTS[layout]
     options, shapes = (FAMILY_OPTIONS, FAMILY_SHAPES) if shared else (SHARDED_OPTIONS, SHARDED_SHAPES)
     stream, on_mesh = gradients(7, shapes), functools.partial(train, options, mesh=mesh, specs=specs)
@@ -53,8 +54,8 @@ def clean_run(shared, layout):
     ],
 )
 def test_a_gradient_that_is_not_finite_changes_nothing(layout, bad, kind):
-    """Catches NaN (or squares that overflow) in one element on one device that reaches the moments, statistics, roots
-    or parameters anywhere; devices that decide differently; and a later run that is not that without the step."""
+    """Faults: NaN or overflowing squares in one element on one device reach moments, statistics, roots or parameters;
+    devices decide differently; the later run differs from one without the step."""
     stream, on_mesh, clean = clean_run(kind != "shampoo", layout)
     down, other = ("down", "bias") if kind == "shampoo" else FAMILY_PARAMETERS[kind]
     for name, at in ((down, (50, 3)), (other, (9,))):
@@ -69,7 +70,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(layout, bad, kind):
         assert_same(hit.states[-1]._replace(skipped=0), clean.states[-1]._replace(skipped=0))
 
 
-# A matrix of statistics whose first k rows are zero asks for fault number k: gradients of `a` and `b` do it.
+# A matrix of statistics whose first k rows are zero triggers fault k; gradients of `a` and `b` can do this.
 FAULTS = ["residual above the bound", "residual NaN", "one NaN in the root", "root Inf", "root twice too large"]
 
 
@@ -110,8 +111,8 @@ def faulty_options():
 
 @pytest.mark.parametrize(("fault", "times"), [*((k, 3) for k in range(1, 6)), (1, 1), (1, 10), (3, 1), (3, 10)])
 def test_a_failing_solver_keeps_roots_then_falls_back_then_recovers(faulty_options, fault, times):
-    """Catches a bad root that is used, a failure that is not counted or not shown, a fall-back too early, too late or
-    for ever, and a failure that reaches another block of its bucket or its parameter."""
+    """Faults: a bad root is used; a failure is not counted or shown; the fall-back is too early, too late or permanent;
+    a failure reaches another block of its bucket or parameter."""
     stream = gradients(GOOD + times + 3, SHAPES)
     clean = train(faulty_options, stream)
     for t in range(GOOD, GOOD + times):
@@ -145,9 +146,8 @@ def test_a_failing_solver_keeps_roots_then_falls_back_then_recovers(faulty_optio
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SIBLINGS if kind != "muon"])
-def test_a_sibling_keeps_what_it_has_while_its_refreshes_fail(kind, monkeypatch):
-    """Catches a factor that is used though it was refused, failures that are not counted, and one that reaches another
-    block of the bucket."""
+def test_siblings_keep_their_factors_while_refreshes_fail(kind, monkeypatch):
+    """Faults: a refused factor is used; failures are not counted; a failure reaches another block of the bucket."""
     member = PRECONDITIONERS[kind]
 
     class Failing(type(member)):

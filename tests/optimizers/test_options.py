@@ -12,7 +12,7 @@ from shampax.framework.config.components import build, component
 from shampax.optimizers import ShampooOptions
 from shampax.optimizers.grafting import GRAFTS
 
-# What the expectations below depend on, whatever the defaults are.
+# The options that the expectations below depend on.
 FIXED = {
     "block_size": 1024,
     "view": "matrix",
@@ -28,7 +28,7 @@ GUIDE = pathlib.Path(__file__).parents[2] / "docs" / "optimizer.md"
 
 
 def message(error):
-    """The whole text of an error as a pattern for pytest.raises."""
+    """Return the whole text of an error as a pattern for pytest.raises."""
     return f"^{re.escape(error)}$"
 
 
@@ -48,7 +48,7 @@ def message(error):
     ],
 )
 def test_parse(text, expected):
-    """Catches a value that is dropped or keeps the type of text."""
+    """Fault: a value is dropped or stays text."""
     parsed = ShampooOptions(**FIXED).treatment(text)
     found = {name: getattr(parsed, name) for name in expected}
     assert found == expected
@@ -98,8 +98,8 @@ KEYS = "Use side, view, block_size, exponent, ridge, cut, beta2, stack as key=va
         ("shampoo exponent=-0.5", "exponent=-0.5: it must be 0 or 1/p for a whole p. Use 1/1 = 1."),
     ],
 )
-def test_bad_treatments(text, error):
-    """Catches a treatment that is misread, and a message that does not say what was given and what may be."""
+def test_invalid_treatments(text, error):
+    """Faults: a treatment is misread; the message lacks the given or the allowed values."""
     with pytest.raises(ValueError, match=message(error)):
         ShampooOptions(**FIXED, treatments=(("never", "shampoo"), (".*", text)))
 
@@ -176,8 +176,8 @@ def test_bad_treatments(text, error):
         ),
     ],
 )
-def test_bad_options(options, error):
-    """Catches options that would fail late, or not at all, and messages without what was given and the way out."""
+def test_invalid_options(options, error):
+    """Faults: invalid options fail late or never; the message lacks the given value or the fix."""
     with pytest.raises(ValueError, match=message(error)):
         ShampooOptions(**(FIXED | options))
 
@@ -185,7 +185,7 @@ def test_bad_options(options, error):
 @pytest.mark.parametrize("name", ["ridge", "cut", "epsilon", "weight_decay", "clip_rms", "exponent"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_are_finite(name, value):
-    """Catches a NaN, which no comparison refuses, and which would be in every root from the first step on."""
+    """Fault: NaN, which no comparison refuses, is accepted and reaches every root in the first step."""
     with pytest.raises(ValueError, match=message(f"{name} is {value}; it must be a finite number")):
         ShampooOptions(**{name: value})
 
@@ -193,13 +193,13 @@ def test_numbers_are_finite(name, value):
 @pytest.mark.parametrize("name", ["ridge", "cut", "exponent", "beta2"])
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_numbers_of_treatments_are_finite(name, value):
-    """Catches a NaN that a treatment brings past the checks of the options."""
+    """Fault: NaN in a treatment passes the checks of the options."""
     with pytest.raises(ValueError, match=f"{name}=.*{value}|{name}={value}"):
         ShampooOptions(treatments=((".*", f"shampoo {name}={value}"),))
 
 
-def test_the_graft_must_be_one_that_there_is():
-    """Catches an unknown graft that fails in a lookup before its message."""
+def test_unknown_grafts_are_refused():
+    """Fault: an unknown graft fails in a lookup before its message."""
     with pytest.raises(ValueError, match=message(f"graft is 'lion'; choose one of {', '.join(GRAFTS)}")):
         ShampooOptions(graft="lion")
 
@@ -216,8 +216,8 @@ GOOD = [
 ]
 
 
-def test_good_options_warn_of_nothing():
-    """Catches a default, or a choice that the documentation recommends, that is refused or warned of."""
+def test_recommended_options_give_no_warning():
+    """Fault: a default or recommended choice is refused or gives a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ShampooOptions()
@@ -233,7 +233,7 @@ def test_good_options_warn_of_nothing():
     ],
 )
 def test_warnings(options, words):
-    """Catches a warning that is lost, comes with another, or points to our file instead of the user's line."""
+    """Faults: a warning is lost or comes with another; it points to our file instead of the user's line."""
     with pytest.warns(UserWarning, match=re.escape(words[0])) as caught:
         ShampooOptions(**(FIXED | options))
     (warning,) = caught
@@ -258,8 +258,8 @@ def test_warnings(options, words):
         ({}, "one_sided side=left beta2=0", {"kind": "one_sided", "side": "left", "beta2": 0.0}),
     ],
 )
-def test_a_treatment_goes_before_the_options(options, text, expected):
-    """Catches a rule's cut that stands beside the options' ridge, and a rule's zero that is taken for "not set"."""
+def test_a_treatment_has_priority_over_the_options(options, text, expected):
+    """Faults: a rule's cut is combined with the options' ridge; a rule's zero counts as "not set"."""
     resolved = ShampooOptions(**(FIXED | options)).treatment(text)
     assert {name: getattr(resolved, name) for name in expected} == expected
 
@@ -279,20 +279,20 @@ def test_a_treatment_goes_before_the_options(options, text, expected):
     ],
 )
 def test_root_order(exponent, text, orders):
-    """Catches the inverse fourth root taken for every number of sides, or an exponent read as its reciprocal."""
+    """Faults: every number of sides gets the inverse fourth root; an exponent is read as its reciprocal."""
     options = ShampooOptions(exponent=exponent)
     rule = options.treatment(text)
     assert {sides: rule.order(sides) for sides in orders} == orders
 
 
 @pytest.mark.parametrize("p", range(1, 13))
-def test_the_exponent_that_the_message_suggests_is_taken(p):
-    """Catches a user who writes 0.333333 because the message says so, and gets it again."""
+def test_the_suggested_exponent_is_accepted(p):
+    """Fault: a user who follows the message and writes 0.333333 gets it again."""
     options = ShampooOptions(exponent=float(f"{1 / p:.6g}"))
     assert options.treatment("shampoo").order(2) == p
 
 
-# Each field: text on the command line -> the value the options get.
+# Each field: text on the command line -> value of the option.
 TEXTS = {
     "block_size": {"512": 512},
     "view": {"tensor": "tensor", "'tensor'": "tensor"},
@@ -334,7 +334,7 @@ TEXTS = {
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ShampooOptions)])
 def test_fields_from_the_command_line(field):
-    """Catches an annotation that a config's section cannot hold, or a field that is missing here."""
+    """Faults: a config section cannot hold an annotation; a field is missing here."""
     for text, value in TEXTS[field].items():
         config = ConfigDict({"optimizer": component(NAME)}).lock()
         overrides.apply(config, [f"optimizer.{field}={text}"])
@@ -344,7 +344,7 @@ def test_fields_from_the_command_line(field):
 
 
 def test_a_section_starts_with_given_values():
-    """Catches a section that holds other values than the options it describes."""
+    """Fault: a section has other values than the options it describes."""
     assert build(component(NAME)) == ShampooOptions()
     section = component(NAME, exponent=0.5, interval=5, treatments=[[".*", "shampoo"]])
     assert build(section) == ShampooOptions(exponent=0.5, interval=5, treatments=((".*", "shampoo"),))
@@ -352,20 +352,20 @@ def test_a_section_starts_with_given_values():
 
 @pytest.mark.parametrize("text", ["exponent=half", "interval=2.5", "nesterov=1", "early_intervals=((1, 2, 3),)"])
 def test_wrong_types_are_refused(text):
-    """Catches a value of a wrong type that passes as text or is rounded."""
+    """Fault: a value of a wrong type is accepted as text or rounded."""
     config = ConfigDict({"optimizer": component(NAME)}).lock()
     with pytest.raises(UserError):
         overrides.apply(config, [f"optimizer.{text}"])
 
 
-def test_a_bad_value_is_the_users_error():
-    """Catches a traceback where one line would do."""
+def test_an_invalid_value_is_a_user_error():
+    """Fault: a traceback instead of one line."""
     with pytest.raises(UserError, match="early interval 3 does not divide interval 20"):
         build(component(NAME, interval=20, early_intervals=((10, 3),)))
 
 
 def test_the_guide_lists_every_option_with_its_default():
-    """Catches a new option without a row, and a default that is changed in one of two places."""
+    """Faults: a new option has no row; a default differs between code and guide."""
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", GUIDE.read_text(), flags=re.MULTILINE))
     defaults = {field.name: field.default for field in dataclasses.fields(ShampooOptions)}
     assert list(defaults) == list(rows)[-len(defaults) :]

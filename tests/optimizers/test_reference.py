@@ -22,7 +22,7 @@ from shampax.optimizers import ShampooOptions, distributed_shampoo
 pytestmark = pytest.mark.filterwarnings("ignore:graft='none':UserWarning")
 
 STEPS = 50
-# Small blocks for small arrays, an interval within the run, and a ridge that float32 resolves.
+# Small blocks for small arrays, an interval shorter than the run, and a ridge that float32 resolves.
 BASE = {"block_size": 16, "interval": 4, "exponent": None, "ridge": 1e-4}
 TREE = {"dense": {"bias": (21,), "kernel": (33, 21)}, "wide": (11, 33)}
 FAMILY = {"a": (33, 21), "b": (14, 40), "w": (16, 14)}
@@ -34,16 +34,16 @@ class Case:
     """A tree of shapes under some options.
 
     Attributes:
-      options: what differs from BASE and the defaults; each one is shown to matter.
+      options: differences to BASE and the defaults; each must matter.
       shapes: nested dicts of shapes.
       names: nested dicts of axis names.
       rate: learning rate or schedule.
       noise: gradients are of rank three plus this much noise.
       late: the first rows of every gradient are zero up to this step.
-      tolerance: largest distance from the reference, relative to the way it went.
-      margin: how many times the tolerance each option moves a parameter at least.
-      inert: options and words of treatments that must change nothing.
-      brief: steps in the fast tier; 0 where other cases have the same options.
+      tolerance: largest distance from the reference, relative to the distance it moved.
+      margin: minimum effect of each option on a parameter, as a multiple of the tolerance.
+      inert: options and treatment words that must have no effect.
+      brief: steps in the fast tier; 0 if other cases have the same options.
       part: names of the shapes that the fast tier keeps, all by default.
     """
 
@@ -247,7 +247,7 @@ CASES = {
             "mlp": ("layers", "experts", "embed", "mlp"),
         },
     ),
-    # The rest of the family. The first basis is of statistics of full rank; the eigenvectors of others are anyone's.
+    # The rest of the family. The first basis needs statistics of full rank, because other eigenvectors are arbitrary.
     "soap": Case(
         {"treatments": rules(a="soap", b="soap side=short", w="shampoo"), "start_step": 16},
         FAMILY,
@@ -282,7 +282,7 @@ CASES = {
         {"a": (33, 21)},
         brief=8,
     ),
-    # Storage. Where float32 and float64 fall on two sides of a tie, one element differs by 2^-8 of itself.
+    # Storage. If float32 and float64 are on two sides of a tie, an element differs by 2^-8 of its value.
     "bfloat16 roots": Case(
         {"roots_dtype": "bfloat16", "graft": "sgd", "interval": 16, "exponent": 0.5}, tolerance=5e-4, margin=4, brief=20
     ),
@@ -292,7 +292,7 @@ CASES = {
 
 @functools.cache
 def case_of(name, steps):
-    """A case as a tier has it: whole for `STEPS`, otherwise the part for the fast tier."""
+    """Return a case for its tier: complete for `STEPS`, or reduced for the fast tier."""
     case = CASES[name]
     if steps == STEPS or not case.part:
         return case
@@ -317,7 +317,7 @@ def tree_of(case, make):
 
 @functools.cache
 def problem(name, steps):
-    """(parameters, gradients): anisotropic gradients with a mean, a part of low rank and a length that varies."""
+    """Return (parameters, gradients): anisotropic gradients with a mean, a low-rank part and a varying length."""
     case = case_of(name, steps)
     random = np.random.default_rng(7)
 
@@ -350,7 +350,7 @@ wanted_once = functools.cache(wanted)
 
 
 def distances(name, steps, now):
-    """For each parameter, how far it is from the reference, relative to the way the reference went."""
+    """Return for each parameter its distance from the reference, relative to the distance the reference moved."""
     start, there = reference.flatten(problem(name, steps)[0]), wanted_once(name, steps)
     return {
         path: np.linalg.norm(now[path] - there[path]) / max(np.linalg.norm(there[path] - start[path]), 1e-30)
@@ -359,7 +359,7 @@ def distances(name, steps, now):
 
 
 def ignored(case):
-    """(what is ignored, the case's fields without it) for every option, every word of a treatment, and the names."""
+    """Return (ignored option, the case's fields without it) for every option, every treatment word, and the names."""
     options = case.options
     defaults = {field.name: field.default for field in dataclasses.fields(ShampooOptions)}
     for name in options or [name for name in BASE if BASE[name] != defaults[name]]:
@@ -387,7 +387,7 @@ def ignored(case):
 
 @pytest.mark.parametrize(("name", "steps"), BY_TIER)
 def test_agrees_with_the_float64_reference(name, steps):
-    """Catches any departure from the algorithm: order of operations, view, schedule, norms, decay, corrections."""
+    """Fault: any difference from the algorithm: order of operations, view, schedule, norms, decay, corrections."""
     case = case_of(name, steps)
     params, gradients = problem(name, steps)
     tx = distributed_shampoo(case.rate, options_of(case.options), axis_names=case.names)
@@ -409,7 +409,7 @@ def test_agrees_with_the_float64_reference(name, steps):
 
 @pytest.mark.parametrize(("name", "steps"), BY_TIER)
 def test_no_option_can_be_ignored(name, steps):
-    """Catches a case that would pass though the optimizer ignored one of its options."""
+    """Fault: a case passes although the optimizer ignores one of its options."""
     case = case_of(name, steps)
     for what, changed in ignored(case):
         far = distances(name, steps, wanted(name, steps, **changed))
@@ -420,6 +420,6 @@ def test_no_option_can_be_ignored(name, steps):
 
 
 def test_the_fast_tier_has_every_option():
-    """Catches an option that only the slow tier compares with the reference."""
+    """Fault: only the slow tier compares an option with the reference."""
     everywhere = {option for case in CASES.values() for option in case.options}
     assert everywhere == {option for name, case in CASES.items() if case.brief for option in case_of(name, 8).options}

@@ -1,4 +1,4 @@
-"""Row-wise AdaGrad for tables, beside Shampoo for matrices: its memory, its sharding, and what it takes over."""
+"""Test row-wise AdaGrad for tables beside Shampoo for matrices: memory, sharding and takeover."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from shampax.optimizers.plan import patterns
 
 ROWS, DIM = 4096, 32
 SHAPES = {"table": (ROWS, DIM), "w": (24, 16)}
-# Blocks without roots: what these tests are about is beside them.
+# Blocks have no roots, because these tests are about tables.
 OPTIONS = ShampooOptions(block_size=16, treatments=(("table", "rows"), (".*", "shampoo exponent=0")))
 ELEMENTS = dataclasses.replace(OPTIONS, treatments=(("table", "diagonal"), (".*", "shampoo exponent=0")))
 SPECS = {"table": PartitionSpec(("data", "fsdp")), "w": PartitionSpec()}
@@ -28,7 +28,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def stream():
-    """Gradients that look up a tenth of the rows each."""
+    """Return gradients that each look up a tenth of the rows."""
     random = np.random.default_rng(3)
     seen = [(random.random((ROWS, 1)) < 0.1).astype(np.float32) for _ in range(6)]
     return [g | {"table": g["table"] * rows} for g, rows in zip(gradients(6, SHAPES), seen, strict=True)]
@@ -36,28 +36,28 @@ def stream():
 
 @pytest.fixture(scope="module")
 def run(stream):
-    """Six steps on one device."""
+    """Train six steps on one device."""
     return train(OPTIONS, stream)
 
 
 def test_a_table_costs_four_bytes_a_row():
-    """Fault: a momentum, or a second moment of every element: eight bytes an element."""
+    """Fault: there is a momentum or an elementwise second moment: eight bytes per element."""
     state = jax.eval_shape(optimizer(OPTIONS).init, zeros(SHAPES))
     kept = jax.tree.leaves(state.diagonal["table"])
     assert sum(x.size * x.dtype.itemsize for x in kept) == 4 * ROWS
     assert optimizer(OPTIONS).treatments(zeros(SHAPES))["table"] == "rows (adagrad)"
 
 
-def test_rows_that_are_not_looked_up_stay(run, stream):
-    """Fault: momentum, or decay of a sum, moves rows that a batch has no use for."""
+def test_rows_that_are_not_looked_up_do_not_change(run, stream):
+    """Fault: momentum or a decayed sum moves rows that a batch does not use."""
     for updates, grads in zip(run.updates, stream, strict=True):
         looked_up = grads["table"].any(axis=1)
         assert not updates["table"][~looked_up].any()
         assert (np.abs(updates["table"][looked_up]).max(axis=1) > 0).all()
 
 
-def test_the_state_lies_where_its_rows_lie(run, stream):
-    """Fault: sums that are replicated, or another result on a mesh."""
+def test_the_state_is_sharded_like_its_rows(run, stream):
+    """Faults: sums are replicated; the result differs on a mesh."""
     sharded = train(OPTIONS, stream, mesh=mesh(), specs=SPECS)
     moment = sharded.states[-1].diagonal["table"].second_moment
     assert moment.shape == (ROWS,)
@@ -65,7 +65,7 @@ def test_the_state_lies_where_its_rows_lie(run, stream):
     np.testing.assert_allclose(sharded.updates[-1]["table"], run.updates[-1]["table"], rtol=1e-5, atol=1e-9)
 
 
-def test_tables_are_gathered_nowhere(stream):
+def test_tables_are_not_gathered(stream):
     """Fault: the update of a table moves rows between devices."""
     tx = optimizer(OPTIONS, mesh(), None, SPECS)
     params = place(zeros(SHAPES), mesh(), SPECS)
@@ -79,7 +79,7 @@ def test_tables_are_gathered_nowhere(stream):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 def test_a_refused_step_changes_nothing(run, stream, bad):
-    """Fault: a row's sum keeps a NaN, or the infinity that a square gives where the gradient was finite."""
+    """Fault: a row's sum keeps NaN, or infinity from the square of a finite gradient."""
     spoilt = jax.tree.map(np.copy, stream[0])
     spoilt["table"][7, 3] = bad
     after = train(OPTIONS, [spoilt], state=run.states[-1])
@@ -89,8 +89,8 @@ def test_a_refused_step_changes_nothing(run, stream, bad):
     jax.tree.map(np.testing.assert_array_equal, kept, run.states[-1])
 
 
-def test_goes_on_bitwise(run, stream):
-    """Fault: something that decides the next step is not in the state."""
+def test_resumes_bitwise(run, stream):
+    """Fault: the state lacks something that the next step depends on."""
     first = train(OPTIONS, stream[:3])
     params = first.positions()[-1]
     saved = jax.tree.map(np.asarray, first.states[-1])
@@ -112,8 +112,9 @@ def test_goes_on_bitwise(run, stream):
     ],
     ids=["other graft", "elements to rows", "rows to elements", "rows to blocks"],
 )
-def test_sums_are_taken_over_by_rows_alone(run, stream, old, new, why):
-    """Fault: sums of elements are taken for those of rows, or the graft, which does not touch them, drops them."""
+def test_sums_are_restored_only_by_rows(run, stream, old, new, why):
+    """Faults: elementwise sums are read as row sums; a change of the graft, which does not apply to them, drops
+    them."""
     saved = jax.tree.map(np.asarray, run.states[-1] if old == OPTIONS else train(old, stream[:1]).states[-1])
     tx, manifest = optimizer(new), optimizer(old).manifest(zeros(SHAPES))
     names = dict(zip(patterns.paths(saved), jax.tree.leaves(saved), strict=True))

@@ -1,4 +1,4 @@
-"""What the optimizer promises its users, on small problems whose answer is known."""
+"""Test properties of the optimizer on small problems with known answers."""
 
 import functools
 import itertools
@@ -43,7 +43,7 @@ def cosine(x, y):
 
 
 def distance(x, y):
-    """Relative to y."""
+    """Return the distance relative to y."""
     return norm(np.asarray(x, np.float64) - np.asarray(y, np.float64)) / norm(y)
 
 
@@ -51,8 +51,8 @@ def distance(x, y):
 
 
 def test_a_low_rank_signal_is_not_lost_in_noise():
-    """Catches an absolute epsilon, a cut that is none, or roots that are refused because a gradient is nearly singular:
-    noise directions, whose root is largest, then carry the update."""
+    """Fault: an absolute epsilon, a cut without effect, or roots refused because a gradient is nearly singular. Then
+    noise directions, whose roots are largest, dominate the update."""
     random = np.random.default_rng(0)
     left, right = (np.linalg.qr(random.normal(size=(n, 4)))[0] for n in (64, 32))
     stream = []
@@ -69,8 +69,8 @@ def test_a_low_rank_signal_is_not_lost_in_noise():
 
 
 def test_a_constant_gradient_gives_the_polar_factor():
-    """Catches wrong exponents or sides, statistics that drift, and roots that follow their own rounding: without ridge,
-    L^(-1/4) G R^(-1/4) = (G G')^(-1/2) G = U V' for G = U S V', for as long as G stays."""
+    """Faults: wrong exponents or sides; statistics drift; roots amplify their rounding. Without ridge, L^(-1/4) G
+    R^(-1/4) = (G G')^(-1/2) G = U V' for G = U S V' as long as G is constant."""
     random = np.random.default_rng(3)
     square, wide = random.normal(size=(24, 24)) + 8 * np.eye(24), random.normal(size=(12, 24))
     stream = [{"square": square.astype(np.float32), "wide": wide.astype(np.float32)}] * 50
@@ -100,7 +100,7 @@ def grafted_options(graft, beta1=0.9):
         epsilon=1e-12,
         interval=10,
         ridge=1e-6,
-        refresh="host",  # compiles in half the time
+        refresh="host",  # compiles twice as fast
         delay=0,
         block_size=8,
         treatments=GRAFTED_TREATMENTS,
@@ -113,7 +113,7 @@ def grafted(graft):
 
 
 def product(momentum, scale):
-    """The momentum in place of the gradient that an optax transformation scales."""
+    """Return the momentum instead of the gradient, for an optax transformation to scale."""
 
     def update(g, state, params=None):
         m, first = momentum.update(g, state[0])
@@ -138,7 +138,7 @@ TWINS |= {f"{graft}_normalized": optax.chain(NORMALIZE, twin) for graft, twin in
 
 
 def follow(twin, stream):
-    """The directions of an optax transformation, on each parameter by itself."""
+    """Return the directions of an optax transformation, on each parameter separately."""
 
     @jax.jit
     def step(grads, states):
@@ -158,9 +158,9 @@ def graft_twin(graft):
 
 
 @pytest.mark.parametrize("graft", GRAFTS)
-def test_grafts_are_optax_methods(graft):
-    """Catches a graft that is not the method by itself: on diagonal parameters, as the norm of an update, as the
-    direction of blocks that have no root; and anything but the momentum's direction where the exponent is 0."""
+def test_grafts_equal_optax_methods(graft):
+    """Faults: a graft differs from the method, on diagonal parameters, as the norm of an update, or as the direction of
+    blocks without a root; with exponent 0 the direction is not that of the momentum."""
     twin = graft_twin(graft)
     momentum = graft_twin("sgd_normalized" if graft in NORMALIZED else "sgd")
     for t, update in enumerate(grafted(graft).updates[:20]):
@@ -179,7 +179,7 @@ def test_grafts_are_optax_methods(graft):
 
 @pytest.mark.parametrize("graft", GRAFTS)
 def test_stale_roots_do_not_blow_up_updates(graft):
-    """Catches a gradient in a direction that a root of few gradients has not seen, and a graft that lets it through.
+    """Fault: a root of few gradients has not seen a direction, and the graft lets its large update through.
 
     From the second refresh on, the largest update is at most ten times the median; before, when only `weight` has a
     root (of one gradient, used for ten steps), it is no further from it than the method's own.
@@ -222,7 +222,7 @@ def ungrafted():
 
 @pytest.mark.parametrize("name", UNGRAFTED)
 def test_options_that_cannot_bound_an_update_warn(name, recwarn):
-    """Catches a combination without a warning whose updates blow up, and a warning that nothing is behind."""
+    """Faults: a combination whose updates explode gives no warning; a harmless one does."""
     ratio = ungrafted()[name]
     recwarn.clear()
     text = UNGRAFTED[name]
@@ -248,8 +248,8 @@ def test_options_that_cannot_bound_an_update_warn(name, recwarn):
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
-def test_momentum_without_roots_is_that_of_optax(twin, options):
-    """Catches a diagonal parameter that gets anything but the method by itself, for every kind of momentum."""
+def test_momentum_without_roots_equals_optax(twin, options):
+    """Fault: a diagonal parameter differs from the method, for any kind of momentum."""
     stream = gradients(20, {"w": (8, 6)})
     run = train(ShampooOptions(treatments=((".*", "diagonal"),), **options), stream)
     for update, wanted in zip(run.updates, follow(twin, stream), strict=True):
@@ -274,8 +274,8 @@ def scaled(graft, beta1, k):
         *(pytest.param(graft, 0.0, marks=() if graft in ("adam", "none") else pytest.mark.slow) for graft in GRAFTS),
     ],
 )
-def test_the_gradients_scale_changes_no_direction(graft, beta1, name):
-    """Catches an absolute epsilon or tolerance in statistics, roots or norms.
+def test_the_scale_of_gradients_does_not_change_directions(graft, beta1, name):
+    """Fault: statistics, roots or norms have an absolute epsilon or tolerance.
 
     Under diagonal treatment adam, rmsprop and adagrad have an absolute epsilon, which small gradients meet.
     """
@@ -287,7 +287,7 @@ def test_the_gradients_scale_changes_no_direction(graft, beta1, name):
 
 @pytest.mark.parametrize("graft", ["none", "sgd", "adagrad_normalized"])
 def test_large_parameters_at_every_scale(graft):
-    """Catches sums of squares that overflow or vanish where single squares do not."""
+    """Fault: sums of squares overflow or underflow although single squares do not."""
     options = ShampooOptions(graft=graft, interval=1, exponent=0.25, ridge=1e-4, solver="eigh")
     stream = gradients(3, {"w": (40, 40)})
     runs = [train(options, [{"w": g["w"] * np.float32(2.0**k)} for g in stream]) for k in (0, -60, 60)]
@@ -305,8 +305,8 @@ def test_large_parameters_at_every_scale(graft):
     ids=str,
 )
 def test_zero_gradients_move_nothing(options):
-    """Catches 0/0 in norms, roots or grafting, a refresh of nothing that counts as failed, and a zero parameter or
-    block that disturbs its neighbours."""
+    """Faults: 0/0 in norms, roots or grafting; a refresh of zeros counts as failed; a zero parameter or block changes
+    others."""
     shapes = {"moving": (16, 24), "still": (16, 24), "half": (32, 24), "bias": (8,)}
     stream = gradients(5, shapes)
     silent = [g | {"still": np.zeros_like(g["still"]), "bias": np.zeros_like(g["bias"])} for g in stream]
@@ -326,7 +326,7 @@ def test_zero_gradients_move_nothing(options):
 
 
 def test_gradients_of_zero_everywhere():
-    """Catches a run that cannot begin with zeros: updates of zero, then the run that it would have been."""
+    """Fault: a run cannot start with zero gradients: zero updates, then the same run as without them."""
     options = grafted_options("sgd")
     stream = [jax.tree.map(np.zeros_like, grads) for grads in gradients(2, GRAFTED)]
     run = train(options, stream)
@@ -338,13 +338,13 @@ def test_gradients_of_zero_everywhere():
 
 
 def held(x, shape):
-    """The matrix of x, its leading axes folded, with zeros below and to the right."""
+    """Return the matrix of x with folded leading axes, padded with zeros below and to the right."""
     x = x.reshape(-1, x.shape[-1])
     return np.pad(x, [(0, whole - part) for whole, part in zip(shape, x.shape, strict=True)])
 
 
 BLOCKED = {"odd": (65, 33), "even": (96, 80), "conv": (3, 3, 16, 32), "vector": (5000,), "scalar": (), "empty": (0, 4)}
-# Block size -> the shape that holds each matrix, with zeros around it, in blocks that need no padding.
+# Block size -> shape that holds each matrix, padded with zeros, in blocks that need no padding.
 UNPADDED = {
     32: {"odd": (66, 34), "even": (96, 81), "conv": (145, 32)},
     64: {"odd": (68, 34), "even": (96, 80)},
@@ -354,7 +354,7 @@ UNPADDED = {
 
 @pytest.mark.parametrize(
     ("block_size", "kind"),
-    # KL-Shampoo's statistics are divided by lengths: to it a matrix with a row of zeros is another one.
+    # KL-Shampoo divides statistics by lengths, so a row of zeros changes its result.
     [
         (32, "shampoo"),
         (64, "soap"),
@@ -364,19 +364,19 @@ UNPADDED = {
     ],
 )
 def test_padding_changes_nothing_and_everything_trains(block_size, kind):
-    """Catches padding that enters a norm, a mean or a root, convolutions whose axes fold in another order, blocks that
-    are lost or joined in another order, and shapes that cannot train."""
+    """Faults: padding enters a norm, mean or root; axes of convolutions fold in another order; blocks are lost or
+    joined in another order; a shape cannot train."""
     holders = UNPADDED[block_size]
     shapes = BLOCKED if block_size == 32 else {k: BLOCKED[k] for k in holders}
     options = ShampooOptions(
         block_size=block_size,
         interval=2,
-        refresh="periodic",  # whatever numbers the blocks have
+        refresh="periodic",  # independent of the numbers of blocks
         solver="eigh",
         exponent=0.25,
         ridge=1e-4,
         treatments=((".*", kind),),
-        start_step=0 if kind == "shampoo" else 5,  # singular statistics have eigenvectors of anyone's choice
+        start_step=0 if kind == "shampoo" else 5,  # eigenvectors of singular statistics are arbitrary
     )
     random = np.random.default_rng(1)
     start = params = {k: random.normal(size=s).astype(np.float32) for k, s in shapes.items()}
@@ -386,7 +386,7 @@ def test_padding_changes_nothing_and_everything_trains(block_size, kind):
         grads |= {f"{k} held": held(grads[k], shape) for k, shape in holders.items()}
         (updates,), (state,) = train(options, [grads], state=state)
         for k, shape in holders.items():
-            # The length of Muon's update goes by that of a block's sides.
+            # The length of Muon's update depends on the sides of a block.
             within = {"shampoo": 1e-6, "soap": 1e-4, "muon": 2e-2}[kind]
             assert distance(updates[f"{k} held"], held(updates[k], shape)) <= within, k
         params = {k: x + 0.2 * updates[k] for k, x in params.items()}
@@ -395,8 +395,8 @@ def test_padding_changes_nothing_and_everything_trains(block_size, kind):
     assert int(state.skipped) == 0
 
 
-def test_blocks_are_parameters_of_their_own():
-    """Catches blocks that mix: with norms per block a parameter of four blocks is four parameters."""
+def test_blocks_are_like_separate_parameters():
+    """Fault: blocks mix. With norms per block, a parameter of four blocks equals four parameters."""
     stream = gradients(5, {"w": (40, 48)})
     corners = {f"{i}x{j}": (slice(20 * i, 20 * i + 20), slice(24 * j, 24 * j + 24)) for i in (0, 1) for j in (0, 1)}
     parts = [{name: g["w"][corner] for name, corner in corners.items()} for g in stream]
@@ -410,7 +410,7 @@ def test_blocks_are_parameters_of_their_own():
 
 
 def test_stacked_equals_separate():
-    """Catches scanned layers whose norms or statistics mix."""
+    """Fault: norms or statistics mix scanned layers."""
     stacked = gradients(6, {"w": (3, 16, 24)})
     separate = [{f"w{i}": g["w"][i] for i in range(3)} for g in stacked]
     options = ShampooOptions(interval=3, exponent=0.25, ridge=1e-4, refresh="host", delay=0, clip_rms=0.5)
@@ -425,7 +425,7 @@ def test_stacked_equals_separate():
 
 
 def problem(kind):
-    """(options, shapes, the kind's parameters): all kinds but Shampoo share one program."""
+    """Return (options, shapes, the kind's parameters). All kinds except Shampoo share one program."""
     if kind == "shampoo":
         return sharded_options(kind), SHARDED_SHAPES, tuple(SHARDED_SHAPES)
     return FAMILY_OPTIONS, FAMILY_SHAPES, FAMILY_PARAMETERS[kind]
@@ -437,7 +437,7 @@ def layout_of(name, kind):
 
 @functools.cache
 def nine_steps(shared, layout):
-    """The run of Shampoo alone, or of its siblings."""
+    """Train Shampoo or its siblings for nine steps."""
     kind = SIBLINGS[0] if shared else "shampoo"
     options, shapes, _ = problem(kind)
     mesh, specs = layout_of(layout, kind)
@@ -455,7 +455,7 @@ def nine_steps(shared, layout):
     ],
 )
 def test_same_run_on_any_mesh(layout, kind):
-    """Catches owners, exchange or schedule that depend on how many devices there are, or on how parameters lie."""
+    """Fault: owners, exchange or schedule depend on the number of devices or on the parameters' shardings."""
     mesh, specs = layout_of(layout, kind)
     options, shapes, own = problem(kind)
     alone, there = (nine_steps(kind != "shampoo", name) for name in ("one device", layout))
@@ -473,7 +473,7 @@ def test_same_run_on_any_mesh(layout, kind):
 
 @functools.cache
 def there_and_back(shared, old, new):
-    """(state after five steps moved to another mesh, the run from there, the run from that state moved back)."""
+    """Return (state after five steps moved to another mesh, the run from there, the run after moving it back)."""
     kind = SIBLINGS[0] if shared else "shampoo"
     options, shapes, _ = problem(kind)
     params, stream = zeros(shapes), gradients(9, shapes)
@@ -498,7 +498,7 @@ def there_and_back(shared, old, new):
     ],
 )
 def test_a_state_moves_to_another_mesh(old, new, kind):
-    """Catches a block that is lost, or comes to another block's place, when the number of devices changes."""
+    """Fault: a block is lost or moved to another position when the number of devices changes."""
     options, shapes, own = problem(kind)
     (old_mesh, old_specs), (new_mesh, new_specs) = layout_of(old, kind), layout_of(new, kind)
     txs = optimizer(options, old_mesh, specs=old_specs), optimizer(options, new_mesh, specs=new_specs)
@@ -516,7 +516,7 @@ def test_a_state_moves_to_another_mesh(old, new, kind):
 # Schedules and diagnostics
 
 EARLY = {"interval": 4, "early_intervals": ((4, 1), (12, 2))}
-# (options, the steps on which blocks of a phase get new roots)
+# (options, steps at which blocks of a phase get new roots)
 SCHEDULES = {
     "staggered": ({"interval": 4}, lambda phase: range(phase + 1, 25, 4)),
     "early": (EARLY, lambda phase: [1, 2, 3, 4, *range(5 + phase // 2, 13, 2), *range(13 + phase, 25, 4)]),
@@ -527,7 +527,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_roots_are_refreshed_as_scheduled(name):
-    """Catches a block that waits longer than its interval, a refresh that is not counted, roots that act too early."""
+    """Faults: a block waits longer than its interval; a refresh is not counted; roots are used too early."""
     shapes = {"v": (16, 8), "w": (24, 8)}
     changed, expected = SCHEDULES[name]
     options = ShampooOptions(**{"block_size": 8, "solver": "eigh", "ridge": 1e-4, "graft": "sgd"} | changed)
@@ -549,7 +549,7 @@ def test_roots_are_refreshed_as_scheduled(name):
 
 
 def test_statistics_of_several_steps():
-    """Catches statistics of single gradients, of a sum, or of other steps than the last few."""
+    """Fault: statistics are of single gradients, of a sum, or of other steps than the last few."""
     options = ShampooOptions(statistics_every=3, interval=1, beta2=0.5, solver="eigh", graft="sgd")
     stream = gradients(7, {"w": (8, 8)})
     run, tx = train(options, stream), optimizer(options)
@@ -566,13 +566,13 @@ def test_statistics_of_several_steps():
 
 @pytest.mark.parametrize("solver", ["newton", pytest.param("eigh", marks=pytest.mark.slow)])
 def test_diagnostics_of_a_known_case(solver):
-    """Catches a number that is of something else than its name says."""
+    """Fault: a diagnostic measures something else than its name says."""
     options = ShampooOptions(
         interval=1, exponent=0.25, ridge=0.01, beta1=0.0, graft="sgd", solver=solver, block_size=4, graft_norm="block"
     )
     eigenvalues = np.array([64, 16, 4, 4])
     g = np.zeros((4, 8), np.float32)
-    g[:, :4] = np.diag(np.sqrt(eigenvalues))  # and a block of zeros
+    g[:, :4] = np.diag(np.sqrt(eigenvalues))  # includes a block of zeros
     run, tx = train(options, [{"w": g}] * 3), optimizer(options)
     (bucket,) = tx.plan({"w": g}).buckets
     diagnostics = {k.removeprefix(f"{bucket.name}/"): float(v) for k, v in tx.diagnostics(run.states[-1]).items()}
@@ -596,7 +596,7 @@ def test_diagnostics_of_a_known_case(solver):
 
 
 def test_weight_decay_needs_parameters():
-    """Catches decay that is silently left out."""
+    """Fault: decay is left out without an error."""
     tx = distributed_shampoo(0.01, ShampooOptions(weight_decay=0.1))
     params = {"a": jnp.ones((8, 8))}
     with pytest.raises(ValueError, match="needs the parameters"):
@@ -607,7 +607,7 @@ SMALL = ShampooOptions(interval=2, exponent=0.25, solver="eigh", graft="sgd")
 
 
 def descend(tx, steps):
-    """Losses before and after steps towards a target."""
+    """Return losses before and after steps towards a target."""
     target = jnp.asarray(np.random.default_rng(5).normal(size=(8, 8)), jnp.float32)
     loss = jax.jit(jax.value_and_grad(lambda p: jnp.sum((p["w"] - target) ** 2)))
     params, update = {"w": jnp.zeros((8, 8))}, jax.jit(tx.update)
@@ -628,13 +628,13 @@ def descend(tx, steps):
     ids=["chain", "MultiSteps", "inject_hyperparams"],
 )
 def test_composes_with_optax(tx):
-    """Catches a transformation that optax cannot wrap, or whose learning rate cannot be traced."""
+    """Fault: optax cannot wrap the transformation, or its learning rate cannot be traced."""
     before, after = descend(tx, 60)
     assert after < 0.1 * before
 
 
 def test_the_learning_rate_may_be_an_argument_of_the_step():
-    """Catches a rate that is fixed when the step is compiled."""
+    """Fault: the rate is fixed at compilation."""
     grads = {"w": jnp.asarray(gradients(1, {"w": (8, 8)})[0]["w"])}
 
     @jax.jit
@@ -646,7 +646,7 @@ def test_the_learning_rate_may_be_an_argument_of_the_step():
 
 
 def test_bfloat16_gradients():
-    """Catches arithmetic in bfloat16, and updates of another type than the gradients."""
+    """Fault: arithmetic is in bfloat16, or updates have another type than the gradients."""
     shapes = {"w": (8, 8), "bias": (8,)}
     rounded = [jax.tree.map(lambda g: g.astype(jnp.bfloat16), grads) for grads in gradients(6, shapes)]
     low = train(SMALL, rounded)
@@ -660,7 +660,7 @@ def test_bfloat16_gradients():
 @pytest.mark.parametrize("layout", ["one device", "fsdp"])
 @pytest.mark.parametrize("shapes", [{}, {"bias": (64,), "scale": ()}], ids=["nothing", "vectors"])
 def test_trees_without_matrices(layout, shapes):
-    """Catches an optimizer that needs a bucket."""
+    """Fault: the optimizer needs a bucket."""
     mesh, _ = LAYOUTS[layout]
     params = {k: jnp.ones(s) for k, s in shapes.items()}
     tx = optimizer(ShampooOptions(beta1=0.0, graft="sgd"), mesh)

@@ -1,4 +1,4 @@
-"""Optimizer steps compiled ahead of time for TPU slices: their collectives, without a TPU."""
+"""Compile optimizer steps for TPU slices, without a TPU, and check their collectives."""
 
 import dataclasses
 import functools
@@ -29,12 +29,12 @@ SHAPES = {"up": (1024, 4096), "down": (4096, 1024)}
 
 @functools.cache
 def slice_of(topology: str, **axes: int) -> Mesh:
-    """A mesh over the chips of a slice, its axes along the links between chips where the sizes allow it."""
+    """Return a mesh over the chips of a slice; its axes follow the links between chips if the sizes allow it."""
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+        environment.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server
         environment.setenv("TPU_WORKER_HOSTNAMES", "localhost")
         environment.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-16")
-        environment.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another test process may have loaded it
+        environment.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another test process may use libtpu
         chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     return Mesh(mesh_utils.create_device_mesh(tuple(axes.values()), list(chips)), tuple(axes))
 
@@ -48,7 +48,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tpu_traffic_beyond_the_baseline(layout):
-    """Catches a TPU compiler that joins, gathers or permutes blocks where the CPU's does not."""
+    """Fault: the TPU compiler joins, gathers or permutes blocks although that of CPUs does not."""
     topology, axes, specs = LAYOUTS[layout]
     mesh = slice_of(topology, **axes)
     text = programs.lower_shampoo(SHAPES, mesh, specs, OPTIONS).lowered.compile().as_text()
@@ -65,12 +65,12 @@ def test_tpu_traffic_beyond_the_baseline(layout):
 
 
 def train_step(mesh: Mesh, tx: optax.GradientTransformation, spread: bool) -> list[collectives.Collective]:
-    """Collectives of a data-parallel step of an MLP of four 512 x 512 matrices, its parameters replicated.
+    """Return the collectives of a data-parallel step of an MLP with four replicated 512 x 512 matrices.
 
     Args:
       mesh: all axes divide the batch.
       tx: the optimizer.
-      spread: whether gradients are divided over the axes of the mesh, one after the other, before they are used.
+      spread: whether gradients are sharded over the axes of the mesh, one after the other, before they are used.
     """
     axes = mesh.axis_names
     params = programs.structs({f"w{i}": (512, 512) for i in range(4)}, mesh, programs.replicated)
@@ -95,8 +95,8 @@ def train_step(mesh: Mesh, tx: optax.GradientTransformation, spread: bool) -> li
     return collectives.find(lowered.compile().as_text())
 
 
-def test_tpu_gradients_are_reduced_and_scattered_straight_to_where_blocks_are_cut():
-    """Catches an all-reduce of whole gradients where each device needs its part only.
+def test_tpu_gradients_are_reduce_scattered_to_the_tiles():
+    """Fault: whole gradients are all-reduced although each device needs only its part.
 
     AdamW reduces to all (twice the parameters per device, less the device's own part); reducing to the parts and
     gathering the updates is as much, which leaves the all-to-alls as the price. Gradients must be divided along their
@@ -115,7 +115,7 @@ def test_tpu_gradients_are_reduced_and_scattered_straight_to_where_blocks_are_cu
 
 
 def test_tpu_gradients_of_replicated_parameters_are_reduced_once():
-    """Catches gradients that are reduced again after they are cut; the updates' gather is half of AdamW's traffic."""
+    """Fault: gradients are reduced again after they are split. The gather of updates is half of AdamW's traffic."""
     mesh = slice_of("v5e:4x4", x=4, y=4)
     whole = 4 * 4 * 512 * 512
     ours = train_step(mesh, distributed_shampoo(0.01, OPTIONS, mesh=mesh), spread=False)
@@ -124,9 +124,9 @@ def test_tpu_gradients_of_replicated_parameters_are_reduced_once():
     assert programs.total(ours, "all-to-all") == pytest.approx(2 * whole / mesh.size, rel=0.01)
 
 
-def test_tpu_steps_with_roots_on_the_host_have_no_solver_and_parcels_no_traffic():
-    """Catches a solver that is left in the step, a transfer that waits for other devices, roots that are copied to be
-    installed, a parcel that holds more than is due, and statistics in host memory that a step brings in all at once."""
+def test_tpu_steps_with_roots_on_the_host_have_no_solver_and_no_traffic_of_parcels():
+    """Faults: a solver remains in the step; a transfer waits for other devices; installing copies roots; a parcel has
+    more blocks than are due; a step loads all statistics at once."""
     topology, axes, specs = LAYOUTS["replicated"]
     mesh = slice_of(topology, **axes)
     options = dataclasses.replace(OPTIONS, refresh="host", delay=4)

@@ -30,7 +30,7 @@ OPTIMIZERS = (
         "acting = acting / correction(beta1, step, options)",
         "acting = acting / 1",
         "The first updates are ten times too short, because the average that began at zero is not corrected.",
-        ("tests/optimizers/test_shampoo.py::test_grafts_are_optax_methods",),
+        ("tests/optimizers/test_shampoo.py::test_grafts_equal_optax_methods",),
     ),
     Mutant(
         "adam-epsilon-inside-the-root",
@@ -46,7 +46,7 @@ OPTIMIZERS = (
         "result[i] += _coefficient(options, learning_rate, factor) * param",
         "result[i] += (learning_rate(0) if callable(learning_rate) else learning_rate) * options.weight_decay * param",
         "Decoupled weight decay is multiplied by the learning rate twice and has next to no effect.",
-        ("tests/optimizers/test_baselines.py::test_decoupled_decay_spares_biases_and_embeddings",),
+        ("tests/optimizers/test_baselines.py::test_decay_does_not_apply_to_biases_and_embeddings",),
     ),
     Mutant(
         "first-leaf-unchecked",
@@ -73,7 +73,7 @@ OPTIMIZERS = (
         "finite = jnp.isfinite(largest)",
         "finite = ~jnp.isnan(largest)",
         "Statistics that have overflowed reach the solver, and other matrices of the batch lose their roots.",
-        ("tests/optimizers/linalg/test_roots.py::test_zero_and_non_finite_matrices_disturb_nobody",),
+        ("tests/optimizers/linalg/test_roots.py::test_zero_and_non_finite_matrices_do_not_change_others",),
     ),
     Mutant(
         "residual-bound-ignored",
@@ -106,7 +106,7 @@ OPTIMIZERS = (
         "jnp.min(sizes, axis=-1)",
         "Muon's updates of wide matrices are too short for a learning rate that Adam shares.",
         (
-            "tests/optimizers/test_family.py::test_muon_on_whole_matrices_is_that_of_optax",
+            "tests/optimizers/test_family.py::test_muon_on_whole_matrices_equals_optax",
             "tests/optimizers/test_reference.py::test_agrees_with_the_float64_reference",
         ),
     ),
@@ -186,7 +186,7 @@ OPTIMIZERS = (
         "right = _chunks(phase, bucket, owners)",
         "right = _chunks(bucket, phase, owners)",
         "One device solves many roots in a step while all others wait for it.",
-        ("tests/optimizers/plan/test_assignment.py::test_every_share_is_level",),
+        ("tests/optimizers/plan/test_assignment.py::test_owners_have_equal_shares",),
     ),
     Mutant(
         "sums-taken-for-averages",
@@ -195,7 +195,7 @@ OPTIMIZERS = (
         'elif (entry["beta2"] == 1) and bucket.treatment.beta2 > 1:',
         "A run that resumes with another beta2 reads sums of thousands of steps as an average.",
         (
-            "tests/optimizers/checkpoint/test_inheritance.py::test_what_another_option_gives_another_meaning_starts_afresh",
+            "tests/optimizers/checkpoint/test_inheritance.py::test_state_whose_meaning_changes_with_an_option_is_initialised",
         ),
     ),
     Mutant(
@@ -222,7 +222,7 @@ OPTIMIZERS = (
         "slot = jnp.where(count == at, slot, bucket.slots.shape[1])",
         "slot = jnp.where(count <= at, slot, bucket.slots.shape[1])",
         "After a skipped step roots act a step early, so that a run depends on how slow the host was.",
-        ("tests/optimizers/host/test_host.py::test_steps_that_are_skipped_leave_no_trace",),
+        ("tests/optimizers/host/test_host.py::test_skipped_steps_do_not_change_the_run",),
     ),
     Mutant(
         "roots-lost-at-a-skipped-step",
@@ -230,7 +230,7 @@ OPTIMIZERS = (
         "if offered is not None and offered.stamp + self._options.delay == stamp:",
         "if offered is not None:",
         "Roots that are due after a skipped step are lost, and their blocks keep old ones.",
-        ("tests/optimizers/host/test_host.py::test_steps_that_are_skipped_leave_no_trace",),
+        ("tests/optimizers/host/test_host.py::test_skipped_steps_do_not_change_the_run",),
     ),
     Mutant(
         "delay-may-reach-the-next-refresh",
@@ -239,7 +239,7 @@ OPTIMIZERS = (
         "self.delay > shortest",
         "A delay as long as the interval is accepted, and roots are overtaken by those after them.",
         (
-            "tests/optimizers/test_options.py::test_bad_options",
+            "tests/optimizers/test_options.py::test_invalid_options",
             "tests/optimizers/host/test_host.py::test_a_delay_that_reaches_the_next_refresh_is_refused",
         ),
     ),
@@ -260,7 +260,7 @@ OPTIMIZERS = (
         "optax.add_decayed_weights(-self.weight_decay, _decay_mask(self.decay_rules)),",
         "optax.add_decayed_weights(self.weight_decay, _decay_mask(self.decay_rules)),",
         "Weight decay makes the weights grow under Adafactor.",
-        ("tests/optimizers/test_baselines.py::test_decoupled_decay_spares_biases_and_embeddings",),
+        ("tests/optimizers/test_baselines.py::test_decay_does_not_apply_to_biases_and_embeddings",),
     ),
     Mutant(
         "rule-matches-the-beginning-of-a-path",

@@ -1,4 +1,4 @@
-"""States taken over by other blocks, other parameters and other options."""
+"""Test states restored for other blocks, parameters and options."""
 
 import dataclasses
 import json
@@ -25,7 +25,8 @@ def setting(options, shapes=SHAPES):
 
 
 def state_of(options, shapes=SHAPES, *, steps=3):
-    """(optimizer, manifest, state) after some steps on the same gradients for each parameter, whoever else is there."""
+    """Return (optimizer, manifest, state) after some steps. A parameter has the same gradients whatever others
+    exist."""
     tx, names = setting(options, shapes)
     stream = [{k: gradients(steps, {k: shape})[i][k] for k, shape in shapes.items()} for i in range(steps)]
     state = train(options, stream, names=names).states[-1]
@@ -45,7 +46,7 @@ def assert_same(x, y):
     "block_size", [12, 16, pytest.param(8, marks=pytest.mark.slow), pytest.param(64, marks=pytest.mark.slow)]
 )
 def test_elements_keep_momentum_and_second_moment_in_blocks_of_any_size(block_size):
-    """Catches an element that meets another one's momentum, and statistics of blocks that are no more."""
+    """Faults: an element gets the momentum of another; statistics of old blocks are used."""
     _, manifest, saved = state_of(OPTIONS)
     other = dataclasses.replace(OPTIONS, block_size=block_size)
     tx, _, own = state_of(other)
@@ -55,7 +56,7 @@ def test_elements_keep_momentum_and_second_moment_in_blocks_of_any_size(block_si
     report = report_of(tx, SHAPES, manifest, saved)
     assert len(mine) == len(theirs) > 3
     for block, state in mine.items():
-        # The momentum of an element does not depend on how blocks are cut.
+        # The momentum of an element does not depend on the blocks.
         assert_same(state.moments, theirs[block].moments)
         same_cut = not report[block[0]]["statistics"]
         if same_cut:
@@ -71,8 +72,8 @@ def test_elements_keep_momentum_and_second_moment_in_blocks_of_any_size(block_si
         assert "there" in whys["w"]
 
 
-def test_parameters_that_come_go_and_change_their_names_disturb_no_other():
-    """Catches blocks that are known by their numbers: those of a bucket's other parameters move."""
+def test_added_removed_and_renamed_parameters_do_not_change_others():
+    """Fault: blocks are identified by their number, which changes with the other parameters of a bucket."""
     _, manifest, saved = state_of(OPTIONS)
     shapes = {"a_new": (16, 16), "bias": (24,), "deep/stack": (2, 24, 40), "w": (24, 40)}
     names = {"deep/stack": NAMES["stack"]}
@@ -117,8 +118,8 @@ def test_parameters_that_come_go_and_change_their_names_disturb_no_other():
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
-def test_what_another_option_gives_another_meaning_starts_afresh(changes, fresh):
-    """Catches a sum that is taken for an average, roots of another power, and parts that need not have been lost."""
+def test_state_whose_meaning_changes_with_an_option_is_initialised(changes, fresh):
+    """Faults: a sum is read as an average; roots are of another power; state is lost without need."""
     _, manifest, saved = state_of(OPTIONS)
     tx, _ = setting(dataclasses.replace(OPTIONS, **changes))
     fate = report_of(tx, SHAPES, manifest, saved)["conv"]
@@ -147,8 +148,8 @@ def test_diagonal_moments_move_into_blocks():
         assert_same(taken[block].moments, state.moments)
 
 
-def test_roots_in_flight_are_dropped_where_blocks_are_due_at_other_times():
-    """Catches statistics of which more come back at once than a parcel holds."""
+def test_roots_in_flight_are_dropped_if_the_schedule_changes():
+    """Fault: more statistics return at once than fit in a parcel."""
     _, manifest, saved = state_of(OPTIONS)
     host = dataclasses.replace(OPTIONS, refresh="host", interval=4)
     tx, _ = setting(host)
@@ -176,8 +177,8 @@ JSON = st.recursive(
 
 @hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
 @hypothesis.given(data=st.data())
-def test_a_damaged_manifest_is_refused_by_a_value_error(data):
-    """Catches a traceback of another kind; whatever is still believed must have the right shape."""
+def test_a_damaged_manifest_is_a_value_error(data):
+    """Faults: another exception; an accepted manifest gives arrays of the wrong shape."""
     tx, _ = setting(OPTIONS)
     params = zeros(SHAPES)
     manifest, spec = tx.manifest(params), tx.saved_spec(params)

@@ -1,4 +1,4 @@
-"""Roots on the host: the same run however slow the host is, wherever it was interrupted, whatever goes wrong."""
+"""Test roots on the host: a run does not depend on the host's speed, on interruptions or on failures."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ EARLY = dataclasses.replace(OPTIONS, interval=12, early_intervals=((6, 4), (12, 
 
 @functools.cache
 def programs(options, layout):
-    """(optimizer, init, step)."""
+    """Return (optimizer, init, step)."""
     mesh, specs = LAYOUTS[layout]
     tx = optimizer(options, mesh, specs=specs)
     params = place(zeros(SHARDED_SHAPES), mesh, specs)
@@ -39,16 +39,16 @@ def programs(options, layout):
 
 
 def as_saved(tree):
-    """Copies in NumPy: what is donated later stays."""
+    """Copy arrays to NumPy, so that donation cannot overwrite them."""
     return jax.tree.map(np.array, tree)
 
 
 def run(stream, options=OPTIONS, layout="one device", *, saved=None, save=(), watch=None):
-    """Train on a stream: (updates of each step, final state, {steps made: what a checkpoint holds}).
+    """Train on a stream. Return (updates of each step, final state, {steps made: content of a checkpoint}).
 
     Args:
-      saved: a checkpoint to go on from, of this layout.
-      save: numbers of steps after which a checkpoint is made.
+      saved: a checkpoint of this layout to resume from.
+      save: steps after which to save a checkpoint.
       watch: called with (service, state) after each step.
     """
     mesh, specs = LAYOUTS[layout]
@@ -75,13 +75,13 @@ def run(stream, options=OPTIONS, layout="one device", *, saved=None, save=(), wa
 
 
 def assert_same(x, y):
-    """Bitwise."""
+    """Compare bitwise."""
     jax.tree.map(np.testing.assert_array_equal, x, y)
 
 
 @pytest.fixture
 def slow_at_random(monkeypatch):
-    """Solves that take up to 20 ms longer, each another time."""
+    """Delay each solve by a random time up to 20 ms."""
     random, solve = np.random.default_rng(0), lapack.inverse_root
 
     def slow(*arguments):
@@ -99,8 +99,8 @@ def slow_at_random(monkeypatch):
         pytest.param("fsdp x tensor", 30, marks=pytest.mark.slow),
     ],
 )
-def test_the_same_bits_however_slow_the_host_is(layout, steps, request):
-    """Catches roots that act when they are ready rather than when they are due."""
+def test_the_hosts_speed_does_not_change_bits(layout, steps, request):
+    """Fault: roots are used when they are ready, not when they are due."""
     stream = gradients(steps, SHARDED_SHAPES)
     updates, state, _ = run(stream, layout=layout)
     request.getfixturevalue("slow_at_random")
@@ -119,8 +119,8 @@ def test_the_same_bits_however_slow_the_host_is(layout, steps, request):
     ids=["mesh", "early", "soap"],
 )
 def test_resumes_bitwise_after_any_step(options, layout):
-    """Catches roots in flight that a checkpoint loses, doubles or installs at another step, and a checkpoint that
-    disturbs the run it is made of."""
+    """Faults: a checkpoint loses or doubles roots in flight, or installs them at another step; saving changes the
+    run."""
     stream = gradients(26, SHARDED_SHAPES)
     updates, state, _ = run(stream, options, layout)
     same_updates, same_state, saved = run(stream, options, layout, save=range(1, 26))
@@ -137,7 +137,7 @@ def test_resumes_bitwise_after_any_step(options, layout):
 
 
 def test_moves_to_another_mesh_with_roots_in_flight():
-    """Catches statistics in flight that come to another block, or are lost, when the number of devices changes."""
+    """Fault: statistics in flight are lost or reach another block when the number of devices changes."""
     stream = gradients(16, SHARDED_SHAPES)
     updates, _, saved = run(stream, layout="three devices", save=[7])
     mesh, specs = LAYOUTS["fsdp x tensor"]
@@ -167,8 +167,9 @@ OFTEN = (4, 6, 8, 9, 10, 11, 12, 20)
     ],
     ids=str,
 )
-def test_steps_that_are_skipped_leave_no_trace(bad, delay):
-    """Catches a delay that counts skipped steps, roots that act twice, late or never after one, solves for nothing."""
+def test_skipped_steps_do_not_change_the_run(bad, delay):
+    """Faults: the delay counts skipped steps; roots are used twice, late or never after one; there are unused
+    solves."""
     options = dataclasses.replace(OPTIONS, delay=delay)
     clean = gradients(16, SHARDED_SHAPES)
     updates, state, _ = run(clean, options)
@@ -193,8 +194,8 @@ def test_steps_that_are_skipped_leave_no_trace(bad, delay):
         assert_same(rest, hit[t:])
 
 
-def test_a_root_that_fails_is_tried_with_a_larger_ridge_and_then_refused(monkeypatch):
-    """Catches garbage that is installed, a failure that is not counted, a block that cannot recover."""
+def test_a_failed_root_is_retried_with_a_larger_ridge_and_then_refused(monkeypatch):
+    """Faults: an invalid root is installed; a failure is not counted; a block cannot recover."""
     solve, now, tried = lapack.inverse_root, [0], []
 
     def faulty(a, p, ridge, cut):
@@ -209,7 +210,7 @@ def test_a_root_that_fails_is_tried_with_a_larger_ridge_and_then_refused(monkeyp
         return found if now[0] <= 4 else found._replace(residual=0.2)
 
     monkeypatch.setattr(lapack, "inverse_root", faulty)
-    # Without a delay the solves of a step are over before the next.
+    # Without a delay, the solves of a step end before the next step.
     options = ShampooOptions(block_size=32, interval=1, ridge=1e-4, refresh="host", delay=0, max_failures=2)
     shapes = {"odd": (31, 23), "other": (32, 16)}
     tx, stream, seen, refused = optimizer(options), gradients(13, shapes), [], []
@@ -227,7 +228,7 @@ def test_a_root_that_fails_is_tried_with_a_larger_ridge_and_then_refused(monkeyp
         assert service.report().retries == 2 * 7
     assert tried == pytest.approx([1e-4, 1e-3, 1e-2] * 7)
     odd, other = ([blocks[name, 0].roots for blocks in seen] for name in ("odd", "other"))
-    # Seen before step t are the roots of step t - 1: mended at steps 3 and 4, refused at 5 to 9.
+    # Before step t, roots are those of step t - 1: retried successfully at steps 3 and 4, refused at 5 to 9.
     assert refused == [int(roots.failures) for roots in odd] == [0] * 6 + [1, 2, 3, 4, 5, 0, 0]
     assert not any(int(roots.failures) for roots in other)
     for t in range(6, 11):
@@ -235,8 +236,8 @@ def test_a_root_that_fails_is_tried_with_a_larger_ridge_and_then_refused(monkeyp
     assert [int(roots.refreshed) for roots in odd] == [0, 1, 2, 3, 4, 5, *[5] * 5, 11, 12]
 
 
-def test_a_worker_that_dies_ends_the_run_which_can_be_resumed_bitwise(monkeypatch):
-    """Catches an error that is swallowed or hangs the run, and a checkpoint without what the dead worker was to do."""
+def test_a_failed_worker_ends_the_run_which_resumes_bitwise(monkeypatch):
+    """Faults: an error is ignored or hangs the run; a checkpoint lacks the work of the failed worker."""
     stream = gradients(16, SHARDED_SHAPES)
     updates, state, _ = run(stream)
     tx, init, step = programs(OPTIONS, "one device")
@@ -270,8 +271,8 @@ def test_a_worker_that_dies_ends_the_run_which_can_be_resumed_bitwise(monkeypatc
     assert_same(end, state)
 
 
-def test_a_host_that_is_too_slow_stalls_the_run_and_says_which_knob_to_turn(monkeypatch):
-    """Catches a queue that grows without bound, stalls that are not counted, and advice that would not help."""
+def test_a_slow_host_stalls_the_run_and_names_the_knob(monkeypatch):
+    """Faults: the queue grows without bound; stalls are not counted; the advice does not help."""
     solve = lapack.inverse_root
 
     def slow(*arguments):
@@ -307,8 +308,8 @@ def test_a_host_that_is_too_slow_stalls_the_run_and_says_which_knob_to_turn(monk
     assert any("raise delay (0)" in line for line in complaints if line)
 
 
-def test_a_process_ends_though_a_solve_never_does():
-    """Catches a shut-down that waits for its threads."""
+def test_a_process_ends_although_a_solve_hangs():
+    """Fault: the shutdown waits for its threads."""
     script = """
 import threading, time
 import jax, numpy as np
@@ -330,8 +331,8 @@ print("closed", flush=True)
     assert (done.returncode, done.stdout) == (0, "closed\n"), done.stderr
 
 
-def test_one_program_each_and_nothing_without_matrices():
-    """Catches a shape or a Python value that depends on the step: each would be compiled anew."""
+def test_one_program_per_step_and_none_without_matrices():
+    """Fault: a shape or Python value depends on the step, so that each step compiles again."""
     counts = []
 
     def watch(service, state):
@@ -352,13 +353,13 @@ def test_one_program_each_and_nothing_without_matrices():
 
 @pytest.mark.parametrize("changes", [{"delay": 4}, {"early_intervals": ((8, 2),), "delay": 2}, {"delay": -1}])
 def test_a_delay_that_reaches_the_next_refresh_is_refused(changes):
-    """Catches a block that would be in flight twice."""
+    """Fault: a block is in flight twice."""
     with pytest.raises(ValueError, match="delay is"):
         ShampooOptions(**({"refresh": "host", "interval": 4} | changes))
 
 
-def test_a_sound_root_is_asked_for_no_more_than_needed():
-    """Catches retries of what cannot be mended, and a first try that is not the one asked for."""
+def test_a_root_is_retried_only_if_that_can_help():
+    """Faults: hopeless retries; the first attempt has other options than configured."""
     plain, ridged = (
         types.SimpleNamespace(p=2, treatment=types.SimpleNamespace(ridge=ridge, cut=0.0)) for ridge in (0.0, 1e-4)
     )
@@ -438,8 +439,8 @@ np.savez(name, resumed=resumed, solves=solves, **updates[-1])
 
 @pytest.mark.slow
 def test_two_processes_solve_their_own_blocks_and_resume_bitwise(tmp_path):
-    """Catches blocks that are solved twice or by nobody, processes that disagree on what is installed when, and what
-    is in flight in a process other than the first."""
+    """Faults: blocks are solved twice or by no process; processes disagree on the roots to install; roots in flight in
+    the second process are lost."""
     run_together(PROCESSES, processes=2, devices=4, arguments=[str(tmp_path)])
     run_together(PROCESSES, processes=1, devices=8, arguments=[str(tmp_path)])
     *together, alone = (np.load(tmp_path / f"{name}.npz") for name in ("2-0", "2-1", "1-0"))

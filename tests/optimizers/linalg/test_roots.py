@@ -1,4 +1,4 @@
-"""Inverse roots against float64, for every solver, alone and in mixed batches."""
+"""Compare inverse roots with float64, for every solver, alone and in mixed batches."""
 
 import functools
 import re
@@ -16,7 +16,7 @@ from shampax.optimizers.linalg.roots import SOLVERS, inverse_pth_root
 
 
 def solvers_with(values, fast):
-    """Pairs of a solver and a value; slow are those on a device that `fast`, solver -> value, does not have."""
+    """Return pairs of solver and value. Slow are device solvers that are not in `fast`, solver -> value."""
     return [
         pytest.param(solver, x, marks=() if fast.get(solver, x) == x else pytest.mark.slow)
         for solver in SOLVERS
@@ -55,7 +55,7 @@ def error(root, wanted):
 
 @functools.cache
 def solve(solver, p, ridge=0.0, cut=0.0):
-    """Compiled once per shape for all tests; the host's solver as it is."""
+    """Compile once per shape for all tests. The host's solver is not compiled."""
     function = functools.partial(inverse_pth_root, p=p, solver=solver, ridge=ridge, cut=cut)
     return function if solver == "host" else jax.jit(function)
 
@@ -70,7 +70,7 @@ def solve(solver, p, ridge=0.0, cut=0.0):
     ],
 )
 def test_multiples_of_the_identity_at_any_scale(solver, n, p):
-    """Catches a solver that overflows, underflows or has an absolute tolerance."""
+    """Fault: a solver overflows, underflows or has an absolute tolerance."""
     scales = np.array([1e-30, 1e-10, 1.0, 3.0, 1e30])
     stack = (scales[:, None, None] * np.eye(n)).astype(np.float32)
     result = solve(solver, p)(stack)
@@ -84,12 +84,12 @@ def test_multiples_of_the_identity_at_any_scale(solver, n, p):
 
 @pytest.mark.parametrize(("solver", "p"), solvers_with([2, 4], {"newton": 2, "eigh": 4}))
 def test_known_condition_numbers(solver, p):
-    """Catches lost precision: the batch mixes conditions, and each matrix meets its own bound."""
+    """Fault: lost precision. The batch mixes condition numbers, and each matrix has its own bound."""
     bounds = {1e2: 1e-5, 1e4: 5e-4, 1e6: 5e-3}
     stack = np.stack([matrix(spread(256, condition)) for condition in bounds]).astype(np.float32)
     result = solve(solver, p)(stack)
     for i, (condition, bound) in enumerate(bounds.items()):
-        # Double precision loses nothing that float32 could hold of the answer.
+        # Double precision is exact to float32.
         assert error(result.root[i], exact(stack[i], p)) <= (1e-6 if solver == "host" else bound)
         assert condition / 1.5 <= result.condition[i] <= condition * 1.2
     assert np.all(np.asarray(result.residual) <= [1e-3, 1e-2, 0.1])
@@ -98,7 +98,8 @@ def test_known_condition_numbers(solver, p):
 
 @pytest.mark.parametrize(("solver", "p"), solvers_with([2, 4], {"newton": 4, "eigh": 2}))
 def test_ridge_on_matrices_that_float32_cannot_resolve(solver, p):
-    """Catches a ridge lost in rounding, and a residual read off the iteration, which says 1e-7 of any root."""
+    """Faults: the ridge is lost in rounding; the residual is taken from the iteration, which gives 1e-7 for any
+    root."""
     ridge, n = 1e-6, 256
     spectra = spread(n, 1e8), spread(n, 1e12), half_rank(n), spread(n, 1e3)
     stack = (np.stack([matrix(w) for w in spectra]) * 1e-16).astype(np.float32)
@@ -110,7 +111,7 @@ def test_ridge_on_matrices_that_float32_cannot_resolve(solver, p):
         assert np.array_equal(root, root.T)
         half = np.linalg.matrix_power(np.asarray(root, np.float64), p // 2)
         recomputed = np.max(np.abs(half @ (a + ridge * largest * np.eye(n)) @ half - np.eye(n)))
-        assert residual >= recomputed / 5 or solver == "host"  # whose root is rounded to float32 afterwards
+        assert residual >= recomputed / 5 or solver == "host"  # its root is rounded to float32
     assert np.all(np.asarray(result.residual) <= 0.1)
     np.testing.assert_allclose(result.condition, [1e6, 1e6, 1e6, 1e3], rtol=0.2)
 
@@ -135,8 +136,8 @@ def test_negative_eigenvalues_count_as_zero_or_are_refused(solver, ridge):
 
 
 @pytest.mark.parametrize(("solver", "p"), [("eigh", 4), pytest.param("eigh", 2, marks=pytest.mark.slow), ("host", 2)])
-def test_cut_leaves_nothing_outside_the_range(solver, p):
-    """Catches a pseudo-inverse that lets noise directions through, or is right only far above the cut."""
+def test_cut_removes_small_eigenvalues(solver, p):
+    """Fault: the pseudo-inverse lets noise directions through, or is only right far above the cut."""
     n, cut = 32, 1e-4
     b = np.random.default_rng(0).normal(size=(n, 3))
     above = np.append(spread(9, 1e3), np.full(n - 9, 1e-5))
@@ -161,7 +162,7 @@ def test_cut_leaves_nothing_outside_the_range(solver, p):
     filling=st.sampled_from([0.0, 1e9, np.nan]),
 )
 def test_padding_changes_nothing(solver, size, exponent, condition, seed, filling):
-    """Catches padding that enters the ridge, the scale, the convergence or the diagnostics of the real part."""
+    """Fault: padding enters the ridge, the scale, the convergence or the diagnostics of the real part."""
     small = (matrix(spread(size, condition), seed) * 2.0**exponent).astype(np.float32)
     padded = np.full((2, 12, 12), filling, np.float32)
     padded[0, :size, :size] = small
@@ -176,8 +177,8 @@ def test_padding_changes_nothing(solver, size, exponent, condition, seed, fillin
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("n", [1, 7])
-def test_zero_and_non_finite_matrices_disturb_nobody(solver, n):
-    """Catches NaN where a parameter has had no gradient, and a bad gradient that reaches the other blocks."""
+def test_zero_and_non_finite_matrices_do_not_change_others(solver, n):
+    """Faults: a parameter without gradients gives NaN; a bad gradient reaches other blocks."""
     good = matrix(spread(n, 1e3))
     zero, nan, infinite = np.zeros((n, n)), np.where(np.eye(n), good, np.nan) * np.nan, good + np.inf
     function = solve(solver, 4, 1e-6)
@@ -192,8 +193,8 @@ def test_zero_and_non_finite_matrices_disturb_nobody(solver, n):
 
 
 @pytest.mark.parametrize(("solver", "p"), solvers_with([2, 4], {"newton": 2, "eigh": 4}))
-def test_residual_tells_a_useless_root(solver, p):
-    """Catches a residual that is small because one stray direction hides among 256 entries, each of them small."""
+def test_residual_shows_an_inaccurate_root(solver, p):
+    """Fault: the residual is small because one wrong direction is spread over 256 small entries."""
     direction = np.full((256, 256), 1 / 256)
     indefinite = np.eye(256) - (1 + 2.0**-10) * direction
     stack = np.stack([matrix(spread(256, 1e12)), matrix(half_rank(256)), indefinite, matrix(spread(256, 10.0))])
@@ -205,8 +206,8 @@ def test_residual_tells_a_useless_root(solver, p):
     assert right[3] <= 1e-4 and wrong[3] > 0.1
 
 
-def test_residual_tells_an_iteration_that_did_not_converge(monkeypatch):
-    """Catches a root returned as it is when the iterations are used up."""
+def test_residual_shows_an_iteration_that_did_not_converge(monkeypatch):
+    """Fault: a root is returned unchecked after the last iteration."""
     stack = matrix(spread(64, 1e6))[None].astype(np.float32)
     schedule = newton.newton_schedule
     monkeypatch.setattr(newton, "newton_schedule", lambda p, smallest: schedule(p, smallest)[:5])
@@ -217,18 +218,18 @@ def test_residual_tells_an_iteration_that_did_not_converge(monkeypatch):
     ("solver", "regulariser"), [("newton", {"ridge": 1e-5}), ("eigh", {"ridge": 1e-5}), ("eigh", {"cut": 1e-5})]
 )
 def test_inside_shard_map(solver, regulariser):
-    """Catches a loop that waits for other devices' matrices, and a batch unrolled into the program."""
+    """Faults: the loop waits for matrices of other devices; the batch is unrolled into the program."""
     spectra = [spread(32, 1e2), half_rank(32), np.ones(32), spread(32, 1e3), np.zeros(32)]
     stack = np.stack([matrix(spectra[i % 5], seed=i) for i in range(16)]).astype(np.float32)
     function = functools.partial(inverse_pth_root, p=4, solver=solver, **regulariser)
     mesh = jax.make_mesh((8,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = PartitionSpec("devices")
-    # Checked as in the optimizer, where the loop inside eigh cannot pass the check of varying axes.
+    # check_vma as in the optimizer: the loop inside eigh cannot pass the check.
     sharded = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=solver == "newton"))
     compiled = sharded.lower(stack).compile()
     assert not re.search("all-|collective|reduce-scatter", compiled.as_text())
     lines = [len(jax.jit(function).lower(stack[:n]).as_text().splitlines()) for n in (2, 16)]
-    assert lines[1] <= 1.1 * lines[0]  # what was traced before may or may not be shared
+    assert lines[1] <= 1.1 * lines[0]  # earlier traces may be shared or not
     result = compiled(stack)
     for i, (a, root) in enumerate(zip(stack, result.root, strict=True)):
         assert (error(root, exact(a, 4, **regulariser)) <= 1e-2) if np.any(a) else not np.any(root), i
@@ -239,7 +240,7 @@ def test_inside_shard_map(solver, regulariser):
     ("solver", "arguments"), [("newton", {"ridge": 1e-6}), ("eigh", {"ridge": 1e-6}), ("eigh", {"cut": 1e-6})]
 )
 def test_precision_is_pinned(solver, arguments):
-    """Catches a product that follows the global precision: on an accelerator Newton would never converge."""
+    """Fault: a product uses the global precision. On an accelerator, Newton would never converge."""
     with jax.default_matmul_precision("bfloat16"):
         text = jax.jit(lambda x: inverse_pth_root(x, 3, solver=solver, **arguments)).lower(jnp.ones((2, 32, 32)))
     dots = [line for line in text.as_text().splitlines() if "dot_general" in line]
@@ -247,7 +248,7 @@ def test_precision_is_pinned(solver, arguments):
 
 
 def test_eigh_is_one_batched_call():
-    """Catches two LAPACK calls that do not depend on each other: they can deadlock a CPU."""
+    """Fault: there are two independent LAPACK calls, which can deadlock a CPU."""
     text = jax.jit(lambda x: inverse_pth_root(x, 4, solver="eigh", ridge=1e-6)).lower(jnp.ones((3, 8, 8))).as_text()
     assert len(re.findall(r"custom_call\s*@lapack", text)) == 1
 
@@ -261,7 +262,7 @@ def test_eigh_is_one_batched_call():
         ({"p": 4, "cut": 1e-6}, "'eigh' and 'host'"),
     ],
 )
-def test_bad_arguments(arguments, words):
-    """Catches arguments that would be silently misread."""
+def test_invalid_arguments(arguments, words):
+    """Fault: arguments are misread without an error."""
     with pytest.raises(ValueError, match=words):
         inverse_pth_root(np.eye(2)[None], **arguments)

@@ -10,7 +10,7 @@ from shampax.optimizers.linalg.symmetric import pack, packed_shape, unpack
 @pytest.mark.parametrize("r", [1, 2, 3, 8, 11, 64, 75, 128, 256])
 @pytest.mark.parametrize("compiled", [False, True], ids=["NumPy", "JAX"])
 def test_a_symmetric_matrix_survives_packing_to_the_last_bit(r, compiled):
-    """Catches an element that is lost, or comes back in another place; odd sides; NumPy and JAX that differ."""
+    """Faults: an element is lost or moves; odd sides fail; NumPy and JAX differ."""
     x = np.random.default_rng(r).normal(size=(3, r, r)).astype(np.float32)
     x = np.tril(x) + np.swapaxes(np.tril(x, -1), -2, -1)
     there, back = (jax.jit(pack), jax.jit(unpack, static_argnums=1)) if compiled else (pack, unpack)
@@ -21,7 +21,7 @@ def test_a_symmetric_matrix_survives_packing_to_the_last_bit(r, compiled):
 
 
 def test_half_the_memory():
-    """Catches a form that keeps both triangles, or one that TPUs fill up to whole tiles of 8 x 128."""
+    """Faults: both triangles are stored; the shape is one that TPUs pad to tiles of 8 x 128."""
     rows, columns = packed_shape(1024)
     assert rows * columns == 1024 * 1025 // 2
     for r, share in ((64, 0.4), (128, 0.57), (256, 0.52)):

@@ -8,7 +8,7 @@ from shampax.optimizers.plan.assignment import assign_owners
 
 
 def spread(owner, owners, *keys):
-    """For each group of blocks with equal keys: (their number, the number each owner has)."""
+    """Return (blocks, blocks of each owner) for each group of blocks with equal keys."""
     groups = {}
     for key, mine in zip(zip(*keys, strict=True), owner, strict=True):
         groups.setdefault(key, np.zeros(owners, int))[mine] += 1
@@ -24,8 +24,8 @@ def spread(owner, owners, *keys):
     seed=st.integers(0, 99),
     in_order=st.booleans(),
 )
-def test_every_share_is_level(counts, holders, interval, owners, seed, in_order):
-    """Catches an owner with more memory, more traffic or more refreshes in one step than its share."""
+def test_owners_have_equal_shares(counts, holders, interval, owners, seed, in_order):
+    """Fault: an owner has more memory, traffic or refreshes in one step than its share."""
     random = np.random.default_rng(seed)
     bucket = np.repeat(np.arange(len(counts)), counts)
     holder = random.integers(0, holders, len(bucket))
@@ -48,9 +48,9 @@ def test_every_share_is_level(counts, holders, interval, owners, seed, in_order)
     owners=st.integers(1, 12),
     seed=st.integers(0, 9),
 )
-def test_whole_shares_are_exact(shares, interval, owners, seed):
-    """Catches a device that sends more to one owner than to another although its blocks could be shared out evenly:
-    the all-to-all is as long as the longest message."""
+def test_divisible_shares_are_exact(shares, interval, owners, seed):
+    """Fault: a device sends more to one owner than to another although its blocks divide evenly. The all-to-all is as
+    long as its longest message."""
     holder = np.repeat(np.arange(len(shares)), np.multiply(shares, owners))
     np.random.default_rng(seed).shuffle(holder)
     zero = np.zeros_like(holder)
@@ -60,13 +60,13 @@ def test_whole_shares_are_exact(shares, interval, owners, seed):
 
 
 def test_no_blocks():
-    """Catches a model of vectors alone."""
+    """Fault: a model with only vectors fails."""
     none = np.zeros(0, np.int64)
     assert len(assign_owners(none, none, none, 8)) == len(assign_owners(none, none, none, 1)) == 0
 
 
-def test_a_large_model_is_assigned_at_once():
-    """Catches an assignment that takes minutes for the blocks of a large model: 30,000 over 256 owners."""
+def test_a_large_model_is_assigned_quickly():
+    """Fault: assigning the blocks of a large model takes minutes: 30,000 over 256 owners."""
     random = np.random.default_rng(0)
     bucket = np.sort(random.integers(0, 6, 30_000))
     holder = random.integers(0, 32, 30_000)

@@ -18,7 +18,7 @@ def shape_of(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-# What the expectations below depend on, whatever the defaults are.
+# The options that the expectations below depend on.
 FIXED = {"block_size": 1024, "exponent": None, "ridge": 1e-6, "cut": 0.0, "beta2": 0.99, "interval": 20}
 
 
@@ -32,8 +32,9 @@ def everything(text):
 
 @settings(max_examples=500)
 @given(side=st.integers(1, 20_000), block_size=st.integers(1, 4096))
-def test_cut_is_even_and_covers(side, block_size):
-    """Catches full blocks with a sliver, a block beyond the block size, or a last block that holds only padding."""
+def test_blocks_are_even_and_cover_the_side(side, block_size):
+    """Faults: full blocks are followed by a sliver; a block is larger than the block size; the last block is only
+    padding."""
     pieces, length = split(side, block_size)
     assert pieces == math.ceil(side / block_size)
     assert length <= block_size
@@ -43,7 +44,7 @@ def test_cut_is_even_and_covers(side, block_size):
 @settings(max_examples=500)
 @given(side=st.integers(1, 20_000), block_size=st.integers(1, 4096))
 def test_padding_is_bounded(side, block_size):
-    """Catches rounding to powers of two, which would pad a side of 1030 to 2048: four times the memory of its root."""
+    """Fault: sides are rounded to powers of two, so that 1030 becomes 2048, with four times the memory."""
     pieces, length = split(side, block_size)
     even = math.ceil(side / pieces)
     assert even <= length <= even * 17 / 16
@@ -66,13 +67,13 @@ def test_padding_is_bounded(side, block_size):
         (7, 3, (3, 3)),
     ],
 )
-def test_cut_examples(side, block_size, expected):
-    """Catches another rounding than the one checkpoints were written with."""
+def test_block_lengths_of_known_sides(side, block_size, expected):
+    """Fault: the rounding differs from that of existing checkpoints."""
     assert split(side, block_size) == expected
 
 
 def test_few_lengths():
-    """Catches a bucket, so a compiled root solver, for every width there is."""
+    """Fault: every width has its own bucket, and so a compiled root solver."""
     lengths = {split(side, 1024)[1] for side in range(16, 20_000)}
     assert len(lengths) <= 6 * 16 + 1
 
@@ -84,8 +85,8 @@ def test_few_lengths():
     block_size=st.integers(1, 8).map(lambda b: 8 * b),
     devices=st.integers(1, 12),
 )
-def test_blocks_depend_on_their_parameter_alone(shape, neighbours, block_size, devices):
-    """Catches blocks fitted to the neighbours or to the mesh: a checkpoint names a block by path and coordinates."""
+def test_blocks_depend_only_on_their_parameter(shape, neighbours, block_size, devices):
+    """Fault: blocks depend on other parameters or the mesh. A checkpoint names a block by path and coordinates."""
     options = {"block_size": block_size, "treatments": everything("shampoo")}
     alone = plan({"w": shape_of(*shape)}, **options)
     others = {f"{'az'[i % 2]}{i}": shape_of(*other) for i, other in enumerate(neighbours)}
@@ -101,8 +102,8 @@ def test_blocks_depend_on_their_parameter_alone(shape, neighbours, block_size, d
 
 
 def test_rules_separate_buckets():
-    """Catches blocks that share a bucket, so one root solver, although their treatments differ; and names of buckets,
-    which are keys of checkpoints, that repeat or are no file names."""
+    """Faults: blocks with different treatments share a bucket, and so a root solver; names of buckets, which are keys
+    of checkpoints, repeat or are not file names."""
     rules = (
         ("plain.*", "shampoo"),
         ("size", "shampoo block_size=8"),
@@ -140,13 +141,14 @@ def test_rules_separate_buckets():
 
 @pytest.mark.parametrize("text", ["shampoo exponent=0", "one_sided side=right exponent=0", "shampoo"])
 def test_exponent_zero_preconditions_no_side(text):
-    """Catches statistics that are kept, and roots that are computed, for an exponent of zero."""
+    """Fault: statistics are kept and roots computed for an exponent of zero."""
     (bucket,) = plan({"w": shape_of(16, 24)}, treatments=everything(text), exponent=0.0).buckets
     assert (bucket.sides, bucket.p, bucket.shape) == ((), 0, (16, 24))
 
 
 def transformer(layers, width, *, scanned):
-    """Shapes and axis names of a decoder with gated feed-forward layers, 64-dimensional heads and 50257 tokens."""
+    """Return shapes and axis names of a decoder with gated feed-forward layers, 64-dimensional heads and 50257
+    tokens."""
     heads, mlp = width // 64, 8 * width // 3 // 128 * 128
     layer = {
         "query": ((width, heads, 64), ("embed", "heads", "head_dim")),
@@ -176,7 +178,7 @@ def transformer(layers, width, *, scanned):
 @pytest.mark.parametrize("width", [512, 768, 1024, 1536])
 @pytest.mark.parametrize("scanned", [False, True])
 def test_a_transformer_has_few_buckets(width, scanned):
-    """Catches a bucket, so a compiled root solver, per layer or per projection; and layers that are not stacked."""
+    """Faults: there is a bucket, and so a compiled root solver, per layer or projection; layers are not stacked."""
     result = plan(*transformer(12, width, scanned=scanned), mesh={"x": 8})
     unrolled = plan(*transformer(12, width, scanned=False), mesh={"x": 8})
     assert len(result.buckets) <= 4
@@ -186,7 +188,7 @@ def test_a_transformer_has_few_buckets(width, scanned):
 
 @st.composite
 def models(draw):
-    """(parameters, rules, specs that a mesh's axis "x" allows or not): stacks of matrices, a few blocks of each."""
+    """Draw (parameters, rules, specs that mesh axis "x" allows or not): stacks of matrices with a few blocks each."""
     sides = st.sampled_from([8, 12, 16, 24, 40])
     params, rules = {}, []
     for i in range(draw(st.integers(1, 4))):
@@ -207,8 +209,8 @@ def models(draw):
     refresh=st.sampled_from(["staggered", "staggered", "periodic"]),
 )
 def test_owners_and_phases(model, devices, interval, refresh):
-    """Catches a block without an owner or with two, an unfair share, a block that is due never or twice in an interval,
-    a step with more refreshes than another, or a schedule that depends on the number of devices."""
+    """Faults: a block has no owner or two; shares are unequal; a block is due never or twice in an interval; a step has
+    more refreshes than another; the schedule depends on the number of devices."""
     params, rules, specs = model
     options = {"treatments": rules, "interval": interval, "refresh": refresh, "block_size": 16}
     here = plan(params, specs=specs, mesh={"x": devices}, **options)
@@ -242,7 +244,7 @@ def test_owners_and_phases(model, devices, interval, refresh):
 @settings(deadline=None, max_examples=25)
 @given(model=models(), devices=st.integers(1, 6))
 def test_tables_of_slots(model, devices):
-    """Catches a slot counted to another slot's matrix, or norms and roots that count padding."""
+    """Faults: a slot is assigned to the matrix of another; norms and roots include padding."""
     params, rules, specs = model
     for bucket in plan(params, specs=specs, mesh={"x": devices}, treatments=rules, block_size=16).buckets:
         ones, matrices, elements = [], [], []
@@ -265,7 +267,7 @@ def test_tables_of_slots(model, devices):
 
 
 def test_the_plan_prints_treatments():
-    """Catches a table that does not say what each parameter gets."""
+    """Fault: the table lacks the treatment of a parameter."""
     params = {
         "embedding": shape_of(100, 8),
         "up": shape_of(8, 40),
@@ -291,15 +293,15 @@ def test_the_plan_prints_treatments():
     }
 
 
-def test_diagonal_parameters_keep_their_rules_beta2():
-    """Catches a rule's beta2 that only statistics heed."""
+def test_diagonal_parameters_use_the_beta2_of_their_rule():
+    """Fault: only statistics use a rule's beta2."""
     params = {"a": shape_of(8), "b": shape_of(8, 8), "c": shape_of(8, 8)}
     rules = (("a", "shampoo beta2=0.9"), ("b", "diagonal beta2=0.8"), (".*", "diagonal"))
     assert {i: leaf.beta2 for i, leaf in plan(params, treatments=rules).diagonal.items()} == {0: 0.9, 1: 0.8, 2: 0.99}
 
 
-def test_shardings_serve_as_specs():
-    """Catches specs that are read from PartitionSpecs only: a trainer has the parameters' shardings."""
+def test_shardings_are_accepted_as_specs():
+    """Fault: only PartitionSpecs are accepted, although a trainer has shardings."""
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
     params, spec = {"w": shape_of(16, 16)}, PartitionSpec("x", None)
     by_spec = plan(params, specs={"w": spec}, mesh=mesh.shape)
@@ -324,8 +326,8 @@ X = PartitionSpec("x")
         ({"specs": {"w": PartitionSpec("y")}, "mesh": {"x": 2}, "treatments": everything("diagonal")}, "'w'.*'y'.*x"),
     ],
 )
-def test_what_does_not_fit_is_named(arguments, words):
-    """Catches a parameter that silently gets no treatment, and a KeyError or IndexError where names or specs of another
-    model, or of another mesh, are given."""
+def test_errors_name_what_does_not_match(arguments, words):
+    """Faults: a parameter gets no treatment without an error; names or specs of another model or mesh give a KeyError
+    or IndexError."""
     with pytest.raises(ValueError, match=words):
         plan({"w": shape_of(8, 16)}, **arguments)

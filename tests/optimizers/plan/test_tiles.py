@@ -17,7 +17,7 @@ from shampax.optimizers.plan.tiles import SMALLEST_TILE, from_tiles, slice_tiles
 
 MESH = {"x": 2, "y": 4}
 FOLDED = ("embed", "heads", "head_dim")
-# name -> (shape, axis names, spec, words of the treatment, expected tile, expected copies of a shard)
+# name -> (shape, axis names, spec, treatment, expected tile, expected copies of a shard)
 LAYOUTS = {
     "replicated": ((24, 40), None, P(), "", (12, 14), 8),
     "no multiple of the copies": ((3, 5), None, P(), "", (3, 5), 8),
@@ -45,7 +45,7 @@ LAYOUTS = {
 
 
 def tiling_of(shape, names, spec, words="", mesh=MESH, block_size=16):
-    """The tiling of a parameter, None where it is no matrix."""
+    """Return the tiling of a parameter, or None if it is not a matrix."""
     options = ShampooOptions(block_size=block_size, treatments=((".*", f"shampoo {words}"),))
     params, axis_names = {"w": np.ones(shape)}, {"w": names} if names else None
     buckets = make_plan(params, axis_names, {"w": spec}, options, mesh).buckets
@@ -54,8 +54,7 @@ def tiling_of(shape, names, spec, words="", mesh=MESH, block_size=16):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_tile_lengths(name):
-    """Catches tiles shorter than they need be, which makes messages of single elements, and shards that are gathered
-    although they fit."""
+    """Faults: tiles are shorter than necessary, so that messages are single elements; matching shards are gathered."""
     *layout, tile, copies = LAYOUTS[name]
     tiling = tiling_of(*layout)
     assert (tiling.tile, tiling.copies) == (tile, copies)
@@ -65,8 +64,8 @@ def test_tile_lengths(name):
 
 @pytest.mark.parametrize("fits", [True, False])
 def test_tiles_on_devices(fits):
-    """Catches a wrong transpose, fold or padding, a tile that is not where its shard is, and cutting that costs traffic
-    for a layout that fits."""
+    """Faults: a wrong transpose, fold or padding; a tile is not on the device of its shard; a layout that matches has
+    traffic."""
     mesh = Mesh(np.array(jax.devices()).reshape(tuple(MESH.values())), tuple(MESH))
     chosen = {name: layout for name, layout in LAYOUTS.items() if name.startswith("falls back") != fits}
     tilings = {name: tiling_of(*layout[:4]) for name, layout in chosen.items()}
@@ -110,7 +109,7 @@ def test_tiles_on_devices(fits):
     [((24, 40), ""), ((5, 4, 6), ""), ((5, 4, 6), "stack=1"), ((5, 4, 18), "view=tensor"), ((3, 1, 20), "view=tensor")],
 )
 def test_one_device_needs_no_mesh(shape, words):
-    """Catches tiles that are not the blocks where there is one device only, and padding that is not zero."""
+    """Faults: on one device, tiles are not the blocks; padding is not zero."""
     tiling = tiling_of(shape, None, P(), words, mesh={})
     assert tiling.tile == tiling.block
     x = numpy_blocks.numbered(shape)
@@ -122,7 +121,7 @@ def test_one_device_needs_no_mesh(shape, words):
 
 @st.composite
 def layouts(draw):
-    """(shape, axis names, spec, words of the treatment, mesh, block size); the spec divides the shape."""
+    """Draw (shape, axis names, spec, treatment, mesh, block size). The spec divides the shape."""
     mesh = {"x": draw(st.integers(1, 3)), "y": draw(st.integers(2, 4)), "z": 2}
     free = draw(st.permutations(list(mesh)))
     rank = draw(st.integers(2, 4))
@@ -146,9 +145,9 @@ def layouts(draw):
 
 @settings(deadline=None, max_examples=120)
 @given(layout=layouts())
-def test_places_of_tiles(layout):
-    """Catches a tile that goes to another block, or to another place in it, than its elements belong to; an element
-    that no tile has, or two; and a wrong holder of a block."""
+def test_positions_of_tiles(layout):
+    """Faults: a tile is assigned to another block or position than its elements; an element is in no tile or in two;
+    the holder of a block is wrong."""
     tiling = tiling_of(*layout)
     assume(tiling is not None)
     x = numpy_blocks.numbered(layout[0])
@@ -167,7 +166,7 @@ def test_places_of_tiles(layout):
 
 
 def longest_tile(view, side, sharded, mesh, pieces, block):
-    """(longest tile that lies in one block and one shard, longest run of neighbours that a shard has) along a side."""
+    """Return (longest tile in one block and one shard, longest run of neighbours in a shard) along a side."""
     numbers = np.arange(view.length(side)).reshape([view.shape[axis] for axis in side])
     own = [(side.index(axis), names) for axis, names in sharded if axis in side]
     positions = [shard.reshape(-1) for shard in numpy_blocks.shards(numbers, own, mesh)]
@@ -183,9 +182,9 @@ def longest_tile(view, side, sharded, mesh, pieces, block):
 
 @settings(deadline=None, max_examples=120)
 @given(layout=layouts())
-def test_tiles_are_as_long_as_can_be(layout):
-    """Catches tiles shorter than shards and blocks allow, a side that stays sharded although its tiles are too short,
-    and one that is gathered although they are not."""
+def test_tiles_have_the_largest_length(layout):
+    """Faults: tiles are shorter than shards and blocks allow; a side stays sharded although its tiles are too short; a
+    side is gathered although they are not."""
     _, _, spec, _, mesh, _ = layout
     tiling = tiling_of(*layout)
     assume(tiling is not None)
@@ -205,6 +204,6 @@ def test_tiles_are_as_long_as_can_be(layout):
 
 
 def test_axes_that_the_mesh_does_not_divide_are_gathered():
-    """Catches a shard of 12.5 rows."""
+    """Fault: a shard has 12.5 rows."""
     assert tiling_of((25, 64), None, P("x", "y"), block_size=32).sharded == ((1, ("y",)),)
     assert tiling_of((25, 64), None, P("x", None), block_size=32).sharded == ()

@@ -34,22 +34,22 @@ AXES = STACK_AXES | {"fold_axes": ("heads", "kv_heads", "head_dim")}
     ],
 )
 def test_matrix_views(shape, names, stack, stacked, sides):
-    """Catches layers or experts mixed into a matrix, heads split from head_dim, or a longer side that comes first."""
+    """Faults: layers or experts are mixed into a matrix; heads are split from head_dim; a longer side comes first."""
     view = matrix_view(shape, names, **AXES, stack=stack)
     assert (view.stack, view.sides, view.is_matrix) == (stacked, sides, True)
     assert view.lengths == tuple(math.prod(shape[axis] for axis in side) for side in sides)
     assert view.stacked == math.prod(shape[axis] for axis in stacked)
 
 
-def test_names_beat_the_number_of_stack_axes():
-    """Catches a treatment's stack=1 that stacks the rows of a parameter whose axis names know better."""
+def test_axis_names_have_priority_over_stack():
+    """Fault: stack=1 stacks the rows of a parameter that has axis names."""
     assert matrix_view((8, 16), ("embed", "mlp"), **AXES, stack=1).stack == ()
     assert tensor_view((8, 16), ("embed", "mlp"), **STACK_AXES, stack=1).stack == ()
 
 
 @given(shape=st.lists(st.integers(2, 50), min_size=2, max_size=2))
 def test_a_matrix_and_its_transpose_share_a_bucket(shape):
-    """Catches sides kept in the order of the axes: every projection and its inverse would need a program each."""
+    """Fault: sides keep the order of axes, so that every projection and its inverse need separate programs."""
     view, transpose = (matrix_view(s, None, **AXES) for s in (shape, shape[::-1]))
     assert view.lengths == transpose.lengths == tuple(sorted(shape))
     plan = make_plan({"w": np.ones(shape), "t": np.ones(shape[::-1])}, None, None, ShampooOptions(), {})
@@ -59,8 +59,8 @@ def test_a_matrix_and_its_transpose_share_a_bucket(shape):
 @pytest.mark.parametrize("shape", [(), (7,), (1, 9), (9, 1), (0, 4), (4, 0), (0, 4, 4), (1, 1, 1)])
 @pytest.mark.parametrize("view", ["matrix", "tensor"])
 @pytest.mark.parametrize("kind", ["shampoo", "one_sided", "one_sided side=left", "one_sided side=right"])
-def test_what_is_no_matrix_is_diagonal(shape, view, kind):
-    """Catches a scalar, a vector or an array without elements that is preconditioned, or breaks the plan."""
+def test_vectors_and_scalars_are_diagonal(shape, view, kind):
+    """Fault: a scalar, a vector or an empty array is preconditioned or breaks the plan."""
     options = ShampooOptions(view=view, treatments=((".*", f"{kind} stack={int(len(shape) == 3)}"),))
     plan = make_plan({"w": np.ones(shape)}, None, None, options, {})
     assert plan.buckets == () and list(plan.diagonal) == [0]
@@ -82,8 +82,8 @@ def test_what_is_no_matrix_is_diagonal(shape, view, kind):
     ],
 )
 def test_tensor_views(shape, names, stack, merge_dims, sides):
-    """Catches merging that makes a vector of a matrix (64 x 64 with merge_dims 4096), sides of length one or unsorted
-    ones, or a stack axis among the sides."""
+    """Faults: merging makes a vector of a matrix (64 x 64 with merge_dims 4096); sides have length one or are unsorted;
+    a stack axis is a side."""
     view = tensor_view(shape, names, **STACK_AXES, merge_dims=merge_dims, stack=stack)
     assert (view.sides, view.is_matrix) == (sides, True)
     assert sorted([*view.stack, *itertools.chain(*sides)]) == list(range(len(shape)))
@@ -91,7 +91,8 @@ def test_tensor_views(shape, names, stack, merge_dims, sides):
 
 @given(shape=st.lists(st.integers(1, 12), max_size=6), merge_dims=st.integers(0, 500), stack=st.integers(0, 2))
 def test_merging_is_complete_and_bounded(shape, merge_dims, stack):
-    """Catches a lost axis, sides that merge across another, sides beyond merge_dims, or neighbours left unmerged."""
+    """Faults: an axis is lost; sides merge across another; a side exceeds merge_dims; mergeable neighbours are not
+    merged."""
     view = tensor_view(shape, None, **STACK_AXES, merge_dims=merge_dims, stack=stack)
     expected = [axis for axis in range(len(shape)) if axis >= stack and shape[axis] != 1]
     in_order = sorted(view.sides)
@@ -111,7 +112,8 @@ def test_merging_is_complete_and_bounded(shape, merge_dims, stack):
     named=st.booleans(),
 )
 def test_one_sided_finds_its_side_after_the_swap(shape, side, named):
-    """Catches `left` read as "the first side": the shorter side comes first, so it is the right of a tall matrix."""
+    """Fault: `left` is read as "the first side". The shorter side comes first, which is the right side of a tall
+    matrix."""
     axes = (["heads", "head_dim", "embed"] if named else ["a", "b", "c"])[-len(shape) :]
     options = ShampooOptions(treatments=((".*", f"one_sided side={side}"),))
     (bucket,) = make_plan({"w": np.ones(shape)}, {"w": tuple(axes)}, None, options, {}).buckets
@@ -123,15 +125,15 @@ def test_one_sided_finds_its_side_after_the_swap(shape, side, named):
 
 
 @pytest.mark.parametrize("view", [matrix_view, tensor_view])
-def test_names_must_fit(view):
-    """Catches axis names of another parameter."""
+def test_names_must_match(view):
+    """Fault: axis names of another parameter are accepted."""
     axes = AXES if view is matrix_view else STACK_AXES
     with pytest.raises(ValueError, match=r"\('embed',\) have 1 entries for a parameter of shape \(2, 3\)"):
         view((2, 3), ("embed",), **axes)
 
 
 def test_names_by_path():
-    """Catches names read leaf by leaf, or under other paths than the parameters have."""
+    """Fault: names are read leaf by leaf, or under other paths than the parameters."""
     assert names_by_path(None) == {}
     tree = {"a": {"kernel": ("embed", None)}, "b": [("mlp",), ()]}
     assert names_by_path(tree) == {"a/kernel": ("embed", None), "b/0": ("mlp",), "b/1": ()}

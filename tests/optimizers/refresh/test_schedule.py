@@ -24,13 +24,13 @@ def schedules(draw, *, rising=False):
 
 
 def intervals(options):
-    """The interval of each step."""
+    """Return the interval of each step."""
     early = options.early_intervals
     return [next((k for last, k in early if step <= last), options.interval) for step in range(1, STEPS + 1)]
 
 
 def due(options):
-    """[steps, phases]: which phases are due."""
+    """Return [steps, phases], the phases that are due."""
     first, count = jax.vmap(lambda step: due_phases(step, options))(jnp.arange(1, STEPS + 1, dtype=jnp.int32))
     first, count = np.broadcast_to(first, STEPS), np.broadcast_to(count, STEPS)
     assert (first >= 0).all() and (first < options.interval).all()
@@ -40,7 +40,7 @@ def due(options):
 
 @pytest.mark.parametrize("interval", [1, 3, 20])
 def test_without_early_intervals_one_phase_is_due(interval):
-    """Catches a schedule that does not begin with phase 0 on step 1, or skips one."""
+    """Fault: the schedule does not start with phase 0 on step 1, or skips a phase."""
     first, count = jax.vmap(lambda s: due_phases(s, ShampooOptions(interval=interval)))(jnp.arange(1, 50))
     np.testing.assert_array_equal(first, np.arange(49) % interval)
     np.testing.assert_array_equal(count, 1)
@@ -48,8 +48,8 @@ def test_without_early_intervals_one_phase_is_due(interval):
 
 @settings(deadline=None, max_examples=30)
 @given(options=schedules(), start_step=st.integers(0, STEPS))
-def test_due_phases_are_those_of_a_loop(options, start_step):
-    """Catches phases that start anew when the interval changes, or an interval that lasts a step too long."""
+def test_due_phases_equal_a_loop(options, start_step):
+    """Faults: phases restart when the interval changes; an interval is a step too long."""
     options = ShampooOptions(interval=options.interval, early_intervals=options.early_intervals, start_step=start_step)
     expected, phase = np.zeros((STEPS, options.interval), bool), 0
     for step, interval in enumerate(intervals(options), 1):
@@ -62,7 +62,7 @@ def test_due_phases_are_those_of_a_loop(options, start_step):
 @settings(deadline=None, max_examples=30)
 @given(options=schedules())
 def test_every_phase_is_due_once_in_an_interval(options):
-    """Catches a block that is refreshed twice in an interval, or not at all."""
+    """Fault: a block is refreshed twice in an interval, or never."""
     which, of_step = due(options), intervals(options)
     for start in range(STEPS):
         k = of_step[start]
@@ -73,7 +73,7 @@ def test_every_phase_is_due_once_in_an_interval(options):
 @settings(deadline=None, max_examples=30)
 @given(options=schedules(rising=True))
 def test_no_block_waits_longer_than_the_interval(options):
-    """Catches roots that grow older than the interval when a short interval gives way to a long one."""
+    """Fault: roots get older than the interval when a long interval follows a short one."""
     which, of_step = due(options), intervals(options)
     for phase in range(options.interval):
         steps = np.flatnonzero(which[:, phase])
@@ -82,8 +82,8 @@ def test_no_block_waits_longer_than_the_interval(options):
 
 
 @pytest.mark.parametrize(("interval", "start_step"), [(5, 0), (5, 3), (5, 5), (5, 6), (5, 40), (1, 7)])
-def test_start_step_finds_every_root_fresh(interval, start_step):
-    """Catches blocks without roots when preconditioning begins, and refreshes that nobody uses."""
+def test_all_roots_exist_at_start_step(interval, start_step):
+    """Faults: preconditioning starts with blocks without roots; refreshes before are unused."""
     options = ShampooOptions(interval=interval, start_step=start_step)
     which = due(options)
     begin = max(start_step - interval, 1)
