@@ -1,4 +1,4 @@
-"""Faults of one line that the tests must catch, for `mutants`."""
+"""List faults of one line that the tests must catch, for `mutants`."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,11 @@ class Mutant(NamedTuple):
 
     Attributes:
       name: short and unique.
-      file: relative to the root of the repository.
+      file: path relative to the root of the repository.
       before: text that occurs in the file exactly once.
       after: its replacement.
       fault: the effect on a user.
-      tests: the tests that must fail: "FILE::FUNCTION" without parameters, or a whole quick file.
+      tests: tests that must fail: "FILE::FUNCTION" without parameters, or a whole fast file.
     """
 
     name: str
@@ -29,7 +29,7 @@ OPTIMIZERS = (
         "optimizers/update/moments.py",
         "acting = acting / correction(beta1, step, options)",
         "acting = acting / 1",
-        "The first updates are ten times too short, because the average that began at zero is not corrected.",
+        "The first updates are ten times too short, because the bias of the average is not corrected.",
         ("tests/optimizers/test_shampoo.py::test_grafts_equal_optax_methods",),
     ),
     Mutant(
@@ -45,7 +45,7 @@ OPTIMIZERS = (
         "optimizers/update/decay.py",
         "result[i] += _coefficient(options, learning_rate, factor) * param",
         "result[i] += (learning_rate(0) if callable(learning_rate) else learning_rate) * options.weight_decay * param",
-        "Decoupled weight decay is multiplied by the learning rate twice and has next to no effect.",
+        "Decoupled weight decay is multiplied by the learning rate twice and has almost no effect.",
         ("tests/optimizers/test_baselines.py::test_decay_does_not_apply_to_biases_and_embeddings",),
     ),
     Mutant(
@@ -96,7 +96,7 @@ OPTIMIZERS = (
         "optimizers/preconditioners/kl_shampoo.py",
         "return x / jnp.sqrt(jnp.maximum(lengths, 1)).reshape(",
         "return x / jnp.maximum(lengths, 1).reshape(",
-        "KL-Shampoo's statistics shrink with the size of the block, and its roots blow updates up.",
+        "KL-Shampoo's statistics shrink with the size of the block, and its roots make updates explode.",
         ("tests/optimizers/test_family.py::test_kl_shampoos_statistics_are_the_covariance_of_a_kronecker_product",),
     ),
     Mutant(
@@ -142,7 +142,7 @@ OPTIMIZERS = (
         "optimizers/update/norms.py",
         "jnp.sqrt(wanted / jnp.where(own > 0, own, 1))",
         "jnp.ones_like(own)",
-        "Updates have the length of the roots' result in place of the graft's, at a learning rate tuned for Adam.",
+        "Updates have the norm of the preconditioned gradient instead of the graft's, at a learning rate tuned for Adam.",
         ("tests/optimizers/test_shampoo.py::test_stale_roots_do_not_blow_up_updates",),
     ),
     Mutant(
@@ -150,7 +150,7 @@ OPTIMIZERS = (
         "optimizers/refresh/schedule.py",
         "count = jnp.where(step <= last, options.interval // interval, count)",
         "count = jnp.where(step < last, options.interval // interval, count)",
-        "Some blocks miss a refresh where a short interval gives way to a longer one.",
+        "Some blocks miss a refresh when a longer interval follows a short one.",
         ("tests/optimizers/refresh/test_schedule.py",),
     ),
     Mutant(
@@ -174,7 +174,7 @@ OPTIMIZERS = (
         "optimizers/plan/tiles.py",
         "for name in self.free:",
         "for name in reversed(self.free):",
-        "On a mesh whose axes share a parameter, parts of its gradient are lost or land in other rows.",
+        "On a mesh whose axes share a parameter, parts of its gradient are lost or added to other rows.",
         (
             "tests/optimizers/test_exchange.py::test_blocks_reach_their_owners_and_return",
             "tests/optimizers/test_exchange.py::test_buckets_mix_tilings",
@@ -203,7 +203,7 @@ OPTIMIZERS = (
         "optimizers/checkpoint/manifest.py",
         ".transpose(np.argsort(axes))",
         ".transpose(axes)",
-        "A momentum that moves to blocks of another size comes back with its axes exchanged.",
+        "A momentum that is restored to blocks of another size has swapped axes.",
         (
             "tests/optimizers/checkpoint/test_inheritance.py::test_elements_keep_momentum_and_second_moment_in_blocks_of_any_size",
         ),
@@ -221,7 +221,7 @@ OPTIMIZERS = (
         "optimizers/host/parcels.py",
         "slot = jnp.where(count == at, slot, bucket.slots.shape[1])",
         "slot = jnp.where(count <= at, slot, bucket.slots.shape[1])",
-        "After a skipped step roots act a step early, so that a run depends on how slow the host was.",
+        "After a skipped step, roots are used a step early, so that a run depends on the host's speed.",
         ("tests/optimizers/host/test_host.py::test_skipped_steps_do_not_change_the_run",),
     ),
     Mutant(
@@ -237,7 +237,7 @@ OPTIMIZERS = (
         "optimizers/options.py",
         "self.delay >= shortest",
         "self.delay > shortest",
-        "A delay as long as the interval is accepted, and roots are overtaken by those after them.",
+        "A delay as long as the interval is accepted, and newer roots are installed before older ones.",
         (
             "tests/optimizers/test_options.py::test_invalid_options",
             "tests/optimizers/host/test_host.py::test_a_delay_that_reaches_the_next_refresh_is_refused",
@@ -267,7 +267,7 @@ OPTIMIZERS = (
         "optimizers/plan/patterns.py",
         "if re.fullmatch(pattern, path):",
         "if re.match(pattern, path):",
-        "A rule for one parameter also holds for every parameter whose path begins alike.",
+        "A rule for one parameter also applies to every parameter whose path has the same start.",
         (
             "tests/optimizers/plan/test_blocks.py::test_rules_separate_buckets",
             "tests/optimizers/test_reference.py::test_agrees_with_the_float64_reference",
@@ -299,7 +299,7 @@ FRAMEWORK = (
         "framework/step/guard.py",
         "consecutive=jnp.where(accepted, 0, guard.consecutive + 1)",
         "consecutive=jnp.where(accepted, guard.consecutive, guard.consecutive + 1)",
-        "A run of weeks stops after twenty bad steps in all.",
+        "A run of weeks stops after a total of twenty bad steps.",
         ("tests/framework/step/test_guard.py::test_verdicts_and_statistics_match_the_definition",),
     ),
     Mutant(
@@ -307,7 +307,7 @@ FRAMEWORK = (
         "framework/step/schedule.py",
         "decay_steps = total_steps - warmup_steps",
         "decay_steps = total_steps",
-        "The learning rate has not come down when the run ends.",
+        "The learning rate has not decayed when the run ends.",
         ("tests/framework/step/test_schedule.py::test_decay_ends_with_the_run",),
     ),
     Mutant(
@@ -315,7 +315,7 @@ FRAMEWORK = (
         "framework/base/durations.py",
         "return math.ceil(number * units.total_steps / 100)",
         "return math.floor(number * units.total_steps / 100)",
-        'In a short run "1%" is no step at all, and "every 1%" is never.',
+        'In a short run "1%" is 0 steps, and "every 1%" is never due.',
         ("tests/framework/base/test_durations.py",),
     ),
     Mutant(
@@ -323,7 +323,7 @@ FRAMEWORK = (
         "framework/hooks.py",
         "return save, evaluation, profile",
         "return evaluation, save, profile",
-        "An evaluation that fails costs all steps since the last checkpoint, at every restart again.",
+        "A failing evaluation loses all steps since the last checkpoint, at every restart.",
         ("tests/framework/test_train.py::test_a_failing_evaluation_loses_no_steps",),
     ),
     Mutant(
@@ -339,7 +339,7 @@ FRAMEWORK = (
         "framework/step/averaging.py",
         "weight = decay * averaging.weight + 1",
         "weight = 1 / (1 - decay)",
-        "The average keeps a part of the random initial parameters for a thousand steps.",
+        "The average contains the random initial parameters for a thousand steps.",
         ("tests/framework/step/test_averaging.py::test_ema_equals_that_of_optax_and_does_not_change_the_descent",),
     ),
     Mutant(
@@ -429,7 +429,7 @@ FRAMEWORK = (
         "framework/config/components.py",
         'if field != "name" and field not in known:',
         'if field == "" and field not in known:',
-        "A knob that the chosen class does not have is silently ignored.",
+        "A knob that the class does not have is ignored without an error.",
         (
             "tests/framework/config/test_config.py::test_a_file_that_names_another_component_but_keeps_the_fields_is_refused",
         ),
@@ -439,7 +439,7 @@ FRAMEWORK = (
         "framework/config/overrides.py",
         "    for key, text in pairs:",
         "    for key, text in reversed(pairs):",
-        "Of two flags for one knob the first holds, so that a flag added to a script has no effect.",
+        "The first of two flags for one knob wins, so that a flag added to a script has no effect.",
         ("tests/framework/config/test_config.py::test_overrides_have_the_types_of_their_knobs",),
     ),
     Mutant(
@@ -463,7 +463,7 @@ FRAMEWORK = (
         "framework/checkpoint/ownership.py",
         "    if holder != run:\n",
         "    if not holder:\n",
-        "Where the file system has no locks, two runs save in one workdir.",
+        "On a file system without locks, two runs save into one workdir.",
         ("tests/framework/checkpoint/test_ownership.py::test_without_locks_the_older_run_stops_at_its_next_save",),
     ),
     Mutant(
@@ -489,7 +489,7 @@ FRAMEWORK = (
         "framework/setup.py",
         'if start.kind == "own" and "data" not in changeable:',
         'if start.kind == "init" and "data" not in changeable:',
-        "A run resumes on other training data than it began with.",
+        "A run resumes with other training data.",
         ("tests/framework/checkpoint/test_takeover.py::test_other_training_data_are_refused_or_reported",),
     ),
     Mutant(
@@ -497,7 +497,7 @@ FRAMEWORK = (
         "framework/sharding/global_batch.py",
         "first = np.searchsorted(self.rows, start)",
         "first = start % len(self.rows)",
-        "With several processes devices get the rows of other devices, and some rows twice.",
+        "With several processes, devices get rows of other devices, and some rows twice.",
         (
             "tests/framework/sharding/test_global_batch.py"
             "::test_rows_have_one_order_on_any_mesh_and_number_of_processes",
@@ -516,7 +516,7 @@ FRAMEWORK = (
         "framework/data/pipeline.py",
         "return {name: np.zeros_like(array) for name, array in self._source[0].items()}",
         "return {name: np.ones_like(array) for name, array in self._source[0].items()}",
-        "Examples that fill up the last held-out batch count in the held-out loss.",
+        "Padding of the last held-out batch counts in the held-out loss.",
         ("tests/framework/data/test_pipeline.py::test_heldout_pass",),
     ),
     Mutant(
@@ -524,7 +524,7 @@ FRAMEWORK = (
         "framework/data/preparing/preparing.py",
         "own = [Worker(process * workers + worker, processes * workers) for worker in range(workers)]",
         "own = [Worker(worker, processes * workers) for worker in range(workers)]",
-        "Every host of a preparation makes the same shards, and the others are never made.",
+        "Every host of a preparation writes the same shards, and the others are never written.",
         ("tests/framework/data/test_preparing.py::test_a_prepared_cache_gives_the_same_batches",),
     ),
     Mutant(
@@ -532,7 +532,7 @@ FRAMEWORK = (
         "framework/data/text/packing.py",
         "start += len(piece) - 1",
         "start += len(piece)",
-        "Wherever a document continues in the next row, one of its tokens is never predicted.",
+        "If a document continues in the next row, one of its tokens is never predicted.",
         ("tests/framework/data/test_packing.py::test_every_token_is_predicted_exactly_once_from_its_predecessor",),
     ),
     Mutant(
@@ -540,7 +540,7 @@ FRAMEWORK = (
         "framework/data/masked/next_sentence.py",
         "elsewhere = documents[other + (other >= number)]",
         "elsewhere = documents[other]",
-        "BERT's pairs that should not belong together come from one document, and their label is wrong.",
+        "BERT's negative pairs come from one document, and their label is wrong.",
         ("tests/framework/data/test_masked.py::test_labels_of_next_sentences",),
     ),
     Mutant(
@@ -575,7 +575,7 @@ FRAMEWORK = (
         "framework/data/images/images.py",
         "return _example(np.zeros((1, 1, 3), np.uint8), 0, 0)",
         "return _example(np.zeros((1, 1, 3), np.uint8), 0, 1)",
-        "Black pixels that stand for damaged images are trained on as class 0.",
+        "Black placeholders of damaged images are trained on as class 0.",
         ("tests/framework/data/test_images.py::test_malformed_images_have_weight_0_and_are_named",),
     ),
     Mutant(
@@ -599,7 +599,7 @@ FRAMEWORK = (
         "framework/checkpoint/saving.py",
         "        beginning.result()\n",
         "        beginning.done()\n",
-        "A checkpoint that cannot even be begun is reported as a file that is missing, or not at all.",
+        "A save that cannot start is reported as a missing file, or not at all.",
         ("tests/framework/checkpoint/test_saving.py::test_a_save_that_cannot_start_is_reported",),
     ),
 )
@@ -610,7 +610,7 @@ MODELS = (
         "models/attention.py",
         "(queries[:, None] >= keys[None, :])",
         "(queries[:, None] + 1 >= keys[None, :])",
-        "The model reads the token that it is to predict: a loss near zero, and nothing learnt.",
+        "The model reads the token that it predicts: the loss is near zero, and it learns nothing.",
         ("tests/models/test_lm.py::test_causality",),
     ),
     Mutant(
@@ -650,7 +650,7 @@ MODELS = (
         "models/dlrm.py",
         'nats = (batch["weight"] * nats_B).sum()',
         "nats = nats_B.sum()",
-        "Examples that fill up a batch count as clicks that did not happen.",
+        "Padding examples count as examples without a click.",
         ("tests/models/test_dlrm.py::test_examples_of_zeros_have_no_weight",),
     ),
     Mutant(
@@ -658,7 +658,7 @@ MODELS = (
         "models/dlrm.py",
         "below + negatives / 2",
         "below + negatives",
-        "A model that says the same of every example has an AUC of 1.",
+        "A model with equal scores for all examples has an AUC of 1.",
         ("tests/models/test_dlrm.py::test_auc_equals_scikit_learn",),
     ),
     Mutant(
@@ -666,7 +666,7 @@ MODELS = (
         "models/moe.py",
         "slots = jnp.cumsum(wanted, axis=-2) - 1 + taken",
         "slots = jnp.cumsum(wanted, axis=-2) - 1",
-        "Second choices share slots with first ones: an expert sees the sum of two tokens.",
+        "Second choices share slots with first ones: an expert gets the sum of two tokens.",
         ("tests/models/test_moe.py::test_routing_against_a_loop",),
     ),
     Mutant(
@@ -682,7 +682,7 @@ MODELS = (
         "models/translation.py",
         "if train and self.label_smoothing:",
         "if self.label_smoothing:",
-        "The held-out loss has label smoothing in it, and cannot be compared with other runs.",
+        "The held-out loss includes label smoothing, and cannot be compared with other runs.",
         ("tests/models/test_translation.py::test_loss_and_metrics_by_hand",),
     ),
     Mutant(
@@ -709,7 +709,7 @@ LAUNCH = (
         "launch/train.py",
         'return 128 + signal.Signals[result["stopped"]] if result["stopped"] else 0',
         "return 0",
-        "A scheduler takes a run that was preempted for a complete one and does not start it again.",
+        "A scheduler regards a preempted run as complete and does not restart it.",
         ("tests/launch/test_train_cli.py::test_the_exit_code_says_how_training_ended",),
     ),
     Mutant(
@@ -725,7 +725,7 @@ LAUNCH = (
         "launch/gang.py",
         "if failure.code != _OTHER_FAILED]",
         "if failure.code == _OTHER_FAILED]",
-        "The exit code is that of a process that ended because another one had failed.",
+        "The exit code is that of a process that ended because another one failed.",
         ("tests/launch/test_local.py::test_the_exit_code_is_that_of_the_first_failure",),
     ),
     Mutant(
@@ -733,7 +733,7 @@ LAUNCH = (
         "launch/flags.py",
         'if value.startswith("--"):',
         'if value == "--":',
-        "A flag whose value is forgotten swallows the flag behind it.",
+        "A flag without its value takes the next flag as its value.",
         ("tests/launch/test_train_cli.py::test_bad_input_is_one_line_and_writes_nothing",),
     ),
     Mutant(
@@ -741,7 +741,7 @@ LAUNCH = (
         "launch/environment.py",
         'os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")',
         'os.environ["OPENBLAS_NUM_THREADS"] = "1"',
-        "The number of threads that a user has set in the environment is ignored.",
+        "The number of threads set in the environment is ignored.",
         ("tests/launch/test_environment.py::test_settings_of_the_user_are_kept",),
     ),
     Mutant(
@@ -757,7 +757,7 @@ LAUNCH = (
         "launch/checkpoint.py",
         "intact = intact and not faults",
         "intact = not faults",
-        "verify exits with 0 although a checkpoint is damaged, if the one checked after it is whole.",
+        "verify exits with 0 although a checkpoint is damaged, if the one checked after it is intact.",
         ("tests/launch/test_checkpoint.py::test_verify_names_each_damaged_file",),
     ),
     Mutant(
@@ -781,7 +781,7 @@ LAUNCH = (
         "launch/prepare.py",
         "int(match[1]) >= int(match[2])",
         "int(match[1]) > int(match[2])",
-        "--process=4/4 is accepted, and the first share is never made.",
+        "--process=4/4 is accepted, and the first share is never prepared.",
         ("tests/framework/data/test_preparing.py::test_a_cache_that_does_not_match_is_one_line",),
     ),
 )
@@ -800,7 +800,7 @@ CONFIGS = (
         "configs/base.py",
         "**{shared: config.task.get_ref(shared)}",
         "**{shared: config.task[shared]}",
-        "An override of task.vocab_size leaves the data as they are, and tokens beyond it read the last row.",
+        "An override of task.vocab_size does not change the data, and tokens beyond it read the last row.",
         ("tests/framework/config/test_config.py::test_shipped_configs_can_be_built",),
     ),
 )

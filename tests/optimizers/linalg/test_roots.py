@@ -118,8 +118,8 @@ def test_ridge_on_matrices_that_float32_cannot_resolve(solver, p):
 
 @pytest.mark.parametrize(("solver", "ridge"), solvers_with([1e-6, 1e-4], {"newton": 1e-6, "eigh": 1e-4}))
 def test_negative_eigenvalues_count_as_zero_or_are_refused(solver, ridge):
-    """Catches Newton returning what it made of a matrix with an eigenvalue below the ridge, and the matrix beside it
-    changing."""
+    """Fault: Newton returns an invalid root of a matrix with an eigenvalue below the ridge, or changes another matrix
+    of the batch."""
     n = 64
     rounded = np.asarray(jnp.asarray(matrix(half_rank(n)), jnp.bfloat16), np.float32)
     small = matrix(np.append(spread(n - 1, 1e2), -0.01 * ridge))
