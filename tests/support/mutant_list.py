@@ -142,7 +142,7 @@ OPTIMIZERS = (
         "optimizers/update/norms.py",
         "jnp.sqrt(wanted / jnp.where(own > 0, own, 1))",
         "jnp.ones_like(own)",
-        "Updates have the norm of the preconditioned gradient instead of the graft's, at a learning rate tuned for Adam.",
+        "Updates have the norm of the preconditioned gradient, not the graft's, at a learning rate tuned for Adam.",
         ("tests/optimizers/test_shampoo.py::test_stale_roots_do_not_blow_up_updates",),
     ),
     Mutant(
