@@ -49,7 +49,7 @@ def entry_points():
 def test_no_entry_point_imports_jax_before_its_environment_is_set():
     """Fault: libtpu complains at length before the first line, or OpenBLAS spins, or XLA computes wrong numbers.
 
-    Each entry point is imported in a fork of its own, until it imports JAX or NumPy.
+    Each entry point is imported in its own fork until it imports JAX or NumPy.
     """
     program = f"""
         import importlib, os, sys

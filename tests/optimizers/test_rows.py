@@ -1,4 +1,4 @@
-"""Test row-wise AdaGrad for tables beside Shampoo for matrices: memory, sharding and takeover."""
+"""Test row-wise AdaGrad for tables together with Shampoo for matrices: memory, sharding and takeover."""
 
 import dataclasses
 import json

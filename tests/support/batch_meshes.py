@@ -9,7 +9,7 @@ from shampax.framework.data.pipeline import Batches, HeldoutBatches
 from shampax.framework.sharding import meshes
 from shampax.framework.sharding.global_batch import Share
 
-BATCH, EXAMPLES, STEPS = 12, 31, (0, 2, 3, 17)  # batches 2 and 17 lie in two epochs
+BATCH, EXAMPLES, STEPS = 12, 31, (0, 2, 3, 17)  # batches 2 and 17 are in two epochs
 
 
 MESHES = {
@@ -18,7 +18,7 @@ MESHES = {
     "data=2 fsdp=2": ({"data": 2, "fsdp": 2}, (0, 1, 2, 3)),
     "data=2 expert=2": ({"data": 2, "expert": 2}, (0, 1, 2, 3)),
     "data=2 tensor=2": ({"data": 2, "tensor": 2}, (0, 1, 2, 3)),
-    "tensor=4": ({"tensor": 4}, (0, 1, 2, 3)),  # a batch lies whole on devices of two processes
+    "tensor=4": ({"tensor": 4}, (0, 1, 2, 3)),  # devices of two processes have the whole batch
     "sequence=4": ({"sequence": 4}, (0, 1, 2, 3)),
 }
 

@@ -1,4 +1,4 @@
-"""Runs of Distributed Shampoo on given gradients; runs of the same options and layout share one compiled step."""
+"""Run Distributed Shampoo on given gradients. Runs with equal options and layout share one compiled step."""
 
 import contextlib
 import dataclasses
@@ -21,17 +21,17 @@ from shampax.optimizers.preconditioners import PRECONDITIONERS
 
 Tree = dict[str, Any]
 
-# A run that should be the same on every mesh: two buckets, a padded parameter and a diagonal one.
+# A run that must be equal on every mesh: two buckets, a padded parameter and a diagonal one.
 SHARDED_SHAPES = {"bias": (64,), "down": (64, 24), "odd": (31, 23), "square": (32, 16), "up": (24, 64)}
 SHARDED_OPTIONS = ShampooOptions(block_size=16, interval=4, exponent=0.5, ridge=1e-4)
-# The other preconditioners, as a treatment names them.
+# The treatments of the other preconditioners.
 SIBLINGS = [name for name, member in PRECONDITIONERS.items() if member.name == name != "shampoo"]
 
 
 def sharded_options(kind: str) -> ShampooOptions:
-    """`SHARDED_OPTIONS` with another preconditioner on every matrix.
+    """Return `SHARDED_OPTIONS` with another preconditioner on every matrix.
 
-    Statistics have full rank before the first refresh: of others the eigenvectors are anyone's.
+    Statistics have full rank before the first refresh, because other eigenvectors are arbitrary.
     """
     if kind == "shampoo":
         return SHARDED_OPTIONS
@@ -76,25 +76,25 @@ def family_layout(name: str) -> tuple[Mesh | None, Tree | None]:
 
 
 class Run(NamedTuple):
-    """What happened: after each step the updates (numpy, for a learning rate of 1) and the state."""
+    """The updates (NumPy, for a learning rate of 1) and the state after each step."""
 
     updates: list[dict[str, np.ndarray]]
     states: list[ShampooState]
 
     def positions(self, start: Mapping[str, np.ndarray] | None = None) -> list[dict[str, np.ndarray]]:
-        """The parameters after each step, from `start` or from zeros."""
+        """Return the parameters after each step, from `start` or from zeros."""
         now = start or {k: np.zeros_like(u) for k, u in self.updates[0].items()}
         return [now := {k: now[k] + u for k, u in updates.items()} for updates in self.updates]
 
 
 def gradients(steps: int, shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> list[Tree]:
-    """N(0, 1) gradients."""
+    """Return N(0, 1) gradients."""
     random = np.random.default_rng(seed)
     return [{k: random.normal(size=s).astype(np.float32) for k, s in shapes.items()} for _ in range(steps)]
 
 
 def zeros(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Parameters to start from."""
+    """Return parameters to start from."""
     return {k: np.zeros(s, np.float32) for k, s in shapes.items()}
 
 
@@ -104,12 +104,12 @@ def optimizer(
     names: Tree | None = None,
     specs: Tree | None = None,
 ) -> DistributedShampoo:
-    """Distributed Shampoo with a learning rate of 1; without specs, parameters are replicated."""
+    """Return Distributed Shampoo with a learning rate of 1. Without specs, parameters are replicated."""
     return distributed_shampoo(1.0, options, mesh=mesh, axis_names=names, param_specs=specs)
 
 
 def place(tree: Tree, mesh: Mesh | None, specs: Tree | None) -> Tree:
-    """Arrays where their specs say."""
+    """Put arrays on devices by their specs."""
     if mesh is None:
         return jax.device_put(tree, jax.devices()[0])
     return {k: jax.device_put(x, NamedSharding(mesh, (specs or {}).get(k, PartitionSpec()))) for k, x in tree.items()}
@@ -121,7 +121,7 @@ def _frozen(tree: Tree | None) -> Any:
 
 @functools.cache
 def _compiled(options: ShampooOptions, mesh: Mesh | None, names: Any, specs: Any, like: Any) -> tuple[Any, ...]:
-    """(optimizer, shardings of its state, init, step) for parameters given as (name, shape, dtype).
+    """Return (optimizer, shardings of its state, init, step) for parameters given as (name, shape, dtype).
 
     The step returns (updates, state, parameters).
     """
@@ -149,11 +149,11 @@ def train(
     names: Tree | None = None,
     specs: Tree | None = None,
 ) -> Run:
-    """One step for each gradient of the stream, from a state or from the beginning."""
+    """Train one step on each gradient of the stream, from a state or from the start."""
     like = tuple((k, g.shape, g.dtype) for k, g in sorted(stream[0].items()))
     tx, shardings, init, step = _compiled(options, mesh, _frozen(names), _frozen(specs), like)
     params = place(params or {k: np.zeros_like(g) for k, g in stream[0].items()}, mesh, specs)
-    # A state that lies elsewhere would compile the step a second time.
+    # A state with other shardings would compile the step again.
     state = init(params) if state is None else jax.device_put(state, shardings or jax.devices()[0])
     run = Run([], [])
     with contextlib.closing(service(tx, params)) as host:
@@ -167,7 +167,7 @@ def train(
 
 
 def by_block(tx: DistributedShampoo, params: Tree, state: ShampooState) -> dict[tuple[str, int], Any]:
-    """(path, number of the block within its parameter) -> the block's state, wherever it is kept."""
+    """Return (path, number of the block in its parameter) -> state of the block."""
     result = {}
     for bucket in tx.plan(params).buckets:
         kept, number = state.buckets[bucket.name], 0
@@ -181,7 +181,7 @@ def by_block(tx: DistributedShampoo, params: Tree, state: ShampooState) -> dict[
 
 
 def inherited(tx, params, manifest, saved, renamed=lambda path: path):
-    """The state of `tx` for `params`, as checkpoints hold it and in NumPy, taken over from a saved one."""
+    """Return the state of `tx` for `params` as NumPy checkpoint arrays, restored from a saved state."""
     arrays = {name: np.asarray(x) for name, x in zip(patterns.paths(saved), jax.tree.leaves(saved), strict=True)}
     shapes = {name: x.shape for name, x in arrays.items()}
     inheritance = tx.inheritance(params, json.loads(json.dumps(manifest)), shapes, renamed)

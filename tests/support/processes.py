@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# Seconds after which a process counts as hung; a loaded machine takes a minute for what an idle one does in seconds.
+# Seconds after which a process counts as hung; work of seconds takes a minute on a loaded machine.
 LIMIT = 300.0
 
-# Ends a process that is left alone within a minute, and waits as long at exit.
+# Starts JAX. A process without the others ends within a minute, and waits no longer than that at exit.
 _START = """
 import os, sys
 import jax
@@ -65,7 +65,7 @@ class Job(contextlib.ExitStack):
                 "JAX_COORDINATOR_ADDRESS": address,
                 "JAX_NUM_PROCESSES": str(processes),
                 "JAX_PROCESS_ID": str(index),
-                "MEETING": str(meeting),  # a folder that all have in common
+                "MEETING": str(meeting),  # a folder shared by all
             }
             environment = os.environ | environment | (variables or {})
             with (self._files / f"{index}.out").open("w") as out, (self._files / f"{index}.err").open("w") as err:

@@ -77,7 +77,7 @@ class Step(NamedTuple):
     Attributes:
       tx: the optimizer.
       params, state: ShapeDtypeStructs with shardings.
-      lowered: the step; the state is donated, updates lie as the parameters do.
+      lowered: the step; the state is donated, updates are sharded like the parameters.
     """
 
     tx: Any
@@ -87,7 +87,7 @@ class Step(NamedTuple):
 
 
 def lower_step(tx: optax.GradientTransformation, params: Any, mesh: Mesh | None) -> Step:
-    """See Step."""
+    """Lower a step; see Step."""
     state = laid_out_state(tx, params, mesh)
     own = jax.tree.map(lambda x: x.sharding, (params, state)) if mesh else None
     lowered = jax.jit(tx.update, out_shardings=own, donate_argnums=1).lower(params, state, params)
@@ -95,7 +95,7 @@ def lower_step(tx: optax.GradientTransformation, params: Any, mesh: Mesh | None)
 
 
 def lower_shampoo(shapes: Shapes, mesh: Mesh | None, specs: Specs, options: ShampooOptions, names: Any = None) -> Step:
-    """Return a step of Distributed Shampoo that knows the sharding of the parameters."""
+    """Lower a step of Distributed Shampoo that gets the shardings of the parameters."""
     by_name = {name: specs(name) for name in shapes} if mesh else None
     tx = distributed_shampoo(0.01, options, mesh=mesh, axis_names=names, param_specs=by_name)
     return lower_step(tx, structs(shapes, mesh, specs), mesh)

@@ -1,4 +1,4 @@
-"""Distributed Shampoo in float64 NumPy, one block at a time: the algorithm as written, and no machinery."""
+"""Compute Distributed Shampoo in float64 NumPy, one block at a time, as the algorithm is written."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,7 @@ from shampax.optimizers.preconditioners.muon import POLYNOMIALS
 
 
 def inverse_root(a, p, ridge=0.0, cut=0.0):
-    """V diag(w)^(-1/p) V' with a ridge or a cut relative to the largest eigenvalue."""
+    """Return V diag(w)^(-1/p) V' with a ridge or a cut relative to the largest eigenvalue."""
     w, v = np.linalg.eigh((a + a.T) / 2)
     w = np.maximum(w, 0)
     if cut:
@@ -24,7 +24,7 @@ def inverse_root(a, p, ridge=0.0, cut=0.0):
 
 
 def stored(x, dtype):
-    """What is left of x after it was stored in a dtype."""
+    """Return x rounded to a storage dtype."""
     return x.astype(ml_dtypes.bfloat16).astype(np.float64) if dtype == "bfloat16" else x
 
 
@@ -37,7 +37,7 @@ def unfolding(tensor, side):
 
 
 def along(tensor, side, matrix):
-    """The tensor with a matrix applied along one of its sides: from the left for side 0, from the right for side 1."""
+    """Apply a matrix along one side of a tensor: from the left for side 0, from the right for side 1."""
     return np.moveaxis(np.tensordot(matrix, tensor, (1, side)), 0, side)
 
 
@@ -46,7 +46,7 @@ def first_match(rules, path):
 
 
 def view(shape, names, treatment, options):
-    """(axes that stack matrices, groups of neighbouring axes that form the sides, in the order of the parameter)."""
+    """Return (axes that stack matrices, groups of neighbouring axes that form the sides, in the parameter's order)."""
     if names is None:
         stack = list(range(min(treatment.stack, len(shape))))
     else:
@@ -73,19 +73,19 @@ def view(shape, names, treatment, options):
 
 @dataclasses.dataclass
 class Block:
-    """One block of one matrix: where it lies, and for each preconditioned side its statistics and root (or basis)."""
+    """One block of a matrix: its position, and for each preconditioned side its statistics and root (or basis)."""
 
     at: tuple[slice, ...]
     statistics: dict[int, Any]
     roots: dict[int, Any] | None = None
     second: Any = 0.0  # in the basis, under SOAP
-    largest: float = 0.0  # entry of its gradients so far
+    largest: float = 0.0  # largest entry of its gradients so far
     to_come: dict[int, Any] = dataclasses.field(default_factory=dict)  # step after which they act -> roots
 
 
 @dataclasses.dataclass
 class Matrix:
-    """A matrix (or tensor) of a parameter's stack; a whole parameter, without blocks, under diagonal treatment."""
+    """A matrix (or tensor) of a parameter's stack; with a diagonal treatment, a whole parameter without blocks."""
 
     momentum: Any
     second: Any
@@ -112,7 +112,7 @@ class Parameter:
 
         self.lengths = lengths
         self.order = sorted(range(len(sides)), key=lambda i: lengths[i])
-        # Axes of length 1 belong to no side of a tensor; anywhere will do.
+        # Axes of length 1 belong to no side of a tensor; their position does not matter.
         self.axes = (*stack, *(i for i in range(self.x.ndim) if i not in stack))
         self.stacks = math.prod(self.x.shape[i] for i in stack)
 
@@ -142,14 +142,14 @@ class Parameter:
             self.matrices.append(Matrix(np.zeros(shape), np.zeros(shape), np.zeros(shape), blocks))
 
     def split(self, x):
-        """A tensor of the parameter's shape as the list of its matrices."""
+        """Split a tensor of the parameter's shape into the list of its matrices."""
         if self.diagonal:
             return [x]
         stack = x.transpose(self.axes).reshape(self.stacks, *self.lengths)
         return [matrix.transpose(self.order) for matrix in stack]
 
     def join(self, matrices):
-        """The other way."""
+        """Invert `split`."""
         if self.diagonal:
             return matrices[0]
         stack = np.stack([matrix.transpose(np.argsort(self.order)) for matrix in matrices])
@@ -157,7 +157,7 @@ class Parameter:
 
 
 def normalize(g, units):
-    """The gradient with each unit divided by its norm."""
+    """Divide each unit of the gradient by its norm."""
     h = np.zeros_like(g)
     for at in units:
         h[at] = g[at] * ratio(1.0, np.linalg.norm(g[at]))
@@ -165,7 +165,7 @@ def normalize(g, units):
 
 
 def diagonal_method(o, a, v, beta2, t):
-    """The methods that can graft, written out."""
+    """Compute the methods that can graft."""
     correction = 1 - beta2**t if o.bias_correction and beta2 < 1 else 1.0
     return {
         "adam": lambda: a / (np.sqrt(v / correction) + o.epsilon),
@@ -178,7 +178,7 @@ def diagonal_method(o, a, v, beta2, t):
 
 
 def direction(o, rule, matrix, g, t):
-    """What one matrix moves by, per unit of learning rate and before weight decay."""
+    """Return the update of one matrix for a learning rate of 1, before weight decay."""
     whole = (slice(None),) * g.ndim
     units = [b.at for b in matrix.blocks] if o.graft_norm == "block" and matrix.blocks else [whole]
     h = normalize(g, units) if o.graft.endswith("_normalized") else g
@@ -224,7 +224,7 @@ def direction(o, rule, matrix, g, t):
 
 
 def soap(o, rule, b, a, h, t):
-    """Adam on the gradient turned into the basis, turned back."""
+    """Apply Adam to the gradient in the basis, and rotate the result back."""
     bases = b.roots or {side: np.eye(len(s)) for side, s in b.statistics.items()}
     for side, q in bases.items():
         a, h = along(a, side, q.T), along(h, side, q.T)
@@ -237,13 +237,13 @@ def soap(o, rule, b, a, h, t):
 
 
 def iterated(s, q):
-    """One step of orthogonal iteration, the directions of most variance first."""
+    """Do one step of orthogonal iteration; directions of largest variance come first."""
     order = np.argsort(-np.diag(q.T @ s @ q))
     return np.linalg.qr(s @ q[:, order])[0]
 
 
 def new_bases(b):
-    """Eigenvectors; from old ones by one step of orthogonal iteration. The second moment goes along."""
+    """Return eigenvectors, from old ones by one step of orthogonal iteration, and the rotated second moment."""
     new = {
         side: np.linalg.eigh(s)[1][:, ::-1] if b.roots is None else iterated(s, b.roots[side])
         for side, s in b.statistics.items()
@@ -255,7 +255,8 @@ def new_bases(b):
 
 
 def muon(o, a):
-    """The nearest matrix with orthonormal rows, as the polynomials come to it, as long as an update of Adam's."""
+    """Return the polynomial approximation of the nearest matrix with orthonormal rows, with the length of Adam's
+    update."""
     x = a / (1.01 * np.linalg.norm(a)) if a.any() else a
     for c1, c3, c5 in POLYNOMIALS[o.orthogonalization]:
         x = c1 * x + c3 * x @ x.T @ x + c5 * x @ x.T @ x @ x.T @ x
@@ -263,7 +264,7 @@ def muon(o, a):
 
 
 def whitened(b, u, side):
-    """A block's gradient with the root applied along every other side, over the root of their lengths (KL-Shampoo).
+    """Apply the root along every other side of a block's gradient, divided by the root of their lengths (KL-Shampoo).
 
     Before the first roots the other sides are the identity, in units of the power of two above the largest entry.
     """
@@ -279,13 +280,13 @@ def whitened(b, u, side):
 
 
 def row_direction(o, matrix, g):
-    """Row-wise AdaGrad: every element of a row is divided by the root of the row's summed mean squares."""
+    """Divide every element by the root of its row's sum of mean squares (row-wise AdaGrad)."""
     matrix.second = matrix.second + (g**2).mean(axis=-1, keepdims=True)
     return g / (np.sqrt(matrix.second) + o.epsilon)
 
 
 def accumulate(o, rule, matrix, g, t):
-    """Statistics of every block: the mean gradient of the last few steps makes one update."""
+    """Update the statistics of every block with the mean gradient of the last few steps."""
     matrix.buffer = matrix.buffer + g
     if t % o.statistics_every:
         return
@@ -305,7 +306,7 @@ def delay(o):
 
 
 def due_phases(o, t):
-    """The numbers modulo the interval whose blocks are refreshed at step t."""
+    """Return the phases (block numbers modulo the interval) that are refreshed at step t."""
     if t < o.start_step - o.interval - delay(o):
         return set()
     interval_at = [next((k for last, k in o.early_intervals if s <= last), o.interval) for s in range(1, t + 1)]
@@ -317,7 +318,7 @@ def due_phases(o, t):
 
 
 def refresh(o, rule, p, block, t):
-    """New roots of one block, once it has seen a gradient; they act from the step after t + delay on."""
+    """Refresh the roots of one block after its first gradient. They are used from the step after t + delay on."""
     updates = t // o.statistics_every
     correction = 1 - rule.beta2**updates if o.bias_correction and rule.beta2 < 1 and updates > 0 else 1.0
     if not block.statistics or not all(s.any() for s in block.statistics.values()):
@@ -332,7 +333,7 @@ def refresh(o, rule, p, block, t):
 
 
 def flatten(tree, path=""):
-    """{path: leaf} of nested dicts, in the order of jax.tree.leaves."""
+    """Return {path: leaf} of nested dicts, in the order of jax.tree.leaves."""
     if not isinstance(tree, dict):
         return {path: tree}
     joined = {key: f"{path}/{key}" if path else key for key in sorted(tree)}
@@ -340,7 +341,7 @@ def flatten(tree, path=""):
 
 
 def run(params, gradients, options, rate, axis_names=None):
-    """Parameters after each step, as a list of {path: array}.
+    """Return the parameters after each step as a list of {path: array}.
 
     Args:
       params: nested dicts of arrays.
@@ -353,7 +354,7 @@ def run(params, gradients, options, rate, axis_names=None):
     names = flatten(axis_names) if axis_names is not None else {}
     parameters = {path: Parameter(path, x, names.get(path), o) for path, x in flatten(params).items()}
     preconditioned = [q for q in parameters.values() if not q.diagonal]
-    # Stable: in a bucket the parameters keep the order of the tree.
+    # A stable sort: parameters of a bucket keep the order of the tree.
     numbered = [
         (q, block)
         for q in sorted(preconditioned, key=lambda q: q.bucket)

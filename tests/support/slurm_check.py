@@ -26,7 +26,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "clusters" / "slurm.sbatch"
-NODES = [socket.gethostname(), "localhost"]  # two names of one machine, which both can be found
+NODES = [socket.gethostname(), "localhost"]  # two host names that resolve to one machine
 SMALL = {
     "task.layers": 2,
     "task.embed_dim": 32,
@@ -181,7 +181,7 @@ def check(place: Path) -> dict[str, dict[str, object]]:
     cancelled.ended()
     note("cancelled", cancelled, state="CANCELLED", restarts=0)
 
-    # Slurm looks at time limits once a minute or so.
+    # Slurm checks time limits about once a minute.
     limited = Job(place, "limited", "--time=2", "--signal=TERM@60", steps=100_000)
     wait_for("a restart", lambda: int(limited.field("Restarts") or 0) == 1, 300)
     wait_for("a resumed run", lambda: "resuming from" in limited.log.read_text(), 300)
@@ -228,14 +228,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=Path, help="a new folder for workdirs, logs and configuration, which stays")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # not without ending the daemons
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # end the daemons first
     os.environ["PYTHON"] = sys.executable
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     with contextlib.ExitStack() as stack:
         place = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         place.mkdir(exist_ok=True)
         place.chmod(0o755)  # munged insists
-        # All jobs compile the same programs; those after the first are at work before their time limit.
+        # All jobs compile the same programs, so that later jobs train before their time limit.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(place.resolve() / "programs")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         stack.enter_context(slurm(place.resolve()))

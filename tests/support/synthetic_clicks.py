@@ -1,4 +1,4 @@
-"""Synthetic clicks of a hidden teacher, to test whether a model learns.
+"""Generate clicks of a hidden teacher, to test whether a model learns.
 
 An example is a function of the seed and its index. Categories follow a power law, integers are log-normal, some fields
 are empty. The teacher's logit is a sum of a number for each category, a slope times the logarithm of each integer, and
@@ -18,7 +18,7 @@ from shampax.framework.dataset import Split
 
 _HIDDEN = 4  # length of the teacher's vectors
 _EMPTY = 0.05  # share of the integers
-_SHARES = 0.6, 0.3, 0.1  # of the logit's variance: categories, integers, products
+_SHARES = 0.6, 0.3, 0.1  # shares of the logit's variance: categories, integers, products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SyntheticClicks:
     examples_in_heldout: int = 10_000
     values: int = 1_000  # distinct values of each category
     signal: float = 1.0  # approximate standard deviation of the teacher's logits; AUC rises with it
-    seed: int = 0  # of the teacher and of the examples
+    seed: int = 0  # seed of the teacher and of the examples
 
     def __post_init__(self):
         for name in ("examples_in_train", "examples_in_heldout", "values"):
@@ -40,7 +40,7 @@ class SyntheticClicks:
 
     @property
     def tokens_per_example(self) -> int:
-        """One."""
+        """Return 1."""
         return 1
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -89,7 +89,7 @@ class TaughtClicks:
         integers = np.maximum(np.expm1(logarithms), -2).astype(np.int32)
         every = np.arange(CATEGORIES)
         vectors = self._vectors[every, values]
-        # The teacher sees the same integers as a model.
+        # The teacher gets the same integers as a model.
         seen = np.log1p(np.maximum(integers, 0))
         empty = random.random(INTEGERS) < _EMPTY
         logit = self._values[every, values].sum() + self._slopes @ np.where(empty, 0, seen - 2)

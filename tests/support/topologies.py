@@ -21,7 +21,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 DEVICES = 8
 BOUND = 1e-6
 QUIET = ("evaluation.every=0 steps", "evaluation.batches=1", "checkpoint.every=0 steps", "log.every=1 steps")
-# What the samples need for so few steps, or to leave out what is no training.
+# Overrides that make runs short: a short warm-up, short translations.
 CHANGES: dict[str, tuple[str, ...]] = {
     "lm": (),
     "translation": ("task.beam_size=1", "task.decode_length=2"),

@@ -6,7 +6,7 @@ import math
 import jax
 from jax.extend import core
 
-# Programs are small and run once: without LLVM's optimisations they compile in a third of the time.
+# Programs are small and run once: they compile in a third of the time without LLVM's optimisations.
 quick_jit = functools.partial(
     jax.jit,
     compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},

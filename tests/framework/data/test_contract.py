@@ -53,7 +53,7 @@ def test_the_fingerprint_depends_on_how_text_was_split(source, tmp_path):
 
 
 def test_without_rows_there_is_no_fingerprint(source, tmp_path):
-    """Fault: a traceback if nothing is prepared or the note beside the rows is damaged."""
+    """Fault: a traceback if nothing is prepared or the note with the rows is damaged."""
     cache = tmp_path / "cache"
     data = TextData(source=f"file:{source}", sequence_length=16, vocab_size=300)
     with pytest.raises(UserError, match="call prepare first"):

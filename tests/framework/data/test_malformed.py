@@ -11,7 +11,7 @@ def mixed(good, bad):
 
 
 def test_usable_records_stay_in_order_and_malformed_ones_are_counted():
-    """Faults: a record beside a malformed one is lost; the limit is too low by one."""
+    """Faults: a record next to a malformed one is lost; the limit is too low by one."""
     rejects = Rejects(2)
     assert list(rejects.sift(mixed(3, [4, 9]))) == [0, 1, 2, 3]
     assert rejects.count == 2

@@ -25,8 +25,7 @@ def setting(options, shapes=SHAPES):
 
 
 def state_of(options, shapes=SHAPES, *, steps=3):
-    """Return (optimizer, manifest, state) after some steps. A parameter has the same gradients whatever others
-    exist."""
+    """Return (optimizer, manifest, state) after some steps. Gradients of a parameter do not depend on the others."""
     tx, names = setting(options, shapes)
     stream = [{k: gradients(steps, {k: shape})[i][k] for k, shape in shapes.items()} for i in range(steps)]
     state = train(options, stream, names=names).states[-1]

@@ -109,8 +109,8 @@ class ToySource:
 class ToyData:
     """Random access to the toy rows."""
 
-    rows: int = 200  # of the training split
-    heldout_rows: int = 20  # of the held-out split
+    rows: int = 200  # examples of the training split
+    heldout_rows: int = 20  # examples of the held-out split
 
     @property
     def tokens_per_example(self):
