@@ -1,4 +1,4 @@
-"""Distributed Shampoo and its parts, usable with plain optax by people who never see the trainer."""
+"""Distributed Shampoo, usable with plain optax and without the trainer."""
 
 from .options import Treatment
 from .shampoo import DistributedShampoo, ShampooOptions, distributed_shampoo

@@ -1,4 +1,4 @@
-"""The methods that Shampoo is compared with, from optax, under the same config field."""
+"""Baseline optimizers from optax, for the config field `optimizer`."""
 
 import dataclasses
 import math
@@ -35,7 +35,7 @@ def scale_by_rules(rate_rules: patterns.Rules[float]) -> optax.GradientTransform
 
 @dataclasses.dataclass(frozen=True)
 class AdamWOptions:
-    """Adam with weight decay apart from the gradient (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
+    """AdamW: Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
 
     beta1: float = 0.9  # decay of the first moment
     beta2: float = 0.99  # decay of the second moment
@@ -45,19 +45,18 @@ class AdamWOptions:
     rate_rules: tuple[tuple[str, float], ...] = ShampooOptions.rate_rules  # factors of the learning rate
     nesterov: bool = False  # look one step ahead along the momentum
     decay: str = "decoupled"  # or "independent": parameters shrink by weight decay x rate / peak rate
-    clip_rms: float = 0.0  # largest root mean square of Adam's update, of each matrix of a stack; 0 is no limit
+    clip_rms: float = 0.0  # largest root mean square of Adam's update of each matrix of a stack; 0: no limit
 
     def __post_init__(self):
         if self.decay not in ("decoupled", "independent"):
-            raise ValueError(f"decay is {self.decay!r}; choose one of decoupled, independent")
+            raise ValueError(f"decay={self.decay!r}: must be one of decoupled, independent.")
         if not 0 <= self.clip_rms < math.inf:
-            raise ValueError(f"clip_rms is {self.clip_rms}; it must be a finite number and not negative, such as 1")
+            raise ValueError(f"clip_rms={self.clip_rms}: must be finite and not negative. Use 0 for no limit.")
 
     def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
-        """The optimizer; axis names tell the layers that are stacked in one parameter."""
+        """Return the optimizer; `axis_names` mark layers stacked in one parameter."""
         del layout
-        # As `optax.adamw`, with the clipping between its parts; what has no state shares one place with its neighbour,
-        # so that a checkpoint knows the state by the same names with and without it.
+        # `optax.adamw` with clipping. Stateless parts are nested, so that the state's paths are those of optax.adamw.
         adamw = optax.chain(
             optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.epsilon, nesterov=self.nesterov),
             optax.chain(clip_by_rms(self.clip_rms, axis_names), self._add_decay(learning_rate)),
@@ -78,14 +77,13 @@ class AdamWOptions:
 
 
 def clip_by_rms(threshold: float, axis_names: Any) -> optax.GradientTransformation:
-    """U <- U x min(1, threshold / rms(U)) for each matrix; 0 leaves updates as they are.
+    """Clip the root mean square of the update of each matrix: U <- U x min(1, threshold / rms(U)).
 
-    As `optax.clip_by_block_rms` (Shazeer and Stern 2018, arXiv 1804.04235, section 6), which would take all layers that
-    are stacked in one parameter for one.
+    Like `optax.clip_by_block_rms` (Shazeer and Stern 2018, arXiv 1804.04235, section 6), for each matrix of a stack.
 
     Args:
-      threshold: largest root mean square.
-      axis_names: of each parameter, a tuple; axes named in `ShampooOptions.stack_axes` stack. None for no stacks.
+      threshold: largest root mean square; 0 for no clipping.
+      axis_names: tree with a tuple of axis names per parameter, or None. Axes in `ShampooOptions.stack_axes` stack.
     """
     if not threshold:
         return optax.identity()
@@ -103,19 +101,19 @@ def clip_by_rms(threshold: float, axis_names: Any) -> optax.GradientTransformati
 
 
 def _matrix_axes(names: Any, path: str, param: jax.Array) -> tuple[int, ...]:
-    """The axes of a parameter that stack nothing."""
+    """Return the axes of a parameter that do not stack."""
     stacked = [name in ShampooOptions.stack_axes for name in names.get(path, ())] or [False] * param.ndim
     return tuple(axis for axis in range(param.ndim) if not stacked[axis])
 
 
 def scale_by_trust_ratio(adapt_rules: patterns.Rules[bool], axis_names: Any) -> optax.GradientTransformation:
-    """Give the update of each matrix the norm of the matrix itself, layer by layer; where either is 0, leave it.
+    """Scale the update of each matrix to the norm of the matrix, unless either norm is 0.
 
-    As `optax.scale_by_trust_ratio`, which would take all layers that are stacked in one parameter for one.
+    Like `optax.scale_by_trust_ratio`, but for each matrix of a stack.
 
     Args:
-      adapt_rules: (regex over the path, whether the parameter is adapted), first match wins.
-      axis_names: of each parameter, a tuple; axes named in `ShampooOptions.stack_axes` stack. None for no stacks.
+      adapt_rules: (regex over the path, whether to scale), first match wins.
+      axis_names: tree with a tuple of axis names per parameter, or None. Axes in `ShampooOptions.stack_axes` stack.
     """
     names = names_by_path(axis_names)
 
@@ -136,22 +134,22 @@ def scale_by_trust_ratio(adapt_rules: patterns.Rules[bool], axis_names: Any) -> 
 
 @dataclasses.dataclass(frozen=True)
 class LambOptions:
-    """LAMB: Adam whose update of each layer is as long as the layer's weights (You et al. 2020, arXiv 1904.00962)."""
+    """LAMB: Adam with each layer's update scaled to the norm of its weights (You et al. 2020, arXiv 1904.00962)."""
 
     beta1: float = 0.9  # decay of the first moment
     beta2: float = 0.999  # decay of the second moment
     epsilon: float = 1e-6  # added to the root of the second moment
-    weight_decay: float = 0.01  # times the parameter, added to Adam's update before that gets its length
+    weight_decay: float = 0.01  # times the parameter, added to Adam's update before scaling
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
     adapt_rules: tuple[tuple[str, bool], ...] = (
-        # which updates get the parameter's length; the others are Adam's, as in the published code
+        # (regex over the path, whether to scale the update to the parameter's norm), as in the published code
         (r"(.*/)?[^/]*(bias|scale|norm)[^/]*(/.*)?", False),
         (r".*", True),
     )
     rate_rules: tuple[tuple[str, float], ...] = ShampooOptions.rate_rules  # factors of the learning rate
 
     def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
-        """The optimizer; axis names tell the layers that are stacked in one parameter."""
+        """Return the optimizer; `axis_names` mark layers stacked in one parameter."""
         del layout
         return optax.chain(
             optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.epsilon),
@@ -164,7 +162,7 @@ class LambOptions:
 
 @dataclasses.dataclass(frozen=True)
 class MomentumOptions:
-    """Stochastic gradient descent with momentum, and coupled weight decay as is usual for it."""
+    """Stochastic gradient descent with momentum and coupled weight decay."""
 
     momentum: float = 0.9  # heavy-ball decay
     nesterov: bool = True  # look one step ahead along the momentum
@@ -172,7 +170,7 @@ class MomentumOptions:
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
 
     def build(self, learning_rate: optax.Schedule, **layout: Any):
-        """The optimizer; it need not know how parameters lie or what their axes are called."""
+        """Return the optimizer; `layout` is ignored."""
         del layout
         return optax.chain(
             optax.add_decayed_weights(self.weight_decay, _decay_mask(self.decay_rules)),
@@ -192,7 +190,7 @@ class AdafactorOptions:
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
 
     def build(self, learning_rate: optax.Schedule, **layout: Any):
-        """The optimizer; it need not know how parameters lie or what their axes are called."""
+        """Return the optimizer; `layout` is ignored."""
         del layout
         return optax.chain(
             optax.adafactor(
@@ -202,7 +200,7 @@ class AdafactorOptions:
                 decay_rate=self.decay_rate,
                 momentum=self.momentum or None,
             ),
-            # Without a learning rate optax's adafactor already ends in a sign flip.
+            # Without a learning rate, optax.adafactor already flips the sign.
             optax.add_decayed_weights(-self.weight_decay, _decay_mask(self.decay_rules)),
             optax.scale_by_schedule(learning_rate),
         )
@@ -210,7 +208,7 @@ class AdafactorOptions:
 
 @dataclasses.dataclass(frozen=True)
 class MuonOptions:
-    """Muon (Jordan 2024) on matrices, Adam on what `treatments` calls diagonal."""
+    """Muon (Jordan 2024) for matrices, Adam for parameters under diagonal treatment."""
 
     beta: float = 0.95  # decay of the momentum that is orthogonalised
     nesterov: bool = True  # look one step ahead along the momentum
@@ -223,13 +221,13 @@ class MuonOptions:
     treatments: tuple[tuple[str, str], ...] = ShampooOptions.treatments  # "diagonal" and "rows" mean Adam
 
     def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
-        """The optimizer; axis names tell the sides of its matrices, as they do for Shampoo."""
+        """Return the optimizer; `axis_names` define the sides of matrices, as for Shampoo."""
         del layout
         rules = [(pattern, ShampooOptions().treatment(text)) for pattern, text in self.treatments]
         names = names_by_path(axis_names)
 
         def dimensions(params: Any) -> Any:
-            """MuonDimensionNumbers per parameter, None for Adam's."""
+            """Return MuonDimensionNumbers per parameter, or None for Adam."""
             result = []
             for path, leaf in zip(patterns.paths(params), jax.tree.leaves(params), strict=True):
                 treatment = patterns.first_match(rules, path)
@@ -260,10 +258,9 @@ class MuonOptions:
 
 @dataclasses.dataclass(frozen=True)
 class AdaGradOptions:
-    """AdaGrad (Duchi et al. 2011) with sums that begin at zero; by row on tables, which is customary for DLRM.
+    """AdaGrad (Duchi et al. 2011) with sums that begin at zero, row-wise for embedding tables as is usual for DLRM.
 
-    It is what Distributed Shampoo does where nothing is preconditioned and nothing averaged, and shares its state's
-    sharding.
+    It is Distributed Shampoo with diagonal treatment only, and shards its state in the same way.
     """
 
     epsilon: float = 1e-8  # added to the root of the sum of squares
@@ -271,13 +268,13 @@ class AdaGradOptions:
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
     rate_rules: tuple[tuple[str, float], ...] = ShampooOptions.rate_rules  # factors of the learning rate
     row_rules: tuple[tuple[str, bool], ...] = (
-        # (regex over the path, whether a row has one sum: else each element has), first match wins
+        # (regex over the path, whether to keep one sum per row instead of per element), first match wins
         (r"(.*/)?[^/]*embed[^/]*(/.*)?", True),
         (r".*", False),
     )
 
     def build(self, learning_rate: optax.Schedule, **layout: Any):
-        """The optimizer, for parameters that lie as `layout` says."""
+        """Return the optimizer for parameters with the given mesh, axis names and specs."""
         return ShampooOptions(
             treatments=tuple((pattern, "rows" if by_row else "diagonal") for pattern, by_row in self.row_rules),
             graft="adagrad",

@@ -9,15 +9,14 @@ from .state import ShampooState
 
 
 def diagnose(state: ShampooState, options: Options) -> dict[str, jax.Array]:
-    """Return scalars about the state: `refreshes`, the accepted refreshes of all blocks, and for every bucket
+    """Return scalars by name: `refreshes`, the accepted refreshes of all blocks, and for each bucket `<bucket>/...`:
 
-    residual and condition: the largest over its blocks with roots.
-    effective_rank: the mean over blocks of trace / largest eigenvalue, of the side with the smaller value.
-    staleness: mean number of steps since the roots were refreshed.
+    residual, condition: maximum over blocks with roots.
+    effective_rank: mean over blocks with roots of trace / largest eigenvalue, for the side with the smaller value.
+    staleness: mean number of steps since the last accepted refresh.
     graft_ratio: mean factor from the preconditioned direction to the graft's norm.
-    failures: refused refreshes in a row, summed.
-    fallbacks: blocks that have seen a gradient and act by the graft method, because they have no roots yet or their
-      refreshes keep failing.
+    failures: sum over blocks of rejected refreshes in a row.
+    fallbacks: number of blocks that have seen a gradient but use the graft method, without roots or after failures.
     """
     result = {"refreshes": jnp.zeros((), jnp.int32)}
     for name, bucket in state.buckets.items():

@@ -1,7 +1,6 @@
-"""Diagonal methods: what a parameter under `diagonal` treatment uses, and what gives a Shampoo update its norm.
+"""Diagonal methods, for parameters under diagonal treatment and for grafting.
 
-Each method turns the (bias-corrected) momentum and the gradient into a direction, elementwise, so it runs
-alike on a parameter in its own shape and on a bucket of blocks. One registry: any diagonal method can graft.
+Each method maps the bias-corrected momentum and the gradient to a direction, elementwise, for arrays of any shape.
 """
 
 from collections.abc import Callable
@@ -16,7 +15,7 @@ class Diagonal(NamedTuple):
 
     Attributes:
       has_second_moment: whether it keeps an accumulator shaped like the parameter.
-      follows_scale: whether twice the gradients make twice the direction; otherwise they leave it as it is.
+      follows_scale: whether the direction is proportional to the gradients, or else independent of their scale.
       accumulate: (second moment, gradient, beta2) -> second moment.
       direction: (momentum, second moment, bias correction of the second moment, epsilon) -> direction.
     """
@@ -42,20 +41,20 @@ def _unchanged(v: jax.Array, g: jax.Array, beta2: float) -> jax.Array:
 
 
 def _adam(m: jax.Array, v: jax.Array | None, correction: jax.Array, epsilon: float) -> jax.Array:
-    """Kingma and Ba 2015: m / (sqrt(v / correction) + epsilon)."""
+    """Return m / (sqrt(v / correction) + epsilon) (Kingma and Ba 2015)."""
     assert v is not None
     return m / (jnp.sqrt(v / correction) + epsilon)
 
 
 def _rmsprop(m: jax.Array, v: jax.Array | None, correction: jax.Array, epsilon: float) -> jax.Array:
-    """Tieleman and Hinton 2012, without bias correction: m / sqrt(v + epsilon)."""
+    """Return m / sqrt(v + epsilon), without bias correction (Tieleman and Hinton 2012)."""
     del correction
     assert v is not None
     return m / jnp.sqrt(v + epsilon)
 
 
 def _adagrad(m: jax.Array, v: jax.Array | None, correction: jax.Array, epsilon: float) -> jax.Array:
-    """Duchi et al. 2011: m / (sqrt(sum of squares) + epsilon)."""
+    """Return m / (sqrt(v) + epsilon) for a sum of squares v (Duchi et al. 2011)."""
     del correction
     assert v is not None
     return m / (jnp.sqrt(v) + epsilon)
@@ -67,7 +66,7 @@ def _sgd(m: jax.Array, v: jax.Array | None, correction: jax.Array, epsilon: floa
 
 
 def _sign(m: jax.Array, v: jax.Array | None, correction: jax.Array, epsilon: float) -> jax.Array:
-    """Norm sqrt(number of non-zero entries), whatever the gradient's scale (`sqrt-n` grafting)."""
+    """Return sign(m), whose norm is sqrt(number of non-zero entries) (`sqrt-n` grafting)."""
     del v, correction, epsilon
     return jnp.sign(m)
 
@@ -80,5 +79,5 @@ DIAGONALS = {
     "sign": Diagonal(False, False, _unchanged, _sign),
 }
 
-# What an update may take its norm from. A normalized form sees each gradient divided by its norm.
+# Graft methods. A "_normalized" method gets each gradient divided by its norm.
 GRAFTS = ("none", *DIAGONALS, *(f"{name}_normalized" for name, method in DIAGONALS.items() if method.has_second_moment))

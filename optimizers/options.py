@@ -1,4 +1,4 @@
-"""What a user of Distributed Shampoo may choose, validated at construction."""
+"""Options of Distributed Shampoo, validated at construction."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ DECAYS = ("decoupled", "coupled", "independent")
 
 @dataclasses.dataclass(frozen=True)
 class Treatment:
-    """How a group of parameters is treated: what `Options.treatment` makes of text such as "shampoo block_size=512".
+    """Treatment of a group of parameters, parsed by `Options.treatment` from text such as "shampoo block_size=512".
 
     Attributes:
       kind: a preconditioner ("shampoo", "one_sided", "soap", ...), "diagonal" (the graft method alone) or "rows"
@@ -30,13 +30,13 @@ class Treatment:
         shorter of the two).
       view: "matrix" or "tensor".
       block_size: largest side of a block.
-      exponent: the power each side is raised to is -exponent; 0 preconditions nothing and leaves the momentum.
-      ridge, cut: relative regularisers; a treatment that sets one of them sets the other to 0.
+      exponent: inverse power of the statistics of each side; None for 1 / (2 x sides), 0 for no preconditioning.
+      ridge, cut: regularisers relative to the largest eigenvalue; setting one sets the other to 0.
       beta2: decay of the statistics and of the graft's second moment.
-      stack: number of leading axes that stack matrices if there are no axis names.
+      stack: number of leading axes that stack matrices, for parameters without axis names.
 
     Raises:
-      ValueError: a value is out of range, or values contradict each other.
+      ValueError: a value is out of range, or two values conflict.
     """
 
     kind: str
@@ -51,39 +51,39 @@ class Treatment:
 
     def __post_init__(self):
         if self.side not in SIDES:
-            raise ValueError(f"side={self.side!r}: it must be one of {', '.join(SIDES)}.")
+            raise ValueError(f"side={self.side!r}: must be one of {', '.join(SIDES)}.")
         if self.view not in ("matrix", "tensor"):
-            raise ValueError(f"view={self.view!r}: it must be one of matrix, tensor.")
+            raise ValueError(f"view={self.view!r}: must be one of matrix, tensor.")
         if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size}: it must be at least 1.")
+            raise ValueError(f"block_size={self.block_size}: must be at least 1.")
         if self.stack < 0:
-            raise ValueError(f"stack={self.stack}: it must not be negative.")
+            raise ValueError(f"stack={self.stack}: must not be negative.")
         for name in ("ridge", "cut"):
             value = getattr(self, name)
             if value < 0 or not math.isfinite(value):
-                raise ValueError(f"{name}={value}: it must be a finite number and not negative.")
+                raise ValueError(f"{name}={value}: must be finite and not negative.")
         if self.ridge > 0 and self.cut > 0:
             raise ValueError(f"ridge={self.ridge} and cut={self.cut}: only one may be set. Set the other to 0.")
         if not 0 <= self.beta2 <= 1:
-            raise ValueError(f"beta2={self.beta2}: it must be between 0 and 1.")
+            raise ValueError(f"beta2={self.beta2}: must be between 0 and 1.")
 
     @property
     def preconditioner(self) -> Preconditioner | None:
-        """The preconditioner; None for diagonal kinds."""
+        """Return the preconditioner, or None for diagonal kinds."""
         return PRECONDITIONERS.get(self.kind)
 
     def order(self, sides: int) -> int:
-        """Return the p of each side's inverse p-th root, for a number of preconditioned sides; 0 if there are none.
+        """Return the order p of the inverse roots for `sides` preconditioned sides, or 0 for no preconditioning.
 
         Raises:
-          ValueError: the exponent is neither 0 nor one over a whole number.
+          ValueError: the exponent is neither 0 nor 1/p for a whole p.
         """
         assert self.preconditioner
         return self.preconditioner.order(self.exponent, sides)
 
     @property
     def power(self) -> float:
-        """The sum of a matrix's exponents; 0 if an update cannot grow between two refreshes."""
+        """Return the sum of a matrix's exponents, or 0 if an update cannot grow between two refreshes."""
         if not self.preconditioner or not self.preconditioner.grafts:
             return 0.0
         sides = 2 if self.side == "both" else 1
@@ -92,14 +92,14 @@ class Treatment:
 
     @property
     def growth(self) -> float:
-        """Largest factor by which roots amplify a direction absent from the statistics over the dominant one."""
+        """Return the largest gain of a direction absent from the statistics, relative to the dominant direction."""
         regulariser = max(self.ridge, self.cut)
         if self.power == 0:
             return 1.0
         return regulariser**-self.power if regulariser > 0 else math.inf
 
 
-# Words of a treatment, and their types.
+# Types of the words of a treatment.
 _WORDS: dict[str, Any] = {
     "side": str,
     "view": str,
@@ -110,18 +110,18 @@ _WORDS: dict[str, Any] = {
     "beta2": float,
     "stack": int,
 }
-# Of these, the words that default to the option of the same name.
+# Words that default to the option of the same name.
 _OVERRIDES = ("view", "block_size", "exponent", "ridge", "cut", "beta2")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of Distributed Shampoo; a user who sets only the learning rate gets the measured defaults.
+    """Options of Distributed Shampoo. The defaults are measured; most users set only the learning rate.
 
-    The comment beside each attribute describes it; docs/optimizer.md gives formulas and the peers' names.
+    docs/optimizer.md gives the formulas and the names of these options in other implementations.
     """
 
-    # What is preconditioned
+    # Blocks and treatments
     block_size: int = 1024  # largest side of a block; a longer side is cut into equal parts
     view: str = "matrix"  # "matrix" (axes fold into two sides) or "tensor" (every axis is a side)
     merge_dims: int = 0  # in the tensor view, neighbouring axes merge while their product is at most this
@@ -130,39 +130,39 @@ class Options:
         (r"(.*/)?[^/]*embed[^/]*(/.*)?", "diagonal"),
         (r".*", "shampoo"),
     )
-    stack_axes: tuple[str, ...] = ("layers", "experts")  # axis names that stack matrices and are never mixed with them
-    fold_axes: tuple[str, ...] = ("heads", "kv_heads", "kv", "head_dim")  # neighbours among these fold into one side
+    stack_axes: tuple[str, ...] = ("layers", "experts")  # names of axes that stack matrices
+    fold_axes: tuple[str, ...] = ("heads", "kv_heads", "kv", "head_dim")  # adjacent axes of these names fold into one
 
     # Statistics and their roots
-    beta2: float = 0.99  # decay of the statistics and of the graft's second moment; 1.0 sums, as AdaGrad
-    statistics_every: int = 1  # update the statistics every so many steps, with the mean gradient
+    beta2: float = 0.99  # decay of the statistics and of the graft's second moment; 1.0 sums, as in AdaGrad
+    statistics_every: int = 1  # steps between updates of the statistics, each with the mean gradient
     exponent: float | None = 0.5  # inverse power of each side; None: 1 / (2 x sides); 0: no preconditioning
     ridge: float = 1e-4  # added to the statistics before the root, relative to the largest eigenvalue
     cut: float = 0.0  # drop eigenvalues below this share of the largest; needs ridge 0 and eigh or host
     solver: str = "newton"  # "newton" (matmuls only) or "eigh", both on the owner's device
     orthogonalization: str = "jordan"  # polynomials of muon: "jordan" or "polar_express"
     residual_bound: float = 0.1  # largest residual of an accepted root
-    max_failures: int = 3  # a block uses the graft method after so many refused refreshes in a row
+    max_failures: int = 3  # rejected refreshes in a row after which a block uses the graft method
 
-    # When roots are computed and used
+    # Refresh schedule
     refresh: str = "staggered"  # "staggered" (a share each step), "periodic" (all every interval) or "host"
-    interval: int = 10  # steps from one refresh of a block's roots to the next
-    delay: int = 2  # with "host": roots of the statistics of step t act from step t + 1 + delay on
-    host_workers: int = 0  # with "host": threads that solve, in each process; 0 is one fewer than the cores, at least 1
-    early_intervals: tuple[tuple[int, int], ...] = ()  # (last step, interval) pairs before `interval` takes over
-    start_step: int = 0  # before this step the graft method acts alone
+    interval: int = 10  # steps between two refreshes of a block's roots
+    delay: int = 2  # with "host": roots of the statistics of step t are used from step t + 1 + delay
+    host_workers: int = 0  # with "host": solver threads per process; 0: one fewer than the cores, at least 1
+    early_intervals: tuple[tuple[int, int], ...] = ()  # (last step, interval) pairs before `interval` applies
+    start_step: int = 0  # first step that uses roots; the graft method acts before
 
-    # The update's length
+    # Grafting and clipping
     graft: str = "adam"  # none, sgd, sign, adagrad, rmsprop, adam, or one of the last three with "_normalized"
-    graft_norm: str = "parameter"  # the norm is taken over the "parameter" (each matrix of a stack) or the "block"
-    epsilon: float = 1e-8  # of the diagonal method, absolute
-    clip_rms: float = 0.0  # largest root mean square of a grafted update, over what graft_norm says; 0 is no limit
+    graft_norm: str = "parameter"  # norm over the "parameter" (each matrix of a stack) or the "block"
+    epsilon: float = 1e-8  # in the denominator of the diagonal method, absolute
+    clip_rms: float = 0.0  # largest root mean square of a grafted update, per parameter or block as above; 0: no limit
 
     # Momentum and weight decay
-    beta1: float = 0.9  # decay of the momentum, which is taken before preconditioning; 0 turns it off
+    beta1: float = 0.9  # decay of the momentum, computed before preconditioning; 0: no momentum
     momentum: str = "ema"  # "ema" (beta1 M + (1 - beta1) G) or "heavy_ball" (beta1 M + G)
     nesterov: bool = False  # look one step ahead along the momentum
-    bias_correction: bool = True  # divide averages that began at zero by 1 - beta^t
+    bias_correction: bool = True  # divide averages by 1 - beta^t
     weight_decay: float = 0.0  # "decoupled": parameters shrink by learning rate x weight decay
     decay: str = "decoupled"  # or "coupled" (joins the gradient) or "independent" (weight decay x rate / peak rate)
     decay_rules: tuple[tuple[str, bool], ...] = (
@@ -186,10 +186,12 @@ class Options:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+                raise ValueError(f"{pattern!r}: invalid regex: {error}. Escape special characters.") from None
         for pattern, factor in self.rate_rules:
             if not 0 <= factor < math.inf:
-                raise ValueError(f"the learning rate of {pattern!r} has the factor {factor}; it must not be negative")
+                raise ValueError(
+                    f"rate_rules[{pattern!r}]={factor}: must be finite and not negative. Use 1 to keep the rate."
+                )
         treatments = [self.treatment(text) for _, text in self.treatments]
         for treatment in treatments:
             if not treatment.preconditioner:
@@ -204,15 +206,15 @@ class Options:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field.name} is {value}; it must be a finite number")
+                raise ValueError(f"{field.name}={value}: must be finite.")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+                raise ValueError(f"{name}={getattr(self, name)}: must be between 0 and 1.")
         if self.beta1 == 1:
-            raise ValueError("beta1 is 1.0, so no gradient would ever count; use a value below 1, such as 0.9")
+            raise ValueError("beta1=1.0: must be below 1, or gradients have no effect. Use 0.9.")
         for name in ("block_size", "interval", "max_failures", "statistics_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
         for name in (
             "ridge",
             "cut",
@@ -225,25 +227,25 @@ class Options:
             "host_workers",
         ):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative.")
         if self.diagonal.has_second_moment and self.epsilon == 0:
-            raise ValueError(f"epsilon is 0, so graft {self.graft!r} divides 0 by 0 where no gradient was; use 1e-8")
+            raise ValueError(f"epsilon=0: must be positive, or graft {self.graft!r} divides 0 by 0. Use 1e-8.")
         before = 0
         for last, interval in self.early_intervals:
             if last <= before:
-                raise ValueError(f"early_intervals end at step {before} and then at step {last}; their ends must rise")
+                raise ValueError(f"early_intervals={self.early_intervals}: last steps must increase and be positive.")
             if interval < 1 or self.interval % interval:
                 divisors = [str(d) for d in range(1, self.interval + 1) if self.interval % d == 0]
                 raise ValueError(
-                    f"early interval {interval} does not divide interval {self.interval}; use one of "
-                    f"{', '.join(divisors)}"
+                    f"early_intervals={self.early_intervals}: {interval} must divide interval={self.interval}. "
+                    f"Use one of {', '.join(divisors)}."
                 )
             before = last
         shortest = min([self.interval, *[interval for _, interval in self.early_intervals]])
         if self.refresh == "host" and self.delay >= shortest:
             raise ValueError(
-                f"delay is {self.delay}, but the shortest interval is {shortest}: a block's roots must be there before "
-                f"they are due again; use a delay of at most {shortest - 1}, or intervals of at least {self.delay + 1}"
+                f"delay={self.delay}: must be less than the shortest interval, {shortest}. Use a delay of at most "
+                f"{shortest - 1}, or intervals of at least {self.delay + 1}."
             )
 
     def _check_choices(self) -> None:
@@ -260,10 +262,9 @@ class Options:
             ("momentum_dtype", DTYPES),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}.")
 
     def _warn(self, treatments: Sequence[Treatment]) -> None:
-        """Warn of combinations that are allowed but rarely wanted."""
         worst = max(treatments, key=lambda treatment: treatment.growth)
         if self.graft == "none" and self.interval > 1 and worst.growth > 10.001:
             warnings.warn(
@@ -275,23 +276,23 @@ class Options:
 
     @property
     def diagonal(self):
-        """The diagonal method; without grafting, diagonal parameters use plain momentum."""
+        """Return the diagonal method; without grafting, diagonal parameters use plain momentum."""
         return DIAGONALS["sgd" if self.graft == "none" else self.graft.removesuffix("_normalized")]
 
     @property
     def normalizes(self) -> bool:
-        """Whether gradients are divided by their norm before momentum and second moment."""
+        """Return whether gradients are divided by their norm before momentum and second moment."""
         return self.graft.endswith("_normalized")
 
     def treatment(self, text: str) -> Treatment:
-        """Parse a kind followed by key=value words; the options give the rest.
+        """Parse a kind followed by key=value words; other values come from the options.
 
         Raises:
           ValueError: an unknown kind or key, or a value of the wrong type or out of range.
         """
         kind, *words = text.split() or [""]
         if kind not in KINDS:
-            raise ValueError(f"treatment {text!r}: it must begin with one of {', '.join(KINDS)}.")
+            raise ValueError(f"treatment {text!r}: must begin with one of {', '.join(KINDS)}.")
         own: dict[str, Any] = {}
         for word in words:
             key, _, value = word.partition("=")
@@ -317,7 +318,7 @@ class Options:
         except ValueError as error:
             raise ValueError(f"treatment {text!r}: {error}" if own else str(error)) from None
         if own.get("view") == "tensor" and family and (family.matrices_only or treatment.side != "both"):
-            raise ValueError(f"treatment {text!r}: it is for matrices. Leave view=tensor out.")
+            raise ValueError(f"treatment {text!r}: this treatment is for matrices. Leave view=tensor out.")
         if treatment.beta2 == 1 and self.graft.startswith(("adam", "rmsprop")):
             raise ValueError(f"beta2=1.0: graft {self.graft!r} averages second moments. Use graft 'adagrad' for sums.")
         return treatment

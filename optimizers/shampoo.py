@@ -1,8 +1,7 @@
 """Distributed Shampoo as an optax gradient transformation, on one device or with blocks owned by all devices of a mesh.
 
-This is the engine. What acts on a block, and what it is made of, is one of the family in the package `preconditioners`.
-For Shampoo itself, after Anil, Gupta, Koren, Regan and Singer, "Scalable Second Order Optimization for Deep Learning"
-(arXiv 2002.09018), for a block G (r x c) of a matrix parameter, per step:
+The package `preconditioners` defines how blocks are preconditioned. Shampoo (Anil, Gupta, Koren, Regan and Singer,
+"Scalable Second Order Optimization for Deep Learning", arXiv 2002.09018) does for a block G (r x c), per step:
 
     M <- beta1 M + (1 - beta1) G                               momentum
     U = L^(-1/p) M R^(-1/p), scaled to the graft's norm         with the roots of an earlier step
@@ -42,7 +41,7 @@ from .update.finite import all_finite, largest
 
 
 class _Tables(NamedTuple):
-    """Static facts about a bucket, shared out over the owners; axis 0 numbers the slots or the devices."""
+    """Static tables of a bucket, sharded over the owners; axis 0 is the slots or the devices."""
 
     routes: Any
     matrix: jax.Array
@@ -53,7 +52,7 @@ class _Tables(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ShampooOptions(Options):
-    """Options of Distributed Shampoo, as a config names them; the fields and their defaults are those of `Options`."""
+    """Options of Distributed Shampoo with `build`, for configs; `Options` has the fields."""
 
     def build(
         self,
@@ -68,14 +67,14 @@ class ShampooOptions(Options):
 
 
 class DistributedShampoo(optax.GradientTransformation):
-    """What `distributed_shampoo` returns: optax's (init, update), and what a trainer wants to know.
+    """An optax gradient transformation with further methods for trainers; see `distributed_shampoo`.
 
     Args:
-      learning_rate: a float or a schedule over the number of steps taken.
+      learning_rate: a float or a schedule over the number of accepted steps.
       options: see ShampooOptions.
-      mesh: the devices that own the blocks.
-      axis_names: tree like the parameters with a tuple of axis names for each.
-      param_specs: tree like the parameters with the PartitionSpec of each.
+      mesh: mesh whose devices own the blocks, or None.
+      axis_names: tree with a tuple of axis names per parameter, or None.
+      param_specs: tree with a PartitionSpec per parameter, or None.
     """
 
     learning_rate: float | optax.Schedule
@@ -87,7 +86,7 @@ class DistributedShampoo(optax.GradientTransformation):
     _parcels: dict[int, Parcels]
 
     def __new__(cls, learning_rate, options: Options, mesh: Mesh | None, axis_names: Any, param_specs: Any):
-        """A NamedTuple, as optax has it, with attributes beside its two functions."""
+        """Create the tuple (init, update) with further attributes."""
         self = super().__new__(
             cls,
             lambda params: initial_state(self.plan(params), self.owners, options, params),  # type: ignore
@@ -105,7 +104,7 @@ class DistributedShampoo(optax.GradientTransformation):
         return self
 
     def plan(self, params: Any) -> Plan:
-        """The static plan for a tree of arrays or ShapeDtypeStructs."""
+        """Return the static plan for a tree of arrays or ShapeDtypeStructs."""
         key = tuple(
             (path, leaf.shape) for path, leaf in zip(patterns.paths(params), jax.tree.leaves(params), strict=True)
         )
@@ -115,24 +114,26 @@ class DistributedShampoo(optax.GradientTransformation):
         return self._plans[key]
 
     def treatments(self, params: Any) -> dict[str, str]:
-        """Path -> treatment, for a table."""
+        """Return path -> a short text that describes the treatment."""
         return self.plan(params).treatments
 
     def state_shardings(self, params: Any) -> ShampooState:
-        """A tree of shardings shaped like the state.
+        """Return a tree of shardings shaped like the state.
+
+        A diagonal state has its parameter's sharding, spread over mesh axes that the parameter does not use. A row-wise
+        state is sharded like the rows.
 
         Args:
-          params: arrays, or ShapeDtypeStructs with shardings; a diagonal state follows its parameter, spread over the
-            mesh axes that the parameter does not use, and one number for each row lies where its row does.
+          params: arrays, or ShapeDtypeStructs with shardings.
         """
         return state_shardings(self.plan(params), self.owners, self.options, params)
 
     def saved_spec(self, params: Any) -> ShampooState:
-        """The state as a checkpoint holds it, what is in flight included: ShapeDtypeStructs with shardings."""
+        """Return ShapeDtypeStructs with shardings for the state in checkpoints, including roots in flight."""
         return saved_spec(self.plan(params), self.owners, self.options, params)
 
     def manifest(self, params: Any) -> dict[str, Any]:
-        """Which blocks of which parameters lie where in the state, as JSON; to be kept beside what is saved of it."""
+        """Return the layout of the state as JSON, to save beside it and to pass to `inheritance`."""
         return describe(self.plan(params), self.options)
 
     def inheritance(
@@ -142,21 +143,19 @@ class DistributedShampoo(optax.GradientTransformation):
         shapes: Mapping[str, tuple[int, ...]],
         renamed: Callable[[str], str] = lambda path: path,
     ) -> Inheritance:
-        """Where each array of the state comes from when a saved one is taken over; see the module `inheritance`."""
+        """Return the source of each array of a new state in a saved state; see `checkpoint.inheritance`."""
         return Inheritance(self.plan(params), self.options, manifest, shapes, renamed)
 
     def diagnostics(self, state: ShampooState) -> dict[str, jax.Array]:
-        """Scalars about the state, by name; see the module `diagnostics`."""
+        """Return scalars about the state by name; see the module `diagnostics`."""
         return diagnose(state, self.options)
 
     def host_roots(self, params: Any, events: list[Event] | None = None) -> HostRoots | None:
-        """The service that computes roots on the host, to be called around every step; see the module `host`.
-
-        None where the refresh schedule is another.
+        """Return the service that computes roots on the host around the steps, or None unless refresh is "host".
 
         Args:
           params: arrays or ShapeDtypeStructs.
-          events: a list that the service is to note a timeline in.
+          events: list to which the service appends a timeline, or None.
         """
         if self.options.refresh != "host":
             return None
@@ -168,7 +167,7 @@ class DistributedShampoo(optax.GradientTransformation):
     def _update(self, grads: Any, state: Any, params: Any = None) -> tuple[Any, ShampooState]:
         options, owners = self.options, self.owners
         if options.weight_decay and params is None:
-            raise ValueError("weight decay needs the parameters. Call update(grads, state, params).")
+            raise ValueError("params=None: weight decay needs the parameters. Call update(grads, state, params).")
         plan = self.plan(grads)
         leaves, names = jax.tree.leaves(grads), patterns.paths(grads)
         coupled = options.decay == "coupled"
@@ -184,7 +183,7 @@ class DistributedShampoo(optax.GradientTransformation):
             else:
                 h = _unit(g) if options.normalizes else g
                 diagonal[key], _, directions[i] = moments.advance(state.diagonal[key], h, step, leaf.beta2, options)
-            # Squares may overflow where neither gradients nor directions do. An overflow in the state would stay.
+            # A square may overflow although the gradient and the direction do not, and would stay in the state.
             sizes.append(jnp.maximum(g * g, jnp.abs(directions[i])))
         finite = all_finite(sizes)
 
@@ -241,16 +240,17 @@ class DistributedShampoo(optax.GradientTransformation):
         step: jax.Array,
         finite: jax.Array,
     ) -> tuple[Any, Any, Any]:
-        """On each device: receive gradients, return directions, renew statistics and the roots that are due.
+        """Receive gradients, compute directions, and update statistics and due roots, on each device.
+
+        The states stay unchanged if `finite` is False, a gradient is not finite or a direction overflows.
 
         Args:
-          buckets: of the plan.
+          buckets: buckets of the plan.
           tiles: bucket name -> this device's tiles of the gradients.
           states: bucket name -> this device's slots.
           tables: bucket name -> tables of the plan.
-          step: number of this step, from 1.
-          finite: whether all other gradients are finite. If not, or if a gradient here is not finite or a direction
-            overflows, the states stay as they are.
+          step: int32, number of this step, from 1.
+          finite: bool, whether the gradients of diagonal parameters are finite.
 
         Returns:
           (tiles of the directions, new states, whether the step is accepted).
@@ -258,14 +258,14 @@ class DistributedShampoo(optax.GradientTransformation):
         options, owners = self.options, self.owners
         gradients = {b.name: owners.to_owners(tiles[b.name], tables[b.name].routes, b) for b in buckets}
         length = owners.max(largest(gradients))
-        # Squares may overflow where gradients do not.
+        # A square may overflow although the gradient does not.
         finite &= jnp.isfinite(length * length)
-        # Norms and directions are computed in units of the largest entry, so that no square leaves float32.
+        # Compute norms and directions in units of the largest entry, so that squares stay within float32.
         scale_log2 = jnp.frexp(jnp.where(finite, length, 0))[1]
-        # LAPACK may not return from a NaN, not even in a step that is thrown away.
+        # LAPACK may hang on a NaN, even in a step that is skipped.
         gradients = {name: jnp.where(finite, g, 0) for name, g in gradients.items()}
         scaled = self._normalized(gradients, tables, buckets, scale_log2) if options.normalizes else gradients
-        # The units of momentum and graft.
+        # Units of momentum and graft.
         unit = 0 if options.normalizes else scale_log2
         graft_unit = scale_log2 if options.graft != "none" and options.diagonal.follows_scale else 0
         new_moments, directions, adapted, grafts, acting, squares = {}, {}, {}, {}, {}, {}
@@ -280,7 +280,7 @@ class DistributedShampoo(optax.GradientTransformation):
                 momentum, scaled[name], state.roots, bucket, tables[name].sizes, step, options
             )
             if preconditioner.grafts:
-                # A grafted direction needs no more than a unit that all blocks share.
+                # Grafting removes the scale, so grafted directions only need a unit that all blocks share.
                 common = scale_log2 if norms.grafted(bucket, options) else 0
                 change = preconditioner.degree(bucket) * (common - state.roots.roots_scale_log2)
                 change += 0 if norms.grafted(bucket, options) else unit
@@ -357,7 +357,7 @@ class DistributedShampoo(optax.GradientTransformation):
         accepted: jax.Array,
         adapted: dict[str, jax.Array | None],
     ) -> dict[str, tuple[PreconditionerState, jax.Array | None]]:
-        """Return bucket name -> (statistics and roots after this step, gradients gathered for the next statistics)."""
+        """Return bucket name -> (statistics and roots after this step, gradients gathered for the next update)."""
         every = self.options.statistics_every
         roots, gathered = {}, {}
         for bucket in buckets:
@@ -392,7 +392,7 @@ class DistributedShampoo(optax.GradientTransformation):
         step: jax.Array,
         accepted: jax.Array,
     ) -> dict[str, PreconditionerState]:
-        """Refresh what is due in this step: a share of the blocks, or with a periodic schedule all or none."""
+        """Refresh the blocks due in this step: a share of them, or all or none under the periodic schedule."""
         if self.options.refresh == "host":
             return roots
         first, count = schedule.due_phases(step, self.options)
@@ -408,7 +408,7 @@ class DistributedShampoo(optax.GradientTransformation):
             return without(refresh(whole, due, buckets, self.options, step=step, accepted=accepted))
 
         def without(roots: dict[str, PreconditionerState]) -> dict[str, Any]:
-            """Leave out what a refresh only reads: in a loop or a branch it would be copied."""
+            # A loop or a branch would copy the statistics, which a refresh only reads.
             return {name: old._replace(statistics=(), scale_log2=None) for name, old in roots.items()}
 
         written = without(roots)
@@ -427,7 +427,7 @@ class DistributedShampoo(optax.GradientTransformation):
 
 
 def _acts(state: PreconditionerState, bucket: Bucket, options: Options, step: jax.Array) -> jax.Array:
-    """[n] whether a block acts by its preconditioner in a step; otherwise it acts by the graft method."""
+    """Return [n] bool, whether each block uses its preconditioner instead of the graft method."""
     always = jnp.ones_like(state.refreshed, dtype=bool)
     if not bucket.preconditioner.grafts:
         return always
@@ -461,17 +461,16 @@ def distributed_shampoo(
     axis_names: Any = None,
     param_specs: Any = None,
 ) -> DistributedShampoo:
-    """Distributed Shampoo.
+    """Return Distributed Shampoo.
 
     Args:
-      learning_rate: a float, or a schedule over the number of steps taken.
-      options: see ShampooOptions; None takes the measured defaults.
-      mesh: the devices over which blocks are partitioned, whatever the sharding of the parameters; None for one device.
-      axis_names: None, or a tree like the parameters with a tuple of axis names (or None) for each; names tell stacks
-        of matrices (scanned layers, experts) and folded sides (heads x head_dim).
-      param_specs: None (parameters are replicated), or a tree like the parameters of the PartitionSpec or NamedSharding
-        that each has on the mesh. The result does not depend on it; the traffic does: with it, blocks travel from the
-        shards they lie in straight to their owners.
+      learning_rate: a float, or a schedule over the number of accepted steps.
+      options: see ShampooOptions; None for the defaults.
+      mesh: mesh whose devices own the blocks, independent of the parameters' shardings; None for one device.
+      axis_names: tree with a tuple of axis names (or None) per parameter, or None. Names define stacks of matrices
+        (scanned layers, experts) and folded sides (heads x head_dim).
+      param_specs: tree with a PartitionSpec or NamedSharding per parameter, or None if they are replicated. It saves
+        traffic: shards are sent directly to the owners of their blocks. The result does not depend on it.
 
     Returns:
       An optax gradient transformation with `state_shardings(params)`, `treatments(params)` and `diagnostics(state)`.

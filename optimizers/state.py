@@ -1,4 +1,4 @@
-"""The state of Distributed Shampoo: its arrays, and where each of them lies."""
+"""The state of Distributed Shampoo: its arrays and their shardings."""
 
 import math
 from typing import Any, NamedTuple
@@ -18,21 +18,22 @@ from .preconditioners.base import NO_GRADIENT, PreconditionerState
 from .update import moments
 from .update.moments import Moments
 
-# Smaller diagonal states are not worth the latency of spreading them over the devices.
+# Number of elements from which a diagonal state is spread over devices; below it, latency outweighs the memory saved.
 SPREAD_FROM = 2**16
 
 
 class BucketState(NamedTuple):
-    """State of a bucket; axis 0 of every array numbers the slots, whose devices own the blocks.
+    """State of a bucket. Axis 0 of every array is the slots, sharded over the owners of the blocks.
 
     Attributes:
-      block: [n] int32, which block of the bucket is in each slot; the number of blocks where the slot is empty.
+      block: [n] int32, index of the block in each slot; the number of blocks for an empty slot.
       moments: momentum and second moment of the blocks.
-      roots: statistics and roots.
-      gathered: sum of the gradients since the statistics were last renewed; None where they are renewed every step.
-      graft_ratio: [n] float32, factor from the newest preconditioned direction to the graft's norm; 0 for blocks that
-        act by the graft method.
-      in_flight: in a checkpoint of the host schedule, statistics whose roots are still to come; otherwise None.
+      roots: statistics and roots of the blocks.
+      gathered: [n, *shape] float32, sum of gradients since the last update of the statistics; None if they are updated
+        every step.
+      graft_ratio: [n] float32, factor from the latest preconditioned direction to the graft's norm; 0 for blocks that
+        use the graft method.
+      in_flight: statistics whose roots the host is still computing, in checkpoints of the host schedule; else None.
     """
 
     block: jax.Array
@@ -47,11 +48,11 @@ class ShampooState(NamedTuple):
     """State of Distributed Shampoo.
 
     Attributes:
-      count: int32, steps taken.
-      skipped: int32, updates refused because a gradient, its squares or the update were not finite; such a step
+      count: int32, number of accepted steps.
+      skipped: int32, number of skipped steps: a gradient, its square or the update was not finite. A skipped step
         changes nothing else.
-      buckets: bucket name -> its state.
-      diagonal: path (joined with dots) -> moments of a parameter under diagonal treatment.
+      buckets: bucket name -> state.
+      diagonal: path joined with dots -> moments, for parameters under diagonal treatment.
     """
 
     count: jax.Array
@@ -74,7 +75,7 @@ def initial_state(plan: Plan, owners: Owners, options: Options, params: Any) -> 
 
 
 def state_shardings(plan: Plan, owners: Owners, options: Options, params: Any, *, saved: bool = False) -> Any:
-    """Return a tree of shardings shaped like the state, or with `saved` like its form in checkpoints."""
+    """Return a tree of shardings shaped like the state, or if `saved` like the state in checkpoints."""
     state = jax.eval_shape(lambda params: _zeros(plan, options, params, saved=saved), params)
     mesh = owners.mesh
     if mesh is None:
@@ -94,7 +95,7 @@ def state_shardings(plan: Plan, owners: Owners, options: Options, params: Any, *
 
 
 def saved_spec(plan: Plan, owners: Owners, options: Options, params: Any) -> ShampooState:
-    """Return the state in checkpoints, with roots in flight: ShapeDtypeStructs with shardings."""
+    """Return ShapeDtypeStructs with shardings for the state in checkpoints, including roots in flight."""
     shardings = state_shardings(plan, owners, options, params, saved=True)
     state = jax.eval_shape(lambda params: _zeros(plan, options, params, saved=True), params)
     return jax.tree.map(
@@ -122,7 +123,7 @@ def _bucket_zeros(bucket: Bucket, options: Options, *, saved: bool) -> BucketSta
     lengths = [shape[side] for side in bucket.sides]
     preconditioner = bucket.preconditioner
 
-    # Arrays of their own: one that occurs twice cannot be donated.
+    # Each field needs its own array: an array that occurs twice cannot be donated.
     def floats() -> jax.Array:
         return jnp.zeros(n, jnp.float32)
 
@@ -155,7 +156,7 @@ def _bucket_zeros(bucket: Bucket, options: Options, *, saved: bool) -> BucketSta
 
 
 def _spread(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The spec with the mesh axes it does not use added to the first axis of the array that they divide."""
+    """Return the spec with its unused mesh axes added to the first array axis that they divide."""
     entries: list[tuple[str, ...]] = []
     for entry in (*spec, *[None] * (len(shape) - len(spec))):
         entries.append(() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry))

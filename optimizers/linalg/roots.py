@@ -1,9 +1,9 @@
-"""Inverse p-th roots of stacks of positive semidefinite matrices, each with the residual it was checked by.
+"""Inverse p-th roots of stacks of positive semidefinite matrices, with residuals.
 
-All solvers are scale-free: matrices are divided by a power of two before any of them sees them, and every
-tolerance, ridge and cut is relative to the largest eigenvalue `lmax` of the matrix.
+Results do not depend on the scale of a matrix: solvers get it divided by a power of two, and every tolerance, ridge and
+cut is relative to its largest eigenvalue `lmax`.
 
-Two regularisers, each part of the definition of the answer X for a matrix A = V diag(w) V':
+Two regularisers define the result X for a matrix A = V diag(w) V':
   ridge rho: X = V diag((max(w, 0) + rho lmax)^(-1/p)) V'
   cut tau:   X = V diag(w^(-1/p) where w > tau lmax, else 0) V'
 """
@@ -31,28 +31,27 @@ def inverse_pth_root(
     cut: float = 0.0,
     sizes_n: jax.Array | None = None,
 ) -> RootResult:
-    """A^(-1/p) for each matrix A of a stack.
+    """Return A^(-1/p) for each matrix A of a stack.
 
     Args:
-      stack_nrr: [n, r, r] symmetric, positive semidefinite up to rounding (of bfloat16, say), of any scale for which
-        matrix and root are within float32.
-      p: positive integer; the root's order.
+      stack_nrr: [n, r, r] symmetric, positive semidefinite up to rounding; matrix and root must be within float32.
+      p: order of the root, a positive integer.
       solver: "newton" (coupled Newton, matmuls only), "eigh" (on device) or "host" (float64 LAPACK, outside jit).
       ridge: relative ridge rho >= 0.
-      cut: relative cut tau >= 0, for "eigh" and "host"; at most one of the two is positive.
-      sizes_n: [n] how many leading rows and columns of each matrix are real; the rest is padding, and zero in the root.
+      cut: relative cut tau >= 0, for "eigh" and "host" only; at most one of ridge and cut is positive.
+      sizes_n: [n] int, size of each matrix without padding; the root is zero in the padding.
 
     Raises:
-      ValueError: an unknown solver, p < 1, a negative regulariser, both at once, or a cut for "newton".
+      ValueError: the solver is unknown, p < 1, a regulariser is negative, both are set, or "newton" has a cut.
     """
     if solver not in SOLVERS:
-        raise ValueError(f"solver {solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
+        raise ValueError(f"solver={solver!r}: must be one of {', '.join(SOLVERS)}.")
     if int(p) != p or p < 1:
-        raise ValueError(f"p is {p}; it must be a positive integer")
+        raise ValueError(f"p={p}: must be a positive integer.")
     if min(ridge, cut) < 0 or (ridge > 0 and cut > 0):
-        raise ValueError(f"ridge {ridge} and cut {cut} must not be negative, and only one of them may be positive")
+        raise ValueError(f"ridge={ridge} and cut={cut}: must not be negative, and only one may be positive.")
     if solver == "newton" and cut:
-        raise ValueError(f"cut={cut} is for solvers 'eigh' and 'host'; solver 'newton' takes a ridge")
+        raise ValueError(f"cut={cut}: needs solver 'eigh' or 'host'. Use a ridge with solver 'newton'.")
     return SOLVERS[solver](stack_nrr, int(p), ridge, cut, sizes_n)
 
 
@@ -60,12 +59,12 @@ class _Prepared(NamedTuple):
     """Matrices scaled for a solver.
 
     Attributes:
-      a: [n, r, r] symmetric, with its largest entry in [1/2, 1), zero in the padding and where not finite.
-      padding: [n, r, r] that largest entry on the diagonal of the padding, so that none of its eigenvalues is the
-        largest or the smallest. It is 1 wherever the matrix is zero.
-      real: [n, r, r] whether an entry is outside the padding.
-      scale_log2: [n] the matrix as given is 2^scale_log2 times `a`.
-      finite: [n] whether all entries of the matrix are.
+      a: [n, r, r] symmetric, largest entry in [1/2, 1); zero in the padding and for matrices that are not finite.
+      padding: [n, r, r] the largest entry of `a` on the diagonal of the padding, so that the padding has neither the
+        largest nor the smallest eigenvalue; the identity for a zero matrix.
+      real: [n, r, r] bool, whether an entry is outside the padding.
+      scale_log2: [n] int, binary scale: the given matrix is 2^scale_log2 a.
+      finite: [n] bool, whether all entries of the matrix are finite.
     """
 
     a: jax.Array
@@ -80,7 +79,7 @@ def _prepare(stack_nrr, sizes_n) -> _Prepared:
     n, r, _ = a.shape
     real = jnp.ones((n, r), bool) if sizes_n is None else jnp.arange(r) < sizes_n[:, None]
     real = real[:, :, None] & real[:, None, :]
-    # A NaN is the maximum of anything.
+    # The maximum propagates NaN.
     largest = jnp.max(jnp.where(real, jnp.abs(a), 0), axis=(-2, -1))
     finite = jnp.isfinite(largest)
     largest, scale_log2 = jnp.frexp(jnp.where(finite, largest, 0))
@@ -92,7 +91,7 @@ def _prepare(stack_nrr, sizes_n) -> _Prepared:
 
 
 def _finish(given: _Prepared, p: int, x_nrr, residual_n, largest_n, condition_n) -> RootResult:
-    """Undo the scaling; answer for matrices that are zero or not finite."""
+    """Undo the scaling, and set the results of matrices that are zero or not finite."""
     x = x_nrr * power_of_two(-given.scale_log2 / p)[:, None, None]
     trace = jnp.trace(given.a, axis1=-2, axis2=-1)
     nonzero = (largest_n > 0) & (trace > 0)
@@ -109,7 +108,7 @@ def _newton(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> RootResult:
     del cut
     given = _prepare(stack_nrr, sizes_n)
     largest = newton.largest_eigenvalue(given.a)
-    # The identity stands for a matrix that is zero: the iteration has nothing to invert there.
+    # Replace a zero matrix by the identity, so that the iteration converges.
     bound = jnp.where(largest > 0, largest, 1)[:, None, None]
     identity = jnp.eye(given.a.shape[-1], dtype=given.a.dtype)
     a = jnp.where(given.real & (largest > 0)[:, None, None], given.a / bound, identity)
@@ -118,17 +117,17 @@ def _newton(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> RootResult:
 
 
 def _eigh(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> RootResult:
-    """One batched eigendecomposition, improved by perturbation theory.
+    """Compute roots by one batched eigendecomposition, corrected by perturbation theory.
 
-    LAPACK's eigenvalues are wrong by several units of rounding of the largest, which for the smallest is a few per
-    cent at condition 1e6. In the basis V it finds, B = V' A V = diag(w) + G with a small G, and
-      f(B)_ij = f(w_i) on the diagonal, f[w_i, w_j] G_ij off it (Daleckii and Krein), plus second order
-    where f[.,.] is the divided difference. Of the second order, sum_k f[w_i, w_k, w_j] G_ik G_kj, what is right for
-    equal eigenvalues and right up to a factor near 1 for others: there G may be a tenth of w.
+    LAPACK's eigenvalues have errors of several ulp of the largest, a few per cent of the smallest at condition 1e6. In
+    LAPACK's basis V, B = V' A V = diag(w) + G with a small G, and with divided differences f[.,.] (Daleckii and Krein)
+      f(B)_ij = f(w_i) for i = j, f[w_i, w_j] G_ij otherwise, plus sum_k f[w_i, w_k, w_j] G_ik G_kj.
+    The second-order term matters for the smallest eigenvalues, where G may be a tenth of w. It is computed by a formula
+    that is exact for equal eigenvalues.
     """
     given = _prepare(stack_nrr, sizes_n)
     a = given.a + given.padding
-    # One call for the whole batch: two LAPACK calls that do not depend on each other can deadlock a CPU.
+    # One call for the whole batch: two independent LAPACK calls can deadlock a CPU.
     _, v = jnp.linalg.eigh(a)
     transposed = jnp.swapaxes(v, -2, -1)
     b = newton.symmetric(newton.matmul(transposed, newton.accurate_matmul(a, v)))
@@ -143,7 +142,7 @@ def _eigh(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> RootResult:
     quotient = (root_w[:, :, None] - root_w[:, None, :]) / jnp.where(near | (gap == 0), 1, gap)
     slope = jnp.where(near, -(jnp.where(near, mean, 1) ** (-1 / p - 1)) / p, quotient)
     g = jnp.where(jnp.eye(a.shape[-1], dtype=bool), 0, b)
-    # Across the cut the quotient has no bound, and means something only for eigenvalues that are well apart.
+    # Across the cut the quotient is unbounded, and valid only for well separated eigenvalues.
     first = jnp.where(both | (one & ((ridge > 0) | (jnp.abs(gap) > mean))), slope, 0) * g
     inverse = jnp.where(above, 1 / jnp.where(above, w_shifted, 1), 0)
     outer = inverse ** ((1 / p + 1) / 2)
@@ -165,7 +164,7 @@ def _eigh(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> RootResult:
 
 
 def _host(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> RootResult:
-    """Float64 LAPACK on the host, one matrix at a time."""
+    """Compute roots by float64 LAPACK on the host, one matrix at a time."""
     stack = np.asarray(stack_nrr)
     n, r, _ = stack.shape
     sizes = np.full(n, r) if sizes_n is None else np.asarray(sizes_n)

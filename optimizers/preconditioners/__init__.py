@@ -1,4 +1,4 @@
-"""The family of preconditioners: what the first word of a treatment names."""
+"""Preconditioners, by the first word of a treatment."""
 
 from .base import Preconditioner
 from .kl_shampoo import KLShampoo

@@ -1,4 +1,4 @@
-"""KL-Shampoo: each side's statistics are of gradients whitened by the other sides (arXiv 2509.03378)."""
+"""KL-Shampoo: statistics of gradients whitened along the other sides (arXiv 2509.03378)."""
 
 import math
 from typing import Any
@@ -14,10 +14,10 @@ from .shampoo import Shampoo
 class KLShampoo(Shampoo):
     """Shampoo whose statistics approximate the gradients' covariance by Kullback-Leibler divergence.
 
-    S_a <- beta2 S_a + (1 - beta2) G S_b^(-1) G' / d_b for a side a, with b the other side and d_b its length, and the
-    same for b. These are the stationary points of the divergence between normal distributions of the covariances
-    E[g g'] and S_a (x) S_b (theorem 1 of the paper). The roots are of order 2, so S_b^(-1) G' is two of them on the
-    other side. Before a block has roots, the identity stands for the statistics of the other sides.
+    For a side a, with b the other side and d_b its length:
+        S_a <- beta2 S_a + (1 - beta2) G S_b^(-1) G' / d_b
+    These are the stationary points of the divergence between normal distributions with the covariances E[g g'] and
+    S_a (x) S_b (theorem 1 of the paper). Roots have order 2. A block without roots uses S_b = I.
     """
 
     name = "kl_shampoo"
@@ -25,11 +25,11 @@ class KLShampoo(Shampoo):
     has_exponent = False
 
     def power(self, sides: int) -> float:
-        """Return an equal share of the degree 2 that the product over all sides has."""
+        """Return 2 / sides: the product over all sides has degree 2."""
         return 2.0 / sides
 
     def order(self, exponent: float | None, sides: int) -> int:
-        """Return 2: the gradient is multiplied by the inverse square root of its covariance."""
+        """Return 2: factors are inverse square roots of the covariance."""
         del exponent, sides
         return 2
 
@@ -38,12 +38,12 @@ class KLShampoo(Shampoo):
         return "KL"
 
     def observed(self, g: jax.Array, state: PreconditionerState, bucket: Any, sizes: jax.Array, side: int) -> jax.Array:
-        """Return the gradient whitened along the other preconditioned sides, over the root of their lengths."""
+        """Return the gradient whitened along the other sides, divided by the square root of their lengths."""
         others = [number for number, other in enumerate(bucket.sides) if other != side]
         if not others:
             return g
         found = state.refreshed > 0
-        # From the units in which the roots were solved to those of g.
+        # Convert from the units of the roots to those of g.
         share = self.power(len(bucket.sides)) / bucket.p
         change = power_of_two(share * jnp.where(found, state.scale_log2 - state.roots_scale_log2, 0))
         factors = []

@@ -1,4 +1,4 @@
-"""Muon: the momentum's nearest semi-orthogonal matrix, by matrix products alone (Jordan et al. 2024)."""
+"""Muon: replace the momentum by its nearest semi-orthogonal matrix, using matrix products only (Jordan et al. 2024)."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from .base import Preconditioner, PreconditionerState
 
-# Of the odd polynomials a x + b x^3 + c x^5 that are applied one after the other to singular values in (0, 1].
+# Coefficients of odd polynomials a x + b x^3 + c x^5, applied in sequence to singular values in (0, 1].
 POLYNOMIALS = {
-    # Five times that of Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
+    # Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
     "jordan": ((3.4445, -4.7750, 2.0315),) * 5,
     # Amsel et al., "The Polar Express" (arXiv 2505.16932), section 4; optimal for singular values from 1e-3 on.
     "polar_express": (
@@ -23,18 +23,17 @@ POLYNOMIALS = {
         (1.875, -1.25, 0.375),
     ),
 }
-# So much longer than 1 / sqrt(longer side) are the entries of an update: the usual root mean square of Adam's, whose
-# learning rates it then shares (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.2).
+# Root mean square of an update of full rank. It is that of Adam's updates, so that Adam's learning rates carry over
+# (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.2).
 RMS = 0.2
-# Above the largest singular value, whatever the rounding.
+# Keeps the largest singular value below 1 despite rounding.
 _MARGIN = 1.01
 
 
 class Muon(Preconditioner):
-    """0.2 sqrt(max(r, c)) U V' for the momentum M = U S V' of a block r x c.
+    """The direction 0.2 sqrt(max(r, c)) U V' for the momentum M = U S V' of a block r x c.
 
-    It keeps no statistics. Blocks as long as the parameter's longer side, by block_size, make it act on whole matrices,
-    each gathered to its owner.
+    It keeps no statistics. With block_size at least a matrix's longer side, it acts on the whole matrix.
     """
 
     name = "muon"
@@ -60,18 +59,18 @@ class Muon(Preconditioner):
         step: jax.Array,
         options: Any,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Return the orthogonal factor, scaled to the length of Adam's update."""
+        """Return the orthogonal factor, scaled to the norm of Adam's update."""
         del g, state, bucket, step
         x = orthogonalized(m, POLYNOMIALS[options.orthogonalization])
         return x * (RMS * jnp.sqrt(jnp.max(sizes, axis=-1).astype(jnp.float32)))[:, None, None], None
 
 
 def orthogonalized(m_nrc: jax.Array, polynomials: tuple[tuple[float, float, float], ...]) -> jax.Array:
-    """Return U V' for each M = U S V' of a stack, approximately: odd polynomials bring all singular values near 1.
+    """Return approximately U V' for each M = U S V' of a stack.
 
     Args:
       m_nrc: [n, r, c] with r <= c.
-      polynomials: their coefficients, in the order in which they are applied.
+      polynomials: coefficients of odd polynomials that map singular values towards 1, in order.
     """
     largest = jnp.max(jnp.abs(m_nrc), axis=(-2, -1), keepdims=True)
     x = m_nrc / jnp.where(largest > 0, largest, 1)

@@ -10,18 +10,18 @@ from ..linalg import lapack
 from ..linalg.roots import RootResult, inverse_pth_root
 from .base import Preconditioner, PreconditionerState, multiplied
 
-# Largest factor by which an entry of an accepted root may exceed (regulariser x largest eigenvalue)^(-1/p).
+# An accepted root has no entry above NORM_MARGIN x (regulariser x largest eigenvalue)^(-1/p).
 NORM_MARGIN = 1.05
-# Factors of the regulariser with which a failed solve on the host is retried, and the smallest that is then used.
+# Factors of the regulariser for retries of a failed solve on the host, and the smallest regulariser of a retry.
 RETRIES = (10.0, 100.0)
 SMALLEST_RETRY = 1e-7
 
 
 class Shampoo(Preconditioner):
-    """L^(-1/p) M R^(-1/p) for a matrix, of L = sum of G G' and R = sum of G' G.
+    """The direction L^(-1/p) M R^(-1/p) of a matrix, with L = sum of G G' and R = sum of G' G.
 
     Args:
-      side: the preconditioned sides unless a treatment says otherwise.
+      side: default for a treatment's `side`.
     """
 
     name = "shampoo"
@@ -31,22 +31,22 @@ class Shampoo(Preconditioner):
         self.side = side
 
     def order(self, exponent: float | None, sides: int) -> int:
-        """Return one over the exponent; without an exponent, twice the number of sides."""
+        """Return 1 / exponent, or twice the number of sides if the exponent is None."""
         if exponent == 0:
             return 0
         if exponent is None:
             exponent = 1 / (2 * sides)
-        p = max(1, round(1 / exponent)) if exponent > 1e-9 else 1  # the inverse of less may be infinite
+        p = max(1, round(1 / exponent)) if exponent > 1e-9 else 1  # 1 / exponent may overflow
         if not abs(p * exponent - 1) <= 1e-5:
-            raise ValueError(f"exponent={exponent}: it must be 0 or 1/p for a whole p. Use 1/{p} = {1 / p:.6g}.")
+            raise ValueError(f"exponent={exponent}: must be 0 or 1/p for a whole p. Use 1/{p} = {1 / p:.6g}.")
         return p
 
     def uses_lapack(self, options: Any) -> bool:
-        """Whether the solver is `eigh`."""
+        """Return whether the solver is `eigh`."""
         return options.solver == "eigh"
 
     def title(self, p: int) -> str:
-        """Return, for example, "p4"."""
+        """Return a name such as "p4"."""
         return f"p{p}" if p else "momentum"
 
     def act(
@@ -64,7 +64,7 @@ class Shampoo(Preconditioner):
         return multiplied(m, state.roots, bucket.sides), None
 
     def solve(self, stack: jax.Array, old: jax.Array | None, sizes: jax.Array, bucket: Any, options: Any) -> RootResult:
-        """Return inverse p-th roots; accepted if finite and both residual and entries are within bounds."""
+        """Return inverse p-th roots; a root is accepted if its residual and its entries are within bounds."""
         del old
         p, ridge, cut = bucket.p, bucket.treatment.ridge, bucket.treatment.cut
         result = inverse_pth_root(stack, p, solver=options.solver, ridge=ridge, cut=cut, sizes_n=sizes)
@@ -72,7 +72,7 @@ class Shampoo(Preconditioner):
         bound = jnp.float32(jnp.finfo(jnp.float32).max)
         if ridge or cut:
             bound = NORM_MARGIN * ((ridge or cut) * result.largest) ** (-1 / p)
-        # A NaN is within no bound.
+        # The comparison is False for a NaN.
         accepted &= jnp.max(jnp.abs(result.root), axis=(-2, -1)) <= bound
         return result._replace(accepted=accepted)
 

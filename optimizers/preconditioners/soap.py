@@ -11,22 +11,20 @@ from ..linalg import lapack, newton
 from ..linalg.roots import RootResult
 from .base import Preconditioner, PreconditionerState, multiplied
 
-# Of an accepted basis, the largest entry of |Q' Q - I|.
+# Largest entry of |Q' Q - I| of an accepted basis.
 ORTHOGONALITY = 1e-3
 
 
 class Soap(Preconditioner):
-    """Q_L [ (Q_L' M Q_R) / sqrt(V) ] Q_R' with the eigenvectors Q of the statistics of each side.
+    """The direction Q_L [ (Q_L' M Q_R) / sqrt(V) ] Q_R', with Q the eigenvectors of the statistics of each side.
 
-    V, the second moment of the rotated gradient, is renewed on every step, so that a basis that is old costs some
-    accuracy and no stability. When a new basis comes, V is carried over: with R = Q_old' Q_new a direction of the new
-    basis is the mixture of old ones with the weights R squared, hence V <- (R o R)' V for each side, which is what
-    the diagonal of R' diag(V) R is and keeps V's sum and sign. Before the first basis it is the identity: then SOAP
-    is Adam.
+    V is the second moment of the rotated gradient, updated every step. A refresh with R = Q_old' Q_new replaces V by
+    (R o R)' V along each side, which is the diagonal of R' diag(V) R. Before the first refresh Q is the identity, and
+    SOAP is Adam.
 
-    A basis is found by `eigh` at first and by one step of orthogonal iteration, the Q of a QR decomposition of S Q_old,
-    afterwards (algorithm 4 of the paper). QR keeps the leading columns and orthogonalises later ones against them, so
-    columns are sorted by q' S q first, the largest first.
+    The first basis is from `eigh`. Later ones are from one step of orthogonal iteration: the Q of a QR decomposition of
+    S Q_old (algorithm 4 of the paper), with columns sorted by decreasing q' S q, because QR orthogonalises each column
+    against those before it.
     """
 
     name = "soap"
@@ -40,7 +38,7 @@ class Soap(Preconditioner):
         return 1
 
     def uses_lapack(self, options: Any) -> bool:
-        """Both decompositions do."""
+        """Return True: `eigh` and QR both use LAPACK."""
         del options
         return True
 
@@ -58,7 +56,7 @@ class Soap(Preconditioner):
         step: jax.Array,
         options: Any,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Take Adam's step in the basis, and rotate it back."""
+        """Return Adam's direction computed in the eigenbasis, rotated back."""
         del sizes
         assert state.second_moment is not None
         bases = [_or_identity(q.astype(m.dtype), state.refreshed > 0) for q in state.roots]
@@ -71,7 +69,7 @@ class Soap(Preconditioner):
         return multiplied(m / (jnp.sqrt(corrected) + options.epsilon), bases, bucket.sides), v
 
     def solve(self, stack: jax.Array, old: jax.Array | None, sizes: jax.Array, bucket: Any, options: Any) -> RootResult:
-        """Return orthonormal bases, the identity on the padding; accepted if they are orthonormal."""
+        """Return bases, identity in the padding; a basis is accepted if it is orthonormal."""
         del bucket, options
         assert old is not None
         r = stack.shape[-1]
@@ -81,7 +79,7 @@ class Soap(Preconditioner):
         a = jnp.where(real & jnp.isfinite(stack), stack, 0)
         trace = jnp.trace(a, axis1=-2, axis2=-1)
         a = newton.symmetric(a / jnp.where(trace > 0, trace, 1)[:, None, None])
-        # Below all eigenvalues, so that no eigenvector is partly in the padding and it comes last.
+        # Padding with an eigenvalue below all others keeps its eigenvectors separate and last.
         a = jnp.where(real, a, -identity)
         found = jnp.max(jnp.abs(old), axis=(-2, -1)) > 0
 
@@ -128,7 +126,7 @@ class Soap(Preconditioner):
         weights = []
         for before, after in zip(old, new, strict=True):
             before = _or_identity(before, jnp.max(jnp.abs(before), axis=(-2, -1)) > 0)
-            # The transpose of R, squared: row i has the weights of the old directions in the new direction i.
+            # (R o R)': row i has the weights of the old directions in the new direction i.
             weights.append(jnp.square(newton.matmul(jnp.swapaxes(after, -2, -1), before)))
         return multiplied(second_moment, weights, sides)
 

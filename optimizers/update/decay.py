@@ -1,9 +1,10 @@
-"""Weight decay: three ways to shrink parameters, of which the last two join the direction that a step goes in.
+"""Weight decay, in three forms.
 
-"coupled": weight_decay x parameter joins the gradient, and with it momentum and statistics. "decoupled": parameters
-shrink by learning rate x weight_decay. "independent": they shrink by weight_decay x schedule, the schedule being the
-learning rate over its peak, so that another peak, or another factor of it for some parameters, leaves the decay as it
-is (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2; Wortsman et al. 2023, arXiv 2309.14322).
+"coupled": weight_decay x parameter is added to the gradient, before momentum and statistics.
+"decoupled": parameters shrink by learning rate x weight_decay.
+"independent": parameters shrink by weight_decay x learning rate / peak learning rate, so that the decay does not depend
+on the peak or on rate_rules (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2; Wortsman et al. 2023, arXiv
+2309.14322).
 """
 
 from collections.abc import Sequence
@@ -16,19 +17,18 @@ from ..plan import patterns
 
 
 def peak(learning_rate: float | optax.Schedule) -> float:
-    """The highest rate: of a schedule its attribute `peak`.
+    """Return a constant learning rate, or the attribute `peak` of a schedule.
 
     Raises:
-      ValueError: the schedule does not tell, or there is no share of it: it is 0.
+      ValueError: the schedule has no `peak`, or the peak is not positive.
     """
     found = getattr(learning_rate, "peak", None) if callable(learning_rate) else learning_rate
     if found is None:
         raise ValueError(
-            "decay 'independent' is relative to the schedule's peak, which this one does not tell; give it an "
-            "attribute `peak`, or use decay 'decoupled'"
+            "decay='independent': the schedule must have an attribute `peak`. Add it, or use decay='decoupled'."
         )
     if not found > 0:
-        raise ValueError(f"decay 'independent' is relative to the schedule's peak, which is {found}; use 'decoupled'")
+        raise ValueError(f"decay='independent': the schedule's peak, {found}, must be positive. Use decay='decoupled'.")
     return float(found)
 
 
@@ -39,12 +39,12 @@ def joined(
     options: Any,
     learning_rate: float | optax.Schedule,
 ) -> list[jax.Array]:
-    """Directions with what of their parameters joins them, before they are multiplied by the learning rate.
+    """Return directions plus weight decay, before the learning rate is applied.
 
     Args:
-      directions: of each parameter; gradients where the decay is coupled.
-      params: the parameters.
-      names: their paths.
+      directions: direction of each parameter; its gradient for coupled decay.
+      params: tree of parameters.
+      names: path of each parameter.
       options: weight_decay, decay, decay_rules (which parameters decay) and rate_rules (factors of the learning rate).
       learning_rate: a float or a schedule.
     """
@@ -59,7 +59,7 @@ def joined(
 
 
 def _coefficient(options: Any, learning_rate: float | optax.Schedule, factor: float) -> float:
-    """A parameter whose factor is 0 is one that does not move, by independent decay either."""
+    # A parameter whose factor is 0 is frozen, under independent decay too.
     if options.decay == "independent":
         return options.weight_decay / (peak(learning_rate) * factor) if factor else 0.0
     return options.weight_decay

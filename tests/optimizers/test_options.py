@@ -55,7 +55,7 @@ def test_parse(text, expected):
     assert [type(v) for v in found.values()] == [type(v) for v in expected.values()]
 
 
-KINDS = "it must begin with one of shampoo, one_sided, soap, kl_shampoo, muon, diagonal, rows."
+KINDS = "must begin with one of shampoo, one_sided, soap, kl_shampoo, muon, diagonal, rows."
 KEYS = "Use side, view, block_size, exponent, ridge, cut, beta2, stack as key=value."
 
 
@@ -73,29 +73,32 @@ KEYS = "Use side, view, block_size, exponent, ridge, cut, beta2, stack as key=va
         ("shampoo exponent=1/4", "treatment 'shampoo exponent=1/4': exponent needs a float, not '1/4'."),
         (
             "one_sided side=top",
-            "treatment 'one_sided side=top': side='top': it must be one of both, left, right, short.",
+            "treatment 'one_sided side=top': side='top': must be one of both, left, right, short.",
         ),
         ("rows side=left", "treatment 'rows side=left': only preconditioners have a side. Leave it out."),
-        ("one_sided view=tensor", "treatment 'one_sided view=tensor': it is for matrices. Leave view=tensor out."),
+        (
+            "one_sided view=tensor",
+            "treatment 'one_sided view=tensor': this treatment is for matrices. Leave view=tensor out.",
+        ),
         ("soap exponent=0.5", "treatment 'soap exponent=0.5': soap has a fixed exponent. Leave it out."),
         ("rows beta2=1", "treatment 'rows beta2=1': rows take no further words. Write 'rows' alone."),
-        ("shampoo stack=-1", "treatment 'shampoo stack=-1': stack=-1: it must not be negative."),
-        ("shampoo view=vector", "treatment 'shampoo view=vector': view='vector': it must be one of matrix, tensor."),
-        ("shampoo block_size=0", "treatment 'shampoo block_size=0': block_size=0: it must be at least 1."),
+        ("shampoo stack=-1", "treatment 'shampoo stack=-1': stack=-1: must not be negative."),
+        ("shampoo view=vector", "treatment 'shampoo view=vector': view='vector': must be one of matrix, tensor."),
+        ("shampoo block_size=0", "treatment 'shampoo block_size=0': block_size=0: must be at least 1."),
         (
             "shampoo ridge=-1",
-            "treatment 'shampoo ridge=-1': ridge=-1.0: it must be a finite number and not negative.",
+            "treatment 'shampoo ridge=-1': ridge=-1.0: must be finite and not negative.",
         ),
-        ("shampoo cut=-1", "treatment 'shampoo cut=-1': cut=-1.0: it must be a finite number and not negative."),
+        ("shampoo cut=-1", "treatment 'shampoo cut=-1': cut=-1.0: must be finite and not negative."),
         (
             "shampoo ridge=0.5 cut=0.1",
             "treatment 'shampoo ridge=0.5 cut=0.1': ridge=0.5 and cut=0.1: only one may be set. Set the other to 0.",
         ),
-        ("shampoo beta2=-0.5", "treatment 'shampoo beta2=-0.5': beta2=-0.5: it must be between 0 and 1."),
+        ("shampoo beta2=-0.5", "treatment 'shampoo beta2=-0.5': beta2=-0.5: must be between 0 and 1."),
         ("shampoo beta2=1", "beta2=1.0: graft 'adam' averages second moments. Use graft 'adagrad' for sums."),
         ("diagonal beta2=1", "beta2=1.0: graft 'adam' averages second moments. Use graft 'adagrad' for sums."),
-        ("shampoo exponent=0.3", "exponent=0.3: it must be 0 or 1/p for a whole p. Use 1/3 = 0.333333."),
-        ("shampoo exponent=-0.5", "exponent=-0.5: it must be 0 or 1/p for a whole p. Use 1/1 = 1."),
+        ("shampoo exponent=0.3", "exponent=0.3: must be 0 or 1/p for a whole p. Use 1/3 = 0.333333."),
+        ("shampoo exponent=-0.5", "exponent=-0.5: must be 0 or 1/p for a whole p. Use 1/1 = 1."),
     ],
 )
 def test_invalid_treatments(text, error):
@@ -107,22 +110,22 @@ def test_invalid_treatments(text, error):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"beta1": -0.1}, "beta1 is -0.1; it must lie between 0 and 1"),
-        ({"beta2": 1.5}, "beta2 is 1.5; it must lie between 0 and 1"),
-        ({"beta2": float("nan")}, "beta2 is nan; it must be a finite number"),
-        ({"beta1": 1.0}, "beta1 is 1.0, so no gradient would ever count; use a value below 1, such as 0.9"),
+        ({"beta1": -0.1}, "beta1=-0.1: must be between 0 and 1."),
+        ({"beta2": 1.5}, "beta2=1.5: must be between 0 and 1."),
+        ({"beta2": float("nan")}, "beta2=nan: must be finite."),
+        ({"beta1": 1.0}, "beta1=1.0: must be below 1, or gradients have no effect. Use 0.9."),
         *[
-            ({name: 0}, f"{name} is 0; it must be at least 1")
+            ({name: 0}, f"{name}=0: must be at least 1.")
             for name in ("block_size", "interval", "max_failures", "statistics_every")
         ],
         *[
-            ({name: -1}, f"{name} is -1; it must not be negative")
+            ({name: -1}, f"{name}=-1: must not be negative.")
             for name in ("ridge", "cut", "epsilon", "weight_decay", "clip_rms", "start_step", "merge_dims")
         ],
-        ({"epsilon": 0.0}, "epsilon is 0, so graft 'adam' divides 0 by 0 where no gradient was; use 1e-8"),
+        ({"epsilon": 0.0}, "epsilon=0: must be positive, or graft 'adam' divides 0 by 0. Use 1e-8."),
         (
             {"epsilon": 0.0, "graft": "adagrad_normalized"},
-            "epsilon is 0, so graft 'adagrad_normalized' divides 0 by 0 where no gradient was; use 1e-8",
+            "epsilon=0: must be positive, or graft 'adagrad_normalized' divides 0 by 0. Use 1e-8.",
         ),
         ({"beta2": 1.0}, "beta2=1.0: graft 'adam' averages second moments. Use graft 'adagrad' for sums."),
         (
@@ -134,45 +137,51 @@ def test_invalid_treatments(text, error):
             "cut=0.001: solver 'newton' needs a ridge. Use solver 'eigh' or set ridge.",
         ),
         ({"ridge": 1e-6, "cut": 1e-3}, "ridge=1e-06 and cut=0.001: only one may be set. Set the other to 0."),
-        ({"exponent": 0.3}, "exponent=0.3: it must be 0 or 1/p for a whole p. Use 1/3 = 0.333333."),
-        ({"exponent": 0.2499}, "exponent=0.2499: it must be 0 or 1/p for a whole p. Use 1/4 = 0.25."),
-        ({"exponent": 3.0}, "exponent=3.0: it must be 0 or 1/p for a whole p. Use 1/1 = 1."),
-        ({"early_intervals": ((0, 1),)}, "early_intervals end at step 0 and then at step 0; their ends must rise"),
+        ({"exponent": 0.3}, "exponent=0.3: must be 0 or 1/p for a whole p. Use 1/3 = 0.333333."),
+        ({"exponent": 0.2499}, "exponent=0.2499: must be 0 or 1/p for a whole p. Use 1/4 = 0.25."),
+        ({"exponent": 3.0}, "exponent=3.0: must be 0 or 1/p for a whole p. Use 1/1 = 1."),
+        ({"early_intervals": ((0, 1),)}, "early_intervals=((0, 1),): last steps must increase and be positive."),
         (
             {"early_intervals": ((9, 1), (9, 2))},
-            "early_intervals end at step 9 and then at step 9; their ends must rise",
+            "early_intervals=((9, 1), (9, 2)): last steps must increase and be positive.",
         ),
         (
             {"early_intervals": ((9, 8),)},
-            "early interval 8 does not divide interval 20; use one of 1, 2, 4, 5, 10, 20",
+            "early_intervals=((9, 8),): 8 must divide interval=20. Use one of 1, 2, 4, 5, 10, 20.",
         ),
-        ({"early_intervals": ((9, 0),)}, "early interval 0 does not divide interval 20; use one of 1, 2, 4, 5, 10, 20"),
-        ({"early_intervals": ((9, 4),), "interval": 2}, "early interval 4 does not divide interval 2; use one of 1, 2"),
-        ({"view": "vector"}, "view is 'vector'; choose one of matrix, tensor"),
-        ({"solver": "host"}, "solver is 'host'; choose one of newton, eigh"),
-        ({"refresh": "never"}, "refresh is 'never'; choose one of staggered, periodic, host"),
-        ({"graft_norm": "layer"}, "graft_norm is 'layer'; choose one of parameter, block"),
-        ({"momentum": "polyak"}, "momentum is 'polyak'; choose one of ema, heavy_ball"),
-        ({"decay": "l2"}, "decay is 'l2'; choose one of decoupled, coupled, independent"),
+        (
+            {"early_intervals": ((9, 0),)},
+            "early_intervals=((9, 0),): 0 must divide interval=20. Use one of 1, 2, 4, 5, 10, 20.",
+        ),
+        (
+            {"early_intervals": ((9, 4),), "interval": 2},
+            "early_intervals=((9, 4),): 4 must divide interval=2. Use one of 1, 2.",
+        ),
+        ({"view": "vector"}, "view='vector': must be one of matrix, tensor."),
+        ({"solver": "host"}, "solver='host': must be one of newton, eigh."),
+        ({"refresh": "never"}, "refresh='never': must be one of staggered, periodic, host."),
+        ({"graft_norm": "layer"}, "graft_norm='layer': must be one of parameter, block."),
+        ({"momentum": "polyak"}, "momentum='polyak': must be one of ema, heavy_ball."),
+        ({"decay": "l2"}, "decay='l2': must be one of decoupled, coupled, independent."),
         *[
-            ({name: "float16"}, f"{name} is 'float16'; choose one of float32, bfloat16")
+            ({name: "float16"}, f"{name}='float16': must be one of float32, bfloat16.")
             for name in ("roots_dtype", "momentum_dtype")
         ],
         (
             {"treatments": (("(", "shampoo"),)},
-            "'(' is not a regular expression: missing ), unterminated subpattern at position 0",
+            "'(': invalid regex: missing ), unterminated subpattern at position 0. Escape special characters.",
         ),
         (
             {"decay_rules": (("[", True),)},
-            "'[' is not a regular expression: unterminated character set at position 0",
+            "'[': invalid regex: unterminated character set at position 0. Escape special characters.",
         ),
         (
             {"rate_rules": (("*", 1.0),)},
-            "'*' is not a regular expression: nothing to repeat at position 0",
+            "'*': invalid regex: nothing to repeat at position 0. Escape special characters.",
         ),
         (
             {"rate_rules": (("bias", -1.0),)},
-            "the learning rate of 'bias' has the factor -1.0; it must not be negative",
+            "rate_rules['bias']=-1.0: must be finite and not negative. Use 1 to keep the rate.",
         ),
     ],
 )
@@ -186,7 +195,7 @@ def test_invalid_options(options, error):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_are_finite(name, value):
     """Fault: NaN, which no comparison refuses, is accepted and reaches every root in the first step."""
-    with pytest.raises(ValueError, match=message(f"{name} is {value}; it must be a finite number")):
+    with pytest.raises(ValueError, match=message(f"{name}={value}: must be finite.")):
         ShampooOptions(**{name: value})
 
 
@@ -200,7 +209,7 @@ def test_numbers_of_treatments_are_finite(name, value):
 
 def test_unknown_grafts_are_refused():
     """Fault: an unknown graft fails in a lookup before its message."""
-    with pytest.raises(ValueError, match=message(f"graft is 'lion'; choose one of {', '.join(GRAFTS)}")):
+    with pytest.raises(ValueError, match=message(f"graft='lion': must be one of {', '.join(GRAFTS)}.")):
         ShampooOptions(graft="lion")
 
 
@@ -360,7 +369,7 @@ def test_wrong_types_are_refused(text):
 
 def test_an_invalid_value_is_a_user_error():
     """Fault: a traceback instead of one line."""
-    with pytest.raises(UserError, match="early interval 3 does not divide interval 20"):
+    with pytest.raises(UserError, match="3 must divide interval=20"):
         build(component(NAME, interval=20, early_intervals=((10, 3),)))
 
 

@@ -257,9 +257,9 @@ def test_eigh_is_one_batched_call():
     ("arguments", "words"),
     [
         ({"p": 0}, "positive integer"),
-        ({"p": 4, "solver": "svd"}, "choose one of"),
+        ({"p": 4, "solver": "svd"}, "must be one of"),
         ({"p": 4, "ridge": 1e-6, "cut": 1e-6}, "only one"),
-        ({"p": 4, "cut": 1e-6}, "'eigh' and 'host'"),
+        ({"p": 4, "cut": 1e-6}, "'eigh' or 'host'"),
     ],
 )
 def test_invalid_arguments(arguments, words):
