@@ -28,7 +28,7 @@ from .exchange import Owners
 from .host.parcels import Parcels
 from .host.service import Event, HostRoots
 from .linalg.newton import inner
-from .linalg.scaling import power_of_two
+from .linalg.scaling import exponent_of, power_of_two
 from .options import Options
 from .plan import patterns
 from .plan.blocks import Bucket, Plan, make_plan
@@ -261,7 +261,7 @@ class DistributedShampoo(optax.GradientTransformation):
         # A square may overflow although the gradient does not.
         finite &= jnp.isfinite(length * length)
         # Compute norms and directions in units of the largest entry, so that squares stay within float32.
-        scale_log2 = jnp.frexp(jnp.where(finite, length, 0))[1]
+        scale_log2 = exponent_of(jnp.where(finite, length, 0))
         # LAPACK may hang on a NaN, even in a step that is skipped.
         gradients = {name: jnp.where(finite, g, 0) for name, g in gradients.items()}
         scaled = self._normalized(gradients, tables, buckets, scale_log2) if options.normalizes else gradients
@@ -401,7 +401,7 @@ class DistributedShampoo(optax.GradientTransformation):
         def renew(phase: Any, written: dict[str, PreconditionerState]) -> dict[str, PreconditionerState]:
             due, whole = {}, {}
             for bucket in buckets:
-                slot = tables[bucket.name].due[0, phase % bucket.phases]
+                slot = tables[bucket.name].due[0, lax.rem(phase, jnp.int32(bucket.phases))]
                 due[bucket.name] = Due(slot, tables[bucket.name].sizes.at[slot].get(mode="clip"))
                 old = roots[bucket.name]
                 whole[bucket.name] = written[bucket.name]._replace(statistics=old.statistics, scale_log2=old.scale_log2)
@@ -414,10 +414,11 @@ class DistributedShampoo(optax.GradientTransformation):
         written = without(roots)
         if self.options.refresh == "periodic":
             crosses = accepted & (-first % self.options.interval < count)
-            written = lax.cond(crosses, lambda written: renew(0, written), lambda written: written, written)
+            written = lax.cond(crosses, lambda written: renew(jnp.int32(0), written), lambda written: written, written)
         elif self.options.early_intervals or self.options.start_step:
-            interval = self.options.interval
-            written = lax.fori_loop(0, count, lambda i, written: renew((first + i) % interval, written), written)
+            # No remainder of two int32 is negative here, and `lax.rem` compiles to less than `%`.
+            interval = jnp.int32(self.options.interval)
+            written = lax.fori_loop(0, count, lambda i, written: renew(lax.rem(first + i, interval), written), written)
         else:
             written = renew(first, written)
         return {
@@ -445,7 +446,7 @@ def _squares(x: jax.Array) -> jax.Array:
 
 def _unit(x: jax.Array) -> jax.Array:
     """Return x / |x|; the squares are taken in units of the largest entry."""
-    x = x * power_of_two(-jnp.frexp(largest(x))[1])
+    x = x * power_of_two(-exponent_of(largest(x)))
     return x * _reciprocal(jnp.sqrt(jnp.sum(x * x)))
 
 

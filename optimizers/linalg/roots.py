@@ -17,7 +17,7 @@ import numpy as np
 
 from . import lapack, newton
 from .lapack import RootResult
-from .scaling import power_of_two
+from .scaling import exponent_of, power_of_two
 
 __all__ = ["RootResult", "inverse_pth_root"]
 
@@ -82,7 +82,9 @@ def _prepare(stack_nrr, sizes_n) -> _Prepared:
     # The maximum propagates NaN.
     largest = jnp.max(jnp.where(real, jnp.abs(a), 0), axis=(-2, -1))
     finite = jnp.isfinite(largest)
-    largest, scale_log2 = jnp.frexp(jnp.where(finite, largest, 0))
+    largest = jnp.where(finite, largest, 0)
+    scale_log2 = exponent_of(largest)
+    largest = largest * power_of_two(-scale_log2)
     a = jnp.where(real & finite[:, None, None], a * power_of_two(-scale_log2)[:, None, None], 0)
     zero = largest == 0
     padding = jnp.where(zero, 1, largest)[:, None, None] * jnp.eye(r, dtype=a.dtype)

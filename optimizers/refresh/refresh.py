@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..linalg.roots import RootResult
-from ..linalg.scaling import power_of_two
+from ..linalg.scaling import exponent_of, power_of_two
 from ..linalg.symmetric import pack, unpack
 from ..options import Options
 from ..plan.blocks import Bucket
@@ -43,7 +43,7 @@ def accumulate(state: PreconditionerState, g: jax.Array, bucket: Bucket, sizes: 
     beta2, preconditioner = bucket.treatment.beta2, bucket.preconditioner
     old, new = (1.0, 1.0) if beta2 == 1 else (beta2, 1 - beta2)
     largest = jnp.max(jnp.abs(g), axis=tuple(range(1, g.ndim)))
-    scale_log2 = jnp.maximum(state.scale_log2, jnp.where(largest > 0, jnp.frexp(largest)[1], NO_GRADIENT))
+    scale_log2 = jnp.maximum(state.scale_log2, jnp.where(largest > 0, exponent_of(largest), NO_GRADIENT))
     change = preconditioner.power(len(bucket.sides)) * (state.scale_log2 - scale_log2)
     change = jnp.where(change > -126, power_of_two(change), 0)[:, None, None]
     g = g * jnp.where(largest > 0, power_of_two(-scale_log2), 0).reshape(-1, *[1] * (g.ndim - 1))
