@@ -136,8 +136,8 @@ def table(options: argparse.Namespace) -> dict[str, Any]:
         further, missing_later = learning.read_grid(chosen, folder, seconds)
         outcomes, missing = outcomes + further, missing + missing_later
     comparison = standings.compare(outcomes, missing, timed)
-    told = f" --finalists={options.finalists}" if later else ""
-    contents = {standings.SECTION: standings.markdown(comparison, times, f"{COMMAND} table{told}")}
+    flag = f" --finalists={options.finalists}" if later else ""
+    contents = {standings.SECTION: standings.markdown(comparison, times, f"{COMMAND} table{flag}")}
     if costs:  # without measurements, keep the document's section
         contents[standings.COSTS] = standings.costs_markdown(costs)
     if options.markdown:

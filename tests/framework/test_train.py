@@ -285,9 +285,11 @@ def test_bad_steps_in_a_row_stop_a_run_that_resumes_with_a_higher_limit(tmp_path
     higher = config(**{"guard.max_consecutive_skips": 21})
     capsys.readouterr()
     result = train(higher, tmp_path / "run", devices=two())
-    told = capsys.readouterr().out
-    assert re.search(r"^loss spike at step 27: \d+\.\d+, above the bound of \d\.\d+; the step is skipped$", told, re.M)
-    assert re.search(r"^step 28/30 .* skipped 21  spikes 1 ", told, re.M)
+    output = capsys.readouterr().out
+    assert re.search(
+        r"^loss spike at step 27: \d+\.\d+, above the bound of \d\.\d+; the step is skipped$", output, re.M
+    )
+    assert re.search(r"^step 28/30 .* skipped 21  spikes 1 ", output, re.M)
     assert (result["steps"], result["skipped_steps"], result["loss_spikes"]) == (30, 21, 1)
     assert result["clipped_steps"] == lines(tmp_path / "run")[-2]["train/clipped"] > 0
     train(higher, tmp_path / "whole", devices=two())
@@ -325,9 +327,9 @@ def test_a_failed_host_solver_ends_the_run_with_traceback_and_checkpoint(shampoo
     ) as caught:
         train(config, broken, devices=two())
     assert isinstance(caught.value.__cause__.__cause__, MemoryError)
-    code, told = launch_train.explain(caught.value)
-    assert (code, "in dies" in told) == (1, True)
-    assert told.splitlines()[-1].startswith("error: a thread that takes roots on the host died")
+    code, output = launch_train.explain(caught.value)
+    assert (code, "in dies" in output) == (1, True)
+    assert output.splitlines()[-1].startswith("error: a thread that takes roots on the host died")
     monkeypatch.undo()
     stopped = json.loads((broken / "result.json").read_text())
     assert 2 < stopped["steps"] < 12 and "MemoryError" in stopped["stopped"]

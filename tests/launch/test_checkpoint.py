@@ -178,20 +178,20 @@ def test_inspect_shows_everything(runs):
     path = runs / "four" / "checkpoints" / "6"
     arrays = numpy_arrays(path)
     code, out, err = ran("inspect", runs / "four", "--json")
-    told = json.loads("\n".join(out))
+    shown = json.loads("\n".join(out))
     assert (code, err) == (0, [])
-    assert {name: (tuple(x["shape"]), x["dtype"], x["bytes"]) for name, x in told["arrays"].items()} == {
+    assert {name: (tuple(x["shape"]), x["dtype"], x["bytes"]) for name, x in shown["arrays"].items()} == {
         name: (x.shape, x.dtype.name, x.nbytes) for name, x in arrays.items()
     }
-    assert (told["record"]["step"], told["record"]["tokens"], told["processes"]) == (6, 384, 1)
-    assert told["mesh"] == {"data": 4, "expert": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
-    assert told["parameters"]["hidden/kernel"] == {
+    assert (shown["record"]["step"], shown["record"]["tokens"], shown["processes"]) == (6, 384, 1)
+    assert shown["mesh"] == {"data": 4, "expert": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
+    assert shown["parameters"]["hidden/kernel"] == {
         "shape": [16, 32],
         "dtype": "float32",
         "treatment": "shampoo 8x8 p2 x8",
     }
     square, packed, vector = 16 * 8 * 8 * 4, 16 * 9 * 4 * 4, 16 * 4
-    assert told["sizes"] == {
+    assert shown["sizes"] == {
         "parameters": {"arrays": 3, "bytes": (16 * 16 + 2 * 16 * 32) * 4},
         "statistics": {"arrays": 2, "bytes": 2 * packed},
         "roots": {"arrays": 2, "bytes": 2 * square},
@@ -203,7 +203,7 @@ def test_inspect_shows_everything(runs):
             "bytes": sum(x.nbytes for x in arrays.values()) - 5120 - 4 - 2048 - 4 * square - 4 * packed - 2 * vector,
         },
     }
-    (bucket,) = told["buckets"].values()
+    (bucket,) = shown["buckets"].values()
     assert (bucket["block"], bucket["blocks"], bucket["p"], bucket["sides"]) == ([8, 8], 16, 2, [0, 1])
     assert (bucket["owners"], bucket["slots_per_owner"]) == (4, 4)
     assert bucket["parameters"] == {"hidden/kernel": 8, "out/kernel": 8}
@@ -222,11 +222,11 @@ def test_inspect_shows_everything(runs):
 def test_inspect_of_an_optimizer_without_blocks(tmp_path):
     path = save_plain(tmp_path, {"a": {"w": np.ones((4, 3), np.float32)}}, tx=optax.adam(1e-3))
     code, out, _ = ran("inspect", path, "--json")
-    told = json.loads("\n".join(out))
+    shown = json.loads("\n".join(out))
     assert code == 0
-    assert told["sizes"]["momenta and second moments"] == {"arrays": 2, "bytes": 2 * 48}
-    assert told["buckets"] == {}
-    assert told["record"]["last"]["values"] == {"loss": None}
+    assert shown["sizes"]["momenta and second moments"] == {"arrays": 2, "bytes": 2 * 48}
+    assert shown["buckets"] == {}
+    assert shown["record"]["last"]["values"] == {"loss": None}
 
 
 def test_a_workdir_stands_for_its_newest_complete_checkpoint(workdir):
@@ -268,15 +268,15 @@ def largest(path):
 
 FILES = {
     "arrays": lambda path: largest(path),
-    "what describes the arrays": lambda path: path / "state" / "_METADATA",
-    "where the arrays lie": lambda path: path / "state" / "manifest.ocdbt",
+    "metadata of arrays": lambda path: path / "state" / "_METADATA",
+    "index of arrays": lambda path: path / "state" / "manifest.ocdbt",
     "manifest": lambda path: path / "manifest" / "metadata",
     "record": lambda path: path / "record" / "metadata",
 }
 DAMAGE = {
     "a flipped bit": lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]),
-    "its end cut off": lambda file: file.write_bytes(file.read_bytes()[:-1]),
-    "no file": lambda file: file.unlink(),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "missing": lambda file: file.unlink(),
     "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
 }
 
@@ -295,7 +295,7 @@ def test_verify_names_each_damaged_file(workdir, newest, kind, damage):
     file = FILES[kind](newest)
     DAMAGE[damage](file)
     name = file.relative_to(newest)
-    fault = {"no file": "is missing", "a pipe": "is not a file"}.get(damage, "does not have its checksum")
+    fault = {"missing": "is missing", "a pipe": "is not a file"}.get(damage, "does not have its checksum")
     assert ran("verify", newest) == (1, [f"{newest}: {name} {fault}"], [])
     code, out, _ = ran("verify", workdir)
     whole = [f"{newest.with_name(step)}: intact" for step in "24"]
@@ -348,56 +348,56 @@ def swap_slots(manifest):
 
 
 MANIFESTS = {
-    "is no object": (lambda m: [m], "has no manifest"),
-    "is of another format": (lambda m: m.update(format=2), r"format 2, this version reads 1"),
-    "lacks a parameter": (
+    "not an object": (lambda m: [m], "has no manifest"),
+    "another format": (lambda m: m.update(format=2), r"format 2, this version reads 1"),
+    "a missing parameter": (
         lambda m: m["parameters"].pop("embed/kernel") and None,
         "params/embed/kernel is not in the manifest",
     ),
-    "has one too many": (
+    "an additional parameter": (
         lambda m: m["parameters"].update({"a/b": m["parameters"]["embed/kernel"]}),
         r"params/a/b is missing, the manifest has it as float32\[16,16\]",
     ),
-    "has another shape": (
+    "another shape": (
         lambda m: m["parameters"]["embed/kernel"].update(shape=[16, 8]),
         r"params/embed/kernel is float32\[16,16\], the manifest has it as float32\[16,8\]",
     ),
-    "has another dtype": (
+    "another dtype": (
         lambda m: m["parameters"]["embed/kernel"].update(dtype="bfloat16"),
         r"params/embed/kernel is float32\[16,16\], the manifest has it as bfloat16\[16,16\]",
     ),
-    "has a name for a terminal to act on": (
+    "a name with control characters": (
         lambda m: m["parameters"].update({"a\x1b[2J": m["parameters"]["embed/kernel"]}),
         r"must be str, not 'a\\x1b\[2J'",
     ),
-    "puts blocks into other slots": (swap_slots, rf"{BUCKET}/block differs from the manifest"),
-    "puts a block into two slots": (
+    "swapped slots": (swap_slots, rf"{BUCKET}/block differs from the manifest"),
+    "a block in two slots": (
         lambda m: bucket_of(m)["slots"].__setitem__(0, 2),
         "do not hold each of its 16 blocks once",
     ),
-    "has fewer slots": (
+    "too few slots": (
         lambda m: bucket_of(m)["slots"].pop() and None,
         "out/kernel has 8 blocks, 7 slots are left",
     ),
-    "has slots that no devices share": (lambda m: m["mesh"].update(data=3), "16 slots for 3 devices"),
-    "has blocks of another shape": (
+    "slots that devices do not divide": (lambda m: m["mesh"].update(data=3), "16 slots for 3 devices"),
+    "blocks of another shape": (
         lambda m: bucket_of(m).update(shape=[8, 16]),
         r"moments/momentum has the shape \[16, 8, 8\]; it should have \[16, 8, 16\]",
     ),
-    "cuts a parameter in another way": (
+    "other pieces": (
         lambda m: bucket_of(m)["parameters"][0].update(pieces=[1, 8]),
         r"hidden/kernel has sides of \[16, 32\], its blocks do not cover them",
     ),
-    "has blocks of no parameter": (
+    "blocks of an unknown parameter": (
         lambda m: bucket_of(m)["parameters"][0].update(path="other"),
         "the optimizer's state of hidden/kernel is missing",
     ),
-    "has no buckets": (lambda m: m.update(state={}), r"no manifest of Distributed Shampoo: KeyError 'buckets'"),
-    "has a bucket less": (
+    "no buckets": (lambda m: m.update(state={}), r"no manifest of Distributed Shampoo: KeyError 'buckets'"),
+    "a missing bucket": (
         lambda m: m["state"]["buckets"].clear(),
         f"{BUCKET.removeprefix('opt_state/')}/.* is an array that it does not describe",
     ),
-    "forgets a diagonal parameter": (
+    "a missing diagonal parameter": (
         lambda m: m["state"]["diagonal"].clear(),
         "diagonal/embed.kernel/.* is an array that it does not describe",
     ),
@@ -527,10 +527,10 @@ def test_diff_of_other_blocks_compares_elementwise_state(tmp_path):
         in out
     )
     _, out, _ = ran("diff", four, other)
-    told = (
+    shown = (
         "opt_state/moments/second_moment of w: 1 of 96 elements differ, by at most 1; norm of the difference 0.5 of A's"
     )
-    assert told in out
+    assert shown in out
 
 
 def test_diff_of_another_optimizer_compares_by_name(runs, tmp_path):
@@ -705,12 +705,12 @@ def test_unreadable_arrays_are_one_line(newest):
 
 
 def test_only_messages_of_abandoned_reads_are_hidden(monkeypatch):
-    told = []
-    monkeypatch.setattr(sys, "__unraisablehook__", told.append)
+    shown = []
+    monkeypatch.setattr(sys, "__unraisablehook__", shown.append)
     gone, other = (types.SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "other"))
     checkpoint._unraisable(gone)
     checkpoint._unraisable(other)
-    assert told == [other]
+    assert shown == [other]
 
 
 def test_a_closed_pipe_is_not_a_traceback(runs):

@@ -32,22 +32,22 @@ note(os.getpid())
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     """Return a function that writes a program as a module and returns its command line."""
-    (tmp_path / "told").mkdir()
+    (tmp_path / "notes").mkdir()
     (tmp_path / "noting").mkdir()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
 
     def make(text):
         (tmp_path / "noting" / "one.py").write_text(PROGRAM + text)
-        return ["--", "noting.one", str(tmp_path / "told")]
+        return ["--", "noting.one", str(tmp_path / "notes")]
 
     return make
 
 
-def told(tmp_path, processes):
+def notes_of(tmp_path, processes):
     """Return the notes of all processes after each has written one: {index: lines}."""
     end = time.monotonic() + 30
     while time.monotonic() < end:
-        notes = {path.name: path.read_text().split() for path in (tmp_path / "told").iterdir()}
+        notes = {path.name: path.read_text().split() for path in (tmp_path / "notes").iterdir()}
         if len(notes) == processes and all(notes.values()):
             return notes
         time.sleep(0.02)
@@ -105,14 +105,14 @@ def test_a_failing_process_ends_all_and_its_code_is_returned(module, tmp_path, m
     monkeypatch.delenv("NPROC")
     command = module("""
 if index == "1":
-    while sum("told" in path.read_text() for path in notes.parent.iterdir()) < 3:
+    while sum("started" in path.read_text() for path in notes.parent.iterdir()) < 3:
         time.sleep(0.02)
     print("no newline at the end", end="")
     sys.exit(7)
 if index == "2":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print(os.environ["JAX_NUM_CPU_DEVICES"], os.environ["JAX_PLATFORMS"], os.environ["NPROC"], file=sys.stderr)
-note("told")
+note("started")
 time.sleep(60)
 """)
     start = time.monotonic()
@@ -122,7 +122,7 @@ time.sleep(60)
     assert out == "[1] no newline at the end\n"
     assert "[0] 20 cpu 40\n" in err
     assert "local: process 1 has ended with code 7\n" in err
-    assert gone([notes[0] for notes in told(tmp_path, 4).values()], 0.1)
+    assert gone([notes[0] for notes in notes_of(tmp_path, 4).values()], 0.1)
 
 
 def test_the_exit_code_is_that_of_the_first_failure(module):
@@ -148,12 +148,12 @@ sys.exit(0 if index == "0" or starts == 3 else 75 + starts)
     assert code == 77
     assert err.count("local: restart 1 of 1\n") == 1
     assert local(*command)[0] == 0
-    assert [len(notes) for notes in told(tmp_path, 2).values()] == [3, 3]
+    assert [len(notes) for notes in notes_of(tmp_path, 2).values()] == [3, 3]
 
 
 def test_user_errors_do_not_restart(module, tmp_path):
     assert local("--max_restarts=5", *module("sys.exit(2)"))[0] == 2
-    assert [len(notes) for notes in told(tmp_path, 2).values()] == [1, 1]
+    assert [len(notes) for notes in notes_of(tmp_path, 2).values()] == [1, 1]
 
 
 @pytest.mark.slow
@@ -175,19 +175,19 @@ note("saved")
 sys.exit(128 + int(notes.read_text().split()[2]))
 """)
     with launched("--grace_seconds=10", "--max_restarts=2", *command) as process:
-        while not all("ready" in notes for notes in told(tmp_path, 2).values()):
+        while not all("ready" in notes for notes in notes_of(tmp_path, 2).values()):
             time.sleep(0.02)
         process.send_signal(number)
         _, err = process.communicate(timeout=30)
     assert process.returncode == 128 + number
     assert "restart" not in err
-    assert [notes[1:] for notes in told(tmp_path, 2).values()] == [["ready", str(int(number)), "saved"]] * 2
+    assert [notes[1:] for notes in notes_of(tmp_path, 2).values()] == [["ready", str(int(number)), "saved"]] * 2
 
 
 def test_all_processes_end_when_the_launcher_is_killed(module, tmp_path):
     """Fault: orphans continue to train and keep their workdir locked."""
     with launched(*module("time.sleep(60)")) as process:
-        pids = [notes[0] for notes in told(tmp_path, 2).values()]
+        pids = [notes[0] for notes in notes_of(tmp_path, 2).values()]
         process.kill()
         process.communicate(timeout=30)
     assert gone(pids)
@@ -198,7 +198,7 @@ def test_children_of_a_process_end_with_it(module, tmp_path):
 note(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid)
 """)
     assert local(*command)[0] == 0
-    assert gone([notes[1] for notes in told(tmp_path, 2).values()])
+    assert gone([notes[1] for notes in notes_of(tmp_path, 2).values()])
 
 
 SMALL_LM = (

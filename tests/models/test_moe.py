@@ -134,9 +134,9 @@ def test_metrics_and_losses_of_routers():
     assert metrics["load_imbalance"][1] == 2 * (batch["segments"][:, :-1] > 0).sum()
     assert_close(heldout_metrics["balance_loss"], metrics["balance_loss"], 1e-5)
     even = {"assigned": np.full((1, 4), 6.0), "probability": np.full((1, 4), 3.0), "dropped": np.zeros(1)}
-    told = moe.router_metrics(jax.tree.map(jnp.asarray, even | {"router_z": np.zeros(1)}), 2)
-    assert told["balance_loss"][0] / told["balance_loss"][1] == 1
-    assert told["load_imbalance"][0] / told["load_imbalance"][1] == 1
+    metrics = moe.router_metrics(jax.tree.map(jnp.asarray, even | {"router_z": np.zeros(1)}), 2)
+    assert metrics["balance_loss"][0] / metrics["balance_loss"][1] == 1
+    assert metrics["load_imbalance"][0] / metrics["load_imbalance"][1] == 1
 
 
 def test_padding_has_no_weight():

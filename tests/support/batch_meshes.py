@@ -14,7 +14,7 @@ BATCH, EXAMPLES, STEPS = 12, 31, (0, 2, 3, 17)  # batches 2 and 17 are in two ep
 
 MESHES = {
     "data=4": ({"data": 4}, (0, 1, 2, 3)),
-    "data=4, devices of the processes by turns": ({"data": 4}, (0, 2, 1, 3)),
+    "data=4, interleaved devices of processes": ({"data": 4}, (0, 2, 1, 3)),
     "data=2 fsdp=2": ({"data": 2, "fsdp": 2}, (0, 1, 2, 3)),
     "data=2 expert=2": ({"data": 2, "expert": 2}, (0, 1, 2, 3)),
     "data=2 tensor=2": ({"data": 2, "tensor": 2}, (0, 1, 2, 3)),

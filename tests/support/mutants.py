@@ -44,14 +44,14 @@ class Outcome(NamedTuple):
       verdict: "caught", "caught (hung)", "survived" or "broken".
       tier: "fast" or "slow" if it is caught, else "".
       seconds: time of all its tests.
-      told: the test that failed if the fault is caught, the end of pytest's output if it is broken.
+      detail: the test that failed if the fault is caught, the end of pytest's output if it is broken.
     """
 
     name: str
     verdict: str
     tier: str
     seconds: float
-    told: str = ""
+    detail: str = ""
 
     @property
     def caught(self) -> bool:
@@ -153,8 +153,8 @@ def judge(mutant: Mutant, copy: Copy, *, fast: bool) -> Outcome:
     """Run the fast tests of a fault and, if they pass, its slow tests."""
     begun, selected = time.perf_counter(), False
 
-    def outcome(verdict: str, tier: str = "", told: str = "") -> Outcome:
-        return Outcome(mutant.name, verdict, tier, round(time.perf_counter() - begun, 1), told)
+    def outcome(verdict: str, tier: str = "", detail: str = "") -> Outcome:
+        return Outcome(mutant.name, verdict, tier, round(time.perf_counter() - begun, 1), detail)
 
     try:
         with copy.with_fault(mutant):
@@ -168,11 +168,11 @@ def judge(mutant: Mutant, copy: Copy, *, fast: bool) -> Outcome:
                     failed = [each for each in output.splitlines() if each.startswith(("FAILED", "ERROR"))]
                     return outcome("caught", tier, *failed[:1])
                 if code not in (PASSED, NOTHING_SELECTED):
-                    return outcome("broken", told="\n".join(output.splitlines()[-SHOWN:]))
+                    return outcome("broken", detail="\n".join(output.splitlines()[-SHOWN:]))
                 selected |= code == PASSED
     except (OSError, ValueError) as error:
-        return outcome("broken", told=str(error))
-    return outcome("survived") if selected or fast else outcome("broken", told="no test is selected")
+        return outcome("broken", detail=str(error))
+    return outcome("survived") if selected or fast else outcome("broken", detail="no test is selected")
 
 
 def run(mutants: Sequence[Mutant], *, workers: int, fast: bool, programs: Path) -> list[Outcome]:
@@ -261,7 +261,7 @@ def main() -> int:
     for outcome in outcomes:
         print(line(outcome))
         if outcome.verdict == "broken":
-            print("  " + outcome.told.replace("\n", "\n  "))
+            print("  " + outcome.detail.replace("\n", "\n  "))
     found = totals(outcomes)
     print(
         f"\n{found['caught']} of {found['mutants']} caught ({found['caught_percent']} %), "

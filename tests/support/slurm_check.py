@@ -142,7 +142,7 @@ class Job:
         wait_for(f"the end of job {self.number}", lambda: self.field("JobState") in states, seconds)
         return self.field("JobState")
 
-    def told(self) -> dict[str, object]:
+    def outcome(self) -> dict[str, object]:
         log = self.log.read_text()
         return {
             "state": self.field("JobState"),
@@ -158,7 +158,7 @@ def check(place: Path) -> dict[str, dict[str, object]]:
     results = {}
 
     def note(name: str, job: Job, **expected: object) -> None:
-        results[name] = job.told()
+        results[name] = job.outcome()
         faults = [f"{key} is not {value!r}" for key, value in expected.items() if results[name][key] != value]
         if results[name]["state"] == "COMPLETED" and name != "undisturbed":
             faults += differences(job.workdir, place / "undisturbed")

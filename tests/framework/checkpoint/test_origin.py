@@ -120,8 +120,8 @@ print(found.path.name, found.record().step)
 
 def test_a_stale_listing_of_another_process_changes_nothing(runs):
     """Fault: each process resumes from the newest checkpoint it lists, and two states are mixed without an error."""
-    told = run_together(STALE, processes=2, devices=1, arguments=[str(runs / "first")])
-    assert [text.splitlines()[-1] for text in told] == ["2 2", "2 2"]
+    outputs = run_together(STALE, processes=2, devices=1, arguments=[str(runs / "first")])
+    assert [text.splitlines()[-1] for text in outputs] == ["2 2", "2 2"]
 
 
 def test_damaged_checkpoints_of_other_runs_are_not_moved(runs, tmp_path):

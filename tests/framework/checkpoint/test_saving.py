@@ -293,8 +293,8 @@ print("content:", store.manifest(path), store.faults(path), store.record(path).l
 def test_processes_hash_their_files_and_process_0_decides(tmp_path):
     """Faults: the failure of one process is not raised on all; a stale listing decides what is saved."""
     for out in run_together(TOGETHER, processes=2, devices=2, arguments=[str(tmp_path)]):
-        told = [line for line in out.splitlines() if ":" in line and not line.startswith("[Gloo]")]
-        assert told == [
+        reported = [line for line in out.splitlines() if ":" in line and not line.startswith("[Gloo]")]
+        assert reported == [
             "failed: True",
             "own files: True",
             "kept: ['2']",

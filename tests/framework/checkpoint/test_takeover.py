@@ -59,13 +59,13 @@ def resumed(run, workdir, **changes):
 
 
 def test_another_block_size_keeps_elementwise_state(run, tmp_path, capsys):
-    told = resumed(run, tmp_path / "new", optimizer=base.component(SHAMPOO, block_size=16, interval=3))
-    assert "taken over with all their state: 1 of 3 parameters" in told  # the embedding, which is diagonal
+    report = resumed(run, tmp_path / "new", optimizer=base.component(SHAMPOO, block_size=16, interval=3))
+    assert "taken over with all their state: 1 of 3 parameters" in report  # the embedding, which is diagonal
     expected = (
         "hidden/kernel: parameter, momentum, second moment taken over; statistics, roots initialised "
         "(blocks of 8x8 there, 16x16 here)"
     )
-    assert expected in told and expected in capsys.readouterr().out
+    assert expected in report and expected in capsys.readouterr().out
     assert [line["step"] for line in lines(tmp_path / "new") if "train/loss" in line] == [14]
 
 
@@ -82,25 +82,25 @@ def test_another_model_restores_known_parameters_and_lists_the_others(run, tmp_p
     config.task = base.component(f"{__name__}:Changed")
     config.lock()
     train(config, tmp_path / "new", devices=two())
-    told = (tmp_path / "new" / "restored.txt").read_text()
-    assert "taken over with all their state: 3 of 4 parameters" in told
+    report = (tmp_path / "new" / "restored.txt").read_text()
+    assert "taken over with all their state: 3 of 4 parameters" in report
     assert (
         "gain/kernel: parameter, momentum, second moment initialised (there is none); statistics, roots initialised"
-        in told
+        in report
     )
-    assert "dropped" not in told
+    assert "dropped" not in report
     config.renamed = ()
     train(config, tmp_path / "unnamed", devices=two())
-    told = (tmp_path / "unnamed" / "restored.txt").read_text()
-    assert "middle/kernel: parameter, momentum, second moment initialised (there is none)" in told
-    assert "hidden/kernel: dropped (not in this model)" in told
+    report = (tmp_path / "unnamed" / "restored.txt").read_text()
+    assert "middle/kernel: parameter, momentum, second moment initialised (there is none)" in report
+    assert "hidden/kernel: dropped (not in this model)" in report
 
 
 def test_another_optimizer_starts_with_new_state_at_the_runs_learning_rate(run, tmp_path):
     """Fault: the warm-up restarts in the middle of a run, or at the next resume."""
-    told = resumed(run, tmp_path / "new", optimizer=base.component(ADAMW))
-    assert f"the optimizer's state is initialised: saved by {SHAMPOO}, now {ADAMW}" in told
-    assert "taken over with all their state: 3 of 3" in told
+    report = resumed(run, tmp_path / "new", optimizer=base.component(ADAMW))
+    assert f"the optimizer's state is initialised: saved by {SHAMPOO}, now {ADAMW}" in report
+    assert "taken over with all their state: 3 of 3" in report
     config = make_config(
         optimizer=base.component(ADAMW),
         **{"duration": "16 steps", "checkpoint.every": "2 steps", "log.every": "1 steps"},
@@ -123,9 +123,9 @@ def test_another_optimizer_starts_with_new_state_at_the_runs_learning_rate(run, 
 def test_init_from_lists_every_restored_variable(run, tmp_path):
     config = make_config(init_from=str(run), duration="1 steps", **{"schedule.warmup": "0 steps"})
     train(config, tmp_path / "new", devices=two())
-    told = (tmp_path / "new" / "restored.txt").read_text()
-    assert "taken over with all their state: 3 of 3" in told
-    assert "initialised" not in told
+    report = (tmp_path / "new" / "restored.txt").read_text()
+    assert "taken over with all their state: 3 of 3" in report
+    assert "initialised" not in report
 
 
 def test_a_checkpoint_without_any_parameter_of_the_model_is_refused(run, tmp_path):

@@ -166,7 +166,7 @@ def test_an_average_can_be_turned_on_and_off_with_a_message(run, tmp_path):
     whole, _ = run
     plain = tmp_path / "plain"
     train(averaged_config(**{"ema_decay": 0.0, "resume_from": str(whole)}), plain, devices=two())
-    assert "the parameters are the average of that run; its iterate is dropped" in told(plain)
+    assert "the parameters are the average of that run; its iterate is dropped" in report(plain)
     jax.tree.map(np.testing.assert_array_equal, arrays(plain, 12)["params"], arrays(whole, 12)["params"])
     assert "averaging" not in {name for name, tree in arrays(plain, 12).items() if jax.tree.leaves(tree)}
 
@@ -174,8 +174,8 @@ def test_an_average_can_be_turned_on_and_off_with_a_message(run, tmp_path):
     mesh = {"mesh.data": 1, "mesh.fsdp": 2}
     train(averaged_config(resume_from=str(plain), **mesh), again, devices=two())
     expected = "hidden/kernel: parameter, momentum, second moment, statistics, roots taken over; average initialised"
-    assert f"{expected} (there is none)" in told(again)
-    assert "averaging/weight: initialised (there is none)" in told(again)
+    assert f"{expected} (there is none)" in report(again)
+    assert "averaging/weight: initialised (there is none)" in report(again)
     begun = arrays(again, 12)
     assert_bitwise_equal(begun["params"], begun["averaging"]["iterate"]["params"])
     assert_bitwise_equal(begun["params"], arrays(plain, 12)["params"])
@@ -193,7 +193,7 @@ def test_init_from_takes_the_average_of_a_run(run):
     assert "averaging/weight" in taken.fresh
 
 
-def told(workdir):
+def report(workdir):
     return (workdir / "restored.txt").read_text()
 
 

@@ -289,9 +289,9 @@ def test_a_slow_host_stalls_the_run_and_names_the_knob(monkeypatch):
     options = dataclasses.replace(OPTIONS, host_workers=1)
     run(gradients(12, SHARDED_SHAPES), options, watch=watch)
     assert max(flying) <= OPTIONS.delay + 2
-    told = [line for line in complaints if line]
-    assert len(told) >= 6
-    assert "raise interval (4) or host_workers (1)" in told[-1] and "1 of 1 steps waited 0." in told[-1]
+    lines = [line for line in complaints if line]
+    assert len(lines) >= 6
+    assert "raise interval (4) or host_workers (1)" in lines[-1] and "1 of 1 steps waited 0." in lines[-1]
 
     def latent(*arguments):
         time.sleep(0.03)
