@@ -1,9 +1,8 @@
-"""Moves blocks between the parameters' layout and their owners: one all-to-all each way per bucket.
+"""Move blocks between the parameters' shards and the blocks' owners, by one all-to-all each way per bucket.
 
-Outside `shard_map` every parameter lies as tiles, each on the devices that hold its shard, divided among them. Inside,
-each device sorts its tiles by the owners of their blocks and one all-to-all brings them there; an owner puts its blocks
-together from tiles. Both orders are fixed when the program is built: where a tile goes, and where an owner finds it.
-(Joining blocks along a sharded axis under the automatic partitioner instead costs a permutation per block.)
+Outside `shard_map`, parameters are cut into tiles, each on the devices that hold its shard and divided among them.
+Inside, each device sorts its tiles by owner, an all-to-all sends them, and the owners assemble blocks from tiles. All
+indices are static. (The automatic partitioner would need a permutation per block.)
 """
 
 import dataclasses
@@ -24,21 +23,23 @@ from .plan.tiles import from_tiles, slice_tiles, to_tiles
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """The way of the tiles of one shape in a bucket, between the devices that hold them and the owners.
+    """Static indices to exchange the tiles of one shape in a bucket between their devices and the owners.
+
+    A part is the share of a tile that one device holds.
 
     Attributes:
-      leaves: the parameters with such tiles, as positions among the bucket's leaves.
+      leaves: positions among the bucket's leaves of the parameters with such tiles.
       tile, per_block: lengths of a tile, and number of tiles of a block along each side.
-      copies: devices that divide each tile.
-      elements: of the part of a tile that one device holds.
-      depth: most tiles that any device sends to any other.
-      sent: [devices, devices x depth] int32, the tile at each place of what a device sends; its number of tiles where
-        the place is empty.
-      position: [devices, tiles of a device] int32, the inverse: owner x depth + rank of each tile.
-      source: [devices, slots, tiles of a block, copies] int32, the sender x depth + rank that each part of each own
-        block comes from; devices x depth where it is padding.
-      returned: [devices, devices x depth] int32, the inverse: the part of its blocks at each place of what an owner
-        returns; its number of parts where the place is empty.
+      copies: number of devices that divide each tile.
+      elements: number of elements of a part.
+      depth: largest number of parts that any device sends to any other.
+      sent: [devices, devices x depth] int32, index of the part at each place of the message a device sends; its number
+        of parts for an empty place.
+      position: [devices, parts of a device] int32, inverse of `sent`: owner x depth + rank of each part.
+      source: [devices, slots, tiles of a block, copies] int32, sender x depth + rank of each part of each owned block;
+        devices x depth for padding.
+      returned: [devices, devices x depth] int32, inverse of `source`: index of the part at each place of the message an
+        owner returns; its number of parts for an empty place.
     """
 
     leaves: tuple[int, ...]
@@ -54,10 +55,10 @@ class Route:
 
 
 class Owners:
-    """The devices of a mesh as owners of blocks; without a mesh, the one device that owns them all.
+    """The devices of a mesh as owners of blocks; without a mesh, one device owns all blocks.
 
     Args:
-      mesh: all of its axes together number the owners, in the order of its axis names.
+      mesh: mesh whose devices, in row-major order, are the owners; or None.
     """
 
     def __init__(self, mesh: Mesh | None):
@@ -67,23 +68,23 @@ class Owners:
         self.count = math.prod(self.sizes.values())
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
-        """A sharding over the owners' mesh."""
+        """Return a sharding over the owners' mesh."""
         assert self.mesh is not None
         return NamedSharding(self.mesh, spec)
 
     @property
     def by_block(self) -> PartitionSpec:
-        """Axis 0 (the blocks) over all devices."""
+        """Return the spec that shards axis 0 (the slots) over all devices."""
         return PartitionSpec(self.axes)
 
     def run(self, local: Callable[..., Any], tiles: Any, specs: Any, owned: Any, shared: Any) -> tuple[Any, Any, Any]:
-        """Call `local(tiles, owned, shared)` on every device on what is its own.
+        """Call `local(tiles, owned, shared)` under `shard_map`, on each device with its own shards.
 
         Args:
-          local: returns (tiles, owned, shared), laid out as its arguments are.
-          tiles: tree of arrays made by `cut`.
-          specs: how they lie, a tree shaped like `tiles`.
-          owned: tree of arrays whose axis 0 is a bucket's slots, or the devices.
+          local: returns (tiles, owned, shared), sharded like its arguments.
+          tiles: tree of arrays returned by `cut`.
+          specs: tree of PartitionSpecs shaped like `tiles`.
+          owned: tree of arrays whose axis 0 is the slots or the devices.
           shared: tree of replicated arrays.
         """
         if self.mesh is None:
@@ -97,30 +98,30 @@ class Owners:
         )(tiles, owned, shared)
 
     def cut(self, x: jax.Array, leaf: Leaf) -> jax.Array:
-        """A parameter-shaped array as tiles, each on the devices that hold its shard, divided among them."""
+        """Return the tiles of a parameter-shaped array, each divided over the devices that hold its shard."""
         if self.mesh is None:
             return to_tiles(x, leaf.tiling, None)
         return slice_tiles(to_tiles(x, leaf.tiling, self.mesh), leaf.tiling, self.mesh)
 
     def join(self, tiles: jax.Array, leaf: Leaf) -> jax.Array:
-        """The inverse of `cut`."""
+        """Invert `cut`."""
         if self.mesh is not None:
             tiles = lax.with_sharding_constraint(tiles, self.sharding(leaf.tiling.spec(())))
         return from_tiles(tiles, leaf.tiling, self.mesh)
 
     def specs(self, bucket: Bucket) -> list[PartitionSpec]:
-        """How the tiles of a bucket's parameters lie."""
+        """Return the specs of the tiles of a bucket's parameters."""
         return [leaf.tiling.spec(leaf.tiling.free) for leaf in bucket.leaves]
 
     def tables(self, bucket: Bucket) -> list[tuple[jax.Array, ...]]:
-        """Return (sent, position, source, returned) of each of the bucket's routes, for `run` to share out."""
+        """Return (sent, position, source, returned) of each route of a bucket, to pass to `run` in `owned`."""
         if self.mesh is None:
             return []
         routes = self._routes(bucket)
         return [tuple(map(jnp.asarray, (r.sent, r.position, r.source, r.returned))) for r in routes]
 
     def to_owners(self, tiles: Sequence[jax.Array], tables: Any, bucket: Bucket) -> jax.Array:
-        """Inside `run`: the tiles of a bucket's parameters become own blocks [slots per owner, *shape]."""
+        """Send tiles to the owners inside `run`; return the owned blocks [slots per owner, *shape]."""
         if self.mesh is None:
             return jnp.concatenate([x.reshape(-1, *bucket.shape) for x in tiles])
         routes, outgoing = self._routes(bucket), []
@@ -137,7 +138,7 @@ class Owners:
         return blocks
 
     def from_owners(self, blocks: jax.Array, tables: Any, bucket: Bucket) -> list[jax.Array]:
-        """Inside `run`: own blocks become the tiles of the bucket's parameters, in the order of its leaves."""
+        """Send owned blocks back inside `run`; return tiles in the order of the bucket's leaves."""
         shapes = [_local_shape(leaf, self.mesh) for leaf in bucket.leaves]
         if self.mesh is None:
             parts = jnp.split(blocks, np.cumsum([leaf.blocks for leaf in bucket.leaves])[:-1])
@@ -158,11 +159,11 @@ class Owners:
         return result
 
     def sum(self, x: jax.Array) -> jax.Array:
-        """Inside `run`: the sum over all owners, replicated."""
+        """Return the sum over all owners inside `run`, replicated."""
         return lax.psum(x, self.axes) if self.mesh is not None else x
 
     def max(self, x: jax.Array) -> jax.Array:
-        """Inside `run`: the maximum over all owners, replicated."""
+        """Return the maximum over all owners inside `run`, replicated."""
         return lax.pmax(x, self.axes) if self.mesh is not None else x
 
     def _routes(self, bucket: Bucket) -> tuple[Route, ...]:
@@ -170,7 +171,7 @@ class Owners:
 
 
 def _assemble(parts: jax.Array, route: Route, bucket: Bucket) -> jax.Array:
-    """[slots, tiles of a block, copies, elements] as blocks [slots, *shape]."""
+    """Assemble parts [slots, tiles of a block, copies, elements] to blocks [slots, *shape]."""
     sides = range(len(route.tile))
     x = parts.reshape(*parts.shape[:2], -1)[:, :, : math.prod(route.tile)]
     x = x.reshape(-1, *route.per_block, *route.tile)
@@ -180,7 +181,7 @@ def _assemble(parts: jax.Array, route: Route, bucket: Bucket) -> jax.Array:
 
 
 def _disassemble(blocks: jax.Array, route: Route) -> jax.Array:
-    """The inverse of `_assemble`, flattened to [parts, elements]."""
+    """Invert `_assemble`; return [parts, elements]."""
     sides = range(len(route.tile))
     pairs = list(zip(route.per_block, route.tile, strict=True))
     x = blocks[(slice(None), *[slice(count * tile) for count, tile in pairs])]
@@ -193,7 +194,7 @@ def _disassemble(blocks: jax.Array, route: Route) -> jax.Array:
 
 
 def _local_shape(leaf: Leaf, mesh: Mesh | None) -> tuple[int, ...]:
-    """Shape of one device's part of a parameter's tiles."""
+    """Return the shape of one device's shard of a parameter's tiles."""
     tiling = leaf.tiling
     if mesh is None:
         return (tiling.blocks, math.prod(tiling.tile))
@@ -202,7 +203,7 @@ def _local_shape(leaf: Leaf, mesh: Mesh | None) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=256)
 def _routes(bucket: Bucket, mesh: tuple[tuple[str, int], ...]) -> tuple[Route, ...]:
-    """The routes of a bucket over a mesh of (axis, number of devices)."""
+    """Return the routes of a bucket over a mesh given as (axis, number of devices) pairs."""
     by_shape: dict[Any, list[int]] = {}
     for i, leaf in enumerate(bucket.leaves):
         tiling = leaf.tiling
@@ -238,7 +239,7 @@ def _routes(bucket: Bucket, mesh: tuple[tuple[str, int], ...]) -> tuple[Route, .
 
 
 def _inverse(position: np.ndarray, places: int) -> np.ndarray:
-    """Return [rows, places]: where in each row of `position` each place occurs; the row's length where it does not."""
+    """Return [rows, places]: the index of each place in each row of `position`, or the row's length if absent."""
     rows, length = position.shape
     result = np.full((rows, places + 1), length)
     result[np.arange(rows)[:, None], position] = np.arange(length)
@@ -246,7 +247,7 @@ def _inverse(position: np.ndarray, places: int) -> np.ndarray:
 
 
 def _rank(x: np.ndarray) -> np.ndarray:
-    """How many equal elements precede each element."""
+    """Return for each element the number of equal elements before it."""
     order = np.argsort(x, kind="stable")
     _, first, counts = np.unique(x[order], return_index=True, return_counts=True)
     rank = np.empty(len(x), np.int64)

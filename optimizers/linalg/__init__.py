@@ -1,1 +1,1 @@
-"""Inverse roots of stacks of matrices, and packed symmetric matrices. Imports nothing else of ours."""
+"""Inverse roots of stacks of matrices, and packed symmetric matrices. Imports no other package of ours."""

@@ -1,6 +1,6 @@
 """Inverse p-th roots in float64 by LAPACK on the host, one matrix at a time.
 
-`numpy.linalg.eigh` releases the interpreter lock, so threads solve side by side; SciPy's does not.
+`numpy.linalg.eigh` releases the GIL, so that threads solve in parallel; SciPy's does not.
 """
 
 from typing import Any, NamedTuple
@@ -9,20 +9,20 @@ import numpy as np
 
 
 class RootResult(NamedTuple):
-    """Roots and how far they can be trusted: of one matrix, of a stack [n], or a tuple of roots, one for each side.
+    """Roots with measures of their accuracy, for one matrix or a stack [n]; `root` may be a tuple with one per side.
 
-    The root of a matrix that is zero is zero, with residual 1. So is that of a matrix with a NaN or an infinity, with
+    The root of a zero matrix is zero, with residual 1. The root of a matrix with a NaN or an infinity is zero, with
     residual NaN.
 
     Attributes:
       root: [n, r, r] symmetric; float32 from a device, float64 from the host.
-      residual: [n] max |X^(p/2) A X^(p/2) - P| recomputed from the root, where A is the matrix with its ridge and P the
-        identity (with a cut, the projector on the kept eigenvectors); an odd p is split unevenly. At least 1 for a
-        singular matrix without regulariser.
-      largest: [n] the largest eigenvalue of the matrix as given.
-      condition: [n] estimated condition number of A on the range of P; 1 for a matrix that is zero.
-      effective_rank: [n] trace over largest eigenvalue of the matrix as given; 0 for a matrix that is zero.
-      accepted: [n] bool, whether a preconditioner may use the root; None where nothing has decided yet.
+      residual: [n] max |X^(p/2) A X^(p/2) - P| of the root X, with A the matrix plus ridge and P the identity (with a
+        cut, the projector on the kept eigenvectors); an odd p is split unevenly. At least 1 for a singular matrix
+        without regulariser.
+      largest: [n] largest eigenvalue of the given matrix.
+      condition: [n] estimated condition number of A on the range of P; 1 for a zero matrix.
+      effective_rank: [n] trace / largest eigenvalue of the given matrix; 0 for a zero matrix.
+      accepted: [n] bool, whether a preconditioner may use the root; None if undecided.
     """
 
     root: Any
@@ -34,13 +34,13 @@ class RootResult(NamedTuple):
 
 
 def inverse_root(a_rr: np.ndarray, p: int, ridge: float, cut: float) -> RootResult:
-    """A^(-1/p) of one symmetric matrix, with a ridge or a cut relative to its largest eigenvalue.
+    """Return A^(-1/p) of one symmetric matrix, with a ridge or a cut relative to its largest eigenvalue.
 
     Args:
-      a_rr: [r, r], of any floating type and scale; without padding.
-      p: the root's order.
-      ridge: relative, as in `roots.inverse_pth_root`.
-      cut: relative, as there.
+      a_rr: [r, r] of any floating type and scale, without padding.
+      p: order of the root.
+      ridge: relative ridge, as in `roots.inverse_pth_root`.
+      cut: relative cut, as in `roots.inverse_pth_root`.
 
     Raises:
       numpy.linalg.LinAlgError: LAPACK did not converge.
@@ -76,7 +76,7 @@ def refused(a_rr: np.ndarray) -> RootResult:
 
 
 def regularised(w, lmax, p: int, ridge: float, cut: float, xp):
-    """Eigenvalues with their ridge, those of the root, and which are above zero or the cut; `xp` is NumPy or JAX."""
+    """Return (eigenvalues plus ridge, eigenvalues of the root, whether each is above the cut); `xp` is NumPy or JAX."""
     above = w > cut * lmax
     shifted = xp.where(above, w, 0) + ridge * lmax
     kept = shifted > 0

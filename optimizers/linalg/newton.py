@@ -1,7 +1,6 @@
-"""Inverse p-th roots by matrix multiplications alone, in float32.
+"""Inverse p-th roots by float32 matrix multiplications only.
 
-Every product is pinned to the highest precision, whatever the global setting: in bfloat16 or TF32 none of these
-iterations converges.
+Every product uses the highest precision, regardless of the global setting: the iterations diverge in bfloat16 and TF32.
 """
 
 from functools import cache
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Relative to the largest, float32 cannot tell a smaller eigenvalue from zero.
+# Smallest eigenvalue, relative to the largest, that float32 distinguishes from zero.
 RESOLUTION = 1e-7
 # Convergence is quadratic: the last step starts within CLOSE of the identity and is exact in float32.
 CLOSE = 3e-4
@@ -20,15 +19,14 @@ NEAR = 0.3
 
 
 def matmul(x_nrr: jax.Array, y_nrr: jax.Array) -> jax.Array:
-    """X Y in full float32."""
+    """Return X Y in full float32."""
     return jnp.matmul(x_nrr, y_nrr, precision=lax.Precision.HIGHEST)
 
 
 def accurate_matmul(x_nrr: jax.Array, y_nrr: jax.Array) -> jax.Array:
-    """The product summed in up to 16 parts: rounding grows with the number of terms that are summed in a row.
+    """Return X Y summed in up to 16 parts, which reduces rounding errors.
 
-    For the one product of a solver whose rounding decides its accuracy: that of the matrix itself, where the small
-    eigenvalues are what is left after large terms have cancelled.
+    Use it for products with the matrix itself, where small eigenvalues remain after large terms cancel.
     """
     r = x_nrr.shape[-1]
     parts = min(16, -(-r // 16))
@@ -44,12 +42,12 @@ def accurate_matmul(x_nrr: jax.Array, y_nrr: jax.Array) -> jax.Array:
 
 
 def symmetric(x_nrr: jax.Array) -> jax.Array:
-    """(X + X') / 2, which removes the half of the rounding that no root of a symmetric matrix has."""
+    """Return (X + X') / 2."""
     return (x_nrr + jnp.swapaxes(x_nrr, -2, -1)) / 2
 
 
 def matrix_power(x_nrr: jax.Array, p: int) -> jax.Array:
-    """X^p by repeated squaring with static p >= 1."""
+    """Return X^p by repeated squaring, for a static p >= 1."""
     if p == 1:
         return x_nrr
     power = matrix_power(matmul(x_nrr, x_nrr), p // 2)
@@ -57,7 +55,7 @@ def matrix_power(x_nrr: jax.Array, p: int) -> jax.Array:
 
 
 def inner(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Return the sum of x * y over all axes but the first, [n]. A product is one operation, a reduction several."""
+    """Return the sum of x * y over all axes but the first, [n], as one dot product."""
     axes = tuple(range(1, x.ndim))
     return lax.dot_general(x, y, ((axes, axes), ((0,), (0,))), precision=lax.Precision.HIGHEST)
 
@@ -68,15 +66,15 @@ def _normalised(v: jax.Array) -> jax.Array:
 
 
 def _start(x_nrr: jax.Array) -> jax.Array:
-    """Return X w [n, r, 1] for a fixed random w, which no eigenvector of data is orthogonal to."""
+    """Return X w [n, r, 1] for a fixed random w."""
     w = np.random.default_rng(0).normal(size=(x_nrr.shape[-1], 1)).astype(np.float32)
     return _normalised(matmul(x_nrr, jnp.asarray(w)))
 
 
 def largest_eigenvalue(a_nrr: jax.Array) -> jax.Array:
-    """Return the largest eigenvalue [n] of matrices whose largest entry is about 1, low by at most ln(r) / 256.
+    """Return a lower bound of the largest eigenvalue [n] of matrices whose largest entry is about 1.
 
-    The Rayleigh quotient of A^256 w, which costs eight products.
+    It is the Rayleigh quotient of A^256 w, whose relative error is at most ln(r) / 256.
     """
     power = lax.fori_loop(0, 8, lambda _, x: _normalised(matmul(x, x)), a_nrr)
     v = _start(power)
@@ -84,15 +82,15 @@ def largest_eigenvalue(a_nrr: jax.Array) -> jax.Array:
 
 
 def halves(x_nrr: jax.Array, p: int) -> tuple[jax.Array | None, jax.Array]:
-    """X^floor(p/2) (None for the identity) and X^ceil(p/2)."""
+    """Return X^floor(p/2) (None for the identity) and X^ceil(p/2)."""
     low = matrix_power(x_nrr, p // 2) if p > 1 else None
     return low, x_nrr if low is None else matmul(low, x_nrr) if p % 2 else low
 
 
 def residual(low_nrr: jax.Array | None, high_nrr: jax.Array, a_nrr: jax.Array, unit_nrr: jax.Array) -> jax.Array:
-    """Largest entry of |X^(p/2) A X^(p/2) - P| [n] from the halves of X^p.
+    """Return the largest entry of |X^(p/2) A X^(p/2) - P| [n], given the halves of X^p.
 
-    X^p A - P leaves the rounding of X^p undamped on one side: it says 0.4 of a root that is right to 1 %.
+    X^p A - P would amplify the rounding of X^p: it is 0.4 for a root with an error of 1 %.
     """
     product = matmul(a_nrr, high_nrr)
     product = product if low_nrr is None else matmul(low_nrr, product)
@@ -100,17 +98,17 @@ def residual(low_nrr: jax.Array | None, high_nrr: jax.Array, a_nrr: jax.Array, u
 
 
 def _distance(m_nrr: jax.Array) -> jax.Array:
-    """Frobenius norm of M - I [n]: the largest entry would hide one stray direction among hundreds."""
+    """Return the Frobenius norm of M - I, [n]."""
     return jnp.sqrt(jnp.sum((m_nrr - jnp.eye(m_nrr.shape[-1], dtype=m_nrr.dtype)) ** 2, axis=(-2, -1)))
 
 
 @cache
 def newton_schedule(p: int, smallest: float) -> tuple[float, ...]:
-    """Return the scale of M in each Newton step, for eigenvalues in [smallest, 1]; as many steps as they need.
+    """Return the scale of M in each Newton step until all eigenvalues in [smallest, 1] have converged to 1.
 
     A step maps an eigenvalue m to f(m) = m ((p + 1 - m) / p)^p, which rises to f(1) = 1 and falls to f(p + 1) = 0. The
-    scale s with f(s) = f(s smallest) raises the smallest most. That f(s) stays above 0.2 keeps the largest out of
-    rounding, and below p + 1 although its bound is an estimate.
+    scale s with f(s) = f(s smallest) raises the smallest eigenvalue most. Limiting f(s) to at least 0.2 keeps the
+    largest eigenvalue away from rounding errors, and below p + 1 although its bound is an estimate.
     """
 
     def f(m: float) -> float:
@@ -129,11 +127,11 @@ def newton_schedule(p: int, smallest: float) -> tuple[float, ...]:
 
 
 def inverse_root(a_nrr: jax.Array, p: int, ridge: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return roots [n, r, r], residuals [n] and condition numbers [n] of A + ridge I, A with largest eigenvalue 1.
+    """Return roots [n, r, r], residuals [n] and condition numbers [n] of A + ridge I, for A with largest eigenvalue 1.
 
     Coupled Newton (Guo and Higham 2006; Anil et al. 2020, appendix) with a scale s in every step: M_0 = A, X_0 = I;
-    T = ((p + 1) I - s M) / p; X <- s^(1/p) X T; M <- T^p s M. The number of steps depends on p and the ridge alone, so
-    that no matrix depends on the others of its batch. An eigenvalue below -ridge makes the residual infinite or NaN.
+    T = ((p + 1) I - s M) / p; X <- s^(1/p) X T; M <- T^p s M. The number of steps depends only on p and the ridge, so
+    that results do not depend on the batch. An eigenvalue below -ridge makes the residual infinite or NaN.
     """
     identity = jnp.eye(a_nrr.shape[-1], dtype=a_nrr.dtype)
     regularised = a_nrr + ridge * identity
@@ -146,8 +144,8 @@ def inverse_root(a_nrr: jax.Array, p: int, ridge: float) -> tuple[jax.Array, jax
         t = ((p + 1) * identity - m) / p
         return matmul(x, scales[k] ** (1 / p) * t), symmetric(matmul(matrix_power(t, p), m))
 
-    # Rounding of the first product weighs most, since the small eigenvalues are smallest: it is summed with care, and
-    # the part of T^p that is a multiple of the identity is kept out of the sums.
+    # The rounding error of the first product matters most, because the small eigenvalues are then smallest. So it is an
+    # accurate product, without the part of T^p that is a multiple of the identity.
     m = schedule[0] * regularised
     t = ((p + 1) * identity - m) / p
     multiple = ((p + 1) / p) ** p
@@ -163,6 +161,6 @@ def inverse_root(a_nrr: jax.Array, p: int, ridge: float) -> tuple[jax.Array, jax
     def apply(v: jax.Array) -> jax.Array:
         return matmul(high, v) if low is None else matmul(low, matmul(high, v))
 
-    # 1 over the smallest eigenvalue, by 16 power iterations.
+    # Estimate 1 / smallest eigenvalue by 16 power iterations.
     v = lax.fori_loop(0, 16, lambda _, v: _normalised(apply(v)), _start(x))
     return x, found, (1 + ridge) * inner(v, apply(v))

@@ -1,4 +1,4 @@
-"""Powers of two, by which numbers are scaled without rounding."""
+"""Exact scaling by powers of two."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from jax import lax
 
 
 def power_of_two(exponent: jax.Array | int | float) -> jax.Array:
-    """Return 2^exponent in float32, exact for whole exponents, which are clipped to [-126, 127]."""
+    """Return 2^exponent in float32, for exponents clipped to [-126, 127]; exact for whole exponents."""
     exponent = jnp.asarray(exponent)
     if jnp.issubdtype(exponent.dtype, jnp.integer):
         bits = (jnp.clip(exponent, -126, 127).astype(jnp.int32) + 127) << 23

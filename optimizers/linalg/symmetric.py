@@ -1,12 +1,12 @@
-"""Symmetric matrices in half the memory: a matrix and its transpose say everything twice.
+"""Store symmetric matrices in half the memory.
 
-The rectangular full packed format of LAPACK (Gustavson et al., ACM TOMS 37(2), 2010, article 18): with r = 2 h, the
-lower left quarter as it is, and above it the lower triangle of the upper left quarter and the upper triangle of the
-lower right one, which together fill [h + 1, h]. Nothing but slices and selections, so that no accelerator gathers. An
-odd side is made even by a row and a column of zeros.
+The format is LAPACK's rectangular full packed format (Gustavson et al., ACM TOMS 37(2), 2010, article 18). With
+r = 2 h, the lower left quarter is stored unchanged. Above it, the lower triangle of the upper left quarter and the
+upper triangle of the lower right quarter fill [h + 1, h]. An odd side is padded by a row and a column of zeros. Packing
+needs only slices and selections, no gathers.
 
-TPUs keep rows of 128 numbers, and half-filled ones where there are fewer: a matrix from 64 x 64 on whose half is no
-multiple of 128 is therefore laid out in rows of 128, the last one filled up with zeros.
+TPUs store rows in multiples of 128 numbers. Matrices from 64 x 64 whose half is not a multiple of 128 are therefore
+stored in rows of 128, the last one padded with zeros.
 """
 
 import math
@@ -21,14 +21,14 @@ _LEAST = 64
 
 
 def packed_shape(r: int) -> tuple[int, int]:
-    """Of a packed matrix r x r."""
+    """Return the shape of a packed matrix r x r."""
     half = (r + 1) // 2
     rows = 2 * half + 1
     return (rows, half) if r < _LEAST or half % _LANES == 0 else (math.ceil(rows * half / _LANES), _LANES)
 
 
 def pack(x: Any) -> Any:
-    """[..., r, r] symmetric, of which the lower triangle counts, to [..., *packed_shape(r)]; NumPy or JAX."""
+    """Pack symmetric matrices [..., r, r], reading the lower triangle, to [..., *packed_shape(r)]; NumPy or JAX."""
     shape = packed_shape(x.shape[-1])
     xp, x = _even(x)
     half = x.shape[-1] // 2
@@ -45,7 +45,7 @@ def pack(x: Any) -> Any:
 
 
 def unpack(x: Any, r: int) -> Any:
-    """[..., *packed_shape(r)] to [..., r, r]; NumPy or JAX."""
+    """Unpack [..., *packed_shape(r)] to [..., r, r]; NumPy or JAX."""
     xp: Any = jnp if isinstance(x, jax.Array) else np
     half = (r + 1) // 2
     if x.shape[-2:] != (2 * half + 1, half):
@@ -60,7 +60,7 @@ def unpack(x: Any, r: int) -> Any:
 
 
 def _mirrored(x: Any, xp: Any) -> Any:
-    """The symmetric matrix of a lower triangle."""
+    """Return the symmetric matrix with the lower triangle of x."""
     row, column = np.arange(x.shape[-1])[:, None], np.arange(x.shape[-1])
     return xp.where(row >= column, x, xp.swapaxes(x, -2, -1))
 

@@ -1,1 +1,1 @@
-"""How parameters become matrices, blocks, buckets and tiles, and which device owns a block."""
+"""The static plan: views, blocks, buckets and tiles of parameters, and the owners of blocks."""

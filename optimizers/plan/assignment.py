@@ -1,10 +1,8 @@
-"""Who owns which block: an assignment that is level for memory, for traffic and for every step's refreshes at once.
+"""Assign blocks to owners, balancing memory, traffic and the refreshes of every step.
 
-Blocks are the edges of a bipartite graph, owners are colours. On the left a block meets those of its bucket that the
-same devices hold, on the right those that are due in the same phase. Each side cuts its blocks into chunks of at most
-as many blocks as there are owners; a proper edge colouring (Koenig 1916: as many colours as the largest chunk has
-blocks are enough) gives every chunk different owners, so that each owner has its share of every chunk, rounded up or
-down.
+Blocks are the edges of a bipartite graph, owners are colours. A left vertex is a chunk of at most `owners` blocks of
+the same bucket and, as far as possible, the same holder. A right vertex is such a chunk of blocks due in the same
+phase. A proper edge colouring (Koenig 1916: `owners` colours are enough) gives the blocks of a chunk different owners.
 """
 
 from collections.abc import Sequence
@@ -13,20 +11,17 @@ import numpy as np
 
 
 def assign_owners(bucket: np.ndarray, holder: np.ndarray, phase: np.ndarray, owners: int) -> np.ndarray:
-    """The owner of each block.
+    """Return the owner of each block, [blocks] int.
 
-    Of every bucket, and of all that is due in a phase, each owner has floor(n / owners) or ceil(n / owners) blocks; of
-    what one holder has of a bucket at most two more than floor(n / owners), and exactly its share where all holders'
-    counts are multiples of `owners`.
+    Of the n blocks of a bucket, and of the n blocks due in a phase, each owner has floor(n / owners) or
+    ceil(n / owners). Of the n blocks of a bucket with the same holder, it has at most floor(n / owners) + 2, or exactly
+    n / owners if the counts of all holders are multiples of `owners`.
 
     Args:
-      bucket: [blocks] int, the bucket of each block.
-      holder: [blocks] int, a number for the devices that hold the tiles of each block's parameter.
-      phase: [blocks] int, the phase in which each block is due.
+      bucket: [blocks] int, bucket of each block.
+      holder: [blocks] int, id of the devices that hold each block's shard.
+      phase: [blocks] int, phase in which each block is due.
       owners: number of owners.
-
-    Returns:
-      [blocks] int.
     """
     if owners == 1:
         return np.zeros(len(bucket), np.int64)
@@ -36,7 +31,7 @@ def assign_owners(bucket: np.ndarray, holder: np.ndarray, phase: np.ndarray, own
 
 
 def _chunks(outer: np.ndarray, inner: np.ndarray, size: int) -> np.ndarray:
-    """Number of each element's chunk: runs of at most `size` in the order (outer, inner); none spans two outers."""
+    """Return each element's chunk: at most `size` elements with the same `outer`, in the order (outer, inner)."""
     order = np.lexsort((np.arange(len(outer)), inner, outer))
     _, first, counts = np.unique(outer[order], return_index=True, return_counts=True)
     rank = np.arange(len(outer)) - np.repeat(first, counts)
@@ -47,11 +42,11 @@ def _chunks(outer: np.ndarray, inner: np.ndarray, size: int) -> np.ndarray:
 
 
 def _edge_colouring(left: Sequence[int], right: Sequence[int], colours: int) -> np.ndarray:
-    """Colours of edges, different at every vertex; no vertex has more edges than there are colours.
+    """Return a colour per edge, different at every vertex. A vertex may have at most `colours` edges.
 
-    An edge takes a colour that is free at both its ends. Where there is none, let a be free on the left and b on the
-    right: exchanging a and b along the path that leaves the right end with colour a frees a there, and never reaches
-    the left end.
+    An edge takes a colour that is free at both ends. If there is none, let a be free on the left and b on the right.
+    Swapping a and b along the path that leaves the right end with colour a frees a there. The path never reaches the
+    left end.
     """
     colour = np.full(len(left), -1, np.int64)
     edge_at_left = [[-1] * colours for _ in range(max(left, default=-1) + 1)]
@@ -59,7 +54,7 @@ def _edge_colouring(left: Sequence[int], right: Sequence[int], colours: int) -> 
     start = 0
     for edge, (u, v) in enumerate(zip(left, right, strict=True)):
         at_u, at_v = edge_at_left[u], edge_at_right[v]
-        # Begin at another colour each time: vertices with few edges then do not all choose the first colours.
+        # Start at another colour each time, so that vertices with few edges do not all use the first colours.
         both = next(
             (c % colours for c in range(start, start + colours) if at_u[c % colours] == at_v[c % colours] == -1), -1
         )

@@ -1,7 +1,7 @@
-"""Parameters cut into blocks, and blocks of one shape gathered into buckets: the static plan of the optimizer.
+"""Plan of the optimizer: cut parameters into blocks, and gather blocks of one shape into buckets.
 
-A parameter's block shape depends on that parameter alone, never on its neighbours or on the number of devices,
-so a checkpoint can name a block by path and coordinates.
+The block shape of a parameter does not depend on other parameters or on the number of devices, so that a checkpoint can
+identify a block by path and coordinates.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Leaf:
     Attributes:
       index: position among the leaves of the parameter tree.
       path: the parameter's path.
-      tiling: its view, its blocks and how its shards are cut into tiles.
+      tiling: its view, blocks and tiles.
     """
 
     index: int
@@ -38,33 +38,33 @@ class Leaf:
 
     @property
     def view(self) -> View:
-        """The parameter as a stack of tensors."""
+        """Return the view of the parameter as a stack of tensors."""
         return self.tiling.view
 
     @property
     def blocks(self) -> int:
-        """Number of blocks: stack x pieces of the sides, in this order."""
+        """Return the number of blocks, which are numbered row-major over stack x pieces of the sides."""
         return self.tiling.blocks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bucket:
-    """Blocks of one shape and one treatment: arrays [slots, *shape], whose slots are shared out over all devices.
+    """Blocks of one shape and treatment, in arrays [slots, *shape] whose slots are sharded over all devices.
 
-    Block i of the bucket is block `first + i` of the whole plan. That number alone decides in which phase of the
-    refresh interval it is due, so that a run does not depend on the number of devices; `owner` tells whose it is.
+    Block i of the bucket is block `first + i` of the plan. That number alone determines the phase in which the block is
+    due, so that a run does not depend on the number of devices.
 
     Attributes:
       name: key of the bucket in states and checkpoints.
-      shape: lengths of a block's sides, padding included, shorter parameter sides first.
-      sides: the preconditioned sides.
+      shape: lengths of a block's sides with padding, shorter parameter sides first.
+      sides: indices of the preconditioned sides.
       p: order of the inverse roots; 0 if no side has statistics.
-      treatment: of the first parameter; all have the same preconditioner, beta2, ridge and cut.
-      leaves: the parameters whose blocks it holds, in order.
-      first: number of blocks in the buckets before it.
-      owners: number of devices that share its slots.
-      phases: number of steps over which the refresh of all blocks is spread.
-      owner: the owner of each block.
+      treatment: treatment of the first parameter; all have the same preconditioner, beta2, ridge and cut.
+      leaves: parameters whose blocks are in the bucket, in order.
+      first: number of blocks in earlier buckets.
+      owners: number of devices that share the slots.
+      phases: number of steps over which the refreshes of all blocks are spread.
+      owner: owner of each block.
     """
 
     name: str
@@ -80,27 +80,27 @@ class Bucket:
 
     @property
     def preconditioner(self) -> Preconditioner:
-        """The preconditioner of its blocks."""
+        """Return the preconditioner of the blocks."""
         return PRECONDITIONERS[self.treatment.kind]
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What blocks must agree in to share the bucket; buckets are ordered by it."""
+        """Return the key that all blocks of the bucket share; buckets are ordered by it."""
         return _key(self.shape, self.sides, self.treatment, self.p)
 
     @property
     def blocks(self) -> int:
-        """Number of blocks."""
+        """Return the number of blocks."""
         return len(self.owner)
 
     @property
     def matrices(self) -> int:
-        """Number of whole matrices (each of a stack counts), plus one for the empty slots."""
+        """Return the number of whole matrices, counting each of a stack, plus one for the empty slots."""
         return sum(leaf.view.stacked for leaf in self.leaves) + 1
 
     @functools.cached_property
     def slots(self) -> np.ndarray:
-        """[owners, slots per owner] int32: the block in each slot, or `blocks` where the slot is empty."""
+        """Return [owners, slots per owner] int32, the block in each slot, or `blocks` for an empty slot."""
         slots = np.full((self.owners, slots_per_owner(self.blocks, self.owners)), self.blocks, np.int32)
         owner = np.asarray(self.owner, np.int64)
         for device in range(self.owners):
@@ -110,12 +110,12 @@ class Bucket:
 
     @functools.cached_property
     def slot_of_block(self) -> np.ndarray:
-        """[blocks] int32: where each block lies in the flattened `slots`."""
+        """Return [blocks] int32, the position of each block in the flattened `slots`."""
         return np.argsort(self.slots.reshape(-1), kind="stable")[: self.blocks].astype(np.int32)
 
     @functools.cached_property
     def due(self) -> np.ndarray:
-        """[owners, phases, window] int32: slots (of the owner) due in each phase, filled up with slots per owner."""
+        """Return [owners, phases, window] int32, an owner's slots due in each phase, padded with slots per owner."""
         width = self.slots.shape[1]
         rows: list[list[list[int]]] = []
         for blocks in self.slots.tolist():
@@ -128,7 +128,7 @@ class Bucket:
 
     @functools.cached_property
     def matrix_of_slot(self) -> np.ndarray:
-        """[owners * slots] int32: which matrix each slot's block belongs to; empty slots belong to the last."""
+        """Return [owners * slots] int32, the matrix of each slot's block; the last matrix for empty slots."""
         ids, first = [], 0
         for leaf in self.leaves:
             ids.append(first + np.repeat(np.arange(leaf.view.stacked), math.prod(leaf.tiling.pieces)))
@@ -137,13 +137,13 @@ class Bucket:
 
     @functools.cached_property
     def elements_of_matrix(self) -> np.ndarray:
-        """[matrices] float32: number of elements of each matrix; 1 for the empty slots."""
+        """Return [matrices] float32, the number of elements of each matrix; 1 for the empty slots."""
         counts = [np.full(leaf.view.stacked, math.prod(leaf.view.lengths)) for leaf in self.leaves]
         return np.concatenate([*counts, [1]]).astype(np.float32)
 
     @functools.cached_property
     def real_sizes(self) -> np.ndarray:
-        """[owners * slots, sides of a block] int32: how much of each side of each slot's block is not padding."""
+        """Return [owners * slots, sides of a block] int32, the side lengths of each slot's block without padding."""
         sizes = []
         for leaf in self.leaves:
             sides = [
@@ -157,12 +157,12 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class DiagonalLeaf:
-    """One parameter under diagonal treatment, of its elements or of its rows.
+    """One parameter under diagonal or row-wise treatment.
 
     Attributes:
-      path, shape: the parameter's.
-      beta2: of its second moment.
-      by_row: whether a row (the last axis) shares one second moment, and has no momentum.
+      path, shape: path and shape of the parameter.
+      beta2: decay of its second moment.
+      by_row: whether each row (along the last axis) has one second moment and no momentum.
     """
 
     path: str
@@ -173,11 +173,11 @@ class DiagonalLeaf:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Every parameter's treatment: in a bucket, or diagonal.
+    """The plan of all parameters.
 
     Attributes:
-      buckets: the buckets, ordered by group.
-      diagonal: the parameters under diagonal treatment, by their position among the leaves.
+      buckets: buckets, ordered by key.
+      diagonal: position among the leaves -> parameter under diagonal treatment.
       treatments: path -> a short text for tables.
     """
 
@@ -187,35 +187,35 @@ class Plan:
 
 
 def slots_per_owner(blocks: int, owners: int) -> int:
-    """Slots that each owner of a bucket needs."""
+    """Return the number of slots of a bucket that each owner needs."""
     return math.ceil(blocks / owners)
 
 
 def split(side: int, block_size: int) -> tuple[int, int]:
-    """Split a side into equal parts: return (number of parts, length of each with padding).
+    """Split a side into equal parts; return (number of parts, length of each with padding).
 
-    The length is rounded up to a multiple of 1/16 of its power of two (a multiple of 8 from 128 on), which keeps the
-    number of different shapes small for at most one part in sixteen of padding.
+    The length is rounded up to a multiple of 1/16 of its power of two (a multiple of 8 from 128). This limits the
+    number of different shapes at the cost of at most 1/16 of padding.
     """
     pieces = math.ceil(side / block_size)
     length = math.ceil(side / pieces)
     granule = max(1, 2 ** (length.bit_length() - 1) // 16)
-    # Never beyond the block size itself: a longer part could leave the last block empty.
+    # A part longer than the block size could leave the last block empty.
     return pieces, min(math.ceil(length / granule) * granule, block_size)
 
 
 def make_plan(params: Any, axis_names: Any, param_specs: Any, options: Options, mesh: Mapping[str, int]) -> Plan:
-    """Decide the treatment of every parameter, gather blocks into buckets and share them out.
+    """Choose the treatment of every parameter, gather blocks into buckets and assign them to owners.
 
     Args:
       params: tree of arrays or ShapeDtypeStructs.
-      axis_names: None, or a tree shaped like params whose leaves are tuples with one name (or None) per axis.
-      param_specs: None (replicated), or a tree shaped like params of PartitionSpecs or NamedShardings.
-      options: treatments, block size, exponent and so on.
-      mesh: axis name -> number of devices; all together own the blocks.
+      axis_names: tree with a tuple of one name (or None) per axis for each parameter, or None.
+      param_specs: tree with a PartitionSpec or NamedSharding for each parameter, or None (replicated).
+      options: options of the optimizer.
+      mesh: axis name -> number of devices; all devices own blocks.
 
     Raises:
-      ValueError: a path that no treatment covers, or axis names or specs that do not fit the parameters.
+      ValueError: no treatment matches a path, or axis names or specs do not match the parameters.
     """
     leaves = jax.tree.leaves(params)
     names, specs = names_by_path(axis_names), _specs_by_path(param_specs)
@@ -251,7 +251,7 @@ def make_plan(params: Any, axis_names: Any, param_specs: Any, options: Options, 
 def _view(
     shape: tuple[int, ...], names: tuple[str | None, ...] | None, treatment: Treatment, options: Options
 ) -> tuple[View, tuple[int, ...]]:
-    """The parameter's view and which of its sides are preconditioned."""
+    """Return the parameter's view and its preconditioned sides."""
     stack, family = min(treatment.stack, len(shape)), treatment.preconditioner
     if treatment.view == "tensor" and treatment.side == "both" and not (family and family.matrices_only):
         view = tensor_view(shape, names, stack_axes=options.stack_axes, merge_dims=options.merge_dims, stack=stack)
@@ -279,7 +279,7 @@ def _buckets(
     leaves = {key: tuple(leaf for leaf, _ in grouped[key]) for key in keys}
     counts = [sum(leaf.blocks for leaf in leaves[key]) for key in keys]
     bucket = np.repeat(np.arange(len(keys)), counts)
-    # Blocks of different parameters have one holder if the parameters' shards lie on the same devices.
+    # Blocks of different parameters have the same holder if their shards are on the same devices.
     holders: dict[tuple[Any, int], int] = {}
     holder = [
         holders.setdefault((tuple(names for _, names in leaf.tiling.sharded), shard), len(holders))
@@ -300,13 +300,13 @@ def _buckets(
 
 
 def _title(shape: tuple[int, ...], sides: tuple[int, ...], title: str) -> str:
-    """Return, for example, "128x512 p4"; if only some sides are preconditioned, they have a mark: "128*x512 p2"."""
+    """Return a text such as "128x512 p4", or "128*x512 p2" if only the marked sides are preconditioned."""
     marked = sides if len(sides) < len(shape) else ()
     return f"{'x'.join(f'{length}*' if side in marked else f'{length}' for side, length in enumerate(shape))} {title}"
 
 
 def _name(shape: tuple[int, ...], sides: tuple[int, ...], p: int, treatment: Treatment, options: Options) -> str:
-    """Return a key for the state: letters, digits, dots, dashes, underscores."""
+    """Return a key for the state, of letters, digits, dots, dashes and underscores."""
     text = "all" if len(sides) == len(shape) else "side" + "".join(map(str, sides))
     parts = ["x".join(map(str, shape)), text, f"p{p}"]
     for field in ("beta2", "ridge", "cut"):
@@ -330,7 +330,7 @@ def _check_spec(path: str, shape: tuple[int, ...], spec: PartitionSpec | None, m
 
 
 def _specs_by_path(param_specs: Any) -> dict[str, PartitionSpec]:
-    """A tree of PartitionSpecs or NamedShardings as a dict from path to spec; empty for None."""
+    """Return path -> spec for a tree of PartitionSpecs or NamedShardings; empty for None."""
     entries = jax.tree_util.tree_leaves_with_path(param_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
     return {
         patterns.path_name(key_path): spec.spec if isinstance(spec, NamedSharding) else spec

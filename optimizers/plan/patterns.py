@@ -1,4 +1,4 @@
-"""Lists of (regex, value) matched against parameter paths: first match wins, every path must be covered."""
+"""Rules: lists of (regex, value) for parameter paths. The first match wins; every path must match a rule."""
 
 import re
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ def path_name(key_path: tuple[Any, ...]) -> str:
 
 
 def paths(tree: Any) -> list[str]:
-    """Paths of all leaves, in the order of `jax.tree.leaves`."""
+    """Return the paths of all leaves, in the order of `jax.tree.leaves`."""
     return [path_name(key_path) for key_path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def state_key(path: str) -> str:
-    """A path as one key of an optimizer's state: checkpoints keep slashes for their own nesting."""
+    """Return a path as a key of the optimizer's state, without slashes, which separate keys in checkpoints."""
     return path.replace("/", ".")
 
 
 def first_match(rules: Rules[Value], path: str) -> Value:
-    """The value of the first rule whose regex matches the whole path.
+    """Return the value of the first rule whose regex matches the whole path.
 
     Raises:
-      ValueError: no rule matches; the message names the path and the patterns.
+      ValueError: no rule matches.
     """
     for pattern, value in rules:
         if re.fullmatch(pattern, path):
@@ -39,10 +39,10 @@ def first_match(rules: Rules[Value], path: str) -> Value:
 
 
 def path_tree(tree: Any) -> Any:
-    """A tree shaped like `tree` that holds the path of each leaf."""
+    """Return a tree shaped like `tree` with the path of each leaf."""
     return jax.tree_util.tree_map_with_path(lambda key_path, _: path_name(key_path), tree)
 
 
 def map_paths(rules: Rules[Value], tree: Any) -> Any:
-    """A tree shaped like `tree` that holds for each leaf the value of the first rule matching its path."""
+    """Return a tree shaped like `tree` with the value of the first rule that matches each leaf's path."""
     return jax.tree_util.tree_map_with_path(lambda key_path, _: first_match(rules, path_name(key_path)), tree)

@@ -1,8 +1,8 @@
-"""Tiles: the pieces of blocks that a parameter's shards consist of, and how arrays are cut into them and joined again.
+"""Cut sharded parameters into tiles, and join tiles.
 
-A sharded parameter's blocks seldom coincide with its shards. A tile is a rectangle of one block that lies within one
-shard; devices that hold copies of a shard divide each of its tiles evenly among them. Cutting is local to every
-device, so that the only traffic is the exchange of tiles between the devices that hold them and the blocks' owners.
+Blocks rarely coincide with shards. A tile is a rectangle that is within one block and one shard. Devices that hold
+copies of a shard divide each of its tiles evenly. Cutting needs no communication; only the exchange of tiles with the
+blocks' owners does.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ SMALLEST_TILE = 8
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How one parameter is cut into tiles.
+    """The tiles of one parameter.
 
     Attributes:
-      view: the parameter as a stack of tensors.
+      view: view of the parameter as a stack of tensors.
       pieces: number of blocks along each side.
-      block: lengths of a block, padding included.
-      sharded: (axis of the parameter, mesh axes that divide it), in the order of the axes.
-      free: the other mesh axes; they divide each tile.
+      block: lengths of a block with padding.
+      sharded: (axis of the parameter, mesh axes that shard it), in the order of the axes.
+      free: other mesh axes, which divide each tile.
       mesh: axis name -> number of devices.
       tile: lengths of a tile.
     """
@@ -45,41 +45,41 @@ class Tiling:
 
     @property
     def blocks(self) -> int:
-        """Number of blocks: stack x pieces of the sides, in this order."""
+        """Return the number of blocks, which are numbered row-major over stack x pieces of the sides."""
         return self.view.stacked * math.prod(self.pieces)
 
     @functools.cached_property
     def parts(self) -> dict[int, int]:
-        """Axis of the parameter -> number of shards along it."""
+        """Return axis of the parameter -> number of shards along it."""
         return {axis: math.prod(self.mesh[name] for name in names) for axis, names in self.sharded}
 
     @property
     def copies(self) -> int:
-        """Number of devices that hold each shard."""
+        """Return the number of devices that hold each shard."""
         return math.prod(self.mesh[name] for name in self.free)
 
     @property
     def slice(self) -> int:
-        """Elements of the part of a tile that one device holds, the last part padded."""
+        """Return the number of elements of a tile that one device holds, with padding."""
         return math.ceil(math.prod(self.tile) / self.copies)
 
     @functools.cached_property
     def per_block(self) -> tuple[int, ...]:
-        """Number of tiles of a block along each side; where tiles do not divide a block, its rest is padding."""
+        """Return the number of tiles of a block along each side; a remainder that is not a whole tile is padding."""
         return tuple(
             block // tile if block % tile == 0 else length // tile
             for block, tile, length in zip(self.block, self.tile, self.view.lengths, strict=True)
         )
 
     def shards_of(self, axes: Sequence[int]) -> list[int]:
-        """The sharded ones of some axes."""
+        """Return the sharded axes among `axes`."""
         return [axis for axis in axes if axis in self.parts]
 
     @functools.cached_property
     def places(self) -> tuple[np.ndarray, np.ndarray]:
-        """([shards, tiles] the block of each tile, [shards, tiles] its place among the tiles of that block).
+        """Return (block of each tile, its index among the tiles of the block), each [shards, tiles].
 
-        Shards and the tiles of a shard are numbered row-major, as `to_tiles` lays them out.
+        Shards and the tiles of a shard are numbered row-major, as in the result of `to_tiles`.
         """
         groups = [_positions(self.view.shape, self.view.stack, self.parts)]
         for side, tile, pieces, block in zip(self.view.sides, self.tile, self.pieces, self.block, strict=True):
@@ -87,7 +87,7 @@ class Tiling:
             if not self.shards_of(side):
                 positions = np.arange(pieces * block)[None]
             groups.append(positions[:, ::tile])
-        # Every shard is one choice of an index along each sharded axis; a group knows only its own axes.
+        # A shard is an index along each sharded axis; a group has positions only for its own axes.
         counts = [self.parts[axis] for axis, _ in self.sharded]
         grid = np.indices(counts).reshape(len(counts), math.prod(counts))
         index_of = {axis: grid[i] for i, (axis, _) in enumerate(self.sharded)}
@@ -108,7 +108,7 @@ class Tiling:
 
     @functools.cached_property
     def holder(self) -> np.ndarray:
-        """[blocks] int: the first shard that has a tile of each block."""
+        """Return [blocks] int, the first shard that has a tile of each block."""
         block, _ = self.places
         holder = np.full(self.blocks, len(block))
         for shard in reversed(range(len(block))):
@@ -116,7 +116,7 @@ class Tiling:
         return holder
 
     def position_of(self, coordinates: Mapping[str, int]) -> tuple[int, int]:
-        """(shard, copy) that the device at some mesh coordinates holds."""
+        """Return (shard, copy) of the device at the given mesh coordinates."""
         shard = copy = 0
         for _, names in self.sharded:
             for name in names:
@@ -126,17 +126,17 @@ class Tiling:
         return shard, copy
 
     def spec(self, free: Sequence[str]) -> PartitionSpec:
-        """Of the array that `to_tiles` returns, the elements of each tile divided over `free` mesh axes."""
+        """Return the spec of the result of `to_tiles` with the elements of each tile divided over the axes `free`."""
         return PartitionSpec(*[names for _, names in self.sharded], None, tuple(free) or None)
 
 
 def make_tiling(
     view: View, pieces: Sequence[int], block: Sequence[int], spec: PartitionSpec | None, mesh: Mapping[str, int]
 ) -> Tiling:
-    """The tiling of a parameter that lies on a mesh as `spec` says.
+    """Return the tiling of a parameter with the sharding `spec`.
 
-    A side whose shards and blocks fit together so badly that tiles would be shorter than SMALLEST_TILE is treated as
-    not sharded; so is an axis that its mesh axes do not divide. The partitioner then gathers it first.
+    A side whose tiles would be shorter than SMALLEST_TILE is treated as not sharded, and so is an axis that is not
+    divisible by its mesh axes. The partitioner then gathers it first.
     """
     sharded = []
     for axis, names in enumerate(spec or ()):
@@ -157,7 +157,7 @@ def make_tiling(
 
 
 def _positions(shape: Sequence[int], axes: Sequence[int], parts: Mapping[int, int]) -> np.ndarray:
-    """[shards, elements of a shard]: positions along the folded axes of what each shard holds."""
+    """Return [shards, elements of a shard], the positions of each shard's elements along the folded axes."""
     split, order_shards, order_local = [], [], []
     for axis in axes:
         if axis in parts:
@@ -170,7 +170,7 @@ def _positions(shape: Sequence[int], axes: Sequence[int], parts: Mapping[int, in
 
 
 def _tile_length(view: View, side: Sequence[int], parts: Mapping[int, int], pieces: int, block: int) -> int:
-    """The longest tile that divides what shards and blocks have in common; 0 where that is too short."""
+    """Return the longest tile length that divides both shards and blocks, or 0 if it is too short."""
     if not parts:
         return block
     length = block if pieces > 1 else 0
@@ -184,11 +184,11 @@ def _tile_length(view: View, side: Sequence[int], parts: Mapping[int, int], piec
 
 
 def to_tiles(x: jax.Array, tiling: Tiling, mesh: Mesh | None) -> jax.Array:
-    """A parameter-shaped array as its tiles, float32, zeros in the padding.
+    """Return the tiles of a parameter-shaped array in float32, zero in the padding.
 
     Returns:
-      [shards along each sharded axis..., tiles of a shard, elements of a tile], where the number of elements is rounded
-      up to a multiple of the copies.
+      [shards along each sharded axis..., tiles of a shard, elements of a tile], with the number of elements rounded up
+      to a multiple of the copies.
     """
     view = tiling.view
     x = x.astype(jnp.float32)
@@ -224,7 +224,7 @@ def to_tiles(x: jax.Array, tiling: Tiling, mesh: Mesh | None) -> jax.Array:
 
 
 def from_tiles(tiles: jax.Array, tiling: Tiling, mesh: Mesh | None) -> jax.Array:
-    """The inverse of `to_tiles`."""
+    """Invert `to_tiles`."""
     view = tiling.view
     lead = [tiling.parts[axis] for axis, _ in tiling.sharded]
     local = {axis: size // tiling.parts.get(axis, 1) for axis, size in enumerate(view.shape)}
@@ -251,7 +251,7 @@ def from_tiles(tiles: jax.Array, tiling: Tiling, mesh: Mesh | None) -> jax.Array
 
 
 def _pin(x: jax.Array, tiling: Tiling, mesh: Mesh | None, rest: int) -> jax.Array:
-    """Say where shards lie: the partitioner must not guess between a reshape and the next."""
+    """Constrain the sharding between reshapes, so that the partitioner does not choose another."""
     if mesh is None:
         return x
     spec = PartitionSpec(*[names for _, names in tiling.sharded], *[None] * rest)
@@ -261,10 +261,10 @@ def _pin(x: jax.Array, tiling: Tiling, mesh: Mesh | None, rest: int) -> jax.Arra
 def slice_tiles(tiles: jax.Array, tiling: Tiling, mesh: Mesh) -> jax.Array:
     """Divide each tile over the devices that hold copies of it.
 
-    One mesh axis after the other: a reduction of gradients that is still to be made then becomes a reduce-scatter on
-    interconnects where only single axes have one.
+    Mesh axes are applied one by one, so that a pending all-reduce of gradients becomes a reduce-scatter even on
+    interconnects that support it along single axes only.
     """
-    # A padded tile is put whole first: dividing it before it is padded would shift elements between neighbours.
+    # Padded tiles are first kept whole: dividing before padding would shift elements between devices.
     padded = tiling.slice * tiling.copies > math.prod(tiling.tile)
     for count in range(0 if padded else 1, len(tiling.free) + 1):
         tiles = lax.with_sharding_constraint(tiles, NamedSharding(mesh, tiling.spec(tiling.free[:count])))

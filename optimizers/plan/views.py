@@ -1,4 +1,4 @@
-"""How a parameter is seen as a stack of matrices or tensors: which axes stack, and which fold into each side."""
+"""Views of a parameter as a stack of matrices or tensors: axes that stack, and axes that fold into each side."""
 
 import dataclasses
 import math
@@ -15,9 +15,9 @@ class View:
     """A parameter of `shape` as a stack of tensors with one or more sides, the shorter sides first.
 
     Attributes:
-      shape: the parameter's own shape.
-      stack: its axes that stack.
-      sides: for each side, the axes that fold into it, in row-major order.
+      shape: shape of the parameter.
+      stack: axes that stack.
+      sides: axes that fold into each side, in row-major order.
     """
 
     shape: tuple[int, ...]
@@ -25,22 +25,22 @@ class View:
     sides: tuple[tuple[int, ...], ...]
 
     def length(self, axes: Sequence[int]) -> int:
-        """Number of elements along axes that fold into one."""
+        """Return the length of a side that folds the given axes."""
         return math.prod(self.shape[axis] for axis in axes)
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Length of each side."""
+        """Return the length of each side."""
         return tuple(self.length(side) for side in self.sides)
 
     @property
     def stacked(self) -> int:
-        """Number of matrices (or tensors) in the stack."""
+        """Return the number of matrices (or tensors) in the stack."""
         return self.length(self.stack)
 
     @property
     def is_matrix(self) -> bool:
-        """Whether at least two sides are longer than one; all else has nothing for Shampoo to precondition."""
+        """Return whether there are at least two sides, all longer than one; otherwise Shampoo does not apply."""
         return self.stacked > 0 and len(self.sides) > 1 and min(self.lengths) > 1
 
 
@@ -52,15 +52,14 @@ def matrix_axes(
     fold_axes: Sequence[str],
     stack: int = 0,
 ) -> tuple[list[int], list[int], list[int]]:
-    """Which axes of a parameter stack, which form the one side of its matrices and which the other.
+    """Return the axes of a parameter that stack, and those of the two sides of its matrices.
 
-    With axis names, axes named in `stack_axes` stack. Of the others, a run named in `fold_axes` that begins the shape,
-    or else one that ends it, is one side: [embed, heads, head_dim] is embed x (heads head_dim). Otherwise the first
-    `stack` axes stack, the last axis is one side and the rest folds into the other, as conv kernels do:
-    [kh, kw, cin, cout] is (kh kw cin) x cout.
+    With axis names, axes named in `stack_axes` stack. Among the other axes, the leading run named in `fold_axes`, or
+    else the trailing run, is one side: [embed, heads, head_dim] is embed x (heads head_dim). Without names, the first
+    `stack` axes stack. If no run folds, the last axis is one side: [kh, kw, cin, cout] is (kh kw cin) x cout.
 
     Returns:
-      (stack, first side, second side), each in rising order; the first side's first axis precedes the second's.
+      (stack, first side, second side), each in increasing order; the first side's first axis precedes the second's.
     """
     axes = list(range(rank))
     if names is None:
@@ -84,12 +83,12 @@ def matrix_view(
     fold_axes: Sequence[str],
     stack: int = 0,
 ) -> View:
-    """The view with two sides that `matrix_axes` gives.
+    """Return the view with the two sides of `matrix_axes`, the shorter first.
 
-    With the shorter side first, a matrix and its transpose share a bucket.
+    A matrix and its transpose then share a bucket.
 
     Raises:
-      ValueError: the number of names is not the number of axes.
+      ValueError: the numbers of names and axes differ.
     """
     _check_names(shape, names)
     stacked, *sides = matrix_axes(len(shape), names, stack_axes=stack_axes, fold_axes=fold_axes, stack=stack)
@@ -104,13 +103,13 @@ def tensor_view(
     merge_dims: int = 0,
     stack: int = 0,
 ) -> View:
-    """Every axis that does not stack as a side of its own (section 3 of arXiv 2002.09018, tensors of order k).
+    """Return the view with one side per axis that does not stack (section 3 of arXiv 2002.09018, tensors of order k).
 
-    Axes of length one join the stack. From left to right a side merges into the one before it while their product is at
-    most `merge_dims` and two sides remain: merging never makes a vector of a matrix.
+    Axes of length one stack. From left to right, a side is merged into the one before it while the product of their
+    lengths is at most `merge_dims` and at least two sides remain.
 
     Raises:
-      ValueError: the number of names is not the number of axes.
+      ValueError: the numbers of names and axes differ.
     """
     _check_names(shape, names)
     axes = range(len(shape))
@@ -138,6 +137,6 @@ def _shorter_first(shape: Sequence[int], stack: Sequence[int], sides: Sequence[S
 
 
 def names_by_path(axis_names: Any) -> dict[str, tuple[str | None, ...]]:
-    """A tree whose leaves are tuples of axis names as a dict from path to names; empty for None."""
+    """Return path -> axis names for a tree with a tuple of names per parameter; empty for None."""
     entries = jax.tree_util.tree_leaves_with_path(axis_names, is_leaf=lambda x: isinstance(x, tuple))
     return {path_name(key_path): tuple(names) for key_path, names in entries}
