@@ -1,1 +1,1 @@
-"""Roots computed by the CPU cores of the host while the devices train."""
+"""Compute roots on the host's CPU cores while the devices train."""

@@ -1,8 +1,8 @@
-"""What travels between devices and host for a refresh on the host: one parcel of a phase's blocks each way.
+"""Parcels: the blocks of one phase, sent to the host as statistics and back as roots.
 
-A parcel is one array per device, whatever the number of buckets, so that a transfer costs the host one call for a
-device: int32, in which floats lie by their bits. Statistics are copied into a parcel of their own, which nothing
-donates: a thread may read it while the train step reuses the state's memory. Neither program has a collective.
+A parcel is one int32 array per device, with floats as bits, so that a transfer is one call per device. Statistics are
+copied to a parcel that is never donated, so that threads can read it while the train step reuses the state's memory.
+The two programs have no collectives.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,12 +24,12 @@ from .in_flight import InFlight, in_flight_spec
 
 
 class Parcels:
-    """The two programs, and the order of what is in a parcel.
+    """The programs that read statistics and install roots, and the layout of parcels.
 
     Args:
       buckets: all buckets of the plan.
-      owners: the devices.
-      options: the schedule.
+      owners: owners of the blocks.
+      options: options of the optimizer.
     """
 
     def __init__(self, buckets: Sequence[Bucket], owners: Owners, options: Options):
@@ -42,23 +42,23 @@ class Parcels:
         self.install = jax.jit(self._install, donate_argnums=0)
 
     def tables(self) -> dict[str, np.ndarray]:
-        """Return the slots that are due in each phase, for `take`; axis 0 is to be shared out."""
+        """Return the slots due in each phase, for `take`; axis 0 is to be sharded over the owners."""
         return {b.name: b.due for b in self.buckets}
 
     def window(self, bucket: Bucket) -> int:
-        """The most blocks of a bucket that are due on one device in one phase."""
+        """Return the largest number of a bucket's blocks due on one device in one phase."""
         return bucket.due.shape[2]
 
     def taken(self, parcel: Any) -> dict[str, tuple[Any, InFlight]]:
-        """Split one device's part [m] of a parcel of statistics: bucket name -> (slots, statistics); NumPy views."""
+        """Split a device's shard [m] of a parcel of statistics; return bucket name -> (slots, statistics), as views."""
         return _parts(self._taken, parcel)
 
     def answers(self, parcel: Any) -> dict[str, tuple[Any, Any, RootResult]]:
-        """Split one device's part of a parcel of roots: bucket name -> (slots, their scale_log2, results)."""
+        """Split a device's shard of a parcel of roots; return bucket name -> (slots, scale_log2, results)."""
         return _parts(self._answers, parcel)
 
     def empty_answer(self) -> np.ndarray:
-        """One device's part of a parcel of roots in which nothing is due."""
+        """Return a device's shard of a parcel of roots with no due blocks."""
         answer = np.zeros(sum(part.size for part in jax.tree.leaves(self._answers)), np.int32)
         for bucket in self.buckets:
             self.answers(answer)[bucket.name][0][:] = bucket.slots.shape[1]
@@ -72,14 +72,14 @@ class Parcels:
         last: jax.Array,
         number: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """The blocks of one phase that is due: (a parcel [owners, m] of their statistics, the count).
+        """Return (parcel [owners, m] of the statistics of one due phase, count).
 
         Args:
-          states: bucket name -> all blocks.
-          tables: of `tables`.
-          count: steps in the statistics; phases are those that are due after as many.
-          last: the count when this was asked before. Where it is the same the step was skipped, and nothing is due.
-          number: which of the phases that are due on one step.
+          states: bucket name -> state of all blocks.
+          tables: result of `tables`.
+          count: int32, number of accepted steps.
+          last: int32, count at the previous call. If it equals `count`, the step was skipped and nothing is due.
+          number: int32, index among the phases due on this step.
         """
 
         def local(_: Any, owned: Any, shared: Any) -> Any:
@@ -96,7 +96,7 @@ class Parcels:
                 taken[bucket.name] = slot, InFlight(statistics, scale_log2, jnp.broadcast_to(count, slot.shape))
             bits = [lax.bitcast_convert_type(x.ravel(), jnp.int32) for x in jax.tree.leaves(taken)]
             parcel = jnp.concatenate([jnp.zeros(0, jnp.int32), *bits])[None]
-            # Not the count itself: that array the next step donates.
+            # A new array, because the next step donates `count`.
             return {}, parcel, jnp.maximum(count, last)
 
         _, parcel, count = self.owners.run(local, {}, {}, (states, tables), (count, last, number))
@@ -110,14 +110,14 @@ class Parcels:
         at: jax.Array,
         stamp: jax.Array,
     ) -> dict[str, PreconditionerState]:
-        """The roots with those of a parcel in their places.
+        """Return the states with the roots of a parcel installed.
 
         Args:
-          roots: bucket name -> what a refresh writes; the statistics are left out.
-          parcel: [owners, m], the new roots.
-          count: steps taken so far.
-          at: the count at which they are to act; at another one nothing changes.
-          stamp: count of the steps that were in the statistics.
+          roots: bucket name -> state without statistics.
+          parcel: [owners, m] int32, new roots.
+          count: int32, number of accepted steps.
+          at: int32, count at which to install the roots; at another count nothing changes.
+          stamp: int32, number of steps in the statistics.
         """
 
         def local(_: Any, owned: Any, shared: Any) -> Any:
@@ -147,7 +147,7 @@ def _ints(*shape: int) -> Any:
 
 
 def _parts(like: Any, vector: Any) -> Any:
-    """A tree of consecutive parts of a vector of int32, each of the type that its bits are of."""
+    """Split an int32 vector into a tree of arrays with the shapes and dtypes of `like`."""
     first = 0
 
     def part(leaf: Any) -> Any:

@@ -1,19 +1,17 @@
-"""Roots on the host: threads solve in float64 by LAPACK while the devices take the next steps.
+"""Compute roots on the host: threads solve in float64 by LAPACK while the devices take the next steps.
 
 Around each step, outside jit:
 
-    state = service.install(state)      roots of the statistics of `delay` steps ago take their places
+    state = service.install(state)      install the roots of the statistics of `delay` steps ago
     updates, state = step(...)
-    service.take(state)                 the statistics of the blocks that are due leave for the host
+    service.take(state)                 send the statistics of due blocks to the host
 
-Roots made from the statistics after `t` accepted steps act from step t + 1 + delay on, never sooner or later, however
-slow the host was: a root that is late is waited for, and the stall counted. Each process solves what its own devices
-hold, and nothing is communicated.
+Roots of the statistics after `t` accepted steps are used exactly from step t + 1 + delay. If they are late, the step
+waits and the stall is counted. Each process solves for its own devices, without communication.
 
-A step that was skipped changes no statistics and counts for no delay. Whether one was, the host knows only when it has
-read the count of that step, which it does one step late so as not to wait for the device. So it offers the roots that
-are next unless the newest step was skipped, and the program that installs them compares the count on the device; roots
-that were not taken are offered again.
+Skipped steps do not count for the delay. The host reads the count of a step one step late, so as not to wait for the
+device. It therefore offers the next roots as if the latest step was accepted, and the program that installs them
+compares the count on the device. Roots that were not installed are offered again.
 """
 
 import operator
@@ -36,26 +34,26 @@ from .in_flight import InFlight, empty_bank, recalled, store
 from .parcels import Parcels
 from .workers import Workers, pool_size
 
-# Share of a run's time spent waiting for roots that nobody need hear of.
+# Share of the time spent waiting for roots above which `complaint` returns a warning.
 _TOLERATED = 0.02
 _HOST_KIND = "pinned_host"
 
 
 class HostRootsError(RuntimeError):
-    """A thread that solves has died. What is in flight is still there to be saved."""
+    """A solver thread has failed. Roots in flight can still be saved."""
 
 
 class Report(NamedTuple):
-    """What the host has done since the service began.
+    """Totals since the service began.
 
     Attributes:
-      steps: steps that the service was asked for roots before.
-      solves: blocks solved.
-      retries: solves that were tried again with a larger regulariser.
-      stalls: steps that had to wait for roots.
-      stalled_seconds: how long they waited.
-      busy_seconds: of all threads together, solving.
-      seconds: since the service began.
+      steps: number of calls of `install`.
+      solves: number of blocks solved.
+      retries: number of solves retried with a larger regulariser.
+      stalls: number of steps that waited for roots.
+      stalled_seconds: time these steps waited, in seconds.
+      busy_seconds: time all threads together spent solving, in seconds.
+      seconds: time since the service began, in seconds.
     """
 
     steps: int
@@ -67,13 +65,13 @@ class Report(NamedTuple):
     seconds: float
 
     def since(self, before: "Report") -> "Report":
-        """The difference."""
+        """Return the difference to an earlier report."""
         differences: Any = map(operator.sub, self, before)
         return Report(*differences)
 
 
 class Event(NamedTuple):
-    """An interval of a timeline: `kind` is copy, solve, wait, take or install; seconds are those of perf_counter."""
+    """An interval of a timeline, in seconds of perf_counter; `kind` is copy, solve, wait, take or install."""
 
     kind: str
     thread: str
@@ -83,7 +81,7 @@ class Event(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """One device's part of a launch: what came, what goes back, and the solves that fill it in."""
+    """One device's share of a launch: statistics, the array for the roots, and the solves that fill it."""
 
     device: Any
     taken: dict[str, tuple[np.ndarray, InFlight]]
@@ -95,10 +93,10 @@ class _Launch:
     """The statistics taken after one step.
 
     Attributes:
-      count: on the device, steps accepted up to then; equal to that of the launch before if the step was skipped.
-      opened: resolves to the work of each parcel, a list for the process' devices.
-      stamp: the count, once it has been read.
-      offered: the launch whose roots were offered to the step after this one.
+      count: int32 on the device, number of accepted steps; unchanged from the previous launch if the step was skipped.
+      opened: future of the work of each parcel, for each device of the process.
+      stamp: the count, once read.
+      offered: launch whose roots were offered to the next step.
     """
 
     def __init__(self, count: jax.Array | None, opened: Future[list[list[_Work]]]):
@@ -109,12 +107,12 @@ class _Launch:
 
 
 class HostRoots:
-    """The service. Every process of a run makes the same calls in the same order.
+    """The service. All processes of a run must make the same calls in the same order.
 
     Args:
-      parcels: the programs.
-      options: with refresh "host".
-      events: where to note a timeline, if anywhere.
+      parcels: programs and layout of parcels.
+      options: options of the optimizer, with refresh "host".
+      events: list to which a timeline is appended, or None.
     """
 
     def __init__(self, parcels: Parcels, options: Options, events: list[Event] | None = None):
@@ -123,7 +121,7 @@ class HostRoots:
         self._events = events
         self._reader = Workers(1, "roots-reader")
         self._solvers = Workers(pool_size(options.host_workers), "roots")
-        # One thread for each LAPACK call: the calls run side by side, and the number changes their last bits.
+        # One thread per LAPACK call: calls run in parallel, and the number of threads changes the last bits.
         self._blas = threadpoolctl.threadpool_limits(limits=1, user_api="blas")
         self._tables: Any = None
         self._numbers: dict[Any, int] = {}
@@ -138,16 +136,16 @@ class HostRoots:
         self._reported = self._complained = self.report()
 
     def start(self, state: Any) -> Any:
-        """Begin with a state, taking over what it has in flight. Returns it without; its roots are donated.
+        """Take over the roots in flight of a state; return the state without them. The state's roots are donated.
 
-        What the service had in flight before is forgotten.
+        Earlier work of the service is dropped.
         """
         self._unknown.clear()
         self._flying.clear()
         owners = self._parcels.owners
         if owners.mesh is not None:
             by_block, replicated = owners.sharding(owners.by_block), owners.sharding(PartitionSpec())
-        else:  # tied to its device from the first step on, lest programs be compiled once more for the second
+        else:  # committed to its device, so that the second step needs no recompilation
             (by_block,) = state.count.devices()
             replicated, state = by_block, jax.device_put(state, by_block)
         self._tables = jax.device_put(self._parcels.tables(), by_block)
@@ -156,16 +154,16 @@ class HostRoots:
         self._numbers = {d: i for i, d in enumerate(owners.mesh.devices.flat if owners.mesh else self._devices(state))}
         self._resume(state)
         state = state._replace(buckets={name: b._replace(in_flight=None) for name, b in state.buckets.items()})
-        # Compiles both programs, and makes of the count an array of its own. No root acts at count -1.
+        # Compile both programs and copy the count. At count -1 nothing is installed.
         _, self._last = self._take(state, 0)
         nothing = [(device, self._parcels.empty_answer()) for device in self._devices(state)]
         return self._put(state, nothing, at=-1, stamp=0)
 
     def install(self, state: Any) -> Any:
-        """Before a step: the state with the roots that are to act from this step on. The state's roots are donated.
+        """Return the state with the roots due for the next step. The state's roots are donated.
 
         Raises:
-          HostRootsError: a solve has died; the state is as it was.
+          HostRootsError: a solver thread failed; the state is unchanged.
         """
         delay = self._options.delay
         self._steps += 1
@@ -186,7 +184,7 @@ class HostRoots:
         return state
 
     def take(self, state: Any) -> None:
-        """After a step: copy the statistics that are due, and begin to solve as soon as they are there."""
+        """Copy the statistics of due blocks after a step, and solve when they arrive."""
         start = time.perf_counter()
         counts = range(self._known + 1, self._known + len(self._unknown) + 2)
         phases = max(schedule.phases_due(count, self._options) for count in counts)
@@ -200,14 +198,14 @@ class HostRoots:
         self._note("take", start, self._known + len(self._unknown))
 
     def with_in_flight(self, state: Any) -> Any:
-        """The state with what is in flight after this step, for a checkpoint; no solve is waited for."""
+        """Return the state with statistics in flight, for a checkpoint, without waiting for solves."""
         while self._unknown:
             self._learn()
         devices = self._devices(state)
         banks = {device: {b.name: empty_bank(b) for b in self._parcels.buckets} for device in devices}
         for launch in self._flying:
             if launch.opened.exception() is not None:
-                continue  # the run is about to end for it; these blocks keep their roots until they are due again
+                continue  # the run is about to fail; these blocks keep their roots until they are due again
             for work in (work for part in launch.opened.result() for work in part):
                 for bucket in self._parcels.buckets:
                     store(banks[work.device][bucket.name], *work.taken[bucket.name])
@@ -220,7 +218,7 @@ class HostRoots:
         return state._replace(buckets=buckets)
 
     def report(self) -> Report:
-        """What the host has done so far."""
+        """Return the totals so far."""
         with self._counters:
             return Report(
                 self._steps,
@@ -233,20 +231,20 @@ class HostRoots:
             )
 
     def metrics(self) -> dict[str, float]:
-        """Totals so far, and the share of the threads' time in which they solved since this was asked last."""
+        """Return the totals so far, and the share of time the threads were busy since the last call."""
         now, before = self.report(), self._reported
         self._reported = now
         totals = {name: getattr(now, name) for name in ("solves", "retries", "stalls", "stalled_seconds")}
         return {f"host/{name}": value for name, value in totals.items()} | {"host/busy": self._busy(now.since(before))}
 
     def complaint(self) -> str | None:
-        """Which knob to turn if waiting for roots has cost more than 2 % since this was asked last; otherwise None."""
+        """Return a warning with a fix if waiting for roots took more than 2 % of the time since the last call."""
         now, options = self.report(), self._options
         new, self._complained = now.since(self._complained), now
         if new.stalled_seconds <= _TOLERATED * new.seconds:
             return None
         busy = self._busy(new)
-        # A pool that is always busy cannot do the work; one that is not is only asked for it too early.
+        # A busy pool is too slow; an idle one needs a longer delay.
         knob = (
             f"raise interval ({options.interval}) or host_workers ({self._solvers.count})"
             if busy > 0.8
@@ -261,7 +259,7 @@ class HostRoots:
         return min(report.busy_seconds / (report.seconds * self._solvers.count), 1.0) if report.seconds else 0.0
 
     def close(self) -> None:
-        """Solve nothing more. Returns at once, whatever the threads are doing."""
+        """Stop solving. Returns at once, without waiting for threads."""
         self._solvers.close()
         self._reader.close()
         self._blas.restore_original_limits()
@@ -273,7 +271,7 @@ class HostRoots:
         self.close()
 
     def _learn(self) -> None:
-        """Read the oldest count that is not known yet: was the step skipped, and were roots installed after it?"""
+        """Read the oldest unknown count, which tells if its step was skipped and if roots were installed after it."""
         launch = self._unknown.popleft()
         stamp = int(np.asarray(launch.count))
         if stamp > self._known:
@@ -285,7 +283,7 @@ class HostRoots:
             self._flying.remove(offered)
 
     def _solved(self, launch: _Launch) -> list[list[_Work]]:
-        """The launch with all its answers, waited for if need be."""
+        """Return the work of a launch, waiting until it is solved."""
         start = time.perf_counter()
         try:
             parts = launch.opened.result()
@@ -306,10 +304,10 @@ class HostRoots:
         return parts
 
     def _open(self, parcels: list[jax.Array]) -> list[list[_Work]]:
-        """In the reader's thread: wait for statistics to arrive, and hand out what is due."""
+        """Wait for statistics to arrive, and submit the solves; runs in the reader's thread."""
         parts = []
         while parcels:
-            parcel = jax.block_until_ready(parcels.pop(0))  # the devices' copies are let go one after the other
+            parcel = jax.block_until_ready(parcels.pop(0))  # frees the devices' copies one by one
             part = []
             for shard in parcel.addressable_shards:
                 start = time.perf_counter()
@@ -320,8 +318,8 @@ class HostRoots:
         return parts
 
     def _begin(self, device: Any, taken: dict[str, tuple[np.ndarray, InFlight]]) -> _Work:
-        """Hand out the solves of one device's part of a parcel."""
-        # Workers write into an array that is never used again: a device may take it as it is.
+        """Submit the solves of a device's shard of a parcel."""
+        # A new array per parcel, because a device may use it without a copy.
         answer = self._parcels.empty_answer()
         places = self._parcels.answers(answer)
         solves = []
@@ -335,7 +333,7 @@ class HostRoots:
         return _Work(device, taken, answer, solves)
 
     def _solve(self, bucket: Bucket, taken: InFlight, sizes: np.ndarray, found: Any, i: int) -> None:
-        """Solve for one block and write the result into row i of `found`; runs in a worker's thread."""
+        """Solve for one block and write the result to row i of `found`; runs in a worker's thread."""
         start = time.perf_counter()
         beta2, sides, retries = bucket.treatment.beta2, [], 0
         updates = int(taken.stamp) // self._options.statistics_every
@@ -366,7 +364,7 @@ class HostRoots:
         return self._parcels.take(roots, self._tables, state.count, self._last, np.int32(number))
 
     def _put(self, state: Any, answers: list[tuple[Any, np.ndarray]], *, at: int, stamp: int) -> Any:
-        """The state with the answers of all devices installed."""
+        """Return the state with the answers of all devices installed."""
         parcel = self._assemble([device for device, _ in answers], [answer[None] for _, answer in answers])
         written = {
             b.name: state.buckets[b.name].roots._replace(statistics=(), scale_log2=None) for b in self._parcels.buckets
@@ -380,7 +378,7 @@ class HostRoots:
         return state._replace(buckets=buckets)
 
     def _assemble(self, devices: list[Any], parts: list[np.ndarray], *, host: bool = False) -> jax.Array:
-        """One array of the devices' parts along axis 0; `host` leaves it in the hosts' memory, where devices can."""
+        """Return one array of the devices' shards along axis 0; if `host`, in pinned host memory where supported."""
         owners = self._parcels.owners
         if owners.mesh is None:
             return jax.device_put(parts[0], devices[0])
@@ -401,7 +399,7 @@ class HostRoots:
         return [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
 
     def _resume(self, state: Any) -> None:
-        """Hand out what a checkpoint had in flight, as it was handed out then."""
+        """Submit the statistics in flight of a checkpoint in the same parcels as originally."""
         buckets = self._parcels.buckets
         if not buckets or state.buckets[buckets[0].name].in_flight is None:
             return

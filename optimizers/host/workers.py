@@ -1,4 +1,4 @@
-"""Threads for LAPACK that a process can end without waiting for."""
+"""Daemon threads for LAPACK, which do not delay the end of the process."""
 
 import os
 import queue
@@ -16,14 +16,13 @@ class _Task(NamedTuple):
 
 
 class Workers:
-    """Daemon threads that take tasks first come, first served.
+    """A pool of daemon threads with a first-in, first-out queue.
 
-    The executor of the standard library joins its threads when the interpreter ends, and with them a solve that never
-    does; nobody waits for these.
+    The interpreter joins the threads of the standard library's executor at exit, and would hang on an endless solve.
 
     Args:
       count: number of threads.
-      name: of the threads, for debuggers and timelines.
+      name: prefix of the threads' names.
     """
 
     def __init__(self, count: int, name: str):
@@ -36,13 +35,13 @@ class Workers:
             threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True).start()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Call `function(*arguments)` in one of the threads; the future has what it returns or raises."""
+        """Call `function(*arguments)` in one of the threads; return a future."""
         future: Future[Any] = Future()
         self._tasks.put(_Task(future, function, arguments))
         return future
 
     def close(self) -> None:
-        """Begin no further task; those that wait are cancelled. Returns at once."""
+        """Cancel all waiting tasks. Returns at once."""
         self._closed = True
         for _ in range(self.count):
             self._tasks.put(None)
@@ -56,18 +55,18 @@ class Workers:
             start = time.perf_counter()
             try:
                 task.future.set_result(task.function(*task.arguments))
-            except BaseException as error:  # whoever waits for the result raises it
+            except BaseException as error:  # the future raises it
                 task.future.set_exception(error)
             with self._lock:
                 self.busy_seconds += time.perf_counter() - start
-            del task  # its arguments are large, and the next may be long in coming
+            del task  # free its large arguments while waiting for the next task
 
 
 def pool_size(asked: int) -> int:
-    """Number of threads that solve where `asked` are wanted; 0 leaves one core to the thread that dispatches steps."""
+    """Return the number of solver threads; for 0, one fewer than the cores, which leaves one to dispatch steps."""
     return asked or max(1, available_cores() - 1)
 
 
 def available_cores() -> int:
-    """Cores that this process may use; a batch system may give it fewer than there are."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

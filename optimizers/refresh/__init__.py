@@ -1,1 +1,1 @@
-"""Which blocks are due, their statistics, and whether new roots are accepted."""
+"""The refresh schedule, statistics, and accepting new roots."""

@@ -1,4 +1,4 @@
-"""Statistics of gradients, and new factors from them for the blocks that are due, installed only if accepted."""
+"""Update statistics, solve for the factors of due blocks, and install accepted factors."""
 
 import functools
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ class Due(NamedTuple):
     """The blocks of one bucket that a device refreshes in a step.
 
     Attributes:
-      slot: [window] int32, the device's slots; one past the last where nothing is due.
-      sizes: [window, sides of a block] int32, the blocks' real lengths.
+      slot: [window] int32, slots of the device; number of slots as padding.
+      sizes: [window, sides of a block] int32, side lengths without padding.
     """
 
     slot: Any
@@ -32,13 +32,13 @@ class Due(NamedTuple):
 
 
 def accumulate(state: PreconditionerState, g: jax.Array, bucket: Bucket, sizes: jax.Array) -> PreconditionerState:
-    """L <- beta2 L + (1 - beta2) G G' for each preconditioned side, G unfolded along it; sums if beta2 is 1.
+    """Update the statistics: L <- beta2 L + (1 - beta2) G G' with G unfolded along each side, or a sum if beta2 is 1.
 
     Args:
-      state: a device's blocks.
-      g: [n, *shape] float32, their gradients.
-      bucket: their bucket.
-      sizes: [n, sides of a block] int32, their real lengths.
+      state: state of a device's blocks.
+      g: [n, *shape] float32, gradients.
+      bucket: bucket of the blocks.
+      sizes: [n, sides of a block] int32, side lengths without padding.
     """
     beta2, preconditioner = bucket.treatment.beta2, bucket.preconditioner
     old, new = (1.0, 1.0) if beta2 == 1 else (beta2, 1 - beta2)
@@ -65,19 +65,19 @@ def refresh(
     step: jax.Array,
     accepted: jax.Array | bool = True,
 ) -> dict[str, PreconditionerState]:
-    """Solve for the due blocks of one device and install the factors that are accepted.
+    """Solve for the due blocks of one device and install accepted factors.
 
-    Matrices of one side length, preconditioner, root order and regulariser are solved in one batch, across buckets; a
-    batch with nothing due is skipped. A block accepts the factors of all its sides or of none; otherwise it keeps its
-    old ones, and its failure count grows.
+    Matrices with the same side length, preconditioner, root order and regulariser are solved in one batch, across
+    buckets. A batch with no due block is skipped. If the factors of any side are rejected, the block keeps its old
+    factors and its failure count grows.
 
     Args:
-      states: bucket name -> the device's blocks.
-      due: bucket name -> its blocks that are due.
-      buckets: the buckets.
-      options: solver and bounds.
-      step: count of the steps whose gradients are in the statistics.
-      accepted: whether the step is accepted; otherwise nothing changes.
+      states: bucket name -> state of the device's blocks.
+      due: bucket name -> due blocks.
+      buckets: buckets of the plan.
+      options: options of the optimizer.
+      step: int32, number of steps in the statistics.
+      accepted: bool, whether the step is accepted; otherwise nothing changes.
     """
     updates = step // options.statistics_every
 
@@ -101,7 +101,7 @@ def refresh(
         if preconditioner.warm:
             old = jnp.concatenate([rows(states[b.name].roots[n], b).astype(jnp.float32) for b, n in members])
         if before is not None and preconditioner.uses_lapack(options):
-            # Two LAPACK calls in flight can deadlock on a CPU: the next begins when this one has ended.
+            # Two concurrent LAPACK calls can deadlock a CPU, so each waits for the one before it.
             stack, before = lax.optimization_barrier((stack, before))
         batch = lax.cond(
             jnp.any(wanted),
@@ -136,17 +136,17 @@ def install(
     step: jax.Array,
     bucket: Bucket,
 ) -> PreconditionerState:
-    """Put accepted factors into their slots.
+    """Write accepted factors to their slots.
 
     Args:
-      state: a device's blocks.
-      slot: [m] int32, the slots of the blocks in `new`; past the last for blocks to ignore.
-      new: result of a refresh, with a tuple of roots, one for each preconditioned side.
-      scale_log2: [m] int32, the scale of the statistics that were solved.
-      step: count of the steps whose gradients are in the statistics.
-      bucket: the blocks' bucket.
+      state: state of a device's blocks.
+      slot: [m] int32, slots of the blocks in `new`; number of slots for blocks to ignore.
+      new: result of a refresh, with a tuple of roots, one per preconditioned side.
+      scale_log2: [m] int32, binary scale of the solved statistics.
+      step: int32, number of steps in the statistics.
+      bucket: bucket of the blocks.
     """
-    # By selection, not by scatter: that would first copy all roots.
+    # Select instead of scatter, which would first copy all roots.
     hits = slot == jnp.arange(len(state.residual))[:, None]
     one = len(slot) == 1
     here, row = (hits[:, 0], slice(None)) if one else (jnp.any(hits, axis=1), jnp.argmax(hits, axis=1))
@@ -178,10 +178,9 @@ def install(
 
 
 def _batches(buckets: Sequence[Bucket], options: Options) -> list[tuple[int, list[tuple[Bucket, int]]]]:
-    """Return (side length, its members (bucket, number of the preconditioned side)) of each batch.
+    """Return (side length, [(bucket, index into its preconditioned sides)]) of each batch.
 
-    Sides up to _TILE join the batch of the longest such side: an accelerator pads them to a tile anyway, and each
-    length costs the compilation of a solver.
+    All sides up to _TILE share a batch: an accelerator pads them to a tile anyway, and each length compiles a solver.
     """
     batches: dict[Any, list[tuple[Bucket, int]]] = {}
     for bucket in buckets:
@@ -204,7 +203,7 @@ def _unsolved(stack_nrr: jax.Array) -> RootResult:
 
 
 def _joined(sides: Sequence[RootResult]) -> RootResult:
-    """Join the results of all sides: the worst number of each block, accepted only if all sides are."""
+    """Join the results of all sides: the worst number of each block, accepted if all sides are accepted."""
     root, residual, largest, condition, rank, accepted = zip(*sides, strict=True)
     return RootResult(
         root=root,

@@ -1,4 +1,4 @@
-"""The refresh schedule: which phases of the refresh interval are due on which step."""
+"""The refresh schedule: phases of the refresh interval that are due on a step."""
 
 import jax
 import jax.numpy as jnp
@@ -7,15 +7,14 @@ from ..options import Options
 
 
 def due_phases(step: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
-    """(first, count): the phases first, first + 1, ... first + count - 1, modulo the interval, are due on this step.
+    """Return (first, count): the phases first, ..., first + count - 1, modulo the interval, are due on this step.
 
-    On a step whose interval is k, interval / k phases are due, so that every block is refreshed once in k steps. With
-    early intervals the phases go on from where the shorter interval left them. Nothing is due so early that the roots
-    would be replaced before `start_step`.
+    While the interval is k, interval / k phases are due per step, so that every block is refreshed every k steps. When
+    the interval changes, phases continue in order. A refresh is omitted if another follows before `start_step`.
 
     Args:
       step: int32, number of the step, from 1.
-      options: interval, early_intervals, start_step.
+      options: options of the optimizer.
     """
     first, count, before = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32), 0
     for last, interval in reversed(options.early_intervals):
@@ -29,7 +28,7 @@ def due_phases(step: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]
 
 
 def phases_due(step: int, options: Options) -> int:
-    """The count of `due_phases`, on the host."""
+    """Return the count of `due_phases`, on the host."""
     interval = next((interval for last, interval in options.early_intervals if step <= last), options.interval)
     return options.interval // interval if step >= _first_due(options) else 0
 

@@ -1,1 +1,1 @@
-"""Momentum, norms and weight decay of an update."""
+"""Momentum, norms and weight decay of updates."""

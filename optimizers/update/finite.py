@@ -1,4 +1,4 @@
-"""Whether the numbers of a tree are finite, and the largest of them.
+"""Compute the largest number of a tree, and whether all numbers are finite.
 
 XLA turns `all` or `max` over n stacked scalars into a chain of n operations and duplicates it into every consumer, so
 that code grows as n^2. The absolute value after the stack prevents that fusion.
@@ -11,17 +11,17 @@ import jax.numpy as jnp
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """Return one bool for all leaves; True for none."""
+    """Return whether all numbers of all leaves are finite; True without leaves."""
     return jnp.isfinite(largest(tree))
 
 
 def largest(tree: Any) -> jax.Array:
-    """Return the largest absolute value of all leaves, float32: infinite if there is a NaN, 0 for no elements."""
+    """Return the largest absolute value of all leaves, float32; infinity if any is NaN, 0 without elements."""
     maxima = [_largest(leaf) for leaf in jax.tree.leaves(tree) if leaf.size]
     return jnp.max(jnp.abs(jnp.stack(maxima))) if maxima else jnp.float32(0)
 
 
 def _largest(x: jax.Array) -> jax.Array:
-    # The maximum over several devices may lose a NaN.
+    # The maximum over devices may drop a NaN.
     x = jnp.abs(x).astype(jnp.float32)
     return jnp.max(jnp.where(jnp.isnan(x), jnp.inf, x))

@@ -1,4 +1,4 @@
-"""Momentum, second moment and the direction of the diagonal methods, for an array of any shape."""
+"""Momentum, second moment and direction of the diagonal methods, for arrays of any shape."""
 
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ from ..options import Options
 
 
 class Moments(NamedTuple):
-    """Momentum and second moment, shaped like what they belong to; None where none is kept.
+    """Momentum and second moment, shaped like the parameter or the blocks, or None.
 
-    Under row-wise treatment the second moment has one number for each row, and there is no momentum.
+    Under row-wise treatment the second moment has one number per row, and the momentum is None.
     """
 
     momentum: jax.Array | None
@@ -20,7 +20,7 @@ class Moments(NamedTuple):
 
 
 def initial_moments(shape: tuple[int, ...], options: Options, *, grafts: bool = True) -> Moments:
-    """Zeros for an array of a shape; no second moment where the diagonal method is never used (`grafts` is False)."""
+    """Return zeros for an array; the second moment is None if it is not used (`grafts` is False)."""
     return Moments(
         jnp.zeros(shape, options.momentum_dtype) if options.beta1 else None,
         jnp.zeros(shape, jnp.float32) if options.diagonal.has_second_moment and grafts else None,
@@ -28,12 +28,12 @@ def initial_moments(shape: tuple[int, ...], options: Options, *, grafts: bool = 
 
 
 def initial_row_moments(shape: tuple[int, ...]) -> Moments:
-    """Zeros for the rows of an array of a shape."""
+    """Return zeros for row-wise treatment of an array."""
     return Moments(None, jnp.zeros(shape[:-1], jnp.float32))
 
 
 def correction(beta: float, count: jax.Array, options: Options) -> jax.Array:
-    """Divisor that makes an average of `count` terms, begun at zero, unbiased; 1 for sums and without correction."""
+    """Return the bias correction 1 - beta^count of an average, or 1 for sums and without bias correction."""
     if beta == 1 or not options.bias_correction:
         return jnp.float32(1)
     return jnp.where(count > 0, 1 - beta ** count.astype(jnp.float32), 1)
@@ -42,14 +42,16 @@ def correction(beta: float, count: jax.Array, options: Options) -> jax.Array:
 def advance(
     moments: Moments, g: jax.Array, step: jax.Array, beta2: float, options: Options
 ) -> tuple[Moments, jax.Array, jax.Array]:
-    """(new moments, the momentum to act on, the diagonal method's direction; 0 where it has no second moment).
+    """Return (new moments, momentum to precondition, direction of the diagonal method).
+
+    The direction is 0 if the diagonal method needs a second moment and `moments` has none.
 
     Args:
-      moments: of the step before.
-      g: float32, the gradient; for a normalized graft divided by its norm.
-      step: number of this step, from 1.
-      beta2: of the second moment.
-      options: the rest.
+      moments: moments after the previous step.
+      g: float32 gradient, divided by its norm for a "_normalized" graft.
+      step: int32, number of this step, from 1.
+      beta2: decay of the second moment.
+      options: options of the optimizer.
     """
     beta1, momentum, acting = options.beta1, moments.momentum, g
     if momentum is not None:
@@ -70,11 +72,11 @@ def advance(
 
 
 def advance_rows(moments: Moments, g: jax.Array, epsilon: float) -> tuple[Moments, jax.Array]:
-    """(new moments, direction) of row-wise AdaGrad: v <- v + mean of g^2 over the row, g / (sqrt(v) + epsilon).
+    """Return (new moments, direction) of row-wise AdaGrad: v <- v + mean of g^2 over the row, g / (sqrt(v) + epsilon).
 
-    A row that nobody looks up has a gradient of zero and stays as it is, its moment too; a momentum would move it.
-    After Mudigere et al., "Software-Hardware Co-design for Fast and Scalable Training of Deep Learning Recommendation
-    Models" (arXiv 2104.05158).
+    A row that is not looked up has a zero gradient and does not change, because there is no momentum. Source: Mudigere
+    et al., "Software-Hardware Co-design for Fast and Scalable Training of Deep Learning Recommendation Models" (arXiv
+    2104.05158).
     """
     assert moments.second_moment is not None
     second_moment = moments.second_moment + jnp.mean(g * g, axis=-1)

@@ -1,4 +1,4 @@
-"""The length of an update: the graft's norm, and the bound on its root mean square, per matrix or per block."""
+"""Scale updates to the graft's norm and clip their root mean square, per matrix or per block."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,12 +14,12 @@ from ..plan.blocks import Bucket
 
 
 class Squares(NamedTuple):
-    """Sums of squares over each block [slots], one array per bucket.
+    """Sums of squares over each block of a bucket, [slots].
 
     Attributes:
-      own: of the preconditioned direction, 0 for blocks that act by the graft method.
-      wanted: of the graft's direction, 0 for blocks that act by the graft method.
-      rest: of the graft's direction on blocks that act by the graft method, 0 for the others.
+      own: sums for the preconditioned direction; 0 for blocks that use the graft method.
+      wanted: sums for the graft's direction; 0 for blocks that use the graft method.
+      rest: sums for the graft's direction of blocks that use the graft method; 0 for other blocks.
     """
 
     own: jax.Array
@@ -28,14 +28,14 @@ class Squares(NamedTuple):
 
 
 def grafted(bucket: Bucket, options: Options) -> bool:
-    """Whether the updates of a bucket's blocks get the graft's norm."""
+    """Return whether the updates of a bucket get the graft's norm."""
     return options.graft != "none" and bucket.preconditioner.grafts
 
 
 def over_matrices(
     values: dict[str, jax.Array], matrix_of_slot: dict[str, jax.Array], buckets: Sequence[Bucket], owners: Owners
 ) -> dict[str, jax.Array]:
-    """Sums of values [k, slots] over the blocks of each matrix, again [k, slots]; one sum over the devices."""
+    """Return sums of values [k, slots] over the blocks of each matrix, [k, slots], by one all-reduce."""
     sums = []
     for bucket in buckets:
         of_matrix = (matrix_of_slot[bucket.name][:, None] == jnp.arange(bucket.matrices)).astype(jnp.float32)
@@ -58,19 +58,19 @@ def factors(
     options: Options,
     scale_log2: jax.Array | int,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Return the factors of each block's direction: (with its roots, by the graft method), each [slots].
+    """Return (factors of preconditioned directions, factors of the graft's directions), each [slots].
 
-    Blocks with roots take the norm that the graft's direction has on them. Blocks without roots already have the
-    graft's direction, so they are left out of that norm; `clip_rms` counts them.
+    The graft's norm is taken over blocks with roots only, because blocks without roots already have the graft's
+    direction. `clip_rms` takes all blocks into account.
 
     Args:
-      squares: bucket name -> sums over each block.
-      elements: bucket name -> [slots], elements of each block or, for norms over matrices, of its matrix.
-      matrix_of_slot: bucket name -> [slots], numbers of matrices.
-      buckets: the buckets.
-      owners: who holds the slots.
-      options: graft, graft_norm and clip_rms.
-      scale_log2: `wanted` and `rest` are of directions divided by 2^scale_log2.
+      squares: bucket name -> sums of squares over each block.
+      elements: bucket name -> [slots], number of elements of each block, or of its matrix for norms over matrices.
+      matrix_of_slot: bucket name -> [slots], matrix of each block.
+      buckets: buckets of the plan.
+      owners: owners of the slots.
+      options: options of the optimizer.
+      scale_log2: binary scale; `wanted` and `rest` are for directions divided by 2^scale_log2.
     """
     totals = {name: jnp.stack(sums) for name, sums in squares.items()}
     if options.graft_norm == "parameter" and (options.graft != "none" or options.clip_rms):
