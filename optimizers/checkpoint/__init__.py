@@ -1,1 +1,1 @@
-"""The manifest of blocks, and moving a state to other devices, models or options."""
+"""Manifests, and moving a state to other devices, models or options."""

@@ -1,9 +1,8 @@
-"""What a state of Distributed Shampoo takes over from a saved one, of other devices, another model or other options.
+"""Take over a saved state of Distributed Shampoo on other devices, with another model or with other options.
 
-A saved state comes with a manifest that tells which block of which parameter lies where. Blocks are known by the path
-of their parameter and their coordinates in it, never by position: so statistics and roots find their blocks again on
-any number of devices, and beside parameters that were added or removed. Momenta and second moments belong to single
-elements and find these again even where blocks are of another size.
+The manifest of a saved state identifies a block by the path of its parameter and its coordinates. Statistics and roots
+can therefore be moved to any number of devices, and to models with added or removed parameters. Momenta and second
+moments are elementwise, and can be moved to blocks of another size too.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -33,21 +32,21 @@ _STATISTICS, _ROOTS, _IN_FLIGHT = "statistics", "roots", "roots in flight"
 
 
 class Kept(NamedTuple):
-    """An array that is taken over as it was saved.
+    """An array taken over unchanged.
 
     Attributes:
-      name: of the saved array.
+      name: name of the saved array.
     """
 
     name: str
 
 
 class Made(NamedTuple):
-    """An array that is made of saved ones.
+    """An array computed from saved arrays.
 
     Attributes:
-      names: of the saved arrays.
-      make: from these, by name, the array.
+      names: names of the saved arrays.
+      make: saved arrays by name -> the array.
     """
 
     names: tuple[str, ...]
@@ -55,10 +54,10 @@ class Made(NamedTuple):
 
 
 class Fresh(NamedTuple):
-    """An array of which nothing was saved that could be used.
+    """An array that must be initialised, because nothing usable was saved.
 
     Attributes:
-      why: for people.
+      why: reason, for messages.
     """
 
     why: str
@@ -68,17 +67,17 @@ Source = Kept | Made | Fresh
 
 
 class Inheritance:
-    """Where each array of a new state comes from.
+    """Sources of the arrays of a new state in a saved state.
 
     Args:
-      plan: of the new state's parameters.
-      options: of the new state.
-      manifest: what `describe` gave for the saved state.
-      shapes: name -> shape of the arrays that were saved; names are paths in the state, joined by slashes.
-      renamed: gives a saved parameter's path its name of today.
+      plan: plan of the new state.
+      options: options of the new state.
+      manifest: result of `describe` for the saved state.
+      shapes: name -> shape of the saved arrays; names are paths in the state joined by slashes.
+      renamed: maps a saved parameter's path to its present path.
 
     Raises:
-      ValueError: the manifest is not one.
+      ValueError: the manifest is invalid.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class Inheritance:
         }
 
     def source(self, name: str, shape: tuple[int, ...]) -> Source:
-        """Where the array `name` of the new state, of this shape, comes from."""
+        """Return the source of the array `name` of the new state."""
         kind, _, rest = name.partition("/")
         if kind == "buckets":
             bucket_name, _, field = rest.partition("/")
@@ -111,19 +110,19 @@ class Inheritance:
         return Kept(name) if self._shapes.get(name) == shape else Fresh("there is none")
 
     def report(self) -> dict[str, dict[str, str]]:
-        """Path of a parameter -> part of its state -> "" where it is taken over, or why it is not."""
+        """Return path of a parameter -> part of its state -> "" if it is taken over, else the reason."""
         return self._fates
 
     def notes(self) -> list[str]:
-        """What else a person should know."""
+        """Return further lines for the user."""
         flying = [name for name in self._shapes if "/in_flight/" in name]
         if flying and not (self._options.refresh == "host" and self._same_numbering):
-            return ["roots that were under way on the host are dropped; their blocks are refreshed when they are due"]
+            return ["roots in flight on the host are dropped; their blocks are refreshed when they are due"]
         return []
 
     @property
     def _same_numbering(self) -> bool:
-        """Whether every block is due on the same steps as it was."""
+        """Return whether every block is due on the same steps as in the saved state."""
         mine = [
             (b.name, *_numbering(describe_bucket(b)), *(leaf.path for leaf in b.leaves)) for b in self._plan.buckets
         ]
@@ -144,13 +143,13 @@ class Inheritance:
             there, here = ("x".join(map(str, blocks.shape)) for blocks in (saved, mine))
             fate[_STATISTICS] = f"blocks of {there} there, {here} here"
             if there == here:
-                fate[_STATISTICS] = "blocks are cut in another way"
+                fate[_STATISTICS] = "blocks are cut differently"
         elif list(entry["sides"]) != list(bucket.sides):
-            fate[_STATISTICS] = f"of the sides {list(entry['sides'])} there, {list(bucket.sides)} here"
+            fate[_STATISTICS] = f"sides {list(entry['sides'])} there, {list(bucket.sides)} here"
         elif _statistics(entry["preconditioner"]) != bucket.preconditioner.statistics:
             fate[_STATISTICS] = f"{entry['preconditioner']} there, {bucket.preconditioner.name} here"
         elif (entry["beta2"] == 1) != (bucket.treatment.beta2 == 1):
-            fate[_STATISTICS] = "a sum and an average are two things"
+            fate[_STATISTICS] = "a sum and an average differ"
         fate[_ROOTS] = fate[_STATISTICS] or next(
             (
                 f"{field} {entry[field]} there, {own[field]} here"
@@ -176,13 +175,13 @@ class Inheritance:
             elif field == SECOND_MOMENT and self._saved.graft != self._options.graft:
                 fate[ELEMENTWISE[field]] = f"graft {self._saved.graft} there, {self._options.graft} here"
             elif field == SECOND_MOMENT and (self._beta2(path) == 1) != (beta2 == 1):
-                fate[ELEMENTWISE[field]] = "a sum and an average are two things"
+                fate[ELEMENTWISE[field]] = "a sum and an average differ"
             else:
                 fate[ELEMENTWISE[field]] = ""
         return fate
 
     def _row_fate(self, leaf: DiagonalLeaf) -> dict[str, str]:
-        """Of a parameter whose rows have one second moment each: it is a sum under any graft and any beta2."""
+        """Return the fate of row-wise second moments, which are sums for any graft and beta2."""
         found, wanted = self._elementwise(leaf.path, SECOND_MOMENT), leaf.shape[:-1]
         why = "" if found else "there is none"
         if found and found[1] != wanted:
@@ -195,7 +194,7 @@ class Inheritance:
         return float(entry["beta2"])
 
     def _elementwise(self, path: str, field: str) -> tuple[str, tuple[int, ...]] | None:
-        """(name of the saved array that holds a parameter's momentum or second moment, the parameter's shape)."""
+        """Return (name of the saved array with a parameter's momentum or second moment, shape of the parameter)."""
         saved = self._saved.blocks(path)
         if saved is not None:
             name, shape = f"buckets/{self._saved.bucket_of[path]}/{field}", saved.view.shape
@@ -279,7 +278,7 @@ def _blocks(bucket: Bucket, leaf: Leaf) -> Blocks:
 
 
 def _part(field: str) -> str:
-    """What people call the part of the state that a field of a bucket belongs to; "" for its bookkeeping."""
+    """Return the part of the state, as named in reports, that a field of a bucket belongs to; "" for `block`."""
     if field in ELEMENTWISE:
         return ELEMENTWISE[field]
     if field.startswith("in_flight/"):
@@ -290,7 +289,7 @@ def _part(field: str) -> str:
 
 
 def _numbering(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What decides which blocks are due when, and what of them is solved."""
+    """Return the entries of a bucket that determine when each block is due and how it is solved."""
     cuts = tuple((tuple(part["shape"]), tuple(part["pieces"])) for part in entry["parameters"])
     return (
         *(entry[field] for field in ("preconditioner", "p", "ridge", "cut", "first", "phases")),
@@ -300,7 +299,6 @@ def _numbering(entry: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _statistics(name: str) -> str:
-    """What a preconditioner's statistics are."""
     return PRECONDITIONERS[name].statistics
 
 

@@ -1,7 +1,6 @@
-"""The manifest of a state of Distributed Shampoo: which block of which parameter lies in which slot of which bucket.
+"""The manifest of a state of Distributed Shampoo: the bucket and slot of each block of each parameter.
 
-It is written beside the arrays, as JSON, and read back with care: nothing in it is believed that the shapes of the
-arrays, or another part of it, contradict.
+It is saved as JSON beside the arrays. Reading checks it for consistency, with itself and with the arrays' shapes.
 """
 
 import dataclasses
@@ -21,14 +20,14 @@ from ..preconditioners import PRECONDITIONERS
 from ..preconditioners.base import PreconditionerState
 
 MOMENTUM, SECOND_MOMENT, GATHERED = "moments/momentum", "moments/second_moment", "gathered"
-# Fields of a bucket's state that hold one number for each element of the parameters, and what people call them.
+# Fields of a bucket's state with one number per element of the parameters -> name in reports.
 ELEMENTWISE = {MOMENTUM: "momentum", SECOND_MOMENT: "second moment", GATHERED: "gathered gradients"}
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def describe(plan: Plan, options: Options) -> dict[str, Any]:
-    """The manifest of a state, as JSON: what `SavedBlocks.read` reads."""
+    """Return the manifest of a state as JSON, for `SavedBlocks.read`."""
     return {
         "momentum": options.momentum,
         "graft": options.graft,
@@ -41,7 +40,7 @@ def describe(plan: Plan, options: Options) -> dict[str, Any]:
 
 
 def describe_bucket(bucket: Bucket) -> dict[str, Any]:
-    """One bucket of the manifest."""
+    """Return the manifest of a bucket."""
     return {
         "shape": list(bucket.shape),
         "sides": list(bucket.sides),
@@ -54,7 +53,7 @@ def describe_bucket(bucket: Bucket) -> dict[str, Any]:
 
 
 def describe_treatment(bucket: Bucket) -> dict[str, Any]:
-    """Return what decides the meaning of a bucket's statistics and roots."""
+    """Return the settings that define a bucket's statistics and roots."""
     treatment = bucket.treatment
     numbers = {"p": bucket.p, "beta2": treatment.beta2, "ridge": treatment.ridge, "cut": treatment.cut}
     return {"preconditioner": bucket.preconditioner.name} | numbers
@@ -73,13 +72,13 @@ def _describe_leaf(leaf: Leaf) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """The blocks of one parameter in a bucket: how they are cut, and in which slots they lie.
+    """The blocks of one parameter in a bucket.
 
     Attributes:
-      view: the parameter's.
-      pieces: into how many each side is cut.
-      shape: of a block.
-      slots: [blocks], of the bucket, in the order stack x pieces.
+      view: view of the parameter.
+      pieces: number of blocks along each side.
+      shape: shape of a block.
+      slots: [blocks] int, slots of the blocks in row-major order of stack x pieces.
     """
 
     view: View
@@ -89,11 +88,11 @@ class Blocks:
 
     @property
     def geometry(self) -> Any:
-        """Equal where blocks are the same parts of the same parameter."""
+        """Return a key that is equal for equally cut parameters."""
         return self.view, self.pieces, self.shape
 
     def joined(self, stack: np.ndarray) -> np.ndarray:
-        """Blocks [slots, *shape] of the bucket -> the parameter."""
+        """Return the parameter-shaped array from blocks [slots, *shape] of the bucket."""
         view, sides = self.view, len(self.shape)
         blocks = stack[self.slots].reshape(view.stacked, *self.pieces, *self.shape)
         order = [0, *(1 + axis + half * sides for axis in range(sides) for half in (0, 1))]
@@ -104,7 +103,7 @@ class Blocks:
         return whole.reshape([view.shape[axis] for axis in axes]).transpose(np.argsort(axes))
 
     def cut_into(self, stack: np.ndarray, parameter: np.ndarray) -> None:
-        """The inverse of `joined`: writes the parameter's blocks into their slots of `stack`."""
+        """Write the blocks of a parameter-shaped array to their slots of `stack`; the inverse of `joined`."""
         view, sides = self.view, len(self.shape)
         whole = parameter.transpose(self._axes).reshape(view.stacked, *view.lengths)
         padded = [count * length for count, length in zip(self.pieces, self.shape, strict=True)]
@@ -121,14 +120,14 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class SavedBucket:
-    """A bucket of the manifest.
+    """A bucket of a manifest.
 
     Attributes:
-      name: the bucket's.
-      entry: what `describe_bucket` gave for it.
-      shape: of a block.
-      sides: the preconditioned ones.
-      slots: [slots] int64, the block in each slot; the number of blocks where it is empty.
+      name: name of the bucket.
+      entry: result of `describe_bucket`.
+      shape: shape of a block.
+      sides: indices of the preconditioned sides.
+      slots: [slots] int64, block in each slot; the number of blocks for an empty slot.
       blocks: path of a parameter -> its blocks.
     """
 
@@ -141,20 +140,20 @@ class SavedBucket:
 
     @property
     def count(self) -> int:
-        """Number of blocks."""
+        """Return the number of blocks."""
         return sum(len(blocks.slots) for blocks in self.blocks.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedBlocks:
-    """What a manifest says.
+    """A checked manifest. Paths of parameters are present paths, except in `saved_path`.
 
     Attributes:
-      momentum, graft: of the options.
-      buckets: by name.
-      bucket_of: path of a parameter in blocks -> name of its bucket.
-      diagonal: path of a parameter under diagonal treatment -> its entry: shape, beta2 and by_row.
-      saved_path: path -> the same as it was when the state was saved.
+      momentum, graft: the options of these names.
+      buckets: name -> bucket.
+      bucket_of: path of a preconditioned parameter -> name of its bucket.
+      diagonal: path of a parameter under diagonal treatment -> entry with shape, beta2 and by_row.
+      saved_path: path -> path in the saved state.
     """
 
     momentum: str
@@ -165,27 +164,27 @@ class SavedBlocks:
     saved_path: dict[str, str]
 
     def blocks(self, path: str) -> Blocks | None:
-        """The blocks of a parameter, None if it has none."""
+        """Return the blocks of a parameter, or None if it is not in a bucket."""
         name = self.bucket_of.get(path)
         return None if name is None else self.buckets[name].blocks[path]
 
     @classmethod
     def read(cls, manifest: Any, shapes: Shapes, renamed: Callable[[str], str] = lambda path: path) -> "SavedBlocks":
-        """The inverse of `describe`.
+        """Read and check a manifest written by `describe`.
 
         Args:
-          manifest: what `describe` gave, or anything else that JSON can hold.
-          shapes: name -> shape of the arrays of the state; names are paths in it, joined by slashes.
-          renamed: gives a saved parameter's path its name of today, under which it is then known.
+          manifest: any JSON value.
+          shapes: name -> shape of the saved arrays; names are paths in the state joined by slashes.
+          renamed: maps a saved parameter's path to its present path.
 
         Raises:
-          ValueError: it is no manifest, or not that of these arrays.
+          ValueError: the manifest is invalid, or does not match the arrays.
         """
         try:
             return _read(manifest, shapes, renamed)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
             what = str(error) if type(error) is ValueError else f"{type(error).__name__} {error}"
-            raise ValueError(f"no manifest of Distributed Shampoo: {what}") from error
+            raise ValueError(f"invalid manifest of Distributed Shampoo: {what}") from error
 
 
 def _read(manifest: Any, shapes: Shapes, renamed: Callable[[str], str]) -> SavedBlocks:
@@ -205,14 +204,14 @@ def _read(manifest: Any, shapes: Shapes, renamed: Callable[[str], str]) -> Saved
             known.add(name)
     for name in ("count", "skipped"):
         if shapes.get(name) != ():
-            raise ValueError(f"{name} is not there as a number")
+            raise ValueError(f"{name} must be a scalar array")
     for name in shapes:
         if name.partition("/")[0] in ("buckets", "diagonal") and name not in known:
             raise ValueError(f"{name} is an array that it does not describe")
     paths = [*(path for bucket in buckets.values() for path in bucket.blocks), *diagonal]
     saved_path = {renamed(path): path for path in paths}
     if len(saved_path) != len(paths):
-        raise ValueError("a parameter is in it twice")
+        raise ValueError("a parameter occurs twice")
     buckets = {
         name: dataclasses.replace(bucket, blocks={renamed(path): blocks for path, blocks in bucket.blocks.items()})
         for name, bucket in buckets.items()
@@ -232,7 +231,7 @@ def _bucket(name: str, entry: Mapping[str, Any]) -> SavedBucket:
     if not shape or list(sides) != sorted(set(sides) & {*range(len(shape))}):
         raise ValueError(f"bucket {name} has the sides {list(sides)} of blocks of the shape {list(shape)}")
     if _text(entry["preconditioner"]) not in PRECONDITIONERS:
-        raise ValueError(f"bucket {name} is under {entry['preconditioner']!r:.50}, which nobody knows here")
+        raise ValueError(f"bucket {name} has the unknown preconditioner {entry['preconditioner']!r:.50}")
     for field in ("p", "first"):
         _whole(entry[field])
     _whole(entry["phases"], least=1)
@@ -247,7 +246,7 @@ def _bucket(name: str, entry: Mapping[str, Any]) -> SavedBucket:
         view = View(_wholes(part["shape"]), _wholes(part["stack"]), tuple(map(_wholes, _list(part["sides"]))))
         pieces = _wholes(part["pieces"], least=1)
         if sorted([*view.stack, *(axis for side in view.sides for axis in side)]) != [*range(len(view.shape))]:
-            raise ValueError(f"{path} has an axis too many or too few")
+            raise ValueError(f"{path} must have each axis once in its stack or sides")
         if not len(view.sides) == len(pieces) == len(shape):
             raise ValueError(f"{path} has {len(view.sides)} sides, its blocks {len(shape)}")
         if any(whole > count * part for whole, count, part in zip(view.lengths, pieces, shape, strict=True)):
@@ -263,7 +262,7 @@ def _bucket(name: str, entry: Mapping[str, Any]) -> SavedBucket:
 
 
 def _check_arrays(bucket: SavedBucket, shapes: Shapes) -> set[str]:
-    """The names of a bucket's arrays; raises ValueError if one is missing or has not the shape it must have."""
+    """Return the names of a bucket's arrays; raise ValueError if one is missing or has the wrong shape."""
     lengths = [bucket.shape[side] for side in bucket.sides]
     statistics = {f"statistics/{number}": packed_shape(r) for number, r in enumerate(lengths)}
 
@@ -293,7 +292,7 @@ def _check_arrays(bucket: SavedBucket, shapes: Shapes) -> set[str]:
 
 def _whole(value: Any, *, least: int = 0) -> int:
     if type(value) is not int or value < least:
-        raise ValueError(f"{value!r:.50} where a whole number from {least} on is expected")
+        raise ValueError(f"{value!r:.50} must be a whole number of at least {least}")
     return value
 
 
@@ -303,23 +302,23 @@ def _wholes(value: Any, *, least: int = 0) -> tuple[int, ...]:
 
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{value!r:.50} where a list is expected")
+        raise ValueError(f"{value!r:.50} must be a list")
     return value
 
 
 def _number(value: Any) -> float:
     if type(value) not in (int, float):
-        raise ValueError(f"{value!r:.50} where a number is expected")
+        raise ValueError(f"{value!r:.50} must be a number")
     return float(value)
 
 
 def _flag(value: Any) -> bool:
     if type(value) is not bool:
-        raise ValueError(f"{value!r:.50} where true or false is expected")
+        raise ValueError(f"{value!r:.50} must be true or false")
     return value
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{value!r:.50} where a text is expected")
+        raise ValueError(f"{value!r:.50} must be a string")
     return value

@@ -392,7 +392,7 @@ MANIFESTS = {
         lambda m: bucket_of(m)["parameters"][0].update(path="other"),
         "the optimizer's state of hidden/kernel is missing",
     ),
-    "no buckets": (lambda m: m.update(state={}), r"no manifest of Distributed Shampoo: KeyError 'buckets'"),
+    "no buckets": (lambda m: m.update(state={}), r"invalid manifest of Distributed Shampoo: KeyError 'buckets'"),
     "a missing bucket": (
         lambda m: m["state"]["buckets"].clear(),
         f"{BUCKET.removeprefix('opt_state/')}/.* is an array that it does not describe",

@@ -135,5 +135,5 @@ def test_a_manifest_that_contradicts_the_arrays_is_refused(run, damage):
     manifest["diagonal"]["table"] |= damage
     saved = run.states[-1]
     shapes = {name: x.shape for name, x in zip(patterns.paths(saved), jax.tree.leaves(saved), strict=True)}
-    with pytest.raises(ValueError, match="no manifest of Distributed Shampoo"):
+    with pytest.raises(ValueError, match="invalid manifest of Distributed Shampoo"):
         SavedBlocks.read(manifest, shapes)
