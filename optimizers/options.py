@@ -124,14 +124,14 @@ class Options:
     # Blocks and treatments
     block_size: int = 1024  # largest side of a block; a longer side is cut into equal parts
     view: str = "matrix"  # "matrix" (axes fold into two sides) or "tensor" (every axis is a side)
-    merge_dims: int = 0  # in the tensor view, neighbouring axes merge while their product is at most this
+    merge_dims: int = 0  # in the tensor view, adjacent axes merge while their product is at most this
     treatments: tuple[tuple[str, str], ...] = (
         # (regex over the path, treatment), first match wins; vectors and scalars are always diagonal
         (r"(.*/)?[^/]*embed[^/]*(/.*)?", "diagonal"),
         (r".*", "shampoo"),
     )
     stack_axes: tuple[str, ...] = ("layers", "experts")  # names of axes that stack matrices
-    fold_axes: tuple[str, ...] = ("heads", "kv_heads", "kv", "head_dim")  # adjacent axes of these names fold into one
+    fold_axes: tuple[str, ...] = ("heads", "kv_heads", "kv", "head_dim")  # adjacent axes that fold into one side
 
     # Statistics and their roots
     beta2: float = 0.99  # decay of the statistics and of the graft's second moment; 1.0 sums, as in AdaGrad
@@ -164,7 +164,7 @@ class Options:
     nesterov: bool = False  # look one step ahead along the momentum
     bias_correction: bool = True  # divide averages by 1 - beta^t
     weight_decay: float = 0.0  # "decoupled": parameters shrink by learning rate x weight decay
-    decay: str = "decoupled"  # or "coupled" (joins the gradient) or "independent" (weight decay x rate / peak rate)
+    decay: str = "decoupled"  # or "coupled" (added to the gradient) or "independent" (weight decay x rate / peak rate)
     decay_rules: tuple[tuple[str, bool], ...] = (
         # (regex over the path, whether weight decay applies), first match wins
         (r"(.*/)?[^/]*(bias|scale|norm|embed)[^/]*(/.*)?", False),
@@ -172,10 +172,11 @@ class Options:
     )
 
     rate_rules: tuple[tuple[str, float], ...] = (
+        # (regex over the path, factor of the learning rate), first match wins
         (r".*", 1.0),
-    )  # (regex, factor of the learning rate), first match wins
+    )
 
-    # How state is stored; all arithmetic is float32
+    # Storage of the state; arithmetic is in float32
     roots_dtype: str = "float32"  # or "bfloat16"
     momentum_dtype: str = "float32"  # or "bfloat16"
 

@@ -416,7 +416,7 @@ class DistributedShampoo(optax.GradientTransformation):
             crosses = accepted & (-first % self.options.interval < count)
             written = lax.cond(crosses, lambda written: renew(jnp.int32(0), written), lambda written: written, written)
         elif self.options.early_intervals or self.options.start_step:
-            # No remainder of two int32 is negative here, and `lax.rem` compiles to less than `%`.
+            # Operands are not negative, so `lax.rem` is correct; it compiles to less code than `%`.
             interval = jnp.int32(self.options.interval)
             written = lax.fori_loop(0, count, lambda i, written: renew(lax.rem(first + i, interval), written), written)
         else:

@@ -225,7 +225,7 @@ def make_plan(params: Any, axis_names: Any, param_specs: Any, options: Options, 
     treatments: dict[str, str] = {}
     for index, (path, leaf) in enumerate(zip(patterns.paths(params), leaves, strict=True)):
         if (names and path not in names) or (specs and path not in specs):
-            raise ValueError(f"{path!r} is a parameter, but the axis names or the specs given have none for it")
+            raise ValueError(f"parameter {path!r}: must have an entry in axis_names and param_specs, if given. Add it.")
         _check_spec(path, leaf.shape, specs.get(path), mesh)
         treatment = patterns.first_match(rules, path)
         view, sides = _view(leaf.shape, names.get(path), treatment, options)
@@ -320,13 +320,13 @@ def _name(shape: tuple[int, ...], sides: tuple[int, ...], p: int, treatment: Tre
 def _check_spec(path: str, shape: tuple[int, ...], spec: PartitionSpec | None, mesh: Mapping[str, int]) -> None:
     if len(spec or ()) > len(shape):
         raise ValueError(
-            f"{path!r} has the spec {spec} with {len(spec or ())} entries, but its shape {shape} has {len(shape)}"
+            f"parameter {path!r}: spec {spec} has {len(spec or ())} entries, but shape {shape} has {len(shape)} axes."
         )
     for entry in spec or ():
         for name in (entry,) if isinstance(entry, str) else entry or ():
             if name not in mesh:
-                found = f"the mesh has no axis {name!r}; it has {', '.join(mesh)}" if mesh else "no mesh is given"
-                raise ValueError(f"{path!r} has the spec {spec}, but {found}")
+                found = f"the mesh has no axis {name!r}, only {', '.join(mesh)}" if mesh else "no mesh is given"
+                raise ValueError(f"parameter {path!r}: has spec {spec}, but {found}.")
 
 
 def _specs_by_path(param_specs: Any) -> dict[str, PartitionSpec]:

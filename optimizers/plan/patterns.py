@@ -35,7 +35,7 @@ def first_match(rules: Rules[Value], path: str) -> Value:
         if re.fullmatch(pattern, path):
             return value
     tried = ", ".join(repr(pattern) for pattern, _ in rules)
-    raise ValueError(f"parameter {path!r} is matched by none of {tried}; end the list with ('.*', value)")
+    raise ValueError(f"parameter {path!r}: must match one of {tried}. End the list with ('.*', value).")
 
 
 def path_tree(tree: Any) -> Any:

@@ -128,7 +128,9 @@ def tensor_view(
 
 def _check_names(shape: Sequence[int], names: Sequence[str | None] | None) -> None:
     if names is not None and len(names) != len(shape):
-        raise ValueError(f"axis names {tuple(names)} have {len(names)} entries for a parameter of shape {tuple(shape)}")
+        raise ValueError(
+            f"axis_names={tuple(names)}: must have one entry per axis of the shape {tuple(shape)}, not {len(names)}."
+        )
 
 
 def _shorter_first(shape: Sequence[int], stack: Sequence[int], sides: Sequence[Sequence[int]]) -> View:

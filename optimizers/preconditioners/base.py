@@ -84,7 +84,7 @@ class Preconditioner(abc.ABC):
         return self.power(sides) * sides / bucket.p if bucket.p else 0.0
 
     def uses_lapack(self, options: Any) -> bool:
-        """Whether `solve` calls LAPACK on CPUs."""
+        """Return whether `solve` calls LAPACK on CPUs."""
         del options
         return False
 

@@ -316,10 +316,13 @@ X = PartitionSpec("x")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"treatments": (("v", "shampoo"),)}, "'w' is matched by none of 'v'; end the list with"),
-        ({"names": {"v": ("embed", "mlp")}}, "'w' is a parameter, but the axis names or the specs given have none"),
-        ({"specs": {"v": X}, "mesh": {"x": 2}}, "'w' is a parameter, but the axis names or the specs given have none"),
-        ({"names": {"w": ("embed",)}}, r"\('embed',\) have 1 entries for a parameter of shape \(8, 16\)"),
+        ({"treatments": (("v", "shampoo"),)}, "'w': must match one of 'v'. End the list with"),
+        ({"names": {"v": ("embed", "mlp")}}, "'w': must have an entry in axis_names and param_specs"),
+        ({"specs": {"v": X}, "mesh": {"x": 2}}, "'w': must have an entry in axis_names and param_specs"),
+        (
+            {"names": {"w": ("embed",)}},
+            r"axis_names=\('embed',\): must have one entry per axis of the shape \(8, 16\), not 1",
+        ),
         ({"specs": {"w": PartitionSpec(None, None, "x")}, "mesh": {"x": 2}}, "'w'.*3.*2"),
         ({"specs": {"w": PartitionSpec("y")}, "mesh": {"x": 2}}, "'w'.*'y'.*x"),
         ({"specs": {"w": X}}, "'w'.*'x'"),

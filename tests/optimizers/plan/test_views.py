@@ -128,7 +128,7 @@ def test_one_sided_finds_its_side_after_the_swap(shape, side, named):
 def test_names_must_match(view):
     """Fault: axis names of another parameter are accepted."""
     axes = AXES if view is matrix_view else STACK_AXES
-    with pytest.raises(ValueError, match=r"\('embed',\) have 1 entries for a parameter of shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"\('embed',\): must have one entry per axis of the shape \(2, 3\), not 1"):
         view((2, 3), ("embed",), **axes)
 
 
