@@ -1,4 +1,4 @@
-"""What happens when training pauses: save, evaluate, profile. A new feature of the loop is a hook here."""
+"""Hooks run when training pauses: save, evaluate, profile. Add a feature of the loop as a hook."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -191,7 +191,7 @@ class _ByName:
     def source(self, name: str, shape: tuple[int, ...]) -> Source:
         saved = self._saved.get(name)
         if saved is None:
-            return Fresh("there is none")
+            return Fresh("not saved")
         if self._shapes[saved] != shape:
             return Fresh(f"of shape {list(self._shapes[saved])} there, {list(shape)} here")
         return Kept(saved)

@@ -59,7 +59,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
-    """What a run consists of. Nothing in it changes while the run is in progress.
+    """The parts of a run. None of them changes while the run is in progress.
 
     Attributes:
       request: the checked config.

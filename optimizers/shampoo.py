@@ -5,7 +5,7 @@ The package `preconditioners` defines how blocks are preconditioned. Shampoo (An
 
     M <- beta1 M + (1 - beta1) G                               momentum
     U = L^(-1/p) M R^(-1/p), scaled to the graft's norm         with the roots of an earlier step
-    L <- beta2 L + (1 - beta2) G G',  R likewise with G' G      statistics
+    L <- beta2 L + (1 - beta2) G G',  R the same with G' G     statistics
     for the blocks that are due: new roots of L and R, used from the next step on
 """
 

@@ -36,7 +36,7 @@ _NUMBERS = ("step", "size", "arrays", "bytes", "count", "blocks", "empty")  # co
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a checkpoint says of itself.
+    """The description of a checkpoint.
 
     Attributes:
       path: the checkpoint.

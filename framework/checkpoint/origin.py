@@ -64,7 +64,7 @@ def find(workdir: Path, *, resume_from: str, init_from: str) -> Origin:
     """Return the workdir's own newest intact checkpoint, else that of `resume_from`, else of `init_from`, else scratch.
 
     Both strings name a workdir, whose newest intact checkpoint counts, or one checkpoint, `WORKDIR/checkpoints/STEP`;
-    "" is none. All files of a checkpoint are compared with their checksums, by all processes together. Writes nothing.
+    "" names nothing. All processes together compare the files of a checkpoint with their checksums. Writes nothing.
 
     Raises:
       UserError: every checkpoint of a place is damaged, or a named place has no checkpoint. Another run is never

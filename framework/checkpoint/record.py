@@ -36,7 +36,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What the host knows of a run.
+    """The progress of a run, as the host knows it.
 
     Attributes:
       step: steps taken.

@@ -33,7 +33,7 @@ class SaveError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Retention(checkpoint_managers.PreservationPolicy):
-    """Which checkpoints are kept.
+    """Choose the checkpoints to keep.
 
     Attributes:
       last: number of newest checkpoints.
@@ -274,7 +274,7 @@ def ranks(workdir: Path, ranking: Ranking) -> dict[Path, float | None]:
 
 @dataclasses.dataclass(frozen=True)
 class Pruning:
-    """What `prune` would do with the checkpoints of a workdir, each oldest first.
+    """The effect of `prune` on the checkpoints of a workdir, each oldest first.
 
     Attributes:
       doomed: to be deleted.
@@ -335,5 +335,5 @@ def _copied(state: Any) -> Any:
 
 
 def _any(failure: str) -> str:
-    """Return the first failure of all processes, "" if there is none."""
+    """Return the first failure of all processes, or ""."""
     return next(filter(None, agreement.gather(failure)), "")

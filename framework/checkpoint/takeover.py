@@ -51,7 +51,7 @@ def describe(
 
 @dataclasses.dataclass(frozen=True)
 class Takeover:
-    """Where each array of a train state comes from.
+    """The source of each array of a train state.
 
     Attributes:
       path: the checkpoint, None if nothing is taken over.
@@ -255,12 +255,12 @@ class _Planner:
             return f"{MODEL}{collection}/{self._renamed(rest)}"
 
         found = [saved for saved in self._saved if saved.startswith(MODEL) and today(saved) == path]
-        return self._array(found[0], leaf) if found else Fresh("there is none")
+        return self._array(found[0], leaf) if found else Fresh("not saved")
 
     def _array(self, name: str, leaf: Any) -> Source:
         there = self._saved.get(name)
         if there is None:
-            return Fresh("there is none")
+            return Fresh("not saved")
         if there.shape != leaf.shape:
             return Fresh(f"saved as {there}, now {Array(leaf.shape, leaf.dtype)}")
         return Kept(name)

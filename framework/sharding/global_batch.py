@@ -11,7 +11,7 @@ from . import meshes
 
 
 class Share:
-    """What this process contributes to the global batches: the rows that its own devices hold.
+    """The rows of the global batches that the devices of this process hold.
 
     Devices of several processes may hold the same rows, as where the tensor axis crosses hosts: each process reads
     them. Devices of one process share what it has read.

@@ -107,7 +107,7 @@ class Inheritance:
             key, _, field = rest.partition("/")
             path = next(leaf.path for leaf in self._plan.diagonal.values() if state_key(leaf.path) == key)
             return self._diagonal_source(path, f"moments/{field}", shape)
-        return Kept(name) if self._shapes.get(name) == shape else Fresh("there is none")
+        return Kept(name) if self._shapes.get(name) == shape else Fresh("not saved")
 
     def report(self) -> dict[str, dict[str, str]]:
         """Return path of a parameter -> part of its state -> "" if it is taken over, else the reason."""
@@ -136,7 +136,7 @@ class Inheritance:
         saved, mine = self._saved.blocks(leaf.path), _blocks(bucket, leaf)
         fate[_STATISTICS] = fate[_ROOTS] = ""
         if saved is None:
-            fate[_STATISTICS] = fate[_ROOTS] = "there are none"
+            fate[_STATISTICS] = fate[_ROOTS] = "not saved"
             return fate
         entry, own = self._saved.buckets[self._saved.bucket_of[leaf.path]].entry, describe_treatment(bucket)
         if saved.geometry != mine.geometry:
@@ -167,7 +167,7 @@ class Inheritance:
         for field in kept:
             found = self._elementwise(path, field)
             if found is None:
-                fate[ELEMENTWISE[field]] = "there is none"
+                fate[ELEMENTWISE[field]] = "not saved"
             elif found[1] != shape:
                 fate[ELEMENTWISE[field]] = f"of shape {list(found[1])} there, {list(shape)} here"
             elif field == MOMENTUM and self._saved.momentum != self._options.momentum:
@@ -183,7 +183,7 @@ class Inheritance:
     def _row_fate(self, leaf: DiagonalLeaf) -> dict[str, str]:
         """Return the fate of row-wise second moments, which are sums for any graft and beta2."""
         found, wanted = self._elementwise(leaf.path, SECOND_MOMENT), leaf.shape[:-1]
-        why = "" if found else "there is none"
+        why = "" if found else "not saved"
         if found and found[1] != wanted:
             why = f"of shape {list(found[1])} there, {list(wanted)} here"
         return {ELEMENTWISE[SECOND_MOMENT]: why}

@@ -97,11 +97,6 @@ def residual(low_nrr: jax.Array | None, high_nrr: jax.Array, a_nrr: jax.Array, u
     return jnp.max(jnp.abs(product - unit_nrr), axis=(-2, -1))
 
 
-def _distance(m_nrr: jax.Array) -> jax.Array:
-    """Return the Frobenius norm of M - I, [n]."""
-    return jnp.sqrt(jnp.sum((m_nrr - jnp.eye(m_nrr.shape[-1], dtype=m_nrr.dtype)) ** 2, axis=(-2, -1)))
-
-
 @cache
 def newton_schedule(p: int, smallest: float) -> tuple[float, ...]:
     """Return the scale of M in each Newton step until all eigenvalues in [smallest, 1] have converged to 1.

@@ -146,14 +146,16 @@ def install(
       step: int32, number of steps in the statistics.
       bucket: bucket of the blocks.
     """
-    # Select instead of scatter, which would first copy all roots.
     hits = slot == jnp.arange(len(state.residual))[:, None]
     one = len(slot) == 1
     here, row = (hits[:, 0], slice(None)) if one else (jnp.any(hits, axis=1), jnp.argmax(hits, axis=1))
     accepted, seen = new.accepted[row], new.largest[row] > 0
 
-    def put(x: jax.Array, new: jax.Array, changed: jax.Array = here & accepted) -> jax.Array:
-        return jnp.where(changed.reshape(-1, *([1] * (x.ndim - 1))), new[row].astype(x.dtype), x)
+    def put(x: jax.Array, found: jax.Array) -> jax.Array:
+        if one:  # a select compiles to less than a scatter
+            return jnp.where((here & accepted).reshape(-1, *([1] * (x.ndim - 1))), found.astype(x.dtype), x)
+        # A select would first spread what is found over all slots.
+        return x.at[jnp.where(new.accepted, slot, len(x))].set(found.astype(x.dtype), mode="drop")
 
     def add(x: jax.Array, changed: jax.Array) -> jax.Array:
         return x + changed.astype(x.dtype)

@@ -74,7 +74,7 @@ def test_a_plan_that_does_not_fit_names_the_fix():
         ((f"{LM}sample", "--topology=v5e-16"), "--topology=v5e-16: no such TPU slice"),
         ((f"{LM}sample", "--topolgy=v5e:2x2"), "unrecognized arguments: --topolgy=v5e:2x2"),
         ((f"{LM}samle",), "Did you mean 'sample'"),
-        ((f"{LM}sample", "--devices=3"), "16 is not divisible by 3 data shards"),
+        ((f"{LM}sample", "--devices=3"), "batch_size=16: must be divisible by 3 data shards"),
     ],
 )
 def test_errors_are_one_line(arguments, words):

@@ -371,6 +371,8 @@ def ignored(case):
         if name == "graft" and options.get("beta2") == 1:
             group = {"graft", "beta2"}  # other grafts do not sum
         rest = {k: v for k, v in options.items() if k not in group}
+        if name == "refresh" and "cut" in options:
+            rest["solver"] = "eigh"  # the solver on the device that has a cut
         yield name, {"options": rest if options else {name: defaults[name]}}
     treatments = options.get("treatments", ())
     for i, (pattern, text) in enumerate(treatments):

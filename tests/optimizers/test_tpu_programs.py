@@ -149,7 +149,7 @@ def test_tpu_steps_with_roots_on_the_host_have_no_solver_and_no_traffic_of_parce
     take = parcels.take.lower(roots, tables, number, number, number).compile()
     answer = parcels.empty_answer()
     parcel = struct(np.broadcast_to(answer, (mesh.size, *answer.shape)), by_block)
-    written = {name: r._replace(statistics=(), exponent=None) for name, r in roots.items()}
+    written = {name: r._replace(statistics=(), scale_log2=None) for name, r in roots.items()}
     install = parcels.install.lower(written, parcel, number, number, number).compile()
     for program in (take, install):
         assert collectives.find(program.as_text()) == []

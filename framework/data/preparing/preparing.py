@@ -36,7 +36,7 @@ _LIBRARIES = ("array-record", "numpy", "tokenizers")  # versions in the manifest
 
 @dataclasses.dataclass(frozen=True)
 class Ingredients:
-    """What all shards of a preparation are made with; picklable.
+    """The common inputs of all shards of a preparation; picklable.
 
     Attributes:
       tokenizer: path of its JSON file, "" for data without one.

@@ -174,8 +174,8 @@ def test_an_average_can_be_turned_on_and_off_with_a_message(run, tmp_path):
     mesh = {"mesh.data": 1, "mesh.fsdp": 2}
     train(averaged_config(resume_from=str(plain), **mesh), again, devices=two())
     expected = "hidden/kernel: parameter, momentum, second moment, statistics, roots taken over; average initialised"
-    assert f"{expected} (there is none)" in report(again)
-    assert "averaging/weight: initialised (there is none)" in report(again)
+    assert f"{expected} (not saved)" in report(again)
+    assert "averaging/weight: initialised (not saved)" in report(again)
     begun = arrays(again, 12)
     assert_bitwise_equal(begun["params"], begun["averaging"]["iterate"]["params"])
     assert_bitwise_equal(begun["params"], arrays(plain, 12)["params"])
