@@ -89,7 +89,7 @@ def test_another_model_restores_known_parameters_and_lists_the_others(run, tmp_p
     config.renamed = ()
     train(config, tmp_path / "unnamed", devices=two())
     report = (tmp_path / "unnamed" / "restored.txt").read_text()
-    assert "middle/kernel: parameter, momentum, second moment initialised (not saved)" in report
+    assert "middle/kernel: parameter, momentum, second moment, statistics, roots initialised (not saved)" in report
     assert "hidden/kernel: dropped (not in this model)" in report
 
 
