@@ -221,9 +221,8 @@ def start(blueprint: Blueprint, watch: Watchdog) -> tuple[Steps, TrainState, flo
     """
     console.say("compiling the train step ...")
     watch.at("compiling", blueprint.record.step)
-    lowered = blueprint.program.lower()
     with ThreadPoolExecutor(thread_name_prefix="compiling") as threads:
-        compiling = {name: threads.submit(each.compile) for name, each in lowered.items()}
+        compiling = {name: threads.submit(each.compile) for name, each in blueprint.program.lower()}
         state, seconds = _first_state(blueprint)
         steps = Steps(**{"predict": None, **{name: each.result() for name, each in compiling.items()}})
     return steps, state, seconds

@@ -138,7 +138,7 @@ def make_plan(config: Any, devices: Sequence[Any], *, compiles: bool = False) ->
         )
         tx, state = program.tx, program.abstract
         compiled: dict[str, Compiled] = {}
-        for name, lowered in (program.lower() if compiles else {}).items():
+        for name, lowered in program.lower() if compiles else ():
             if name != "diagnose" and not any(each.error for each in compiled.values()):
                 compiled[name] = _compile(lowered)
         return Plan(

@@ -1,6 +1,7 @@
 """All that a config computes on a mesh: the layout of the state, and the functions of a run, not yet compiled."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -108,19 +109,24 @@ class Program:
         with refusals.of(self.task):
             return tuple(jax.eval_shape(self.eval_step, self.abstract.variables, self.batch_spec))
 
-    def lower(self) -> dict[str, jax.stages.Lowered]:
-        """Trace the functions, by name: "train", "evaluate", "diagnose" and, if there is one, "predict".
+    def lower(self) -> Iterator[tuple[str, jax.stages.Lowered]]:
+        """Trace the functions one by one, so that the first can be compiled while the others are traced.
+
+        Yields:
+          Name and lowered function: "train", "evaluate", "predict" if there is one, and "diagnose".
 
         Raises:
           UserError: the task refuses the batch.
         """
         variables = self.abstract.variables
-        with refusals.of(self.task):
-            lowered = {
-                "train": self.train_step.lower(self.abstract, self.batch_spec),
-                "evaluate": self.eval_step.lower(variables, self.batch_spec),
-                "diagnose": self.diagnose.lower(self.abstract.opt_state),
-            }
-            if self.predict_step:
-                lowered["predict"] = self.predict_step.lower(variables, self.batch_spec)
-        return lowered
+        arguments = {
+            "train": (self.train_step, self.abstract, self.batch_spec),
+            "evaluate": (self.eval_step, variables, self.batch_spec),
+            "predict": (self.predict_step, variables, self.batch_spec),
+            "diagnose": (self.diagnose, self.abstract.opt_state),
+        }
+        for name, (function, *specs) in arguments.items():
+            if function is not None:
+                with refusals.of(self.task):
+                    lowered = function.lower(*specs)
+                yield name, lowered
