@@ -38,7 +38,7 @@ class Task(Protocol):
     ) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
         """Return `(loss, (new_model_state, metrics))` of one batch.
 
-        `new_model_state` holds the collections other than `params` (`{}` if there are none). The trainer sums totals
+        `new_model_state` holds the collections other than `params` (`{}` for none). The trainer sums totals
         and weights of each metric over micro-batches and evaluation batches, then divides. `metrics["loss"]` is
         required and `loss` must equal its total / weight: gradient accumulation relies on it. Padding examples are all
         zeros and must have no weight.

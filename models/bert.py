@@ -91,7 +91,7 @@ class BertTask(LinenTask):
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
     ) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
-        """Return the mean loss of the rows (0 if there are none), no model state, and metrics as (total, weight).
+        """Return the mean loss of the rows (0 for an empty batch), no model state, and metrics as (total, weight).
 
         metrics: "loss", over rows; "masked_loss", nats over masked tokens; "masked_accuracy", over masked tokens;
         "next_sentence_accuracy", over rows. Rows whose segments are all 0 do not count.

@@ -75,7 +75,7 @@ class DLRMTask:
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
     ) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
-        """Return mean nats per example (0 if there are none), new statistics, and metrics as (total, weight).
+        """Return mean nats per example (0 for an empty batch), new statistics, and metrics as (total, weight).
 
         metrics: "loss", nats of the sigmoid cross-entropy; "accuracy", with a probability of one half counted as no.
         """

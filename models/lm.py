@@ -90,7 +90,7 @@ class LMTask(LinenTask):
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
     ) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
-        """Return mean nats per real target (0 if there are none), no model state, and metrics as (total, weight).
+        """Return mean nats per real target (0 for an empty batch), no model state, and metrics as (total, weight).
 
         metrics: "loss", nats over targets, in training plus z_loss and the routers' losses; "bits_per_character", bits
         over the characters that begin in the targets (ends of documents cost bits and have no characters); "accuracy";

@@ -76,7 +76,7 @@ def scan_layers(body: Any, length: int, in_axes: Any = nn.broadcast, state: tupl
       body: body of the loop.
       length: number of layers.
       in_axes: axes of the inputs, as of `nn.scan`; by default every layer gets the same inputs.
-      state: collections besides "params" that are stacked.
+      state: stacked collections other than "params".
     """
     return nn.scan(
         body,

@@ -58,7 +58,7 @@ class TranslationTask(TransformerOptions, LinenTask):
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
     ) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
-        """Return the mean over real targets (0 if there are none), no model state, and metrics as (total, weight).
+        """Return the mean over real targets (0 for an empty batch), no model state, and metrics as (total, weight).
 
         The training loss is the cross-entropy with smoothed labels and z_loss, under dropout. Otherwise it is plain
         nats, so that the held-out "loss" equals "nats_per_token", which is never smoothed. "accuracy" is the share of

@@ -44,7 +44,7 @@ def _chunks(outer: np.ndarray, inner: np.ndarray, size: int) -> np.ndarray:
 def _edge_colouring(left: Sequence[int], right: Sequence[int], colours: int) -> np.ndarray:
     """Return a colour per edge, different at every vertex. A vertex may have at most `colours` edges.
 
-    An edge takes a colour that is free at both ends. If there is none, let a be free on the left and b on the right.
+    An edge takes a colour that is free at both ends. If no colour is, let a be free on the left and b on the right.
     Swapping a and b along the path that leaves the right end with colour a frees a there. The path never reaches the
     left end.
     """

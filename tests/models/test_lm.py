@@ -60,7 +60,7 @@ def test_a_packed_document_is_predicted_as_if_alone():
 
 
 def test_rotary_positions_are_relative():
-    """Fault: rotation depends on absolute positions, or there is none."""
+    """Fault: rotation depends on absolute positions, or is missing."""
     batch, variables = batch_of(), variables_of(SMALL)
     shifted = batch | {"positions": batch["positions"] + 100}
     stretched = batch | {"positions": batch["positions"] * 2}

@@ -319,6 +319,17 @@ FRAMEWORK = (
         ("tests/framework/base/test_durations.py",),
     ),
     Mutant(
+        "predictions-by-microbatch",
+        "framework/step/steps.py",
+        "jnp.swapaxes(leaf, 0, 1).reshape(-1, *leaf.shape[2:])",
+        "leaf.reshape(-1, *leaf.shape[2:])",
+        "With micro-batches, BLEU compares each translation with the reference of another sentence.",
+        (
+            "tests/framework/step/test_step.py"
+            "::test_evaluation_in_microbatches_gives_the_metrics_and_predictions_of_the_batch",
+        ),
+    ),
+    Mutant(
         "evaluates-before-it-saves",
         "framework/hooks.py",
         "return save, evaluation, profile",

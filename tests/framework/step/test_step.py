@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from step_bench import (
     with_bits_of_users,
 )
 
-from shampax.framework.step.steps import global_norm
+from shampax.framework.step.steps import global_norm, make_eval_step, make_predict_step
 from shampax.optimizers import ShampooOptions
 from shampax.optimizers.baselines import AdafactorOptions, AdamWOptions, MuonOptions
 
@@ -247,3 +248,15 @@ def test_evaluation_sums_match_the_loss():
     total, weight = metrics["loss"]
     assert float(weight) == float(expected["loss"][1])
     assert float(total / weight) == pytest.approx(float(loss), rel=1e-6)
+
+
+def test_evaluation_in_microbatches_gives_the_metrics_and_predictions_of_the_batch():
+    """Fault: metrics are those of one micro-batch, or predictions come in the order of micro-batches."""
+    bench = shared_bench(data=2)
+    variables, batch = bench.initial().variables, bench.batch(0)
+    judge = types.SimpleNamespace(predict=lambda variables, batch: {"tokens": batch["tokens"]})
+    parts = make_eval_step(bench.task, bench.abstract, bench.mesh, 4)(variables, batch)
+    for name, pair in bench.eval_step(variables, batch).items():
+        np.testing.assert_allclose(parts[name], pair, rtol=1e-5)
+    predicted = make_predict_step(judge, bench.abstract, bench.mesh, 4)(variables, batch)
+    np.testing.assert_array_equal(predicted["tokens"], batch["tokens"])
