@@ -31,11 +31,10 @@ from ..framework.base import paths, workdir
 from ..framework.base.errors import UserError
 from ..framework.base.json_files import read_object
 from ..framework.config.check import load
-from ..framework.reporting import figures
 from ..framework.reporting.runs import Axis
 from ..models.lm import LMTask
 from ..optimizers import ShampooOptions
-from . import command, documents, learning, standings, timing
+from . import command, documents, figure, learning, standings, timing
 from .contestants import RATES, TITLES, GoogleOptions, google_package
 from .grid import FINALISTS, LOSS, Trial, finalists, rounds
 
@@ -148,7 +147,7 @@ def table(options: argparse.Namespace) -> dict[str, Any]:
         groups = standings.at_their_best(outcomes, comparison)
         axes: list[Axis] = ["step", "seconds"] if set(comparison["best"]) <= set(timed) else ["step"]
         options.figure.parent.mkdir(parents=True, exist_ok=True)
-        figures.loss_figure(groups, axes).savefig(options.figure)
+        figure.loss_figure(groups, axes).savefig(options.figure)
     return comparison
 
 

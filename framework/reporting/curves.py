@@ -1,4 +1,4 @@
-"""Compare runs: group those that differ only in the seed, average their curves, and find when each reaches a value."""
+"""Compare runs: group those that differ only in the seed, average their curves, and find when one reaches a value."""
 
 import json
 import os
@@ -18,10 +18,6 @@ class Group(NamedTuple):
     label: str
     runs: tuple[Run, ...]
 
-    def keys(self) -> list[str]:
-        """Return the sorted names of all measurements of the runs."""
-        return sorted(set().union(*(run.keys() for run in self.runs)))
-
 
 class Band(NamedTuple):
     """Mean, lowest and highest value over a group's runs at each x; four float64 arrays [points]."""
@@ -31,21 +27,11 @@ class Band(NamedTuple):
     low: np.ndarray
     high: np.ndarray
 
-
-class Race(NamedTuple):
-    """The last value of the group that ends highest, and where each group's mean first falls to it.
-
-    Attributes:
-      last: label of the group that ends highest.
-      target: its last mean value.
-      whole: the x of its end.
-      reached: x by label, None for a group that never falls to the target.
-    """
-
-    last: str
-    target: float
-    whole: float
-    reached: dict[str, float | None]
+    @property
+    def end(self) -> float | None:
+        """The last finite mean, or None."""
+        finite = self.mean[np.isfinite(self.mean)]
+        return float(finite[-1]) if len(finite) else None
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
@@ -57,7 +43,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         # A run without a config gets a group of its own.
         same = {name: value for name, value in run.config.items() if name != "seed"} or {"run": number}
         together.setdefault(json.dumps(same, sort_keys=True), []).append(number)
-    made = []
+    made: list[Group] = []
     for members in together.values():
         names = [os.path.relpath(paths[number], parent) for number in members]
         label = names[0]
@@ -91,12 +77,6 @@ def band(group: Group, key: str, axis: Axis) -> Band:
     return Band(grid, values.mean(0), values.min(0), values.max(0))
 
 
-def last(values: np.ndarray) -> float | None:
-    """Return the last finite value, or None."""
-    finite = values[np.isfinite(values)]
-    return float(finite[-1]) if len(finite) else None
-
-
 def reach(x: np.ndarray, y: np.ndarray, target: float) -> float | None:
     """Return the x at which y first falls to target, interpolated linearly from the point before, or None.
 
@@ -110,17 +90,6 @@ def reach(x: np.ndarray, y: np.ndarray, target: float) -> float | None:
     if after == 0:
         return float(x[0])
     return float(np.interp(-target, -y[[after - 1, after]], x[[after - 1, after]]))
-
-
-def race(groups: Sequence[Group], key: str, axis: Axis) -> Race | None:
-    """Return when each group reaches the last value of the worst one; None for fewer than two curves."""
-    bands = {group.label: band(group, key, axis) for group in groups}
-    ends = [(end, label) for label, line in bands.items() if (end := last(line.mean)) is not None]
-    if len(ends) < 2:
-        return None
-    target, slowest = max(ends)
-    reached = {label: reach(line.x, line.mean, target) for label, line in bands.items()}
-    return Race(slowest, target, float(bands[slowest].x[-1]), reached)
 
 
 def differences(configs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -1,7 +1,6 @@
 """Read the metrics, config and result of runs back from their workdirs."""
 
 import dataclasses
-import math
 import pathlib
 from typing import Any, Literal
 
@@ -40,8 +39,8 @@ class Run:
     def curve(self, key: str, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
         """Return `axis` and `key` as two float64 arrays [points with both]; NaN for null and non-finite numbers."""
         pairs = [(point[axis], point[key]) for point in self.points if key in point and axis in point]
-        x, y = np.array([[_finite(value) for value in pair] for pair in pairs]).reshape(-1, 2).T
-        return x, y
+        x, y = np.array(pairs, float).reshape(-1, 2).T
+        return x, np.where(np.isfinite(y), y, np.nan)
 
 
 def read_run(path: pathlib.Path) -> Run:
@@ -61,10 +60,6 @@ def read_run(path: pathlib.Path) -> Run:
     config, result = read_object(path / workdir.CONFIG), workdir.read_result(path)
     if config is None:
         notes.append(f"{path}: no {workdir.CONFIG}")
-    if result is None:
-        notes.append(
-            f"{path}: no {workdir.RESULT}: the run has not ended; its numbers are those of the last evaluation"
-        )
     return Run(path=path, points=tuple(points), config=config or {}, result=result, notes=tuple(notes))
 
 
@@ -98,8 +93,3 @@ def parse_point(line: str) -> dict[str, Any] | None:
     if not isinstance(point["step"], int) or not all(value is None or is_number(value) for value in point.values()):
         return None
     return point
-
-
-def _finite(value: Any) -> float:
-    number = math.nan if value is None else float(value)
-    return number if math.isfinite(number) else math.nan

@@ -7,12 +7,11 @@ import numpy as np
 import optax
 import pytest
 
-from shampax.benchmarks import contestants, learning, optimizers, standings
+from shampax.benchmarks import contestants, figure, learning, optimizers, standings
+from shampax.benchmarks.figure import loss_figure
 from shampax.benchmarks.grid import Trial
 from shampax.framework.base.errors import UserError
 from shampax.framework.config.check import load
-from shampax.framework.reporting import figures
-from shampax.framework.reporting.figures import loss_figure
 
 RATES = {"adamw": (0.1, 0.2, 0.4), "ours": (0.1, 0.2, 0.4)}
 GRID = [Trial(name, rate, seed) for seed in (0, 1) for name in RATES for rate in RATES[name]]
@@ -218,7 +217,7 @@ def test_markdown_has_times_and_costs_and_replaces_only_its_section(folder, caps
 def test_the_figure_has_every_optimizer_at_its_best_rate(folder, capsys, monkeypatch):
     """Faults: curves of another rate are drawn; seconds are invented; no file is written."""
     drawn = []
-    monkeypatch.setattr(figures, "loss_figure", lambda *given: drawn.append(given) or loss_figure(*given))
+    monkeypatch.setattr(figure, "loss_figure", lambda *given: drawn.append(given) or loss_figure(*given))
     for axes in (["step", "seconds"], ["step"]):
         picture = folder / "images" / f"{len(axes)}.png"
         assert table(folder, capsys, f"--figure={picture}")[0] == 0

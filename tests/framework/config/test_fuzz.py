@@ -21,11 +21,11 @@ from shampax.framework.config import overrides
 from shampax.framework.data.reading.malformed import Rejects
 from shampax.framework.data.text.documents import open_documents
 from shampax.framework.data.text.tokenizer import encode, load_tokenizer, train_tokenizer
-from shampax.framework.reporting import curves, metrics
+from shampax.framework.reporting import curves, metrics, page
 from shampax.framework.reporting.runs import read_run
 from shampax.framework.sharding import placement
 from shampax.framework.step.schedule import make_schedule
-from shampax.launch import report, train
+from shampax.launch import train
 
 fuzz = settings(
     derandomize=True, deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -295,9 +295,9 @@ def tables(path):
     """Return all numbers of a report."""
     run = read_run(path)
     groups = curves.groups([run, run])
-    for key in groups[0].keys():  # noqa: SIM118  (no mapping)
+    for key in run.keys():  # noqa: SIM118  (no mapping)
         run.curve(key, "tokens")
-    return report.summary(groups), report.race(groups), curves.differences([run.config, CONFIG])
+    return page.results([run]), page.race(groups), curves.differences([run.config, CONFIG])
 
 
 @fuzz

@@ -58,7 +58,7 @@ def test_band_of_one_run_is_its_curve():
     np.testing.assert_array_equal(line.x, [1, 2, 4])
     for values in (line.mean, line.low, line.high):
         np.testing.assert_array_equal(values, [3.0, np.nan, 1.0])
-    assert curves.last(line.mean) == 1.0
+    assert line.end == 1.0
 
 
 def test_band_of_seeds_at_common_steps_is_their_mean_and_range():
@@ -82,7 +82,7 @@ def test_band_is_empty_where_a_run_has_no_finite_point():
     runs = [make_run(step=[1], loss=[1.0]), make_run(step=[1], loss=[None])]
     line = curves.band(make_group(*runs), "loss", "step")
     assert line.x.shape == line.mean.shape == (0,)
-    assert curves.last(line.mean) is None
+    assert line.end is None
 
 
 @pytest.mark.parametrize(
@@ -93,16 +93,6 @@ def test_reach_interpolates_to_the_first_crossing(target, expected):
     y = np.array([4.0, 2.0, np.nan, 1.0 + 1 / 3, 5.0])
     # Between 20 and 40 the line falls from 2 to 4/3; 1.5 is at three quarters.
     assert curves.reach(x, y, target) == (None if expected is None else pytest.approx(expected))
-
-
-def test_race_takes_the_highest_end_as_the_target():
-    slow = curves.Group("slow", (make_run(step=[0, 100], loss=[6.0, 2.0]),))
-    fast = curves.Group("fast", (make_run(step=[0, 50], loss=[6.0, 1.0]),))
-    race = curves.race([fast, slow], "loss", "step")
-    assert race is not None
-    assert (race.last, race.target, race.whole) == ("slow", 2.0, 100.0)
-    assert race.reached == {"fast": pytest.approx(40.0), "slow": pytest.approx(100.0)}
-    assert curves.race([fast], "loss", "step") is None
 
 
 def test_differences_names_differing_keys():

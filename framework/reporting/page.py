@@ -1,0 +1,179 @@
+"""Draw training runs as one HTML page that needs no other file and no network."""
+
+import datetime
+import html
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from plotly.graph_objects import Figure
+from plotly.offline import get_plotlyjs
+
+from ..base import workdir
+from ..base.json_files import is_number
+from ..config.overrides import flat
+from . import curves
+from .curves import Group
+from .runs import Axis, Run
+
+HELDOUT, TRAIN = "heldout/loss", "train/loss"
+_AXES: dict[Axis, str] = {"step": "steps", "seconds": "training time, {unit}", "tokens": "tokens"}
+# Okabe and Ito's colours, distinct with every common colour-vision deficiency.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1.25rem; }
+section { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+"""
+# (heading, key in result.json or config.json, decimals) of the table of results
+_RESULTS = (
+    ("run", "run", 0),
+    ("optimizer", "optimizer", 0),
+    ("learning rate", "schedule.learning_rate", None),
+    ("seed", "seed", None),
+    ("held-out loss", "heldout_loss", 4),
+    ("best held-out loss", "best_heldout_loss", 4),
+    ("bits per character", "bits_per_character", 4),
+    ("steps", "steps", 0),
+    ("tokens", "tokens", 0),
+    ("training time, s", "seconds", 0),
+    ("skipped steps", "skipped_steps", 0),
+    ("clipped steps", "clipped_steps", 0),
+    ("loss spikes", "loss_spikes", 0),
+    ("refreshes", "refreshes", 0),
+    ("devices", "devices", 0),
+    ("parameters", "parameters", 0),
+)
+Table = list[list[str]]  # rows of text, the headings first
+
+
+def page(runs: Sequence[Run]) -> str:
+    """Return the page as HTML: the state of each run, losses, results, differences, and all other measurements."""
+    groups = curves.groups(runs)
+    keys = sorted(set().union(*(run.keys() for run in runs)) - {HELDOUT, TRAIN})
+    title = html.escape(", ".join(group.label for group in groups))
+    states = [f"{run.path.resolve().name}: {state(run)}" for run in runs]
+    parts = [
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
+        f'<title>{title}</title><meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>",
+        *(f"<p>{html.escape(line)}</p>" for line in states),
+        _charts("Loss", [chart(groups, (HELDOUT, TRAIN), axis) for axis in _AXES]),
+        _table("Results", results(runs)),
+        _table("When each run reaches the worst final loss", race(groups)),
+        _table("Config differences", differences(groups)),
+        _charts("Optimizer", [chart(groups, (key,)) for key in keys if key.startswith("optimizer/")]),
+        _charts("Other measurements", [chart(groups, (key,)) for key in keys if not key.startswith("optimizer/")]),
+        *(f"<p>Note: {html.escape(note)}</p>" for run in runs for note in run.notes),
+        "</body></html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def state(run: Run) -> str:
+    """Return whether a run is complete, stopped (and why), or running or killed (and when it measured last)."""
+    if run.result is not None:
+        stopped, steps = run.result["stopped"], run.result["steps"]
+        return f"stopped after {steps} steps: {stopped}" if stopped else f"complete after {steps} steps"
+    last = datetime.datetime.fromtimestamp((run.path / workdir.METRICS).stat().st_mtime)
+    return f"running or killed; last measurement after {run.points[-1]['step']} steps, at {last:%Y-%m-%d %H:%M}"
+
+
+def chart(groups: Sequence[Group], keys: Sequence[str], axis: Axis = "step") -> Figure:
+    """Draw measurements of groups against an axis: a line per group and key, and a band for the range over seeds."""
+    unit, seconds = "s", 1
+    if axis == "seconds" and max(run.points[-1]["seconds"] for group in groups for run in group.runs) > 3 * 3600:
+        unit, seconds = "hours", 3600
+    figure = Figure(layout={"template": {}, "height": 420 if len(keys) > 1 else 260, "margin": {"l": 50, "r": 10}})
+    figure.update_layout(showlegend=len(keys) > 1, legend={"orientation": "h", "y": -0.25}, title_font_size=14)
+    figure.update_layout(title_text="loss" if len(keys) > 1 else html.escape(keys[0].removeprefix("optimizer/")))
+    figure.update_xaxes(title_text=_AXES[axis].format(unit=unit), rangemode="tozero")
+    drawn = np.zeros(0)
+    for (group, colour), key in itertools.product(zip(groups, itertools.cycle(_COLOURS), strict=False), keys):
+        line = curves.band(group, key, axis)
+        if not len(line.x):
+            continue
+        x, drawn = line.x / seconds, np.concatenate([drawn, line.mean])
+        if len(group.runs) > 1 and key != TRAIN:
+            around = {"x": np.concatenate([x, x[::-1]]), "y": np.concatenate([line.high, line.low[::-1]])}
+            figure.add_scatter(**around, fill="toself", fillcolor=colour, opacity=0.2, line_width=0, mode="lines",
+                               hoverinfo="skip", showlegend=False)  # fmt: skip
+        thin = {"width": 1, "dash": "dot"} if key == TRAIN else {"width": 2}
+        mode = "lines" if len(x) > 1 else "markers"
+        name = html.escape(f"{group.label} {key}" if len(keys) > 1 else group.label)  # plotly reads names as HTML
+        figure.add_scatter(x=x, y=line.mean, mode=mode, name=name, line=thin | {"color": colour}, marker_color=colour)
+    drawn = drawn[np.isfinite(drawn)]
+    if len(drawn) and 0 < 30 * drawn.min() < drawn.max():
+        figure.update_yaxes(type="log")
+    return figure
+
+
+def results(runs: Sequence[Run]) -> Table:
+    """Return one row per run, from `result.json` if the run has ended, else from its last measurements."""
+    rows = [[heading for heading, _, _ in _RESULTS]]
+    for run in runs:
+        values = dict(flat(run.config)) | {"run": run.path.resolve().name} | (run.result or _so_far(run))
+        rows.append([_cell(values.get(key), decimals) for _, key, decimals in _RESULTS])
+    return rows
+
+
+def race(groups: Sequence[Group]) -> Table:
+    """Return when each group reaches the last held-out loss of the worst one, and as which share of that one's run.
+
+    There are no rows for fewer than two groups with a held-out loss.
+    """
+    bands = {group.label: {axis: curves.band(group, HELDOUT, axis) for axis in _AXES} for group in groups}
+    ends = [(end, label) for label, lines in bands.items() if (end := lines["step"].end) is not None]
+    if len(ends) < 2:
+        return []
+    target, worst = max(ends)
+    rows = [[f"falls to {target:.4f}, the end of {worst}, after", "steps", "seconds", "tokens"]]
+    for label, lines in bands.items():
+        row = [label]
+        for axis, line in lines.items():
+            at, whole = curves.reach(line.x, line.mean, target), bands[worst][axis].x[-1]
+            row.append("not reached" if at is None else f"{at:,.0f} ({at / whole:.0%})")
+        rows.append(row)
+    return rows
+
+
+def differences(groups: Sequence[Group]) -> Table:
+    """Return the knobs whose values differ between groups, except for the seed."""
+    rows = curves.differences([group.runs[0].config for group in groups])
+    cells = [[name, *(_cell(value, None) for value in row)] for name, row in rows.items() if name != "seed"]
+    return [["knob", *(group.label for group in groups)], *cells] if cells else []
+
+
+def _so_far(run: Run) -> dict[str, Any]:
+    """Return the entries of `result.json` that the measurements tell."""
+    last, heldout = run.points[-1], run.curve(HELDOUT, "step")[1]
+    heldout = heldout[np.isfinite(heldout)]
+    losses = {"heldout_loss": heldout[-1], "best_heldout_loss": heldout.min()} if len(heldout) else {}
+    return {"steps": last["step"], "tokens": last["tokens"], "seconds": last["seconds"], **losses}
+
+
+def _cell(value: Any, decimals: int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.{decimals}f}" if decimals is not None and is_number(value) else str(value)
+
+
+def _charts(title: str, figures: Sequence[Figure]) -> str:
+    drawn = [
+        figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False})
+        for figure in figures
+        if figure.data
+    ]
+    return f"<h2>{title}</h2><section>{''.join(drawn)}</section>" if drawn else ""
+
+
+def _table(title: str, rows: Table) -> str:
+    if not rows:
+        return ""
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<h2>{title}</h2><div class="table"><table>{body}</table></div>'
