@@ -95,7 +95,6 @@ def cost(options: argparse.Namespace) -> dict[str, Any]:
         kv_heads=size // 64,
         head_dim=64,
         mlp_dim=3 * size,
-        scan_layers=False,  # Google's Shampoo does not support stacked layers; ours stacks equal blocks itself
     )
     ours = ShampooOptions(block_size=options.block_size, interval=options.interval, exponent=0.5, ridge=1e-4)
     same: dict[str, Any] = {"p": 2, "ridge": 1e-4, "largest_side": task.vocab_size - 1}

@@ -128,9 +128,11 @@ def time_updates(
     """
     spec = {"tokens": jax.ShapeDtypeStruct((1, 2), jnp.int32)}
     shapes = jax.eval_shape(task.init, jax.random.key(0), spec)
-    axis_names = task.logical_axes(shapes)["params"]
-    params = _random_like(shapes["params"], seed=0)
-    gradients = [_random_like(shapes["params"], seed=1 + i) for i in range(GRADIENTS)]
+    # Google's Shampoo does not support stacked layers; ours stacks equal blocks itself.
+    axis_names = _unstacked(task.logical_axes(shapes)["params"], task.layers, lambda names: names[1:])
+    shapes = _unstacked(shapes["params"], task.layers, lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype))
+    params = _random_like(shapes, seed=0)
+    gradients = [_random_like(shapes, seed=1 + i) for i in range(GRADIENTS)]
     timed = {}
     for name, chosen in options.items():
         _say(f"compiling {name}")
@@ -148,6 +150,14 @@ def time_updates(
             "longest_ms": float(milliseconds.max()),
         }
     return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes)), "optimizers": results}
+
+
+def _unstacked(tree: Any, layers: int, of_layer: Callable[[Any], Any]) -> Any:
+    """Return a tree with "layers_0", "layers_1", ... in place of "layers"."""
+    own = jax.tree.map(of_layer, tree["layers"], is_leaf=lambda leaf: isinstance(leaf, tuple))
+    return {name: part for name, part in tree.items() if name != "layers"} | {
+        f"layers_{layer}": own for layer in range(layers)
+    }
 
 
 def early_steps(options: Any) -> int:

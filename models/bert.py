@@ -16,11 +16,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
 from .attention import attend
 from .layout import gather_columns, shard_batch
-from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options
+from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, class_losses
 from .modules import partitioned, run_layers
 
 _TYPES = 2  # the first and the second text of a pair
@@ -53,7 +52,6 @@ class BertTask(LinenTask):
     position_init: str = "normal"  # initial table of positions; "sinusoidal" encodes neighbourhood from the first step
     remat: str = "none"  # recompute in the backward pass: "none", "full" (least memory) or "dots"
     compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
-    scan_layers: bool = True  # trace one block for all layers; False unrolls them
 
     def __post_init__(self):
         check_options(
@@ -97,24 +95,16 @@ class BertTask(LinenTask):
         "next_sentence_accuracy", over rows. Rows whose segments are all 0 do not count.
         """
         masked_BxPxV, next_Bx2 = self.logits(variables, batch, dropout_key=key if train else None)
-        real_B = batch["segments"][:, 0] > 0
-        real_BxP = batch["masked_positions"] > 0
-        nats_BxP, right_BxP = _judged(masked_BxPxV, batch["masked_tokens"])
-        nats_B, right_B = _judged(next_Bx2, batch["is_next"])
-
-        def total(values: jax.Array, real: jax.Array) -> jax.Array:
-            return jnp.where(real, values, 0).sum(dtype=jnp.float32)
-
-        rows, masked = total(jnp.ones_like(nats_B), real_B), total(jnp.ones_like(nats_BxP), real_BxP)
-        masked_nats = total(nats_BxP, real_BxP)
-        objective = masked_nats / real_BxP.shape[1] + self.next_weight * total(nats_B, real_B)
+        masked = class_losses(masked_BxPxV, batch["masked_tokens"], batch["masked_positions"] > 0)
+        follows = class_losses(next_Bx2, batch["is_next"], batch["segments"][:, 0] > 0)
+        objective = masked.nats / masked_BxPxV.shape[1] + self.next_weight * follows.nats
         metrics = {
-            "loss": (objective, rows),
-            "masked_loss": (masked_nats, masked),
-            "masked_accuracy": (total(right_BxP, real_BxP), masked),
-            "next_sentence_accuracy": (total(right_B, real_B), rows),
+            "loss": (objective, follows.count),
+            "masked_loss": (masked.nats, masked.count),
+            "masked_accuracy": (masked.correct, masked.count),
+            "next_sentence_accuracy": (follows.correct, follows.count),
         }
-        return objective / jnp.maximum(rows, 1), ({}, metrics)
+        return objective / jnp.maximum(follows.count, 1), ({}, metrics)
 
     def logits(
         self, variables: dict[str, Any], batch: Batch, *, dropout_key: jax.Array | None = None
@@ -140,13 +130,6 @@ class BertTask(LinenTask):
         return 6.0 * rows * (length * slot + batch_spec["masked_positions"].shape[1] * prediction + pair)
 
 
-def _judged(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return nats [...] of targets [...] under logits [..., classes], and whether they have the largest logit."""
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return nats, chosen >= logits.max(axis=-1)
-
-
 class Bert(nn.Module):
     """Maps tokens and segments [B, T] and masked positions [B, P] to logits [B, P, V] and [B, 2]."""
 
@@ -162,13 +145,7 @@ class Bert(nn.Module):
         x_BxTxE, words_VxE = Embeddings(task, self.dropout, name="embeddings")(tokens_BxT, segments_BxT)
         visible_Bx1xT = (segments_BxT > 0)[:, None, :]
         x_BxTxE, _ = run_layers(
-            Block,
-            (task, self.dropout),
-            x_BxTxE,
-            visible_Bx1xT,
-            layers=task.layers,
-            remat=task.remat,
-            scan=task.scan_layers,
+            Block, (task, self.dropout), x_BxTxE, visible_Bx1xT, layers=task.layers, remat=task.remat
         )
         x_BxPxE = shard_batch(jnp.take_along_axis(x_BxTxE, masked_BxP[..., None], axis=1))
         return MaskedHead(task, name="masked_head")(x_BxPxE, words_VxE), NextHead(task, name="next_head")(

@@ -79,7 +79,7 @@ class DLRMTask:
 
         metrics: "loss", nats of the sigmoid cross-entropy; "accuracy", with a probability of one half counted as no.
         """
-        logits_B, state = self._apply(variables, batch, key=key if train else None)
+        logits_B, state = self.logits(variables, batch, key=key if train else None)
         clicked_B = batch["label"] > 0
         nats_B = jax.nn.softplus(jnp.where(clicked_B, -logits_B, logits_B))
         weight = batch["weight"].sum()
@@ -88,14 +88,10 @@ class DLRMTask:
         metrics = {"loss": (nats, weight), "accuracy": (right, weight)}
         return nats / jnp.maximum(weight, 1), (state, metrics)
 
-    def logits(self, variables: dict[str, Any], batch: Batch) -> jax.Array:
-        """Return log odds of a click, float32 [B]."""
-        return self._apply(variables, batch, key=None)[0]
-
-    def _apply(
-        self, variables: dict[str, Any], batch: Batch, *, key: jax.Array | None
+    def logits(
+        self, variables: dict[str, Any], batch: Batch, *, key: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Return log odds [B] and the statistics; with a key, both as in training."""
+        """Return log odds of a click, float32 [B], and the statistics; with a key, both as in training."""
         inputs = batch["integers"], batch["categories"]
         if key is None:
             logits: Any = DLRM(self).apply(variables, *inputs, train=False)
@@ -109,7 +105,7 @@ class DLRMTask:
 
     def predict(self, variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
         """Return log odds and labels [B]."""
-        return {"logit": self.logits(variables, batch), "label": batch["label"]}
+        return {"logit": self.logits(variables, batch)[0], "label": batch["label"]}
 
     def judge(
         self, predictions: Mapping[str, np.ndarray], decode: Callable[[np.ndarray], str] | None

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from .attention import Rotation, attend, rotary_angles, rotate
 from .beam_search import take
 from .layout import gather_columns, shard_batch
-from .modules import EMBEDDING_STD, REMAT_POLICIES, fan_in, partitioned, rms_norm, scan_layers
+from .modules import EMBEDDING_STD, fan_in, partitioned, recomputed, rms_norm, scan_layers
 
 KeysValues = tuple[jax.Array, jax.Array]
 
@@ -60,12 +60,8 @@ class Transformer(nn.Module):
         dtype = jnp.dtype(task.compute_dtype)
         init = partitioned(nn.initializers.normal(EMBEDDING_STD), "vocab", "embed")
         self.embedding = self.param("embedding", init, (task.vocab_size, task.embed_dim))
-        encoder, decoder = EncoderBlock, DecoderBlock
-        if task.remat != "none":
-            # Inside scan the loop itself keeps XLA from merging the recomputation away.
-            remat = functools.partial(nn.remat, policy=REMAT_POLICIES[task.remat], prevent_cse=False)
-            encoder, decoder = remat(EncoderBlock), remat(DecoderBlock)
-        self.encoder, self.decoder = encoder(task, self.train), decoder(task, self.train)
+        self.encoder = recomputed(EncoderBlock, task.remat)(task, self.train)
+        self.decoder = recomputed(DecoderBlock, task.remat)(task, self.train)
         self.encoder_norm, self.decoder_norm = rms_norm(None, dtype), rms_norm(None, dtype)
         self.drop = nn.Dropout(task.dropout, deterministic=not self.train)
 

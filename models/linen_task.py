@@ -83,15 +83,15 @@ def check_options(task: Any, *, positive: str = "", not_negative: str = "", frac
         raise ValueError(f"task.head_dim={head_dim}: must be even for rotary positions; use {head_dim + 1}")
 
 
-class TokenLosses(NamedTuple):
-    """Sums over the real targets of logits [B, T, V].
+class ClassLosses(NamedTuple):
+    """Sums over the real targets of logits over classes, such as tokens.
 
     Attributes:
       count: number of targets.
       nats: -log p of the targets.
       correct: number of targets whose logit is the largest; ties count.
       z: log(Z)^2 (PaLM, arXiv 2204.02311, section 5).
-      uniform: mean over the vocabulary of -log p, for label smoothing.
+      uniform: mean over the classes of -log p, for label smoothing.
     """
 
     count: jax.Array
@@ -101,20 +101,20 @@ class TokenLosses(NamedTuple):
     uniform: jax.Array
 
 
-def token_losses(logits_BxTxV: jax.Array, targets_BxT: jax.Array, real_BxT: jax.Array) -> TokenLosses:
-    """Return the sums over targets [B, T] where `real` holds; float32. Unused ones cost nothing under jit."""
-    logsumexp_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
-    chosen_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
+def class_losses(logits: jax.Array, targets: jax.Array, real: jax.Array) -> ClassLosses:
+    """Return the float32 sums over targets [...] of logits [..., V] where `real` holds. Unused ones cost nothing."""
+    logsumexp = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
-    def total(values_BxT: jax.Array) -> jax.Array:
-        return jnp.where(real_BxT, values_BxT, 0).sum(dtype=jnp.float32)
+    def total(values: jax.Array) -> jax.Array:
+        return jnp.where(real, values, 0).sum(dtype=jnp.float32)
 
-    return TokenLosses(
-        count=total(jnp.ones_like(chosen_BxT)),
-        nats=total(logsumexp_BxT - chosen_BxT),
-        correct=total(chosen_BxT >= logits_BxTxV.max(axis=-1)),
-        z=total(jnp.square(logsumexp_BxT)),
-        uniform=total(logsumexp_BxT - logits_BxTxV.mean(axis=-1)),
+    return ClassLosses(
+        count=total(jnp.ones_like(chosen)),
+        nats=total(logsumexp - chosen),
+        correct=total(chosen >= logits.max(axis=-1)),
+        z=total(jnp.square(logsumexp)),
+        uniform=total(logsumexp - logits.mean(axis=-1)),
     )
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from . import layout, moe
 from .attention import Rotation, rotary_angles, rotate, self_attention
 from .layout import gather_columns, shard_tokens
-from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, real_targets, token_losses
+from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, class_losses, real_targets
 from .modules import EMBEDDING_STD, fan_in, partitioned, rms_norm, run_layers
 
 
@@ -49,10 +49,7 @@ class LMTask(LinenTask):
     remat: str = "none"  # recompute in the backward pass: "none", "full" (least memory) or "dots"
     compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
     z_loss: float = 0.0  # weight of log(Z)^2 in the training loss (PaLM: 1e-4); limits drift of the logits
-    scan_layers: bool = True  # trace one block for all layers; False unrolls them
-    attention_block: int = (
-        0  # keys per block of memory-efficient attention (512 for long sequences); 0 holds all T x T scores
-    )
+    attention_block: int = 0  # queries whose scores are held at once (128 for long rows); 0 holds all T x T scores
     experts: int = 0  # number of experts that replace the MLP; 0 keeps the MLP
     experts_per_token: int = 2  # experts per token: 1 as in Switch, 2 as in GShard and Mixtral
     capacity_factor: float = 1.25  # expert capacity / mean load; an expert drops tokens above it
@@ -97,8 +94,8 @@ class LMTask(LinenTask):
         with z_loss also "z_loss", the mean of log(Z)^2; with experts also those of `moe.router_metrics`.
         """
         del key  # no dropout
-        logits_BxTxV, routing = self._apply(variables, batch)
-        losses = token_losses(logits_BxTxV, batch["tokens"][:, 1:], real_targets(batch["segments"]))
+        logits_BxTxV, routing = self.logits(variables, batch)
+        losses = class_losses(logits_BxTxV, batch["tokens"][:, 1:], real_targets(batch["segments"]))
         objective, targets = losses.nats, losses.count
         z_metrics = {"z_loss": (losses.z, targets)} if self.z_loss else {}
         routers = {} if routing is None else moe.router_metrics(routing, self.experts_per_token)
@@ -118,9 +115,11 @@ class LMTask(LinenTask):
         }
         return objective / jnp.maximum(targets, 1), ({}, metrics)
 
-    def logits(self, variables: dict[str, Any], batch: Batch) -> jax.Array:
-        """Return predictions for the inputs `tokens[:, :-1]`, float32 [B, T, V]."""
-        return self._apply(variables, batch)[0]
+    def logits(self, variables: dict[str, Any], batch: Batch) -> tuple[jax.Array, moe.Routing | None]:
+        """Return predictions for the inputs `tokens[:, :-1]`, float32 [B, T, V], and the sums of `moe.route`."""
+        inputs = (batch[name][:, :-1] for name in ("tokens", "segments", "positions"))
+        result: Any = Transformer(self).apply(variables, *inputs)
+        return result
 
     def flops(self, batch_spec: BatchSpec) -> float:
         """Return the training FLOPs of one batch: 6 N tokens + 12 layers T H D tokens + 6 E V tokens.
@@ -138,11 +137,6 @@ class LMTask(LinenTask):
         per_token += 12 * self.layers * sequence * self.heads * self.head_dim
         per_token += 6 * self.embed_dim * self.vocab_size
         return float(per_token * rows * sequence)
-
-    def _apply(self, variables: dict[str, Any], batch: Batch) -> tuple[jax.Array, moe.Routing | None]:
-        inputs = (batch[name][:, :-1] for name in ("tokens", "segments", "positions"))
-        result: Any = Transformer(self).apply(variables, *inputs)
-        return result
 
 
 class Transformer(nn.Module):
@@ -165,14 +159,7 @@ class Transformer(nn.Module):
         rotation = rotary_angles(positions_BxT, task.head_dim, task.rope_theta)
 
         x_BxTxE, routing = run_layers(
-            Block,
-            (task,),
-            x_BxTxE,
-            segments_BxT,
-            rotation,
-            layers=task.layers,
-            remat=task.remat,
-            scan=task.scan_layers,
+            Block, (task,), x_BxTxE, segments_BxT, rotation, layers=task.layers, remat=task.remat
         )
         x_BxTxE = rms_norm("final_norm", dtype)(x_BxTxE)
         if task.tied_head:

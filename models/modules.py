@@ -38,9 +38,11 @@ def rms_norm(name: str | None, dtype: jnp.dtype) -> nn.RMSNorm:
 
 
 def run_layers(
-    block: type[nn.Module], fields: tuple[Any, ...], x: jax.Array, *context: Any, layers: int, remat: str, scan: bool
+    block: type[nn.Module], fields: tuple[Any, ...], x: jax.Array, *context: Any, layers: int, remat: str
 ) -> tuple[jax.Array, Any]:
     """Apply `layers` blocks with their own parameters to `x`; call it in a module's compact method.
+
+    The block is traced once. Its parameters are stacked under "layers", along an axis of that name.
 
     Args:
       block: class of the blocks; `block(*fields)(x, *context)` returns the next x and a tree of arrays or None.
@@ -49,24 +51,18 @@ def run_layers(
       context: further inputs of every block.
       layers: number of blocks.
       remat: one of `REMAT_POLICIES`.
-      scan: whether to trace the block once, with parameters stacked under "layers" along an axis of that name;
-        otherwise they are named "layers_0", "layers_1", ...
 
     Returns:
       The last x, and the trees of all blocks, stacked.
     """
-    if remat != "none":
-        # Inside a scan the loop itself keeps XLA from merging the recomputation away.
-        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
-    if scan:
-        stack = scan_layers(lambda block, x, *context: block(x, *context), layers)
-        return stack(block(*fields, name="layers"), x, *context)
-    given = []
-    for layer in range(layers):
-        made: Any = block(*fields, name=f"layers_{layer}")
-        x, of_layer = made(x, *context)
-        given.append(of_layer)
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *given)
+    stack = scan_layers(lambda block, x, *context: block(x, *context), layers)
+    return stack(recomputed(block, remat)(*fields, name="layers"), x, *context)
+
+
+def recomputed(block: type[nn.Module], remat: str) -> Any:
+    """Return the class of a block for `scan_layers`, recomputed in the backward pass by one of `REMAT_POLICIES`."""
+    # Inside a scan the loop itself keeps XLA from merging the recomputation away.
+    return block if remat == "none" else nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
 
 
 def scan_layers(body: Any, length: int, in_axes: Any = nn.broadcast, state: tuple[str, ...] = ()) -> Any:

@@ -52,7 +52,6 @@ class ResNetTask(LinenTask):
     )  # mean of each channel, for pixels from 0 to 1; default: ImageNet
     pixel_std: tuple[float, ...] = (0.229, 0.224, 0.225)  # standard deviation of each channel
     compute_dtype: str = "float32"  # of convolutions and activations; "bfloat16" on accelerators
-    scan_blocks: bool = True  # trace one block for all equal blocks of a stage; False unrolls them
 
     def __post_init__(self):
         check_options(
@@ -197,15 +196,11 @@ class ResNet(nn.Module):
 
         for stage, blocks in enumerate(task.stages):
             x = Block(task, self.train, stage, 0, name=f"stage{stage + 1}_first")(x, weights_B)
-            rest = f"stage{stage + 1}_rest"
-            if blocks > 1 and task.scan_blocks:
+            if blocks > 1:
                 stack = scan_layers(
                     lambda block, x, weights_B: (block(x, weights_B), None), blocks - 1, state=("batch_stats",)
                 )
-                x, _ = stack(Block(task, self.train, stage, 1, name=rest), x, weights_B)
-            elif blocks > 1:
-                for number in range(1, blocks):
-                    x = Block(task, self.train, stage, number, name=f"{rest}_{number}")(x, weights_B)
+                x, _ = stack(Block(task, self.train, stage, 1, name=f"stage{stage + 1}_rest"), x, weights_B)
 
         x_BxC = x.astype(jnp.float32).mean(axis=(1, 2))
         init = partitioned(nn.initializers.normal(0.01), "conv_in", "classes")

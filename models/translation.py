@@ -11,7 +11,7 @@ import numpy as np
 from .beam_search import Translations, beam_search
 from .encoder_decoder import KeysValues, Transformer, TransformerOptions
 from .layout import shard_batch
-from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, real_targets, token_losses
+from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, class_losses, real_targets
 
 END = 0  # the token before and after a sentence
 
@@ -27,7 +27,6 @@ class TranslationTask(TransformerOptions, LinenTask):
     """
 
     label_smoothing: float = 0.1  # probability spread over all tokens; in the training loss only
-    z_loss: float = 0.0  # weight of log(Z)^2 in the training loss (PaLM: 1e-4); limits drift of the logits
     beam_size: int = 4  # hypotheses kept per sentence; 1 is greedy decoding
     length_penalty: float = 0.6  # exponent of GNMT's length penalty: larger values prefer longer translations
     decode_length: int = 128  # most tokens of a translation, including its end
@@ -36,7 +35,7 @@ class TranslationTask(TransformerOptions, LinenTask):
         check_options(
             self,
             positive="encoder_layers decoder_layers embed_dim heads head_dim mlp_dim beam_size decode_length",
-            not_negative="z_loss length_penalty",
+            not_negative="length_penalty",
             fractions="dropout label_smoothing",
         )
         if self.vocab_size < 2:
@@ -60,23 +59,19 @@ class TranslationTask(TransformerOptions, LinenTask):
     ) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
         """Return the mean over real targets (0 for an empty batch), no model state, and metrics as (total, weight).
 
-        The training loss is the cross-entropy with smoothed labels and z_loss, under dropout. Otherwise it is plain
-        nats, so that the held-out "loss" equals "nats_per_token", which is never smoothed. "accuracy" is the share of
-        targets that are the most probable token; with z_loss, "z_loss" is the mean of log(Z)^2.
+        The training loss is the cross-entropy with smoothed labels, under dropout. Otherwise it is plain nats, so that
+        the held-out "loss" equals "nats_per_token", which is never smoothed. "accuracy" is the share of targets that
+        are the most probable token.
         """
         logits_BxTxV = self.logits(variables, batch, key if train else None)
-        losses = token_losses(logits_BxTxV, batch["target"][:, 1:], real_targets(batch["target_segments"]))
+        losses = class_losses(logits_BxTxV, batch["target"][:, 1:], real_targets(batch["target_segments"]))
         objective, targets = losses.nats, losses.count
         if train and self.label_smoothing:
             objective = (1 - self.label_smoothing) * losses.nats + self.label_smoothing * losses.uniform
-        z_metrics = {"z_loss": (losses.z, targets)} if self.z_loss else {}
-        if train and z_metrics:
-            objective += self.z_loss * losses.z
         metrics = {
             "loss": (objective, targets),
             "nats_per_token": (losses.nats, targets),
             "accuracy": (losses.correct, targets),
-            **z_metrics,
         }
         return objective / jnp.maximum(targets, 1), ({}, metrics)
 

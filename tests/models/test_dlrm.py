@@ -72,7 +72,7 @@ def test_agrees_with_numpy_in_float64(variables):
     or doubled; a missing integer counts as a number."""
     batch = clicks()
     assert (batch["categories"] >= 2**31).any() and (batch["integers"] == MISSING).any()
-    logits = jax.jit(TASK.logits)(variables, batch)
+    logits, _ = jax.jit(TASK.logits)(variables, batch)
     np.testing.assert_allclose(logits, reference_logits(variables["params"], batch), rtol=1e-4, atol=1e-5)
 
 
@@ -112,7 +112,7 @@ def test_normalized_integers():
     loss, _ = loss_of(variables, batches[0], jax.random.key(0), task)
     moved = batches[0] | {"integers": batches[0]["integers"].copy()}
     moved["integers"][1:, 0] = 5  # other examples do not matter in evaluation
-    one = [jax.jit(task.logits)(variables, batch)[0] for batch in (batches[0], moved)]
+    one = [jax.jit(task.logits)(variables, batch)[0][0] for batch in (batches[0], moved)]
     assert one[0] == one[1] and np.isfinite(loss)
     trained, _ = loss_of(variables, batches[0], jax.random.key(0), task, train=True)
     assert np.isfinite(trained) and trained != loss

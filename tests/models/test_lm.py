@@ -80,25 +80,6 @@ def test_grouped_heads_equal_repeated_heads():
     assert_close(logits_of(SMALL, variables, batch_of()), logits_of(multi_head, full, batch_of()), 1e-5)
 
 
-def unscanned(variables):
-    """Return the same weights under the names of separate layers."""
-    params = dict(variables["params"])
-    layers = params.pop("layers")
-    names = {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(SMALL.layers)}
-    return {"params": params | names}
-
-
-def test_scanned_layers_equal_a_loop():
-    """Fault: scan shares, reorders or skips layers."""
-    task = dataclasses.replace(SMALL, qk_norm=True, tied_head=False)
-    loop = dataclasses.replace(task, scan_layers=False)
-    variables = variables_of(task)
-    loss, gradient = grad_of(task, variables, batch_of())
-    loop_loss, loop_gradient = grad_of(loop, unscanned(variables), batch_of())
-    assert_close(loss, loop_loss, 1e-5)
-    assert_close(unscanned(gradient), loop_gradient, 1e-5)
-
-
 @pytest.mark.parametrize(("remat", "recomputed"), [("full", 9), ("dots", 2)])
 def test_remat_changes_only_memory(remat, recomputed):
     """Faults: rematerialisation changes the loss or gradient; it uses another policy than configured."""
@@ -205,9 +186,8 @@ def test_types_of_parameters_logits_and_matmuls():
     assert 1e-5 < error < 0.05
     gradient = jax.eval_shape(functools.partial(value_and_grad, task), variables, batch)[1]
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
-    loop = dataclasses.replace(task, scan_layers=False)
-    abstract = jax.eval_shape(loop.init, jax.random.key(0), spec_of(batch))
-    jaxpr = jax.make_jaxpr(functools.partial(loop.logits))(abstract, batch)
+    abstract = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch))
+    jaxpr = jax.make_jaxpr(task.logits)(abstract, batch)
     dots = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
     assert {var.aval.dtype for eqn in dots for var in eqn.invars} == {jnp.dtype("bfloat16")}
     exponentials = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "exp"]
@@ -217,16 +197,15 @@ def test_types_of_parameters_logits_and_matmuls():
 @pytest.mark.parametrize("options", [{}, {"kv_heads": 4, "tied_head": False}])
 def test_flops_match_the_traced_matmuls(options):
     """Count every matmul of loss and gradient. Fault: the formula lacks a term or counts it twice."""
-    task = dataclasses.replace(SMALL, scan_layers=False, **options)
+    task = dataclasses.replace(SMALL, **options)
     batch = batch_of()
     abstract = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch))
     jaxpr = jax.make_jaxpr(functools.partial(value_and_grad, task))(abstract, batch).jaxpr
-    counted = sum(dot_flops(eqn) for eqn in equations(jaxpr) if eqn.primitive.name == "dot_general")
-    assert task.flops(spec_of(batch)) == counted
-    assert dataclasses.replace(task, scan_layers=True, remat="full").flops(spec_of(batch)) == counted
+    dots = (eqn for eqn in equations(jaxpr, unrolled=True) if eqn.primitive.name == "dot_general")
+    assert task.flops(spec_of(batch)) == sum(map(dot_flops, dots))
 
 
-@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "tied_head": False}, {"scan_layers": False}])
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "tied_head": False}])
 def test_logical_axes_name_every_dimension(options):
     """Faults: axes do not fit the arrays; boxes remain in the tree; no rule has a name."""
     task = dataclasses.replace(SMALL, **options)

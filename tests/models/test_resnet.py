@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend import core
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from traced import equations
 
 from shampax.models.resnet import ResNetTask
 
@@ -71,24 +71,13 @@ def assert_close(left, right, tolerance):
 
 def convolutions(task, spec):
     """Return (kernel shape, stride, result shape) of each convolution of a forward pass, in order."""
-    unrolled = dataclasses.replace(task, scan_blocks=False)
-    variables = jax.eval_shape(unrolled.init, jax.random.key(0), spec)
-    jaxpr = jax.make_jaxpr(lambda *given: unrolled.logits(*given, train=False)[0])(variables, spec)
+    variables = jax.eval_shape(task.init, jax.random.key(0), spec)
+    jaxpr = jax.make_jaxpr(lambda *given: task.logits(*given, train=False)[0])(variables, spec)
     return [
         (eqn.invars[1].aval.shape, eqn.params["window_strides"][0], eqn.outvars[0].aval.shape)
-        for eqn in equations(jaxpr.jaxpr)
+        for eqn in equations(jaxpr.jaxpr, unrolled=True)
         if eqn.primitive.name == "conv_general_dilated"
     ]
-
-
-def equations(jaxpr):
-    """Return all equations, including those inside calls."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for parameter in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, core.Jaxpr)):
-            inner = parameter.jaxpr if isinstance(parameter, core.ClosedJaxpr) else parameter
-            if isinstance(inner, core.Jaxpr):
-                yield from equations(inner)
 
 
 @pytest.fixture(scope="module")
@@ -126,29 +115,10 @@ def test_flops_match_the_traced_convolutions(fifty_convolutions):
 
 def test_flops_agree_with_the_compilers():
     """Fault: the formula has the same error as the test above."""
-    task = dataclasses.replace(FIFTY, scan_blocks=False)
+    task = dataclasses.replace(FIFTY, stages=(1, 1, 1, 1))  # it counts the body of a loop once
     variables = jax.eval_shape(task.init, jax.random.key(0), fifty_spec())
     lowered = jax.jit(lambda *given: task.logits(*given, train=False)[0]).lower(variables, fifty_spec())
     assert lowered.cost_analysis()["flops"] == pytest.approx(task.flops(fifty_spec()) / 3, rel=0.03)
-
-
-def test_scanned_blocks_equal_a_loop():
-    """Fault: scan shares, reorders or skips blocks, or loses their statistics."""
-    task = dataclasses.replace(SMALL, stages=(3,))
-    loop = dataclasses.replace(task, scan_blocks=False)
-
-    def unscanned(tree):
-        tree = dict(tree)
-        rest = tree.pop("stage1_rest")
-        return tree | {f"stage1_rest_{i + 1}": jax.tree.map(lambda x, i=i: x[i], rest) for i in range(2)}
-
-    variables = variables_of(task)
-    split = {name: unscanned(tree) for name, tree in variables.items()}
-    (loss, (state, _)), gradient = grad_of(task, variables, batch_of())
-    (loop_loss, (loop_state, _)), loop_gradient = grad_of(loop, split, batch_of())
-    assert_close(loss, loop_loss, 1e-5)
-    assert_close(unscanned(state["batch_stats"]), loop_state["batch_stats"], 1e-4)
-    assert_close(unscanned(gradient), loop_gradient, 1e-3)
 
 
 def test_evaluation_depends_on_no_other_example():
@@ -226,7 +196,7 @@ def test_initial_scales():
 
 def test_types_of_parameters_statistics_and_convolutions():
     """Faults: parameters, statistics or logits are bfloat16; convolutions are float32."""
-    task = dataclasses.replace(BASIC, compute_dtype="bfloat16", scan_blocks=False)
+    task = dataclasses.replace(BASIC, compute_dtype="bfloat16")
     batch = batch_of()
     abstract = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch))
     jaxpr = jax.make_jaxpr(lambda *given: task.logits(*given, train=True))(abstract, batch)
@@ -239,7 +209,7 @@ def test_types_of_parameters_statistics_and_convolutions():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("task", [SMALL, BASIC, dataclasses.replace(SMALL, scan_blocks=False)])
+@pytest.mark.parametrize("task", [SMALL, BASIC])
 def test_logical_axes_name_every_dimension(task):
     """Faults: axes do not fit the arrays; boxes remain in the tree; statistics have no names."""
     variables = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch_of()))
@@ -254,10 +224,8 @@ def test_logical_axes_name_every_dimension(task):
 
     assert type(variables) is type(axes) is dict
     jax.tree.map(check, variables, axes)
-    rest = "stage2_rest" if task.scan_blocks else "stage2_rest_1"
-    stack = ("layers",) if task.scan_blocks else ()
-    assert axes["params"][rest]["conv2"]["kernel"] == (*stack, "height", "width", "conv_in", "conv_out")
-    assert axes["batch_stats"][rest]["norm1"]["mean"] == (*stack, "norm")
+    assert axes["params"]["stage2_rest"]["conv2"]["kernel"] == ("layers", "height", "width", "conv_in", "conv_out")
+    assert axes["batch_stats"]["stage2_rest"]["norm1"]["mean"] == ("layers", "norm")
 
 
 @functools.cache

@@ -134,11 +134,11 @@ def test_every_source_token_and_its_position_matter(before):
 
 
 def test_loss_and_metrics_by_hand(before):
-    """Faults: held-out losses include label smoothing or the z-loss; a target of another pair or of padding counts;
-    weights are wrong."""
+    """Faults: held-out losses include label smoothing; a target of another pair or of padding counts; weights are
+    wrong."""
     batch, variables = batch_of(), variables_of()
     logits = before.astype(np.float64)
-    nats = spread = right = count = z = 0.0
+    nats = spread = right = count = 0.0
     for row in range(4):
         for slot in range(9):
             segment = batch["target_segments"][row, slot + 1]
@@ -146,7 +146,6 @@ def test_loss_and_metrics_by_hand(before):
                 continue
             log_probs = logits[row, slot] - np.log(np.exp(logits[row, slot]).sum())
             target = batch["target"][row, slot + 1]
-            z += np.log(np.exp(logits[row, slot]).sum()) ** 2
             nats, spread = nats - log_probs[target], spread - log_probs.mean()
             right, count = right + (log_probs.argmax() == target), count + 1
     assert count == sum(size - 1 for sizes in TARGETS for size in sizes)
@@ -157,10 +156,6 @@ def test_loss_and_metrics_by_hand(before):
         expected = {"loss": (objective, count), "nats_per_token": (nats, count), "accuracy": (right, count)}
         assert_close(metrics, expected, 1e-4)
         assert_close(loss, objective / count, 1e-4)
-    for train, objective in ((True, 0.9 * nats + 0.1 * spread + 0.01 * z), (False, nats)):
-        loss, (_, metrics) = loss_of(dataclasses.replace(STILL, z_loss=0.01), variables, batch, 0, train)
-        assert_close(metrics["z_loss"], (z, count), 1e-4)
-        assert_close((loss, metrics["loss"][0]), (objective / count, objective), 1e-4)
 
 
 def test_dropout_depends_on_the_key_and_is_only_in_training():
@@ -342,7 +337,6 @@ def test_logical_axes_name_every_dimension():
         ({"head_dim": 7}, "head_dim=7: .* 8"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"label_smoothing": -0.1}, "label_smoothing=-0.1"),
-        ({"z_loss": -1.0}, "z_loss=-1.0: must be at least 0"),
         ({"beam_size": 0}, "beam_size=0"),
         ({"length_penalty": -1.0}, "length_penalty=-1.0"),
         ({"remat": "some"}, "'some': use one of none, full, dots"),

@@ -41,7 +41,7 @@ def variables_of(task):
 
 @functools.partial(quick_jit, static_argnums=0)
 def logits_of(task, variables, batch):
-    return task.logits(variables, batch)
+    return task.logits(variables, batch)[0]
 
 
 @functools.partial(quick_jit, static_argnums=(0, 3))

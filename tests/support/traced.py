@@ -13,14 +13,16 @@ quick_jit = functools.partial(
 )
 
 
-def equations(jaxpr):
-    """Return all equations, including those inside calls."""
+def equations(jaxpr, *, unrolled=False):
+    """Return all equations, including those inside calls; `unrolled` repeats those of a scan for each iteration."""
     for eqn in jaxpr.eqns:
         yield eqn
+        times = eqn.params["length"] if unrolled and eqn.primitive.name == "scan" else 1
         for parameter in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, core.Jaxpr)):
             inner = parameter.jaxpr if isinstance(parameter, core.ClosedJaxpr) else parameter
             if isinstance(inner, core.Jaxpr):
-                yield from equations(inner)
+                for _ in range(times):
+                    yield from equations(inner, unrolled=unrolled)
 
 
 def dot_flops(eqn):
