@@ -32,7 +32,7 @@ class Data(Protocol):
 
     @property
     def tokens_per_example(self) -> int:
-        """Count the tokens (or images, clicks, ...) that one example trains on."""
+        """Return the number of tokens that one example trains on, 1 for data that are not text."""
         ...
 
     def prepare(self, cache: Path) -> None:

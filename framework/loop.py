@@ -103,9 +103,10 @@ class Run:
         if jax.process_index() == 0:
             writer = MetricsWriter(request.workdir, after_step=record.step, evaluated=record.evaluated)
         flops = request.task.flops(self.blueprint.feed.batch_spec)
+        examples = request.config.batch_size
         return Journal(
             writer,
-            Speedometer(request.mesh, flops_per_step=flops, **pace),
+            Speedometer(request.mesh, examples_per_step=examples, flops_per_step=flops, **pace),
             self._clock,
             (self.service, self.saver),
             start=record,

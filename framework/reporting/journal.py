@@ -9,9 +9,9 @@ import jax
 from ..base.durations import Period
 from ..checkpoint.record import Record
 from ..distributed import console
-from . import progress
 from .clock import Clock, seconds_since_process_start
 from .metrics import MetricsWriter
+from .progress import Speedometer, progress_line
 
 
 class Reporter(Protocol):
@@ -46,7 +46,7 @@ class Journal:
     """
 
     writer: MetricsWriter | None
-    speedometer: progress.Speedometer
+    speedometer: Speedometer
     clock: Clock
     reporters: Sequence[Reporter]
     _: dataclasses.KW_ONLY
@@ -79,7 +79,10 @@ class Journal:
         self.most_consecutive_skips = max(self.most_consecutive_skips, consecutive_skips)
         if spike:
             self.first_spike = self.first_spike or step
-            console.say(progress.spike_line(step, numbers["loss"], bound, skipped=consecutive_skips > 0))
+            verdict = "is skipped" if consecutive_skips else "is not skipped"
+            console.say(
+                f"loss spike at step {step}: {numbers['loss']:.4f}, above the bound of {bound:.4f}; the step {verdict}"
+            )
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = seconds_since_process_start()
             console.say(f"first step done {self.seconds_to_first_step:.1f} s after the process started")
@@ -87,14 +90,14 @@ class Journal:
         if not self.due(step):
             return
         values = {name if name.startswith("optimizer/") else f"train/{name}": n for name, n in numbers.items()}
-        speed = self.speedometer.read(step, seconds)
+        values |= self.speedometer.read(step, seconds)
         remaining = self.speedometer.remaining(step, seconds)
-        console.say(progress.progress_line(step, self.total_steps, values, speed, remaining))
+        console.say(progress_line(step, self.total_steps, values, remaining))
         for reporter in self.reporters:
             if complaint := reporter.complaint():
                 console.say(complaint)
             values |= reporter.metrics()
-        self._write(step, seconds, values | (speed.values() if speed else {}))
+        self._write(step, seconds, values)
 
     def went_back(self, record: Record, *, limit: int) -> None:
         """Restart from the record of an earlier step after a rollback, and drop all later measurements."""
@@ -111,7 +114,10 @@ class Journal:
 
     def evaluated(self, step: int, values: Mapping[str, float], *, best: bool) -> None:
         """Report the held-out metrics after a step."""
-        console.say(progress.evaluation_line(step, values, best))
+        shown = ", ".join(
+            f"{name} {values[name]:.4f}" for name in sorted(values, key=lambda name: (name != "loss", name))
+        )
+        console.say(f"held-out after step {step}: {shown}{' (best so far)' if best else ''}")
         self._write(step, self.clock.seconds, {f"heldout/{name}": value for name, value in values.items()})
 
     def __enter__(self):

@@ -15,7 +15,7 @@ STEP = COUNTS | {"loss": 2.0, "learning_rate": 0.1, "spike_bound": 3.0}
 @pytest.fixture
 def journal():
     pace = {"total_steps": 1000, "tokens_per_step": 64}
-    speedometer = progress.Speedometer(meshes.make_mesh({"data": -1}), flops_per_step=1.0, **pace)
+    speedometer = progress.Speedometer(meshes.make_mesh({"data": -1}), examples_per_step=4, flops_per_step=1.0, **pace)
     return Journal(None, speedometer, Clock(0.0), (), start=Record(), period=Period(100), **pace)
 
 

@@ -13,7 +13,7 @@ ADAMW = "shampax.optimizers.baselines:AdamWOptions"
 SHAMPOO = "shampax.optimizers.shampoo:ShampooOptions"
 
 
-TIMES = ("seconds", "throughput/steps_per_second", "throughput/tokens_per_second")
+TIMES = ("seconds", *(f"throughput/{unit}_per_second" for unit in ("steps", "examples", "tokens")))
 
 
 def make_config(**changes):
