@@ -12,6 +12,7 @@ from .errors import UserError
 UNITS = ("steps", "epochs", "examples", "tokens", "%")
 # Two digits of exponent at most: exact arithmetic on "1e999999999" would fill the memory.
 _FORM = re.compile(r"\s*(?P<number>[0-9][0-9_]*(\.[0-9]+)?([eE]\+?[0-9]{1,2})?)\s*(?P<unit>%|[A-Za-z]+|)\s*")
+_MOST_STEPS = 2**31 - 1  # the step is an int32 on devices
 _COUNTS = "600 steps, 2 epochs, 1e6 examples or 5e6 tokens"
 _EXAMPLES = f"{_COUNTS}, or 10% of the run"
 
@@ -39,23 +40,20 @@ def to_steps(duration: str | int, units: Units) -> int:
     The arithmetic is exact: "0.1 epochs" of 1,000 examples is 100 examples, although 0.1 has no exact binary form.
 
     Raises:
-      UserError: not a duration; a fraction of a step; a percentage while the length of the run is not known.
+      UserError: not a duration; a fraction of a step; more steps than int32 counts; a percentage while the length of
+        the run is not known.
     """
-    number, unit = _parse(duration)
-    if unit == "steps":
-        if number.denominator != 1:
-            raise UserError(f"{duration!r}: a duration in steps must be whole. Use {math.ceil(number)} steps.")
-        return int(number)
-    if unit == "%":
-        if units.total_steps is None:
-            raise UserError(f"{duration!r}: a percentage cannot set the length of the run. Use {_COUNTS}.")
-        return math.ceil(number * units.total_steps / 100)
-    examples = {
-        "epochs": number * units.examples_per_epoch,
-        "examples": number,
-        "tokens": number / units.tokens_per_example,
+    number, unit = parse(duration, whole_run=units.total_steps is None)
+    steps = {
+        "steps": number,
+        "epochs": number * units.examples_per_epoch / units.batch_size,
+        "examples": number / units.batch_size,
+        "tokens": number / units.tokens_per_example / units.batch_size,
+        "%": number * (units.total_steps or 0) / 100,
     }[unit]
-    return math.ceil(examples / units.batch_size)
+    if steps > _MOST_STEPS:
+        raise UserError(f"{duration!r}: is {float(steps):.3g} steps. Use at most {_MOST_STEPS} steps.")
+    return math.ceil(steps)
 
 
 def is_duration(text: str) -> bool:
@@ -68,16 +66,31 @@ def _plural(unit: str) -> str:
     return unit if unit.endswith(("s", "%")) else f"{unit or 'step'}s"
 
 
-def _parse(duration: str | int) -> tuple[fractions.Fraction, str]:
+def parse(duration: str | int, *, whole_run: bool = False) -> tuple[fractions.Fraction, str]:
+    """Return the number and the unit of a duration.
+
+    Args:
+      duration: a text with a number and a unit, or a number of steps.
+      whole_run: whether it is the length of the run, which cannot be a percentage.
+
+    Raises:
+      UserError: as `to_steps`.
+    """
     match = _FORM.fullmatch(str(duration))
     if match is None:
         raise UserError(f"{duration!r}: not a duration. Write a number and a unit, such as {_EXAMPLES}.")
-    unit = _plural(match["unit"])
+    unit, number = _plural(match["unit"]), fractions.Fraction(match["number"].replace("_", ""))
     if unit not in UNITS:
         close = difflib.get_close_matches(unit, UNITS, n=1)
         hint = f"Did you mean {match['number']} {close[0]}?" if close else f"Write {_EXAMPLES}."
         raise UserError(f"{duration!r}: unknown unit {match['unit']!r}. {hint}")
-    return fractions.Fraction(match["number"].replace("_", "")), unit
+    if unit == "%" and whole_run:
+        raise UserError(f"{duration!r}: a percentage cannot set the length of the run. Use {_COUNTS}.")
+    if unit == "steps" and number.denominator != 1:
+        raise UserError(f"{duration!r}: a duration in steps must be whole. Use {math.ceil(number)} steps.")
+    if unit == "steps" and number > _MOST_STEPS:
+        raise UserError(f"{duration!r}: too many steps. Use at most {_MOST_STEPS} steps.")
+    return number, unit
 
 
 @dataclasses.dataclass(frozen=True)

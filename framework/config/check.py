@@ -1,8 +1,7 @@
 """Load, check and compare the configs of runs."""
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,36 +12,15 @@ from ..base.json_files import parse_object
 from . import files, overrides
 from .components import build, is_component
 from .overrides import flat
-from .schema import MAY_CHANGE, TYPES, get_config
+from .schema import BOUNDS, MAY_CHANGE, TYPES, get_config
 
 _SHOWN_DIFFERENCES = 5
 _COMPONENTS = ("task", "data", "optimizer")
 
 
-def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
-    return (lambda value: value in choices), f"one of {', '.join(choices)}"
-
-
-# Values that have the declared type and still make no sense: key -> (whether a value is valid, the rule).
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "seed": (lambda seed: 0 <= seed < 2**32, "from 0 to 2**32 - 1"),
-    "ema_decay": (lambda decay: 0 <= decay < 1, "at least 0 (off) and below 1, for example 0.999"),
-    "gradient_clip": (lambda norm: 0 <= norm < math.inf, "at least 0 (off) and finite"),
-    "schedule.learning_rate": (lambda rate: 0 <= rate < math.inf, "at least 0 and finite"),
-    "evaluation.batches": (lambda count: count == -1 or count > 0, "-1 (all) or above 0"),
-    "checkpoint.keep_last": (lambda count: count >= 1, "at least 1, to resume from"),
-    "checkpoint.keep_best": (lambda count: count >= 0, "at least 0"),
-    "evaluation.best_mode": _one_of("min", "max"),
-    "checkpoint.on_error": _one_of("stop", "continue"),
-    "guard.max_consecutive_skips": (lambda count: count >= 1, "at least 1"),
-    "guard.on_spike": _one_of("ignore", "skip", "rollback"),
-    "guard.max_rollbacks": (lambda count: count >= 0, "at least 0"),
-    "guard.spike_factor": (lambda factor: factor > 0, "above 0"),
-    "guard.spike_window": (lambda steps: steps >= 2, "at least 2"),
-    "watchdog_seconds": (lambda seconds: seconds >= 0, "at least 0 (off)"),
-    "compilation_cache.gigabytes": (lambda size: size > 0, "above 0"),
-    "processes.death_seconds": (lambda seconds: seconds >= 5, "at least 5"),
-}
+# The largest integer of int32; the smallest number above 0 that no device rounds to 0 and the largest of float32.
+_LARGEST = 2**31 - 1
+_SMALLEST_FLOAT, _LARGEST_FLOAT = 1.18e-38, 3.4e38
 
 
 def load(spec: str, changes: Sequence[str] = ()) -> Any:
@@ -66,6 +44,7 @@ def load(spec: str, changes: Sequence[str] = ()) -> Any:
 def check(config: ConfigDict) -> None:
     """Raise UserError if a knob is missing, unknown, of another type than declared or out of range.
 
+    Devices compute in int32 and float32: no number of a config may be too large for these, or become 0 in float32.
     Builds each component once, to find the values that its class refuses.
     """
     declared, given = (dict(flat(side, whole=is_component)) for side in (get_config(), config))
@@ -78,21 +57,22 @@ def check(config: ConfigDict) -> None:
         value = given[key]
         if key in _COMPONENTS:
             _check_section(key, value)
+            for field, number in value.items():
+                _check_numbers(f"{key}.{field}", number)
             with overrides.about(key):
                 build(value)
             continue
+        hint = TYPES.get(key, type(default))
         try:
-            values.convert(value, TYPES.get(key, type(default)))
+            values.convert(value, hint)
         except TypeError:
-            raise UserError(overrides.mistyped(key, value, TYPES.get(key, type(default)))) from None
+            raise UserError(overrides.mistyped(key, value, hint)) from None
         if isinstance(default, str) and durations.is_duration(default):
-            # The units are arbitrary: this only parses. The length of the run itself cannot be a percentage.
-            units = durations.Units(1, 1, 1, total_steps=None if key == "duration" else 1)
             with overrides.about(key):
-                durations.to_steps(value, units)
-        valid, rule = _RULES.get(key, (lambda _: True, ""))
-        if not valid(value):
-            raise UserError(f"config.{key}={value!r}: must be {rule}.")
+                durations.parse(value, whole_run=key == "duration")
+        _check_numbers(key, value, *BOUNDS.get(key, ()))
+        if key == "evaluation.batches" and value == 0:
+            raise UserError(f"config.{key}=0: no batch to evaluate. Use -1 for all batches, or at least 1.")
 
 
 def to_json(config: ConfigDict) -> str:
@@ -143,6 +123,21 @@ def foreign(path: Any, changed: Sequence[str]) -> str:
         f"{path} belongs to another config ({shown}{more}). Use another --workdir, restore the old values, "
         f"or allow the change with --config.may_change={keys}."
     )
+
+
+def _check_numbers(key: str, value: Any, low: float | None = None, high: float | None = None) -> None:
+    """Check a number, or all numbers of a tuple."""
+    if isinstance(value, tuple):
+        for item in value:
+            _check_numbers(key, item)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    if isinstance(value, float) and 0 < abs(value) < _SMALLEST_FLOAT:
+        raise UserError(f"config.{key}={value!r}: is 0 in float32. Use 0, or at least {_SMALLEST_FLOAT}.")
+    largest = _LARGEST if isinstance(value, int) else _LARGEST_FLOAT
+    low, high = -largest if low is None else low, largest if high is None else high
+    if not low <= value <= high:
+        raise UserError(f"config.{key}={value!r}: must be {f'at least {low}' if value < low else f'at most {high}'}.")
 
 
 def _check_section(key: str, section: Any) -> None:

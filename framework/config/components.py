@@ -40,12 +40,8 @@ def component(name: str, **fields: Any) -> Any:
             continue
         value = fields.get(field.name, _default(field))
         if isinstance(value, FieldReference):
-            _convert(
-                name, field.name, value.get(), hints[field.name]
-            )  # a reference stays one; only its type is checked
-        elif value is dataclasses.MISSING:
-            value = None
-        else:
+            _convert(name, field.name, value.get(), hints[field.name])  # only checked: the section keeps the reference
+        elif value is not None:
             value = _convert(name, field.name, value, hints[field.name])
         section[field.name] = value
     return section.lock()
@@ -129,7 +125,8 @@ def _refuse_unknown(name: str, fields: Iterable[str], known: Iterable[str]) -> N
 
 
 def _default(field: dataclasses.Field) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return None if value is dataclasses.MISSING else value
 
 
 def _convert(component_name: str, field: str, value: Any, hint: Any) -> Any:

@@ -5,8 +5,6 @@ with variants lists them in `VARIANTS`, a dict with their names as keys.
 """
 
 import importlib
-import importlib.machinery
-import importlib.util
 import inspect
 import re
 import sys
@@ -58,11 +56,6 @@ def run(spec: str) -> ConfigDict:
     return config
 
 
-def variants(spec: str) -> tuple[str, ...]:
-    """Return the names of the variants of a file, or raise UserError if it does not exist or fails."""
-    return tuple(getattr(_load(_parse(spec)[0]), "VARIANTS", ()))
-
-
 def _parse(spec: str) -> tuple[str, str | None]:
     match = _FORM.fullmatch(spec)
     if match is None:
@@ -94,21 +87,13 @@ def _find(path: str) -> Path:
 
 
 def _execute(file: Path) -> types.ModuleType:
+    """Run a file as a module, without reading or writing bytecode beside the user's file."""
     name = f"config_{re.sub(r'[^0-9A-Za-z_]', '_', file.stem)}"
-    loader = _FromSource(name, str(file))
-    module_spec = importlib.util.spec_from_file_location(name, file, loader=loader)
-    assert module_spec is not None
-    module = importlib.util.module_from_spec(module_spec)
+    module = types.ModuleType(name)
+    module.__file__ = str(file)
     sys.modules[name] = module  # dataclasses defined in the file look up their annotations here
-    loader.exec_module(module)
+    exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
     return module
-
-
-class _FromSource(importlib.machinery.SourceFileLoader):
-    """Ignore bytecode: none is written beside the user's file, and none is stale if the file changes in a second."""
-
-    def get_code(self, fullname: str) -> types.CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def _explain(error: BaseException, path: str, file: str | None) -> str:

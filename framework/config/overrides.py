@@ -29,12 +29,8 @@ def apply(config: ConfigDict, overrides: Sequence[str]) -> None:
       UserError: the key is unknown, or the value has the wrong type.
     """
     pairs = [_split(override) for override in overrides]
-    switches = [(key, text) for key, text in pairs if key.endswith(".name") and is_component(_section(config, key))]
-    for key, text in switches:
-        _switch(config, key, text)
-    for key, text in pairs:
-        if (key, text) not in switches:
-            _set(config, key, text)
+    for key, text in sorted(pairs, key=lambda pair: not _names_component(config, pair[0])):
+        _set(config, key, text)
 
 
 def flat(
@@ -94,16 +90,12 @@ def _section(config: ConfigDict, key: str) -> Any:
     return section if isinstance(section, ConfigDict) else None
 
 
-def _switch(config: ConfigDict, key: str, text: str) -> None:
-    name, path = values.parse(text, str), key.removesuffix(".name")
-    parent, last = _section(config, path), path.rpartition(".")[2]
-    if parent[last].name != name:
-        with about(key):
-            parent[last] = component(name)
+def _names_component(config: ConfigDict, key: str) -> bool:
+    return key.endswith(".name") and is_component(_section(config, key))
 
 
 def _set(config: ConfigDict, key: str, text: str) -> None:
-    section, last = _section(config, key), key.rpartition(".")[2]
+    section, (path, _, last) = _section(config, key), key.rpartition(".")
     if section is None or last not in section:
         raise UserError(unknown_key(key, (name for name, _ in flat(config))))
     inner = section[last]
@@ -111,8 +103,8 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
         fix = f"config.{key}.name" if is_component(inner) else f"one of its keys: {', '.join(inner.keys())}"
         raise UserError(f"config.{key}={text!r}: is a section. Set {fix}.")
     hint = TYPES.get(key, type(inner))
-    if is_component(section) and last != "name":
-        hints = field_types(section.name)
+    if is_component(section):
+        hints = {"name": str} if last == "name" else field_types(section.name)
         if last not in hints:  # a config file has set the name of another class without its fields
             raise UserError(unknown_field(section.name, last, hints))
         hint = hints[last]
@@ -120,5 +112,10 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
         value = values.parse(text, hint)
     except TypeError:
         raise UserError(mistyped(key, text, hint)) from None
+    if is_component(section) and last == "name":
+        if value != section.name:
+            with about(key):
+                _section(config, path)[path.rpartition(".")[2]] = component(value)
+        return
     with section.ignore_type():  # the declared type may allow values of another type than the present one
         section[last] = value

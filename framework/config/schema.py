@@ -6,7 +6,7 @@ interval means never. `--help` prints the comments, so each is one line.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
@@ -39,11 +39,35 @@ MAY_CHANGE = (
     "may_change",
 )
 
-# Types of knobs whose default does not show the type of its items.
+# Types of knobs whose default does not show all of it.
 TYPES = {
+    "evaluation.best_mode": Literal["min", "max"],
+    "checkpoint.on_error": Literal["stop", "continue"],
+    "guard.on_spike": Literal["ignore", "skip", "rollback"],
     "sharding_rules": Sequence[tuple[str, str | Sequence[str] | None]],
     "renamed": Sequence[tuple[str, str]],
     "may_change": tuple[str, ...],
+}
+
+# Smallest and largest sensible value of a number. `check` bounds all other numbers by int32 and float32.
+BOUNDS: dict[str, tuple[float, float | None]] = {
+    "seed": (0, 2**32 - 1),
+    "batch_size": (1, 2**24),
+    "ema_decay": (0, 0.999999),
+    "gradient_clip": (0, None),
+    "schedule.learning_rate": (0, None),
+    "evaluation.batches": (-1, None),
+    "checkpoint.keep_last": (1, None),
+    "checkpoint.keep_best": (0, None),
+    "guard.max_consecutive_skips": (1, None),
+    "guard.max_rollbacks": (0, None),
+    "guard.spike_factor": (0.1, None),
+    "guard.spike_window": (2, None),
+    "watchdog_seconds": (0, 1e6),
+    "compilation_cache.gigabytes": (0.001, 1e6),
+    "simulated_devices": (0, 1024),
+    "processes.waiting_seconds": (1, 1e6),
+    "processes.death_seconds": (5, 1e6),
 }
 
 
