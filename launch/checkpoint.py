@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..framework.base.errors import UserError
+from ..framework.base.errors import UserError, printable
 from . import environment, flags
 
 
@@ -116,13 +116,13 @@ def _locate(given: Path, *, intact: bool) -> Path:
 
     path, damaged = store.locate(given, intact=intact)
     for other, why in damaged:
-        print(flags.printable(f"warning: checkpoint {other} is damaged ({why}); using {path}"), file=sys.stderr)
+        print(printable(f"warning: checkpoint {other} is damaged ({why}); using {path}"), file=sys.stderr)
     return path
 
 
 def _say(*lines: str) -> None:
     for line in lines:
-        print(flags.printable(line))
+        print(printable(line))
 
 
 def _parser() -> argparse.ArgumentParser:

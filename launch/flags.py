@@ -4,12 +4,11 @@ import argparse
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from ..framework.base.errors import TrainingStopped, UserError
-
-INTERRUPTED = 128 + signal.SIGINT
+from ..framework.base.errors import TrainingStopped, UserError, printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,7 +67,7 @@ class _Once(argparse.Action):
 def explain(error: BaseException) -> tuple[int, str] | None:
     """Return the exit code and the last line for an error that needs no traceback, else None."""
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted"
+        return 128 + signal.SIGINT, "interrupted"
     if isinstance(error, BrokenPipeError):  # the reader of the output has ended, as `head` does
         return 128 + signal.SIGPIPE, "the output was closed"
     if isinstance(error, UserError | TrainingStopped):
@@ -78,8 +77,13 @@ def explain(error: BaseException) -> tuple[int, str] | None:
 
 def run(command: Callable[[], int], explain: Callable[[BaseException], tuple[int, str] | None] = explain) -> int:
     """Run a command and return its exit code. An error that `explain` knows ends in one line on stderr."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on an interrupt is an exception
     try:
-        code = command()
+        try:
+            code = command()
+        except SystemExit:  # argparse has printed the help
+            code = 0
         sys.stdout.flush()
         return code
     except BaseException as error:
@@ -91,8 +95,3 @@ def run(command: Callable[[], int], explain: Callable[[BaseException], tuple[int
         else:
             print(words, file=sys.stderr)
         return code
-
-
-def printable(line: str) -> str:
-    """Escape control characters: names from a checkpoint or file must not control the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

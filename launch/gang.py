@@ -6,14 +6,14 @@ that Ctrl-C in a terminal reaches it once, through this process, and the process
 
 import contextlib
 import ctypes
+import math
 import os
-import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import IO, Any, NamedTuple
 
@@ -21,9 +21,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _OTHER_FAILED = 75  # exit code of a process that ends because another process of the run has failed
 _SETTLING_SECONDS = 1.0  # processes that fail for one reason also end each other; collect their codes meanwhile
 _OUTPUT_SECONDS = 5.0  # for the last lines of ended processes
+_LOOKING_SECONDS = 0.02
 _PR_SET_PDEATHSIG = 1
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+_output = threading.Lock()
 
 
 class Failure(NamedTuple):
@@ -42,7 +44,8 @@ class Gang:
     """Run processes, any number of times, and pass on signals that arrive inside the `with` block.
 
     The first SIGINT, SIGTERM or SIGHUP (as SIGTERM) is sent to all processes, which may take any time to end. A second
-    one is sent too, and processes that have not ended after the grace are killed.
+    one is sent too, and processes that have not ended after the grace are killed. A signal that was ignored before
+    stays ignored, as SIGHUP under nohup.
 
     Args:
       command: command of every process.
@@ -51,14 +54,18 @@ class Gang:
 
     def __init__(self, command: Sequence[str], *, grace_seconds: float):
         self._command, self._grace = command, grace_seconds
-        self.asked: signal.Signals | None = None  # the latest signal received
-        self._processes: list[subprocess.Popen[bytes]] = []
-        # (index, exit code) of ended processes; (None, signal) of received signals.
-        self._events: queue.SimpleQueue[tuple[int | None, int]] = queue.SimpleQueue()
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}  # those that have not ended
+        self._received: list[signal.Signals] = []
         self._handlers: dict[int, Any] = {}
 
+    @property
+    def asked(self) -> signal.Signals | None:
+        """The latest signal received."""
+        return self._received[-1] if self._received else None
+
     def __enter__(self):
-        self._handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, self._receive) for number in heeded}
         return self
 
     def __exit__(self, *exception):
@@ -75,7 +82,7 @@ class Gang:
         relays = []
         try:
             for index, environment in enumerate(environments):
-                process = subprocess.Popen(
+                process = self._processes[index] = subprocess.Popen(
                     self._command,
                     env=dict(environment),
                     stdin=subprocess.DEVNULL,
@@ -84,81 +91,71 @@ class Gang:
                     start_new_session=True,
                     preexec_fn=_die_with(os.getpid()) if _libc else None,
                 )
-                self._processes.append(process)
                 label = f"[{index:>{len(str(len(environments) - 1))}}]"
-                for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
-                    relays.append(_in_background(_relay, source, target, label))
-                _in_background(self._report_end, index, process)
+                for streams in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+                    relays.append(threading.Thread(target=_relay, args=(*streams, label), daemon=True))
+                    relays[-1].start()
             return self._wait()
         finally:
-            for process in self._processes:
-                if process.poll() is None:
-                    _kill_session(process.pid)
-                    process.wait()
-            self._processes = []
+            while self._processes:
+                _end_session(self._processes.popitem()[1])
             for relay in relays:
                 relay.join(_OUTPUT_SECONDS)
 
     def _wait(self) -> Failure | None:
-        running, failures, signals = set(range(len(self._processes))), [], 0
-        deadline, killing = None, False  # at the deadline, ask the running processes to end or kill them
-        while running:
-            try:
-                index, code = self._events.get(timeout=deadline and max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                if killing:
-                    for each in running:
-                        _kill_session(self._processes[each].pid)
-                elif not self.asked:
+        failures, passed_on = [], 0
+        settled_at = kill_at = math.inf
+        while self._processes:
+            for index, process in list(self._processes.items()):
+                if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+                    continue
+                code = _end_session(self._processes.pop(index))
+                if code and (not failures or kill_at == math.inf):  # later codes are those of SIGTERM
+                    failures.append(Failure(index, code if code > 0 else 128 - code))
+            now = time.monotonic()
+            if failures:
+                settled_at = min(settled_at, now + _SETTLING_SECONDS)
+            if now >= settled_at and kill_at == math.inf:
+                kill_at = now + self._grace
+                if not self.asked:
                     self._send(signal.SIGTERM)
-                deadline, killing = None if killing else time.monotonic() + self._grace, True
-                continue
-            if index is None:
-                self._send(code)
-                signals += 1
-                if signals > 1:
-                    deadline, killing = time.monotonic() + self._grace, True
-                continue
-            running.discard(index)
-            if code and (not killing or not failures):
-                failures.append(Failure(index, code if code > 0 else 128 - code))
-                deadline = deadline or time.monotonic() + _SETTLING_SECONDS
+            for number in self._received[passed_on:]:
+                self._send(signal.SIGTERM if number == signal.SIGHUP else number)
+                passed_on += 1
+            if passed_on > 1:
+                kill_at = min(kill_at, now + self._grace)
+            if now >= kill_at:
+                self._send(signal.SIGKILL)
+            time.sleep(_LOOKING_SECONDS)
         causes = [failure for failure in failures if failure.code != _OTHER_FAILED]
         return next(iter(causes + failures), None)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.asked = signal.Signals(number)
-        self._events.put((None, signal.SIGTERM if number == signal.SIGHUP else number))
+        self._received.append(signal.Signals(number))
 
     def _send(self, number: int) -> None:
-        for process in self._processes:
-            process.send_signal(number)  # ignored if it has ended
-
-    def _report_end(self, index: int, process: subprocess.Popen[bytes]) -> None:
-        # Kill the rest of the session while the process is a zombie, so that its number is not reused.
-        with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        _kill_session(process.pid)
-        self._events.put((index, process.wait()))
+        for process in self._processes.values():
+            os.kill(process.pid, number)  # Popen.send_signal would collect a process that has ended
 
 
-def _die_with(parent: int):
-    def ask_linux() -> None:
+def _die_with(parent: int) -> Callable[[], None]:
+    """Return a function for a new process: it is killed when its parent dies."""
+
+    def prepare() -> None:
         assert _libc is not None
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # the parent has died before the call
-            os._exit(128 + signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call above
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    return ask_linux
+    return prepare
 
 
-def _kill_session(leader: int) -> None:
+def _end_session(leader: subprocess.Popen[bytes]) -> int:
+    """Kill a process that has not been waited for and those that it started; return its exit code."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, signal.SIGKILL)
-
-
-_output = threading.Lock()
+        os.killpg(leader.pid, signal.SIGKILL)
+    return leader.wait()
 
 
 def _relay(source: IO[bytes], target: Any, label: str) -> None:
@@ -169,9 +166,3 @@ def _relay(source: IO[bytes], target: Any, label: str) -> None:
             with _output, contextlib.suppress(OSError, ValueError):
                 target.write(text)
                 target.flush()
-
-
-def _in_background(work: Any, *arguments: Any) -> threading.Thread:
-    thread = threading.Thread(target=work, args=arguments, daemon=True)
-    thread.start()
-    return thread

@@ -19,6 +19,7 @@ Exit codes: 0; 2, invalid input; else that of the first process that failed, 128
 import importlib.util
 import os
 import pkgutil
+import secrets
 import socket
 import sys
 from collections.abc import Sequence
@@ -75,6 +76,7 @@ def _environments(processes: int, devices: int) -> list[dict[str, str]]:
         **environment.simulating(devices),
         cluster.ADDRESS: address,
         cluster.COUNT: str(processes),
+        cluster.SECRET: secrets.token_hex(),
         "PYTHONUNBUFFERED": "1",  # write lines at once
     }
     return [{**shared, cluster.INDEX: str(index)} for index in range(processes)]

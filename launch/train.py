@@ -40,7 +40,6 @@ def parser(*, helps: bool = False) -> flags.Parser:
     made = flags.Parser("train", __doc__, usage=usage, add_help=False)
     made.add_argument("--config", required=not helps, metavar="FILE.py[:VARIANT]")
     made.add_argument("--workdir", required=not helps, metavar="DIR", help="rerun with the same DIR to resume")
-    made.add_argument("--profile_steps", metavar="FIRST:STOP", help="the same as --config.profile_steps")
     made.add_argument("--help", "-h", action="store_true", help="list every knob; with --config, its values too")
     return made
 
@@ -48,19 +47,17 @@ def parser(*, helps: bool = False) -> flags.Parser:
 def _main(arguments: Sequence[str]) -> int:
     helps = not {"--help", "-h"}.isdisjoint(arguments)
     options, overrides = parser(helps=helps).parse(arguments)
-    if options.profile_steps:
-        overrides = (*overrides, f"profile_steps={options.profile_steps}")
     if helps:
         _help(options.config, overrides)
         return 0
     place = cluster.place()
     if place is None:
         return _train(options, overrides, None)
-    group = Group(place, explain)
+    group = Group(place)
     try:
         code = _train(options, overrides, group)
     except BaseException as error:
-        group.fail(error)
+        group.fail(error, explain(error))
     group.leave()
     return code
 

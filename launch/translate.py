@@ -8,21 +8,21 @@ Exit codes: 0; 2, invalid input.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import io
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from ..framework.base.errors import UserError
+from ..framework.base.errors import UserError, printable
 from . import flags
 
 TASK, DATA = "shampax.models.translation:TranslationTask", "shampax.framework.data.pairs:PairData"
 _BATCHES_READ = 16  # lines are sorted by length within this many batches
 _LENGTH_STEP = 32  # sources are padded to a multiple of this, so that few lengths are compiled
+_Numbered = list[tuple[int, str]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +36,6 @@ def _main(arguments: Sequence[str] | None) -> int:
     place.add_argument("--workdir", type=Path, metavar="DIR", help="workdir of a translation run")
     place.add_argument("--checkpoint", type=Path, metavar="PATH", help="one of its checkpoints: DIR/checkpoints/STEP")
     parser.add_argument("--use", choices=("best", "newest"), default="best", help="which checkpoint of the workdir")
-    parser.add_argument("--input", default="-", metavar="FILE", help="sentences (default: standard input)")
     parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="sentences per batch (64)")
     parser.add_argument("--beam_size", type=int, metavar="K", help="replaces that of the run")
     parser.add_argument("--length_penalty", type=float, metavar="A", help="replaces that of the run")
@@ -46,33 +45,13 @@ def _main(arguments: Sequence[str] | None) -> int:
         raise UserError(f"--batch_size={options.batch_size}: must be at least 1.")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
-    with _opened(options.input) as file:
-        _translate(options, file)
-    return 0
-
-
-@contextlib.contextmanager
-def _opened(name: str) -> Iterator[BinaryIO]:
-    if name == "-":
-        yield sys.stdin.buffer
-        return
-    try:
-        file = Path(name).expanduser().open("rb")
-    except OSError as error:
-        raise UserError(f"--input={name}: cannot be read ({error.strerror}). Check the path.") from error
-    with file:
-        yield file
-
-
-def _translate(options: argparse.Namespace, file: BinaryIO) -> None:
     translate = _model(options)
-    lines = enumerate(file, start=1)
+    lines = enumerate(sys.stdin.buffer, start=1)
     while group := list(itertools.islice(lines, options.batch_size * _BATCHES_READ)):
         texts = [(number, _text(line, number)) for number, line in group]
         translations = translate([(number, text) for number, text in texts if text])
-        for number, _ in texts:
-            print(translations.get(number, ""))
-        sys.stdout.flush()
+        print(*(translations.get(number, "") for number, _ in texts), sep="\n", flush=True)
+    return 0
 
 
 def _text(line: bytes, number: int) -> str:
@@ -82,7 +61,7 @@ def _text(line: bytes, number: int) -> str:
         raise UserError(f"line {number} of the input is not UTF-8 at byte {error.start}. Convert it.") from error
 
 
-def _model(options: argparse.Namespace) -> Callable[[list[tuple[int, str]]], dict[int, str]]:
+def _model(options: argparse.Namespace) -> Callable[[_Numbered], dict[int, str]]:
     """Return a function from numbered sentences to translations by number."""
     # Imported after the flags are parsed, so that --help does not wait for JAX and Orbax.
     import jax
@@ -103,11 +82,9 @@ def _model(options: argparse.Namespace) -> Callable[[list[tuple[int, str]]], dic
         _warn(f"checkpoint {path} is damaged ({why}); using {checkpoint}")
     data = restore.component(workdir, "data", [DATA])
     search = {name: getattr(options, name) for name in ("beam_size", "length_penalty", "decode_length")}
+    given = {name: value for name, value in search.items() if value is not None}
     try:
-        task = dataclasses.replace(
-            restore.component(workdir, "task", [TASK]),
-            **{name: value for name, value in search.items() if value is not None},
-        )
+        task = dataclasses.replace(restore.component(workdir, "task", [TASK]), **given)
     except ValueError as error:
         raise UserError(str(error)) from error
     tokenizer, decode = data.load_tokenizer(workdir / layout.CACHE), data.decoder(workdir / layout.CACHE)
@@ -128,7 +105,7 @@ def _model(options: argparse.Namespace) -> Callable[[list[tuple[int, str]]], dic
         segments[len(sources) :, 0] = 1  # an empty sentence, whose search ends soon
         return jax.device_put((tokens, segments), placed)
 
-    def translate(sentences: list[tuple[int, str]]) -> dict[int, str]:
+    def translate(sentences: _Numbered) -> dict[int, str]:
         encoded = [(number, tokenizer.encode(text, add_special_tokens=False).ids) for number, text in sentences]
         encoded.sort(key=lambda item: len(item[1]))
         found = {}
@@ -148,7 +125,7 @@ def _model(options: argparse.Namespace) -> Callable[[list[tuple[int, str]]], dic
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {' '.join(text.split())}", file=sys.stderr)
+    print(printable(f"warning: {' '.join(text.split())}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,6 @@ FLOORS = {
 # Start of the importing file's name -> why it may import our own modules inside functions.
 DEFERRED = {
     "launch/": "a verb answers --help and a wrong flag in less time than JAX takes to import",
-    "framework/distributed/processes.py": "JAX may be imported only after the processes have found each other",
 }
 # Start of the file's name -> why it may name a component in a string.
 NAMES_COMPONENTS = {

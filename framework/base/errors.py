@@ -19,3 +19,8 @@ def did_you_mean(unknown: str, known: Iterable[str]) -> str:
     if close:
         return f". Did you mean {close[0]!r}?"
     return f". Choose from: {', '.join(names)}." if names else "."
+
+
+def printable(line: str) -> str:
+    """Escape control characters: text from a file or another process must not control the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

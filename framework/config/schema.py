@@ -117,7 +117,7 @@ def get_config() -> Any:
     config.log = ConfigDict()
     config.log.every = "10 steps"  # how often to log metrics to the console and the workdir
     config.watchdog_seconds = 300.0  # report a stalled process after this many seconds without progress; 0 disables
-    config.profile_steps = ""  # steps to profile for TensorBoard: "10:20" is 10 to 19. --profile_steps is short for it
+    config.profile_steps = ""  # steps to profile for TensorBoard: "10:20" is 10 to 19
     config.compilation_cache = ConfigDict()
     config.compilation_cache.folder = "beside"  # beside (the workdir), a path, or ""; JAX_COMPILATION_CACHE_DIR wins
     config.compilation_cache.gigabytes = 5.0  # maximum size of the compilation cache

@@ -1,17 +1,18 @@
 """Read from the environment which process of a run this is.
 
-`jax.distributed.initialize` can detect this too, but only while it starts JAX. The processes of a run connect and
-compare their configs before that (`framework/distributed/processes.py`), and JAX has no public function for the
-detection alone. Hosts and ports are those that JAX would choose. Sources, in this order:
+`jax.distributed.initialize` can detect this too, but only while it starts JAX; the processes of a run compare their
+configs before that (`framework/distributed/processes.py`). Hosts and ports are those that JAX would choose. Sources, in
+this order:
 
 - JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; each overrides the others below.
-- Open MPI: OMPI_COMM_WORLD_SIZE, _RANK, _LOCAL_SIZE, _LOCAL_RANK; in version 4, OMPI_MCA_orte_hnp_uri has the address.
+- Open MPI: OMPI_COMM_WORLD_SIZE, _RANK, _LOCAL_SIZE and _LOCAL_RANK. It has no address: set JAX_COORDINATOR_ADDRESS.
 - Slurm: variables of a step started by srun, https://slurm.schedmd.com/srun.html.
 - Cloud TPU on GKE: TPU_WORKER_HOSTNAMES, TPU_WORKER_ID, and MEGASCALE_... if a run has several slices.
 - Cloud TPU VMs: attributes that the machine's metadata server returns.
 """
 
 import glob
+import ipaddress
 import os
 import re
 import urllib.error
@@ -23,6 +24,7 @@ from ..base.errors import UserError
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 PORT, LOCAL_DEVICES = "JAX_COORDINATOR_PORT", "JAX_LOCAL_DEVICE_IDS"
+SECRET = "SHAMPAX_SECRET"
 _TPU_PORT = 8482
 _EPHEMERAL_PORTS = range(65536 - 2**12, 65536)  # above those that Linux assigns
 _TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
@@ -39,7 +41,10 @@ class Place(NamedTuple):
       count: number of processes.
       index: number of this process, from 0.
       port_in: environment variable that can change the port.
-      local_devices: numbers of this machine's GPUs that this process uses; None leaves the choice to JAX.
+      here: number of processes on this machine, and index of this process among them; (1, 0) if unknown.
+      local_devices: numbers of the visible GPUs that this process uses; None for all.
+      visible: number of visible GPUs, as far as the environment tells.
+      secret: text that only the processes of this run know, "" if the launcher gave none.
     """
 
     host: str
@@ -47,7 +52,10 @@ class Place(NamedTuple):
     count: int
     index: int
     port_in: str = ADDRESS
+    here: tuple[int, int] = (1, 0)
     local_devices: tuple[int, ...] | None = None
+    visible: int = 0
+    secret: str = ""
 
 
 def place(environ: Mapping[str, str] = os.environ) -> Place | None:
@@ -60,58 +68,45 @@ def place(environ: Mapping[str, str] = os.environ) -> Place | None:
       UserError: a value is missing or invalid.
     """
     given = {name: environ[name] for name in (ADDRESS, COUNT, INDEX) if environ.get(name)}
-    alone = len(given) < 3 and given.get(COUNT) == "1" and given.get(INDEX, "0") == "0"
-    found = None if alone or len(given) == 3 else _find(environ)
-    if alone or (found is None and not given):
+    explicit = len(given) == 3
+    alone = not explicit and given.get(COUNT) == "1" and given.get(INDEX, "0") == "0"
+    found = None
+    for cluster in () if alone or explicit else _CLUSTERS:
+        found = found or cluster(environ)
+    if alone or not (found or given):
         return None
-    count = _number(given, COUNT) if COUNT in given else found and found.count
-    index = _number(given, INDEX) if INDEX in given else found and found.index
-    if index is not None and count is not None and not 0 <= index < count:
+    host, port, count, index, _, here, *_ = found or Place("", 1, 0, -1)
+    count = _number(given, COUNT, least=1) if COUNT in given else count
+    index = _number(given, INDEX) if INDEX in given else index
+    if 0 < count <= index:
         raise UserError(
             f"{INDEX}={index} and {COUNT}={count}: the index must be below the number of processes. Give each process "
             "another index, from 0."
         )
-    host, port = (found.host, found.port) if found else ("", 1)
-    if environ.get(PORT):
-        port = _number(environ, PORT)
     if ADDRESS in given:
-        host, port = _address(given[ADDRESS])
-    if not host or count is None or index is None:
-        missing = [name for name, value in ((ADDRESS, host or None), (COUNT, count), (INDEX, index)) if value is None]
+        host, port = _address(ADDRESS, given)
+    elif environ.get(PORT):
+        port = _number(environ, PORT, least=1, most=2**16 - 1)
+    missing = [name for name, known in ((ADDRESS, host), (COUNT, count), (INDEX, index >= 0)) if not known]
+    if missing:
         said = " and ".join(given) or "the cluster's variables"
         raise UserError(
             f"{said} set for a run of several processes, but {' and '.join(missing)} cannot be detected. Set all three "
             f"variables in each process, or {COUNT}=1 for a run of this process alone."
         )
-    if not 0 < port < 2**16:
-        raise UserError(f"{PORT}={port}: must be from 1 to 65535.")
-    if count == 1 and len(given) < 3:
+    if count == 1 and not explicit:
         return None
-    return Place(host, port, count, index, ADDRESS if ADDRESS in given else PORT, found and found.local_devices)
-
-
-def _find(environ: Mapping[str, str]) -> Place | None:
-    """Ask the clusters in turn; the host is "" if a cluster does not tell it."""
-    # mpirun under Slurm starts its helpers with srun, and the processes inherit srun's variables: Open MPI comes first.
-    finders = (_open_mpi, _slurm, _gke_tpu, _tpu_vm)
-    return next((found for find in finders if (found := find(environ)) is not None), None)
+    port_in = ADDRESS if ADDRESS in given else PORT
+    return Place(host, port, count, index, port_in, here, *_own_gpus(environ, *here), environ.get(SECRET, ""))
 
 
 def _open_mpi(environ: Mapping[str, str]) -> Place | None:
     if "OMPI_COMM_WORLD_RANK" not in environ:
         return None
-    uri = environ.get("OMPI_MCA_orte_hnp_uri", "")  # JOB.0;tcp://IP,IP:PORT; Open MPI 5 has none
-    match = re.match(r"(\d+)\.[^;]*;.*?(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri)
     size, rank, local_size, local_rank = (
         _number(environ, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
     )
-    return Place(
-        (match[2] or match[3]) if match else "",
-        _EPHEMERAL_PORTS[int(match[1]) // 2**12 % 2**12 if match else 0],  # the low 12 bits of a job's number are 0
-        size,
-        rank,
-        local_devices=_own_devices(environ, local_size, local_rank),
-    )
+    return Place("", 1, size, rank, here=(local_size, local_rank))
 
 
 def _slurm(environ: Mapping[str, str]) -> Place | None:
@@ -119,13 +114,13 @@ def _slurm(environ: Mapping[str, str]) -> Place | None:
     if "SLURM_STEP_NODELIST" not in environ or "SLURM_STEP_NUM_TASKS" not in environ:
         return None
     count = _number(environ, "SLURM_STEP_NUM_TASKS")
-    nodes = _number(environ, "SLURM_STEP_NUM_NODES") if "SLURM_STEP_NUM_NODES" in environ else count
+    nodes = _number(environ, "SLURM_STEP_NUM_NODES", least=1) if "SLURM_STEP_NUM_NODES" in environ else count
     return Place(
         first_host(environ["SLURM_STEP_NODELIST"]),
         _EPHEMERAL_PORTS[_number(environ, "SLURM_JOB_ID") % 2**12],
         count,
         _number(environ, "SLURM_PROCID"),
-        local_devices=_own_devices(environ, -(-count // max(1, nodes)), _number(environ, "SLURM_LOCALID")),
+        here=(-(-count // nodes), _number(environ, "SLURM_LOCALID")),
     )
 
 
@@ -141,25 +136,30 @@ def first_host(hostlist: str) -> str:
     return re.sub(r"\[(\d+)[\d,-]*\]", r"\1", match[0])
 
 
-def _own_devices(environ: Mapping[str, str], tasks: int, index: int) -> tuple[int, ...] | None:
-    """Return the share of process `index` in the GPUs of a machine with `tasks` processes, or None for all it sees.
+def _own_gpus(environ: Mapping[str, str], processes: int, index: int) -> tuple[tuple[int, ...] | None, int]:
+    """Return the GPUs of process `index` of those on this machine, None for all it sees, and how many it sees.
 
     A process that sees fewer GPUs than the job has on this machine already has its own.
     """
     allotted = "SLURM_GPUS_ON_NODE"
-    here = _number(environ, allotted) if environ.get(allotted) else len(glob.glob(_GPU_FILES))
+    total = _number(environ, allotted) if environ.get(allotted) else len(glob.glob(_GPU_FILES))
     listed = next((environ[name] for name in _VISIBLE_GPUS if name in environ), None)
-    visible = here if listed is None else len(listed.split(",")) if listed else 0
-    total = here or visible
-    if environ.get(LOCAL_DEVICES) or tasks == 1 or visible < total or total < tasks:
-        return None
-    if total % tasks:
+    visible = total if listed is None else len(listed.split(",")) if listed else 0
+    if given := environ.get(LOCAL_DEVICES):
+        devices = [int(number) for number in given.split(",") if re.fullmatch(r"\d{1,4}", number)]
+        if len(set(devices)) < len(given.split(",")) or max(devices) >= (visible or 10_000):
+            seen = f", below {visible}, the number of visible GPUs" if visible else ""
+            raise UserError(f"{LOCAL_DEVICES}={given!r}: must be different numbers of GPUs{seen}. Write e.g. 0,1.")
+        return tuple(devices), visible
+    if processes < 2 or visible < max(processes, total):
+        return None, visible
+    if visible % processes:
         raise UserError(
-            f"{tasks} processes share {total} GPUs, which does not divide evenly. Start another number of processes on "
-            f"each machine, or set {LOCAL_DEVICES} in each, e.g. 0,1."
+            f"{processes} processes share {visible} GPUs, which does not divide evenly. Start another number of "
+            f"processes on each machine, or set {LOCAL_DEVICES} in each, e.g. 0,1."
         )
-    each = total // tasks
-    return tuple(range(index * each, (index + 1) * each))
+    each = visible // processes
+    return tuple(range(index * each, (index + 1) * each)), visible
 
 
 def _gke_tpu(environ: Mapping[str, str]) -> Place | None:
@@ -175,7 +175,7 @@ def _tpu_vm(environ: Mapping[str, str]) -> Place | None:
     index, endpoints = (_metadata(environ, key) for key in ("agent-worker-number", "worker-network-endpoints"))
     if not index or not endpoints:
         return None  # the TPU of another kind of machine
-    hosts = [endpoint.rpartition(":")[2] for endpoint in endpoints.split(",")]  # NAME:NUMBER:IP, or only IP
+    hosts = [endpoint.split(":", 2)[-1] for endpoint in endpoints.split(",")]  # NAME:NUMBER:IP, or only IP
     said = dict(re.findall(r"^\s*(MEGASCALE_\w+)\s*:\s*'?([^'\n]*)'?\s*$", _metadata(environ, "tpu-env"), re.MULTILINE))
     return _slices(hosts, _number({"agent-worker-number": index}, "agent-worker-number"), said)
 
@@ -185,9 +185,8 @@ def _slices(hosts: list[str], index: int, said: Mapping[str, str]) -> Place:
     slices = _number(said, "MEGASCALE_NUM_SLICES") if said.get("MEGASCALE_NUM_SLICES") else 1
     if slices == 1:
         return Place(hosts[0], _TPU_PORT, len(hosts), index)
-    host, _, _ = said.get("MEGASCALE_COORDINATOR_ADDRESS", "").partition(":")
-    index += len(hosts) * _number(said, "MEGASCALE_SLICE_ID")
-    return Place(host, _TPU_PORT, len(hosts) * slices, index)
+    host, _ = _address("MEGASCALE_COORDINATOR_ADDRESS", said, _TPU_PORT)
+    return Place(host, _TPU_PORT, len(hosts) * slices, index + len(hosts) * _number(said, "MEGASCALE_SLICE_ID"))
 
 
 def _metadata(environ: Mapping[str, str], key: str) -> str:
@@ -199,7 +198,7 @@ def _metadata(environ: Mapping[str, str], key: str) -> str:
     try:
         with urllib.request.build_opener(direct).open(request, timeout=_METADATA_SECONDS) as answer:
             return answer.read().decode().strip()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code == 404:
             return ""
         raise UserError(
@@ -208,15 +207,26 @@ def _metadata(environ: Mapping[str, str], key: str) -> str:
         ) from error
 
 
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise UserError(f"{ADDRESS}={text!r}: must be host:port of process 0, e.g. 10.0.0.1:8476.")
-    return host.strip("[]"), int(port)
-
-
-def _number(said: Mapping[str, str], name: str) -> int:
+def _address(name: str, said: Mapping[str, str], default_port: int = 0) -> tuple[str, int]:
+    """Return host and port of "host:port" or "[IPv6]:port"."""
     text = said.get(name, "")
-    if not text.isdecimal():
-        raise UserError(f"{name}={text!r} in the environment: must be a whole number.")
+    match = re.fullmatch(r"(?:\[(.+)\]|([^\s:/@\[\]]+))(?::(\d{1,5}))?", text)
+    try:
+        host = match and (match[2] or str(ipaddress.IPv6Address(match[1])))
+    except ValueError:
+        host = None
+    port = int(match[3] or default_port) if match else 0
+    if not host or not 0 < port < 2**16:
+        raise UserError(f"{name}={text!r}: must be host:port of process 0, e.g. 10.0.0.1:8476 or [fe80::1]:8476.")
+    return host, port
+
+
+def _number(said: Mapping[str, str], name: str, *, least: int = 0, most: int = 2**31 - 1) -> int:
+    text = said.get(name, "")
+    if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= most:
+        raise UserError(f"{name}={text!r} in the environment: must be a whole number from {least} to {most}.")
     return int(text)
+
+
+# mpirun under Slurm starts its helpers with srun, and the processes inherit srun's variables: Open MPI comes first.
+_CLUSTERS = (_open_mpi, _slurm, _gke_tpu, _tpu_vm)

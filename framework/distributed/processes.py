@@ -1,48 +1,51 @@
 """Start and end the processes of a run together.
 
 Process 0 listens, and every other process keeps one TCP connection to it. When all have connected and sent the same
-identity, JAX starts, and a first all-reduce shows that the devices reach each other. The kernel closes the connection
+identity, JAX starts, and a first collective shows that the devices reach each other. The kernel closes the connection
 of a killed process at once, whatever collective the others wait in; TCP keep-alive detects a machine that is gone. A
 process that detects a failure notifies the others, and every notified process exits immediately: an exit handler or the
-end of a `with` block could wait forever.
+end of a `with` block could wait forever. JAX detects dead processes too, but later and by aborting. Only when process 0
+dies can its abort come first; the exit code is then that of SIGABRT.
 
-JAX detects dead processes too, but later and by aborting. Only when process 0 dies can its abort come first; the exit
-code is then that of SIGABRT.
+Messages are JSON lists, one per line. None of them can cause exit code 0 or print control characters.
 
-Messages are JSON lists, one per line:
-
-    ["hello", index, count]  to process 0: the first message
-    ["welcome"]              from process 0: the answer
-    ["ready", identity]      to process 0: the config is loaded
-    ["start", port]          from process 0: all are ready, start JAX at this port
-    ["done"]                 to process 0: training has finished
-    ["over"]                 from process 0: training has finished in all processes
-    ["end", code, line]      in both directions: exit with this code and this last line
+    ["hello", index, count, secret]  to process 0: the first message
+    ["welcome", secret]              from process 0: the answer
+    ["ready", identity]              to process 0: the config is loaded
+    ["start", port]                  from process 0: all are ready, start JAX at this port
+    ["done"]                         to process 0: training has finished
+    ["over"]                         from process 0: training has finished in all processes
+    ["end", code, line]              in both directions: exit with this code and this last line
 """
 
 import contextlib
+import hmac
 import os
 import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
-from ..base.errors import UserError
+from ..base.errors import UserError, printable
 from . import sameness, wire
 from .cluster import ADDRESS, COUNT, INDEX, Place
 
 _FAILED, _REFUSED = 1, 2
-_GONE = 75  # EX_TEMPFAIL: another process has died or failed, and the same command resumes
+TRY_AGAIN = 75  # EX_TEMPFAIL: another process has died or failed, or this one hangs, and the same command resumes
 
-_RESUME = "rerun the same command to resume from the latest checkpoint"
+RESUME = "rerun the same command to resume from the latest checkpoint"
 _VERDICT_SECONDS = 3.0  # a collective fails before it is known which process died
 _LEAVING_SECONDS = 2.0  # for notified processes to exit; they need milliseconds
 _COMING_SECONDS = 20.0  # for processes that have not connected yet, to tell them why the run ends
 _RETRY_SECONDS = 0.2
 _SECONDS_BEHIND = 5.0  # process 0 knows which processes are missing, so it reports before the others do
 _NAMED = 10  # processes that a message names
+_LONGEST_LINE = 2_000  # characters of another process that are printed
+_STRANGERS = 64  # connections without a valid hello, in addition to one for each process
+
+_group: "Group | None" = None  # of the run that this process takes part in
 
 
 class Group:
@@ -50,17 +53,16 @@ class Group:
 
     Args:
       place: which process of the run this is.
-      explain: returns (exit code, last line) of an exception that needs no traceback, None for any other.
 
     Raises:
       UserError: process 0 cannot listen.
     """
 
-    def __init__(self, place: Place, explain: Callable[[BaseException], tuple[int, str] | None]):
-        self._place, self._explain = place, explain
+    def __init__(self, place: Place):
+        self._place = place
         self._lock = threading.Lock()
         self._connections: dict[int, socket.socket] = {}  # process 0 has one to each other process, they have one to it
-        self._come: set[int] = set()  # connected processes; in processes other than 0 only process 0
+        self._come: set[int] = set()  # processes that have connected; in processes other than 0 only process 0
         self._identities: dict[int, Mapping[str, str]] = {}  # in process 0 only
         self._done: set[int] = set()
         self._jax_port = 0
@@ -69,6 +71,7 @@ class Group:
         self._started, self._over = threading.Event(), threading.Event()
         self._ending = threading.Lock()
         self._told: list[list[Any]] = []  # messages for all connected processes, and for those that connect later
+        self._strangers = threading.Semaphore(place.count + _STRANGERS)
         if place.index:
             _in_background(self._connect)
             return
@@ -88,23 +91,25 @@ class Group:
 
         Args:
           identity: values by name that must be the same in all processes; see `sameness.identity`.
-          waiting_seconds: timeout for all to connect, for the first all-reduce and, in `leave`, for all to finish.
+          waiting_seconds: timeout for all to connect, for the first collective and, in `leave`, for all to finish.
           death_seconds: silence after which a machine is given up.
         """
-        place = self._place
-        behind = _SECONDS_BEHIND if place.index else 0
-        self._waiting_seconds = waiting_seconds
+        global _group
+        place, self._waiting_seconds = self._place, waiting_seconds
+        timeout = waiting_seconds + (_SECONDS_BEHIND if place.index else 0)
         self._note_ready(place.index, identity)
-        started = self._started.wait(waiting_seconds + behind)
+        started = self._started.wait(timeout)
         self._patience = _LEAVING_SECONDS
         if not started:
-            self._end(_GONE, f"error: {self._missing()}")
+            self._end(TRY_AGAIN, f"error: {self._missing()}")
         with self._lock:
             for connection in self._connections.values():
                 wire.keep_alive(connection, death_seconds)
+        _group = self
         import jax  # not at the top: processes connect, and hear of failures, while it loads
+        from jax.experimental import multihost_utils
 
-        host = wire.bracketed(place.host)
+        host = f"[{place.host}]" if ":" in place.host else place.host
         jax.distributed.initialize(
             f"{host}:{self._jax_port}",
             place.count,
@@ -116,30 +121,30 @@ class Group:
             heartbeat_timeout_seconds=max(10, round(2 * death_seconds)),
             shutdown_timeout_seconds=max(1, round(death_seconds)),
         )
-        from .proof_of_life import all_reduce
-
-        watch = threading.Timer(waiting_seconds + behind, self._no_answer)
+        watch = threading.Timer(timeout, self._no_answer)
         watch.daemon = True
         watch.start()
-        all_reduce()
+        multihost_utils.sync_global_devices("the devices reach each other")
         watch.cancel()
+        if place.local_devices and place.index == 0:
+            print(f"each process has {len(place.local_devices)} of {place.visible} GPUs of its machine", flush=True)
 
     def leave(self) -> None:
         """Wait until all processes have finished; if one has not after `waiting_seconds`, all exit."""
         self._note_done(self._place.index)
         if not self._over.wait(self._waiting_seconds):
             self._end(
-                _GONE,
+                TRY_AGAIN,
                 f"error: process {self._place.index} has finished, and other processes have not within "
-                f"{self._waiting_seconds:g} s. Check that all use the same workdir, then {_RESUME}.",
+                f"{self._waiting_seconds:g} s. Check that all use the same workdir, then {RESUME}.",
             )
         import jax
 
         jax.distributed.shutdown()
 
-    def fail(self, error: BaseException) -> NoReturn:
-        """Exit all processes because this one has raised an exception."""
-        me, known = self._place.index, self._explain(error)
+    def fail(self, error: BaseException, known: tuple[int, str] | None) -> NoReturn:
+        """Exit all processes because of an exception; `known` has code and last lines if it needs no traceback."""
+        me = self._place.index
         if known is not None:
             code, text = known
             self._end(code, text, told=(code, f"process {me}: {text.splitlines()[-1]}"))
@@ -149,8 +154,8 @@ class Group:
             time.sleep(_VERDICT_SECONDS)
         text = "".join(traceback.format_exception(error)).rstrip()
         last = traceback.format_exception_only(error)[0].strip()
-        told = f"error: process {me} has failed ({last}). Its output has the traceback. Then {_RESUME}."
-        self._end(_FAILED, text, told=(_GONE, told))
+        told = f"error: process {me} has failed ({last}). Its output has the traceback. Then {RESUME}."
+        self._end(_FAILED, text, told=(TRY_AGAIN, told))
 
     def _end(self, code: int, text: str, *, told: tuple[int, str] | None = None) -> NoReturn:
         """Exit at once with a code and last line, and notify the others, with `told` in place of these."""
@@ -174,51 +179,47 @@ class Group:
     def _missing(self) -> str:
         place, within = self._place, f"within {self._waiting_seconds:g} s"
         where = f"{place.host}:{place.port}" + (f" ({ADDRESS})" if place.port_in == ADDRESS else "")
-        if place.index and not self._come:
-            return f"process 0 does not answer at {where} {within}. See its output."
         if place.index:
-            return f"some of {place.count} processes have not connected to {where} {within}. See process 0's output."
-        absent = sorted(set(range(1, place.count)) - self._come)
-        silent = sorted(self._come - self._identities.keys())
-        found = []
-        if absent:
-            found.append(
-                f"{len(absent)} of {place.count} processes not connected to {where} {within}: {_names(absent)}"
-            )
-        if silent:
-            found.append(f"processes that connected but sent no config {within}: {_names(silent)}")
-        return f"{'; '.join(found)}. See their output; if they need longer, raise config.processes.waiting_seconds."
+            who = f"some of {place.count} processes have" if self._come else "process 0 has"
+            return f"{who} not answered at {where} {within}. See the output of process 0."
+        silent = [index for index in range(1, place.count) if index not in self._identities]
+        return (
+            f"{len(silent)} of {place.count} processes have not connected to {where} and sent their config {within}: "
+            f"{str(silent[:_NAMED])[1:-1]}. See their output, or raise config.processes.waiting_seconds."
+        )
 
     def _no_answer(self) -> NoReturn:
         place = self._place
         self._end(
-            _GONE,
-            f"error: the first all-reduce over the devices of all {place.count} processes has not returned in process "
-            f"{place.index} within {self._waiting_seconds:g} s. Open all ports between the machines, then {_RESUME}.",
+            TRY_AGAIN,
+            f"error: the first collective over the devices of all {place.count} processes has not returned in process "
+            f"{place.index} within {self._waiting_seconds:g} s. Open all ports between the machines, then {RESUME}.",
         )
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
-            _in_background(self._greet, listener.accept()[0])
+            with contextlib.suppress(OSError):  # the other side has closed the connection already
+                connection, _ = listener.accept()
+                if self._strangers.acquire(blocking=False):
+                    _in_background(self._greet, connection)
+                else:
+                    connection.close()
 
     def _greet(self, connection: socket.socket) -> None:
         place, messages = self._place, wire.messages(connection)
-        match next(messages, None):
-            case ["hello", int(index), int(count)]:
-                pass
+        connection.settimeout(_COMING_SECONDS)
+        hello = next(messages, None)
+        self._strangers.release()
+        match hello:
+            case ["hello", int(index), int(count), str(secret)] if self._knows(secret):
+                wire.send(connection, ["welcome", place.secret])
             case _:
-                connection.close()  # not a process of ours
+                connection.close()  # not a process of this run
                 return
-        with self._lock:
-            welcome = count == place.count and 0 < index < count and index not in self._come
-            if welcome:
-                self._come.add(index)
-                self._open(index, connection, ["welcome"])
-        if not welcome:
+        if count != place.count or not 0 < index < count or not self._admit(index, connection):
             line = (
-                f"error: process {index} of {count} has connected to a run of {place.count} processes, of which "
-                f"{_names(sorted({0, *self._come}))} are connected. {COUNT} must be the same in all processes, and "
-                f"{INDEX} different in each."
+                f"error: process {index} of {count} cannot join this run of {place.count} processes. {COUNT} must be "
+                f"the same in all processes, and {INDEX} different in each."
             )
             wire.send(connection, ["end", _REFUSED, line])
             if self._started.is_set():  # a surplus process must not end a run that is training
@@ -234,19 +235,28 @@ class Group:
         while not self._come:
             with contextlib.suppress(OSError):
                 connection = socket.create_connection((place.host, place.port), timeout=_COMING_SECONDS)
-                # On loopback a connection to a port where nobody listens can reach itself.
-                if connection.getsockname() != connection.getpeername():
-                    connection.settimeout(None)
-                    with self._lock:
-                        self._open(0, connection, ["hello", place.index, place.count])
-                    self._follow(0, wire.messages(connection))
+                messages = wire.messages(connection)
+                wire.send(connection, ["hello", place.index, place.count, place.secret])
+                match next(messages, None):
+                    case ["welcome", str(secret)] if self._knows(secret) and self._admit(0, connection):
+                        self._follow(0, messages)
                 connection.close()
             time.sleep(_RETRY_SECONDS)
 
-    def _open(self, index: int, connection: socket.socket, greeting: list[Any]) -> None:
-        self._connections[index] = connection
-        for message in (greeting, *self._told):
-            wire.send(connection, message)
+    def _knows(self, secret: str) -> bool:
+        return hmac.compare_digest(secret.encode(), self._place.secret.encode())
+
+    def _admit(self, index: int, connection: socket.socket) -> bool:
+        """Send a process what all are told, from now on; return False if one of this index has come before."""
+        with self._lock:
+            if index in self._come:
+                return False
+            connection.settimeout(None)
+            self._come.add(index)
+            self._connections[index] = connection
+            for message in self._told:
+                wire.send(connection, message)
+            return True
 
     def _tell(self, message: list[Any]) -> None:
         with self._lock:
@@ -267,7 +277,7 @@ class Group:
         difference = sameness.difference(self._identities)
         if difference:
             self._patience = _LEAVING_SECONDS
-            self._end(_REFUSED, f"error: {difference}")
+            self._end(_REFUSED, printable(f"error: {difference}"))
         self._jax_port = wire.free_port(place)
         self._tell(["start", self._jax_port])
         self._started.set()
@@ -275,28 +285,27 @@ class Group:
     def _follow(self, index: int, messages: Iterator[Any]) -> None:
         for message in messages:
             match message:
-                case ["welcome"]:
-                    self._come.add(index)
-                case ["ready", dict(identity)]:
+                case ["ready", dict(identity)] if index and all(isinstance(value, str) for value in identity.values()):
                     self._note_ready(index, identity)
-                case ["start", int(port)]:
+                case ["start", int(port)] if not index:
                     self._jax_port = port
                     self._started.set()
-                case ["done"]:
+                case ["done"] if index:
                     self._note_done(index)
-                case ["over"]:
+                case ["over"] if not index:
                     self._over.set()
                 case ["end", int(code), str(line)]:
-                    self._come.add(index)
                     self._forget(index)
-                    self._end(code, line)
+                    self._end(code if 0 < code < 256 else TRY_AGAIN, printable(line[:_LONGEST_LINE]))
+                case _:
+                    break
         self._forget(index)
-        if index in self._done or self._over.is_set() or self._ending.locked() or index not in self._come:
+        if index in self._done or self._over.is_set() or self._ending.locked():
             return
         self._end(
-            _GONE,
+            TRY_AGAIN,
             f"error: process {index} of {self._place.count} has died or cannot be reached. See its output or its "
-            f"machine's log, then {_RESUME}.",
+            f"machine's log, then {RESUME}.",
         )
 
     def _forget(self, index: int) -> None:
@@ -315,9 +324,12 @@ class Group:
             self._over.set()
 
 
-def _names(indices: Iterable[int]) -> str:
-    names = [str(index) for index in indices]
-    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+def end_run(code: int, line: str) -> NoReturn:
+    """Exit this process and all others of its run at once, with a code and a last line. Any thread may call it."""
+    if _group is not None:
+        _group._end(code, line)
+    _last_words(line)
+    os._exit(code)
 
 
 def _in_background(work: Callable[..., None], *arguments: Any) -> None:

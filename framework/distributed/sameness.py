@@ -25,10 +25,7 @@ _SHOWN = 5
 
 
 def identity(config: Any, workdir: str | Path) -> dict[str, str]:
-    """Return what this process will do, by name.
-
-    The names are the keys of the config, the workdir, each source file of this package, the modules of task, data and
-    optimizer, and the versions of Python and of libraries.
+    """Return what this process will do, by name: config, workdir, source files, versions of Python and of libraries.
 
     Args:
       config: a checked config, so that the modules of its components are imported.
@@ -45,28 +42,28 @@ def identity(config: Any, workdir: str | Path) -> dict[str, str]:
 
 
 def difference(identities: Mapping[int, Mapping[str, str]]) -> str | None:
-    """Return one line that names a process that differs from most others, and the difference, or None.
+    """Return one line that names the first process that differs from most others, and the difference, or None.
 
     Args:
       identities: the identities of all processes, by index.
     """
-    texts = {index: json.dumps(identities[index], sort_keys=True) for index in sorted(identities)}
-    (most, count), *_ = collections.Counter(texts.values()).most_common(1)
-    if count == len(texts):
+    alike = collections.defaultdict(list)
+    for index in sorted(identities):
+        alike[json.dumps(identities[index], sort_keys=True)].append(index)
+    if len(alike) == 1:
         return None
-    usual, *_ = (index for index, text in texts.items() if text == most)
-    odd, *more = (index for index, text in texts.items() if text != most)
+    usual = max(alike.values(), key=len)[0]
+    odd = min(index for group in alike.values() for index in group if usual not in group)
     mine, others = identities[odd], identities[usual]
-    names = [name for name in sorted(mine.keys() | others.keys()) if mine.get(name) != others.get(name)]
-    shown = ", ".join(
+    differing = [
         f"{name} ({mine.get(name, 'absent')}, and {others.get(name, 'absent')} in process {usual})"
-        for name in names[:_SHOWN]
-    )
+        for name in sorted(mine.keys() | others.keys())
+        if mine.get(name) != others.get(name)
+    ]
+    more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
     return (
-        f"process {odd} differs from process {usual} in {shown}"
-        + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-        + (f"; processes {', '.join(map(str, more))} differ too" if more else "")
-        + ". Give all processes of a run the same config, workdir and code."
+        f"process {odd} differs from process {usual} in {', '.join(differing[:_SHOWN])}{more}. Give all processes of a "
+        "run the same config, workdir and code."
     )
 
 

@@ -17,8 +17,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopSignals:
     """Note the first SIGINT or SIGTERM inside the `with` block instead of exiting; a second SIGINT aborts.
 
-    In a run of several processes, JAX handles SIGTERM itself and lets all processes stop after the same step. SIGINT is
-    passed on as SIGTERM there, and all processes report its name.
+    A signal that was ignored before stays ignored. In a run of several processes, JAX handles SIGTERM itself and lets
+    all processes stop after the same step. SIGINT is passed on as SIGTERM there, and all processes report its name.
     """
 
     def __init__(self):
@@ -31,7 +31,8 @@ class StopSignals:
         # Only the main thread may handle signals; in another thread the caller must do so.
         if threading.current_thread() is threading.main_thread():
             handled = _SIGNALS if self._alone else (signal.SIGINT,)
-            self._previous = {number: signal.signal(number, self._receive) for number in handled}
+            kept = [number for number in handled if signal.getsignal(number) != signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._receive) for number in kept}
         return self
 
     def __exit__(self, *exception):

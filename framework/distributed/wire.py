@@ -1,6 +1,7 @@
 """Send and receive JSON lines over TCP, for the processes of a run (`framework/distributed/processes.py`)."""
 
 import contextlib
+import ipaddress
 import json
 import socket
 from collections.abc import Iterator
@@ -8,11 +9,14 @@ from typing import Any
 
 from .cluster import Place
 
+_LONGEST_MESSAGE = 2**20  # characters; a config with the hashes of all source files has about 2**14
+
 
 def messages(connection: socket.socket) -> Iterator[Any]:
     """Yield messages until the connection closes or sends something that is not a message."""
-    with contextlib.suppress(OSError, ValueError), connection.makefile("r", encoding="utf-8") as lines:
-        for line in lines:
+    faults = (OSError, ValueError, RecursionError)  # RecursionError: thousands of nested lists
+    with contextlib.suppress(*faults), connection.makefile("r", encoding="utf-8") as lines:
+        while (line := lines.readline(_LONGEST_MESSAGE)).endswith("\n"):
             yield json.loads(line)
 
 
@@ -49,9 +53,7 @@ def free_port(place: Place) -> int:
 
 def is_loopback(host: str) -> bool:
     """Return whether a host name is that of this machine alone."""
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def bracketed(host: str) -> str:
-    """Return a host as it is written before a port."""
-    return f"[{host}]" if ":" in host else host
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -60,7 +60,7 @@ def ran(arguments, capsys):
         ([SAMPLE, "--config", "--config.seed=3"], "argument --config: expected one argument"),
         ([SAMPLE, "runs/other"], "unrecognized arguments: runs/other"),
         (
-            [SAMPLE, "--profile_steps=20:10"],
+            [SAMPLE, "--config.profile_steps=20:10"],
             "config.profile_steps='20:10': not a range of steps. Write FIRST:STOP, such as 10:20",
         ),
     ],

@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import shutil
+from unittest import mock
 
 import jax
 import numpy as np
@@ -41,13 +42,12 @@ def run(tmp_path_factory):
     return workdir, pairs
 
 
-def ran(tmp_path, text, *arguments):
+def ran(text, *arguments):
     """Run the command; return exit code, lines of stdout and lines of stderr."""
-    file = tmp_path / "input.txt"
-    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    given = io.TextIOWrapper(io.BytesIO(text if isinstance(text, bytes) else text.encode()))
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([*map(str, arguments), f"--input={file}"])
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch("sys.stdin", given):
+        code = main([*map(str, arguments)])
     return code, out.getvalue().split("\n")[:-1], err.getvalue().splitlines()
 
 
@@ -65,7 +65,7 @@ def test_lines_are_translated_as_in_training(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(restore, "variables", varied)
     text = "\n".join(source for source, _ in pairs[:20]) + "\n\n" + "\r\n".join(source for source, _ in pairs[20:])
-    code, out, err = ran(tmp_path, text, f"--workdir={workdir}", "--use=newest", "--batch_size=20")
+    code, out, err = ran(text, f"--workdir={workdir}", "--use=newest", "--batch_size=20")
     assert code == 0 and len(out) == 41 and out[20] == ""
     task, data = restore.component(workdir, "task", [TASK]), restore.component(workdir, "data", [DATA])
     rows, decode = data.examples("heldout", workdir / "data"), data.decoder(workdir / "data")
@@ -89,7 +89,7 @@ def test_the_best_or_newest_checkpoint_is_used(run, tmp_path):
     largest.write_bytes(largest.read_bytes()[:-1])
     path, ((damaged, _),) = restore.choose(workdir, "best")
     assert (path, damaged) == (workdir / "checkpoints" / "4", first)
-    code, out, err = ran(tmp_path, "Amen.", f"--checkpoint={first}")
+    code, out, err = ran("Amen.", f"--checkpoint={first}")
     assert (code, out, len(err)) == (2, [], 1)
     assert "is damaged" in err[0]
 
@@ -126,13 +126,11 @@ def test_errors_are_one_line(run, tmp_path):
         (b"Amen.\n\xff", [f"--workdir={workdir}"], "line 2 of the input is not UTF-8 at byte 0"),
     ]
     for text, arguments, message in cases:
-        code, out, err = ran(tmp_path, text, *arguments)
+        code, out, err = ran(text, *arguments)
         assert (code, out, len(err)) == (2, [], 1)
         assert err[0].startswith("error: ") and message in err[0]
     with contextlib.redirect_stderr(io.StringIO()) as err:
-        assert main([f"--workdir={workdir}", f"--input={tmp_path}/none.txt"]) == 2
-        assert main(["--input=none.txt"]) == 2
+        assert main([]) == 2
         assert main([f"--workdir={workdir}", "--config.seed=1"]) == 2
-    assert "none.txt: cannot be read" in err.getvalue()
     assert "one of the arguments --workdir --checkpoint is required" in err.getvalue()
     assert "unrecognized arguments: --config.seed=1" in err.getvalue()

@@ -21,7 +21,6 @@ MPI = {
     "OMPI_COMM_WORLD_RANK": "3",
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
 }
 GKE = {"TPU_WORKER_HOSTNAMES": "t-0.job,t-1.job", "TPU_WORKER_ID": "1"}
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:84", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
@@ -42,14 +41,9 @@ EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:84", "JAX_NUM_PROCESSES": "4", 
         (SLURM | {"JAX_NUM_PROCESSES": "1"}, None),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
         ({name: SLURM[name] for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID")}, None),  # a batch script
-        (SLURM | MPI, ("10.96.0.1", 61440 + 1531576320 // 4096 % 4096, 4, 3, "JAX_COORDINATOR_PORT")),
         (
-            MPI | {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp6://[fe80::b9b,2620::2]:43370", "CUDA_VISIBLE_DEVICES": "7"},
-            ("fe80::b9b", 61441, 4, 3, "JAX_COORDINATOR_PORT"),
-        ),
-        (
-            {name: value for name, value in MPI.items() if "uri" not in name} | {"JAX_COORDINATOR_ADDRESS": "n1:84"},
-            ("n1", 84, 4, 3, "JAX_COORDINATOR_ADDRESS"),
+            SLURM | MPI | {"JAX_COORDINATOR_ADDRESS": "n1:84", "CUDA_VISIBLE_DEVICES": "7"},
+            ("n1", 84, 4, 3, "JAX_COORDINATOR_ADDRESS", (2, 1), None, 1),
         ),
         (GKE, ("t-0.job", 8482, 2, 1, "JAX_COORDINATOR_PORT")),
         (GKE | {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
@@ -84,9 +78,9 @@ ALL_FOUR = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
         (SHARED | {"SLURM_GPUS_ON_NODE": "2", "ROCR_VISIBLE_DEVICES": "1"}, None),  # one bound to each process
         (SHARED | {"CUDA_VISIBLE_DEVICES": "1"}, None),
         (SHARED | {"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": ""}, None),  # hidden by the user
-        (SHARED | ALL_FOUR | {"JAX_LOCAL_DEVICE_IDS": "0"}, None),
+        (SHARED | ALL_FOUR | {"JAX_LOCAL_DEVICE_IDS": "3,0"}, (3, 0)),
         (SLURM | ALL_FOUR, None),  # one node each
-        (MPI | ALL_FOUR, (2, 3)),
+        (MPI | ALL_FOUR | {"JAX_COORDINATOR_ADDRESS": "n1:84"}, (2, 3)),
     ],
 )
 def test_processes_that_share_a_machine_divide_its_devices(environ, devices):
@@ -107,12 +101,15 @@ def test_processes_that_share_a_machine_divide_its_devices(environ, devices):
             EXPLICIT | {"JAX_PROCESS_ID": "4"},
             "JAX_PROCESS_ID=4 and JAX_NUM_PROCESSES=4: the index must be below",
         ),
-        (EXPLICIT | {"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID='-1' in the environment: must be a whole number."),
+        (EXPLICIT | {"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID='-1' in the environment: must be a whole number"),
         ({"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "1"}, "JAX_PROCESS_ID=1 and JAX_NUM_PROCESSES=1"),
-        (SLURM | {"JAX_COORDINATOR_PORT": "70000"}, "JAX_COORDINATOR_PORT=70000: must be from 1 to 65535"),
+        (
+            SLURM | {"JAX_COORDINATOR_PORT": "70000"},
+            "JAX_COORDINATOR_PORT='70000' in the environment: must be a whole number from 1 to 65535",
+        ),
         (SLURM | {"SLURM_STEP_NODELIST": "a[1"}, "SLURM_STEP_NODELIST='a[1': cannot parse it"),
         (
-            {name: value for name, value in MPI.items() if "uri" not in name},
+            MPI,
             "the cluster's variables set for a run of several processes, but JAX_COORDINATOR_ADDRESS cannot",
         ),
         (SHARED | {"CUDA_VISIBLE_DEVICES": "0,1,2"}, "2 processes share 3 GPUs, which does not divide evenly"),

@@ -109,7 +109,7 @@ def test_a_failing_process_prints_its_traceback_and_ends_all(tmp_path):
 def test_processes_agree_and_one_that_ends_early_ends_the_run():
     """Faults: long texts are truncated; only process 0 raises; a finished process waits forever."""
     text = """
-        group = Group(place, explain)
+        group = Group(place)
         group.join({}, waiting_seconds=120, death_seconds=5)
         group._waiting_seconds = 2.0  # in `leave`
         from shampax.framework.distributed import agreement
@@ -139,9 +139,10 @@ def test_processes_agree_and_one_that_ends_early_ends_the_run():
 def test_a_process_that_connects_late_gets_the_reason(late):
     text = f"""
         time.sleep(0.5 * (place.index == {late}))
-        group = Group(place, explain)
+        group = Group(place)
         if place.index != {late}:
-            group.fail(UserError("no such file"))
+            error = UserError("no such file")
+            group.fail(error, explain(error))
         time.sleep(600)
     """
     with script(text, processes=2) as job:

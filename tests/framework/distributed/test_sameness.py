@@ -31,7 +31,7 @@ def test_equal_processes_have_no_differences():
         (differing(of_3={"config.new": '"x"'}), 'process 3 differs from process 0 in config.new ("x", and absent in'),
         (
             differing(of_1={"the code of a.py": "13"}, of_3={"config.seed": "2"}),
-            "process 1 differs from process 0 in the code of a.py (13, and 12 in process 0); processes 3 differ too",
+            "process 1 differs from process 0 in the code of a.py (13, and 12 in process 0)",
         ),
         (differing(of_1={f"config.k{n}": "1" for n in range(8)}), "config.k4 (1, and absent in process 0) and 3 more."),
     ],
