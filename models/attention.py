@@ -49,7 +49,7 @@ def self_attention(query: jax.Array, key: jax.Array, value: jax.Array, segments:
         all queries.
     """
     local = functools.partial(_causal, block=block)
-    if layout.sequence_parts(query.shape[1]) == 1:
+    if layout.parts(layout.SEQUENCE_AXIS, query.shape[1]) == 1:
         return local(query, key, value, segments, segments, jnp.zeros((), jnp.int32))
 
     def on_device(query, key, value, segments, all_segments):
@@ -123,10 +123,11 @@ def attend(
     *,
     drop: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """Return softmax(q k / sqrt(D)) v: query [B, T, H, D], key and value [B, S, K, D], visible bool [B, T or 1, S].
+    """Return softmax(q k / sqrt(D)) v: query [B, T, H, D], key and value [B, S, K, D], visible bool [B, T, S].
 
     Query head h reads key-value head h // (H / K). Scores and softmax are float32, the result has the query's dtype.
-    A query without visible keys gets the mean of all values. `drop` is applied to the weights [B, K, H / K, T, S].
+    A query without visible keys gets the mean of all values. Axes of size 1 of
+    `visible` are broadcast. `drop` is applied to the weights [B, K, H / K, T, S].
     """
     batch, length, heads, head_dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], head_dim)

@@ -40,26 +40,22 @@ class BatchNorm(nn.Module):
           ValueError: the batch does not divide into groups.
         """
         channels = x_BxHxWxC.shape[-1:]
-        ones, zeros = (
-            partitioned(init, "norm") for init in (nn.initializers.ones_init(), nn.initializers.zeros_init())
-        )
+        ones, zeros = (partitioned(init, "norm") for init in (nn.initializers.ones, nn.initializers.zeros))
         scale_C = self.param("scale", zeros if self.zero_scale else ones, channels)
         bias_C = self.param("bias", zeros, channels)
         mean = self.variable("batch_stats", "mean", zeros, None, channels)
         variance = self.variable("batch_stats", "variance", ones, None, channels)
-        if not train:
-            factor_C = scale_C * jax.lax.rsqrt(variance.value + _EPSILON)
-            x = x_BxHxWxC.astype(jnp.float32)
-            return (x * factor_C + (bias_C - mean.value * factor_C)).astype(self.dtype)
-
-        x_GxNxHxWxC = _grouped(x_BxHxWxC, self.group).astype(jnp.float32)
-        weights_GxN = _grouped(weights_B, self.group).astype(jnp.float32)
-        mean_GxC, variance_GxC, weight_G = _statistics(x_GxNxHxWxC, weights_GxN)
-        total = weight_G.sum()
-        for running, of_groups in ((mean, mean_GxC), (variance, variance_GxC)):
-            new = (weight_G[:, None] * of_groups).sum(axis=0) / jnp.where(total > 0, total, 1)
-            mixed = self.momentum * running.value + (1 - self.momentum) * new
-            running.value = jax.lax.stop_gradient(jnp.where(total > 0, mixed, running.value))
+        if train:
+            x_GxNxHxWxC, weights_GxN = _grouped(x_BxHxWxC, self.group), _grouped(weights_B, self.group)
+            mean_GxC, variance_GxC, weight_G = _statistics(x_GxNxHxWxC, weights_GxN)
+            total = weight_G.sum()
+            for running, of_groups in ((mean, mean_GxC), (variance, variance_GxC)):
+                new = (weight_G[:, None] * of_groups).sum(axis=0) / jnp.where(total > 0, total, 1)
+                mixed = self.momentum * running.value + (1 - self.momentum) * new
+                running.value = jax.lax.stop_gradient(jnp.where(total > 0, mixed, running.value))
+        else:
+            x_GxNxHxWxC = _grouped(x_BxHxWxC, 0)
+            mean_GxC, variance_GxC = mean.value[None], variance.value[None]
         factor_GxC = scale_C * jax.lax.rsqrt(variance_GxC + _EPSILON)
         shift_GxC = bias_C - mean_GxC * factor_GxC
         y = x_GxNxHxWxC * factor_GxC[:, None, None, None] + shift_GxC[:, None, None, None]
@@ -81,11 +77,11 @@ def _statistics(x_GxNxHxWxC: jax.Array, weights_GxN: jax.Array) -> tuple[jax.Arr
 
 
 def _grouped(x_Bx: jax.Array, group: int) -> jax.Array:
-    """Reshape [B, ...] to [B / group, group, ...]; groups are neighbours in the batch, as the mesh divides it."""
+    """Return float32 [B / group, group, ...]; groups are neighbours in the batch, as the mesh divides it."""
     examples = x_Bx.shape[0]
     group = group or examples
     if examples % group:
         raise ValueError(
             f"task.batch_norm_group={group}: must divide the {examples} examples of a micro-batch; 0 takes all"
         )
-    return x_Bx.reshape(examples // group, group, *x_Bx.shape[1:])
+    return x_Bx.reshape(examples // group, group, *x_Bx.shape[1:]).astype(jnp.float32)

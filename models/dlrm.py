@@ -110,13 +110,14 @@ class DLRMTask:
     def judge(
         self, predictions: Mapping[str, np.ndarray], decode: Callable[[np.ndarray], str] | None
     ) -> tuple[dict[str, float], str]:
-        """Return AUC, log loss in nats and calibration (mean prediction / mean label) over all held-out examples."""
+        """Return AUC, log loss in nats and calibration (mean prediction / mean label, or NaN) over all examples."""
         del decode  # no text
-        logits, labels = predictions["logit"], predictions["label"]
+        logits, labels = predictions["logit"].astype(np.float64), predictions["label"]
+        predicted, happened = np.exp(-np.logaddexp(0, -logits)).mean(), labels.mean()
         metrics = {
             "auc": auc(logits, labels),
-            "log_loss": log_loss(logits, labels),
-            "calibration": calibration(logits, labels),
+            "log_loss": float((np.logaddexp(0, logits) - labels * logits).mean()),
+            "calibration": float(predicted / happened) if happened else float("nan"),
         }
         return metrics, f"AUC over {len(labels):,} held-out examples, {labels.mean():.1%} of them positive; ties half"
 
@@ -246,16 +247,3 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
         return float("nan")
     below = np.cumsum(negatives) - negatives
     return float((positives * (below + negatives / 2)).sum() / pairs)
-
-
-def log_loss(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean of -log p of the labels, in nats, float64; p is the logistic function of the logit."""
-    logits, labels = np.asarray(logits, np.float64), np.asarray(labels, np.float64)
-    return float(np.mean(np.logaddexp(0, logits) - labels * logits))
-
-
-def calibration(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return mean prediction / mean label; NaN without positives."""
-    predicted = np.mean(np.exp(-np.logaddexp(0, -np.asarray(logits, np.float64))))
-    happened = np.mean(np.asarray(labels, np.float64))
-    return float(predicted / happened) if happened else float("nan")

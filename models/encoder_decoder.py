@@ -22,10 +22,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .attention import Rotation, attend, rotary_angles, rotate
+from .attention import Rotation, rotary_angles
 from .beam_search import take
 from .layout import gather_columns, shard_batch
-from .modules import EMBEDDING_STD, fan_in, partitioned, recomputed, rms_norm, scan_layers
+from .modules import EMBEDDING_STD, Attention, fan_in, partitioned, recomputed, rms_norm, scan_layers
 
 KeysValues = tuple[jax.Array, jax.Array]
 
@@ -145,7 +145,7 @@ class EncoderBlock(nn.Module):
         dtype = jnp.dtype(task.compute_dtype)
         drop = nn.Dropout(task.dropout, deterministic=not self.train)
         # Two parts of a layer write into the residual stream.
-        attention = Attention(task, 2 * task.encoder_layers, name="attention")
+        attention = _attention(task, 2 * task.encoder_layers, name="attention")
         normed = rms_norm("attention_norm", dtype)(x_BxSxE)
         keys_values = attention.keys_values(normed, rotation)
         x_BxSxE += drop(attention(normed, *keys_values, visible_BxSxS, rotation))
@@ -164,7 +164,7 @@ class DecoderBlock(nn.Module):
         """Declare the submodules, three of which write into the residual stream."""
         task = self.task
         dtype, writers = jnp.dtype(task.compute_dtype), 3 * task.decoder_layers
-        self.attention, self.source_attention = Attention(task, writers), Attention(task, writers)
+        self.attention, self.source_attention = _attention(task, writers), _attention(task, writers)
         self.mlp = MLP(task, writers)
         self.attention_norm, self.source_norm, self.mlp_norm = (rms_norm(None, dtype) for _ in range(3))
         self.drop = nn.Dropout(task.dropout, deterministic=not self.train)
@@ -205,9 +205,11 @@ class DecoderBlock(nn.Module):
         keys, values = (
             shard_batch(take(old, parents_BxK).at[:, :, position].set(now)) for old, now in zip(cache, new, strict=True)
         )
-        x_BxKxE += self.attention.search(normed, keys, values, position, rotation)
-        visible_BxKxS = jnp.broadcast_to(visible_Bx1xS, (*x_BxKxE.shape[:2], visible_Bx1xS.shape[2]))
-        return (self._rest(x_BxKxE, memory, visible_BxKxS, rotation), parents_BxK), (keys, values)
+        # Each hypothesis has keys of its own: to attention it is a row of one slot.
+        row, row_keys, row_values = (x.reshape(-1, *x.shape[2:]) for x in (normed[:, :, None], keys, values))
+        visible_1x1xN = (jnp.arange(keys.shape[2]) <= position)[None, None]
+        x_BxKxE += self.attention(row, row_keys, row_values, visible_1x1xN, rotation).reshape(x_BxKxE.shape)
+        return (self._rest(x_BxKxE, memory, visible_Bx1xS, rotation), parents_BxK), (keys, values)
 
     def _rest(self, x_BxTxE: jax.Array, memory: KeysValues, visible_BxTxS: jax.Array, rotation: Rotation) -> jax.Array:
         x_BxTxE += self.drop(self.source_attention(self.source_norm(x_BxTxE), *memory, visible_BxTxS, rotation))
@@ -215,41 +217,9 @@ class DecoderBlock(nn.Module):
         return shard_batch(x_BxTxE)
 
 
-class Attention(nn.Module):
-    """Multi-head attention with rotary positions on both sides; kernels [E, H, D] three times, and [H, D, E]."""
-
-    task: TransformerOptions
-    writers: int  # parts of all layers that write into the residual stream
-
-    def setup(self):
-        """Declare the kernels."""
-        task = self.task
-        dense = functools.partial(nn.DenseGeneral, use_bias=False, dtype=jnp.dtype(task.compute_dtype))
-        self.query, self.key, self.value = (
-            dense((task.heads, task.head_dim), kernel_init=fan_in(1.0, "embed", "heads", "kv")) for _ in range(3)
-        )
-        out_init = fan_in(1 / self.writers, "heads", "kv", "embed")
-        self.out = dense(task.embed_dim, axis=(-2, -1), kernel_init=out_init)
-
-    def keys_values(self, x_BxSxE: jax.Array, rotation: Rotation) -> KeysValues:
-        """Return keys and values, [B, S, H, D] each."""
-        return rotate(self.key(x_BxSxE), rotation), self.value(x_BxSxE)
-
-    def __call__(
-        self, x_BxTxE: jax.Array, keys: jax.Array, values: jax.Array, visible_BxTxS: jax.Array, rotation: Rotation
-    ) -> jax.Array:
-        """Return the update of the residual stream, [B, T, E]."""
-        return self.out(attend(rotate(self.query(x_BxTxE), rotation), keys, values, visible_BxTxS))
-
-    def search(
-        self, x_BxKxE: jax.Array, keys: jax.Array, values: jax.Array, position: jax.Array, rotation: Rotation
-    ) -> jax.Array:
-        """Return the update at one position of K hypotheses with their own keys and values [B, K, N, H, D]."""
-        beams, slots = keys.shape[1:3]
-        visible_Kx1xN = jnp.broadcast_to(jnp.arange(slots) <= position, (beams, 1, slots))
-        query_BxKx1xHxD = rotate(self.query(x_BxKxE), rotation)[:, :, None]
-        mixed = jax.vmap(attend, in_axes=(0, 0, 0, None))(query_BxKx1xHxD, keys, values, visible_Kx1xN)
-        return self.out(mixed[:, :, 0])
+def _attention(task: TransformerOptions, writers: int, name: str | None = None) -> Attention:
+    sizes = (task.heads, task.heads, task.head_dim, task.embed_dim)
+    return Attention(*sizes, writers, jnp.dtype(task.compute_dtype), name=name)
 
 
 class MLP(nn.Module):

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import layout, moe
-from .attention import Rotation, rotary_angles, rotate, self_attention
-from .layout import gather_columns, shard_tokens
+from .attention import Rotation, rotary_angles, self_attention
+from .layout import SEQUENCE_AXIS, gather_columns, shard_batch
 from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, class_losses, real_targets
-from .modules import EMBEDDING_STD, fan_in, partitioned, rms_norm, run_layers
+from .modules import EMBEDDING_STD, Attention, fan_in, partitioned, rms_norm, run_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,6 @@ class LMTask(LinenTask):
     mlp_dim: int = 768  # hidden width of SwiGLU, usually 8/3 of embed_dim
     rope_theta: float = 10_000.0  # longest rotary wavelength / 2 pi; larger for longer sequences
     tied_head: bool = True  # use the embedding as output head; saves vocab_size * embed_dim parameters
-    qk_norm: bool = False  # RMSNorm on queries and keys; bounds attention logits in large models
     remat: str = "none"  # recompute in the backward pass: "none", "full" (least memory) or "dots"
     compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
     z_loss: float = 0.0  # weight of log(Z)^2 in the training loss (PaLM: 1e-4); limits drift of the logits
@@ -155,7 +154,7 @@ class Transformer(nn.Module):
         embedding_VxE = self.param(
             "embedding", partitioned(init, "vocab", "embed"), (task.vocab_size, task.embed_dim)
         ).astype(dtype)
-        x_BxTxE = shard_tokens(jnp.take(gather_columns(embedding_VxE), tokens_BxT, axis=0))
+        x_BxTxE = shard_batch(jnp.take(gather_columns(embedding_VxE), tokens_BxT, axis=0), SEQUENCE_AXIS)
         rotation = rotary_angles(positions_BxT, task.head_dim, task.rope_theta)
 
         x_BxTxE, routing = run_layers(
@@ -182,39 +181,20 @@ class Block(nn.Module):
         """Return the residual stream after this layer, and the sums of its router if it has experts."""
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
-        attention = Attention(task, name="attention")
-        x_BxTxE += attention(rms_norm("attention_norm", dtype)(x_BxTxE), segments_BxT, rotation)
+        writers = 2 * task.layers  # two parts of each layer
+        sizes = (task.heads, task.kv_heads, task.head_dim, task.embed_dim)
+        attention = Attention(*sizes, writers, dtype, name="attention")
+        normed_BxTxE = rms_norm("attention_norm", dtype)(x_BxTxE)
+        query, (key, value) = attention.queries(normed_BxTxE, rotation), attention.keys_values(normed_BxTxE, rotation)
+        x_BxTxE += attention.out(self_attention(query, key, value, segments_BxT, task.attention_block))
         normed_BxTxE = rms_norm("mlp_norm", dtype)(x_BxTxE)
         if task.experts:
             experts = moe.Experts(task.experts, task.experts_per_token, task.capacity_factor, task.expert_group)
-            mlp = moe.RoutedSwiGLU(experts, task.mlp_dim, task.layers, dtype, name="moe")
+            mlp = moe.RoutedSwiGLU(experts, task.mlp_dim, writers, dtype, name="moe")
             added_BxTxE, routing = mlp(normed_BxTxE, segments_BxT > 0)
         else:
             added_BxTxE, routing = SwiGLU(task, name="mlp")(normed_BxTxE), None
-        return shard_tokens(x_BxTxE + added_BxTxE), routing
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; kernels [E, H, D], [E, K, D] twice, and [H, D, E]."""
-
-    task: LMTask
-
-    @nn.compact
-    def __call__(self, x_BxTxE: jax.Array, segments_BxT: jax.Array, rotation: Rotation) -> jax.Array:
-        """Return the update of the residual stream, [B, T, E]."""
-        task = self.task
-        dtype = jnp.dtype(task.compute_dtype)
-        dense = functools.partial(nn.DenseGeneral, use_bias=False, dtype=dtype)
-        into = functools.partial(fan_in, 1.0, "embed")
-        query = dense((task.heads, task.head_dim), kernel_init=into("heads", "kv"), name="query")(x_BxTxE)
-        key = dense((task.kv_heads, task.head_dim), kernel_init=into("kv_heads", "kv"), name="key")(x_BxTxE)
-        value = dense((task.kv_heads, task.head_dim), kernel_init=into("kv_heads", "kv"), name="value")(x_BxTxE)
-        if task.qk_norm:
-            query, key = rms_norm("query_norm", dtype)(query), rms_norm("key_norm", dtype)(key)
-        query, key = rotate(query, rotation), rotate(key, rotation)
-        mixed_BxTxHxD = self_attention(query, key, value, segments_BxT, task.attention_block)
-        out_init = fan_in(1 / (2 * task.layers), "heads", "kv", "embed")
-        return dense(task.embed_dim, axis=(-2, -1), kernel_init=out_init, name="out")(mixed_BxTxHxD)
+        return shard_batch(x_BxTxE + added_BxTxE, SEQUENCE_AXIS), routing
 
 
 class SwiGLU(nn.Module):

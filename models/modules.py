@@ -1,10 +1,13 @@
 """Building blocks that Transformers share: parameters with named axes, norms, and stacks of equal layers."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from .attention import Rotation, attend, rotate
 
 EMBEDDING_STD = 0.02
 REMAT_POLICIES = {
@@ -35,6 +38,44 @@ def fan_in(scale: float, *names: str | None, stacked: int = 0) -> nn.initializer
 def rms_norm(name: str | None, dtype: jnp.dtype) -> nn.RMSNorm:
     """Return an RMSNorm over the last axis, computed in float32, with results of the given type."""
     return nn.RMSNorm(dtype=dtype, scale_init=partitioned(nn.initializers.ones_init(), "norm"), name=name)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions and no biases; kernels [E, H, D], [E, K, D] twice, and [H, D, E].
+
+    `writers` is the number of parts of all layers that write into the residual stream: the variance of the last kernel
+    is divided by it.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    embed_dim: int
+    writers: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        """Declare the kernels."""
+        dense = functools.partial(nn.DenseGeneral, use_bias=False, dtype=self.dtype)
+        into = functools.partial(fan_in, 1.0, "embed")
+        self.query = dense((self.heads, self.head_dim), kernel_init=into("heads", "kv"))
+        self.key = dense((self.kv_heads, self.head_dim), kernel_init=into("kv_heads", "kv"))
+        self.value = dense((self.kv_heads, self.head_dim), kernel_init=into("kv_heads", "kv"))
+        self.out = dense(self.embed_dim, axis=(-2, -1), kernel_init=fan_in(1 / self.writers, "heads", "kv", "embed"))
+
+    def queries(self, x_BxTxE: jax.Array, rotation: Rotation) -> jax.Array:
+        """Return the rotated queries, [B, T, H, D]."""
+        return rotate(self.query(x_BxTxE), rotation)
+
+    def keys_values(self, x_BxSxE: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
+        """Return rotated keys, and values, [B, S, K, D] each."""
+        return rotate(self.key(x_BxSxE), rotation), self.value(x_BxSxE)
+
+    def __call__(
+        self, x_BxTxE: jax.Array, keys: jax.Array, values: jax.Array, visible_BxTxS: jax.Array, rotation: Rotation
+    ) -> jax.Array:
+        """Return the update of the residual stream, [B, T, E]."""
+        return self.out(attend(self.queries(x_BxTxE, rotation), keys, values, visible_BxTxS))
 
 
 def run_layers(

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .layout import shard_experts, shard_groups, shard_tokens
+from .layout import EXPERT_AXIS, SEQUENCE_AXIS, shard_batch
 from .modules import fan_in
 
 Routing = dict[str, jax.Array]
@@ -129,7 +129,7 @@ class RoutedSwiGLU(nn.Module):
 
     experts: Experts
     mlp_dim: int
-    layers: int  # of the whole model, for the initialisation; see the module `lm`
+    writers: int  # parts of all layers that write into the residual stream, for the initialisation
     dtype: jnp.dtype
 
     @nn.compact
@@ -151,10 +151,12 @@ class RoutedSwiGLU(nn.Module):
 
         # Sharded by groups first, for the backward pass: otherwise the partitioner gathers the tokens of the whole
         # batch on every device for the gradient's product with `sent`.
-        into = shard_experts(shard_groups(jnp.einsum("bntxc,bnte->bxnce", sent.astype(self.dtype), x_BxNxTxE)))
+        into = shard_batch(jnp.einsum("bntxc,bnte->bxnce", sent.astype(self.dtype), x_BxNxTxE), None, SEQUENCE_AXIS)
+        into = shard_batch(into, EXPERT_AXIS, SEQUENCE_AXIS)
         gate = jnp.einsum("bxnce,xem->bxncm", into, kernel("gate", 1.0, "embed", "mlp"))
         up = jnp.einsum("bxnce,xem->bxncm", into, kernel("up", 1.0, "embed", "mlp"))
-        down = kernel("down", 1 / (2 * self.layers), "mlp", "embed")
-        out = shard_groups(shard_experts(jnp.einsum("bxncm,xme->bxnce", nn.silu(gate) * up, down)))
+        down = kernel("down", 1 / self.writers, "mlp", "embed")
+        out = shard_batch(jnp.einsum("bxncm,xme->bxnce", nn.silu(gate) * up, down), EXPERT_AXIS, SEQUENCE_AXIS)
+        out = shard_batch(out, None, SEQUENCE_AXIS)
         mixed = jnp.einsum("bntxc,bxnce->bnte", weights.astype(self.dtype), out)
-        return shard_tokens(mixed.reshape(x_BxTxE.shape)), routing
+        return shard_batch(mixed.reshape(x_BxTxE.shape), SEQUENCE_AXIS), routing

@@ -42,7 +42,7 @@ class TranslationTask(TransformerOptions, LinenTask):
             raise ValueError(f"task.vocab_size={self.vocab_size}: must be at least 2, because the end is a token")
 
     def boxed(self, key: jax.Array) -> Any:
-        """See `LinenTask.boxed`. Axes: layers, embed, mlp, heads, kv (in a head), vocab, norm."""
+        """See `LinenTask.boxed`. Axes: layers, embed, mlp, heads, kv_heads, kv (in a head), vocab, norm."""
         row = jnp.zeros((1, 2), jnp.int32)
         batch = {f"{side}{part}": row for side in ("source", "target") for part in ("", "_segments", "_positions")}
         return Transformer(self, train=False).init(key, batch)

@@ -177,7 +177,7 @@ def test_padding_has_no_weight_and_no_gradient():
 
 def test_types_of_parameters_logits_and_matmuls():
     """Faults: parameters, logits or softmax are bfloat16; matmuls are float32."""
-    task = dataclasses.replace(SMALL, compute_dtype="bfloat16", qk_norm=True, tied_head=False)
+    task = dataclasses.replace(SMALL, compute_dtype="bfloat16", tied_head=False)
     single = dataclasses.replace(task, compute_dtype="float32")
     variables, batch = variables_of(task), batch_of()
     half, full = (np.asarray(logits_of(each, variables, batch)) for each in (task, single))
@@ -205,7 +205,7 @@ def test_flops_match_the_traced_matmuls(options):
     assert task.flops(spec_of(batch)) == sum(map(dot_flops, dots))
 
 
-@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "tied_head": False}])
+@pytest.mark.parametrize("options", [{}, {"tied_head": False}])
 def test_logical_axes_name_every_dimension(options):
     """Faults: axes do not fit the arrays; boxes remain in the tree; no rule has a name."""
     task = dataclasses.replace(SMALL, **options)

@@ -319,7 +319,7 @@ def test_flops_match_the_traced_matmuls():
 def test_logical_axes_name_every_dimension():
     """Faults: axes do not fit the arrays; boxes remain in the tree; no rule has a name."""
     variables = jax.eval_shape(SMALL.init, jax.random.key(0), spec_of(batch_of()))
-    sizes = {"embed": 16, "mlp": 24, "heads": 2, "kv": 4, "vocab": 24, "norm": 16}
+    sizes = {"embed": 16, "mlp": 24, "heads": 2, "kv_heads": 2, "kv": 4, "vocab": 24, "norm": 16}
 
     def check(path, array, names):
         assert type(array) is jax.ShapeDtypeStruct
