@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,9 +28,8 @@ class Band(NamedTuple):
 
     @property
     def end(self) -> float | None:
-        """The last finite mean, or None."""
-        finite = self.mean[np.isfinite(self.mean)]
-        return float(finite[-1]) if len(finite) else None
+        """The last mean, None for an empty band."""
+        return float(self.mean[-1]) if len(self.mean) else None
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
@@ -43,15 +41,10 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         # A run without a config gets a group of its own.
         same = {name: value for name, value in run.config.items() if name != "seed"} or {"run": number}
         together.setdefault(json.dumps(same, sort_keys=True), []).append(number)
-    made: list[Group] = []
+    made = []
     for members in together.values():
-        names = [os.path.relpath(paths[number], parent) for number in members]
-        label = names[0]
-        if len(names) > 1:
-            without_seed = re.sub(r"[\W_]*seed[\W_]*\d+$", "", label) or label
-            label = f"{without_seed} ({len(names)} runs)"
-        if label in {group.label for group in made}:
-            label = f"{names[0]} and {len(names) - 1} more"
+        more = f" and {len(members) - 1} more" if len(members) > 1 else ""
+        label = os.path.relpath(paths[members[0]], parent) + more
         made.append(Group(label, tuple(runs[number] for number in members)))
     return made
 
@@ -59,14 +52,10 @@ def groups(runs: Sequence[Run]) -> list[Group]:
 def band(group: Group, key: str, axis: Axis) -> Band:
     """Return a group's `key` against `axis`.
 
-    The curve of one run is returned as measured, with NaN for values that are not finite. Several curves are
-    interpolated linearly between their finite points, at all x of any of them within the range common to all; the band
-    is empty if a run has no finite point.
+    Curves are interpolated linearly between their finite points, at all x of any run within the range that all have.
+    The band is empty if a run has no finite point.
     """
     curves = [run.curve(key, axis) for run in group.runs]
-    if len(curves) == 1:
-        ((x, y),) = curves
-        return Band(x, y, y, y)
     finite = [(x[np.isfinite(y)], y[np.isfinite(y)]) for x, y in curves]
     if any(len(x) == 0 for x, _ in finite):
         return Band(*np.zeros((4, 0)))

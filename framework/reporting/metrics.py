@@ -1,14 +1,18 @@
-"""Write measurements to the workdir: JSON lines for programs, TensorBoard events for browsers."""
+"""Write measurements to the workdir: JSON lines for programs, TensorBoard events for browsers.
+
+A fault of the disk or of TensorBoard is a warning: training goes on without these files.
+"""
 
 import json
 import math
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ..base import workdir as layout
+from ..distributed import console
 from .runs import parse_point
 
 
@@ -22,11 +26,10 @@ class MetricsWriter:
     def __init__(self, workdir: Path, *, after_step: int, evaluated: bool):
         """Drop the lines after `after_step`; those of its evaluation too unless `evaluated`."""
         self._path = workdir / layout.METRICS
-        self._workdir = workdir
         # The import of TensorBoard takes up to seconds; in a thread it delays no step.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorboard")
         self._events: Any = None
-        self._pending: list[Future[None]] = []
+        self._warned: set[str] = set()  # the files that could not be written
         self.drop_after(after_step, evaluated=evaluated)
 
     def write(self, *, step: int, seconds: float, tokens: int, values: Mapping[str, float]) -> None:
@@ -34,42 +37,59 @@ class MetricsWriter:
         line = {"step": step, "seconds": round(seconds, 3), "tokens": tokens} | {
             name: value if math.isfinite(value) else None for name, value in values.items()
         }
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self._pending.append(self._thread.submit(self._write_events, step, dict(values)))
+        try:
+            with self._path.open("a") as file:
+                # A line that a full disk has cut short ends here, and readers skip it.
+                file.write(("\n" if self._path.name in self._warned else "") + json.dumps(line) + "\n")
+        except OSError as error:
+            self._warn(self._path.name, error)
+        self._thread.submit(self._write_events, step, dict(values))
 
     def drop_after(self, step: int, *, evaluated: bool) -> None:
         """Drop the lines after a step. Unless `evaluated`, drop its evaluation too, which will be repeated."""
         if not self._path.exists():
             return
-        points = ((line, parse_point(line)) for line in self._path.read_text(errors="replace").splitlines())
-        kept = [line for line, point in points if point is not None and _stays(point, step, evaluated)]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        partial.replace(self._path)
+        try:
+            points = ((line, parse_point(line)) for line in self._path.read_text(errors="replace").splitlines())
+            kept = [line for line, point in points if point is not None and _stays(point, step, evaluated)]
+            partial = self._path.with_suffix(".partial")
+            partial.write_text("".join(line + "\n" for line in kept))
+            partial.replace(self._path)
+        except OSError as error:
+            self._warn(self._path.name, error)
 
     def close(self) -> None:
-        """Wait until everything is written, and raise errors of the background thread."""
-        self._pending.append(self._thread.submit(self._close_events))
+        """Wait until everything is written."""
+        self._thread.submit(self._write_events, 0, None)
         self._thread.shutdown()
-        for written in self._pending:
-            written.result()
 
-    def _write_events(self, step: int, values: dict[str, float]) -> None:
-        # clu's writer needs TensorFlow, which takes 1.3 GB on disk.
-        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    def _write_events(self, step: int, values: dict[str, float] | None) -> None:
+        """Write the events of a step, or close their file if there are no values."""
+        if "events" in self._warned:
+            return
+        try:
+            # clu's writer needs TensorFlow, which takes 1.3 GB on disk.
+            from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+            from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        if self._events is None:
-            self._events = EventFileWriter(str(self._workdir))
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
-        self._events.flush()
+            if values is None:
+                if self._events is not None:
+                    self._events.close()
+                return
+            self._events = self._events or EventFileWriter(str(self._path.parent))
+            scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+            self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+            self._events.flush()
+        except Exception as error:  # an installed TensorFlow may be broken in any way
+            self._warn("events", error)
 
-    def _close_events(self) -> None:
-        if self._events is not None:
-            self._events.close()
+    def _warn(self, what: str, error: Exception) -> None:
+        """Warn once for each file."""
+        if what not in self._warned:
+            self._warned.add(what)
+            rest = "TensorBoard events are off" if what == "events" else f"measurements are missing in {what}"
+            console.say(f"warning: {rest} ({type(error).__name__}: {error}). Training continues.")
 
 
 def _stays(point: Mapping[str, Any], step: int, evaluated: bool) -> bool:

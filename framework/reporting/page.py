@@ -29,25 +29,6 @@ table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabu
 th, td { padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 """
-# (heading, key in result.json or config.json, decimals) of the table of results
-_RESULTS = (
-    ("run", "run", 0),
-    ("optimizer", "optimizer", 0),
-    ("learning rate", "schedule.learning_rate", None),
-    ("seed", "seed", None),
-    ("held-out loss", "heldout_loss", 4),
-    ("best held-out loss", "best_heldout_loss", 4),
-    ("bits per character", "bits_per_character", 4),
-    ("steps", "steps", 0),
-    ("tokens", "tokens", 0),
-    ("training time, s", "seconds", 0),
-    ("skipped steps", "skipped_steps", 0),
-    ("clipped steps", "clipped_steps", 0),
-    ("loss spikes", "loss_spikes", 0),
-    ("refreshes", "refreshes", 0),
-    ("devices", "devices", 0),
-    ("parameters", "parameters", 0),
-)
 Table = list[list[str]]  # rows of text, the headings first
 
 
@@ -92,33 +73,37 @@ def chart(groups: Sequence[Group], keys: Sequence[str], axis: Axis = "step") -> 
     figure.update_layout(showlegend=len(keys) > 1, legend={"orientation": "h", "y": -0.25}, title_font_size=14)
     figure.update_layout(title_text="loss" if len(keys) > 1 else html.escape(keys[0].removeprefix("optimizer/")))
     figure.update_xaxes(title_text=_AXES[axis].format(unit=unit), rangemode="tozero")
-    drawn = np.zeros(0)
+    lowest, highest = np.inf, 0.0
     for (group, colour), key in itertools.product(zip(groups, itertools.cycle(_COLOURS), strict=False), keys):
         line = curves.band(group, key, axis)
         if not len(line.x):
             continue
-        x, drawn = line.x / seconds, np.concatenate([drawn, line.mean])
+        lowest, highest = min(lowest, line.low.min()), max(highest, line.high.max())
+        x, style = line.x / seconds, {"mode": "lines" if len(line.x) > 1 else "markers", "marker_color": colour}
         if len(group.runs) > 1 and key != TRAIN:
             around = {"x": np.concatenate([x, x[::-1]]), "y": np.concatenate([line.high, line.low[::-1]])}
-            figure.add_scatter(**around, fill="toself", fillcolor=colour, opacity=0.2, line_width=0, mode="lines",
-                               hoverinfo="skip", showlegend=False)  # fmt: skip
-        thin = {"width": 1, "dash": "dot"} if key == TRAIN else {"width": 2}
-        mode = "lines" if len(x) > 1 else "markers"
+            figure.add_scatter(
+                **around, fill="toself", fillcolor=colour, opacity=0.2, line_width=0, hoverinfo="skip", showlegend=False
+            )
+        width, dash = (1, "dot") if key == TRAIN else (2, "solid")
         name = html.escape(f"{group.label} {key}" if len(keys) > 1 else group.label)  # plotly reads names as HTML
-        figure.add_scatter(x=x, y=line.mean, mode=mode, name=name, line=thin | {"color": colour}, marker_color=colour)
-    drawn = drawn[np.isfinite(drawn)]
-    if len(drawn) and 0 < 30 * drawn.min() < drawn.max():
+        figure.add_scatter(x=x, y=line.mean, name=name, line={"width": width, "dash": dash, "color": colour}, **style)
+    if 0 < 30 * lowest < highest:
         figure.update_yaxes(type="log")
     return figure
 
 
 def results(runs: Sequence[Run]) -> Table:
-    """Return one row per run, from `result.json` if the run has ended, else from its last measurements."""
-    rows = [[heading for heading, _, _ in _RESULTS]]
+    """Return one row per run: its rate and seed, and the numbers of `result.json` or else its last measurements."""
+    rows = []
     for run in runs:
-        values = dict(flat(run.config)) | {"run": run.path.resolve().name} | (run.result or _so_far(run))
-        rows.append([_cell(values.get(key), decimals) for _, key, decimals in _RESULTS])
-    return rows
+        knobs, last, losses = dict(flat(run.config)), run.points[-1], run.curve(HELDOUT, "step")[1]
+        row = {"run": run.path.resolve().name}
+        row |= {name: knobs.get(key) for name, key in (("learning rate", "schedule.learning_rate"), ("seed", "seed"))}
+        so_far = {"steps": last["step"], "seconds": last["seconds"], "tokens": last["tokens"]}
+        rows.append(row | (run.result or so_far | ({"heldout_loss": losses[-1]} if len(losses) else {})))
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "stopped"]
+    return [[name.replace("_", " ") for name in names], *([_cell(row.get(name)) for name in names] for row in rows)]
 
 
 def race(groups: Sequence[Group]) -> Table:
@@ -144,22 +129,14 @@ def race(groups: Sequence[Group]) -> Table:
 def differences(groups: Sequence[Group]) -> Table:
     """Return the knobs whose values differ between groups, except for the seed."""
     rows = curves.differences([group.runs[0].config for group in groups])
-    cells = [[name, *(_cell(value, None) for value in row)] for name, row in rows.items() if name != "seed"]
+    cells = [[name, *(_cell(value) for value in row)] for name, row in rows.items() if name != "seed"]
     return [["knob", *(group.label for group in groups)], *cells] if cells else []
 
 
-def _so_far(run: Run) -> dict[str, Any]:
-    """Return the entries of `result.json` that the measurements tell."""
-    last, heldout = run.points[-1], run.curve(HELDOUT, "step")[1]
-    heldout = heldout[np.isfinite(heldout)]
-    losses = {"heldout_loss": heldout[-1], "best_heldout_loss": heldout.min()} if len(heldout) else {}
-    return {"steps": last["step"], "tokens": last["tokens"], "seconds": last["seconds"], **losses}
-
-
-def _cell(value: Any, decimals: int | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.{decimals}f}" if decimals is not None and is_number(value) else str(value)
+def _cell(value: Any) -> str:
+    if not is_number(value):
+        return "-" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if abs(value) >= 0.1 else f"{value:.4g}"
 
 
 def _charts(title: str, figures: Sequence[Figure]) -> str:

@@ -1,6 +1,7 @@
 """Profile some steps of a run for TensorBoard, on process 0."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,6 @@ import jax
 from ..base.errors import UserError
 from ..distributed import console
 from .watchdog import Watchdog
-
-_NEVER = 2**62
 
 
 def parse(text: str) -> range:
@@ -60,29 +59,29 @@ class Profile:
             rest = f"only {left[0]} to {left[-1]} are profiled" if left else "no step is profiled"
             console.say(f"warning: {given}: {begin} steps are past, {rest}. Use a later range.")
         self._workdir, self._watch = workdir, watch
-        self._before = left.start - 1 if left else _NEVER  # _NEVER once the trace has begun
-        self._last = left[-1] if left else _NEVER
+        self._pauses = [left[0] - 1, left[-1]] if left else []  # those still to come
         self._running = False
 
     def next(self, step: int) -> int:
         """Return the first step after `step` at which training must pause to begin or end the trace."""
-        return min(border for border in (self._before, self._last, _NEVER) if border > step)
+        return min((pause for pause in self._pauses if pause > step), default=sys.maxsize)
 
     def due(self, run: Any) -> bool:
         """Return whether the trace begins or ends at this pause."""
-        return (self._running and run.step >= self._last) or (run.step >= self._before and not run.at_end)
+        return bool(self._pauses) and run.step >= self._pauses[0] and (self._running or not run.at_end)
 
     def __call__(self, run: Any) -> None:
         """Begin or end the trace. No step is in flight at a pause."""
         if self._running:
             self._write()
         elif not run.stopped:
-            self._before, self._running = _NEVER, True
+            self._pauses.pop(0)
+            self._running = True
             if jax.process_index() == 0:
                 options = jax.profiler.ProfileOptions()
                 options.python_tracer_level = 0  # tracing every Python call takes 19 to 42 MB for three steps
-                with self._watch.during("profile"):
-                    jax.profiler.start_trace(self._workdir, profiler_options=options)
+                self._watch.at("profile", run.step)
+                jax.profiler.start_trace(self._workdir, profiler_options=options)
 
     def __enter__(self):
         return self
@@ -92,8 +91,12 @@ class Profile:
             self._write()
 
     def _write(self) -> None:
+        self._watch.at("profile", self._pauses.pop())
         self._running = False
         if jax.process_index() == 0:
-            with self._watch.during("profile"):
+            try:
                 jax.profiler.stop_trace()
+            except RuntimeError as error:  # as JAX reports a full disk or a folder that cannot be made
+                console.say(f"warning: the profile could not be written ({error}). Training continues.")
+                return
             console.say(f"profile written: tensorboard --logdir={self._workdir} (the Profile tab needs xprof)")

@@ -44,7 +44,7 @@ class Run:
 
 
 def read_run(path: pathlib.Path) -> Run:
-    """Read a workdir whose run may still be going on.
+    """Read a workdir whose run may still be going on. Lines of one step are one point.
 
     Raises:
       UserError: it is not a directory, holds no metrics, or its config or result is damaged.
@@ -54,35 +54,24 @@ def read_run(path: pathlib.Path) -> Run:
     metrics = path / workdir.METRICS
     if not metrics.is_file():
         raise UserError(f"{path} has no {workdir.METRICS}. Give the --workdir of a run that has logged a step.")
-    points, notes = read_points(metrics)
+    points: dict[int, dict[str, Any]] = {}
+    notes = []
+    for number, line in enumerate(metrics.read_text(errors="replace").splitlines(), start=1):
+        point = parse_point(line)
+        if point is None:
+            notes.append(f"{metrics}: line {number} is cut short or not a measurement and was skipped")
+            continue
+        # A killed run resumes from its latest checkpoint and repeats some steps: their newest lines count.
+        step = point["step"]
+        if step < next(reversed(points), 0):
+            points = {earlier: kept for earlier, kept in points.items() if earlier < step}
+        points[step] = points.get(step, {}) | point
     if not points:
         raise UserError(f"{metrics} has no readable line. Wait until the run has logged a step.")
     config, result = read_object(path / workdir.CONFIG), workdir.read_result(path)
     if config is None:
         notes.append(f"{path}: no {workdir.CONFIG}")
-    return Run(path=path, points=tuple(points), config=config or {}, result=result, notes=tuple(notes))
-
-
-def read_points(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Read a metrics file and return (points by rising step, notes about lines that were skipped).
-
-    Lines of one step are one point. A killed run resumes from its last checkpoint and repeats some steps: the newest
-    line of a step counts. A line that the kill has cut short is skipped and noted.
-    """
-    points: dict[int, dict[str, Any]] = {}
-    notes = []
-    last = 0
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-        point = parse_point(line)
-        if point is None:
-            notes.append(f"{path}: line {number} is cut short or not a measurement and was skipped")
-            continue
-        step = point["step"]
-        if step < last:
-            points = {earlier: kept for earlier, kept in points.items() if earlier < step}
-        points[step] = points.get(step, {}) | point
-        last = step
-    return [points[step] for step in sorted(points)], notes
+    return Run(path=path, points=tuple(points.values()), config=config or {}, result=result, notes=tuple(notes))
 
 
 def parse_point(line: str) -> dict[str, Any] | None:

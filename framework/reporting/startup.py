@@ -68,14 +68,12 @@ def show_parameters(rows: Sequence[Row], workdir: Path) -> None:
     """
     if jax.process_index() != 0:
         return
-    (workdir / layout.PARAMETERS).write_text(table(rows) + "\n")
+    _keep(workdir / layout.PARAMETERS, table(rows))
     shown = _merged(rows)
-    if len(shown) > _CONSOLE_ROWS:
-        large = sorted(range(len(shown)), key=lambda i: -shown[i].count)[:_CONSOLE_ROWS]
-        rest = sum(row.count for i, row in enumerate(shown) if i not in large)
-        more = Row(f"({len(shown) - len(large)} more in {layout.PARAMETERS})", count=rest)
-        shown = [*(shown[i] for i in sorted(large)), more]
-    say(table(shown))
+    large = sorted(range(len(shown)), key=lambda i: -shown[i].count)[:_CONSOLE_ROWS]
+    rest = [row.count for i, row in enumerate(shown) if i not in large]
+    more = [Row(f"({len(rest)} more in {layout.PARAMETERS})", count=sum(rest))] if rest else []
+    say(table([*(shown[i] for i in sorted(large)), *more]))
 
 
 def _merged(rows: Sequence[Row]) -> list[Row]:
@@ -94,10 +92,17 @@ def show_takeover(taken: takeover.Takeover, workdir: Path) -> None:
     if taken.path is None or jax.process_index() != 0:
         return
     first = f"taken over with all their state: {taken.whole} of {len(jax.tree.leaves(taken.spec.params))} parameters"
-    (workdir / layout.RESTORED).write_text("\n".join([f"from {taken.path}", first, *taken.lines]) + "\n")
-    say("\n  ".join([first, *taken.lines[:_CONSOLE_ROWS]]))
-    if len(taken.lines) > _CONSOLE_ROWS:
-        say(f"  ({len(taken.lines) - _CONSOLE_ROWS} more lines in {layout.RESTORED})")
+    _keep(workdir / layout.RESTORED, "\n".join([f"from {taken.path}", first, *taken.lines]))
+    more = len(taken.lines) - _CONSOLE_ROWS
+    rest = [f"({more} more lines in {layout.RESTORED})"] if more > 0 else []
+    say("\n  ".join([first, *taken.lines[:_CONSOLE_ROWS], *rest]))
+
+
+def _keep(path: Path, text: str) -> None:
+    try:
+        path.write_text(f"{text}\n")
+    except OSError as error:
+        say(f"warning: {path} could not be written ({error.strerror})")
 
 
 def memory_line(state: TrainState) -> str:

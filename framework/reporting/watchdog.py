@@ -4,13 +4,11 @@ Each process watches itself. In a run of several, most stalled processes wait in
 reports are side by side in the workdir, with the phase of each in its first line.
 """
 
-import contextlib
 import datetime
 import faulthandler
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,17 +56,6 @@ class Watchdog:
     def at(self, phase: str, step: int) -> None:
         """Begin a phase after `step` steps. Takes less than a microsecond."""
         self._mark = _Mark(phase, step, time.monotonic())
-
-    @contextlib.contextmanager
-    def during(self, phase: str) -> Iterator[None]:
-        """Enter a phase inside another one, and begin the outer phase again at the end."""
-        outer = self._mark
-        step = outer.step if outer else 0
-        self.at(phase, step)
-        try:
-            yield
-        finally:
-            self.at(outer.phase if outer else phase, step)
 
     def _watch(self) -> None:
         stalled: _Mark | None = None

@@ -2,9 +2,12 @@ import json
 import subprocess
 import sys
 
-import pytest
+import jax
+from toy_runs import make_config
 
 from shampax.framework.reporting.metrics import MetricsWriter
+from shampax.framework.reporting.runs import read_run
+from shampax.framework.train import train
 
 
 def write(workdir, step, values, after_step=0):
@@ -41,13 +44,57 @@ def test_resuming_drops_later_and_truncated_lines(tmp_path):
     assert path.read_text() == "".join(lines[:3])
 
 
-def test_errors_in_the_background_are_raised(tmp_path, monkeypatch):
+def broken(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.event_file_writer", None)
-    with pytest.raises(ImportError):
-        write(tmp_path, 1, {"a": 1.0})
-    assert (tmp_path / "metrics.jsonl").exists()
 
 
-def test_importing_the_trainer_does_not_import_tensorflow():
-    code = "import sys, shampax.framework.train; sys.exit('tensorflow' in sys.modules or 'flax' in sys.modules)"
+def test_broken_events_are_one_warning(tmp_path, monkeypatch, capsys):
+    """Faults: the run ends with an ImportError; a warning for each step; the lines stop too."""
+    broken(monkeypatch)
+    for step in (1, 2):
+        write(tmp_path, step, {"a": 1.0}, after_step=9)
+    writer = MetricsWriter(tmp_path, after_step=9, evaluated=True)
+    for step in (3, 4):
+        writer.write(step=step, seconds=1.0, tokens=step, values={"a": 1.0})
+    writer.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    (*_, last) = warnings = capsys.readouterr().out.splitlines()
+    assert len(warnings) == 3  # one for each writer
+    assert last.startswith("warning: TensorBoard events are off (ModuleNotFoundError: ")
+    assert last.endswith("Training continues.")
+
+
+def test_lines_are_written_again_after_a_full_disk(tmp_path, capsys):
+    """Faults: a full disk ends the run; it is reported at each step; a line cut short spoils the next one."""
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(tmp_path, after_step=0, evaluated=True)
+    path.mkdir()  # open fails, as on a full disk
+    for step in (1, 2):
+        writer.write(step=step, seconds=1.0, tokens=1, values={})
+    path.rmdir()
+    path.write_text('{"step": 3, "sec')
+    writer.write(step=4, seconds=1.0, tokens=1, values={})
+    writer.close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: measurements are missing in metrics.jsonl (IsADirectoryError: ")
+    assert [point["step"] for point in read_run(tmp_path).points] == [4]
+
+
+def test_a_run_that_cannot_write_its_reports_trains_to_its_end(tmp_path, monkeypatch, capsys):
+    """Fault: everything is trained, then a traceback in place of result.json."""
+    broken(monkeypatch)
+    for name in ("metrics.jsonl", "parameters.txt"):
+        (tmp_path / name).mkdir()
+    result = train(make_config(duration="3 steps"), tmp_path, devices=jax.devices()[:1])
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert (result["steps"], result["stopped"]) == (3, None)
+    assert capsys.readouterr().out.count("warning: ") == 3
+
+
+def test_training_imports_neither_tensorflow_nor_flax_nor_plotly():
+    """Fault: the first step comes seconds later."""
+    code = (
+        "import sys, shampax.framework.train, shampax.launch.train\n"
+        "sys.exit(not {'tensorflow', 'flax', 'plotly'}.isdisjoint(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,6 +6,7 @@ from toy_runs import make_config
 
 from shampax.framework.base.errors import UserError
 from shampax.framework.reporting import profiling
+from shampax.framework.reporting.watchdog import Watchdog
 from shampax.framework.train import train
 
 
@@ -56,3 +57,16 @@ def test_a_range_of_past_steps_is_a_warning(capsys, tmp_path):
         for step in (8, 12):
             assert not profile.due(SimpleNamespace(step=step, at_end=step == 12, stopped=None))
     assert not any(tmp_path.iterdir())
+
+
+def test_a_profile_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
+    """Fault: a full disk ends the run with a traceback."""
+    (tmp_path / "plugins").write_text("in the way")
+    with Watchdog(tmp_path, 0.0) as watch:
+        profile = profiling.Profile(profiling.parse("2:3"), tmp_path, watch, begin=0, total_steps=4)
+        for step in (1, 2):
+            run = SimpleNamespace(step=step, at_end=False, stopped=None)
+            assert profile.due(run)
+            profile(run)
+    assert not profile.due(SimpleNamespace(step=3, at_end=False, stopped=None))
+    assert "warning: the profile could not be written (" in capsys.readouterr().out

@@ -1,4 +1,3 @@
-import contextlib
 import time
 
 import pytest
@@ -41,19 +40,6 @@ def test_no_report_while_steps_finish_or_if_turned_off(seconds, tmp_path, capsys
             stands_still(0.3)
     assert capsys.readouterr().err == ""
     assert not any(tmp_path.iterdir())
-
-
-def test_after_a_nested_phase_the_outer_one_continues(tmp_path, capsys):
-    """Faults: a compilation in an evaluation is reported as evaluation; everything after it is reported as
-    compilation."""
-    with Watchdog(tmp_path, 0.2) as watch:
-        watch.at("evaluation", 3)
-        with contextlib.suppress(ZeroDivisionError), watch.during("compiling"):
-            stands_still(0.35)
-            print(1 / 0)
-        stands_still(0.35)
-    said = [line for line in capsys.readouterr().err.splitlines() if "no progress" in line]
-    assert ["compiling" in said[0], "evaluation" in said[1]] == [True, True]
 
 
 def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
