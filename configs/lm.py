@@ -37,7 +37,7 @@ long: continue 1b on books, in rows of 65,536 tokens, for a v5e slice of 256 chi
 
   1b, 8b, moe and long have not been trained yet. Run the command in every host of the slice, with a workdir that all
   hosts share (docs/clusters.md). Prepare the data first with shampax.launch.prepare: a process tokenises about 0.4 M
-  tokens a second, and `data.max_documents` limits how many.
+  tokens a second, and `data.max_records` limits how many.
 """
 
 from typing import Any

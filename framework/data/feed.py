@@ -39,15 +39,9 @@ class Feed:
     def open(
         cls, data: dataset.Data, cache: Path, mesh: Mesh, *, seed: int, batch_size: int, heldout_batches: int
     ) -> "Feed":
-        """Prepare the data on process 0 and open them on every process.
+        """Prepare the data in the folder `cache` on process 0 and open them on every process.
 
-        Args:
-          data: the data set.
-          cache: the folder for prepared data.
-          mesh: of the run.
-          seed: determines the order of the training examples.
-          batch_size: examples of a global batch.
-          heldout_batches: maximum of one evaluation; -1 for all.
+        `seed` determines the order of training examples; an evaluation reads at most `heldout_batches`, or all for -1.
 
         Raises:
           UserError: the data cannot be used.

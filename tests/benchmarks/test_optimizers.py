@@ -316,7 +316,7 @@ def workload(tmp_path_factory):
             "batch_size=2",
             "evaluation.batches=1",
             "data.sequence_length=8",
-            "data.max_documents=10",
+            "data.max_records=10",
         ),
         *("task.layers=1", "task.embed_dim=16", "task.heads=2", "task.kv_heads=1", "task.head_dim=8"),
         *("task.mlp_dim=24", "task.vocab_size=264", "optimizer.block_size=16", "optimizer.interval=2"),

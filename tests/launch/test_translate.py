@@ -24,7 +24,7 @@ SIZES = {"encoder_layers": 1, "decoder_layers": 1, "embed_dim": 16, "heads": 2, 
 def make_config():
     config = base.get_config()
     config.task = base.component(TASK, vocab_size=400, beam_size=2, decode_length=12, **SIZES)
-    config.data = base.component(DATA, source_length=160, target_length=160, vocab_size=400, max_pairs=40)
+    config.data = base.component(DATA, source_length=160, target_length=160, vocab_size=400, max_records=40)
     config.optimizer = base.component("shampax.optimizers.baselines:AdamWOptions")
     config.duration, config.batch_size, config.schedule.learning_rate = "4 steps", 8, 0.01
     config.evaluation.every = config.checkpoint.every = "2 steps"

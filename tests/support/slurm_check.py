@@ -36,7 +36,7 @@ SMALL = {
     "task.mlp_dim": 48,
     "task.vocab_size": 300,
     "data.sequence_length": 16,
-    "data.max_documents": 2,
+    "data.max_records": 2,
     "optimizer.block_size": 32,
     "batch_size": 16,
     "evaluation.every": "0 steps",

@@ -4,21 +4,21 @@ import dataclasses
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, ClassVar
 
 import jax
 from etils import epath
 
-from ...base.errors import UserError
-from ...dataset import SPLITS, Example, Split
+from ...base.bounds import Within
+from ...dataset import Example, Split
 from .. import samples
 from ..preparing import manifests
 from ..preparing.manifests import Manifest
-from ..preparing.preparing import Preparable, Tally
-from ..preparing.streams import Stream, blocks_of
+from ..preparing.preparing import Ingredients, Preparable, Tally
 from ..reading import files, tsv
 from ..reading.malformed import Malformed
+from ..reading.sources import Source, Stream, blocks_of, of_splits
 from . import rows as click_rows
 from .rows import CATEGORIES, INTEGERS, Fields
 
@@ -38,18 +38,6 @@ _CROSSES = (
 _HELD_OUT_MONTHS = ("11", "12")
 
 
-class Clicks(NamedTuple):
-    """The files of a source.
-
-    Attributes:
-      parts: (split, path); the split is None if a file's rows belong to both, the path is None for the sample.
-      fingerprint: text that changes when the files may have changed.
-    """
-
-    parts: Sequence[tuple[Split | None, epath.Path | None]]
-    fingerprint: str
-
-
 @dataclasses.dataclass(frozen=True)
 class ClickData(Preparable):
     """Criteo's Kaggle set (train.txt) or terabyte set (day_0 to day_23), or the vendored flights in the same form.
@@ -64,7 +52,7 @@ class ClickData(Preparable):
     source: str = "sample:flights"  # or "file:/path/train.txt", "file:/path/day_*.gz"; training and held-out rows
     heldout_files: str = ""  # glob of the files with held-out rows, "day_23*"; "" holds out the last rows
     heldout_fraction: float = 1 / 7  # of all rows, from the end, without heldout_files; one of Kaggle's seven days
-    shard_size: int = 1_000_000  # rows of a file in a shard, 157 MB
+    shard_size: Annotated[int, Within(2)] = 1_000_000  # rows of a file in a shard, 157 MB
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,11 +76,11 @@ class ClickData(Preparable):
         """See `rows.spec`."""
         return click_rows.spec()
 
-    def open_source(self) -> Clicks:
-        """See `Preparable.open_source`."""
+    def open_source(self) -> Source:
+        """See `Preparable.open_source`; one stream for each file."""
         kind, _, pattern = self.source.partition(":")
         if kind == "sample":
-            return Clicks([(split, None) for split in SPLITS], samples.sha256(FLIGHTS))
+            return of_splits(samples.sha256(FLIGHTS), flights, self.shard_size)
         found = {*files.find("data.source", pattern)}
         heldout: set[epath.Path] = set()
         if self.heldout_files:
@@ -100,46 +88,32 @@ class ClickData(Preparable):
             beside = os.path.join(os.path.dirname(pattern), self.heldout_files)
             heldout = {*files.find("data.heldout_files", beside)}
         ordered = sorted(found | heldout, key=_numbered)
-        parts: list[tuple[Split | None, epath.Path]] = [
-            (("heldout" if path in heldout else "train") if heldout else None, path) for path in ordered
+        splits: list[Split | None] = [
+            ("heldout" if path in heldout else "train") if heldout else None for path in ordered
         ]
-        stats = zip(files.stats(ordered), parts, strict=True)
-        return Clicks(parts, manifests.digest([[*stat, split] for stat, (split, _) in stats]))
+        streams = [self._stream(number, *part) for number, part in enumerate(zip(splits, ordered, strict=True))]
+        return Source(manifests.digest([files.stats(ordered), splits]), streams)
 
-    def row_knobs(self) -> Sequence[str]:
-        """See `Preparable.row_knobs`."""
-        return "source", "heldout_files", "heldout_fraction", "shard_size"
-
-    def streams(self, source: Clicks) -> list[Stream]:
-        """See `Preparable.streams`; one for each file."""
-        return [self._stream(number, *part) for number, part in enumerate(source.parts)]
-
-    def rows(self, stream: Stream, number: int, records: Iterator[Any], tools: Any, tally: Tally) -> Iterator[bytes]:
+    def rows(
+        self, stream: Stream, number: int, records: Iterator[Any], ingredients: Ingredients, tally: Tally
+    ) -> Iterator[bytes]:
         """See `Preparable.rows`."""
         for fields in records:
             tally.counts["clicks"] += fields[0]
             yield click_rows.packed(fields)
 
-    def summary(self, folder: epath.Path, manifest: Manifest) -> dict[str, Any]:
-        """Return `ranges`: of each split, which rows of its shards belong to it."""
-        ranges = {split: self._range(split, manifest["shards"]) for split in SPLITS}
-        for split, (start, stop) in ranges.items():
-            if start == stop:
-                rows = sum(shard["rows"] for shard in manifest["shards"])
-                raise UserError(
-                    f"data.source={self.source}: has {rows} usable rows and none for the {split} split. Give more, or "
-                    "set data.heldout_fraction or data.heldout_files."
-                )
-        return {"ranges": ranges}
+    def span(self, split: Split, rows: int) -> tuple[int, int]:
+        """See `Preparable.span`."""
+        if self.heldout_files or self.source.startswith("sample:"):
+            return 0, rows
+        boundary = rows - round(rows * self.heldout_fraction)
+        return (0, boundary) if split == "train" else (boundary, rows)
 
     def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> Callable[[bytes], Example]:
         """See `Preparable.row_decoder`."""
         return click_rows.unpacked
 
-    def _stream(self, number: int, split: Split | None, path: epath.Path | None) -> Stream:
-        if path is None:
-            assert split is not None
-            return Stream(split, split, lambda: blocks_of(flights(split), self.shard_size), lambda: 0.0)
+    def _stream(self, number: int, split: Split | None, path: epath.Path) -> Stream:
         meter = files.ReadMeter([path])
 
         def blocks() -> Iterator[Iterator[Any]]:
@@ -147,14 +121,6 @@ class ClickData(Preparable):
 
         size, compressed = max(path.stat().length, 1), path.suffix in files.COMPRESSED
         return Stream(f"{number:05}", split, blocks, meter.fraction, weight=size, one_worker=compressed)
-
-    def _range(self, split: Split, shards: Sequence[dict[str, Any]]) -> tuple[int, int]:
-        """Return which rows of the split's shards belong to the split."""
-        total = sum(shard["rows"] for shard in shards if shard["split"] in (split, None))
-        if all(shard["split"] for shard in shards):
-            return 0, total
-        boundary = total - round(total * self.heldout_fraction)
-        return (0, boundary) if split == "train" else (boundary, total)
 
 
 def parse(path: epath.Path, lines: tsv.Lines) -> Iterator[Fields | Malformed]:

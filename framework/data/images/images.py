@@ -5,16 +5,20 @@ import hashlib
 import sys
 import threading
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
 
+from ...base import bounds
+from ...base.bounds import Within
 from ...dataset import Example, Source, Split
 from .. import samples
 from ..reading.malformed import Malformed, Rejects
 from ..reading.tfds import TfdsSet
 from . import pictures
 
+_SAMPLE = "sample:fashion_mnist"
 _SAMPLE_FILES: dict[Split, str] = {
     "train": "fashion-mnist-train-2000.u8.xz",
     "heldout": "fashion-mnist-test-500.u8.xz",
@@ -32,40 +36,30 @@ class ImageData:
     `max_malformed` of a split stop the run. The image keeps its place, so that batches stay a function of their index.
     """
 
-    source: str = "sample:fashion_mnist"  # or "tfds:imagenet2012:5.1.0"
-    image_size: int = 28  # side of the model's input in pixels; the sample's images have 28
-    classes: int = 10  # number of labels; labels count from 0
+    source: str = _SAMPLE  # or "tfds:imagenet2012:5.1.0"
+    image_size: Annotated[int, Within(1, 8192)] = 28  # side of the model's input in pixels; the sample's images have 28
+    classes: Annotated[int, Within(1, 2**24)] = 10  # number of labels; labels count from 0
     data_dir: str = ""  # folder of tfds sets, local or gs://; "" uses $TFDS_DATA_DIR or ~/tensorflow_datasets
     image_key: str = "image"  # feature of a tfds set that holds the image's file
     label_key: str = "label"  # feature of a tfds set that holds the label
     train_split: str = "train"  # tfds split to train on
     heldout_split: str = "validation"  # tfds split to evaluate on
-    crop_area: tuple[float, float] = (
-        0.08,
-        1.0,
-    )  # training crop's share of a tfds image's area, range (Szegedy et al. 2015)
+    crop_area: tuple[float, float] = (0.08, 1.0)  # range of a training crop's share of a tfds image (Szegedy 2015)
     heldout_share: float = 0.875  # side of the evaluated central crop / shorter side: 224 of 256
-    shift: int = 2  # training images of the sample move by up to this many pixels each way
+    shift: Annotated[int, Within(0, _SAMPLE_SIDE - 1)] = 2  # most pixels by which the sample's images move each way
     flip: bool = True  # mirror half of the training images
-    max_malformed: int = 0  # malformed images of a split that are skipped; one more stops the run
+    max_malformed: Annotated[int, Within(0)] = 0  # malformed images of a split that are skipped
 
     def __post_init__(self):
-        if self.source != "sample:fashion_mnist" and not self.source.startswith("tfds:"):
-            raise ValueError(f"data.source={self.source!r}: write 'sample:fashion_mnist' or 'tfds:imagenet2012:5.1.0'")
-        if self.image_size < 1 or self.classes < 1:
-            raise ValueError(f"data.image_size={self.image_size} and data.classes={self.classes}: must be at least 1")
-        if self._is_sample and self.image_size != _SAMPLE_SIDE:
+        bounds.check("data", self)
+        if self.source != _SAMPLE and not self.source.startswith("tfds:"):
+            raise ValueError(f"data.source={self.source!r}: write {_SAMPLE!r} or 'tfds:imagenet2012:5.1.0'")
+        if self.source == _SAMPLE and self.image_size != _SAMPLE_SIDE:
             raise ValueError(f"data.image_size={self.image_size}: the sample's images have {_SAMPLE_SIDE}")
         if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
             raise ValueError(f"data.crop_area={self.crop_area}: give two rising shares, as (0.08, 1.0)")
         if not 0 < self.heldout_share <= 1:
             raise ValueError(f"data.heldout_share={self.heldout_share}: must be above 0 and at most 1")
-        if not 0 <= self.shift < _SAMPLE_SIDE:
-            raise ValueError(
-                f"data.shift={self.shift}: images of {_SAMPLE_SIDE} pixels move by 0 to {_SAMPLE_SIDE - 1}"
-            )
-        if self.max_malformed < 0:
-            raise ValueError(f"data.max_malformed={self.max_malformed}: give a count, or 0 for none")
 
     @property
     def tokens_per_example(self) -> int:
@@ -78,8 +72,7 @@ class ImageData:
         Raises:
           UserError: it does not.
         """
-        del cache
-        self._opened()
+        self.examples("train", cache)
 
     def examples(self, split: Split, cache: Path) -> Source:
         """Return the images of a split: whole and of any size in "train", cropped in "heldout".
@@ -88,15 +81,12 @@ class ImageData:
           UserError: the set cannot be used; or, when an example is read, more than `max_malformed` are malformed.
         """
         del cache
-        opened = self._opened()
-        if not isinstance(opened, TfdsSet):
-            return _SampleImages(split)
-        return _TfdsImages(opened, split, self)
+        return _SampleImages(split) if self.source == _SAMPLE else _TfdsImages(self._set(), split, self)
 
     def augment(self, example: Example, rng: np.random.Generator) -> Example:
         """Return a random crop of a training image, or a shifted image of the sample; mirrored by chance."""
         image = example["image"]
-        if self._is_sample:
+        if self.source == _SAMPLE:
             down, right = rng.integers(-self.shift, self.shift, size=2, endpoint=True).tolist()
             image = pictures.shifted(image, down, right)
         else:
@@ -109,7 +99,7 @@ class ImageData:
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return shapes and types of an augmented example."""
-        channels = 1 if self._is_sample else 3
+        channels = 1 if self.source == _SAMPLE else 3
         return {
             "image": jax.ShapeDtypeStruct((self.image_size, self.image_size, channels), np.uint8),
             "label": jax.ShapeDtypeStruct((), np.int32),
@@ -123,26 +113,17 @@ class ImageData:
           UserError: the set does not exist any more.
         """
         del cache
-        opened = self._opened()
-        if isinstance(opened, TfdsSet):
-            return opened.fingerprint
-        return hashlib.sha256("".join(samples.sha256(file) for file in opened.values()).encode()).hexdigest()
+        if self.source != _SAMPLE:
+            return self._set().fingerprint
+        return hashlib.sha256("".join(map(samples.sha256, _SAMPLE_FILES.values())).encode()).hexdigest()
 
-    @property
-    def _is_sample(self) -> bool:
-        return self.source.startswith("sample:")
-
-    def _opened(self) -> TfdsSet | dict[Split, str]:
-        """Return the tfds set, or the files of the sample."""
-        if self._is_sample:
-            return _SAMPLE_FILES
+    def _set(self) -> TfdsSet:
         import tensorflow_datasets as tfds  # takes 0.4 s, and only this source needs it
 
-        features = {"image_key": self.image_key, "label_key": self.label_key}
         return TfdsSet(
             self.source.removeprefix("tfds:"),
             self.data_dir,
-            features,
+            {"image_key": self.image_key, "label_key": self.label_key},
             train=self.train_split,
             heldout=self.heldout_split,
             decoders={self.image_key: tfds.decode.SkipDecoding()},
@@ -171,26 +152,24 @@ class _TfdsImages:
     def __init__(self, images: TfdsSet, split: Split, data: ImageData):
         self._images, self._data = images, data
         self._split: Split = split
-        self._source, self._skipped = images.source(split), _Skipped(data.max_malformed)
+        self._source = images.source(split)
+        self._rejects, self._skipped, self._lock = Rejects(data.max_malformed), set[int](), threading.Lock()
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Example:
-        example = self._whole(index)
+        read = self._read(index)
+        if isinstance(read, Malformed):
+            self._skip(index, read)
+            example = _example(np.zeros((1, 1, 3), np.uint8), 0, 0)
+        else:
+            example = _example(*read, 1)
         if self._split == "train":
             return example
         height, width, _ = example["image"].shape
         box = pictures.central_box(height, width, self._data.heldout_share)
         return example | {"image": pictures.resized(example["image"], box, self._data.image_size)}
-
-    def _whole(self, index: int) -> Example:
-        read = self._read(index)
-        if isinstance(read, Malformed):
-            self._skipped.add(read)
-            return _example(np.zeros((1, 1, 3), np.uint8), 0, 0)
-        image, label = read
-        return _example(image, label, 1)
 
     def _read(self, index: int) -> tuple[np.ndarray, int] | Malformed:
         (record,) = self._images.examples(self._split, self._source, [index])
@@ -204,27 +183,15 @@ class _TfdsImages:
         except pictures.NotAnImage as error:
             return Malformed(place, str(error))
 
+    def _skip(self, index: int, malformed: Malformed) -> None:
+        """Count an image once, although threads meet it in every epoch, and name it; too many raise every time."""
+        with self._lock:
+            if index not in self._skipped:
+                self._skipped.add(index)
+                self._rejects.add(1, [str(malformed)])
+                print(f"skipped, {self._rejects.count} of at most {self._rejects.limit}: {malformed}", file=sys.stderr)
+            self._rejects.refuse_excess()
+
 
 def _example(image: np.ndarray, label: int, weight: float) -> Example:
     return {"image": image, "label": np.asarray(label, np.int32), "weight": np.asarray(weight, np.float32)}
-
-
-class _Skipped:
-    """Counts each malformed image of a split once, although threads meet it in any order and in every epoch."""
-
-    def __init__(self, limit: int):
-        self._rejects, self._places, self._lock = Rejects(limit), set[str](), threading.Lock()
-
-    def add(self, malformed: Malformed) -> None:
-        """Count an image and name it on stderr.
-
-        Raises:
-          UserError: there are more than the limit; every later call raises it, too.
-        """
-        with self._lock:
-            if malformed.place in self._places:
-                self._rejects.refuse_excess()
-                return
-            self._places.add(malformed.place)
-            list(self._rejects.sift([malformed]))
-            print(f"skipped, {len(self._places)} of at most {self._rejects.limit}: {malformed}", file=sys.stderr)

@@ -87,10 +87,9 @@ def central_box(height: int, width: int, share: float) -> tuple[float, float, fl
 def shifted(image: np.ndarray, down: int, right: int) -> np.ndarray:
     """Return an image [H, W, C] shifted by a number of pixels, filled with black; the shape stays."""
     height, width, _ = image.shape
-    result = np.zeros_like(image)
-    source = image[max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)]
-    result[max(down, 0) : height - max(-down, 0), max(right, 0) : width - max(-right, 0)] = source
-    return result
+    margin = max(abs(down), abs(right))
+    padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)))
+    return padded[margin - down :, margin - right :][:height, :width]
 
 
 def _centred(height: int, width: int, wide: float, high: float) -> tuple[float, float, float, float]:

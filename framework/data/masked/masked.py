@@ -2,19 +2,20 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Annotated, ClassVar
 
 import jax
 import numpy as np
 from etils import epath
 
+from ...base.bounds import Within
 from ...base.errors import UserError
 from ...dataset import SPLITS, Decoder, Example, Source, Split
 from ..preparing import manifests
 from ..preparing.manifests import Manifest
 from ..preparing.preparing import Ingredients, Tally
-from ..preparing.streams import Stream
+from ..reading.sources import Stream
 from ..text.documents import DocumentData
 from ..text.tokenizer import Tokenizer, refusing
 from ..text.wordpiece import SMALLEST_VOCABULARY, Vocabulary, load_wordpiece, train_wordpiece, vocabulary_of
@@ -34,45 +35,33 @@ class MaskedTextData(DocumentData):
     masked when they are read: training rows as a function of their step and place, held-out rows of their index.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     packing_knobs: ClassVar[tuple[str, ...]] = ("sequence_length", "short_rate")
+    reading_knobs: ClassVar[tuple[str, ...]] = ("mask_rate", "predictions")
 
-    source: str = "sample:enwiki"  # or "tfds:wikipedia/20230601.en:1.0.0", "file:/path/*.txt", "file:/path/*.tsv.xz"
-    sequence_length: int = 128  # tokens in a row, including the three special ones
-    vocab_size: int = 30_522  # tokens, including the five special ones
+    sequence_length: Annotated[int, Within(8, 2**24)] = 128  # tokens in a row, including the three special ones
+    vocab_size: Annotated[int, Within(SMALLEST_VOCABULARY, 2**24)] = 30_522  # tokens, including the five special ones
     mask_rate: float = 0.15  # share of a row's tokens to predict
-    predictions: int = 20  # most tokens to predict in a row; fixes the shapes
-    short_rate: float = 0.1  # share of the pairs that are made short on purpose
+    predictions: Annotated[int, Within(1)] = 20  # most tokens to predict in a row; fixes the shapes
+    short_rate: Annotated[float, Within(0, 1)] = 0.1  # share of the pairs that are made short on purpose
     lower_case: bool = True  # the tokenizer trained here lower-cases text and strips accents
     train_split: str = "train[:99%]"  # tfds split to train on; Wikipedia has only "train"
-    heldout_split: str = "train[99%:]"  # tfds split to evaluate on; samples and files use every 10th document
+    heldout_split: str = "train[99%:]"  # tfds split to evaluate on
     tokenizer: str = ""  # tokenizers JSON file, WordPiece; "" trains one on the training documents
 
     def __post_init__(self):
         super().__post_init__()
-        if self.sequence_length < 8:
-            raise ValueError(f"data.sequence_length={self.sequence_length}: two texts and 3 tokens need at least 8")
-        if self.vocab_size < SMALLEST_VOCABULARY:
-            raise ValueError(f"data.vocab_size={self.vocab_size}: must be at least {SMALLEST_VOCABULARY}")
         if not 0 < self.mask_rate < 1:
             raise ValueError(f"data.mask_rate={self.mask_rate}: must be between 0 and 1")
-        if not 1 <= self.predictions < self.sequence_length:
+        if self.predictions >= self.sequence_length:
             raise ValueError(
-                f"data.predictions={self.predictions}: must be at least 1 and less than data.sequence_length="
-                f"{self.sequence_length}"
+                f"data.predictions={self.predictions}: must be less than data.sequence_length={self.sequence_length}"
             )
-        if not 0 <= self.short_rate <= 1:
-            raise ValueError(f"data.short_rate={self.short_rate}: must be between 0 and 1")
 
     @property
     def tokens_per_example(self) -> int:
         """Slots of a row."""
         return self.sequence_length
-
-    def row_knobs(self) -> Sequence[str]:
-        """See `Preparable.row_knobs`; masks are made when rows are read."""
-        names = ("source", "vocab_size", "lower_case", "max_documents", "tokenizer", *self.packing_knobs, "shard_size")
-        return (*names, *self.source_knobs())
 
     def load(self, path: epath.Path) -> Tokenizer:
         """See `Tokenized.load`."""
@@ -82,24 +71,21 @@ class MaskedTextData(DocumentData):
         """See `Tokenized.train`."""
         return train_wordpiece(records, self.vocab_size, lower_case=self.lower_case)
 
-    def tools(self, ingredients: Ingredients) -> Tokenizer:
-        """Return the tokenizer."""
-        return self.load(epath.Path(ingredients.tokenizer))
-
     def rows(
-        self, stream: Stream, number: int, records: Iterator[str], tools: Tokenizer, tally: Tally
+        self, stream: Stream, number: int, records: Iterator[str], ingredients: Ingredients, tally: Tally
     ) -> Iterator[bytes]:
         """See `Preparable.rows`; second texts come from the same shard; a document alone in the last shard is dropped.
 
         Raises:
           UserError: a split has a single document.
         """
+        tokenizer = self.load(epath.Path(ingredients.tokenizer))
 
         def tokenized() -> Iterator[list[np.ndarray]]:
             for text in records:
                 sentences = split_sentences(text)
                 with refusing(f"the tokenizer fails on the document {text[:40]!r}...; use another"):
-                    encodings = tools.encode_batch_fast(sentences, add_special_tokens=False)
+                    encodings = tokenizer.encode_batch_fast(sentences, add_special_tokens=False)
                 tokens = [np.array(each.ids, np.int32) for each in encodings if each.ids]
                 tally.counts.update(documents=1, characters=len(text), tokens=sum(map(len, tokens)))
                 yield tokens
@@ -107,7 +93,7 @@ class MaskedTextData(DocumentData):
         split: Split = stream.split or "train"
         # Shard 0 has the random numbers of [seed, split]: a SeedSequence ignores trailing zeros.
         rng = np.random.default_rng([_PAIRS_SEED, SPLITS.index(split), number])
-        row = PairRow(vocabulary_of(tools), self.sequence_length)
+        row = PairRow(vocabulary_of(tokenizer), self.sequence_length)
         for group in groups(tokenized(), _GROUP):
             if len(group) < 2:
                 if number:
@@ -120,13 +106,9 @@ class MaskedTextData(DocumentData):
             for pair in pairs(group, capacity=self.sequence_length - 3, short_rate=self.short_rate, rng=rng):
                 yield row.to_bytes(pair)
 
-    def summary(self, folder: epath.Path, manifest: Manifest) -> dict[str, Any]:
-        """Return the vocabulary."""
-        return {"vocabulary": vocabulary_of(self.load(self.tokenizer_path(folder, manifest)))._asdict()}
-
     def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> PairRow:
         """See `Preparable.row_decoder`."""
-        return PairRow(self._vocabulary(manifest), self.sequence_length)
+        return PairRow(vocabulary_of(self.tokenizer_of(folder, manifest)), self.sequence_length)
 
     def examples(self, split: Split, cache: str | os.PathLike[str]) -> Source:
         """See `Preparable.examples`; `augment` masks the rows of "train"."""
@@ -155,21 +137,12 @@ class MaskedTextData(DocumentData):
 
     def fingerprint(self, cache: str | os.PathLike[str]) -> str:
         """See `Preparable.fingerprint`; masking knobs change it, too."""
-        manifest = self.manifest(cache)[1]
-        return manifests.digest([manifest["content"], self._vocabulary(manifest), self.mask_rate, self.predictions])
+        return manifests.digest([super().fingerprint(cache), self.mask_rate, self.predictions])
 
     def decoder(self, cache: str | os.PathLike[str]) -> Decoder:
         """Return a function that decodes token ids to text, special tokens included."""
         tokenizer = self.load_tokenizer(cache)
         return lambda tokens: tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=False)
-
-    def _vocabulary(self, manifest: Manifest) -> Vocabulary:
-        try:
-            return Vocabulary(**manifest["vocabulary"])
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{manifests.NAME} for {self.source}: is corrupt. Delete its folder and prepare again."
-            ) from error
 
 
 class MaskedRows:

@@ -5,7 +5,6 @@ for the end before it, from which the first token is predicted, and one for the 
 and targets `target[1:]`; a target counts if its segment equals its input's and is not 0.
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -17,26 +16,6 @@ TokenPair = tuple[np.ndarray, np.ndarray]
 COLUMNS = tuple(f"{side}{part}" for side in ("source", "target") for part in ("", "_segments", "_positions"))
 
 
-@dataclasses.dataclass(frozen=True)
-class Room:
-    """The capacity of a row.
-
-    Attributes:
-      source_length: source slots.
-      target_length: target slots; a row of targets holds one more, the first input.
-      pairs: largest number of pairs; 0 is as many as fit.
-    """
-
-    source_length: int
-    target_length: int
-    pairs: int
-
-    def holds(self, count: int, source: int, target: int) -> bool:
-        """Return whether `count` pairs with `source` and `target` tokens in total, without ends, fit."""
-        fits = source + count <= self.source_length and target + 2 * count <= self.target_length + 1
-        return fits and not 0 < self.pairs < count
-
-
 class Packer:
     """Converts pairs to the rows of a shard, and rows to examples.
 
@@ -44,12 +23,20 @@ class Packer:
     target tokens, without ends, in the smallest type that holds them.
 
     Args:
-      room: capacity of a row.
+      source_length: source slots of a row.
+      target_length: target slots; a row of targets holds one more, the first input.
+      most: largest number of pairs in a row; 0 is as many as fit.
       vocab_size: tokens of both languages.
     """
 
-    def __init__(self, room: Room, vocab_size: int):
-        self._room, self._type = room, np.min_scalar_type(vocab_size - 1)
+    def __init__(self, source_length: int, target_length: int, most: int, vocab_size: int):
+        self._source_length, self._target_length, self._most = source_length, target_length, most
+        self._type = np.min_scalar_type(vocab_size - 1)
+
+    def holds(self, count: int, source: int, target: int) -> bool:
+        """Return whether `count` pairs with `source` and `target` tokens in total, without ends, fit into a row."""
+        fits = source + count <= self._source_length and target + 2 * count <= self._target_length + 1
+        return fits and not 0 < self._most < count
 
     def pack(self, pairs: Iterable[TokenPair]) -> Iterator[bytes]:
         """Yield rows of pairs of tokens without ends, in order; a pair that does not fit begins the next row.
@@ -59,7 +46,7 @@ class Packer:
         row, source, target = [], 0, 0
         for pair in pairs:
             wider = [len(row) + 1, source + len(pair[0]), target + len(pair[1])]
-            if row and not self._room.holds(*wider):
+            if row and not self.holds(*wider):
                 yield self._to_bytes(row)
                 row, wider = [], [1, len(pair[0]), len(pair[1])]
             row.append(pair)
@@ -83,7 +70,7 @@ class Packer:
         packed = np.frombuffer(content, self._type, offset=4 + lengths.nbytes)
         row, start = {}, 0
         for side, (name, length, before) in enumerate(
-            [("source", self._room.source_length, 0), ("target", self._room.target_length + 1, 1)]
+            [("source", self._source_length, 0), ("target", self._target_length + 1, 1)]
         ):
             tokens, segments, used = np.full(length, END, np.int32), np.zeros(length, np.int32), 0
             for number, taken in enumerate(lengths[:, side].tolist(), start=1):

@@ -2,27 +2,38 @@
 
 import dataclasses
 import itertools
+import operator
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from typing import Annotated, ClassVar, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
+from ...base.bounds import Within
 from ...base.errors import UserError
 from ...dataset import Decoder, Split
+from .. import samples
 from ..preparing.manifests import Manifest
 from ..preparing.preparing import Ingredients, Tally
-from ..preparing.streams import Stream
+from ..reading import tsv
+from ..reading.files import ReadMeter
 from ..reading.malformed import Malformed
-from ..reading.sources import Source
+from ..reading.sources import Stream
 from ..text.tokenized import Tokenized
 from ..text.tokenizer import END_OF_DOCUMENT, SMALLEST_VOCABULARY, Tokenizer, encode, load_tokenizer, train_tokenizer
-from .packing import COLUMNS, END, Packer, Room, TokenPair
-from .sources import Pair, open_pairs
+from .packing import COLUMNS, END, Packer, TokenPair
 
-_TOO_LONG, _EMPTY, _REPEATED = "too long for a row", "with an empty side", "whose source is trained on"
+_SAMPLE_SPLITS = {"validation": 0, "test": 1}  # (7 * book + chapter) % 20; other chapters are trained on
+_TOO_LONG, _EMPTY = "too long for a row", "with an empty side"
+
+
+class Pair(NamedTuple):
+    """A sentence and its translation; either may be empty."""
+
+    source: str
+    target: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,61 +42,72 @@ class PairData(Tokenized):
 
     A training row holds one or several pairs, a held-out row holds one. The cache holds `tokenizer-HASH.json` and
     `rows-HASH/`, named by a hash of the settings and the source, so that other settings or a changed source never use
-    old files. Malformed pairs are skipped. Pairs with an empty side and training pairs longer than a row are dropped;
-    except from tfds sets, also held-out pairs whose source occurs in training.
+    old files. Malformed pairs are skipped. Pairs with an empty side and training pairs longer than a row are dropped.
     """
 
     noun: ClassVar[str] = "pairs"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     packing_knobs: ClassVar[tuple[str, ...]] = ("source_length", "target_length", "pairs_per_row")
+    sample_name: ClassVar[str] = "sample:nt"
+    sample_file: ClassVar[str] = "web-lsg-nt.en-fr.tsv.xz"
+    file_glob: ClassVar[str] = "*.tsv"
+    tfds_name: ClassVar[str] = "wmt14_translate/fr-en:1.0.0"
+    feature_knobs: ClassVar[tuple[str, ...]] = ("source_key", "target_key")
+    record: ClassVar[Callable[..., Pair]] = Pair
+    text_of: ClassVar[Callable[[Pair], str]] = operator.attrgetter("source")  # no held-out source is trained on
 
     source: str = "sample:nt"  # or "tfds:wmt14_translate/fr-en:1.0.0", "file:/path/*.tsv"
-    source_length: int = 128  # source tokens in a row, including the end of each sentence
-    target_length: int = 128  # target tokens in a row, including the end of each sentence
-    pairs_per_row: int = 0  # largest number of pairs in a training row; 0 packs as many as fit
-    vocab_size: int = 2048  # tokens of both languages, including the end of a sentence and the 256 bytes
-    data_dir: str = ""  # folder of tfds sets, local or gs://; "" uses $TFDS_DATA_DIR or ~/tensorflow_datasets
+    source_length: Annotated[int, Within(2, 2**24)] = 128  # source tokens in a row, including the end of each sentence
+    target_length: Annotated[int, Within(2, 2**24)] = 128  # target tokens in a row, including the end of each sentence
+    pairs_per_row: Annotated[int, Within(0)] = 0  # largest number of pairs in a training row; 0 packs as many as fit
+    vocab_size: Annotated[int, Within(SMALLEST_VOCABULARY, 2**24)] = 2048  # tokens of both languages and the end
     source_key: str = "en"  # feature of a tfds set to translate from
     target_key: str = "fr"  # feature of a tfds set to translate into
-    source_column: int = 1  # column of a .tsv file to translate from; the first is 1
-    target_column: int = 2  # column of a .tsv file to translate into
-    train_split: str = "train"  # tfds split to train on
-    heldout_split: str = "test"  # tfds split or chapters of the sample to evaluate on; files use every 10th row
+    source_column: Annotated[int, Within(1)] = 1  # column of a .tsv file to translate from; the first is 1
+    target_column: Annotated[int, Within(1)] = 2  # column of a .tsv file to translate into
+    heldout_split: str = "test"  # tfds split, or chapters of the sample (validation or test), to evaluate on
     tokenizer: str = ""  # tokenizers JSON file, byte-level BPE; "" trains one on both sides of the training pairs
-    max_pairs: int = 0  # per split, malformed ones included, also for training the tokenizer; 0 takes all
 
     def __post_init__(self):
         super().__post_init__()
-        if self.source.partition(":")[0] not in ("sample", "file", "tfds"):
+        if self.source == self.sample_name and self.heldout_split not in _SAMPLE_SPLITS:
             raise ValueError(
-                f"data.source={self.source!r}: write 'sample:nt', 'file:/path/*.tsv' or "
-                "'tfds:wmt14_translate/fr-en:1.0.0'"
+                f"data.heldout_split={self.heldout_split!r}: {self.source} holds out "
+                f"{' or '.join(map(repr, _SAMPLE_SPLITS))}"
             )
-        least = {"source_length": 2, "target_length": 2, "source_column": 1, "target_column": 1}
-        for name, bound in (least | {"pairs_per_row": 0, "max_pairs": 0}).items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"data.{name}={getattr(self, name)}: must be at least {bound}")
-        if self.vocab_size < SMALLEST_VOCABULARY:
-            raise ValueError(f"data.vocab_size={self.vocab_size}: bytes alone need {SMALLEST_VOCABULARY}")
 
     @property
     def tokens_per_example(self) -> int:
         """Target slots of a row."""
         return self.target_length
 
-    def open_source(self) -> Source[Pair]:
-        """See `Preparable.open_source`."""
-        names = "data_dir source_key target_key source_column target_column train_split heldout_split"
-        return open_pairs(self.source, **{name: getattr(self, name) for name in names.split()})
+    def sample(self, split: Split) -> Iterator[Pair]:
+        """Yield verses of the New Testament, by chapter; held-out sources that training has are left out."""
+        verses: list[tuple[int, Pair]] = []
+        for line in samples.read(self.sample_file).decode().removesuffix("\n").split("\n"):
+            place, *pair = line.split("\t")
+            book, chapter, _ = map(int, place.split("."))
+            verses.append(((7 * book + chapter) % 20, Pair(*pair)))
+        train = [pair for group, pair in verses if group not in _SAMPLE_SPLITS.values()]
+        if split == "train":
+            return iter(train)
+        heldout, known = _SAMPLE_SPLITS[self.heldout_split], {pair.source for pair in train}
+        return (pair for group, pair in verses if group == heldout and pair.source not in known)
 
-    def row_knobs(self) -> Sequence[str]:
-        """See `Preparable.row_knobs`."""
-        kind = self.source.partition(":")[0]
-        chosen = {"sample": ("heldout_split",), "file": ("source_column", "target_column")}.get(
-            kind, ("source_key", "target_key", "train_split", "heldout_split")
-        )
-        names = ("source", "vocab_size", "max_pairs", "tokenizer", *self.packing_knobs, "shard_size")
-        return (*names, *chosen)
+    def read(self, path: epath.Path, meter: ReadMeter) -> Iterator[Pair | Malformed]:
+        """Yield the pairs of a TSV file."""
+        for row in tsv.read(path, meter):
+            if isinstance(row, Malformed):
+                yield row
+                continue
+            for side in ("source", "target"):
+                column = getattr(self, f"{side}_column")
+                if column > len(row):
+                    raise UserError(
+                        f"data.{side}_column={column}: but {path} has {len(row)} columns, separated by tabs and "
+                        "counted from 1"
+                    )
+            yield Pair(row[self.source_column - 1], row[self.target_column - 1])
 
     def load(self, path: epath.Path) -> Tokenizer:
         """See `Tokenized.load`."""
@@ -101,59 +123,40 @@ class PairData(Tokenized):
         """See `Tokenized.train`; uses both sides."""
         return train_tokenizer(filter(None, itertools.chain.from_iterable(records)), self.vocab_size)
 
-    def ingredients(self, cache: epath.Path, source: Source[Pair]) -> Ingredients:
-        """Return the tokenizer and the held-out sources that occur in training.
-
-        The splits of tfds sets are those that others report results on: nothing is dropped from them.
-        """
-        found = super().ingredients(cache, source)
-        official = self.source.startswith("tfds:")
-        return found if official else dataclasses.replace(found, known=self._trained_on(source))
-
-    def tools(self, ingredients: Ingredients) -> tuple[Tokenizer, frozenset[str]]:
-        """Return the tokenizer and the held-out sources that occur in training."""
-        return self.load(epath.Path(ingredients.tokenizer)), ingredients.known
-
     def rows(
-        self,
-        stream: Stream,
-        number: int,
-        records: Iterator[Pair],
-        tools: tuple[Tokenizer, frozenset[str]],
-        tally: Tally,
+        self, stream: Stream, number: int, records: Iterator[Pair], ingredients: Ingredients, tally: Tally
     ) -> Iterator[bytes]:
         """See `Preparable.rows`.
 
         Raises:
           UserError: a held-out pair is longer than a row.
         """
-        tokenizer, known = tools
-        split: Split = stream.split or "train"
-        room, longest = self._room(split), (0, 0)
+        tokenizer = self.load(epath.Path(ingredients.tokenizer))
+        packer, longest = self._packer(stream.split or "train"), (0, 0)
 
-        def kept() -> Iterator[Pair]:
+        def sides() -> Iterator[str]:
             for pair in records:
-                if not (pair.source and pair.target):
-                    tally.dropped[_EMPTY] += 1
-                elif split == "heldout" and pair.source in known:
-                    tally.dropped[_REPEATED] += 1
+                if pair.source and pair.target:
+                    yield from pair
                 else:
-                    yield pair
+                    tally.dropped[_EMPTY] += 1
 
         def fitting() -> Iterator[TokenPair]:
             nonlocal longest
-            for pair, source, target in _tokens(tokenizer, kept()):
+            encoded = encode(tokenizer, sides())
+            for (source_text, source), (target_text, target) in zip(encoded, encoded, strict=True):
+                source, target = source[1:-1], target[1:-1]  # without ends
                 tally.counts.update(
-                    pairs=1, characters=len(pair.source) + len(pair.target), tokens=len(source) + len(target)
+                    pairs=1, characters=len(source_text) + len(target_text), tokens=len(source) + len(target)
                 )
-                if room.holds(1, len(source), len(target)):
+                if packer.holds(1, len(source), len(target)):
                     yield source, target
                 else:
                     tally.dropped[_TOO_LONG] += 1
                     longest = max(longest[0], len(source) + 1), max(longest[1], len(target) + 1)
 
-        yield from Packer(room, self.vocab_size).pack(fitting())
-        if split == "heldout" and tally.dropped[_TOO_LONG]:
+        yield from packer.pack(fitting())
+        if stream.split == "heldout" and tally.dropped[_TOO_LONG]:
             raise UserError(
                 f"data.source_length={self.source_length} and data.target_length={self.target_length}: "
                 f"{tally.dropped[_TOO_LONG]} held-out pairs are longer, up to {longest[0]} source and {longest[1]} "
@@ -162,7 +165,7 @@ class PairData(Tokenized):
 
     def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> Packer:
         """See `Preparable.row_decoder`."""
-        return Packer(self._room(split), self.vocab_size)
+        return self._packer(split)
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return shape and type of the arrays of a row."""
@@ -183,27 +186,6 @@ class PairData(Tokenized):
 
         return decode
 
-    def _room(self, split: Split) -> Room:
-        return Room(self.source_length, self.target_length, self.pairs_per_row if split == "train" else 1)
-
-    def _trained_on(self, pairs: Source[Pair]) -> frozenset[str]:
-        """Return the held-out sources that occur in training."""
-
-        def sources(split: Split) -> Iterator[str]:
-            for pair in itertools.islice(pairs.stream(split), self.max_pairs or None):
-                if not isinstance(pair, Malformed):
-                    yield pair.source
-
-        heldout = set(sources("heldout"))
-        return frozenset(source for source in sources("train") if source in heldout)
-
-
-def _tokens(tokenizer: Tokenizer, pairs: Iterable[Pair]) -> Iterator[tuple[Pair, np.ndarray, np.ndarray]]:
-    """Yield pairs with the tokens of both sides, without ends."""
-    kept, sources, targets = itertools.tee(pairs, 3)
-    encoded = (
-        encode(tokenizer, (pair.source for pair in sources)),
-        encode(tokenizer, (pair.target for pair in targets)),
-    )
-    for pair, (_, source), (_, target) in zip(kept, *encoded, strict=True):
-        yield pair, source[1:-1], target[1:-1]
+    def _packer(self, split: Split) -> Packer:
+        most = self.pairs_per_row if split == "train" else 1
+        return Packer(self.source_length, self.target_length, most, self.vocab_size)

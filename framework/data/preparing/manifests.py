@@ -65,10 +65,8 @@ def find(place: epath.Path, settings: dict[str, Any]) -> tuple[epath.Path, Manif
             f"as they were, or {prepare} with this config."
         )
     if len(same) > 1:
-        raise UserError(
-            f"data.prepared={place}: holds {len(same)} preparations with these settings, of different states of the "
-            f"source: {', '.join(folder.name for folder in same)}. Delete all but one."
-        )
+        names = ", ".join(folder.name for folder in same)
+        raise UserError(f"data.prepared={place}: {names} have these settings, of changed sources. Delete all but one.")
     (folder,) = same
     gone = missing(folder, found[folder])
     if gone:
@@ -106,7 +104,7 @@ def totals(limit: int, notes: Sequence[dict[str, Any]]) -> dict[str, dict[str, A
     for split in sorted({note["split"] for note in notes}, key=lambda split: split == "heldout"):
         rejects, counts, dropped, rows = Rejects(limit), collections.Counter(), collections.Counter(), 0
         for note in (note for note in notes if note["split"] == split):
-            rejects = Rejects(limit, **note["malformed"]).after(rejects)
+            rejects.add(**note["malformed"])
             counts.update(note["counts"])
             dropped.update(note["dropped"])
             rows += note["rows"]
@@ -127,11 +125,9 @@ def _is_valid(manifest: Manifest) -> bool:
     try:
         return (
             all({"file", "split", "rows", "bytes", "content"} <= shard.keys() for shard in manifest["shards"])
-            and all({"count", "first"} == total["malformed"].keys() for total in manifest["splits"].values())
-            and all(isinstance(total["dropped"], dict) for total in manifest["splits"].values())
-            and isinstance(manifest["content"], str)
-            and isinstance(manifest["settings"], dict)
-            and {"file", "sha256"} == manifest["tokenizer"].keys()
+            and all({"dropped", "malformed"} <= total.keys() for total in manifest["splits"].values())
+            and {"train", "heldout"} == manifest["ranges"].keys()
+            and {"content", "settings", "tokenizer"} <= manifest.keys()
         )
     except (KeyError, TypeError, AttributeError):
         return False

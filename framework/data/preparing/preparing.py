@@ -14,20 +14,20 @@ import itertools
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, MutableSequence
+from typing import Annotated, Any, ClassVar
 
 from etils import epath
 
-from ...base import paths
+from ...base import bounds, paths
+from ...base.bounds import Within
 from ...base.errors import UserError
-from ...dataset import Example, Source, Split
-from ..reading import shards
+from ...dataset import SPLITS, Example, Source, Split
+from ..reading import shards, sources
 from ..reading.malformed import Rejects
 from . import manifests
 from .manifests import Manifest
 from .progress import FIELDS, ProgressLines, WorkerCounter
-from .streams import Stream
 from .workers import run_in_processes
 
 _ROWS = ".array_record"
@@ -36,17 +36,15 @@ _LIBRARIES = ("array-record", "numpy", "tokenizers")  # versions in the manifest
 
 @dataclasses.dataclass(frozen=True)
 class Ingredients:
-    """The common inputs of all shards of a preparation; picklable.
+    """The common inputs of all shards of a preparation.
 
     Attributes:
       tokenizer: path of its JSON file, "" for data without one.
       sha256: hash of that file.
-      known: held-out sources that also occur in training.
     """
 
     tokenizer: str = ""
     sha256: str = ""
-    known: frozenset[str] = frozenset()
 
 
 class Tally:
@@ -58,55 +56,33 @@ class Tally:
 
 
 @dataclasses.dataclass(frozen=True)
-class Worker:
-    """One of `of` workers, over all processes; it makes every `of`th shard."""
-
-    index: int
-    of: int
-
-    def owns(self, stream: Stream, stream_number: int, number: int) -> bool:
-        """Return whether it makes shard `number` of a stream."""
-        return (stream_number if stream.one_worker else stream_number + number) % self.of == self.index
-
-
-@dataclasses.dataclass(frozen=True)
 class Preparable(abc.ABC):
     """Base of data sets whose examples are made once."""
 
     noun: ClassVar[str]  # plural name of a record
     version: ClassVar[int]  # of the row format; raise it when the meaning of prepared files changes
+    reading_knobs: ClassVar[tuple[str, ...]] = ()  # knobs that do not change the rows, in addition to the usual ones
 
     prepared: str = ""  # folder filled by launch.prepare, local or gs://; "" prepares in the workdir
-    shard_size: int = 100_000  # source records per shard; shards of 0.1 to 1 GB work well
-    workers: int = 1  # processes that prepare in the workdir
-    max_malformed: int = 0  # malformed records of a split that are skipped; one more stops the run
+    shard_size: Annotated[int, Within(2)] = 100_000  # source records per shard; shards of 0.1 to 1 GB work well
+    workers: Annotated[int, Within(1, 4096)] = 1  # processes that prepare in the workdir
+    max_malformed: Annotated[int, Within(0)] = 0  # malformed records of a split that are skipped
 
     def __post_init__(self):
-        if self.shard_size < 2:
-            raise ValueError(f"data.shard_size={self.shard_size}: must be at least 2")
-        if self.workers < 1:
-            raise ValueError(f"data.workers={self.workers}: must be at least 1")
-        if self.max_malformed < 0:
-            raise ValueError(f"data.max_malformed={self.max_malformed}: give a count, or 0 for none")
+        bounds.check("data", self)
 
     @abc.abstractmethod
-    def open_source(self) -> Any:
-        """Open the source; its `fingerprint` changes with its content.
+    def open_source(self) -> sources.Source:
+        """Open the source.
 
         Raises:
           UserError: it cannot be read.
         """
 
     @abc.abstractmethod
-    def row_knobs(self) -> Sequence[str]:
-        """Return the names of the knobs that determine the rows."""
-
-    @abc.abstractmethod
-    def streams(self, source: Any) -> Sequence[Stream]:
-        """Return the source's records in blocks."""
-
-    @abc.abstractmethod
-    def rows(self, stream: Stream, number: int, records: Iterator[Any], tools: Any, tally: Tally) -> Iterator[bytes]:
+    def rows(
+        self, stream: sources.Stream, number: int, records: Iterator[Any], ingredients: Ingredients, tally: Tally
+    ) -> Iterator[bytes]:
         """Yield the rows of shard `number` of a stream from its records, without malformed ones.
 
         Raises:
@@ -117,27 +93,21 @@ class Preparable(abc.ABC):
     def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> Callable[[bytes], Example]:
         """Return the function, picklable, that decodes a row of a split to an example."""
 
-    def ingredients(self, cache: epath.Path, source: Any) -> Ingredients:
+    def ingredients(self, cache: epath.Path, source: sources.Source) -> Ingredients:
         """Return what all shards need; make it in `cache` if it is missing."""
         del cache, source
         return Ingredients()
 
-    def tools(self, ingredients: Ingredients) -> Any:
-        """Return the tools for `rows`; each worker makes them once from the ingredients."""
-        return ingredients
-
-    def summary(self, folder: epath.Path, manifest: Manifest) -> dict[str, Any]:
-        """Return further entries for the manifest; "ranges" limits a split to some rows of its shards.
-
-        Raises:
-          UserError: there are too few rows.
-        """
-        del folder, manifest
-        return {}
+    def span(self, split: Split, rows: int) -> tuple[int, int]:
+        """Return which of the `rows` rows of a split's shards belong to the split: start and stop."""
+        del split
+        return 0, rows
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that determine the rows of a given source; JSON values."""
-        return {"format": self.version} | {name: getattr(self, name) for name in self.row_knobs()}
+        others = {"prepared", "workers", "max_malformed", "data_dir", *self.reading_knobs}
+        names = [field.name for field in dataclasses.fields(self) if field.name not in others]
+        return {"format": self.version} | {name: getattr(self, name) for name in names}
 
     def prepare(self, cache: str | os.PathLike[str]) -> None:
         """Make the missing rows in `cache`; with `prepared`, check the existing ones.
@@ -150,7 +120,7 @@ class Preparable(abc.ABC):
             records.
         """
         if self.prepared:
-            self.report(*self.manifest(cache))
+            self.report(self.manifest(cache)[1])
         else:
             run(self, paths.of(cache), workers=self.workers)
 
@@ -169,11 +139,11 @@ class Preparable(abc.ABC):
             )
         return folder, manifests.read(folder)
 
-    def folder(self, cache: epath.Path, source: Any) -> epath.Path:
+    def folder(self, cache: epath.Path, source: sources.Source) -> epath.Path:
         """Return the folder for the rows of a source, named by a hash of the settings and the source."""
         return cache / f"rows-{manifests.digest(self.identity(source))}"
 
-    def identity(self, source: Any) -> dict[str, Any]:
+    def identity(self, source: sources.Source) -> dict[str, Any]:
         """Return the settings and the source's fingerprint."""
         return self.settings() | {"fingerprint": source.fingerprint}
 
@@ -184,9 +154,8 @@ class Preparable(abc.ABC):
           UserError: nothing is prepared for these settings in `cache`.
         """
         folder, manifest = self.manifest(cache)
-        start, stop = manifest.get("ranges", {}).get(split, (0, None))
         files, counts = manifests.of_split(folder, manifest, split)
-        return shards.ShardRows(files, counts, self.row_decoder(split, folder, manifest), start, stop)
+        return shards.ShardRows(files, counts, self.row_decoder(split, folder, manifest), *manifest["ranges"][split])
 
     def fingerprint(self, cache: str | os.PathLike[str]) -> str:
         """Return a hash of the rows of both splits; copying, touching or preparing again does not change it.
@@ -196,13 +165,12 @@ class Preparable(abc.ABC):
         """
         return self.manifest(cache)[1]["content"]
 
-    def report(self, folder: epath.Path, manifest: Manifest) -> None:
+    def report(self, manifest: Manifest) -> None:
         """Print to stderr which records were skipped or dropped.
 
         Raises:
           UserError: more records are malformed than `max_malformed` allows.
         """
-        del folder
         for name, total in manifest["splits"].items():
             rejects = Rejects(self.max_malformed, **total["malformed"])
             rejects.refuse_excess()
@@ -234,19 +202,20 @@ def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, 
     if (folder / manifests.NAME).exists():
         manifest = manifests.read(folder)
         if not manifests.missing(folder, manifest):
-            data.report(folder, manifest)
+            data.report(manifest)
             return manifest
     ingredients = data.ingredients(cache, source)
-    own = [Worker(process * workers + worker, processes * workers) for worker in range(workers)]
     spawn = multiprocessing.get_context("spawn")  # a fork of a process that has started JAX may hang
     counters: Any = spawn.RawArray("d", FIELDS * workers)
-    progress = ProgressLines(data.noun, counters)
+    jobs = [
+        (data, folder, ingredients, process * workers + worker, processes * workers, counters, worker)
+        for worker in range(workers)
+    ]
     try:
-        with progress:
+        with ProgressLines(data.noun, counters) as progress:
             if workers == 1:
-                _make_shards(data, folder, ingredients, own[0], counters, 0)
+                _make_shards(*jobs[0])
             else:
-                jobs = [(data, folder, ingredients, worker, counters, place) for place, worker in enumerate(own)]
                 run_in_processes(spawn, _make_shards, jobs)
         manifest = _join(data, folder, ingredients, source)
     except BaseException:
@@ -256,8 +225,8 @@ def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, 
         for name, total in manifest["splits"].items():
             counted = ", ".join(f"{count:,} {noun}" for noun, count in total.items() if isinstance(count, int))
             print(f"prepared {name}: {counted}", file=sys.stderr)
-        print(progress.summary(), file=sys.stderr, flush=True)
-        data.report(folder, manifest)
+        print(f"made here: {progress}", file=sys.stderr, flush=True)
+        data.report(manifest)
     return manifest
 
 
@@ -265,48 +234,45 @@ def _make_shards(
     data: Preparable,
     folder: epath.Path,
     ingredients: Ingredients,
-    worker: Worker,
+    worker: int,
+    workers: int,
     counters: MutableSequence[float],
     place: int,
 ) -> None:
-    """Make the missing shards of a worker, whose counters are number `place`."""
-    source, tools = data.open_source(), data.tools(ingredients)
-    streams = data.streams(source)
+    """Make the missing shards of a worker, one in `workers` of all processes, whose counters are number `place`."""
+    streams = data.open_source().streams
     counter, there = WorkerCounter(counters, place, streams), _names(folder)
-    totals: dict[Split | None, Rejects] = {}
-    for stream_number, stream in enumerate(streams):
-        if not stream.one_worker or worker.owns(stream, stream_number, 0):
+    for first, stream in enumerate(streams):
+        if not stream.one_worker or first % workers == worker:
             count = 0
             for number, records in enumerate(stream.blocks()):
                 count = number + 1
                 name = f"{stream.name}-{number:05}"
-                if not worker.owns(stream, stream_number, number) or {f"{name}.json", f"{name}{_ROWS}"} <= there:
+                owner = first if stream.one_worker else first + number
+                if owner % workers != worker or {f"{name}.json", f"{name}{_ROWS}"} <= there:
                     continue
                 tally = Tally(data.max_malformed)
                 usable = tally.rejects.sift(counter.records(stream, records))
-                rows = counter.rows(data.rows(stream, number, usable, tools, tally))
-                written = shards.write(folder / f"{name}{_ROWS}", rows)
+                rows = counter.rows(data.rows(stream, number, usable, ingredients, tally))
                 note = {
                     "file": f"{name}{_ROWS}",
                     "split": stream.split,
-                    **written._asdict(),
+                    **shards.write(folder / f"{name}{_ROWS}", rows),
                     "tokenizer": ingredients.sha256,
                     "counts": dict(tally.counts),
                     "dropped": dict(tally.dropped),
                     "malformed": tally.rejects.to_json(),
                 }
                 paths.write_text(folder / f"{name}.json", manifests.to_text(note))
-                totals[stream.split] = tally.rejects.after(totals.get(stream.split, Rejects(0)))
-                totals[stream.split].refuse_excess()
             paths.write_text(folder / f"{stream.name}.json", manifests.to_text({"shards": count}))
         counter.finish(stream)
 
 
-def _join(data: Preparable, folder: epath.Path, ingredients: Ingredients, source: Any) -> Manifest | None:
+def _join(data: Preparable, folder: epath.Path, ingredients: Ingredients, source: sources.Source) -> Manifest | None:
     """Write and return the manifest of all shards; None if some are missing."""
     there = _names(folder)
     notes: list[dict[str, Any]] = []
-    for stream in data.streams(source):
+    for stream in source.streams:
         if f"{stream.name}.json" not in there:
             return None
         for number in range(manifests.read(folder, f"{stream.name}.json")["shards"]):
@@ -319,16 +285,24 @@ def _join(data: Preparable, folder: epath.Path, ingredients: Ingredients, source
         raise UserError(f"{folder / others[0]}: was made with another tokenizer. Delete {folder} and prepare again.")
     path = epath.Path(ingredients.tokenizer)
     beside = path.name if ingredients.tokenizer and path.parent == folder.parent else ""
+    rows = {split: sum(note["rows"] for note in notes if note["split"] in (split, None)) for split in SPLITS}
+    ranges = {split: data.span(split, rows[split]) for split in SPLITS}
+    content = [[note["split"], note["rows"], note["content"]] for note in notes]
     manifest: Manifest = {
         "settings": data.identity(source),
         "versions": {library: importlib.metadata.version(library) for library in _LIBRARIES},
         "tokenizer": {"file": beside, "sha256": ingredients.sha256},
         "splits": manifests.totals(data.max_malformed, notes),
         "shards": [{key: note[key] for key in ("file", "split", "rows", "bytes", "content")} for note in notes],
+        "ranges": ranges,
+        "content": manifests.digest([ingredients.sha256, content, ranges]),
     }
-    manifest |= data.summary(folder, manifest)
-    content = [[note["split"], note["rows"], note["content"]] for note in notes]
-    manifest["content"] = manifests.digest([ingredients.sha256, content, manifest.get("ranges")])
+    for split, (start, stop) in ranges.items():
+        if start == stop:
+            raise UserError(
+                f"data.source={data.settings()['source']}: has no usable {data.noun} for the {split} split. "
+                "Give more, or set data.heldout_fraction."
+            )
     paths.write_text(folder / manifests.NAME, manifests.to_text(manifest))
     for name in there:
         if name.endswith(".partial"):  # left by a killed process: every shard exists without it

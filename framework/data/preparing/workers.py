@@ -28,12 +28,11 @@ def run_in_processes(context: Any, work: Callable[..., None], jobs: Sequence[tup
                 process = running.pop(sentinel)
                 process.join()
                 if process.exitcode:
-                    raise UserError(
-                        errors.get()
-                        if not errors.empty()
-                        else f"a worker of the preparation died with exit code {process.exitcode}, perhaps for lack of "
+                    died = (
+                        f"a worker of the preparation died with exit code {process.exitcode}, perhaps for lack of "
                         "memory. Use fewer workers and rerun the command; it continues with the missing shards."
                     )
+                    raise UserError(died if errors.empty() else errors.get())
     finally:
         for process in processes:
             if process.pid is not None:

@@ -1,7 +1,7 @@
 """Malformed records of a source: skipped and counted up to a limit, and named by file and row in errors and reports."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from ...base.errors import UserError
@@ -35,8 +35,8 @@ class Rejects:
       first: descriptions of the first few of them.
     """
 
-    def __init__(self, limit: int, count: int = 0, first: Iterable[str] = ()):
-        self.limit, self.count, self._first = limit, count, list(first)
+    def __init__(self, limit: int, count: int = 0, first: Sequence[str] = ()):
+        self.limit, self.count, self.first = limit, count, list(first)
 
     def sift(self, records: Iterable[T | Malformed]) -> Iterator[T]:
         """Yield the usable records in order.
@@ -46,11 +46,15 @@ class Rejects:
         """
         for record in records:
             if isinstance(record, Malformed):
-                self.count += 1
-                self._first = [*self._first, str(record)][:_NAMED]
+                self.add(1, [str(record)])
                 self.refuse_excess()
             else:
                 yield record
+
+    def add(self, count: int, first: Sequence[str]) -> None:
+        """Count further records."""
+        self.count += count
+        self.first = [*self.first, *first][:_NAMED]
 
     def refuse_excess(self) -> None:
         """Raise UserError if more records are malformed than the limit allows."""
@@ -59,15 +63,11 @@ class Rejects:
                 f"data.max_malformed={self.limit}: {self}. Repair the data or raise the limit to skip them."
             )
 
-    def after(self, earlier: "Rejects") -> "Rejects":
-        """Return these and earlier rejects together."""
-        return Rejects(self.limit, earlier.count + self.count, [*earlier._first, *self._first][:_NAMED])
-
     def to_json(self) -> dict[str, Any]:
         """Return the keyword arguments that restore the count."""
-        return {"count": self.count, "first": self._first}
+        return {"count": self.count, "first": self.first}
 
     def __str__(self) -> str:
-        more = f"; and {self.count - len(self._first)} more" if self.count > len(self._first) else ""
+        more = f"; and {self.count - len(self.first)} more" if self.count > len(self.first) else ""
         noun = "record is" if self.count == 1 else "records are"
-        return f"{self.count:,} {noun} malformed ({'; '.join(self._first)}{more})"
+        return f"{self.count:,} {noun} malformed ({'; '.join(self.first)}{more})"

@@ -5,17 +5,15 @@ of one that grain asks for 200 and more. ArrayRecord keeps a checksum of each gr
 """
 
 import bisect
-import collections
+import functools
 import hashlib
 import itertools
 import os
 import shutil
 import tempfile
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
@@ -26,19 +24,13 @@ from ...dataset import Example
 
 _GROUP_BYTES, _LEAST, _MOST = 10_240, 8, 64  # size of a group in bytes; bounds of its number of rows
 _OPEN = 512  # readers held open; each takes one of the process' file descriptors, often 1,024
-_AT_ONCE = 4_096  # rows read at once
 
 
-class Written(NamedTuple):
-    """The result of `write`: number of rows, their hash, and the size of the file."""
+def write(path: epath.Path, rows: Iterable[bytes]) -> dict[str, Any]:
+    """Stream rows to a file that appears only when complete, and return their number, their hash and its size.
 
-    rows: int
-    content: str
-    bytes: int
-
-
-def write(path: epath.Path, rows: Iterable[bytes]) -> Written:
-    """Stream rows to a file that appears only when complete; a file in a bucket is written locally and then copied."""
+    A file in a bucket is written locally and then copied.
+    """
     folder = Path(path.parent) if paths.is_local(path) else Path(tempfile.mkdtemp())
     partial = folder / f".{path.name}.{os.getpid()}.partial"
     try:
@@ -53,7 +45,7 @@ def write(path: epath.Path, rows: Iterable[bytes]) -> Written:
         partial.unlink(missing_ok=True)
         if not paths.is_local(path):
             folder.rmdir()
-    return Written(count, content, size)
+    return {"rows": count, "content": content, "bytes": size}
 
 
 def _written(path: Path, rows: Iterable[bytes]) -> tuple[int, str]:
@@ -80,7 +72,7 @@ class ShardRows:
       shards: files of `write`, local or gs://.
       counts: number of rows of each shard.
       decode: returns the example of a row.
-      start, stop: bounds as of a slice; all rows by default.
+      start, stop: bounds as of a slice.
     """
 
     def __init__(
@@ -88,22 +80,21 @@ class ShardRows:
         shards: Sequence[epath.Path],
         counts: Sequence[int],
         decode: Callable[[bytes], Example],
-        start: int = 0,
-        stop: int | None = None,
+        start: int,
+        stop: int,
     ):
         held = [(os.fspath(shard), count) for shard, count in zip(shards, counts, strict=True) if count]
-        self._shards, self._decode = tuple(shard for shard, _ in held), decode
-        self._ends = tuple(itertools.accumulate(count for _, count in held))
-        total = self._ends[-1] if self._ends else 0
-        self._range = range(start, total if stop is None else stop)
-        assert 0 <= self._range.start <= self._range.stop <= total, (start, stop, counts)
+        self._shards, self._counts = [shard for shard, _ in held], [count for _, count in held]
+        self._ends, self._decode = list(itertools.accumulate(self._counts)), decode
+        self._range = range(start, stop)
+        assert 0 <= start <= stop <= sum(counts), (start, stop, counts)
 
-    @cached_property
-    def _readers(self) -> "_Readers":
-        return _Readers(self._shards, self._ends)
+    @functools.cached_property
+    def _reader(self) -> Callable[[int], ArrayRecordReader]:
+        return functools.lru_cache(_OPEN)(self._open)  # a dropped reader closes once no thread reads from it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_readers"}
+        return {name: value for name, value in vars(self).items() if name != "_reader"}
 
     def __repr__(self) -> str:
         return f"ShardRows({os.path.dirname(self._shards[0]) if self._shards else 'nothing'}, {self._range})"
@@ -112,55 +103,27 @@ class ShardRows:
         return len(self._range)
 
     def __getitem__(self, index: int) -> Example:
-        place = self._range[index]
-        shard = bisect.bisect_right(self._ends, place)
-        return self._decode(self._readers.read(shard, [place - (self._ends[shard - 1] if shard else 0)])[0])
-
-    def raw(self) -> Iterator[bytes]:
-        """Yield the bytes of all rows in order."""
-        for shard, end in enumerate(self._ends):
-            before = self._ends[shard - 1] if shard else 0
-            start, stop = max(self._range.start, before) - before, min(self._range.stop, end) - before
-            for first in range(start, stop, _AT_ONCE):
-                yield from self._readers.read(shard, list(range(first, min(first + _AT_ONCE, stop))))
-
-
-class _Readers:
-    """Readers of shards, opened on first use; the least recently used are closed."""
-
-    def __init__(self, shards: Sequence[str], ends: Sequence[int]):
-        self._shards, self._ends = shards, ends
-        self._held: collections.OrderedDict[int, ArrayRecordReader] = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(self, shard: int, rows: list[int]) -> Sequence[bytes]:
-        """Return rows of a shard by index.
+        """Return an example.
 
         Raises:
-          UserError: the shard cannot be read, or has another number of rows than its manifest says.
+          UserError: its shard cannot be read, or has another number of rows than its manifest says.
         """
+        place = self._range[index]
+        shard = bisect.bisect_right(self._ends, place)
+        row = place - self._ends[shard] + self._counts[shard]
         try:
-            return self._open(shard).read(rows)
+            return self._decode(self._reader(shard).read([row])[0])
         except (RuntimeError, IndexError) as error:
             raise UserError(
-                f"{self._shards[shard]}, row {rows[0] + 1}: cannot be read ({str(error)[:80]}). {_REBUILD}"
+                f"{self._shards[shard]}, row {row + 1}: cannot be read ({str(error)[:80]}). {_REBUILD}"
             ) from None
 
     def _open(self, shard: int) -> ArrayRecordReader:
-        with self._lock:
-            reader = self._held.get(shard)
-            if reader is None:
-                reader = ArrayRecordReader(self._shards[shard], "readahead_buffer_size:0")
-                self._held[shard] = reader
-                found, expected = reader.num_records(), self._ends[shard] - (self._ends[shard - 1] if shard else 0)
-                if found != expected:
-                    raise UserError(
-                        f"{self._shards[shard]}: has {found} rows, its manifest says {expected}. {_REBUILD}"
-                    )
-                if len(self._held) > _OPEN:
-                    self._held.popitem(last=False)  # closed once no thread reads from it
-            self._held.move_to_end(shard)
-            return reader
+        reader = ArrayRecordReader(self._shards[shard], "readahead_buffer_size:0")
+        found, expected = reader.num_records(), self._counts[shard]
+        if found != expected:
+            raise UserError(f"{self._shards[shard]}: has {found} rows, its manifest says {expected}. {_REBUILD}")
+        return reader
 
 
 _REBUILD = "Delete it and rerun shampax.launch.prepare, or the run, to rebuild it."

@@ -1,128 +1,186 @@
-"""Sources of records with two splits: the sample in the package, local files, or a tfds set.
+"""Sources: streams of records, cut into blocks, each of which becomes one shard.
 
-A malformed record keeps its index, so that repairing it moves no other record to another split.
+The blocks depend only on the source and the block size, so shards are the same for any workers, in any order.
 """
 
+import collections
+import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from etils import epath
 
 from ...base.errors import UserError
-from ...dataset import Split
+from ...dataset import SPLITS, Split
 from . import files
 from .malformed import Malformed
 from .tfds import TfdsSet
 
 T = TypeVar("T")
-HELD_OUT_EVERY = 10  # sources without splits hold out every tenth record
+Blocks = Iterator[Iterator[Any]]
+_LEAST, _FEW = 10, 100  # records of files: the least allowed, and a number from which on any sample is large enough
 
 
-class Source(Generic[T]):
-    """Records of two splits in a fixed order.
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """A sequence of records, malformed ones included.
 
-    Args:
-      fingerprint: text that changes when the records may have changed.
-      records: yields all records of a split.
-      fraction: returns the fraction (0 to 1) of its files that the newest stream has read, if it can tell.
+    Attributes:
+      name: prefix of the names of its shards.
+      split: split of its records; None if they belong to both.
+      blocks: returns an iterator over blocks; unread records of a block are skipped.
+      fraction: returns the fraction (0 to 1) that the latest such iterator has consumed, if it can tell.
+      weight: expected work, relative to the source's other streams.
+      one_worker: whether one worker makes all its shards, because skipping records costs as much as making rows.
     """
 
-    def __init__(
-        self,
-        fingerprint: str,
-        records: Callable[[Split], Iterator[T | Malformed]],
-        fraction: Callable[[], float] = lambda: 0.0,
-    ):
-        self.fingerprint, self.fraction, self._records = fingerprint, fraction, records
+    name: str
+    split: Split | None
+    blocks: Callable[[], Blocks]
+    fraction: Callable[[], float] = lambda: 0.0
+    weight: float = 1.0
+    one_worker: bool = False
 
-    def count(self, split: Split) -> int | None:
-        """Return the number of records of a split; None if only reading them all tells."""
-        del split
-        return None
 
-    def stream(self, split: Split, start: int = 0, stop: int | None = None) -> Iterator[T | Malformed]:
-        """Yield records `start` to `stop` of a split, malformed ones included."""
-        return itertools.islice(self._records(split), start, stop)
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """All records of a data set, and a text that changes when they may have changed."""
+
+    fingerprint: str
+    streams: Sequence[Stream]
+
+    def records(self, split: Split) -> Iterator[Any]:
+        """Yield the records of a split in order, malformed ones included."""
+        blocks = (stream.blocks() for stream in self.streams if stream.split == split)
+        return itertools.chain.from_iterable(itertools.chain.from_iterable(blocks))
+
+
+def of_splits(
+    fingerprint: str,
+    records: Callable[[Split], Iterator[Any]],
+    size: int,
+    limit: int = 0,
+    fraction: Callable[[], float] = lambda: 0.0,
+) -> Source:
+    """Return the source of records that are read in order.
+
+    Held-out records come first, as in all sources, so that errors in them show within seconds.
+
+    Args:
+      fingerprint: see `Source`.
+      records: yields the records of a split.
+      size: records of a block.
+      limit: maximum number of records of a split; 0 for all.
+      fraction: see `Stream`.
+    """
+
+    def stream(split: Split) -> Stream:
+        return Stream(
+            split,
+            split,
+            lambda: blocks_of(itertools.islice(records(split), limit or None), size),
+            fraction,
+            weight=9.0 if split == "train" else 1.0,
+        )
+
+    return Source(fingerprint, [stream(split) for split in reversed(SPLITS)])
 
 
 def file_source(
-    pattern: str, example: str, read: Callable[[epath.Path, files.ReadMeter], Iterator[T | Malformed]], options: Any
-) -> Source[T]:
-    """Open the files that a glob matches, in the order of their paths; every tenth record is held out.
+    found: list[epath.Path],
+    read: Callable[[epath.Path, files.ReadMeter], Iterator[T | Malformed]],
+    text: Callable[[T], str],
+    heldout_fraction: float,
+    size: int,
+    limit: int,
+) -> Source:
+    """Return the records of files, in the order of their paths.
+
+    A record is held out if a hash of its text is small: other records hardly change its split, and equal texts share
+    one. Malformed records count as training records.
 
     Args:
-      pattern: text after "file:" in `data.source`.
-      example: a glob for wanted files, for the error that a directory gives.
+      found: the files.
       read: yields the records of a file.
-      options: anything with a fixed repr on which the records depend.
+      text: returns the text of a record.
+      heldout_fraction: fraction of the records to hold out.
+      size: see `of_splits`.
+      limit: see `of_splits`.
 
     Raises:
-      UserError: no file matches, one cannot be read, or there are too few records.
+      UserError: a file cannot be read, or there are too few records.
     """
-    found = files.find("data.source", pattern, example)
     meter = files.ReadMeter(found)
 
     def every() -> Iterator[T | Malformed]:
-        for path in found:
-            yield from read(path, meter)
+        return itertools.chain.from_iterable(read(path, meter) for path in found)
 
-    count = len(list(itertools.islice(every(), HELD_OUT_EVERY)))
-    if count < HELD_OUT_EVERY:
+    def hashed(record: T) -> int:
+        return int.from_bytes(hashlib.blake2b(text(record).encode(), digest_size=8).digest())
+
+    def records(split: Split) -> Iterator[T | Malformed]:
+        for record in every():
+            held_out = not isinstance(record, Malformed) and hashed(record) < bound
+            if held_out == (split == "heldout"):
+                yield record
+
+    first = list(itertools.islice(every(), _FEW))
+    hashes = sorted({hashed(record) for record in first if not isinstance(record, Malformed)})
+    if len(first) == _FEW:
+        bound = heldout_fraction * 2**64
+    elif len(hashes) >= _LEAST:
+        bound = hashes[max(round(heldout_fraction * len(hashes)), 1)]
+    else:
         raise UserError(
-            f"data.source='file:{pattern}': has {count} records and needs at least {HELD_OUT_EVERY}, because every "
-            f"{HELD_OUT_EVERY}th is held out. Give more; form feeds separate the documents of a text file."
+            f"data.source: the files that match, such as {found[0]}, have {len(hashes)} different records, and two "
+            f"splits need at least {_LEAST}. Give more."
         )
-    fingerprint = hashlib.sha256(repr((files.stats(found), options)).encode()).hexdigest()
-    return Source(fingerprint, lambda split: every_tenth(every(), split), meter.fraction)
+    fingerprint = hashlib.sha256(repr(files.stats(found)).encode()).hexdigest()
+    return of_splits(fingerprint, records, size, limit, meter.fraction)
 
 
-def every_tenth(records: Iterator[T], split: Split) -> Iterator[T]:
-    """Yield every tenth record for "heldout", the others for "train"."""
-    return (
-        record
-        for index, record in enumerate(records)
-        if (index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == (split == "heldout")
-    )
-
-
-class TfdsSource(Source[T]):
-    """Text features of a tfds set.
+def tfds_source(tfds: TfdsSet, make: Callable[..., Any], size: int, limit: int) -> Source:
+    """Return the records of a tfds set, of which a worker reads only its own blocks.
 
     Args:
-      name, data_dir, train, heldout: see `TfdsSet`.
-      features: features to read by the knob of `data` that names them.
-      make: returns the record of the features' texts, in the order of `features`; records that are "" are skipped.
+      tfds: the set.
+      make: returns the record of the features' texts, in their order; records that are "" are skipped.
+      size: see `of_splits`.
+      limit: see `of_splits`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        data_dir: str,
-        features: Mapping[str, str],
-        make: Callable[..., T],
-        *,
-        train: str,
-        heldout: str,
-    ):
-        self._set = TfdsSet(name, data_dir, features, train=train, heldout=heldout)
-        self._features, self._make = list(features.values()), make
-        super().__init__(self._set.fingerprint, self.stream)
-
-    def count(self, split: Split) -> int:
-        """See `Source.count`."""
-        return self._set.count(split)
-
-    def stream(self, split: Split, start: int = 0, stop: int | None = None) -> Iterator[T | Malformed]:
-        """See `Source.stream`."""
-        for place, example in self._set.stream(split, start, stop):
+    def records(split: Split, start: int, stop: int) -> Iterator[Any]:
+        for place, example in tfds.stream(split, start, stop):
             if isinstance(example, Malformed):
                 yield example
                 continue
             try:
-                record = self._make(*(example[feature].decode("utf-8") for feature in self._features))
+                record = make(*(example[feature].decode("utf-8") for feature in tfds.features))
             except UnicodeDecodeError as error:
                 record = Malformed(place, f"not UTF-8 at byte {error.start}")
             if record != "":
                 yield record
+
+    def stream(split: Split) -> Stream:
+        count, reached = tfds.count(split), 0
+        end = min(count, limit or count)
+
+        def blocks() -> Blocks:
+            nonlocal reached
+            for start in range(0, end, size):
+                reached = start
+                yield records(split, start, min(start + size, end))
+
+        return Stream(split, split, blocks, lambda: reached / end, weight=end)
+
+    return Source(tfds.fingerprint, [stream(split) for split in reversed(SPLITS)])
+
+
+def blocks_of(records: Iterator[T], size: int) -> Iterator[Iterator[T]]:
+    """Yield blocks of `size` records; asking for the next block skips the unread records of the last."""
+    for first in records:
+        block = itertools.chain([first], itertools.islice(records, size - 1))
+        yield block
+        collections.deque(block, maxlen=0)

@@ -25,6 +25,7 @@ class TfdsSet:
       decoders: passed to tfds, `{"image": tfds.decode.SkipDecoding()}`.
 
     Attributes:
+      features: names of the features.
       fingerprint: text that changes with the set, its splits and features.
 
     Raises:
@@ -84,8 +85,8 @@ class TfdsSet:
                     f"data.train_split={train!r} and data.heldout_split={heldout!r}: share examples of {file} in "
                     f"tfds:{name}. Choose splits that do not overlap."
                 )
-        shown = sorted(features.values())
-        self.fingerprint = hashlib.sha256(repr((directory, shown, taken)).encode()).hexdigest()
+        self.features = list(features.values())
+        self.fingerprint = hashlib.sha256(repr((directory, sorted(self.features), taken)).encode()).hexdigest()
 
     def source(self, split: Split) -> Any:
         """Return random access to the examples of a split: dicts of features, text as bytes; picklable."""

@@ -2,18 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from typing import Annotated, ClassVar
 
 import jax
 import numpy as np
 from etils import epath
 
+from ...base.bounds import Within
 from ...base.errors import UserError
 from ...dataset import Example, Split
 from ..preparing.manifests import Manifest
 from ..preparing.preparing import Ingredients, Tally
-from ..preparing.streams import Stream
+from ..reading.sources import Stream
 from . import packing
 from .documents import DocumentData
 from .tokenizer import SMALLEST_VOCABULARY, Tokenizer, characters_per_token, encode, load_tokenizer, train_tokenizer
@@ -27,29 +28,17 @@ class TextData(DocumentData):
     other settings or a changed source never use old files.
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     packing_knobs: ClassVar[tuple[str, ...]] = ("sequence_length",)
 
-    sequence_length: int = 256  # input tokens per row; a row holds one more, the last target
-    vocab_size: int = 4096  # tokens, including the end of a document and the 256 bytes
+    sequence_length: Annotated[int, Within(1, 2**24)] = 256  # input tokens per row; a row holds one more, a target
+    vocab_size: Annotated[int, Within(SMALLEST_VOCABULARY, 2**24)] = 4096  # tokens: an end, 256 bytes and merges
     tokenizer: str = ""  # tokenizers JSON file, byte-level BPE, local or gs://; "" trains one on the training documents
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.sequence_length < 1:
-            raise ValueError(f"data.sequence_length={self.sequence_length}: must be at least 1")
-        if self.vocab_size < SMALLEST_VOCABULARY:
-            raise ValueError(f"data.vocab_size={self.vocab_size}: bytes alone need {SMALLEST_VOCABULARY}")
 
     @property
     def tokens_per_example(self) -> int:
         """Inputs, and as many targets, of one row."""
         return self.sequence_length
-
-    def row_knobs(self) -> Sequence[str]:
-        """See `Preparable.row_knobs`."""
-        names = ("source", "sequence_length", "vocab_size", "max_documents", "tokenizer", "shard_size")
-        return (*names, *self.source_knobs())
 
     def load(self, path: epath.Path) -> Tokenizer:
         """See `Tokenized.load`."""
@@ -59,16 +48,12 @@ class TextData(DocumentData):
         """See `Tokenized.train`."""
         return train_tokenizer(records, self.vocab_size)
 
-    def tools(self, ingredients: Ingredients) -> tuple[Tokenizer, np.ndarray]:
-        """Return the tokenizer and the number of characters that begin in each token."""
-        tokenizer = self.load(epath.Path(ingredients.tokenizer))
-        return tokenizer, characters_per_token(tokenizer, self.vocab_size)
-
     def rows(
-        self, stream: Stream, number: int, records: Iterator[str], tools: tuple[Tokenizer, np.ndarray], tally: Tally
+        self, stream: Stream, number: int, records: Iterator[str], ingredients: Ingredients, tally: Tally
     ) -> Iterator[bytes]:
         """See `Preparable.rows`; the last row of a shard is padded."""
-        tokenizer, characters = tools
+        tokenizer = self.load(epath.Path(ingredients.tokenizer))
+        characters = characters_per_token(tokenizer, self.vocab_size)
 
         def counted() -> Iterator[np.ndarray]:
             for text, tokens in encode(tokenizer, records):
@@ -84,8 +69,7 @@ class TextData(DocumentData):
 
     def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> Callable[[bytes], Example]:
         """See `Preparable.row_decoder`."""
-        tokenizer = self.load(self.tokenizer_path(folder, manifest))
-        characters = characters_per_token(tokenizer, self.vocab_size)
+        characters = characters_per_token(self.tokenizer_of(folder, manifest), self.vocab_size)
         return functools.partial(packing.unpacked, row_type=self._row_type, characters=characters)
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:

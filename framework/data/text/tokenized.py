@@ -1,33 +1,68 @@
-"""Base of data sets whose rows are tokens: a tokenizer, given or trained once beside the rows."""
+"""Base of data sets whose rows are tokens: where their records come from, and a tokenizer, given or trained once."""
 
 import abc
 import dataclasses
 import hashlib
-import itertools
 import os
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, ClassVar
 
 from etils import epath
 from tokenizers import Tokenizer
 
 from ...base import paths
+from ...base.bounds import Within
 from ...base.errors import UserError
-from ...dataset import SPLITS
+from ...dataset import Split
+from .. import samples
 from ..preparing import manifests
 from ..preparing.manifests import Manifest
 from ..preparing.preparing import Ingredients, Preparable
-from ..preparing.streams import Stream, of_split
-from ..reading.malformed import Rejects
+from ..reading import files
+from ..reading.malformed import Malformed, Rejects
+from ..reading.sources import Source, file_source, of_splits, tfds_source
+from ..reading.tfds import TfdsSet
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenized(Preparable):
-    """A data set with a tokenizer. The knob `max_<noun>` limits the records of a split that are read; 0 takes all."""
+    """A data set with a tokenizer, of a vendored sample, local files or a prepared tfds set."""
 
     packing_knobs: ClassVar[tuple[str, ...]]  # knobs that the tokenizer does not depend on
+    sample_name: ClassVar[str]  # of the vendored source: "sample:enwiki"
+    sample_file: ClassVar[str]
+    file_glob: ClassVar[str]  # example of files to read: "*.txt"
+    tfds_name: ClassVar[str]  # example of a tfds set: "lm1b:1.1.0"
+    feature_knobs: ClassVar[tuple[str, ...]]  # name the features of a tfds set that make a record
+    record: ClassVar[Callable[..., Any]]  # makes a record of the texts of these features
+    text_of: ClassVar[Callable[[Any], str]]  # the text of a record that decides whether a record of a file is held out
 
+    source: str = ""
+    data_dir: str = ""  # folder of tfds sets, local or gs://; "" uses $TFDS_DATA_DIR or ~/tensorflow_datasets
+    train_split: str = "train"  # tfds split to train on
+    heldout_split: str = "validation"  # tfds split to evaluate on ("test" for lm1b)
+    heldout_fraction: float = 0.1  # fraction of the records of files to hold out, chosen by a hash of their text
+    max_records: Annotated[int, Within(0)] = 0  # per split, malformed ones included; 0 takes all
     tokenizer: str = ""  # tokenizers JSON file, local or gs://; "" trains one on the training records
+
+    def __post_init__(self):
+        super().__post_init__()
+        kind, _, name = self.source.partition(":")
+        if not name or (kind not in ("file", "tfds") and self.source != self.sample_name):
+            raise ValueError(
+                f"data.source={self.source!r}: write '{self.sample_name}', 'file:/path/{self.file_glob}' or "
+                f"'tfds:{self.tfds_name}'"
+            )
+        if not 0 < self.heldout_fraction < 1:
+            raise ValueError(f"data.heldout_fraction={self.heldout_fraction}: must be between 0 and 1")
+
+    @abc.abstractmethod
+    def sample(self, split: Split) -> Iterator[Any]:
+        """Yield the vendored records of a split."""
+
+    @abc.abstractmethod
+    def read(self, path: epath.Path, meter: files.ReadMeter) -> Iterator[Any | Malformed]:
+        """Yield the records of a file."""
 
     @abc.abstractmethod
     def load(self, path: epath.Path) -> Tokenizer:
@@ -41,9 +76,18 @@ class Tokenized(Preparable):
     def train(self, records: Iterator[Any]) -> Tokenizer:
         """Train a tokenizer on the training records."""
 
-    def streams(self, source: Any) -> list[Stream]:
-        """See `Preparable.streams`; held-out records come first, so that errors in them show within seconds."""
-        return [of_split(source, split, self.shard_size, self._limit) for split in reversed(SPLITS)]
+    def open_source(self) -> Source:
+        """See `Preparable.open_source`; reads only enough to know that the source is readable, and writes nothing."""
+        kind, _, name = self.source.partition(":")
+        blocks = self.shard_size, self.max_records
+        if kind == "sample":
+            return of_splits(samples.sha256(self.sample_file), self.sample, *blocks)
+        if kind == "file":
+            found = files.find("data.source", name, self.file_glob)
+            return file_source(found, self.read, self.text_of, self.heldout_fraction, *blocks)
+        features = {knob: getattr(self, knob) for knob in self.feature_knobs}
+        splits = {"train": self.train_split, "heldout": self.heldout_split}
+        return tfds_source(TfdsSet(name, self.data_dir, features, **splits), self.record, *blocks)
 
     def settings(self) -> dict[str, Any]:
         """See `Preparable.settings`; with the hash of the tokenizer's file in place of its path."""
@@ -58,7 +102,7 @@ class Tokenized(Preparable):
             settings["tokenizer"] = hashlib.sha256(content).hexdigest()
         return settings
 
-    def ingredients(self, cache: epath.Path, source: Any) -> Ingredients:
+    def ingredients(self, cache: epath.Path, source: Source) -> Ingredients:
         """Return the given tokenizer, or the one in `cache`; train it if it is missing."""
         if self.tokenizer:
             path = paths.of(self.tokenizer)
@@ -68,8 +112,7 @@ class Tokenized(Preparable):
             own = {name: value for name, value in self.identity(source).items() if name not in unrelated}
             path = cache / f"tokenizer-{manifests.digest(own)}.json"
             if not path.exists():
-                records = itertools.islice(source.stream("train"), self._limit or None)
-                trained = self.train(Rejects(self.max_malformed).sift(records))
+                trained = self.train(Rejects(self.max_malformed).sift(source.records("train")))
                 paths.write_text(path, trained.to_str(pretty=True))
         return Ingredients(os.fspath(path), hashlib.sha256(path.read_bytes()).hexdigest())
 
@@ -83,12 +126,9 @@ class Tokenized(Preparable):
             return self.load(paths.of(self.tokenizer))
         place = paths.of(self.prepared or cache)
         found = list(place.glob("tokenizer-*.json")) if place.exists() else []
-        return self.load(found[0] if len(found) == 1 else self.tokenizer_path(*self.manifest(cache)))
+        return self.load(found[0]) if len(found) == 1 else self.tokenizer_of(*self.manifest(cache))
 
-    def tokenizer_path(self, folder: epath.Path, manifest: Manifest) -> epath.Path:
-        """Return the path of the tokenizer that the rows were made with."""
-        return paths.of(self.tokenizer) if self.tokenizer else folder.parent / manifest["tokenizer"]["file"]
-
-    @property
-    def _limit(self) -> int:
-        return getattr(self, f"max_{self.noun}")
+    def tokenizer_of(self, folder: epath.Path, manifest: Manifest) -> Tokenizer:
+        """Return the tokenizer of the rows of a folder."""
+        own = folder.parent / manifest["tokenizer"]["file"]
+        return self.load(paths.of(self.tokenizer) if self.tokenizer else own)

@@ -19,7 +19,7 @@ from shampax.framework.checkpoint import ownership
 from shampax.framework.config import check as config_lib
 from shampax.framework.config import overrides
 from shampax.framework.data.reading.malformed import Rejects
-from shampax.framework.data.text.documents import open_documents
+from shampax.framework.data.text import TextData
 from shampax.framework.data.text.tokenizer import encode, load_tokenizer, train_tokenizer
 from shampax.framework.reporting import curves, metrics, page
 from shampax.framework.reporting.runs import read_run
@@ -199,7 +199,7 @@ PACKED = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress}
     st.integers(1, 3),
 )
 def test_documents_of_files(tmp_path, content, kind, packing, damage, column):
-    stored = PACKED[packing](b"a\tb\n\f" * 10 + content)
+    stored = PACKED[packing](b"".join(b"%i\tb\n\f" % i for i in range(10)) + content)
     if damage is not None:
         place, patch = damage
         stored = stored[:place] + patch + stored[place + 2 * len(patch) :]
@@ -207,8 +207,8 @@ def test_documents_of_files(tmp_path, content, kind, packing, damage, column):
     path.write_bytes(stored)
 
     def read():
-        source = open_documents(f"file:{path}", tsv_column=column)
-        return [text for split in ("train", "heldout") for text in Rejects(3).sift(source.stream(split))]
+        source = TextData(source=f"file:{path}", tsv_column=column).open_source()
+        return [text for split in ("train", "heldout") for text in Rejects(3).sift(source.records(split))]
 
     documents = attempt(tmp_path, read)
     assert documents is None or all(isinstance(text, str) and text for text in documents)

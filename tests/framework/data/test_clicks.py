@@ -173,7 +173,7 @@ def test_invalid_sources(tmp_path, cache):
     with pytest.raises(UserError, match=r"data.source: '.*none' matches no file"):
         prepared(cache, source=f"file:{tmp_path}/none")
     path = write(tmp_path / "one", numbered(1))
-    with pytest.raises(UserError, match="has 1 usable rows and none for the heldout split"):
+    with pytest.raises(UserError, match="has no usable rows for the heldout split"):
         prepared(cache, source=f"file:{path}")
     with pytest.raises(UserError, match=r"data.heldout_files: '.*day_9' matches no file"):
         prepared(cache, source=f"file:{path}", heldout_files="day_9")

@@ -47,7 +47,7 @@ def test_the_fingerprint_depends_on_the_content(source, tmp_path):
 def test_the_fingerprint_depends_on_how_text_was_split(source, tmp_path):
     """Fault: other documents or row lengths of the same text have the same fingerprint."""
     first = prepared(source, tmp_path / "cache")
-    assert prepared(source, tmp_path / "cache", max_documents=5) != first
+    assert prepared(source, tmp_path / "cache", max_records=5) != first
     source.write_text("\f".join(TEXTS[:-2]) + "\f" + "".join(TEXTS[-2:]))
     assert prepared(source, tmp_path / "cache") != first
 

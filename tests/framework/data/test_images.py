@@ -211,8 +211,8 @@ def test_unusable_sets_are_refused_before_training(tfds_dir, tmp_path):
         ({"classes": 0}, "must be at least 1"),
         ({"crop_area": (0.5, 0.1)}, "two rising shares"),
         ({"heldout_share": 0.0}, "above 0 and at most 1"),
-        ({"shift": 28}, "move by 0 to 27"),
-        ({"max_malformed": -1}, "0 for none"),
+        ({"shift": 28}, "at least 0 and at most 27"),
+        ({"max_malformed": -1}, "at least 0"),
     ],
 )
 def test_fields_are_checked(fields, message):

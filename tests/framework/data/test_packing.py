@@ -53,7 +53,7 @@ def test_known_rows(tmp_path):
     kind, path = row_type(6, 10), epath.Path(tmp_path / "rows")
     written = shards.write(path, (to_bytes(row, kind) for row in pack(documents, 6)))
     decode = functools.partial(unpacked, row_type=kind, characters=np.array([0, 0, 0, 0, 0, 1, 2, 3, 4, 5], np.int32))
-    rows = shards.ShardRows([path], [written.rows], decode)
+    rows = shards.ShardRows([path], [written["rows"]], decode, 0, written["rows"])
     assert len(rows) == 2
     expected = [
         {
@@ -81,7 +81,7 @@ def test_the_hash_depends_only_on_the_rows(tmp_path):
 
     def content(name, documents=documents, row_length=6):
         rows = (to_bytes(row, row_type(row_length, 100)) for row in pack(documents, row_length))
-        return shards.write(epath.Path(tmp_path / name), rows).content
+        return shards.write(epath.Path(tmp_path / name), rows)["content"]
 
     first = content("first")
     assert content("again") == first

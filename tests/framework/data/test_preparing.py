@@ -16,9 +16,8 @@ from shampax.framework.data.masked import MaskedTextData
 from shampax.framework.data.pairs import PairData
 from shampax.framework.data.pipeline import Batches, HeldoutBatches
 from shampax.framework.data.preparing import preparing, workers
-from shampax.framework.data.reading import shards
+from shampax.framework.data.reading import files, shards
 from shampax.framework.data.text import TextData
-from shampax.framework.data.text.documents import open_documents
 from shampax.framework.dataset import augment
 from shampax.launch import prepare
 
@@ -94,7 +93,7 @@ def test_any_number_of_workers_writes_the_same_bytes(sources, tmp_path):
 PREPARE = """
 import os, signal, sys
 from shampax.framework.base import paths
-from shampax.framework.data.preparing import preparing; from shampax.framework.data.reading import shards
+from shampax.framework.data.preparing import preparing; from shampax.framework.data.reading import files, shards
 from shampax.framework.data.text import TextData
 write, made = shards.write, []
 def slow(path, rows):
@@ -161,7 +160,7 @@ def test_a_cache_that_does_not_match_is_one_line(sources, tmp_path, capsys):
 def test_a_worker_that_fails_or_dies_is_one_line():
     """Faults: a preparation waits for a worker that was killed; it hides why another one failed."""
     spawn = multiprocessing.get_context("spawn")
-    with pytest.raises(UserError, match="is not shipped"):
-        workers.run_in_processes(spawn, open_documents, [("sample:enwiki",), ("sample:none",)])
+    with pytest.raises(UserError, match="'none' matches no file"):
+        workers.run_in_processes(spawn, files.find, [("data.source", __file__), ("data.source", "none")])
     with pytest.raises(UserError, match="died with exit code 3"):
         workers.run_in_processes(spawn, os._exit, [(0,), (3,)])

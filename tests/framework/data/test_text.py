@@ -16,6 +16,7 @@ from shampax.framework.data.reading.malformed import Malformed
 from shampax.framework.data.text import TextData, documents
 from shampax.framework.data.text.packing import real_targets
 from shampax.framework.data.text.tokenizer import train_tokenizer
+from shampax.framework.dataset import SPLITS
 
 TEXTS = [f"Document {i}: {'naïve 漢字 text ' * (i % 5 + 1)}🙂" for i in range(40)]
 
@@ -78,9 +79,7 @@ def decoded(data, cache, split):
 def test_sample_splits(sample):
     """Faults: packing loses text; a document is split at the wrong separator; a held-out article is in training."""
     data, cache = sample
-    everything = [
-        text for split in ("train", "heldout") for text in documents.open_documents(data.source).stream(split)
-    ]
+    everything = [text for split in ("train", "heldout") for text in data.open_source().records(split)]
     train, heldout = decoded(data, cache, "train"), decoded(data, cache, "heldout")
     assert (len(train), len(heldout)) == (96, 10)
     assert train + heldout == everything
@@ -92,7 +91,7 @@ def test_sample_splits(sample):
 def test_tokenizer_sees_training_documents_only(sample):
     """Fault: merges are learnt from held-out text, which lowers bits per character."""
     data, cache = sample
-    expected = train_tokenizer(documents.open_documents(data.source).stream("train"), data.vocab_size)
+    expected = train_tokenizer(data.open_source().records("train"), data.vocab_size)
     assert data.load_tokenizer(cache).get_vocab() == expected.get_vocab()
 
 
@@ -102,7 +101,7 @@ def test_characters_add_up_to_the_text(sample, split):
     data, cache = sample
     rows = data.examples(split, cache)
     counted = sum(int(rows[i]["characters"].sum()) for i in range(len(rows)))
-    assert counted == sum(map(len, documents.open_documents(data.source).stream(split)))
+    assert counted == sum(map(len, data.open_source().records(split)))
 
 
 def test_cache_is_used_and_stale_caches_are_not(tmp_path, capfd):
@@ -118,12 +117,15 @@ def test_cache_is_used_and_stale_caches_are_not(tmp_path, capfd):
     stamps = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
     data.prepare(cache)
     assert stamps == {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
-    assert decoded(data, cache, "heldout") == TEXTS[9::10]
-    (texts / "009.txt").write_text("changed")
+    heldout = decoded(data, cache, "heldout")
+    assert decoded(data, cache, "train") == [text for text in TEXTS if text not in heldout]
+    changed = heldout[0] + "!"
+    (texts / f"{TEXTS.index(heldout[0]):03}.txt").write_text(changed)
     with pytest.raises(UserError, match="call prepare"):
         data.examples("heldout", cache)
     data.prepare(cache)
-    assert decoded(data, cache, "heldout") == ["changed", *TEXTS[19::10]]
+    everything = decoded(data, cache, "heldout") + decoded(data, cache, "train")
+    assert changed in everything and set(everything) - {changed} == set(TEXTS) - {heldout[0]}
     longer = TextData(source=data.source, sequence_length=64, vocab_size=300)
     longer.prepare(cache)
     assert longer.examples("train", cache)[0]["tokens"].shape == (65,)
@@ -134,34 +136,36 @@ def test_form_feeds_separate_documents_in_a_file(tmp_path):
     """Faults: several documents of a file are one; the separator is kept as text."""
     (tmp_path / "a.txt").write_bytes("\n\f".join(TEXTS[:15]).encode())
     (tmp_path / "b.txt").write_bytes("\f".join(TEXTS[15:]).encode() + b"\n\f")
-    source = documents.open_documents(f"file:{tmp_path}/*.txt")
-    assert list(source.stream("train")) == [text for i, text in enumerate(TEXTS) if i % 10 != 9]
-    assert list(source.stream("heldout")) == TEXTS[9::10]
+    train, heldout = (list(TextData(source=f"file:{tmp_path}/*.txt").open_source().records(split)) for split in SPLITS)
+    assert train == [text for text in TEXTS if text not in heldout]
+    assert heldout == [text for text in TEXTS if text not in train]
 
 
 @pytest.mark.parametrize("content", ["a\fb", "a\n\f\r\n\fb\r\f", "\f\f", "a\n", "a\n\r\fb\r\r\n\fc" * 3, ""])
 def test_documents_do_not_depend_on_where_a_read_ends(tmp_path, monkeypatch, content):
     """Faults: a separator that spans two reads is missed; a newline between documents is kept."""
     path = tmp_path / "a.txt"
-    path.write_bytes(content.encode() + b"x\f" * 10)
-    expected = [text for text in re.split("\r?\n?\f", content + "x\f" * 10) if text]
+    content += "0\f1\f2\f3\f4\f5\f6\f7\f8\f9\f"
+    path.write_bytes(content.encode())
+    expected = [text for text in re.split("\r?\n?\f", content) if text]
     for size in (1, 2, 3, 1000):
         monkeypatch.setattr(files, "_CHUNK", size)
-        source = documents.open_documents(f"file:{path}")
-        found = [*source.stream("train"), *source.stream("heldout")]
+        source = TextData(source=f"file:{path}").open_source()
+        found = [*source.records("train"), *source.records("heldout")]
         assert sorted(found) == sorted(expected)
 
 
 def test_an_endless_text_is_malformed(tmp_path, monkeypatch):
     """Fault: a binary image read as text exhausts the memory."""
     monkeypatch.setattr(documents, "_LONGEST_DOCUMENT", 9)
-    (tmp_path / "a.txt").write_text("x\f" * 10 + "123456789x" + "\f12345678\f")
-    train = list(documents.open_documents(f"file:{tmp_path}/a.txt").stream("train"))
-    assert train[-2:] == [Malformed(f"{tmp_path}/a.txt, document 11", "more than 9 bytes"), "12345678"]
+    (tmp_path / "a.txt").write_text("0\f1\f2\f3\f4\f5\f6\f7\f8\f9\f123456789x\f12345678\f")
+    source = TextData(source=f"file:{tmp_path}/a.txt").open_source()
+    found = [record for split in SPLITS for record in source.records(split) if len(str(record)) > 1]
+    assert sorted(found, key=str) == [Malformed(f"{tmp_path}/a.txt, document 11", "more than 9 bytes"), "12345678"]
 
 
 def bad_documents(folder):
-    """Write 40 documents in one file. Documents 7 and 25, and the held-out 10, are not UTF-8."""
+    """Write 40 documents in one file. Documents 7, 10 and 25 are not UTF-8."""
     parts = [text.encode() for text in TEXTS]
     for index in (6, 9, 24):
         parts[index] = parts[index][:5] + b"\xff" + parts[index][5:]
@@ -173,33 +177,31 @@ def test_malformed_documents_are_skipped_up_to_a_limit(tmp_path, capfd):
     """Faults: one bad document loses its whole file, moves others to another split, or is skipped without a message."""
     source, cache = bad_documents(tmp_path), tmp_path / "cache"
     fields = {"source": source, "sequence_length": 32, "vocab_size": 300}
-    with pytest.raises(UserError, match=r"max_malformed=1: 2 records are malformed .*document 7: .*document 25:"):
-        TextData(**fields, max_malformed=1).prepare(cache)
+    with pytest.raises(UserError, match=r"max_malformed=2: 3 records are malformed .*document 7: .*document 25:"):
+        TextData(**fields, max_malformed=2).prepare(cache)
     assert not cache.exists()
-    data = TextData(**fields, max_malformed=2)
+    data = TextData(**fields, max_malformed=3)
     data.prepare(cache)
     err = capfd.readouterr().err
-    assert re.search(r"prepared train: 34 documents, .* rows", err)
-    assert f"({tmp_path}/a.txt, document 10: not UTF-8 at byte 5), skipped" in err
-    assert decoded(data, cache, "train") == [text for i, text in enumerate(TEXTS) if i % 10 != 9 and i not in (6, 24)]
-    assert decoded(data, cache, "heldout") == TEXTS[19::10]
+    assert re.search(r"prepared train: 33 documents, .* rows", err)
+    assert re.search(r"document 10: not UTF-8 at byte 5; .*, skipped", err)
+    usable, heldout = [text for i, text in enumerate(TEXTS) if i not in (6, 9, 24)], decoded(data, cache, "heldout")
+    assert decoded(data, cache, "train") == [text for text in usable if text not in heldout]
+    assert heldout == [text for text in usable if text in heldout]
     (stamp,) = cache.glob("rows-*/manifest.json")
     totals = json.loads(stamp.read_text())["splits"]
-    assert [totals[split]["malformed"]["count"] for split in ("train", "heldout")] == [
-        2,
-        1,
-    ]
+    assert [totals[split]["malformed"]["count"] for split in ("train", "heldout")] == [3, 0]
 
 
 def test_prepared_rows_record_skipped_documents(tmp_path, capfd):
     """Faults: the limit applies only when rows are written; skipped documents are forgotten after that."""
     fields = {"source": bad_documents(tmp_path), "sequence_length": 32, "vocab_size": 300}
-    TextData(**fields, max_malformed=2).prepare(tmp_path / "cache")
+    TextData(**fields, max_malformed=3).prepare(tmp_path / "cache")
     capfd.readouterr()
     TextData(**fields, max_malformed=5).prepare(tmp_path / "cache")
-    assert "train documents: 2 records are malformed (" in capfd.readouterr().err
+    assert "train documents: 3 records are malformed (" in capfd.readouterr().err
     assert len(list((tmp_path / "cache").glob("rows-*"))) == 1
-    with pytest.raises(UserError, match=r"max_malformed=0: 2 records are malformed .*document 7"):
+    with pytest.raises(UserError, match=r"max_malformed=0: 3 records are malformed .*document 7"):
         TextData(**fields).prepare(tmp_path / "cache")
 
 
@@ -210,7 +212,8 @@ def test_documents_of_a_tsv_column(tmp_path):
     (tmp_path / "a.tsv.xz").write_bytes(lzma.compress("\n".join(lines).encode()))
     data = TextData(source=f"file:{tmp_path}/*", tsv_column=2, sequence_length=32, vocab_size=300, max_malformed=1)
     data.prepare(tmp_path / "cache")
-    assert decoded(data, tmp_path / "cache", "train") == [t for i, t in enumerate(TEXTS) if i % 10 != 9 and i != 3]
+    train, heldout = (decoded(data, tmp_path / "cache", split) for split in SPLITS)
+    assert train == [text for i, text in enumerate(TEXTS) if text not in heldout and i != 3]
     other = TextData(source=data.source, tsv_column=1, sequence_length=32, vocab_size=300, max_malformed=1)
     with pytest.raises(UserError, match="call prepare"):
         other.examples("train", tmp_path / "cache")
@@ -221,30 +224,31 @@ def test_malformed_documents_of_a_tfds_set_are_named(tmp_path):
     texts = [b"bad \xff" if i == 2 else text.encode() for i, text in enumerate(TEXTS)]
     prepare_tfds(tmp_path, "lm1b", None, "1.1.0", {"train": texts[:30], "test": texts[30:]})
     splits = {"train_split": "train", "heldout_split": "test"}
-    source = documents.open_documents("tfds:lm1b:1.1.0", data_dir=str(tmp_path), **splits)
-    whole = list(source.stream("train"))
+    data = TextData(source="tfds:lm1b:1.1.0", data_dir=str(tmp_path), **splits)
+    source = data.open_source()
+    whole = list(source.records("train"))
     (index,) = [i for i, each in enumerate(whole) if not isinstance(each, str)]
     assert str(whole[index]) == f"tfds:lm1b:1.1.0 split 'train', row {index + 1}: not UTF-8 at byte 4"
     (shard,) = (tmp_path / "lm1b" / "1.1.0").glob("*train*")
     content = bytearray(shard.read_bytes())
     content[1000] ^= 0xFF
     shard.write_bytes(content)
-    again = list(source.stream("train"))
+    again = list(source.records("train"))
     (damaged,) = [i for i in range(30) if again[i] != whole[i]]
     message = f"tfds:lm1b:1.1.0 split 'train', row {damaged + 1}: Corrupted"
     assert str(again[damaged]).startswith(message)
     content[80] ^= 0xFF
     shard.write_bytes(content)
-    source = documents.open_documents("tfds:lm1b:1.1.0", data_dir=str(tmp_path), **splits)  # the first is damaged too
-    assert [i for i, each in enumerate(source.stream("train")) if each != whole[i]] == [0, damaged]
+    source = data.open_source()  # the first is damaged too
+    assert [i for i, each in enumerate(source.records("train")) if each != whole[i]] == [0, damaged]
     shard.unlink()
     with pytest.raises(UserError, match=r"'train' of tfds:lm1b:1\.1\.0: cannot be read any further"):
-        list(source.stream("train"))
+        list(source.records("train"))
 
 
-def test_max_documents(tmp_path, tfds_dir):
+def test_max_records(tmp_path, tfds_dir):
     """Fault: packing or tokenizer training ignores the limit."""
-    data = TextData(source="tfds:c4/en:3.1.0", data_dir=str(tfds_dir), vocab_size=300, max_documents=3)
+    data = TextData(source="tfds:c4/en:3.1.0", data_dir=str(tfds_dir), vocab_size=300, max_records=3)
     data.prepare(tmp_path)
     assert len(decoded(data, tmp_path, "train")) == len(decoded(data, tmp_path, "heldout")) == 3
 
@@ -293,20 +297,19 @@ def test_unusable_sources_are_one_line_and_write_nothing(tmp_path, tfds_dir):
     (few / "a.txt").write_text("one document")
     bad = tmp_path / "bad"
     bad.mkdir()
-    (bad / "a.txt").write_bytes(b"text\f" * 12 + b"\xff\xfe")
+    (bad / "a.txt").write_bytes(b"".join(b"text %i\f" % i for i in range(12)) + b"\xff\xfe")
     (bad / "a.tsv").write_text("text\n" * 12)
     here = {"data_dir": str(tfds_dir)}
     lm1b = {"source": "tfds:lm1b:1.1.0", "heldout_split": "test", **here}
     cases = [
         ({"source": f"file:{tmp_path}/none/*.txt"}, "none/.* matches no file"),
         ({"source": f"file:{few}"}, r"write file:.*few/\*\.txt"),
-        ({"source": f"file:{few}/*.txt"}, "has 1 records and needs at least 10"),
+        ({"source": f"file:{few}/*.txt"}, "have 1 different records, and two splits need at least 10"),
         (
             {"source": f"file:{bad}/*.txt"},
             r"max_malformed=0: 1 record is malformed .*bad/a.txt, document 13: not UTF-8 at byte 0",
         ),
         ({"source": f"file:{bad}/*.tsv", "tsv_column": 2}, "data.tsv_column=2: but .*bad/a.tsv has 1 columns"),
-        ({"source": "sample:dewiki"}, "there is sample:enwiki"),
         ({"source": "tfds:lm1b"}, "has no version"),
         ({"source": "tfds:lm1b:9.9.9", **here}, "lm1b/9.9.9.*data.data_dir.*tfds build lm1b"),
         (
@@ -341,21 +344,23 @@ def test_tfds_sets_without_random_access_or_files_are_refused(tmp_path):
 
 def test_a_damaged_sample_is_refused(tmp_path, monkeypatch):
     """Fault: results are of another text than the notice describes."""
-    source = documents.open_documents("sample:enwiki")
+    source = TextData().open_source()
     monkeypatch.setattr(samples.lzma, "decompress", lambda content: b"other text")
     with pytest.raises(UserError, match="sha256"):
-        next(source.stream("train"))
+        next(source.records("train"))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"source": "wiki"}, "sample:enwiki"),
+        ({"source": "sample:dewiki"}, "sample:enwiki"),
+        ({"heldout_fraction": 0.0}, "between 0 and 1"),
         ({"sequence_length": 0}, "at least 1"),
-        ({"vocab_size": 256}, "256: bytes alone need 257"),
-        ({"max_documents": -1}, "0 for all"),
-        ({"max_malformed": -1}, "0 for none"),
-        ({"tsv_column": 0}, "count from 1"),
+        ({"vocab_size": 256}, "256: must be at least 257"),
+        ({"max_records": -1}, "at least 0"),
+        ({"max_malformed": -1}, "at least 0"),
+        ({"tsv_column": 0}, "at least 1"),
     ],
 )
 def test_fields_are_checked(fields, message):

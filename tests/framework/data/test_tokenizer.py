@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers
 
 from shampax.framework.base.errors import UserError
-from shampax.framework.data.text.documents import open_documents
+from shampax.framework.data.text import TextData
 from shampax.framework.data.text.tokenizer import (
     END_OF_DOCUMENT,
     characters_per_token,
@@ -22,16 +22,16 @@ from shampax.framework.data.text.tokenizer import (
 
 TRAIN = """
 import hashlib, itertools
-from shampax.framework.data.text.documents import open_documents
+from shampax.framework.data.text import TextData
 from shampax.framework.data.text.tokenizer import train_tokenizer
-tokenizer = train_tokenizer(itertools.islice(open_documents("sample:enwiki").stream("train"), 24), 600)
+tokenizer = train_tokenizer(itertools.islice(TextData().open_source().records("train"), 24), 600)
 print(hashlib.sha256(tokenizer.to_str().encode()).hexdigest())
 """
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(itertools.islice(open_documents("sample:enwiki").stream("train"), 24), 600)
+    return train_tokenizer(itertools.islice(TextData().open_source().records("train"), 24), 600)
 
 
 def test_training_is_deterministic(tokenizer):
