@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ...optimizers.update.finite import all_finite
+from ...optimizers.update.finite import all_finite, largest
 from .. import optimizer
 from ..sharding import meshes
 from ..task import Batch, Judge, Metrics, Task
@@ -74,7 +74,7 @@ def make_train_step(
         # return from one.
         gradients = jax.tree.map(lambda leaf: jnp.where(verdict.accepted, leaf, 0), gradients)
         updates, opt_state = tx.update(gradients, state.opt_state, trained["params"])
-        metrics["update_norm"] = jnp.where(verdict.accepted, global_norm(updates), 0.0)
+        metrics["update_norm"] = jnp.where(verdict.accepted, optax.global_norm(updates), 0.0)
 
         def guarded(new: Any, old: Any) -> Any:
             return jax.tree.map(functools.partial(jnp.where, verdict.accepted), new, old)
@@ -159,8 +159,8 @@ def make_predict_step(judge: Judge, abstract: TrainState, mesh: Mesh, microbatch
 def global_norm(tree: Any) -> jax.Array:
     """Return the root of the sum of all squares, float32. Squares are scaled so that they do not overflow."""
     leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
-    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf), initial=0.0) for leaf in leaves])
-    unit = jnp.where(largest > 0, largest, 1.0)
+    unit = largest(leaves)
+    unit = jnp.where(unit > 0, unit, 1.0)
     return unit * jnp.sqrt(sum(jnp.sum(jnp.square(leaf / unit)) for leaf in leaves))
 
 
