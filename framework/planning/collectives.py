@@ -4,7 +4,15 @@ import math
 import re
 from typing import NamedTuple
 
-_KINDS = "all-to-all|all-reduce|all-gather|reduce-scatter|collective-permute"
+# Kind -> bytes that each of n devices must send for a byte of its result, in the algorithm that sends least.
+_SENT = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
+_START = re.compile(rf" (?:({'|'.join(_SENT)})(-start)?|fusion)\(")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
 
 
@@ -23,15 +31,8 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Bytes that each device must send, in the algorithm that sends least."""
-        others = self.group - 1
-        return {
-            "all-reduce": 2 * others / self.group,
-            "all-gather": others / self.group,
-            "reduce-scatter": others,
-            "all-to-all": others / self.group,
-            "collective-permute": 1.0,
-        }[self.kind] * self.bytes
+        """Bytes that each device must send."""
+        return _SENT[self.kind](self.group) * self.bytes
 
 
 def find(text: str) -> list[Collective]:
@@ -42,22 +43,29 @@ def find(text: str) -> list[Collective]:
     """
     result, chains = [], set()
     by_name = computations(text)
-    for name, lines in by_name.items():
-        if name.startswith("all-reduce-scatter"):
+    for line in (
+        line for name, lines in by_name.items() if not name.startswith("all-reduce-scatter") for line in lines
+    ):
+        start = _START.search(line)
+        if start is None:
             continue
-        for line in lines:
-            if re.search(r"channel_id=\d+.*chain_id=\"\d+\"", line):
-                chain = tuple(re.findall(r"channel_id=\d+|chain_id=\"\d+\"", line))
-                if chain in chains:
-                    continue
-                chains.add(chain)
-            if fused := re.search(r" fusion\(.*calls=%?(all-reduce-scatter[\w.\-]*)", line):
-                inner = next(each for each in by_name[fused[1]] if re.search(r" all-reduce(-start)?\(", each))
-                result.append(Collective("reduce-scatter", sum(_result_sizes(line)), _group(inner)))
-            elif found := re.search(rf" ({_KINDS})(-start)?\(", line):
-                sizes = _result_sizes(line)
-                # An asynchronous start returns (operands, results, ...).
-                result.append(Collective(found[1], max(sizes) if found[2] else sum(sizes), _group(line)))
+        chain = tuple(re.findall(r"channel_id=\d+|chain_id=\"\d+\"", line))
+        if len(chain) > 1 and chain in chains:
+            continue
+        chains.add(chain)
+        kind, asynchronous = start.groups()
+        arrays = re.findall(r"\b(\w+)\[([\d,]*)\]", line[: start.start()])
+        sizes = [
+            _BYTES[type_] * math.prod(int(n) for n in shape.split(",") if n)
+            for type_, shape in arrays
+            if type_ in _BYTES
+        ]
+        if kind is not None:
+            # An asynchronous start returns (operands, results, ...).
+            result.append(Collective(kind, max(sizes) if asynchronous else sum(sizes), _group(line)))
+        elif fused := re.search(r"calls=%?(all-reduce-scatter[\w.\-]*)", line):
+            inner = next(each for each in by_name[fused[1]] if re.search(r" all-reduce(-start)?\(", each))
+            result.append(Collective("reduce-scatter", sum(sizes), _group(inner)))
     return result
 
 
@@ -72,19 +80,6 @@ def computations(text: str) -> dict[str, list[str]]:
         elif line.startswith(" "):
             lines.append(line)
     return result
-
-
-def _result_sizes(line: str) -> list[int]:
-    """Return the bytes of each array in an instruction's result."""
-    shape = line.split(" = ", 1)[1]
-    depth = 0
-    for end, character in enumerate(shape):
-        depth += (character in "({[") - (character in ")}]")
-        if character == " " and depth == 0:
-            shape = shape[:end]
-            break
-    arrays = re.findall(r"\b(\w+)\[([\d,]*)\]", shape)
-    return [_BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in arrays if kind in _BYTES]
 
 
 def _group(line: str) -> int:

@@ -126,16 +126,14 @@ def make_plan(config: Any, devices: Sequence[Any], *, compiles: bool = False) ->
             f"config.data.name={config.data.name}: the data set does not tell the shapes of an example. Give it a "
             "method spec(), see docs/data.md."
         )
-    peak_rate = config.schedule.learning_rate
+    rate = config.schedule.learning_rate
     with jax.set_mesh(mesh):
         sharding = meshes.batch_sharding(mesh)
         batch = {
             name: jax.ShapeDtypeStruct((config.batch_size, *leaf.shape), leaf.dtype, sharding=sharding)
             for name, leaf in example.items()
         }
-        program = Program.of(
-            config, task, options, mesh, batch, Schedule(optax.constant_schedule(peak_rate), peak_rate)
-        )
+        program = Program.of(config, task, options, mesh, batch, Schedule(optax.constant_schedule(rate), rate))
         tx, state = program.tx, program.abstract
         compiled: dict[str, Compiled] = {}
         for name, lowered in program.lower() if compiles else ():
@@ -157,21 +155,17 @@ def suggestions(plan: Plan, config: Any) -> list[str]:
     """Return knobs to change if the plan does not fit, most promising first."""
     if plan.fits is not False or plan.memory is None:
         return []
-    held = plan.state_bytes + plan.bytes["gradients"]
-    lines = []
-    if held > 0.5 * plan.memory and plan.mesh.get("data", 1) > 1:
-        lines.append(f"mesh.fsdp={2 * config.mesh.fsdp} instead of {config.mesh.fsdp}: smaller shards of parameters")
-    if held < plan.memory:
-        if config.task.get("remat") == "none":
-            lines.append("task.remat=full instead of none: recompute activations in the backward pass")
-        if config.task.get("compute_dtype") == "float32":
-            lines.append("task.compute_dtype=bfloat16 instead of float32")
-        parts = config.microbatches
-        lines.append(f"microbatches={2 * parts} instead of {parts}: activations of half as many examples at a time")
-    if plan.bytes.get("statistics", 0) + plan.bytes.get("roots", 0) > 0.1 * plan.memory:
-        size = config.optimizer.block_size
-        lines.append(f"optimizer.block_size={size // 2} instead of {size}: smaller statistics and roots")
-    return lines or ["a larger slice, or a smaller batch or model"]
+    held, roots = plan.state_bytes + plan.bytes["gradients"], plan.bytes.get("roots", 0)
+    fsdp, parts, task = config.mesh.fsdp, config.microbatches, config.task
+    size = config.optimizer.get("block_size", 0)
+    likely = (
+        (held > plan.memory / 2 and plan.mesh["data"] > 1, f"mesh.fsdp={2 * fsdp} instead of {fsdp}: smaller shards"),
+        (held < plan.memory and task.get("remat") == "none", "task.remat=full instead of none: keep fewer activations"),
+        (held < plan.memory and task.get("compute_dtype") == "float32", "task.compute_dtype=bfloat16"),
+        (held < plan.memory, f"microbatches={2 * parts} instead of {parts}: activations of half as many examples"),
+        (roots > plan.memory / 20, f"optimizer.block_size={size // 2} instead of {size}: smaller statistics and roots"),
+    )
+    return [line for sensible, line in likely if sensible] or ["a larger slice, or a smaller batch or model"]
 
 
 def _by_treatment(params: Any, treatments: Mapping[str, str]) -> dict[str, tuple[int, int]]:

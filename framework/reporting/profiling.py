@@ -40,7 +40,7 @@ class Profile:
       steps: steps to trace, from `parse`.
       workdir: workdir of the run.
       watch: told while a profile is written.
-      begin: steps taken before this process; a warning names steps of the range that are past.
+      begin: steps taken before this process, which are not traced again.
       total_steps: steps of the run.
 
     Raises:
@@ -48,16 +48,12 @@ class Profile:
     """
 
     def __init__(self, steps: range, workdir: Path, watch: Watchdog, *, begin: int, total_steps: int):
-        given = f"config.profile_steps={steps.start}:{steps.stop}"
         if steps and steps[-1] > total_steps:
             raise UserError(
-                f"{given}: needs {steps[-1]} steps, but config.duration is {total_steps} steps. The largest STOP is "
-                f"{total_steps + 1}."
+                f"config.profile_steps={steps.start}:{steps.stop}: needs {steps[-1]} steps, but config.duration is "
+                f"{total_steps} steps. The largest STOP is {total_steps + 1}."
             )
         left = range(max(steps.start, begin + 1), steps.stop)
-        if steps and left != steps:
-            rest = f"only {left[0]} to {left[-1]} are profiled" if left else "no step is profiled"
-            console.say(f"warning: {given}: {begin} steps are past, {rest}. Use a later range.")
         self._workdir, self._watch = workdir, watch
         self._pauses = [left[0] - 1, left[-1]] if left else []  # those still to come
         self._running = False

@@ -1,7 +1,6 @@
 """Show the parameters, memory and restored state of a run at its start."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,28 +62,15 @@ def table(rows: Sequence[Row]) -> str:
 def show_parameters(rows: Sequence[Row], workdir: Path) -> None:
     """Write the table to `parameters.txt`, and print it.
 
-    On the console, parameters that differ only by numbers in their paths share a line, and of more than 40 lines the
-    largest are shown.
+    The console shows the 40 largest parameters.
     """
     if jax.process_index() != 0:
         return
     _keep(workdir / layout.PARAMETERS, table(rows))
-    shown = _merged(rows)
-    large = sorted(range(len(shown)), key=lambda i: -shown[i].count)[:_CONSOLE_ROWS]
-    rest = [row.count for i, row in enumerate(shown) if i not in large]
+    large = sorted(range(len(rows)), key=lambda i: -rows[i].count)[:_CONSOLE_ROWS]
+    rest = [row.count for i, row in enumerate(rows) if i not in large]
     more = [Row(f"({len(rest)} more in {layout.PARAMETERS})", count=sum(rest))] if rest else []
-    say(table([*(shown[i] for i in sorted(large)), *more]))
-
-
-def _merged(rows: Sequence[Row]) -> list[Row]:
-    """Merge `layer_0/w` ... `layer_11/w` of one shape, sharding and treatment into `layer_*/w (12)`."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((re.sub(r"\d+", "*", row.path), *row[1:-1]), []).append(row)
-    return [
-        same[0] if len(same) == 1 else Row(f"{path} ({len(same)})", *rest, count=sum(row.count for row in same))
-        for (path, *rest), same in groups.items()
-    ]
+    say(table([*(rows[i] for i in sorted(large)), *more]))
 
 
 def show_takeover(taken: takeover.Takeover, workdir: Path) -> None:

@@ -35,7 +35,7 @@ def test_a_range_beyond_the_run_is_refused_with_both_numbers(tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_requested_steps_are_profiled_also_in_a_resumed_run(tmp_path, capsys):
+def test_requested_steps_are_profiled_also_in_a_resumed_run(tmp_path):
     """Faults: steps are off by one; devices are still at the step before; the run waits for past steps."""
     devices = jax.devices()[:2]
     first = make_config(profile_steps="3:6", duration="6 steps", may_change=("duration", "profile_steps"))
@@ -43,15 +43,12 @@ def test_requested_steps_are_profiled_also_in_a_resumed_run(tmp_path, capsys):
     assert steps_of(tmp_path / "run") == [3, 4, 5]
     (tmp_path / "run" / "plugins").rename(tmp_path / "first")
     more = make_config(profile_steps="5:9", may_change=("duration", "profile_steps"))
-    capsys.readouterr()
     train(more, tmp_path / "run", devices=devices)
-    assert "5:9: 6 steps are past, only 7 to 8 are profiled. Use a later range" in capsys.readouterr().out
     assert steps_of(tmp_path / "run") == [7, 8]
 
 
-def test_a_range_of_past_steps_is_a_warning(capsys, tmp_path):
+def test_past_steps_are_not_profiled(tmp_path):
     profile = profiling.Profile(profiling.parse("2:4"), tmp_path, None, begin=8, total_steps=12)
-    assert "8 steps are past, no step is profiled" in capsys.readouterr().out
     with profile:
         assert profile.next(8) > 10**6
         for step in (8, 12):
