@@ -16,8 +16,6 @@ from .schema import BOUNDS, MAY_CHANGE, TYPES, get_config
 
 _SHOWN_DIFFERENCES = 5
 _COMPONENTS = ("task", "data", "optimizer")
-
-
 # The largest integer of int32; the smallest number above 0 that no device rounds to 0 and the largest of float32.
 _LARGEST = 2**31 - 1
 _SMALLEST_FLOAT, _LARGEST_FLOAT = 1.18e-38, 3.4e38
@@ -34,8 +32,6 @@ def load(spec: str, changes: Sequence[str] = ()) -> Any:
       UserError: the file or a change is invalid. The message has the place and the fix.
     """
     config = files.run(spec).lock()
-    for key in _COMPONENTS:
-        _check_section(key, config.get(key))
     overrides.apply(config, changes)
     check(config)
     return config
@@ -47,6 +43,9 @@ def check(config: ConfigDict) -> None:
     Devices compute in int32 and float32: no number of a config may be too large for these, or become 0 in float32.
     Builds each component once, to find the values that its class refuses.
     """
+    for key in _COMPONENTS:
+        if not is_component(config.get(key)):
+            raise UserError(f"config.{key} is not the section of a component. Set it with base.component(...).")
     declared, given = (dict(flat(side, whole=is_component)) for side in (get_config(), config))
     for key in given:
         if key not in declared:
@@ -56,7 +55,6 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{key} is missing. Let get_config start from base.get_config().")
         value = given[key]
         if key in _COMPONENTS:
-            _check_section(key, value)
             for field, number in value.items():
                 _check_numbers(f"{key}.{field}", number)
             with overrides.about(key):
@@ -138,8 +136,3 @@ def _check_numbers(key: str, value: Any, low: float | None = None, high: float |
     low, high = -largest if low is None else low, largest if high is None else high
     if not low <= value <= high:
         raise UserError(f"config.{key}={value!r}: must be {f'at least {low}' if value < low else f'at most {high}'}.")
-
-
-def _check_section(key: str, section: Any) -> None:
-    if not is_component(section):
-        raise UserError(f"config.{key} is not the section of a component. Set it with base.component(...).")

@@ -32,18 +32,15 @@ def component(name: str, **fields: Any) -> Any:
     Raises:
       UserError: the class cannot be imported or is not a dataclass, or a field is unknown or has the wrong type.
     """
-    cls, hints = load_class(name), field_types(name)
+    hints = field_types(name)
     _refuse_unknown(name, fields, hints)
     section = ConfigDict({"name": name})
-    for field in dataclasses.fields(cls):
-        if field.name not in hints:
-            continue
-        value = fields.get(field.name, _default(field))
-        if isinstance(value, FieldReference):
-            _convert(name, field.name, value.get(), hints[field.name])  # only checked: the section keeps the reference
-        elif value is not None:
-            value = _convert(name, field.name, value, hints[field.name])
-        section[field.name] = value
+    for field in dataclasses.fields(load_class(name)):
+        if field.init:
+            value = fields.get(field.name, _default(field))
+            plain = value.get() if isinstance(value, FieldReference) else value
+            converted = None if plain is None else _convert(name, field.name, plain, hints[field.name])
+            section[field.name] = converted if plain is value else value
     return section.lock()
 
 
@@ -57,7 +54,7 @@ def build(section: Any) -> Any:
         raise UserError("name is empty. Set the section with base.component('package.module:Class', ...).")
     hints = field_types(section.name)
     _refuse_unknown(section.name, section, hints)
-    given = {field: _convert(section.name, field, section[field], hints[field]) for field in hints}
+    given = {field: _convert(section.name, field, section[field], hint) for field, hint in hints.items()}
     try:
         return load_class(section.name)(**given)
     except (ValueError, ArithmeticError) as error:  # ArithmeticError: the class computes from a value that is too large
@@ -65,11 +62,7 @@ def build(section: Any) -> Any:
 
 
 def build_all(config: Any) -> tuple[Any, Any, Any]:
-    """Return the task, the data set and the optimizer's options of a config.
-
-    Raises:
-      UserError: as `build`.
-    """
+    """Return the task, the data set and the optimizer's options of a config, or raise UserError as `build`."""
     return build(config.task), build(config.data), build(config.optimizer)
 
 
@@ -89,11 +82,10 @@ def load_class(name: str) -> type:
         raise UserError(f"cannot import {name!r}: {error}. Install it, or run where Python finds it.") from error
     except Exception as error:  # a user's module may raise anything
         raise UserError(f"cannot import {name!r}: {type(error).__name__}: {error}") from error
-    found = {key: value for key, value in vars(module).items() if isinstance(value, type)}
-    dataclasses_in_it = {key: value for key, value in found.items() if dataclasses.is_dataclass(value)}
-    if class_name not in dataclasses_in_it:
-        raise UserError(f"{module_name} has no dataclass {class_name!r}{did_you_mean(class_name, dataclasses_in_it)}")
-    return dataclasses_in_it[class_name]
+    found = {key: cls for key, cls in vars(module).items() if isinstance(cls, type) and dataclasses.is_dataclass(cls)}
+    if class_name not in found:
+        raise UserError(f"{module_name} has no dataclass {class_name!r}{did_you_mean(class_name, found)}")
+    return found[class_name]
 
 
 def field_types(name: str) -> dict[str, Any]:
@@ -113,15 +105,10 @@ def field_types(name: str) -> dict[str, Any]:
     return {field: hints[field] for field in fields}
 
 
-def unknown_field(name: str, field: str, known: Iterable[str]) -> str:
-    """Return the error message for a field that a component does not have."""
-    return f"{name} has no field {field!r}{did_you_mean(field, known)}"
-
-
 def _refuse_unknown(name: str, fields: Iterable[str], known: Iterable[str]) -> None:
     for field in fields:
         if field != "name" and field not in known:
-            raise UserError(unknown_field(name, field, known))
+            raise UserError(f"{name} has no field {field!r}{did_you_mean(field, known)}")
 
 
 def _default(field: dataclasses.Field) -> Any:

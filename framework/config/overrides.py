@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from ..base import values
 from ..base.errors import UserError
-from .components import component, field_types, is_component, unknown_field
+from .components import component, field_types, is_component
 from .schema import TYPES
 
 _LONGEST = 80  # characters of a value that a message shows
@@ -102,20 +102,16 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
     if isinstance(inner, ConfigDict):
         fix = f"config.{key}.name" if is_component(inner) else f"one of its keys: {', '.join(inner.keys())}"
         raise UserError(f"config.{key}={text!r}: is a section. Set {fix}.")
+    names_component = _names_component(config, key)
     hint = TYPES.get(key, type(inner))
-    if is_component(section):
-        hints = {"name": str} if last == "name" else field_types(section.name)
-        if last not in hints:  # a config file has set the name of another class without its fields
-            raise UserError(unknown_field(section.name, last, hints))
-        hint = hints[last]
+    if is_component(section) and not names_component:
+        hint = field_types(section.name).get(last, hint)
     try:
         value = values.parse(text, hint)
     except TypeError:
         raise UserError(mistyped(key, text, hint)) from None
-    if is_component(section) and last == "name":
-        if value != section.name:
-            with about(key):
-                _section(config, path)[path.rpartition(".")[2]] = component(value)
-        return
+    if names_component and value != section.name:
+        with about(key):
+            section, last, value = _section(config, path), path.rpartition(".")[2], component(value)
     with section.ignore_type():  # the declared type may allow values of another type than the present one
         section[last] = value

@@ -1,6 +1,7 @@
 """Measure the speed of a run, and format its progress as a console line."""
 
 import datetime
+import math
 from collections.abc import Mapping
 
 from jax.sharding import Mesh
@@ -28,13 +29,11 @@ class Speedometer:
             self._per_step["tokens_per_second"] = tokens_per_step
         if peak := chips.peak_flops(mesh.devices.flat[0].device_kind):
             self._per_step["mfu"] = flops_per_step / (peak * mesh.size)
-        self._first = self._last = (0, 0.0)
-        self._warm = False
+        self._first = self._last = (0, math.inf)
 
     def warmed_up(self, step: int, seconds: float) -> None:
         """Start measuring at `step`, after `seconds` of training time."""
         self._first = self._last = (step, seconds)
-        self._warm = True
 
     def read(self, step: int, seconds: float) -> dict[str, float]:
         """Return the metrics `throughput/...` since the last reading, {} if no step has passed."""
@@ -48,9 +47,9 @@ class Speedometer:
         rate = self._rate(self._first, step, seconds)
         return (self._total_steps - step) / rate if rate else None
 
-    def _rate(self, since: tuple[int, float], step: int, seconds: float) -> float:
-        passed = self._warm and step > since[0] and seconds > since[1]
-        return (step - since[0]) / (seconds - since[1]) if passed else 0.0
+    @staticmethod
+    def _rate(since: tuple[int, float], step: int, seconds: float) -> float:
+        return (step - since[0]) / (seconds - since[1]) if step > since[0] and seconds > since[1] else 0.0
 
 
 def progress_line(step: int, total_steps: int, values: Mapping[str, float], remaining: float | None) -> str:
