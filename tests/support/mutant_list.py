@@ -533,8 +533,8 @@ FRAMEWORK = (
     Mutant(
         "every-process-makes-the-same-shards",
         "framework/data/preparing/preparing.py",
-        "(data, folder, ingredients, process * workers + worker, processes * workers, counters, worker)",
-        "(data, folder, ingredients, worker, processes * workers, counters, worker)",
+        "(data, folder, tokenizer, process * workers + worker, processes * workers)",
+        "(data, folder, tokenizer, worker, processes * workers)",
         "Every host of a preparation writes the same shards, and the others are never written.",
         ("tests/framework/data/test_preparing.py::test_a_prepared_cache_gives_the_same_batches",),
     ),

@@ -15,7 +15,7 @@ from ...dataset import Example, Split
 from .. import samples
 from ..preparing import manifests
 from ..preparing.manifests import Manifest
-from ..preparing.preparing import Ingredients, Preparable, Tally
+from ..preparing.preparing import Preparable, Tally
 from ..reading import files, tsv
 from ..reading.malformed import Malformed
 from ..reading.sources import Source, Stream, blocks_of, of_splits
@@ -25,7 +25,6 @@ from .rows import CATEGORIES, INTEGERS, Fields
 FLIGHTS = "nycflights-30000.tsv.xz"
 _HEX = re.compile(r"[0-9a-fA-F]{1,8}")
 _INT = re.compile(r"-?[0-9]{1,19}")
-_SHOWN = 40  # characters of a malformed field
 _FLIGHT_FIELDS = (
     *("carrier", "flight", "tailnum", "origin", "dest", "month", "day", "hour", "weekday", "manufacturer", "model"),
     *("engine", "type", "plane year", "engines", "tz", "dst"),
@@ -95,7 +94,7 @@ class ClickData(Preparable):
         return Source(manifests.digest([files.stats(ordered), splits]), streams)
 
     def rows(
-        self, stream: Stream, number: int, records: Iterator[Any], ingredients: Ingredients, tally: Tally
+        self, stream: Stream, number: int, records: Iterator[Any], tokenizer: str, tally: Tally
     ) -> Iterator[bytes]:
         """See `Preparable.rows`."""
         for fields in records:
@@ -119,8 +118,7 @@ class ClickData(Preparable):
         def blocks() -> Iterator[Iterator[Any]]:
             return (parse(path, lines) for lines in blocks_of(tsv.lines(path, meter), self.shard_size))
 
-        size, compressed = max(path.stat().length, 1), path.suffix in files.COMPRESSED
-        return Stream(f"{number:05}", split, blocks, meter.fraction, weight=size, one_worker=compressed)
+        return Stream(f"{number:05}", split, blocks, meter.fraction, path.suffix in files.COMPRESSED)
 
 
 def parse(path: epath.Path, lines: tsv.Lines) -> Iterator[Fields | Malformed]:
@@ -139,18 +137,14 @@ def _fields(fields: list[str]) -> Fields | str:
     """Return the fields of a row, or the reason why it is malformed."""
     label, integers, categories = fields[0], fields[1 : 1 + INTEGERS], fields[1 + INTEGERS :]
     if label not in ("0", "1"):
-        return f"label {_short(label)} is neither 0 nor 1" if label else "column 1 is empty"
+        return f"label {label[:40]!r} is neither 0 nor 1" if label else "column 1 is empty"
     for number, text in enumerate(integers, start=2):
         if text and not (_INT.fullmatch(text) and -(2**63) <= int(text) < 2**63):
-            return f"column {number} is not a 64-bit integer: {_short(text)}"
+            return f"column {number} is not a 64-bit integer: {text[:40]!r}"
     for number, text in enumerate(categories, start=2 + INTEGERS):
         if text and not _HEX.fullmatch(text):
-            return f"column {number} is not a 32-bit hexadecimal number: {_short(text)}"
+            return f"column {number} is not a 32-bit hexadecimal number: {text[:40]!r}"
     return int(label), [int(x) if x else None for x in integers], [int(x, 16) if x else 0 for x in categories]
-
-
-def _short(field: str) -> str:
-    return repr(field if len(field) <= _SHOWN else f"{field[: _SHOWN - 3]}...")
 
 
 def flights(split: Split) -> Iterator[Fields]:

@@ -14,7 +14,7 @@ from ...base.errors import UserError
 from ...dataset import SPLITS, Decoder, Example, Source, Split
 from ..preparing import manifests
 from ..preparing.manifests import Manifest
-from ..preparing.preparing import Ingredients, Tally
+from ..preparing.preparing import Tally
 from ..reading.sources import Stream
 from ..text.documents import DocumentData
 from ..text.tokenizer import Tokenizer, refusing
@@ -72,20 +72,20 @@ class MaskedTextData(DocumentData):
         return train_wordpiece(records, self.vocab_size, lower_case=self.lower_case)
 
     def rows(
-        self, stream: Stream, number: int, records: Iterator[str], ingredients: Ingredients, tally: Tally
+        self, stream: Stream, number: int, records: Iterator[str], tokenizer: str, tally: Tally
     ) -> Iterator[bytes]:
         """See `Preparable.rows`; second texts come from the same shard; a document alone in the last shard is dropped.
 
         Raises:
           UserError: a split has a single document.
         """
-        tokenizer = self.load(epath.Path(ingredients.tokenizer))
+        loaded = self.load(epath.Path(tokenizer))
 
         def tokenized() -> Iterator[list[np.ndarray]]:
             for text in records:
                 sentences = split_sentences(text)
                 with refusing(f"the tokenizer fails on the document {text[:40]!r}...; use another"):
-                    encodings = tokenizer.encode_batch_fast(sentences, add_special_tokens=False)
+                    encodings = loaded.encode_batch_fast(sentences, add_special_tokens=False)
                 tokens = [np.array(each.ids, np.int32) for each in encodings if each.ids]
                 tally.counts.update(documents=1, characters=len(text), tokens=sum(map(len, tokens)))
                 yield tokens
@@ -93,7 +93,7 @@ class MaskedTextData(DocumentData):
         split: Split = stream.split or "train"
         # Shard 0 has the random numbers of [seed, split]: a SeedSequence ignores trailing zeros.
         rng = np.random.default_rng([_PAIRS_SEED, SPLITS.index(split), number])
-        row = PairRow(vocabulary_of(tokenizer), self.sequence_length)
+        row = PairRow(vocabulary_of(loaded), self.sequence_length)
         for group in groups(tokenized(), _GROUP):
             if len(group) < 2:
                 if number:

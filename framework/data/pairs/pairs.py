@@ -16,7 +16,7 @@ from ...base.errors import UserError
 from ...dataset import Decoder, Split
 from .. import samples
 from ..preparing.manifests import Manifest
-from ..preparing.preparing import Ingredients, Tally
+from ..preparing.preparing import Tally
 from ..reading import tsv
 from ..reading.files import ReadMeter
 from ..reading.malformed import Malformed
@@ -124,14 +124,14 @@ class PairData(Tokenized):
         return train_tokenizer(filter(None, itertools.chain.from_iterable(records)), self.vocab_size)
 
     def rows(
-        self, stream: Stream, number: int, records: Iterator[Pair], ingredients: Ingredients, tally: Tally
+        self, stream: Stream, number: int, records: Iterator[Pair], tokenizer: str, tally: Tally
     ) -> Iterator[bytes]:
         """See `Preparable.rows`.
 
         Raises:
           UserError: a held-out pair is longer than a row.
         """
-        tokenizer = self.load(epath.Path(ingredients.tokenizer))
+        loaded = self.load(epath.Path(tokenizer))
         packer, longest = self._packer(stream.split or "train"), (0, 0)
 
         def sides() -> Iterator[str]:
@@ -143,7 +143,7 @@ class PairData(Tokenized):
 
         def fitting() -> Iterator[TokenPair]:
             nonlocal longest
-            encoded = encode(tokenizer, sides())
+            encoded = encode(loaded, sides())
             for (source_text, source), (target_text, target) in zip(encoded, encoded, strict=True):
                 source, target = source[1:-1], target[1:-1]  # without ends
                 tally.counts.update(

@@ -9,12 +9,14 @@ import abc
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import itertools
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, MutableSequence
+import time
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar
 
 from etils import epath
@@ -27,24 +29,10 @@ from ..reading import shards, sources
 from ..reading.malformed import Rejects
 from . import manifests
 from .manifests import Manifest
-from .progress import FIELDS, ProgressLines, WorkerCounter
 from .workers import run_in_processes
 
 _ROWS = ".array_record"
 _LIBRARIES = ("array-record", "numpy", "tokenizers")  # versions in the manifest
-
-
-@dataclasses.dataclass(frozen=True)
-class Ingredients:
-    """The common inputs of all shards of a preparation.
-
-    Attributes:
-      tokenizer: path of its JSON file, "" for data without one.
-      sha256: hash of that file.
-    """
-
-    tokenizer: str = ""
-    sha256: str = ""
 
 
 class Tally:
@@ -81,7 +69,7 @@ class Preparable(abc.ABC):
 
     @abc.abstractmethod
     def rows(
-        self, stream: sources.Stream, number: int, records: Iterator[Any], ingredients: Ingredients, tally: Tally
+        self, stream: sources.Stream, number: int, records: Iterator[Any], tokenizer: str, tally: Tally
     ) -> Iterator[bytes]:
         """Yield the rows of shard `number` of a stream from its records, without malformed ones.
 
@@ -93,10 +81,10 @@ class Preparable(abc.ABC):
     def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> Callable[[bytes], Example]:
         """Return the function, picklable, that decodes a row of a split to an example."""
 
-    def ingredients(self, cache: epath.Path, source: sources.Source) -> Ingredients:
-        """Return what all shards need; make it in `cache` if it is missing."""
+    def make_tokenizer(self, cache: epath.Path, source: sources.Source) -> str:
+        """Return the path of the tokenizer of all rows, "" for rows without one; train it if it is missing."""
         del cache, source
-        return Ingredients()
+        return ""
 
     def span(self, split: Split, rows: int) -> tuple[int, int]:
         """Return which of the `rows` rows of a split's shards belong to the split: start and stop."""
@@ -132,16 +120,12 @@ class Preparable(abc.ABC):
         """
         if self.prepared:
             return manifests.find(paths.of(self.prepared), self.settings())
-        folder = self.folder(paths.of(cache), self.open_source())
+        folder = _folder(self, paths.of(cache), self.open_source())
         if not (folder / manifests.NAME).exists():
             raise UserError(
                 f"{cache}: holds no rows of {self.settings()['source']} for these settings; call prepare first"
             )
         return folder, manifests.read(folder)
-
-    def folder(self, cache: epath.Path, source: sources.Source) -> epath.Path:
-        """Return the folder for the rows of a source, named by a hash of the settings and the source."""
-        return cache / f"rows-{manifests.digest(self.identity(source))}"
 
     def identity(self, source: sources.Source) -> dict[str, Any]:
         """Return the settings and the source's fingerprint."""
@@ -198,77 +182,63 @@ def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, 
       UserError: see `Preparable.prepare`.
     """
     source = data.open_source()
-    folder = data.folder(cache, source)
+    folder = _folder(data, cache, source)
     if (folder / manifests.NAME).exists():
         manifest = manifests.read(folder)
         if not manifests.missing(folder, manifest):
             data.report(manifest)
             return manifest
-    ingredients = data.ingredients(cache, source)
-    spawn = multiprocessing.get_context("spawn")  # a fork of a process that has started JAX may hang
-    counters: Any = spawn.RawArray("d", FIELDS * workers)
-    jobs = [
-        (data, folder, ingredients, process * workers + worker, processes * workers, counters, worker)
-        for worker in range(workers)
-    ]
+    tokenizer = data.make_tokenizer(cache, source)
+    jobs = [(data, folder, tokenizer, process * workers + worker, processes * workers) for worker in range(workers)]
     try:
-        with ProgressLines(data.noun, counters) as progress:
-            if workers == 1:
-                _make_shards(*jobs[0])
-            else:
-                run_in_processes(spawn, _make_shards, jobs)
-        manifest = _join(data, folder, ingredients, source)
+        if workers == 1:
+            _make_shards(*jobs[0])
+        else:
+            spawn = multiprocessing.get_context("spawn")  # a fork of a process that has started JAX may hang
+            run_in_processes(spawn, _make_shards, jobs)
+        manifest = _join(data, folder, tokenizer, source)
     except BaseException:
         _remove_empty(folder)
         raise
     if manifest is not None:
         for name, total in manifest["splits"].items():
             counted = ", ".join(f"{count:,} {noun}" for noun, count in total.items() if isinstance(count, int))
-            print(f"prepared {name}: {counted}", file=sys.stderr)
-        print(f"made here: {progress}", file=sys.stderr, flush=True)
+            print(f"prepared {name}: {counted}", file=sys.stderr, flush=True)
         data.report(manifest)
     return manifest
 
 
-def _make_shards(
-    data: Preparable,
-    folder: epath.Path,
-    ingredients: Ingredients,
-    worker: int,
-    workers: int,
-    counters: MutableSequence[float],
-    place: int,
-) -> None:
-    """Make the missing shards of a worker, one in `workers` of all processes, whose counters are number `place`."""
-    streams = data.open_source().streams
-    counter, there = WorkerCounter(counters, place, streams), _names(folder)
-    for first, stream in enumerate(streams):
-        if not stream.one_worker or first % workers == worker:
-            count = 0
-            for number, records in enumerate(stream.blocks()):
-                count = number + 1
-                name = f"{stream.name}-{number:05}"
-                owner = first if stream.one_worker else first + number
-                if owner % workers != worker or {f"{name}.json", f"{name}{_ROWS}"} <= there:
-                    continue
-                tally = Tally(data.max_malformed)
-                usable = tally.rejects.sift(counter.records(stream, records))
-                rows = counter.rows(data.rows(stream, number, usable, ingredients, tally))
-                note = {
-                    "file": f"{name}{_ROWS}",
-                    "split": stream.split,
-                    **shards.write(folder / f"{name}{_ROWS}", rows),
-                    "tokenizer": ingredients.sha256,
-                    "counts": dict(tally.counts),
-                    "dropped": dict(tally.dropped),
-                    "malformed": tally.rejects.to_json(),
-                }
-                paths.write_text(folder / f"{name}.json", manifests.to_text(note))
-            paths.write_text(folder / f"{stream.name}.json", manifests.to_text({"shards": count}))
-        counter.finish(stream)
+def _make_shards(data: Preparable, folder: epath.Path, tokenizer: str, worker: int, workers: int) -> None:
+    """Make the missing shards of a worker, one of `workers` in all processes, and print a line for each."""
+    there, sha256 = _names(folder), _sha256(tokenizer)
+    for first, stream in enumerate(data.open_source().streams):
+        if stream.one_worker and first % workers != worker:
+            continue
+        count, began = 0, time.monotonic()
+        for number, records in enumerate(stream.blocks()):
+            count = number + 1
+            name = f"{stream.name}-{number:05}"
+            owner = first if stream.one_worker else first + number
+            if owner % workers != worker or {f"{name}.json", f"{name}{_ROWS}"} <= there:
+                continue
+            tally = Tally(data.max_malformed)
+            rows = data.rows(stream, number, tally.rejects.sift(records), tokenizer, tally)
+            note = {
+                "file": f"{name}{_ROWS}",
+                "split": stream.split,
+                **shards.write(folder / f"{name}{_ROWS}", rows),
+                "tokenizer": sha256,
+                "counts": dict(tally.counts),
+                "dropped": dict(tally.dropped),
+                "malformed": tally.rejects.to_json(),
+            }
+            paths.write_text(folder / f"{name}.json", manifests.to_text(note))
+            seconds, done = time.monotonic() - began, f"{stream.fraction():.1%} of {stream.name} read"
+            print(f"shard {name}: {note['rows']:,} rows; {done} in {seconds:,.0f} s", file=sys.stderr, flush=True)
+        paths.write_text(folder / f"{stream.name}.json", manifests.to_text({"shards": count}))
 
 
-def _join(data: Preparable, folder: epath.Path, ingredients: Ingredients, source: sources.Source) -> Manifest | None:
+def _join(data: Preparable, folder: epath.Path, tokenizer: str, source: sources.Source) -> Manifest | None:
     """Write and return the manifest of all shards; None if some are missing."""
     there = _names(folder)
     notes: list[dict[str, Any]] = []
@@ -280,22 +250,22 @@ def _join(data: Preparable, folder: epath.Path, ingredients: Ingredients, source
             if not {f"{name}.json", f"{name}{_ROWS}"} <= there:
                 return None
             notes.append(manifests.read(folder, f"{name}.json"))
-    others = [note["file"] for note in notes if note["tokenizer"] != ingredients.sha256]
+    sha256 = _sha256(tokenizer)
+    others = [note["file"] for note in notes if note["tokenizer"] != sha256]
     if others:
         raise UserError(f"{folder / others[0]}: was made with another tokenizer. Delete {folder} and prepare again.")
-    path = epath.Path(ingredients.tokenizer)
-    beside = path.name if ingredients.tokenizer and path.parent == folder.parent else ""
+    beside = os.path.basename(tokenizer) if os.path.dirname(tokenizer) == os.fspath(folder.parent) else ""
     rows = {split: sum(note["rows"] for note in notes if note["split"] in (split, None)) for split in SPLITS}
     ranges = {split: data.span(split, rows[split]) for split in SPLITS}
     content = [[note["split"], note["rows"], note["content"]] for note in notes]
     manifest: Manifest = {
         "settings": data.identity(source),
         "versions": {library: importlib.metadata.version(library) for library in _LIBRARIES},
-        "tokenizer": {"file": beside, "sha256": ingredients.sha256},
+        "tokenizer": {"file": beside, "sha256": sha256},
         "splits": manifests.totals(data.max_malformed, notes),
         "shards": [{key: note[key] for key in ("file", "split", "rows", "bytes", "content")} for note in notes],
         "ranges": ranges,
-        "content": manifests.digest([ingredients.sha256, content, ranges]),
+        "content": manifests.digest([sha256, content, ranges]),
     }
     for split, (start, stop) in ranges.items():
         if start == stop:
@@ -308,6 +278,14 @@ def _join(data: Preparable, folder: epath.Path, ingredients: Ingredients, source
         if name.endswith(".partial"):  # left by a killed process: every shard exists without it
             (folder / name).unlink(missing_ok=True)
     return manifest
+
+
+def _folder(data: Preparable, cache: epath.Path, source: sources.Source) -> epath.Path:
+    return cache / f"rows-{manifests.digest(data.identity(source))}"
+
+
+def _sha256(path: str) -> str:
+    return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest() if path else ""
 
 
 def _names(folder: epath.Path) -> set[str]:

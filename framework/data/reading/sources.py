@@ -5,6 +5,7 @@ The blocks depend only on the source and the block size, so shards are the same 
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -31,16 +32,14 @@ class Stream:
       name: prefix of the names of its shards.
       split: split of its records; None if they belong to both.
       blocks: returns an iterator over blocks; unread records of a block are skipped.
-      fraction: returns the fraction (0 to 1) that the latest such iterator has consumed, if it can tell.
-      weight: expected work, relative to the source's other streams.
+      fraction: returns the fraction (0 to 1) that the latest such iterator has read; 1 if it reads all at once.
       one_worker: whether one worker makes all its shards, because skipping records costs as much as making rows.
     """
 
     name: str
     split: Split | None
     blocks: Callable[[], Blocks]
-    fraction: Callable[[], float] = lambda: 0.0
-    weight: float = 1.0
+    fraction: Callable[[], float] = lambda: 1.0
     one_worker: bool = False
 
 
@@ -62,7 +61,7 @@ def of_splits(
     records: Callable[[Split], Iterator[Any]],
     size: int,
     limit: int = 0,
-    fraction: Callable[[], float] = lambda: 0.0,
+    fraction: Callable[[], float] = lambda: 1.0,
 ) -> Source:
     """Return the source of records that are read in order.
 
@@ -76,16 +75,11 @@ def of_splits(
       fraction: see `Stream`.
     """
 
-    def stream(split: Split) -> Stream:
-        return Stream(
-            split,
-            split,
-            lambda: blocks_of(itertools.islice(records(split), limit or None), size),
-            fraction,
-            weight=9.0 if split == "train" else 1.0,
-        )
+    def blocks(split: Split) -> Blocks:
+        return blocks_of(itertools.islice(records(split), limit or None), size)
 
-    return Source(fingerprint, [stream(split) for split in reversed(SPLITS)])
+    streams = [Stream(split, split, functools.partial(blocks, split), fraction) for split in reversed(SPLITS)]
+    return Source(fingerprint, streams)
 
 
 def file_source(
@@ -170,10 +164,10 @@ def tfds_source(tfds: TfdsSet, make: Callable[..., Any], size: int, limit: int) 
         def blocks() -> Blocks:
             nonlocal reached
             for start in range(0, end, size):
-                reached = start
-                yield records(split, start, min(start + size, end))
+                reached = min(start + size, end)
+                yield records(split, start, reached)
 
-        return Stream(split, split, blocks, lambda: reached / end, weight=end)
+        return Stream(split, split, blocks, lambda: reached / end)
 
     return Source(tfds.fingerprint, [stream(split) for split in reversed(SPLITS)])
 

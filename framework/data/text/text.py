@@ -13,7 +13,7 @@ from ...base.bounds import Within
 from ...base.errors import UserError
 from ...dataset import Example, Split
 from ..preparing.manifests import Manifest
-from ..preparing.preparing import Ingredients, Tally
+from ..preparing.preparing import Tally
 from ..reading.sources import Stream
 from . import packing
 from .documents import DocumentData
@@ -49,14 +49,14 @@ class TextData(DocumentData):
         return train_tokenizer(records, self.vocab_size)
 
     def rows(
-        self, stream: Stream, number: int, records: Iterator[str], ingredients: Ingredients, tally: Tally
+        self, stream: Stream, number: int, records: Iterator[str], tokenizer: str, tally: Tally
     ) -> Iterator[bytes]:
         """See `Preparable.rows`; the last row of a shard is padded."""
-        tokenizer = self.load(epath.Path(ingredients.tokenizer))
-        characters = characters_per_token(tokenizer, self.vocab_size)
+        loaded = self.load(epath.Path(tokenizer))
+        characters = characters_per_token(loaded, self.vocab_size)
 
         def counted() -> Iterator[np.ndarray]:
-            for text, tokens in encode(tokenizer, records):
+            for text, tokens in encode(loaded, records):
                 if characters[tokens].sum() != len(text):
                     raise UserError(
                         f"data.tokenizer={self.tokenizer}: turns {len(text)} characters into "

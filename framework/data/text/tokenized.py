@@ -17,7 +17,7 @@ from ...dataset import Split
 from .. import samples
 from ..preparing import manifests
 from ..preparing.manifests import Manifest
-from ..preparing.preparing import Ingredients, Preparable
+from ..preparing.preparing import Preparable
 from ..reading import files
 from ..reading.malformed import Malformed, Rejects
 from ..reading.sources import Source, file_source, of_splits, tfds_source
@@ -102,19 +102,19 @@ class Tokenized(Preparable):
             settings["tokenizer"] = hashlib.sha256(content).hexdigest()
         return settings
 
-    def ingredients(self, cache: epath.Path, source: Source) -> Ingredients:
-        """Return the given tokenizer, or the one in `cache`; train it if it is missing."""
+    def make_tokenizer(self, cache: epath.Path, source: Source) -> str:
+        """Return the path of the given tokenizer, or of the one in `cache`; train it if it is missing."""
         if self.tokenizer:
             path = paths.of(self.tokenizer)
             self.load(path)
-        else:
-            unrelated = {*self.packing_knobs, "shard_size"}
-            own = {name: value for name, value in self.identity(source).items() if name not in unrelated}
-            path = cache / f"tokenizer-{manifests.digest(own)}.json"
-            if not path.exists():
-                trained = self.train(Rejects(self.max_malformed).sift(source.records("train")))
-                paths.write_text(path, trained.to_str(pretty=True))
-        return Ingredients(os.fspath(path), hashlib.sha256(path.read_bytes()).hexdigest())
+            return os.fspath(path)
+        unrelated = {*self.packing_knobs, "shard_size"}
+        own = {name: value for name, value in self.identity(source).items() if name not in unrelated}
+        path = cache / f"tokenizer-{manifests.digest(own)}.json"
+        if not path.exists():
+            trained = self.train(Rejects(self.max_malformed).sift(source.records("train")))
+            paths.write_text(path, trained.to_str(pretty=True))
+        return os.fspath(path)
 
     def load_tokenizer(self, cache: str | os.PathLike[str]) -> Tokenizer:
         """Return the tokenizer that the rows were made with; the source may be missing.
