@@ -13,8 +13,6 @@ Messages are JSON lists, one per line. None of them can cause exit code 0 or pri
     ["welcome", secret]              from process 0: the answer
     ["ready", identity]              to process 0: the config is loaded
     ["start", port]                  from process 0: all are ready, start JAX at this port
-    ["done"]                         to process 0: training has finished
-    ["over"]                         from process 0: training has finished in all processes
     ["end", code, line]              in both directions: exit with this code and this last line
 """
 
@@ -64,11 +62,11 @@ class Group:
         self._connections: dict[int, socket.socket] = {}  # process 0 has one to each other process, they have one to it
         self._come: set[int] = set()  # processes that have connected; in processes other than 0 only process 0
         self._identities: dict[int, Mapping[str, str]] = {}  # in process 0 only
-        self._done: set[int] = set()
         self._jax_port = 0
         self._waiting_seconds = 0.0
         self._patience = _COMING_SECONDS  # at the end of the run, for processes that are not yet notified
-        self._started, self._over = threading.Event(), threading.Event()
+        self._started = threading.Event()
+        self._over = False  # all processes have finished
         self._ending = threading.Lock()
         self._told: list[list[Any]] = []  # messages for all connected processes, and for those that connect later
         self._strangers = threading.Semaphore(place.count + _STRANGERS)
@@ -96,9 +94,8 @@ class Group:
         """
         global _group
         place, self._waiting_seconds = self._place, waiting_seconds
-        timeout = waiting_seconds + (_SECONDS_BEHIND if place.index else 0)
         self._note_ready(place.index, identity)
-        started = self._started.wait(timeout)
+        started = self._started.wait(waiting_seconds + (_SECONDS_BEHIND if place.index else 0))
         self._patience = _LEAVING_SECONDS
         if not started:
             self._end(TRY_AGAIN, f"error: {self._missing()}")
@@ -107,7 +104,6 @@ class Group:
                 wire.keep_alive(connection, death_seconds)
         _group = self
         import jax  # not at the top: processes connect, and hear of failures, while it loads
-        from jax.experimental import multihost_utils
 
         host = f"[{place.host}]" if ":" in place.host else place.host
         jax.distributed.initialize(
@@ -121,26 +117,32 @@ class Group:
             heartbeat_timeout_seconds=max(10, round(2 * death_seconds)),
             shutdown_timeout_seconds=max(1, round(death_seconds)),
         )
-        watch = threading.Timer(timeout, self._no_answer)
-        watch.daemon = True
-        watch.start()
-        multihost_utils.sync_global_devices("the devices reach each other")
-        watch.cancel()
+        self._meet("the first collective", "Open all ports between the machines")
         if place.local_devices and place.index == 0:
             print(f"each process has {len(place.local_devices)} of {place.visible} GPUs of its machine", flush=True)
 
     def leave(self) -> None:
         """Wait until all processes have finished; if one has not after `waiting_seconds`, all exit."""
-        self._note_done(self._place.index)
-        if not self._over.wait(self._waiting_seconds):
-            self._end(
-                TRY_AGAIN,
-                f"error: process {self._place.index} has finished, and other processes have not within "
-                f"{self._waiting_seconds:g} s. Check that all use the same workdir, then {RESUME}.",
-            )
+        self._meet("the last collective", "Check that all have finished")
+        self._over = True
         import jax
 
-        jax.distributed.shutdown()
+        jax.distributed.shutdown()  # returns when all processes have called it
+
+    def _meet(self, name: str, fix: str) -> None:
+        """Run a collective over all devices; all processes exit if it has not returned after `waiting_seconds`."""
+        from jax.experimental import multihost_utils
+
+        place = self._place
+        line = (
+            f"error: {name} over the devices of all {place.count} processes has not returned in process {place.index} "
+            f"within {self._waiting_seconds:g} s. {fix}, then {RESUME}."
+        )
+        watch = threading.Timer(self._waiting_seconds, self._end, (TRY_AGAIN, line))
+        watch.daemon = True
+        watch.start()
+        multihost_utils.sync_global_devices(name)
+        watch.cancel()
 
     def fail(self, error: BaseException, known: tuple[int, str] | None) -> NoReturn:
         """Exit all processes because of an exception; `known` has code and last lines if it needs no traceback."""
@@ -186,14 +188,6 @@ class Group:
         return (
             f"{len(silent)} of {place.count} processes have not connected to {where} and sent their config {within}: "
             f"{str(silent[:_NAMED])[1:-1]}. See their output, or raise config.processes.waiting_seconds."
-        )
-
-    def _no_answer(self) -> NoReturn:
-        place = self._place
-        self._end(
-            TRY_AGAIN,
-            f"error: the first collective over the devices of all {place.count} processes has not returned in process "
-            f"{place.index} within {self._waiting_seconds:g} s. Open all ports between the machines, then {RESUME}.",
         )
 
     def _accept(self, listener: socket.socket) -> None:
@@ -290,17 +284,13 @@ class Group:
                 case ["start", int(port)] if not index:
                     self._jax_port = port
                     self._started.set()
-                case ["done"] if index:
-                    self._note_done(index)
-                case ["over"] if not index:
-                    self._over.set()
                 case ["end", int(code), str(line)]:
                     self._forget(index)
                     self._end(code if 0 < code < 256 else TRY_AGAIN, printable(line[:_LONGEST_LINE]))
                 case _:
                     break
         self._forget(index)
-        if index in self._done or self._over.is_set() or self._ending.locked():
+        if self._over or self._ending.locked():
             return
         self._end(
             TRY_AGAIN,
@@ -311,17 +301,6 @@ class Group:
     def _forget(self, index: int) -> None:
         with self._lock:
             del self._connections[index]
-
-    def _note_done(self, index: int) -> None:
-        if self._place.index:
-            self._tell(["done"])
-            return
-        with self._lock:
-            self._done.add(index)
-            over = len(self._done) == self._place.count
-        if over:
-            self._tell(["over"])
-            self._over.set()
 
 
 def end_run(code: int, line: str) -> NoReturn:

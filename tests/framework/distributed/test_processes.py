@@ -132,7 +132,9 @@ def test_processes_agree_and_one_that_ends_early_ends_the_run():
     assert [each.code for each in ended] == [75, 75], ended
     assert ["not in 0" in each.out for each in ended] == [True, True]
     for each in ended:
-        assert last_line(each).startswith("error: process 1 has finished, and other processes have not within 2 s")
+        assert last_line(each).startswith(
+            "error: the last collective over the devices of all 2 processes has not returned in process 1 within 2 s. "
+        )
 
 
 @pytest.mark.parametrize("late", [0, 1])
