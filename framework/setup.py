@@ -158,7 +158,7 @@ def surroundings(request: Request) -> Iterator[tuple[Watchdog, Callable[[], None
         compilation_cache.kept(workdir, config.compilation_cache),
         ownership.hold(workdir) as still_ours,
         jax.set_mesh(request.mesh),
-        Watchdog(workdir, config.watchdog_seconds) as watch,
+        Watchdog(workdir, **config.watchdog) as watch,
     ):
         yield watch, still_ours
 

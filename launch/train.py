@@ -8,7 +8,8 @@ together. `shampax.launch.local` starts several on this machine.
 
 Exit codes: 0, complete; 1, training cannot continue (a checkpoint is saved), or this process failed with a traceback;
 2, invalid input, or input that differs between processes (no run has begun); 75, another process died, failed or did
-not connect: rerun to resume; 130 and 143, stopped by Ctrl-C or SIGTERM (a checkpoint is saved): rerun to resume.
+not connect, or the run hung: rerun to resume; 130 and 143, stopped by Ctrl-C or SIGTERM (a checkpoint is saved): rerun
+to resume.
 """
 
 import argparse

@@ -21,7 +21,7 @@ MAY_CHANGE = (
     "log",
     "checkpoint",
     "compilation_cache",
-    "watchdog_seconds",
+    "watchdog",
     "profile_steps",
     "evaluation.every",
     "evaluation.judge_every",
@@ -63,11 +63,12 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
     "guard.max_rollbacks": (0, None),
     "guard.spike_factor": (0.1, None),
     "guard.spike_window": (2, None),
-    "watchdog_seconds": (0, 1e6),
+    "watchdog.report_after": (0, 1e6),
+    "watchdog.end_after": (0, 1e6),
     "compilation_cache.gigabytes": (0.001, 1e6),
     "simulated_devices": (0, 1024),
     "processes.waiting_seconds": (1, 1e6),
-    "processes.death_seconds": (5, 1e6),
+    "processes.death_seconds": (5, 3600),
 }
 
 
@@ -116,7 +117,9 @@ def get_config() -> Any:
     config.renamed = ()  # (old, new) parameter paths or prefixes, to load a checkpoint that uses other names
     config.log = ConfigDict()
     config.log.every = "10 steps"  # how often to log metrics to the console and the workdir
-    config.watchdog_seconds = 300.0  # report a stalled process after this many seconds without progress; 0 disables
+    config.watchdog = ConfigDict()
+    config.watchdog.report_after = 300.0  # report a stalled process after this many seconds without progress; 0: never
+    config.watchdog.end_after = 3600.0  # end the run (exit code 75) after this many seconds without progress; 0: never
     config.profile_steps = ""  # steps to profile for TensorBoard: "10:20" is 10 to 19
     config.compilation_cache = ConfigDict()
     config.compilation_cache.folder = "beside"  # beside (the workdir), a path, or ""; JAX_COMPILATION_CACHE_DIR wins

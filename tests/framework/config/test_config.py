@@ -473,7 +473,7 @@ def test_did_you_mean_lists_all_keys_if_none_is_similar():
         (f"mesh.data=-{2**31}", f"mesh.data=-{2**31}: must be at least -2147483647."),
         (f"batch_size={2**40}", f"batch_size={2**40}: must be at most 16777216."),
         ("simulated_devices=100_000", "simulated_devices=100000: must be at most 1024."),
-        ("watchdog_seconds=1e30", "watchdog_seconds=1e+30: must be at most 1000000.0."),
+        ("watchdog.end_after=1e30", "watchdog.end_after=1e+30: must be at most 1000000.0."),
         ("sharding_rules=('embed','fsdp')", "expected Sequence[tuple[str, str | Sequence[str] | None]]."),
         ("renamed=(1e400,)", "config.renamed='(1e400,)': expected Sequence[tuple[str, str]]."),
         ("seed=-1", "seed=-1: must be at least 0."),

@@ -14,9 +14,9 @@ CONFIG = pathlib.Path(__file__).parents[2] / "support" / "toys" / "toy_many.py"
 RESUME = "rerun the same command to resume from the latest checkpoint."
 
 
-def training(workdir, fault=""):
+def training(workdir, fault="", *flags):
     """Start the real command in two processes."""
-    command = [sys.executable, "-m", "shampax.launch.train", f"--config={CONFIG}", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "shampax.launch.train", f"--config={CONFIG}", f"--workdir={workdir}", *flags]
     return Job(command, processes=2, devices=1, variables={"FAULT": fault})
 
 
@@ -103,6 +103,23 @@ def test_a_failing_process_prints_its_traceback_and_ends_all(tmp_path):
     assert "LookupError: row" in ended[1].err
     assert last_line(ended[0]).startswith("error: process 1 has failed (LookupError: row")
     assert "Traceback" not in ended[0].err
+
+
+@pytest.mark.slow
+def test_a_frozen_process_ends_the_run_after_the_time_of_the_watchdog(tmp_path):
+    """Fault: the others wait in a collective forever, or until JAX aborts them."""
+    with training(tmp_path, "", "--config.watchdog.end_after=15") as job:
+        end = time.monotonic() + LIMIT
+        while not step_of(tmp_path) and job.processes[0].poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        job.processes[1].send_signal(signal.SIGSTOP)
+        job.processes[0].wait(LIMIT)
+        job.processes[1].send_signal(signal.SIGCONT)
+        ended = job.wait()
+    assert [each.code for each in ended] == [75, 75]
+    assert last_line(ended[0]).startswith("error: process 0: no progress for 15 s in 'step' after step ")
+    assert last_line(ended[1]) == last_line(ended[0])
+    assert last_line(ended[0]).endswith(RESUME)
 
 
 @pytest.mark.slow
