@@ -108,7 +108,7 @@ def test_a_failing_process_prints_its_traceback_and_ends_all(tmp_path):
 @pytest.mark.slow
 def test_a_frozen_process_ends_the_run_after_the_time_of_the_watchdog(tmp_path):
     """Fault: the others wait in a collective forever, or until JAX aborts them."""
-    with training(tmp_path, "", "--config.watchdog.end_after=15") as job:
+    with training(tmp_path, "", "--config.watchdog.end_after=15", "--config.processes.death_seconds=60") as job:
         end = time.monotonic() + LIMIT
         while not step_of(tmp_path) and job.processes[0].poll() is None and time.monotonic() < end:
             time.sleep(0.02)
