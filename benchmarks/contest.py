@@ -209,7 +209,7 @@ def run_grid(grid: Sequence[Trial], options: argparse.Namespace) -> list[Outcome
     """
     # Check every trial before hours of training.
     for trial in grid:
-        ownership.refuse_foreign(options.output / trial.name, config_of(trial, options.config, options.set))
+        ownership.finished(options.output / trial.name, config_of(trial, options.config, options.set))
     options.output.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     durations: list[float] = []

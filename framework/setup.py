@@ -89,7 +89,7 @@ class Blueprint:
     def ranking(self) -> Ranking:
         """The order of evaluations from best to worst."""
         section = self.request.config.evaluation
-        return Ranking(section.best_metric, section.best_mode)
+        return Ranking.of(section.best_metric, section.best_mode)
 
     @property
     def tokens_per_step(self) -> int:
@@ -121,9 +121,9 @@ def completed(config: Any, workdir: str | Path) -> dict[str, Any] | None:
       UserError: the config is invalid, or the workdir belongs to another config.
     """
     check(config)
-    paths.refuse_bucket("workdir", workdir)
     place = _absolute(workdir)
-    ownership.refuse_foreign(place, config)
+    paths.refuse_unusable("--workdir", workdir)
+    paths.refuse_unusable("--workdir", place)
     result = ownership.finished(place, config)
     if result is not None:
         console.say(f"{place} is complete after {result['steps']} steps: nothing left to train")
@@ -136,6 +136,7 @@ def examine(config: Any, workdir: str | Path, devices: Sequence[Any] | None) -> 
     Raises:
       UserError: a component or the mesh is invalid.
     """
+    Ranking.of(config.evaluation.best_metric, config.evaluation.best_mode)
     task, data, options = components.build_all(config)
     profile_steps = profiling.parse(config.profile_steps)
     mesh = placement.mesh_of(config, devices)

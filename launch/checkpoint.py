@@ -3,12 +3,12 @@
 A PATH is a workdir, which stands for its newest intact checkpoint, or one checkpoint, WORKDIR/checkpoints/STEP. Nothing
 in a checkpoint is executed. No accelerator is used, so that a run in progress keeps its own.
 
-Exit codes: 0; 1, `verify` or `list --verify` has found a fault, or `diff` a difference; 2, invalid input.
+Exit codes: 0; 1, `verify` has found a fault or `diff` a difference; 2, invalid input.
 """
 
 import argparse
+import collections
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,16 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _list(options: argparse.Namespace) -> int:
     from ..framework.checkpoint import inspect
 
-    text, intact = inspect.listing(options.workdir, verified=options.verify)
-    _say(*text.split("\n"))
-    return 0 if intact else 1
+    _say(*inspect.listing(options.workdir).split("\n"))
+    return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
     from ..framework.checkpoint import inspect
 
-    told = inspect.describe(inspect.read(_locate(options.path, intact=False)))
-    text = json.dumps(told, indent=2) if options.json else inspect.as_text(told, arrays=options.arrays)
+    text = inspect.as_text(inspect.read(_locate(options.path, intact=False)), arrays=options.arrays)
     _say(*text.split("\n"))
     return 0
 
@@ -63,27 +61,22 @@ def _diff(options: argparse.Namespace) -> int:
     sides = []
     for name, given in (("A", options.a), ("B", options.b)):
         path = _locate(given, intact=True)
-        found = inspect.read(path)
-        mesh = ", ".join(f"{axis} {size}" for axis, size in found.manifest.mesh.items())
-        _say(f"{name}: {path}, step {found.record.step}, mesh {mesh}, {found.manifest.optimizer}")
-        sides.append(found)
-    counts = {"equal": 0, "different": 0, "only in A": 0, "only in B": 0}
-    for finding in diff.compare(*sides):
-        verdict = f"only in {finding.only_in}" if finding.only_in else "different" if finding.difference else "equal"
-        counts[verdict] += 1
-        if verdict != "equal" or options.all:
-            _say(f"{finding.name}: {finding.difference or verdict}")
+        sides.append(inspect.read(path))
+        _say(f"{name}: {path}, {sides[-1].origin}")
+    counts = collections.Counter({"equal": 0, "different": 0, "only in A": 0, "only in B": 0})
+    for name, difference in diff.compare(*sides):
+        counts[difference if difference in counts else "different" if difference else "equal"] += 1
+        if difference or options.all:
+            _say(f"{name}: {difference or 'equal'}")
     _say(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
-    return 0 if counts["equal"] == sum(counts.values()) else 1
+    return 0 if counts["equal"] == counts.total() else 1
 
 
 def _export(options: argparse.Namespace) -> int:
-    from ..framework.checkpoint import inspect
     from ..framework.checkpoint.export import export
 
     path = _locate(options.path, intact=True)
-    contents = inspect.read(path)
-    count, size = export(contents, options.file, str(path), model_state=options.model_state, force=options.force)
+    count, size = export(path, options.file, model_state=options.model_state, force=options.force)
     _say(f"{options.file}: {count} arrays, {size:,} bytes, from {path}")
     return 0
 
@@ -91,23 +84,24 @@ def _export(options: argparse.Namespace) -> int:
 def _prune(options: argparse.Namespace) -> int:
     from ..framework.checkpoint import ownership, saving, store, verify
 
+    if options.keep_last < 1 or options.keep_best < 0:
+        raise UserError(f"--keep_last={options.keep_last} --keep_best={options.keep_best}: at least 1 and 0.")
     store.in_workdir(options.workdir)
+    would = "would be " if options.dry_run else ""
     # A dry run writes nothing, not even the lock.
     with contextlib.nullcontext() if options.dry_run else ownership.lock(options.workdir):
-        pruning = saving.pruning(options.workdir, keep_last=options.keep_last, keep_best=options.keep_best)
-        _say(*(f"{path}: kept" for path in pruning.kept))
-        _say(*(f"{path}: damaged, left alone ({why})" for path, why in pruning.damaged))
-        would = "would be " if options.dry_run else ""
-        try:
-            sizes = {path: verify.size(path) for path in pruning.doomed}
-            if not options.dry_run:
-                saving.delete(sizes)
-        except OSError as error:
-            raise UserError(
-                f"{options.workdir}: a checkpoint cannot be deleted ({error}). Fix it and retry."
-            ) from error
-        _say(*(f"{path}: {would}deleted, {size:,} bytes" for path, size in sizes.items()))
-    _say(f"{len(sizes)} checkpoints, {sum(sizes.values()):,} bytes {would}freed")
+        counts = {"keep_last": options.keep_last, "keep_best": options.keep_best}
+        kept, doomed, damaged = saving.pruning(options.workdir, **counts)
+        _say(*(f"{path}: kept" for path in kept))
+        _say(*(f"{path}: damaged, left alone ({why})" for path, why in damaged))
+        for path in doomed:
+            size = verify.size(path)
+            try:
+                if not options.dry_run:
+                    saving.delete(path)
+            except OSError as error:
+                raise UserError(f"{path} cannot be deleted ({error.strerror}). Fix it and retry.") from error
+            _say(f"{path}: {would}deleted, {size:,} bytes")
     return 0
 
 
@@ -141,50 +135,29 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument(path, type=_path, metavar=path.upper().rstrip("S"), help=words, **many)
         return made.add_argument
 
-    flag = verb("list", _list, "list the checkpoints of a workdir", workdir="a workdir")
-    flag("--verify", help="compare every file with its checksum", action="store_true")
+    verb("list", _list, "list the checkpoints of a workdir", workdir="a workdir")
 
     flag = verb("inspect", _inspect, "show record, sizes, parameters and blocks of a checkpoint", path="a PATH")
     flag("--arrays", help="show every array with shape, dtype and bytes, too", action="store_true")
-    flag("--json", help="print everything, with all arrays, as one JSON object", action="store_true")
 
-    verb(
-        "verify",
-        _verify,
-        "compare files with their checksums and parts with each other",
-        paths="a PATH",
-    )
+    verb("verify", _verify, "compare files with their checksums, and the manifest with the arrays", paths="a PATH")
 
-    flag = verb(
-        "diff", _diff, "compare two checkpoints array by array and block by block", a="a PATH", b="another PATH"
-    )
+    flag = verb("diff", _diff, "compare two checkpoints by arrays and blocks", a="a PATH", b="another PATH")
     flag("--all", help="name equal arrays, too", action="store_true")
 
-    flag = verb(
-        "export", _export, "write the parameters to a safetensors file", path="a PATH", file="the file, written at once"
-    )
+    flag = verb("export", _export, "write the parameters to a safetensors file", path="a PATH", file="the file")
     flag("--model_state", help="write the other collections, too, as COLLECTION.path", action="store_true")
     flag("--force", help="replace the file if it exists", action="store_true")
 
     flag = verb("prune", _prune, "delete checkpoints", workdir="a workdir without a run in progress")
-    flag("--keep_last", help="number of newest intact checkpoints to keep", type=_from(1), required=True, metavar="N")
-    flag("--keep_best", help="number of best intact checkpoints to keep", type=_from(0), required=True, metavar="M")
+    flag("--keep_last", help="number of newest intact checkpoints to keep", type=int, required=True, metavar="N")
+    flag("--keep_best", help="number of best intact checkpoints to keep", type=int, required=True, metavar="M")
     flag("--dry_run", help="only show what would be deleted", action="store_true")
     return parser
 
 
 def _path(text: str) -> Path:
     return Path(text).expanduser()
-
-
-def _from(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-        return value
-
-    return number
 
 
 def _unraisable(unraisable: Any) -> None:

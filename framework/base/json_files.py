@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from . import values
 from .errors import UserError
 
 _DEEPEST = 32  # levels of nesting; our files have far fewer, and readers that recurse can walk through so many
@@ -22,9 +23,7 @@ def read_object(path: pathlib.Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = parse_object(path.read_text())
-    except UnicodeDecodeError:
-        content = None
+        content = parse_object(path.read_text(errors="replace"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
     if content is None:
@@ -41,39 +40,23 @@ def parse_object(text: str) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and _is_shallow(content) else None
 
 
-def build(hint: Any, content: Any, name: str) -> Any:
-    """Return JSON content as a value of a type, such as a dataclass of such values.
-
-    Args:
-      hint: a dataclass, `int` (at least 0), `float`, `str` (printable), `tuple[X, ...]`, `dict[str, X]`, `X | None` or
-        `Any`.
-      content: parsed JSON.
-      name: name of the content in errors.
+def build(content: Any, hint: Any) -> Any:
+    """Return parsed JSON as a value of a type: a dataclass of such types, `dict[str, X]`, `X | None`, or a plain type.
 
     Raises:
-      ValueError: the content has another type, or keys are missing or unknown.
+      TypeError: the content has another type, or keys are missing or unknown.
     """
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return content
-    if origin is types.UnionType:
-        return None if content is None else build(arguments[0], content, name)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+    arguments = typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(content, Mapping):
         hints = typing.get_type_hints(hint)
-        if not isinstance(content, Mapping) or content.keys() != hints.keys():
-            raise ValueError(f"{name} must be a JSON object with {', '.join(hints)}, not {content!r:.50}")
-        return hint(**{key: build(hints[key], value, f"{name}.{key}") for key, value in content.items()})
-    if origin is dict and isinstance(content, Mapping):
-        return {build(str, key, name): build(arguments[1], value, f"{name}.{key}") for key, value in content.items()}
-    if origin is tuple and isinstance(content, list):
-        return tuple(build(arguments[0], value, name) for value in content)
-    if hint is float and is_number(content):
-        return float(content)
-    if hint is int and type(content) is int and 0 <= content < 2**63:
-        return content
-    if hint is str and isinstance(content, str) and content.isprintable():  # a terminal acts on control characters
-        return content
-    raise ValueError(f"{name} must be {getattr(hint, '__name__', hint)}, not {content!r:.50}")
+        if content.keys() != hints.keys():
+            raise TypeError
+        return hint(**{key: build(content[key], hints[key]) for key in hints})  # pyright: ignore[reportCallIssue]
+    if typing.get_origin(hint) is dict and isinstance(content, Mapping):
+        return {key: build(item, arguments[1]) for key, item in content.items()}
+    if isinstance(hint, types.UnionType) and content is not None:
+        return build(content, arguments[0])
+    return values.convert(content, hint)
 
 
 def is_number(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """Handle paths that users give: local ones, and gs:// and other buckets through etils.epath."""
 
 import os
+import pathlib
 
 from etils import epath
 
@@ -18,21 +19,26 @@ def is_local(path: str | os.PathLike[str]) -> bool:
     return "://" not in os.fspath(path)
 
 
-def refuse_bucket(what: str, path: str | os.PathLike[str]) -> None:
-    """Raise UserError for a path that has to be one of a file system, and is one of a bucket."""
+def refuse_unusable(what: str, path: str | os.PathLike[str]) -> None:
+    """Raise UserError for a path in which no run can keep its checkpoints.
+
+    A run locks its workdir, appends to files and renames there, and Orbax takes the name for a pattern.
+    """
     if not is_local(path):
-        raise UserError(
-            f"{what} {path} lies in a bucket; workdirs are locked, appended to and renamed in, which needs a "
-            "file system: give a path on a disk or a shared file system, or mount the bucket (gcsfuse)"
-        )
+        raise UserError(f"{what}={path}: must not be in a bucket. Use a disk, or mount the bucket (gcsfuse).")
+    if found := "".join(sorted(set("*?[\\") & set(os.fspath(path)))):
+        raise UserError(f"{what}={path}: must not contain {' '.join(found)}. Use another name.")
 
 
-def write_text(path: epath.Path, text: str) -> None:
-    """Write text to `path` so that readers see all of it or nothing, as they always do in a bucket."""
+def write_text(path: epath.Path | pathlib.Path, text: str) -> None:
+    """Write text to `path` so that readers see all of it or nothing, even after a power loss."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not is_local(path):
-        path.write_text(text)
+        path.write_text(text)  # a bucket shows only whole objects
         return
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # some file systems rename before they write
     partial.replace(path)

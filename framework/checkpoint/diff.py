@@ -15,23 +15,8 @@ from . import store
 from .inspect import Contents
 from .store import OPTIMIZER
 
-_CHUNK = 2**22  # elements whose difference is computed at a time, in float64
 _BUCKETS = f"{OPTIMIZER}buckets/"
 _PER_SIDE = ("roots/statistics", "roots/roots", "in_flight/statistics")
-
-
-class Finding(NamedTuple):
-    """The comparison of one array, or of one field of the blocks of a parameter.
-
-    Attributes:
-      name: its path in the train state, or field and parameter.
-      only_in: "A" or "B" if the other checkpoint does not have it, else "".
-      difference: a text for people, "" if both have the same bits.
-    """
-
-    name: str
-    only_in: str = ""
-    difference: str = ""
 
 
 class _Part(NamedTuple):
@@ -42,8 +27,10 @@ class _Part(NamedTuple):
     blocks: Blocks | None = None
 
 
-def compare(a: Contents, b: Contents) -> Iterator[Finding]:
-    """Yield a finding for everything that either checkpoint has.
+def compare(a: Contents, b: Contents) -> Iterator[tuple[str, str]]:
+    """Yield the name of everything that either checkpoint has, and the difference: "" for the same bits.
+
+    A name is the path of an array in the train state, or a field of the blocks of a parameter.
 
     Raises:
       UserError: an array cannot be read.
@@ -57,13 +44,13 @@ def compare(a: Contents, b: Contents) -> Iterator[Finding]:
     for name in sorted(in_a.keys() | in_b.keys(), key=lambda name: (in_a.get(name) or in_b[name]).array):
         there, here = in_a.get(name), in_b.get(name)
         if there is None or here is None:
-            yield Finding(name, only_in="A" if here is None else "B")
+            yield name, "only in A" if here is None else "only in B"
             continue
         saved_a, saved_b = a.arrays[there.array], b.arrays[here.array]
         if saved_a.dtype != saved_b.dtype or (there.blocks is None and saved_a.shape != saved_b.shape):
-            yield Finding(name, difference=f"{saved_a} in A, {saved_b} in B")
+            yield name, f"{saved_a} in A, {saved_b} in B"
         else:
-            yield Finding(name, difference=_of_parts(there, read_a(there.array), here, read_b(here.array)))
+            yield name, _of_parts(there, read_a(there.array), here, read_b(here.array))
 
 
 def _parts(contents: Contents, by_block: bool) -> dict[str, _Part]:
@@ -86,11 +73,11 @@ def _parts(contents: Contents, by_block: bool) -> dict[str, _Part]:
 
 def _of_parts(a: _Part, array_a: np.ndarray, b: _Part, array_b: np.ndarray) -> str:
     if a.blocks is None or b.blocks is None:
-        return _difference(array_a[None], array_b[None])
+        return _difference(array_a, array_b)
     if a.blocks.geometry == b.blocks.geometry:
-        return _difference(array_a[a.blocks.slots], array_b[b.blocks.slots], blocks=True)
+        return _difference(array_a[a.blocks.slots], array_b[b.blocks.slots])
     if a.field in ELEMENTWISE and a.blocks.view.shape == b.blocks.view.shape:
-        return _difference(a.blocks.joined(array_a)[None], b.blocks.joined(array_b)[None])
+        return _difference(a.blocks.joined(array_a), b.blocks.joined(array_b))
     return f"blocks of {_cut(a.blocks)} in A, of {_cut(b.blocks)} in B"
 
 
@@ -99,27 +86,16 @@ def _cut(blocks: Blocks) -> str:
     return f"{shape}, {pieces} to a matrix"
 
 
-def _difference(a: np.ndarray, b: np.ndarray, *, blocks: bool = False) -> str:
-    """Return how two arrays [rows, ...] of one shape and dtype differ, "" if they have the same bits."""
-    differing, rows, largest, squares, whole = 0, 0, 0.0, 0.0, 0.0
-    for row_a, row_b in zip(a.reshape(len(a), -1), b.reshape(len(a), -1), strict=True):
-        before = differing
-        for start in range(0, row_a.size, _CHUNK):
-            x, y = (np.ascontiguousarray(row[start : start + _CHUNK]) for row in (row_a, row_b))
-            unlike = (x.view(np.uint8) != y.view(np.uint8)).reshape(x.size, -1).any(axis=1)
-            differing += int(unlike.sum())
-            with np.errstate(all="ignore"):
-                x64, y64 = x.astype(np.float64), y.astype(np.float64)
-                gap = np.where(unlike, np.abs(y64 - x64), 0.0)  # a NaN of the same bits is not a difference
-                largest = float(np.maximum(largest, gap.max(initial=0.0)))
-                squares += float(np.square(gap).sum())
-                whole += float(np.square(x64).sum())
-        rows += differing > before
-    if not differing:
+def _difference(a: np.ndarray, b: np.ndarray) -> str:
+    """Return how two arrays of one shape and dtype differ, "" if they have the same bits."""
+    bits = (np.ascontiguousarray(x).reshape(x.size, 1).view(np.uint8) for x in (a, b))
+    unlike = np.not_equal(*bits).any(axis=1).reshape(a.shape)
+    if not unlike.any():
         return ""
-    relative = float(np.sqrt(np.float64(squares) / np.float64(whole))) if whole else float("inf")
-    within = f" in {rows:,} of {len(a):,} blocks" if blocks else ""
+    with np.errstate(all="ignore"):
+        gap = b[unlike].astype(np.float64) - a[unlike].astype(np.float64)
+        relative = np.linalg.norm(gap) / np.linalg.norm(a.astype(np.float64).reshape(-1))
     return (
-        f"{differing:,} of {a.size:,} elements{within} differ, by at most {largest:.3g}; "
+        f"{gap.size:,} of {a.size:,} elements differ, by at most {np.abs(gap).max():.3g}; "
         f"norm of the difference {relative:.3g} of A's"
     )

@@ -9,20 +9,18 @@ import safetensors.numpy
 
 from ..base.errors import UserError
 from . import store
-from .inspect import Contents
 from .store import MODEL, PARAMS
 
 
-def export(contents: Contents, target: Path, source: str, *, model_state: bool, force: bool) -> tuple[int, int]:
+def export(checkpoint: Path, target: Path, *, model_state: bool, force: bool) -> tuple[int, int]:
     """Write the parameters to a file and return its number of arrays and bytes. A reader sees all of it or nothing.
 
     Keys are paths joined by dots: `decoder.layers.attention.query.kernel`. Arrays have the shapes and dtypes of
     training. The metadata have the layout of the arrays (flax), the step and the source.
 
     Args:
-      contents: the checkpoint.
+      checkpoint: an intact checkpoint.
       target: the file.
-      source: name of the checkpoint in the metadata.
       model_state: whether to write the other collections, too, with names like `batch_stats.norm.mean`.
       force: whether to replace an existing file.
 
@@ -33,17 +31,17 @@ def export(contents: Contents, target: Path, source: str, *, model_state: bool, 
         raise UserError(f"{target} exists. Give another file, or --force to replace it.")
     keys: dict[str, str] = {}
     for prefix in (PARAMS, MODEL) if model_state else (PARAMS,):
-        for name in contents.arrays:
+        for name in store.arrays(checkpoint):
             if not name.startswith(prefix):
                 continue
             key = name.removeprefix(prefix).replace("/", ".")
             if key in keys:
                 raise UserError(f"{keys[key]} and {name} would both have the key {key!r}. Rename one of them.")
             keys[key] = name
-    arrays = store.read(contents.path, dict.fromkeys(keys.values()))
+    arrays = store.read(checkpoint, dict.fromkeys(keys.values()))
     # safetensors writes an array in the order of its memory.
     tensors = {key: np.asarray(arrays[name], order="C") for key, name in keys.items()}
-    metadata = {"format": "flax", "step": str(contents.record.step), "source": source}
+    metadata = {"format": "flax", "step": str(store.record(checkpoint).step), "source": str(checkpoint)}
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         safetensors.numpy.save_file(tensors, partial, metadata)

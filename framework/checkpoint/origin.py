@@ -4,6 +4,7 @@ Directories are listed by process 0 alone: the listing of another process may be
 """
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,8 +17,6 @@ from ..base.errors import UserError
 from ..distributed import agreement
 from . import store, verify
 from .record import Record
-
-_Damaged = list[tuple[Path, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +34,6 @@ class Origin:
     path: Path | None = None
     damaged: tuple[tuple[Path, str], ...] = ()
 
-    @property
-    def workdirs(self) -> list[Path]:
-        """The workdir of the run that is continued, if there is one."""
-        return [] if self.path is None or self.kind == "init" else [self.path.parent.parent]
-
     def record(self) -> Record:
         """Return the record at the start of the run, as process 0 reads it."""
         path = self.path
@@ -55,8 +49,7 @@ class Origin:
             "init": "no checkpoint in this workdir; parameters from init_from {}, step 0, new optimizer state",
             "scratch": "starting from scratch",
         }
-        instead = f"using {self.path}" if self.path else "starting without it"
-        warnings = [f"warning: checkpoint {path} is damaged ({why}); {instead}" for path, why in self.damaged]
+        warnings = [f"warning: checkpoint {path} is damaged ({why}); using {self.path}" for path, why in self.damaged]
         return "\n".join([*warnings, texts[self.kind].format(self.path)])
 
 
@@ -70,8 +63,7 @@ def find(workdir: Path, *, resume_from: str, init_from: str) -> Origin:
       UserError: every checkpoint of a place is damaged, or a named place has no checkpoint. Another run is never
         used instead of this workdir's own damaged checkpoints.
     """
-    own = _newest("own", str(workdir), lambda: store.checkpoints(workdir))
-    if own is not None:
+    if own := _newest("own", str(workdir), lambda: store.checkpoints(workdir)):
         return own
     if resume_from:
         return _named("resume", resume_from)
@@ -93,24 +85,21 @@ def newest_of(workdir: Path, steps: Callable[[int], bool]) -> Origin:
 
 
 def set_aside(workdir: Path, origin: Origin) -> None:
-    """Move the damaged checkpoints of `workdir` into its folder `damaged`."""
+    """Move the damaged checkpoints of `workdir` into its folder `damaged`, until their steps are saved again."""
     if jax.process_index() != 0:
         return
     for path in (path for path, _ in origin.damaged if path.parent.parent == workdir):
         place = workdir / layout.DAMAGED / path.name
+        shutil.rmtree(place, ignore_errors=True)
         place.parent.mkdir(exist_ok=True)
-        number = 1
-        while place.exists():
-            number += 1
-            place = place.with_name(f"{path.name}-{number}")
         path.rename(place)
 
 
 def _named(kind: Literal["resume", "init"], text: str) -> Origin:
-    paths.refuse_bucket(f"{kind}_from", text)
+    paths.refuse_unusable(f"config.{kind}_from", text)
     path = Path(text).expanduser().absolute()
-    one = path.name.isdecimal() and path.parent.name == layout.CHECKPOINTS
-    found = _newest(kind, f"{kind}_from {text}", lambda: [path] if one and path.is_dir() else store.checkpoints(path))
+    listing = (lambda: [path]) if store.is_checkpoint(path) else lambda: store.checkpoints(path)
+    found = _newest(kind, f"{kind}_from {text}", listing)
     if found is None:
         raise UserError(f"{kind}_from {text} has no checkpoint; give a workdir or WORKDIR/checkpoints/STEP")
     return found
@@ -118,15 +107,14 @@ def _named(kind: Literal["resume", "init"], text: str) -> Origin:
 
 def _newest(kind: Literal["own", "resume", "init"], place: str, listing: Callable[[], Sequence[Path]]) -> Origin | None:
     """Return the newest intact checkpoint of those that process 0 lists, None if it lists none."""
-    damaged: _Damaged = []
-    for name in reversed(agreement.first(lambda: list(map(str, listing())))):
-        path = Path(name)
+
+    def faults(path: Path) -> list[str]:
         sums = verify.Sums(**agreement.first(lambda: dataclasses.asdict(verify.read(path))))
-        faults = store.faults(path, sums, part=jax.process_index(), parts=jax.process_count())
-        faults = [fault for fault in agreement.gather("; ".join(faults[:3])) if fault]
-        if not faults:
-            return Origin(kind, path, tuple(damaged))
-        damaged.append((path, faults[0]))
-    if damaged:
-        raise UserError(store.all_damaged(place, damaged))
-    return None
+        found = store.faults(path, sums, part=jax.process_index(), parts=jax.process_count())
+        return [fault for fault in agreement.gather("; ".join(found[:3])) if fault]
+
+    names = agreement.first(lambda: list(map(str, listing())))
+    if not names:
+        return None
+    path, damaged = store.first_intact(place, map(Path, reversed(names)), faults)
+    return Origin(kind, path, tuple(damaged))

@@ -14,39 +14,46 @@ from typing import Any
 
 import jax
 
+from ..base import paths
 from ..base import workdir as layout
 from ..base.errors import UserError
-from ..base.json_files import read_object
+from ..base.json_files import parse_object
 from ..config import check as config_lib
-from ..distributed import agreement
-
-
-def refuse_foreign(workdir: Path, config: Any) -> None:
-    """Check that the workdir is new or belongs to this config.
-
-    Raises:
-      UserError: it belongs to another one; the message names the keys that differ.
-    """
-
-    def refuse() -> None:
-        stored = workdir / layout.CONFIG
-        if not stored.exists():
-            return
-        changed = config_lib.differences(stored.read_text(errors="replace"), config, config_lib.may_change(config))
-        if changed:
-            raise UserError(config_lib.foreign(workdir, changed))
-
-    agreement.first(refuse)
+from ..distributed import agreement, console
 
 
 def finished(workdir: Path, config: Any) -> dict[str, Any] | None:
-    """Return the result of a complete run, or None if it is incomplete or `duration` has changed since."""
+    """Check that a workdir is new or belongs to this config, and return the result of a complete run.
+
+    Returns:
+      The result; None if the run is incomplete or `duration` has changed since.
+
+    Raises:
+      UserError: it belongs to another config; the message names the keys that differ.
+    """
 
     def result() -> dict[str, Any] | None:
-        result, stored = layout.read_result(workdir), read_object(workdir / layout.CONFIG)
-        if result is None or stored is None or stored.get("duration") != config.duration:
+        path = workdir / layout.CONFIG
+        if not path.exists():
             return None
-        return result if result["stopped"] is None else None
+        text = path.read_text(errors="replace")
+        stored = parse_object(text)
+        if stored is None:  # after a power loss
+            console.say(f"warning: {path} is not a JSON object. It is written again, from this config.")
+            return None
+        if changed := config_lib.differences(text, config, config_lib.may_change(config)):
+            raise UserError(config_lib.foreign(workdir, changed))
+        with contextlib.suppress(UserError):  # a damaged result is written again, from the newest checkpoint
+            result = layout.read_result(workdir)
+            if result and result["stopped"] is None and stored.get("duration") == config.duration:
+                return result
+        if stored.get("microbatches", config.microbatches) != config.microbatches:
+            console.say(
+                f"warning: config.microbatches was {stored['microbatches']} and is {config.microbatches}. Dropout "
+                "draws "
+                "other random numbers for each split of a batch: the next steps are not those of the run so far."
+            )
+        return None
 
     return agreement.first(result)
 
@@ -93,6 +100,10 @@ def lock(workdir: Path, run: str = "") -> Iterator[None]:
                     f"workdir {workdir} is in use by {_holder(path)}; wait for its end, stop it, or use another "
                     "--workdir"
                 ) from error
+            console.say(
+                f"warning: workdir {workdir} cannot be locked ({error.strerror}). Start no second run in it: it would "
+                "take over the workdir, and this run would stop."
+            )
         if run:
             file.truncate(0)
             file.write(f"{run}\n")
@@ -123,11 +134,10 @@ def _holder(path: Path) -> str:
 
 
 def claim(workdir: Path, config: Any) -> None:
-    """Make the workdir and write the config into it; the result of an earlier, stopped run is deleted."""
+    """Write the config into the workdir; the result of an earlier, stopped run is deleted."""
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
         (workdir / layout.RESULT).unlink(missing_ok=True)
-        _write(workdir / layout.CONFIG, config_lib.to_json(config))
+        paths.write_text(workdir / layout.CONFIG, config_lib.to_json(config))
 
 
 def finish(workdir: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -136,11 +146,5 @@ def finish(workdir: Path, result: dict[str, Any]) -> dict[str, Any]:
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in result.items()
     }
     if jax.process_index() == 0:
-        _write(workdir / layout.RESULT, json.dumps(result, indent=2) + "\n")
+        paths.write_text(workdir / layout.RESULT, json.dumps(result, indent=2) + "\n")
     return result
-
-
-def _write(path: Path, content: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(content)
-    partial.replace(path)

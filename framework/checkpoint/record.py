@@ -2,10 +2,16 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..base.errors import UserError
 from ..base.json_files import build
+
+# Last words of the names of metrics that are good when low, and when high.
+_LOW = ("loss", "perplexity", "error", "rmse", "mae")
+_HIGH = ("accuracy", "auc", "bleu", "chrf", "rouge", "f1", "precision", "recall", "reward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +26,31 @@ class Ranking:
     metric: str = "loss"
     mode: str = "min"
 
+    @classmethod
+    def of(cls, metric: str, mode: str) -> "Ranking":
+        """Return the ranking by a metric; mode "auto" takes its direction from its name.
+
+        Raises:
+          UserError: the name does not tell the direction.
+        """
+        if mode == "auto":
+            word = re.split("[^a-z0-9]", metric.lower())[-1]
+            mode = "min" if word in _LOW else "max" if word in _HIGH else ""
+        if mode not in ("min", "max"):
+            raise UserError(
+                f"config.evaluation.best_metric={metric!r}: its direction is not known. Set "
+                "config.evaluation.best_mode to min or max."
+            )
+        return cls(metric, mode)
+
     def rank(self, values: Mapping[str, float]) -> float | None:
         """Return a number that is low for good evaluations; None if the metric is missing or not finite."""
         value = values.get(self.metric, math.nan)
-        return None if not math.isfinite(value) else value if self.mode == "min" else -value
+        return self.value(value) if math.isfinite(value) else None
+
+    def value(self, rank: float) -> float:
+        """Return the value of the metric for a rank, or the rank for a value."""
+        return rank if self.mode == "min" else -rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +104,6 @@ class Record:
         better = self.best is None or (rank is not None and (before is None or rank < before))
         return dataclasses.replace(self, last=new, best=new if better else self.best)
 
-    def score(self, metric: str) -> float | None:
-        """Return a held-out metric of this step; None if it was not measured or is not finite."""
-        value = self.last.values.get(metric) if self.last is not None and self.evaluated else None
-        return value if value is not None and math.isfinite(value) else None
-
     def rank(self, ranking: Ranking) -> float | None:
         """Return the rank of this step's evaluation; None without an evaluation or if its metric is not finite."""
         return ranking.rank(self.last.values) if self.last is not None and self.evaluated else None
@@ -109,7 +131,11 @@ class Record:
         Raises:
           ValueError: the content is not a record.
         """
-        record = build(cls, content, "record")
-        if not math.isfinite(record.seconds):
-            raise ValueError(f"record.seconds must be finite, not {record.seconds}")
+        try:
+            record = build(content, cls)
+        except TypeError:
+            raise ValueError("the record has other fields or types") from None
+        numbers = [value for value in vars(record).values() if isinstance(value, int | float)]
+        if not all(0 <= number < math.inf for number in numbers):
+            raise ValueError(f"the record has a negative or infinite number: {numbers}")
         return record

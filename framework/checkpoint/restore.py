@@ -3,6 +3,7 @@
 The optimizer's state is not read, and the mesh may differ from that of the run.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,6 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ...optimizers.plan import patterns
 from ..base import workdir as layout
 from ..base.errors import UserError
 from ..base.json_files import read_object
@@ -19,30 +19,24 @@ from ..config import components
 from ..sharding import placement
 from ..step.state import abstract_variables
 from ..task import BatchSpec, Task
-from . import saving, store
+from . import store
 from .store import MODEL, PARAMS
 
 
-def choose(workdir: Path, which: Literal["best", "newest"]) -> tuple[Path, list[tuple[Path, str]]]:
+def choose(workdir: Path, which: Literal["best", "newest"]) -> tuple[Path, store.Damaged]:
     """Return an intact checkpoint of a workdir: the newest, or the best by the run's best metric if any has it.
 
     Returns:
-      The checkpoint, and damaged ones that were preferred to it, each with its first fault.
+      The checkpoint, and damaged ones that were preferred to it.
 
     Raises:
       UserError: no checkpoint is intact.
     """
-    damaged = []
+    found = store.in_workdir(workdir)[::-1]
     if which == "best":
-        ranks = saving.ranks(workdir, store.ranking(workdir)).items()
-        ranked = {path: rank for path, rank in ranks if rank is not None}
-        for path in sorted(ranked, key=ranked.__getitem__):
-            faults = store.faults(path)
-            if not faults:
-                return path, damaged
-            damaged.append((path, faults[0]))
-    path, others = store.locate(workdir, intact=True)
-    return path, [*damaged, *(fault for fault in others if fault not in damaged)]
+        ranks = store.ranks(workdir, store.ranking(workdir))
+        found.sort(key=lambda path: math.inf if (rank := ranks[path]) is None else rank)
+    return store.first_intact(str(workdir), found, store.faults)
 
 
 def component(workdir: Path, section: str, allowed: Sequence[str]) -> Any:
@@ -85,7 +79,7 @@ def variables(
     placements = placement.place_all(abstract, task.logical_axes(abstract), rules, mesh)
     specs = jax.tree.leaves(placement.shardings(abstract, placements, mesh))
     there, wanted = store.arrays(checkpoint), {}
-    for path, leaf, sharding in zip(patterns.paths(abstract), jax.tree.leaves(abstract), specs, strict=True):
+    for (path, leaf), sharding in zip(store.by_name(abstract).items(), specs, strict=True):
         name = path if path.startswith(PARAMS) else f"{MODEL}{path}"
         here = store.Array(tuple(leaf.shape), leaf.dtype)
         if there.get(name) != here:

@@ -1,4 +1,4 @@
-"""Save checkpoints in the background through Orbax's manager, and choose which are kept."""
+"""Save checkpoints in the background through Orbax, and choose which are kept."""
 
 import contextlib
 import dataclasses
@@ -7,14 +7,13 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 from ..base import workdir as layout
 from ..base.errors import UserError
@@ -22,17 +21,25 @@ from ..distributed import agreement
 from . import store, verify
 from .record import Ranking, Record
 
-DELETED = "deleted"  # folder among the checkpoints, into which Orbax renames those to be deleted
+DELETED = "deleted"  # folder among the checkpoints, into which those to be deleted are renamed
 # Orbax and TensorStore wrap the errors of the file system in their own.
-_STORAGE_ERRORS = (OSError, ValueError, RuntimeError, TimeoutError)
+_STORAGE_ERRORS = (OSError, ValueError, RuntimeError, TimeoutError, UserError)
 
 
 class SaveError(Exception):
-    """A checkpoint could not be saved. Earlier checkpoints are not affected."""
+    """A checkpoint could not be saved. Earlier checkpoints are not affected.
+
+    Attributes:
+      told: whether `Checkpoints.complaint` has reported it already.
+    """
+
+    def __init__(self, reason: str, *, told: bool = False):
+        super().__init__(reason)
+        self.told = told
 
 
 @dataclasses.dataclass(frozen=True)
-class Retention(checkpoint_managers.PreservationPolicy):
+class Retention:
     """Choose the checkpoints to keep.
 
     Attributes:
@@ -61,25 +68,12 @@ class Retention(checkpoint_managers.PreservationPolicy):
         back = [step for step in steps if self.milestone(step)][-1:]
         return {*steps[max(len(steps) - self.last, 0) :], *best, *firsts.values(), *back}
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Answer Orbax's manager."""
-        kept = self.kept(each.step for each in checkpoints)
-        return [each.step in kept for each in checkpoints]
-
-
-class _Manager(ocp.CheckpointManager):
-    """Orbax's manager without its calls of JAX's preemption service.
-
-    The service takes the number that a process last asked with for its progress. The loop counts its own questions;
-    those of the manager, which come from a background thread, too, would let a run miss the moment to stop.
-    """
-
-    def reached_preemption(self, step: int) -> bool:
-        return False
-
 
 class Checkpoints:
     """Saves the checkpoints of a run and deletes those that are no longer kept. Every process calls its methods.
+
+    Process 0 decides what is saved, and deletes. A checkpoint that cannot be deleted is reported and tried again after
+    the next save.
 
     Args:
       workdir: the run's.
@@ -100,27 +94,24 @@ class Checkpoints:
         still_ours: Callable[[], None] = lambda: None,
     ):
         """Remove what interrupted saves and deletions have left behind."""
-        self._directory = (workdir / layout.CHECKPOINTS).absolute()
+        self._workdir, self._directory = workdir, (workdir / layout.CHECKPOINTS).absolute()
         self._ranking, self._still_ours = ranking, still_ours
         self._first = jax.process_index() == 0
         self._ranks: dict[int, float | None] = dict(agreement.first(self._saved_ranks))
         self._retention = Retention(keep_last, keep_best, keep_every, milestone, self._ranks)
+        self._there = {*self._ranks}  # steps that are saved
         self._step = 0
-        self._failure = self._told = ""
+        self._failure = ""
+        self._told: set[str] = set()
+        self._undeletable: dict[int, str] = {}
         self._metrics: dict[str, float] = {}
         # Saving is not urgent once the state is copied. Threads that this one starts inherit its priority.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints", initializer=_give_way)
         self._ending: Future[None] | None = None  # of the save in progress
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._retention,
-            todelete_subdir=DELETED,  # a checkpoint disappears at once, its files later
-            cleanup_tmp_directories=True,
-            single_host_load_and_broadcast=True,  # process 0 lists the directory for all
-            lightweight_initialize=True,
-            save_root_metadata=False,
-        )
-        self._manager = _Manager(self._directory, options=options)
-        self._empty_trash()
+        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        if self._first:
+            for path in (*self._directory.glob("*.orbax-checkpoint-tmp"), self._directory / DELETED):
+                shutil.rmtree(path, ignore_errors=True)
 
     def save(self, state: Any, record: Record, manifest: dict[str, Any]) -> None:
         """Save in the background; returns once the state is copied off the devices and may be donated.
@@ -136,18 +127,17 @@ class Checkpoints:
         self._still_ours()
         failure = self._settle()
         self._ranks[record.step] = record.rank(self._ranking)
-        if record.step not in self._manager.all_steps():
+        if not agreement.first(lambda: record.step in self._there):
             failure = self._begin(state, record, manifest, begun) or failure
             self._metrics["checkpoint/blocked_seconds"] = time.perf_counter() - begun
         if failure:
-            raise SaveError(failure)
+            raise SaveError(failure, told=failure in self._told)
 
     def evaluated(self, record: Record) -> None:
         """Rank a step that has been evaluated, and add the evaluation to its checkpoint if it has one."""
         self._ranks[record.step] = record.rank(self._ranking)
-        path = self._directory / str(record.step)
         if self._first:
-            self._thread.submit(self._write_evaluation, path, record)
+            self._thread.submit(self._write_evaluation, record)
 
     def confirm(self) -> None:
         """Wait for the save in progress, and delete checkpoints that are no longer kept.
@@ -156,13 +146,14 @@ class Checkpoints:
           SaveError: the save has failed; on all processes if it did on any.
         """
         if failure := self._settle():
-            raise SaveError(failure)
-        steps = self._manager.all_steps()
-        self._delete({*steps} - self._retention.kept(steps))
+            raise SaveError(failure, told=failure in self._told)
+        self._prune()
 
     def forget_after(self, last: int) -> None:
         """Delete the checkpoints of steps after `last`, before the run goes back to it. Call `confirm` first."""
-        self._delete({step for step in self._manager.all_steps() if step > last})
+        for step in sorted(step for step in self._there if step > last):
+            self._delete(step)
+            self._there.discard(step)  # its step is saved again
 
     def metrics(self) -> dict[str, float]:
         """Return seconds and bytes of the newest save, seconds that training waited for it, and `note_restored`."""
@@ -174,17 +165,18 @@ class Checkpoints:
         self._metrics["checkpoint/restore_bytes"] = float(verify.size(path))
 
     def complaint(self) -> str | None:
-        """Return a warning if a save has failed in this process, once, before all processes learn of it."""
+        """Return warnings about this process: a save that has failed, before all processes learn of it; each once."""
         if self._ending is not None and self._ending.done():
             self._failure = self._outcome(self._finish)
-        told, self._told = self._failure != self._told, self._failure
-        return f"warning: {self._failure}" if told and self._failure else None
+        found = [text for text in (self._failure, *self._undeletable.values()) if text and text not in self._told]
+        self._told |= {*found}
+        return "\n".join(f"warning: {text}. Training continues." for text in found) or None
 
     def close(self) -> None:
         """Wait for the save in progress, without a report of its failure; see `confirm`."""
         self._outcome(self._finish)
         self._thread.shutdown()
-        self._outcome(self._manager.close)
+        self._outcome(self._writer.close)
 
     def _begin(self, state: Any, record: Record, manifest: dict[str, Any], begun: float) -> str:
         """Begin a save; with several processes returns why it failed in any of them."""
@@ -195,31 +187,28 @@ class Checkpoints:
             store.MANIFEST: ocp.args.JsonSave(manifest),
         }
         self._step = record.step
-        beginning = self._thread.submit(self._manager.save, record.step, args=ocp.args.Composite(**items), force=True)
+        path = self._directory / str(record.step)
+        beginning = self._thread.submit(self._writer.save, path, args=ocp.args.Composite(**items), force=True)
         # Several processes meet here in collectives, which must not run between those of steps.
         failure = "" if alone else _any(self._outcome(beginning.result))
-        self._ending = None if failure else self._thread.submit(self._end, beginning, record.step, begun)
+        self._ending = None if failure else self._thread.submit(self._end, beginning, path, begun)
         return failure
 
-    def _end(self, beginning: Future[bool], step: int, begun: float) -> None:
-        """Wait in the background until Orbax has committed a save, and write the checksums."""
+    def _end(self, beginning: Future[Any], path: Path, begun: float) -> None:
+        """Wait in the background until a save is committed, check it, write its checksums, delete others."""
         beginning.result()
-        self._manager.wait_until_finished()
-        path = self._directory / str(step)
+        self._writer.wait_until_finished()
         self._metrics["checkpoint/seconds"] = time.perf_counter() - begun
+        if self._first:
+            store.arrays(path)  # a checkpoint counts once its index can be read back
+        self._there.add(self._step)
         verify.write(path, jax.process_index(), jax.process_count())
         self._metrics["checkpoint/bytes"] = float(verify.size(path))
-        self._empty_trash()
+        self._prune()
 
     def _settle(self) -> str:
         """Wait for the save in progress; returns why it failed in any process, "" if it did not."""
-        failure = _any(self._outcome(self._finish))
-        if failure:
-            # The manager raises the failure once in every thread, and has taken checkpoints for deleted that are not.
-            with contextlib.suppress(*_STORAGE_ERRORS):
-                self._manager.wait_until_finished()
-            self._manager.reload()
-        return failure
+        return _any(self._outcome(self._finish))
 
     def _finish(self) -> None:
         ending, self._ending = self._ending, None
@@ -233,89 +222,80 @@ class Checkpoints:
         try:
             action()
         except _STORAGE_ERRORS as error:
-            steps = [int(path.name) for path in store.checkpoints(self._directory.parent)]
-            newest = f"the newest one is of step {steps[-1]}" if steps else "there is no earlier one"
+            newest = f"the newest one is of step {max(self._there)}" if self._there else "there is no earlier one"
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             failure = (
                 f"the checkpoint of step {self._step} could not be saved in {self._directory} ({reason}); {newest}"
             )
         return failure
 
-    def _delete(self, steps: Iterable[int]) -> None:
-        for step in sorted(steps):
-            self._manager.delete(step)
-        self._empty_trash()
+    def _prune(self) -> None:
+        """Delete the checkpoints that are not kept, and damaged ones of steps that are saved again."""
+        for step in sorted(self._there - self._retention.kept(self._there)):
+            self._delete(step)
+        for path in (self._workdir / layout.DAMAGED).glob("*") if self._first else ():
+            if path.name.isdecimal() and int(path.name) <= self._step:
+                shutil.rmtree(path, ignore_errors=True)
 
-    def _empty_trash(self) -> None:
-        if self._first:
-            shutil.rmtree(self._directory / DELETED, ignore_errors=True)
+    def _delete(self, step: int) -> None:
+        path = self._directory / str(step)
+        try:
+            if self._first:
+                delete(path)
+            self._there.discard(step)
+            self._undeletable.pop(step, None)
+        except OSError as error:
+            self._undeletable[step] = f"checkpoint {path} cannot be deleted ({error.strerror}); it is tried again"
 
     def _saved_ranks(self) -> list[tuple[int, float | None]]:
-        return [(int(path.name), rank) for path, rank in ranks(self._directory.parent, self._ranking).items()]
+        return [(int(path.name), rank) for path, rank in store.ranks(self._workdir, self._ranking).items()]
 
-    def _write_evaluation(self, path: Path, record: Record) -> None:
+    def _write_evaluation(self, record: Record) -> None:
+        path = self._directory / str(record.step)
         try:
-            if path.is_dir():
+            if record.step in self._there:
                 store.write_evaluation(path, record)
         except OSError as error:
             self._failure = f"the evaluation of step {record.step} could not be saved in {path} ({error})"
 
 
-def ranks(workdir: Path, ranking: Ranking) -> dict[Path, float | None]:
-    """Return the rank of each checkpoint of a workdir; a damaged one has none."""
-    found: dict[Path, float | None] = {}
-    for path in store.checkpoints(workdir):
-        try:
-            found[path] = store.record(path).rank(ranking)
-        except UserError:
-            found[path] = None
-    return found
+def delete(path: Path) -> None:
+    """Delete a checkpoint, if it is still there: it disappears at once, its files as far as possible.
 
-
-@dataclasses.dataclass(frozen=True)
-class Pruning:
-    """The effect of `prune` on the checkpoints of a workdir, each oldest first.
-
-    Attributes:
-      doomed: to be deleted.
-      kept: the newest and the best intact ones.
-      damaged: would be kept but are damaged, each with its first fault. They are left alone.
+    Raises:
+      OSError: it is still there.
     """
+    trash = path.parent / DELETED
+    trash.mkdir(exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # somebody else has deleted it
+        path.rename(trash / f"{path.name}-{time.time_ns()}")
+    shutil.rmtree(trash, ignore_errors=True)
 
-    doomed: tuple[Path, ...]
-    kept: tuple[Path, ...]
-    damaged: tuple[tuple[Path, str], ...]
 
-
-def pruning(workdir: Path, *, keep_last: int, keep_best: int) -> Pruning:
+def pruning(workdir: Path, *, keep_last: int, keep_best: int) -> tuple[list[Path], list[Path], store.Damaged]:
     """Choose the checkpoints of a workdir to delete. Checkpoints are verified before they are kept.
+
+    Returns:
+      Those to keep, those to delete, and those that would be kept but are damaged; all oldest first.
 
     Raises:
       UserError: there is no intact one, so that none may be deleted.
     """
     found = {int(path.name): path for path in store.in_workdir(workdir)}
-    ranking = store.ranking(workdir)
-    of_steps = {int(path.name): rank for path, rank in ranks(workdir, ranking).items()}
-    retention = Retention(keep_last, keep_best, ranks=of_steps)
+    ranks = store.ranks(workdir, store.ranking(workdir))
+    retention = Retention(keep_last, keep_best, ranks={int(path.name): rank for path, rank in ranks.items()})
     faults: dict[int, list[str]] = {}
     while unknown := retention.kept(step for step in found if not faults.get(step)) - faults.keys():
         faults |= {step: store.faults(found[step]) for step in unknown}
-    kept = [step for step in found if faults.get(step) == []]
-    damaged = [(found[step], faults[step][0]) for step in found if faults.get(step)]
+    damaged = {step: why[0] for step, why in faults.items() if why}
+    kept = retention.kept(found.keys() - damaged)
     if not kept:
-        raise UserError(f"{store.all_damaged(str(workdir), damaged)}; none is deleted")
-    kept = retention.kept(kept)
-    doomed = [step for step in found if step not in kept and not faults.get(step)]
-    return Pruning(tuple(map(found.__getitem__, doomed)), tuple(found[step] for step in sorted(kept)), tuple(damaged))
-
-
-def delete(paths: Iterable[Path]) -> None:
-    """Delete checkpoints; each disappears at once, before its files are deleted."""
-    for path in paths:
-        doomed = path.parent / DELETED / path.name
-        doomed.parent.mkdir(exist_ok=True)
-        path.rename(doomed)
-        shutil.rmtree(doomed.parent)
+        raise UserError(f"every checkpoint of {workdir} is damaged ({damaged}); none is deleted")
+    return (
+        [found[step] for step in sorted(kept)],
+        [path for step, path in found.items() if step not in kept and step not in damaged],
+        [(found[step], damaged[step]) for step in sorted(damaged)],
+    )
 
 
 def _give_way() -> None:

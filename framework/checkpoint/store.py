@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,19 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ...optimizers.plan import patterns
+from ..base import paths
 from ..base import workdir as layout
 from ..base.errors import UserError
-from ..base.json_files import read_object
+from ..base.json_files import parse_object, read_object
 from . import verify
 from .record import Ranking, Record
 
 STATE, RECORD, MANIFEST = "state", "record", "manifest"
+FORMAT = 1  # of the manifest
 # Arrays are named by their paths in the train state, which begin so.
 PARAMS, MODEL, OPTIMIZER, AVERAGING = "params/", "model_state/", "opt_state/", "averaging/"
+
+Damaged = list[tuple[Path, str]]  # checkpoints, each with its first fault
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,38 +76,41 @@ def in_workdir(workdir: Path) -> list[Path]:
     raise UserError(f"{workdir} {given}; give the workdir of a training run, or WORKDIR/{layout.CHECKPOINTS}/STEP")
 
 
-def locate(text: str | Path, *, intact: bool) -> tuple[Path, list[tuple[Path, str]]]:
+def locate(path: Path, *, intact: bool) -> tuple[Path, Damaged]:
     """Return the checkpoint that a path names: the checkpoint itself, or the newest intact one of a workdir.
 
     Args:
-      text: a workdir, WORKDIR/checkpoints/STEP, or a copy of such a directory.
+      path: a workdir, WORKDIR/checkpoints/STEP, or a copy of such a directory.
       intact: whether to verify a checkpoint that is named itself, too.
 
     Returns:
-      The checkpoint, and newer ones of the workdir that are damaged, each with its first fault.
+      The checkpoint, and newer ones of the workdir that are damaged.
 
     Raises:
       UserError: no checkpoint is intact.
     """
-    path = Path(text).expanduser()
     one = is_checkpoint(path)
     if one and not intact:
         return path, []
-    damaged = []
-    for found in [path] if one else reversed(in_workdir(path)):
-        wrong = faults(found)
-        if not wrong:
-            return found, damaged
-        damaged.append((found, wrong[0]))
-    if one:
-        raise UserError(f"checkpoint {path} is damaged ({damaged[0][1]}); use another one")
-    raise UserError(all_damaged(str(path), damaged))
+    return first_intact(str(path), [path] if one else reversed(in_workdir(path)), faults)
 
 
-def all_damaged(place: str, damaged: list[tuple[Path, str]]) -> str:
-    """Return the message for a workdir in which every checkpoint is damaged."""
+def first_intact(place: str, candidates: Iterable[Path], faults: Callable[[Path], list[str]]) -> tuple[Path, Damaged]:
+    """Return the first checkpoint without faults, and those before it.
+
+    Raises:
+      UserError: there is none.
+    """
+    damaged: Damaged = []
+    for path in candidates:
+        found = faults(path)
+        if not found:
+            return path, damaged
+        damaged.append((path, found[0]))
     reasons = "; ".join(f"{path.name}: {why}" for path, why in damaged)
-    return f"every checkpoint of {place} is damaged ({reasons}); restore one from a backup, or use another workdir"
+    raise UserError(
+        f"every checkpoint of {place} is damaged ({reasons}); restore one from a backup, or use another workdir"
+    )
 
 
 def faults(path: Path, sums: verify.Sums | None = None, *, part: int = 0, parts: int = 1) -> list[str]:
@@ -123,7 +130,7 @@ def faults(path: Path, sums: verify.Sums | None = None, *, part: int = 0, parts:
     if not (found or sums.complete):
         try:
             record(path)
-            manifest(path)
+            _json(path, MANIFEST)
             for name in sorted(arrays(path))[part::parts]:
                 read(path, {name: None})
         except UserError as error:
@@ -135,22 +142,27 @@ def record(path: Path) -> Record:
     """Return the record of a checkpoint, with the evaluation of its step if that was finished.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: it cannot be read, or is of another step than its directory.
     """
     content = _json(path, RECORD)
-    evaluation = read_object(path / verify.EVALUATION)
     try:
-        return Record.from_json(content | evaluation if evaluation else content)
-    except (ValueError, TypeError) as error:
+        found = Record.from_json(content)
+        with contextlib.suppress(
+            OSError, ValueError, LookupError, TypeError
+        ):  # without it, the step is evaluated again
+            evaluation = parse_object((path / verify.EVALUATION).read_text(errors="replace"))
+            found = Record.from_json(content | {key: evaluation[key] for key in ("last", "best")})  # pyright: ignore
+    except ValueError as error:
         raise UserError(f"checkpoint {path}: {error}; use another one") from error
+    if path.parent.name == layout.CHECKPOINTS and path.name.isdecimal() and int(path.name) != found.step:
+        raise UserError(f"checkpoint {path}: its record is of step {found.step}; use another one")
+    return found
 
 
 def write_evaluation(path: Path, record: Record) -> None:
     """Write the evaluation of a checkpoint that was saved before its step was evaluated."""
     content = record.to_json()
-    partial = path / f"{verify.EVALUATION}.partial"
-    partial.write_text(json.dumps({"last": content["last"], "best": content["best"]}) + "\n")
-    partial.replace(path / verify.EVALUATION)
+    paths.write_text(path / verify.EVALUATION, json.dumps({"last": content["last"], "best": content["best"]}) + "\n")
 
 
 def ranking(workdir: Path) -> Ranking:
@@ -162,22 +174,35 @@ def ranking(workdir: Path) -> Ranking:
     content = read_object(workdir / layout.CONFIG)
     if content is None:
         return Ranking()
-    section = content.get("evaluation")
-    metric, mode = (section.get(key) if isinstance(section, dict) else None for key in ("best_metric", "best_mode"))
-    if not isinstance(metric, str) or mode not in ("min", "max"):
-        raise UserError(f"{workdir / layout.CONFIG} has no valid evaluation.best_metric and best_mode; restore it")
-    return Ranking(metric, mode)
+    try:
+        section = content["evaluation"]
+        return Ranking.of(section["best_metric"], section["best_mode"])
+    except (LookupError, TypeError, AttributeError, UserError) as error:
+        raise UserError(
+            f"{workdir / layout.CONFIG} has no valid evaluation.best_metric and best_mode; restore it"
+        ) from error
+
+
+def ranks(workdir: Path, ranking: Ranking) -> dict[Path, float | None]:
+    """Return the rank of each checkpoint of a workdir; a damaged one has none."""
+    found: dict[Path, float | None] = {}
+    for path in checkpoints(workdir):
+        try:
+            found[path] = record(path).rank(ranking)
+        except UserError:
+            found[path] = None
+    return found
 
 
 def manifest(path: Path) -> dict[str, Any]:
-    """Return the description of a checkpoint's arrays; see the module `takeover`.
+    """Return the description of a checkpoint's arrays, which `takeover.describe` has made. Its parts are not checked.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: it cannot be read, or has another format.
     """
     content = _json(path, MANIFEST)
-    if not isinstance(content, dict):
-        raise UserError(f"checkpoint {path} has no manifest; use another one")
+    if content.get("format") != FORMAT:
+        raise UserError(f"checkpoint {path}: its manifest has the format {content.get('format')!r:.50}, not {FORMAT}")
     return content
 
 
@@ -188,7 +213,7 @@ def arrays(path: Path) -> dict[str, Array]:
       UserError: the checkpoint cannot be read.
     """
     with _readable(path):
-        return {name: Array(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in _by_name(_tree(path)).items()}
+        return {name: Array(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in by_name(_tree(path)).items()}
 
 
 def read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,6 +231,11 @@ def read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     with _readable(path):
         return _read(path, wanted)
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+    """Return the leaves of a tree by their paths."""
+    return dict(zip(patterns.paths(tree), jax.tree.leaves(tree), strict=True))
 
 
 def _read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,7 +256,7 @@ def _read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     # The handler has no barriers of its own, so processes may read different arrays.
     wanted_args = ocp.args.PyTreeRestore(items, restore_args=args)
     restored = ocp.PyTreeCheckpointHandler().restore(_item(path, STATE), args=wanted_args)
-    return {name: value for name, value in _by_name(restored).items() if name in wanted}
+    return {name: value for name, value in by_name(restored).items() if name in wanted}
 
 
 @contextlib.contextmanager
@@ -248,12 +278,8 @@ def _tree(path: Path) -> Any:
     return ocp.PyTreeCheckpointHandler().metadata(_item(path, STATE)).tree
 
 
-def _by_name(tree: Any) -> dict[str, Any]:
-    return dict(zip(patterns.paths(tree), jax.tree.leaves(tree), strict=True))
-
-
-def _json(path: Path, item: str) -> Any:
-    try:
-        return ocp.JsonCheckpointHandler().restore(_item(path, item))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"the {item} of checkpoint {path} cannot be read ({error}); use another one") from error
+def _json(path: Path, item: str) -> dict[str, Any]:
+    content = read_object(path / item / "metadata")
+    if content is None:
+        raise UserError(f"checkpoint {path} has no {item}; use another one")
+    return content

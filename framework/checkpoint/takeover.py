@@ -5,7 +5,9 @@ state. Mesh, number of processes, model, block sizes and optimizer may have chan
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,16 @@ import numpy as np
 import optax
 
 from ...optimizers.checkpoint.inheritance import Fresh, Kept, Made, Source
-from ...optimizers.plan import patterns
 from .. import optimizer
 from ..base.errors import UserError
 from ..step.state import TrainState
 from . import store
-from .manifest import Manifest, Parameter
 from .origin import Origin
 from .record import Record
 from .store import AVERAGING, MODEL, OPTIMIZER, PARAMS, Array
 
-_STEP, _ITERATE = "step", f"{AVERAGING}iterate/"  # followed by a path in the variables
+_ITERATE = f"{AVERAGING}iterate/"  # followed by a path in the variables
+_RENAMABLE = re.compile(rf"({PARAMS}|{MODEL}[^/]+/|{_ITERATE}[^/]+/)(.+)")
 
 Renames = Sequence[tuple[str, str]]
 
@@ -41,12 +42,23 @@ def describe(
       params: ShapeDtypeStructs with shardings.
       treatments: path of a parameter -> its treatment.
       mesh: axis -> devices.
+
+    Returns:
+      The format, the mesh and the number of processes of this run, its parameters by path, the optimizer's name, and
+      the optimizer's own description of its state.
     """
     parameters = {
-        path: Parameter(tuple(leaf.shape), np.dtype(leaf.dtype).name, treatments.get(path, ""))
-        for path, leaf in zip(patterns.paths(params), jax.tree.leaves(params), strict=True)
+        path: {"shape": [*leaf.shape], "dtype": np.dtype(leaf.dtype).name, "treatment": treatments.get(path, "")}
+        for path, leaf in store.by_name(params).items()
     }
-    return Manifest(dict(mesh), jax.process_count(), parameters, name, optimizer.manifest(tx, params)).to_json()
+    return {
+        "format": store.FORMAT,
+        "mesh": dict(mesh),
+        "processes": jax.process_count(),
+        "parameters": parameters,
+        "optimizer": name,
+        "state": optimizer.manifest(tx, params),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +89,7 @@ class Takeover:
 
         Arrays that are computed from several saved ones pass through the memory of each host.
         """
-        like = _by_name(self.spec)
+        like = store.by_name(self.spec)
         values: dict[str, Any] = dict(fresh)
         if self.path is not None:
             kept: dict[str, list[str]] = {}
@@ -88,18 +100,13 @@ class Takeover:
             for saved, (first, *others) in kept.items():
                 # The step donates each array, so two of them may not share a buffer.
                 values |= {first: arrays[saved], **{name: jnp.copy(arrays[saved]) for name in others}}
-            for made in self._made():
-                saved = store.read(self.path, dict.fromkeys(n for source in made.values() for n in source.names))
-                values |= {name: _placed(source.make(saved), like[name]) for name, source in made.items()}
+            made = [(name, source) for name, source in self.sources.items() if isinstance(source, Made)]
+            # One bucket of the optimizer at a time, to limit the memory.
+            for _, bucket in itertools.groupby(made, key=lambda item: item[0].split("/")[:3]):
+                group = dict(bucket)
+                arrays = store.read(self.path, dict.fromkeys(n for source in group.values() for n in source.names))
+                values |= {name: _placed(source.make(arrays), like[name]) for name, source in group.items()}
         return jax.tree.unflatten(jax.tree.structure(self.spec), [values[name] for name in like])
-
-    def _made(self) -> Iterator[dict[str, Made]]:
-        """Yield the arrays to compute, one bucket of the optimizer at a time."""
-        groups: dict[tuple[str, ...], dict[str, Made]] = {}
-        for name, source in self.sources.items():
-            if isinstance(source, Made):
-                groups.setdefault(tuple(name.split("/")[:3]), {})[name] = source
-        yield from groups.values()
 
 
 def plan(
@@ -115,15 +122,47 @@ def plan(
       renames: (old, new) paths of parameters, or leading parts of paths.
 
     Raises:
-      UserError: the manifest is damaged, or has no parameter of this model.
+      UserError: the manifest is damaged, or the checkpoint has no parameter of this model.
     """
     if origin.path is None:
-        return Takeover(None, abstract, {path: Fresh("") for path in _by_name(abstract)})
-    content, saved = store.manifest(origin.path), store.arrays(origin.path)
+        return Takeover(None, abstract, dict.fromkeys(store.by_name(abstract), Fresh("")))
+    manifest, saved = store.manifest(origin.path), store.arrays(origin.path)
+    renamed = renamer(renames)
+    names = _present_names(origin.path, saved, renamed)
+    spec, inheritance = abstract, None
     try:
-        return _Planner(origin, Manifest.from_json(content), saved, renamer(renames)).plan(abstract, tx, name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if origin.kind != "init" and manifest["optimizer"] == name:
+            shapes = {x.removeprefix(OPTIMIZER): saved[x].shape for x in saved if x.startswith(OPTIMIZER)}
+            inheritance = optimizer.inheritance(tx, abstract.params, manifest["state"], shapes, renamed)
+            spec = dataclasses.replace(
+                abstract, opt_state=optimizer.saved_spec(tx, abstract.opt_state, abstract.params)
+            )
+        sources, averages = _sources(origin, spec, saved, names, inheritance)
+        notes = inheritance.notes() if inheritance else []
+        if not inheritance and origin.kind != "init":
+            notes = [f"the optimizer's state is initialised: saved by {manifest['optimizer']}, now {name}"]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"the manifest of checkpoint {origin.path} is damaged ({error}); use another one") from error
+    if origin.kind != "init" and not spec.averaging and any(x.startswith(_ITERATE) for x in saved):
+        notes.append("the parameters are the average of that run; its iterate is dropped")
+    lines = {path: "" for path in sources if path.startswith(PARAMS)}
+    fates = inheritance.report() if inheritance else {}
+    for path in lines:
+        average = {"average": averages[path]} if path in averages else {}
+        lines[path] = _line(sources[path], fates.get(path.removeprefix(PARAMS), {}) | average)
+    others = [path for path in sources if not path.startswith((PARAMS, OPTIMIZER, _ITERATE))]
+    report = (
+        *notes,
+        *(f"{path.removeprefix(PARAMS)}: {line}" for path, line in lines.items() if line),
+        *(f"{path}: initialised ({why})" for path in others if (why := _why(sources[path]))),
+        *(f"{path}: average initialised ({why})" for path, why in averages.items() if why and path not in lines),
+        *(
+            f"{path.removeprefix(PARAMS)}: dropped (not in this model)"
+            for path in names
+            if path.startswith(PARAMS) and path not in lines
+        ),
+    )
+    return Takeover(origin.path, spec, sources, report, sum(not line for line in lines.values()))
 
 
 def optimizer_began(origin: Origin, record: Record, name: str) -> int:
@@ -147,130 +186,67 @@ def renamer(renames: Renames) -> Callable[[str], str]:
     return renamed
 
 
-class _Planner:
-    def __init__(self, origin: Origin, manifest: Manifest, saved: Mapping[str, Array], renamed: Callable[[str], str]):
-        self._origin, self._manifest, self._saved, self._renamed = origin, manifest, saved, renamed
-        self._parameters: dict[str, str] = {}
-        for path in manifest.parameters:
-            other = self._parameters.setdefault(renamed(path), path)
-            if other != path:
-                raise UserError(
-                    f"{other} and {path} of checkpoint {origin.path} would both be {renamed(path)}. "
-                    "Give them two names in config.renamed."
-                )
-
-    def plan(self, abstract: TrainState, tx: optax.GradientTransformation, name: str) -> Takeover:
-        params, spec = abstract.params, abstract
-        of_params = {path: self._parameter(path, leaf) for path, leaf in _by_name(params).items()}
-        if not any(isinstance(source, Kept) for source in of_params.values()):
-            there, here = ", ".join(list(self._parameters)[:3]), ", ".join(list(of_params)[:3])
+def _present_names(path: Path, saved: Iterable[str], renamed: Callable[[str], str]) -> dict[str, str]:
+    """Return the present name of each saved array -> the saved name. The optimizer renames its own."""
+    names: dict[str, str] = {}
+    for name in saved:
+        match = _RENAMABLE.fullmatch(name)
+        present = f"{match[1]}{renamed(match[2])}" if match else name
+        if (other := names.setdefault(present, name)) != name:
+            first, second, both = (text.removeprefix(PARAMS) for text in (other, name, present))
             raise UserError(
-                f"checkpoint {self._origin.path} has no parameter of this model: it has {there}, ..., the model has "
-                f"{here}, .... Use another one, or set config.renamed."
+                f"{first} and {second} of checkpoint {path} would both be {both}. Give them two names in "
+                "config.renamed."
             )
-        inheritance = self._inheritance(tx, name, params)
-        if inheritance:
-            spec = dataclasses.replace(abstract, opt_state=optimizer.saved_spec(tx, abstract.opt_state, params))
-        sources, averages = self._sources(spec, of_params, inheritance)
-        report = inheritance.report() if inheritance else {}
-        changed = {}
-        for path, source in of_params.items():
-            average = {"average": averages[PARAMS + path]} if PARAMS + path in averages else {}
-            changed[path] = _line(source, report.get(path, {}) | average)
-        lines = [
-            *self._notes(inheritance, name),
-            *self._of_average(spec),
-            *(f"{path}: {line}" for path, line in changed.items() if line),
-            *(f"{path}: initialised ({why})" for path, why in _initialised(sources)),
-            *(f"{x}: average initialised ({why})" for x, why in averages.items() if why and x.startswith(MODEL)),
-            *(f"{path}: dropped (not in this model)" for path in self._parameters if path not in of_params),
-        ]
-        return Takeover(self._origin.path, spec, sources, tuple(lines), sum(not line for line in changed.values()))
-
-    def _sources(
-        self, spec: TrainState, of_params: Mapping[str, Source], inheritance: optimizer.Inheritance | None
-    ) -> tuple[dict[str, Source], dict[str, str]]:
-        """Return the source of each array, and for each variable with an average why that is initialised."""
-        sources: dict[str, Source] = {}
-        averages: dict[str, str] = {}
-        init = self._origin.kind == "init"
-        for path, leaf in _by_name(spec).items():
-            if path.startswith(PARAMS):
-                sources[path] = of_params[path.removeprefix(PARAMS)]
-            elif path.startswith(MODEL):
-                sources[path] = self._model_array(path, leaf)
-            elif path.startswith(OPTIMIZER):
-                own = path.removeprefix(OPTIMIZER)
-                sources[path] = _of_optimizer(inheritance.source(own, leaf.shape)) if inheritance else Fresh("")
-            elif path.startswith(_ITERATE):
-                own = path.removeprefix(_ITERATE)
-                average = own if own.startswith(PARAMS) else f"{MODEL}{own}"
-                sources[path], why = self._iterate(sources[average], leaf)
-                averages |= {} if init else {average: why}
-            else:
-                sources[path] = Fresh("") if init else self._array(path, leaf)
-        if isinstance(step := sources[_STEP], Fresh) and not init:
-            raise ValueError(f"its array {_STEP}: {step.why}")
-        return sources, averages
-
-    def _notes(self, inheritance: optimizer.Inheritance | None, name: str) -> list[str]:
-        if inheritance:
-            return inheritance.notes()
-        if self._origin.kind == "init":
-            return []
-        return [f"the optimizer's state is initialised: saved by {self._manifest.optimizer}, now {name}"]
-
-    def _of_average(self, spec: TrainState) -> list[str]:
-        if spec.averaging or self._origin.kind == "init" or not any(name.startswith(_ITERATE) for name in self._saved):
-            return []
-        return ["the parameters are the average of that run; its iterate is dropped"]
-
-    def _iterate(self, average: Source, leaf: Any) -> tuple[Source, str]:
-        """Return the source of an average's iterate, and why the average is initialised, "" if it is taken over."""
-        if self._origin.kind == "init":
-            return average, ""
-        if not isinstance(average, Kept):
-            return average, average.why if isinstance(average, Fresh) else ""
-        there = self._array(f"{_ITERATE}{average.name.removeprefix(MODEL)}", leaf)
-        if isinstance(there, Fresh):
-            return average, there.why
-        return there, ""
-
-    def _inheritance(self, tx: optax.GradientTransformation, name: str, params: Any) -> optimizer.Inheritance | None:
-        if self._origin.kind == "init" or self._manifest.optimizer != name:
-            return None
-        shapes = {
-            path.removeprefix(OPTIMIZER): array.shape
-            for path, array in self._saved.items()
-            if path.startswith(OPTIMIZER)
-        }
-        return optimizer.inheritance(tx, params, self._manifest.state, shapes, self._renamed)
-
-    def _parameter(self, path: str, leaf: Any) -> Source:
-        return self._array(f"{PARAMS}{self._parameters.get(path, '')}", leaf)
-
-    def _model_array(self, path: str, leaf: Any) -> Source:
-        def today(saved: str) -> str:
-            collection, _, rest = saved.removeprefix(MODEL).partition("/")
-            return f"{MODEL}{collection}/{self._renamed(rest)}"
-
-        found = [saved for saved in self._saved if saved.startswith(MODEL) and today(saved) == path]
-        return self._array(found[0], leaf) if found else Fresh("not saved")
-
-    def _array(self, name: str, leaf: Any) -> Source:
-        there = self._saved.get(name)
-        if there is None:
-            return Fresh("not saved")
-        if there.shape != leaf.shape:
-            return Fresh(f"saved as {there}, now {Array(leaf.shape, leaf.dtype)}")
-        return Kept(name)
+    return names
 
 
-def _initialised(sources: Mapping[str, Source]) -> Iterator[tuple[str, str]]:
-    """Yield the arrays that belong to no parameter and are initialised, each with the reason."""
-    for path, source in sources.items():
-        if isinstance(source, Fresh) and source.why and not path.startswith((PARAMS, OPTIMIZER, _ITERATE)):
-            yield path, source.why
+def _sources(
+    origin: Origin,
+    spec: TrainState,
+    saved: Mapping[str, Array],
+    names: Mapping[str, str],
+    inheritance: optimizer.Inheritance | None,
+) -> tuple[dict[str, Source], dict[str, str]]:
+    """Return the source of each array, and for each variable with an average why that is initialised."""
+    sources: dict[str, Source] = {}
+    averages: dict[str, str] = {}
+    for path, leaf in store.by_name(spec).items():
+        there = saved.get(names.get(path, ""))
+        if path.startswith(OPTIMIZER):
+            own = path.removeprefix(OPTIMIZER)
+            sources[path] = _of_optimizer(inheritance.source(own, leaf.shape)) if inheritance else Fresh("")
+        elif origin.kind == "init" and not path.startswith((PARAMS, MODEL, _ITERATE)):
+            sources[path] = Fresh("")
+        elif there is None:
+            sources[path] = Fresh("not saved")
+        elif there.shape != leaf.shape:
+            sources[path] = Fresh(f"saved as {there}, now {Array(leaf.shape, leaf.dtype)}")
+        else:
+            sources[path] = Kept(names[path])
+        if path.startswith(_ITERATE):
+            own = path.removeprefix(_ITERATE)
+            average = own if own.startswith(PARAMS) else f"{MODEL}{own}"
+            if origin.kind != "init":
+                averages[average] = _why(sources[path])
+            if origin.kind == "init" or averages[average]:
+                sources[path] = sources[average]
+    if not any(isinstance(source, Kept) for path, source in sources.items() if path.startswith(PARAMS)):
+        there, here = (
+            ", ".join([x.removeprefix(PARAMS) for x in side if x.startswith(PARAMS)][:3]) for side in (names, sources)
+        )
+        raise UserError(
+            f"checkpoint {origin.path} has no parameter of this model: it has {there}, ..., the model has {here}, .... "
+            "Use another one, or set config.renamed."
+        )
+    if origin.kind != "init" and (why := _why(sources["step"])):
+        raise ValueError(f"its array step: {why}")
+    return sources, averages
+
+
+def _why(source: Source) -> str:
+    """Return why an array is initialised, "" if it is taken over."""
+    return source.why if isinstance(source, Fresh) else ""
 
 
 def _of_optimizer(source: Source) -> Source:
@@ -285,7 +261,7 @@ def _of_optimizer(source: Source) -> Source:
 
 def _line(source: Source, fate: Mapping[str, str]) -> str:
     """Return the report on a parameter and its state; "" if all of it is taken over."""
-    parts = {"parameter": source.why if isinstance(source, Fresh) else ""} | dict(fate)
+    parts = {"parameter": _why(source)} | dict(fate)
     taken = [part for part, why in parts.items() if not why]
     fresh: dict[str, list[str]] = {}
     for part, why in parts.items():
@@ -295,10 +271,6 @@ def _line(source: Source, fate: Mapping[str, str]) -> str:
         return ""
     told = [f"{', '.join(taken)} taken over"] if taken else []
     return "; ".join([*told, *(f"{', '.join(names)} initialised ({why})" for why, names in fresh.items())])
-
-
-def _by_name(tree: Any) -> dict[str, Any]:
-    return dict(zip(patterns.paths(tree), jax.tree.leaves(tree), strict=True))
 
 
 def _placed(value: np.ndarray, like: Any) -> jax.Array:

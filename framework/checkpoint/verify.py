@@ -6,15 +6,17 @@ Each process of a run hashes the files that it has written, after the checkpoint
 
 import dataclasses
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ..base import paths
+
 EVALUATION = "evaluation.json"  # written after the checkpoint, and not covered by its checksums
 
-_SUMS = re.compile(r"SHA256SUMS-(\d+)-of-(\d+)(\.partial)?")
+_SUMS = re.compile(r"SHA256SUMS-(\d+)-of-(\d+)")
+_ADDED = re.compile(rf"{re.escape(EVALUATION)}|\..*\.partial")  # and what an interrupted write has left
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)")
 _OF_PROCESS = re.compile(r"(?:ocdbt\.)?process_(\d+)")  # folders and files that Orbax names after their writer
 _THREADS = 4  # hashing releases Python's lock, and storage serves several readers faster than one
@@ -42,31 +44,22 @@ def write(directory: Path, process: int, processes: int) -> None:
     with ThreadPoolExecutor(_THREADS) as pool:
         digests = pool.map(_digest, (directory / name for name in names))
         lines = [f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True)]
-    path = directory / f"SHA256SUMS-{process}-of-{processes}"
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    paths.write_text(directory / f"SHA256SUMS-{process}-of-{processes}", "".join(lines))
 
 
 def read(directory: Path) -> Sums:
     """Read the checksums of a checkpoint and compare the list of its files, not their content."""
-    if not directory.is_dir():
-        return Sums({}, ["it is not a directory"], complete=False)
     digests: dict[str, str] = {}
     processes: dict[int, int] = {}
     for path in sorted(directory.glob("SHA256SUMS-*")):
-        match = _SUMS.fullmatch(path.name)
-        if not match or match[3]:
+        if not (match := _SUMS.fullmatch(path.name)):
             continue
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            return Sums({}, [f"{path.name} cannot be read ({error})"], complete=True)
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            return Sums({}, [f"{path.name} cannot be read ({error.strerror})"], complete=True)
         lines = list(map(_LINE.fullmatch, text.splitlines()))
-        if not all(lines) or not (text.endswith("\n") or not text):
+        if not all(lines) or (text and not text.endswith("\n")):
             return Sums({}, [f"{path.name} has a line that is not a checksum"], complete=True)
         digests |= {line[2]: line[1] for line in lines if line}
         processes[int(match[1])] = int(match[2])
@@ -112,5 +105,5 @@ def _writer(name: str, processes: int) -> int:
 
 def _files(directory: Path) -> list[str]:
     """Return the sorted relative paths of all files that have checksums."""
-    paths = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()]
-    return sorted(path for path in paths if not _SUMS.fullmatch(path) and not path.startswith(EVALUATION))
+    names = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()]
+    return sorted(name for name in names if not (_SUMS.fullmatch(name) or _ADDED.fullmatch(name)))

@@ -41,7 +41,7 @@ MAY_CHANGE = (
 
 # Types of knobs whose default does not show all of it.
 TYPES = {
-    "evaluation.best_mode": Literal["min", "max"],
+    "evaluation.best_mode": Literal["auto", "min", "max"],
     "checkpoint.on_error": Literal["stop", "continue"],
     "guard.on_spike": Literal["ignore", "skip", "rollback"],
     "sharding_rules": Sequence[tuple[str, str | Sequence[str] | None]],
@@ -105,7 +105,7 @@ def get_config() -> Any:
     config.evaluation.batches = -1  # held-out batches per evaluation, the same each time; -1 uses all
     config.evaluation.judge_every = "0 steps"  # how often an evaluation computes AUC or BLEU; the last step always does
     config.evaluation.best_metric = "loss"  # held-out metric that ranks checkpoints, also one that a task judges
-    config.evaluation.best_mode = "min"  # whether the lowest ("min") or the highest ("max") best_metric is the best
+    config.evaluation.best_mode = "auto"  # whether low ("min") or high ("max") values are good; auto: by the name
     config.checkpoint = ConfigDict()
     config.checkpoint.every = "10%"  # how often to save; a signal and the last step always save
     config.checkpoint.keep_last = 2  # number of latest checkpoints to keep

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from shampax.configs import base
 from shampax.framework.base.errors import UserError
-from shampax.framework.checkpoint import diff, ownership, saving, store, takeover, verify
+from shampax.framework.checkpoint import ownership, saving, store, takeover, verify
 from shampax.framework.checkpoint.origin import Origin
 from shampax.framework.checkpoint.record import Ranking, Record
 from shampax.framework.sharding import meshes, placement
@@ -138,7 +138,7 @@ def snapshot(root):
 # list
 
 
-def test_list_marks_newest_best_damaged_and_incomplete(workdir):
+def test_list_marks_newest_best_damaged_and_unhashed(workdir):
     directory = workdir / "checkpoints"
 
     evaluate(directory / "4", 0.125)
@@ -152,23 +152,11 @@ def test_list_marks_newest_best_damaged_and_incomplete(workdir):
     code, out, err = ran("list", workdir)
     rows = {line.split()[0]: line for line in out}
     assert (code, err) == (0, [])
-    assert list(rows) == ["step", "2", "4", "6", "8", "damaged/7", "checkpoints/9.orbax-checkpoint-tmp"]
-    assert re.search(r" 0\.1250 .* best$", rows["4"])
-    assert re.search(rf" {size / 1000:.1f} kB ", rows["6"])
+    assert list(rows) == ["step", "2", "4", "6", "8", "damaged/7"]
+    assert re.search(r" 0\.1250 +best$", rows["4"])
+    assert re.search(rf" {size / 1e6:.1f} MB ", rows["6"])
     assert re.search(r" \d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", rows["2"]) and "newest" not in rows["2"]
-    assert "incomplete" in rows["8"] and rows["8"].endswith("newest")
-    shutil.rmtree(directory / "8")
-    assert "damaged" in rows["damaged/7"]
-    assert rows["checkpoints/9.orbax-checkpoint-tmp"].endswith("being saved or deleted")
-
-    with (directory / "6" / "state" / "_METADATA").open("ab") as file:
-        file.write(b" ")
-    assert ran("list", workdir)[0] == 0
-    code, out, _ = ran("list", workdir, "--verify")
-    rows = {line.split()[0]: line for line in out}
-    assert code == 1
-    assert rows["6"].endswith("damaged: state/_METADATA does not have its checksum")
-    assert "newest, best" in rows["4"] and "right" in rows["4"]
+    assert rows["8"].endswith("newest, not all checksums")
 
 
 # inspect
@@ -177,56 +165,37 @@ def test_list_marks_newest_best_damaged_and_incomplete(workdir):
 def test_inspect_shows_everything(runs):
     path = runs / "four" / "checkpoints" / "6"
     arrays = numpy_arrays(path)
-    code, out, err = ran("inspect", runs / "four", "--json")
-    shown = json.loads("\n".join(out))
+    code, out, err = ran("inspect", runs / "four")
     assert (code, err) == (0, [])
-    assert {name: (tuple(x["shape"]), x["dtype"], x["bytes"]) for name, x in shown["arrays"].items()} == {
-        name: (x.shape, x.dtype.name, x.nbytes) for name, x in arrays.items()
-    }
-    assert (shown["record"]["step"], shown["record"]["tokens"], shown["processes"]) == (6, 384, 1)
-    assert shown["mesh"] == {"data": 4, "expert": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
-    assert shown["parameters"]["hidden/kernel"] == {
-        "shape": [16, 32],
-        "dtype": "float32",
-        "treatment": "shampoo 8x8 p2 x8",
-    }
-    square, packed, vector = 16 * 8 * 8 * 4, 16 * 9 * 4 * 4, 16 * 4
-    assert shown["sizes"] == {
-        "parameters": {"arrays": 3, "bytes": (16 * 16 + 2 * 16 * 32) * 4},
-        "statistics": {"arrays": 2, "bytes": 2 * packed},
-        "roots": {"arrays": 2, "bytes": 2 * square},
-        "momenta and second moments": {"arrays": 4, "bytes": 2 * square + 2 * 16 * 16 * 4},
-        "in flight": {"arrays": 4, "bytes": 2 * packed + 2 * vector},
-        "model state": {"arrays": 1, "bytes": 4},
-        "other": {
-            "arrays": len(arrays) - 16,
-            "bytes": sum(x.nbytes for x in arrays.values()) - 5120 - 4 - 2048 - 4 * square - 4 * packed - 2 * vector,
-        },
-    }
-    (bucket,) = shown["buckets"].values()
-    assert (bucket["block"], bucket["blocks"], bucket["p"], bucket["sides"]) == ([8, 8], 16, 2, [0, 1])
-    assert (bucket["owners"], bucket["slots_per_owner"]) == (4, 4)
-    assert bucket["parameters"] == {"hidden/kernel": 8, "out/kernel": 8}
-
-    code, out, _ = ran("inspect", path)
-    assert code == 0
     text = "\n".join(out)
     assert re.search(r"^step 6, 384 tokens, .* 0 steps skipped$", text, re.M)
     assert re.search(r"^best evaluation: after step 6: .*loss 2\.\d{4}$", text, re.M)
+    assert re.search(r"^mesh: data 4, .* \(4 devices, processes: 1\)$", text, re.M)
+    sizes = {
+        "params": (3, (16 * 16 + 2 * 16 * 32) * 4),
+        r"opt_state/buckets/\*/roots/statistics": (2, 2 * 16 * 9 * 4 * 4),
+        r"opt_state/buckets/\*/roots/roots": (2, 2 * 16 * 8 * 8 * 4),
+        r"opt_state/buckets/\*/in_flight/statistics": (2, 2 * 16 * 9 * 4 * 4),
+        "total": (len(arrays), sum(x.nbytes for x in arrays.values())),
+    }
+    for part, (count, size) in sizes.items():
+        assert re.search(rf"^{part} +{count} +{size:,}$", text, re.M)
     assert re.search(r"^hidden/kernel +16x32 +float32 +shampoo 8x8 p2 x8 +512$", text, re.M)
-    assert re.search(r"^8x8_all_p2 +8x8 +16 +0,1 +2 +4 owners x 4 +0 +hidden/kernel x8, out/kernel x8$", text, re.M)
-    assert BUCKET not in text
-    assert f"{BUCKET}/roots/roots/1" in "\n".join(ran("inspect", path, "--arrays")[1])
+    assert re.search(r"^8x8_all_p2 +8x8 +16 +16 +hidden/kernel x8, out/kernel x8$", text, re.M)
+    assert "roots/1" not in text
+    text = "\n".join(ran("inspect", path, "--arrays")[1])
+    for name, x in arrays.items():
+        shape = "x".join(map(str, x.shape)) or "scalar"
+        assert re.search(rf"^{name} +{shape} +{x.dtype.name} +{x.nbytes:,}$", text, re.M)
 
 
 def test_inspect_of_an_optimizer_without_blocks(tmp_path):
     path = save_plain(tmp_path, {"a": {"w": np.ones((4, 3), np.float32)}}, tx=optax.adam(1e-3))
-    code, out, _ = ran("inspect", path, "--json")
-    shown = json.loads("\n".join(out))
+    code, out, _ = ran("inspect", path)
     assert code == 0
-    assert shown["sizes"]["momenta and second moments"] == {"arrays": 2, "bytes": 2 * 48}
-    assert shown["buckets"] == {}
-    assert shown["record"]["last"]["values"] == {"loss": None}
+    assert re.search(r"^opt_state +3 +100$", "\n".join(out), re.M)
+    assert "last evaluation: after step 3: loss nan" in out
+    assert not any(line.startswith("bucket") for line in out)
 
 
 def test_a_workdir_stands_for_its_newest_complete_checkpoint(workdir):
@@ -302,14 +271,14 @@ def test_verify_names_each_damaged_file(workdir, newest, kind, damage):
     assert (code, out) == (1, [*whole, f"{newest}: {name} {fault}"])
     assert ran("verify", newest, newest.with_name("4"))[0] == 1
     for arguments in (["diff", newest, newest.with_name("4")], ["export", newest, workdir / "x.safetensors"]):
-        assert re.match(rf"error: checkpoint .*/6 is damaged \({name} {fault}\)", refused(*arguments))
+        assert re.match(rf"error: every checkpoint of .*/6 is damaged \(6: {name} {fault}\)", refused(*arguments))
 
 
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
         (lambda path: (path / SUMS).write_text("nonsense\n"), f"{SUMS} has a line that is not a checksum"),
-        (lambda path: (path / SUMS).write_bytes(b"\xff"), f"{SUMS} cannot be read"),
+        (lambda path: (path / SUMS).write_bytes(b"\xff"), f"{SUMS} has a line that is not a checksum"),
         (lambda path: (path / "state" / "more").write_text("x"), "state/more has no checksum"),
     ],
 )
@@ -342,35 +311,11 @@ def bucket_of(manifest):
     return manifest["state"]["buckets"]["8x8_all_p2"]
 
 
-def swap_slots(manifest):
-    slots = bucket_of(manifest)["slots"]
-    slots[0], slots[1] = slots[1], slots[0]
-
-
 MANIFESTS = {
-    "not an object": (lambda m: [m], "has no manifest"),
-    "another format": (lambda m: m.update(format=2), r"format 2, this version reads 1"),
-    "a missing parameter": (
-        lambda m: m["parameters"].pop("embed/kernel") and None,
-        "params/embed/kernel is not in the manifest",
-    ),
-    "an additional parameter": (
-        lambda m: m["parameters"].update({"a/b": m["parameters"]["embed/kernel"]}),
-        r"params/a/b is missing, the manifest has it as float32\[16,16\]",
-    ),
-    "another shape": (
-        lambda m: m["parameters"]["embed/kernel"].update(shape=[16, 8]),
-        r"params/embed/kernel is float32\[16,16\], the manifest has it as float32\[16,8\]",
-    ),
-    "another dtype": (
-        lambda m: m["parameters"]["embed/kernel"].update(dtype="bfloat16"),
-        r"params/embed/kernel is float32\[16,16\], the manifest has it as bfloat16\[16,16\]",
-    ),
-    "a name with control characters": (
-        lambda m: m["parameters"].update({"a\x1b[2J": m["parameters"]["embed/kernel"]}),
-        r"must be str, not 'a\\x1b\[2J'",
-    ),
-    "swapped slots": (swap_slots, rf"{BUCKET}/block differs from the manifest"),
+    "not an object": (lambda m: [m], "is not a JSON object"),
+    "another format": (lambda m: m.update(format=2), "its manifest has the format 2, not 1"),
+    "a shape that is none": (lambda m: m["parameters"]["embed/kernel"].update(shape="16"), "is damaged"),
+    "no mesh": (lambda m: m.pop("mesh") and None, "is damaged \\('mesh'\\)"),
     "a block in two slots": (
         lambda m: bucket_of(m)["slots"].__setitem__(0, 2),
         "do not hold each of its 16 blocks once",
@@ -379,7 +324,6 @@ MANIFESTS = {
         lambda m: bucket_of(m)["slots"].pop() and None,
         "out/kernel has 8 blocks, 7 slots are left",
     ),
-    "slots that devices do not divide": (lambda m: m["mesh"].update(data=3), "16 slots for 3 devices"),
     "blocks of another shape": (
         lambda m: bucket_of(m).update(shape=[8, 16]),
         r"moments/momentum has the shape \[16, 8, 8\]; it should have \[16, 8, 16\]",
@@ -387,10 +331,6 @@ MANIFESTS = {
     "other pieces": (
         lambda m: bucket_of(m)["parameters"][0].update(pieces=[1, 8]),
         r"hidden/kernel has sides of \[16, 32\], its blocks do not cover them",
-    ),
-    "blocks of an unknown parameter": (
-        lambda m: bucket_of(m)["parameters"][0].update(path="other"),
-        "the optimizer's state of hidden/kernel is missing",
     ),
     "no buckets": (lambda m: m.update(state={}), r"invalid manifest of Distributed Shampoo: KeyError 'buckets'"),
     "a missing bucket": (
@@ -412,15 +352,13 @@ def test_verify_finds_where_a_manifest_contradicts_the_arrays(newest, what):
     assert (code, err) == (1, [])
     assert all(line.startswith(f"{newest}: ") for line in out)
     assert any(re.search(fault, line) for line in out), out
-    if "differs from the manifest" not in fault:
-        refused("inspect", newest)
+    refused("inspect", newest)
 
 
 def test_verify_finds_a_record_of_another_step(newest):
+    """Fault: a checkpoint whose directory was renamed is resumed from as if it were of that step."""
     rewrite(newest, "record", lambda record: record.update(step=5))
-    assert ran("verify", newest)[1] == [f"{newest}: the record is of step 5, the directory of step 6"]
-    elsewhere = newest.rename(newest.parents[2] / "copy")
-    assert ran("verify", elsewhere)[1] == [f"{elsewhere}: step differs from the record"]
+    assert ran("verify", newest)[1] == [f"{newest}: checkpoint {newest}: its record is of step 5; use another one"]
 
 
 @pytest.mark.parametrize(
@@ -454,8 +392,7 @@ def test_diff_compares_blocks_in_different_slots(runs):
     assert code == 1 and any(line.startswith("params/out/kernel: 512 of 512 elements differ") for line in out)
 
 
-def test_diff_shows_size_and_place_of_differences(runs, newest, monkeypatch):
-    monkeypatch.setattr(diff, "_CHUNK", 100)  # several parts of an array
+def test_diff_shows_size_and_place_of_differences(runs, newest):
     manifest = json.loads((newest / "manifest" / "metadata").read_text())
     slots = bucket_of(manifest)["slots"]
     expected = []
@@ -478,9 +415,9 @@ def test_diff_shows_size_and_place_of_differences(runs, newest, monkeypatch):
         "guard/clipped: only in A",
         "model_state/counters/batches: int32[] in A, int64[] in B",
         "model_state/counters/more: only in B",
-        "opt_state/roots/failures of hidden/kernel: 1 of 8 elements in 1 of 8 blocks differ, by at most 7; "
+        "opt_state/roots/failures of hidden/kernel: 1 of 8 elements differ, by at most 7; "
         "norm of the difference inf of A's",
-        "opt_state/roots/roots of side 1 of out/kernel: 1 of 512 elements in 1 of 8 blocks differ, by at most nan; "
+        "opt_state/roots/roots of side 1 of out/kernel: 1 of 512 elements differ, by at most nan; "
         "norm of the difference nan of A's",
         "params/embed/kernel: 2 of 256 elements differ, by at most 0.5; "
         f"norm of the difference {expected[0]:.3g} of A's",
@@ -495,7 +432,7 @@ def test_diff_shows_size_and_place_of_differences(runs, newest, monkeypatch):
 
     save_again(other, change_more)
     assert ran("diff", newest, other)[1][2].startswith(
-        "opt_state/roots/roots of side 1 of out/kernel: 2 of 512 elements in 1 of 8 blocks differ, by at most 1; "
+        "opt_state/roots/roots of side 1 of out/kernel: 2 of 512 elements differ, by at most 1; "
     )
 
 
@@ -608,11 +545,10 @@ def test_prune_keeps_newest_and_best_and_lists_the_deleted(workdir):
         f"{directory / '4'}: kept",
         f"{directory / '6'}: kept",
         f"{directory / '2'}: would be deleted, {size:,} bytes",
-        f"1 checkpoints, {size:,} bytes would be freed",
     ]
     code, out, err = ran("prune", workdir, "--keep_last=1", "--keep_best=1")
     assert (code, err) == (0, [])
-    assert out[-1] == f"1 checkpoints, {size:,} bytes freed"
+    assert out[-1] == f"{directory / '2'}: deleted, {size:,} bytes"
     assert sorted(path.name for path in directory.iterdir()) == ["4", "6"]
     assert ran("prune", workdir, "--keep_last=1", "--keep_best=0")[0] == 0
     assert [path.name for path in directory.iterdir()] == ["6"]
@@ -629,6 +565,13 @@ def test_prune_never_deletes_the_newest_complete_checkpoint(workdir):
     (directory / "4" / SUMS).write_text("nonsense\n")
     before = snapshot(workdir)
     assert "none is deleted" in refused("prune", workdir, "--keep_last=1", "--keep_best=1")
+    assert snapshot(workdir) == before
+
+
+def test_prune_keeps_at_least_one(workdir):
+    before = snapshot(workdir)
+    for flags in (["--keep_last=0", "--keep_best=1"], ["--keep_last=1", "--keep_best=-1"]):
+        assert "at least" in refused("prune", workdir, *flags)
     assert snapshot(workdir) == before
 
 
@@ -673,7 +616,7 @@ def test_without_a_checkpoint_there_is_one_line(tmp_path, verb):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["burn"], ["list"], ["prune", "x", "--keep_last=0", "--keep_best=1"], ["prune", "x", "--keep_last=1"]],
+    [[], ["burn"], ["list"], ["prune", "x", "--keep_last=z", "--keep_best=1"], ["prune", "x", "--keep_last=1"]],
 )
 def test_wrong_usage_is_exit_code_2(arguments):
     with pytest.raises(SystemExit) as ended:
@@ -832,8 +775,7 @@ def check_that_nothing_breaks(fuzzed, benches, item, content):
     verify.write(path, 0, 1)
     before = sorted(path.parents[2].rglob("*"))
     for verb in (
-        ["inspect", path],
-        ["inspect", path, "--json"],
+        ["inspect", path, "--arrays"],
         ["verify", path],
         ["diff", path, other],
         ["list", path.parents[1]],

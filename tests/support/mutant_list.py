@@ -380,8 +380,8 @@ FRAMEWORK = (
     Mutant(
         "oldest-checkpoint-restored",
         "framework/checkpoint/origin.py",
-        "for name in reversed(agreement.first(",
-        "for name in list(agreement.first(",
+        "map(Path, reversed(names))",
+        "map(Path, names)",
         "A run resumes from its oldest checkpoint and loses the work since.",
         ("tests/framework/checkpoint/test_origin.py::test_order_is_own_checkpoint_resume_from_init_from_scratch",),
     ),

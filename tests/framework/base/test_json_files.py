@@ -1,6 +1,5 @@
 import dataclasses
 import math
-from typing import Any
 
 import pytest
 
@@ -16,39 +15,36 @@ class Inner:
 class Outer:
     count: int
     shape: tuple[int, ...]
-    name: str
     inner: Inner | None
-    rest: dict[str, Any]
 
 
-GOOD = {"count": 3, "shape": [2, 4], "name": "a", "inner": {"values": {"loss": 1}}, "rest": {"x": [None]}}
+GOOD = {"count": 3, "shape": [2, 4], "inner": {"values": {"loss": 1}}}
 
 
 def test_builds_nested_dataclasses():
     """Fault: an integer loss stays an integer, a shape stays a list, or None is taken for a missing key."""
-    built = build(Outer, GOOD, "it")
-    assert built == Outer(3, (2, 4), "a", Inner({"loss": 1.0}), {"x": [None]})
+    built = build(GOOD, Outer)
+    assert built == Outer(3, (2, 4), Inner({"loss": 1.0}))
     assert type(built.inner.values["loss"]) is float and type(built.shape) is tuple
-    assert build(Outer, GOOD | {"inner": None}, "it").inner is None
-    assert math.isnan(build(Outer, GOOD | {"inner": {"values": {"loss": math.nan}}}, "it").inner.values["loss"])
+    assert build(GOOD | {"inner": None}, Outer).inner is None
+    assert math.isnan(build(GOOD | {"inner": {"values": {"loss": math.nan}}}, Outer).inner.values["loss"])
 
 
 @pytest.mark.parametrize(
-    ("change", "name"),
+    "change",
     [
-        ({"count": True}, "it.count must be int"),
-        ({"count": -1}, "it.count must be int"),
-        ({"count": 2**63}, "it.count must be int"),
-        ({"shape": [2, 1.5]}, "it.shape must be int"),
-        ({"shape": "24"}, "it.shape must be tuple"),
-        ({"name": "\x1b[2J"}, "it.name must be str"),
-        ({"inner": {"values": {"loss": "1"}}}, "it.inner.values.loss must be float"),
-        ({"inner": {"values": {"loss": 10**400}}}, "it.inner.values.loss must be float"),
-        ({"inner": {}}, "it.inner must be a JSON object with values"),
-        ({"more": 1}, "it must be a JSON object with count, shape"),
+        {"count": True},
+        {"count": 2**63},
+        {"shape": [2, 1.5]},
+        {"shape": "24"},
+        {"inner": {"values": {"loss": "1"}}},
+        {"inner": {"values": {"loss": 10**400}}},
+        {"inner": 3},
+        {"inner": {}},
+        {"more": 1},
     ],
     ids=str,
 )
-def test_another_type_is_named(change, name):
-    with pytest.raises(ValueError, match=name):
-        build(Outer, GOOD | change, "it")
+def test_another_type_is_refused(change):
+    with pytest.raises(TypeError):
+        build(GOOD | change, Outer)

@@ -70,7 +70,8 @@ def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(runs, tmp_path, pa
     shutil.copytree(whole, damaged)
     (damaged / "state" / "_METADATA").unlink()
     origin.set_aside(workdir, find(workdir))
-    assert (workdir / "damaged" / "2-2").is_dir() and find(workdir).damaged == ()
+    assert not (workdir / "damaged" / "2" / "state" / "_METADATA").exists() and find(workdir).damaged == ()
+    assert [path.name for path in (workdir / "damaged").iterdir()] == ["2"]
 
 
 def test_a_readable_checkpoint_without_checksums_is_used(runs, tmp_path):

@@ -4,11 +4,12 @@ import signal
 import subprocess
 import sys
 
+import orbax.checkpoint as ocp
 import pytest
 from toy_runs import make_config, saved, two
 
 from shampax.framework.base.errors import TrainingStopped, UserError
-from shampax.framework.checkpoint import ownership, saving, store
+from shampax.framework.checkpoint import ownership, store
 from shampax.framework.loop import Run
 from shampax.framework.train import train
 
@@ -80,14 +81,14 @@ def test_without_locks_the_older_run_stops_at_its_next_save(tmp_path, without_lo
 @pytest.fixture
 def full_disk_at_5(monkeypatch):
     """Make the save of step 5 fail."""
-    save = saving._Manager.save
+    save = ocp.AsyncCheckpointer.save
 
-    def save_or_fail(self, step, **options):
-        if step == 5:
+    def save_or_fail(self, path, **options):
+        if path.name == "5":
             raise OSError(28, "No space left on device")
-        return save(self, step, **options)
+        return save(self, path, **options)
 
-    monkeypatch.setattr(saving._Manager, "save", save_or_fail)
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "save", save_or_fail)
 
 
 def test_a_full_disk_stops_the_run_and_keeps_earlier_checkpoints(tmp_path, full_disk_at_5, monkeypatch):
@@ -114,7 +115,7 @@ def test_a_run_whose_last_save_failed_is_not_complete(tmp_path, monkeypatch):
     def denied(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(saving._Manager, "save", denied)
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "save", denied)
     config = make_config(**{"checkpoint.on_error": "continue", "duration": "2 steps", "schedule.warmup": "0 steps"})
     with pytest.raises(TrainingStopped, match=r"step 2 could not be saved .*Permission denied.*there is no earlier"):
         train(config, tmp_path, devices=two())

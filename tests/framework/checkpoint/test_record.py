@@ -3,6 +3,7 @@ import math
 
 import pytest
 
+from shampax.framework.base.errors import UserError
 from shampax.framework.checkpoint.record import Ranking, Record
 
 GOOD = Record(3, 1.5, 10, data="abc").with_evaluation({"loss": 2.0}, Ranking()).to_json()
@@ -32,7 +33,7 @@ GOOD = Record(3, 1.5, 10, data="abc").with_evaluation({"loss": 2.0}, Ranking()).
 )
 def test_invalid_records_are_refused(change):
     """Faults: an error other than ValueError reaches the user as a traceback; a value is read as another type."""
-    with pytest.raises(ValueError, match=r"^record"):
+    with pytest.raises(ValueError, match=r"^the record"):
         Record.from_json(json.loads(json.dumps(GOOD | change)))
 
 
@@ -74,3 +75,14 @@ def test_batches_up_to_the_spike_are_skipped():
     assert 15 + once.batches_passed_over == 18  # the next step uses the batch after that of the spike, number 17
     twice = Record(step=15).rolled_back(once, spike=17)
     assert (twice.batches_passed_over, twice.rollbacks) == (5, 2)
+
+
+def test_the_direction_of_a_metric_comes_from_its_name():
+    """Fault: with best_metric=accuracy alone, the worst checkpoint is kept."""
+    for name in ("loss", "log_loss", "word_error"):
+        assert Ranking.of(name, "auto").mode == "min"
+    for name in ("accuracy", "masked_accuracy", "auc", "bleu"):
+        assert Ranking.of(name, "auto").mode == "max"
+    assert Ranking.of("calibration", "max").mode == "max"
+    with pytest.raises(UserError, match=r"best_metric='calibration': its direction is not known. Set .*best_mode"):
+        Ranking.of("calibration", "auto")

@@ -40,7 +40,7 @@ def test_restores_every_value_on_another_mesh(tmp_path):
     assert sorted(some) == ["params/layer/w", "step"]
     assert isinstance(some["params/layer/w"], np.ndarray)
     assert store.record(path) == record
-    assert store.manifest(path) == {"step": 3}
+    assert store.manifest(path) == {"format": 1, "step": 3}
 
 
 def test_a_state_that_is_donated_after_the_call_is_saved(tmp_path):
@@ -135,13 +135,13 @@ def test_a_saved_step_is_not_saved_again(tmp_path):
 def test_a_save_starts_in_the_background(tmp_path, monkeypatch):
     """Fault: the loop waits for Orbax's preparations, which on a cluster are requests to a bucket."""
     saving, proceed = saver(tmp_path), threading.Event()
-    begin = saving._manager.save
+    begin = saving._writer.save
 
     def slow(*arguments, **options):
         assert proceed.wait(30)
         return begin(*arguments, **options)
 
-    monkeypatch.setattr(saving._manager, "save", slow)
+    monkeypatch.setattr(saving._writer, "save", slow)
     saving.save(make_state({"data": 8}, P()), Record(step=1), {})
     assert saving.complaint() is None
     assert steps(tmp_path) == []
@@ -211,13 +211,13 @@ def test_a_background_failure_is_reported_once_and_raised_at_the_next_save(tmp_p
         raise OSError(28, "No space left on device")
 
     saving = saver(tmp_path)
-    save_manager = saving._manager.save
-    monkeypatch.setattr(saving._manager, "save", full)
+    begin = saving._writer.save
+    monkeypatch.setattr(saving._writer, "save", full)
     saving.save(state, Record(step=1), {})
     futures.wait([saving._ending], timeout=30)
     assert "step 1 could not be saved" in saving.complaint()
     assert saving.complaint() is None
-    monkeypatch.setattr(saving._manager, "save", save_manager)
+    monkeypatch.setattr(saving._writer, "save", begin)
     with pytest.raises(SaveError, match=r"step 1 could not be saved .*No space left on device.*there is no earlier"):
         saving.save(state, Record(step=2), {})
     saving.confirm()
@@ -232,7 +232,7 @@ def test_a_save_that_cannot_start_is_reported(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving._manager, "save", denied)
+        patch.setattr(saving._writer, "save", denied)
         saving.save(make_state({"data": 8}, P()), Record(step=1), {})
         with pytest.raises(SaveError, match=r"step 1 could not be saved .*Permission denied"):
             saving.confirm()
@@ -263,22 +263,22 @@ def failing(*arguments, **options):
 saving = saver(place, keep_last=1, keep_best=0)
 for step in (1, 2):
     record = dataclasses.replace(record, step=step)
-    saving.save(state, record, {"of": step})
-    saving.save(state, record, {"of": 99})
+    saving.save(state, record, {"format": 1, "of": step})
+    saving.save(state, record, {"format": 1, "of": 99})
 saving.confirm()
 saving.close()
 saving = saver(place, keep_last=1, keep_best=1)
-saving.save(state, record, {"of": 99})  # process 0 has it, process 1 does not list it
+saving.save(state, record, {"format": 1, "of": 99})  # process 0 has it, process 1 does not list it
 saving.evaluated(record.with_evaluation({"loss": 1.0}, Ranking()))
 write, verify.write = verify.write, verify.write if first else failing
-saving.save(state, dataclasses.replace(record, step=3), {"of": 3})
+saving.save(state, dataclasses.replace(record, step=3), {"format": 1, "of": 3})
 try:
     saving.confirm()
     print("no failure")
 except SaveError as error:
     print("failed:", "step 3" in str(error) and "No space left" in str(error))
 verify.write = write
-saving.save(state, dataclasses.replace(record, step=4), {"of": 4})
+saving.save(state, dataclasses.replace(record, step=4), {"format": 1, "of": 4})
 saving.confirm()
 saving.forget_after(2)
 saving.close()
@@ -298,5 +298,5 @@ def test_processes_hash_their_files_and_process_0_decides(tmp_path):
             "failed: True",
             "own files: True",
             "kept: ['2']",
-            "content: {'of': 2} [] {'loss': 1.0}",
+            "content: {'format': 1, 'of': 2} [] {'loss': 1.0}",
         ]

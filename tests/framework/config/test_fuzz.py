@@ -320,7 +320,6 @@ def test_damaged_workdirs(tmp_path, lines, result, config):
         if content is not None:
             (tmp_path / name).write_bytes(content)
     attempt(tmp_path, tables, tmp_path)
-    attempt(tmp_path, ownership.refuse_foreign, tmp_path, LM)
     attempt(tmp_path, ownership.finished, tmp_path, LM)
     attempt(tmp_path, lambda: metrics.MetricsWriter(tmp_path, after_step=2, evaluated=False))
     assert {path.name for path in tmp_path.iterdir()} <= {"metrics.jsonl", "result.json", "config.json"}

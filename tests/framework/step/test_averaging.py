@@ -146,7 +146,7 @@ def test_the_average_is_evaluated_and_exported(run, tmp_path, capsys):
     np.testing.assert_array_equal(exported["hidden.kernel"], saved["params"]["hidden"]["kernel"])
     assert checkpoint.main(["verify", str(workdir)]) == 0
     assert checkpoint.main(["inspect", str(workdir)]) == 0
-    assert re.search(r"iterate of the average +5 +5,128", capsys.readouterr().out)
+    assert re.search(r"averaging +5 +5,128", capsys.readouterr().out)
 
 
 def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(run, tmp_path, monkeypatch):

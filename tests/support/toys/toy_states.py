@@ -45,7 +45,7 @@ def save(workdir, state, scores, **options):
         record = dataclasses.replace(record, step=step, tokens=100 * step)
         if score is not None:
             record = record.with_evaluation({"loss": score}, Ranking())
-        checkpoints_of.save(state, record, {"step": step})
+        checkpoints_of.save(state, record, {"format": 1, "step": step})
     checkpoints_of.confirm()
     checkpoints_of.close()
     return record
