@@ -1,12 +1,14 @@
 """Load, check and compare the configs of runs."""
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from ..base import durations, values
+from ..base.bounds import Within
 from ..base.errors import UserError
 from ..base.json_files import parse_object
 from . import files, overrides
@@ -16,9 +18,8 @@ from .schema import BOUNDS, MAY_CHANGE, TYPES, get_config
 
 _SHOWN_DIFFERENCES = 5
 _COMPONENTS = ("task", "data", "optimizer")
-# The largest integer of int32; the smallest number above 0 that no device rounds to 0 and the largest of float32.
-_LARGEST = 2**31 - 1
-_SMALLEST_FLOAT, _LARGEST_FLOAT = 1.18e-38, 3.4e38
+# The numbers that devices can hold, and the smallest above 0 that no device rounds to 0.
+_INT32, _FLOAT32, _SMALLEST = Within(-(2**31) + 1, 2**31 - 1), Within(-3.4e38, 3.4e38), 1.18e-38
 
 
 def load(spec: str, changes: Sequence[str] = ()) -> Any:
@@ -68,7 +69,7 @@ def check(config: ConfigDict) -> None:
         if isinstance(default, str) and durations.is_duration(default):
             with overrides.about(key):
                 durations.parse(value, whole_run=key == "duration")
-        _check_numbers(key, value, *BOUNDS.get(key, ()))
+        _check_numbers(key, value, BOUNDS.get(key))
         if key == "evaluation.batches" and value == 0:
             raise UserError(f"config.{key}=0: no batch to evaluate. Use -1 for all batches, or at least 1.")
 
@@ -123,16 +124,16 @@ def foreign(path: Any, changed: Sequence[str]) -> str:
     )
 
 
-def _check_numbers(key: str, value: Any, low: float | None = None, high: float | None = None) -> None:
+def _check_numbers(key: str, value: Any, within: Within | None = None) -> None:
     """Check a number, or all numbers of a tuple."""
     if isinstance(value, tuple):
         for item in value:
             _check_numbers(key, item)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
-    if isinstance(value, float) and 0 < abs(value) < _SMALLEST_FLOAT:
-        raise UserError(f"config.{key}={value!r}: is 0 in float32. Use 0, or at least {_SMALLEST_FLOAT}.")
-    largest = _LARGEST if isinstance(value, int) else _LARGEST_FLOAT
-    low, high = -largest if low is None else low, largest if high is None else high
-    if not low <= value <= high:
-        raise UserError(f"config.{key}={value!r}: must be {f'at least {low}' if value < low else f'at most {high}'}.")
+    if isinstance(value, float) and 0 < abs(value) < _SMALLEST:
+        raise UserError(f"config.{key}={value!r}: is 0 in float32. Use 0, or at least {_SMALLEST}.")
+    device = _INT32 if isinstance(value, int) else _FLOAT32
+    for bound in (within, device) if within is None or within.most == math.inf else (within,):
+        if bound is not None and not bound.least <= value <= bound.most:
+            raise UserError(f"config.{key}={value!r}: must be {bound}.")

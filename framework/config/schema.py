@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
+from ..base.bounds import Within
+
 # Keys that may differ from the workdir's config when a run resumes. They decide where the run computes, what it shows
 # and keeps, and when it gives up. `config.may_change` adds to them.
 MAY_CHANGE = (
@@ -49,26 +51,26 @@ TYPES = {
     "may_change": tuple[str, ...],
 }
 
-# Smallest and largest sensible value of a number. `check` bounds all other numbers by int32 and float32.
-BOUNDS: dict[str, tuple[float, float | None]] = {
-    "seed": (0, 2**32 - 1),
-    "batch_size": (1, 2**24),
-    "ema_decay": (0, 0.999999),
-    "gradient_clip": (0, None),
-    "schedule.learning_rate": (0, None),
-    "evaluation.batches": (-1, None),
-    "checkpoint.keep_last": (1, None),
-    "checkpoint.keep_best": (0, None),
-    "guard.max_consecutive_skips": (1, None),
-    "guard.max_rollbacks": (0, None),
-    "guard.spike_factor": (0.1, None),
-    "guard.spike_window": (2, None),
-    "watchdog.report_after": (0, 1e6),
-    "watchdog.end_after": (0, 1e6),
-    "compilation_cache.gigabytes": (0.001, 1e6),
-    "simulated_devices": (0, 1024),
-    "processes.waiting_seconds": (1, 1e6),
-    "processes.death_seconds": (5, 3600),
+# Sensible values of numbers. `check` bounds all other numbers by int32 and float32.
+BOUNDS = {
+    "seed": Within(0, 2**32 - 1),
+    "batch_size": Within(1, 2**24),
+    "ema_decay": Within(0, 0.999999),
+    "gradient_clip": Within(0),
+    "schedule.learning_rate": Within(0),
+    "evaluation.batches": Within(-1),
+    "checkpoint.keep_last": Within(1),
+    "checkpoint.keep_best": Within(0),
+    "guard.max_consecutive_skips": Within(1),
+    "guard.max_rollbacks": Within(0),
+    "guard.spike_factor": Within(0.1),
+    "guard.spike_window": Within(2),
+    "watchdog.report_after": Within(0, 1e6),
+    "watchdog.end_after": Within(0, 1e6),
+    "compilation_cache.gigabytes": Within(0.001, 1e6),
+    "simulated_devices": Within(0, 1024),
+    "processes.waiting_seconds": Within(1, 1e6),
+    "processes.death_seconds": Within(5, 3600),
 }
 
 

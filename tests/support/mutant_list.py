@@ -430,8 +430,8 @@ FRAMEWORK = (
     Mutant(
         "negative-clip-accepted",
         "framework/config/schema.py",
-        '"gradient_clip": (0, None),',
-        '"gradient_clip": (None, None),',
+        '"gradient_clip": Within(0),',
+        '"gradient_clip": Within(-9),',
         "gradient_clip=-1 is accepted and reverses every gradient.",
         ("tests/framework/config/test_config.py::test_numbers_out_of_range_are_refused",),
     ),
@@ -632,7 +632,7 @@ FRAMEWORK = (
     Mutant(
         "zero-in-float32",
         "framework/config/check.py",
-        "0 < abs(value) < _SMALLEST_FLOAT",
+        "0 < abs(value) < _SMALLEST",
         "0 < abs(value) < 0",
         "gradient_clip=1e-46 is 0 on the devices: every step is skipped, and the model stays as initialised.",
         ("tests/framework/config/test_config.py::test_numbers_out_of_range_are_refused",),
