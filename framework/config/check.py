@@ -12,7 +12,7 @@ from ..base.bounds import Within
 from ..base.errors import UserError
 from ..base.json_files import parse_object
 from . import files, overrides
-from .components import build, is_component
+from .components import build, component, is_component
 from .overrides import flat
 from .schema import BOUNDS, MAY_CHANGE, TYPES, get_config
 
@@ -84,7 +84,7 @@ def may_change(config: Any) -> tuple[str, ...]:
     return (*MAY_CHANGE, *config.may_change)
 
 
-def differences(old_json: str, config: ConfigDict, ignored: Sequence[str]) -> list[str]:
+def differences(old_json: str, config: Any, ignored: Sequence[str]) -> list[str]:
     """Return the differences of a config from an earlier one, one line a key: "batch_size: 16 -> 32".
 
     Args:
@@ -98,7 +98,11 @@ def differences(old_json: str, config: ConfigDict, ignored: Sequence[str]) -> li
     stored = parse_object(old_json)
     if stored is None:
         raise UserError("the workdir's config is not a JSON object. Restore it or use another workdir.")
-    old, new = (dict(flat(side)) for side in (stored, json.loads(to_json(config))))
+    sections = {key: component(config[key].name).to_dict() for key in _COMPONENTS if config.get(key)}
+    defaults = ConfigDict(get_config().to_dict() | sections)
+    old, new, default = (dict(flat(side)) for side in (stored, *(json.loads(to_json(c)) for c in (config, defaults))))
+    # A knob that the earlier config lacks was declared later: that run did what is the default now.
+    old = {key: value for key, value in default.items() if key in new} | old
     # A component of another class has other fields; its name alone is the difference.
     switched = [key.removesuffix("name") for key in old if key.endswith(".name") and old[key] != new.get(key, old[key])]
     lines = []

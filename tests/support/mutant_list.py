@@ -638,6 +638,22 @@ FRAMEWORK = (
         ("tests/framework/config/test_config.py::test_numbers_out_of_range_are_refused",),
     ),
     Mutant(
+        "new-knob-is-a-difference",
+        "framework/config/check.py",
+        "    old = {key: value for key, value in default.items() if key in new} | old\n",
+        "",
+        "After an update that adds a knob, no workdir can be resumed.",
+        ("tests/framework/config/test_config.py::test_a_knob_of_a_later_version_counts_as_its_default",),
+    ),
+    Mutant(
+        "advice-is-a-difference",
+        "framework/config/schema.py",
+        '    "renamed",\n    "may_change",\n',
+        '    "renamed",\n',
+        "Nobody can follow the advice of the error: the flag that it names is refused as a change.",
+        ("tests/framework/config/test_config.py::test_the_advice_for_a_foreign_workdir_works",),
+    ),
+    Mutant(
         "endless-duration",
         "framework/base/durations.py",
         'if unit == "steps" and number > _MOST_STEPS:',

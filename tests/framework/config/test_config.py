@@ -374,12 +374,32 @@ def test_another_component_is_one_difference(file):
     assert config_lib.differences(old, new, ()) == [f'task.name: "{TOY}" -> "{OTHER}"']
 
 
-def test_knobs_of_another_version_are_differences(file):
+def test_a_knob_of_a_later_version_counts_as_its_default(file):
+    """Fault: a workdir cannot be resumed after an update, although the run has always used the default."""
     config = config_lib.load(str(file))
     stored = json.loads(config_lib.to_json(config))
     stored["old_knob"] = stored.pop("gradient_clip")
-    changed = config_lib.differences(json.dumps(stored), config, ())
-    assert changed == ["gradient_clip: absent -> 0.0", "old_knob: 0.0 -> absent"]
+    del stored["task"]["label"], stored["sharding_rules"], stored["optimizer"]["depth"]
+    assert config_lib.differences(json.dumps(stored), config, ()) == ["old_knob: 0.0 -> absent"]
+    config = config_lib.load(
+        str(file), ["gradient_clip=2", "task.label=x", f"optimizer.name={TOY}", "optimizer.width=4"]
+    )
+    assert config_lib.differences(json.dumps(stored), config, ("old_knob",)) == [
+        "gradient_clip: 0.0 -> 2.0",
+        f'optimizer.name: "{OTHER}" -> "{TOY}"',
+        'task.label: "" -> "x"',
+    ]
+
+
+def test_the_advice_for_a_foreign_workdir_works(file):
+    """Fault: the flag that the error names is itself a difference, or replaces the built-in keys."""
+    old = config_lib.to_json(config_lib.load(str(file)))
+    changes = ["duration=80 steps", "seed=3", "mesh.data=2"]
+    changed = config_lib.differences(old, config := config_lib.load(str(file), changes), config_lib.may_change(config))
+    advice = config_lib.foreign("runs/a", changed).rpartition("--config.")[2].rstrip(".")
+    assert advice == "may_change=duration,seed"
+    config = config_lib.load(str(file), [*changes, advice])
+    assert config_lib.differences(old, config, config_lib.may_change(config)) == []
 
 
 def test_the_message_for_a_foreign_workdir_is_short():
