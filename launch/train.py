@@ -91,15 +91,13 @@ def _train(options: argparse.Namespace, overrides: Sequence[str], group: Group |
 
 
 def _show_result(workdir: str, result: dict[str, Any]) -> None:
-    import jax
+    from ..framework.distributed.console import say
 
-    if jax.process_index() != 0:
-        return
-    print(f"\nResults: {workdir} (result.json, metrics.jsonl, config.json, checkpoints/, TensorBoard events)")
+    say(f"\nResults: {workdir} (result.json, metrics.jsonl, config.json, checkpoints/, TensorBoard events)")
     if result["stopped"]:
-        print(f"Stopped by {result['stopped']} after step {result['steps']}. Rerun the same command to resume.")
+        say(f"Stopped by {result['stopped']} after step {result['steps']}. Rerun the same command to resume.")
     else:
-        print(f"Draw it: python -m shampax.launch.report {workdir}")
+        say(f"Draw it: python -m shampax.launch.report {workdir}")
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:

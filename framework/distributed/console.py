@@ -6,4 +6,9 @@ import jax
 def say(message: str) -> None:
     """Print a line on process 0; do nothing on the others."""
     if jax.process_index() == 0:
-        print(message, flush=True)
+        try:
+            print(message, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:  # a log file on a full disk must not end a run; the line stays in Python's buffer
+            pass

@@ -21,6 +21,7 @@ HELDOUT, TRAIN = "heldout/loss", "train/loss"
 _AXES: dict[Axis, str] = {"step": "steps", "seconds": "training time, {unit}", "tokens": "tokens"}
 # Okabe and Ito's colours, distinct with every common colour-vision deficiency.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_POINTS = 1000  # at most of a line: more make a page of a long run slow
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1.25rem; }
 section { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
@@ -78,6 +79,8 @@ def chart(groups: Sequence[Group], keys: Sequence[str], axis: Axis = "step") -> 
         line = curves.band(group, key, axis)
         if not len(line.x):
             continue
+        shown = np.unique(np.linspace(0, len(line.x) - 1, _POINTS).astype(int))
+        line = curves.Band(*(values[shown] for values in line))
         lowest, highest = min(lowest, line.low.min()), max(highest, line.high.max())
         x, style = line.x / seconds, {"mode": "lines" if len(line.x) > 1 else "markers", "marker_color": colour}
         if len(group.runs) > 1 and key != TRAIN:

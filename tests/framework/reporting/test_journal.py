@@ -1,3 +1,6 @@
+import contextlib
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import pytest
 
@@ -44,3 +47,15 @@ def test_the_longest_row_of_skips_is_remembered(journal):
     for step, skips in enumerate((0, 1, 2, 3, 0, 1), start=1):
         done(journal, step, consecutive_skips=skips)
     assert journal.most_consecutive_skips == 3
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), BrokenPipeError()])
+def test_only_a_closed_output_ends_a_run(journal, monkeypatch, error):
+    """Faults: a log file on a full disk ends a run of days; a run goes on although its reader has ended it."""
+
+    def write(*_):
+        raise error
+
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(write=write, flush=write))
+    with pytest.raises(BrokenPipeError) if isinstance(error, BrokenPipeError) else contextlib.nullcontext():
+        done(journal, 1)

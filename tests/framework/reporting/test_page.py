@@ -29,6 +29,14 @@ def test_a_run_is_drawn_as_measured(axis, scale):
     np.testing.assert_allclose(line.y, 60 - STEPS)
 
 
+def test_a_long_run_is_thinned_between_its_ends():
+    """Fault: the page of a long run has a million points."""
+    points = tuple({"step": step, "seconds": 1.0, "tokens": 1, "loss": float(step)} for step in range(1, 5001))
+    (line,) = page.chart([Group("long", (Run(pathlib.Path("long"), points, {}, None, ()),))], ("loss",)).data
+    assert (len(line.x), line.x[0], line.x[-1]) == (1000, 1, 5000)
+    np.testing.assert_array_equal(line.x, line.y)
+
+
 def test_the_time_of_a_long_run_is_in_hours():
     figure = page.chart([made("run", STEPS, hours=0.5)], ("heldout/loss", "train/loss"), "seconds")
     assert "hours" in figure.layout.xaxis.title.text
