@@ -20,9 +20,13 @@ from . import environment, flags
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. `arguments` defaults to those of this process."""
+    return flags.run(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     environment.without_accelerator()
-    return flags.run(lambda: options.verb(options))
+    return options.verb(options)
 
 
 # The verbs import what they need when they run, so that --help does not wait for JAX and Orbax.

@@ -82,8 +82,8 @@ def run(command: Callable[[], int], explain: Callable[[BaseException], tuple[int
     try:
         try:
             code = command()
-        except SystemExit:  # argparse has printed the help
-            code = 0
+        except SystemExit as end:  # argparse has printed the help, or an error
+            code = int(end.code or 0)
         sys.stdout.flush()
         return code
     except BaseException as error:

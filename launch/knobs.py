@@ -66,5 +66,5 @@ def _rows(config: Any) -> Iterator[tuple[str, Any, str]]:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) and value else repr(value)
+    text = value if isinstance(value, str) and value.isprintable() and value else repr(value)
     return text if len(text) <= _WIDEST_VALUE else f"{text[: _WIDEST_VALUE - 3]}..."

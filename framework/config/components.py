@@ -6,9 +6,11 @@ string, and one key per field, with the defaults and types that the class declar
 
 import dataclasses
 import importlib
+import inspect
 import re
 import typing
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
@@ -16,6 +18,20 @@ from ml_collections import ConfigDict, FieldReference
 from ..base import values
 from ..base.errors import UserError, did_you_mean
 
+_ROOT = Path(__file__).resolve().parents[2]
+_PACKAGE = __name__.partition(".")[0]
+# Section of the config -> methods of its class, with the arguments that the trainer gives them ("key=": by name). The
+# contracts in framework/task.py, framework/dataset.py and framework/optimizer.py describe them.
+CONTRACTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "task": {
+        "init": ("key", "batch_spec"),
+        "loss": ("variables", "batch", "key=", "train="),
+        "logical_axes": ("variables",),
+        "flops": ("batch_spec",),
+    },
+    "data": {"prepare": ("cache",), "examples": ("split", "cache")},
+    "optimizer": {"build": ("learning_rate", "mesh=", "axis_names=", "param_specs=")},
+}
 _IMPORT_STRING = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -62,8 +78,38 @@ def build(section: Any) -> Any:
 
 
 def build_all(config: Any) -> tuple[Any, Any, Any]:
-    """Return the task, the data set and the optimizer's options of a config, or raise UserError as `build`."""
-    return build(config.task), build(config.data), build(config.optimizer)
+    """Return the task, the data set and the optimizer's options of a config.
+
+    Raises:
+      UserError: as `build`, or a class does not have the methods of its contract.
+    """
+    task, data, optimizer = (_fitting(key, build(config[key])) for key in CONTRACTS)
+    return task, data, optimizer
+
+
+def _fitting(key: str, built: Any) -> Any:
+    for method, arguments in CONTRACTS[key].items():
+        by_name = {name.removesuffix("="): None for name in arguments if name.endswith("=")}
+        try:
+            inspect.signature(getattr(built, method)).bind(*arguments[: len(arguments) - len(by_name)], **by_name)
+        except (AttributeError, TypeError):
+            raise UserError(
+                f"config.{key}.name={_import_string(type(built))}: has no method {method}({', '.join(arguments)}). Add "
+                "it to the class, or name another class."
+            ) from None
+    return built
+
+
+def known(key: str) -> list[str]:
+    """Return the import strings of this package's classes for a section of the config."""
+    text = "".join(path.read_text() for path in (_ROOT / "configs").glob("*.py"))
+    modules = map(importlib.import_module, sorted(set(re.findall(rf"\b{_PACKAGE}\.[\w.]+(?=:[A-Z])", text))))
+    classes = (cls for module in modules for cls in vars(module).values() if dataclasses.is_dataclass(cls))
+    return sorted({_import_string(cls) for cls in classes if all(hasattr(cls, name) for name in CONTRACTS[key])})
+
+
+def _import_string(cls: Any) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def is_component(section: Any) -> bool:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from ..base import values
 from ..base.errors import UserError
-from .components import component, field_types, is_component
+from .components import component, field_types, is_component, known
 from .schema import TYPES
 
 _LONGEST = 80  # characters of a value that a message shows
@@ -110,6 +110,9 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
         value = values.parse(text, hint)
     except TypeError:
         raise UserError(mistyped(key, text, hint)) from None
+    if names_component and ":" not in value:
+        choice = f"{', '.join(known(path))} or your own 'package.module:Class'"
+        raise UserError(f"config.{key}={value!r}: must be an import string. Choose {choice}.")
     if names_component and value != section.name:
         with about(key):
             section, last, value = _section(config, path), path.rpartition(".")[2], component(value)

@@ -619,9 +619,7 @@ def test_without_a_checkpoint_there_is_one_line(tmp_path, verb):
     [[], ["burn"], ["list"], ["prune", "x", "--keep_last=z", "--keep_best=1"], ["prune", "x", "--keep_last=1"]],
 )
 def test_wrong_usage_is_exit_code_2(arguments):
-    with pytest.raises(SystemExit) as ended:
-        ran(*arguments)
-    assert ended.value.code == 2
+    assert ran(*arguments)[0] == 2
 
 
 def test_control_characters_in_names_are_escaped(workdir, newest):

@@ -1,9 +1,11 @@
+import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
-from shampax.configs import base
+from shampax.configs import base, lm
 from shampax.framework import train as trainer
 from shampax.framework.base.errors import TrainingStopped, UserError
 from shampax.launch import knobs
@@ -48,6 +50,15 @@ def ran(arguments, capsys):
         ([SAMPLE, "--config.task.heads=7"], "task.kv_heads=2: must divide task.heads=7"),
         ([SAMPLE, "--config.task.name=no_such.module:Task"], "No module named 'no_such'"),
         ([SAMPLE, "--config.task.name=shampax.models.lm:LMTsak"], "Did you mean 'LMTask'?"),
+        ([SAMPLE, "--config.optimizer.name=adamw"], ", shampax.optimizers.baselines:AdamWOptions, "),
+        (
+            [SAMPLE, "--config.task.name=shampax.optimizers.baselines:AdamWOptions"],
+            "config.task.name=shampax.optimizers.baselines:AdamWOptions: has no method init(key, batch_spec). Add",
+        ),
+        (
+            [SAMPLE, "--config.optimizer.name=shampax.models.lm:LMTask"],
+            "LMTask: has no method build(learning_rate, mesh=, axis_names=, param_specs=). Add",
+        ),
         ([SAMPLE + "s"], "shampax/configs/lm.py has no variant 'samples'. Did you mean 'sample'?"),
         (["--config=configs/no.py"], "no config file 'configs/no.py'"),
         (["--config=sample"], "must be FILE.py or FILE.py:VARIANT"),
@@ -162,6 +173,60 @@ def test_help_shows_every_knob_with_its_comment(arguments, capsys):
     assert ("--config.optimizer.interval" in shown) == (SAMPLE in arguments)
     assert all(len(line.split()) > 2 for line in shown.values())
     assert ("77" in shown["--config.batch_size"]) == ("-h" in arguments)
+
+
+@pytest.mark.parametrize("columns", [20, 80, 200])
+def test_the_table_of_knobs_has_straight_columns(columns, monkeypatch):
+    """Faults: a value with a line break, or a long key, breaks the table."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    config = lm.get_config()
+    with config.unlocked():
+        config.resume_from = "a\nb"
+    lines = knobs.table(config).splitlines()
+    second = {
+        line.index(config_value) for line in lines for config_value in ("600 steps", "'a\\nb'") if config_value in line
+    }
+    assert len(second) == 1
+    third = len(lines[0]) - len(lines[0].split("  ")[-1].lstrip())
+    assert all(line[:third].endswith("  ") and line[third] != " " for line in lines)
+    assert all(line.startswith("  --config.") or not line[:third].strip() for line in lines)
+    assert any("config.processes.death_seconds" in line for line in lines)
+
+
+@pytest.mark.parametrize("optimize", ["0", "2"])
+def test_help_of_every_verb(optimize):
+    """Faults: "None" for a docstring that Python has removed; a traceback when the reader of the output has ended.
+
+    All verbs run in forks of one process, with an output that is closed, and with one that is read.
+    """
+    program = """
+        import importlib, os, pkgutil, sys
+        import shampax.launch
+        for module in pkgutil.iter_modules(shampax.launch.__path__):
+            verb = importlib.import_module(f"shampax.launch.{module.name}")
+            if not hasattr(verb, "main"):
+                continue
+            for reads in (True, False):
+                sys.stdout.flush()
+                reader, writer = os.pipe()
+                if not reads:
+                    os.close(reader)
+                if os.fork() == 0:
+                    os.dup2(writer, 1)
+                    sys.exit(verb.main(["--help"]))
+                os.close(writer)
+                text = open(reader).read() if reads else ""
+                code = os.waitstatus_to_exitcode(os.wait()[1])
+                print(module.name, reads, code, "usage: " in text, "None" in text.split("--config.")[0])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    environ = os.environ | {"PYTHONOPTIMIZE": optimize, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr == ""
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert {"train", "plan", "local", "report"} <= {name for name, *_ in lines}
+    for name, reads, *rest in lines:
+        assert rest == (["0", "True", "False"] if reads == "True" else ["141", "False", "False"]), name
 
 
 def test_every_knob_has_a_comment():

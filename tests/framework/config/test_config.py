@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -16,7 +17,10 @@ from shampax.configs import base, lm
 from shampax.framework.base import values
 from shampax.framework.base.errors import UserError, did_you_mean
 from shampax.framework.config import check as config_lib
-from shampax.framework.config.components import build, component
+from shampax.framework.config.components import CONTRACTS, build, component, known
+from shampax.framework.dataset import Data
+from shampax.framework.optimizer import OptimizerOptions
+from shampax.framework.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,11 +295,26 @@ def test_overrides_have_the_types_of_their_knobs(file):
         ("task.kind=plane", "config.task.kind='plane': expected one of 'plain', 'fancy'."),
         ("mesh=3", "config.mesh='3': is a section. Set one of its keys: data, expert, fsdp, sequence, tensor."),
         ("task=x:Y", "config.task='x:Y': is a section. Set config.task.name."),
-        ("task.name=x", "config.task.name: 'x' is not an import string. Write 'package.module:Class'."),
+        ("task.name=x:", "config.task.name: 'x:' is not an import string. Write 'package.module:Class'."),
     ],
 )
 def test_invalid_overrides(file, change, message):
     assert refusal(config_lib.load, str(file), [change]) == message
+
+
+@pytest.mark.parametrize(("key", "protocol"), [("task", Task), ("data", Data), ("optimizer", OptimizerOptions)])
+def test_classes_are_checked_for_the_methods_of_their_contract(key, protocol):
+    """Faults: a method that the trainer calls is missing, and is missed after the data are prepared; a shipped class is
+    not among those that an error proposes."""
+    methods = {name: method for name, method in vars(protocol).items() if inspect.isfunction(method) and name[0] != "_"}
+    assert CONTRACTS[key] == {
+        name: tuple(
+            each.name + "=" * (each.kind is each.KEYWORD_ONLY)
+            for each in list(inspect.signature(method).parameters.values())[1:]
+        )
+        for name, method in methods.items()
+    }
+    assert lm.get_config()[key].name.rpartition(":")[2] in [name.rpartition(":")[2] for name in known(key)]
 
 
 def test_a_component_override_is_applied_before_overrides_of_its_fields(file):
