@@ -216,6 +216,9 @@ class Options:
         for name in ("block_size", "interval", "max_failures", "statistics_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
+        for name, most in (("interval", 10_000), ("host_workers", 1_024)):  # each costs memory, on every device or host
+            if getattr(self, name) > most:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at most {most:,}.")
         for name in (
             "ridge",
             "cut",

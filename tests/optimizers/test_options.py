@@ -113,6 +113,8 @@ def test_invalid_treatments(text, error):
         ({"beta1": -0.1}, "beta1=-0.1: must be between 0 and 1."),
         ({"beta2": 1.5}, "beta2=1.5: must be between 0 and 1."),
         ({"beta2": float("nan")}, "beta2=nan: must be finite."),
+        ({"interval": 2**31 - 1}, "interval=2147483647: must be at most 10,000."),
+        ({"host_workers": 100_000, "refresh": "host"}, "host_workers=100000: must be at most 1,024."),
         ({"beta1": 1.0}, "beta1=1.0: must be below 1, or gradients have no effect. Use 0.9."),
         *[
             ({name: 0}, f"{name}=0: must be at least 1.")
