@@ -54,7 +54,7 @@ class Workload:
         self.options = contestants.all_options(config)
         self.settings = {name: config.to_dict()[name] for name in SECTIONS} | {"heldout_batches": limit}
 
-        units = durations.Units(config.batch_size, len(self._source), data.tokens_per_example)
+        units = durations.Units(config.batch_size, lambda: len(self._source), data.tokens_per_example)
         self.total_steps = durations.to_steps(config.duration, units)
         units = dataclasses.replace(units, total_steps=self.total_steps)
         self.evaluate_every = durations.to_steps(config.evaluation.every, units)

@@ -1,6 +1,7 @@
-"""Hooks run when training pauses: save, evaluate, profile. Add a feature of the loop as a hook."""
+"""Hooks run when training pauses: save, compile, evaluate, profile. Add a feature of the loop as a hook."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,8 @@ def of(blueprint: Blueprint, profile: Profile) -> tuple[Hook, ...]:
         config.checkpoint.on_error,
         best=bool(config.checkpoint.keep_best),
     )
-    return save, evaluation, profile
+    compiled = Compile(blueprint.record.step)
+    return save, compiled, evaluation, profile
 
 
 class Save:
@@ -59,6 +61,26 @@ class Save:
             run.saver.save(state, run.record, run.blueprint.manifest)
 
 
+class Compile:
+    """Wait after the first step until all functions are compiled, so that an error of the compiler costs one step."""
+
+    def __init__(self, begin: int):
+        self._first = begin + 1
+
+    def next(self, step: int) -> int:
+        """Return the step after the first one of this process."""
+        return self._first if step < self._first else sys.maxsize
+
+    def due(self, run: Run) -> bool:
+        """Return whether the first step has just been taken."""
+        return run.step == self._first and not run.stopped
+
+    def __call__(self, run: Run) -> None:
+        """Wait."""
+        run.watch.at("compiling", run.step)
+        run.steps.wait()
+
+
 class Evaluate:
     """Measure the held-out metrics. A signal ends an evaluation after the batch that is being evaluated."""
 
@@ -75,7 +97,7 @@ class Evaluate:
 
     def __call__(self, run: Run) -> None:
         """Evaluate, and record the result if the evaluation is complete."""
-        values = evaluate(run.steps.evaluate, run.state.variables, _heldout(run))
+        values = evaluate(run.steps["evaluate"], run.state.variables, _heldout(run))
         if not run.stopped and self._judge.due(run):
             values |= self._judge(run)
         if not run.stopped:
@@ -94,8 +116,8 @@ class Judge:
 
     def __call__(self, run: Run) -> dict[str, float]:
         """Return metrics by name, {} if a signal has arrived."""
-        assert self._judge and run.steps.predict
-        predictions = predict(run.steps.predict, run.state.variables, _heldout(run), self._feed.heldout_examples)
+        assert self._judge
+        predictions = predict(run.steps["predict"], run.state.variables, _heldout(run), self._feed.heldout_examples)
         if run.stopped:
             return {}
         values, line = self._judge.judge(predictions, self._feed.decode)

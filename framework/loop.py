@@ -22,7 +22,7 @@ from .reporting.journal import Journal
 from .reporting.metrics import MetricsWriter
 from .reporting.progress import Speedometer
 from .reporting.watchdog import Watchdog
-from .setup import Blueprint, Steps
+from .setup import Blueprint
 from .step.state import TrainState
 
 
@@ -60,7 +60,7 @@ class Run:
 
     Attributes:
       blueprint: what the run consists of.
-      steps: its compiled functions.
+      steps: its functions, which are being compiled.
       state: the train state.
       record: what the host knows beside the state.
       step: number of steps taken.
@@ -71,11 +71,10 @@ class Run:
       watch: the watchdog.
     """
 
-    def __init__(
-        self, blueprint: Blueprint, steps: Steps, state: TrainState, watch: Watchdog, still_ours: Callable[[], None]
-    ):
+    def __init__(self, blueprint: Blueprint, state: TrainState, watch: Watchdog, still_ours: Callable[[], None]):
         config, start = blueprint.request.config, blueprint.record
-        self.blueprint, self.steps, self.state, self.record, self.watch = blueprint, steps, state, start, watch
+        self.blueprint, self.state, self.record, self.watch = blueprint, state, start, watch
+        self.steps = blueprint.steps
         self.step = start.step
         self.stopped: str | optimizer.ServiceError | None = None
         self._saving = Period(blueprint.in_steps(config.checkpoint.every))
@@ -181,10 +180,10 @@ class Run:
         batch = next(self._batches)
         self.watch.at("step", self.step)
         with jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
-            self.state, metrics = self.steps.train(self.state, batch)
+            self.state, metrics = self.steps["train"](self.state, batch)
         self.service.take(self.state.opt_state)
         self.step += 1
-        return metrics | self.steps.diagnose(self.state.opt_state) if self.journal.due(self.step) else metrics
+        return metrics | self.steps["diagnose"](self.state.opt_state) if self.journal.due(self.step) else metrics
 
     def evaluated(self, values: Mapping[str, float]) -> None:
         """Record and report the held-out metrics of this step."""

@@ -7,15 +7,15 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from . import optimizer
+from . import dataset, optimizer
 from .base import durations, paths
 from .base import workdir as layout
 from .base.errors import UserError
@@ -27,11 +27,12 @@ from .data.feed import Feed
 from .distributed import console
 from .reporting import profiling, startup
 from .reporting.watchdog import Watchdog
-from .sharding import placement
+from .sharding import global_batch, placement
 from .step import compilation_cache
+from .step.compilation import Steps
 from .step.program import Program
 from .step.schedule import Schedule, make_schedule
-from .step.state import TrainState, initial_arrays
+from .step.state import TrainState, make_initial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Blueprint:
       feed: the data.
       total_steps: length of the run.
       in_steps: converts a duration of the config to steps.
-      program: layout of the state, and the functions to compile.
+      program: layout of the state, and the functions.
+      steps: the functions, which are being compiled.
       metrics: names of the held-out metrics that every evaluation measures.
       manifest: describes the arrays of a checkpoint.
       taken: where each array of the first state comes from.
@@ -81,6 +83,7 @@ class Blueprint:
     total_steps: int
     in_steps: Callable[[str], int]
     program: Program
+    steps: Steps
     metrics: tuple[str, ...]
     manifest: dict[str, Any]
     taken: takeover.Takeover
@@ -95,23 +98,6 @@ class Blueprint:
     def tokens_per_step(self) -> int:
         """Tokens of a global batch."""
         return self.request.config.batch_size * self.request.data.tokens_per_example
-
-
-@dataclasses.dataclass(frozen=True)
-class Steps:
-    """The compiled functions of a run.
-
-    Attributes:
-      train: (state, batch) -> (state, metrics).
-      diagnose: optimizer state -> diagnostics.
-      evaluate: (variables, batch) -> sums of metrics.
-      predict: (variables, batch) -> predictions; None for a task that judges no predictions.
-    """
-
-    train: Callable[..., Any]
-    diagnose: Callable[..., Any]
-    evaluate: Callable[..., Any]
-    predict: Callable[..., Any] | None
 
 
 def completed(config: Any, workdir: str | Path) -> dict[str, Any] | None:
@@ -145,11 +131,11 @@ def examine(config: Any, workdir: str | Path, devices: Sequence[Any] | None) -> 
 
 
 @contextlib.contextmanager
-def surroundings(request: Request) -> Iterator[tuple[Watchdog, Callable[[], None]]]:
-    """Hold the workdir, the mesh, the compilation cache and the watchdog of a run.
+def surroundings(request: Request) -> Iterator[tuple[Watchdog, Callable[[], None], Executor]]:
+    """Hold the workdir, the mesh, the compilation cache, the watchdog and the compiling threads of a run.
 
     Yields:
-      The watchdog, and the check of `ownership.hold`.
+      The watchdog, the check of `ownership.hold`, and the threads. At the end they compile no further function.
 
     Raises:
       UserError: the workdir is in use or cannot be made.
@@ -160,43 +146,48 @@ def surroundings(request: Request) -> Iterator[tuple[Watchdog, Callable[[], None
         ownership.hold(workdir) as still_ours,
         jax.set_mesh(request.mesh),
         Watchdog(workdir, **config.watchdog) as watch,
+        contextlib.ExitStack() as end,
     ):
-        yield watch, still_ours
+        # One for the train step, one for all other functions.
+        compilers = ThreadPoolExecutor(2, thread_name_prefix="compiling")
+        end.callback(compilers.shutdown, wait=False, cancel_futures=True)
+        yield watch, still_ours, compilers
 
 
-def build(request: Request) -> Blueprint:
-    """Choose the checkpoint, open the data and lay out the state. No array of the state is computed.
+def build(request: Request, compilers: Executor) -> Blueprint:
+    """Choose the checkpoint, lay out the state, begin to compile, and open the data. No array of the state is computed.
+
+    The data are prepared while the functions are compiled, unless only the data tell the shapes or the number of steps.
 
     Raises:
       UserError: a checkpoint, the data, the task or the optimizer cannot be used.
     """
     config, mesh = request.config, request.mesh
     start = origin.find(request.workdir, resume_from=config.resume_from, init_from=config.init_from)
-    feed = Feed.open(
-        request.data,
-        request.workdir / layout.CACHE,
-        mesh,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        heldout_batches=config.evaluation.batches,
-    )
-    record = _with_data(start.record(), feed.fingerprint, start, may_change(config))
-    total_steps, in_steps = _lengths(request, feed.examples)
+    record = start.record()
+    feed = functools.cache(lambda: _open(request))
+    example = dataset.spec(request.data)
+    batch_spec = global_batch.spec(example, config.batch_size, mesh) if example else feed().batch_spec
+    total_steps, in_steps = _lengths(request, lambda: feed().examples)
     _refuse_overrun(record.step, total_steps, start)
 
     began = takeover.optimizer_began(start, record, config.optimizer.name)
     schedule = _schedule(config.schedule, total_steps, in_steps)
-    program = Program.of(config, request.task, request.options, mesh, feed.batch_spec, schedule, began=began)
+    program = Program.of(config, request.task, request.options, mesh, batch_spec, schedule, began=began)
     metrics = program.metrics()
     _refuse_unknown_metric(config.evaluation.best_metric, (*metrics, *getattr(request.task, "judged_metrics", ())))
     tx, abstract = program.tx, program.abstract
     treatments = optimizer.treatments(tx, abstract.params)
     manifest = takeover.describe(tx, config.optimizer.name, abstract.params, treatments, mesh.shape)
     taken = takeover.plan(start, abstract, tx, config.optimizer.name, config.renamed)
+    initial = make_initial(request.task, tx, batch_spec, abstract, config.seed, taken.fresh)
+    steps = Steps(initial, program, compilers)
+    _refuse_other_shapes(config.data.name, batch_spec, feed().batch_spec)
+    record = _with_data(record, feed().fingerprint, start, may_change(config))
     record = dataclasses.replace(
         record, optimizer_began=began, began=record.began if start.kind == "own" else record.step
     )
-    return Blueprint(request, start, record, feed, total_steps, in_steps, program, metrics, manifest, taken)
+    return Blueprint(request, start, record, feed(), total_steps, in_steps, program, steps, metrics, manifest, taken)
 
 
 def claim(blueprint: Blueprint) -> None:
@@ -212,36 +203,38 @@ def claim(blueprint: Blueprint) -> None:
     startup.show_takeover(blueprint.taken, workdir)
 
 
-def start(blueprint: Blueprint, watch: Watchdog) -> tuple[Steps, TrainState, float]:
-    """Compile all functions of the run and, at the same time, compute or restore the first state.
-
-    All functions are compiled here, so that none of them can fail or stall in the middle of the run.
+def start(blueprint: Blueprint, watch: Watchdog) -> tuple[TrainState, float]:
+    """Compute or restore the first state, and wait until the train step is compiled.
 
     Returns:
-      The compiled functions, the state, and the seconds that reading the checkpoint took.
+      The state, and the seconds that reading the checkpoint took.
     """
     console.say("compiling the train step ...")
     watch.at("compiling", blueprint.record.step)
-    with ThreadPoolExecutor(thread_name_prefix="compiling") as threads:
-        compiling = {name: threads.submit(each.compile) for name, each in blueprint.program.lower()}
-        state, seconds = _first_state(blueprint)
-        steps = Steps(**{"predict": None, **{name: each.result() for name, each in compiling.items()}})
-    return steps, state, seconds
-
-
-def _first_state(blueprint: Blueprint) -> tuple[TrainState, float]:
-    program, seed = blueprint.program, blueprint.request.config.seed
-    fresh = initial_arrays(program.task, program.tx, program.batch_spec, program.abstract, seed, blueprint.taken.fresh)
+    fresh = blueprint.steps["initial"]()
     begun = time.perf_counter()
     state = jax.block_until_ready(blueprint.taken.state(fresh))
-    return state, time.perf_counter() - begun
+    seconds = time.perf_counter() - begun
+    _ = blueprint.steps["train"]
+    return state, seconds
+
+
+def _open(request: Request) -> Feed:
+    return Feed.open(
+        request.data,
+        request.workdir / layout.CACHE,
+        request.mesh,
+        seed=request.config.seed,
+        batch_size=request.config.batch_size,
+        heldout_batches=request.config.evaluation.batches,
+    )
 
 
 def _absolute(workdir: str | Path) -> Path:
     return Path(workdir).expanduser().absolute()
 
 
-def _lengths(request: Request, examples: int) -> tuple[int, Callable[[str], int]]:
+def _lengths(request: Request, examples: Callable[[], int]) -> tuple[int, Callable[[str], int]]:
     """Return the number of steps of the run, and a function from durations to steps."""
     units = durations.Units(request.config.batch_size, examples, request.data.tokens_per_example)
     total_steps = durations.to_steps(request.config.duration, units)
@@ -274,6 +267,14 @@ def _with_data(record: Record, fingerprint: str, start: origin.Origin, changeabl
             )
         console.say(f"warning: the training data have changed since the checkpoint ({both})")
     return dataclasses.replace(record, data=fingerprint)
+
+
+def _refuse_other_shapes(name: str, told: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    if dict(told) != dict(given):
+        shapes = [{k: f"{v.dtype}{list(v.shape[1:])}" for k, v in sorted(spec.items())} for spec in (told, given)]
+        raise UserError(
+            f"config.data.name={name}: an example has {shapes[1]}, but its method spec() tells {shapes[0]}. Correct it."
+        )
 
 
 def _refuse_overrun(step: int, total_steps: int, start: origin.Origin) -> None:

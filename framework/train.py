@@ -39,8 +39,8 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
     if result is not None:
         return result
     request = setup.examine(config, workdir, devices)
-    with setup.surroundings(request) as (watch, still_ours):
-        blueprint = setup.build(request)
+    with setup.surroundings(request) as (watch, still_ours, compilers):
+        blueprint = setup.build(request, compilers)
         profile = Profile(
             request.profile_steps,
             request.workdir,
@@ -49,8 +49,8 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             total_steps=blueprint.total_steps,
         )
         setup.claim(blueprint)
-        steps, state, seconds_reading = setup.start(blueprint, watch)
-        run = Run(blueprint, steps, state, watch, still_ours)
+        state, seconds_reading = setup.start(blueprint, watch)
+        run = Run(blueprint, state, watch, still_ours)
         del state
         if blueprint.taken.path is not None:
             run.saver.note_restored(blueprint.taken.path, seconds_reading)
@@ -81,7 +81,7 @@ def finish(run: Run) -> dict[str, Any]:
 def _result(run: Run, ended: str | None) -> dict[str, Any]:
     blueprint, record, state = run.blueprint, run.record, run.state
     heldout = record.last.values if record.last else dict.fromkeys(blueprint.metrics)
-    diagnostics = run.steps.diagnose(state.opt_state)
+    diagnostics = run.steps["diagnose"](state.opt_state)
     early = str(run.stopped) if run.stopped and not run.at_end else None
     return {name: value for name, value in heldout.items() if name != "loss"} | {
         "steps": record.step,

@@ -6,6 +6,7 @@ import fractions
 import math
 import re
 import sys
+from collections.abc import Callable
 
 from .errors import UserError
 
@@ -23,13 +24,13 @@ class Units:
 
     Attributes:
       batch_size: examples per step, over all devices and micro-batches.
-      examples_per_epoch: examples of the training set.
+      examples_per_epoch: returns the examples of the training set; called for epochs only.
       tokens_per_example: tokens of one example; 1 where examples are not text.
       total_steps: steps of the whole run; None while they are not known, when a percentage is an error.
     """
 
     batch_size: int
-    examples_per_epoch: int
+    examples_per_epoch: Callable[[], int]
     tokens_per_example: int
     total_steps: int | None = None
 
@@ -44,9 +45,10 @@ def to_steps(duration: str | int, units: Units) -> int:
         the run is not known.
     """
     number, unit = parse(duration, whole_run=units.total_steps is None)
+    epoch = units.examples_per_epoch() if unit == "epochs" else 0
     steps = {
         "steps": number,
-        "epochs": number * units.examples_per_epoch / units.batch_size,
+        "epochs": number * epoch / units.batch_size,
         "examples": number / units.batch_size,
         "tokens": number / units.tokens_per_example / units.batch_size,
         "%": number * (units.total_steps or 0) / 100,

@@ -18,7 +18,7 @@ from .. import dataset, optimizer
 from ..base.errors import UserError
 from ..config import components
 from ..config.check import check
-from ..sharding import chips, meshes, placement
+from ..sharding import chips, global_batch, meshes, placement
 from ..step.program import Program
 from ..step.schedule import Schedule
 from . import collectives
@@ -128,11 +128,7 @@ def make_plan(config: Any, devices: Sequence[Any], *, compiles: bool = False) ->
         )
     rate = config.schedule.learning_rate
     with jax.set_mesh(mesh):
-        sharding = meshes.batch_sharding(mesh)
-        batch = {
-            name: jax.ShapeDtypeStruct((config.batch_size, *leaf.shape), leaf.dtype, sharding=sharding)
-            for name, leaf in example.items()
-        }
+        batch = global_batch.spec(example, config.batch_size, mesh)
         program = Program.of(config, task, options, mesh, batch, Schedule(optax.constant_schedule(rate), rate))
         tx, state = program.tx, program.abstract
         compiled: dict[str, Compiled] = {}

@@ -10,6 +10,19 @@ from jax.sharding import Mesh
 from . import meshes
 
 
+def spec(
+    example: Mapping[str, jax.ShapeDtypeStruct], global_batch_size: int, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shapes and shardings of a global batch of examples without batch dimension."""
+    sharding = meshes.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct(
+            (global_batch_size, *leaf.shape), jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=sharding
+        )
+        for name, leaf in example.items()
+    }
+
+
 class Share:
     """The rows of the global batches that the devices of this process hold.
 

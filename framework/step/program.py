@@ -110,10 +110,10 @@ class Program:
             return tuple(jax.eval_shape(self.eval_step, self.abstract.variables, self.batch_spec))
 
     def lower(self) -> Iterator[tuple[str, jax.stages.Lowered]]:
-        """Trace the functions one by one, so that the first can be compiled while the others are traced.
+        """Trace the functions in the order of need, so that the first can be compiled while the others are traced.
 
         Yields:
-          Name and lowered function: "train", "evaluate", "predict" if there is one, and "diagnose".
+          Name and lowered function: "train", "diagnose", "evaluate", and "predict" if there is one.
 
         Raises:
           UserError: the task refuses the batch.
@@ -121,9 +121,9 @@ class Program:
         variables = self.abstract.variables
         arguments = {
             "train": (self.train_step, self.abstract, self.batch_spec),
+            "diagnose": (self.diagnose, self.abstract.opt_state),
             "evaluate": (self.eval_step, variables, self.batch_spec),
             "predict": (self.predict_step, variables, self.batch_spec),
-            "diagnose": (self.diagnose, self.abstract.opt_state),
         }
         for name, (function, *specs) in arguments.items():
             if function is not None:

@@ -86,17 +86,17 @@ def initial_state(
     return jax.jit(init, out_shardings=shardings(abstract))()
 
 
-def initial_arrays(
+def make_initial(
     task: Task,
     tx: optax.GradientTransformation,
     batch_spec: BatchSpec,
     abstract: TrainState,
     seed: int,
     names: Collection[str],
-) -> dict[str, jax.Array]:
-    """Compute the arrays of the initial state whose paths are in `names`. The others take no memory."""
+) -> jax.stages.Wrapped:
+    """Return the jitted `() -> arrays` of the initial state whose paths are in `names`. The others take no memory."""
     if not names:
-        return {}
+        return jax.jit(lambda: {})
     init = _initial(task, tx, batch_spec, abstract, seed)
 
     def chosen(state: TrainState) -> dict[str, Any]:
@@ -106,7 +106,10 @@ def initial_arrays(
             if name in names
         }
 
-    return jax.jit(lambda: chosen(init()), out_shardings=chosen(shardings(abstract)))()
+    def initial() -> dict[str, Any]:
+        return chosen(init())
+
+    return jax.jit(initial, out_shardings=chosen(shardings(abstract)))
 
 
 def _initial(

@@ -74,7 +74,7 @@ def make_train_step(
         # return from one.
         gradients = jax.tree.map(lambda leaf: jnp.where(verdict.accepted, leaf, 0), gradients)
         updates, opt_state = tx.update(gradients, state.opt_state, trained["params"])
-        metrics["update_norm"] = jnp.where(verdict.accepted, optax.global_norm(updates), 0.0)
+        metrics["update_norm"] = jnp.where(verdict.accepted, optax.tree.norm(updates), 0.0)
 
         def guarded(new: Any, old: Any) -> Any:
             return jax.tree.map(functools.partial(jnp.where, verdict.accepted), new, old)

@@ -237,6 +237,35 @@ def test_errors_found_after_reading_data_leave_no_workdir(tmp_path, changes, mes
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.parametrize(("duration", "traces"), [("12 steps", 1), ("1 epochs", 0)])
+def test_data_are_prepared_while_the_steps_are_compiled(tmp_path, monkeypatch, duration, traces):
+    """Faults: compilation waits for the data; or it does not, although only the data tell the number of steps."""
+
+    def prepare(self, cache):
+        raise UserError(f"no data after {toy.TRACES['train'] - before} traces")
+
+    before = toy.TRACES["train"]
+    monkeypatch.setattr(toy.ToyData, "spec", _spec, raising=False)
+    monkeypatch.setattr(toy.ToyData, "prepare", prepare)
+    with pytest.raises(UserError, match=f"no data after {traces} traces"):
+        train(make_config(duration=duration), tmp_path / "run", devices=two())
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_wrong_spec_of_the_data_is_refused(tmp_path, monkeypatch):
+    """Fault: the step is compiled for other examples than the data have, and its first call ends in a traceback."""
+    monkeypatch.setattr(
+        toy.ToyData, "spec", lambda self: _spec(self) | {"weights": jax.ShapeDtypeStruct((8,), int)}, raising=False
+    )
+    with pytest.raises(UserError, match=r"an example has .*'float32\[8\]'.* tells .*'int32\[8\]'"):
+        train(make_config(), tmp_path / "run", devices=two())
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def _spec(data):
+    return {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in toy.ToySource(1, 1)[0].items()}
+
+
 def test_resume_from_continues_and_init_from_restarts(uninterrupted, tmp_path, capsys):
     whole, _, _ = uninterrupted
     longer = make_config(duration="14 steps", resume_from=str(whole))
@@ -435,7 +464,7 @@ def test_the_host_runs_exactly_one_step_ahead():
     phases = []
     run = object.__new__(Run)
     run.blueprint = types.SimpleNamespace(total_steps=9)
-    run.steps = types.SimpleNamespace(train=step, diagnose=diagnose)
+    run.steps = {"train": step, "diagnose": diagnose}
     run.state, run.step, run.record, run.stopped = TrainState(None, None, None, None, None), 4, Record(), None
     run.service, run.journal, run.watch = Service(), Log(), Watch()
     run._batches, run._clock = iter("abc"), Clock()

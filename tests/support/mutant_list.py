@@ -332,10 +332,26 @@ FRAMEWORK = (
     Mutant(
         "evaluates-before-it-saves",
         "framework/hooks.py",
-        "return save, evaluation, profile",
-        "return evaluation, save, profile",
+        "return save, compiled, evaluation, profile",
+        "return evaluation, compiled, save, profile",
         "A failing evaluation loses all steps since the last checkpoint, at every restart.",
         ("tests/framework/test_train.py::test_a_failing_evaluation_loses_no_steps",),
+    ),
+    Mutant(
+        "evaluation-compiled-beside-the-train-step",
+        "framework/step/compilation.py",
+        'earlier = [self._compiled["train"]] if name in _LAST else []',
+        "earlier = []",
+        "On few processor cores, the first step waits for functions that it does not need.",
+        ("tests/framework/step/test_compilation.py::test_evaluation_does_not_delay_the_first_step",),
+    ),
+    Mutant(
+        "wrong-spec-accepted",
+        "framework/setup.py",
+        "if dict(told) != dict(given):",
+        "if len(told) != len(given):",
+        "A data set with a wrong spec() ends in a traceback of the first step, in a workdir that is already claimed.",
+        ("tests/framework/test_train.py::test_a_wrong_spec_of_the_data_is_refused",),
     ),
     Mutant(
         "evaluation-outlasts-the-signal",

@@ -7,10 +7,14 @@ from hypothesis import strategies as st
 from shampax.framework.base.durations import UNITS, Units, to_steps
 from shampax.framework.base.errors import UserError
 
-RUN = Units(batch_size=16, examples_per_epoch=1_000, tokens_per_example=128, total_steps=333)
+RUN = Units(batch_size=16, examples_per_epoch=lambda: 1_000, tokens_per_example=128, total_steps=333)
 counts = st.integers(min_value=1, max_value=40_000)
 units_of_a_run = st.builds(
-    Units, batch_size=counts, examples_per_epoch=counts, tokens_per_example=counts, total_steps=counts
+    Units,
+    batch_size=counts,
+    examples_per_epoch=counts.map(lambda n: lambda: n),
+    tokens_per_example=counts,
+    total_steps=counts,
 )
 
 
@@ -80,7 +84,7 @@ def test_a_number_of_examples_needs_the_fewest_steps_that_hold_them(number, unit
 @given(number=st.integers(min_value=0, max_value=40_000), units=units_of_a_run)
 def test_equal_durations_in_three_units_are_equal_steps(number, units):
     steps = to_steps(f"{number} epochs", units)
-    examples = number * units.examples_per_epoch
+    examples = number * units.examples_per_epoch()
     assert to_steps(f"{examples} examples", units) == steps
     assert to_steps(f"{examples * units.tokens_per_example} tokens", units) == steps
 

@@ -117,7 +117,7 @@ FLAGS = st.tuples(st.sampled_from(KEYS), LITERALS).map("=".join).map("--config."
 def set_up(config):
     """Do everything that a run does with a config before it reads data."""
     placement.mesh_of(config, None)
-    units = durations.Units(config.batch_size, 1000, 128)
+    units = durations.Units(config.batch_size, lambda: 1000, 128)
     units = dataclasses.replace(units, total_steps=durations.to_steps(config.duration, units))
     every = (config.evaluation.every, config.checkpoint.every, config.log.every, config.schedule.warmup)
     *_, warmup = (durations.to_steps(duration, units) for duration in every)
