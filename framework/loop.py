@@ -238,4 +238,5 @@ def storage_faults(on_error: str) -> Iterator[None]:
     except SaveError as error:
         if on_error == "stop":
             raise TrainingStopped(f"{error}. Fix the storage, then rerun the same command to resume.") from error
-        console.say(f"warning: {error}. Training continues.")
+        if not error.told:
+            console.say(f"warning: {error}. Training continues.")

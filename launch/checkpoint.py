@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     environment.without_accelerator()
+    from ..framework.checkpoint import store
+
+    store.quiet()
     return options.verb(options)
 
 
@@ -164,13 +167,5 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def _unraisable(unraisable: Any) -> None:
-    # If one array cannot be read, Orbax abandons the others, and TensorStore raises this for each of them when it ends:
-    # a page of tracebacks around the one line that matters.
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
-
-
 if __name__ == "__main__":
-    sys.unraisablehook = _unraisable
     sys.exit(main())

@@ -28,6 +28,7 @@ from ..framework.distributed.processes import Group
 from . import environment, flags, knobs
 
 _UNUSABLE = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,9 +84,10 @@ def _train(options: argparse.Namespace, overrides: Sequence[str], group: Group |
     try:
         result = train(config, options.workdir)
     except OSError as error:
-        if error.errno not in _UNUSABLE:
+        if error.errno not in (*_UNUSABLE, *_FULL):
             raise
-        raise UserError(f"--workdir={options.workdir}: cannot be used ({error}). Use another folder.") from error
+        fix = "Free some space" if error.errno in _FULL else "Use another folder"
+        raise UserError(f"--workdir={options.workdir}: cannot be used ({error}). {fix}.") from error
     _show_result(options.workdir, result)
     return 128 + signal.Signals[result["stopped"]] if result["stopped"] else 0
 

@@ -37,8 +37,11 @@ def write_text(path: epath.Path | pathlib.Path, text: str) -> None:
         path.write_text(text)  # a bucket shows only whole objects
         return
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # some file systems rename before they write
-    partial.replace(path)
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # some file systems rename before they write
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

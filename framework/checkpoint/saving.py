@@ -94,6 +94,7 @@ class Checkpoints:
         still_ours: Callable[[], None] = lambda: None,
     ):
         """Remove what interrupted saves and deletions have left behind."""
+        store.quiet()
         self._workdir, self._directory = workdir, (workdir / layout.CHECKPOINTS).absolute()
         self._ranking, self._still_ours = ranking, still_ours
         self._first = jax.process_index() == 0
@@ -109,9 +110,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints", initializer=_give_way)
         self._ending: Future[None] | None = None  # of the save in progress
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        if self._first:
-            for path in (*self._directory.glob("*.orbax-checkpoint-tmp"), self._directory / DELETED):
-                shutil.rmtree(path, ignore_errors=True)
+        self._remove_partial()
 
     def save(self, state: Any, record: Record, manifest: dict[str, Any]) -> None:
         """Save in the background; returns once the state is copied off the devices and may be donated.
@@ -208,7 +207,10 @@ class Checkpoints:
 
     def _settle(self) -> str:
         """Wait for the save in progress; returns why it failed in any process, "" if it did not."""
-        return _any(self._outcome(self._finish))
+        failure = _any(self._outcome(self._finish))
+        if failure:
+            self._remove_partial()
+        return failure
 
     def _finish(self) -> None:
         ending, self._ending = self._ending, None
@@ -228,6 +230,12 @@ class Checkpoints:
                 f"the checkpoint of step {self._step} could not be saved in {self._directory} ({reason}); {newest}"
             )
         return failure
+
+    def _remove_partial(self) -> None:
+        """Remove what interrupted saves and deletions have left."""
+        if self._first:
+            for path in (*self._directory.glob("*.orbax-checkpoint-tmp"), self._directory / DELETED):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _prune(self) -> None:
         """Delete the checkpoints that are not kept, and damaged ones of steps that are saved again."""

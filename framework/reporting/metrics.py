@@ -5,6 +5,8 @@ A fault of the disk or of TensorBoard is a warning: training goes on without the
 
 import json
 import math
+import os
+import socket
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -71,15 +73,20 @@ class MetricsWriter:
             # clu's writer needs TensorFlow, which takes 1.3 GB on disk.
             from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
             from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+            from tensorboard.summary.writer.record_writer import RecordWriter
 
             if values is None:
                 if self._events is not None:
                     self._events.close()
                 return
-            self._events = self._events or EventFileWriter(str(self._path.parent))
+            if self._events is None:
+                name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+                self._events = (self._path.parent / name).open("wb")
+                first = Event(wall_time=time.time(), file_version="brain.Event:2")
+                RecordWriter(self._events).write(first.SerializeToString())
             scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-            self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+            event = Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
+            RecordWriter(self._events).write(event.SerializeToString())
             self._events.flush()
         except Exception as error:  # an installed TensorFlow may be broken in any way
             self._warn("events", error)

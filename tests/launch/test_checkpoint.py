@@ -31,7 +31,6 @@ from shampax.framework.checkpoint.record import Ranking, Record
 from shampax.framework.sharding import meshes, placement
 from shampax.framework.step import state
 from shampax.framework.train import train
-from shampax.launch import checkpoint
 from shampax.launch.checkpoint import main
 from shampax.optimizers import ShampooOptions
 from shampax.optimizers.checkpoint.inheritance import Made
@@ -649,8 +648,8 @@ def test_only_messages_of_abandoned_reads_are_hidden(monkeypatch):
     shown = []
     monkeypatch.setattr(sys, "__unraisablehook__", shown.append)
     gone, other = (types.SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "other"))
-    checkpoint._unraisable(gone)
-    checkpoint._unraisable(other)
+    store._unraisable(gone)
+    store._unraisable(other)
     assert shown == [other]
 
 

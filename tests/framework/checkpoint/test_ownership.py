@@ -1,8 +1,11 @@
 import errno
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import orbax.checkpoint as ocp
 import pytest
@@ -10,6 +13,7 @@ from toy_runs import make_config, saved, two
 
 from shampax.framework.base.errors import TrainingStopped, UserError
 from shampax.framework.checkpoint import ownership, store
+from shampax.framework.checkpoint.record import Record
 from shampax.framework.loop import Run
 from shampax.framework.train import train
 
@@ -48,16 +52,27 @@ def test_an_empty_workdir_is_deleted_on_release(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-@pytest.fixture
-def without_locks(monkeypatch):
+@pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK], ids=errno.errorcode.get)
+def without_locks(monkeypatch, request):
     """Simulate a file system without locks."""
 
     def flock(file, how):
-        raise OSError(errno.ENOSYS, "Function not implemented")
+        raise OSError(request.param, os.strerror(request.param))
 
     monkeypatch.setattr(ownership.fcntl, "flock", flock)
 
 
+def test_a_file_system_without_locks_is_a_warning(tmp_path, without_locks, capsys):
+    """Fault: the workdir counts as in use by another process."""
+    with ownership.hold(tmp_path):
+        pass
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.match(
+        r"warning: workdir .* cannot be locked \((Function not|No locks).*\). Start no second run in it", line
+    )
+
+
+@pytest.mark.parametrize("without_locks", [errno.ENOSYS], indirect=True)
 def test_without_locks_the_older_run_stops_at_its_next_save(tmp_path, without_locks, monkeypatch):
     """Faults: a file system without locks counts as a workdir in use; two runs continue in one workdir."""
     config = make_config(**{"checkpoint.every": "2 steps"})
@@ -120,3 +135,61 @@ def test_a_run_whose_last_save_failed_is_not_complete(tmp_path, monkeypatch):
     with pytest.raises(TrainingStopped, match=r"step 2 could not be saved .*Permission denied.*there is no earlier"):
         train(config, tmp_path, devices=two())
     assert not (tmp_path / "result.json").exists()
+
+
+def test_files_lost_by_a_power_loss_are_written_again(tmp_path, capsys):
+    """Fault: the run is refused with the advice to use another workdir, or its newest checkpoint is set aside."""
+    config = make_config(**{"duration": "2 steps", "schedule.warmup": "0 steps"})
+    result = train(config, tmp_path, devices=two())
+    stored = (tmp_path / "config.json").read_text()
+    capsys.readouterr()
+    (tmp_path / "result.json").write_text("")
+    (tmp_path / "checkpoints" / "2" / "evaluation.json").write_bytes(bytes(100))
+    again = train(config, tmp_path, devices=two())
+    assert (again["steps"], again["heldout_loss"]) == (2, result["heldout_loss"])
+    assert "resuming from" in capsys.readouterr().out
+    (tmp_path / "config.json").write_bytes(bytes(len(stored)))
+    assert train(config, tmp_path, devices=two())["steps"] == 2
+    assert "config.json is not a JSON object. It is written again" in capsys.readouterr().out
+    assert (tmp_path / "config.json").read_text() == stored
+    assert json.loads((tmp_path / "result.json").read_text())["stopped"] is None
+
+
+def test_files_are_on_the_disk_before_they_are_renamed(tmp_path, monkeypatch):
+    """Fault: after a power loss the file exists and is empty."""
+    events, replace = [], Path.replace
+    monkeypatch.setattr(os, "fsync", lambda number: events.append("fsync"))
+    monkeypatch.setattr(Path, "replace", lambda self, to: events.append("rename") or replace(self, to))
+    ownership.claim(tmp_path, make_config())
+    ownership.finish(tmp_path, {"steps": 1})
+    store.write_evaluation(tmp_path, Record())
+    assert events == ["fsync", "rename"] * 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "evaluation.json", "result.json"]
+
+
+# All printable ASCII characters of which a name can consist.
+NAME = "".join(map(chr, range(32, 127))).replace("/", "")
+
+
+def test_a_workdir_may_have_every_name_that_orbax_can_read(tmp_path):
+    """Fault: the run trains and saves, and nothing can be read back."""
+    workdir = tmp_path / NAME.translate(dict.fromkeys(map(ord, "*?[\\")))
+    changes = {"schedule.warmup": "0 steps", "schedule.decay": "constant", "may_change": ("duration",)}
+    for steps in (2, 3):
+        assert train(make_config(duration=f"{steps} steps", **changes), workdir, devices=two())["steps"] == steps
+    assert {path.name: store.faults(path) for path in store.checkpoints(workdir)} == {"2": [], "3": []}
+    for character in "*?[\\":
+        for changed in ({"workdir": tmp_path / f"a{character}b"}, {"workdir": tmp_path / f"a{character}b" / "c"}):
+            with pytest.raises(UserError, match=re.escape(f"must not contain {character}. Use another name.")):
+                train(make_config(), changed["workdir"], devices=two())
+    assert [path.name for path in tmp_path.iterdir()] == [workdir.name]
+
+
+def test_other_microbatches_are_said(tmp_path, capsys):
+    """Fault: with dropout the run continues as another one, without a word."""
+    config = make_config(**{"duration": "2 steps", "schedule.warmup": "0 steps", "may_change": ("duration",)})
+    train(config, tmp_path, devices=two())
+    capsys.readouterr()
+    config.duration, config.microbatches = "3 steps", 2
+    train(config, tmp_path, devices=two())
+    assert "config.microbatches was 1 and is 2. Dropout draws other random numbers" in capsys.readouterr().out

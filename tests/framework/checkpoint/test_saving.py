@@ -1,8 +1,11 @@
 import dataclasses
+import errno
 import math
 import resource
+import shutil
 import threading
 from concurrent import futures
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -176,9 +179,10 @@ def test_a_checkpoint_counts_once_committed_and_is_hashed_later(tmp_path, monkey
     saving.close()
 
 
-def test_a_failed_save_is_reported_and_keeps_other_checkpoints(tmp_path):
-    """A file size limit simulates a full disk. Faults: an error is lost or reported twice; an older checkpoint is
-    deleted before the newer one is complete; the saver does not recover."""
+def test_a_failed_save_is_reported_and_keeps_other_checkpoints(tmp_path, caplog):
+    """A file size limit simulates a full disk. Faults: an error is lost, reported twice or logged with its traceback; an
+    older checkpoint is deleted before the newer one is complete; an incomplete one fills the disk; the saver does not
+    recover."""
     state = make_state({"data": 8}, P(), width=4096)
     save(tmp_path, state, {1: None, 2: None})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -194,8 +198,9 @@ def test_a_failed_save_is_reported_and_keeps_other_checkpoints(tmp_path):
             attempt()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert steps(tmp_path) == [1, 2]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
     assert before == {path: path.read_bytes() for path in before}
+    assert not [record for record in caplog.records if record.exc_info]
     saving.confirm()
     assert saving.complaint() is None
     saving.save(state, Record(step=4), {})
@@ -240,6 +245,85 @@ def test_a_save_that_cannot_start_is_reported(tmp_path, monkeypatch):
     saving.confirm()
     saving.close()
     assert steps(tmp_path) == [2]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_one_warning_and_tried_again(tmp_path, monkeypatch):
+    """Faults: the newer checkpoint counts as not saved; the next start fails; the warning comes at each save."""
+    state = make_state({"data": 8}, P())
+    save(tmp_path, state, {1: None})
+    with monkeypatch.context() as patch:
+        rename = Path.rename
+
+        def refuse(self, target):
+            if self.name == "1":
+                raise OSError(errno.EBUSY, "Device or resource busy")
+            return rename(self, target)
+
+        patch.setattr(Path, "rename", refuse)
+        saving = saver(tmp_path, keep_last=1, keep_best=0)
+        complaints = []
+        for step in (2, 3):
+            saving.save(state, Record(step=step), {})
+            saving.confirm()
+            complaints.append(saving.complaint())
+        saving.close()
+    path = tmp_path / "checkpoints" / "1"
+    assert complaints == [
+        f"warning: checkpoint {path} cannot be deleted (Device or resource busy); it is tried again. "
+        "Training continues.",
+        None,
+    ]
+    assert steps(tmp_path) == [1, 3]
+    save(tmp_path, state, {4: None}, keep_last=1, keep_best=0)
+    assert steps(tmp_path) == [4]
+
+
+def test_links_open_files_and_checkpoints_deleted_by_others_are_no_faults(tmp_path):
+    state = make_state({"data": 8}, P())
+    save(tmp_path, state, {1: None, 2: None, 3: None}, keep_last=3)
+    directory = tmp_path / "checkpoints"
+    elsewhere = (directory / "1").rename(tmp_path / "elsewhere")
+    (directory / "1").symlink_to(elsewhere)
+    saving = saver(tmp_path, keep_last=1, keep_best=0)
+    shutil.rmtree(directory / "2")
+    saving.save(state, Record(step=4), {})
+    saving.confirm()
+    assert saving.complaint() is None
+    saving.close()
+    assert [path.name for path in directory.iterdir()] == ["4"]
+    assert (elsewhere / "record").is_dir()
+
+
+def test_a_checkpoint_whose_index_cannot_be_read_back_does_not_count(tmp_path, monkeypatch):
+    """Fault: older checkpoints are deleted for one that nobody can read."""
+    state = make_state({"data": 8}, P())
+    save(tmp_path, state, {1: None})
+    saving = saver(tmp_path, keep_last=1, keep_best=0)
+
+    def unreadable(path):
+        raise UserError("the arrays cannot be read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "arrays", unreadable)
+        saving.save(state, Record(step=2), {})
+        with pytest.raises(SaveError, match=r"step 2 could not be saved .*cannot be read.*newest one is of step 1"):
+            saving.confirm()
+    assert (tmp_path / "checkpoints" / "1").is_dir()
+    saving.save(state, Record(step=2), {})
+    saving.confirm()
+    saving.close()
+    assert steps(tmp_path) == [2]
+
+
+def test_damaged_checkpoints_are_deleted_once_their_step_is_saved_again(tmp_path):
+    """Fault: the folder grows with each kill."""
+    state = make_state({"data": 8}, P())
+    for step in (2, 5):
+        (tmp_path / "damaged" / str(step) / "state").mkdir(parents=True)
+    save(tmp_path, state, {1: None})
+    assert sorted(path.name for path in (tmp_path / "damaged").iterdir()) == ["2", "5"]
+    save(tmp_path, state, {2: None})
+    assert [path.name for path in (tmp_path / "damaged").iterdir()] == ["5"]
 
 
 TOGETHER = """

@@ -52,7 +52,8 @@ def whole(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_repeatedly_stopped_and_killed_run_ends_as_an_undisturbed_one(whole, tmp_path):
-    """Faults: a signal stops only one process, or another step; a survivor hangs or has another exit code."""
+    """Faults: a signal stops only one process, or another step; a survivor hangs or has another exit code; a process
+    whose directory listing is old resumes from an older checkpoint."""
     for number, index in ((signal.SIGTERM, 1), (signal.SIGINT, 0)):
         ended = signalled(tmp_path, number, index)
         assert [each.code for each in ended] == [128 + number] * 2
@@ -72,10 +73,26 @@ def test_a_repeatedly_stopped_and_killed_run_ends_as_an_undisturbed_one(whole, t
         assert last_line(survivor).startswith(f"error: process {index} of 2 has died")
         assert last_line(survivor).endswith(RESUME)
 
-    with training(tmp_path) as job:
+    with training(tmp_path, "stale 1") as job:
         assert [ended.code for ended in job.wait()] == [0, 0]
     assert lines(tmp_path) == lines(whole)
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 80), arrays(whole, 80))
+
+
+@pytest.mark.slow
+def test_a_signal_during_an_evaluation_stops_the_run_within_a_batch(tmp_path):
+    """Fault: a signal waits for the end of the evaluation, here 10 s, and the machine is gone before the save."""
+    with training(tmp_path, "", "--config.data.heldout_rows=160", "--config.data.heldout_seconds=0.25") as job:
+        end = time.monotonic() + LIMIT
+        while not (tmp_path / "checkpoints" / "20").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        time.sleep(1)
+        job.processes[1].send_signal(signal.SIGTERM)
+        ended = job.wait()
+    assert [each.code for each in ended] == [128 + signal.SIGTERM] * 2
+    assert max(each.seconds for each in ended) < 6
+    assert json.loads((tmp_path / "result.json").read_text())["steps"] == saved(tmp_path)[-1] == 20
+    assert not any("heldout/loss" in line for line in lines(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_resuming_drops_later_and_truncated_lines(tmp_path):
 
 
 def broken(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.event_file_writer", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
 
 
 def test_broken_events_are_one_warning(tmp_path, monkeypatch, capsys):

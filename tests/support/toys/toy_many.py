@@ -1,7 +1,7 @@
 """A config and data for runs of several processes, which a test can follow and let fail in one process.
 
 The environment variable FAULT is "KIND INDEX", the fault and its process: "options" are refused, "input" cannot be
-read, or "row" raises during training.
+read, "row" raises during training, or "stale" does not list the newest checkpoint, as on a network file system.
 """
 
 import dataclasses
@@ -25,12 +25,18 @@ def get_config():
     config.checkpoint.every = "5 steps"
     config.log.every = "2 steps"
     config.processes.death_seconds = 5.0
+    if fault() == "stale":
+        from shampax.framework.checkpoint import store
+
+        listed = store.checkpoints
+        store.checkpoints = lambda workdir: listed(workdir)[:-1]
     return config
 
 
 @dataclasses.dataclass(frozen=True)
 class ManyData(toy.ToyData):
     row_seconds: float = 0.03  # two threads read four rows a step: a signal comes before the end of the run
+    heldout_seconds: float = 0.0
 
     def __post_init__(self):
         if fault() == "options":
@@ -40,7 +46,7 @@ class ManyData(toy.ToyData):
         if fault() == "input":
             raise UserError(f"no rows for {split}")
         rows = super().examples(split, cache)
-        return SlowRows(rows, self.row_seconds) if split == "train" else rows
+        return SlowRows(rows, self.row_seconds if split == "train" else self.heldout_seconds)
 
 
 class SlowRows:
