@@ -180,9 +180,9 @@ def test_a_checkpoint_counts_once_committed_and_is_hashed_later(tmp_path, monkey
 
 
 def test_a_failed_save_is_reported_and_keeps_other_checkpoints(tmp_path, caplog):
-    """A file size limit simulates a full disk. Faults: an error is lost, reported twice or logged with its traceback; an
-    older checkpoint is deleted before the newer one is complete; an incomplete one fills the disk; the saver does not
-    recover."""
+    """A file size limit simulates a full disk. Faults: an error is lost, reported twice or logged with its traceback;
+    an older checkpoint is deleted before the newer one is complete; an incomplete one fills the disk; the saver does
+    not recover."""
     state = make_state({"data": 8}, P(), width=4096)
     save(tmp_path, state, {1: None, 2: None})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
