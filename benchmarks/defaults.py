@@ -39,8 +39,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "graft rmsprop": {"graft": "rmsprop"},
     "graft rmsprop_normalized": {"graft": "rmsprop_normalized"},
     "graft adam_normalized": {"graft": "adam_normalized"},
-    "graft sign": {"graft": "sign"},
-    "graft norm of the block": {"graft_norm": "block"},
     "beta2 0.95": {"beta2": 0.95},
     "beta2 0.999": {"beta2": 0.999},
     "beta1 0.8": {"beta1": 0.8},

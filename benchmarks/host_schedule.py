@@ -94,7 +94,7 @@ class Loop:
         self.service = tx.host_roots(self._params, self.events) if way.kind == HOST else None
         state = jax.jit(tx.init)(self._params)
         self._state = self.service.start(state) if self.service else state
-        self.blocks = sum(bucket.blocks for bucket in tx.plan(self._params).buckets)
+        self.blocks = sum(bucket.blocks for bucket in tx.layout(self._params).plan.buckets)
 
     def run(self, steps: int) -> None:
         """Run steps. As in the trainer, wait for a step after the next one is dispatched."""

@@ -1,16 +1,9 @@
 """The trainer's contract with an optimizer.
 
-An optimizer is an `optax.GradientTransformation`, built by its options. It may have further methods, which the
-functions of this module call; for an optimizer without a method they return a default:
-
-    state_shardings(params)     tree of NamedSharding shaped like the state
-    diagnostics(state)          scalars by name
-    treatments(params)          path -> short text for the parameter table
-    saved_spec(params), manifest(params), inheritance(params, manifest, shapes, renamed)
-                                checkpoints of a state whose layout depends on more than the parameters
-    host_roots(params)          a `Service` that works on the host beside the steps, or None
-
-Distributed Shampoo has all of them, plain optax has none.
+An optimizer is an `optax.GradientTransformation`, built by its options; plain optax needs nothing else. A part of its
+state whose arrays are not shaped like the parameters can carry a static attribute `layout`, which tells the trainer how
+to shard, describe, save and restore that part. Layouts are found wherever the part is: in `optax.chain`, `MultiSteps`,
+`masked`, `multi_transform` and so on. The state of Distributed Shampoo has one.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +13,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from ..optimizers.checkpoint.inheritance import Fresh, Kept, Source
+from ..optimizers.checkpoint.inheritance import Fresh, Kept, Made, Source
 from ..optimizers.host.service import HostRootsError as ServiceError
 from ..optimizers.plan import patterns
 from .sharding import meshes
@@ -88,72 +81,169 @@ class Service:
         """End without waiting for unfinished work."""
 
 
-def _call(tx: optax.GradientTransformation, method: str, *arguments: Any) -> Any:
-    """Call an optional method of an optimizer; return None if it has none."""
-    own = getattr(tx, method, None)
-    return own(*arguments) if own else None
+class Layout(Protocol):
+    """The layout of a part of an optimizer's state, as attribute `layout` of a pytree node without arrays of its own.
+
+    `params` is a tree of ShapeDtypeStructs with shardings that contains the part's parameters.
+    """
+
+    @property
+    def treatments(self) -> Mapping[str, str]:
+        """Return parameter path -> short text for the parameter table."""
+        ...
+
+    def shardings(self, params: Any) -> Any:
+        """Return a tree of NamedSharding shaped like the part."""
+        ...
+
+    def saved_spec(self, params: Any) -> Any:
+        """Return the part in checkpoints: ShapeDtypeStructs with shardings."""
+        ...
+
+    def manifest(self) -> Any:
+        """Return a description, as JSON, that a checkpoint keeps beside the arrays."""
+        ...
+
+    def inheritance(
+        self, manifest: Any, shapes: Mapping[str, tuple[int, ...]], renamed: Callable[[str], str]
+    ) -> Inheritance:
+        """Return what the part takes over from one saved with a manifest; see the function `inheritance`."""
+        ...
+
+    def diagnostics(self, part: Any) -> dict[str, jax.Array]:
+        """Return scalars about the part by name."""
+        ...
+
+    def host_roots(self) -> Any:
+        """Return a `Service` for the part, or None."""
+        ...
+
+
+def _has_layout(node: Any) -> bool:
+    return hasattr(node, "layout") and not isinstance(node, jax.Array | jax.ShapeDtypeStruct)
+
+
+def _parts(state: Any) -> dict[str, Any]:
+    """Return path -> part of an optimizer's state with a layout."""
+    found, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_has_layout)
+    return {patterns.path_name(key_path): node for key_path, node in found if _has_layout(node)}
+
+
+def _map_parts(function: Callable[[str, Any], Any], state: Any) -> Any:
+    """Return the state with `function(path, part)` in place of each part with a layout."""
+    return jax.tree_util.tree_map_with_path(
+        lambda key_path, x: function(patterns.path_name(key_path), x) if _has_layout(x) else x,
+        state,
+        is_leaf=_has_layout,
+    )
+
+
+def layouts(tx: optax.GradientTransformation, params: Any) -> dict[str, Any]:
+    """Return path -> layout of each part of the state that has one."""
+    return {path: part.layout for path, part in _parts(jax.eval_shape(tx.init, params)).items()}
 
 
 def service(tx: optax.GradientTransformation, params: Any) -> Service:
-    """Return the optimizer's service."""
-    return _call(tx, "host_roots", params) or Service()
+    """Return the services of all parts of the optimizer's state as one."""
+    found = {path: layout.host_roots() for path, layout in layouts(tx, params).items()}
+    return _Services({path: one for path, one in found.items() if one is not None})
+
+
+class _Services(Service):
+    def __init__(self, parts: Mapping[str, Service]):
+        self._parts = parts
+
+    def _map(self, method: str, state: Any) -> Any:
+        if not self._parts:
+            return state
+        return _map_parts(lambda path, x: getattr(self._parts[path], method)(x) if path in self._parts else x, state)
+
+    def start(self, state: Any) -> Any:
+        return self._map("start", state)
+
+    def install(self, state: Any) -> Any:
+        return self._map("install", state)
+
+    def take(self, state: Any) -> None:
+        for path, part in _parts(state).items() if self._parts else ():
+            if path in self._parts:
+                self._parts[path].take(part)
+
+    def with_in_flight(self, state: Any) -> Any:
+        return self._map("with_in_flight", state)
+
+    def metrics(self) -> dict[str, float]:
+        return _joined({path: part.metrics() for path, part in self._parts.items()})
+
+    def complaint(self) -> str | None:
+        return "; ".join(filter(None, (part.complaint() for part in self._parts.values()))) or None
+
+    def close(self) -> None:
+        for part in self._parts.values():
+            part.close()
+
+
+def _joined(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Join the values of all parts, with the part's path in front of each name if there are several."""
+    prefix = len(found) > 1
+    return {f"{path}/{name}" if prefix else name: x for path, part in found.items() for name, x in part.items()}
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
     """Return a tree of NamedSharding shaped like `tx.init(params)`.
 
-    By default an array that mirrors a parameter (its path ends with the parameter's, its shape is the same: momenta,
-    second moments) has the parameter's sharding, and everything else is replicated.
+    Outside of parts with a layout, an array that mirrors a parameter (its path ends with the parameter's, its shape is
+    the same: momenta, second moments) has the parameter's sharding, and everything else is replicated.
 
     Args:
       tx: the optimizer.
       params: ShapeDtypeStructs with shardings.
       mesh: the mesh.
     """
-    own = _call(tx, "state_shardings", params)
-    if own is not None:
-        return own
     mirrored = dict(zip(patterns.paths(params), jax.tree.leaves(params), strict=True))
 
     def sharding(key_path, leaf):
+        if _has_layout(leaf):
+            return leaf.layout.shardings(params)
         for start in range(len(key_path)):
             parameter = mirrored.get(patterns.path_name(key_path[start:]))
             if parameter is not None and parameter.shape == leaf.shape:
                 return parameter.sharding
         return meshes.replicated(mesh)
 
-    return jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(tx.init, params))
+    return jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(tx.init, params), is_leaf=_has_layout)
 
 
-def diagnostics(tx: optax.GradientTransformation, state: Any) -> dict[str, jax.Array]:
-    """Return scalars about the optimizer (refreshes, failures, residuals), by name."""
-    return _call(tx, "diagnostics", state) or {}
+def diagnostics(state: Any) -> dict[str, jax.Array]:
+    """Return scalars about an optimizer's state (refreshes, failures, residuals), by name."""
+    return _joined({path: part.layout.diagnostics(part) for path, part in _parts(state).items()})
 
 
 def treatments(tx: optax.GradientTransformation, params: Any) -> dict[str, str]:
     """Return parameter path -> short text on its treatment; empty if all parameters are treated alike."""
-    return _call(tx, "treatments", params) or {}
+    return {path: text for layout in layouts(tx, params).values() for path, text in layout.treatments.items()}
 
 
-def saved_spec(tx: optax.GradientTransformation, abstract: Any, params: Any) -> Any:
+def saved_spec(abstract: Any, params: Any) -> Any:
     """Return the optimizer's state in checkpoints: ShapeDtypeStructs with shardings."""
-    own = _call(tx, "saved_spec", params)
-    return abstract if own is None else own
+    return _map_parts(lambda path, part: part.layout.saved_spec(params), abstract)
 
 
 def manifest(tx: optax.GradientTransformation, params: Any) -> dict[str, Any]:
-    """Return the description of the optimizer's state that a checkpoint keeps beside its arrays, as JSON."""
-    return _call(tx, "manifest", params) or {}
+    """Return path -> manifest of each part with a layout, as JSON."""
+    return {path: layout.manifest() for path, layout in layouts(tx, params).items()}
 
 
 def inheritance(
     tx: optax.GradientTransformation,
     params: Any,
-    manifest: Any,
+    manifest: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     renamed: Callable[[str], str],
 ) -> Inheritance:
     """Return what the optimizer's state takes over from one saved by an optimizer of the same name.
+
+    Parts with layouts are paired in order, so that a chain around an optimizer can change.
 
     Args:
       tx: the optimizer.
@@ -165,42 +255,84 @@ def inheritance(
     Raises:
       ValueError: the manifest is invalid.
     """
-    own = _call(tx, "inheritance", params, manifest, shapes, renamed)
-    return own or _ByName(params, jax.eval_shape(tx.init, params), shapes, renamed)
+    return _Inheritance(tx, params, manifest, shapes, renamed)
 
 
-class _ByName:
-    """Inheritance of a state by the names of its arrays, which end with those of the parameters they belong to."""
+class _Inheritance:
+    """Inheritance of parts by their layouts, and of other arrays by name: it ends with the name of a parameter."""
 
     def __init__(
-        self, params: Any, abstract: Any, shapes: Mapping[str, tuple[int, ...]], renamed: Callable[[str], str]
+        self,
+        tx: optax.GradientTransformation,
+        params: Any,
+        manifest: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]],
+        renamed: Callable[[str], str],
     ):
+        abstract = jax.eval_shape(tx.init, params)
         self._shapes = shapes
         self._saved = {_renamed_end(name, renamed): name for name in shapes}
         self._report: dict[str, dict[str, str]] = {path: {} for path in patterns.paths(params)}
         self._notes: list[str] = []
+        # path of a part -> (path of the saved part, its inheritance)
+        self._parts: dict[str, tuple[str, Inheritance]] = {}
+        parts = _parts(abstract)
+        for (path, part), (saved, described) in zip(parts.items(), manifest.items(), strict=False):
+            inside = {
+                name.removeprefix(_under(saved)): x for name, x in shapes.items() if name.startswith(_under(saved))
+            }
+            self._parts[path] = saved, part.layout.inheritance(described, inside, renamed)
+        for _, part in self._parts.values():
+            self._notes += part.notes()
+            for parameter, fates in part.report().items():
+                self._report[parameter] |= fates
+        self._unpaired = [path for path in parts if path not in self._parts]
+        self._notes += [f"{path or 'state'} of the optimizer: initialised (not saved)" for path in self._unpaired]
         for name, leaf in zip(patterns.paths(abstract), jax.tree.leaves(abstract), strict=True):
-            source = self.source(name, leaf.shape)
-            why = source.why if isinstance(source, Fresh) else ""
-            owners = [path for path in self._report if name.endswith(f"/{path}")]
-            for path in owners:
-                self._report[path][name[: -len(path) - 1]] = why
-            if why and not owners:
-                self._notes.append(f"{name} of the optimizer: initialised ({why})")
+            if not any(name.startswith(_under(path)) for path in parts):
+                self._describe(name, self.source(name, leaf.shape))
 
     def source(self, name: str, shape: tuple[int, ...]) -> Source:
-        saved = self._saved.get(name)
-        if saved is None:
+        for path, (saved, part) in self._parts.items():
+            if name.startswith(_under(path)):
+                return _placed(part.source(name.removeprefix(_under(path)), shape), _under(saved))
+        there = self._saved.get(name)
+        if there is None or any(name.startswith(_under(path)) for path in self._unpaired):
             return Fresh("not saved")
-        if self._shapes[saved] != shape:
-            return Fresh(f"of shape {list(self._shapes[saved])} there, {list(shape)} here")
-        return Kept(saved)
+        if self._shapes[there] != shape:
+            return Fresh(f"of shape {list(self._shapes[there])} there, {list(shape)} here")
+        return Kept(there)
 
     def report(self) -> dict[str, dict[str, str]]:
         return self._report
 
     def notes(self) -> list[str]:
         return self._notes
+
+    def _describe(self, name: str, source: Source) -> None:
+        why = source.why if isinstance(source, Fresh) else ""
+        owners = [path for path in self._report if name.endswith(f"/{path}")]
+        for path in owners:
+            self._report[path][name[: -len(path) - 1]] = why
+        if why and not owners:
+            self._notes.append(f"{name} of the optimizer: initialised ({why})")
+
+
+def _under(path: str) -> str:
+    """Return what the names of arrays under a path begin with."""
+    return f"{path}/" if path else ""
+
+
+def _placed(source: Source, prefix: str) -> Source:
+    """Return a source of a part as one of the whole state."""
+    if isinstance(source, Kept):
+        return Kept(f"{prefix}{source.name}")
+    if isinstance(source, Made):
+        return Made(
+            tuple(f"{prefix}{name}" for name in source.names),
+            lambda arrays: source.make({name: arrays[f"{prefix}{name}"] for name in source.names}),
+        )
+    return source
 
 
 def _renamed_end(name: str, renamed: Callable[[str], str]) -> str:

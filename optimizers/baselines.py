@@ -1,7 +1,6 @@
 """Baseline optimizers from optax, for the config field `optimizer`."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from .options import DIAGONAL_KINDS
 from .plan import patterns
 from .plan.views import matrix_axes, names_by_path
 from .shampoo import ShampooOptions
-from .update import decay
 
 NO_DECAY = ShampooOptions.decay_rules
 
@@ -44,60 +42,20 @@ class AdamWOptions:
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
     rate_rules: tuple[tuple[str, float], ...] = ShampooOptions.rate_rules  # factors of the learning rate
     nesterov: bool = False  # look one step ahead along the momentum
-    decay: str = "decoupled"  # or "independent": parameters shrink by weight decay x rate / peak rate
-    clip_rms: float = 0.0  # largest root mean square of Adam's update of each matrix of a stack; 0: no limit
 
-    def __post_init__(self):
-        if self.decay not in ("decoupled", "independent"):
-            raise ValueError(f"decay={self.decay!r}: must be one of decoupled, independent.")
-        if not 0 <= self.clip_rms < math.inf:
-            raise ValueError(f"clip_rms={self.clip_rms}: must be finite and not negative. Use 0 for no limit.")
-
-    def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
-        """Return the optimizer; `axis_names` mark layers stacked in one parameter."""
+    def build(self, learning_rate: optax.Schedule, **layout: Any):
+        """Return the optimizer; `layout` is ignored."""
         del layout
-        # `optax.adamw` with clipping. Stateless parts are nested, so that the state's paths are those of optax.adamw.
-        adamw = optax.chain(
-            optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.epsilon, nesterov=self.nesterov),
-            optax.chain(clip_by_rms(self.clip_rms, axis_names), self._add_decay(learning_rate)),
-            optax.scale_by_learning_rate(learning_rate),
+        adamw = optax.adamw(
+            learning_rate,
+            b1=self.beta1,
+            b2=self.beta2,
+            eps=self.epsilon,
+            weight_decay=self.weight_decay,
+            mask=_decay_mask(self.decay_rules),
+            nesterov=self.nesterov,
         )
         return optax.chain(adamw, scale_by_rules(self.rate_rules))
-
-    def _add_decay(self, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-        if self.decay == "decoupled" or not self.weight_decay:
-            return optax.add_decayed_weights(self.weight_decay, _decay_mask(self.decay_rules))
-        decay.peak(learning_rate)
-
-        def add_all(updates: Any, params: Any = None) -> Any:
-            leaves, structure = jax.tree.flatten(updates)
-            return structure.unflatten(decay.joined(leaves, params, patterns.paths(updates), self, learning_rate))
-
-        return optax.stateless(add_all)
-
-
-def clip_by_rms(threshold: float, axis_names: Any) -> optax.GradientTransformation:
-    """Clip the root mean square of the update of each matrix: U <- U x min(1, threshold / rms(U)).
-
-    Like `optax.clip_by_block_rms` (Shazeer and Stern 2018, arXiv 1804.04235, section 6), for each matrix of a stack.
-
-    Args:
-      threshold: largest root mean square; 0 for no clipping.
-      axis_names: tree with a tuple of axis names per parameter, or None. Axes in `ShampooOptions.stack_axes` stack.
-    """
-    if not threshold:
-        return optax.identity()
-    names = names_by_path(axis_names)
-
-    def clip(path: str, update: jax.Array) -> jax.Array:
-        rms = jnp.sqrt(jnp.mean(jnp.square(update), axis=_matrix_axes(names, path, update), keepdims=True))
-        return update / jnp.maximum(1.0, rms / threshold)
-
-    def clip_all(updates: Any, params: Any = None) -> Any:
-        del params
-        return jax.tree.map(clip, patterns.path_tree(updates), updates)
-
-    return optax.stateless(clip_all)
 
 
 def _matrix_axes(names: Any, path: str, param: jax.Array) -> tuple[int, ...]:

@@ -1,15 +1,19 @@
 """Diagnostics of the optimizer, computed from its state."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from .options import Options
 from .preconditioners.base import NO_GRADIENT
-from .state import ShampooState
 
 
-def diagnose(state: ShampooState, options: Options) -> dict[str, jax.Array]:
-    """Return scalars by name: `refreshes`, the accepted refreshes of all blocks, and for each bucket `<bucket>/...`:
+def diagnose(state: Any, options: Options) -> dict[str, jax.Array]:
+    """Return scalars of a `state.ShampooState` by name.
+
+    `refreshes` is the number of accepted refreshes of all blocks, `skipped` that of skipped steps. For each bucket,
+    `<bucket>/...`:
 
     residual, condition: maximum over blocks with roots.
     effective_rank: mean over blocks with roots of trace / largest eigenvalue, for the side with the smaller value.
@@ -18,7 +22,7 @@ def diagnose(state: ShampooState, options: Options) -> dict[str, jax.Array]:
     failures: sum over blocks of rejected refreshes in a row.
     fallbacks: number of blocks that have seen a gradient but use the graft method, without roots or after failures.
     """
-    result = {"refreshes": jnp.zeros((), jnp.int32)}
+    result = {"refreshes": jnp.zeros((), jnp.int32), "skipped": state.skipped}
     for name, bucket in state.buckets.items():
         roots = bucket.roots
         if not roots.statistics:

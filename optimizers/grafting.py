@@ -1,83 +1,49 @@
-"""Diagonal methods, for parameters under diagonal treatment and for grafting.
+"""Scale preconditioned directions to the norm of the graft method's, over each matrix of a stack."""
 
-Each method maps the bias-corrected momentum and the gradient to a direction, elementwise, for arrays of any shape.
-"""
-
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from .exchange import Owners
+from .plan.blocks import Bucket
 
-class Diagonal(NamedTuple):
-    """A diagonal method.
 
-    Attributes:
-      has_second_moment: whether it keeps an accumulator shaped like the parameter.
-      follows_scale: whether the direction is proportional to the gradients, or else independent of their scale.
-      accumulate: (second moment, gradient, beta2) -> second moment.
-      direction: (momentum, second moment, bias correction of the second moment, epsilon) -> direction.
+def over_matrices(
+    values: dict[str, jax.Array], matrix_of_slot: dict[str, jax.Array], buckets: Sequence[Bucket], owners: Owners
+) -> dict[str, jax.Array]:
+    """Return sums of values [slots, k] over the blocks of each matrix, [slots, k], by one all-reduce."""
+    if not buckets:
+        return {}
+    sums = [jax.ops.segment_sum(values[b.name], matrix_of_slot[b.name], b.matrices) for b in buckets]
+    joined, result, first = owners.sum(jnp.concatenate(sums)), {}, 0
+    for bucket in buckets:
+        result[bucket.name] = joined[first : first + bucket.matrices][matrix_of_slot[bucket.name]]
+        first += bucket.matrices
+    return result
+
+
+def ratios(
+    own: dict[str, jax.Array],
+    wanted: dict[str, jax.Array],
+    matrix_of_slot: dict[str, jax.Array],
+    buckets: Sequence[Bucket],
+    owners: Owners,
+) -> dict[str, jax.Array]:
+    """Return the ratio of the graft's norm to that of the preconditioned direction, [slots], over each matrix.
+
+    Norms are taken over the blocks with roots: a block without roots has the graft's own direction.
+
+    Args:
+      own: bucket name -> [slots], sum of squares of the preconditioned direction; 0 for blocks without roots.
+      wanted: bucket name -> [slots], sum of squares of the graft's direction; 0 for blocks without roots.
+      matrix_of_slot: bucket name -> [slots], matrix of each block.
+      buckets: buckets whose directions are grafted.
+      owners: owners of the slots.
     """
-
-    has_second_moment: bool
-    follows_scale: bool
-    accumulate: Callable[[jax.Array, jax.Array, float], jax.Array]
-    direction: Callable[[jax.Array, jax.Array | None, jax.Array, float], jax.Array]
-
-
-def _moving_average(v: jax.Array, g: jax.Array, beta2: float) -> jax.Array:
-    return beta2 * v + (1 - beta2) * g * g
-
-
-def _sum(v: jax.Array, g: jax.Array, beta2: float) -> jax.Array:
-    del beta2
-    return v + g * g
-
-
-def _unchanged(v: jax.Array, g: jax.Array, beta2: float) -> jax.Array:
-    del g, beta2
-    return v
-
-
-def _adam(m: jax.Array, v: jax.Array | None, correction: jax.Array, epsilon: float) -> jax.Array:
-    """Return m / (sqrt(v / correction) + epsilon) (Kingma and Ba 2015)."""
-    assert v is not None
-    return m / (jnp.sqrt(v / correction) + epsilon)
-
-
-def _rmsprop(m: jax.Array, v: jax.Array | None, correction: jax.Array, epsilon: float) -> jax.Array:
-    """Return m / sqrt(v + epsilon), without bias correction (Tieleman and Hinton 2012)."""
-    del correction
-    assert v is not None
-    return m / jnp.sqrt(v + epsilon)
-
-
-def _adagrad(m: jax.Array, v: jax.Array | None, correction: jax.Array, epsilon: float) -> jax.Array:
-    """Return m / (sqrt(v) + epsilon) for a sum of squares v (Duchi et al. 2011)."""
-    del correction
-    assert v is not None
-    return m / (jnp.sqrt(v) + epsilon)
-
-
-def _sgd(m: jax.Array, v: jax.Array | None, correction: jax.Array, epsilon: float) -> jax.Array:
-    del v, correction, epsilon
-    return m
-
-
-def _sign(m: jax.Array, v: jax.Array | None, correction: jax.Array, epsilon: float) -> jax.Array:
-    """Return sign(m), whose norm is sqrt(number of non-zero entries) (`sqrt-n` grafting)."""
-    del v, correction, epsilon
-    return jnp.sign(m)
-
-
-DIAGONALS = {
-    "adam": Diagonal(True, False, _moving_average, _adam),
-    "rmsprop": Diagonal(True, False, _moving_average, _rmsprop),
-    "adagrad": Diagonal(True, False, _sum, _adagrad),
-    "sgd": Diagonal(False, True, _unchanged, _sgd),
-    "sign": Diagonal(False, False, _unchanged, _sign),
-}
-
-# Graft methods. A "_normalized" method gets each gradient divided by its norm.
-GRAFTS = ("none", *DIAGONALS, *(f"{name}_normalized" for name, method in DIAGONALS.items() if method.has_second_moment))
+    squares = {b.name: jnp.stack([own[b.name], wanted[b.name]], axis=1) for b in buckets}
+    sums = over_matrices(squares, matrix_of_slot, buckets, owners)
+    return {
+        name: jnp.where(x[:, 0] > 0, jnp.sqrt(x[:, 1] / jnp.where(x[:, 0] > 0, x[:, 0], 1)), 0)
+        for name, x in sums.items()
+    }

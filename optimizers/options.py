@@ -7,16 +7,17 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from .grafting import DIAGONALS, GRAFTS
-from .linalg.roots import SOLVERS
+from jax.core import Tracer
+
+from .diagonal import DIAGONALS, GRAFTS
 from .preconditioners import PRECONDITIONERS, Preconditioner
-from .preconditioners.muon import POLYNOMIALS
+from .preconditioners.shampoo import SOLVERS
 
 DIAGONAL_KINDS = ("diagonal", "rows")
 KINDS = (*PRECONDITIONERS, *DIAGONAL_KINDS)
 SIDES = ("both", "left", "right", "short")
 DTYPES = ("float32", "bfloat16")
-DECAYS = ("decoupled", "coupled", "independent")
+DECAYS = ("decoupled", "coupled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +136,10 @@ class Options:
 
     # Statistics and their roots
     beta2: float = 0.99  # decay of the statistics and of the graft's second moment; 1.0 sums, as in AdaGrad
-    statistics_every: int = 1  # steps between updates of the statistics, each with the mean gradient
     exponent: float | None = 0.5  # inverse power of each side; None: 1 / (2 x sides); 0: no preconditioning
     ridge: float = 1e-4  # added to the statistics before the root, relative to the largest eigenvalue
     cut: float = 0.0  # drop eigenvalues below this share of the largest; needs ridge 0 and eigh or host
     solver: str = "newton"  # "newton" (matmuls only) or "eigh", both on the owner's device
-    orthogonalization: str = "jordan"  # polynomials of muon: "jordan" or "polar_express"
     residual_bound: float = 0.1  # largest residual of an accepted root
     max_failures: int = 3  # rejected refreshes in a row after which a block uses the graft method
 
@@ -152,19 +151,16 @@ class Options:
     early_intervals: tuple[tuple[int, int], ...] = ()  # (last step, interval) pairs before `interval` applies
     start_step: int = 0  # first step that uses roots; the graft method acts before
 
-    # Grafting and clipping
-    graft: str = "adam"  # none, sgd, sign, adagrad, rmsprop, adam, or one of the last three with "_normalized"
-    graft_norm: str = "parameter"  # norm over the "parameter" (each matrix of a stack) or the "block"
+    # Grafting
+    graft: str = "adam"  # none, sgd, adagrad, rmsprop, adam, or one of the last three with "_normalized"
     epsilon: float = 1e-8  # in the denominator of the diagonal method, absolute
-    clip_rms: float = 0.0  # largest root mean square of a grafted update, per parameter or block as above; 0: no limit
 
     # Momentum and weight decay
     beta1: float = 0.9  # decay of the momentum, computed before preconditioning; 0: no momentum
     momentum: str = "ema"  # "ema" (beta1 M + (1 - beta1) G) or "heavy_ball" (beta1 M + G)
     nesterov: bool = False  # look one step ahead along the momentum
-    bias_correction: bool = True  # divide averages by 1 - beta^t
     weight_decay: float = 0.0  # "decoupled": parameters shrink by learning rate x weight decay
-    decay: str = "decoupled"  # or "coupled" (added to the gradient) or "independent" (weight decay x rate / peak rate)
+    decay: str = "decoupled"  # or "coupled" (weight decay x parameter is added to the gradient)
     decay_rules: tuple[tuple[str, bool], ...] = (
         # (regex over the path, whether weight decay applies), first match wins
         (r"(.*/)?[^/]*(bias|scale|norm|embed)[^/]*(/.*)?", False),
@@ -181,6 +177,9 @@ class Options:
     momentum_dtype: str = "float32"  # or "bfloat16"
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if isinstance(getattr(self, field.name), Tracer):
+                raise ValueError(f"{field.name} is traced: options are constants. Inject only the learning rate.")
         self._check_choices()
         self._check_numbers()
         for pattern, _ in (*self.treatments, *self.decay_rules, *self.rate_rules):
@@ -213,7 +212,7 @@ class Options:
                 raise ValueError(f"{name}={getattr(self, name)}: must be between 0 and 1.")
         if self.beta1 == 1:
             raise ValueError("beta1=1.0: must be below 1, or gradients have no effect. Use 0.9.")
-        for name in ("block_size", "interval", "max_failures", "statistics_every"):
+        for name in ("block_size", "interval", "max_failures"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
         for name, most in (("interval", 10_000), ("host_workers", 1_024)):  # each costs memory, on every device or host
@@ -224,7 +223,6 @@ class Options:
             "cut",
             "epsilon",
             "weight_decay",
-            "clip_rms",
             "start_step",
             "merge_dims",
             "delay",
@@ -255,11 +253,9 @@ class Options:
     def _check_choices(self) -> None:
         for name, allowed in (
             ("view", ["matrix", "tensor"]),
-            ("solver", [name for name in SOLVERS if name != "host"]),
+            ("solver", SOLVERS),
             ("refresh", ["staggered", "periodic", "host"]),
-            ("orthogonalization", list(POLYNOMIALS)),
             ("graft", GRAFTS),
-            ("graft_norm", ["parameter", "block"]),
             ("momentum", ["ema", "heavy_ball"]),
             ("decay", DECAYS),
             ("roots_dtype", DTYPES),

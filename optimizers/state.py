@@ -1,6 +1,9 @@
-"""The state of Distributed Shampoo: its arrays and their shardings."""
+"""The state of Distributed Shampoo, and the static layout that it carries."""
 
+import dataclasses
+import functools
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,15 +11,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from . import diagonal
+from .checkpoint.inheritance import Inheritance
+from .checkpoint.manifest import describe
+from .diagnostics import diagnose
+from .diagonal import Moments
 from .exchange import Owners
 from .host.in_flight import InFlight, in_flight_spec
+from .host.parcels import Parcels
+from .host.service import Event, HostRoots
 from .linalg.symmetric import packed_shape
 from .options import Options
 from .plan import patterns
-from .plan.blocks import Bucket, Plan
+from .plan.blocks import Bucket, Parameter, Plan, make_plan, parameters
 from .preconditioners.base import NO_GRADIENT, PreconditionerState
-from .update import moments
-from .update.moments import Moments
 
 # Number of elements from which a diagonal state is spread over devices; below it, latency outweighs the memory saved.
 SPREAD_FROM = 2**16
@@ -29,8 +37,6 @@ class BucketState(NamedTuple):
       block: [n] int32, index of the block in each slot; the number of blocks for an empty slot.
       moments: momentum and second moment of the blocks.
       roots: statistics and roots of the blocks.
-      gathered: [n, *shape] float32, sum of gradients since the last update of the statistics; None if they are updated
-        every step.
       graft_ratio: [n] float32, factor from the latest preconditioned direction to the graft's norm; 0 for blocks that
         use the graft method.
       in_flight: statistics whose roots the host is still computing, in checkpoints of the host schedule; else None.
@@ -39,12 +45,149 @@ class BucketState(NamedTuple):
     block: jax.Array
     moments: Moments
     roots: PreconditionerState
-    gathered: jax.Array | None
     graft_ratio: jax.Array
     in_flight: InFlight | None = None
 
 
-class ShampooState(NamedTuple):
+@dataclasses.dataclass(frozen=True, repr=False)
+class Layout:
+    """The static layout of a state: blocks of parameters, their owners and the options. It has no arrays.
+
+    Layouts of equal parameters and options are equal, so that compiled functions are shared.
+
+    Attributes:
+      parameters: the parameters, in the order of their tree's leaves.
+      options: options of the optimizer.
+      mesh: mesh whose devices own the blocks; None for one device.
+    """
+
+    parameters: tuple[Parameter, ...]
+    options: Options
+    mesh: Mesh | None
+
+    @classmethod
+    def of(cls, params: Any, options: Options, mesh: Mesh | None, axis_names: Any, param_specs: Any) -> "Layout":
+        """Return the layout for a tree of arrays or ShapeDtypeStructs; see `distributed_shampoo`."""
+        return cls(parameters(params, axis_names, param_specs if mesh is not None else None), options, mesh)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        return f"Layout({len(self.parameters)} parameters, mesh={dict(self.owners.sizes)})"
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple((parameter.path, parameter.shape) for parameter in self.parameters))
+
+    @functools.cached_property
+    def owners(self) -> Owners:
+        """Return the owners of the blocks."""
+        return Owners(self.mesh)
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """Return the plan of the parameters."""
+        return make_plan(self.parameters, self.options, self.owners.sizes)
+
+    @property
+    def treatments(self) -> dict[str, str]:
+        """Return path -> a short text that describes the treatment."""
+        return self.plan.treatments
+
+    def initial(self) -> "ShampooState":
+        """Return the state before the first step."""
+        state, buckets = self._zeros(), self.plan.buckets
+        by_name = {b.name: state.buckets[b.name]._replace(block=jnp.asarray(b.slots.reshape(-1))) for b in buckets}
+        if self.mesh is not None:
+            by_block = self.owners.sharding(self.owners.by_block)
+            by_name = jax.tree.map(lambda x: lax.with_sharding_constraint(x, by_block), by_name)
+        return dataclasses.replace(state, buckets=by_name)
+
+    def shardings(self, params: Any, *, saved: bool = False) -> "ShampooState":
+        """Return a tree of shardings shaped like the state, or if `saved` like the state in checkpoints.
+
+        A diagonal state has its parameter's sharding, spread over mesh axes that the parameter does not use. A row-wise
+        state is sharded like the rows.
+
+        Args:
+          params: tree of arrays or ShapeDtypeStructs with shardings that contains the parameters.
+          saved: whether to include roots in flight.
+        """
+        state = jax.eval_shape(lambda: self._zeros(saved=saved))
+        mesh = self.mesh
+        if mesh is None:
+            single = SingleDeviceSharding(jax.devices()[0])
+            return jax.tree.map(lambda _: single, state)
+        leaves, moments = dict(zip(patterns.paths(params), jax.tree.leaves(params), strict=True)), {}
+        replicated: Any = NamedSharding(mesh, PartitionSpec())
+        for leaf in self.plan.diagonal.values():
+            own = getattr(leaves[leaf.path], "sharding", None)
+            spec = own.spec if isinstance(own, NamedSharding) else PartitionSpec()
+            rank = len(leaf.shape)
+            spec = PartitionSpec(*spec[: rank - 1]) if leaf.by_row else _spread(spec, leaf.shape, mesh)
+            key = patterns.state_key(leaf.path)
+            spread = NamedSharding(mesh, spec)
+            moments[key] = jax.tree.map(lambda _, spread=spread: spread, state.diagonal[key])._replace(age=replicated)
+        by_block = self.owners.sharding(self.owners.by_block)
+        buckets = jax.tree.map(lambda _: by_block, state.buckets)
+        return ShampooState(replicated, replicated, buckets, moments, self)
+
+    def saved_spec(self, params: Any) -> "ShampooState":
+        """Return ShapeDtypeStructs with shardings for the state in checkpoints, including roots in flight."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(lambda: self._zeros(saved=True)),
+            self.shardings(params, saved=True),
+        )
+
+    def manifest(self) -> dict[str, Any]:
+        """Return the layout as JSON, to save beside the state and to pass to `inheritance`."""
+        return describe(self.plan, self.options)
+
+    def inheritance(
+        self,
+        manifest: Any,
+        shapes: Mapping[str, tuple[int, ...]],
+        renamed: Callable[[str], str] = lambda path: path,
+    ) -> Inheritance:
+        """Return the source of each array of a new state in a saved state; see `checkpoint.inheritance`."""
+        return Inheritance(self.plan, self.options, manifest, shapes, renamed)
+
+    def diagnostics(self, state: "ShampooState") -> dict[str, jax.Array]:
+        """Return scalars about a state by name; see the module `diagnostics`."""
+        return diagnose(state, self.options)
+
+    def host_roots(self, events: list[Event] | None = None) -> HostRoots | None:
+        """Return the service that computes roots on the host around the steps, or None unless refresh is "host".
+
+        Args:
+          events: list to which the service appends a timeline, or None.
+        """
+        return HostRoots(self._parcels, self.options, events) if self.options.refresh == "host" else None
+
+    @functools.cached_property
+    def _parcels(self) -> Parcels:
+        return Parcels(self.plan.buckets, self.owners, self.options)
+
+    def _zeros(self, *, saved: bool = False) -> "ShampooState":
+        moments = {
+            patterns.state_key(leaf.path): diagonal.initial_rows(leaf.shape)
+            if leaf.by_row
+            else diagonal.initial(leaf.shape, self.options)
+            for leaf in self.plan.diagonal.values()
+        }
+        buckets = {bucket.name: _bucket_zeros(bucket, self.options, saved=saved) for bucket in self.plan.buckets}
+        return ShampooState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), buckets, moments, self)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["count", "skipped", "buckets", "diagonal"],
+    meta_fields=["layout"],
+)
+@dataclasses.dataclass(frozen=True)
+class ShampooState:
     """State of Distributed Shampoo.
 
     Attributes:
@@ -53,69 +196,14 @@ class ShampooState(NamedTuple):
         changes nothing else.
       buckets: bucket name -> state.
       diagonal: path joined with dots -> moments, for parameters under diagonal treatment.
+      layout: the static layout.
     """
 
     count: jax.Array
     skipped: jax.Array
     buckets: dict[str, BucketState]
     diagonal: dict[str, Moments]
-
-
-def initial_state(plan: Plan, owners: Owners, options: Options, params: Any) -> ShampooState:
-    """Return the state before the first step."""
-    state = _zeros(plan, options, params)
-    buckets = {
-        bucket.name: state.buckets[bucket.name]._replace(block=jnp.asarray(bucket.slots.reshape(-1)))
-        for bucket in plan.buckets
-    }
-    if owners.mesh is not None:
-        by_block = owners.sharding(owners.by_block)
-        buckets = jax.tree.map(lambda x: lax.with_sharding_constraint(x, by_block), buckets)
-    return state._replace(buckets=buckets)
-
-
-def state_shardings(plan: Plan, owners: Owners, options: Options, params: Any, *, saved: bool = False) -> Any:
-    """Return a tree of shardings shaped like the state, or if `saved` like the state in checkpoints."""
-    state = jax.eval_shape(lambda params: _zeros(plan, options, params, saved=saved), params)
-    mesh = owners.mesh
-    if mesh is None:
-        single = SingleDeviceSharding(jax.devices()[0])
-        return jax.tree.map(lambda _: single, state)
-    leaves, diagonal = jax.tree.leaves(params), {}
-    for index, kept in plan.diagonal.items():
-        leaf = leaves[index]
-        own = getattr(leaf, "sharding", None)
-        spec = own.spec if isinstance(own, NamedSharding) else PartitionSpec()
-        key = patterns.state_key(kept.path)
-        lies = PartitionSpec(*spec[: leaf.ndim - 1]) if kept.by_row else _spread(spec, leaf.shape, mesh)
-        diagonal[key] = jax.tree.map(lambda _, lies=lies: NamedSharding(mesh, lies), state.diagonal[key])
-    replicated: Any = NamedSharding(mesh, PartitionSpec())
-    by_block = owners.sharding(owners.by_block)
-    return ShampooState(replicated, replicated, jax.tree.map(lambda _: by_block, state.buckets), diagonal)
-
-
-def saved_spec(plan: Plan, owners: Owners, options: Options, params: Any) -> ShampooState:
-    """Return ShapeDtypeStructs with shardings for the state in checkpoints, including roots in flight."""
-    shardings = state_shardings(plan, owners, options, params, saved=True)
-    state = jax.eval_shape(lambda params: _zeros(plan, options, params, saved=True), params)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
-    )
-
-
-def _zeros(plan: Plan, options: Options, params: Any, *, saved: bool = False) -> ShampooState:
-    leaves = jax.tree.leaves(params)
-    return ShampooState(
-        count=jnp.zeros((), jnp.int32),
-        skipped=jnp.zeros((), jnp.int32),
-        buckets={bucket.name: _bucket_zeros(bucket, options, saved=saved) for bucket in plan.buckets},
-        diagonal={
-            patterns.state_key(leaf.path): moments.initial_row_moments(leaves[i].shape)
-            if leaf.by_row
-            else moments.initial_moments(leaves[i].shape, options)
-            for i, leaf in plan.diagonal.items()
-        },
-    )
+    layout: Layout
 
 
 def _bucket_zeros(bucket: Bucket, options: Options, *, saved: bool) -> BucketState:
@@ -135,10 +223,11 @@ def _bucket_zeros(bucket: Bucket, options: Options, *, saved: bool) -> BucketSta
         in_flight = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), in_flight_spec(bucket, n))
     return BucketState(
         block=ints(),
-        moments=moments.initial_moments((n, *shape), options, grafts=preconditioner.grafts),
+        moments=diagonal.initial((n, *shape), options, age=(n,), second_moment=preconditioner.grafts),
         roots=PreconditionerState(
             statistics=tuple(jnp.zeros((n, *packed_shape(r)), jnp.float32) for r in lengths),
             scale_log2=jnp.full(n, NO_GRADIENT, jnp.int32),
+            age=ints(),
             roots=tuple(jnp.zeros((n, r, r), options.roots_dtype) for r in lengths),
             roots_scale_log2=ints(),
             second_moment=jnp.zeros((n, *shape), jnp.float32) if preconditioner.adapts else None,
@@ -149,7 +238,6 @@ def _bucket_zeros(bucket: Bucket, options: Options, *, saved: bool) -> BucketSta
             failures=ints(),
             refreshes=ints(),
         ),
-        gathered=jnp.zeros((n, *shape), jnp.float32) if options.statistics_every > 1 else None,
         graft_ratio=floats(),
         in_flight=in_flight,
     )

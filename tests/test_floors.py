@@ -33,19 +33,18 @@ FLOORS = {
     ),
     "optimizers": (
         ("linalg",),
+        ("diagonal.py", "roots.py"),
         ("preconditioners",),
-        ("grafting.py",),
         ("options.py",),
         ("plan",),
         ("exchange.py",),
-        ("update",),
-        ("refresh",),
+        ("grafting.py", "refresh.py", "diagnostics.py"),
         ("host",),
         ("checkpoint",),
         ("state.py",),
-        ("diagnostics.py",),
+        ("precondition.py",),
         ("shampoo.py",),
-        ("baselines.py", "roots.py", "__init__.py"),
+        ("baselines.py", "__init__.py"),
     ),
 }
 # Start of the importing file's name -> why it may import our own modules inside functions.

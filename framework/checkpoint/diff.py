@@ -13,9 +13,7 @@ import numpy as np
 from ...optimizers.checkpoint.manifest import ELEMENTWISE, Blocks
 from . import store
 from .inspect import Contents
-from .store import OPTIMIZER
 
-_BUCKETS = f"{OPTIMIZER}buckets/"
 _PER_SIDE = ("roots/statistics", "roots/roots", "in_flight/statistics")
 
 
@@ -35,7 +33,7 @@ def compare(a: Contents, b: Contents) -> Iterator[tuple[str, str]]:
     Raises:
       UserError: an array cannot be read.
     """
-    by_block = a.blocks is not None and b.blocks is not None
+    by_block = bool(a.blocks and b.blocks)
     in_a, in_b = (_parts(each, by_block) for each in (a, b))
     read_a, read_b = (
         functools.lru_cache(1)(lambda name, path=each.path: store.read(path, {name: None})[name]) for each in (a, b)
@@ -55,9 +53,13 @@ def compare(a: Contents, b: Contents) -> Iterator[tuple[str, str]]:
 
 def _parts(contents: Contents, by_block: bool) -> dict[str, _Part]:
     """Return what is compared, by name. Arrays of preconditioned sides are named by the number of the side."""
-    parts = {name: _Part(name) for name in contents.arrays if not (by_block and name.startswith(_BUCKETS))}
-    for bucket in contents.blocks.buckets.values() if contents.blocks and by_block else ():
-        prefix = f"{_BUCKETS}{bucket.name}/"
+    if not by_block:
+        return {name: _Part(name) for name in contents.arrays}
+    roots = tuple(f"{start}buckets/" for start in contents.blocks)
+    parts = {name: _Part(name) for name in contents.arrays if not name.startswith(roots)}
+    buckets = [(start, bucket) for start, blocks in contents.blocks.items() for bucket in blocks.buckets.values()]
+    for start, bucket in buckets:
+        prefix = f"{start}buckets/{bucket.name}/"
         for array in contents.arrays:
             field = array.removeprefix(prefix)
             if not array.startswith(prefix) or field == "block":
@@ -66,7 +68,7 @@ def _parts(contents: Contents, by_block: bool) -> dict[str, _Part]:
             if head in _PER_SIDE:
                 field = f"{head} of side {bucket.sides[int(number)]}"
             parts |= {
-                f"{OPTIMIZER}{field} of {path}": _Part(array, field, blocks) for path, blocks in bucket.blocks.items()
+                f"{start}{field} of {path}": _Part(array, field, blocks) for path, blocks in bucket.blocks.items()
             }
     return parts
 

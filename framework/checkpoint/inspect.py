@@ -16,7 +16,8 @@ from .record import Evaluation, Record
 from .store import OPTIMIZER, Array
 
 _NUMBERS = ("step", "size", "arrays", "bytes", "count", "blocks")  # columns that are aligned to the right
-_BUCKET = re.compile(rf"({OPTIMIZER}buckets)/[^/]+/(.+?)(/\d+)?")  # side and bucket of an array
+_BUCKET = re.compile(rf"({OPTIMIZER}(?:.+/)?buckets)/[^/]+/(.+?)(/\d+)?")  # side and bucket of an array
+_BLOCKS = re.compile(rf"({OPTIMIZER}(?:.+/)?)buckets/[^/]+/block$")  # where Distributed Shampoo's state begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +29,14 @@ class Contents:
       record: what the host knew.
       manifest: the description of the arrays.
       arrays: shape and dtype of each, by its path in the train state.
-      blocks: where the optimizer's blocks are stored; None for an optimizer without blocks.
+      blocks: beginning of the names of an optimizer's arrays -> its blocks; empty for one without blocks.
     """
 
     path: Path
     record: Record
     manifest: dict[str, Any]
     arrays: dict[str, Array]
-    blocks: SavedBlocks | None
+    blocks: dict[str, SavedBlocks]
 
     @property
     def origin(self) -> str:
@@ -51,13 +52,15 @@ def read(path: Path) -> Contents:
       UserError: a part cannot be read or contradicts another.
     """
     record, manifest, arrays = store.record(path), store.manifest(path), store.arrays(path)
-    shapes = {name.removeprefix(OPTIMIZER): x.shape for name, x in arrays.items() if name.startswith(OPTIMIZER)}
     try:
         # Blocks are detected by array names: the optimizer's class may not be importable, and is not executed.
-        has_blocks = any(name.startswith("buckets/") and name.endswith("/block") for name in shapes)
-        contents = Contents(
-            path, record, manifest, arrays, SavedBlocks.read(manifest["state"], shapes) if has_blocks else None
-        )
+        found = [name[: match.end(1)] for name in arrays if (match := _BLOCKS.match(name))]
+        blocks = {}
+        for prefix in dict.fromkeys(found):
+            shapes = {name.removeprefix(prefix): x.shape for name, x in arrays.items() if name.startswith(prefix)}
+            described = manifest["state"][prefix.removeprefix(OPTIMIZER).removesuffix("/")]
+            blocks[prefix] = SavedBlocks.read(described, shapes)
+        contents = Contents(path, record, manifest, arrays, blocks)
         as_text(contents, arrays=False)  # everything that it shows is there
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"the manifest of checkpoint {path} is damaged ({error}); use another one") from error
@@ -128,7 +131,10 @@ def as_text(contents: Contents, *, arrays: bool) -> str:
                 for path, x in manifest["parameters"].items()
             ),
         ],
-        [("bucket", "block", "blocks", "slots", "parameters"), *(_buckets(blocks) if blocks else ())],
+        [
+            ("bucket", "block", "blocks", "slots", "parameters"),
+            *(row for one in blocks.values() for row in _buckets(one)),
+        ],
         [
             ("array", "shape", "dtype", "bytes"),
             *((name, _shape(x.shape), x.dtype.name, f"{x.bytes:,}") for name, x in contents.arrays.items() if arrays),

@@ -134,9 +134,7 @@ def plan(
         if origin.kind != "init" and manifest["optimizer"] == name:
             shapes = {x.removeprefix(OPTIMIZER): saved[x].shape for x in saved if x.startswith(OPTIMIZER)}
             inheritance = optimizer.inheritance(tx, abstract.params, manifest["state"], shapes, renamed)
-            spec = dataclasses.replace(
-                abstract, opt_state=optimizer.saved_spec(tx, abstract.opt_state, abstract.params)
-            )
+            spec = dataclasses.replace(abstract, opt_state=optimizer.saved_spec(abstract.opt_state, abstract.params))
         sources, averages = _sources(origin, spec, saved, names, inheritance)
         notes = inheritance.notes() if inheritance else []
         if not inheritance and origin.kind != "init":

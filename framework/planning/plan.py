@@ -174,10 +174,8 @@ def _by_treatment(params: Any, treatments: Mapping[str, str]) -> dict[str, tuple
 
 
 def _block_table(tx: Any, params: Any) -> list[dict[str, Any]]:
-    if not hasattr(tx, "plan"):
-        return []
     rows = []
-    for bucket in tx.plan(params).buckets:
+    for bucket in (bucket for layout in optimizer.layouts(tx, params).values() for bucket in layout.plan.buckets):
         real = sum(math.prod(leaf.view.lengths) * leaf.view.stacked for leaf in bucket.leaves)
         held = bucket.slots.size * math.prod(bucket.shape)
         rows.append(

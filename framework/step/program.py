@@ -101,7 +101,7 @@ class Program:
             train_step,
             make_eval_step(task, abstract, mesh, config.microbatches),
             make_predict_step(judge, abstract, mesh, config.microbatches) if judge else None,
-            make_diagnosis(tx, abstract, mesh),
+            make_diagnosis(abstract, mesh),
         )
 
     def metrics(self) -> tuple[str, ...]:

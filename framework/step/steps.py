@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ...optimizers.update.finite import all_finite, largest
+from ...optimizers.linalg.scaling import all_finite, largest
 from .. import optimizer
 from ..sharding import meshes
 from ..task import Batch, Judge, Metrics, Task
@@ -108,11 +108,11 @@ def make_train_step(
     )
 
 
-def make_diagnosis(tx: optax.GradientTransformation, abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
+def make_diagnosis(abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
     """Return the jitted `opt_state -> {"optimizer/<diagnostic>": scalar}`. Only reported steps run it."""
 
     def diagnose(opt_state: Any) -> dict[str, jax.Array]:
-        return {f"optimizer/{name}": value for name, value in optimizer.diagnostics(tx, opt_state).items()}
+        return {f"optimizer/{name}": value for name, value in optimizer.diagnostics(opt_state).items()}
 
     return jax.jit(diagnose, in_shardings=(shardings(abstract.opt_state),), out_shardings=meshes.replicated(mesh))
 

@@ -16,8 +16,8 @@ from ..plan.patterns import state_key
 from ..preconditioners import PRECONDITIONERS
 from ..preconditioners.base import NO_GRADIENT
 from .manifest import (
+    AGE,
     ELEMENTWISE,
-    GATHERED,
     MOMENTUM,
     SECOND_MOMENT,
     Blocks,
@@ -91,9 +91,7 @@ class Inheritance:
         self._plan, self._options, self._shapes = plan, options, shapes
         self._saved = SavedBlocks.read(manifest, shapes, renamed)
         self._fates = {leaf.path: self._fate(bucket, leaf) for bucket in plan.buckets for leaf in bucket.leaves} | {
-            leaf.path: self._row_fate(leaf)
-            if leaf.by_row
-            else self._elementwise_fate(leaf.path, leaf.shape, leaf.beta2)
+            leaf.path: self._row_fate(leaf) if leaf.by_row else self._moments_fate(leaf.path, leaf.shape, leaf.beta2)
             for leaf in plan.diagonal.values()
         }
 
@@ -130,14 +128,19 @@ class Inheritance:
         return mine == saved
 
     def _fate(self, bucket: Bucket, leaf: Leaf) -> dict[str, str]:
-        fate = self._elementwise_fate(leaf.path, leaf.view.shape, bucket.treatment.beta2)
+        grafts, adapts = bucket.preconditioner.grafts, bucket.preconditioner.adapts
+        roots = self._roots_fate(bucket, leaf)
+        # The second moment in a preconditioner's basis belongs to its roots.
+        other = roots[_ROOTS] if adapts else ""
+        return self._moments_fate(leaf.path, leaf.view.shape, bucket.beta2, grafts=grafts, other=other) | roots
+
+    def _roots_fate(self, bucket: Bucket, leaf: Leaf) -> dict[str, str]:
         if not bucket.sides:
-            return fate
+            return {}
         saved, mine = self._saved.blocks(leaf.path), _blocks(bucket, leaf)
-        fate[_STATISTICS] = fate[_ROOTS] = ""
         if saved is None:
-            fate[_STATISTICS] = fate[_ROOTS] = "not saved"
-            return fate
+            return {_STATISTICS: "not saved", _ROOTS: "not saved"}
+        fate = {_STATISTICS: ""}
         entry, own = self._saved.buckets[self._saved.bucket_of[leaf.path]].entry, describe_treatment(bucket)
         if saved.geometry != mine.geometry:
             there, here = ("x".join(map(str, blocks.shape)) for blocks in (saved, mine))
@@ -148,7 +151,7 @@ class Inheritance:
             fate[_STATISTICS] = f"sides {list(entry['sides'])} there, {list(bucket.sides)} here"
         elif _statistics(entry["preconditioner"]) != bucket.preconditioner.statistics:
             fate[_STATISTICS] = f"{entry['preconditioner']} there, {bucket.preconditioner.name} here"
-        elif (entry["beta2"] == 1) != (bucket.treatment.beta2 == 1):
+        elif (entry["beta2"] == 1) != (bucket.beta2 == 1):
             fate[_STATISTICS] = "a sum and an average differ"
         fate[_ROOTS] = fate[_STATISTICS] or next(
             (
@@ -160,10 +163,21 @@ class Inheritance:
         )
         return fate
 
-    def _elementwise_fate(self, path: str, shape: tuple[int, ...], beta2: float) -> dict[str, str]:
+    def _moments_fate(
+        self, path: str, shape: tuple[int, ...], beta2: float, *, grafts: bool = True, other: str = ""
+    ) -> dict[str, str]:
+        """Return the fate of momentum and second moment. If one of them is initialised, so is the other.
+
+        Args:
+          path: path of the parameter.
+          shape: shape of the parameter.
+          beta2: decay of the second moment.
+          grafts: whether the graft method's second moment is kept.
+          other: reason why another second moment is initialised, or "".
+        """
         fate = {}
         kept = [MOMENTUM] if self._options.beta1 else []
-        kept += [SECOND_MOMENT] if self._options.diagonal.has_second_moment else []
+        kept += [SECOND_MOMENT] if self._options.diagonal.has_second_moment and grafts else []
         for field in kept:
             found = self._elementwise(path, field)
             if found is None:
@@ -178,7 +192,8 @@ class Inheritance:
                 fate[ELEMENTWISE[field]] = "a sum and an average differ"
             else:
                 fate[ELEMENTWISE[field]] = ""
-        return fate
+        why = next((why for why in (*fate.values(), other) if why), "")
+        return {name: own or why for name, own in fate.items()}
 
     def _row_fate(self, leaf: DiagonalLeaf) -> dict[str, str]:
         """Return the fate of row-wise second moments, which are sums for any graft and beta2."""
@@ -199,7 +214,7 @@ class Inheritance:
         if saved is not None:
             name, shape = f"buckets/{self._saved.bucket_of[path]}/{field}", saved.view.shape
             return (name, shape) if name in self._shapes else None
-        if path in self._saved.diagonal and field != GATHERED:
+        if path in self._saved.diagonal:
             name = f"diagonal/{state_key(self._saved.saved_path[path])}/{field.partition('/')[2]}"
             return (name, self._shapes[name]) if name in self._shapes else None
         return None
@@ -208,7 +223,34 @@ class Inheritance:
         saved = self._saved.blocks(path)
         return arrays[name] if saved is None else saved.joined(arrays[name])
 
+    def _ages(self, paths: Iterable[str]) -> dict[str, tuple[str, int | None]]:
+        """Return path -> (name of the saved array with the age of the moments, its index) if they are taken over."""
+        found: dict[str, tuple[str, int | None]] = {}
+        for path in paths:
+            saved = self._saved.blocks(path)
+            if any(self._fates[path].get(name) for name in ELEMENTWISE.values()):
+                continue
+            if saved is not None:
+                found[path] = f"buckets/{self._saved.bucket_of[path]}/{AGE}", int(saved.slots[0])
+            elif path in self._saved.diagonal:
+                found[path] = f"diagonal/{state_key(self._saved.saved_path[path])}/age", None
+        return {path: source for path, source in found.items() if source[0] in self._shapes}
+
+    def _age_source(self, slots: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> Source:
+        """Return the source of ages [slots], or of a scalar, given the slots of each parameter."""
+        found = self._ages(slots)
+
+        def make(arrays: Arrays) -> np.ndarray:
+            ages = np.zeros(shape, np.int32)
+            for path, (name, index) in found.items():
+                ages[slots[path] if shape else ()] = arrays[name] if index is None else arrays[name][index]
+            return ages
+
+        return Made(_unique(name for name, _ in found.values()), make)
+
     def _diagonal_source(self, path: str, field: str, shape: tuple[int, ...]) -> Source:
+        if field == AGE:
+            return self._age_source({path: np.zeros(0, np.int64)}, shape)
         why, found = self._fates[path][ELEMENTWISE[field]], self._elementwise(path, field)
         if why or found is None:
             return Fresh(why)
@@ -220,7 +262,8 @@ class Inheritance:
     def _bucket_source(self, bucket: Bucket, field: str, shape: tuple[int, ...]) -> Source:
         name, slots = f"buckets/{bucket.name}/{field}", len(bucket.slots.reshape(-1))
         part = _part(field)
-        fates = [self._fates[leaf.path].get(part, "") for leaf in bucket.leaves]
+        parts = ELEMENTWISE.values() if field == AGE else [part]
+        fates = ["".join(self._fates[leaf.path].get(part, "") for part in parts) for leaf in bucket.leaves]
         saved = self._saved.buckets.get(bucket.name)
         unchanged = saved is not None and describe_bucket(bucket) == dict(saved.entry)
         same = unchanged and self._shapes.get(name) == shape and not any(fates)
@@ -228,6 +271,8 @@ class Inheritance:
             return Kept(name)
         if field == "block":
             return Made((), lambda _: bucket.slots.reshape(-1))
+        if field == AGE:
+            return self._age_source({leaf.path: _blocks(bucket, leaf).slots for leaf in bucket.leaves}, shape)
         if field in ELEMENTWISE:
             return self._elementwise_source(bucket, field, shape)
         cuts = {leaf.path: _blocks(bucket, leaf) for leaf in bucket.leaves}
@@ -283,9 +328,9 @@ def _part(field: str) -> str:
         return ELEMENTWISE[field]
     if field.startswith("in_flight/"):
         return _IN_FLIGHT
-    if field.startswith("roots/statistics/") or field == "roots/scale_log2":
+    if field.startswith("roots/statistics/") or field in ("roots/scale_log2", "roots/age"):
         return _STATISTICS
-    return "" if field == "block" else _ROOTS
+    return "" if field in ("block", AGE) else _ROOTS
 
 
 def _numbering(entry: Mapping[str, Any]) -> tuple[Any, ...]:

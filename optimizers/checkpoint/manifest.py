@@ -19,9 +19,9 @@ from ..plan.views import View
 from ..preconditioners import PRECONDITIONERS
 from ..preconditioners.base import PreconditionerState
 
-MOMENTUM, SECOND_MOMENT, GATHERED = "moments/momentum", "moments/second_moment", "gathered"
+MOMENTUM, SECOND_MOMENT, AGE = "moments/momentum", "moments/second_moment", "moments/age"
 # Fields of a bucket's state with one number per element of the parameters -> name in reports.
-ELEMENTWISE = {MOMENTUM: "momentum", SECOND_MOMENT: "second moment", GATHERED: "gathered gradients"}
+ELEMENTWISE = {MOMENTUM: "momentum", SECOND_MOMENT: "second moment"}
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -54,8 +54,7 @@ def describe_bucket(bucket: Bucket) -> dict[str, Any]:
 
 def describe_treatment(bucket: Bucket) -> dict[str, Any]:
     """Return the settings that define a bucket's statistics and roots."""
-    treatment = bucket.treatment
-    numbers = {"p": bucket.p, "beta2": treatment.beta2, "ridge": treatment.ridge, "cut": treatment.cut}
+    numbers = {"p": bucket.p, "beta2": bucket.beta2, "ridge": bucket.ridge, "cut": bucket.cut}
     return {"preconditioner": bucket.preconditioner.name} | numbers
 
 
@@ -202,6 +201,7 @@ def _read(manifest: Any, shapes: Shapes, renamed: Callable[[str], str]) -> Saved
             if shapes.get(name, wanted) != wanted:
                 raise ValueError(f"{name} has the shape {list(shapes[name])}; it should have {list(wanted)}")
             known.add(name)
+        known.add(f"diagonal/{state_key(path)}/age")
     for name in ("count", "skipped"):
         if shapes.get(name) != ():
             raise ValueError(f"{name} must be a scalar array")
@@ -270,7 +270,7 @@ def _check_arrays(bucket: SavedBucket, shapes: Shapes) -> set[str]:
         fields: Sequence[str] = kind._fields  # type: ignore  (of a NamedTuple)
         return {f"{prefix}/{field}": () for field in fields if field not in stacks}
 
-    needed = {"block": (), "graft_ratio": ()}
+    needed = {"block": (), "graft_ratio": (), AGE: ()}
     needed |= (
         per_slot(PreconditionerState, "roots", "statistics", "roots", "second_moment")
         | {f"roots/{name}": shape for name, shape in statistics.items()}

@@ -15,11 +15,13 @@ class InFlight(NamedTuple):
     Attributes:
       statistics: [n, r, r] float32 per preconditioned side, packed, of gradients divided by 2^scale_log2.
       scale_log2: [n] int32, binary scale.
-      stamp: [n] int32, number of steps in the statistics; 0 if nothing is in flight.
+      age: [n] int32, number of steps in the statistics.
+      stamp: [n] int32, count of accepted steps in the statistics; 0 if nothing is in flight.
     """
 
     statistics: tuple[Any, ...]
     scale_log2: Any
+    age: Any
     stamp: Any
 
 
@@ -27,7 +29,7 @@ def in_flight_spec(bucket: Bucket, blocks: int) -> InFlight:
     """Return shapes and dtypes for a number of blocks."""
     shapes = [(blocks, *packed_shape(bucket.shape[side])) for side in bucket.sides]
     statistics = tuple(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)
-    return InFlight(statistics, *[jax.ShapeDtypeStruct((blocks,), np.int32)] * 2)
+    return InFlight(statistics, *[jax.ShapeDtypeStruct((blocks,), np.int32)] * 3)
 
 
 def empty_bank(bucket: Bucket) -> Any:

@@ -18,8 +18,7 @@ from ..linalg.roots import RootResult
 from ..options import Options
 from ..plan.blocks import Bucket
 from ..preconditioners.base import PreconditionerState
-from ..refresh import schedule
-from ..refresh.refresh import install
+from ..refresh import due_phases, install
 from .in_flight import InFlight, in_flight_spec
 
 
@@ -84,16 +83,14 @@ class Parcels:
 
         def local(_: Any, owned: Any, shared: Any) -> Any:
             (states, tables), (count, last, number) = owned, shared
-            first, phases = schedule.due_phases(count, self._options)
+            first, phases = due_phases(count, self._options)
             phase, due = (first + number) % self._options.interval, (count > last) & (number < phases)
             taken = {}
             for bucket in self.buckets:
                 state = states[bucket.name]
                 slot = jnp.where(due, tables[bucket.name][0, phase], bucket.slots.shape[1])
-                statistics, scale_log2 = jax.tree.map(
-                    lambda x, slot=slot: x.at[slot].get(mode="clip"), (state.statistics, state.scale_log2)
-                )
-                taken[bucket.name] = slot, InFlight(statistics, scale_log2, jnp.broadcast_to(count, slot.shape))
+                kept = InFlight(state.statistics, state.scale_log2, state.age, jnp.broadcast_to(count, state.age.shape))
+                taken[bucket.name] = slot, jax.tree.map(lambda x, slot=slot: x.at[slot].get(mode="clip"), kept)
             bits = [lax.bitcast_convert_type(x.ravel(), jnp.int32) for x in jax.tree.leaves(taken)]
             parcel = jnp.concatenate([jnp.zeros(0, jnp.int32), *bits])[None]
             # A new array, because the next step donates `count`.

@@ -14,6 +14,7 @@ device. It therefore offers the next roots as if the latest step was accepted, a
 compares the count on the device. Roots that were not installed are offered again.
 """
 
+import dataclasses
 import operator
 import threading
 import time
@@ -29,7 +30,7 @@ from jax.sharding import PartitionSpec
 from ..linalg.symmetric import unpack
 from ..options import Options
 from ..plan.blocks import Bucket
-from ..refresh import schedule
+from ..refresh import phases_due, with_statistics, without_statistics
 from .in_flight import InFlight, empty_bank, recalled, store
 from .parcels import Parcels
 from .workers import Workers, pool_size
@@ -153,7 +154,8 @@ class HostRoots:
         self._known = int(np.asarray(state.count))
         self._numbers = {d: i for i, d in enumerate(owners.mesh.devices.flat if owners.mesh else self._devices(state))}
         self._resume(state)
-        state = state._replace(buckets={name: b._replace(in_flight=None) for name, b in state.buckets.items()})
+        buckets = {name: b._replace(in_flight=None) for name, b in state.buckets.items()}
+        state = dataclasses.replace(state, buckets=buckets)
         # Compile both programs and copy the count. At count -1 nothing is installed.
         _, self._last = self._take(state, 0)
         nothing = [(device, self._parcels.empty_answer()) for device in self._devices(state)]
@@ -172,7 +174,7 @@ class HostRoots:
         launch = next((x for x in self._flying if x.stamp + delay == self._known + len(self._unknown)), None)
         if launch is None:
             return state
-        for part in self._solved(launch)[: schedule.phases_due(launch.stamp, self._options)]:
+        for part in self._solved(launch)[: phases_due(launch.stamp, self._options)]:
             start = time.perf_counter()
             answers = [(work.device, work.answer) for work in part]
             state = self._put(state, answers, at=launch.stamp + delay, stamp=launch.stamp)
@@ -187,7 +189,7 @@ class HostRoots:
         """Copy the statistics of due blocks after a step, and solve when they arrive."""
         start = time.perf_counter()
         counts = range(self._known + 1, self._known + len(self._unknown) + 2)
-        phases = max(schedule.phases_due(count, self._options) for count in counts)
+        phases = max(phases_due(count, self._options) for count in counts)
         parcels, count = [], self._last
         for number in range(max(phases, 1)):
             parcel, count = self._take(state, number)
@@ -215,7 +217,7 @@ class HostRoots:
             arrays = [self._assemble(devices, list(parts), host=True) for parts in zip(*leaves, strict=True)]
             structure = jax.tree.structure(empty_bank(bucket))
             buckets[bucket.name] = buckets[bucket.name]._replace(in_flight=jax.tree.unflatten(structure, arrays))
-        return state._replace(buckets=buckets)
+        return dataclasses.replace(state, buckets=buckets)
 
     def report(self) -> Report:
         """Return the totals so far."""
@@ -335,10 +337,9 @@ class HostRoots:
     def _solve(self, bucket: Bucket, taken: InFlight, sizes: np.ndarray, found: Any, i: int) -> None:
         """Solve for one block and write the result to row i of `found`; runs in a worker's thread."""
         start = time.perf_counter()
-        beta2, sides, retries = bucket.treatment.beta2, [], 0
-        updates = int(taken.stamp) // self._options.statistics_every
-        corrected = beta2 < 1 and self._options.bias_correction and updates > 0
-        divisor = 1 - beta2**updates if corrected else 1.0
+        beta2, age, sides, retries = bucket.beta2, int(taken.age), [], 0
+        corrected = beta2 < 1 and age > 0 and bucket.preconditioner.begins_at_zero(len(bucket.sides))
+        divisor = 1 - beta2**age if corrected else 1.0
         for packed, side in zip(taken.statistics, bucket.sides, strict=True):
             whole = unpack(packed, bucket.shape[side])[: sizes[side], : sizes[side]]
             result, tried = bucket.preconditioner.solve_on_host(
@@ -366,16 +367,12 @@ class HostRoots:
     def _put(self, state: Any, answers: list[tuple[Any, np.ndarray]], *, at: int, stamp: int) -> Any:
         """Return the state with the answers of all devices installed."""
         parcel = self._assemble([device for device, _ in answers], [answer[None] for _, answer in answers])
-        written = {
-            b.name: state.buckets[b.name].roots._replace(statistics=(), scale_log2=None) for b in self._parcels.buckets
-        }
+        written = {b.name: without_statistics(state.buckets[b.name].roots) for b in self._parcels.buckets}
         installed = self._parcels.install(written, parcel, state.count, np.int32(at), np.int32(stamp))
         buckets = dict(state.buckets)
         for name, roots in installed.items():
-            old = buckets[name].roots
-            roots = roots._replace(statistics=old.statistics, scale_log2=old.scale_log2)
-            buckets[name] = buckets[name]._replace(roots=roots)
-        return state._replace(buckets=buckets)
+            buckets[name] = buckets[name]._replace(roots=with_statistics(roots, buckets[name].roots))
+        return dataclasses.replace(state, buckets=buckets)
 
     def _assemble(self, devices: list[Any], parts: list[np.ndarray], *, host: bool = False) -> jax.Array:
         """Return one array of the devices' shards along axis 0; if `host`, in pinned host memory where supported."""
@@ -410,7 +407,7 @@ class HostRoots:
                 parts = [next(s.data for s in leaf.addressable_shards if s.device == device) for leaf in leaves]
                 kept[device][bucket.name] = jax.tree.unflatten(structure, [np.array(part) for part in parts])
         for stamp in range(max(1, self._known - self._options.delay), self._known + 1):
-            parts: list[list[_Work]] = [[] for _ in range(schedule.phases_due(stamp, self._options))]
+            parts: list[list[_Work]] = [[] for _ in range(phases_due(stamp, self._options))]
             for device, by_name in kept.items():
                 due = {b.name: np.flatnonzero(by_name[b.name].stamp == stamp) for b in buckets}
                 for number, part in enumerate(parts):

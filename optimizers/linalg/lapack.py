@@ -3,34 +3,10 @@
 `numpy.linalg.eigh` releases the GIL, so that threads solve in parallel; SciPy's does not.
 """
 
-from typing import Any, NamedTuple
-
+import jax.numpy as jnp
 import numpy as np
 
-
-class RootResult(NamedTuple):
-    """Roots with measures of their accuracy, for one matrix or a stack [n]; `root` may be a tuple with one per side.
-
-    The root of a zero matrix is zero, with residual 1. The root of a matrix with a NaN or an infinity is zero, with
-    residual NaN.
-
-    Attributes:
-      root: [n, r, r] symmetric; float32 from a device, float64 from the host.
-      residual: [n] max |X^(p/2) A X^(p/2) - P| of the root X, with A the matrix plus ridge and P the identity (with a
-        cut, the projector on the kept eigenvectors); an odd p is split unevenly. At least 1 for a singular matrix
-        without regulariser.
-      largest: [n] largest eigenvalue of the given matrix.
-      condition: [n] estimated condition number of A on the range of P; 1 for a zero matrix.
-      effective_rank: [n] trace / largest eigenvalue of the given matrix; 0 for a zero matrix.
-      accepted: [n] bool, whether a preconditioner may use the root; None if undecided.
-    """
-
-    root: Any
-    residual: Any
-    largest: Any
-    condition: Any
-    effective_rank: Any
-    accepted: Any = None
+from .roots import RootResult
 
 
 def inverse_root(a_rr: np.ndarray, p: int, ridge: float, cut: float) -> RootResult:
@@ -81,3 +57,15 @@ def regularised(w, lmax, p: int, ridge: float, cut: float, xp):
     shifted = xp.where(above, w, 0) + ridge * lmax
     kept = shifted > 0
     return shifted, xp.where(kept, xp.where(kept, shifted, 1) ** (-1 / p), 0), above
+
+
+def host(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> RootResult:
+    """Compute roots by float64 LAPACK on the host, one matrix at a time."""
+    stack = np.asarray(stack_nrr)
+    n, r, _ = stack.shape
+    sizes = np.full(n, r) if sizes_n is None else np.asarray(sizes_n)
+    root, numbers = np.zeros((n, r, r), np.float32), np.zeros((n, 4), np.float32)
+    for i, size in enumerate(sizes):
+        x, *numbers[i], _ = inverse_root(stack[i, :size, :size], p, ridge, cut)
+        root[i, :size, :size] = x
+    return RootResult(jnp.asarray(root), *jnp.asarray(numbers.T))

@@ -1,4 +1,6 @@
-"""Exact scaling by powers of two."""
+"""Exact scaling by powers of two, and the largest number of a tree."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,3 +24,22 @@ def exponent_of(x: jax.Array) -> jax.Array:
     """
     bits = lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.int32)
     return jnp.where(x == 0, 0, (bits >> 23 & 255) - 126)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Return whether all numbers of all leaves are finite; True without leaves."""
+    return jnp.isfinite(largest(tree))
+
+
+def largest(tree: Any) -> jax.Array:
+    """Return the largest absolute value of all leaves, float32; infinity if any is NaN, 0 without elements."""
+    # `max` over n stacked scalars becomes a chain of n operations that XLA duplicates into every consumer, so that code
+    # grows as n^2. The absolute value after the stack prevents that.
+    maxima = [_largest(leaf) for leaf in jax.tree.leaves(tree) if leaf.size]
+    return jnp.max(jnp.abs(jnp.stack(maxima))) if maxima else jnp.float32(0)
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    # The maximum over devices may drop a NaN.
+    x = jnp.abs(x).astype(jnp.float32)
+    return jnp.max(jnp.where(jnp.isnan(x), jnp.inf, x))

@@ -7,10 +7,11 @@ identify a block by path and coordinates.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -59,7 +60,9 @@ class Bucket:
       shape: lengths of a block's sides with padding, shorter parameter sides first.
       sides: indices of the preconditioned sides.
       p: order of the inverse roots; 0 if no side has statistics.
-      treatment: treatment of the first parameter; all have the same preconditioner, beta2, ridge and cut.
+      preconditioner: preconditioner of the blocks.
+      beta2: decay of the statistics and of the graft's second moment.
+      ridge, cut: regularisers relative to the largest eigenvalue.
       leaves: parameters whose blocks are in the bucket, in order.
       first: number of blocks in earlier buckets.
       owners: number of devices that share the slots.
@@ -71,22 +74,15 @@ class Bucket:
     shape: tuple[int, ...]
     sides: tuple[int, ...]
     p: int
-    treatment: Treatment
+    preconditioner: Preconditioner
+    beta2: float
+    ridge: float
+    cut: float
     leaves: tuple[Leaf, ...]
     first: int
     owners: int
     phases: int
     owner: tuple[int, ...]
-
-    @property
-    def preconditioner(self) -> Preconditioner:
-        """Return the preconditioner of the blocks."""
-        return PRECONDITIONERS[self.treatment.kind]
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Return the key that all blocks of the bucket share; buckets are ordered by it."""
-        return _key(self.shape, self.sides, self.treatment, self.p)
 
     @property
     def blocks(self) -> int:
@@ -134,12 +130,6 @@ class Bucket:
             ids.append(first + np.repeat(np.arange(leaf.view.stacked), math.prod(leaf.tiling.pieces)))
             first += leaf.view.stacked
         return np.concatenate([*ids, [first]]).astype(np.int32)[self.slots.reshape(-1)]
-
-    @functools.cached_property
-    def elements_of_matrix(self) -> np.ndarray:
-        """Return [matrices] float32, the number of elements of each matrix; 1 for the empty slots."""
-        counts = [np.full(leaf.view.stacked, math.prod(leaf.view.lengths)) for leaf in self.leaves]
-        return np.concatenate([*counts, [1]]).astype(np.float32)
 
     @functools.cached_property
     def real_sizes(self) -> np.ndarray:
@@ -204,48 +194,94 @@ def split(side: int, block_size: int) -> tuple[int, int]:
     return pieces, min(math.ceil(length / granule) * granule, block_size)
 
 
-def make_plan(params: Any, axis_names: Any, param_specs: Any, options: Options, mesh: Mapping[str, int]) -> Plan:
+class Parameter(NamedTuple):
+    """A parameter before it is planned.
+
+    Attributes:
+      path, shape: path and shape.
+      names: name (or None) of each axis; None if names are not given.
+      spec: its sharding; None if it is replicated.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    names: tuple[str | None, ...] | None = None
+    spec: PartitionSpec | None = None
+
+
+def parameters(params: Any, axis_names: Any = None, param_specs: Any = None) -> tuple[Parameter, ...]:
+    """Return the parameters of a tree of arrays or ShapeDtypeStructs.
+
+    Args:
+      params: the tree.
+      axis_names: tree with a tuple of one name (or None) per axis, or None, for each parameter; or None.
+      param_specs: tree with a PartitionSpec, a NamedSharding or None (replicated) for each parameter; or None.
+
+    Raises:
+      ValueError: a parameter is not real and floating, or has no entry in a tree that is given.
+    """
+    names, specs = names_by_path(axis_names), _specs_by_path(param_specs)
+    result = []
+    for path, leaf in zip(patterns.paths(params), jax.tree.leaves(params), strict=True):
+        dtype = jax.dtypes.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"parameter {path!r}: has dtype {dtype}, must be a real float. Mask it: optax.masked.")
+        for tree, given in (("axis_names", names), ("param_specs", specs)):
+            if given and path not in given:
+                raise ValueError(f"parameter {path!r}: must have an entry in {tree}. Add it.")
+        result.append(Parameter(path, tuple(np.shape(leaf)), names.get(path), specs.get(path)))
+    return tuple(result)
+
+
+def make_plan(parameters: Sequence[Parameter], options: Options, mesh: Mapping[str, int]) -> Plan:
     """Choose the treatment of every parameter, gather blocks into buckets and assign them to owners.
 
     Args:
-      params: tree of arrays or ShapeDtypeStructs.
-      axis_names: tree with a tuple of one name (or None) per axis for each parameter, or None.
-      param_specs: tree with a PartitionSpec or NamedSharding for each parameter, or None (replicated).
+      parameters: the parameters, in the order of the leaves of their tree.
       options: options of the optimizer.
       mesh: axis name -> number of devices; all devices own blocks.
 
     Raises:
-      ValueError: no treatment matches a path, or axis names or specs do not match the parameters.
+      ValueError: no treatment matches a path, or names or a spec do not fit a parameter.
     """
-    leaves = jax.tree.leaves(params)
-    names, specs = names_by_path(axis_names), _specs_by_path(param_specs)
     rules = [(pattern, options.treatment(text)) for pattern, text in options.treatments]
-    grouped: dict[tuple[Any, ...], list[tuple[Leaf, Treatment]]] = {}
+    grouped: dict[_Key, list[Leaf]] = {}
     diagonal: dict[int, DiagonalLeaf] = {}
     treatments: dict[str, str] = {}
-    for index, (path, leaf) in enumerate(zip(patterns.paths(params), leaves, strict=True)):
-        if (names and path not in names) or (specs and path not in specs):
-            raise ValueError(f"parameter {path!r}: must have an entry in axis_names and param_specs, if given. Add it.")
-        _check_spec(path, leaf.shape, specs.get(path), mesh)
+    for index, (path, shape, names, spec) in enumerate(parameters):
+        _check_spec(path, shape, spec, mesh)
         treatment = patterns.first_match(rules, path)
-        view, sides = _view(leaf.shape, names.get(path), treatment, options)
-        if treatment.kind == "rows" and len(leaf.shape) >= 2 and 0 not in leaf.shape:
-            diagonal[index] = DiagonalLeaf(path, tuple(leaf.shape), beta2=1.0, by_row=True)
+        view, sides = _view(shape, names, treatment, options)
+        if treatment.kind == "rows" and len(shape) >= 2 and 0 not in shape:
+            diagonal[index] = DiagonalLeaf(path, shape, beta2=1.0, by_row=True)
             treatments[path] = "rows (adagrad)"
             continue
-        if not treatment.preconditioner or not view.is_matrix:
-            diagonal[index] = DiagonalLeaf(path, tuple(leaf.shape), treatment.beta2)
+        preconditioner = treatment.preconditioner
+        if not preconditioner or not view.is_matrix:
+            diagonal[index] = DiagonalLeaf(path, shape, treatment.beta2)
             treatments[path] = f"diagonal ({options.graft})"
             continue
         parts = [split(length, treatment.block_size) for length in view.lengths]
-        pieces, shape = (tuple(part[i] for part in parts) for i in (0, 1))
+        pieces, block = (tuple(part[i] for part in parts) for i in (0, 1))
         p = treatment.order(len(sides))
-        sides = sides if p else ()
-        entry = Leaf(index, path, make_tiling(view, pieces, shape, specs.get(path), mesh))
-        grouped.setdefault(_key(shape, sides, treatment, p), []).append((entry, treatment))
-        treatments[path] = f"{treatment.kind} {_title(shape, sides, treatment.preconditioner.title(p))} x{entry.blocks}"
+        key = _Key(block, sides if p else (), p, treatment.beta2, treatment.ridge, treatment.cut, preconditioner.name)
+        leaf = Leaf(index, path, make_tiling(view, pieces, block, spec, mesh))
+        grouped.setdefault(key, []).append(leaf)
+        treatments[path] = f"{treatment.kind} {_title(block, key.sides, preconditioner.title(p))} x{leaf.blocks}"
     phases = 1 if options.refresh == "periodic" else options.interval
     return Plan(_buckets(grouped, math.prod(mesh.values()), phases, options), diagonal, treatments)
+
+
+class _Key(NamedTuple):
+    """What all blocks of a bucket share; buckets are ordered by it."""
+
+    shape: tuple[int, ...]
+    sides: tuple[int, ...]
+    p: int
+    beta2: float
+    ridge: float
+    cut: float
+    preconditioner: str
 
 
 def _view(
@@ -266,35 +302,26 @@ def _view(
     return view, (view.sides.index(tuple(left if treatment.side == "left" else right)),)
 
 
-def _key(shape: tuple[int, ...], sides: tuple[int, ...], treatment: Treatment, p: int) -> tuple[Any, ...]:
-    assert treatment.preconditioner
-    regularisers = treatment.ridge, treatment.cut
-    return shape, sides, p, treatment.beta2, *regularisers, treatment.preconditioner.name
-
-
-def _buckets(
-    grouped: Mapping[tuple[Any, ...], list[tuple[Leaf, Treatment]]], owners: int, phases: int, options: Options
-) -> tuple[Bucket, ...]:
+def _buckets(grouped: Mapping[_Key, Sequence[Leaf]], owners: int, phases: int, options: Options) -> tuple[Bucket, ...]:
     keys = sorted(grouped)
-    leaves = {key: tuple(leaf for leaf, _ in grouped[key]) for key in keys}
-    counts = [sum(leaf.blocks for leaf in leaves[key]) for key in keys]
+    counts = [sum(leaf.blocks for leaf in grouped[key]) for key in keys]
     bucket = np.repeat(np.arange(len(keys)), counts)
     # Blocks of different parameters have the same holder if their shards are on the same devices.
     holders: dict[tuple[Any, int], int] = {}
     holder = [
         holders.setdefault((tuple(names for _, names in leaf.tiling.sharded), shard), len(holders))
         for key in keys
-        for leaf in leaves[key]
+        for leaf in grouped[key]
         for shard in leaf.tiling.holder.tolist()
     ]
     number = np.arange(len(bucket))
     owner = assign_owners(bucket, np.asarray(holder, np.int64), number % phases, owners)
     result, first = [], 0
     for key, count in zip(keys, counts, strict=True):
-        (shape, sides, p, *_), treatment = key, grouped[key][0][1]
-        part = tuple(owner[first : first + count].tolist())
-        name = _name(shape, sides, p, treatment, options)
-        result.append(Bucket(name, shape, sides, p, treatment, leaves[key], first, owners, phases, part))
+        shape, sides, p, beta2, ridge, cut, name = key
+        part, leaves = tuple(owner[first : first + count].tolist()), tuple(grouped[key])
+        settings = PRECONDITIONERS[name], beta2, ridge, cut
+        result.append(Bucket(_name(key, options), shape, sides, p, *settings, leaves, first, owners, phases, part))
         first += count
     return tuple(result)
 
@@ -305,16 +332,14 @@ def _title(shape: tuple[int, ...], sides: tuple[int, ...], title: str) -> str:
     return f"{'x'.join(f'{length}*' if side in marked else f'{length}' for side, length in enumerate(shape))} {title}"
 
 
-def _name(shape: tuple[int, ...], sides: tuple[int, ...], p: int, treatment: Treatment, options: Options) -> str:
+def _name(key: _Key, options: Options) -> str:
     """Return a key for the state, of letters, digits, dots, dashes and underscores."""
-    text = "all" if len(sides) == len(shape) else "side" + "".join(map(str, sides))
-    parts = ["x".join(map(str, shape)), text, f"p{p}"]
+    text = "all" if len(key.sides) == len(key.shape) else "side" + "".join(map(str, key.sides))
+    parts = ["x".join(map(str, key.shape)), text, f"p{key.p}"]
     for field in ("beta2", "ridge", "cut"):
-        if getattr(treatment, field) != getattr(options, field):
-            parts.append(f"{field}-{getattr(treatment, field)!r}".replace("+", ""))
-    assert treatment.preconditioner
-    name = treatment.preconditioner.name
-    return "_".join([*parts, *([] if name == "shampoo" else [name])])
+        if getattr(key, field) != getattr(options, field):
+            parts.append(f"{field}-{getattr(key, field)!r}".replace("+", ""))
+    return "_".join([*parts, *([] if key.preconditioner == "shampoo" else [key.preconditioner])])
 
 
 def _check_spec(path: str, shape: tuple[int, ...], spec: PartitionSpec | None, mesh: Mapping[str, int]) -> None:
@@ -329,9 +354,11 @@ def _check_spec(path: str, shape: tuple[int, ...], spec: PartitionSpec | None, m
                 raise ValueError(f"parameter {path!r}: has spec {spec}, but {found}.")
 
 
-def _specs_by_path(param_specs: Any) -> dict[str, PartitionSpec]:
+def _specs_by_path(param_specs: Any) -> dict[str, PartitionSpec | None]:
     """Return path -> spec for a tree of PartitionSpecs or NamedShardings; empty for None."""
-    entries = jax.tree_util.tree_leaves_with_path(param_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    entries = jax.tree_util.tree_leaves_with_path(
+        param_specs, is_leaf=lambda x: isinstance(x, PartitionSpec) or (x is None and param_specs is not None)
+    )
     return {
         patterns.path_name(key_path): spec.spec if isinstance(spec, NamedSharding) else spec
         for key_path, spec in entries

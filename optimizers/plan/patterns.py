@@ -11,8 +11,12 @@ Rules = Sequence[tuple[str, Value]]
 
 
 def path_name(key_path: tuple[Any, ...]) -> str:
-    """Join a JAX key path with slashes: `decoder/layers/attention/query/kernel`."""
-    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in key_path)
+    """Join a JAX key path with slashes: `decoder/layers/attention/query/kernel`.
+
+    Slashes and tildes within a key become ~1 and ~0, as in JSON pointers (RFC 6901), so that paths are unique.
+    """
+    keys = [jax.tree_util.keystr((key,), simple=True) for key in key_path]
+    return "/".join(key.replace("~", "~0").replace("/", "~1") for key in keys)
 
 
 def paths(tree: Any) -> list[str]:
@@ -22,7 +26,7 @@ def paths(tree: Any) -> list[str]:
 
 def state_key(path: str) -> str:
     """Return a path as a key of the optimizer's state, without slashes, which separate keys in checkpoints."""
-    return path.replace("/", ".")
+    return path.replace(".", "~2").replace("/", ".")
 
 
 def first_match(rules: Rules[Value], path: str) -> Value:

@@ -138,7 +138,13 @@ def _shorter_first(shape: Sequence[int], stack: Sequence[int], sides: Sequence[S
     return View(tuple(shape), tuple(stack), tuple(tuple(side) for side in ordered))
 
 
-def names_by_path(axis_names: Any) -> dict[str, tuple[str | None, ...]]:
-    """Return path -> axis names for a tree with a tuple of names per parameter; empty for None."""
-    entries = jax.tree_util.tree_leaves_with_path(axis_names, is_leaf=lambda x: isinstance(x, tuple))
-    return {path_name(key_path): tuple(names) for key_path, names in entries}
+def names_by_path(axis_names: Any) -> dict[str, tuple[str | None, ...] | None]:
+    """Return path -> axis names for a tree with a tuple of names (or None) per parameter; empty for None."""
+
+    def is_names(x: Any) -> bool:
+        return x is None or (isinstance(x, tuple) and all(isinstance(name, str | None) for name in x))
+
+    if axis_names is None:
+        return {}
+    entries = jax.tree_util.tree_leaves_with_path(axis_names, is_leaf=is_names)
+    return {path_name(key_path): names for key_path, names in entries}

@@ -1,7 +1,6 @@
-"""Interface of a preconditioner: observe gradients, act on a momentum and solve for new factors.
+"""Interface of a preconditioner: its statistics, its factors, and how they act on a momentum.
 
 Everything else is common: cutting blocks, moving them to owners, momenta, the refresh schedule and installing factors.
-Arguments `bucket` are `plan.blocks.Bucket`, arguments `options` are `options.Options`.
 Shapes: n blocks, r the length of a side, s the shape of a block.
 """
 
@@ -10,9 +9,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ..linalg.roots import RootResult
+from ..linalg.scaling import exponent_of, power_of_two
+from ..linalg.symmetric import pack
 
 NO_GRADIENT = -1000
 
@@ -25,6 +28,7 @@ class PreconditionerState(NamedTuple):
         2^scale_log2, whose squares then cannot overflow.
       scale_log2: [n] int32, binary scale of the largest gradient entry so far; NO_GRADIENT before the first gradient
         that is not zero.
+      age: [n] int32, number of steps in the statistics.
       roots: [n, r, r] per preconditioned side, inverse root or basis; zero before the first accepted refresh.
       roots_scale_log2: [n] int32, `scale_log2` of the statistics that the roots were computed from.
       second_moment: [n, *s] float32, second moment of the gradients in the preconditioner's basis, or None.
@@ -38,6 +42,7 @@ class PreconditionerState(NamedTuple):
 
     statistics: tuple[jax.Array, ...]
     scale_log2: jax.Array
+    age: jax.Array
     roots: tuple[jax.Array, ...]
     roots_scale_log2: jax.Array
     second_moment: jax.Array | None
@@ -47,6 +52,20 @@ class PreconditionerState(NamedTuple):
     refreshed: jax.Array
     failures: jax.Array
     refreshes: jax.Array
+
+
+class Blocks(NamedTuple):
+    """The blocks that a preconditioner works on.
+
+    Attributes:
+      bucket: `plan.blocks.Bucket` of the blocks.
+      sizes: [n, sides of a block] int32, side lengths without padding.
+      options: `options.Options` of the optimizer.
+    """
+
+    bucket: Any
+    sizes: jax.Array
+    options: Any
 
 
 class Preconditioner(abc.ABC):
@@ -73,6 +92,18 @@ class Preconditioner(abc.ABC):
     matrices_only = False
     has_exponent = False
 
+    @abc.abstractmethod
+    def order(self, exponent: float | None, sides: int) -> int:
+        """Return the order p of the inverse roots, or 0 if no side has statistics.
+
+        Raises:
+          ValueError: the exponent is invalid for this preconditioner.
+        """
+
+    @abc.abstractmethod
+    def title(self, p: int) -> str:
+        """Return a short name for tables, shown after a block's shape."""
+
     def power(self, sides: int) -> float:
         """Return the degree of one side's statistics in the gradient, for `sides` preconditioned sides."""
         del sides
@@ -88,41 +119,62 @@ class Preconditioner(abc.ABC):
         del options
         return False
 
-    @abc.abstractmethod
-    def order(self, exponent: float | None, sides: int) -> int:
-        """Return the order p of the inverse roots, or 0 if no side has statistics.
+    def accumulate(self, state: PreconditionerState, g: jax.Array, blocks: Blocks) -> PreconditionerState:
+        """Update the statistics: L <- beta2 L + (1 - beta2) X X', with X = `observed` unfolded along each side.
 
-        Raises:
-          ValueError: the exponent is invalid for this preconditioner.
+        With beta2 = 1 they are sums.
+
+        Args:
+          state: state of the blocks.
+          g: [n, *s] float32, gradients.
+          blocks: the blocks.
         """
+        bucket = blocks.bucket
+        old, new = (1.0, 1.0) if bucket.beta2 == 1 else (bucket.beta2, 1 - bucket.beta2)
+        largest = jnp.max(jnp.abs(g), axis=tuple(range(1, g.ndim)))
+        scale_log2 = jnp.maximum(state.scale_log2, jnp.where(largest > 0, exponent_of(largest), NO_GRADIENT))
+        change = self.power(len(bucket.sides)) * (state.scale_log2 - scale_log2)
+        change = jnp.where(change > -126, power_of_two(change), 0)[:, None, None]
+        g = g * jnp.where(largest > 0, power_of_two(-scale_log2), 0).reshape(-1, *[1] * (g.ndim - 1))
+        begins = (state.scale_log2 == NO_GRADIENT)[:, None, None]
+        state, statistics = state._replace(scale_log2=scale_log2), []
+        for kept, side in zip(state.statistics, bucket.sides, strict=True):
+            kept = change * kept
+            if not self.begins_at_zero(len(bucket.sides)):
+                kept = jnp.where(begins, pack(self.first(g, blocks, side)), kept)
+            x = self.observed(g, state, blocks, side)
+            others = [axis for axis in range(1, x.ndim) if axis != side + 1]
+            product = lax.dot_general(x, x, ((others, others), ((0,), (0,))), precision=lax.Precision.HIGHEST)
+            statistics.append(old * kept + new * pack(product))
+        return state._replace(statistics=tuple(statistics), age=state.age + 1)
 
-    @abc.abstractmethod
-    def title(self, p: int) -> str:
-        """Return a short name for tables, shown after a block's shape."""
+    def begins_at_zero(self, sides: int) -> bool:
+        """Return whether statistics of blocks with `sides` preconditioned sides begin at zero, and not at `first`.
 
-    def observed(self, g: jax.Array, state: PreconditionerState, bucket: Any, sizes: jax.Array, side: int) -> jax.Array:
+        Averages that begin at zero are bias-corrected.
+        """
+        del sides
+        return True
+
+    def first(self, g: jax.Array, blocks: Blocks, side: int) -> jax.Array:
+        """Return the statistics [n, r, r] of a side before the first gradient, unless they begin at zero."""
+        raise AssertionError(f"the statistics of {self.name} begin at zero")
+
+    def observed(self, g: jax.Array, state: PreconditionerState, blocks: Blocks, side: int) -> jax.Array:
         """Return the arrays [n, *s] whose second moments along `side` are the side's statistics.
 
         Args:
           g: [n, *s] float32, gradients divided by 2^scale_log2, zero in the padding.
           state: state of the blocks.
-          bucket: bucket of the blocks.
-          sizes: [n, sides of a block] int32, side lengths without padding.
+          blocks: the blocks.
           side: index of a preconditioned side.
         """
-        del state, bucket, sizes, side
+        del state, blocks, side
         return g
 
     @abc.abstractmethod
     def act(
-        self,
-        m: jax.Array,
-        g: jax.Array,
-        state: PreconditionerState,
-        bucket: Any,
-        sizes: jax.Array,
-        step: jax.Array,
-        options: Any,
+        self, m: jax.Array, g: jax.Array, state: PreconditionerState, age: jax.Array, blocks: Blocks
     ) -> tuple[jax.Array, jax.Array | None]:
         """Return (direction [n, *s], new second moment).
 
@@ -130,32 +182,22 @@ class Preconditioner(abc.ABC):
           m: [n, *s] float32, momentum.
           g: [n, *s] float32, gradient.
           state: state after the previous step.
-          bucket: bucket of the blocks.
-          sizes: [n, sides of a block] int32, side lengths without padding.
-          step: int32, number of this step, from 1.
-          options: options of the optimizer.
+          age: [n] int32, number of steps in the momentum and the second moment, with this one.
+          blocks: the blocks.
         """
 
-    def solve(self, stack: jax.Array, old: jax.Array | None, sizes: jax.Array, bucket: Any, options: Any) -> RootResult:
-        """Return factors for a batch of statistics, and which are accepted, on a device.
+    def solve(self, stack: jax.Array, old: jax.Array | None, blocks: Blocks) -> RootResult:
+        """Return factors for a batch of statistics of one side, and which are accepted, on a device.
 
         Args:
           stack: [n, r, r] float32, bias-corrected statistics; zero for blocks that are not due.
           old: [n, r, r] float32, current factors, zero before the first; None unless `warm`.
-          sizes: [n] int32, side lengths without padding.
-          bucket: a bucket of the batch; all have the same p, ridge and cut.
-          options: options of the optimizer.
+          blocks: a bucket of the batch, whose buckets have the same p, ridge and cut; `sizes` is [n], of the side.
         """
         raise AssertionError(f"{self.name} keeps no statistics")
 
     def solve_on_host(self, a: np.ndarray, bucket: Any, options: Any) -> tuple[RootResult, int]:
-        """Return (result, number of retries) for the statistics of one side.
-
-        Args:
-          a: [r, r] float64, without padding.
-          bucket: bucket of the block.
-          options: options of the optimizer.
-        """
+        """Return (result, number of retries) for the statistics [r, r] float64 of one side, without padding."""
         raise AssertionError(f"{self.name} keeps no statistics")
 
     def carried(
@@ -168,8 +210,8 @@ class Preconditioner(abc.ABC):
 def multiplied(x: jax.Array, factors: Sequence[jax.Array], sides: Sequence[int]) -> jax.Array:
     """Return blocks [n, *s] with each side in `sides` multiplied by its factor [n, r, r] from the left."""
     for side, factor in zip(sides, factors, strict=True):
-        product = jax.lax.dot_general(
-            factor.astype(x.dtype), x, (((2,), (side + 1,)), ((0,), (0,))), precision=jax.lax.Precision.HIGHEST
+        product = lax.dot_general(
+            factor.astype(x.dtype), x, (((2,), (side + 1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST
         )
-        x = jax.numpy.moveaxis(product, 1, side + 1)
+        x = jnp.moveaxis(product, 1, side + 1)
     return x

@@ -1,13 +1,12 @@
 """KL-Shampoo: statistics of gradients whitened along the other sides (arXiv 2509.03378)."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ..linalg.scaling import power_of_two
-from .base import PreconditionerState, multiplied
+from .base import Blocks, PreconditionerState, multiplied
 from .shampoo import Shampoo
 
 
@@ -17,12 +16,17 @@ class KLShampoo(Shampoo):
     For a side a, with b the other side and d_b its length:
         S_a <- beta2 S_a + (1 - beta2) G S_b^(-1) G' / d_b
     These are the stationary points of the divergence between normal distributions with the covariances E[g g'] and
-    S_a (x) S_b (theorem 1 of the paper). Roots have order 2. A block without roots uses S_b = I.
+    S_a (x) S_b (theorem 1 of the paper). Roots have order 2. All S begin at r I with r the root mean square of the
+    first gradient, without bias correction. Before the first refresh, rms(G) I replaces S_b.
     """
 
     name = "kl_shampoo"
     statistics = "second moments of whitened gradients"
     has_exponent = False
+
+    def begins_at_zero(self, sides: int) -> bool:
+        """Return whether there is only one side: then the statistics are those of Shampoo."""
+        return sides == 1
 
     def power(self, sides: int) -> float:
         """Return 2 / sides: the product over all sides has degree 2."""
@@ -37,20 +41,34 @@ class KLShampoo(Shampoo):
         """Return the common name."""
         return "KL"
 
-    def observed(self, g: jax.Array, state: PreconditionerState, bucket: Any, sizes: jax.Array, side: int) -> jax.Array:
+    def observed(self, g: jax.Array, state: PreconditionerState, blocks: Blocks, side: int) -> jax.Array:
         """Return the gradient whitened along the other sides, divided by the square root of their lengths."""
+        bucket = blocks.bucket
         others = [number for number, other in enumerate(bucket.sides) if other != side]
         if not others:
             return g
-        found = state.refreshed > 0
+        found = (state.refreshed > 0)[:, None, None]
         # Convert from the units of the roots to those of g.
-        share = self.power(len(bucket.sides)) / bucket.p
-        change = power_of_two(share * jnp.where(found, state.scale_log2 - state.roots_scale_log2, 0))
+        power = self.power(len(bucket.sides))
+        change = jnp.where(state.refreshed > 0, state.scale_log2 - state.roots_scale_log2, 0) * (power / bucket.p)
+        start = jnp.maximum(_rms(g, blocks), jnp.finfo(jnp.float32).tiny)[:, None, None] ** (-power / bucket.p)
         factors = []
         for number in others:
             identity = jnp.eye(bucket.shape[bucket.sides[number]], dtype=g.dtype)
-            root = change[:, None, None] * state.roots[number]
-            factors.append(jnp.where(found[:, None, None], root, identity))
-        lengths = math.prod(sizes[:, bucket.sides[number]].astype(jnp.float32) for number in others)
+            root = power_of_two(change)[:, None, None] * state.roots[number]
+            factors.append(jnp.where(found, root, start * identity))
+        lengths = math.prod(blocks.sizes[:, bucket.sides[number]].astype(jnp.float32) for number in others)
         x = multiplied(g, factors, [bucket.sides[number] for number in others])
         return x / jnp.sqrt(jnp.maximum(lengths, 1)).reshape(-1, *[1] * (g.ndim - 1))
+
+    def first(self, g: jax.Array, blocks: Blocks, side: int) -> jax.Array:
+        """Return rms(G)^power I, the statistics of a side at the first gradient."""
+        length, power = blocks.bucket.shape[side], self.power(len(blocks.bucket.sides))
+        real = jnp.arange(length) < blocks.sizes[:, side, None]
+        return (real * _rms(g, blocks)[:, None] ** power)[:, :, None] * jnp.eye(length, dtype=g.dtype)
+
+
+def _rms(g: jax.Array, blocks: Blocks) -> jax.Array:
+    """Return the root mean square [n] of blocks without their padding."""
+    elements = jnp.prod(blocks.sizes.astype(jnp.float32), axis=1)
+    return jnp.sqrt(jnp.sum(g * g, axis=tuple(range(1, g.ndim))) / jnp.maximum(elements, 1))

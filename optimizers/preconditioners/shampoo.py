@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..linalg import lapack
-from ..linalg.roots import RootResult, inverse_pth_root
-from .base import Preconditioner, PreconditionerState, multiplied
+from ..linalg.eigh import eigh
+from ..linalg.roots import RootResult, newton
+from .base import Blocks, Preconditioner, PreconditionerState, multiplied
 
+# Solvers on a device.
+SOLVERS = {"newton": newton, "eigh": eigh}
 # An accepted root has no entry above NORM_MARGIN x (regulariser x largest eigenvalue)^(-1/p).
 NORM_MARGIN = 1.05
 # Factors of the regulariser for retries of a failed solve on the host, and the smallest regulariser of a retry.
@@ -50,24 +53,17 @@ class Shampoo(Preconditioner):
         return f"p{p}" if p else "momentum"
 
     def act(
-        self,
-        m: jax.Array,
-        g: jax.Array,
-        state: PreconditionerState,
-        bucket: Any,
-        sizes: jax.Array,
-        step: jax.Array,
-        options: Any,
+        self, m: jax.Array, g: jax.Array, state: PreconditionerState, age: jax.Array, blocks: Blocks
     ) -> tuple[jax.Array, jax.Array | None]:
         """Multiply each preconditioned side by its root."""
-        del g, sizes, step, options
-        return multiplied(m, state.roots, bucket.sides), None
+        del g, age
+        return multiplied(m, state.roots, blocks.bucket.sides), None
 
-    def solve(self, stack: jax.Array, old: jax.Array | None, sizes: jax.Array, bucket: Any, options: Any) -> RootResult:
+    def solve(self, stack: jax.Array, old: jax.Array | None, blocks: Blocks) -> RootResult:
         """Return inverse p-th roots; a root is accepted if its residual and its entries are within bounds."""
         del old
-        p, ridge, cut = bucket.p, bucket.treatment.ridge, bucket.treatment.cut
-        result = inverse_pth_root(stack, p, solver=options.solver, ridge=ridge, cut=cut, sizes_n=sizes)
+        p, ridge, cut, options = blocks.bucket.p, blocks.bucket.ridge, blocks.bucket.cut, blocks.options
+        result = SOLVERS[options.solver](stack, p, ridge, cut, blocks.sizes)
         accepted = (result.residual <= options.residual_bound) & (result.largest > 0)
         bound = jnp.float32(jnp.finfo(jnp.float32).max)
         if ridge or cut:
@@ -81,7 +77,7 @@ class Shampoo(Preconditioner):
         refused = lapack.refused(a)
         if refused.largest <= 0:
             return refused, 0
-        ridge, cut = bucket.treatment.ridge, bucket.treatment.cut
+        ridge, cut = bucket.ridge, bucket.cut
         regulariser = ridge or cut
         for tried, factor in enumerate((1.0, *RETRIES)):
             if factor > 1:

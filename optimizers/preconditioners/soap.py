@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..linalg import lapack, newton
+from ..diagonal import correction
+from ..linalg import lapack, roots
 from ..linalg.roots import RootResult
-from .base import Preconditioner, PreconditionerState, multiplied
+from .base import Blocks, Preconditioner, PreconditionerState, multiplied
 
 # Largest entry of |Q' Q - I| of an accepted basis.
 ORTHOGONALITY = 1e-3
@@ -47,38 +48,30 @@ class Soap(Preconditioner):
         return "SOAP"
 
     def act(
-        self,
-        m: jax.Array,
-        g: jax.Array,
-        state: PreconditionerState,
-        bucket: Any,
-        sizes: jax.Array,
-        step: jax.Array,
-        options: Any,
+        self, m: jax.Array, g: jax.Array, state: PreconditionerState, age: jax.Array, blocks: Blocks
     ) -> tuple[jax.Array, jax.Array | None]:
         """Return Adam's direction computed in the eigenbasis, rotated back."""
-        del sizes
+        bucket, options = blocks.bucket, blocks.options
         assert state.second_moment is not None
         bases = [_or_identity(q.astype(m.dtype), state.refreshed > 0) for q in state.roots]
         into = [jnp.swapaxes(q, -2, -1) for q in bases]
         g, m = multiplied(g, into, bucket.sides), multiplied(m, into, bucket.sides)
-        beta2 = bucket.treatment.beta2
-        old, new = (1.0, 1.0) if beta2 == 1 else (beta2, 1 - beta2)
+        old, new = (1.0, 1.0) if bucket.beta2 == 1 else (bucket.beta2, 1 - bucket.beta2)
         v = old * state.second_moment + new * g * g
-        corrected = v if beta2 == 1 or not options.bias_correction else v / (1 - beta2 ** step.astype(jnp.float32))
+        corrected = v / correction(bucket.beta2, age, v.ndim)
         return multiplied(m / (jnp.sqrt(corrected) + options.epsilon), bases, bucket.sides), v
 
-    def solve(self, stack: jax.Array, old: jax.Array | None, sizes: jax.Array, bucket: Any, options: Any) -> RootResult:
+    def solve(self, stack: jax.Array, old: jax.Array | None, blocks: Blocks) -> RootResult:
         """Return bases, identity in the padding; a basis is accepted if it is orthonormal."""
-        del bucket, options
         assert old is not None
+        sizes = blocks.sizes
         r = stack.shape[-1]
         real = jnp.arange(r) < sizes[:, None]
         real = real[:, :, None] & real[:, None, :]
         identity = jnp.eye(r, dtype=stack.dtype)
         a = jnp.where(real & jnp.isfinite(stack), stack, 0)
         trace = jnp.trace(a, axis1=-2, axis2=-1)
-        a = newton.symmetric(a / jnp.where(trace > 0, trace, 1)[:, None, None])
+        a = roots.symmetric(a / jnp.where(trace > 0, trace, 1)[:, None, None])
         # Padding with an eigenvalue below all others keeps its eigenvectors separate and last.
         a = jnp.where(real, a, -identity)
         found = jnp.max(jnp.abs(old), axis=(-2, -1)) > 0
@@ -88,14 +81,14 @@ class Soap(Preconditioner):
             return jnp.linalg.eigh(a)[1][:, :, ::-1]
 
         def iterated(a: jax.Array, old: jax.Array) -> jax.Array:
-            moved = newton.matmul(a, old)
+            moved = roots.matmul(a, old)
             order = jnp.argsort(-jnp.sum(old * moved, axis=-2), axis=-1)
             return jnp.linalg.qr(jnp.take_along_axis(moved, order[:, None, :], axis=-1))[0]
 
         start = jnp.where(found[:, None, None], old, identity)
         q = jax.lax.cond(jnp.all(found | (trace <= 0)), iterated, eigenvectors, a, start)
         q = jnp.where(real, q, identity)
-        residual = jnp.max(jnp.abs(newton.matmul(jnp.swapaxes(q, -2, -1), q) - identity), axis=(-2, -1))
+        residual = jnp.max(jnp.abs(roots.matmul(jnp.swapaxes(q, -2, -1), q) - identity), axis=(-2, -1))
         values = jnp.einsum("nij,nik,nkj->nj", q, a, q, precision=jax.lax.Precision.HIGHEST)
         values = jnp.where(jnp.arange(r) < sizes[:, None], values, 0)
         largest = jnp.max(values, axis=-1)
@@ -127,7 +120,7 @@ class Soap(Preconditioner):
         for before, after in zip(old, new, strict=True):
             before = _or_identity(before, jnp.max(jnp.abs(before), axis=(-2, -1)) > 0)
             # (R o R)': row i has the weights of the old directions in the new direction i.
-            weights.append(jnp.square(newton.matmul(jnp.swapaxes(after, -2, -1), before)))
+            weights.append(jnp.square(roots.matmul(jnp.swapaxes(after, -2, -1), before)))
         return multiplied(second_moment, weights, sides)
 
 

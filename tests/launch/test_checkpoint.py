@@ -307,7 +307,7 @@ def test_verify_of_an_intact_checkpoint(runs):
 
 
 def bucket_of(manifest):
-    return manifest["state"]["buckets"]["8x8_all_p2"]
+    return manifest["state"][""]["buckets"]["8x8_all_p2"]
 
 
 MANIFESTS = {
@@ -331,13 +331,13 @@ MANIFESTS = {
         lambda m: bucket_of(m)["parameters"][0].update(pieces=[1, 8]),
         r"hidden/kernel has sides of \[16, 32\], its blocks do not cover them",
     ),
-    "no buckets": (lambda m: m.update(state={}), r"invalid manifest of Distributed Shampoo: KeyError 'buckets'"),
+    "no buckets": (lambda m: m.update(state={"": {}}), r"invalid manifest of Distributed Shampoo: KeyError 'buckets'"),
     "a missing bucket": (
-        lambda m: m["state"]["buckets"].clear(),
+        lambda m: m["state"][""]["buckets"].clear(),
         f"{BUCKET.removeprefix('opt_state/')}/.* is an array that it does not describe",
     ),
     "a missing diagonal parameter": (
-        lambda m: m["state"]["diagonal"].clear(),
+        lambda m: m["state"][""]["diagonal"].clear(),
         "diagonal/embed.kernel/.* is an array that it does not describe",
     ),
 }
@@ -445,7 +445,7 @@ def test_diff_of_other_blocks_compares_elementwise_state(tmp_path):
 
         def change(arrays):
             (name,) = [name for name in arrays if name.endswith("second_moment")]
-            saved = json.loads((path / "manifest" / "metadata").read_text())["state"]["buckets"]
+            saved = json.loads((path / "manifest" / "metadata").read_text())["state"][""]["buckets"]
             (bucket,) = saved.values()
             # The shorter side is axis 1; element [0, 5] of the parameter.
             block = 5 // size * bucket["parameters"][0]["pieces"][1]

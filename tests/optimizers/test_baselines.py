@@ -1,13 +1,10 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from shampax.optimizers import ShampooOptions, baselines
-from shampax.optimizers.plan import patterns
+from shampax.optimizers import baselines
 
 NAMES = {"layers": {"out": ("layers", "heads", "kv", "embed")}, "bias": ("embed",), "embed": ("vocab", "embed")}
 
@@ -157,59 +154,8 @@ def two_steps(options, grads, params, rate, compiled=jax.jit):
     return update(grads, state, params)[0]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [baselines.AdamWOptions, functools.partial(ShampooOptions, exponent=0.0)],  # compiles quickly without roots
-    ids=["AdamWOptions", "ShampooOptions"],
-)
-def test_independent_decay_is_relative_to_the_peak(options):
-    """Faults: decay grows with the rate or its factor, ignores the schedule, or moves frozen parameters."""
-    params = parameters() | {"frozen": jnp.ones(8), "twice": jnp.ones(8)}
-    zero = jax.tree.map(jnp.zeros_like, params)
-    rules = {
-        "rate_rules": (("frozen", 0.0), ("twice", 2.0), (".*", 1.0)),
-        "decay_rules": (("bias|embed", False), (".*", True)),
-    }
-    updates = two_steps(options(weight_decay=0.3, decay="independent", **rules), zero, params, Falling())
-    for name, share in {"bias": 0.0, "embed": 0.0, "frozen": 0.0, "twice": 0.15}.items():
-        np.testing.assert_allclose(updates[name], -share * params[name], rtol=1e-5)
-    np.testing.assert_allclose(updates["layers"]["out"], -0.15 * params["layers"]["out"], rtol=1e-5)
-
-
-@pytest.mark.parametrize("options", [baselines.AdamWOptions, ShampooOptions], ids=lambda cls: cls.__name__)
-def test_independent_decay_needs_a_peak(options):
-    """Faults: the peak is guessed; a division by 0 in a step."""
-    chosen = options(weight_decay=0.3, decay="independent")
-    with pytest.raises(ValueError, match="decay='independent': the schedule must have an attribute `peak`"):
-        chosen.build(lambda count: 0.1)
-    none = Falling()
-    none.peak = 0.0
-    with pytest.raises(ValueError, match=r"the schedule's peak, 0.0, must be positive"):
-        chosen.build(none)
-    options(decay="independent").build(lambda count: 0.1)  # there is nothing to shrink
-
-
-def test_clipped_updates_equal_optax_for_each_matrix():
-    """Faults: a stack is clipped as one; clipping is after decay or rate; short updates are clipped."""
-    params = parameters()
-    grads = jax.tree.map(jnp.ones_like, params)
-    grads["layers"]["out"] = grads["layers"]["out"].at[0].set(0.0)
-    tx = baselines.AdamWOptions(clip_rms=0.25, weight_decay=0.5).build(lambda count: 0.1, axis_names=NAMES)
-    updates, _ = tx.update(grads, tx.init(params), params)
-    # Adam's first update is 1 where there is a gradient.
-    np.testing.assert_allclose(updates["bias"], -0.1 * 0.25, rtol=1e-5)
-    first, second = updates["layers"]["out"] + 0.05 * params["layers"]["out"]
-    np.testing.assert_allclose(first, 0.0, atol=1e-7)
-    np.testing.assert_allclose(second, -0.1 * 0.25, rtol=1e-4)
-    random = np.random.default_rng(1)
-    grads = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32), params)
-    ours, reference = baselines.clip_by_rms(0.7, None), optax.clip_by_block_rms(0.7)
-    pair = [tx.update(grads, tx.init(params))[0] for tx in (ours, reference)]
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), *pair)
-
-
-def test_adamw_equals_optax_adamw_with_the_same_state_names():
-    """Faults: decay and rate are applied in another order; clipping changes the name of the schedule's count."""
+def test_adamw_equals_optax_adamw():
+    """Fault: decay and rate are applied in another order."""
     params = parameters()
     random = np.random.default_rng(1)
     grads = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32), params)
@@ -220,26 +166,3 @@ def test_adamw_equals_optax_adamw_with_the_same_state_names():
     twin = optax.adamw(Falling(), b2=0.99, weight_decay=0.3)
     _, state = twin.update(grads, twin.init(params), params)
     jax.tree.map(np.testing.assert_array_equal, ours, twin.update(grads, state, params)[0])
-    names = [
-        patterns.paths(options.build(Falling()).init(params))
-        for options in (
-            baselines.AdamWOptions(),
-            baselines.AdamWOptions(clip_rms=1.0),
-            baselines.AdamWOptions(weight_decay=0.1, decay="independent"),
-        )
-    ]
-    assert names[0] == names[1] == names[2] == patterns.paths((optax.adamw(Falling()).init(params), ()))
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"decay": "coupled"}, "decay='coupled': must be one of decoupled, independent"),
-        ({"clip_rms": -1.0}, "clip_rms=-1.0: must be finite and not negative"),
-        ({"clip_rms": float("nan")}, "clip_rms=nan"),
-    ],
-)
-def test_adamw_refuses_invalid_options(options, words):
-    """Fault: an invalid option is ignored or fails in a trace."""
-    with pytest.raises(ValueError, match=words):
-        baselines.AdamWOptions(**options)

@@ -19,7 +19,7 @@ from shampax.framework.planning import collectives
 from shampax.models.lm import LMTask
 from shampax.optimizers import ShampooOptions, distributed_shampoo
 from shampax.optimizers.baselines import AdamWOptions
-from shampax.optimizers.plan.blocks import make_plan
+from shampax.optimizers.plan.blocks import make_plan, parameters
 
 OPTIONS = ShampooOptions(block_size=128, interval=20, solver="newton")
 # The options that tests/conftest.py turns off for all other programs.
@@ -94,7 +94,7 @@ def step_of(model, devices):
     mesh = programs.mesh_of(data=devices) if devices > 1 else None
     options = dataclasses.replace(OPTIONS, interval=interval)
     step = programs.lower_shampoo(shapes, mesh, programs.replicated, options)
-    assert [bucket.blocks for bucket in step.tx.plan(step.params).buckets] == [blocks]
+    assert [bucket.blocks for bucket in step.tx.layout(step.params).plan.buckets] == [blocks]
     return step
 
 
@@ -132,7 +132,9 @@ def test_each_of_8_devices_has_an_eighth_of_the_work_and_of_the_memory(model):
         assert on_each <= 1.15 * on_one / 8
     # An exchange holds the blocks that leave and those that arrive.
     assert scratch[1] <= 1.15 * scratch[0] / 8 + 2 * 4 * blocks / 8 * 128**2
-    due = shared.tx.plan(shared.params).buckets[0].due  # [devices, phases, maximum blocks of a device in a phase]
+    due = (
+        shared.tx.layout(shared.params).plan.buckets[0].due
+    )  # [devices, phases, maximum blocks of a device in a phase]
     assert due.shape[2] <= 1.15 * blocks / interval / 8
 
 
@@ -223,7 +225,7 @@ def test_padding_wastes_at_most_a_quarter(workload, block_size):
     Empty slots count at block size 128, where even the smallest workload has enough blocks for 8 devices.
     """
     params, names = WORKLOADS[workload]()
-    plan = make_plan(params, names, None, ShampooOptions(block_size=block_size), {"data": 8})
+    plan = make_plan(parameters(params, names), ShampooOptions(block_size=block_size), {"data": 8})
     real = padded = with_empty_slots = np.zeros(2)
     for bucket in plan.buckets:
         block = cost([bucket.shape])

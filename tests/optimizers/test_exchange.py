@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from shampax.optimizers import ShampooOptions
 from shampax.optimizers.exchange import Owners
-from shampax.optimizers.plan.blocks import make_plan
+from shampax.optimizers.plan.blocks import make_plan, parameters
 
 # A bucket mixes parameters with different tiles: replicated, sharded along either side, a stack or a fold.
 # name -> (shape, axis names, the mesh axes that divide each axis: the first, the last, or both, where 48 allows it)
@@ -67,7 +67,7 @@ def setting(count):
     params = {name: numpy_blocks.numbered(shape, 20_000 * i + 1) for i, (name, shape) in enumerate(shapes.items())}
     names = {name: axes for name, (_, axes, _) in PARAMETERS.items()}
     specs = {name: spec_of(words, sizes) for name, (*_, words) in PARAMETERS.items()} if count else None
-    plan = make_plan(params, names, specs, ShampooOptions(block_size=24, treatments=RULES), sizes)
+    plan = make_plan(parameters(params, names, specs), ShampooOptions(block_size=24, treatments=RULES), sizes)
     shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()} if mesh else None
     return mesh, params, shardings, plan
 

@@ -11,7 +11,7 @@ from optimizing import by_block, gradients, optimizer, train, zeros
 
 from shampax.optimizers import ShampooOptions
 from shampax.optimizers.linalg.symmetric import unpack
-from shampax.optimizers.preconditioners.muon import POLYNOMIALS, orthogonalized
+from shampax.optimizers.preconditioners.muon import orthogonalized
 
 SHAPE = {"w": (64, 32)}
 SIDES = ("left", "right")
@@ -91,22 +91,21 @@ def test_kl_shampoos_statistics_are_the_covariance_of_a_kronecker_product():
     assert np.linalg.norm(found - wanted) <= 0.25 * np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("jordan", 0.35), ("polar_express", 0.02)])
-def test_orthogonalization_brings_singular_values_to_one(name, tolerance):
+def test_orthogonalization_brings_singular_values_to_one():
     """Fault: a wrong coefficient."""
     random = np.random.default_rng(0)
     u, _, vt = np.linalg.svd(random.normal(size=(3, 16, 24)), full_matrices=False)
     s = np.geomspace(1, 1e-2, 16)
-    x = orthogonalized(jnp.asarray(1e20 * (u * s) @ vt, jnp.float32), POLYNOMIALS[name])
+    x = orthogonalized(jnp.asarray(1e20 * (u * s) @ vt, jnp.float32))
     found = np.linalg.svd(np.asarray(x), compute_uv=False)
-    assert np.all(np.abs(found - 1) <= tolerance)
-    assert not np.any(np.asarray(orthogonalized(jnp.zeros((1, 4, 4)), POLYNOMIALS[name])))
+    assert np.all(np.abs(found - 1) <= 0.35)
+    assert not np.any(np.asarray(orthogonalized(jnp.zeros((1, 4, 4)))))
 
 
 def test_muon_on_whole_matrices_equals_optax():
     """Fault: momentum or direction differ from Muon's. The length differs on purpose."""
     stream = gradients(6, {"w": (48, 20)})
-    run = train(options("muon", nesterov=True, beta1=0.95, bias_correction=False), stream)
+    run = train(options("muon", nesterov=True, beta1=0.95), stream)
     tx = optax.contrib.muon(1.0, beta=0.95, nesterov=True)
     state = tx.init(stream[0])
     for grads, update in zip(stream, run.updates, strict=True):

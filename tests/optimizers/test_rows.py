@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -43,9 +44,9 @@ def run(stream):
 def test_a_table_costs_four_bytes_a_row():
     """Fault: there is a momentum or an elementwise second moment: eight bytes per element."""
     state = jax.eval_shape(optimizer(OPTIONS).init, zeros(SHAPES))
-    kept = jax.tree.leaves(state.diagonal["table"])
+    kept = jax.tree.leaves(state.diagonal["table"]._replace(age=None))
     assert sum(x.size * x.dtype.itemsize for x in kept) == 4 * ROWS
-    assert optimizer(OPTIONS).treatments(zeros(SHAPES))["table"] == "rows (adagrad)"
+    assert optimizer(OPTIONS).layout(zeros(SHAPES)).treatments["table"] == "rows (adagrad)"
 
 
 def test_rows_that_are_not_looked_up_do_not_change(run, stream):
@@ -85,7 +86,7 @@ def test_a_refused_step_changes_nothing(run, stream, bad):
     after = train(OPTIONS, [spoilt], state=run.states[-1])
     assert int(after.states[-1].skipped) == 1
     assert not any(np.any(update) for update in after.updates[0].values())
-    kept = after.states[-1]._replace(skipped=run.states[-1].skipped)
+    kept = replace(after.states[-1], skipped=run.states[-1].skipped)
     jax.tree.map(np.testing.assert_array_equal, kept, run.states[-1])
 
 
@@ -95,7 +96,7 @@ def test_resumes_bitwise(run, stream):
     params = first.positions()[-1]
     saved = jax.tree.map(np.asarray, first.states[-1])
     tx = optimizer(OPTIONS)
-    taken = inherited(tx, zeros(SHAPES), tx.manifest(zeros(SHAPES)), saved)
+    taken = inherited(tx, zeros(SHAPES), tx.layout(zeros(SHAPES)).manifest(), saved)
     jax.tree.map(np.testing.assert_array_equal, taken, saved)
     again = train(OPTIONS, stream[3:], params=params, state=jax.device_put(taken, jax.devices()[0]))
     for mine, whole in zip(again.updates, run.updates[3:], strict=True):
@@ -116,10 +117,10 @@ def test_sums_are_restored_only_by_rows(run, stream, old, new, why):
     """Faults: elementwise sums are read as row sums; a change of the graft, which does not apply to them, drops
     them."""
     saved = jax.tree.map(np.asarray, run.states[-1] if old == OPTIONS else train(old, stream[:1]).states[-1])
-    tx, manifest = optimizer(new), optimizer(old).manifest(zeros(SHAPES))
+    tx, manifest = optimizer(new), optimizer(old).layout(zeros(SHAPES)).manifest()
     names = dict(zip(patterns.paths(saved), jax.tree.leaves(saved), strict=True))
     shapes = {name: x.shape for name, x in names.items()}
-    inheritance = tx.inheritance(zeros(SHAPES), json.loads(json.dumps(manifest)), shapes)
+    inheritance = tx.layout(zeros(SHAPES)).inheritance(json.loads(json.dumps(manifest)), shapes)
     assert inheritance.report()["table"]["second moment"] == why
     taken = inherited(tx, zeros(SHAPES), manifest, saved)
     if why:
@@ -131,7 +132,7 @@ def test_sums_are_restored_only_by_rows(run, stream, old, new, why):
 @pytest.mark.parametrize("damage", [{"by_row": 1}, {"by_row": False}, {"shape": [DIM, ROWS]}])
 def test_a_manifest_that_contradicts_the_arrays_is_refused(run, damage):
     """Fault: the sum of one row is read as that of another."""
-    manifest = optimizer(OPTIONS).manifest(zeros(SHAPES))
+    manifest = optimizer(OPTIONS).layout(zeros(SHAPES)).manifest()
     manifest["diagonal"]["table"] |= damage
     saved = run.states[-1]
     shapes = {name: x.shape for name, x in zip(patterns.paths(saved), jax.tree.leaves(saved), strict=True)}

@@ -137,8 +137,10 @@ def test_tpu_steps_with_roots_on_the_host_have_no_solver_and_no_traffic_of_parce
     assert "stablehlo.while" in programs.lower_shampoo(SHAPES, mesh, specs, OPTIONS).lowered.as_text()
 
     tx = step.tx
-    parcels = Parcels(tx.plan(step.params).buckets, tx.owners, options)
-    by_block, everywhere = tx.owners.sharding(tx.owners.by_block), tx.owners.sharding(PartitionSpec())
+    layout = tx.layout(step.params)
+    owners = layout.owners
+    parcels = Parcels(layout.plan.buckets, owners, options)
+    by_block, everywhere = owners.sharding(owners.by_block), owners.sharding(PartitionSpec())
 
     def struct(x, sharding):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -169,7 +169,7 @@ def train(
 def by_block(tx: DistributedShampoo, params: Tree, state: ShampooState) -> dict[tuple[str, int], Any]:
     """Return (path, number of the block in its parameter) -> state of the block."""
     result = {}
-    for bucket in tx.plan(params).buckets:
+    for bucket in tx.layout(params).plan.buckets:
         kept, number = state.buckets[bucket.name], 0
         arrays = jax.tree.map(np.asarray, kept._replace(block=None))
         for leaf in bucket.leaves:
@@ -184,8 +184,8 @@ def inherited(tx, params, manifest, saved, renamed=lambda path: path):
     """Return the state of `tx` for `params` as NumPy checkpoint arrays, restored from a saved state."""
     arrays = {name: np.asarray(x) for name, x in zip(patterns.paths(saved), jax.tree.leaves(saved), strict=True)}
     shapes = {name: x.shape for name, x in arrays.items()}
-    inheritance = tx.inheritance(params, json.loads(json.dumps(manifest)), shapes, renamed)
-    spec = tx.saved_spec(params)
+    inheritance = tx.layout(params).inheritance(json.loads(json.dumps(manifest)), shapes, renamed)
+    spec = tx.layout(params).saved_spec(params)
 
     def array(name, like):
         source = inheritance.source(name, like.shape)

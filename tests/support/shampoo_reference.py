@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from shampax.optimizers.plan.blocks import split
-from shampax.optimizers.preconditioners.muon import POLYNOMIALS
+from shampax.optimizers.preconditioners.muon import POLYNOMIAL
 
 
 def inverse_root(a, p, ridge=0.0, cut=0.0):
@@ -79,7 +79,6 @@ class Block:
     statistics: dict[int, Any]
     roots: dict[int, Any] | None = None
     second: Any = 0.0  # in the basis, under SOAP
-    largest: float = 0.0  # largest entry of its gradients so far
     to_come: dict[int, Any] = dataclasses.field(default_factory=dict)  # step after which they act -> roots
 
 
@@ -89,7 +88,6 @@ class Matrix:
 
     momentum: Any
     second: Any
-    buffer: Any
     blocks: list[Block]
 
 
@@ -107,7 +105,7 @@ class Parameter:
         self.diagonal = self.rule.kind in ("diagonal", "rows") or sum(length > 1 for length in lengths) < 2
         self.diagonal = self.diagonal or self.x.size == 0
         if self.diagonal:
-            self.matrices = [Matrix(np.zeros(self.x.shape), np.zeros(self.x.shape), np.zeros(self.x.shape), [])]
+            self.matrices = [Matrix(np.zeros(self.x.shape), np.zeros(self.x.shape), [])]
             return
 
         self.lengths = lengths
@@ -139,7 +137,7 @@ class Parameter:
                 sizes = {side: at[side].stop - at[side].start for side in preconditioned}
                 statistics = {side: np.zeros((n, n)) for side, n in sizes.items()}
                 blocks.append(Block(at, statistics, roots=None if preconditioned else {}))
-            self.matrices.append(Matrix(np.zeros(shape), np.zeros(shape), np.zeros(shape), blocks))
+            self.matrices.append(Matrix(np.zeros(shape), np.zeros(shape), blocks))
 
     def split(self, x):
         """Split a tensor of the parameter's shape into the list of its matrices."""
@@ -156,40 +154,29 @@ class Parameter:
         return stack.reshape([self.x.shape[i] for i in self.axes]).transpose(np.argsort(self.axes))
 
 
-def normalize(g, units):
-    """Divide each unit of the gradient by its norm."""
-    h = np.zeros_like(g)
-    for at in units:
-        h[at] = g[at] * ratio(1.0, np.linalg.norm(g[at]))
-    return h
-
-
 def diagonal_method(o, a, v, beta2, t):
     """Compute the methods that can graft."""
-    correction = 1 - beta2**t if o.bias_correction and beta2 < 1 else 1.0
+    correction = 1 - beta2**t if beta2 < 1 else 1.0
     return {
         "adam": lambda: a / (np.sqrt(v / correction) + o.epsilon),
-        "rmsprop": lambda: a / np.sqrt(v + o.epsilon),
+        "rmsprop": lambda: a / np.sqrt(v / correction + o.epsilon),
         "adagrad": lambda: a / (np.sqrt(v) + o.epsilon),
         "sgd": lambda: a,
         "none": lambda: a,
-        "sign": lambda: np.sign(a),
     }[o.graft.removesuffix("_normalized")]()
 
 
 def direction(o, rule, matrix, g, t):
     """Return the update of one matrix for a learning rate of 1, before weight decay."""
-    whole = (slice(None),) * g.ndim
-    units = [b.at for b in matrix.blocks] if o.graft_norm == "block" and matrix.blocks else [whole]
-    h = normalize(g, units) if o.graft.endswith("_normalized") else g
+    h = g * ratio(1.0, np.linalg.norm(g)) if o.graft.endswith("_normalized") else g
 
     a = h
     if o.beta1 > 0:
         new = 1 - o.beta1 if o.momentum == "ema" else 1.0
         matrix.momentum = stored(o.beta1 * matrix.momentum + new * h, o.momentum_dtype)
         a = o.beta1 * matrix.momentum + new * h if o.nesterov else matrix.momentum
-        if o.momentum == "ema" and o.bias_correction:
-            a = a / (1 - o.beta1**t)
+        if o.momentum == "ema":
+            a = a / (1 - o.beta1 ** (t + o.nesterov))
 
     if o.graft.startswith("adagrad"):
         matrix.second = matrix.second + h**2
@@ -211,15 +198,10 @@ def direction(o, rule, matrix, g, t):
         d[b.at] = block
 
     if o.graft != "none":
-        for together in [[b] for b in acting] if o.graft_norm == "block" else [acting]:
-            wanted = math.sqrt(sum(np.sum(graft[b.at] ** 2) for b in together))
-            norm = math.sqrt(sum(np.sum(d[b.at] ** 2) for b in together))
-            for b in together:
-                d[b.at] *= ratio(wanted, norm)
-    if o.clip_rms > 0 and matrix.blocks:
-        for at in units:
-            rms = math.sqrt(np.mean(d[at] ** 2))
-            d[at] *= min(1.0, o.clip_rms / rms) if rms else 1.0
+        wanted = math.sqrt(sum(np.sum(graft[b.at] ** 2) for b in acting))
+        norm = math.sqrt(sum(np.sum(d[b.at] ** 2) for b in acting))
+        for b in acting:
+            d[b.at] *= ratio(wanted, norm)
     return d
 
 
@@ -229,7 +211,7 @@ def soap(o, rule, b, a, h, t):
     for side, q in bases.items():
         a, h = along(a, side, q.T), along(h, side, q.T)
     b.second = rule.beta2 * b.second + (1 - rule.beta2) * h**2
-    correction = 1 - rule.beta2**t if o.bias_correction else 1.0
+    correction = 1 - rule.beta2**t
     d = a / (np.sqrt(b.second / correction) + o.epsilon)
     for side, q in bases.items():
         d = along(d, side, q)
@@ -258,7 +240,8 @@ def muon(o, a):
     """Return the polynomial approximation of the nearest matrix with orthonormal rows, with the length of Adam's
     update."""
     x = a / (1.01 * np.linalg.norm(a)) if a.any() else a
-    for c1, c3, c5 in POLYNOMIALS[o.orthogonalization]:
+    c1, c3, c5 = POLYNOMIAL
+    for _ in range(5):
         x = c1 * x + c3 * x @ x.T @ x + c5 * x @ x.T @ x @ x.T @ x
     return 0.2 * math.sqrt(max(a.shape)) * x
 
@@ -266,15 +249,12 @@ def muon(o, a):
 def whitened(b, u, side):
     """Apply the root along every other side of a block's gradient, divided by the root of their lengths (KL-Shampoo).
 
-    Before the first roots the other sides are the identity, in units of the power of two above the largest entry.
+    Before the first roots the statistics of the other sides are rms(u)^(2 / sides) I.
     """
-    b.largest = max(b.largest, np.max(np.abs(u)))
     others = [other for other in b.statistics if other != side]
-    if b.roots is None:
-        u = u * 2.0 ** (-np.frexp(b.largest)[1] * len(others) / len(b.statistics))
+    rms = math.sqrt(np.mean(u**2))
     for other in others:
-        if b.roots:
-            u = along(u, other, b.roots[other])
+        u = along(u, other, b.roots[other]) if b.roots else u * ratio(1.0, rms ** (1 / len(b.statistics)))
         u = u / math.sqrt(len(b.statistics[other]))
     return u
 
@@ -285,15 +265,14 @@ def row_direction(o, matrix, g):
     return g / (np.sqrt(matrix.second) + o.epsilon)
 
 
-def accumulate(o, rule, matrix, g, t):
-    """Update the statistics of every block with the mean gradient of the last few steps."""
-    matrix.buffer = matrix.buffer + g
-    if t % o.statistics_every:
-        return
-    mean, matrix.buffer = matrix.buffer / o.statistics_every, np.zeros_like(g)
+def accumulate(rule, matrix, g):
+    """Update the statistics of every block."""
     new = 1 - rule.beta2 if rule.beta2 < 1 else 1.0
     for b in matrix.blocks:
-        x = mean[b.at]
+        x = g[b.at]
+        if rule.kind.startswith("kl") and not any(s.any() for s in b.statistics.values()):
+            start = math.sqrt(np.mean(x**2)) ** (2 / len(b.statistics))
+            b.statistics = {side: start * np.eye(len(s)) for side, s in b.statistics.items()}
         seen = {
             side: unfolding(whitened(b, x, side) if rule.kind.startswith("kl") else x, side) for side in b.statistics
         }
@@ -319,8 +298,7 @@ def due_phases(o, t):
 
 def refresh(o, rule, p, block, t):
     """Refresh the roots of one block after its first gradient. They are used from the step after t + delay on."""
-    updates = t // o.statistics_every
-    correction = 1 - rule.beta2**updates if o.bias_correction and rule.beta2 < 1 and updates > 0 else 1.0
+    correction = 1 - rule.beta2**t if rule.beta2 < 1 and not rule.kind.startswith("kl") else 1.0
     if not block.statistics or not all(s.any() for s in block.statistics.values()):
         return
     if rule.kind == "soap":
@@ -374,12 +352,11 @@ def run(params, gradients, options, rate, axis_names=None):
             else:
                 moved = q.join([direction(o, q.rule, m, part, t) for m, part in zip(q.matrices, parts, strict=True)])
             for m, part in zip(q.matrices, parts, strict=True):
-                accumulate(o, q.rule, m, part, t)
+                accumulate(q.rule, m, part)
             if o.decay == "decoupled":
                 moved = moved + q.decay * q.x
             now = rate(t - 1) if callable(rate) else rate
-            shrinks = q.decay * now / (rate.peak if callable(rate) else rate) if o.decay == "independent" else 0.0
-            q.x = (1 - shrinks) * q.x - now * moved
+            q.x = q.x - now * moved
         phases = due_phases(o, t)
         for number, (q, block) in enumerate(numbered):
             if number % o.interval in phases:

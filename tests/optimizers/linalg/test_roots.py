@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from shampax.optimizers.linalg import newton
-from shampax.optimizers.linalg.roots import SOLVERS, inverse_pth_root
+from shampax.optimizers.linalg import roots
+from shampax.optimizers.roots import SOLVERS, inverse_pth_root
 
 
 def solvers_with(values, fast):
@@ -201,16 +201,16 @@ def test_residual_shows_an_inaccurate_root(solver, p):
     stack = stack.astype(np.float32)
     result = solve(solver, p)(stack)
     assert not np.any(np.asarray(result.residual[:3]) <= 0.1)
-    right = newton.residual(*newton.halves(result.root, p), stack, np.eye(256))
-    wrong = newton.residual(*newton.halves(1.5 * result.root, p), stack, np.eye(256))
+    right = roots.residual(*roots.halves(result.root, p), stack, np.eye(256))
+    wrong = roots.residual(*roots.halves(1.5 * result.root, p), stack, np.eye(256))
     assert right[3] <= 1e-4 and wrong[3] > 0.1
 
 
 def test_residual_shows_an_iteration_that_did_not_converge(monkeypatch):
     """Fault: a root is returned unchecked after the last iteration."""
     stack = matrix(spread(64, 1e6))[None].astype(np.float32)
-    schedule = newton.newton_schedule
-    monkeypatch.setattr(newton, "newton_schedule", lambda p, smallest: schedule(p, smallest)[:5])
+    schedule = roots.newton_schedule
+    monkeypatch.setattr(roots, "newton_schedule", lambda p, smallest: schedule(p, smallest)[:5])
     assert jax.jit(functools.partial(inverse_pth_root, p=4))(stack).residual[0] > 0.1
 
 

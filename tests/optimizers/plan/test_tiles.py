@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shampax.optimizers import ShampooOptions
-from shampax.optimizers.plan.blocks import make_plan
+from shampax.optimizers.plan.blocks import make_plan, parameters
 from shampax.optimizers.plan.tiles import SMALLEST_TILE, from_tiles, slice_tiles, to_tiles
 
 MESH = {"x": 2, "y": 4}
@@ -48,7 +48,7 @@ def tiling_of(shape, names, spec, words="", mesh=MESH, block_size=16):
     """Return the tiling of a parameter, or None if it is not a matrix."""
     options = ShampooOptions(block_size=block_size, treatments=((".*", f"shampoo {words}"),))
     params, axis_names = {"w": np.ones(shape)}, {"w": names} if names else None
-    buckets = make_plan(params, axis_names, {"w": spec}, options, mesh).buckets
+    buckets = make_plan(parameters(params, axis_names, {"w": spec}), options, mesh).buckets
     return buckets[0].leaves[0].tiling if buckets else None
 
 

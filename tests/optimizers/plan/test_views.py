@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shampax.optimizers import ShampooOptions
-from shampax.optimizers.plan.blocks import make_plan
+from shampax.optimizers.plan.blocks import make_plan, parameters
 from shampax.optimizers.plan.views import matrix_view, names_by_path, tensor_view
 
 STACK_AXES = {"stack_axes": ("layers", "experts")}
@@ -52,7 +52,7 @@ def test_a_matrix_and_its_transpose_share_a_bucket(shape):
     """Fault: sides keep the order of axes, so that every projection and its inverse need separate programs."""
     view, transpose = (matrix_view(s, None, **AXES) for s in (shape, shape[::-1]))
     assert view.lengths == transpose.lengths == tuple(sorted(shape))
-    plan = make_plan({"w": np.ones(shape), "t": np.ones(shape[::-1])}, None, None, ShampooOptions(), {})
+    plan = make_plan(parameters({"w": np.ones(shape), "t": np.ones(shape[::-1])}), ShampooOptions(), {})
     assert len(plan.buckets) == 1
 
 
@@ -62,7 +62,7 @@ def test_a_matrix_and_its_transpose_share_a_bucket(shape):
 def test_vectors_and_scalars_are_diagonal(shape, view, kind):
     """Fault: a scalar, a vector or an empty array is preconditioned or breaks the plan."""
     options = ShampooOptions(view=view, treatments=((".*", f"{kind} stack={int(len(shape) == 3)}"),))
-    plan = make_plan({"w": np.ones(shape)}, None, None, options, {})
+    plan = make_plan(parameters({"w": np.ones(shape)}), options, {})
     assert plan.buckets == () and list(plan.diagonal) == [0]
 
 
@@ -116,7 +116,7 @@ def test_one_sided_finds_its_side_after_the_swap(shape, side, named):
     matrix."""
     axes = (["heads", "head_dim", "embed"] if named else ["a", "b", "c"])[-len(shape) :]
     options = ShampooOptions(treatments=((".*", f"one_sided side={side}"),))
-    (bucket,) = make_plan({"w": np.ones(shape)}, {"w": tuple(axes)}, None, options, {}).buckets
+    (bucket,) = make_plan(parameters({"w": np.ones(shape)}, {"w": tuple(axes)}), options, {}).buckets
     view = bucket.leaves[0].view
     (chosen,) = (view.sides[i] for i in bucket.sides)
     left, right = tuple(range(len(shape) - 1)), (len(shape) - 1,)

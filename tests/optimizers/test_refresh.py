@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shampax.optimizers import ShampooOptions
-from shampax.optimizers.refresh.schedule import due_phases
+from shampax.optimizers.refresh import due_phases
 
 STEPS = 160
 

@@ -1,0 +1,265 @@
+"""Refresh roots: which blocks are due on a step, solving for their factors, and installing accepted factors."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .diagonal import correction
+from .linalg.roots import RootResult
+from .linalg.symmetric import unpack
+from .options import Options
+from .plan.blocks import Bucket
+from .preconditioners.base import Blocks, PreconditionerState
+
+_TILE = 128
+
+
+class _Due(NamedTuple):
+    """The blocks of one bucket that a device refreshes in a phase.
+
+    Attributes:
+      slot: [window] int32, slots of the device; number of slots as padding.
+      blocks: their bucket and sizes.
+    """
+
+    slot: jax.Array
+    blocks: Blocks
+
+
+def due_phases(step: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
+    """Return (first, count): the phases first, ..., first + count - 1, modulo the interval, are due on this step.
+
+    While the interval is k, interval / k phases are due per step, so that every block is refreshed every k steps. When
+    the interval changes, phases continue in order. A refresh is omitted if another follows before `start_step`.
+
+    Args:
+      step: int32, number of the step, from 1.
+      options: options of the optimizer.
+    """
+    first, count, before = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32), 0
+    for last, interval in reversed(options.early_intervals):
+        count = jnp.where(step <= last, options.interval // interval, count)
+    for last, interval in options.early_intervals:
+        first += jnp.clip(step - 1 - before, 0, last - before) * (options.interval // interval)
+        before = last
+    first += jnp.maximum(step - 1 - before, 0)
+    count = jnp.where(step >= _first_due(options), count, 0)
+    return first % options.interval, count
+
+
+def phases_due(step: int, options: Options) -> int:
+    """Return the count of `due_phases`, on the host."""
+    interval = next((interval for last, interval in options.early_intervals if step <= last), options.interval)
+    return options.interval // interval if step >= _first_due(options) else 0
+
+
+def _first_due(options: Options) -> int:
+    return options.start_step - options.interval - (options.delay if options.refresh == "host" else 0)
+
+
+def refresh(
+    states: dict[str, PreconditionerState],
+    due: Mapping[str, jax.Array],
+    blocks: Mapping[str, Blocks],
+    step: jax.Array,
+    accepted: jax.Array,
+) -> dict[str, PreconditionerState]:
+    """Refresh the blocks of one device that are due: a share of them, or all or none under the periodic schedule.
+
+    Args:
+      states: bucket name -> state of the device's blocks, with this step's statistics.
+      due: bucket name -> [1, phases, window] int32, slots due in each phase, the number of slots as padding.
+      blocks: bucket name -> the device's blocks.
+      step: int32, number of this step, from 1.
+      accepted: bool, whether the step is accepted; otherwise nothing changes.
+    """
+    options = next((each.options for each in blocks.values()), None)
+    if options is None or options.refresh == "host":
+        return states
+    first, count = due_phases(step, options)
+    count = jnp.where(accepted, count, 0)
+
+    def renew(phase: Any, written: dict[str, PreconditionerState]) -> dict[str, PreconditionerState]:
+        chosen, whole = {}, {}
+        for name, (bucket, sizes, _) in blocks.items():
+            slot = due[name][0, lax.rem(phase, jnp.int32(bucket.phases))]
+            chosen[name] = _Due(slot, Blocks(bucket, sizes.at[slot].get(mode="clip"), options))
+            whole[name] = with_statistics(written[name], states[name])
+        return {name: without_statistics(x) for name, x in _solved(whole, chosen, step, accepted).items()}
+
+    # A loop or a branch would copy the statistics, which a refresh only reads.
+    written = {name: without_statistics(state) for name, state in states.items()}
+    if options.refresh == "periodic":
+        crosses = accepted & (-first % options.interval < count)
+        written = lax.cond(crosses, lambda written: renew(jnp.int32(0), written), lambda written: written, written)
+    elif options.early_intervals or options.start_step:
+        # Operands are not negative, so `lax.rem` is correct; it compiles to less code than `%`.
+        interval = jnp.int32(options.interval)
+        written = lax.fori_loop(0, count, lambda i, written: renew(lax.rem(first + i, interval), written), written)
+    else:
+        written = renew(first, written)
+    return {name: with_statistics(new, states[name]) for name, new in written.items()}
+
+
+def install(
+    state: PreconditionerState,
+    slot: jax.Array,
+    new: RootResult,
+    scale_log2: jax.Array,
+    step: jax.Array,
+    bucket: Bucket,
+) -> PreconditionerState:
+    """Write accepted factors to their slots.
+
+    Args:
+      state: state of a device's blocks.
+      slot: [m] int32, slots of the blocks in `new`; number of slots for blocks to ignore.
+      new: result of a refresh, with a tuple of roots, one per preconditioned side.
+      scale_log2: [m] int32, binary scale of the solved statistics.
+      step: int32, number of steps in the statistics.
+      bucket: bucket of the blocks.
+    """
+    hits = slot == jnp.arange(len(state.residual))[:, None]
+    one = len(slot) == 1
+    here, row = (hits[:, 0], slice(None)) if one else (jnp.any(hits, axis=1), jnp.argmax(hits, axis=1))
+    accepted, seen = new.accepted[row], new.largest[row] > 0
+
+    def put(x: jax.Array, found: jax.Array) -> jax.Array:
+        if one:  # a select compiles to less than a scatter
+            return jnp.where((here & accepted).reshape(-1, *([1] * (x.ndim - 1))), found.astype(x.dtype), x)
+        # A select would first spread what is found over all slots.
+        return x.at[jnp.where(new.accepted, slot, len(x))].set(found.astype(x.dtype), mode="drop")
+
+    def add(x: jax.Array, changed: jax.Array) -> jax.Array:
+        return x + changed.astype(x.dtype)
+
+    second_moment = state.second_moment
+    if second_moment is not None:
+        old = [x.at[slot].get(mode="clip").astype(jnp.float32) for x in state.roots]
+        moment = second_moment.at[slot].get(mode="clip")
+        second_moment = put(second_moment, bucket.preconditioner.carried(moment, old, new.root, bucket.sides))
+    failures = add(state.failures, here & ~accepted & seen)
+    return state._replace(
+        second_moment=second_moment,
+        roots=tuple(put(x, root) for x, root in zip(state.roots, new.root, strict=True)),
+        roots_scale_log2=put(state.roots_scale_log2, scale_log2),
+        residual=put(state.residual, new.residual),
+        condition=put(state.condition, new.condition),
+        effective_rank=put(state.effective_rank, new.effective_rank),
+        refreshed=jnp.where(here & accepted, step, state.refreshed),
+        failures=jnp.where(here & accepted, 0, failures),
+        refreshes=add(state.refreshes, here & accepted),
+    )
+
+
+def _solved(
+    states: dict[str, PreconditionerState], due: dict[str, _Due], step: jax.Array, accepted: jax.Array
+) -> dict[str, PreconditionerState]:
+    """Solve for the due blocks and install accepted factors.
+
+    Matrices with the same side length, preconditioner, root order and regulariser are solved in one batch, across
+    buckets. A batch with no due block is skipped. If the factors of any side are rejected, the block keeps its old
+    factors and its failure count grows.
+    """
+
+    def rows(x: jax.Array, name: str) -> jax.Array:
+        return x.at[due[name].slot].get(mode="clip")
+
+    def statistics(bucket: Bucket, number: int) -> jax.Array:
+        state, side = states[bucket.name], bucket.sides[number]
+        packed = rows(state.statistics[number], bucket.name)
+        if bucket.preconditioner.begins_at_zero(len(bucket.sides)):
+            packed /= correction(bucket.beta2, rows(state.age, bucket.name), packed.ndim)
+        return unpack(packed, bucket.shape[side])
+
+    found: dict[tuple[str, int], RootResult] = {}
+    before = None
+    for length, members in _batches([each.blocks for each in due.values()]):
+        bucket, options = members[0][0], due[members[0][0].name].blocks.options
+        preconditioner = bucket.preconditioner
+        wanted = jnp.concatenate([due[b.name].slot < len(states[b.name].residual) for b, _ in members])
+        stack = jnp.concatenate([_padded(statistics(b, number), length) for b, number in members])
+        stack = jnp.where(wanted[:, None, None], stack, 0)
+        sizes = jnp.concatenate([due[b.name].blocks.sizes[:, b.sides[number]] for b, number in members])
+        old = None
+        if preconditioner.warm:
+            old = jnp.concatenate([rows(states[b.name].roots[n], b.name).astype(jnp.float32) for b, n in members])
+        if before is not None and preconditioner.uses_lapack(options):
+            # Two concurrent LAPACK calls can deadlock a CPU, so each waits for the one before it.
+            stack, before = lax.optimization_barrier((stack, before))
+        batch = lax.cond(
+            jnp.any(wanted),
+            lambda stack, old, sizes, bucket=bucket, options=options: bucket.preconditioner.solve(
+                stack, old, Blocks(bucket, sizes, options)
+            ),
+            lambda stack, old, sizes: _unsolved(stack),
+            stack,
+            old,
+            sizes,
+        )
+        before, first = batch.residual, 0
+        for b, number in members:
+            part = slice(first, first + due[b.name].slot.shape[0])
+            own, side = jax.tree.map(lambda x, part=part: x[part], batch), b.shape[b.sides[number]]
+            found[b.name, number] = own._replace(root=own.root[:, :side, :side])
+            first = part.stop
+
+    result = dict(states)
+    for name, (slot, (bucket, *_)) in due.items():
+        if bucket.sides:
+            sides = _joined([found[name, number] for number in range(len(bucket.sides))])
+            slot = jnp.where(accepted, slot, len(states[name].residual))
+            result[name] = install(states[name], slot, sides, rows(states[name].scale_log2, name), step, bucket)
+    return result
+
+
+def _batches(due: Sequence[Blocks]) -> list[tuple[int, list[tuple[Bucket, int]]]]:
+    """Return (side length, [(bucket, index into its preconditioned sides)]) of each batch.
+
+    All sides up to _TILE share a batch: an accelerator pads them to a tile anyway, and each length compiles a solver.
+    """
+    batches: dict[Any, list[tuple[Bucket, int]]] = {}
+    for bucket, _, options in due:
+        for number, side in enumerate(bucket.sides):
+            length = bucket.shape[side]
+            joins = length <= _TILE and not bucket.preconditioner.uses_lapack(options)
+            kind = (bucket.preconditioner.name, bucket.p, bucket.ridge, bucket.cut)
+            batches.setdefault((*kind, 0 if joins else length), []).append((bucket, number))
+    return [(max(b.shape[b.sides[number]] for b, number in members), members) for members in batches.values()]
+
+
+def with_statistics(state: PreconditionerState, full: PreconditionerState) -> PreconditionerState:
+    """Return the state with the statistics of another."""
+    return state._replace(statistics=full.statistics, scale_log2=full.scale_log2, age=full.age)
+
+
+def without_statistics(state: PreconditionerState) -> PreconditionerState:
+    """Return the state without statistics, for programs that only write roots."""
+    nothing: Any = None
+    return state._replace(statistics=(), scale_log2=nothing, age=nothing)
+
+
+def _padded(x: jax.Array, length: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0), *[(0, length - x.shape[-1])] * 2])
+
+
+def _unsolved(stack_nrr: jax.Array) -> RootResult:
+    nothing = jnp.zeros(len(stack_nrr), jnp.float32)
+    return RootResult(stack_nrr, nothing, nothing, nothing, nothing, nothing > 0)
+
+
+def _joined(sides: Sequence[RootResult]) -> RootResult:
+    """Join the results of all sides: the worst number of each block, accepted if all sides are accepted."""
+    root, residual, largest, condition, rank, accepted = zip(*sides, strict=True)
+    return RootResult(
+        root=root,
+        residual=functools.reduce(jnp.maximum, residual),
+        largest=functools.reduce(jnp.minimum, largest),
+        condition=functools.reduce(jnp.maximum, condition),
+        effective_rank=functools.reduce(jnp.minimum, rank),
+        accepted=functools.reduce(jnp.logical_and, accepted),
+    )

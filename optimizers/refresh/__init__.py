@@ -1,1 +1,0 @@
-"""The refresh schedule, statistics, and accepting new roots."""

@@ -1,1 +1,0 @@
-"""Momentum, norms and weight decay of updates."""
