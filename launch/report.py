@@ -35,7 +35,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     output = options.output or default_output(options.workdirs)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output}: a file. Name a folder.")
-    runs = [read_run(path) for path in options.workdirs]
+    # `runs/*` also names the folder of an earlier report.
+    runs = [read_run(path) for path in options.workdirs if path.resolve() != output.resolve()]
     content = page(runs)
     output.mkdir(parents=True, exist_ok=True)
     (output / "index.html").write_text(content, encoding="utf-8")

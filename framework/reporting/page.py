@@ -18,13 +18,14 @@ from .curves import Group
 from .runs import Axis, Run
 
 HELDOUT, TRAIN = "heldout/loss", "train/loss"
-_AXES: dict[Axis, str] = {"step": "steps", "seconds": "training time, {unit}", "tokens": "tokens"}
+_AXES: dict[Axis, str] = {"step": "steps", "seconds": "training time, {unit}", "tokens": "{counted}"}
 # Okabe and Ito's colours, distinct with every common colour-vision deficiency.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _POINTS = 1000  # at most of a line: more make a page of a long run slow
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1.25rem; }
-section { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
+section { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
+section > div { min-width: 0; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
@@ -70,10 +71,14 @@ def chart(groups: Sequence[Group], keys: Sequence[str], axis: Axis = "step") -> 
     unit, seconds = "s", 1
     if axis == "seconds" and max(run.points[-1]["seconds"] for group in groups for run in group.runs) > 3 * 3600:
         unit, seconds = "hours", 3600
-    figure = Figure(layout={"template": {}, "height": 420 if len(keys) > 1 else 260, "margin": {"l": 50, "r": 10}})
-    figure.update_layout(showlegend=len(keys) > 1, legend={"orientation": "h", "y": -0.25}, title_font_size=14)
-    figure.update_layout(title_text="loss" if len(keys) > 1 else html.escape(keys[0].removeprefix("optimizer/")))
-    figure.update_xaxes(title_text=_AXES[axis].format(unit=unit), rangemode="tozero")
+    measured = set().union(*(run.keys() for group in groups for run in group.runs))
+    images = "throughput/examples_per_second" in measured and "throughput/tokens_per_second" not in measured
+    counted = "examples" if images else "tokens"
+    title = "loss" if len(keys) > 1 else html.escape(keys[0].removeprefix("optimizer/"))
+    figure = Figure(layout={"template": {}, "height": 420 if len(keys) > 1 else 240, "title_text": title})
+    figure.update_layout(title={"font_size": 14, "x": 0, "xref": "paper"}, margin={"l": 50, "r": 10, "t": 40, "b": 40})
+    figure.update_layout(showlegend=len(keys) > 1, legend={"x": 1, "xanchor": "right", "bgcolor": "#ffffff99"})
+    figure.update_xaxes(title_text=_AXES[axis].format(unit=unit, counted=counted), rangemode="tozero")
     lowest, highest = np.inf, 0.0
     for (group, colour), key in itertools.product(zip(groups, itertools.cycle(_COLOURS), strict=False), keys):
         line = curves.band(group, key, axis)

@@ -156,6 +156,15 @@ def test_a_stopped_run_says_why(tmp_path, capsys):
     assert "early: stopped after 60 steps: SIGTERM" in capsys.readouterr().out
 
 
+def test_the_folder_of_an_earlier_report_is_not_a_run(tmp_path):
+    """Fault: `report runs/*` works once."""
+    paths = [write(tmp_path / name) for name in ("a", "b")]
+    for _ in "12":
+        assert report.main([*map(str, paths)]) == 0
+        paths = sorted(tmp_path.iterdir())
+    assert [path.name for path in paths] == ["a", "b", "report"]
+
+
 def test_default_output_is_in_the_workdir_or_the_common_folder(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     assert report.default_output([a]).resolve() == tmp_path / "a" / "report"

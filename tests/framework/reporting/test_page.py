@@ -43,6 +43,13 @@ def test_the_time_of_a_long_run_is_in_hours():
     assert figure.data[0].x[-1] == 30
 
 
+def test_images_are_not_called_tokens():
+    keys = ("heldout/loss", "train/loss")
+    for key, expected in (("throughput/examples_per_second", "examples"), ("throughput/tokens_per_second", "tokens")):
+        figure = page.chart([made("run", STEPS, key=key)], keys, "tokens")
+        assert figure.layout.xaxis.title.text == expected
+
+
 def test_seeds_are_drawn_as_their_mean_with_their_range():
     band, line = page.chart([made("seeds", STEPS, STEPS + 1, STEPS + 5)], ("heldout/loss", "train/loss")).data
     np.testing.assert_allclose(line.y, STEPS + 2)
