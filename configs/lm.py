@@ -70,6 +70,7 @@ def sample(config: Any) -> None:
     config.batch_size = 16
     config.schedule.learning_rate = 6e-3
     config.evaluation.batches = 16  # 256 of 670 held-out rows; all of them would take longer than training
+    config.evaluation.sample = False
     config.simulated_devices = 4
 
 

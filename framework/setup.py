@@ -227,6 +227,7 @@ def _open(request: Request) -> Feed:
         seed=request.config.seed,
         batch_size=request.config.batch_size,
         heldout_batches=request.config.evaluation.batches,
+        heldout_sample=request.config.evaluation.sample,
     )
 
 

@@ -14,6 +14,7 @@ Exit codes: 0, this share is complete; 2, invalid input; 130, interrupted.
 import dataclasses
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -59,7 +60,12 @@ def _prepare(arguments: Sequence[str] | None) -> int:
     if manifest is None:
         print(f"share {process} of {processes} is complete in {place}; shards of other shares are missing")
     else:
-        print(f"prepared in {place}: train with --config={options.config} --config.data.prepared={place}")
+        knobs = {"": options.config} | {
+            f".{key}": value for key, _, value in (each.partition("=") for each in overrides)
+        }
+        knobs |= {".data.prepared": os.fspath(place)}
+        words = shlex.join(f"--config{key}={value}" for key, value in knobs.items())
+        print(f"prepared in {place}: train with python -m shampax.launch.train --workdir=WORKDIR {words}")
     return 0
 
 

@@ -30,6 +30,14 @@ def refuse_unusable(what: str, path: str | os.PathLike[str]) -> None:
         raise UserError(f"{what}={path}: must not contain {' '.join(found)}. Use another name.")
 
 
+def listed(folder: epath.Path) -> list[epath.Path]:
+    """Return the files and folders in a folder, sorted; none if it does not exist.
+
+    `folder.glob` would read characters such as "[" in the folder's own name as a pattern.
+    """
+    return sorted(folder.iterdir()) if folder.exists() else []
+
+
 def write_text(path: epath.Path | pathlib.Path, text: str) -> None:
     """Write text to `path` so that readers see all of it or nothing, even after a power loss."""
     path.parent.mkdir(parents=True, exist_ok=True)

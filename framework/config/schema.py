@@ -105,6 +105,7 @@ def get_config() -> Any:
     config.evaluation = ConfigDict()
     config.evaluation.every = "10%"  # how often to evaluate; the last step always does
     config.evaluation.batches = -1  # held-out batches per evaluation, the same each time; -1 uses all
+    config.evaluation.sample = True  # take a fixed random sample if batches are limited, not the first held-out rows
     config.evaluation.judge_every = "0 steps"  # how often an evaluation computes AUC or BLEU; the last step always does
     config.evaluation.best_metric = "loss"  # held-out metric that ranks checkpoints, also one that a task judges
     config.evaluation.best_mode = "auto"  # whether low ("min") or high ("max") values are good; auto: by the name

@@ -37,11 +37,20 @@ class Feed:
 
     @classmethod
     def open(
-        cls, data: dataset.Data, cache: Path, mesh: Mesh, *, seed: int, batch_size: int, heldout_batches: int
+        cls,
+        data: dataset.Data,
+        cache: Path,
+        mesh: Mesh,
+        *,
+        seed: int,
+        batch_size: int,
+        heldout_batches: int,
+        heldout_sample: bool,
     ) -> "Feed":
         """Prepare the data in the folder `cache` on process 0 and open them on every process.
 
-        `seed` determines the order of training examples; an evaluation reads at most `heldout_batches`, or all for -1.
+        `seed` determines the order of training examples. An evaluation reads at most `heldout_batches`, or all for -1;
+        with `heldout_sample` these are a random sample.
 
         Raises:
           UserError: the data cannot be used.
@@ -51,7 +60,7 @@ class Feed:
         share = Share(batch_size, mesh)
         rows = {"global_batch_size": batch_size, "rows": share.rows}
         train = Batches(source, seed=seed, augment=dataset.augment(data), **rows)
-        heldout = HeldoutBatches(heldout_source, limit=heldout_batches, **rows)
+        heldout = HeldoutBatches(heldout_source, limit=heldout_batches, sample=heldout_sample, **rows)
         return cls(
             len(source),
             dataset.fingerprint(data, cache),

@@ -13,6 +13,7 @@ import numpy as np
 from ..base.errors import UserError
 from ..dataset import Augment, Example, Source
 
+_SAMPLE_SEED = 20_260_101  # of the held-out sample; independent of the run's seed
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
@@ -56,15 +57,27 @@ class Batches:
 
 
 class HeldoutBatches:
-    """One pass over a source in order, at most `limit` batches (-1 takes all); `batches[i]` is as in `Batches`.
+    """One pass over a source, at most `limit` batches (-1 takes all); `batches[i]` is as in `Batches`.
 
-    The last batch is padded with examples of zeros, which have no weight.
+    With `sample`, limited batches are a random sample of the source, always the same; else its first examples. The last
+    batch is padded with examples of zeros, which have no weight.
     """
 
-    def __init__(self, source: Source, *, global_batch_size: int, rows: Sequence[int], limit: int = -1):
+    def __init__(
+        self,
+        source: Source,
+        *,
+        global_batch_size: int,
+        rows: Sequence[int],
+        limit: int = -1,
+        sample: bool = False,
+    ):
         if not len(source):
             raise UserError(f"the held-out split {source!r} has 0 examples. Give more data.")
-        self._dataset = _batches_of_rows(_Padded(source, global_batch_size), global_batch_size, rows)
+        examples: Any = source
+        if sample and 0 <= limit * global_batch_size < len(source):
+            examples = grain.MapDataset.source(source).shuffle(seed=_SAMPLE_SEED)
+        self._dataset = _batches_of_rows(_Padded(examples, global_batch_size), global_batch_size, rows)
         self._length = len(self._dataset) if limit < 0 else min(limit, len(self._dataset))
 
     def __len__(self) -> int:

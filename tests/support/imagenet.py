@@ -31,8 +31,12 @@ def photos(count, first=0):
     return pairs
 
 
-def prepare(directory, splits, file_format="array_record"):
-    """Write `splits` (name -> pairs of bytes and label) as imagenet2012:5.1.0 in `directory`, offline."""
+def prepare(directory, splits, file_format="array_record", classes=1_000):
+    """Write `splits` (name -> pairs of bytes and label) as imagenet2012:5.1.0 in `directory`, offline.
+
+    With `classes` None the set does not say how many labels it has.
+    """
+    label = tfds.features.ClassLabel(num_classes=classes) if classes else tfds.features.Scalar(np.int64)
     with tfds.core.registered.skip_registration():
 
         class ImageNet(tfds.core.GeneratorBasedBuilder):
@@ -41,7 +45,7 @@ def prepare(directory, splits, file_format="array_record"):
             def _info(self):
                 features = {
                     "image": tfds.features.Image(encoding_format="jpeg"),
-                    "label": tfds.features.ClassLabel(num_classes=1_000),
+                    "label": label,
                     "file_name": tfds.features.Text(),
                 }
                 return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))

@@ -23,6 +23,7 @@ from . import rows as click_rows
 from .rows import CATEGORIES, INTEGERS, Fields
 
 FLIGHTS = "nycflights-30000.tsv.xz"
+_SUFFIXES = (".txt", ".tsv", "")
 _HEX = re.compile(r"[0-9a-fA-F]{1,8}")
 _INT = re.compile(r"-?[0-9]{1,19}")
 _FLIGHT_FIELDS = (
@@ -80,13 +81,14 @@ class ClickData(Preparable):
         kind, _, pattern = self.source.partition(":")
         if kind == "sample":
             return of_splits(samples.sha256(FLIGHTS), flights, self.shard_size)
-        found = {*files.find("data.source", pattern)}
-        heldout: set[epath.Path] = set()
+        found = files.find("data.source", pattern, _SUFFIXES)
+        heldout: list[epath.Path] = []
         if self.heldout_files:
             # A bare name is a file in the same folder.
             beside = os.path.join(os.path.dirname(pattern), self.heldout_files)
-            heldout = {*files.find("data.heldout_files", beside)}
-        ordered = sorted(found | heldout, key=_numbered)
+            heldout = files.find("data.heldout_files", beside, _SUFFIXES)
+        every = {files.identity(path): path for path in [*found, *heldout]}
+        ordered = sorted(every.values(), key=_numbered)
         splits: list[Split | None] = [
             ("heldout" if path in heldout else "train") if heldout else None for path in ordered
         ]

@@ -12,6 +12,7 @@ import numpy as np
 
 from ...base import bounds
 from ...base.bounds import Within
+from ...base.errors import UserError
 from ...dataset import Example, Source, Split
 from .. import samples
 from ..reading.malformed import Malformed, Rejects
@@ -81,7 +82,7 @@ class ImageData:
           UserError: the set cannot be used; or, when an example is read, more than `max_malformed` are malformed.
         """
         del cache
-        return _SampleImages(split) if self.source == _SAMPLE else _TfdsImages(self._set(), split, self)
+        return _SampleImages(split, self.classes) if self.source == _SAMPLE else _TfdsImages(self._set(), split, self)
 
     def augment(self, example: Example, rng: np.random.Generator) -> Example:
         """Return a random crop of a training image, or a shifted image of the sample; mirrored by chance."""
@@ -120,7 +121,7 @@ class ImageData:
     def _set(self) -> TfdsSet:
         import tensorflow_datasets as tfds  # takes 0.4 s, and only this source needs it
 
-        return TfdsSet(
+        images = TfdsSet(
             self.source.removeprefix("tfds:"),
             self.data_dir,
             {"image_key": self.image_key, "label_key": self.label_key},
@@ -128,15 +129,18 @@ class ImageData:
             heldout=self.heldout_split,
             decoders={self.image_key: tfds.decode.SkipDecoding()},
         )
+        _refuse_labels_above(self.classes, images.classes(self.label_key), self.source)
+        return images
 
 
 class _SampleImages:
     """The vendored images and labels of a split: N label bytes, then N x 28 x 28 pixels."""
 
-    def __init__(self, split: Split):
+    def __init__(self, split: Split, classes: int):
         content = np.frombuffer(samples.read(_SAMPLE_FILES[split]), np.uint8)
         count = content.size // (1 + _SAMPLE_SIDE**2)
         self._labels = content[:count].astype(np.int32)
+        _refuse_labels_above(classes, int(self._labels.max()) + 1, _SAMPLE)
         self._images = content[count:].reshape(count, _SAMPLE_SIDE, _SAMPLE_SIDE, 1)
 
     def __len__(self) -> int:
@@ -191,6 +195,11 @@ class _TfdsImages:
                 self._rejects.add(1, [str(malformed)])
                 print(f"skipped, {self._rejects.count} of at most {self._rejects.limit}: {malformed}", file=sys.stderr)
             self._rejects.refuse_excess()
+
+
+def _refuse_labels_above(classes: int, found: int, source: str) -> None:
+    if found > classes:
+        raise UserError(f"data.classes={classes}: {source} has {found} classes. Set data.classes={found}.")
 
 
 def _example(image: np.ndarray, label: int, weight: float) -> Example:

@@ -24,8 +24,8 @@ class NotAnImage(Exception):
 def decode(content: bytes) -> np.ndarray:
     """Return the pixels of a JPEG or PNG file, uint8 [H, W, 3].
 
-    Grey, palette and CMYK images are converted to RGB; transparency and orientation tags are ignored, as is usual for
-    ImageNet.
+    Grey, palette and CMYK images are converted to RGB, 16 bits to 8. Transparency and orientation tags are ignored, as
+    is usual for ImageNet.
 
     Raises:
       NotAnImage: the file has another format or more than `MOST_PIXELS`, or is truncated or damaged.
@@ -35,6 +35,9 @@ def decode(content: bytes) -> np.ndarray:
             width, height = image.size
             if width * height > MOST_PIXELS:
                 raise NotAnImage(f"{width} x {height} pixels are more than {MOST_PIXELS:,}")
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow clips
+                grey = (np.asarray(image, np.uint32) + 128) // 257
+                return np.stack([grey.astype(np.uint8)] * 3, axis=-1)
             return np.asarray(image.convert("RGB"))
     except NotAnImage:
         raise

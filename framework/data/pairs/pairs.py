@@ -50,7 +50,7 @@ class PairData(Tokenized):
     packing_knobs: ClassVar[tuple[str, ...]] = ("source_length", "target_length", "pairs_per_row")
     sample_name: ClassVar[str] = "sample:nt"
     sample_file: ClassVar[str] = "web-lsg-nt.en-fr.tsv.xz"
-    file_glob: ClassVar[str] = "*.tsv"
+    suffixes: ClassVar[tuple[str, ...]] = (".tsv", ".txt", "")
     tfds_name: ClassVar[str] = "wmt14_translate/fr-en:1.0.0"
     feature_knobs: ClassVar[tuple[str, ...]] = ("source_key", "target_key")
     record: ClassVar[Callable[..., Pair]] = Pair
@@ -136,7 +136,7 @@ class PairData(Tokenized):
 
         def sides() -> Iterator[str]:
             for pair in records:
-                if pair.source and pair.target:
+                if pair.source.strip() and pair.target.strip():
                     yield from pair
                 else:
                     tally.dropped[_EMPTY] += 1

@@ -53,7 +53,7 @@ def find(place: epath.Path, settings: dict[str, Any]) -> tuple[epath.Path, Manif
       UserError: there is no such folder or more than one, or some of its files are missing.
     """
     prepare = f"run python -m shampax.launch.prepare --output={place}"
-    folders = sorted(path for path in place.glob("rows-*") if path.is_dir()) if place.exists() else []
+    folders = [path for path in paths.listed(place) if path.name.startswith("rows-") and path.is_dir()]
     found = {folder: read(folder) for folder in folders if (folder / NAME).exists()}
     if not found:
         why = "has shards but no manifest: some are still missing" if folders else "holds no prepared data"

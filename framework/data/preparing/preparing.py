@@ -188,7 +188,8 @@ def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, 
         if not manifests.missing(folder, manifest):
             data.report(manifest)
             return manifest
-    tokenizer = data.make_tokenizer(cache, source)
+    with _files_in(cache):
+        tokenizer = data.make_tokenizer(cache, source)
     jobs = [(data, folder, tokenizer, process * workers + worker, processes * workers) for worker in range(workers)]
     try:
         if workers == 1:
@@ -196,7 +197,8 @@ def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, 
         else:
             spawn = multiprocessing.get_context("spawn")  # a fork of a process that has started JAX may hang
             run_in_processes(spawn, _make_shards, jobs)
-        manifest = _join(data, folder, tokenizer, source)
+        with _files_in(folder):
+            manifest = _join(data, folder, tokenizer, source)
     except BaseException:
         _remove_empty(folder)
         raise
@@ -208,8 +210,25 @@ def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, 
     return manifest
 
 
+@contextlib.contextmanager
+def _files_in(folder: epath.Path) -> Iterator[None]:
+    """Turn errors of the file system into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror or error}). Free disk space or choose another folder, and "
+            "rerun the command; finished shards are kept."
+        ) from error
+
+
 def _make_shards(data: Preparable, folder: epath.Path, tokenizer: str, worker: int, workers: int) -> None:
     """Make the missing shards of a worker, one of `workers` in all processes, and print a line for each."""
+    with _files_in(folder):
+        _make(data, folder, tokenizer, worker, workers)
+
+
+def _make(data: Preparable, folder: epath.Path, tokenizer: str, worker: int, workers: int) -> None:
     there, sha256 = _names(folder), _sha256(tokenizer)
     for first, stream in enumerate(data.open_source().streams):
         if stream.one_worker and first % workers != worker:
@@ -289,7 +308,7 @@ def _sha256(path: str) -> str:
 
 
 def _names(folder: epath.Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+    return {path.name for path in paths.listed(folder)}
 
 
 def _remove_empty(folder: epath.Path) -> None:

@@ -1,11 +1,13 @@
 """Files, local or in a bucket, read as streams and decompressed if their names end in .xz or .gz; never held whole."""
 
+import codecs
 import glob
 import gzip
 import lzma
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from etils import epath
@@ -23,10 +25,10 @@ class ReadMeter:
 
     def __init__(self, files: Sequence[epath.Path]):
         self._before: dict[epath.Path, int] = {}
-        self._total = self._read = 0
+        self.total = self._read = 0  # bytes
         for path in files:
-            self._before[path] = self._total
-            self._total += path.stat().length
+            self._before[path] = self.total
+            self.total += path.stat().length
 
     def at(self, path: epath.Path, offset: int) -> None:
         """Note that the stream has reached a byte offset of a file."""
@@ -34,23 +36,23 @@ class ReadMeter:
 
     def fraction(self) -> float:
         """Return the fraction read, 0 to 1."""
-        return self._read / max(self._total, 1)
+        return self._read / max(self.total, 1)
 
 
-def find(knob: str, pattern: str, example: str = "*") -> list[epath.Path]:
-    """Return the files that a glob matches, sorted by path.
+def find(knob: str, pattern: str, suffixes: Sequence[str]) -> list[epath.Path]:
+    """Return the files that a glob matches, sorted by path; a file under several paths only once.
 
     Args:
       knob: the knob that the pattern comes from, for errors: "data.source".
-      pattern: a glob, local or gs://.
-      example: a glob for wanted files, such as "*.txt"; the error for a directory suggests it.
+      pattern: a glob, local or gs://. Leading folders that exist are taken as they are written, like "[v2] corpus".
+      suffixes: of files that can be read, in lower case and without .xz or .gz: (".txt", ""); the first is proposed.
 
     Raises:
-      UserError: no file matches, or one may not be read.
+      UserError: no file matches, or one has another suffix or may not be read.
     """
     is_local = paths.is_local(pattern)
     if is_local:
-        matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        matches = sorted(glob.glob(_literal(os.path.expanduser(pattern)), recursive=True))
         found = [epath.Path(match) for match in matches if os.path.isfile(match)]
     else:
         matches = []
@@ -58,16 +60,43 @@ def find(knob: str, pattern: str, example: str = "*") -> list[epath.Path]:
         root, _, rest = rest.partition("/")
         found = sorted(path for path in epath.Path(f"{scheme}://{root}").glob(rest) if path.is_file())
     if not found:
-        fix = (
-            f"For the files in a directory, write file:{pattern.rstrip('/')}/{example}."
-            if matches
-            else "Check the path."
-        )
+        example = f"{pattern.rstrip('/')}/*{suffixes[0]}"
+        fix = f"For the files in a directory, write file:{example}." if matches else "Check the path."
         raise UserError(f"{knob}: {pattern!r} matches no file. {fix}")
     for path in found:
+        if suffix(path) not in suffixes:
+            shown = ", ".join(filter(None, suffixes))
+            raise UserError(
+                f"{knob}: {path} has the suffix {suffix(path)!r}. Files may end in {shown}, plain or with "
+                f"{' or '.join(sorted(COMPRESSED))}. Convert or rename it, or write a narrower pattern."
+            )
         if is_local and not os.access(path, os.R_OK):
             raise UserError(f"data file {path}: cannot be read. Check its permissions (chmod +r).")
-    return found
+    return sorted({identity(path): path for path in reversed(found)}.values())
+
+
+def suffix(path: epath.Path) -> str:
+    """Return the suffix of a file's content in lower case: ".tsv" for a.TSV.xz, "" for a name without one."""
+    name = path.name.lower()
+    for compressed in COMPRESSED:
+        name = name.removesuffix(compressed)
+    return os.path.splitext(name)[1]
+
+
+def identity(path: epath.Path) -> Any:
+    """Return a value that is equal for all paths of one file, such as links to it."""
+    if not paths.is_local(path):
+        return path
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
+
+
+def _literal(pattern: str) -> str:
+    path = PurePath(pattern)
+    for part in (path, *path.parents):
+        if part.parts and os.path.lexists(part):
+            return os.path.join(glob.escape(os.fspath(part)), *path.parts[len(part.parts) :])
+    return pattern
 
 
 def stats(files: Sequence[epath.Path]) -> list[tuple[str, int, int]]:
@@ -86,6 +115,7 @@ def _stat(path: epath.Path) -> tuple[int, int]:
 def pieces(path: epath.Path, separator: bytes, longest: int, meter: ReadMeter | None = None) -> Iterator[bytes | None]:
     """Yield the content of a file, cut after every `separator` (one byte); the last piece may lack it.
 
+    A byte order mark at the start of the file is dropped.
     A piece of more than `longest` bytes is not held in memory: None takes its place.
 
     Raises:
@@ -93,6 +123,14 @@ def pieces(path: epath.Path, separator: bytes, longest: int, meter: ReadMeter | 
     """
     held: list[bytes] = []
     size = 0
+    mark = codecs.BOM_UTF8
+
+    def piece() -> bytes | None:
+        nonlocal mark
+        content = b"".join(held).removeprefix(mark) if held else None
+        mark = b""
+        return content
+
     for chunk in _chunks(path, meter):
         start = 0
         while start < len(chunk):
@@ -105,10 +143,10 @@ def pieces(path: epath.Path, separator: bytes, longest: int, meter: ReadMeter | 
             else:
                 held.append(part)
             if end:
-                yield b"".join(held) if held else None
+                yield piece()
                 held, size = [], 0
     if size:
-        yield b"".join(held) if held else None
+        yield piece()
 
 
 def _chunks(path: epath.Path, meter: ReadMeter | None) -> Iterator[bytes]:

@@ -30,6 +30,9 @@ def write(path: epath.Path, rows: Iterable[bytes]) -> dict[str, Any]:
     """Stream rows to a file that appears only when complete, and return their number, their hash and its size.
 
     A file in a bucket is written locally and then copied.
+
+    Raises:
+      OSError: the file cannot be written.
     """
     folder = Path(path.parent) if paths.is_local(path) else Path(tempfile.mkdtemp())
     partial = folder / f".{path.name}.{os.getpid()}.partial"
@@ -54,15 +57,22 @@ def _written(path: Path, rows: Iterable[bytes]) -> tuple[int, str]:
     head = list(itertools.islice(rows, 1))
     group = max(_LEAST, min(_MOST, _GROUP_BYTES // max(len(head[0]), 1))) if head else _MOST
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = ArrayRecordWriter(str(path), f"group_size:{group},uncompressed")
+    writer = _writing(ArrayRecordWriter, str(path), f"group_size:{group},uncompressed")
     try:
         for row in itertools.chain(head, rows):
-            writer.write(row)
+            _writing(writer.write, row)
             content.update(len(row).to_bytes(4, "little") + row)
             count += 1
     finally:
-        writer.close()
+        _writing(writer.close)
     return count, content.hexdigest()
+
+
+def _writing(call: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return call(*arguments)
+    except RuntimeError as error:  # a full disk, for example
+        raise OSError(str(error)) from None
 
 
 class ShardRows:

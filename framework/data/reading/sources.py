@@ -22,6 +22,7 @@ from .tfds import TfdsSet
 T = TypeVar("T")
 Blocks = Iterator[Iterator[Any]]
 _LEAST, _FEW = 10, 100  # records of files: the least allowed, and a number from which on any sample is large enough
+_LARGEST_PART = 1_000_000  # characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,7 @@ def of_splits(
 def file_source(
     found: list[epath.Path],
     read: Callable[[epath.Path, files.ReadMeter], Iterator[T | Malformed]],
+    parts: Callable[[T, int], Iterator[T]],
     text: Callable[[T], str],
     heldout_fraction: float,
     size: int,
@@ -98,6 +100,7 @@ def file_source(
     Args:
       found: the files.
       read: yields the records of a file.
+      parts: yields a record in parts of about a number of characters; used if there are fewer than 10 records.
       text: returns the text of a record.
       heldout_fraction: fraction of the records to hold out.
       size: see `of_splits`.
@@ -108,8 +111,15 @@ def file_source(
     """
     meter = files.ReadMeter(found)
 
-    def every() -> Iterator[T | Malformed]:
+    def whole() -> Iterator[T | Malformed]:
         return itertools.chain.from_iterable(read(path, meter) for path in found)
+
+    def cut() -> Iterator[T | Malformed]:
+        for record in whole():
+            yield from [record] if isinstance(record, Malformed) else parts(record, part)
+
+    part = min(max(meter.total // _FEW, _FEW), _LARGEST_PART)
+    every = whole if len(list(itertools.islice(whole(), _LEAST))) == _LEAST else cut
 
     def hashed(record: T) -> int:
         return int.from_bytes(hashlib.blake2b(text(record).encode(), digest_size=8).digest())
@@ -140,7 +150,7 @@ def tfds_source(tfds: TfdsSet, make: Callable[..., Any], size: int, limit: int) 
 
     Args:
       tfds: the set.
-      make: returns the record of the features' texts, in their order; records that are "" are skipped.
+      make: returns the record of the features' texts, in their order; texts of white space only are skipped.
       size: see `of_splits`.
       limit: see `of_splits`.
     """
@@ -154,7 +164,7 @@ def tfds_source(tfds: TfdsSet, make: Callable[..., Any], size: int, limit: int) 
                 record = make(*(example[feature].decode("utf-8") for feature in tfds.features))
             except UnicodeDecodeError as error:
                 record = Malformed(place, f"not UTF-8 at byte {error.start}")
-            if record != "":
+            if not isinstance(record, str) or (record and not record.isspace()):
                 yield record
 
     def stream(split: Split) -> Stream:

@@ -96,6 +96,10 @@ class TfdsSet:
         """Return the number of examples of a split."""
         return len(self.source(split))
 
+    def classes(self, feature: str) -> int:
+        """Return the number of labels of a feature, 0 if the set does not declare it."""
+        return getattr(self._builder.info.features[feature], "num_classes", None) or 0
+
     def place(self, split: Split, index: int) -> str:
         """Return the name of an example for errors."""
         return f"tfds:{self._name} split {self._splits[split]!r}, row {index + 1}"

@@ -13,12 +13,19 @@ Lines = Iterator[tuple[int, bytes | None]]  # (line number from 1, line with its
 
 
 def lines(path: epath.Path, meter: files.ReadMeter | None = None) -> Lines:
-    """Yield the lines of a file with their numbers.
+    """Yield the lines of a file with their numbers, without blank lines at its end.
 
     Raises:
       UserError: the file cannot be read.
     """
-    return enumerate(files.pieces(path, b"\n", LONGEST_ROW, meter), start=1)
+    blank = 0
+    for number, line in enumerate(files.pieces(path, b"\n", LONGEST_ROW, meter), start=1):
+        if line in (b"\n", b"\r\n"):
+            blank += 1
+            continue
+        yield from ((number - before, b"\n") for before in range(blank, 0, -1))
+        blank = 0
+        yield number, line
 
 
 def read(path: epath.Path, meter: files.ReadMeter | None = None) -> Iterator[list[str] | Malformed]:

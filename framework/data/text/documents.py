@@ -16,7 +16,7 @@ from ..reading.malformed import Malformed
 from .tokenized import Tokenized
 
 _SAMPLE_HELD_OUT = 10  # every tenth article
-_TSV = re.compile(r".*\.tsv(\.xz|\.gz)?", re.DOTALL)
+_PLAIN = (".txt", "", ".text", ".md", ".rst", ".tex", ".raw", ".tokens")
 _LONGEST_DOCUMENT = 1 << 30  # bytes; longer ones are malformed and not held in memory
 _END = re.compile(rb"\r?\n?\f\Z")  # the form feed and the one newline before it belong to no document
 
@@ -28,7 +28,7 @@ class DocumentData(Tokenized):
     noun: ClassVar[str] = "documents"
     sample_name: ClassVar[str] = "sample:enwiki"
     sample_file: ClassVar[str] = "enwiki-106.txt.xz"
-    file_glob: ClassVar[str] = "*.txt"
+    suffixes: ClassVar[tuple[str, ...]] = (*_PLAIN, ".tsv")
     tfds_name: ClassVar[str] = "lm1b:1.1.0"
     feature_knobs: ClassVar[tuple[str, ...]] = ("text_key",)
     record: ClassVar[Callable[..., str]] = str
@@ -46,8 +46,20 @@ class DocumentData(Tokenized):
                 yield article
 
     def read(self, path: epath.Path, meter: files.ReadMeter) -> Iterator[str | Malformed]:
-        """Yield the documents of a UTF-8 file: one, or several separated by form feeds; of a .tsv file one a row."""
-        return filter(None, self._column(path, meter) if _TSV.fullmatch(path.name) else _texts(path, meter))
+        """Yield the documents of a UTF-8 file: one, or several separated by form feeds; of a .tsv file one a row.
+
+        Documents of white space only are left out.
+        """
+        texts = _texts if files.suffix(path) in _PLAIN else self._column
+        return (text for text in texts(path, meter) if isinstance(text, Malformed) or (text and not text.isspace()))
+
+    def parts(self, record: str, size: int) -> Iterator[str]:
+        """Yield a document in parts that end at line ends, where it has any."""
+        start = 0
+        while start < len(record):
+            end = record.find("\n", start + size, start + 2 * size) + 1 or start + size
+            yield record[start:end]
+            start = end
 
     def _column(self, path: epath.Path, meter: files.ReadMeter) -> Iterator[str | Malformed]:
         for row in tsv.read(path, meter):

@@ -31,7 +31,7 @@ class Tokenized(Preparable):
     packing_knobs: ClassVar[tuple[str, ...]]  # knobs that the tokenizer does not depend on
     sample_name: ClassVar[str]  # of the vendored source: "sample:enwiki"
     sample_file: ClassVar[str]
-    file_glob: ClassVar[str]  # example of files to read: "*.txt"
+    suffixes: ClassVar[tuple[str, ...]]  # of files that `read` can read
     tfds_name: ClassVar[str]  # example of a tfds set: "lm1b:1.1.0"
     feature_knobs: ClassVar[tuple[str, ...]]  # name the features of a tfds set that make a record
     record: ClassVar[Callable[..., Any]]  # makes a record of the texts of these features
@@ -50,7 +50,7 @@ class Tokenized(Preparable):
         kind, _, name = self.source.partition(":")
         if not name or (kind not in ("file", "tfds") and self.source != self.sample_name):
             raise ValueError(
-                f"data.source={self.source!r}: write '{self.sample_name}', 'file:/path/{self.file_glob}' or "
+                f"data.source={self.source!r}: write '{self.sample_name}', 'file:/path/*{self.suffixes[0]}' or "
                 f"'tfds:{self.tfds_name}'"
             )
         if not 0 < self.heldout_fraction < 1:
@@ -63,6 +63,11 @@ class Tokenized(Preparable):
     @abc.abstractmethod
     def read(self, path: epath.Path, meter: files.ReadMeter) -> Iterator[Any | Malformed]:
         """Yield the records of a file."""
+
+    def parts(self, record: Any, size: int) -> Iterator[Any]:
+        """Yield a record of a file in parts of about `size` characters, if it can be cut."""
+        del size
+        yield record
 
     @abc.abstractmethod
     def load(self, path: epath.Path) -> Tokenizer:
@@ -83,8 +88,8 @@ class Tokenized(Preparable):
         if kind == "sample":
             return of_splits(samples.sha256(self.sample_file), self.sample, *blocks)
         if kind == "file":
-            found = files.find("data.source", name, self.file_glob)
-            return file_source(found, self.read, self.text_of, self.heldout_fraction, *blocks)
+            found = files.find("data.source", name, self.suffixes)
+            return file_source(found, self.read, self.parts, self.text_of, self.heldout_fraction, *blocks)
         features = {knob: getattr(self, knob) for knob in self.feature_knobs}
         splits = {"train": self.train_split, "heldout": self.heldout_split}
         return tfds_source(TfdsSet(name, self.data_dir, features, **splits), self.record, *blocks)
@@ -125,7 +130,7 @@ class Tokenized(Preparable):
         if self.tokenizer:
             return self.load(paths.of(self.tokenizer))
         place = paths.of(self.prepared or cache)
-        found = list(place.glob("tokenizer-*.json")) if place.exists() else []
+        found = [path for path in paths.listed(place) if path.name.startswith("tokenizer-") and path.suffix == ".json"]
         return self.load(found[0]) if len(found) == 1 else self.tokenizer_of(*self.manifest(cache))
 
     def tokenizer_of(self, folder: epath.Path, manifest: Manifest) -> Tokenizer:

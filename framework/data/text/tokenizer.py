@@ -6,7 +6,10 @@ Training is deterministic: the same documents give the same JSON for any number 
 import contextlib
 import json
 import os
+import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 from etils import epath
@@ -25,6 +28,8 @@ SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of a document
 TRAINING_CHARACTERS = 300_000_000
 _BYTE_LEVEL_PARTS = ("ByteLevel", "Split", "Digits", "Punctuation")
 _PROBE = " a  b\r\n\tÉe\u0301ﬁ \uff21\u00a0漢字 👩‍🚀 1,000 <|endoftext|>"
+_LONGEST_WORD = 1_000  # characters
+_LONG_RUN = re.compile(rf"(?<!\S)\S{{{_LONGEST_WORD},}}|(?<!\s)\s{{{_LONGEST_WORD},}}")
 _CHUNK = 1_000_000  # characters encoded at once
 
 
@@ -43,7 +48,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(first_characters(documents), trainer)
+    train_on(tokenizer, documents, trainer)
     # The text of the end token inside a document is ordinary text.
     tokenizer.encode_special_tokens = True
     return tokenizer
@@ -188,6 +193,41 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTES = _byte_alphabet()
+
+
+def train_on(tokenizer: Tokenizer, documents: Iterable[str], trainer: Any) -> None:
+    """Train a tokenizer on the first 300 M characters of documents, in whole documents, until a signal interrupts.
+
+    Training takes time that is quadratic in the longest word, so longer runs of letters or of white space are cut. The
+    library does not look for signals, so it works in a thread of its own.
+    """
+    ended, trained = threading.Event(), Future[None]()
+
+    def texts() -> Iterator[str]:
+        for document in first_characters(documents):
+            start = 0
+            for run in _LONG_RUN.finditer(document):
+                for end in range(run.start() + _LONGEST_WORD, run.end(), _LONGEST_WORD):
+                    yield document[start:end]
+                    start = end
+            yield document[start:]
+            if ended.is_set():
+                raise InterruptedError
+
+    def work() -> None:
+        try:
+            trained.set_result(tokenizer.train_from_iterator(texts(), trainer))
+        except BaseException as error:
+            trained.set_exception(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    try:
+        thread.start()
+        trained.result()
+    finally:
+        ended.set()
+        if thread.is_alive():
+            thread.join(1)
 
 
 def first_characters(documents: Iterable[str]) -> Iterator[str]:

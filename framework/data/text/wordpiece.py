@@ -13,7 +13,7 @@ from etils import epath
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ...base.errors import UserError
-from .tokenizer import first_characters, read_tokenizer
+from .tokenizer import first_characters, read_tokenizer, train_on
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SMALLEST_VOCABULARY = 150  # the special tokens, the smallest alphabet twice, and some pieces
@@ -64,7 +64,7 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int, *, lower_case: bo
         limit_alphabet=len(alphabet),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    train_on(tokenizer, texts, trainer)
     return _tokenizer(tokenizer.get_vocab(), lower_case=lower_case)
 
 

@@ -67,6 +67,7 @@ def test_empty_negative_and_large_fields(tmp_path, cache):
         ],
         end="\r\n",
     )
+    path.write_bytes(path.read_bytes() + b"\r\n\n")  # blank lines at the end are allowed
     data = prepared(cache, source=f"file:{path}", heldout_fraction=0.5)
     first, second = data.examples("train", cache)[0], data.examples("heldout", cache)[0]
     assert first["integers"].tolist() == [MISSING, -3, 2**31 - 1, MISSING + 1, *[7] * 9]

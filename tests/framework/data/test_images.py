@@ -142,7 +142,7 @@ def damaged_dir(tmp_path_factory):
     pairs[4] = (pairs[4][0][:400], 4)
     pairs[11] = (imagenet.encoded(imagenet.photo(11), "GIF"), 11)
     pairs[20] = (pairs[20][0], 500)
-    imagenet.prepare(directory, {"train": pairs, "validation": imagenet.photos(2, 40)})
+    imagenet.prepare(directory, {"train": pairs, "validation": imagenet.photos(2, 40)}, classes=None)
     (shard,) = (directory / "imagenet2012" / "5.1.0").glob("*train*")
     content = bytearray(shard.read_bytes())
     content[3_000] ^= 0xFF
@@ -198,6 +198,8 @@ def test_unusable_sets_are_refused_before_training(tfds_dir, tmp_path):
         ({**here, "image_key": "picture"}, "data.image_key='picture': no such feature .* Use one of"),
         ({**here, "heldout_split": "test"}, "data.heldout_split='test': no such split .* Use one of train, validation"),
         ({**here, "data_dir": str(tmp_path)}, "tfds build imagenet2012"),
+        ({**here, "classes": 999}, "data.classes=999: tfds:imagenet2012:5.1.0 has 1000 classes. Set data.classes=1000"),
+        ({"classes": 9}, "data.classes=9: sample:fashion_mnist has 10 classes"),
     ]:
         with pytest.raises(UserError, match=message):
             ImageData(**fields).prepare(tmp_path)

@@ -14,14 +14,33 @@ from shampax.framework.data.images import pictures
 from shampax.framework.data.images.pictures import NotAnImage
 
 
-def png_that_says(width, height):
-    """Return a PNG file of a few bytes whose header claims so many pixels."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+def png(width, height, depth, color, content=b""):
+    """Return a PNG file with a header for this size, bit depth and color type, and rows of bytes."""
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(content)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def png_that_says(width, height):
+    """Return a PNG file of a few bytes whose header claims so many pixels."""
+    return png(width, height, 8, 2)
+
+
+@pytest.mark.parametrize(("color", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+@pytest.mark.parametrize("depth", [8, 16])
+def test_all_depths_are_scaled_to_8_bits(depth, color, channels):
+    """Fault: all values of 16-bit grey above 255 are white."""
+    most = 2**depth - 1
+    values = np.linspace(0, most, 64).round().astype(f">u{depth // 8}")
+    content = b"\0" + np.repeat(values, channels).tobytes()
+    pixels = pictures.decode(png(64, 1, depth, color, content))
+    expected = np.repeat(values.astype(float)[:, None] * 255 / most, 3, axis=1)
+    assert pixels.shape == (1, 64, 3) and pixels.dtype == np.uint8
+    assert np.abs(pixels[0] - expected).max() <= 1
 
 
 def test_every_kind_of_jpeg_and_png_becomes_rgb():

@@ -113,6 +113,24 @@ def test_heldout_pass(count, batches):
     assert len(list(limited)) == len(limited) == 2
 
 
+def test_a_limited_pass_reads_a_sample():
+    """Faults: an evaluation judges the first rows of a source only; the sample depends on the process or the call."""
+
+    def numbers(rows, **options):
+        held = HeldoutBatches(Numbers(100), global_batch_size=8, rows=rows, **options)
+        return [batch["number"].tolist() for batch in held]
+
+    whole = numbers(range(8), limit=3, sample=True)
+    assert numbers(range(8), limit=3, sample=True) == whole
+    assert numbers([0, 6], limit=3, sample=True) == [[batch[0], batch[6]] for batch in whole]
+    taken = {number for batch in whole for number in batch}
+    assert len(taken) == 24 and max(taken) > 80 and min(taken) < 20
+    first = [list(range(1 + 8 * batch, 9 + 8 * batch)) for batch in range(3)]
+    assert numbers(range(8), limit=3) == first
+    for limit in (-1, 13, 20):
+        assert numbers(range(8), limit=limit, sample=True) == numbers(range(8))
+
+
 def test_empty_splits_are_refused():
     """Fault: an empty split fails inside grain."""
     with pytest.raises(UserError, match="0 examples"):

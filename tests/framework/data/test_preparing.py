@@ -1,9 +1,12 @@
 import dataclasses
 import multiprocessing
 import os
+import resource
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 
 from shampax.framework.base import paths
 from shampax.framework.base.errors import UserError
+from shampax.framework.config import check, components
 from shampax.framework.data.clicks.criteo import ClickData
 from shampax.framework.data.masked import MaskedTextData
 from shampax.framework.data.pairs import PairData
@@ -157,10 +161,48 @@ def test_a_cache_that_does_not_match_is_one_line(sources, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_one_line(sources, tmp_path, workers, capsys):
+    """Faults: a traceback of a library; half a shard counts as complete; finished shards are lost."""
+    data = dataclasses.replace(sources["clicks"], shard_size=1_000_000)
+    place, log = tmp_path / "out", Path(data.source.removeprefix("file:"))
+    log.write_text(log.read_text() * 40)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=rf"{place}/rows-\w+: cannot be written \(.*\). Free disk space"):
+            preparing.run(data, paths.of(place), workers=workers)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "Traceback" not in capsys.readouterr().err
+    assert not list(place.glob("rows-*/*.array_record"))
+    if workers == 1:
+        preparing.run(data, paths.of(place), workers=workers)
+        assert list(place.glob("rows-*/manifest.json"))
+
+
+def test_the_printed_command_trains_on_the_rows(sources, tmp_path, capsys):
+    """Faults: the command lacks the overrides, so that the rows do not match; a shell would split a value."""
+    place = tmp_path / "it's [1]"
+    spec = ["--config=shampax/configs/lm.py:sample", f"--config.data.source={sources['text'].source}"]
+    knobs = ["--config.data.sequence_length=16", "--config.task.vocab_size", "300", "--config.data.max_malformed=3"]
+    assert prepare.main([*spec, *knobs, f"--output={place}", "--workers=1"]) == 0
+    command = shlex.split(capsys.readouterr().out.partition("train with ")[2].replace("WORKDIR", str(tmp_path / "run")))
+    assert command[:3] == ["python", "-m", "shampax.launch.train"]
+    assert f"--config.data.prepared={place}" in command
+    changes = [word.removeprefix("--config.") for word in command if word.startswith("--config.")]
+    data = components.build(check.load(spec[0].removeprefix("--config="), changes).data)
+    data.prepare(tmp_path / "unused")
+    assert data.load_tokenizer("").get_vocab_size() <= 300
+    assert len(data.examples("train", "")) > 0 and not (tmp_path / "unused").exists()
+
+
 def test_a_worker_that_fails_or_dies_is_one_line():
     """Faults: a preparation waits for a worker that was killed; it hides why another one failed."""
     spawn = multiprocessing.get_context("spawn")
     with pytest.raises(UserError, match="'none' matches no file"):
-        workers.run_in_processes(spawn, files.find, [("data.source", __file__), ("data.source", "none")])
+        workers.run_in_processes(
+            spawn, files.find, [("data.source", __file__, (".py",)), ("data.source", "none", ("",))]
+        )
     with pytest.raises(UserError, match="died with exit code 3"):
         workers.run_in_processes(spawn, os._exit, [(0,), (3,)])

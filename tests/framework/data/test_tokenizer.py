@@ -1,9 +1,14 @@
+import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -17,8 +22,10 @@ from shampax.framework.data.text.tokenizer import (
     characters_per_token,
     encode,
     load_tokenizer,
+    train_on,
     train_tokenizer,
 )
+from shampax.framework.data.text.wordpiece import train_wordpiece
 
 TRAIN = """
 import hashlib, itertools
@@ -83,6 +90,48 @@ def test_an_interrupt_is_not_a_tokenizer_error(tokenizer):
 
     with pytest.raises(KeyboardInterrupt):
         list(encode(Interrupted(), ["text"]))
+
+
+@pytest.mark.parametrize("train", [train_tokenizer, functools.partial(train_wordpiece, lower_case=True)])
+@pytest.mark.parametrize("text", ["".join(map(chr, range(97, 123))) * 20_000, " \n" * 200_000])
+def test_training_time_is_linear_in_the_longest_word(train, text):
+    """Fault: a word of 500,000 letters, as in DNA or base64, takes minutes, and one of ten million hours."""
+    began = time.monotonic()
+    tokenizer = train(["ab ab abc " * 9 + text], 400)
+    assert time.monotonic() - began < 20
+    assert "ab" in tokenizer.get_vocab()
+
+
+def test_words_of_ordinary_length_are_not_cut():
+    """Fault: the bound changes the tokenizers of ordinary text."""
+    texts, trained = ["a" * 999 + " b" * 9 + "x" * 5_000 + " y"], []
+
+    class Fake:
+        def train_from_iterator(self, texts, trainer):
+            trained.extend(texts)
+
+    train_on(Fake(), texts, None)
+    assert "".join(trained) == texts[0]
+    assert max(len(run) for part in trained for run in part.split()) == 1_000
+    assert len(trained) == 6 and trained[0].startswith("a" * 999 + " b")
+
+
+def test_training_can_be_interrupted():
+    """Fault: Ctrl-C is not heard while the library trains, for hours in text without spaces."""
+    stopped = threading.Event()
+
+    class Slow:
+        def train_from_iterator(self, texts, trainer):
+            os.kill(os.getpid(), signal.SIGINT)
+            with contextlib.suppress(InterruptedError):
+                for _ in texts:
+                    time.sleep(0.01)
+            stopped.set()
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        train_on(Slow(), itertools.repeat("text"), None)
+    assert time.monotonic() - began < 5 and stopped.wait(5)
 
 
 def test_vocabulary_is_bytes_then_merges(tokenizer):

@@ -1,5 +1,6 @@
 import gzip
 import lzma
+import re
 import tracemalloc
 
 import pytest
@@ -81,7 +82,8 @@ def test_rows_do_not_depend_on_how_a_file_is_read(tmp_path_factory, content, siz
     """Faults: a row is cut where a read ends; an empty last row is added."""
     tmp_path = tmp_path_factory.mktemp("rows")
     whole = rows(tmp_path, content)
-    assert len(whole) == content.count(b"\n") + bool(content and not content.endswith(b"\n"))
+    text = re.sub(rb"(^|\n)(\r?\n)*\Z", b"", content)  # blank lines at the end are no rows
+    assert len(whole) == (text.count(b"\n") + 1 if text else 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "_CHUNK", size)
         assert repr(rows(tmp_path, content)) == repr(whole)
