@@ -26,9 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     environment.without_accelerator()
-    from ..framework.checkpoint import store
+    from ..framework.checkpoint import workarounds
 
-    store.quiet()
+    workarounds.apply()
     return options.verb(options)
 
 

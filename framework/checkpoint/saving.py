@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from ..base import workdir as layout
 from ..base.errors import UserError
 from ..distributed import agreement
-from . import store, verify
+from . import store, verify, workarounds
 from .record import Ranking, Record
 
 DELETED = "deleted"  # folder among the checkpoints, into which those to be deleted are renamed
@@ -94,7 +94,7 @@ class Checkpoints:
         still_ours: Callable[[], None] = lambda: None,
     ):
         """Remove what interrupted saves and deletions have left behind."""
-        store.quiet()
+        workarounds.apply()
         self._workdir, self._directory = workdir, (workdir / layout.CHECKPOINTS).absolute()
         self._ranking, self._still_ours = ranking, still_ours
         self._first = jax.process_index() == 0

@@ -8,9 +8,7 @@ checksums of these files, and once its step has been evaluated `evaluation.json`
 import contextlib
 import dataclasses
 import json
-import logging
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,22 +32,6 @@ FORMAT = 1  # of the manifest
 PARAMS, MODEL, OPTIMIZER, AVERAGING = "params/", "model_state/", "opt_state/", "averaging/"
 
 Damaged = list[tuple[Path, str]]  # checkpoints, each with its first fault
-
-
-def quiet() -> None:
-    """Hide what Orbax logs beside the errors that it raises, and what the reads and writes say that it abandons."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_of_others)
-    sys.unraisablehook = _unraisable
-
-
-def _is_of_others(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname and "exception was never retrieved" not in record.getMessage()
-
-
-def _unraisable(unraisable: Any) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":  # TensorStore raises this once for each array
-        sys.__unraisablehook__(unraisable)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from shampax.configs import base
 from shampax.framework.base.errors import UserError
-from shampax.framework.checkpoint import ownership, saving, store, takeover, verify
+from shampax.framework.checkpoint import ownership, saving, store, takeover, verify, workarounds
 from shampax.framework.checkpoint.origin import Origin
 from shampax.framework.checkpoint.record import Ranking, Record
 from shampax.framework.sharding import meshes, placement
@@ -648,8 +648,8 @@ def test_only_messages_of_abandoned_reads_are_hidden(monkeypatch):
     shown = []
     monkeypatch.setattr(sys, "__unraisablehook__", shown.append)
     gone, other = (types.SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "other"))
-    store._unraisable(gone)
-    store._unraisable(other)
+    workarounds._unraisable(gone)
+    workarounds._unraisable(other)
     assert shown == [other]
 
 

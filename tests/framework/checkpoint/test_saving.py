@@ -1,8 +1,10 @@
 import dataclasses
 import errno
+import gc
 import math
 import resource
 import shutil
+import sys
 import threading
 from concurrent import futures
 from pathlib import Path
@@ -324,6 +326,19 @@ def test_damaged_checkpoints_are_deleted_once_their_step_is_saved_again(tmp_path
     assert sorted(path.name for path in (tmp_path / "damaged").iterdir()) == ["2", "5"]
     save(tmp_path, state, {2: None})
     assert [path.name for path in (tmp_path / "damaged").iterdir()] == ["5"]
+
+
+def test_saves_leave_no_memory(tmp_path):
+    """Fault: each save leaves 1,300 objects of TensorStore, a quarter of a megabyte for a large state."""
+    state, saving, counts = make_state({"data": 8}, P()), saver(tmp_path), []
+    for step in range(1, 26):
+        saving.save(state, Record(step=step), {})
+        saving.confirm()
+        if step in (10, 25):
+            gc.collect()
+            counts.append(sys.getallocatedblocks())
+    saving.close()
+    assert counts[1] - counts[0] < 15 * 100
 
 
 TOGETHER = """
