@@ -20,7 +20,7 @@ from ..base.errors import UserError, did_you_mean
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGE = __name__.partition(".")[0]
-_FORM = re.compile(r"(?P<path>.+?\.py)(:(?P<variant>.*))?", re.DOTALL)
+_FORM = re.compile(r"(.+?\.py)(?::(.*))?", re.DOTALL)
 _RAISED_BY_USERS = (Exception, SystemExit)  # a config file may raise anything
 
 
@@ -33,7 +33,10 @@ def run(spec: str) -> ConfigDict:
     Raises:
       UserError: the file or variant does not exist, or the file fails. The message has file and line.
     """
-    path, variant = _parse(spec)
+    match = _FORM.fullmatch(spec)
+    if match is None:
+        raise UserError(f"--config={spec}: must be FILE.py or FILE.py:VARIANT, e.g. shampax/configs/lm.py:sample.")
+    path, variant = match.groups()
     module = _load(path)
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
@@ -54,13 +57,6 @@ def run(spec: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: get_config returned {type(config).__name__}. Return base.get_config(), changed.")
     return config
-
-
-def _parse(spec: str) -> tuple[str, str | None]:
-    match = _FORM.fullmatch(spec)
-    if match is None:
-        raise UserError(f"--config={spec}: must be FILE.py or FILE.py:VARIANT, e.g. shampax/configs/lm.py:sample.")
-    return match["path"], match["variant"]
 
 
 def _load(path: str) -> types.ModuleType:
