@@ -13,10 +13,17 @@ def _interrupted(number: int, frame: object) -> None:
     os._exit(128 + number)
 
 
-# `python -m shampax.launch.VERB` imports this package first. `flags.run` takes over when all modules are imported.
+# `python -m shampax.launch.VERB` imports this package first. An exception would not do while modules are imported: some
+# libraries catch any exception there, and others crash.
 if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupted)
 
 from .environment import before_jax  # noqa: E402
 
 before_jax()
+
+
+def interruptible() -> None:
+    """From now on, let Ctrl-C raise KeyboardInterrupt. A verb calls it when its modules are imported."""
+    if signal.getsignal(signal.SIGINT) is _interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -4,7 +4,6 @@ import argparse
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -77,8 +76,6 @@ def explain(error: BaseException) -> tuple[int, str] | None:
 
 def run(command: Callable[[], int], explain: Callable[[BaseException], tuple[int, str] | None] = explain) -> int:
     """Run a command and return its exit code. An error that `explain` knows ends in one line on stderr."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on an interrupt is an exception
     try:
         try:
             code = command()

@@ -22,7 +22,7 @@ from ..framework.base import paths
 from ..framework.base.errors import UserError
 from ..framework.config import components
 from ..framework.config.check import load
-from . import flags
+from . import flags, interruptible
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +47,7 @@ def _prepare(arguments: Sequence[str] | None) -> int:
     # Imported after the config is checked: this imports JAX.
     from ..framework.data.preparing import preparing
 
+    interruptible()
     data = components.build(config.data)
     if not isinstance(data, preparing.Preparable):
         raise UserError(

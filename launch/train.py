@@ -25,7 +25,7 @@ from ..framework.base.errors import UserError
 from ..framework.config.check import load
 from ..framework.distributed import cluster, sameness
 from ..framework.distributed.processes import Group
-from . import environment, flags, knobs
+from . import environment, flags, interruptible, knobs
 
 _UNUSABLE = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -81,6 +81,7 @@ def _train(options: argparse.Namespace, overrides: Sequence[str], group: Group |
     # Imported after the config is checked: the trainer imports JAX, Orbax and grain.
     from ..framework.train import train
 
+    interruptible()
     try:
         result = train(config, options.workdir)
     except OSError as error:

@@ -146,7 +146,7 @@ def _own_gpus(environ: Mapping[str, str], processes: int, index: int) -> tuple[t
     listed = next((environ[name] for name in _VISIBLE_GPUS if name in environ), None)
     visible = total if listed is None else len(listed.split(",")) if listed else 0
     if given := environ.get(LOCAL_DEVICES):
-        devices = [int(number) for number in given.split(",") if re.fullmatch(r"\d{1,4}", number)]
+        devices = [int(number) for number in given.split(",") if re.fullmatch("[0-9]{1,4}", number)]
         if len(set(devices)) < len(given.split(",")) or max(devices) >= (visible or 10_000):
             seen = f", below {visible}, the number of visible GPUs" if visible else ""
             raise UserError(f"{LOCAL_DEVICES}={given!r}: must be different numbers of GPUs{seen}. Write e.g. 0,1.")
@@ -210,7 +210,7 @@ def _metadata(environ: Mapping[str, str], key: str) -> str:
 def _address(name: str, said: Mapping[str, str], default_port: int = 0) -> tuple[str, int]:
     """Return host and port of "host:port" or "[IPv6]:port"."""
     text = said.get(name, "")
-    match = re.fullmatch(r"(?:\[(.+)\]|([^\s:/@\[\]]+))(?::(\d{1,5}))?", text)
+    match = re.fullmatch(r"(?:\[(.+)\]|([^\s:/@\[\]]+))(?::([0-9]{1,5}))?", text)
     try:
         host = match and (match[2] or str(ipaddress.IPv6Address(match[1])))
     except ValueError:
@@ -223,7 +223,7 @@ def _address(name: str, said: Mapping[str, str], default_port: int = 0) -> tuple
 
 def _number(said: Mapping[str, str], name: str, *, least: int = 0, most: int = 2**31 - 1) -> int:
     text = said.get(name, "")
-    if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= most:
+    if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
         raise UserError(f"{name}={text!r} in the environment: must be a whole number from {least} to {most}.")
     return int(text)
 

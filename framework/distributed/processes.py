@@ -205,12 +205,12 @@ class Group:
         hello = next(messages, None)
         self._strangers.release()
         match hello:
-            case ["hello", int(index), int(count), str(secret)] if self._knows(secret):
+            case ["hello", int(index), int(count), str(secret)] if self._knows(secret) and index < count < 2**31:
                 wire.send(connection, ["welcome", place.secret])
             case _:
                 connection.close()  # not a process of this run
                 return
-        if count != place.count or not 0 < index < count or not self._admit(index, connection):
+        if count != place.count or index < 1 or not self._admit(index, connection):
             line = (
                 f"error: process {index} of {count} cannot join this run of {place.count} processes. {COUNT} must be "
                 f"the same in all processes, and {INDEX} different in each."
@@ -238,7 +238,7 @@ class Group:
             time.sleep(_RETRY_SECONDS)
 
     def _knows(self, secret: str) -> bool:
-        return hmac.compare_digest(secret.encode(), self._place.secret.encode())
+        return hmac.compare_digest(*(text.encode(errors="backslashreplace") for text in (secret, self._place.secret)))
 
     def _admit(self, index: int, connection: socket.socket) -> bool:
         """Send a process what all are told, from now on; return False if one of this index has come before."""
@@ -320,4 +320,4 @@ def _last_words(text: str) -> None:
     stderr = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     with contextlib.suppress(OSError):
-        os.write(stderr, f"{text}\n".encode())
+        os.write(stderr, f"{text}\n".encode(errors="backslashreplace"))

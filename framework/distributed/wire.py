@@ -9,14 +9,14 @@ from typing import Any
 
 from .cluster import Place
 
-_LONGEST_MESSAGE = 2**20  # characters; a config with the hashes of all source files has about 2**14
+_LONGEST_MESSAGE = 2**20  # bytes; a config with the hashes of all source files has about 2**14
 
 
 def messages(connection: socket.socket) -> Iterator[Any]:
     """Yield messages until the connection closes or sends something that is not a message."""
     faults = (OSError, ValueError, RecursionError)  # RecursionError: thousands of nested lists
-    with contextlib.suppress(*faults), connection.makefile("r", encoding="utf-8") as lines:
-        while (line := lines.readline(_LONGEST_MESSAGE)).endswith("\n"):
+    with contextlib.suppress(*faults), connection.makefile("rb") as lines:
+        while (line := lines.readline(_LONGEST_MESSAGE)).endswith(b"\n"):
             yield json.loads(line)
 
 

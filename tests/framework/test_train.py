@@ -416,6 +416,19 @@ def test_a_signal_ends_an_evaluation_within_a_batch(uninterrupted, tmp_path, mon
     assert lines(tmp_path) == lines(uninterrupted[0])
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(number):
+    """Fault: a run in the background of a script stops when somebody presses Ctrl-C."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), number)
+            assert signals.reason() is None
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 def test_second_interrupt_aborts():
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)

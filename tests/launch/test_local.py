@@ -184,6 +184,30 @@ sys.exit(128 + int(notes.read_text().split()[2]))
     assert [notes[1:] for notes in notes_of(tmp_path, 2).values()] == [["ready", str(int(number)), "saved"]] * 2
 
 
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(module):
+    """Fault: `nohup ... launch.local` ends when its terminal is closed."""
+    command = module("""
+os.kill(os.getppid(), signal.SIGHUP)
+os.kill(os.getpid(), signal.SIGHUP)
+time.sleep(0.3)
+""")
+    ignoring = (
+        "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
+    )
+    launcher = [sys.executable, "-m", "shampax.launch.local", *command]
+    done = subprocess.run([sys.executable, "-c", ignoring, *launcher], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_processes_of_a_run_share_a_secret(module):
+    """Fault: another program of the machine can end the run."""
+    command = module("print(os.environ['SHAMPAX_SECRET'])")
+    secrets = [{line.split()[1] for line in local(*command)[1].splitlines()} for _ in range(2)]
+    assert [len(each) for each in secrets] == [1, 1]
+    assert secrets[0] != secrets[1]
+    assert min(map(len, secrets[0])) >= 32
+
+
 def test_all_processes_end_when_the_launcher_is_killed(module, tmp_path):
     """Fault: orphans continue to train and keep their workdir locked."""
     with launched(*module("time.sleep(60)")) as process:

@@ -1,7 +1,10 @@
 import os
+import pathlib
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -162,6 +165,18 @@ def test_training_that_fails(trained, capsys):
 def test_user_errors_of_the_trainer(trained, capsys):
     trained(UserError("batch 100 is not\ndivisible"))
     assert ran([SAMPLE, "--workdir=w"], capsys) == (2, [], ["error: batch 100 is not divisible"])
+
+
+@pytest.mark.parametrize("library", ["numpy", "jaxlib"])
+def test_ctrl_c_during_imports_is_one_line(library, tmp_path):
+    """Faults: a traceback, a crash, or an interrupt that a library catches, so that the run goes on."""
+    command = [sys.executable, "-m", "shampax.launch.train", SAMPLE, f"--workdir={tmp_path / 'work'}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while library not in pathlib.Path(f"/proc/{process.pid}/maps").read_text() and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--help", SAMPLE], [SAMPLE, "-h", "--config.batch_size=77"]])

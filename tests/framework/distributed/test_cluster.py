@@ -36,6 +36,8 @@ EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:84", "JAX_NUM_PROCESSES": "4", 
         (EXPLICIT, ("10.0.0.1", 84, 4, 3)),
         (EXPLICIT | SLURM, ("10.0.0.1", 84, 4, 3)),
         (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "[fe80::1]:84"}, ("fe80::1", 84, 4, 3)),
+        (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "[fe80::1%eth0]:84"}, ("fe80::1%eth0", 84, 4, 3)),
+        (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "lm-0.lm:84"}, ("lm-0.lm", 84, 4, 3)),
         (SLURM, ("tux07", 61444, 2, 1, "JAX_COORDINATOR_PORT")),
         (SLURM | {"JAX_COORDINATOR_PORT": "85"}, ("tux07", 85, 2, 1, "JAX_COORDINATOR_PORT")),
         (SLURM | {"JAX_NUM_PROCESSES": "1"}, None),
@@ -79,6 +81,8 @@ ALL_FOUR = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
         (SHARED | {"CUDA_VISIBLE_DEVICES": "1"}, None),
         (SHARED | {"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": ""}, None),  # hidden by the user
         (SHARED | ALL_FOUR | {"JAX_LOCAL_DEVICE_IDS": "3,0"}, (3, 0)),
+        (SHARED | {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, (4, 5, 6, 7)),
+        (EXPLICIT | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, (0, 1)),
         (SLURM | ALL_FOUR, None),  # one node each
         (MPI | ALL_FOUR | {"JAX_COORDINATOR_ADDRESS": "n1:84"}, (2, 3)),
     ],
@@ -96,7 +100,49 @@ def test_processes_that_share_a_machine_divide_its_devices(environ, devices):
             "and JAX_NUM_PROCESSES set for a run of several processes, but JAX_PROCESS_ID cannot",
         ),
         ({"JAX_NUM_PROCESSES": "4"}, "but JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID cannot be detected"),
-        (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "must be host:port of process 0"),
+        *(
+            (
+                EXPLICIT | {"JAX_COORDINATOR_ADDRESS": wrong},
+                "must be host:port of process 0, e.g. 10.0.0.1:8476 or [fe80",
+            )
+            for wrong in (
+                *(
+                    "10.0.0.1",
+                    "::1:84",
+                    "fe80::1",
+                    "[fe80::1]",
+                    "[fe80::1:84",
+                    "fe80::1]:84",
+                    "[n1]:84",
+                    "[]:84",
+                    "a:b:84",
+                ),
+                *(
+                    "http://n1:84",
+                    "n1:84/x",
+                    "u@n1:84",
+                    "n1:0",
+                    "n1:65536",
+                    "n1:8 4",
+                    "n1:-1",
+                    "n1:\u0664",
+                    " n1:84",
+                    ":84",
+                ),
+            )
+        ),
+        (EXPLICIT | {"JAX_NUM_PROCESSES": "9" * 5_000}, "must be a whole number from 1 to 2147483647"),
+        (EXPLICIT | {"JAX_NUM_PROCESSES": "0"}, "must be a whole number from 1 to"),
+        (EXPLICIT | {"JAX_LOCAL_DEVICE_IDS": "0,"}, "JAX_LOCAL_DEVICE_IDS='0,': must be different numbers of GPUs. "),
+        (EXPLICIT | {"JAX_LOCAL_DEVICE_IDS": "1,1"}, "JAX_LOCAL_DEVICE_IDS='1,1': must be different numbers of GPUs. "),
+        (
+            SHARED | ALL_FOUR | {"JAX_LOCAL_DEVICE_IDS": "4"},
+            "JAX_LOCAL_DEVICE_IDS='4': must be different numbers of GPUs, below 4, the number of visible GPUs.",
+        ),
+        (
+            GKE | {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_COORDINATOR_ADDRESS": "fe80::1", "MEGASCALE_SLICE_ID": "0"},
+            "MEGASCALE_COORDINATOR_ADDRESS='fe80::1': must be host:port",
+        ),
         (
             EXPLICIT | {"JAX_PROCESS_ID": "4"},
             "JAX_PROCESS_ID=4 and JAX_NUM_PROCESSES=4: the index must be below",
@@ -183,7 +229,7 @@ def tpu(monkeypatch):
         (
             {
                 "agent-worker-number": "1",
-                "worker-network-endpoints": "t-0,t-1",
+                "worker-network-endpoints": "unknown:unknown:fd00::9,t-1",
                 "tpu-env": "MEGASCALE_COORDINATOR_ADDRESS: '10.9.9.9'\nMEGASCALE_NUM_SLICES: '2'\n"
                 "MEGASCALE_SLICE_ID: '1'\n",
             },

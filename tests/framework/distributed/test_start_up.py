@@ -174,6 +174,7 @@ def test_unreachable_devices_are_detected_before_compilation():
 
 
 def test_jax_sees_the_devices_of_all_processes():
+    """Faults: a process uses the GPUs of another; half of a machine is idle without a word."""
     text = """
         group = Group(place)
         group.join({"config.seed": "0"}, waiting_seconds=30, death_seconds=5)
@@ -181,7 +182,9 @@ def test_jax_sees_the_devices_of_all_processes():
         print(json.dumps([jax.process_count(), jax.device_count(), jax.local_device_count()]))
         group.leave()
     """
-    with script(text, processes=2, JAX_NUM_CPU_DEVICES="2") as job:
+    gpus = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7", "JAX_LOCAL_DEVICE_IDS": "0,1,2,3"}
+    with script(text, processes=2, JAX_NUM_CPU_DEVICES="2", **gpus) as job:
         ended = job.wait()
     assert codes(ended) == [0, 0], ended
     assert [json.loads(each.out.splitlines()[-1]) for each in ended] == [[2, 4, 2]] * 2
+    assert ["each process has 4 of 8 GPUs of its machine" in each.out for each in ended] == [True, False]
