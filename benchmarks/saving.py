@@ -32,7 +32,8 @@ from ..framework.sharding import meshes
 from ..framework.sharding.global_batch import Share
 from ..framework.step.program import Program
 from ..framework.step.schedule import make_schedule
-from ..framework.step.state import initial_state
+from ..framework.step.state import make_initial
+from ..optimizers.plan import patterns
 from . import command
 
 
@@ -57,7 +58,9 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
         program = Program.of(config, task, chosen, mesh, spec, rate)
         tx, abstract = program.tx, program.abstract
         compiled = program.train_step.lower(abstract, spec).compile()
-        state = initial_state(task, tx, spec, abstract, 0)
+        names = patterns.paths(abstract)
+        arrays = make_initial(task, tx, spec, abstract, 0, names)()
+        state = jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in names])
         manifest = takeover.describe(
             tx, config.optimizer.name, abstract.params, optimizer.treatments(tx, abstract.params), mesh.shape
         )

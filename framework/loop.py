@@ -222,7 +222,7 @@ class Run:
             )
         if skips >= guard.max_consecutive_skips:
             return (
-                f"{skips} consecutive steps were skipped for a non-finite loss or gradient or a loss spike "
+                f"{skips} consecutive steps were skipped for a non-finite loss, gradient or update or a loss spike "
                 f"(config.guard.max_consecutive_skips={guard.max_consecutive_skips}). In a new workdir, with "
                 "resume_from this one, lower schedule.learning_rate, set gradient_clip or, for spikes, raise "
                 "guard.spike_factor"

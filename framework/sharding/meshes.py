@@ -53,19 +53,14 @@ def _fill(sizes: Mapping[str, int], available: int) -> tuple[int, ...]:
         )
     if -1 in shape:
         if available % fixed:
+            fitting = ", ".join(str(divisor) for divisor in range(1, available + 1) if available % divisor == 0)
             raise UserError(
-                f"{mesh}: {available} devices are not divisible by {fixed}. The other axes together can have "
-                f"{_divisors(available)}."
+                f"{mesh}: {available} devices are not divisible by {fixed}. The other axes together can have {fitting}."
             )
         return tuple(available // fixed if size == -1 else size for size in shape)
     if fixed < available:
         raise UserError(f"{mesh}: uses {fixed} of {available} devices. Set one axis to -1 (the rest).")
     return shape
-
-
-def _divisors(number: int) -> str:
-    divisors = [str(divisor) for divisor in range(1, number + 1) if number % divisor == 0]
-    return ", ".join(divisors[:-1]) + " or " + divisors[-1] if divisors[:-1] else divisors[-1]
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:

@@ -35,29 +35,12 @@ def abstract(variables: dict[str, Any], decay: float, scalar: jax.sharding.Shard
     return Averaging(variables, jax.ShapeDtypeStruct((), jnp.float32, sharding=scalar)) if decay else None
 
 
-def initial(variables: dict[str, Any], like: Averaging | None) -> Averaging | None:
-    """Return the state before the first step; `like` is the result of `abstract`."""
-    # Copied, because the step donates the variables and the iterate.
-    return Averaging(jax.tree.map(jnp.copy, variables), jnp.zeros((), jnp.float32)) if like else None
-
-
-def trained(variables: dict[str, Any], averaging: Averaging | None) -> dict[str, Any]:
-    """Return the variables that the optimizer trains: the iterate, or without an average the variables."""
-    return averaging.iterate if averaging else variables
-
-
 def advance(
     variables: dict[str, Any], averaging: Averaging | None, iterate: dict[str, Any], decay: float
 ) -> tuple[dict[str, Any], Averaging | None]:
-    """Return the variables and the state of the average after a step.
+    """Return the variables, the average or without one the iterate, and the state of the average after a step.
 
     Floating-point model state, such as the moments of batch normalisation, is averaged too; counts are the latest.
-
-    Args:
-      variables: the average before the step.
-      averaging: its state before the step.
-      iterate: the trained variables after the step.
-      decay: between 0 and 1.
     """
     if averaging is None:
         return iterate, None

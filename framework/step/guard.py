@@ -11,20 +11,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ...optimizers.update.finite import all_finite
+
 # Minimum deviation, as a fraction of the mean, so that rounding noise of a constant loss is not a spike.
 _LEAST_DEVIATION = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardOptions:
-    """Definition and treatment of loss spikes.
-
-    Attributes:
-      on_spike: "ignore" trains on the step, "skip" refuses it; "rollback" refuses it, and the host then returns to a
-        checkpoint.
-      spike_factor: a spike is a loss more than this many mean absolute deviations above the mean.
-      spike_window: length of the running averages, in accepted steps; also the number of steps before the first spike.
-    """
+    """The knobs of `config.guard` that define loss spikes and what the step does with them."""
 
     on_spike: str
     spike_factor: float
@@ -70,14 +65,7 @@ def initial() -> Guard:
 
 
 def judge(guard: Guard, loss: jax.Array, gradients_finite: jax.Array, options: GuardOptions) -> Verdict:
-    """Decide on a step. Only a step with finite loss and gradient can be a spike.
-
-    Args:
-      guard: state before the step.
-      loss: scalar.
-      gradients_finite: bool scalar, whether all elements are finite.
-      options: static.
-    """
+    """Decide on a step before its update. Only a step with finite loss and gradient can be a spike."""
     deviation = jnp.maximum(guard.loss_deviation, _LEAST_DEVIATION * jnp.abs(guard.loss_mean))
     warm = guard.accepted >= options.spike_window
     bound = jnp.where(warm, guard.loss_mean + options.spike_factor * deviation, jnp.inf)
@@ -86,16 +74,32 @@ def judge(guard: Guard, loss: jax.Array, gradients_finite: jax.Array, options: G
     return Verdict(finite if options.on_spike == "ignore" else finite & ~spike, spike, bound)
 
 
-def updated(guard: Guard, verdict: Verdict, loss: jax.Array, clipped: jax.Array | bool, options: GuardOptions) -> Guard:
-    """Return the state after a step. A refused step leaves the statistics unchanged.
+def applied(update_norm: jax.Array, new: Any, old: Any) -> jax.Array:
+    """Return whether a step can still be accepted after its update: a bool scalar.
+
+    An optimizer that refuses updates itself, such as Distributed Shampoo, counts them in a field `skipped` of its
+    state. In other states no number may become infinite or NaN, for example the square of a large finite gradient.
 
     Args:
-      guard: state before the step.
-      verdict: result of `judge`.
-      loss: scalar.
-      clipped: bool scalar, whether the gradient was clipped.
-      options: static.
+      update_norm: global norm of the update.
+      new: optimizer and model state after the step.
+      old: the same before it.
     """
+
+    def counts(node: Any) -> bool:
+        return hasattr(node, "skipped")
+
+    fine, arrays = jnp.isfinite(update_norm), []
+    for before, after in zip(*(jax.tree.leaves(tree, is_leaf=counts) for tree in (old, new)), strict=True):
+        if counts(before):
+            fine &= before.skipped == after.skipped
+        elif jnp.issubdtype(after.dtype, jnp.floating):
+            arrays.append(jnp.where(jnp.isfinite(before), after, 0))
+    return fine & all_finite(arrays)
+
+
+def updated(guard: Guard, verdict: Verdict, loss: jax.Array, clipped: jax.Array | bool, options: GuardOptions) -> Guard:
+    """Return the state after a step whose gradient was `clipped` or not. A refused step leaves the statistics."""
     accepted = verdict.accepted
     change = loss.astype(jnp.float32) - guard.loss_mean
     surprise = jnp.abs(change) - guard.loss_deviation

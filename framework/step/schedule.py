@@ -1,7 +1,6 @@
 """The learning rate as a function of the step: linear warm-up, then decay."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -10,7 +9,14 @@ import optax
 
 from ..base.errors import UserError
 
-DECAYS = ("cosine", "linear", "quadratic", "constant", "rsqrt")
+# name -> (rate after the warm-up, as a function of peak, steps, final fraction and warm-up steps)
+_AFTER = {
+    "cosine": lambda peak, steps, final, warmup: optax.cosine_decay_schedule(peak, steps, alpha=final),
+    "linear": lambda peak, steps, final, warmup: optax.linear_schedule(peak, peak * final, steps),
+    "quadratic": lambda peak, steps, final, warmup: optax.polynomial_schedule(peak, peak * final, 2, steps),
+    "constant": lambda peak, steps, final, warmup: optax.constant_schedule(peak),
+    "rsqrt": lambda peak, steps, final, warmup: lambda count: peak * jax.lax.rsqrt(1.0 + count / max(warmup, 1)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,45 +52,17 @@ def make_schedule(
     Raises:
       UserError: the decay is unknown, or the warm-up is longer than the run or its second phase.
     """
-    if decay not in DECAYS:
-        raise UserError(f"config.schedule.decay={decay!r}: must be one of {', '.join(DECAYS)}.")
+    if decay not in _AFTER:
+        raise UserError(f"config.schedule.decay={decay!r}: must be one of {', '.join(_AFTER)}.")
     if not 0 <= final_fraction <= 1:
         raise UserError(f"config.schedule.final_fraction={final_fraction}: must be between 0 and 1.")
-    if begin_step:
-        if begin_step >= total_steps:
-            raise UserError(
-                f"config.schedule.begin={begin_step} steps: must be shorter than the run of {total_steps} steps."
-            )
-        phase = make_schedule(
-            learning_rate,
-            warmup_steps=warmup_steps,
-            total_steps=total_steps - begin_step,
-            decay=decay,
-            final_fraction=final_fraction,
-        )
-        return Schedule(lambda count: phase(jnp.maximum(jnp.asarray(count) - begin_step, 0)), learning_rate)
-    if warmup_steps >= total_steps:
-        raise UserError(
-            f"config.schedule.warmup={warmup_steps} steps: must be shorter than the run of {total_steps} steps."
-        )
-    decay_steps = total_steps - warmup_steps
-    after: optax.Schedule
-    if decay == "cosine":
-        after = optax.cosine_decay_schedule(learning_rate, decay_steps, alpha=final_fraction)
-    elif decay == "linear":
-        after = optax.linear_schedule(learning_rate, learning_rate * final_fraction, decay_steps)
-    elif decay == "quadratic":
-        after = optax.polynomial_schedule(learning_rate, learning_rate * final_fraction, 2, decay_steps)
-    elif decay == "constant":
-        after = optax.constant_schedule(learning_rate)
-    else:
-        start = max(warmup_steps, 1)
-        after = functools.partial(_rsqrt, learning_rate, start)
-    if warmup_steps == 0:
-        return Schedule(after, learning_rate)
-    before = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
-    return Schedule(optax.join_schedules([before, after], [warmup_steps]), learning_rate)
-
-
-def _rsqrt(learning_rate: float, start: int, count: jax.typing.ArrayLike) -> jax.Array:
-    return learning_rate * jax.lax.rsqrt(1.0 + count / start)
+    for name, first, steps in (("begin", begin_step, total_steps), ("warmup", warmup_steps, total_steps - begin_step)):
+        if first and first >= steps:
+            raise UserError(f"config.schedule.{name}={first} steps: must be shorter than the run of {steps} steps.")
+    rate = _AFTER[decay](learning_rate, total_steps - begin_step - warmup_steps, final_fraction, warmup_steps)
+    if warmup_steps:
+        warmup = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
+        rate = optax.join_schedules([warmup, rate], [warmup_steps])
+    if not begin_step:
+        return Schedule(rate, learning_rate)
+    return Schedule(lambda count: rate(jnp.maximum(jnp.asarray(count) - begin_step, 0)), learning_rate)

@@ -1,7 +1,7 @@
 """The train state: all arrays that a step reads and writes, laid out on the mesh."""
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -42,6 +42,11 @@ class TrainState:
         """Parameters and model state as one dict, as the task takes them."""
         return {"params": self.params, **self.model_state}
 
+    @property
+    def trained(self) -> dict[str, Any]:
+        """The variables that the optimizer trains: the iterate, or without an average the variables."""
+        return self.averaging.iterate if self.averaging else self.variables
+
 
 def abstract_variables(task: Task, batch_spec: BatchSpec) -> dict[str, Any]:
     """Return shapes and dtypes of the task's variables. Nothing is computed."""
@@ -78,14 +83,6 @@ def abstract_state(
     )
 
 
-def initial_state(
-    task: Task, tx: optax.GradientTransformation, batch_spec: BatchSpec, abstract: TrainState, seed: int
-) -> TrainState:
-    """Compute the state before the first step. Each device computes its shards; values are the same on every mesh."""
-    init = _initial(task, tx, batch_spec, abstract, seed)
-    return jax.jit(init, out_shardings=shardings(abstract))()
-
-
 def make_initial(
     task: Task,
     tx: optax.GradientTransformation,
@@ -94,42 +91,32 @@ def make_initial(
     seed: int,
     names: Collection[str],
 ) -> jax.stages.Wrapped:
-    """Return the jitted `() -> arrays` of the initial state whose paths are in `names`. The others take no memory."""
-    if not names:
-        return jax.jit(lambda: {})
-    init = _initial(task, tx, batch_spec, abstract, seed)
+    """Return the jitted `() -> arrays` of the initial state whose paths are in `names`. The others take no memory.
 
-    def chosen(state: TrainState) -> dict[str, Any]:
-        return {
-            name: leaf
-            for name, leaf in zip(patterns.paths(state), jax.tree.leaves(state), strict=True)
-            if name in names
-        }
+    Each device computes its shards; values are the same on every mesh.
+    """
 
     def initial() -> dict[str, Any]:
-        return chosen(init())
-
-    return jax.jit(initial, out_shardings=chosen(shardings(abstract)))
-
-
-def _initial(
-    task: Task, tx: optax.GradientTransformation, batch_spec: BatchSpec, abstract: TrainState, seed: int
-) -> Callable[[], TrainState]:
-    def init() -> TrainState:
         # Steps fold in 0, 1, 2, ... and never reach this number.
         variables = dict(task.init(jax.random.fold_in(jax.random.key(seed), 2**32 - 1), batch_spec))
-        averages = averaging.initial(dict(variables), abstract.averaging)
+        # Copied, because the step donates the variables and the iterate.
+        iterate = jax.tree.map(jnp.copy, variables)
         params = variables.pop("params")
-        return TrainState(
+        state = TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=tx.init(params),
             model_state=variables,
             guard=guard.initial(),
-            averaging=averages,
+            averaging=averaging.Averaging(iterate, jnp.zeros(())) if abstract.averaging else None,
         )
+        return chosen(state)
 
-    return init
+    def chosen(state: Any) -> dict[str, Any]:
+        found = zip(patterns.paths(state), jax.tree.leaves(state), strict=True)
+        return {name: leaf for name, leaf in found if name in names}
+
+    return jax.jit(initial if names else dict, out_shardings=chosen(shardings(abstract)))
 
 
 def shardings(abstract: Any) -> Any:

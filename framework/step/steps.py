@@ -35,7 +35,8 @@ def make_train_step(
     Gradients of micro-batches are weighted by the weights of their losses, for example the number of targets. The sum
     is the gradient of the whole batch, however uneven the masks are. If the guard refuses the step, parameters,
     optimizer state, model state and averages stay bitwise unchanged; `step` still advances. The guard refuses a
-    non-finite loss or gradient and, depending on its options, a loss spike.
+    non-finite loss, gradient or update, an update that the optimizer refuses and, depending on its options, a loss
+    spike.
 
     Args:
       task: the model.
@@ -57,9 +58,10 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        trained = averaging.trained(state.variables, state.averaging)
+        before = dict(state.trained)
+        params = before.pop("params")
         gradients, model_state, sums = _whole_batch_gradients(
-            task, trained, _cut(batch, microbatches, mesh), key, params_shardings
+            task, params, before, _cut(batch, microbatches, mesh), key, params_shardings
         )
         metrics = {name: total / weight for name, (total, weight) in sums.items()}
         metrics["learning_rate"] = jnp.asarray(learning_rate(state.step - state.guard.skipped), jnp.float32)
@@ -73,13 +75,16 @@ def make_train_step(
         # A solver inside the optimizer must never see a NaN, not even in a step that is thrown away: LAPACK may not
         # return from one.
         gradients = jax.tree.map(lambda leaf: jnp.where(verdict.accepted, leaf, 0), gradients)
-        updates, opt_state = tx.update(gradients, state.opt_state, trained["params"])
-        metrics["update_norm"] = jnp.where(verdict.accepted, optax.tree.norm(updates), 0.0)
+        updates, opt_state = tx.update(gradients, state.opt_state, params)
+        update_norm = optax.tree.norm(updates)
+        applied = guard.applied(update_norm, (opt_state, model_state), (state.opt_state, before))
+        verdict = verdict._replace(accepted=verdict.accepted & applied)
+        metrics["update_norm"] = jnp.where(verdict.accepted, update_norm, 0.0)
 
         def guarded(new: Any, old: Any) -> Any:
             return jax.tree.map(functools.partial(jnp.where, verdict.accepted), new, old)
 
-        iterate = {"params": optax.apply_updates(trained["params"], updates), **model_state}
+        iterate = {"params": optax.apply_updates(params, updates), **model_state}
         new, averages = averaging.advance(state.variables, state.averaging, iterate, ema_decay)
         clipped = (metrics["gradient_norm"] > gradient_clip) if gradient_clip else False
         state = TrainState(
@@ -179,11 +184,9 @@ def _cut(batch: Batch, microbatches: int, mesh: Mesh) -> Batch:
 
 
 def _whole_batch_gradients(
-    task: Task, variables: dict[str, Any], microbatches: Batch, key: jax.Array, params_shardings: Any
+    task: Task, params: Any, first: dict[str, Any], microbatches: Batch, key: jax.Array, params_shardings: Any
 ) -> tuple[Any, dict[str, Any], Metrics]:
     """Return the gradient of sum(totals) / sum(weights) over the micro-batches, the last model state, metric sums."""
-    params = variables["params"]
-    first_model_state = {name: collection for name, collection in variables.items() if name != "params"}
 
     def loss(params, model_state, batch, key):
         return task.loss({"params": params, **model_state}, batch, key=key, train=True)
@@ -207,9 +210,9 @@ def _whole_batch_gradients(
     inputs = (jnp.arange(count), microbatches)
     if count == 1:
         # XLA keeps a loop of one iteration, and on a CPU convolutions in a loop take ten times as long.
-        (gradients, model_state), sums = accumulate((start, first_model_state), jax.tree.map(lambda x: x[0], inputs))
+        (gradients, model_state), sums = accumulate((start, first), jax.tree.map(lambda x: x[0], inputs))
     else:
-        (gradients, model_state), stacked = jax.lax.scan(accumulate, (start, first_model_state), inputs)
+        (gradients, model_state), stacked = jax.lax.scan(accumulate, (start, first), inputs)
         sums = jax.tree.map(lambda leaf: leaf.sum(axis=0), stacked)
     weight = sums["loss"][1]
     return jax.tree.map(lambda leaf: leaf / weight, gradients), model_state, sums

@@ -4,6 +4,7 @@ import imagenet
 import jax
 import numpy as np
 import pytest
+from step_bench import initial_state
 from traced import quick_jit
 from workdirs import cut_short, history
 
@@ -13,7 +14,7 @@ from shampax.framework.config.check import load
 from shampax.framework.sharding import meshes, placement
 from shampax.framework.step.guard import GuardOptions
 from shampax.framework.step.schedule import make_schedule
-from shampax.framework.step.state import abstract_state, abstract_variables, initial_state
+from shampax.framework.step.state import abstract_state, abstract_variables
 from shampax.framework.step.steps import make_train_step
 from shampax.framework.train import train
 

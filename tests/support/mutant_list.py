@@ -292,6 +292,26 @@ FRAMEWORK = (
         ("tests/framework/step/test_step.py::test_an_ignored_spike_is_counted_and_trained_on",),
     ),
     Mutant(
+        "squares-overflow-for-good",
+        "framework/step/guard.py",
+        "return fine & all_finite(arrays)",
+        "return fine",
+        "One step with large finite gradients makes second moments infinite: their parameters never move again.",
+        (
+            "tests/framework/step/test_step.py::test_finite_gradients_whose_squares_overflow_are_refused_and_counted",
+            "tests/framework/step/test_guard.py"
+            "::test_an_update_is_refused_if_the_optimizer_refuses_it_or_its_state_overflows",
+        ),
+    ),
+    Mutant(
+        "refusals-of-the-optimizer-not-counted",
+        "framework/step/guard.py",
+        "fine &= before.skipped == after.skipped",
+        "fine &= True",
+        "An optimizer refuses every step; the run ends with its initial parameters and exit code 0.",
+        ("tests/framework/step/test_step.py::test_finite_gradients_whose_squares_overflow_are_refused_and_counted",),
+    ),
+    Mutant(
         "skips-in-a-row-never-reset",
         "framework/step/guard.py",
         "consecutive=jnp.where(accepted, 0, guard.consecutive + 1)",
@@ -302,8 +322,8 @@ FRAMEWORK = (
     Mutant(
         "decay-ends-after-the-run",
         "framework/step/schedule.py",
-        "decay_steps = total_steps - warmup_steps",
-        "decay_steps = total_steps",
+        "total_steps - begin_step - warmup_steps,",
+        "total_steps - begin_step,",
         "The learning rate has not decayed when the run ends.",
         ("tests/framework/step/test_schedule.py::test_decay_ends_with_the_run",),
     ),

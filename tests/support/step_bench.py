@@ -17,6 +17,7 @@ from shampax.framework.step import state
 from shampax.framework.step.guard import GuardOptions
 from shampax.framework.step.steps import make_eval_step, make_train_step
 from shampax.optimizers.baselines import AdamWOptions
+from shampax.optimizers.plan import patterns
 
 RULES = (("vocab", "tensor"), ("mlp", "tensor"), ("embed", "fsdp"))
 
@@ -25,6 +26,13 @@ SEED = 3
 
 
 IGNORE, SKIP = (GuardOptions(policy, spike_factor=20.0, spike_window=10) for policy in ("ignore", "skip"))
+
+
+def initial_state(task, tx, spec, abstract, seed):
+    """Compute the state before the first step."""
+    names = patterns.paths(abstract)
+    arrays = state.make_initial(task, tx, spec, abstract, seed, names)()
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in names])
 
 
 class Bench:
@@ -43,7 +51,7 @@ class Bench:
         rate = optax.linear_schedule(0.01, 0.001, 20)
         self.tx = (options or AdamWOptions()).build(rate, mesh=self.mesh, axis_names=axes["params"])
         self.abstract = state.abstract_state(self.task, self.tx, spec, placements, self.mesh, ema_decay)
-        self.initial = lambda: state.initial_state(self.task, self.tx, spec, self.abstract, SEED)
+        self.initial = lambda: initial_state(self.task, self.tx, spec, self.abstract, SEED)
         options = {"seed": SEED, "guard_options": IGNORE, "ema_decay": ema_decay} | step_options
         self.step = make_train_step(self.task, self.tx, rate, self.abstract, self.mesh, **options)
         self.eval_step = make_eval_step(self.task, self.abstract, self.mesh)

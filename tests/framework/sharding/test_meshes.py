@@ -27,7 +27,7 @@ def test_minus_one_takes_the_rest():
     [
         ({"data": 16}, ["16x1x1", "needs 16 devices, but there are 8"]),
         ({"data": 2}, ["2x1x1", "uses 2 of 8 devices", "-1"]),
-        ({"data": -1, "fsdp": 3}, ["-1x3x1", "8 devices are not divisible by 3", "1, 2, 4 or 8"]),
+        ({"data": -1, "fsdp": 3}, ["-1x3x1", "8 devices are not divisible by 3", "1, 2, 4, 8"]),
         ({"data": -1, "fsdp": -1}, ["-1x-1x1", "at most one can be -1"]),
         ({"data": 0}, ["0x1x1", "at least 1"]),
     ],

@@ -16,7 +16,6 @@ from shampax.framework.base.errors import UserError
 from shampax.framework.checkpoint import takeover
 from shampax.framework.checkpoint.origin import Origin
 from shampax.framework.config.check import check
-from shampax.framework.config.components import build
 from shampax.framework.loop import Run
 from shampax.framework.planning.plan import make_plan
 from shampax.framework.step import averaging
@@ -31,17 +30,12 @@ START = np.array([1.0, -2.0, 0.5])
 CURVATURE = np.array([1.0, 0.3, 3.0])
 
 
-def configure(config):
-    return averaging.configured(config, build(config.optimizer))
-
-
 def descend(decay, rate, count):
     """Return the averages from gradient descent on a quadratic, and the points of its gradients."""
     variables = {"params": jnp.asarray(START, jnp.float32), "count": jnp.int32(0)}
-    like = averaging.abstract(variables, decay, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    current, averages, points = averaging.initial(variables, like), [], []
+    current, averages, points = averaging.Averaging(variables, jnp.zeros(())), [], []
     for _ in range(count):
-        at = averaging.trained(variables, current)
+        at = current.iterate
         iterate = {"params": at["params"] * (1 - rate * jnp.float32(CURVATURE)), "count": at["count"] + 1}
         variables, current = averaging.advance(variables, current, iterate, decay)
         points.append(np.asarray(at["params"]))

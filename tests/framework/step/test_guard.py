@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,3 +109,31 @@ def test_statistics_do_not_drift_over_a_long_run():
     _, states = watch(losses, dataclasses.replace(OPTIONS, spike_window=100))
     expected = statistics(losses[-3_000:], 100)
     assert (states.loss_mean[-1], states.loss_deviation[-1]) == pytest.approx(expected, rel=1e-4)
+
+
+class Counting(NamedTuple):
+    """The state of an optimizer that refuses updates itself."""
+
+    moment: jax.Array
+    skipped: jax.Array
+
+
+@pytest.mark.parametrize(
+    ("norm", "before", "after", "fine"),
+    [
+        (1.0, {"m": [1.0, np.inf]}, {"m": [2.0, np.inf]}, True),  # some optimizers begin with infinity
+        (np.inf, {"m": [1.0]}, {"m": [1.0]}, False),
+        (np.nan, {}, {}, False),
+        (1.0, {"m": [1.0, 2.0], "count": 3}, {"m": [1.0, np.inf], "count": 4}, False),
+        (1.0, {"m": [1.0]}, {"m": [np.nan]}, False),
+        (1.0, (Counting([1.0], 3), {"m": [0.0]}), (Counting([2.0], 3), {"m": [1.0]}), True),
+        (0.0, (Counting([1.0], 3), {"m": [0.0]}), (Counting([1.0], 4), {"m": [0.0]}), False),
+    ],
+)
+def test_an_update_is_refused_if_the_optimizer_refuses_it_or_its_state_overflows(norm, before, after, fine):
+    """Faults: a refusal inside a chain is not seen; a second moment becomes infinite for good; an optimizer whose state
+    begins with infinity never takes a step."""
+    before, after = (
+        jax.tree.map(np.asarray, tree, is_leaf=lambda leaf: isinstance(leaf, list)) for tree in (before, after)
+    )
+    assert bool(guard.applied(jnp.float32(norm), after, before)) == fine

@@ -153,6 +153,38 @@ def test_all_devices_skip_if_the_gradient_of_one_shard_is_infinite():
     assert int(current.guard.skipped) == 1
 
 
+OPTIMIZERS = {
+    "adamw": AdamWOptions(),
+    "staggered": ShampooOptions(block_size=8, interval=3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled(toy.ToyTask):
+    """A task whose loss is multiplied by a number."""
+
+    factor: float = 1.0
+
+    def loss(self, variables, batch, *, key, train):
+        loss, (rest, metrics) = super().loss(variables, batch, key=key, train=train)
+        return loss * self.factor, (rest, metrics | {"loss": (metrics["loss"][0] * self.factor, metrics["loss"][1])})
+
+
+@pytest.mark.parametrize("name", ["adamw", "staggered"])
+def test_finite_gradients_whose_squares_overflow_are_refused_and_counted(name):
+    """Faults: second moments become infinite for good; an optimizer refuses every step and nobody counts it; the
+    reported learning rate is that of another step than the optimizer's."""
+    bench = Bench({"data": 2}, task=Scaled(factor=1e22), options=OPTIMIZERS[name])
+    before, state = host(bench.initial()), bench.initial()
+    for step in range(2):
+        state, metrics = bench.step(state, bench.batch(step))
+        assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])
+    assert (metrics["skipped"], metrics["consecutive_skips"], metrics["update_norm"]) == (2, 2, 0)
+    assert float(metrics["learning_rate"]) == pytest.approx(0.01)
+    for part in ("params", "opt_state", "model_state"):
+        assert_bitwise_equal(getattr(state, part), getattr(before, part))
+
+
 def test_skipped_steps_do_not_advance_the_learning_rate():
     bench = shared_bench(data=8)
     current, rates = bench.initial(), []
@@ -173,12 +205,6 @@ def test_clipping_bounds_the_gradient_of_the_optimizer():
         norm = float(metrics["gradient_norm"])
         assert norm > 0.1
         assert float(metrics["update_norm"]) == pytest.approx(min(norm, bound))
-
-
-OPTIMIZERS = {
-    "adamw": AdamWOptions(),
-    "staggered": ShampooOptions(block_size=8, interval=3),
-}
 
 
 @functools.cache
