@@ -8,7 +8,18 @@ import optax
 import pytest
 import safetensors.numpy
 import toy
-from step_bench import NAN, SEED, SKIP, SPIKE, Bench, assert_bitwise_equal, assert_same_on_all_devices, host, steps
+from step_bench import (
+    NAN,
+    SEED,
+    SKIP,
+    SPIKE,
+    Bench,
+    assert_bitwise_equal,
+    assert_same_on_all_devices,
+    host,
+    steps,
+    with_bits_of_users,
+)
 from toy_runs import SHAMPOO, arrays, lines, make_config, two
 
 from shampax.configs import base
@@ -101,8 +112,7 @@ def test_the_average_is_sharded_like_the_parameters_and_equal_on_other_devices()
 
 def test_an_ema_does_not_change_training():
     """Fault: a loss or an update is that of the average."""
-    plain = Bench({"data": 1})
-    averaged = Bench({"data": 1}, ema_decay=EMA)
+    plain, averaged = (with_bits_of_users(Bench({"data": 1}, ema_decay=decay)) for decay in (0.0, EMA))
     (end, metrics), (other, measured) = (steps(each, 6) for each in (plain, averaged))
     np.testing.assert_array_equal(metrics["loss"], measured["loss"])
     assert_bitwise_equal(end.params, parameters(other))
