@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ...optimizers.update.finite import all_finite
+from ...optimizers.linalg.scaling import all_finite
 
 # Minimum deviation, as a fraction of the mean, so that rounding noise of a constant loss is not a spike.
 _LEAST_DEVIATION = 1e-3
