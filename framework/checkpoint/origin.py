@@ -14,7 +14,7 @@ import jax
 from ..base import paths
 from ..base import workdir as layout
 from ..base.errors import UserError
-from ..distributed import agreement
+from ..distributed import agreement, console
 from . import store, verify
 from .record import Record
 
@@ -91,8 +91,11 @@ def set_aside(workdir: Path, origin: Origin) -> None:
     for path in (path for path, _ in origin.damaged if path.parent.parent == workdir):
         place = workdir / layout.DAMAGED / path.name
         shutil.rmtree(place, ignore_errors=True)
-        place.parent.mkdir(exist_ok=True)
-        path.rename(place)
+        try:
+            place.parent.mkdir(exist_ok=True)
+            path.rename(place)
+        except OSError as error:
+            console.say(f"warning: {path} cannot be moved to {place.parent} ({error.strerror}). It is left alone.")
 
 
 def _named(kind: Literal["resume", "init"], text: str) -> Origin:

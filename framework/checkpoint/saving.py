@@ -167,7 +167,7 @@ class Checkpoints:
         """Return warnings about this process: a save that has failed, before all processes learn of it; each once."""
         if self._ending is not None and self._ending.done():
             self._failure = self._outcome(self._finish)
-        found = [text for text in (self._failure, *self._undeletable.values()) if text and text not in self._told]
+        found = [text for text in (self._failure, *list(self._undeletable.values())) if text and text not in self._told]
         self._told |= {*found}
         return "\n".join(f"warning: {text}. Training continues." for text in found) or None
 

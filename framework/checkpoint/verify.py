@@ -5,7 +5,9 @@ Each process of a run hashes the files that it has written, after the checkpoint
 """
 
 import dataclasses
+import functools
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -39,10 +41,13 @@ class Sums:
 
 
 def write(directory: Path, process: int, processes: int) -> None:
-    """Hash the files of a committed checkpoint that this process has written, and list them durably."""
+    """Hash the files of a committed checkpoint that this process has written, and list them.
+
+    The files are on the disk when this returns, so that older checkpoints may be deleted.
+    """
     names = [name for name in _files(directory) if _writer(name, processes) == process]
     with ThreadPoolExecutor(_THREADS) as pool:
-        digests = pool.map(_digest, (directory / name for name in names))
+        digests = pool.map(functools.partial(_digest, synced=True), (directory / name for name in names))
         lines = [f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True)]
     paths.write_text(directory / f"SHA256SUMS-{process}-of-{processes}", "".join(lines))
 
@@ -92,8 +97,10 @@ def _verdict(path: Path, digest: str) -> str:
         return f"cannot be read ({error.strerror})"
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, *, synced: bool = False) -> str:
     with path.open("rb") as file:
+        if synced:
+            os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ..base import paths
 from ..base import workdir as layout
 from ..distributed import console
 from .runs import parse_point
@@ -54,9 +55,7 @@ class MetricsWriter:
         try:
             points = ((line, parse_point(line)) for line in self._path.read_text(errors="replace").splitlines())
             kept = [line for line, point in points if point is not None and _stays(point, step, evaluated)]
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in kept))
-            partial.replace(self._path)
+            paths.write_text(self._path, "".join(line + "\n" for line in kept))
         except OSError as error:
             self._warn(self._path.name, error)
 

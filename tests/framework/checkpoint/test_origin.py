@@ -1,3 +1,4 @@
+import re
 import shutil
 
 import pytest
@@ -132,3 +133,14 @@ def test_damaged_checkpoints_of_other_runs_are_not_moved(runs, tmp_path):
     assert found.path == other / "checkpoints" / "1"
     origin.set_aside(tmp_path / "new", found)
     assert (other / "checkpoints" / "2").is_dir()
+
+
+def test_a_damaged_checkpoint_that_cannot_be_moved_is_a_warning(runs, tmp_path, capsys):
+    """Fault: every start ends in a traceback until somebody deletes it."""
+    workdir = copied(runs, tmp_path)
+    (workdir / "checkpoints" / "2" / "record" / "metadata").unlink()
+    (workdir / "damaged").write_text("in the way")
+    found = find(workdir)
+    origin.set_aside(workdir, found)
+    assert found.path == workdir / "checkpoints" / "1"
+    assert re.match(r"warning: .*/2 cannot be moved to .*/damaged \(File exists\)", capsys.readouterr().out)

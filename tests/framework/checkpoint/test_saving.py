@@ -350,6 +350,7 @@ from toy_states import make_state, saver
 from shampax.framework.checkpoint import store, verify
 from shampax.framework.checkpoint.record import Ranking, Record
 from shampax.framework.checkpoint.saving import SaveError
+from shampax.framework.distributed import agreement
 place, first = Path(sys.argv[1]), jax.process_index() == 0
 if not first:  # as on a network file system whose listings are old
     listed = store.checkpoints
@@ -381,6 +382,7 @@ saving.save(state, dataclasses.replace(record, step=4), {"format": 1, "of": 4})
 saving.confirm()
 saving.forget_after(2)
 saving.close()
+agreement.gather("")  # process 0 deletes
 path = place / "checkpoints" / "2"
 names = [line.split("  ")[1] for line in (path / f"SHA256SUMS-{jax.process_index()}-of-2").read_text().splitlines()]
 print("own files:", any("process_0" in name for name in names) == first)

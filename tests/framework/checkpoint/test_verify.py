@@ -1,5 +1,6 @@
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,15 @@ def test_each_process_lists_its_files_and_sha256sum_agrees(directory):
     command = "cat SHA256SUMS-* | sha256sum --check"
     checked = subprocess.run(command, shell=True, cwd=directory, capture_output=True, text=True)
     assert checked.returncode == 0 and checked.stdout.count("OK") == len(FILES)
+
+
+def test_files_are_on_the_disk_before_their_sums_are(directory, monkeypatch):
+    """Fault: the last older checkpoint is deleted, and after a power loss the newest one has empty files."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(Path(os.readlink(f"/proc/self/fd/{number}"))))
+    verify.write(directory, 0, 1)
+    assert {path.relative_to(directory).as_posix() for path in synced[:-1]} == {*FILES}
+    assert "SHA256SUMS" in synced[-1].name
 
 
 @pytest.mark.parametrize("name", [*FILES, "SHA256SUMS-0-of-2", "SHA256SUMS-1-of-2"])
