@@ -65,7 +65,8 @@ class TextData(DocumentData):
                 tally.counts.update(documents=1, characters=len(text), tokens=len(tokens) - 1)
                 yield tokens
 
-        return (packing.to_bytes(row, self._row_type) for row in packing.pack(counted(), self.sequence_length + 1))
+        row_type = self._row_type
+        return (packing.to_bytes(row, row_type) for row in packing.pack(counted(), self.sequence_length + 1))
 
     def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> Callable[[bytes], Example]:
         """See `Preparable.row_decoder`."""
