@@ -17,10 +17,9 @@ from .checkpoint import origin, takeover
 from .checkpoint.saving import Checkpoints, SaveError
 from .distributed import console
 from .distributed.signals import StopSignals
-from .reporting.clock import Clock
 from .reporting.journal import Journal
 from .reporting.metrics import MetricsWriter
-from .reporting.progress import Speedometer
+from .reporting.progress import Clock, Speedometer
 from .reporting.watchdog import Watchdog
 from .setup import Blueprint
 from .step.state import TrainState

@@ -9,9 +9,8 @@ import jax
 from ..base.durations import Period
 from ..checkpoint.record import Record
 from ..distributed import console
-from .clock import Clock, seconds_since_process_start
 from .metrics import MetricsWriter
-from .progress import Speedometer, progress_line
+from .progress import Clock, Speedometer, progress_line, seconds_since_process_start
 
 
 class Reporter(Protocol):

@@ -38,7 +38,10 @@ def page(runs: Sequence[Run]) -> str:
     """Return the page as HTML: the state of each run, losses, results, differences, and all other measurements."""
     groups = curves.groups(runs)
     keys = sorted(set().union(*(run.keys() for run in runs)) - {HELDOUT, TRAIN})
-    title = html.escape(", ".join(group.label for group in groups))
+    labels = [group.label for group in groups]
+    differing = curves.differences([group.runs[0].config for group in groups]).items()
+    knobs = [[name, *map(_cell, values)] for name, values in differing if name != "seed"]
+    title = html.escape(", ".join(labels))
     states = [f"{run.path.resolve().name}: {state(run)}" for run in runs]
     parts = [
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
@@ -48,7 +51,7 @@ def page(runs: Sequence[Run]) -> str:
         _charts("Loss", [chart(groups, (HELDOUT, TRAIN), axis) for axis in _AXES]),
         _table("Results", results(runs)),
         _table("When each run reaches the worst final loss", race(groups)),
-        _table("Config differences", differences(groups)),
+        _table("Config differences", [["knob", *labels], *knobs] if knobs else []),
         _charts("Optimizer", [chart(groups, (key,)) for key in keys if key.startswith("optimizer/")]),
         _charts("Other measurements", [chart(groups, (key,)) for key in keys if not key.startswith("optimizer/")]),
         *(f"<p>Note: {html.escape(note)}</p>" for run in runs for note in run.notes),
@@ -132,13 +135,6 @@ def race(groups: Sequence[Group]) -> Table:
             row.append("not reached" if at is None else f"{at:,.0f} ({at / whole:.0%})")
         rows.append(row)
     return rows
-
-
-def differences(groups: Sequence[Group]) -> Table:
-    """Return the knobs whose values differ between groups, except for the seed."""
-    rows = curves.differences([group.runs[0].config for group in groups])
-    cells = [[name, *(_cell(value) for value in row)] for name, row in rows.items() if name != "seed"]
-    return [["knob", *(group.label for group in groups)], *cells] if cells else []
 
 
 def _cell(value: Any) -> str:

@@ -7,7 +7,6 @@ import pytest
 from shampax.framework.base.durations import Period
 from shampax.framework.checkpoint.record import Record
 from shampax.framework.reporting import progress
-from shampax.framework.reporting.clock import Clock
 from shampax.framework.reporting.journal import Journal
 from shampax.framework.sharding import meshes
 
@@ -19,7 +18,7 @@ STEP = COUNTS | {"loss": 2.0, "learning_rate": 0.1, "spike_bound": 3.0}
 def journal():
     pace = {"total_steps": 1000, "tokens_per_step": 64}
     speedometer = progress.Speedometer(meshes.make_mesh({"data": -1}), examples_per_step=4, flops_per_step=1.0, **pace)
-    return Journal(None, speedometer, Clock(0.0), (), start=Record(), period=Period(100), **pace)
+    return Journal(None, speedometer, progress.Clock(0.0), (), start=Record(), period=Period(100), **pace)
 
 
 def done(journal, step, **changes):

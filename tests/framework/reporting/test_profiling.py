@@ -59,7 +59,7 @@ def test_past_steps_are_not_profiled(tmp_path):
 def test_a_profile_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
     """Fault: a full disk ends the run with a traceback."""
     (tmp_path / "plugins").write_text("in the way")
-    with Watchdog(tmp_path, 0.0) as watch:
+    with Watchdog(tmp_path, 0.0, 0.0) as watch:
         profile = profiling.Profile(profiling.parse("2:3"), tmp_path, watch, begin=0, total_steps=4)
         for step in (1, 2):
             run = SimpleNamespace(step=step, at_end=False, stopped=None)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from shampax.framework.reporting import progress
-from shampax.framework.reporting.clock import Clock, seconds_since_process_start
+from shampax.framework.reporting.progress import Clock, seconds_since_process_start
 from shampax.framework.sharding import meshes
 from shampax.framework.step.evaluation import evaluate
 
