@@ -12,19 +12,13 @@ base: BERT-base, 110 M parameters, for a v5e slice of 16 chips. Not trained yet.
   Model, batch (256 rows), 1,000,000 steps, warm-up, rate, decay and dropout are those of Devlin et al.
   (arXiv 1810.04805, section A.2). All rows have 128 tokens; theirs have 512 in the last tenth.
 
-paper, paper_512: BERT-large, 335 M parameters, in two phases, for a v5e slice of 256 chips. Not trained yet.
-
-    python -m shampax.launch.train --config=shampax/configs/bert.py:paper --workdir=/mnt/runs/bert_128 \
-        --config.data.data_dir=gs://BUCKET/tensorflow_datasets
-    python -m shampax.launch.train --config=shampax/configs/bert.py:paper_512 --workdir=/mnt/runs/bert_512 \
-        --config.data.data_dir=gs://BUCKET/tensorflow_datasets --config.resume_from=/mnt/runs/bert_128
+paper, paper_512: BERT-large, 335 M parameters, in two phases, for a v5e slice of 256 chips. Not trained yet. The same
+  command, with :paper and the workdir /mnt/runs/bert_128; then with :paper_512, a new workdir, and
+  --config.resume_from=/mnt/runs/bert_128, which restores parameters, optimizer state and step.
 
   Batches of 65,536 rows of 128 tokens, then of 32,768 rows of 512, 8,599 steps in all, are those of You et al.
-  (arXiv 1904.00962). The step at which the second phase begins, and warm-ups of 2,000 and 200 steps, are those of
-  NVIDIA's DeepLearningExamples. The second workdir resumes the first run: `resume_from` restores parameters, optimizer
-  state and step. The position table has 512 entries from the start. The second phase warms up again
-  (`schedule.begin`).
-
+  (arXiv 1904.00962). The step at which the second phase begins and warms up again (`schedule.begin`), and warm-ups of
+  2,000 and 200 steps, are those of NVIDIA's DeepLearningExamples. The position table has 512 entries from the start.
   The rate is BERT's 1e-4 for 256 rows times the square root of the batch's growth, and not tuned: the graft
   "adam_normalized" keeps Adam's rates (docs/workloads/bert.md).
 

@@ -15,18 +15,10 @@ sample_moe: the same with 4 experts per layer, split over 2 devices; a token use
     python -m shampax.launch.train --config=shampax/configs/lm.py:sample_moe --workdir=runs/moe
 
 1b: 1.2 B parameters, 25 B tokens of C4, for a v5e slice of 256 chips.
-
-    python -m shampax.launch.train --config=shampax/configs/lm.py:1b --workdir=/mnt/runs/lm_1b \
-        --config.data.data_dir=gs://BUCKET/tensorflow_datasets
-
 8b: 8.0 B parameters, 160 B tokens of C4, for a v5p slice of 128 chips or a multiple.
-
-    python -m shampax.launch.train --config=shampax/configs/lm.py:8b --workdir=/mnt/runs/lm_8b \
-        --config.data.data_dir=gs://BUCKET/tensorflow_datasets
-
 moe: 13.7 B parameters, of which a token uses 2.0 B, 25 B tokens of C4, for a v5e slice of 256 chips.
 
-    python -m shampax.launch.train --config=shampax/configs/lm.py:moe --workdir=/mnt/runs/lm_moe \
+    python -m shampax.launch.train --config=shampax/configs/lm.py:1b --workdir=/mnt/runs/lm_1b \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 
 long: continue 1b on books, in rows of 65,536 tokens, for a v5e slice of 256 chips.
@@ -35,9 +27,9 @@ long: continue 1b on books, in rows of 65,536 tokens, for a v5e slice of 256 chi
         --config.init_from=/mnt/runs/lm_1b --config.data.tokenizer=/mnt/runs/lm_1b/data/tokenizer-HASH.json \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 
-  1b, 8b, moe and long have not been trained yet. Run the command in every host of the slice, with a workdir that all
-  hosts share (docs/clusters.md). Prepare the data first with shampax.launch.prepare: a process tokenises about 0.4 M
-  tokens a second, and `data.max_records` limits how many.
+  The four have not been trained yet. Run the command in every host of the slice, with a workdir that all hosts share
+  (docs/clusters.md). Prepare the data first with shampax.launch.prepare: a process tokenises about 0.4 M tokens a
+  second, and `data.max_records` limits how many.
 """
 
 from typing import Any

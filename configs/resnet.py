@@ -17,10 +17,8 @@ resnet50: ResNet-50 on ImageNet with stochastic gradient descent, for a v5e slic
   of Goyal et al. (arXiv 1706.02677). Cosine decay and label smoothing of 0.1 are those of He et al.
   (arXiv 1812.01187).
 
-paper: ResNet-50 on ImageNet with Distributed Shampoo, batch 32,768, for a v5e slice of 256 chips. Not trained yet.
-
-    python -m shampax.launch.train --config=shampax/configs/resnet.py:paper --workdir=/mnt/runs/resnet_paper \
-        --config.data.data_dir=gs://BUCKET/tensorflow_datasets
+paper: ResNet-50 on ImageNet with Distributed Shampoo, batch 32,768, for a v5e slice of 256 chips; the same command with
+  :paper. Not trained yet.
 
   Published: 75.9 % of the validation images right after 1,729 steps, median of 50 seeds, on 256 cores of TPU v3. The
   README of google-research/scalable_shampoo gives the rate, its schedule, both betas, the matrix epsilon (our ridge),

@@ -38,12 +38,7 @@ class DLRMTask:
 
     rows: tuple[int, ...] = (1_000,) * 26  # rows of each category's table; colliding hashes share a row
     embed_dim: int = 16  # width of the tables and of the bottom MLP's output
-    bottom: tuple[int, ...] = (
-        512,
-        256,
-        64,
-        16,
-    )  # layer widths of the MLP over the integers; the last must be embed_dim
+    bottom: tuple[int, ...] = (512, 256, 64, 16)  # widths of the MLP over the integers; the last must be embed_dim
     top: tuple[int, ...] = (512, 256)  # hidden layer widths of the MLP over the interactions
     normalize_integers: bool = False  # normalise log integers by running statistics; not published, helps small data
     dropout: float = 0.0  # dropout rate of the top MLP's hidden units

@@ -45,11 +45,7 @@ class ResNetTask(LinenTask):
     label_smoothing: float = 0.0  # probability spread over all classes, in training (MLPerf: 0.1)
     batch_norm_group: int = 0  # examples normalised together; 0 is the whole micro-batch, on all devices
     batch_norm_momentum: float = 0.9  # momentum of the running statistics; short runs need less
-    pixel_mean: tuple[float, ...] = (
-        0.485,
-        0.456,
-        0.406,
-    )  # mean of each channel, for pixels from 0 to 1; default: ImageNet
+    pixel_mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # mean of each channel, of pixels from 0 to 1 (ImageNet's)
     pixel_std: tuple[float, ...] = (0.229, 0.224, 0.225)  # standard deviation of each channel
     compute_dtype: str = "float32"  # of convolutions and activations; "bfloat16" on accelerators
 

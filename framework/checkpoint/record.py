@@ -9,9 +9,9 @@ from typing import Any
 from ..base.errors import UserError
 from ..base.json_files import build
 
-# Last words of the names of metrics that are good when low, and when high.
-_LOW = ("loss", "perplexity", "error", "rmse", "mae")
-_HIGH = ("accuracy", "auc", "bleu", "chrf", "rouge", "f1", "precision", "recall", "reward")
+# Words in the names of metrics that are good when low, and when high; the last one in a name decides.
+_LOW = ("loss", "perplexity", "error", "rmse", "mae", "nats", "bits")
+_HIGH = ("accuracy", "top5", "auc", "bleu", "chrf", "rouge", "f1", "precision", "recall", "reward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Ranking:
           UserError: the name does not tell the direction.
         """
         if mode == "auto":
-            word = re.split("[^a-z0-9]", metric.lower())[-1]
-            mode = "min" if word in _LOW else "max" if word in _HIGH else ""
+            words = [word for word in re.split("[^a-z0-9]", metric.lower()) if word in _LOW + _HIGH]
+            mode = ("min" if words[-1] in _LOW else "max") if words else ""
         if mode not in ("min", "max"):
             raise UserError(
                 f"config.evaluation.best_metric={metric!r}: its direction is not known. Set "

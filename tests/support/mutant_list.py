@@ -716,8 +716,8 @@ FRAMEWORK = (
     Mutant(
         "worst-accuracy-is-best",
         "framework/checkpoint/record.py",
-        '"max" if word in _HIGH',
-        '"min" if word in _HIGH',
+        'else "max") if words',
+        'else "min") if words',
         "With best_metric=accuracy, the worst checkpoint is kept.",
         ("tests/framework/checkpoint/test_record.py::test_the_direction_of_a_metric_comes_from_its_name",),
     ),

@@ -79,9 +79,9 @@ def test_batches_up_to_the_spike_are_skipped():
 
 def test_the_direction_of_a_metric_comes_from_its_name():
     """Fault: with best_metric=accuracy alone, the worst checkpoint is kept."""
-    for name in ("loss", "log_loss", "word_error"):
+    for name in ("loss", "log_loss", "word_error", "bits_per_character", "nats_per_token", "masked_loss"):
         assert Ranking.of(name, "auto").mode == "min"
-    for name in ("accuracy", "masked_accuracy", "auc", "bleu"):
+    for name in ("accuracy", "masked_accuracy", "next_sentence_accuracy", "top5", "auc", "bleu"):
         assert Ranking.of(name, "auto").mode == "max"
     assert Ranking.of("calibration", "max").mode == "max"
     with pytest.raises(UserError, match=r"best_metric='calibration': its direction is not known. Set .*best_mode"):
