@@ -115,7 +115,7 @@ def _stat(path: epath.Path) -> tuple[int, int]:
 def pieces(path: epath.Path, separator: bytes, longest: int, meter: ReadMeter | None = None) -> Iterator[bytes | None]:
     """Yield the content of a file, cut after every `separator` (one byte); the last piece may lack it.
 
-    A byte order mark at the start of the file is dropped.
+    A byte order mark at the start is dropped.
     A piece of more than `longest` bytes is not held in memory: None takes its place.
 
     Raises:
@@ -123,15 +123,7 @@ def pieces(path: epath.Path, separator: bytes, longest: int, meter: ReadMeter | 
     """
     held: list[bytes] = []
     size = 0
-    mark = codecs.BOM_UTF8
-
-    def piece() -> bytes | None:
-        nonlocal mark
-        content = b"".join(held).removeprefix(mark) if held else None
-        mark = b""
-        return content
-
-    for chunk in _chunks(path, meter):
+    for chunk in chunks(path, meter):
         start = 0
         while start < len(chunk):
             end = chunk.find(separator, start) + 1
@@ -143,20 +135,27 @@ def pieces(path: epath.Path, separator: bytes, longest: int, meter: ReadMeter | 
             else:
                 held.append(part)
             if end:
-                yield piece()
+                yield b"".join(held) if held else None
                 held, size = [], 0
     if size:
-        yield piece()
+        yield b"".join(held) if held else None
 
 
-def _chunks(path: epath.Path, meter: ReadMeter | None) -> Iterator[bytes]:
+def chunks(path: epath.Path, meter: ReadMeter | None) -> Iterator[bytes]:
+    """Yield the content of a file as it is read, about a megabyte at once, without a byte order mark at its start.
+
+    Raises:
+      UserError: see `pieces`.
+    """
     try:
         with path.open("rb") as raw:
             opener = _OPENERS.get(path.suffix)
             file: Any = opener(raw, "rb") if opener else raw
+            mark = codecs.BOM_UTF8
             while chunk := file.read(_CHUNK):
                 if meter is not None:
                     meter.at(path, raw.tell())
-                yield chunk
+                yield chunk.removeprefix(mark)
+                mark = b""
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"data file {path}: cannot be read ({error}). Replace or remove it.") from error

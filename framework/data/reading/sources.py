@@ -22,7 +22,7 @@ from .tfds import TfdsSet
 T = TypeVar("T")
 Blocks = Iterator[Iterator[Any]]
 _LEAST, _FEW = 10, 100  # records of files: the least allowed, and a number from which on any sample is large enough
-_LARGEST_PART = 1_000_000  # characters
+_LARGEST_PART = 1 << 20  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def of_splits(
 def file_source(
     found: list[epath.Path],
     read: Callable[[epath.Path, files.ReadMeter], Iterator[T | Malformed]],
-    parts: Callable[[T, int], Iterator[T]],
+    cut: Callable[[epath.Path, files.ReadMeter, int], Iterator[T | Malformed]],
     text: Callable[[T], str],
     heldout_fraction: float,
     size: int,
@@ -100,7 +100,7 @@ def file_source(
     Args:
       found: the files.
       read: yields the records of a file.
-      parts: yields a record in parts of about a number of characters; used if there are fewer than 10 records.
+      cut: yields the records of a file cut into parts of about a number of bytes; used if there are fewer than 10.
       text: returns the text of a record.
       heldout_fraction: fraction of the records to hold out.
       size: see `of_splits`.
@@ -111,15 +111,12 @@ def file_source(
     """
     meter = files.ReadMeter(found)
 
-    def whole() -> Iterator[T | Malformed]:
-        return itertools.chain.from_iterable(read(path, meter) for path in found)
+    def every() -> Iterator[T | Malformed]:
+        return itertools.chain.from_iterable(cut(path, meter, part) if part else read(path, meter) for path in found)
 
-    def cut() -> Iterator[T | Malformed]:
-        for record in whole():
-            yield from [record] if isinstance(record, Malformed) else parts(record, part)
-
-    part = min(max(meter.total // _FEW, _FEW), _LARGEST_PART)
-    every = whole if len(list(itertools.islice(whole(), _LEAST))) == _LEAST else cut
+    part = 0
+    if len(list(itertools.islice(every(), _LEAST))) < _LEAST:
+        part = min(max(meter.total // _FEW, _FEW), _LARGEST_PART)
 
     def hashed(record: T) -> int:
         return int.from_bytes(hashlib.blake2b(text(record).encode(), digest_size=8).digest())
@@ -135,7 +132,7 @@ def file_source(
     if len(first) == _FEW:
         bound = heldout_fraction * 2**64
     elif len(hashes) >= _LEAST:
-        bound = hashes[max(round(heldout_fraction * len(hashes)), 1)]
+        bound = hashes[min(max(round(heldout_fraction * len(hashes)), 1), len(hashes) - 1)]
     else:
         raise UserError(
             f"data.source: the files that match, such as {found[0]}, have {len(hashes)} different records, and two "

@@ -1,6 +1,7 @@
 """Documents of text data sets: from the vendored sample, local files or a prepared tfds set."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from typing import Annotated, ClassVar
@@ -53,13 +54,22 @@ class DocumentData(Tokenized):
         texts = _texts if files.suffix(path) in _PLAIN else self._column
         return (text for text in texts(path, meter) if isinstance(text, Malformed) or (text and not text.isspace()))
 
-    def parts(self, record: str, size: int) -> Iterator[str]:
-        """Yield a document in parts that end at line ends, where it has any."""
-        start = 0
-        while start < len(record):
-            end = record.find("\n", start + size, start + 2 * size) + 1 or start + size
-            yield record[start:end]
-            start = end
+    def cut(self, path: epath.Path, meter: files.ReadMeter, size: int) -> Iterator[str | Malformed]:
+        """Yield a text file in parts that end at line ends, where it has any, and at form feeds."""
+        if files.suffix(path) not in _PLAIN:
+            yield from self.read(path, meter)
+            return
+        held, number = b"", 0
+        for chunk in itertools.chain(files.chunks(path, meter), [b""]):
+            held += chunk
+            while len(held) >= 2 * size or (held and not chunk):
+                end = held.find(b"\n", size, 2 * size) + 1 or size
+                while end < len(held) and held[end] & 0xC0 == 0x80:  # inside a character
+                    end += 1
+                number += 1
+                text = _decoded(held[:end], f"{path}, part {number}")
+                yield from [text] if isinstance(text, Malformed) else filter(str.strip, text.split("\f"))
+                held = held[end:]
 
     def _column(self, path: epath.Path, meter: files.ReadMeter) -> Iterator[str | Malformed]:
         for row in tsv.read(path, meter):
@@ -74,7 +84,11 @@ def _texts(path: epath.Path, meter: files.ReadMeter) -> Iterator[str | Malformed
         if content is None:
             yield Malformed(place, f"more than {_LONGEST_DOCUMENT:,} bytes")
             continue
-        try:
-            yield _END.sub(b"", content).decode("utf-8")
-        except UnicodeDecodeError as error:
-            yield Malformed(place, f"not UTF-8 at byte {error.start}")
+        yield _decoded(_END.sub(b"", content), place)
+
+
+def _decoded(content: bytes, place: str) -> str | Malformed:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Malformed(place, f"not UTF-8 at byte {error.start}")

@@ -64,10 +64,10 @@ class Tokenized(Preparable):
     def read(self, path: epath.Path, meter: files.ReadMeter) -> Iterator[Any | Malformed]:
         """Yield the records of a file."""
 
-    def parts(self, record: Any, size: int) -> Iterator[Any]:
-        """Yield a record of a file in parts of about `size` characters, if it can be cut."""
+    def cut(self, path: epath.Path, meter: files.ReadMeter, size: int) -> Iterator[Any | Malformed]:
+        """Yield the records of a file cut into parts of about `size` bytes, if they can be cut."""
         del size
-        yield record
+        return self.read(path, meter)
 
     @abc.abstractmethod
     def load(self, path: epath.Path) -> Tokenizer:
@@ -89,7 +89,7 @@ class Tokenized(Preparable):
             return of_splits(samples.sha256(self.sample_file), self.sample, *blocks)
         if kind == "file":
             found = files.find("data.source", name, self.suffixes)
-            return file_source(found, self.read, self.parts, self.text_of, self.heldout_fraction, *blocks)
+            return file_source(found, self.read, self.cut, self.text_of, self.heldout_fraction, *blocks)
         features = {knob: getattr(self, knob) for knob in self.feature_knobs}
         splits = {"train": self.train_split, "heldout": self.heldout_split}
         return tfds_source(TfdsSet(name, self.data_dir, features, **splits), self.record, *blocks)

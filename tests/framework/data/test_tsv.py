@@ -68,7 +68,7 @@ def test_a_too_long_line_is_malformed(tmp_path, monkeypatch):
 
 def test_a_too_long_line_is_not_kept_in_memory(tmp_path, monkeypatch):
     """Fault: a file without line ends exhausts the memory."""
-    monkeypatch.setattr(files, "_chunks", lambda *_: (b"x" * 2**20 for _ in range(50)))
+    monkeypatch.setattr(files, "chunks", lambda *_: (b"x" * 2**20 for _ in range(50)))
     tracemalloc.start()
     assert len(list(files.pieces(tmp_path, b"\n", 2**21))) == 1
     peak = tracemalloc.get_traced_memory()[1]
