@@ -1,8 +1,7 @@
-"""Set the environment that JAX and its libraries read once, when they start.
+"""Set the environment that JAX and its libraries read once, when they start. Settings of the user stay.
 
-Settings of the user stay. XLA reads NPROC when its CPU client is made, at the first look at the devices; SciPy's
-OpenBLAS, which XLA calls for LAPACK, is loaded at the first such call. JAX reads JAX_PLATFORMS at its import, so
-`before_jax` must come first: the packages of the command line and of the benchmarks call it when they are imported.
+JAX reads JAX_PLATFORMS when it is imported, so the packages of the command line and of the benchmarks call `before_jax`
+when they are imported.
 """
 
 import glob
@@ -78,21 +77,21 @@ def simulate_devices(count: int) -> None:
     Raises:
       UserError: JAX has already started with another number.
     """
-    if "JAX_NUM_CPU_DEVICES" in os.environ:
-        count = int(os.environ["JAX_NUM_CPU_DEVICES"])
-    if count < 2:
+    given = os.environ.get("JAX_NUM_CPU_DEVICES")
+    count = int(given or count)
+    if count > 1:
+        os.environ.setdefault("NPROC", _threads(count))
+    if given or count < 2:
         return
-    os.environ.setdefault("NPROC", _threads(count))
-    if "JAX_NUM_CPU_DEVICES" not in os.environ:
-        import jax
+    import jax
 
-        try:
-            jax.config.update("jax_num_cpu_devices", count)
-        except RuntimeError as error:
-            raise UserError(
-                f"config.simulated_devices={count}: too late, JAX has already looked at its devices. Set "
-                f"JAX_NUM_CPU_DEVICES={count} in the environment."
-            ) from error
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        raise UserError(
+            f"config.simulated_devices={count}: too late, JAX has already looked at its devices. Set "
+            f"JAX_NUM_CPU_DEVICES={count} in the environment."
+        ) from None
 
 
 def simulating(count: int) -> dict[str, str]:
