@@ -93,6 +93,7 @@ def test_a_stranger_at_the_port(secret, said, code, line):
     assert (ended.code, ended.err.count("\n")) == (code, 1)
     assert ended.err.startswith(line)
     assert len(ended.err) < 2_002
+    assert ("with the same SHAMPAX_SECRET" in ended.err) == bool(secret)
 
 
 def test_the_number_of_connections_of_strangers_is_bounded():
