@@ -137,34 +137,6 @@ class MomentumOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdafactorOptions:
-    """Adafactor (Shazeer and Stern 2018)."""
-
-    decay_rate: float = 0.8  # exponent of the second moment's decay schedule
-    momentum: float = 0.9  # 0 turns it off
-    clipping_threshold: float = 1.0  # largest root mean square of an update
-    multiply_by_parameter_scale: bool = False  # relative step sizes
-    weight_decay: float = 0.0  # decoupled, scaled by the learning rate
-    decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
-
-    def build(self, learning_rate: optax.Schedule, **layout: Any):
-        """Return the optimizer; `layout` is ignored."""
-        del layout
-        return optax.chain(
-            optax.adafactor(
-                learning_rate=None,
-                multiply_by_parameter_scale=self.multiply_by_parameter_scale,
-                clipping_threshold=self.clipping_threshold,
-                decay_rate=self.decay_rate,
-                momentum=self.momentum or None,
-            ),
-            # Without a learning rate, optax.adafactor already flips the sign.
-            optax.add_decayed_weights(-self.weight_decay, _decay_mask(self.decay_rules)),
-            optax.scale_by_schedule(learning_rate),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class MuonOptions:
     """Muon (Jordan 2024) for matrices, Adam for parameters under diagonal treatment."""
 

@@ -23,7 +23,6 @@ def parameters():
         baselines.AdamWOptions(),
         baselines.LambOptions(),
         baselines.MomentumOptions(),
-        baselines.AdafactorOptions(),
         baselines.MuonOptions(),
         baselines.AdaGradOptions(rate_rules=((".*", 10.0),)),  # its steps get smaller
     ],
@@ -41,9 +40,7 @@ def test_descends(options):
     assert optax.tree.norm(params) < 0.95 * first
 
 
-@pytest.mark.parametrize(
-    "options", [baselines.AdamWOptions, baselines.AdafactorOptions, baselines.MuonOptions, baselines.AdaGradOptions]
-)
+@pytest.mark.parametrize("options", [baselines.AdamWOptions, baselines.MuonOptions, baselines.AdaGradOptions])
 def test_decay_does_not_apply_to_biases_and_embeddings(options):
     """Faults: excluded parameters decay; the decay is not learning rate x weight decay."""
     params = parameters()

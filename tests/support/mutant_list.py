@@ -252,14 +252,6 @@ OPTIMIZERS = (
         ),
     ),
     Mutant(
-        "adafactor-decay-uphill",
-        "optimizers/baselines.py",
-        "optax.add_decayed_weights(-self.weight_decay, _decay_mask(self.decay_rules)),",
-        "optax.add_decayed_weights(self.weight_decay, _decay_mask(self.decay_rules)),",
-        "Weight decay makes the weights grow under Adafactor.",
-        ("tests/optimizers/test_baselines.py::test_decay_does_not_apply_to_biases_and_embeddings",),
-    ),
-    Mutant(
         "rule-matches-the-beginning-of-a-path",
         "optimizers/plan/patterns.py",
         "if re.fullmatch(pattern, path):",

@@ -26,7 +26,7 @@ from step_bench import (
 
 from shampax.framework.step.steps import global_norm, make_eval_step, make_predict_step
 from shampax.optimizers import ShampooOptions
-from shampax.optimizers.baselines import AdafactorOptions, AdamWOptions, MuonOptions
+from shampax.optimizers.baselines import AdamWOptions, MuonOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def test_state_is_sharded_by_the_rules_and_stays_so():
         current, _ = bench.step(current, bench.batch(0))
 
 
-@pytest.mark.parametrize("options", [AdafactorOptions(), MuonOptions()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("options", [AdamWOptions(), MuonOptions()], ids=lambda o: type(o).__name__)
 def test_plain_optax_states_get_shardings(options):
     bench = Bench({"fsdp": 4, "tensor": 2}, options=options)
     sharded = [leaf for leaf in jax.tree.leaves(bench.abstract.opt_state) if any(leaf.sharding.spec)]
