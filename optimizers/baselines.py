@@ -60,7 +60,7 @@ class AdamWOptions:
 
 def _matrix_axes(names: Any, path: str, param: jax.Array) -> tuple[int, ...]:
     """Return the axes of a parameter that do not stack."""
-    stacked = [name in ShampooOptions.stack_axes for name in names.get(path, ())] or [False] * param.ndim
+    stacked = [name in ShampooOptions.stack_axes for name in names.get(path) or ()] or [False] * param.ndim
     return tuple(axis for axis in range(param.ndim) if not stacked[axis])
 
 

@@ -127,7 +127,7 @@ def advance(moments: Moments, g: jax.Array, beta2: float, options: Any) -> tuple
         if options.nesterov:
             acting = beta1 * acting + new
         if options.momentum == "ema":
-            acting = acting / correction(beta1, age + options.nesterov, g.ndim)
+            acting = acting / correction(beta1, age + int(options.nesterov), g.ndim)
     second_moment = moments.second_moment
     if second_moment is None and options.diagonal.has_second_moment:
         return Moments(momentum, None, age), acting, jnp.zeros_like(g)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from . import diagonal, grafting
 from .diagonal import Moments
 from .linalg.roots import inner
-from .linalg.scaling import all_finite, exponent_of, largest, power_of_two
+from .linalg.scaling import all_finite, exponent_of, largest, power_of, power_of_two
 from .plan.blocks import Bucket
 from .plan.patterns import state_key
 from .preconditioners.base import Blocks, PreconditionerState
@@ -215,12 +215,13 @@ def _propose(
     direction, second_moment = preconditioner.act(momentum * power_of_two(-unit), g, state.roots, moments.age, blocks)
     degree = preconditioner.degree(bucket)
     # From the units of the roots to those of this step, which all blocks share.
-    direction *= _column(power_of_two(degree * (scale_log2 - state.roots.roots_scale_log2)), direction)
+    change = power_of(degree, scale_log2 - state.roots.roots_scale_log2)
+    direction *= _column(power_of_two(change), direction)
     acts = jnp.broadcast_to(step >= options.start_step, moments.age.shape)
     if bucket.sides:
         acts &= (state.roots.refreshed > 0) & (state.roots.failures < options.max_failures)
     return _Proposal(
-        moments, second_moment, direction, unit - degree * scale_log2, graft * power_of_two(-graft_unit), acts
+        moments, second_moment, direction, unit - power_of(degree, scale_log2), graft * power_of_two(-graft_unit), acts
     )
 
 

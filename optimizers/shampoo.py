@@ -13,6 +13,7 @@ from .host.service import Event, HostRoots
 from .options import Options
 from .plan import patterns
 from .precondition import precondition
+from .promotion import standard_promotion
 from .state import Layout, ShampooState
 
 
@@ -144,9 +145,13 @@ _precondition = jax.jit(precondition)
 
 def _transformation(layout: Callable[[Any], Layout], update: Any) -> DistributedShampoo:
     def init(params: Any) -> Any:
+        if type(params).__name__ == "_ParamsPlaceholder":
+            raise ValueError(
+                "optax.tree_map_params: this state has blocks of parameters. Use jax.tree.map on its arrays."
+            )
         return layout(params).initial()
 
-    result = DistributedShampoo(init, update)
+    result = DistributedShampoo(init, standard_promotion(update))
     result._layout = layout
     return result
 

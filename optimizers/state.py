@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from . import diagonal
@@ -68,6 +69,8 @@ class Layout:
     @classmethod
     def of(cls, params: Any, options: Options, mesh: Mesh | None, axis_names: Any, param_specs: Any) -> "Layout":
         """Return the layout for a tree of arrays or ShapeDtypeStructs; see `distributed_shampoo`."""
+        if mesh is not None:
+            _check_devices(params, mesh)
         return cls(parameters(params, axis_names, param_specs if mesh is not None else None), options, mesh)
 
     def __hash__(self) -> int:
@@ -241,6 +244,17 @@ def _bucket_zeros(bucket: Bucket, options: Options, *, saved: bool) -> BucketSta
         graft_ratio=floats(),
         in_flight=in_flight,
     )
+
+
+def _check_devices(params: Any, mesh: Mesh) -> None:
+    """Raise ValueError if a parameter was put on other devices than those of the mesh."""
+    for path, leaf in zip(patterns.paths(params), jax.tree.leaves(params), strict=True):
+        known = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
+        if known and leaf.committed and not leaf.sharding.device_set <= set(mesh.devices.flat):
+            raise ValueError(
+                f"parameter {path!r}: is on {len(leaf.sharding.device_set)} devices, not all among the "
+                f"{mesh.size} of the mesh. Put it on the mesh with jax.device_put."
+            )
 
 
 def _spread(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

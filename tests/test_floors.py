@@ -32,7 +32,7 @@ FLOORS = {
         ("train.py",),
     ),
     "optimizers": (
-        ("linalg",),
+        ("linalg", "promotion.py"),
         ("diagonal.py", "roots.py"),
         ("preconditioners",),
         ("options.py",),

@@ -17,6 +17,13 @@ def power_of_two(exponent: jax.Array | int | float) -> jax.Array:
     return power_of_two(whole.astype(jnp.int32)) * jnp.exp2((exponent - whole).astype(jnp.float32))
 
 
+def power_of(factor: float, exponent: jax.Array | int) -> jax.Array:
+    """Return the binary exponent of (2^exponent)^factor: an integer if the factor is whole, else float32."""
+    if factor == int(factor):
+        return jnp.asarray(exponent) * int(factor)
+    return jnp.asarray(exponent, jnp.float32) * factor
+
+
 def exponent_of(x: jax.Array) -> jax.Array:
     """Return the whole e with 2^(e-1) <= |x| < 2^e, int32, as `jnp.frexp` does for normal numbers, and 0 for 0.
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from ..linalg.roots import RootResult
-from ..linalg.scaling import exponent_of, power_of_two
+from ..linalg.scaling import exponent_of, power_of, power_of_two
 from ..linalg.symmetric import pack
 
 NO_GRADIENT = -1000
@@ -133,7 +133,7 @@ class Preconditioner(abc.ABC):
         old, new = (1.0, 1.0) if bucket.beta2 == 1 else (bucket.beta2, 1 - bucket.beta2)
         largest = jnp.max(jnp.abs(g), axis=tuple(range(1, g.ndim)))
         scale_log2 = jnp.maximum(state.scale_log2, jnp.where(largest > 0, exponent_of(largest), NO_GRADIENT))
-        change = self.power(len(bucket.sides)) * (state.scale_log2 - scale_log2)
+        change = power_of(self.power(len(bucket.sides)), state.scale_log2 - scale_log2)
         change = jnp.where(change > -126, power_of_two(change), 0)[:, None, None]
         g = g * jnp.where(largest > 0, power_of_two(-scale_log2), 0).reshape(-1, *[1] * (g.ndim - 1))
         begins = (state.scale_log2 == NO_GRADIENT)[:, None, None]

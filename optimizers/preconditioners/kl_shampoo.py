@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ..linalg.scaling import power_of_two
+from ..linalg.scaling import power_of, power_of_two
 from .base import Blocks, PreconditionerState, multiplied
 from .shampoo import Shampoo
 
@@ -50,7 +50,8 @@ class KLShampoo(Shampoo):
         found = (state.refreshed > 0)[:, None, None]
         # Convert from the units of the roots to those of g.
         power = self.power(len(bucket.sides))
-        change = jnp.where(state.refreshed > 0, state.scale_log2 - state.roots_scale_log2, 0) * (power / bucket.p)
+        change = jnp.where(state.refreshed > 0, state.scale_log2 - state.roots_scale_log2, 0)
+        change = power_of(power / bucket.p, change)
         start = jnp.maximum(_rms(g, blocks), jnp.finfo(jnp.float32).tiny)[:, None, None] ** (-power / bucket.p)
         factors = []
         for number in others:

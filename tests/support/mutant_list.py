@@ -27,7 +27,7 @@ OPTIMIZERS = (
     Mutant(
         "momentum-uncorrected",
         "optimizers/diagonal.py",
-        "acting = acting / correction(beta1, age + options.nesterov, g.ndim)",
+        "acting = acting / correction(beta1, age + int(options.nesterov), g.ndim)",
         "acting = acting / 1",
         "The first updates are ten times too short, because the bias of the average is not corrected.",
         ("tests/optimizers/test_shampoo.py::test_grafts_equal_optax_methods",),
