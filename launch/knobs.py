@@ -3,13 +3,11 @@
 The comments in `framework/config/schema.py` and in the dataclasses of components are the only documentation of a knob.
 """
 
-import ast
 import dataclasses
 import inspect
-import io
+import re
 import shutil
 import textwrap
-import tokenize
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +15,8 @@ from ..configs import base
 from ..framework.config.components import is_component, load_class
 
 _WIDEST_VALUE = 32
+# A key or a field at the first indentation, and its comment: on the same line, or on the next after a parenthesis.
+_DECLARED = re.compile(r"^    (?:config\.)?([\w.]+)(?::| =).*?(?:  |\(\n +)# (.*)$", re.MULTILINE)
 
 
 def table(config: Any) -> str:
@@ -33,21 +33,7 @@ def table(config: Any) -> str:
 
 def reasons(declaration: Any) -> dict[str, str]:
     """Return the comment beside each `config.KEY = ...` of a function, or beside each field of a class, by key."""
-    source = textwrap.dedent(inspect.getsource(declaration))
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    found = {}
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-            reason = next((comments[line] for line in lines if line in comments), None)
-            if reason:
-                found[ast.unparse(target).removeprefix("config.")] = reason
-    return found
+    return dict(_DECLARED.findall(inspect.getsource(declaration)))
 
 
 def _rows(config: Any) -> Iterator[tuple[str, Any, str]]:
