@@ -190,6 +190,8 @@ class Checkpoints:
         beginning = self._thread.submit(self._writer.save, path, args=ocp.args.Composite(**items), force=True)
         # Several processes meet here in collectives, which must not run between those of steps.
         failure = "" if alone else _any(self._outcome(beginning.result))
+        if failure:
+            self._remove_partial()
         self._ending = None if failure else self._thread.submit(self._end, beginning, path, begun)
         return failure
 

@@ -820,8 +820,8 @@ FRAMEWORK = (
     Mutant(
         "incomplete-saves-fill-the-disk",
         "framework/checkpoint/saving.py",
-        "        if failure:\n            self._remove_partial()",
-        "        if not failure:\n            self._remove_partial()",
+        "        if failure:\n            self._remove_partial()\n        return failure",
+        "        if not failure:\n            self._remove_partial()\n        return failure",
         "Every save that fails on a full disk leaves its files there, so that no later one can succeed.",
         ("tests/framework/checkpoint/test_saving.py::test_a_failed_save_is_reported_and_keeps_other_checkpoints",),
     ),
