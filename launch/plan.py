@@ -20,6 +20,8 @@ from ..framework.base.errors import UserError
 from ..framework.config.check import load
 from . import environment, flags
 
+_MOST_DEVICES = 16_384  # 4,096 simulated devices take 15 seconds to make
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the verb and return its exit code. `arguments` defaults to those of this process."""
@@ -50,10 +52,10 @@ def _plan(arguments: Sequence[str] | None) -> int:
 
 def _simulated(count: int, config: Any) -> Sequence[Any]:
     """Return CPU devices that stand for those of the plan."""
-    if count < 0:
-        raise UserError(f"--devices={count}: must be at least 1. Give a number, or leave the flag out.")
     fixed = math.prod(size for size in config.mesh.values() if size > 0)
     count = count or (max(fixed, config.simulated_devices) if -1 in config.mesh.values() else fixed)
+    if not 1 <= count <= _MOST_DEVICES:
+        raise UserError(f"--devices or config.mesh: {count} devices: must be at least 1 and at most {_MOST_DEVICES}.")
     import jax
 
     jax.config.update("jax_num_cpu_devices", count)  # overrides the environment

@@ -74,6 +74,9 @@ def test_a_plan_that_does_not_fit_names_the_fix():
         ((f"{LM}sample", "--topology=v5e-16"), "--topology=v5e-16: no such TPU slice"),
         ((f"{LM}sample", "--topolgy=v5e:2x2"), "unrecognized arguments: --topolgy=v5e:2x2"),
         ((f"{LM}samle",), "Did you mean 'sample'"),
+        ((f"{LM}sample", "--devices=1000000000"), "1000000000 devices: must be at least 1 and at most 16384"),
+        ((f"{LM}sample", "--config.mesh.data=2147483647"), "2147483647 devices: must be at least 1 and at most 16384"),
+        ((f"{LM}sample", "--devices=-1"), "-1 devices: must be at least 1"),
         ((f"{LM}sample", "--devices=3"), "batch_size=16: must be divisible by 3 data shards"),
     ],
 )
