@@ -1,6 +1,7 @@
 """All that a config computes on a mesh: the layout of the state, and the functions of a run, not yet compiled."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from ..base.errors import UserError
 from ..optimizer import OptimizerOptions
 from ..sharding import placement
 from ..task import BatchSpec, Task, judge_of
@@ -16,6 +18,8 @@ from .guard import GuardOptions
 from .schedule import Schedule
 from .state import TrainState, abstract_state, abstract_variables
 from .steps import make_diagnosis, make_eval_step, make_predict_step, make_train_step
+
+_MOST_PARAMETERS = 1e13  # of more, the plan of an optimizer alone does not fit into memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +78,10 @@ class Program:
         with refusals.of(task):
             variables = abstract_variables(task, batch_spec)
             axes = task.logical_axes(variables)
+        if (count := sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))) > _MOST_PARAMETERS:
+            raise UserError(
+                f"config.task: has {count:.3g} parameters. Use sizes that make at most {_MOST_PARAMETERS:g}."
+            )
         placements = placement.place_all(variables, axes, config.sharding_rules, mesh)
         specs = placement.shardings(variables, placements, mesh)["params"]
         with refusals.of_any():

@@ -126,6 +126,10 @@ def test_the_tables_show_every_figure(found):
     ("changes", "words"),
     [
         ({"batch_size": 6}, "batch_size=6: must be divisible by 4 data shards"),
+        (
+            {"task.width": 2**20, "task.hidden": 2**24},
+            "config.task: has 1.76e.13 parameters. Use sizes that make at most",
+        ),
         ({"mesh.fsdp": 3}, "4 devices are not divisible by 3"),
         ({"optimizer.treatments": (("hidden.*", "shampoo"),)}, "embed"),
     ],
