@@ -15,7 +15,8 @@ def _interrupted(number: int, frame: object) -> None:
 
 # `python -m shampax.launch.VERB` imports this package first. An exception would not do while modules are imported: some
 # libraries catch any exception there, and others crash.
-if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+_starts = sys.argv[0] == "-m" and any(word.startswith(f"{__name__}.") for word in sys.orig_argv)
+if _starts and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupted)
 
 from .environment import before_jax  # noqa: E402

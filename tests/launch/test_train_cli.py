@@ -179,6 +179,23 @@ def test_ctrl_c_during_imports_is_one_line(library, tmp_path):
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
 
 
+@pytest.mark.parametrize(("module", "at_once"), [("launch.plan", True), ("benchmarks.timing", False)])
+def test_only_a_verb_exits_at_once_during_imports(module, at_once):
+    """Fault: Ctrl-C ends a benchmark, or a user's program, before it has cleaned up."""
+    program = f"""
+        import signal, sys
+        sys.argv[0], sys.orig_argv[:] = "-m", ["python", "-m", "shampax.{module}"]  # as while packages are imported
+        import shampax.{module.partition(".")[0]}
+        print(signal.getsignal(signal.SIGINT) is not signal.default_int_handler)
+        if {at_once}:
+            shampax.launch.interruptible()
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == (f"{at_once}\n", "")
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--help", SAMPLE], [SAMPLE, "-h", "--config.batch_size=77"]])
 def test_help_shows_every_knob_with_its_comment(arguments, capsys):
     code, out, err = ran(arguments, capsys)

@@ -1010,8 +1010,8 @@ LAUNCH = (
     Mutant(
         "interrupt-during-imports-is-an-exception",
         "launch/__init__.py",
-        'if sys.argv[0] == "-m" and',
-        'if sys.argv[0] == "-" and',
+        '_starts = sys.argv[0] == "-m" and',
+        '_starts = sys.argv[0] == "-" and',
         "Ctrl-C in the first seconds ends in a traceback, or is caught by a library and lost.",
         ("tests/launch/test_train_cli.py::test_ctrl_c_during_imports_is_one_line",),
     ),
