@@ -15,7 +15,6 @@ and logits are float32.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 from .attention import Rotation, rotary_angles
 from .beam_search import take
 from .layout import gather_columns, shard_batch
-from .modules import EMBEDDING_STD, Attention, fan_in, partitioned, recomputed, rms_norm, scan_layers
+from .modules import EMBEDDING_STD, MLP, Attention, partitioned, recomputed, rms_norm, scan_layers
 
 KeysValues = tuple[jax.Array, jax.Array]
 
@@ -149,7 +148,7 @@ class EncoderBlock(nn.Module):
         normed = rms_norm("attention_norm", dtype)(x_BxSxE)
         keys_values = attention.keys_values(normed, rotation)
         x_BxSxE += drop(attention(normed, *keys_values, visible_BxSxS, rotation))
-        mlp = MLP(task, 2 * task.encoder_layers, name="mlp")
+        mlp = MLP(task.mlp_dim, False, 2 * task.encoder_layers, dtype, name="mlp")
         x_BxSxE += drop(mlp(rms_norm("mlp_norm", dtype)(x_BxSxE)))
         return shard_batch(x_BxSxE)
 
@@ -165,7 +164,7 @@ class DecoderBlock(nn.Module):
         task = self.task
         dtype, writers = jnp.dtype(task.compute_dtype), 3 * task.decoder_layers
         self.attention, self.source_attention = _attention(task, writers), _attention(task, writers)
-        self.mlp = MLP(task, writers)
+        self.mlp = MLP(task.mlp_dim, False, writers, dtype)
         self.attention_norm, self.source_norm, self.mlp_norm = (rms_norm(None, dtype) for _ in range(3))
         self.drop = nn.Dropout(task.dropout, deterministic=not self.train)
 
@@ -220,19 +219,3 @@ class DecoderBlock(nn.Module):
 def _attention(task: TransformerOptions, writers: int, name: str | None = None) -> Attention:
     sizes = (task.heads, task.heads, task.head_dim, task.embed_dim)
     return Attention(*sizes, writers, jnp.dtype(task.compute_dtype), name=name)
-
-
-class MLP(nn.Module):
-    """relu(x up), then down: kernels [E, M] and [M, E]."""
-
-    task: TransformerOptions
-    writers: int
-
-    @nn.compact
-    def __call__(self, x_BxTxE: jax.Array) -> jax.Array:
-        """Return the update of the residual stream, [B, T, E]."""
-        task = self.task
-        dense = functools.partial(nn.Dense, use_bias=False, dtype=jnp.dtype(task.compute_dtype))
-        up = dense(task.mlp_dim, kernel_init=fan_in(1.0, "embed", "mlp"), name="up")
-        down = dense(task.embed_dim, kernel_init=fan_in(1 / self.writers, "mlp", "embed"), name="down")
-        return down(nn.relu(up(x_BxTxE)))

@@ -13,7 +13,6 @@ model with a tied head does not begin by repeating its input. A separate head ha
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +24,7 @@ from . import layout, moe
 from .attention import Rotation, rotary_angles, self_attention
 from .layout import SEQUENCE_AXIS, gather_columns, shard_batch
 from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, class_losses, real_targets
-from .modules import EMBEDDING_STD, Attention, fan_in, partitioned, rms_norm, run_layers
+from .modules import EMBEDDING_STD, MLP, Attention, partitioned, rms_norm, run_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,21 +192,5 @@ class Block(nn.Module):
             mlp = moe.RoutedSwiGLU(experts, task.mlp_dim, writers, dtype, name="moe")
             added_BxTxE, routing = mlp(normed_BxTxE, segments_BxT > 0)
         else:
-            added_BxTxE, routing = SwiGLU(task, name="mlp")(normed_BxTxE), None
+            added_BxTxE, routing = MLP(task.mlp_dim, True, writers, dtype, name="mlp")(normed_BxTxE), None
         return shard_batch(x_BxTxE + added_BxTxE, SEQUENCE_AXIS), routing
-
-
-class SwiGLU(nn.Module):
-    """silu(x gate) * (x up), then down: kernels [E, M] twice and [M, E]."""
-
-    task: LMTask
-
-    @nn.compact
-    def __call__(self, x_BxTxE: jax.Array) -> jax.Array:
-        """Return the update of the residual stream, [B, T, E]."""
-        task = self.task
-        dense = functools.partial(nn.Dense, use_bias=False, dtype=jnp.dtype(task.compute_dtype))
-        gate = dense(task.mlp_dim, kernel_init=fan_in(1.0, "embed", "mlp"), name="gate")(x_BxTxE)
-        up = dense(task.mlp_dim, kernel_init=fan_in(1.0, "embed", "mlp"), name="up")(x_BxTxE)
-        down_init = fan_in(1 / (2 * task.layers), "mlp", "embed")
-        return dense(task.embed_dim, kernel_init=down_init, name="down")(nn.silu(gate) * up)

@@ -78,6 +78,25 @@ class Attention(nn.Module):
         return self.out(attend(self.queries(x_BxTxE, rotation), keys, values, visible_BxTxS))
 
 
+class MLP(nn.Module):
+    """relu(x up) down, or if `gated` silu(x gate) * (x up) down (SwiGLU); kernels [E, M] and [M, E], no biases."""
+
+    width: int
+    gated: bool
+    writers: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BxTxE: jax.Array) -> jax.Array:
+        """Return the update of the residual stream, [B, T, E]."""
+        dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
+        into = functools.partial(dense, self.width, kernel_init=fan_in(1.0, "embed", "mlp"))
+        up_BxTxM = into(name="up")(x_BxTxE)
+        hidden_BxTxM = nn.silu(into(name="gate")(x_BxTxE)) * up_BxTxM if self.gated else nn.relu(up_BxTxM)
+        down_init = fan_in(1 / self.writers, "mlp", "embed")
+        return dense(x_BxTxE.shape[-1], kernel_init=down_init, name="down")(hidden_BxTxM)
+
+
 def run_layers(
     block: type[nn.Module], fields: tuple[Any, ...], x: jax.Array, *context: Any, layers: int, remat: str
 ) -> tuple[jax.Array, Any]:
