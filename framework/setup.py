@@ -220,15 +220,7 @@ def start(blueprint: Blueprint, watch: Watchdog) -> tuple[TrainState, float]:
 
 
 def _open(request: Request) -> Feed:
-    return Feed.open(
-        request.data,
-        request.workdir / layout.CACHE,
-        request.mesh,
-        seed=request.config.seed,
-        batch_size=request.config.batch_size,
-        heldout_batches=request.config.evaluation.batches,
-        heldout_sample=request.config.evaluation.sample,
-    )
+    return Feed.open(request.data, request.workdir / layout.CACHE, request.mesh, request.config)
 
 
 def _absolute(workdir: str | Path) -> Path:

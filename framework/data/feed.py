@@ -36,35 +36,22 @@ class Feed:
     _share: Share
 
     @classmethod
-    def open(
-        cls,
-        data: dataset.Data,
-        cache: Path,
-        mesh: Mesh,
-        *,
-        seed: int,
-        batch_size: int,
-        heldout_batches: int,
-        heldout_sample: bool,
-    ) -> "Feed":
-        """Prepare the data in the folder `cache` on process 0 and open them on every process.
-
-        `seed` determines the order of training examples. An evaluation reads at most `heldout_batches`, or all for -1;
-        with `heldout_sample` these are a random sample.
+    def open(cls, data: dataset.Data, cache: Path, mesh: Mesh, config: Any) -> "Feed":
+        """Prepare the data in the folder `cache` on process 0 and open them on every process of a run.
 
         Raises:
           UserError: the data cannot be used.
         """
         agreement.first(lambda: data.prepare(cache))
         source, heldout_source = data.examples("train", cache), data.examples("heldout", cache)
-        share = Share(batch_size, mesh)
-        rows = {"global_batch_size": batch_size, "rows": share.rows}
-        train = Batches(source, seed=seed, augment=dataset.augment(data), **rows)
-        heldout = HeldoutBatches(heldout_source, limit=heldout_batches, sample=heldout_sample, **rows)
+        share, evaluation = Share(config.batch_size, mesh), config.evaluation
+        rows = {"global_batch_size": config.batch_size, "rows": share.rows}
+        train = Batches(source, seed=config.seed, augment=dataset.augment(data), **rows)
+        heldout = HeldoutBatches(heldout_source, limit=evaluation.batches, sample=evaluation.sample, **rows)
         return cls(
             len(source),
             dataset.fingerprint(data, cache),
-            min(len(heldout_source), len(heldout) * batch_size),
+            min(len(heldout_source), len(heldout) * config.batch_size),
             dataset.decoder(data, cache),
             jax.tree.map(_spec, share.to_devices(train[0])),
             train,
