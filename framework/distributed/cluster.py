@@ -11,7 +11,9 @@ this order:
 - Cloud TPU VMs: attributes that the machine's metadata server returns.
 """
 
+import contextlib
 import glob
+import http.client
 import ipaddress
 import os
 import re
@@ -84,7 +86,7 @@ def place(environ: Mapping[str, str] = os.environ) -> Place | None:
             "another index, from 0."
         )
     if ADDRESS in given:
-        host, port = _address(ADDRESS, given)
+        host, port = _address(ADDRESS, given[ADDRESS])
     elif environ.get(PORT):
         port = _number(environ, PORT, least=1, most=2**16 - 1)
     missing = [name for name, known in ((ADDRESS, host), (COUNT, count), (INDEX, index >= 0)) if not known]
@@ -184,8 +186,10 @@ def _slices(hosts: list[str], index: int, said: Mapping[str, str]) -> Place:
     """Return a process of one slice, or of several slices that form one run."""
     slices = _number(said, "MEGASCALE_NUM_SLICES") if said.get("MEGASCALE_NUM_SLICES") else 1
     if slices == 1:
-        return Place(hosts[0], _TPU_PORT, len(hosts), index)
-    host, _ = _address("MEGASCALE_COORDINATOR_ADDRESS", said, _TPU_PORT)
+        host, _ = _address("TPU_WORKER_HOSTNAMES", hosts[0], _TPU_PORT)
+        return Place(host, _TPU_PORT, len(hosts), index)
+    name = "MEGASCALE_COORDINATOR_ADDRESS"
+    host, _ = _address(name, said.get(name, ""), _TPU_PORT)
     return Place(host, _TPU_PORT, len(hosts) * slices, index + len(hosts) * _number(said, "MEGASCALE_SLICE_ID"))
 
 
@@ -194,11 +198,11 @@ def _metadata(environ: Mapping[str, str], key: str) -> str:
     server = environ.get("GCE_METADATA_HOST") or "metadata.google.internal"
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
     direct = urllib.request.ProxyHandler({})  # a proxy would ask the server of its own machine
-    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     try:
+        request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
         with urllib.request.build_opener(direct).open(request, timeout=_METADATA_SECONDS) as answer:
             return answer.read().decode().strip()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code == 404:
             return ""
         raise UserError(
@@ -207,18 +211,16 @@ def _metadata(environ: Mapping[str, str], key: str) -> str:
         ) from error
 
 
-def _address(name: str, said: Mapping[str, str], default_port: int = 0) -> tuple[str, int]:
-    """Return host and port of "host:port" or "[IPv6]:port"."""
-    text = said.get(name, "")
+def _address(name: str, text: str, default_port: int = 0) -> tuple[str, int]:
+    """Return host and port of "host:port" or "[IPv6]:port"; with a default port also of "host" or "IPv6"."""
     match = re.fullmatch(r"(?:\[(.+)\]|([^\s:/@\[\]]+))(?::([0-9]{1,5}))?", text)
-    try:
-        host = match and (match[2] or str(ipaddress.IPv6Address(match[1])))
-    except ValueError:
-        host = None
-    port = int(match[3] or default_port) if match else 0
-    if not host or not 0 < port < 2**16:
+    _, ip, host, port = match.group(0, 1, 2, 3) if match else (None, text if default_port else None, None, None)
+    with contextlib.suppress(ValueError):
+        host = str(ipaddress.IPv6Address(ip)) if ip else host
+    number = int(port or default_port)
+    if not host or not 0 < number < 2**16:
         raise UserError(f"{name}={text!r}: must be host:port of process 0, e.g. 10.0.0.1:8476 or [fe80::1]:8476.")
-    return host, port
+    return host, number
 
 
 def _number(said: Mapping[str, str], name: str, *, least: int = 0, most: int = 2**31 - 1) -> int:

@@ -48,6 +48,8 @@ EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:84", "JAX_NUM_PROCESSES": "4", 
             ("n1", 84, 4, 3, "JAX_COORDINATOR_ADDRESS", (2, 1), None, 1),
         ),
         (GKE, ("t-0.job", 8482, 2, 1, "JAX_COORDINATOR_PORT")),
+        (GKE | {"TPU_WORKER_HOSTNAMES": "fd00::9,fd00::a"}, ("fd00::9", 8482, 2, 1, "JAX_COORDINATOR_PORT")),
+        (GKE | {"TPU_WORKER_HOSTNAMES": "t-0:8471,t-1:8471"}, ("t-0", 8482, 2, 1, "JAX_COORDINATOR_PORT")),
         (GKE | {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
         (
             GKE
@@ -140,8 +142,9 @@ def test_processes_that_share_a_machine_divide_its_devices(environ, devices):
             "JAX_LOCAL_DEVICE_IDS='4': must be different numbers of GPUs, below 4, the number of visible GPUs.",
         ),
         (
-            GKE | {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_COORDINATOR_ADDRESS": "fe80::1", "MEGASCALE_SLICE_ID": "0"},
-            "MEGASCALE_COORDINATOR_ADDRESS='fe80::1': must be host:port",
+            GKE
+            | {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_COORDINATOR_ADDRESS": "http://n1", "MEGASCALE_SLICE_ID": "0"},
+            "MEGASCALE_COORDINATOR_ADDRESS='http://n1': must be host:port",
         ),
         (
             EXPLICIT | {"JAX_PROCESS_ID": "4"},
@@ -221,10 +224,10 @@ def tpu(monkeypatch):
         (
             {
                 "agent-worker-number": "1",
-                "worker-network-endpoints": "unknown:unknown:10.1.0.9,unknown:unknown:10.1.0.8",
+                "worker-network-endpoints": "unknown:unknown:fd00::9,unknown:unknown:fd00::8",
                 "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-16'\nWORKER_ID: '1'\n",
             },
-            ("10.1.0.9", 8482, 2, 1, "JAX_COORDINATOR_PORT"),
+            ("fd00::9", 8482, 2, 1, "JAX_COORDINATOR_PORT"),
         ),
         (
             {
@@ -244,7 +247,8 @@ def test_a_tpu_machine_asks_its_metadata_server(attributes, expected, tpu):
         assert cluster.place({"GCE_METADATA_HOST": server, "TPU_SKIP_MDS_QUERY": "1"}) is None
 
 
-def test_a_metadata_server_that_does_not_answer_is_one_line(tpu):
+@pytest.mark.parametrize("server", ["127.0.0.1:9", "a b", "[::1", "127.0.0.1:x"])
+def test_a_metadata_server_that_does_not_answer_is_one_line(server, tpu):
     """Fault: a machine of a slice trains alone while the others wait for it."""
-    with pytest.raises(UserError, match=r"cannot read agent-worker-number from .*refused"):
-        cluster.place({"GCE_METADATA_HOST": "127.0.0.1:9"})
+    with pytest.raises(UserError, match=r"cannot read agent-worker-number from the metadata server "):
+        cluster.place({"GCE_METADATA_HOST": server})
