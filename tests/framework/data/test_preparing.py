@@ -161,7 +161,7 @@ def test_a_cache_that_does_not_match_is_one_line(sources, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line(sources, tmp_path, workers, capsys):
     """Faults: a traceback of a library; half a shard counts as complete; finished shards are lost."""
     data = dataclasses.replace(sources["clicks"], shard_size=1_000_000)
