@@ -223,7 +223,7 @@ def _address(name: str, text: str, default_port: int = 0) -> tuple[str, int]:
     return host, number
 
 
-def _number(said: Mapping[str, str], name: str, *, least: int = 0, most: int = 2**31 - 1) -> int:
+def _number(said: Mapping[str, str], name: str, *, least: int = 0, most: int = 2**32 - 1) -> int:
     text = said.get(name, "")
     if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
         raise UserError(f"{name}={text!r} in the environment: must be a whole number from {least} to {most}.")

@@ -42,7 +42,9 @@ def listen(place: Place) -> socket.socket:
     if not is_loopback(host):
         host, dualstack = "", socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if ":" in host or dualstack else socket.AF_INET
-    return socket.create_server((host, place.port), family=family, dualstack_ipv6=dualstack, backlog=place.count)
+    return socket.create_server(
+        (host, place.port), family=family, dualstack_ipv6=dualstack, backlog=min(place.count, 2**12)
+    )
 
 
 def free_port(place: Place) -> int:

@@ -41,6 +41,7 @@ EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:84", "JAX_NUM_PROCESSES": "4", 
         (SLURM, ("tux07", 61444, 2, 1, "JAX_COORDINATOR_PORT")),
         (SLURM | {"JAX_COORDINATOR_PORT": "85"}, ("tux07", 85, 2, 1, "JAX_COORDINATOR_PORT")),
         (SLURM | {"JAX_NUM_PROCESSES": "1"}, None),
+        (SLURM | {"SLURM_JOB_ID": str(2**32 - 1)}, ("tux07", 65535, 2, 1, "JAX_COORDINATOR_PORT")),  # of a federation
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
         ({name: SLURM[name] for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID")}, None),  # a batch script
         (
@@ -133,7 +134,7 @@ def test_processes_that_share_a_machine_divide_its_devices(environ, devices):
                 ),
             )
         ),
-        (EXPLICIT | {"JAX_NUM_PROCESSES": "9" * 5_000}, "must be a whole number from 1 to 2147483647"),
+        (EXPLICIT | {"JAX_NUM_PROCESSES": "9" * 5_000}, "must be a whole number from 1 to 4294967295"),
         (EXPLICIT | {"JAX_NUM_PROCESSES": "0"}, "must be a whole number from 1 to"),
         (EXPLICIT | {"JAX_LOCAL_DEVICE_IDS": "0,"}, "JAX_LOCAL_DEVICE_IDS='0,': must be different numbers of GPUs. "),
         (EXPLICIT | {"JAX_LOCAL_DEVICE_IDS": "1,1"}, "JAX_LOCAL_DEVICE_IDS='1,1': must be different numbers of GPUs. "),
