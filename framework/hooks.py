@@ -31,7 +31,7 @@ def of(blueprint: Blueprint, profile: Profile) -> tuple[Hook, ...]:
 
 
 class Save:
-    """Save a checkpoint at every milestone, at the best evaluation, at the end and when the run stops.
+    """Save a checkpoint every period, at the best evaluation, at the end and when the run stops.
 
     Args:
       period: of regular checkpoints.
@@ -50,7 +50,7 @@ class Save:
     def due(self, run: Run) -> bool:
         """Return whether this step has to be saved and is not."""
         improved = self._best and run.record.evaluated and run.record.best == run.record.last
-        return self._saved != run.step and bool(run.at_end or run.stopped or improved or run.milestone(run.step))
+        return self._saved != run.step and bool(run.at_end or run.stopped or improved or self._period.due(run.step))
 
     def __call__(self, run: Run) -> None:
         """Save in the background."""

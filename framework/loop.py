@@ -13,7 +13,6 @@ import jax
 from . import optimizer
 from .base.durations import Period
 from .base.errors import TrainingStopped
-from .checkpoint import origin, takeover
 from .checkpoint.saving import Checkpoints, SaveError
 from .distributed import console
 from .distributed.signals import StopSignals
@@ -50,8 +49,6 @@ def train_to_end(run: "Run", hooks: Sequence[Hook]) -> None:
         if run.at_end or run.stopped:
             return
         run.advance(min(hook.next(run.step) for hook in hooks))
-        if run.spiked and not run.trouble():
-            run.roll_back()
 
 
 class Run:
@@ -76,8 +73,6 @@ class Run:
         self.steps = blueprint.steps
         self.step = start.step
         self.stopped: str | optimizer.ServiceError | None = None
-        self._saving = Period(blueprint.in_steps(config.checkpoint.every))
-        self._guard = config.guard
         self._clock = Clock(start.seconds)
         self._signals = StopSignals()
         self.service = optimizer.service(blueprint.program.tx, blueprint.program.abstract.params)
@@ -87,11 +82,10 @@ class Run:
             keep_best=config.checkpoint.keep_best,
             keep_every=blueprint.in_steps(config.checkpoint.keep_every),
             ranking=blueprint.ranking,
-            milestone=self.milestone,
             still_ours=still_ours,
         )
         self.journal = self._journal()
-        self._batches = blueprint.feed.train(start.step + start.batches_passed_over)
+        self._batches = blueprint.feed.train(start.step)
         self._open = contextlib.ExitStack()
 
     def _journal(self) -> Journal:
@@ -126,15 +120,6 @@ class Run:
         """Whether all steps are taken."""
         return self.step == self.blueprint.total_steps
 
-    @property
-    def spiked(self) -> bool:
-        """Whether a loss spike asks for a rollback."""
-        return self._guard.on_spike == "rollback" and self.journal.first_spike is not None
-
-    def milestone(self, step: int) -> bool:
-        """Return whether a checkpoint is saved at a step in any case. A rollback returns to such a step."""
-        return self._saving.due(step) or (self._guard.on_spike == "rollback" and step == self.record.began)
-
     def signal(self) -> str | None:
         """Return the name of the signal that asks the run to stop, the same on all processes, which all ask."""
         return self._signals.reason()
@@ -146,7 +131,7 @@ class Run:
         """
         unread = None
         with self._clock:
-            while self.step < min(pause, self.blueprint.total_steps) and not (self.stopped or self.spiked):
+            while self.step < min(pause, self.blueprint.total_steps) and not self.stopped:
                 metrics = self._take_step()
                 if unread is not None:
                     self.journal.step_done(*unread)
@@ -190,43 +175,19 @@ class Run:
         self.journal.evaluated(self.step, values, best=self.record.best == self.record.last)
         self.saver.evaluated(self.record)
 
-    def roll_back(self) -> None:
-        """Return to the newest milestone and skip the batches up to the spike."""
-        workdir, config, spike = self.blueprint.request.workdir, self.blueprint.request.config, self.journal.first_spike
-        del self.state
-        self.watch.at("checkpoint", self.step)
-        with storage_faults("stop"):
-            self.saver.confirm()
-        point = origin.newest_of(workdir, self.milestone)
-        self.record = point.record().rolled_back(self.record, spike=spike or self.step)
-        self.step = self.record.step
-        self.saver.forget_after(self.step)
-        tx, abstract = self.blueprint.program.tx, self.blueprint.program.abstract
-        self.state = takeover.plan(point, abstract, tx, config.optimizer.name, config.renamed).state({})
-        self._start_service()
-        self._batches = self.blueprint.feed.train(self.step + self.record.batches_passed_over)
-        self.journal.went_back(self.record, limit=self._guard.max_rollbacks)
-
     def _start_service(self) -> None:
         self.state = dataclasses.replace(self.state, opt_state=self.service.start(self.state.opt_state))
 
     def trouble(self) -> str | None:
         """Return why the guard ends the run, or None."""
-        guard, skips = self._guard, self.journal.most_consecutive_skips
-        if self.spiked and self.record.rollbacks >= guard.max_rollbacks:
-            return (
-                f"step {self.journal.first_spike} has a loss spike after {self.record.rollbacks} rollbacks "
-                f"(config.guard.max_rollbacks={guard.max_rollbacks}). In a new workdir, with resume_from this one, "
-                "lower schedule.learning_rate or raise guard.spike_factor"
-            )
-        if skips >= guard.max_consecutive_skips:
-            return (
-                f"{skips} consecutive steps were skipped for a non-finite loss, gradient or update or a loss spike "
-                f"(config.guard.max_consecutive_skips={guard.max_consecutive_skips}). In a new workdir, with "
-                "resume_from this one, lower schedule.learning_rate, set gradient_clip or, for spikes, raise "
-                "guard.spike_factor"
-            )
-        return None
+        limit, skips = self.blueprint.request.config.guard.max_consecutive_skips, self.journal.most_consecutive_skips
+        if skips < limit:
+            return None
+        return (
+            f"{skips} consecutive steps were skipped for a non-finite loss, gradient or update "
+            f"(config.guard.max_consecutive_skips={limit}). In a new workdir, with resume_from this one, lower "
+            "schedule.learning_rate or set gradient_clip"
+        )
 
 
 @contextlib.contextmanager

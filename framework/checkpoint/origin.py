@@ -72,18 +72,6 @@ def find(workdir: Path, *, resume_from: str, init_from: str) -> Origin:
     return Origin("scratch")
 
 
-def newest_of(workdir: Path, steps: Callable[[int], bool]) -> Origin:
-    """Return the newest intact checkpoint of a workdir whose step is one of `steps`.
-
-    Raises:
-      UserError: no checkpoint is intact.
-    """
-    found = _newest("own", str(workdir), lambda: [p for p in store.checkpoints(workdir) if steps(int(p.name))])
-    if found is None:
-        raise UserError(f"{workdir} has no checkpoint to go back to; restart in a new workdir")
-    return found
-
-
 def set_aside(workdir: Path, origin: Origin) -> None:
     """Move the damaged checkpoints of `workdir` into its folder `damaged`, until their steps are saved again."""
     if jax.process_index() != 0:

@@ -74,8 +74,6 @@ class Record:
       skipped: steps that the guard has skipped.
       began: the step after which the run of this workdir began.
       optimizer_began: accepted steps before the optimizer began; above 0 if it replaced another one.
-      batches_passed_over: batches left out by rollbacks; step t trains on batch t + this number.
-      rollbacks: how often the run went back to a checkpoint.
       data: fingerprint of the training data, "" if they have none.
     """
 
@@ -87,8 +85,6 @@ class Record:
     skipped: int = 0
     began: int = 0
     optimizer_began: int = 0
-    batches_passed_over: int = 0
-    rollbacks: int = 0
     data: str = ""
 
     @property
@@ -107,18 +103,6 @@ class Record:
     def rank(self, ranking: Ranking) -> float | None:
         """Return the rank of this step's evaluation; None without an evaluation or if its metric is not finite."""
         return ranking.rank(self.last.values) if self.last is not None and self.evaluated else None
-
-    def rolled_back(self, now: "Record", spike: int) -> "Record":
-        """Return this record of an earlier step, to resume from after a loss spike at step `spike`.
-
-        The batches of the steps between are passed over, including that of the spike.
-        """
-        return dataclasses.replace(
-            self,
-            seconds=now.seconds,
-            rollbacks=now.rollbacks + 1,
-            batches_passed_over=now.batches_passed_over + spike - self.step,
-        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain dicts."""

@@ -46,14 +46,12 @@ class Retention:
       last: number of newest checkpoints.
       best: number of checkpoints with the lowest ranks.
       every: keep the first checkpoint of every such number of steps for good; 0 keeps none.
-      milestone: whether a rollback may return to a step. The newest such checkpoint is kept.
       ranks: step -> rank, None or absent without an evaluation. Grows during the run.
     """
 
     last: int
     best: int
     every: int = 0
-    milestone: Callable[[int], bool] = lambda step: False
     ranks: Mapping[int, float | None] = dataclasses.field(default_factory=dict)
 
     def kept(self, steps: Iterable[int]) -> set[int]:
@@ -65,8 +63,7 @@ class Retention:
         for step in steps:
             if self.every and step >= self.every:
                 firsts.setdefault(step // self.every, step)
-        back = [step for step in steps if self.milestone(step)][-1:]
-        return {*steps[max(len(steps) - self.last, 0) :], *best, *firsts.values(), *back}
+        return {*steps[max(len(steps) - self.last, 0) :], *best, *firsts.values()}
 
 
 class Checkpoints:
@@ -77,7 +74,7 @@ class Checkpoints:
 
     Args:
       workdir: the run's.
-      keep_last, keep_best, keep_every, milestone: see `Retention`.
+      keep_last, keep_best, keep_every: see `Retention`.
       ranking: orders checkpoints from best to worst.
       still_ours: raises UserError in all processes if another run has taken over the workdir.
     """
@@ -90,7 +87,6 @@ class Checkpoints:
         keep_best: int,
         keep_every: int = 0,
         ranking: Ranking,
-        milestone: Callable[[int], bool] = lambda step: False,
         still_ours: Callable[[], None] = lambda: None,
     ):
         """Remove what interrupted saves and deletions have left behind."""
@@ -99,7 +95,7 @@ class Checkpoints:
         self._ranking, self._still_ours = ranking, still_ours
         self._first = jax.process_index() == 0
         self._ranks: dict[int, float | None] = dict(agreement.first(self._saved_ranks))
-        self._retention = Retention(keep_last, keep_best, keep_every, milestone, self._ranks)
+        self._retention = Retention(keep_last, keep_best, keep_every, self._ranks)
         self._there = {*self._ranks}  # steps that are saved
         self._step = 0
         self._failure = ""
@@ -147,12 +143,6 @@ class Checkpoints:
         if failure := self._settle():
             raise SaveError(failure, told=failure in self._told)
         self._prune()
-
-    def forget_after(self, last: int) -> None:
-        """Delete the checkpoints of steps after `last`, before the run goes back to it. Call `confirm` first."""
-        for step in sorted(step for step in self._there if step > last):
-            self._delete(step)
-            self._there.discard(step)  # its step is saved again
 
     def metrics(self) -> dict[str, float]:
         """Return seconds and bytes of the newest save, seconds that training waited for it, and `note_restored`."""

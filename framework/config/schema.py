@@ -28,7 +28,6 @@ MAY_CHANGE = (
     "evaluation.every",
     "evaluation.judge_every",
     "guard.max_consecutive_skips",
-    "guard.max_rollbacks",
     "data.data_dir",  # the same data may be stored elsewhere on another cluster
     "data.prepared",  # the fingerprint of the rows tells whether they are the same
     "data.workers",
@@ -45,7 +44,6 @@ MAY_CHANGE = (
 TYPES = {
     "evaluation.best_mode": Literal["auto", "min", "max"],
     "checkpoint.on_error": Literal["stop", "continue"],
-    "guard.on_spike": Literal["ignore", "skip", "rollback"],
     "sharding_rules": Sequence[tuple[str, str | Sequence[str] | None]],
     "renamed": Sequence[tuple[str, str]],
     "may_change": tuple[str, ...],
@@ -62,9 +60,6 @@ BOUNDS = {
     "checkpoint.keep_last": Within(1),
     "checkpoint.keep_best": Within(0),
     "guard.max_consecutive_skips": Within(1),
-    "guard.max_rollbacks": Within(0),
-    "guard.spike_factor": Within(0.1),
-    "guard.spike_window": Within(2),
     "watchdog.report_after": Within(0, 1e6),
     "watchdog.end_after": Within(0, 1e6),
     "compilation_cache.gigabytes": Within(0.001, 1e6),
@@ -97,10 +92,6 @@ def get_config() -> Any:
     config.gradient_clip = 0.0  # clip gradients to this global norm; 0 disables
     config.guard = ConfigDict()
     config.guard.max_consecutive_skips = 20  # stop the run after this many consecutive skipped steps
-    config.guard.on_spike = "ignore"  # action on a loss spike: ignore, skip the step, or rollback to a checkpoint
-    config.guard.max_rollbacks = 3  # maximum number of rollbacks; one more spike stops the run
-    config.guard.spike_factor = 8.0  # spike threshold: mean absolute deviations above the mean (8 is 6.4 sigma)
-    config.guard.spike_window = 100  # accepted steps in the running mean; the first spike can come after as many
 
     config.evaluation = ConfigDict()
     config.evaluation.every = "10%"  # how often to evaluate; the last step always does

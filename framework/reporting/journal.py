@@ -40,8 +40,7 @@ class Journal:
       period: how often to report; the first and last step are always reported.
       seconds_to_first_step: time from process start to the end of the first step.
       skipped: number of skipped steps in the whole run.
-      most_consecutive_skips: largest number of consecutive skipped steps since the start or the last rollback.
-      first_spike: number of the first step with a loss spike since then, or None.
+      most_consecutive_skips: largest number of consecutive skipped steps since the start.
     """
 
     writer: MetricsWriter | None
@@ -56,7 +55,6 @@ class Journal:
     seconds_to_first_step: float | None = None
     skipped: int = dataclasses.field(init=False)
     most_consecutive_skips: int = 0
-    first_spike: int | None = None
 
     def __post_init__(self):
         self.skipped = self.start.skipped
@@ -73,15 +71,9 @@ class Journal:
         """Wait for a step, and report it if due. Call it once per step, in order."""
         numbers = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
         seconds = self.clock.seconds
-        consecutive_skips, spike, bound = (numbers.pop(name) for name in ("consecutive_skips", "spike", "spike_bound"))
+        consecutive_skips = numbers.pop("consecutive_skips")
         self.skipped = numbers["skipped"]
         self.most_consecutive_skips = max(self.most_consecutive_skips, consecutive_skips)
-        if spike:
-            self.first_spike = self.first_spike or step
-            verdict = "is skipped" if consecutive_skips else "is not skipped"
-            console.say(
-                f"loss spike at step {step}: {numbers['loss']:.4f}, above the bound of {bound:.4f}; the step {verdict}"
-            )
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = seconds_since_process_start()
             console.say(f"first step done {self.seconds_to_first_step:.1f} s after the process started")
@@ -97,19 +89,6 @@ class Journal:
                 console.say(complaint)
             values |= reporter.metrics()
         self._write(step, seconds, values)
-
-    def went_back(self, record: Record, *, limit: int) -> None:
-        """Restart from the record of an earlier step after a rollback, and drop all later measurements."""
-        console.say(
-            f"back to step {record.step}, with {record.batches_passed_over} batches passed over in all "
-            f"(rollback {record.rollbacks} of {limit})"
-        )
-        self.first_spike = None
-        self.skipped, self.most_consecutive_skips = record.skipped, 0
-        self.start = record
-        self.speedometer.warmed_up(record.step, self.clock.seconds)
-        if self.writer:
-            self.writer.drop_after(record.step, evaluated=record.evaluated)
 
     def evaluated(self, step: int, values: Mapping[str, float], *, best: bool) -> None:
         """Report the held-out metrics after a step."""

@@ -93,7 +93,7 @@ def progress_line(step: int, total_steps: int, values: Mapping[str, float], rema
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
     parts.append(f"loss {values['train/loss']:.4f}")
     parts.append(f"learning rate {values['train/learning_rate']:.2e}")
-    parts += [f"{name} {values[f'train/{name}']}" for name in ("skipped", "spikes") if values[f"train/{name}"]]
+    parts += [f"skipped {values['train/skipped']}"] if values["train/skipped"] else []
     speed = {name.removeprefix("throughput/"): each for name, each in values.items() if name.startswith("throughput/")}
     if speed:
         unit = "tokens" if "tokens_per_second" in speed else "examples"

@@ -14,7 +14,6 @@ from ..optimizer import OptimizerOptions
 from ..sharding import placement
 from ..task import BatchSpec, Task, judge_of
 from . import refusals
-from .guard import GuardOptions
 from .schedule import Schedule
 from .state import TrainState, abstract_state, abstract_variables
 from .steps import make_diagnosis, make_eval_step, make_predict_step, make_train_step
@@ -96,7 +95,6 @@ class Program:
                 seed=config.seed,
                 microbatches=config.microbatches,
                 gradient_clip=config.gradient_clip,
-                guard_options=GuardOptions(config.guard.on_spike, config.guard.spike_factor, config.guard.spike_window),
                 ema_decay=config.ema_decay,
             )
         judge = judge_of(task)

@@ -13,7 +13,6 @@ from .. import optimizer
 from ..sharding import meshes
 from ..task import Batch, Judge, Metrics, Task
 from . import averaging, guard
-from .guard import GuardOptions
 from .state import TrainState, shardings
 
 
@@ -27,7 +26,6 @@ def make_train_step(
     seed: int,
     microbatches: int = 1,
     gradient_clip: float = 0.0,
-    guard_options: GuardOptions,
     ema_decay: float = 0.0,
 ) -> jax.stages.Wrapped:
     """Return the jitted train step `(state, batch) -> (state, metrics)`, which donates the state.
@@ -35,8 +33,7 @@ def make_train_step(
     Gradients of micro-batches are weighted by the weights of their losses, for example the number of targets. The sum
     is the gradient of the whole batch, however uneven the masks are. If the guard refuses the step, parameters,
     optimizer state, model state and averages stay bitwise unchanged; `step` still advances. The guard refuses a
-    non-finite loss, gradient or update, an update that the optimizer refuses and, depending on its options, a loss
-    spike.
+    non-finite loss, gradient or update, and an update that the optimizer refuses.
 
     Args:
       task: the model.
@@ -47,12 +44,10 @@ def make_train_step(
       seed: of the random keys; micro-batch i of step t has fold_in(fold_in(key(seed), t), i).
       microbatches: number of micro-batches; divides each device's share of the batch.
       gradient_clip: bound on the global norm of the gradient; 0 disables.
-      guard_options: definition and treatment of loss spikes.
       ema_decay: decay of the average of the parameters; 0 keeps none. The loss is that of the trained parameters.
 
     Metrics are float32 scalars (counts int32), replicated: those of the task (total / weight), `gradient_norm` (before
-    clipping), `update_norm`, `learning_rate`, `spike` (0 or 1), `spike_bound` (largest loss that is no spike, infinite
-    during the first steps) and the guard's `skipped`, `consecutive_skips`, `clipped`, `spikes`.
+    clipping), `update_norm`, `learning_rate` and the guard's `skipped`, `consecutive_skips`, `clipped`.
     """
     params_shardings = shardings(abstract.params)
 
@@ -68,21 +63,20 @@ def make_train_step(
         metrics["gradient_norm"] = global_norm(gradients)
 
         # Loss and finiteness are reductions over global arrays, so that all devices decide alike.
-        verdict = guard.judge(state.guard, metrics["loss"], all_finite(gradients), guard_options)
+        accepted = all_finite(gradients) & jnp.isfinite(metrics["loss"])
         if gradient_clip:
             scale = gradient_clip / jnp.maximum(metrics["gradient_norm"], gradient_clip)
             gradients = jax.tree.map(lambda leaf: leaf * scale, gradients)
         # A solver inside the optimizer must never see a NaN, not even in a step that is thrown away: LAPACK may not
         # return from one.
-        gradients = jax.tree.map(lambda leaf: jnp.where(verdict.accepted, leaf, 0), gradients)
+        gradients = jax.tree.map(lambda leaf: jnp.where(accepted, leaf, 0), gradients)
         updates, opt_state = tx.update(gradients, state.opt_state, params)
         update_norm = optax.tree.norm(updates)
-        applied = guard.applied(update_norm, (opt_state, model_state), (state.opt_state, before))
-        verdict = verdict._replace(accepted=verdict.accepted & applied)
-        metrics["update_norm"] = jnp.where(verdict.accepted, update_norm, 0.0)
+        accepted &= guard.applied(update_norm, (opt_state, model_state), (state.opt_state, before))
+        metrics["update_norm"] = jnp.where(accepted, update_norm, 0.0)
 
         def guarded(new: Any, old: Any) -> Any:
-            return jax.tree.map(functools.partial(jnp.where, verdict.accepted), new, old)
+            return jax.tree.map(functools.partial(jnp.where, accepted), new, old)
 
         iterate = {"params": optax.apply_updates(params, updates), **model_state}
         new, averages = averaging.advance(state.variables, state.averaging, iterate, ema_decay)
@@ -92,16 +86,13 @@ def make_train_step(
             params=guarded(new.pop("params"), state.params),
             opt_state=guarded(opt_state, state.opt_state),
             model_state=guarded(new, state.model_state),
-            guard=guard.updated(state.guard, verdict, metrics["loss"], clipped, guard_options),
+            guard=guard.updated(state.guard, accepted, clipped),
             averaging=guarded(averages, state.averaging),
         )
         metrics |= {
-            "spike": verdict.spike.astype(jnp.int32),
-            "spike_bound": verdict.bound,
             "skipped": state.guard.skipped,
             "consecutive_skips": state.guard.consecutive,
             "clipped": state.guard.clipped,
-            "spikes": state.guard.spikes,
         }
         return state, metrics
 

@@ -12,7 +12,6 @@ from shampax.framework import optimizer
 from shampax.framework.config import components
 from shampax.framework.config.check import load
 from shampax.framework.sharding import meshes, placement
-from shampax.framework.step.guard import GuardOptions
 from shampax.framework.step.schedule import make_schedule
 from shampax.framework.step.state import abstract_state, abstract_variables
 from shampax.framework.step.steps import make_train_step
@@ -120,7 +119,6 @@ def stepping():
             mesh,
             seed=0,
             microbatches=2,
-            guard_options=GuardOptions("ignore", 8.0, 100),
         )
         return task, step, lambda: initial_state(task, tx, spec, abstract, 0), batch
 

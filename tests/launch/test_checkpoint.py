@@ -791,9 +791,9 @@ def check_that_nothing_breaks(fuzzed, benches, item, content):
 
 def test_a_takeover_reports_every_missing_array(newest, benches):
     """Faults: a step restarts under a record that continues; counts are lost without a message."""
-    save_again(newest, lambda arrays: arrays.pop("guard/spikes") is None)
+    save_again(newest, lambda arrays: arrays.pop("guard/clipped") is None)
     taken = benches[0].plan(newest)
-    assert "guard/spikes: initialised (not saved)" in taken.lines and taken.whole == 3
+    assert "guard/clipped: initialised (not saved)" in taken.lines and taken.whole == 3
     for name in ("step", "opt_state/count", f"{BUCKET}/roots/statistics/0"):
         broken = shutil.copytree(newest, newest.with_name(name.replace("/", "_")))
         save_again(broken, lambda arrays: arrays.pop(name) is None)

@@ -67,16 +67,6 @@ def test_best_evaluation_is_the_lowest_finite_one():
     assert record.last.step == 6
 
 
-def test_batches_up_to_the_spike_are_skipped():
-    """Step t trains on batch t - 1 + the number of batches skipped before."""
-    earlier, now = Record(step=15), Record(step=19, seconds=4.0, batches_passed_over=0)
-    once = earlier.rolled_back(now, spike=18)
-    assert (once.step, once.batches_passed_over, once.rollbacks, once.seconds) == (15, 3, 1, 4.0)
-    assert 15 + once.batches_passed_over == 18  # the next step uses the batch after that of the spike, number 17
-    twice = Record(step=15).rolled_back(once, spike=17)
-    assert (twice.batches_passed_over, twice.rollbacks) == (5, 2)
-
-
 def test_the_direction_of_a_metric_comes_from_its_name():
     """Fault: with best_metric=accuracy alone, the worst checkpoint is kept."""
     for name in ("loss", "log_loss", "word_error", "bits_per_character", "nats_per_token", "masked_loss"):

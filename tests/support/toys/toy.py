@@ -22,8 +22,6 @@ class ToyTask:
     nan_from: int = -1  # after this many batches, one element of the loss is NaN; -1 disables
     nan_seed: int = -1  # seed that makes about a tenth of the steps NaN; -1 disables
     nan_steps: tuple[int, ...] = ()  # steps, from 1, whose loss is NaN
-    spike_steps: tuple[int, ...] = ()  # steps in which the loss of the first example is multiplied by 1,000
-    spike_sum: int = -1  # sum of tokens of examples whose loss is multiplied by 1,000
     seed: int = 0  # seed of the run, to know the keys of these steps
 
     def init(self, key, batch_spec):
@@ -52,9 +50,6 @@ class ToyTask:
             if self.nan_seed >= 0:
                 broken |= jax.random.uniform(jax.random.fold_in(key, self.nan_seed)) > 0.9
             broken |= self._is_of(self.nan_steps, key)
-            nats = nats.at[0].multiply(jnp.where(self._is_of(self.spike_steps, key), 1000.0, 1.0))
-            spikes = batch["tokens"].sum(axis=1) == self.spike_sum
-            nats = nats * jnp.where(spikes, 1000.0, 1.0)[:, None]
             nats = nats.at[0, 0].set(jnp.where(broken, jnp.nan, nats[0, 0]))
         weights = batch["weights"]
         total, weight = (nats * weights).sum(), weights.sum()
