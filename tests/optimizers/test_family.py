@@ -91,6 +91,19 @@ def test_kl_shampoos_statistics_are_the_covariance_of_a_kronecker_product():
     assert np.linalg.norm(found - wanted) <= 0.25 * np.linalg.norm(wanted)
 
 
+@pytest.mark.parametrize("kind", ["kl_shampoo", "shampoo"])
+def test_statistics_forget_directions_that_are_no_longer_excited(kind):
+    """Fault: early statistics that are far too large suppress all later ones for hundreds of steps."""
+    random = np.random.default_rng(0)
+    stream = [{"w": random.normal(size=(24, 32)).astype(np.float32)} for _ in range(200)]
+    for t, grads in enumerate(stream):
+        grads["w"][slice(12, 24) if t < 11 else slice(0, 12)] = 0
+    run = train(options(kind), stream)
+    (block,) = by_block(optimizer(options(kind)), zeros({"w": (24, 32)}), run.states[-1]).values()
+    rows = np.diag(unpack(block.roots.statistics[0].astype(np.float64), 24))
+    assert rows[:12].sum() <= 0.08 * rows.sum()
+
+
 def test_orthogonalization_brings_singular_values_to_one():
     """Fault: a wrong coefficient."""
     random = np.random.default_rng(0)

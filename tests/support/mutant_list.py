@@ -196,6 +196,42 @@ OPTIMIZERS = (
         ),
     ),
     Mutant(
+        "momentum-without-its-second-moment",
+        "optimizers/checkpoint/inheritance.py",
+        "return {name: own or why for name, own in fate.items()}",
+        "return fate",
+        "After a change of the graft on resume, updates are up to a thousand times too long.",
+        (
+            "tests/optimizers/checkpoint/test_inheritance.py::test_updates_after_a_change_are_no_longer_than_those_of_a_new_run",
+        ),
+    ),
+    Mutant(
+        "age-of-the-run",
+        "optimizers/checkpoint/inheritance.py",
+        "if any(self._fates[path].get(name) for name in ELEMENTWISE.values()):",
+        "if all(self._fates[path].get(name) for name in ()):",
+        "A moment that is initialised on resume is not bias-corrected.",
+        (
+            "tests/optimizers/checkpoint/test_inheritance.py::test_updates_after_a_change_are_no_longer_than_those_of_a_new_run",
+        ),
+    ),
+    Mutant(
+        "layout-not-found-in-a-wrapper",
+        "framework/optimizer.py",
+        "found, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_has_layout)",
+        "found, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda x: _has_layout(x) and x is state)",
+        "With clipping in front of Distributed Shampoo its state is saved without a manifest.",
+        ("tests/framework/test_optimizer.py::test_a_wrapper_keeps_what_the_trainer_needs",),
+    ),
+    Mutant(
+        "kl-statistics-begin-at-zero",
+        "optimizers/preconditioners/kl_shampoo.py",
+        "return sides == 1",
+        "return sides >= 1",
+        "KL-Shampoo's first statistics are divided by a bias correction that they do not need.",
+        ("tests/optimizers/test_reference.py::test_agrees_with_the_float64_reference",),
+    ),
+    Mutant(
         "parameter-joined-in-another-order",
         "optimizers/checkpoint/manifest.py",
         ".transpose(np.argsort(axes))",

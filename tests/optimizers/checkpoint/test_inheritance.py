@@ -162,3 +162,52 @@ def test_roots_in_flight_are_dropped_if_the_schedule_changes():
         assert not any(bucket.in_flight.stamp.any() for bucket in moved.buckets.values())
         arrays = {name: x.shape for name, x in zip(patterns.paths(flying), jax.tree.leaves(flying), strict=True)}
         assert "dropped" in tx.layout(zeros(shapes)).inheritance(manifest, arrays).notes()[0]
+
+
+# Changes on resume, as (options before, options after, shapes before). All rows of the table in docs/checkpoints.md.
+CHANGED = ShampooOptions(block_size=16, interval=4, ridge=1e-4)
+ALL = {"bias": (24,), "w": (24, 40)}
+
+
+def changed(**options):
+    return dataclasses.replace(CHANGED, **options)
+
+
+def treated(kind):
+    return changed(treatments=((".*", kind),))
+
+
+CHANGES = {
+    "another graft": (changed(graft="rmsprop"), CHANGED, ALL),
+    "a new parameter": (CHANGED, CHANGED, {"bias": (24,)}),
+    "shampoo to soap": (CHANGED, treated("soap"), ALL),
+    "soap to shampoo": (treated("soap"), CHANGED, ALL),
+    "diagonal to shampoo": (treated("diagonal"), CHANGED, ALL),
+    "kl_shampoo to shampoo": (treated("kl_shampoo"), CHANGED, ALL),
+    "muon to shampoo": (treated("muon"), CHANGED, ALL),
+    "another momentum": (changed(momentum="heavy_ball"), CHANGED, ALL),
+    "no momentum before": (changed(beta1=0.0), CHANGED, ALL),
+    "another exponent": (changed(exponent=0.25), CHANGED, ALL),
+    "another block size": (changed(block_size=8), CHANGED, ALL),
+    "a sum before": (changed(graft="adagrad", beta2=1.0), CHANGED, ALL),
+    "another shape": (CHANGED, CHANGED, {"bias": (24,), "w": (24, 32)}),
+}
+FAST = ("another graft", "a new parameter", "shampoo to soap")
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in FAST else pytest.mark.slow) for x in CHANGES])
+def test_updates_after_a_change_are_no_longer_than_those_of_a_new_run(name):
+    """Fault: what is initialised on resume is not bias-corrected, or a momentum meets a second moment of zero: updates
+    are up to a thousand times too long."""
+    before, after, shapes = CHANGES[name]
+    old = optimizer(before)
+    saved = jax.tree.map(np.asarray, train(before, gradients(30, shapes)).states[-1])
+    new, later = optimizer(after), gradients(20, ALL, seed=1)
+    taken = inherited(new, zeros(ALL), old.layout(zeros(shapes)).manifest(), saved)
+    resumed, fresh = train(after, later, state=taken), train(after, later)
+    for path in ALL:
+        longest, usual = (
+            max(float(np.sqrt(np.mean(np.square(updates[path])))) for updates in run.updates)
+            for run in (resumed, fresh)
+        )
+        assert longest <= 1.5 * usual, (path, longest, usual)
