@@ -197,17 +197,16 @@ FAST = ("another graft", "a new parameter", "shampoo to soap")
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in FAST else pytest.mark.slow) for x in CHANGES])
 def test_updates_after_a_change_are_no_longer_than_those_of_a_new_run(name):
-    """Fault: what is initialised on resume is not bias-corrected, or a momentum meets a second moment of zero: updates
-    are up to a thousand times too long."""
+    """Faults: a momentum meets a second moment of zero, so that updates are a thousand times too long; what is
+    initialised has the age of the run, so that its bias is not corrected and updates are too short."""
     before, after, shapes = CHANGES[name]
     old = optimizer(before)
     saved = jax.tree.map(np.asarray, train(before, gradients(30, shapes)).states[-1])
     new, later = optimizer(after), gradients(20, ALL, seed=1)
-    taken = inherited(new, zeros(ALL), old.layout(zeros(shapes)).manifest(), saved)
+    manifest = old.layout(zeros(shapes)).manifest()
+    taken, fates = inherited(new, zeros(ALL), manifest, saved), report_of(new, ALL, manifest, saved)
     resumed, fresh = train(after, later, state=taken), train(after, later)
     for path in ALL:
-        longest, usual = (
-            max(float(np.sqrt(np.mean(np.square(updates[path])))) for updates in run.updates)
-            for run in (resumed, fresh)
-        )
-        assert longest <= 1.5 * usual, (path, longest, usual)
+        rms, usual = ([float(np.sqrt(np.mean(u[path] ** 2))) for u in run.updates] for run in (resumed, fresh))
+        assert max(rms) <= 1.5 * max(usual), path
+        assert rms[0] >= 0.9 * usual[0] or not fates[path]["momentum"], path
