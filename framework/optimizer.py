@@ -2,8 +2,8 @@
 
 An optimizer is an `optax.GradientTransformation`, built by its options; plain optax needs nothing else. A part of its
 state whose arrays are not shaped like the parameters can carry a static attribute `layout`, which tells the trainer how
-to shard, describe, save and restore that part. Layouts are found wherever the part is: in `optax.chain`, `MultiSteps`,
-`masked`, `multi_transform` and so on. The state of Distributed Shampoo has one.
+to shard, describe, save and restore that part, with the methods of `optimizers.state.Layout`. It is found wherever the
+part is: in `optax.chain`, `MultiSteps`, `masked`, `multi_transform` and so on.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,9 +13,12 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from ..optimizers.checkpoint.inheritance import Fresh, Kept, Made, Source
+from ..optimizers.checkpoint.inheritance import Fresh, Kept, Source, placed
+from ..optimizers.checkpoint.inheritance import Inheritance as PartInheritance
+from ..optimizers.host.service import HostRoots
 from ..optimizers.host.service import HostRootsError as ServiceError
 from ..optimizers.plan import patterns
+from ..optimizers.state import Layout
 from .sharding import meshes
 
 __all__ = ["OptimizerOptions", "Service", "ServiceError"]
@@ -28,94 +31,6 @@ class OptimizerOptions(Protocol):
         self, learning_rate: optax.Schedule, *, mesh: Mesh | None, axis_names: Any, param_specs: Any
     ) -> optax.GradientTransformation:
         """Return the optimizer for parameters on `mesh` with `param_specs` and dimensions named by `axis_names`."""
-        ...
-
-
-class Inheritance(Protocol):
-    """Decides what a new state takes over from a saved one."""
-
-    def source(self, name: str, shape: tuple[int, ...]) -> Source:
-        """Return the source of an array of the state; `name` is its path in the state."""
-        ...
-
-    def report(self) -> dict[str, dict[str, str]]:
-        """Return path of a parameter -> part of its state -> "" if it is taken over, else the reason."""
-        ...
-
-    def notes(self) -> list[str]:
-        """Return further lines for the user."""
-        ...
-
-
-class Service:
-    """Work of an optimizer on the host around the steps, on optimizer states. This one does nothing."""
-
-    def start(self, state: Any) -> Any:
-        """Begin before the first step, with what `with_in_flight` added to the state."""
-        return state
-
-    def install(self, state: Any) -> Any:
-        """Return the state before a step.
-
-        Raises:
-          ServiceError: the service failed; the state is unchanged.
-        """
-        return state
-
-    def take(self, state: Any) -> None:
-        """Read the state after a step, before it is donated."""
-
-    def with_in_flight(self, state: Any) -> Any:
-        """Return the state for a checkpoint."""
-        return state
-
-    def metrics(self) -> dict[str, float]:
-        """Return numbers to report, by name."""
-        return {}
-
-    def complaint(self) -> str | None:
-        """Return a warning about the time since the last call, if any."""
-        return None
-
-    def close(self) -> None:
-        """End without waiting for unfinished work."""
-
-
-class Layout(Protocol):
-    """The layout of a part of an optimizer's state, as attribute `layout` of a pytree node without arrays of its own.
-
-    `params` is a tree of ShapeDtypeStructs with shardings that contains the part's parameters.
-    """
-
-    @property
-    def treatments(self) -> Mapping[str, str]:
-        """Return parameter path -> short text for the parameter table."""
-        ...
-
-    def shardings(self, params: Any) -> Any:
-        """Return a tree of NamedSharding shaped like the part."""
-        ...
-
-    def saved_spec(self, params: Any) -> Any:
-        """Return the part in checkpoints: ShapeDtypeStructs with shardings."""
-        ...
-
-    def manifest(self) -> Any:
-        """Return a description, as JSON, that a checkpoint keeps beside the arrays."""
-        ...
-
-    def inheritance(
-        self, manifest: Any, shapes: Mapping[str, tuple[int, ...]], renamed: Callable[[str], str]
-    ) -> Inheritance:
-        """Return what the part takes over from one saved with a manifest; see the function `inheritance`."""
-        ...
-
-    def diagnostics(self, part: Any) -> dict[str, jax.Array]:
-        """Return scalars about the part by name."""
-        ...
-
-    def host_roots(self) -> Any:
-        """Return a `Service` for the part, or None."""
         ...
 
 
@@ -138,19 +53,25 @@ def _map_parts(function: Callable[[str, Any], Any], state: Any) -> Any:
     )
 
 
-def layouts(tx: optax.GradientTransformation, params: Any) -> dict[str, Any]:
+def layouts(tx: optax.GradientTransformation, params: Any) -> dict[str, Layout]:
     """Return path -> layout of each part of the state that has one."""
     return {path: part.layout for path, part in _parts(jax.eval_shape(tx.init, params)).items()}
 
 
-def service(tx: optax.GradientTransformation, params: Any) -> Service:
+def service(tx: optax.GradientTransformation, params: Any) -> "Service":
     """Return the services of all parts of the optimizer's state as one."""
     found = {path: layout.host_roots() for path, layout in layouts(tx, params).items()}
-    return _Services({path: one for path, one in found.items() if one is not None})
+    return Service({path: one for path, one in found.items() if one is not None})
 
 
-class _Services(Service):
-    def __init__(self, parts: Mapping[str, Service]):
+class Service:
+    """Work of an optimizer on the host around the steps, for all parts of its state; nothing if no part has a service.
+
+    Args:
+      parts: path of a part -> its service; see `HostRoots` for the methods.
+    """
+
+    def __init__(self, parts: Mapping[str, HostRoots]):
         self._parts = parts
 
     def _map(self, method: str, state: Any) -> Any:
@@ -159,26 +80,37 @@ class _Services(Service):
         return _map_parts(lambda path, x: getattr(self._parts[path], method)(x) if path in self._parts else x, state)
 
     def start(self, state: Any) -> Any:
+        """Begin before the first step, with what `with_in_flight` added to the state."""
         return self._map("start", state)
 
     def install(self, state: Any) -> Any:
+        """Return the state before a step.
+
+        Raises:
+          ServiceError: the service failed; the state is unchanged.
+        """
         return self._map("install", state)
 
     def take(self, state: Any) -> None:
+        """Read the state after a step, before it is donated."""
         for path, part in _parts(state).items() if self._parts else ():
             if path in self._parts:
                 self._parts[path].take(part)
 
     def with_in_flight(self, state: Any) -> Any:
+        """Return the state for a checkpoint."""
         return self._map("with_in_flight", state)
 
     def metrics(self) -> dict[str, float]:
+        """Return numbers to report, by name."""
         return _joined({path: part.metrics() for path, part in self._parts.items()})
 
     def complaint(self) -> str | None:
+        """Return a warning about the time since the last call, if any."""
         return "; ".join(filter(None, (part.complaint() for part in self._parts.values()))) or None
 
     def close(self) -> None:
+        """End without waiting for unfinished work."""
         for part in self._parts.values():
             part.close()
 
@@ -234,16 +166,11 @@ def manifest(tx: optax.GradientTransformation, params: Any) -> dict[str, Any]:
     return {path: layout.manifest() for path, layout in layouts(tx, params).items()}
 
 
-def inheritance(
-    tx: optax.GradientTransformation,
-    params: Any,
-    manifest: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
-    renamed: Callable[[str], str],
-) -> Inheritance:
-    """Return what the optimizer's state takes over from one saved by an optimizer of the same name.
+class Inheritance:
+    """What the optimizer's state takes over from one saved by an optimizer of the same name.
 
-    Parts with layouts are paired in order, so that a chain around an optimizer can change.
+    Parts with layouts are paired in order, so that a chain around an optimizer can change. Other arrays are found by
+    name: it ends with the path of a parameter, which may have been renamed.
 
     Args:
       tx: the optimizer.
@@ -255,11 +182,6 @@ def inheritance(
     Raises:
       ValueError: the manifest is invalid.
     """
-    return _Inheritance(tx, params, manifest, shapes, renamed)
-
-
-class _Inheritance:
-    """Inheritance of parts by their layouts, and of other arrays by name: it ends with the name of a parameter."""
 
     def __init__(
         self,
@@ -275,7 +197,7 @@ class _Inheritance:
         self._report: dict[str, dict[str, str]] = {path: {} for path in patterns.paths(params)}
         self._notes: list[str] = []
         # path of a part -> (path of the saved part, its inheritance)
-        self._parts: dict[str, tuple[str, Inheritance]] = {}
+        self._parts: dict[str, tuple[str, PartInheritance]] = {}
         parts = _parts(abstract)
         for (path, part), (saved, described) in zip(parts.items(), manifest.items(), strict=False):
             inside = {
@@ -293,9 +215,10 @@ class _Inheritance:
                 self._describe(name, self.source(name, leaf.shape))
 
     def source(self, name: str, shape: tuple[int, ...]) -> Source:
+        """Return the source of an array of the state; `name` is its path in the state."""
         for path, (saved, part) in self._parts.items():
             if name.startswith(_under(path)):
-                return _placed(part.source(name.removeprefix(_under(path)), shape), _under(saved))
+                return placed(part.source(name.removeprefix(_under(path)), shape), _under(saved))
         there = self._saved.get(name)
         if there is None or any(name.startswith(_under(path)) for path in self._unpaired):
             return Fresh("not saved")
@@ -304,9 +227,11 @@ class _Inheritance:
         return Kept(there)
 
     def report(self) -> dict[str, dict[str, str]]:
+        """Return path of a parameter -> part of its state -> "" if it is taken over, else the reason."""
         return self._report
 
     def notes(self) -> list[str]:
+        """Return further lines for the user."""
         return self._notes
 
     def _describe(self, name: str, source: Source) -> None:
@@ -321,18 +246,6 @@ class _Inheritance:
 def _under(path: str) -> str:
     """Return what the names of arrays under a path begin with."""
     return f"{path}/" if path else ""
-
-
-def _placed(source: Source, prefix: str) -> Source:
-    """Return a source of a part as one of the whole state."""
-    if isinstance(source, Kept):
-        return Kept(f"{prefix}{source.name}")
-    if isinstance(source, Made):
-        return Made(
-            tuple(f"{prefix}{name}" for name in source.names),
-            lambda arrays: source.make({name: arrays[f"{prefix}{name}"] for name in source.names}),
-        )
-    return source
 
 
 def _renamed_end(name: str, renamed: Callable[[str], str]) -> str:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ...optimizers.checkpoint.inheritance import Fresh, Kept, Made, Source
+from ...optimizers.checkpoint.inheritance import Fresh, Kept, Made, Source, placed
 from .. import optimizer
 from ..base.errors import UserError
 from ..step.state import TrainState
@@ -133,7 +133,7 @@ def plan(
     try:
         if origin.kind != "init" and manifest["optimizer"] == name:
             shapes = {x.removeprefix(OPTIMIZER): saved[x].shape for x in saved if x.startswith(OPTIMIZER)}
-            inheritance = optimizer.inheritance(tx, abstract.params, manifest["state"], shapes, renamed)
+            inheritance = optimizer.Inheritance(tx, abstract.params, manifest["state"], shapes, renamed)
             spec = dataclasses.replace(abstract, opt_state=optimizer.saved_spec(abstract.opt_state, abstract.params))
         sources, averages = _sources(origin, spec, saved, names, inheritance)
         notes = inheritance.notes() if inheritance else []
@@ -213,7 +213,7 @@ def _sources(
         there = saved.get(names.get(path, ""))
         if path.startswith(OPTIMIZER):
             own = path.removeprefix(OPTIMIZER)
-            sources[path] = _of_optimizer(inheritance.source(own, leaf.shape)) if inheritance else Fresh("")
+            sources[path] = placed(inheritance.source(own, leaf.shape), OPTIMIZER) if inheritance else Fresh("")
         elif origin.kind == "init" and not path.startswith((PARAMS, MODEL, _ITERATE)):
             sources[path] = Fresh("")
         elif there is None:
@@ -245,16 +245,6 @@ def _sources(
 def _why(source: Source) -> str:
     """Return why an array is initialised, "" if it is taken over."""
     return source.why if isinstance(source, Fresh) else ""
-
-
-def _of_optimizer(source: Source) -> Source:
-    """Return a source in the optimizer's state as one in the train state."""
-    if isinstance(source, Kept):
-        return Kept(f"{OPTIMIZER}{source.name}")
-    if isinstance(source, Made):
-        names = tuple(f"{OPTIMIZER}{name}" for name in source.names)
-        return Made(names, lambda arrays: source.make({name: arrays[f"{OPTIMIZER}{name}"] for name in source.names}))
-    return source
 
 
 def _line(source: Source, fate: Mapping[str, str]) -> str:

@@ -32,11 +32,7 @@ _STATISTICS, _ROOTS, _IN_FLIGHT = "statistics", "roots", "roots in flight"
 
 
 class Kept(NamedTuple):
-    """An array taken over unchanged.
-
-    Attributes:
-      name: name of the saved array.
-    """
+    """A saved array, by name, taken over unchanged."""
 
     name: str
 
@@ -54,16 +50,24 @@ class Made(NamedTuple):
 
 
 class Fresh(NamedTuple):
-    """An array that must be initialised, because nothing usable was saved.
-
-    Attributes:
-      why: reason, for messages.
-    """
+    """An array that must be initialised, and why, because nothing usable was saved."""
 
     why: str
 
 
 Source = Kept | Made | Fresh
+
+
+def placed(source: Source, prefix: str) -> Source:
+    """Return the source with a prefix before the names of saved arrays."""
+    if isinstance(source, Kept):
+        return Kept(f"{prefix}{source.name}")
+    if isinstance(source, Made):
+        names = {name: f"{prefix}{name}" for name in source.names}
+        return Made(
+            tuple(names.values()), lambda arrays: source.make({name: arrays[names[name]] for name in source.names})
+        )
+    return source
 
 
 class Inheritance:
