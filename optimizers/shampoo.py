@@ -151,7 +151,7 @@ def _transformation(layout: Callable[[Any], Layout], update: Any) -> Distributed
             )
         return layout(params).initial()
 
-    result = DistributedShampoo(init, standard_promotion(update))
+    result = DistributedShampoo(init, standard_promotion()(update))
     result._layout = layout
     return result
 

@@ -38,8 +38,8 @@ class Parcels:
         self._options = options
         self._taken = {b.name: (_ints(self.window(b)), in_flight_spec(b, self.window(b))) for b in self.buckets}
         self._answers = {b.name: self._found(b) for b in self.buckets}
-        self.take = jax.jit(standard_promotion(self._take))
-        self.install = jax.jit(standard_promotion(self._install), donate_argnums=0)
+        self.take = jax.jit(standard_promotion()(self._take))
+        self.install = jax.jit(standard_promotion()(self._install), donate_argnums=0)
 
     def tables(self) -> dict[str, np.ndarray]:
         """Return the slots due in each phase, for `take`; axis 0 is to be sharded over the owners."""
