@@ -55,7 +55,7 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), ready[0])
     rate = make_schedule(1e-3, warmup_steps=0, total_steps=10**6, decay="constant", final_fraction=0.0)
     with jax.set_mesh(mesh):
-        program = Program.of(config, task, chosen, mesh, spec, rate)
+        program = Program(config, task, chosen, mesh, spec, rate)
         tx, abstract = program.tx, program.abstract
         compiled = program.train_step.lower(abstract, spec).compile()
         names = patterns.paths(abstract)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from . import dataset, optimizer
@@ -31,7 +32,7 @@ from .sharding import global_batch, placement
 from .step import compilation_cache
 from .step.compilation import Steps
 from .step.program import Program
-from .step.schedule import Schedule, make_schedule
+from .step.schedule import make_schedule
 from .step.state import TrainState, make_initial
 
 
@@ -173,7 +174,7 @@ def build(request: Request, compilers: Executor) -> Blueprint:
 
     began = takeover.optimizer_began(start, record, config.optimizer.name)
     schedule = _schedule(config.schedule, total_steps, in_steps)
-    program = Program.of(config, request.task, request.options, mesh, batch_spec, schedule, began=began)
+    program = Program(config, request.task, request.options, mesh, batch_spec, schedule, began=began)
     metrics = program.metrics()
     _refuse_unknown_metric(config.evaluation.best_metric, (*metrics, *getattr(request.task, "judged_metrics", ())))
     tx, abstract = program.tx, program.abstract
@@ -234,7 +235,7 @@ def _lengths(request: Request, examples: Callable[[], int]) -> tuple[int, Callab
     return total_steps, functools.partial(durations.to_steps, units=dataclasses.replace(units, total_steps=total_steps))
 
 
-def _schedule(section: Any, total_steps: int, in_steps: Callable[[str], int]) -> Schedule:
+def _schedule(section: Any, total_steps: int, in_steps: Callable[[str], int]) -> optax.Schedule:
     return make_schedule(
         section.learning_rate,
         warmup_steps=in_steps(section.warmup),

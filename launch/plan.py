@@ -42,11 +42,7 @@ def _plan(arguments: Sequence[str] | None) -> int:
     from ..framework.planning import plan, tables
 
     found = plan.make_plan(config, devices, compiles=bool(options.topology))
-    advice = plan.suggestions(found, config)
-    if options.json:
-        print(json.dumps(found.to_json() | {"suggestions": advice}, indent=2))
-    else:
-        print(tables.text(options.config, found, advice))
+    print(json.dumps(found.to_json(), indent=2) if options.json else tables.text(options.config, found))
     return 1 if found.fits is False else 0
 
 

@@ -36,12 +36,11 @@ def finished(workdir: Path, config: Any) -> dict[str, Any] | None:
         path = workdir / layout.CONFIG
         if not path.exists():
             return None
-        text = path.read_text(errors="replace")
-        stored = parse_object(text)
+        stored = parse_object(path.read_text(errors="replace"))
         if stored is None:  # after a power loss
             console.say(f"warning: {path} is not a JSON object. It is written again, from this config.")
             return None
-        if changed := config_lib.differences(text, config, config_lib.may_change(config)):
+        if changed := config_lib.differences(stored, config, config_lib.may_change(config)):
             raise UserError(config_lib.foreign(workdir, changed))
         with contextlib.suppress(UserError):  # a damaged result is written again, from the newest checkpoint
             result = layout.read_result(workdir)

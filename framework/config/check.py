@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 from ..base import durations, values
 from ..base.bounds import Within
 from ..base.errors import UserError
-from ..base.json_files import parse_object
 from . import files, overrides
 from .components import build, component, is_component
 from .overrides import flat
@@ -84,20 +83,14 @@ def may_change(config: Any) -> tuple[str, ...]:
     return (*MAY_CHANGE, *config.may_change)
 
 
-def differences(old_json: str, config: Any, ignored: Sequence[str]) -> list[str]:
+def differences(stored: dict[str, Any], config: Any, ignored: Sequence[str]) -> list[str]:
     """Return the differences of a config from an earlier one, one line a key: "batch_size: 16 -> 32".
 
     Args:
-      old_json: text from `to_json`.
+      stored: the earlier config, read from the JSON of `to_json`.
       config: the config of this run.
       ignored: keys and sections that may differ.
-
-    Raises:
-      UserError: the earlier config is damaged.
     """
-    stored = parse_object(old_json)
-    if stored is None:
-        raise UserError("the workdir's config is not a JSON object. Restore it or use another workdir.")
     sections = {key: component(config[key].name).to_dict() for key in _COMPONENTS if config.get(key)}
     defaults = ConfigDict(get_config().to_dict() | sections)
     old, new, default = (dict(flat(side)) for side in (stored, *(json.loads(to_json(c)) for c in (config, defaults))))

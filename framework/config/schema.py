@@ -53,6 +53,7 @@ TYPES = {
 BOUNDS = {
     "seed": Within(0, 2**32 - 1),
     "batch_size": Within(1, 2**24),
+    "microbatches": Within(1, 2**24),
     "ema_decay": Within(0, 0.999999),
     "gradient_clip": Within(0),
     "schedule.learning_rate": Within(0),

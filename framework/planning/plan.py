@@ -20,7 +20,6 @@ from ..config import components
 from ..config.check import check
 from ..sharding import chips, global_batch, meshes, placement
 from ..step.program import Program
-from ..step.schedule import Schedule
 from . import collectives
 
 # (regex over the path in the optimizer's state, kind of state), first match wins
@@ -126,10 +125,10 @@ def make_plan(config: Any, devices: Sequence[Any], *, compiles: bool = False) ->
             f"config.data.name={config.data.name}: the data set does not tell the shapes of an example. Give it a "
             "method spec(), see docs/data.md."
         )
-    rate = config.schedule.learning_rate
     with jax.set_mesh(mesh):
         batch = global_batch.spec(example, config.batch_size, mesh)
-        program = Program.of(config, task, options, mesh, batch, Schedule(optax.constant_schedule(rate), rate))
+        rate = optax.constant_schedule(config.schedule.learning_rate)
+        program = Program(config, task, options, mesh, batch, rate)
         tx, state = program.tx, program.abstract
         compiled: dict[str, Compiled] = {}
         for name, lowered in program.lower() if compiles else ():
@@ -145,23 +144,6 @@ def make_plan(config: Any, devices: Sequence[Any], *, compiles: bool = False) ->
             memory=chips.memory(devices[0].device_kind),
             compiled=compiled,
         )
-
-
-def suggestions(plan: Plan, config: Any) -> list[str]:
-    """Return knobs to change if the plan does not fit, most promising first."""
-    if plan.fits is not False or plan.memory is None:
-        return []
-    held, roots = plan.state_bytes + plan.bytes["gradients"], plan.bytes.get("roots", 0)
-    fsdp, parts, task = config.mesh.fsdp, config.microbatches, config.task
-    size = config.optimizer.get("block_size", 0)
-    likely = (
-        (held > plan.memory / 2 and plan.mesh["data"] > 1, f"mesh.fsdp={2 * fsdp} instead of {fsdp}: smaller shards"),
-        (held < plan.memory and task.get("remat") == "none", "task.remat=full instead of none: keep fewer activations"),
-        (held < plan.memory and task.get("compute_dtype") == "float32", "task.compute_dtype=bfloat16"),
-        (held < plan.memory, f"microbatches={2 * parts} instead of {parts}: activations of half as many examples"),
-        (roots > plan.memory / 20, f"optimizer.block_size={size // 2} instead of {size}: smaller statistics and roots"),
-    )
-    return [line for sensible, line in likely if sensible] or ["a larger slice, or a smaller batch or model"]
 
 
 def _by_treatment(params: Any, treatments: Mapping[str, str]) -> dict[str, tuple[int, int]]:

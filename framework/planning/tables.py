@@ -1,12 +1,11 @@
 """Format a plan as tables for a person."""
 
 import math
-from collections.abc import Sequence
 
 from .plan import Compiled, Plan
 
 
-def text(title: str, plan: Plan, suggestions: Sequence[str]) -> str:
+def text(title: str, plan: Plan) -> str:
     """Return the tables: parameters, blocks, bytes, FLOPs, the compiled programs, and whether the plan fits."""
     axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     total = sum(elements for _, elements in plan.parameters.values())
@@ -25,7 +24,7 @@ def text(title: str, plan: Plan, suggestions: Sequence[str]) -> str:
     lines += ["", f"model FLOPs of a step on each device, by the task's formula: {plan.model_flops:.3e}"]
     for name, compiled in plan.compiled.items():
         lines += ["", *_compiled(name, compiled)]
-    return "\n".join([*lines, "", _verdict(plan), *(f"  try {line}" for line in suggestions)])
+    return "\n".join([*lines, "", _verdict(plan)])
 
 
 def _compiled(name: str, compiled: Compiled) -> list[str]:

@@ -31,12 +31,9 @@ class Journal:
 
     Attributes:
       writer: writer of metrics, None on all processes but the first.
-      speedometer: speed of this process.
       clock: training time.
       reporters: parts of the run whose metrics and warnings are reported with those of a step.
       start: record that this process starts from.
-      tokens_per_step: tokens of a global batch.
-      total_steps: steps of the whole run.
       period: how often to report; the first and last step are always reported.
       seconds_to_first_step: time from process start to the end of the first step.
       skipped: number of skipped steps in the whole run.
@@ -92,9 +89,8 @@ class Journal:
 
     def evaluated(self, step: int, values: Mapping[str, float], *, best: bool) -> None:
         """Report the held-out metrics after a step."""
-        shown = ", ".join(
-            f"{name} {values[name]:.4f}" for name in sorted(values, key=lambda name: (name != "loss", name))
-        )
+        names = sorted(values, key=lambda name: (name != "loss", name))
+        shown = ", ".join(f"{name} {values[name]:.4f}" for name in names)
         console.say(f"held-out after step {step}: {shown}{' (best so far)' if best else ''}")
         self._write(step, self.clock.seconds, {f"heldout/{name}": value for name, value in values.items()})
 

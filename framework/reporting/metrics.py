@@ -3,6 +3,7 @@
 A fault of the disk or of TensorBoard is a warning: training goes on without these files.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -27,13 +28,14 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, *, after_step: int, evaluated: bool):
-        """Drop the lines after `after_step`; those of its evaluation too unless `evaluated`."""
+        """Drop the lines after `after_step`. Unless `evaluated`, drop its evaluation too, which will be repeated."""
         self._path = workdir / layout.METRICS
         # The import of TensorBoard takes up to seconds; in a thread it delays no step.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorboard")
         self._events: Any = None
         self._warned: set[str] = set()  # the files that could not be written
-        self.drop_after(after_step, evaluated=evaluated)
+        if self._path.exists():
+            self._drop_after(after_step, evaluated)
 
     def write(self, *, step: int, seconds: float, tokens: int, values: Mapping[str, float]) -> None:
         """Append the measurements after `step`. A number that is not finite becomes null."""
@@ -48,10 +50,7 @@ class MetricsWriter:
             self._warn(self._path.name, error)
         self._thread.submit(self._write_events, step, dict(values))
 
-    def drop_after(self, step: int, *, evaluated: bool) -> None:
-        """Drop the lines after a step. Unless `evaluated`, drop its evaluation too, which will be repeated."""
-        if not self._path.exists():
-            return
+    def _drop_after(self, step: int, evaluated: bool) -> None:
         try:
             points = ((line, parse_point(line)) for line in self._path.read_text(errors="replace").splitlines())
             kept = [line for line, point in points if point is not None and _stays(point, step, evaluated)]
@@ -61,11 +60,12 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Wait until everything is written."""
-        self._thread.submit(self._write_events, 0, None)
         self._thread.shutdown()
+        if self._events:
+            with contextlib.suppress(OSError):  # each event is flushed as it is written
+                self._events.close()
 
-    def _write_events(self, step: int, values: dict[str, float] | None) -> None:
-        """Write the events of a step, or close their file if there are no values."""
+    def _write_events(self, step: int, values: dict[str, float]) -> None:
         if "events" in self._warned:
             return
         try:
@@ -74,10 +74,6 @@ class MetricsWriter:
             from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
             from tensorboard.summary.writer.record_writer import RecordWriter
 
-            if values is None:
-                if self._events is not None:
-                    self._events.close()
-                return
             if self._events is None:
                 name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
                 self._events = (self._path.parent / name).open("wb")

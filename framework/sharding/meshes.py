@@ -51,16 +51,14 @@ def _fill(sizes: Mapping[str, int], available: int) -> tuple[int, ...]:
             f"{mesh}: needs {fixed} devices, but there are {available}. Use smaller sizes or more devices (on a CPU: "
             "config.simulated_devices)."
         )
-    if -1 in shape:
-        if available % fixed:
-            fitting = ", ".join(str(divisor) for divisor in range(1, available + 1) if available % divisor == 0)
-            raise UserError(
-                f"{mesh}: {available} devices are not divisible by {fixed}. The other axes together can have {fitting}."
-            )
-        return tuple(available // fixed if size == -1 else size for size in shape)
-    if fixed < available:
+    if -1 not in shape and fixed < available:
         raise UserError(f"{mesh}: uses {fixed} of {available} devices. Set one axis to -1 (the rest).")
-    return shape
+    if available % fixed:
+        fitting = ", ".join(str(divisor) for divisor in range(1, available + 1) if available % divisor == 0)
+        raise UserError(
+            f"{mesh}: {available} devices are not divisible by {fixed}. The other axes together can have {fitting}."
+        )
+    return tuple(available // fixed if size == -1 else size for size in shape)
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
@@ -87,8 +85,6 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
     Raises:
       UserError: it does not; the message has the nearest batch sizes that work.
     """
-    if batch_size < 1 or microbatches < 1:
-        raise UserError(f"config.batch_size={batch_size}, config.microbatches={microbatches}: must be at least 1.")
     shards = math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
     parts = shards * microbatches
     if batch_size % parts:

@@ -39,17 +39,7 @@ def mesh_of(config: Any, devices: Sequence[Any] | None) -> Mesh:
       UserError: mesh, batch and rules do not fit each other or the devices.
     """
     mesh = meshes.make_mesh(config.mesh, devices)
-    check_rules(config.sharding_rules, mesh)
-    meshes.check_batch(config.batch_size, config.microbatches, mesh)
-    return mesh
-
-
-def check_rules(rules: Rules, mesh: Mesh) -> None:
-    """Check that every rule names axes of the mesh.
-
-    Raises:
-      UserError: one does not.
-    """
+    rules = config.sharding_rules
     for name, _ in rules:
         for axis in _axes(name, rules):
             if axis not in mesh.shape:
@@ -57,6 +47,8 @@ def check_rules(rules: Rules, mesh: Mesh) -> None:
                     f'config.sharding_rules: the rule for "{name}" names the mesh axis "{axis}". Use None or one of '
                     f"{', '.join(mesh.axis_names)}."
                 )
+    meshes.check_batch(config.batch_size, config.microbatches, mesh)
+    return mesh
 
 
 def place(shape: tuple[int, ...], names: tuple[str | None, ...], rules: Rules, mesh: Mesh) -> Placement:

@@ -1,6 +1,6 @@
 """Held-out metrics: sums over all held-out batches, divided once, and predictions for all held-out examples."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -17,13 +17,9 @@ def evaluate(eval_step: Step, variables: Any, batches: Iterable[Batch]) -> dict[
     A metric whose weights are all zero is NaN.
     """
     sums: dict[str, np.ndarray] = {}
-
-    def add(metrics: Mapping[str, Any]) -> None:
+    for metrics in _one_behind(eval_step, variables, batches):
         for name, pair in jax.device_get(dict(metrics)).items():
             sums[name] = sums.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
-
-    for metrics in _one_behind(eval_step, variables, batches):
-        add(metrics)
     return {name: float(total / weight) if weight else float("nan") for name, (total, weight) in sums.items()}
 
 

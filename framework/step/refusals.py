@@ -15,10 +15,11 @@ _OURS = __name__.partition(".")[0]
 
 
 @contextlib.contextmanager
-def of(component: Any) -> Iterator[None]:
+def of(component: Any = None) -> Iterator[None]:
     """Raise UserError for a ValueError of a `raise` statement in the component's package or in this package.
 
-    Other ValueErrors, of JAX or of Python itself, are bugs and keep their traceback.
+    Other ValueErrors, of JAX or of Python itself, are bugs and keep their traceback. Without a component, every
+    ValueError is a refusal, such as those of an optimizer that is built.
     """
     filtering = jax.config.values[_FILTERING]
     # Otherwise JAX removes its own frames, and its errors look like the component's.
@@ -26,20 +27,11 @@ def of(component: Any) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if _deliberate(error, {_OURS, type(component).__module__.partition(".")[0]}):
+        if component is None or _deliberate(error, {_OURS, type(component).__module__.partition(".")[0]}):
             raise UserError(str(error)) from error
         raise
     finally:
         jax.config.update(_FILTERING, filtering)
-
-
-@contextlib.contextmanager
-def of_any() -> Iterator[None]:
-    """Raise UserError for every ValueError, such as those of an optimizer that is built."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def _deliberate(error: ValueError, packages: set[str]) -> bool:

@@ -1,8 +1,5 @@
 """The learning rate as a function of the step: linear warm-up, then decay."""
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,35 +16,15 @@ _AFTER = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """The learning rate as a function of the number of accepted steps, an `optax.Schedule` with a peak.
-
-    Attributes:
-      rate: count -> learning rate.
-      peak: highest learning rate.
-    """
-
-    rate: optax.Schedule
-    peak: float
-
-    def __call__(self, count: jax.typing.ArrayLike) -> Any:
-        """Return the learning rate after `count` steps."""
-        return self.rate(count)
-
-    def after(self, steps: int) -> "Schedule":
-        """Return the schedule shifted by `steps`: its count 0 is count `steps` of this one."""
-        return Schedule(lambda count: self.rate(count + steps), self.peak)
-
-
 def make_schedule(
     learning_rate: float, *, warmup_steps: int, total_steps: int, decay: str, final_fraction: float, begin_step: int = 0
-) -> Schedule:
+) -> optax.Schedule:
     """Return a linear warm-up to `learning_rate`, then a decay to `final_fraction` of it at `total_steps`.
 
-    No step has a rate of zero: step 0 has `learning_rate / (warmup_steps + 1)`, and step `total_steps` - 1 is the last
-    before the end of the decay. `rsqrt` decays as sqrt(w / step), where w is the warm-up (at least 1), and ignores
-    `final_fraction`. With `begin_step`, warm-up and decay cover the steps from there to the end: a second phase.
+    It is a function of the number of accepted steps. No step has a rate of zero: step 0 has
+    `learning_rate / (warmup_steps + 1)`, and step `total_steps` - 1 is the last before the end of the decay. `rsqrt`
+    decays as sqrt(w / step), where w is the warm-up (at least 1), and ignores `final_fraction`. With `begin_step`,
+    warm-up and decay cover the steps from there to the end: a second phase.
 
     Raises:
       UserError: the decay is unknown, or the warm-up is longer than the run or its second phase.
@@ -64,5 +41,5 @@ def make_schedule(
         warmup = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
         rate = optax.join_schedules([warmup, rate], [warmup_steps])
     if not begin_step:
-        return Schedule(rate, learning_rate)
-    return Schedule(lambda count: rate(jnp.maximum(jnp.asarray(count) - begin_step, 0)), learning_rate)
+        return rate
+    return lambda count: rate(jnp.maximum(jnp.asarray(count) - begin_step, 0))

@@ -26,7 +26,7 @@ class TrainState:
       params: parameters of the model. With `ema_decay` they are the average of the trained parameters.
       opt_state: state of the optimizer.
       model_state: collections of the task other than "params".
-      guard: counters of the guard, and its statistics of the loss.
+      guard: counters of the guard.
       averaging: with `ema_decay`, the trained variables and the weight of the average; else None.
     """
 
@@ -54,19 +54,21 @@ def abstract_variables(task: Task, batch_spec: BatchSpec) -> dict[str, Any]:
 
 
 def abstract_state(
-    task: Task,
+    variables: dict[str, Any],
     tx: optax.GradientTransformation,
-    batch_spec: BatchSpec,
     placements: dict[str, placement.Placement],
     mesh: Mesh,
     ema_decay: float = 0.0,
 ) -> TrainState:
     """Return the train state as ShapeDtypeStructs with shardings.
 
-    `placements` are those of the task's variables, by path. The step, the guard and the weight of the average are
-    replicated.
+    Args:
+      variables: from `abstract_variables`.
+      tx: the optimizer.
+      placements: sharding of each variable, by path. The step, the guard and the weight of the average are replicated.
+      mesh: the mesh.
+      ema_decay: decay of the average of the parameters; 0 keeps none.
     """
-    variables = abstract_variables(task, batch_spec)
     variables = _with_shardings(variables, placement.shardings(variables, placements, mesh))
     replicated = meshes.replicated(mesh)
     averages = averaging.abstract(dict(variables), ema_decay, replicated)
@@ -127,8 +129,4 @@ def shardings(abstract: Any) -> Any:
 
 
 def _with_shardings(tree: Any, tree_shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        tree,
-        tree_shardings,
-    )
+    return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), tree, tree_shardings)

@@ -110,7 +110,7 @@ def stepping():
         placements = placement.place_all(variables, axes, config.sharding_rules, mesh)
         schedule = make_schedule(0.1, warmup_steps=0, total_steps=10, decay="constant", final_fraction=0.0)
         tx = options.build(schedule, mesh=mesh, axis_names=axes["params"])
-        abstract = abstract_state(task, tx, spec, placements, mesh)
+        abstract = abstract_state(variables, tx, placements, mesh)
         step = make_train_step(
             task,
             tx,

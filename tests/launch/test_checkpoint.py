@@ -732,7 +732,7 @@ class Bench:
         self.tx = ShampooOptions(**(OPTIONS | options)).build(
             0.1, mesh=mesh, axis_names=axes["params"], param_specs=None
         )
-        self.abstract = state.abstract_state(task, self.tx, spec, placements, mesh)
+        self.abstract = state.abstract_state(variables, self.tx, placements, mesh)
 
     def plan(self, path, renames=()):
         return takeover.plan(Origin("own", path), self.abstract, self.tx, SHAMPOO, renames)

@@ -46,7 +46,7 @@ class Bench:
         placements = placement.place_all(variables, axes, rules, self.mesh)
         rate = optax.linear_schedule(0.01, 0.001, 20)
         self.tx = (options or AdamWOptions()).build(rate, mesh=self.mesh, axis_names=axes["params"])
-        self.abstract = state.abstract_state(self.task, self.tx, spec, placements, self.mesh, ema_decay)
+        self.abstract = state.abstract_state(variables, self.tx, placements, self.mesh, ema_decay)
         self.initial = lambda: initial_state(self.task, self.tx, spec, self.abstract, SEED)
         options = {"seed": SEED, "ema_decay": ema_decay} | step_options
         self.step = make_train_step(self.task, self.tx, rate, self.abstract, self.mesh, **options)

@@ -351,11 +351,11 @@ def test_an_override_changes_all_references_to_it(file):
 
 def test_a_config_equals_its_own_json(file):
     config = config_lib.load(str(file))
-    assert config_lib.differences(config_lib.to_json(config), config, ()) == []
+    assert config_lib.differences(json.loads(config_lib.to_json(config)), config, ()) == []
 
 
 def test_differences_leave_out_keys_that_may_change(file):
-    old = config_lib.to_json(config_lib.load(str(file)))
+    old = json.loads(config_lib.to_json(config_lib.load(str(file))))
     new = config_lib.load(str(file), ["batch_size=64", "mesh.data=2", "log.every=1 step", "schedule.warmup=1%"])
     assert config_lib.differences(old, new, ("mesh", "log")) == [
         "batch_size: 32 -> 64",
@@ -369,17 +369,17 @@ def test_differences_leave_out_keys_that_may_change(file):
 )
 def test_keys_that_may_change_are_added_to_the_built_in_ones(file, given):
     """Faults: the list replaces the built-in one; the list itself is a difference."""
-    old = config_lib.to_json(config_lib.load(str(file)))
+    old = json.loads(config_lib.to_json(config_lib.load(str(file))))
     new = config_lib.load(
         str(file), [f"may_change={given}", "duration=9 steps", "batch_size=64", "mesh.data=2", "seed=1"]
     )
     assert config_lib.differences(old, new, config_lib.may_change(new)) == ["seed: 0 -> 1"]
     again = config_lib.load(str(file), ["duration=9 steps", "batch_size=64", "seed=1"])
-    assert config_lib.differences(config_lib.to_json(new), again, config_lib.may_change(again)) == []
+    assert config_lib.differences(json.loads(config_lib.to_json(new)), again, config_lib.may_change(again)) == []
 
 
 def test_another_component_is_one_difference(file):
-    old = config_lib.to_json(config_lib.load(str(file)))
+    old = json.loads(config_lib.to_json(config_lib.load(str(file))))
     new = config_lib.load(str(file), [f"task.name={OTHER}"])
     assert config_lib.differences(old, new, ()) == [f'task.name: "{TOY}" -> "{OTHER}"']
 
@@ -390,11 +390,11 @@ def test_a_knob_of_a_later_version_counts_as_its_default(file):
     stored = json.loads(config_lib.to_json(config))
     stored["old_knob"] = stored.pop("gradient_clip")
     del stored["task"]["label"], stored["sharding_rules"], stored["optimizer"]["depth"]
-    assert config_lib.differences(json.dumps(stored), config, ()) == ["old_knob: 0.0 -> absent"]
+    assert config_lib.differences(stored, config, ()) == ["old_knob: 0.0 -> absent"]
     config = config_lib.load(
         str(file), ["gradient_clip=2", "task.label=x", f"optimizer.name={TOY}", "optimizer.width=4"]
     )
-    assert config_lib.differences(json.dumps(stored), config, ("old_knob",)) == [
+    assert config_lib.differences(stored, config, ("old_knob",)) == [
         "gradient_clip: 0.0 -> 2.0",
         f'optimizer.name: "{OTHER}" -> "{TOY}"',
         'task.label: "" -> "x"',
@@ -403,7 +403,7 @@ def test_a_knob_of_a_later_version_counts_as_its_default(file):
 
 def test_the_advice_for_a_foreign_workdir_works(file):
     """Fault: the flag that the error names is itself a difference, or replaces the built-in keys."""
-    old = config_lib.to_json(config_lib.load(str(file)))
+    old = json.loads(config_lib.to_json(config_lib.load(str(file))))
     changes = ["duration=80 steps", "seed=3", "mesh.data=2"]
     changed = config_lib.differences(old, config := config_lib.load(str(file), changes), config_lib.may_change(config))
     advice = config_lib.foreign("runs/a", changed).rpartition("--config.")[2].rstrip(".")
@@ -418,10 +418,6 @@ def test_the_message_for_a_foreign_workdir_is_short():
     assert "key4: 4 -> 5 and 2 more)" in message
     assert "Use another --workdir" in message
     assert message.endswith("--config.may_change=key0,key1,key2,key3,key4,key5,key6.")
-
-
-def test_a_damaged_config_in_a_workdir_is_a_user_error(file):
-    assert "is not a JSON object" in refusal(config_lib.differences, '{"seed":', config_lib.load(str(file)), ())
 
 
 def test_every_key_that_may_change_is_a_knob():
@@ -453,7 +449,7 @@ def test_any_override_gives_a_config_or_a_user_error(file, changes):
         config = config_lib.load(str(file), changes)
     except UserError:
         return
-    assert config_lib.differences(config_lib.to_json(config), config, ()) == []
+    assert config_lib.differences(json.loads(config_lib.to_json(config)), config, ()) == []
 
 
 @settings(deadline=None)

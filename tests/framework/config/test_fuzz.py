@@ -138,7 +138,7 @@ def test_command_lines(tmp_path, arguments):
     config = command and attempt(tmp_path, config_lib.load, command.config, overrides)
     if config is not None:
         attempt(tmp_path, set_up, config)
-        assert config_lib.differences(config_lib.to_json(config), config, ()) == []
+        assert config_lib.differences(json.loads(config_lib.to_json(config)), config, ()) == []
     assert list(tmp_path.iterdir()) == []
 
 

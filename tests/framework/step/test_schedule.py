@@ -68,10 +68,3 @@ def test_period():
     assert [Period(4).next(step) for step in (0, 3, 4, 11)] == [4, 4, 8, 12]
     assert not any(Period(0).due(step) for step in range(13))
     assert min(Period(0).next(5), 12) == 12
-
-
-def test_a_schedule_has_the_peak_of_the_whole_run():
-    """Fault: the peak is the first rate of the warm-up, or the highest of the remaining steps."""
-    schedule = make_schedule(2.0, warmup_steps=4, total_steps=12, decay="linear", final_fraction=0.0)
-    assert schedule.peak == schedule.after(9).peak == 2.0
-    np.testing.assert_array_equal([schedule.after(9)(step) for step in range(4)], [schedule(9 + s) for s in range(4)])
