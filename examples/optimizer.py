@@ -2,8 +2,8 @@
 
     python -m shampax.launch.train --config=examples/config.py --workdir=runs/example --config.optimizer.beta1=0.95
 
-Any optax transformation works. `shampax/framework/optimizer.py` has the optional methods that Shampoo offers beyond
-optax's contract, and the trainer's defaults for optimizers without them.
+Any optax transformation works. `shampax/framework/optimizer.py` says how a part of a state whose arrays are not shaped
+like parameters tells the trainer its layout, as Shampoo's does, and what the trainer does with all other states.
 """
 
 import dataclasses
