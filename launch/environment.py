@@ -5,35 +5,13 @@ when they are imported.
 """
 
 import glob
-import importlib.util
 import os
-from pathlib import Path
 
 from ..framework.base import cpu_backend
 from ..framework.base.errors import UserError
 
-_TPU_VARIABLES = ("TPU_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE")
-_GOOGLE = "0x1ae0"  # vendor of PCI devices
-_AMD_GPU = "/dev/kfd"  # its plugin for JAX has many names
-
-
-def _has_tpu() -> bool:
-    if any(name in os.environ for name in _TPU_VARIABLES) or glob.glob("/dev/accel*"):
-        return True
-    # Newer TPUs are vfio devices, as other devices are too.
-    vendors = glob.glob("/sys/bus/pci/devices/*/vendor") if glob.glob("/dev/vfio/[0-9]*") else ()
-    return any(Path(vendor).read_text().strip() == _GOOGLE for vendor in vendors)
-
-
-# name in messages -> (whether this machine has one, modules of which JAX needs one to use it, command to install one)
-_ACCELERATORS = {
-    "a TPU": (_has_tpu, ("libtpu",), "make install EXTRA=tpu"),
-    "an NVIDIA GPU": (
-        lambda: bool(glob.glob("/dev/nvidia[0-9]*")),
-        ("jax_cuda12_plugin", "jax_cuda13_plugin"),
-        "make install EXTRA=cuda13 (driver 580 or newer) or EXTRA=cuda12",
-    ),
-}
+_ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")  # TPUs, NVIDIA's and AMD's GPUs
+_TPU_VARIABLES = {"TPU_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE"}
 
 
 def before_jax() -> None:
@@ -42,25 +20,9 @@ def before_jax() -> None:
     # XLA calls LAPACK from many threads at once; OpenBLAS's own threads would spin against each other.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     cpu_backend.avoid_wrong_fusions()
-    if not (os.path.exists(_AMD_GPU) or any(is_here() for is_here, _, _ in _ACCELERATORS.values())):
+    if not any(map(glob.glob, _ACCELERATORS)) and _TPU_VARIABLES.isdisjoint(os.environ):
         # Otherwise an installed plugin for an accelerator searches for one and prints a long complaint.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-
-def check_accelerator() -> None:
-    """Refuse to train on the CPU if this machine has an accelerator that the installed JAX cannot use.
-
-    Raises:
-      UserError: JAX lacks the support, and JAX_PLATFORMS is not set.
-    """
-    if os.environ.get("JAX_PLATFORMS"):
-        return
-    for name, (is_here, modules, fix) in _ACCELERATORS.items():
-        if is_here() and not any(map(importlib.util.find_spec, modules)):
-            raise UserError(
-                f"this machine has {name}, but JAX is installed without support for it. Run {fix}, or set "
-                "JAX_PLATFORMS=cpu to train on the CPU."
-            )
 
 
 def without_accelerator() -> None:

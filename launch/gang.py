@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import IO, Any, NamedTuple
 
@@ -40,122 +40,82 @@ class Failure(NamedTuple):
         return f"process {self.index} has ended with code {self.code}{name}"
 
 
-class Gang:
-    """Run processes, any number of times, and pass on signals that arrive inside the `with` block.
+def run(command: Sequence[str], environments: Sequence[Mapping[str, str]], *, grace_seconds: float) -> Failure | None:
+    """Run a command in each environment, wait until all processes have ended, and return the first failure.
 
-    The first SIGINT, SIGTERM or SIGHUP (as SIGTERM) is sent to all processes, which may take any time to end. A second
-    one is sent too, and processes that have not ended after the grace are killed. A signal that was ignored before
-    stays ignored, as SIGHUP under nohup.
+    SIGINT, SIGTERM and SIGHUP (as SIGTERM) are passed on to all processes, which may then take any time to end. A
+    signal that was ignored before stays ignored, as SIGHUP under nohup.
+
+    Call it from the main thread: Linux kills children when the thread that started them exits.
 
     Args:
       command: command of every process.
+      environments: environment of each process.
       grace_seconds: time from SIGTERM to SIGKILL after another process has failed.
     """
+    processes: dict[int, subprocess.Popen[bytes]] = {}  # those that have not ended
+    relays, asked = [], threading.Event()
 
-    def __init__(self, command: Sequence[str], *, grace_seconds: float):
-        self._command, self._grace = command, grace_seconds
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}  # those that have not ended
-        self._received: list[signal.Signals] = []
-        self._handlers: dict[int, Any] = {}
+    def send(number: int) -> None:
+        for process in processes.values():
+            process.send_signal(number)
 
-    @property
-    def asked(self) -> signal.Signals | None:
-        """The latest signal received."""
-        return self._received[-1] if self._received else None
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        del frame
+        asked.set()
+        send(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    def __enter__(self):
-        heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        self._handlers = {number: signal.signal(number, self._receive) for number in heeded}
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def run(self, environments: Sequence[Mapping[str, str]]) -> Failure | None:
-        """Start a process in each environment, wait until all have ended, and return the first failure.
-
-        Call it from the main thread: Linux kills children when the thread that started them exits.
-        """
-        if self.asked:
-            return Failure(0, 128 + self.asked)
-        relays = []
-        try:
-            for index, environment in enumerate(environments):
-                process = self._processes[index] = subprocess.Popen(
-                    self._command,
-                    env=dict(environment),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    start_new_session=True,
-                    preexec_fn=_die_with(os.getpid()) if _libc else None,
-                )
-                label = f"[{index:>{len(str(len(environments) - 1))}}]"
-                for streams in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
-                    relays.append(threading.Thread(target=_relay, args=(*streams, label), daemon=True))
-                    relays[-1].start()
-            return self._wait()
-        finally:
-            while self._processes:
-                _end_session(self._processes.popitem()[1])
-            for relay in relays:
-                relay.join(_OUTPUT_SECONDS)
-
-    def _wait(self) -> Failure | None:
-        failures, passed_on = [], 0
-        settled_at = kill_at = math.inf
-        while self._processes:
-            for index, process in list(self._processes.items()):
-                if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+    try:
+        for index, environment in enumerate(environments):
+            process = processes[index] = subprocess.Popen(
+                command,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                preexec_fn=_die_with_parent if _libc else None,
+            )
+            label = f"[{index:>{len(str(len(environments) - 1))}}]"
+            for streams in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+                relays.append(threading.Thread(target=_relay, args=(*streams, label), daemon=True))
+                relays[-1].start()
+        for number in _SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, pass_on)
+        failures, settled_at, kill_at = [], math.inf, math.inf
+        while processes:
+            for index, process in list(processes.items()):
+                if (code := process.poll()) is None:
                     continue
-                code = _end_session(self._processes.pop(index))
+                _kill_session(processes.pop(index))
                 if code and (not failures or kill_at == math.inf):  # later codes are those of SIGTERM
                     failures.append(Failure(index, code if code > 0 else 128 - code))
             now = time.monotonic()
-            if failures:
+            if failures and not asked.is_set():
                 settled_at = min(settled_at, now + _SETTLING_SECONDS)
-            if now >= settled_at and kill_at == math.inf:
-                kill_at = now + self._grace
-                if not self.asked:
-                    self._send(signal.SIGTERM)
-            for number in self._received[passed_on:]:
-                self._send(signal.SIGTERM if number == signal.SIGHUP else number)
-                passed_on += 1
-            if passed_on > 1:
-                kill_at = min(kill_at, now + self._grace)
+                if now >= settled_at and kill_at == math.inf:
+                    kill_at = now + grace_seconds
+                    send(signal.SIGTERM)
             if now >= kill_at:
-                self._send(signal.SIGKILL)
+                send(signal.SIGKILL)
             time.sleep(_LOOKING_SECONDS)
-        causes = [failure for failure in failures if failure.code != _OTHER_FAILED]
-        return next(iter(causes + failures), None)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        self._received.append(signal.Signals(number))
-
-    def _send(self, number: int) -> None:
-        for process in self._processes.values():
-            os.kill(process.pid, number)  # Popen.send_signal would collect a process that has ended
+        return next((failure for failure in failures if failure.code != _OTHER_FAILED), (*failures, None)[0])
+    finally:
+        for process in processes.values():
+            _kill_session(process)
+        for relay in relays:
+            relay.join(_OUTPUT_SECONDS)
 
 
-def _die_with(parent: int) -> Callable[[], None]:
-    """Return a function for a new process: it is killed when its parent dies."""
-
-    def prepare() -> None:
-        assert _libc is not None
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call above
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return prepare
+def _die_with_parent() -> None:
+    assert _libc is not None
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _end_session(leader: subprocess.Popen[bytes]) -> int:
-    """Kill a process that has not been waited for and those that it started; return its exit code."""
+def _kill_session(leader: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(leader.pid, signal.SIGKILL)
-    return leader.wait()
 
 
 def _relay(source: IO[bytes], target: Any, label: str) -> None:

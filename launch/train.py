@@ -2,7 +2,7 @@
 
 Rerun the same command to resume from the latest checkpoint. --help lists every knob; with --config, its values too.
 
-In a run of several processes, each runs this command. Slurm, GKE, Cloud TPU and Open MPI tell each process its number;
+In a run of several processes, each runs this command. Slurm, GKE and Open MPI tell each process its number;
 elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. All processes end
 together. `shampax.launch.local` starts several on this machine.
 
@@ -73,15 +73,20 @@ def _help(file: str | None, overrides: Sequence[str]) -> None:
 
 
 def _train(options: argparse.Namespace, overrides: Sequence[str], group: Group | None) -> int:
-    environment.check_accelerator()
     config = load(options.config, overrides)
     environment.simulate_devices(config.simulated_devices)
     if group is not None:
         group.join(sameness.identity(config, options.workdir), **config.processes)
     # Imported after the config is checked: the trainer imports JAX, Orbax and grain.
+    import jax
+
     from ..framework.train import train
 
     interruptible()
+    if group is None and (count := jax.process_count()) > 1:
+        raise UserError(
+            f"JAX sees {count} processes. Set {cluster.ADDRESS}, {cluster.COUNT} and {cluster.INDEX} in each."
+        )
     try:
         result = train(config, options.workdir)
     except OSError as error:

@@ -8,17 +8,11 @@ this order:
 - Open MPI: OMPI_COMM_WORLD_SIZE, _RANK, _LOCAL_SIZE and _LOCAL_RANK. It has no address: set JAX_COORDINATOR_ADDRESS.
 - Slurm: variables of a step started by srun, https://slurm.schedmd.com/srun.html.
 - Cloud TPU on GKE: TPU_WORKER_HOSTNAMES, TPU_WORKER_ID, and MEGASCALE_... if a run has several slices.
-- Cloud TPU VMs: attributes that the machine's metadata server returns.
 """
 
-import contextlib
 import glob
-import http.client
-import ipaddress
 import os
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -29,31 +23,27 @@ PORT, LOCAL_DEVICES = "JAX_COORDINATOR_PORT", "JAX_LOCAL_DEVICE_IDS"
 SECRET = "SHAMPAX_SECRET"
 _TPU_PORT = 8482
 _EPHEMERAL_PORTS = range(65536 - 2**12, 65536)  # above those that Linux assigns
-_TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 _GPU_FILES = "/dev/nvidia[0-9]*"
 _VISIBLE_GPUS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
-_METADATA_SECONDS = 10.0
 
 
 class Place(NamedTuple):
-    """Identify one process of a run.
+    """Identify one process of a run. The defaults of the first four mean that a value is unknown.
 
     Attributes:
       host, port: where process 0 listens.
       count: number of processes.
       index: number of this process, from 0.
-      port_in: environment variable that can change the port.
       here: number of processes on this machine, and index of this process among them; (1, 0) if unknown.
       local_devices: numbers of the visible GPUs that this process uses; None for all.
       visible: number of visible GPUs, as far as the environment tells.
       secret: text that only the processes of this run know, "" if the launcher gave none.
     """
 
-    host: str
-    port: int
-    count: int
-    index: int
-    port_in: str = ADDRESS
+    host: str = ""
+    port: int = 1
+    count: int = 0
+    index: int = -1
     here: tuple[int, int] = (1, 0)
     local_devices: tuple[int, ...] | None = None
     visible: int = 0
@@ -71,22 +61,24 @@ def place(environ: Mapping[str, str] = os.environ) -> Place | None:
     """
     given = {name: environ[name] for name in (ADDRESS, COUNT, INDEX) if environ.get(name)}
     explicit = len(given) == 3
-    alone = not explicit and given.get(COUNT) == "1" and given.get(INDEX, "0") == "0"
-    found = None
-    for cluster in () if alone or explicit else _CLUSTERS:
-        found = found or cluster(environ)
-    if alone or not (found or given):
+    if not explicit and given.get(COUNT) == "1" and given.get(INDEX, "0") == "0":
         return None
-    host, port, count, index, _, here, *_ = found or Place("", 1, 0, -1)
-    count = _number(given, COUNT, least=1) if COUNT in given else count
-    index = _number(given, INDEX) if INDEX in given else index
+    # mpirun under Slurm starts its helpers with srun, and the processes inherit srun's variables: Open MPI comes first.
+    detected = None if explicit else _open_mpi(environ) or _slurm(environ) or _gke_tpu(environ)
+    if not (given or detected):
+        return None
+    host, port, count, index, here, *_ = detected or Place()
+    if COUNT in given:
+        count = _number(given, COUNT, least=1)
+    if INDEX in given:
+        index = _number(given, INDEX)
     if 0 < count <= index:
         raise UserError(
             f"{INDEX}={index} and {COUNT}={count}: the index must be below the number of processes. Give each process "
             "another index, from 0."
         )
     if ADDRESS in given:
-        host, port = _address(ADDRESS, given[ADDRESS])
+        host, port = _address(given[ADDRESS])
     elif environ.get(PORT):
         port = _number(environ, PORT, least=1, most=2**16 - 1)
     missing = [name for name, known in ((ADDRESS, host), (COUNT, count), (INDEX, index >= 0)) if not known]
@@ -98,8 +90,7 @@ def place(environ: Mapping[str, str] = os.environ) -> Place | None:
         )
     if count == 1 and not explicit:
         return None
-    port_in = ADDRESS if ADDRESS in given else PORT
-    return Place(host, port, count, index, port_in, here, *_own_gpus(environ, *here), environ.get(SECRET, ""))
+    return Place(host, port, count, index, here, *_own_gpus(environ, *here), environ.get(SECRET, ""))
 
 
 def _open_mpi(environ: Mapping[str, str]) -> Place | None:
@@ -108,7 +99,7 @@ def _open_mpi(environ: Mapping[str, str]) -> Place | None:
     size, rank, local_size, local_rank = (
         _number(environ, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
     )
-    return Place("", 1, size, rank, here=(local_size, local_rank))
+    return Place(count=size, index=rank, here=(local_size, local_rank))
 
 
 def _slurm(environ: Mapping[str, str]) -> Place | None:
@@ -148,11 +139,9 @@ def _own_gpus(environ: Mapping[str, str], processes: int, index: int) -> tuple[t
     listed = next((environ[name] for name in _VISIBLE_GPUS if name in environ), None)
     visible = total if listed is None else len(listed.split(",")) if listed else 0
     if given := environ.get(LOCAL_DEVICES):
-        devices = [int(number) for number in given.split(",") if re.fullmatch("[0-9]{1,4}", number)]
-        if len(set(devices)) < len(given.split(",")) or max(devices) >= (visible or 10_000):
-            seen = f", below {visible}, the number of visible GPUs" if visible else ""
-            raise UserError(f"{LOCAL_DEVICES}={given!r}: must be different numbers of GPUs{seen}. Write e.g. 0,1.")
-        return tuple(devices), visible
+        if not re.fullmatch("[0-9]{1,4}(,[0-9]{1,4})*", given):
+            raise UserError(f"{LOCAL_DEVICES}={given!r}: must be numbers of GPUs. Write e.g. 0,1.")
+        return tuple(map(int, given.split(","))), visible
     if processes < 2 or visible < max(processes, total):
         return None, visible
     if visible % processes:
@@ -165,62 +154,23 @@ def _own_gpus(environ: Mapping[str, str], processes: int, index: int) -> tuple[t
 
 
 def _gke_tpu(environ: Mapping[str, str]) -> Place | None:
-    hosts = environ.get("TPU_WORKER_HOSTNAMES")
-    if not hosts or "TPU_WORKER_ID" not in environ:
+    hosts = environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    if not hosts[0] or "TPU_WORKER_ID" not in environ:
         return None
-    return _slices(hosts.split(","), _number(environ, "TPU_WORKER_ID"), environ)
+    index, slices, first = _number(environ, "TPU_WORKER_ID"), 1, hosts[0]
+    if environ.get("MEGASCALE_NUM_SLICES", "1") != "1":
+        slices = _number(environ, "MEGASCALE_NUM_SLICES")
+        index += len(hosts) * _number(environ, "MEGASCALE_SLICE_ID")
+        first = environ.get("MEGASCALE_COORDINATOR_ADDRESS", "")
+    host = first if first.count(":") > 1 else first.partition(":")[0]  # IPv6, HOST or HOST:PORT
+    return Place(host, _TPU_PORT, len(hosts) * slices, index)
 
 
-def _tpu_vm(environ: Mapping[str, str]) -> Place | None:
-    if environ.get("TPU_SKIP_MDS_QUERY") or not any(map(glob.glob, _TPU_FILES)):
-        return None
-    index, endpoints = (_metadata(environ, key) for key in ("agent-worker-number", "worker-network-endpoints"))
-    if not index or not endpoints:
-        return None  # the TPU of another kind of machine
-    hosts = [endpoint.split(":", 2)[-1] for endpoint in endpoints.split(",")]  # NAME:NUMBER:IP, or only IP
-    said = dict(re.findall(r"^\s*(MEGASCALE_\w+)\s*:\s*'?([^'\n]*)'?\s*$", _metadata(environ, "tpu-env"), re.MULTILINE))
-    return _slices(hosts, _number({"agent-worker-number": index}, "agent-worker-number"), said)
-
-
-def _slices(hosts: list[str], index: int, said: Mapping[str, str]) -> Place:
-    """Return a process of one slice, or of several slices that form one run."""
-    slices = _number(said, "MEGASCALE_NUM_SLICES") if said.get("MEGASCALE_NUM_SLICES") else 1
-    if slices == 1:
-        host, _ = _address("TPU_WORKER_HOSTNAMES", hosts[0], _TPU_PORT)
-        return Place(host, _TPU_PORT, len(hosts), index)
-    name = "MEGASCALE_COORDINATOR_ADDRESS"
-    host, _ = _address(name, said.get(name, ""), _TPU_PORT)
-    return Place(host, _TPU_PORT, len(hosts) * slices, index + len(hosts) * _number(said, "MEGASCALE_SLICE_ID"))
-
-
-def _metadata(environ: Mapping[str, str], key: str) -> str:
-    """Return an attribute of this machine, "" if it has none."""
-    server = environ.get("GCE_METADATA_HOST") or "metadata.google.internal"
-    url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
-    direct = urllib.request.ProxyHandler({})  # a proxy would ask the server of its own machine
-    try:
-        request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-        with urllib.request.build_opener(direct).open(request, timeout=_METADATA_SECONDS) as answer:
-            return answer.read().decode().strip()
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError) and error.code == 404:
-            return ""
-        raise UserError(
-            f"cannot read {key} from the metadata server {server}, which knows the machines of this TPU: {error}. Set "
-            f"{ADDRESS}, {COUNT} and {INDEX} in each process, or TPU_SKIP_MDS_QUERY=1 for a run of this machine alone."
-        ) from error
-
-
-def _address(name: str, text: str, default_port: int = 0) -> tuple[str, int]:
-    """Return host and port of "host:port" or "[IPv6]:port"; with a default port also of "host" or "IPv6"."""
-    match = re.fullmatch(r"(?:\[(.+)\]|([^\s:/@\[\]]+))(?::([0-9]{1,5}))?", text)
-    _, ip, host, port = match.group(0, 1, 2, 3) if match else (None, text if default_port else None, None, None)
-    with contextlib.suppress(ValueError):
-        host = str(ipaddress.IPv6Address(ip)) if ip else host
-    number = int(port or default_port)
-    if not host or not 0 < number < 2**16:
-        raise UserError(f"{name}={text!r}: must be host:port of process 0, e.g. 10.0.0.1:8476 or [fe80::1]:8476.")
-    return host, number
+def _address(text: str) -> tuple[str, int]:
+    match = re.fullmatch(r"(\[[0-9a-fA-F.]*:[0-9a-fA-F:.]*(?:%\w+)?\]|[^\s:/@\[\]]+):([0-9]{1,5})", text)
+    if match is None or not 0 < int(match[2]) < 2**16:
+        raise UserError(f"{ADDRESS}={text!r}: must be host:port of process 0, e.g. 10.0.0.1:8476 or [fe80::1]:8476.")
+    return match[1].strip("[]"), int(match[2])
 
 
 def _number(said: Mapping[str, str], name: str, *, least: int = 0, most: int = 2**32 - 1) -> int:
@@ -228,7 +178,3 @@ def _number(said: Mapping[str, str], name: str, *, least: int = 0, most: int = 2
     if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
         raise UserError(f"{name}={text!r} in the environment: must be a whole number from {least} to {most}.")
     return int(text)
-
-
-# mpirun under Slurm starts its helpers with srun, and the processes inherit srun's variables: Open MPI comes first.
-_CLUSTERS = (_open_mpi, _slurm, _gke_tpu, _tpu_vm)

@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 from ..base.errors import UserError, printable
 from . import sameness, wire
-from .cluster import ADDRESS, COUNT, INDEX, SECRET, Place
+from .cluster import ADDRESS, COUNT, INDEX, PORT, SECRET, Place
 
 _FAILED, _REFUSED = 1, 2
 TRY_AGAIN = 75  # EX_TEMPFAIL: another process has died or failed, or this one hangs, and the same command resumes
@@ -78,7 +78,7 @@ class Group:
         except OSError as error:
             raise UserError(
                 f"process 0 cannot listen at {place.host}:{place.port}: {os.strerror(error.errno or 0)}. If another "
-                f"run or another process 0 uses the port, set another one in {place.port_in} of all processes."
+                f"run or another process 0 uses the port, set another one in {ADDRESS} or {PORT} of all processes."
             ) from error
         _in_background(self._accept, listener)
 
@@ -180,8 +180,7 @@ class Group:
 
     def _missing(self) -> str:
         place, within = self._place, f"within {self._waiting_seconds:g} s"
-        where = f"{place.host}:{place.port}" + (f" ({ADDRESS})" if place.port_in == ADDRESS else "")
-        where += f" with the same {SECRET}" if place.secret else ""
+        where = f"{place.host}:{place.port}" + (f" with the same {SECRET}" if place.secret else "")
         if place.index:
             who = f"some of {place.count} processes have" if self._come else "process 0 has"
             return f"{who} not answered at {where} {within}. See the output of process 0."

@@ -30,11 +30,18 @@ create() {
   everywhere "sudo docker pull -q $IMAGE"
 }
 
-start() { # FLAGS: start a container on each machine; they find each other by the TPU's metadata
+# Each machine learns its number from the metadata of the TPU, where an endpoint is NAME:NUMBER:IP or IP.
+# shellcheck disable=SC2016
+PLACE='ask() { curl -sSf -H Metadata-Flavor:Google http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1; }
+all=$(ask worker-network-endpoints) && index=$(ask agent-worker-number) || exit 75
+first=${all%%,*} commas=${all//[^,]/}
+place="-e JAX_COORDINATOR_ADDRESS=${first##*:}:8482 -e JAX_NUM_PROCESSES=$((${#commas} + 1)) -e JAX_PROCESS_ID=$index"'
+
+start() { # FLAGS: start a container on each machine
   local flags
   printf -v flags ' %q' "$@"
-  everywhere "sudo docker rm -f shampax >/dev/null 2>&1; sudo docker run -d --name=shampax --privileged --user=0 \
---net=host -v /runs:/runs $IMAGE$flags"
+  everywhere "${PLACE//$'\n'/; }; sudo docker rm -f shampax >/dev/null 2>&1; sudo docker run -d --name=shampax \
+--privileged --user=0 --net=host -v /runs:/runs \$place $IMAGE$flags"
 }
 
 follow() { # follow the log of machine 0; print its exit code last, or nothing if the machine is gone

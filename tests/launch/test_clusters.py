@@ -293,3 +293,21 @@ def test_a_preempted_slice_is_created_again(fakes, tmp_path):
     verbs = [call.split()[4] for call in fakes.notes()]
     assert [verb for verb in verbs if verb in ("create", "delete")] == ["delete", "create"]
     assert "the machine is gone" in done.stderr
+
+
+def test_the_machines_of_a_slice_get_their_numbers(fakes, tmp_path):
+    """Faults: each machine trains alone; all have the same number."""
+    state, left = tmp_path / "state", tmp_path / "codes"
+    state.write_text("READY\n")
+    left.write_text("0\n")
+    fakes(
+        "gcloud", GCLOUD.replace("esac", """*'docker run'*) remote=${@: -1}; bash -c "${remote#--command=}" ;;\nesac""")
+    )
+    fakes("curl", "case $* in *worker-network-endpoints) echo -n u:u:10.1.0.9,u:u:10.1.0.8 ;; *) echo -n 1 ;; esac")
+    fakes("sudo", "")
+    settings = {"PROJECT": "p", "ZONE": "z", "IMAGE": "i", "SHARE": "h:/s", "STATE": str(state), "CODES": str(left)}
+    command = [str(CLUSTERS / "tpu_vm.sh"), "train", "--config=a.py", "--workdir=/runs/w"]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    [started] = [call for call in fakes.notes() if call.startswith("sudo docker run ")]
+    assert " -e JAX_COORDINATOR_ADDRESS=10.1.0.9:8482 -e JAX_NUM_PROCESSES=2 -e JAX_PROCESS_ID=1 i " in started

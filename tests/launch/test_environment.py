@@ -116,40 +116,13 @@ def test_a_jaxlib_without_the_flag_does_not_get_it(monkeypatch):
         assert bool(os.environ["XLA_FLAGS"]) == flagged, release
 
 
-@pytest.mark.parametrize(
-    ("files", "installed", "fix"),
-    [
-        ("/dev/nvidia[0-9]*", "libtpu", "this machine has an NVIDIA GPU, but .* make install EXTRA=cuda13"),
-        ("/dev/accel*", "jax_cuda13_plugin", "this machine has a TPU, but .* make install EXTRA=tpu"),
-        ("/dev/nvidia[0-9]*", "jax_cuda12_plugin", None),
-        ("/dev/accel*", "libtpu", None),
-        ("/dev/kfd", "", None),
-        ("/dev/vfio/[0-9]*", "", None),  # a device of another kind, passed to a program
-    ],
-)
-def test_an_accelerator_that_jax_cannot_use_is_refused(monkeypatch, files, installed, fix):
+@pytest.mark.parametrize("files", ["/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd"])
+def test_a_machine_with_an_accelerator_does_not_become_a_cpu(files, monkeypatch):
     """Fault: a job that pays for an accelerator trains on the CPU for days."""
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setattr("glob.glob", lambda pattern: [pattern] if pattern == files else [])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == installed else None)
-    if fix is None:
-        environment.check_accelerator()
-        return
-    with pytest.raises(UserError, match=fix):
-        environment.check_accelerator()
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # as requested
-    environment.check_accelerator()
-
-
-def test_training_refuses_an_accelerator_that_jax_cannot_use(monkeypatch, capsys, tmp_path):
-    from shampax.launch import train
-
-    monkeypatch.delenv("JAX_PLATFORMS")
-    monkeypatch.setattr("glob.glob", lambda pattern: ["/dev/nvidia0"] if "nvidia" in pattern else [])
-    assert train.main(["--config=shampax/configs/lm.py:sample", f"--workdir={tmp_path / 'work'}"]) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert "NVIDIA GPU" in line
-    assert not (tmp_path / "work").exists()
+    environment.before_jax()
+    assert "JAX_PLATFORMS" not in os.environ
 
 
 def test_simulated_devices_do_not_deadlock_with_unawaited_steps():

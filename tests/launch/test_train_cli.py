@@ -167,6 +167,17 @@ def test_user_errors_of_the_trainer(trained, capsys):
     assert ran([SAMPLE, "--workdir=w"], capsys) == (2, [], ["error: batch 100 is not divisible"])
 
 
+def test_several_processes_that_do_not_know_their_numbers_are_refused(trained, monkeypatch, capsys):
+    """Fault: each machine of a TPU slice trains a model of its own."""
+    monkeypatch.setattr("jax.process_count", lambda: 4)
+    assert not trained(RESULT)
+    code, out, [line] = ran([SAMPLE, "--workdir=w"], capsys)
+    assert (code, out) == (2, [])
+    assert line.startswith(
+        "error: JAX sees 4 processes. Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+    )
+
+
 @pytest.mark.parametrize("library", ["numpy", "jaxlib"])
 def test_ctrl_c_during_imports_is_one_line(library, tmp_path):
     """Faults: a traceback, a crash, or an interrupt that a library catches, so that the run goes on."""

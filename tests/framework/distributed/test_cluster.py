@@ -1,8 +1,4 @@
-"""Test environments as documented by each cluster, and metadata from an HTTP server."""
-
-import contextlib
-import http.server
-import threading
+"""Test environments as documented by each cluster."""
 
 import pytest
 
@@ -38,19 +34,19 @@ EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:84", "JAX_NUM_PROCESSES": "4", 
         (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "[fe80::1]:84"}, ("fe80::1", 84, 4, 3)),
         (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "[fe80::1%eth0]:84"}, ("fe80::1%eth0", 84, 4, 3)),
         (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "lm-0.lm:84"}, ("lm-0.lm", 84, 4, 3)),
-        (SLURM, ("tux07", 61444, 2, 1, "JAX_COORDINATOR_PORT")),
-        (SLURM | {"JAX_COORDINATOR_PORT": "85"}, ("tux07", 85, 2, 1, "JAX_COORDINATOR_PORT")),
+        (SLURM, ("tux07", 61444, 2, 1)),
+        (SLURM | {"JAX_COORDINATOR_PORT": "85"}, ("tux07", 85, 2, 1)),
         (SLURM | {"JAX_NUM_PROCESSES": "1"}, None),
-        (SLURM | {"SLURM_JOB_ID": str(2**32 - 1)}, ("tux07", 65535, 2, 1, "JAX_COORDINATOR_PORT")),  # of a federation
+        (SLURM | {"SLURM_JOB_ID": str(2**32 - 1)}, ("tux07", 65535, 2, 1)),  # of a federation
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
         ({name: SLURM[name] for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID")}, None),  # a batch script
         (
             SLURM | MPI | {"JAX_COORDINATOR_ADDRESS": "n1:84", "CUDA_VISIBLE_DEVICES": "7"},
-            ("n1", 84, 4, 3, "JAX_COORDINATOR_ADDRESS", (2, 1), None, 1),
+            ("n1", 84, 4, 3, (2, 1), None, 1),
         ),
-        (GKE, ("t-0.job", 8482, 2, 1, "JAX_COORDINATOR_PORT")),
-        (GKE | {"TPU_WORKER_HOSTNAMES": "fd00::9,fd00::a"}, ("fd00::9", 8482, 2, 1, "JAX_COORDINATOR_PORT")),
-        (GKE | {"TPU_WORKER_HOSTNAMES": "t-0:8471,t-1:8471"}, ("t-0", 8482, 2, 1, "JAX_COORDINATOR_PORT")),
+        (GKE, ("t-0.job", 8482, 2, 1)),
+        (GKE | {"TPU_WORKER_HOSTNAMES": "fd00::9,fd00::a"}, ("fd00::9", 8482, 2, 1)),
+        (GKE | {"TPU_WORKER_HOSTNAMES": "t-0:8471,t-1:8471"}, ("t-0", 8482, 2, 1)),
         (GKE | {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
         (
             GKE
@@ -59,7 +55,7 @@ EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:84", "JAX_NUM_PROCESSES": "4", 
                 "MEGASCALE_SLICE_ID": "2",
                 "MEGASCALE_COORDINATOR_ADDRESS": "lm-slice-0-0.lm:8080",
             },
-            ("lm-slice-0-0.lm", 8482, 6, 5, "JAX_COORDINATOR_PORT"),
+            ("lm-slice-0-0.lm", 8482, 6, 5),
         ),
     ],
 )
@@ -136,16 +132,10 @@ def test_processes_that_share_a_machine_divide_its_devices(environ, devices):
         ),
         (EXPLICIT | {"JAX_NUM_PROCESSES": "9" * 5_000}, "must be a whole number from 1 to 4294967295"),
         (EXPLICIT | {"JAX_NUM_PROCESSES": "0"}, "must be a whole number from 1 to"),
-        (EXPLICIT | {"JAX_LOCAL_DEVICE_IDS": "0,"}, "JAX_LOCAL_DEVICE_IDS='0,': must be different numbers of GPUs. "),
-        (EXPLICIT | {"JAX_LOCAL_DEVICE_IDS": "1,1"}, "JAX_LOCAL_DEVICE_IDS='1,1': must be different numbers of GPUs. "),
+        (EXPLICIT | {"JAX_LOCAL_DEVICE_IDS": "0,"}, "JAX_LOCAL_DEVICE_IDS='0,': must be numbers of GPUs. Write e.g."),
         (
-            SHARED | ALL_FOUR | {"JAX_LOCAL_DEVICE_IDS": "4"},
-            "JAX_LOCAL_DEVICE_IDS='4': must be different numbers of GPUs, below 4, the number of visible GPUs.",
-        ),
-        (
-            GKE
-            | {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_COORDINATOR_ADDRESS": "http://n1", "MEGASCALE_SLICE_ID": "0"},
-            "MEGASCALE_COORDINATOR_ADDRESS='http://n1': must be host:port",
+            GKE | {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "0"},
+            "but JAX_COORDINATOR_ADDRESS cannot be detected",
         ),
         (
             EXPLICIT | {"JAX_PROCESS_ID": "4"},
@@ -191,65 +181,3 @@ def test_invalid_lists_of_hosts(wrong):
     """Fault: the pattern needs exponential time for long names."""
     with pytest.raises(UserError, match="cannot parse it"):
         cluster.first_host(wrong)
-
-
-@contextlib.contextmanager
-def metadata_server(attributes):
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            value = attributes.get(self.path.removeprefix("/computeMetadata/v1/instance/attributes/"))
-            known = value is not None and self.headers["Metadata-Flavor"] == "Google"
-            self.send_response(200 if known else 404)
-            self.end_headers()
-            self.wfile.write((value if known else "").encode())
-
-        def log_message(self, *arguments):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
-        yield f"127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-@pytest.fixture
-def tpu(monkeypatch):
-    monkeypatch.setattr(cluster, "_TPU_FILES", (__file__,))
-
-
-@pytest.mark.parametrize(
-    ("attributes", "expected"),
-    [
-        ({}, None),
-        ({"agent-worker-number": "0", "worker-network-endpoints": "u:u:10.1.0.9", "tpu-env": ""}, None),
-        (
-            {
-                "agent-worker-number": "1",
-                "worker-network-endpoints": "unknown:unknown:fd00::9,unknown:unknown:fd00::8",
-                "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-16'\nWORKER_ID: '1'\n",
-            },
-            ("fd00::9", 8482, 2, 1, "JAX_COORDINATOR_PORT"),
-        ),
-        (
-            {
-                "agent-worker-number": "1",
-                "worker-network-endpoints": "unknown:unknown:fd00::9,t-1",
-                "tpu-env": "MEGASCALE_COORDINATOR_ADDRESS: '10.9.9.9'\nMEGASCALE_NUM_SLICES: '2'\n"
-                "MEGASCALE_SLICE_ID: '1'\n",
-            },
-            ("10.9.9.9", 8482, 4, 3, "JAX_COORDINATOR_PORT"),
-        ),
-    ],
-)
-def test_a_tpu_machine_asks_its_metadata_server(attributes, expected, tpu):
-    with metadata_server(attributes) as server:
-        found = cluster.place({"GCE_METADATA_HOST": server})
-        assert found == (expected and cluster.Place(*expected))
-        assert cluster.place({"GCE_METADATA_HOST": server, "TPU_SKIP_MDS_QUERY": "1"}) is None
-
-
-@pytest.mark.parametrize("server", ["127.0.0.1:9", "a b", "[::1", "127.0.0.1:x"])
-def test_a_metadata_server_that_does_not_answer_is_one_line(server, tpu):
-    """Fault: a machine of a slice trains alone while the others wait for it."""
-    with pytest.raises(UserError, match=r"cannot read agent-worker-number from the metadata server "):
-        cluster.place({"GCE_METADATA_HOST": server})

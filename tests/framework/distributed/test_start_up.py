@@ -134,8 +134,7 @@ def test_a_port_in_use_is_reported_by_process_0_and_the_others_end_in_time():
     assert f"error: process 0 cannot listen at 127.0.0.1:{port}: Address already in use. If another run" in ended[0].err
     assert ended[1].code == 75
     assert ended[1].err == (
-        f"error: process 0 has not answered at 127.0.0.1:{port} (JAX_COORDINATOR_ADDRESS) within 1 s. "
-        "See the output of process 0.\n"
+        f"error: process 0 has not answered at 127.0.0.1:{port} within 1 s. See the output of process 0.\n"
     )
 
 
