@@ -685,8 +685,8 @@ FRAMEWORK = (
     Mutant(
         "one-file-refused",
         "framework/data/reading/sources.py",
-        "part = min(max(meter.total",
-        "part = 0 * min(max(meter.total",
+        "part = min(max(sum(",
+        "part = 0 * min(max(sum(",
         "A corpus in one file is refused.",
         ("tests/framework/data/test_files.py::test_one_file_is_a_corpus",),
     ),

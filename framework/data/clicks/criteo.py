@@ -1,6 +1,7 @@
 """Click logs in Criteo's form: parsed once into shards of rows, then read by row at random."""
 
 import dataclasses
+import functools
 import os
 import re
 import zlib
@@ -18,7 +19,7 @@ from ..preparing.manifests import Manifest
 from ..preparing.preparing import Preparable, Tally
 from ..reading import files, tsv
 from ..reading.malformed import Malformed
-from ..reading.sources import Source, Stream, blocks_of, of_splits
+from ..reading.sources import Blocks, Source, Stream, blocks_of, of_splits
 from . import rows as click_rows
 from .rows import CATEGORIES, INTEGERS, Fields
 
@@ -50,8 +51,8 @@ class ClickData(Preparable):
     version: ClassVar[int] = 2
 
     source: str = "sample:flights"  # or "file:/path/train.txt", "file:/path/day_*.gz"; training and held-out rows
-    heldout_files: str = ""  # glob of the files with held-out rows, "day_23*"; "" holds out the last rows
-    heldout_fraction: float = 1 / 7  # of all rows, from the end, without heldout_files; one of Kaggle's seven days
+    heldout_files: str = ""  # glob of the files with held-out rows, "day_23*"; "" holds out heldout_fraction of all
+    heldout_fraction: Annotated[float, Within(1e-9, 0.999)] = 1 / 7  # from the end; a day of Kaggle's week
     shard_size: Annotated[int, Within(2)] = 1_000_000  # rows of a file in a shard, 157 MB
 
     def __post_init__(self):
@@ -64,8 +65,6 @@ class ClickData(Preparable):
                 f"data.heldout_files={self.heldout_files!r}: {self.source} holds out November and December; leave it "
                 "empty"
             )
-        if not 0 < self.heldout_fraction < 1:
-            raise ValueError(f"data.heldout_fraction={self.heldout_fraction}: must be between 0 and 1")
 
     @property
     def tokens_per_example(self) -> int:
@@ -92,7 +91,12 @@ class ClickData(Preparable):
         splits: list[Split | None] = [
             ("heldout" if path in heldout else "train") if heldout else None for path in ordered
         ]
-        streams = [self._stream(number, *part) for number, part in enumerate(zip(splits, ordered, strict=True))]
+        streams = [
+            Stream(
+                f"{number:05}", split, functools.partial(self._blocks, path), one_worker=path.suffix in files.COMPRESSED
+            )
+            for number, (split, path) in enumerate(zip(splits, ordered, strict=True))
+        ]
         return Source(manifests.digest([files.stats(ordered), splits]), streams)
 
     def rows(
@@ -114,13 +118,8 @@ class ClickData(Preparable):
         """See `Preparable.row_decoder`."""
         return click_rows.unpacked
 
-    def _stream(self, number: int, split: Split | None, path: epath.Path) -> Stream:
-        meter = files.ReadMeter([path])
-
-        def blocks() -> Iterator[Iterator[Any]]:
-            return (parse(path, lines) for lines in blocks_of(tsv.lines(path, meter), self.shard_size))
-
-        return Stream(f"{number:05}", split, blocks, meter.fraction, path.suffix in files.COMPRESSED)
+    def _blocks(self, path: epath.Path) -> Blocks:
+        return (parse(path, lines) for lines in blocks_of(tsv.lines(path), self.shard_size))
 
 
 def parse(path: epath.Path, lines: tsv.Lines) -> Iterator[Fields | Malformed]:

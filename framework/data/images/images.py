@@ -46,7 +46,9 @@ class ImageData:
     train_split: str = "train"  # tfds split to train on
     heldout_split: str = "validation"  # tfds split to evaluate on
     crop_area: tuple[float, float] = (0.08, 1.0)  # range of a training crop's share of a tfds image (Szegedy 2015)
-    heldout_share: float = 0.875  # side of the evaluated central crop / shorter side: 224 of 256
+    heldout_share: Annotated[float, Within(0.001, 1)] = (
+        0.875  # side of the evaluated central crop / shorter side: 224 of 256
+    )
     shift: Annotated[int, Within(0, _SAMPLE_SIDE - 1)] = 2  # most pixels by which the sample's images move each way
     flip: bool = True  # mirror half of the training images
     max_malformed: Annotated[int, Within(0)] = 0  # malformed images of a split that are skipped
@@ -59,8 +61,6 @@ class ImageData:
             raise ValueError(f"data.image_size={self.image_size}: the sample's images have {_SAMPLE_SIDE}")
         if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
             raise ValueError(f"data.crop_area={self.crop_area}: give two rising shares, as (0.08, 1.0)")
-        if not 0 < self.heldout_share <= 1:
-            raise ValueError(f"data.heldout_share={self.heldout_share}: must be above 0 and at most 1")
 
     @property
     def tokens_per_example(self) -> int:

@@ -41,7 +41,7 @@ class MaskedTextData(DocumentData):
 
     sequence_length: Annotated[int, Within(8, 2**24)] = 128  # tokens in a row, including the three special ones
     vocab_size: Annotated[int, Within(SMALLEST_VOCABULARY, 2**24)] = 30_522  # tokens, including the five special ones
-    mask_rate: float = 0.15  # share of a row's tokens to predict
+    mask_rate: Annotated[float, Within(1e-9, 0.999)] = 0.15  # share of a row's tokens to predict
     predictions: Annotated[int, Within(1)] = 20  # most tokens to predict in a row; fixes the shapes
     short_rate: Annotated[float, Within(0, 1)] = 0.1  # share of the pairs that are made short on purpose
     lower_case: bool = True  # the tokenizer trained here lower-cases text and strips accents
@@ -51,8 +51,6 @@ class MaskedTextData(DocumentData):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.mask_rate < 1:
-            raise ValueError(f"data.mask_rate={self.mask_rate}: must be between 0 and 1")
         if self.predictions >= self.sequence_length:
             raise ValueError(
                 f"data.predictions={self.predictions}: must be less than data.sequence_length={self.sequence_length}"

@@ -18,7 +18,6 @@ from .. import samples
 from ..preparing.manifests import Manifest
 from ..preparing.preparing import Tally
 from ..reading import tsv
-from ..reading.files import ReadMeter
 from ..reading.malformed import Malformed
 from ..reading.sources import Stream
 from ..text.tokenized import Tokenized
@@ -94,20 +93,10 @@ class PairData(Tokenized):
         heldout, known = _SAMPLE_SPLITS[self.heldout_split], {pair.source for pair in train}
         return (pair for group, pair in verses if group == heldout and pair.source not in known)
 
-    def read(self, path: epath.Path, meter: ReadMeter) -> Iterator[Pair | Malformed]:
+    def read(self, path: epath.Path) -> Iterator[Pair | Malformed]:
         """Yield the pairs of a TSV file."""
-        for row in tsv.read(path, meter):
-            if isinstance(row, Malformed):
-                yield row
-                continue
-            for side in ("source", "target"):
-                column = getattr(self, f"{side}_column")
-                if column > len(row):
-                    raise UserError(
-                        f"data.{side}_column={column}: but {path} has {len(row)} columns, separated by tabs and "
-                        "counted from 1"
-                    )
-            yield Pair(row[self.source_column - 1], row[self.target_column - 1])
+        for row in tsv.read_columns(path, {name: getattr(self, name) for name in ("source_column", "target_column")}):
+            yield row if isinstance(row, Malformed) else Pair(*row)
 
     def load(self, path: epath.Path) -> Tokenizer:
         """See `Tokenized.load`."""

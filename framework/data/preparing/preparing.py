@@ -7,11 +7,9 @@ preparation that was killed continues with the missing shards.
 
 import abc
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import itertools
 import multiprocessing
 import os
 import sys
@@ -79,7 +77,7 @@ class Preparable(abc.ABC):
 
     @abc.abstractmethod
     def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> Callable[[bytes], Example]:
-        """Return the function, picklable, that decodes a row of a split to an example."""
+        """Return the function that decodes a row of a split to an example."""
 
     def make_tokenizer(self, cache: epath.Path, source: sources.Source) -> str:
         """Return the path of the tokenizer of all rows, "" for rows without one; train it if it is missing."""
@@ -132,7 +130,7 @@ class Preparable(abc.ABC):
         return self.settings() | {"fingerprint": source.fingerprint}
 
     def examples(self, split: Split, cache: str | os.PathLike[str]) -> Source:
-        """Return the rows of a split in the order of the source: random access, picklable.
+        """Return random access to the rows of a split in the order of the source.
 
         Raises:
           UserError: nothing is prepared for these settings in `cache`.
@@ -188,20 +186,20 @@ def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, 
         if not manifests.missing(folder, manifest):
             data.report(manifest)
             return manifest
-    with _files_in(cache):
-        tokenizer = data.make_tokenizer(cache, source)
-    jobs = [(data, folder, tokenizer, process * workers + worker, processes * workers) for worker in range(workers)]
     try:
+        tokenizer = data.make_tokenizer(cache, source)
+        jobs = [(data, folder, tokenizer, process * workers + worker, processes * workers) for worker in range(workers)]
         if workers == 1:
             _make_shards(*jobs[0])
         else:
             spawn = multiprocessing.get_context("spawn")  # a fork of a process that has started JAX may hang
             run_in_processes(spawn, _make_shards, jobs)
-        with _files_in(folder):
-            manifest = _join(data, folder, tokenizer, source)
-    except BaseException:
-        _remove_empty(folder)
-        raise
+        manifest = _join(data, folder, tokenizer, source)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror or error}). Free disk space or choose another folder, and "
+            "rerun the command; finished shards are kept."
+        ) from error
     if manifest is not None:
         for name, total in manifest["splits"].items():
             counted = ", ".join(f"{count:,} {noun}" for noun, count in total.items() if isinstance(count, int))
@@ -210,25 +208,8 @@ def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, 
     return manifest
 
 
-@contextlib.contextmanager
-def _files_in(folder: epath.Path) -> Iterator[None]:
-    """Turn errors of the file system into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror or error}). Free disk space or choose another folder, and "
-            "rerun the command; finished shards are kept."
-        ) from error
-
-
 def _make_shards(data: Preparable, folder: epath.Path, tokenizer: str, worker: int, workers: int) -> None:
     """Make the missing shards of a worker, one of `workers` in all processes, and print a line for each."""
-    with _files_in(folder):
-        _make(data, folder, tokenizer, worker, workers)
-
-
-def _make(data: Preparable, folder: epath.Path, tokenizer: str, worker: int, workers: int) -> None:
     there, sha256 = _names(folder), _sha256(tokenizer)
     for first, stream in enumerate(data.open_source().streams):
         if stream.one_worker and first % workers != worker:
@@ -252,8 +233,8 @@ def _make(data: Preparable, folder: epath.Path, tokenizer: str, worker: int, wor
                 "malformed": tally.rejects.to_json(),
             }
             paths.write_text(folder / f"{name}.json", manifests.to_text(note))
-            seconds, done = time.monotonic() - began, f"{stream.fraction():.1%} of {stream.name} read"
-            print(f"shard {name}: {note['rows']:,} rows; {done} in {seconds:,.0f} s", file=sys.stderr, flush=True)
+            of, seconds = f" of {stream.shards:05}" if stream.shards else "", time.monotonic() - began
+            print(f"shard {name}{of}: {note['rows']:,} rows, after {seconds:,.0f} s", file=sys.stderr, flush=True)
         paths.write_text(folder / f"{stream.name}.json", manifests.to_text({"shards": count}))
 
 
@@ -309,10 +290,3 @@ def _sha256(path: str) -> str:
 
 def _names(folder: epath.Path) -> set[str]:
     return {path.name for path in paths.listed(folder)}
-
-
-def _remove_empty(folder: epath.Path) -> None:
-    if paths.is_local(folder):
-        for path in itertools.islice((folder, *folder.parents), 2):
-            with contextlib.suppress(OSError):  # missing, or not empty
-                os.rmdir(path)

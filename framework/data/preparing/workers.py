@@ -15,7 +15,7 @@ def run_in_processes(context: Any, work: Callable[..., None], jobs: Sequence[tup
     """Run `work(*job)` for each job in a process of its own, of a multiprocessing context.
 
     Raises:
-      UserError: one of them failed; the others are terminated.
+      UserError, OSError: one of them failed; the others are terminated.
     """
     errors = context.SimpleQueue()
     processes = [context.Process(target=_child, args=(errors, work, job), daemon=True) for job in jobs]
@@ -32,7 +32,7 @@ def run_in_processes(context: Any, work: Callable[..., None], jobs: Sequence[tup
                         f"a worker of the preparation died with exit code {process.exitcode}, perhaps for lack of "
                         "memory. Use fewer workers and rerun the command; it continues with the missing shards."
                     )
-                    raise UserError(died if errors.empty() else errors.get())
+                    raise UserError(died) if errors.empty() else errors.get()
     finally:
         for process in processes:
             if process.pid is not None:
@@ -45,8 +45,8 @@ def _child(errors: Any, work: Callable[..., None], job: tuple[Any, ...]) -> None
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
         work(*job)
-    except UserError as error:
-        errors.put(str(error)[:10_000])  # less than a pipe holds, so that it never blocks
+    except (UserError, OSError) as error:
+        errors.put(type(error)(str(error)[:10_000]))  # less than a pipe holds, so that it never blocks
         sys.exit(1)
 
 

@@ -20,25 +20,6 @@ _OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
 COMPRESSED = frozenset(_OPENERS)
 
 
-class ReadMeter:
-    """Tracks the fraction of some files that a stream has read, by compressed size."""
-
-    def __init__(self, files: Sequence[epath.Path]):
-        self._before: dict[epath.Path, int] = {}
-        self.total = self._read = 0  # bytes
-        for path in files:
-            self._before[path] = self.total
-            self.total += path.stat().length
-
-    def at(self, path: epath.Path, offset: int) -> None:
-        """Note that the stream has reached a byte offset of a file."""
-        self._read = self._before[path] + offset
-
-    def fraction(self) -> float:
-        """Return the fraction read, 0 to 1."""
-        return self._read / max(self.total, 1)
-
-
 def find(knob: str, pattern: str, suffixes: Sequence[str]) -> list[epath.Path]:
     """Return the files that a glob matches, sorted by path; a file under several paths only once.
 
@@ -48,10 +29,9 @@ def find(knob: str, pattern: str, suffixes: Sequence[str]) -> list[epath.Path]:
       suffixes: of files that can be read, in lower case and without .xz or .gz: (".txt", ""); the first is proposed.
 
     Raises:
-      UserError: no file matches, or one has another suffix or may not be read.
+      UserError: no file matches, or one has another suffix.
     """
-    is_local = paths.is_local(pattern)
-    if is_local:
+    if paths.is_local(pattern):
         matches = sorted(glob.glob(_literal(os.path.expanduser(pattern)), recursive=True))
         found = [epath.Path(match) for match in matches if os.path.isfile(match)]
     else:
@@ -70,8 +50,6 @@ def find(knob: str, pattern: str, suffixes: Sequence[str]) -> list[epath.Path]:
                 f"{knob}: {path} has the suffix {suffix(path)!r}. Files may end in {shown}, plain or with "
                 f"{' or '.join(sorted(COMPRESSED))}. Convert or rename it, or write a narrower pattern."
             )
-        if is_local and not os.access(path, os.R_OK):
-            raise UserError(f"data file {path}: cannot be read. Check its permissions (chmod +r).")
     return sorted({identity(path): path for path in reversed(found)}.values())
 
 
@@ -101,29 +79,23 @@ def _literal(pattern: str) -> str:
 
 def stats(files: Sequence[epath.Path]) -> list[tuple[str, int, int]]:
     """Return path, size and modification time of each file; they change when the content may have changed."""
-    return [(os.fspath(path), *_stat(path)) for path in files]
+    # epath knows the time in whole seconds only.
+    times = (os.stat(path).st_mtime_ns if paths.is_local(path) else path.stat().mtime for path in files)
+    return [(os.fspath(path), path.stat().length, time) for path, time in zip(files, times, strict=True)]
 
 
-def _stat(path: epath.Path) -> tuple[int, int]:
-    if paths.is_local(path):
-        stat = os.stat(path)
-        return stat.st_size, stat.st_mtime_ns
-    stat = path.stat()  # in a bucket, in whole seconds
-    return stat.length, stat.mtime
-
-
-def pieces(path: epath.Path, separator: bytes, longest: int, meter: ReadMeter | None = None) -> Iterator[bytes | None]:
+def pieces(path: epath.Path, separator: bytes, longest: int) -> Iterator[bytes | None]:
     """Yield the content of a file, cut after every `separator` (one byte); the last piece may lack it.
 
-    A byte order mark at the start is dropped.
-    A piece of more than `longest` bytes is not held in memory: None takes its place.
+    A byte order mark at the start is dropped. A piece of more than `longest` bytes is not held in memory: None takes
+    its place.
 
     Raises:
       UserError: the file cannot be read, or is a damaged .xz or .gz file.
     """
     held: list[bytes] = []
     size = 0
-    for chunk in chunks(path, meter):
+    for chunk in chunks(path):
         start = 0
         while start < len(chunk):
             end = chunk.find(separator, start) + 1
@@ -141,7 +113,7 @@ def pieces(path: epath.Path, separator: bytes, longest: int, meter: ReadMeter | 
         yield b"".join(held) if held else None
 
 
-def chunks(path: epath.Path, meter: ReadMeter | None) -> Iterator[bytes]:
+def chunks(path: epath.Path) -> Iterator[bytes]:
     """Yield the content of a file as it is read, about a megabyte at once, without a byte order mark at its start.
 
     Raises:
@@ -153,8 +125,6 @@ def chunks(path: epath.Path, meter: ReadMeter | None) -> Iterator[bytes]:
             file: Any = opener(raw, "rb") if opener else raw
             mark = codecs.BOM_UTF8
             while chunk := file.read(_CHUNK):
-                if meter is not None:
-                    meter.at(path, raw.tell())
                 yield chunk.removeprefix(mark)
                 mark = b""
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:

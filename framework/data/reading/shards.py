@@ -76,7 +76,7 @@ def _writing(call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class ShardRows:
-    """Random access to rows `start` to `stop` of concatenated shards; picklable.
+    """Random access to rows `start` to `stop` of concatenated shards.
 
     Args:
       shards: files of `write`, local or gs://.
@@ -97,14 +97,8 @@ class ShardRows:
         self._shards, self._counts = [shard for shard, _ in held], [count for _, count in held]
         self._ends, self._decode = list(itertools.accumulate(self._counts)), decode
         self._range = range(start, stop)
+        self._reader = functools.lru_cache(_OPEN)(self._open)  # a dropped reader closes once no thread reads from it
         assert 0 <= start <= stop <= sum(counts), (start, stop, counts)
-
-    @functools.cached_property
-    def _reader(self) -> Callable[[int], ArrayRecordReader]:
-        return functools.lru_cache(_OPEN)(self._open)  # a dropped reader closes once no thread reads from it
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_reader"}
 
     def __repr__(self) -> str:
         return f"ShardRows({os.path.dirname(self._shards[0]) if self._shards else 'nothing'}, {self._range})"

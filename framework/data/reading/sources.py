@@ -33,14 +33,14 @@ class Stream:
       name: prefix of the names of its shards.
       split: split of its records; None if they belong to both.
       blocks: returns an iterator over blocks; unread records of a block are skipped.
-      fraction: returns the fraction (0 to 1) that the latest such iterator has read; 1 if it reads all at once.
+      shards: number of its blocks, if it is known before they are read.
       one_worker: whether one worker makes all its shards, because skipping records costs as much as making rows.
     """
 
     name: str
     split: Split | None
     blocks: Callable[[], Blocks]
-    fraction: Callable[[], float] = lambda: 1.0
+    shards: int | None = None
     one_worker: bool = False
 
 
@@ -57,13 +57,7 @@ class Source:
         return itertools.chain.from_iterable(itertools.chain.from_iterable(blocks))
 
 
-def of_splits(
-    fingerprint: str,
-    records: Callable[[Split], Iterator[Any]],
-    size: int,
-    limit: int = 0,
-    fraction: Callable[[], float] = lambda: 1.0,
-) -> Source:
+def of_splits(fingerprint: str, records: Callable[[Split], Iterator[Any]], size: int, limit: int = 0) -> Source:
     """Return the source of records that are read in order.
 
     Held-out records come first, as in all sources, so that errors in them show within seconds.
@@ -73,20 +67,18 @@ def of_splits(
       records: yields the records of a split.
       size: records of a block.
       limit: maximum number of records of a split; 0 for all.
-      fraction: see `Stream`.
     """
 
     def blocks(split: Split) -> Blocks:
         return blocks_of(itertools.islice(records(split), limit or None), size)
 
-    streams = [Stream(split, split, functools.partial(blocks, split), fraction) for split in reversed(SPLITS)]
-    return Source(fingerprint, streams)
+    return Source(fingerprint, [Stream(split, split, functools.partial(blocks, split)) for split in reversed(SPLITS)])
 
 
 def file_source(
     found: list[epath.Path],
-    read: Callable[[epath.Path, files.ReadMeter], Iterator[T | Malformed]],
-    cut: Callable[[epath.Path, files.ReadMeter, int], Iterator[T | Malformed]],
+    read: Callable[[epath.Path], Iterator[T | Malformed]],
+    cut: Callable[[epath.Path, int], Iterator[T | Malformed]],
     text: Callable[[T], str],
     heldout_fraction: float,
     size: int,
@@ -109,14 +101,13 @@ def file_source(
     Raises:
       UserError: a file cannot be read, or there are too few records.
     """
-    meter = files.ReadMeter(found)
 
     def every() -> Iterator[T | Malformed]:
-        return itertools.chain.from_iterable(cut(path, meter, part) if part else read(path, meter) for path in found)
+        return itertools.chain.from_iterable(cut(path, part) if part else read(path) for path in found)
 
     part = 0
     if len(list(itertools.islice(every(), _LEAST))) < _LEAST:
-        part = min(max(meter.total // _FEW, _FEW), _LARGEST_PART)
+        part = min(max(sum(path.stat().length for path in found) // _FEW, _FEW), _LARGEST_PART)
 
     def hashed(record: T) -> int:
         return int.from_bytes(hashlib.blake2b(text(record).encode(), digest_size=8).digest())
@@ -139,7 +130,7 @@ def file_source(
             f"splits need at least {_LEAST}. Give more."
         )
     fingerprint = hashlib.sha256(repr(files.stats(found)).encode()).hexdigest()
-    return of_splits(fingerprint, records, size, limit, meter.fraction)
+    return of_splits(fingerprint, records, size, limit)
 
 
 def tfds_source(tfds: TfdsSet, make: Callable[..., Any], size: int, limit: int) -> Source:
@@ -165,16 +156,12 @@ def tfds_source(tfds: TfdsSet, make: Callable[..., Any], size: int, limit: int) 
                 yield record
 
     def stream(split: Split) -> Stream:
-        count, reached = tfds.count(split), 0
+        count = tfds.count(split)
         end = min(count, limit or count)
-
-        def blocks() -> Blocks:
-            nonlocal reached
-            for start in range(0, end, size):
-                reached = min(start + size, end)
-                yield records(split, start, reached)
-
-        return Stream(split, split, blocks, lambda: reached / end)
+        starts = range(0, end, size)
+        return Stream(
+            split, split, lambda: (records(split, start, min(start + size, end)) for start in starts), len(starts)
+        )
 
     return Source(tfds.fingerprint, [stream(split) for split in reversed(SPLITS)])
 

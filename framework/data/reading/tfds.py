@@ -89,7 +89,7 @@ class TfdsSet:
         self.fingerprint = hashlib.sha256(repr((directory, sorted(self.features), taken)).encode()).hexdigest()
 
     def source(self, split: Split) -> Any:
-        """Return random access to the examples of a split: dicts of features, text as bytes; picklable."""
+        """Return random access to the examples of a split: dicts of features, text as bytes."""
         return self._builder.as_data_source(split=self._splits[split], decoders=self._decoders)
 
     def count(self, split: Split) -> int:
@@ -111,16 +111,15 @@ class TfdsSet:
             for index, example in zip(indices, _fetch(source, indices), strict=True)
         ]
 
-    def stream(self, split: Split, start: int, stop: int | None) -> Iterator[tuple[str, dict[str, Any] | Malformed]]:
+    def stream(self, split: Split, start: int, stop: int) -> Iterator[tuple[str, dict[str, Any] | Malformed]]:
         """Yield examples `start` to `stop` of a split with their places; Malformed if a checksum does not match.
 
         Raises:
           UserError: the files cannot be read.
         """
         source = self.source(split)
-        end = len(source) if stop is None else min(stop, len(source))
-        for first in range(start, end, _READ_AHEAD):
-            indices = list(range(first, min(first + _READ_AHEAD, end)))
+        for first in range(start, stop, _READ_AHEAD):
+            indices = list(range(first, min(first + _READ_AHEAD, stop)))
             try:
                 fetched = self.examples(split, source, indices)
             except (OSError, RuntimeError) as error:

@@ -1,9 +1,10 @@
 """Rows of tab-separated text: UTF-8, one row a line, no quoting, no header."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from etils import epath
 
+from ...base.errors import UserError
 from . import files
 from .malformed import Malformed
 
@@ -12,14 +13,14 @@ LONGEST_ROW = 1 << 24  # bytes; longer lines are malformed and not held in memor
 Lines = Iterator[tuple[int, bytes | None]]  # (line number from 1, line with its end); None is longer than LONGEST_ROW
 
 
-def lines(path: epath.Path, meter: files.ReadMeter | None = None) -> Lines:
+def lines(path: epath.Path) -> Lines:
     """Yield the lines of a file with their numbers, without blank lines at its end.
 
     Raises:
       UserError: the file cannot be read.
     """
     blank = 0
-    for number, line in enumerate(files.pieces(path, b"\n", LONGEST_ROW, meter), start=1):
+    for number, line in enumerate(files.pieces(path, b"\n", LONGEST_ROW), start=1):
         if line in (b"\n", b"\r\n"):
             blank += 1
             continue
@@ -28,20 +29,36 @@ def lines(path: epath.Path, meter: files.ReadMeter | None = None) -> Lines:
         yield number, line
 
 
-def read(path: epath.Path, meter: files.ReadMeter | None = None) -> Iterator[list[str] | Malformed]:
+def read(path: epath.Path) -> Iterator[list[str] | Malformed]:
     """Yield the rows of a file; each must have as many columns as the first readable one.
 
     Raises:
       UserError: the file cannot be read.
     """
     columns = None
-    for number, line in lines(path, meter):
+    for number, line in lines(path):
         fields = parse(line, columns)
         if isinstance(fields, str):
             yield Malformed(f"{path}, row {number}", fields)
         else:
             columns = len(fields)
             yield fields
+
+
+def read_columns(path: epath.Path, knobs: Mapping[str, int]) -> Iterator[list[str] | Malformed]:
+    """Yield some columns of each row; they count from 1, and knobs of `data` give them.
+
+    Raises:
+      UserError: the file cannot be read, or lacks a column.
+    """
+    for row in read(path):
+        if isinstance(row, Malformed):
+            yield row
+            continue
+        for knob, column in knobs.items():
+            if column > len(row):
+                raise UserError(f"data.{knob}={column}: but {path} has {len(row)} columns, separated by tabs")
+        yield [row[column - 1] for column in knobs.values()]
 
 
 def parse(line: bytes | None, columns: int | None = None) -> list[str] | str:

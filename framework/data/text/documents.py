@@ -9,7 +9,6 @@ from typing import Annotated, ClassVar
 from etils import epath
 
 from ...base.bounds import Within
-from ...base.errors import UserError
 from ...dataset import Split
 from .. import samples
 from ..reading import files, tsv
@@ -46,21 +45,21 @@ class DocumentData(Tokenized):
             if (number % _SAMPLE_HELD_OUT == 0) == (split == "heldout"):
                 yield article
 
-    def read(self, path: epath.Path, meter: files.ReadMeter) -> Iterator[str | Malformed]:
+    def read(self, path: epath.Path) -> Iterator[str | Malformed]:
         """Yield the documents of a UTF-8 file: one, or several separated by form feeds; of a .tsv file one a row.
 
         Documents of white space only are left out.
         """
         texts = _texts if files.suffix(path) in _PLAIN else self._column
-        return (text for text in texts(path, meter) if isinstance(text, Malformed) or (text and not text.isspace()))
+        return (text for text in texts(path) if isinstance(text, Malformed) or (text and not text.isspace()))
 
-    def cut(self, path: epath.Path, meter: files.ReadMeter, size: int) -> Iterator[str | Malformed]:
+    def cut(self, path: epath.Path, size: int) -> Iterator[str | Malformed]:
         """Yield a text file in parts that end at line ends, where it has any, and at form feeds."""
         if files.suffix(path) not in _PLAIN:
-            yield from self.read(path, meter)
+            yield from self.read(path)
             return
         held, number = b"", 0
-        for chunk in itertools.chain(files.chunks(path, meter), [b""]):
+        for chunk in itertools.chain(files.chunks(path), [b""]):
             held += chunk
             while len(held) >= 2 * size or (held and not chunk):
                 end = held.find(b"\n", size, 2 * size) + 1 or size
@@ -71,20 +70,18 @@ class DocumentData(Tokenized):
                 yield from [text] if isinstance(text, Malformed) else filter(str.strip, text.split("\f"))
                 held = held[end:]
 
-    def _column(self, path: epath.Path, meter: files.ReadMeter) -> Iterator[str | Malformed]:
-        for row in tsv.read(path, meter):
-            if not isinstance(row, Malformed) and self.tsv_column > len(row):
-                raise UserError(f"data.tsv_column={self.tsv_column}: but {path} has {len(row)} columns")
-            yield row if isinstance(row, Malformed) else row[self.tsv_column - 1]
+    def _column(self, path: epath.Path) -> Iterator[str | Malformed]:
+        for row in tsv.read_columns(path, {"tsv_column": self.tsv_column}):
+            yield row if isinstance(row, Malformed) else row[0]
 
 
-def _texts(path: epath.Path, meter: files.ReadMeter) -> Iterator[str | Malformed]:
-    for number, content in enumerate(files.pieces(path, b"\f", _LONGEST_DOCUMENT, meter), start=1):
+def _texts(path: epath.Path) -> Iterator[str | Malformed]:
+    for number, content in enumerate(files.pieces(path, b"\f", _LONGEST_DOCUMENT), start=1):
         place = f"{path}, document {number}"
         if content is None:
             yield Malformed(place, f"more than {_LONGEST_DOCUMENT:,} bytes")
-            continue
-        yield _decoded(_END.sub(b"", content), place)
+        else:
+            yield _decoded(_END.sub(b"", content), place)
 
 
 def _decoded(content: bytes, place: str) -> str | Malformed:

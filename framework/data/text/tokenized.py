@@ -41,7 +41,9 @@ class Tokenized(Preparable):
     data_dir: str = ""  # folder of tfds sets, local or gs://; "" uses $TFDS_DATA_DIR or ~/tensorflow_datasets
     train_split: str = "train"  # tfds split to train on
     heldout_split: str = "validation"  # tfds split to evaluate on ("test" for lm1b)
-    heldout_fraction: float = 0.1  # fraction of the records of files to hold out, chosen by a hash of their text
+    heldout_fraction: Annotated[float, Within(1e-9, 0.999)] = (
+        0.1  # fraction of the records of files to hold out, chosen by a hash of their text
+    )
     max_records: Annotated[int, Within(0)] = 0  # per split, malformed ones included; 0 takes all
     tokenizer: str = ""  # tokenizers JSON file, local or gs://; "" trains one on the training records
 
@@ -53,21 +55,19 @@ class Tokenized(Preparable):
                 f"data.source={self.source!r}: write '{self.sample_name}', 'file:/path/*{self.suffixes[0]}' or "
                 f"'tfds:{self.tfds_name}'"
             )
-        if not 0 < self.heldout_fraction < 1:
-            raise ValueError(f"data.heldout_fraction={self.heldout_fraction}: must be between 0 and 1")
 
     @abc.abstractmethod
     def sample(self, split: Split) -> Iterator[Any]:
         """Yield the vendored records of a split."""
 
     @abc.abstractmethod
-    def read(self, path: epath.Path, meter: files.ReadMeter) -> Iterator[Any | Malformed]:
+    def read(self, path: epath.Path) -> Iterator[Any | Malformed]:
         """Yield the records of a file."""
 
-    def cut(self, path: epath.Path, meter: files.ReadMeter, size: int) -> Iterator[Any | Malformed]:
+    def cut(self, path: epath.Path, size: int) -> Iterator[Any | Malformed]:
         """Yield the records of a file cut into parts of about `size` bytes, if they can be cut."""
         del size
-        return self.read(path, meter)
+        return self.read(path)
 
     @abc.abstractmethod
     def load(self, path: epath.Path) -> Tokenizer:

@@ -74,19 +74,16 @@ def load_wordpiece(path: epath.Path, vocab_size: int) -> Tokenizer:
     Raises:
       UserError: the file is missing or invalid, has another model, or more than `vocab_size` tokens.
     """
-    tokenizer = read_tokenizer(path, vocab_size, _refuse_other_models)
+    tokenizer = read_tokenizer(path, vocab_size)
+    if not isinstance(tokenizer.model, models.WordPiece):
+        kind = type(tokenizer.model).__name__
+        raise UserError(f"data.tokenizer={path}: has a model of type {kind!r}; masked text needs WordPiece")
     missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
     if missing:
         raise UserError(
             f"data.tokenizer={path}: has no {', '.join(missing)}; masked text needs {' '.join(SPECIAL_TOKENS)}"
         )
     return tokenizer
-
-
-def _refuse_other_models(path: epath.Path, parts: Any) -> None:
-    kind = parts["model"]["type"]
-    if kind != "WordPiece":
-        raise UserError(f"data.tokenizer={path}: has a model of type {kind!r}; masked text needs WordPiece")
 
 
 def _tokenizer(vocabulary: dict[str, int], *, lower_case: bool) -> Tokenizer:

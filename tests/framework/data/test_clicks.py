@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import pickle
 import re
 
 import jax
@@ -103,7 +102,7 @@ def test_malformed_rows_are_named_or_skipped(tmp_path, cache, capsys, bad, reaso
     place = f"{path}, row 5: {reason}"
     with pytest.raises(UserError, match=re.escape(place)):
         prepared(cache, source=f"file:{path}")
-    assert not list(cache.glob("rows-*"))
+    assert not list(cache.glob("rows-*/*"))
     data = prepared(cache, source=f"file:{path}", max_malformed=1)
     assert numbers(data, "train", cache) + numbers(data, "heldout", cache) == [*range(8)]
     assert f"1 record is malformed ({place}), skipped" in capsys.readouterr().err
@@ -215,15 +214,14 @@ def parsed(path):
 
 
 def test_random_access_equals_the_stream_for_any_number_of_processes(tmp_path, cache):
-    """Faults: a row comes from another file; a pickled copy reads other rows; processes share rows or leave one out."""
+    """Faults: a row comes from another file; processes share rows or leave one out."""
     for day in range(3):
         write(tmp_path / f"day_{day}", numbered(7 + day, 100 * day))
     data = prepared(cache, source=f"file:{tmp_path}/day_*", heldout_fraction=0.25)
     rows = data.examples("train", cache)
     streamed = [row[1][0] for day in range(3) for row in parsed(tmp_path / f"day_{day}")]
     assert numbers(data, "train", cache) + numbers(data, "heldout", cache) == streamed
-    copy = pickle.loads(pickle.dumps(rows))
-    assert [int(copy[i]["integers"][0]) for i in (17, 3, 9)] == [streamed[i] for i in (17, 3, 9)]
+    assert [int(rows[i]["integers"][0]) for i in (17, 3, 9)] == [streamed[i] for i in (17, 3, 9)]
     with pytest.raises(IndexError):
         rows[len(rows)]
     whole = Batches(rows, seed=3, global_batch_size=8, rows=range(8))

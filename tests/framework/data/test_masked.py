@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from tokenizers import Tokenizer, models
 
 from shampax.framework.base.errors import UserError
 from shampax.framework.config import components
@@ -326,7 +327,7 @@ def test_a_given_tokenizer_is_used_and_checked(texts, tmp_path):
     assert size - 1 - 4 in masked["tokens"]
     for text, message in (
         ("{", "is not a tokenizers JSON file"),
-        (json.dumps({"model": {"type": "BPE"}}), "type 'BPE'; masked text needs WordPiece"),
+        (Tokenizer(models.BPE()).to_str(), "type 'BPE'; masked text needs WordPiece"),
         (path.read_text().replace("[MASK]", "[mask]"), r"has no \[MASK\]"),
     ):
         (tmp_path / "bad.json").write_text(text)
@@ -343,7 +344,7 @@ def test_a_given_tokenizer_is_used_and_checked(texts, tmp_path):
         ({"source": "wiki"}, "sample:enwiki"),
         ({"sequence_length": 7}, "at least 8"),
         ({"vocab_size": 149}, "at least 150"),
-        ({"mask_rate": 0.0}, "between 0 and 1"),
+        ({"mask_rate": 0.0}, "at least 1e-09 and at most 0.999"),
         ({"predictions": 0}, "predictions=0"),
         ({"predictions": 128}, "less than data.sequence_length=128"),
         ({"short_rate": 1.5}, "short_rate=1.5"),

@@ -1,5 +1,4 @@
 import functools
-import pickle
 
 import numpy as np
 import pytest
@@ -71,8 +70,6 @@ def test_known_rows(tmp_path):
     ]
     assert [{name: array.tolist() for name, array in rows[i].items()} for i in range(len(rows))] == expected
     assert all(array.dtype == np.int32 for array in rows[0].values())
-    copy = pickle.loads(pickle.dumps(rows))
-    assert {name: array.tolist() for name, array in copy[1].items()} == expected[1]
 
 
 def test_the_hash_depends_only_on_the_rows(tmp_path):

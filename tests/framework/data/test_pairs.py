@@ -2,7 +2,6 @@ import itertools
 import json
 import lzma
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -151,9 +150,6 @@ def test_pairs_that_just_fit(tmp_path, limit, expected):
     assert rows[0]["target_segments"].tolist() == [1, 1, 1, 1, 2, 2, 2, 0, 0]
     assert shards.write(epath.Path(tmp_path / "b"), packer.pack(iter(pairs)))["content"] == content
     assert shards.write(epath.Path(tmp_path / "c"), packer.pack(iter(pairs[::-1])))["content"] != content
-    copy = pickle.loads(pickle.dumps(rows))
-    assert len(pickle.dumps(rows)) < 1000
-    jax.tree.map(np.testing.assert_array_equal, copy[3], rows[3])
     with pytest.raises(IndexError):
         rows[len(rows)]
 
@@ -208,7 +204,7 @@ def test_heldout_pairs_are_never_cut(tmp_path):
     write_tsv(tmp_path / "a.tsv", [long if pair == chosen else pair for pair in PAIRS])
     with pytest.raises(UserError, match=r"1 held-out pairs are longer, up to \d+ source and \d+ target") as caught:
         PairData(**fields, source_length=90, target_length=90).prepare(tmp_path / "cache")
-    assert list((tmp_path / "cache").glob("rows-*")) == []
+    assert list((tmp_path / "cache").glob("rows-*/*")) == []
     longest = [int(word) for word in str(caught.value).split() if word.isdecimal()][2]
     data = PairData(**fields, source_length=90, target_length=longest)
     data.prepare(tmp_path / "cache")
