@@ -14,11 +14,15 @@ ADAMW = "shampax.optimizers.baselines:AdamWOptions"
 EMBEDDING_RATE = ((r"(.*/)?[^/]*embed[^/]*(/.*)?", 4.0), (r".*", 1.0))
 
 
-def of_variant(variants: Mapping[str, Callable[[Any], None]], name: str) -> Any:
-    """Return the default config, changed by the variant of this name."""
-    config = get_config()
-    variants[name](config)
-    return config
+def of_variants(variants: Mapping[str, Callable[[Any], None]]) -> Callable[..., Any]:
+    """Return the function `get_config` of a file: it returns the default config, changed by a variant."""
+
+    def get_config_of(variant: str = "sample") -> Any:
+        config = get_config()
+        variants[variant](config)
+        return config
+
+    return get_config_of
 
 
 def select(config: Any, task: tuple[str, dict[str, Any]], data: tuple[str, dict[str, Any]], shared: str) -> None:

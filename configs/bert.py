@@ -133,11 +133,7 @@ VARIANTS = {
     "paper": paper,
     "paper_512": paper_512,
 }
-
-
-def get_config(variant: str = "sample") -> Any:
-    """Return the config of a variant."""
-    return base.of_variant(VARIANTS, variant)
+get_config = base.of_variants(VARIANTS)
 
 
 def _published(**model: Any) -> dict[str, Any]:

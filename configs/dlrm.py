@@ -128,8 +128,4 @@ def _criteo(config: Any, values: tuple[int, ...], **model: Any) -> None:
 
 
 VARIANTS = {"sample": sample, "sample_adagrad": sample_adagrad, "criteo_kaggle": criteo_kaggle, "paper": paper}
-
-
-def get_config(variant: str = "sample") -> Any:
-    """Return the config of a variant."""
-    return base.of_variant(VARIANTS, variant)
+get_config = base.of_variants(VARIANTS)

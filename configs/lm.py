@@ -182,11 +182,7 @@ VARIANTS = {
     "moe": mixture,
     "long": long,
 }
-
-
-def get_config(variant: str = "sample") -> Any:
-    """Return the config of a variant."""
-    return base.of_variant(VARIANTS, variant)
+get_config = base.of_variants(VARIANTS)
 
 
 def _select(config: Any, *, source: str, sequence_length: int, **model: Any) -> None:

@@ -114,11 +114,7 @@ def paper(config: Any) -> None:
 
 
 VARIANTS = {"sample": sample, "sample_sgd": sample_sgd, "resnet50": resnet50, "paper": paper}
-
-
-def get_config(variant: str = "sample") -> Any:
-    """Return the config of a variant."""
-    return base.of_variant(VARIANTS, variant)
+get_config = base.of_variants(VARIANTS)
 
 
 def _imagenet(config: Any, *, images_per_chip: int) -> None:

@@ -130,11 +130,7 @@ def paper(config: Any) -> None:
 
 
 VARIANTS = {"sample": sample, "sample_adam": sample_adam, "base": transformer_base, "paper": paper}
-
-
-def get_config(variant: str = "sample") -> Any:
-    """Return the config of a variant."""
-    return base.of_variant(VARIANTS, variant)
+get_config = base.of_variants(VARIANTS)
 
 
 def _select(

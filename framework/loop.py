@@ -107,7 +107,7 @@ class Run:
         )
 
     def __enter__(self):
-        for each in (self._signals, self.journal, contextlib.closing(self.saver), contextlib.closing(self.service)):
+        for each in (self._signals, *map(contextlib.closing, (self.journal, self.saver, self.service))):
             self._open.enter_context(each)
         self._start_service()
         return self

@@ -94,10 +94,8 @@ class Journal:
         console.say(f"held-out after step {step}: {shown}{' (best so far)' if best else ''}")
         self._write(step, self.clock.seconds, {f"heldout/{name}": value for name, value in values.items()})
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
+    def close(self) -> None:
+        """Wait until everything is written."""
         if self.writer:
             self.writer.close()
 

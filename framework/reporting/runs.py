@@ -61,11 +61,7 @@ def read_run(path: pathlib.Path) -> Run:
         if point is None:
             notes.append(f"{metrics}: line {number} is cut short or not a measurement and was skipped")
             continue
-        # A killed run resumes from its latest checkpoint and repeats some steps: their newest lines count.
-        step = point["step"]
-        if step < next(reversed(points), 0):
-            points = {earlier: kept for earlier, kept in points.items() if earlier < step}
-        points[step] = points.get(step, {}) | point
+        points[point["step"]] = points.get(point["step"], {}) | point
     if not points:
         raise UserError(f"{metrics} has no readable line. Wait until the run has logged a step.")
     config, result = read_object(path / workdir.CONFIG), workdir.read_result(path)

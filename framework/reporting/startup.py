@@ -10,6 +10,7 @@ import jax
 from ...optimizers.plan import patterns
 from ..base import workdir as layout
 from ..checkpoint import takeover
+from ..checkpoint.inspect import aligned
 from ..distributed.console import say
 from ..sharding import meshes, placement
 from ..step.state import TrainState
@@ -49,14 +50,8 @@ def parameter_rows(
 
 def table(rows: Sequence[Row]) -> str:
     """Return all rows and their total as aligned text."""
-    cells = [("parameter", *Row._fields[1:]), *((*row[:-1], f"{row.count:,}") for row in rows)]
-    cells.append(("total", "", "", "", f"{sum(row.count for row in rows):,}"))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for *left, count in cells:
-        left = [cell.ljust(width) for cell, width in zip(left, widths[:-1], strict=True)]
-        lines.append("  ".join([*left, count.rjust(widths[-1])]))
-    return "\n".join(lines)
+    with_total = [*rows, Row("total", count=sum(row.count for row in rows))]
+    return aligned([("parameter", *Row._fields[1:]), *((*row[:-1], f"{row.count:,}") for row in with_total)])
 
 
 def show_parameters(rows: Sequence[Row], workdir: Path) -> None:

@@ -30,11 +30,6 @@ class Averaging:
     weight: Any
 
 
-def abstract(variables: dict[str, Any], decay: float, scalar: jax.sharding.Sharding) -> Averaging | None:
-    """Return shapes and shardings: the iterate is sharded as the variables, the weight as `scalar`."""
-    return Averaging(variables, jax.ShapeDtypeStruct((), jnp.float32, sharding=scalar)) if decay else None
-
-
 def advance(
     variables: dict[str, Any], averaging: Averaging | None, iterate: dict[str, Any], decay: float
 ) -> tuple[dict[str, Any], Averaging | None]:

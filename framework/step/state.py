@@ -71,16 +71,16 @@ def abstract_state(
     """
     variables = _with_shardings(variables, placement.shardings(variables, placements, mesh))
     replicated = meshes.replicated(mesh)
-    averages = averaging.abstract(dict(variables), ema_decay, replicated)
+    weight = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
+    averages = averaging.Averaging(dict(variables), weight) if ema_decay else None
     params = variables.pop("params")
     opt_state = _with_shardings(jax.eval_shape(tx.init, params), optimizer.state_shardings(tx, params, mesh))
-    scalars = jax.eval_shape(guard.initial)
     return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
         params=params,
         opt_state=opt_state,
         model_state=variables,
-        guard=_with_shardings(scalars, jax.tree.map(lambda _: replicated, scalars)),
+        guard=jax.tree.map(lambda leaf: leaf.update(sharding=replicated), jax.eval_shape(guard.initial)),
         averaging=averages,
     )
 

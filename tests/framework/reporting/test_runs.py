@@ -37,11 +37,6 @@ def test_lines_of_one_step_are_one_point(tmp_path):
     assert run.keys() == ["heldout/loss", "train/loss"]
 
 
-def test_steps_measured_again_after_a_resume_replace_the_first_ones(tmp_path):
-    write(tmp_path, [point(1, a=1.0), point(2, a=2.0), point(3, a=3.0), point(2, a=20.0)])
-    assert runs.read_run(tmp_path).points == (point(1, a=1.0), point(2, a=20.0))
-
-
 def test_truncated_last_line_is_left_out_with_a_note(tmp_path):
     write(tmp_path, [point(1, a=1.0)], tail='{"step": 2, "a": 0.')
     run = runs.read_run(tmp_path)
