@@ -1,6 +1,7 @@
 """Baseline optimizers from optax, for the config field `optimizer`."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,10 +16,6 @@ from .plan.views import matrix_axes, names_by_path
 from .shampoo import ShampooOptions
 
 NO_DECAY = ShampooOptions.decay_rules
-
-
-def _decay_mask(rules: tuple[tuple[str, bool], ...]):
-    return lambda params: patterns.map_paths(rules, params)
 
 
 def scale_by_rules(rate_rules: patterns.Rules[float]) -> optax.GradientTransformation:
@@ -52,16 +49,10 @@ class AdamWOptions:
             b2=self.beta2,
             eps=self.epsilon,
             weight_decay=self.weight_decay,
-            mask=_decay_mask(self.decay_rules),
+            mask=partial(patterns.map_paths, self.decay_rules),
             nesterov=self.nesterov,
         )
         return optax.chain(adamw, scale_by_rules(self.rate_rules))
-
-
-def _matrix_axes(names: Any, path: str, param: jax.Array) -> tuple[int, ...]:
-    """Return the axes of a parameter that do not stack."""
-    stacked = [name in ShampooOptions.stack_axes for name in names.get(path) or ()] or [False] * param.ndim
-    return tuple(axis for axis in range(param.ndim) if not stacked[axis])
 
 
 def scale_by_trust_ratio(adapt_rules: patterns.Rules[bool], axis_names: Any) -> optax.GradientTransformation:
@@ -75,17 +66,17 @@ def scale_by_trust_ratio(adapt_rules: patterns.Rules[bool], axis_names: Any) -> 
     """
     names = names_by_path(axis_names)
 
-    def adapt(update: jax.Array, param: jax.Array, path: str) -> jax.Array:
-        axes = _matrix_axes(names, path, param)
+    def adapt(update: jax.Array, param: jax.Array, path: str, on: bool) -> jax.Array:
+        if not on:
+            return update
+        named = names.get(path) or [None] * param.ndim
+        axes = tuple(axis for axis, name in enumerate(named) if name not in ShampooOptions.stack_axes)
         of_param, of_update = (jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True)) for x in (param, update))
         known = (of_param > 0) & (of_update > 0)
         return update * jnp.where(known, of_param / jnp.where(known, of_update, 1.0), 1.0)
 
     def scale(updates: Any, params: Any = None) -> Any:
-        leaves, paths = jax.tree.leaves(params), patterns.paths(params)
-        chosen = [patterns.first_match(adapt_rules, path) for path in paths]
-        rows = zip(jax.tree.leaves(updates), leaves, paths, chosen, strict=True)
-        return jax.tree.structure(updates).unflatten([adapt(u, p, path) if on else u for u, p, path, on in rows])
+        return jax.tree.map(adapt, updates, params, patterns.path_tree(params), patterns.map_paths(adapt_rules, params))
 
     return optax.stateless(scale)
 
@@ -111,7 +102,7 @@ class LambOptions:
         del layout
         return optax.chain(
             optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.epsilon),
-            optax.add_decayed_weights(self.weight_decay, _decay_mask(self.decay_rules)),
+            optax.add_decayed_weights(self.weight_decay, partial(patterns.map_paths, self.decay_rules)),
             scale_by_trust_ratio(self.adapt_rules, axis_names),
             optax.scale_by_learning_rate(learning_rate),
             scale_by_rules(self.rate_rules),
@@ -131,7 +122,7 @@ class MomentumOptions:
         """Return the optimizer; `layout` is ignored."""
         del layout
         return optax.chain(
-            optax.add_decayed_weights(self.weight_decay, _decay_mask(self.decay_rules)),
+            optax.add_decayed_weights(self.weight_decay, partial(patterns.map_paths, self.decay_rules)),
             optax.sgd(learning_rate, momentum=self.momentum, nesterov=self.nesterov),
         )
 
@@ -158,19 +149,20 @@ class MuonOptions:
 
         def dimensions(params: Any) -> Any:
             """Return MuonDimensionNumbers per parameter, or None for Adam."""
-            result = []
-            for path, leaf in zip(patterns.paths(params), jax.tree.leaves(params), strict=True):
+
+            def of(leaf: Any, path: str) -> MuonDimensionNumbers | None:
                 treatment = patterns.first_match(rules, path)
                 _, inputs, outputs = matrix_axes(
                     leaf.ndim,
-                    names[path] if names else None,
+                    names.get(path),
                     stack_axes=ShampooOptions.stack_axes,
                     fold_axes=ShampooOptions.fold_axes,
                     stack=min(treatment.stack, leaf.ndim),
                 )
                 matrix = treatment.kind not in DIAGONAL_KINDS and inputs and outputs
-                result.append(MuonDimensionNumbers(tuple(inputs), tuple(outputs)) if matrix else None)
-            return jax.tree.structure(params).unflatten(result)
+                return MuonDimensionNumbers(tuple(inputs), tuple(outputs)) if matrix else None
+
+            return jax.tree.map(of, params, patterns.path_tree(params))
 
         return optax.contrib.muon(
             learning_rate,
@@ -178,7 +170,7 @@ class MuonOptions:
             nesterov=self.nesterov,
             ns_steps=self.steps,
             weight_decay=self.weight_decay,
-            weight_decay_mask=_decay_mask(self.decay_rules),
+            weight_decay_mask=partial(patterns.map_paths, self.decay_rules),
             adam_b1=self.beta1,
             adam_b2=self.beta2,
             adam_learning_rate=lambda count: self.adam_learning_rate * learning_rate(count),

@@ -82,19 +82,19 @@ KEYS = "Use side, view, block_size, exponent, ridge, cut, beta2, stack as key=va
         ),
         ("soap exponent=0.5", "treatment 'soap exponent=0.5': soap has a fixed exponent. Leave it out."),
         ("rows beta2=1", "treatment 'rows beta2=1': rows take no further words. Write 'rows' alone."),
-        ("shampoo stack=-1", "treatment 'shampoo stack=-1': stack=-1: must not be negative."),
+        ("shampoo stack=-1", "treatment 'shampoo stack=-1': stack=-1: must be at least 0."),
         ("shampoo view=vector", "treatment 'shampoo view=vector': view='vector': must be one of matrix, tensor."),
         ("shampoo block_size=0", "treatment 'shampoo block_size=0': block_size=0: must be at least 1."),
         (
             "shampoo ridge=-1",
-            "treatment 'shampoo ridge=-1': ridge=-1.0: must be finite and not negative.",
+            "treatment 'shampoo ridge=-1': ridge=-1.0: must be at least 0.",
         ),
-        ("shampoo cut=-1", "treatment 'shampoo cut=-1': cut=-1.0: must be finite and not negative."),
+        ("shampoo cut=-1", "treatment 'shampoo cut=-1': cut=-1.0: must be at least 0."),
         (
             "shampoo ridge=0.5 cut=0.1",
             "treatment 'shampoo ridge=0.5 cut=0.1': ridge=0.5 and cut=0.1: only one may be set. Set the other to 0.",
         ),
-        ("shampoo beta2=-0.5", "treatment 'shampoo beta2=-0.5': beta2=-0.5: must be between 0 and 1."),
+        ("shampoo beta2=-0.5", "treatment 'shampoo beta2=-0.5': beta2=-0.5: must be at least 0."),
         ("shampoo beta2=1", "beta2=1.0: graft 'adam' averages second moments. Use graft 'adagrad' for sums."),
         ("diagonal beta2=1", "beta2=1.0: graft 'adam' averages second moments. Use graft 'adagrad' for sums."),
         ("shampoo exponent=0.3", "exponent=0.3: must be 0 or 1/p for a whole p. Use 1/3 = 0.333333."),
@@ -110,15 +110,15 @@ def test_invalid_treatments(text, error):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"beta1": -0.1}, "beta1=-0.1: must be between 0 and 1."),
-        ({"beta2": 1.5}, "beta2=1.5: must be between 0 and 1."),
+        ({"beta1": -0.1}, "beta1=-0.1: must be at least 0."),
+        ({"beta2": 1.5}, "beta2=1.5: must be at most 1."),
         ({"beta2": float("nan")}, "beta2=nan: must be finite."),
         ({"interval": 2**31 - 1}, "interval=2147483647: must be at most 10,000."),
         ({"host_workers": 100_000, "refresh": "host"}, "host_workers=100000: must be at most 1,024."),
         ({"beta1": 1.0}, "beta1=1.0: must be below 1, or gradients have no effect. Use 0.9."),
         *[({name: 0}, f"{name}=0: must be at least 1.") for name in ("block_size", "interval", "max_failures")],
         *[
-            ({name: -1}, f"{name}=-1: must not be negative.")
+            ({name: -1}, f"{name}=-1: must be at least 0.")
             for name in ("ridge", "cut", "epsilon", "weight_decay", "start_step", "merge_dims")
         ],
         ({"epsilon": 0.0}, "epsilon=0: must be positive, or graft 'adam' divides 0 by 0. Use 1e-8."),
@@ -230,22 +230,6 @@ def test_recommended_options_give_no_warning():
         ShampooOptions()
         for options in GOOD:
             ShampooOptions(**(FIXED | options))
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"graft": "none"}, ["graft='none' with interval=20", "by up to 1e+03", "ridge or cut >= 0.01"]),
-        ({"graft": "none", "interval": 2, "ridge": 9e-3}, ["graft='none' with interval=2"]),
-    ],
-)
-def test_warnings(options, words):
-    """Faults: a warning is lost or comes with another; it points to our file instead of the user's line."""
-    with pytest.warns(UserWarning, match=re.escape(words[0])) as caught:
-        ShampooOptions(**(FIXED | options))
-    (warning,) = caught
-    assert all(word in str(warning.message) for word in words)
-    assert warning.filename == __file__
 
 
 @pytest.mark.parametrize(

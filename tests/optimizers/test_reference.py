@@ -19,8 +19,6 @@ import shampoo_reference as reference
 from shampax.framework.optimizer import service
 from shampax.optimizers import ShampooOptions, distributed_shampoo
 
-pytestmark = pytest.mark.filterwarnings("ignore:graft='none':UserWarning")
-
 STEPS = 50
 # Small blocks for small arrays, an interval shorter than the run, and a ridge that float32 resolves.
 BASE = {"block_size": 16, "interval": 4, "exponent": None, "ridge": 1e-4}
