@@ -21,7 +21,6 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **options,
         )
-        self.register("action", None, _Once)
 
     def parse(self, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, tuple[str, ...]]:
         """Return the flags, and the overrides of knobs as "KEY=VALUE" in the order given.
@@ -30,7 +29,7 @@ class Parser(argparse.ArgumentParser):
           arguments: the command line; None takes that of this process.
 
         Raises:
-          UserError: a flag is unknown, missing, repeated or without a value.
+          UserError: a flag is unknown, missing or without a value.
         """
         flags, overrides = [], []
         takes_knobs = any("--config" in action.option_strings for action in self._actions)
@@ -45,22 +44,15 @@ class Parser(argparse.ArgumentParser):
             if value.startswith("--"):
                 self.error(f"{flag}: the value is missing. Write {flag}=VALUE")
             overrides.append(f"{flag.removeprefix('--config.')}={value}")
-        return self.parse_args(flags), tuple(overrides)
+        options = self.parse_args(flags)
+        for name, value in vars(options).items():
+            if value == "" != self.get_default(name):
+                self.error(f"--{name}: the value is missing. Write --{name}=VALUE")
+        return options, tuple(overrides)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""
         raise UserError(f"{message}. See --help.")
-
-
-class _Once(argparse.Action):
-    """Store a value. A flag may be given once, and its value must not be empty."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if option_string and values == "":
-            parser.error(f"{option_string}: the value is missing. Write {option_string}=VALUE")
-        if option_string and getattr(namespace, self.dest) != self.default:
-            parser.error(f"{option_string}: given twice. Give it once")
-        setattr(namespace, self.dest, values)
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:

@@ -27,8 +27,7 @@ from ..framework.distributed import cluster, sameness
 from ..framework.distributed.processes import Group
 from . import environment, flags, interruptible, knobs
 
-_UNUSABLE = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNUSABLE = ("EEXIST", "ENOTDIR", "EACCES", "EPERM", "EROFS", "ENAMETOOLONG", "ENOSPC", "EDQUOT")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,10 +89,11 @@ def _train(options: argparse.Namespace, overrides: Sequence[str], group: Group |
     try:
         result = train(config, options.workdir)
     except OSError as error:
-        if error.errno not in (*_UNUSABLE, *_FULL):
+        if errno.errorcode.get(error.errno or 0) not in _UNUSABLE:
             raise
-        fix = "Free some space" if error.errno in _FULL else "Use another folder"
-        raise UserError(f"--workdir={options.workdir}: cannot be used ({error}). {fix}.") from error
+        raise UserError(
+            f"--workdir={options.workdir}: cannot be used ({error}). Use another folder, or free some space."
+        ) from error
     _show_result(options.workdir, result)
     return 128 + signal.Signals[result["stopped"]] if result["stopped"] else 0
 

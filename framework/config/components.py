@@ -124,8 +124,6 @@ def load_class(name: str) -> type:
     module_name, _, class_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"cannot import {name!r}: {error}. Install it, or run where Python finds it.") from error
     except Exception as error:  # a user's module may raise anything
         raise UserError(f"cannot import {name!r}: {type(error).__name__}: {error}") from error
     found = {key: cls for key, cls in vars(module).items() if isinstance(cls, type) and dataclasses.is_dataclass(cls)}

@@ -28,26 +28,16 @@ _VISIBLE_GPUS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DE
 
 
 class Place(NamedTuple):
-    """Identify one process of a run. The defaults of the first four mean that a value is unknown.
+    """Identify one process of a run. The defaults mean that a value is unknown."""
 
-    Attributes:
-      host, port: where process 0 listens.
-      count: number of processes.
-      index: number of this process, from 0.
-      here: number of processes on this machine, and index of this process among them; (1, 0) if unknown.
-      local_devices: numbers of the visible GPUs that this process uses; None for all.
-      visible: number of visible GPUs, as far as the environment tells.
-      secret: text that only the processes of this run know, "" if the launcher gave none.
-    """
-
-    host: str = ""
+    host: str = ""  # where process 0 listens
     port: int = 1
-    count: int = 0
-    index: int = -1
-    here: tuple[int, int] = (1, 0)
-    local_devices: tuple[int, ...] | None = None
-    visible: int = 0
-    secret: str = ""
+    count: int = 0  # number of processes
+    index: int = -1  # of this process, from 0
+    here: tuple[int, int] = (1, 0)  # number of processes on this machine, and index of this process among them
+    local_devices: tuple[int, ...] | None = None  # numbers of the visible GPUs that this process uses; None for all
+    visible: int = 0  # number of visible GPUs
+    secret: str = ""  # known only to the processes of this run
 
 
 def place(environ: Mapping[str, str] = os.environ) -> Place | None:

@@ -67,7 +67,6 @@ def ran(arguments, capsys):
         (["--config=sample"], "must be FILE.py or FILE.py:VARIANT"),
         ([], "the following arguments are required: --config. See --help."),
         (["--config="], "--config: the value is missing. Write --config=VALUE"),
-        ([SAMPLE, SAMPLE], "--config: given twice"),
         ([SAMPLE, "--config.seed"], "--config.seed: the value is missing. Write --config.seed=VALUE"),
         ([SAMPLE, "--config.seed", "--config.batch_size=3"], "--config.seed: the value is missing"),
         ([SAMPLE, "--verbose"], "unrecognized arguments: --verbose"),
@@ -173,9 +172,7 @@ def test_several_processes_that_do_not_know_their_numbers_are_refused(trained, m
     assert not trained(RESULT)
     code, out, [line] = ran([SAMPLE, "--workdir=w"], capsys)
     assert (code, out) == (2, [])
-    assert line.startswith(
-        "error: JAX sees 4 processes. Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
-    )
+    assert line.startswith("error: JAX sees 4 processes. Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and ")
 
 
 @pytest.mark.parametrize("library", ["numpy", "jaxlib"])
