@@ -221,7 +221,7 @@ def start(blueprint: Blueprint, watch: Watchdog) -> tuple[TrainState, float]:
 
 
 def _open(request: Request) -> Feed:
-    return Feed.open(request.data, request.workdir / layout.CACHE, request.mesh, request.config)
+    return Feed(request.data, request.workdir / layout.CACHE, request.mesh, request.config)
 
 
 def _absolute(workdir: str | Path) -> Path:

@@ -1,6 +1,5 @@
 """The data of a run: training and held-out batches, on the devices."""
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from ..sharding.global_batch import Share
 from .pipeline import Batches, HeldoutBatches
 
 
-@dataclasses.dataclass(frozen=True)
 class Feed:
-    """Batches of a data set, laid over a mesh.
+    """Batches of a data set, laid over a mesh; opening one prepares the data in the folder `cache` on process 0.
 
     Attributes:
       examples: number of training examples.
@@ -24,39 +22,25 @@ class Feed:
       heldout_examples: number of held-out examples that one evaluation reads.
       decode: decodes the token ids of an example to text; None for data that are not text.
       batch_spec: shapes and shardings of a global batch.
+
+    Raises:
+      UserError: the data cannot be used.
     """
 
-    examples: int
-    fingerprint: str
-    heldout_examples: int
-    decode: dataset.Decoder | None
-    batch_spec: dict[str, jax.ShapeDtypeStruct]
-    _train: Batches
-    _heldout: HeldoutBatches
-    _share: Share
-
-    @classmethod
-    def open(cls, data: dataset.Data, cache: Path, mesh: Mesh, config: Any) -> "Feed":
-        """Prepare the data in the folder `cache` on process 0 and open them on every process of a run.
-
-        Raises:
-          UserError: the data cannot be used.
-        """
+    def __init__(self, data: dataset.Data, cache: Path, mesh: Mesh, config: Any):
         agreement.first(lambda: data.prepare(cache))
         source, heldout_source = data.examples("train", cache), data.examples("heldout", cache)
-        share, evaluation = Share(config.batch_size, mesh), config.evaluation
-        rows = {"global_batch_size": config.batch_size, "rows": share.rows}
-        train = Batches(source, seed=config.seed, augment=dataset.augment(data), **rows)
-        heldout = HeldoutBatches(heldout_source, limit=evaluation.batches, sample=evaluation.sample, **rows)
-        return cls(
-            len(source),
-            dataset.fingerprint(data, cache),
-            min(len(heldout_source), len(heldout) * config.batch_size),
-            dataset.decoder(data, cache),
-            jax.tree.map(_spec, share.to_devices(train[0])),
-            train,
-            heldout,
-            share,
+        self._share, evaluation = Share(config.batch_size, mesh), config.evaluation
+        rows = {"global_batch_size": config.batch_size, "rows": self._share.rows}
+        self._train = Batches(source, seed=config.seed, augment=dataset.augment(data), **rows)
+        self._heldout = HeldoutBatches(heldout_source, limit=evaluation.batches, sample=evaluation.sample, **rows)
+        self.examples = len(source)
+        self.fingerprint = dataset.fingerprint(data, cache)
+        self.heldout_examples = min(len(heldout_source), len(self._heldout) * config.batch_size)
+        self.decode = dataset.decoder(data, cache)
+        self.batch_spec = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
+            self._share.to_devices(self._train[0]),
         )
 
     def train(self, number: int) -> Iterator[Any]:
@@ -66,7 +50,3 @@ class Feed:
     def heldout(self) -> Iterator[Any]:
         """Yield the held-out batches once."""
         return map(self._share.to_devices, self._heldout)
-
-
-def _spec(array: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)

@@ -625,7 +625,7 @@ FRAMEWORK = (
     ),
     Mutant(
         "last-days-trained-on",
-        "framework/data/clicks/criteo.py",
+        "framework/data/clicks.py",
         'return (0, boundary) if split == "train" else (boundary, rows)',
         'return (0, rows) if split == "train" else (boundary, rows)',
         "The held-out days of a click log are trained on.",

@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from shampax.framework.data.clicks import rows
-from shampax.framework.data.clicks.rows import CATEGORIES, INTEGERS
+from shampax.framework.data import clicks
+from shampax.framework.data.clicks import CATEGORIES, INTEGERS
 from shampax.framework.dataset import Split
 
 _HIDDEN = 4  # length of the teacher's vectors
@@ -44,8 +44,8 @@ class SyntheticClicks:
         return 1
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """See `rows.spec`."""
-        return rows.spec()
+        """See `clicks.spec`."""
+        return clicks.spec()
 
     def prepare(self, cache: Path) -> None:
         """Do nothing."""
@@ -97,7 +97,7 @@ class TaughtClicks:
         chance = 1 / (1 + math.exp(-self._data.signal * logit))
         fields = {
             "label": np.int32(random.random() < chance),
-            "integers": np.where(empty, rows.MISSING, integers),
+            "integers": np.where(empty, clicks.MISSING, integers),
             "categories": self._hashes[every, values],
         }
-        return rows.example(fields), chance
+        return clicks.example(fields), chance

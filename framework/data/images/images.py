@@ -25,7 +25,7 @@ _SAMPLE_FILES: dict[Split, str] = {
     "heldout": "fashion-mnist-test-500.u8.xz",
 }
 _SAMPLE_SIDE = 28
-_CROP_ASPECT = (0.75, 4 / 3)  # width / height of a training crop (Szegedy et al. 2015)
+_HELDOUT_SHARE = 0.875  # side of the evaluated central crop / shorter side: 224 of 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +45,6 @@ class ImageData:
     label_key: str = "label"  # feature of a tfds set that holds the label
     train_split: str = "train"  # tfds split to train on
     heldout_split: str = "validation"  # tfds split to evaluate on
-    crop_area: tuple[float, float] = (0.08, 1.0)  # range of a training crop's share of a tfds image (Szegedy 2015)
-    heldout_share: Annotated[float, Within(0.001, 1)] = (
-        0.875  # side of the evaluated central crop / shorter side: 224 of 256
-    )
     shift: Annotated[int, Within(0, _SAMPLE_SIDE - 1)] = 2  # most pixels by which the sample's images move each way
     flip: bool = True  # mirror half of the training images
     max_malformed: Annotated[int, Within(0)] = 0  # malformed images of a split that are skipped
@@ -59,8 +55,6 @@ class ImageData:
             raise ValueError(f"data.source={self.source!r}: write {_SAMPLE!r} or 'tfds:imagenet2012:5.1.0'")
         if self.source == _SAMPLE and self.image_size != _SAMPLE_SIDE:
             raise ValueError(f"data.image_size={self.image_size}: the sample's images have {_SAMPLE_SIDE}")
-        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
-            raise ValueError(f"data.crop_area={self.crop_area}: give two rising shares, as (0.08, 1.0)")
 
     @property
     def tokens_per_example(self) -> int:
@@ -92,8 +86,7 @@ class ImageData:
             image = pictures.shifted(image, down, right)
         else:
             height, width, _ = image.shape
-            box = pictures.random_box(height, width, rng, area=self.crop_area, aspect=_CROP_ASPECT)
-            image = pictures.resized(image, box, self.image_size)
+            image = pictures.resized(image, pictures.random_box(height, width, rng), self.image_size)
         if self.flip and rng.random() < 0.5:
             image = image[:, ::-1]
         return example | {"image": np.ascontiguousarray(image)}
@@ -172,7 +165,7 @@ class _TfdsImages:
         if self._split == "train":
             return example
         height, width, _ = example["image"].shape
-        box = pictures.central_box(height, width, self._data.heldout_share)
+        box = pictures.central_box(height, width, _HELDOUT_SHARE)
         return example | {"image": pictures.resized(example["image"], box, self._data.image_size)}
 
     def _read(self, index: int) -> tuple[np.ndarray, int] | Malformed:

@@ -11,6 +11,7 @@ from PIL import Image, ImageFile
 
 FORMATS = ("JPEG", "PNG")  # Pillow's other parsers are not used
 MOST_PIXELS = 2**26  # per image: a small file may decode to gigabytes. ImageNet's largest has 2**24.5
+_AREA, _ASPECT = (0.08, 1.0), (0.75, 4 / 3)  # of a training crop: share of the image, and width / height
 _SHOWN = 80  # characters of another library's message
 
 # Refuse a truncated file; Pillow could fill the rest with grey.
@@ -53,28 +54,20 @@ def resized(image: np.ndarray, box: tuple[float, float, float, float], size: int
     return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
-def random_box(
-    height: int, width: int, rng: np.random.Generator, *, area: tuple[float, float], aspect: tuple[float, float]
-) -> tuple[float, float, float, float]:
+def random_box(height: int, width: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
     """Return a box of random area and shape at a random place (Szegedy et al. 2015, arXiv 1409.4842, section 6).
 
-    The first of ten draws that fits is used; if none fits, the largest centred box of the nearest allowed shape.
-
-    Args:
-      height: of the image.
-      width: of the image.
-      rng: source of all randomness.
-      area: range of the share of the image, drawn uniformly.
-      aspect: range of width / height, drawn uniformly in the logarithm.
+    Its share of the image is drawn uniformly, width / height uniformly in the logarithm. The first of ten draws that
+    fits is used; if none fits, the largest centred box of the nearest allowed shape.
     """
     for _ in range(10):
-        share = rng.uniform(*area)
-        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        share = rng.uniform(_AREA[0], _AREA[1])
+        ratio = math.exp(rng.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
         wide, high = (round(math.sqrt(height * width * share * r)) for r in (ratio, 1 / ratio))
         if 0 < wide <= width and 0 < high <= height:
             left, top = int(rng.integers(width - wide + 1)), int(rng.integers(height - high + 1))
             return left, top, left + wide, top + high
-    ratio = min(max(width / height, aspect[0]), aspect[1])
+    ratio = min(max(width / height, _ASPECT[0]), _ASPECT[1])
     return _centred(height, width, min(width, height * ratio), min(height, width / ratio))
 
 

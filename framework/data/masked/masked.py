@@ -11,7 +11,7 @@ from etils import epath
 
 from ...base.bounds import Within
 from ...base.errors import UserError
-from ...dataset import SPLITS, Decoder, Example, Source, Split
+from ...dataset import SPLITS, Example, Source, Split
 from ..preparing import manifests
 from ..preparing.manifests import Manifest
 from ..preparing.preparing import Tally
@@ -116,14 +116,8 @@ class MaskedTextData(DocumentData):
     def augment(self, example: Example, rng: np.random.Generator) -> Example:
         """Return a row of `PairRow` with masks: the arrays of `spec`."""
         vocabulary = Vocabulary(*example["vocabulary"].tolist())
-        masks = masked_row(
-            example["tokens"],
-            example["segments"],
-            vocabulary,
-            rng,
-            rate=self.mask_rate,
-            predictions=self.predictions,
-        )
+        tokens, segments = example["tokens"], example["segments"]
+        masks = masked_row(tokens, segments, vocabulary, rng, rate=self.mask_rate, predictions=self.predictions)
         return {name: array for name, array in example.items() if name != "vocabulary"} | masks
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -136,11 +130,6 @@ class MaskedTextData(DocumentData):
     def fingerprint(self, cache: str | os.PathLike[str]) -> str:
         """See `Preparable.fingerprint`; masking knobs change it, too."""
         return manifests.digest([super().fingerprint(cache), self.mask_rate, self.predictions])
-
-    def decoder(self, cache: str | os.PathLike[str]) -> Decoder:
-        """Return a function that decodes token ids to text, special tokens included."""
-        tokenizer = self.load_tokenizer(cache)
-        return lambda tokens: tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=False)
 
 
 class MaskedRows:

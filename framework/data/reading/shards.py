@@ -93,15 +93,14 @@ class ShardRows:
         start: int,
         stop: int,
     ):
-        held = [(os.fspath(shard), count) for shard, count in zip(shards, counts, strict=True) if count]
-        self._shards, self._counts = [shard for shard, _ in held], [count for _, count in held]
-        self._ends, self._decode = list(itertools.accumulate(self._counts)), decode
+        self._shards, self._counts, self._decode = [os.fspath(shard) for shard in shards], counts, decode
+        self._ends = list(itertools.accumulate(counts))
         self._range = range(start, stop)
         self._reader = functools.lru_cache(_OPEN)(self._open)  # a dropped reader closes once no thread reads from it
         assert 0 <= start <= stop <= sum(counts), (start, stop, counts)
 
     def __repr__(self) -> str:
-        return f"ShardRows({os.path.dirname(self._shards[0]) if self._shards else 'nothing'}, {self._range})"
+        return f"ShardRows({os.path.commonpath(self._shards)}, {self._range})"
 
     def __len__(self) -> int:
         return len(self._range)

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 
 from ...base import paths
 from ...base.bounds import Within
-from ...base.errors import UserError
 from ...dataset import Split
 from .. import samples
 from ..preparing import manifests
@@ -22,6 +21,7 @@ from ..reading import files
 from ..reading.malformed import Malformed, Rejects
 from ..reading.sources import Source, file_source, of_splits, tfds_source
 from ..reading.tfds import TfdsSet
+from .tokenizer import read_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +98,7 @@ class Tokenized(Preparable):
         """See `Preparable.settings`; with the hash of the tokenizer's file in place of its path."""
         settings = super().settings()
         if self.tokenizer:
-            try:
-                content = paths.of(self.tokenizer).read_bytes()
-            except OSError as error:
-                raise UserError(
-                    f"data.tokenizer={self.tokenizer}: cannot be read ({error.strerror or error})"
-                ) from error
-            settings["tokenizer"] = hashlib.sha256(content).hexdigest()
+            settings["tokenizer"] = hashlib.sha256(read_bytes(paths.of(self.tokenizer))).hexdigest()
         return settings
 
     def make_tokenizer(self, cache: epath.Path, source: Source) -> str:

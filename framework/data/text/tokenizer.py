@@ -83,12 +83,7 @@ def read_tokenizer(path: epath.Path, vocab_size: int) -> Tokenizer:
     Raises:
       UserError: the file is missing or invalid, or has more than `vocab_size` tokens.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"data.tokenizer={path}: cannot be read ({error.strerror or error}). Check the path."
-        ) from error
+    content = read_bytes(path)
     with refusing(f"data.tokenizer={path}: is not a tokenizers JSON file"):
         tokenizer = Tokenizer.from_buffer(content)
         size = max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -98,6 +93,20 @@ def read_tokenizer(path: epath.Path, vocab_size: int) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def read_bytes(path: epath.Path) -> bytes:
+    """Return the content of a tokenizer's file.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"data.tokenizer={path}: cannot be read ({error.strerror or error}). Check the path."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -10,9 +10,8 @@ import pytest
 from synthetic_clicks import SyntheticClicks
 
 from shampax.framework.base.errors import UserError
-from shampax.framework.data.clicks import ClickData, criteo
-from shampax.framework.data.clicks import rows as click_rows
-from shampax.framework.data.clicks.rows import MISSING
+from shampax.framework.data import clicks
+from shampax.framework.data.clicks import MISSING, ClickData
 from shampax.framework.data.pipeline import Batches
 from shampax.framework.data.reading import tsv
 
@@ -210,7 +209,7 @@ def test_damage_is_detected(tmp_path, cache):
 
 
 def parsed(path):
-    return criteo.parse(path, tsv.lines(path))
+    return clicks.parse(path, tsv.lines(path))
 
 
 def test_random_access_equals_the_stream_for_any_number_of_processes(tmp_path, cache):
@@ -243,7 +242,7 @@ def test_flights(cache):
     assert (len(train), len(heldout)) == (25_039, 4_961)
     first = train[0]
     assert first["integers"].tolist() == [375, 522, 746, 38, 28, 67, 240, 115, MISSING, 0, 10124, 100, 145]
-    hashed = criteo._hashed
+    hashed = clicks._hashed
     wanted = [hashed(text) for text in ("DL", "575", "N326NB", "EWR", "ATL", "1", "1", "6", "1")]
     assert first["categories"][:9].tolist() == wanted
     assert first["categories"][17] == hashed("EWR\tATL") and first["categories"][25] == hashed("DL\t6")
@@ -254,7 +253,7 @@ def test_flights(cache):
 def test_hashes_have_known_values():
     """Fault: hashes differ between processes or versions, as Python's own do, so that caches and models become
     invalid."""
-    hashed = criteo._hashed
+    hashed = clicks._hashed
     assert [hashed(text) for text in ("", "DL", "EWR\tATL", "1")] == [0, 2863043909, 1978277074, 2212294583]
 
 
@@ -275,5 +274,5 @@ def test_synthetic_clicks_are_a_function_of_their_index(cache):
 
 def test_integers_at_the_ends_of_their_range():
     """Fault: the smallest 32-bit integer, which marks a missing one, is not treated as missing."""
-    row = np.frombuffer(click_rows.packed((1, [-(2**31), None, *[2**63 - 1] * 11], [0] * 26)), click_rows.ROW)[0]
+    row = np.frombuffer(clicks.packed((1, [-(2**31), None, *[2**63 - 1] * 11], [0] * 26)), clicks.ROW)[0]
     assert row["integers"][:3].tolist() == [MISSING + 1, MISSING, 2**31 - 1]

@@ -97,10 +97,15 @@ def test_every_group_has_two_documents():
         assert count == 1 or min(found) >= 2
 
 
+def decoder(data, cache):
+    tokenizer = data.load_tokenizer(cache)
+    return lambda tokens: tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+
+
 def test_rows_have_the_published_layout(texts):
     """Faults: special tokens are missing or misplaced; segments do not end with [SEP]; padding has weight."""
     data, cache = texts
-    decode = data.decoder(cache)
+    decode = decoder(data, cache)
     for row in rows_of(data, cache, "train"):
         text = decode(row["tokens"])
         first, second = (decode(row["tokens"][row["segments"] == number]) for number in (1, 2))
@@ -113,7 +118,7 @@ def test_rows_have_the_published_layout(texts):
 def test_held_out_documents_are_never_trained_on(texts):
     """Faults: a random second text is of the other split; the vocabulary has held-out words."""
     data, cache = texts
-    decode = data.decoder(cache)
+    decode = decoder(data, cache)
     owners = {
         split: {word for row in rows_of(data, cache, split) for word in marks(restored(row, decode))}
         for split in ("train", "heldout")

@@ -15,7 +15,7 @@ import pytest
 from shampax.framework.base import paths
 from shampax.framework.base.errors import UserError
 from shampax.framework.config import check, components
-from shampax.framework.data.clicks.criteo import ClickData
+from shampax.framework.data.clicks import ClickData
 from shampax.framework.data.masked import MaskedTextData
 from shampax.framework.data.pairs import PairData
 from shampax.framework.data.pipeline import Batches, HeldoutBatches

@@ -5,23 +5,28 @@ import functools
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar
 
 import jax
+import numpy as np
 from etils import epath
 
-from ...base.bounds import Within
-from ...dataset import Example, Split
-from .. import samples
-from ..preparing import manifests
-from ..preparing.manifests import Manifest
-from ..preparing.preparing import Preparable, Tally
-from ..reading import files, tsv
-from ..reading.malformed import Malformed
-from ..reading.sources import Blocks, Source, Stream, blocks_of, of_splits
-from . import rows as click_rows
-from .rows import CATEGORIES, INTEGERS, Fields
+from ..base.bounds import Within
+from ..dataset import Example, Split
+from . import samples
+from .preparing import manifests
+from .preparing.manifests import Manifest
+from .preparing.preparing import Preparable, Tally
+from .reading import files, tsv
+from .reading.malformed import Malformed
+from .reading.sources import Blocks, Source, Stream, blocks_of, of_splits
+
+INTEGERS, CATEGORIES = 13, 26
+MISSING = -(2**31)  # an empty integer field; an empty category is 0
+ROW = np.dtype([("label", "u1"), ("integers", "<i4", INTEGERS), ("categories", "<u4", CATEGORIES)])
+
+Fields = tuple[int, Sequence[int | None], Sequence[int]]  # label, integers, 32-bit hashes of categories
 
 FLIGHTS = "nycflights-30000.tsv.xz"
 _SUFFIXES = (".txt", ".tsv", "")
@@ -72,8 +77,8 @@ class ClickData(Preparable):
         return 1
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """See `rows.spec`."""
-        return click_rows.spec()
+        """Return shapes and types of an example."""
+        return spec()
 
     def open_source(self) -> Source:
         """See `Preparable.open_source`; one stream for each file."""
@@ -105,7 +110,7 @@ class ClickData(Preparable):
         """See `Preparable.rows`."""
         for fields in records:
             tally.counts["clicks"] += fields[0]
-            yield click_rows.packed(fields)
+            yield packed(fields)
 
     def span(self, split: Split, rows: int) -> tuple[int, int]:
         """See `Preparable.span`."""
@@ -116,7 +121,7 @@ class ClickData(Preparable):
 
     def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> Callable[[bytes], Example]:
         """See `Preparable.row_decoder`."""
-        return click_rows.unpacked
+        return unpacked
 
     def _blocks(self, path: epath.Path) -> Blocks:
         return (parse(path, lines) for lines in blocks_of(tsv.lines(path), self.shard_size))
@@ -171,3 +176,38 @@ def _hashed(text: str) -> int:
 def _numbered(path: epath.Path) -> list[str]:
     """Return a sort key by which day_10 comes after day_9."""
     return [text.zfill(20) if text.isdecimal() else text for text in re.split("([0-9]+)", str(path))]
+
+
+def packed(fields: Fields) -> bytes:
+    """Return the bytes of a row; integers are clipped to 32 bits."""
+    label, integers, categories = fields
+    row = np.empty((), ROW)
+    row["label"] = label
+    row["integers"] = [MISSING if x is None else min(max(x, MISSING + 1), 2**31 - 1) for x in integers]
+    row["categories"] = categories
+    return row.tobytes()
+
+
+def unpacked(content: bytes) -> Example:
+    """Return the example of the bytes of a row."""
+    return example(np.frombuffer(content, ROW)[0])
+
+
+def example(row: Any) -> Example:
+    """Return the example of a row with the fields of `ROW`.
+
+    label: 1 for a click. weight: 1; padding examples have 0. integers: counts, which may be negative; `MISSING` for an
+    empty field. categories: 32-bit hashes, which a model maps to the rows of its tables.
+    """
+    return {
+        "label": np.asarray(row["label"], np.int32),
+        "weight": np.ones((), np.float32),
+        "integers": row["integers"].astype(np.int32),
+        "categories": row["categories"].astype(np.uint32),
+    }
+
+
+def spec() -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shapes and types of an example."""
+    of_zeros = example(np.zeros((), ROW))
+    return {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in of_zeros.items()}
