@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..framework.config.components import component
+from ..framework.config.components import component, field_types
 from ..framework.config.schema import MAY_CHANGE, get_config
 
 __all__ = ["MAY_CHANGE", "component", "get_config"]
@@ -25,13 +25,14 @@ def of_variants(variants: Mapping[str, Callable[[Any], None]]) -> Callable[..., 
     return get_config_of
 
 
-def select(config: Any, task: tuple[str, dict[str, Any]], data: tuple[str, dict[str, Any]], shared: str) -> None:
-    """Set task and data, each (import string, fields); data refer to the task's field `shared`.
+def select(config: Any, task: str, data: str, shared: str = "vocab_size", **fields: Any) -> None:
+    """Set task and data, given as import strings, with some fields: each goes to the class that declares it.
 
-    An override of this field in one of them changes both.
+    Data refer to the task's field `shared`: an override of this field in one of them changes both.
     """
-    config.task = component(task[0], **task[1])
-    config.data = component(data[0], **data[1], **{shared: config.task.get_ref(shared)})
+    of_data = {name: fields.pop(name) for name in field_types(data) if name in fields and name != shared}
+    config.task = component(task, **fields)
+    config.data = component(data, **of_data, **{shared: config.task.get_ref(shared)})
 
 
 def pace(config: Any, *, evaluate: str, save: str, batches: int = -1) -> None:

@@ -27,6 +27,7 @@ BooksCorpus, on which the published models were also trained, is not distributed
 slice, with a workdir that all hosts share (docs/clusters.md).
 """
 
+import functools
 from typing import Any
 
 from . import base
@@ -37,6 +38,10 @@ EMBEDDING_RATES = ((r".*/words", 3.0), (r".*/positions", 0.5), (r".*", 1.0))
 PUBLISHED_DECAY = ((r"(.*/)?[^/]*(bias|scale|norm)[^/]*(/.*)?", False), (r".*", True))  # embeddings decay too
 FIRST_PHASE, BOTH_PHASES = 7_038, 8_599  # steps
 LARGE = {"layers": 24, "embed_dim": 1_024, "heads": 16, "mlp_dim": 4_096}
+
+_select = functools.partial(
+    base.select, task="shampax.models.bert:BertTask", data="shampax.framework.data.masked:MaskedTextData"
+)
 
 
 def sample(config: Any) -> None:
@@ -150,14 +155,4 @@ def _shampoo(*, block_size: int) -> Any:
         graft="adam_normalized",
         weight_decay=0.01,
         decay_rules=PUBLISHED_DECAY,
-    )
-
-
-def _select(config: Any, *, source: str, sequence_length: int, predictions: int, **model: Any) -> None:
-    data = {"source": source, "sequence_length": sequence_length, "predictions": predictions}
-    base.select(
-        config,
-        ("shampax.models.bert:BertTask", model),
-        ("shampax.framework.data.masked:MaskedTextData", data),
-        shared="vocab_size",
     )

@@ -32,9 +32,12 @@ long: continue 1b on books, in rows of 65,536 tokens, for a v5e slice of 256 chi
   second, and `data.max_records` limits how many.
 """
 
+import functools
 from typing import Any
 
 from . import base
+
+_select = functools.partial(base.select, task="shampax.models.lm:LMTask", data="shampax.framework.data.text:TextData")
 
 
 def sample(config: Any) -> None:
@@ -183,15 +186,6 @@ VARIANTS = {
     "long": long,
 }
 get_config = base.of_variants(VARIANTS)
-
-
-def _select(config: Any, *, source: str, sequence_length: int, **model: Any) -> None:
-    base.select(
-        config,
-        ("shampax.models.lm:LMTask", model),
-        ("shampax.framework.data.text:TextData", {"source": source, "sequence_length": sequence_length}),
-        shared="vocab_size",
-    )
 
 
 def _with_treatment(config: Any, treatment: str) -> None:

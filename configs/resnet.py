@@ -132,11 +132,7 @@ def _imagenet(config: Any, *, images_per_chip: int) -> None:
     config.checkpoint.every = "4 epochs"
 
 
-def _select(config: Any, *, source: str, image_size: int, **model: Any) -> None:
-    base.select(
-        config,
-        ("shampax.models.resnet:ResNetTask", model),
-        ("shampax.framework.data.images:ImageData", {"source": source, "image_size": image_size}),
-        shared="classes",
-    )
+def _select(config: Any, **fields: Any) -> None:
+    task, data = "shampax.models.resnet:ResNetTask", "shampax.framework.data.images:ImageData"
+    base.select(config, task, data, shared="classes", **fields)
     config.sharding_rules = (*config.sharding_rules, *SHARDING_RULES)

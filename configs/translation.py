@@ -29,9 +29,14 @@ paper: Transformer-big on WMT'14 English to French, for a v5e slice of 64 chips;
   Run base and paper in every host of the slice, with a workdir that all hosts share (docs/clusters.md).
 """
 
+import functools
 from typing import Any
 
 from . import base
+
+_select = functools.partial(
+    base.select, task="shampax.models.translation:TranslationTask", data="shampax.framework.data.pairs:PairData"
+)
 
 
 def sample(config: Any) -> None:
@@ -39,7 +44,8 @@ def sample(config: Any) -> None:
     _select(
         config,
         source="sample:nt",
-        lengths=(112, 128),  # held-out verses have up to 96 and 108 tokens
+        source_length=112,  # held-out verses have up to 96 tokens in English and 108 in French
+        target_length=128,
         vocab_size=2_048,
         encoder_layers=2,
         decoder_layers=2,
@@ -74,7 +80,8 @@ def transformer_base(config: Any) -> None:
     _select(
         config,
         source="tfds:wmt14_translate/de-en:1.0.0",
-        lengths=(256, 256),
+        source_length=256,
+        target_length=256,
         target_key="de",
         vocab_size=32_768,
         encoder_layers=6,
@@ -100,7 +107,8 @@ def paper(config: Any) -> None:
     _select(
         config,
         source="tfds:wmt14_translate/fr-en:1.0.0",
-        lengths=(192, 192),
+        source_length=192,
+        target_length=192,
         pairs_per_row=1,
         vocab_size=32_768,
         encoder_layers=6,
@@ -131,30 +139,6 @@ def paper(config: Any) -> None:
 
 VARIANTS = {"sample": sample, "sample_adam": sample_adam, "base": transformer_base, "paper": paper}
 get_config = base.of_variants(VARIANTS)
-
-
-def _select(
-    config: Any,
-    *,
-    source: str,
-    lengths: tuple[int, int],
-    target_key: str = "fr",
-    pairs_per_row: int = 0,
-    **model: Any,
-) -> None:
-    data = {
-        "source": source,
-        "source_length": lengths[0],
-        "target_length": lengths[1],
-        "pairs_per_row": pairs_per_row,
-        "target_key": target_key,
-    }
-    base.select(
-        config,
-        ("shampax.models.translation:TranslationTask", model),
-        ("shampax.framework.data.pairs:PairData", data),
-        shared="vocab_size",
-    )
 
 
 def _pace(config: Any) -> None:
