@@ -122,7 +122,6 @@ def foreign(path: Any, changed: Sequence[str]) -> str:
 
 
 def _check_numbers(key: str, value: Any, within: Within | None = None) -> None:
-    """Check a number, or all numbers of a tuple."""
     if isinstance(value, tuple):
         for item in value:
             _check_numbers(key, item)

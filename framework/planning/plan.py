@@ -6,7 +6,6 @@ Without compilation nothing is allocated: all tables come from shapes and shardi
 import dataclasses
 import math
 import re
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,14 +36,12 @@ class Compiled:
     """Memory, FLOPs and collectives of a compiled program. The content of a loop counts once.
 
     Attributes:
-      seconds: time taken to compile.
       error: the compiler's reason if the program does not fit; all fields below are then 0.
       arguments, temporaries, peak: bytes on each device.
       flops: FLOPs on each device.
       traffic: kind of collective -> (number, bytes of their results on a device, bytes that a device sends).
     """
 
-    seconds: float
     error: str = ""
     arguments: int = 0
     temporaries: int = 0
@@ -185,15 +182,13 @@ def _bytes_by_kind(state: Any, batch: Any) -> dict[str, int]:
 
 
 def _compile(lowered: jax.stages.Lowered) -> Compiled:
-    begun = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         found = re.search(r"Ran out of memory.*", str(error))
-        return Compiled(time.perf_counter() - begun, error=found[0] if found else str(error).splitlines()[0])
-    seconds = time.perf_counter() - begun
+        return Compiled(found[0] if found else str(error).splitlines()[0])
     memory: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis()
     traffic: dict[str, tuple[int, int, float]] = {}
@@ -201,7 +196,6 @@ def _compile(lowered: jax.stages.Lowered) -> Compiled:
         count, size, sent = traffic.get(each.kind, (0, 0, 0.0))
         traffic[each.kind] = (count + 1, size + each.bytes, sent + each.sent)
     return Compiled(
-        seconds,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes,

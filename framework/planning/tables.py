@@ -29,8 +29,8 @@ def text(title: str, plan: Plan) -> str:
 
 def _compiled(name: str, compiled: Compiled) -> list[str]:
     if compiled.error:
-        return [f"{name} step: the compiler refuses it after {compiled.seconds:.0f} s: {compiled.error}"]
-    lines = [f"{name} step, compiled in {compiled.seconds:.0f} s; per device, the content of a loop counts once"]
+        return [f"{name} step: the compiler refuses it: {compiled.error}"]
+    lines = [f"{name} step; per device, the content of a loop counts once"]
     for field in ("arguments", "temporaries", "peak"):
         lines.append(f"  {field:<28} {_bytes(getattr(compiled, field))}")
     lines.append(f"  {'FLOPs':<28} {compiled.flops:>12.3e}")

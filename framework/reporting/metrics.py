@@ -52,8 +52,8 @@ class MetricsWriter:
 
     def _drop_after(self, step: int, evaluated: bool) -> None:
         try:
-            points = ((line, parse_point(line)) for line in self._path.read_text(errors="replace").splitlines())
-            kept = [line for line, point in points if point is not None and _stays(point, step, evaluated)]
+            lines = self._path.read_text(errors="replace").splitlines()
+            kept = [line for line in lines if (point := parse_point(line)) and _stays(point, step, evaluated)]
             paths.write_text(self._path, "".join(line + "\n" for line in kept))
         except OSError as error:
             self._warn(self._path.name, error)
@@ -87,7 +87,6 @@ class MetricsWriter:
             self._warn("events", error)
 
     def _warn(self, what: str, error: Exception) -> None:
-        """Warn once for each file."""
         if what not in self._warned:
             self._warned.add(what)
             rest = "TensorBoard events are off" if what == "events" else f"measurements are missing in {what}"

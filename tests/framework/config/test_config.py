@@ -237,9 +237,9 @@ def test_files_that_are_not_config_files(tmp_path):
     path.write_text("")
     assert refusal(config_lib.load, str(path)) == f"{path} defines no function get_config."
     path.write_text("def get_config(): pass")
-    assert "takes no variant, given 'x'. Variants: none." in refusal(config_lib.load, f"{path}:x")
+    assert "get_config() takes 0 positional arguments but 1 was given" in refusal(config_lib.load, f"{path}:x")
     path.write_text("VARIANTS = ('a', 'b')\ndef get_config(variant): pass")
-    assert "needs a variant. Variants: a, b." in refusal(config_lib.load, str(path))
+    assert "get_config() missing 1 required positional argument: 'variant'" in refusal(config_lib.load, str(path))
     assert "Did you mean 'lm.py'?" in refusal(config_lib.load, "configs/ln.py")
     assert "--config=sample: must be FILE.py" in refusal(config_lib.load, "sample")
     assert "cannot read config file" in refusal(config_lib.load, "x" * 5_000 + ".py")

@@ -80,7 +80,7 @@ def test_other_optimizers_have_named_bytes():
 
 def made_up(memory, *, train=0, evaluation=0, error=""):
     """Return a plan with 60 bytes of state, 20 of which are arguments of evaluation."""
-    compiled = {"train": Compiled(1.0, error, 60, peak=train), "evaluate": Compiled(1.0, "", 20, peak=evaluation)}
+    compiled = {"train": Compiled(error, 60, peak=train), "evaluate": Compiled("", 20, peak=evaluation)}
     held = {"parameters": 20, "gradients": 20, "momentum": 40}
     return Plan({"data": 1}, "chip", {}, [], held, 1.0, memory, compiled if train or error else {})
 
