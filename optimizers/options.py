@@ -157,9 +157,8 @@ class Options:
     start_step: int = 0  # first step that uses roots; the graft method acts before
 
     # Grafting
-    # none (unstable unless the interval is 1 or the ridge large), sgd, adagrad, rmsprop, adam, or one of the last three
-    # with "_normalized"
-    graft: str = "adam"
+    # "none" is unstable unless the interval is 1 or the ridge large.
+    graft: str = "adam"  # none, sgd, adagrad, rmsprop, adam, or one of the last three with "_normalized"
     epsilon: float = 1e-8  # in the denominator of the diagonal method, absolute
 
     # Momentum and weight decay

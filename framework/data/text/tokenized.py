@@ -41,9 +41,7 @@ class Tokenized(Preparable):
     data_dir: str = ""  # folder of tfds sets, local or gs://; "" uses $TFDS_DATA_DIR or ~/tensorflow_datasets
     train_split: str = "train"  # tfds split to train on
     heldout_split: str = "validation"  # tfds split to evaluate on ("test" for lm1b)
-    heldout_fraction: Annotated[float, Within(1e-9, 0.999)] = (
-        0.1  # fraction of the records of files to hold out, chosen by a hash of their text
-    )
+    heldout_fraction: Annotated[float, Within(1e-9, 0.999)] = 0.1  # of the records of files, by a hash of their text
     max_records: Annotated[int, Within(0)] = 0  # per split, malformed ones included; 0 takes all
     tokenizer: str = ""  # tokenizers JSON file, local or gs://; "" trains one on the training records
 
