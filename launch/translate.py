@@ -32,10 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     parser = flags.Parser("translate", __doc__)
-    place = parser.add_mutually_exclusive_group(required=True)
-    place.add_argument("--workdir", type=Path, metavar="DIR", help="workdir of a translation run")
-    place.add_argument("--checkpoint", type=Path, metavar="PATH", help="one of its checkpoints: DIR/checkpoints/STEP")
-    parser.add_argument("--use", choices=("best", "newest"), default="best", help="which checkpoint of the workdir")
+    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="workdir of a translation run")
+    parser.add_argument("--use", choices=("best", "newest"), default="best", help="which of its checkpoints")
     parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="sentences per batch (64)")
     parser.add_argument("--beam_size", type=int, metavar="K", help="replaces that of the run")
     parser.add_argument("--length_penalty", type=float, metavar="A", help="replaces that of the run")
@@ -69,20 +67,16 @@ def _model(options: argparse.Namespace) -> Callable[[_Numbered], dict[int, str]]
 
     from ..configs import base
     from ..framework.base import workdir as layout
-    from ..framework.checkpoint import restore, store
+    from ..framework.checkpoint import restore
     from ..framework.sharding import meshes
 
-    if options.checkpoint is not None:
-        checkpoint, damaged = store.locate(options.checkpoint, intact=True)
-        workdir = checkpoint.absolute().parents[1]
-    else:
-        workdir = options.workdir.expanduser()
-        checkpoint, damaged = restore.choose(workdir, options.use)
+    workdir = options.workdir.expanduser()
+    checkpoint, damaged = restore.choose(workdir, options.use)
     for path, why in damaged:
         _warn(f"checkpoint {path} is damaged ({why}); using {checkpoint}")
     data = restore.component(workdir, "data", [DATA])
-    search = {name: getattr(options, name) for name in ("beam_size", "length_penalty", "decode_length")}
-    given = {name: value for name, value in search.items() if value is not None}
+    search = ("beam_size", "length_penalty", "decode_length")
+    given = {name: value for name in search if (value := getattr(options, name)) is not None}
     try:
         task = dataclasses.replace(restore.component(workdir, "task", [TASK]), **given)
     except ValueError as error:
