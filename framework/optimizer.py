@@ -153,7 +153,7 @@ def diagnostics(state: Any) -> dict[str, jax.Array]:
 
 def treatments(tx: optax.GradientTransformation, params: Any) -> dict[str, str]:
     """Return parameter path -> short text on its treatment; empty if all parameters are treated alike."""
-    return {path: text for layout in layouts(tx, params).values() for path, text in layout.treatments.items()}
+    return {path: text for layout in layouts(tx, params).values() for path, text in layout.plan.treatments.items()}
 
 
 def saved_spec(abstract: Any, params: Any) -> Any:

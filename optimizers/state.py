@@ -93,11 +93,6 @@ class Layout:
         """Return the plan of the parameters."""
         return make_plan(self.parameters, self.options, self.owners.sizes)
 
-    @property
-    def treatments(self) -> dict[str, str]:
-        """Return path -> a short text that describes the treatment."""
-        return self.plan.treatments
-
     def initial(self) -> "ShampooState":
         """Return the state before the first step."""
         state, buckets = self._zeros(), self.plan.buckets
@@ -127,10 +122,8 @@ class Layout:
         for leaf in self.plan.diagonal.values():
             own = getattr(leaves[leaf.path], "sharding", None)
             spec = own.spec if isinstance(own, NamedSharding) else PartitionSpec()
-            rank = len(leaf.shape)
-            spec = PartitionSpec(*spec[: rank - 1]) if leaf.by_row else _spread(spec, leaf.shape, mesh)
-            key = patterns.state_key(leaf.path)
-            spread = NamedSharding(mesh, spec)
+            spec = PartitionSpec(*spec[: len(leaf.shape) - 1]) if leaf.by_row else _spread(spec, leaf.shape, mesh)
+            spread, key = NamedSharding(mesh, spec), patterns.state_key(leaf.path)
             moments[key] = jax.tree.map(lambda _, spread=spread: spread, state.diagonal[key])._replace(age=replicated)
         by_block = self.owners.sharding(self.owners.by_block)
         buckets = jax.tree.map(lambda _: by_block, state.buckets)
@@ -215,12 +208,7 @@ def _bucket_zeros(bucket: Bucket, options: Options, *, saved: bool) -> BucketSta
     preconditioner = bucket.preconditioner
 
     # Each field needs its own array: an array that occurs twice cannot be donated.
-    def floats() -> jax.Array:
-        return jnp.zeros(n, jnp.float32)
-
-    def ints() -> jax.Array:
-        return jnp.zeros(n, jnp.int32)
-
+    floats, ints = (functools.partial(jnp.zeros, n, dtype) for dtype in (jnp.float32, jnp.int32))
     in_flight = None
     if saved and options.refresh == "host" and bucket.sides:
         in_flight = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), in_flight_spec(bucket, n))

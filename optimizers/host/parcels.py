@@ -24,26 +24,16 @@ from .in_flight import InFlight, in_flight_spec
 
 
 class Parcels:
-    """The programs that read statistics and install roots, and the layout of parcels.
-
-    Args:
-      buckets: all buckets of the plan.
-      owners: owners of the blocks.
-      options: options of the optimizer.
-    """
+    """The programs that read statistics and install roots of a plan's buckets, and the layout of parcels."""
 
     def __init__(self, buckets: Sequence[Bucket], owners: Owners, options: Options):
         self.buckets = [bucket for bucket in buckets if bucket.sides]
         self.owners = owners
         self._options = options
         self._taken = {b.name: (_ints(self.window(b)), in_flight_spec(b, self.window(b))) for b in self.buckets}
-        self._answers = {b.name: self._found(b) for b in self.buckets}
+        self._answers = {b.name: _answer(b, self.window(b)) for b in self.buckets}
         self.take = jax.jit(standard_promotion()(self._take))
         self.install = jax.jit(standard_promotion()(self._install), donate_argnums=0)
-
-    def tables(self) -> dict[str, np.ndarray]:
-        """Return the slots due in each phase, for `take`; axis 0 is to be sharded over the owners."""
-        return {b.name: b.due for b in self.buckets}
 
     def window(self, bucket: Bucket) -> int:
         """Return the largest number of a bucket's blocks due on one device in one phase."""
@@ -72,14 +62,10 @@ class Parcels:
         last: jax.Array,
         number: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Return (parcel [owners, m] of the statistics of one due phase, count).
+        """Return (parcel [owners, m] of the statistics of phase `number` of those due on this step, count).
 
-        Args:
-          states: bucket name -> state of all blocks.
-          tables: result of `tables`.
-          count: int32, number of accepted steps.
-          last: int32, count at the previous call. If it equals `count`, the step was skipped and nothing is due.
-          number: int32, index among the phases due on this step.
+        `tables` has each bucket's `due`, sharded over the owners. The step was skipped and nothing is due if `count` is
+        still `last`, that of the previous call.
         """
 
         def local(_: Any, owned: Any, shared: Any) -> Any:
@@ -108,14 +94,9 @@ class Parcels:
         at: jax.Array,
         stamp: jax.Array,
     ) -> dict[str, PreconditionerState]:
-        """Return the states with the roots of a parcel installed.
+        """Return the states, without statistics, with the roots of a parcel [owners, m] installed if `count` is `at`.
 
-        Args:
-          roots: bucket name -> state without statistics.
-          parcel: [owners, m] int32, new roots.
-          count: int32, number of accepted steps.
-          at: int32, count at which to install the roots; at another count nothing changes.
-          stamp: int32, number of steps in the statistics.
+        `stamp` is the number of steps in the statistics that the roots were computed from.
         """
 
         def local(_: Any, owned: Any, shared: Any) -> Any:
@@ -130,10 +111,10 @@ class Parcels:
 
         return self.owners.run(local, {}, {}, (dict(roots), parcel), (count, at, stamp))[1]
 
-    def _found(self, bucket: Bucket) -> tuple[Any, Any, RootResult]:
-        w = self.window(bucket)
-        roots: Any = tuple(_floats(w, bucket.shape[side], bucket.shape[side]) for side in bucket.sides)
-        return _ints(w), _ints(w), RootResult(roots, *[_floats(w)] * 4, accepted=_ints(w))
+
+def _answer(bucket: Bucket, blocks: int) -> tuple[Any, Any, RootResult]:
+    roots: Any = tuple(_floats(blocks, bucket.shape[side], bucket.shape[side]) for side in bucket.sides)
+    return _ints(blocks), _ints(blocks), RootResult(roots, *[_floats(blocks)] * 4, accepted=_ints(blocks))
 
 
 def _floats(*shape: int) -> Any:

@@ -15,10 +15,12 @@ compares the count on the device. Roots that were not installed are offered agai
 """
 
 import dataclasses
+import itertools
 import operator
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -45,25 +47,15 @@ class HostRootsError(RuntimeError):
 
 
 class Report(NamedTuple):
-    """Totals since the service began.
+    """Totals since the service began."""
 
-    Attributes:
-      steps: number of calls of `install`.
-      solves: number of blocks solved.
-      retries: number of solves retried with a larger regulariser.
-      stalls: number of steps that waited for roots.
-      stalled_seconds: time these steps waited, in seconds.
-      busy_seconds: time all threads together spent solving, in seconds.
-      seconds: time since the service began, in seconds.
-    """
-
-    steps: int
-    solves: int
-    retries: int
-    stalls: int
-    stalled_seconds: float
-    busy_seconds: float
-    seconds: float
+    steps: int  # calls of `install`
+    solves: int  # blocks solved
+    retries: int  # solves retried with a larger regulariser
+    stalls: int  # steps that waited for roots
+    stalled_seconds: float  # time these steps waited
+    busy_seconds: float  # time all threads together spent solving
+    seconds: float  # time since the service began
 
     def since(self, before: "Report") -> "Report":
         """Return the difference to an earlier report."""
@@ -90,6 +82,7 @@ class _Work(NamedTuple):
     solves: list[Future[None]]
 
 
+@dataclasses.dataclass(eq=False)
 class _Launch:
     """The statistics taken after one step.
 
@@ -100,11 +93,10 @@ class _Launch:
       offered: launch whose roots were offered to the next step.
     """
 
-    def __init__(self, count: jax.Array | None, opened: Future[list[list[_Work]]]):
-        self.count = count
-        self.opened = opened
-        self.stamp = 0
-        self.offered: _Launch | None = None
+    count: jax.Array | None
+    opened: Future[list[list[_Work]]]
+    stamp: int = 0
+    offered: "_Launch | None" = None
 
 
 class HostRoots:
@@ -125,7 +117,7 @@ class HostRoots:
         # One thread per LAPACK call: calls run in parallel, and the number of threads changes the last bits.
         self._blas = threadpoolctl.threadpool_limits(limits=1, user_api="blas")
         self._tables: Any = None
-        self._numbers: dict[Any, int] = {}
+        self._devices: dict[Any, int] = {}  # device of this process -> its number among all owners
         self._known = 0
         self._last: Any = None
         self._unknown: deque[_Launch] = deque()
@@ -137,28 +129,24 @@ class HostRoots:
         self._reported = self._complained = self.report()
 
     def start(self, state: Any) -> Any:
-        """Take over the roots in flight of a state; return the state without them. The state's roots are donated.
-
-        Earlier work of the service is dropped.
-        """
-        self._unknown.clear()
-        self._flying.clear()
+        """Take over the roots in flight of a state; return the state without them. The state's roots are donated."""
         owners = self._parcels.owners
         if owners.mesh is not None:
             by_block, replicated = owners.sharding(owners.by_block), owners.sharding(PartitionSpec())
         else:  # committed to its device, so that the second step needs no recompilation
             (by_block,) = state.count.devices()
             replicated, state = by_block, jax.device_put(state, by_block)
-        self._tables = jax.device_put(self._parcels.tables(), by_block)
+        self._tables = jax.device_put({b.name: b.due for b in self._parcels.buckets}, by_block)
         self._last = jax.device_put(np.int32(0), replicated)
         self._known = int(np.asarray(state.count))
-        self._numbers = {d: i for i, d in enumerate(owners.mesh.devices.flat if owners.mesh else self._devices(state))}
+        devices = state.count.devices() if owners.mesh is None else owners.mesh.devices.flat
+        self._devices = {d: i for i, d in enumerate(devices) if d.process_index == jax.process_index()}
         self._resume(state)
         buckets = {name: b._replace(in_flight=None) for name, b in state.buckets.items()}
         state = dataclasses.replace(state, buckets=buckets)
         # Compile both programs and copy the count. At count -1 nothing is installed.
         _, self._last = self._take(state, 0)
-        nothing = [(device, self._parcels.empty_answer()) for device in self._devices(state)]
+        nothing = [(device, self._parcels.empty_answer()) for device in self._devices]
         return self._put(state, nothing, at=-1, stamp=0)
 
     def install(self, state: Any) -> Any:
@@ -203,41 +191,33 @@ class HostRoots:
         """Return the state with statistics in flight, for a checkpoint, without waiting for solves."""
         while self._unknown:
             self._learn()
-        devices = self._devices(state)
-        banks = {device: {b.name: empty_bank(b) for b in self._parcels.buckets} for device in devices}
+        banks = {device: {b.name: empty_bank(b) for b in self._parcels.buckets} for device in self._devices}
         for launch in self._flying:
             if launch.opened.exception() is not None:
                 continue  # the run is about to fail; these blocks keep their roots until they are due again
-            for work in (work for part in launch.opened.result() for work in part):
+            for work in itertools.chain(*launch.opened.result()):
                 for bucket in self._parcels.buckets:
                     store(banks[work.device][bucket.name], *work.taken[bucket.name])
         buckets = dict(state.buckets)
         for bucket in self._parcels.buckets:
-            leaves = [jax.tree.leaves(banks[device][bucket.name]) for device in devices]
-            arrays = [self._assemble(devices, list(parts), host=True) for parts in zip(*leaves, strict=True)]
-            structure = jax.tree.structure(empty_bank(bucket))
-            buckets[bucket.name] = buckets[bucket.name]._replace(in_flight=jax.tree.unflatten(structure, arrays))
+            shards = [bank[bucket.name] for bank in banks.values()]
+            in_flight = jax.tree.map(lambda *parts: self._assemble(list(self._devices), parts, host=True), *shards)
+            buckets[bucket.name] = buckets[bucket.name]._replace(in_flight=in_flight)
         return dataclasses.replace(state, buckets=buckets)
 
     def report(self) -> Report:
         """Return the totals so far."""
         with self._counters:
-            return Report(
-                self._steps,
-                self._solves,
-                self._retries,
-                self._stalls,
-                self._stalled_seconds,
-                self._solvers.busy_seconds,
-                time.perf_counter() - self._began,
-            )
+            counts = self._steps, self._solves, self._retries, self._stalls
+            seconds = time.perf_counter() - self._began
+            return Report(*counts, self._stalled_seconds, self._solvers.busy_seconds, seconds)
 
     def metrics(self) -> dict[str, float]:
         """Return the totals so far, and the share of time the threads were busy since the last call."""
         now, before = self.report(), self._reported
         self._reported = now
-        totals = {name: getattr(now, name) for name in ("solves", "retries", "stalls", "stalled_seconds")}
-        return {f"host/{name}": value for name, value in totals.items()} | {"host/busy": self._busy(now.since(before))}
+        names = "solves", "retries", "stalls", "stalled_seconds"
+        return {f"host/{name}": getattr(now, name) for name in names} | {"host/busy": self._busy(now.since(before))}
 
     def complaint(self) -> str | None:
         """Return a warning with a fix if waiting for roots took more than 2 % of the time since the last call."""
@@ -247,11 +227,9 @@ class HostRoots:
             return None
         busy = self._busy(new)
         # A busy pool is too slow; an idle one needs a longer delay.
-        knob = (
-            f"raise interval ({options.interval}) or host_workers ({self._solvers.count})"
-            if busy > 0.8
-            else f"raise delay ({options.delay})"
-        )
+        knob = f"raise delay ({options.delay})"
+        if busy > 0.8:
+            knob = f"raise interval ({options.interval}) or host_workers ({self._solvers.count})"
         return (
             f"roots came late: {new.stalls} of {new.steps} steps waited {new.stalled_seconds:.2f} s for the host, "
             f"whose threads were busy {busy:.0%} of the time; {knob}"
@@ -290,14 +268,12 @@ class HostRoots:
         try:
             parts = launch.opened.result()
             late = False
-            for work in (work for part in parts for work in part):
-                for solve in work.solves:
-                    late |= not solve.done()
-                    solve.result()
+            for solve in (solve for work in itertools.chain(*parts) for solve in work.solves):
+                late |= not solve.done()
+                solve.result()
         except Exception as error:
-            raise HostRootsError(
-                f"a thread that takes roots on the host died: {type(error).__name__}: {error}"
-            ) from error
+            why = f"{type(error).__name__}: {error}"
+            raise HostRootsError(f"a thread that takes roots on the host died: {why}") from error
         if late:
             with self._counters:
                 self._stalls += 1
@@ -327,7 +303,7 @@ class HostRoots:
         solves = []
         for bucket in self._parcels.buckets:
             (slot, statistics), (slots, scale_log2, found) = taken[bucket.name], places[bucket.name]
-            sizes = bucket.real_sizes.reshape(*bucket.slots.shape, -1)[self._numbers[device]]
+            sizes = bucket.real_sizes.reshape(*bucket.slots.shape, -1)[self._devices[device]]
             for i in np.flatnonzero(slot < bucket.slots.shape[1]):
                 slots[i], scale_log2[i] = slot[i], statistics.scale_log2[i]
                 part = jax.tree.map(lambda x, i=i: x[i], statistics)
@@ -374,7 +350,7 @@ class HostRoots:
             buckets[name] = buckets[name]._replace(roots=with_statistics(roots, buckets[name].roots))
         return dataclasses.replace(state, buckets=buckets)
 
-    def _assemble(self, devices: list[Any], parts: list[np.ndarray], *, host: bool = False) -> jax.Array:
+    def _assemble(self, devices: Sequence[Any], parts: Sequence[np.ndarray], *, host: bool = False) -> jax.Array:
         """Return one array of the devices' shards along axis 0; if `host`, in pinned host memory where supported."""
         owners = self._parcels.owners
         if owners.mesh is None:
@@ -389,23 +365,18 @@ class HostRoots:
         arrays = [jax.device_put(by_device[d], jax.sharding.SingleDeviceSharding(d, memory_kind=kind)) for d in places]
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
-    def _devices(self, state: Any) -> list[Any]:
-        mesh = self._parcels.owners.mesh
-        if mesh is None:
-            return list(state.count.devices())
-        return [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-
     def _resume(self, state: Any) -> None:
         """Submit the statistics in flight of a checkpoint in the same parcels as originally."""
         buckets = self._parcels.buckets
         if not buckets or state.buckets[buckets[0].name].in_flight is None:
             return
-        kept: dict[Any, dict[str, InFlight]] = {device: {} for device in self._devices(state)}
+        kept: dict[Any, dict[str, InFlight]] = {device: {} for device in self._devices}
         for bucket in buckets:
-            leaves, structure = jax.tree.flatten(state.buckets[bucket.name].in_flight)
             for device in kept:
-                parts = [next(s.data for s in leaf.addressable_shards if s.device == device) for leaf in leaves]
-                kept[device][bucket.name] = jax.tree.unflatten(structure, [np.array(part) for part in parts])
+                kept[device][bucket.name] = jax.tree.map(
+                    lambda x, device=device: np.array(next(s.data for s in x.addressable_shards if s.device == device)),
+                    state.buckets[bucket.name].in_flight,
+                )
         for stamp in range(max(1, self._known - self._options.delay), self._known + 1):
             parts: list[list[_Work]] = [[] for _ in range(phases_due(stamp, self._options))]
             for device, by_name in kept.items():
@@ -419,9 +390,7 @@ class HostRoots:
                     part.append(self._begin(device, taken))
             opened: Future[list[list[_Work]]] = Future()
             opened.set_result(parts)
-            launch = _Launch(None, opened)
-            launch.stamp = stamp
-            self._flying.append(launch)
+            self._flying.append(_Launch(None, opened, stamp))
 
     def _note(self, kind: str, start: float, stamp: int) -> None:
         if self._events is not None:

@@ -64,9 +64,5 @@ class Workers:
 
 def pool_size(asked: int) -> int:
     """Return the number of solver threads; for 0, one fewer than the cores, which leaves one to dispatch steps."""
-    return asked or max(1, available_cores() - 1)
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return asked or max(1, cores - 1)

@@ -46,7 +46,7 @@ def test_a_table_costs_four_bytes_a_row():
     state = jax.eval_shape(optimizer(OPTIONS).init, zeros(SHAPES))
     kept = jax.tree.leaves(state.diagonal["table"]._replace(age=None))
     assert sum(x.size * x.dtype.itemsize for x in kept) == 4 * ROWS
-    assert optimizer(OPTIONS).layout(zeros(SHAPES)).treatments["table"] == "rows (adagrad)"
+    assert optimizer(OPTIONS).layout(zeros(SHAPES)).plan.treatments["table"] == "rows (adagrad)"
 
 
 def test_rows_that_are_not_looked_up_do_not_change(run, stream):
