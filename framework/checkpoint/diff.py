@@ -66,7 +66,7 @@ def _parts(contents: Contents, by_block: bool) -> dict[str, _Part]:
                 continue
             head, _, number = field.rpartition("/")
             if head in _PER_SIDE:
-                field = f"{head} of side {bucket.sides[int(number)]}"
+                field = f"{head} of side {bucket.entry['sides'][int(number)]}"
             parts |= {
                 f"{start}{field} of {path}": _Part(array, field, blocks) for path, blocks in bucket.blocks.items()
             }

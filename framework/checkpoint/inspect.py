@@ -163,8 +163,9 @@ def _part(name: str) -> str:
 
 def _buckets(blocks: SavedBlocks) -> Iterator[tuple[str, ...]]:
     for bucket in blocks.buckets.values():
-        held = ", ".join(f"{path} x{len(mine.slots)}" for path, mine in bucket.blocks.items())
-        yield bucket.name, _shape(bucket.shape), f"{bucket.count:,}", f"{len(bucket.slots):,}", held
+        held = {path: len(blocks.slots) for path, blocks in bucket.blocks.items()}
+        names = ", ".join(f"{path} x{count}" for path, count in held.items())
+        yield bucket.name, _shape(bucket.shape), f"{sum(held.values()):,}", f"{len(bucket.slots):,}", names
 
 
 def _evaluation(evaluation: Evaluation | None) -> str:

@@ -23,7 +23,6 @@ from .manifest import (
     Blocks,
     SavedBlocks,
     describe_bucket,
-    describe_treatment,
 )
 
 Arrays = Mapping[str, np.ndarray]
@@ -125,11 +124,8 @@ class Inheritance:
     @property
     def _same_numbering(self) -> bool:
         """Return whether every block is due on the same steps as in the saved state."""
-        mine = [
-            (b.name, *_numbering(describe_bucket(b)), *(leaf.path for leaf in b.leaves)) for b in self._plan.buckets
-        ]
-        saved = [(name, *_numbering(b.entry), *b.blocks) for name, b in self._saved.buckets.items()]
-        return mine == saved
+        mine = [(b.name, _numbering(describe_bucket(b), [x.path for x in b.leaves])) for b in self._plan.buckets]
+        return mine == [(name, _numbering(b.entry, b.blocks)) for name, b in self._saved.buckets.items()]
 
     def _fate(self, bucket: Bucket, leaf: Leaf) -> dict[str, str]:
         grafts, adapts = bucket.preconditioner.grafts, bucket.preconditioner.adapts
@@ -141,19 +137,19 @@ class Inheritance:
     def _roots_fate(self, bucket: Bucket, leaf: Leaf) -> dict[str, str]:
         if not bucket.sides:
             return {}
-        saved, mine = self._saved.blocks(leaf.path), _blocks(bucket, leaf)
+        saved, mine = self._saved.blocks.get(leaf.path), Blocks.of(bucket, leaf)
         if saved is None:
             return {_STATISTICS: "not saved", _ROOTS: "not saved"}
         fate = {_STATISTICS: ""}
-        entry, own = self._saved.buckets[self._saved.bucket_of[leaf.path]].entry, describe_treatment(bucket)
+        entry, own = self._saved.buckets[saved.bucket].entry, describe_bucket(bucket)
         if saved.geometry != mine.geometry:
             there, here = ("x".join(map(str, blocks.shape)) for blocks in (saved, mine))
             fate[_STATISTICS] = f"blocks of {there} there, {here} here"
             if there == here:
                 fate[_STATISTICS] = "blocks are cut differently"
-        elif list(entry["sides"]) != list(bucket.sides):
-            fate[_STATISTICS] = f"sides {list(entry['sides'])} there, {list(bucket.sides)} here"
-        elif _statistics(entry["preconditioner"]) != bucket.preconditioner.statistics:
+        elif entry["sides"] != own["sides"]:
+            fate[_STATISTICS] = f"sides {entry['sides']} there, {own['sides']} here"
+        elif PRECONDITIONERS[entry["preconditioner"]].statistics != bucket.preconditioner.statistics:
             fate[_STATISTICS] = f"{entry['preconditioner']} there, {bucket.preconditioner.name} here"
         elif (entry["beta2"] == 1) != (bucket.beta2 == 1):
             fate[_STATISTICS] = "a sum and an average differ"
@@ -170,14 +166,9 @@ class Inheritance:
     def _moments_fate(
         self, path: str, shape: tuple[int, ...], beta2: float, *, grafts: bool = True, other: str = ""
     ) -> dict[str, str]:
-        """Return the fate of momentum and second moment. If one of them is initialised, so is the other.
+        """Return the fate of momentum and, with `grafts`, second moment: if one is initialised, so is the other.
 
-        Args:
-          path: path of the parameter.
-          shape: shape of the parameter.
-          beta2: decay of the second moment.
-          grafts: whether the graft method's second moment is kept.
-          other: reason why another second moment is initialised, or "".
+        `other` is the reason why a second moment in the preconditioner's basis is initialised, or "".
         """
         fate = {}
         kept = [MOMENTUM] if self._options.beta1 else []
@@ -208,37 +199,36 @@ class Inheritance:
         return {ELEMENTWISE[SECOND_MOMENT]: why}
 
     def _beta2(self, path: str) -> float:
-        name = self._saved.bucket_of.get(path)
-        entry = self._saved.diagonal[path] if name is None else self._saved.buckets[name].entry
-        return float(entry["beta2"])
+        saved = self._saved.blocks.get(path)
+        return float((self._saved.buckets[saved.bucket].entry if saved else self._saved.diagonal[path])["beta2"])
 
     def _elementwise(self, path: str, field: str) -> tuple[str, tuple[int, ...]] | None:
         """Return (name of the saved array with a parameter's momentum or second moment, shape of the parameter)."""
-        saved = self._saved.blocks(path)
-        if saved is not None:
-            name, shape = f"buckets/{self._saved.bucket_of[path]}/{field}", saved.view.shape
-            return (name, shape) if name in self._shapes else None
+        name, saved = self._array(path, field), self._saved.blocks.get(path)
+        if name not in self._shapes:
+            return None
+        return name, saved.view.shape if saved else self._shapes[name]
+
+    def _array(self, path: str, field: str) -> str:
+        """Return the name of the saved array with a field of `Moments` of a parameter; "" if it is not saved."""
+        if path in self._saved.blocks:
+            return f"buckets/{self._saved.blocks[path].bucket}/{field}"
         if path in self._saved.diagonal:
-            name = f"diagonal/{state_key(self._saved.saved_path[path])}/{field.partition('/')[2]}"
-            return (name, self._shapes[name]) if name in self._shapes else None
-        return None
+            return f"diagonal/{state_key(self._saved.saved_path[path])}/{field.partition('/')[2]}"
+        return ""
 
     def _parameter(self, path: str, name: str, arrays: Arrays) -> np.ndarray:
-        saved = self._saved.blocks(path)
-        return arrays[name] if saved is None else saved.joined(arrays[name])
+        saved = self._saved.blocks.get(path)
+        return saved.joined(arrays[name]) if saved else arrays[name]
 
     def _ages(self, paths: Iterable[str]) -> dict[str, tuple[str, int | None]]:
         """Return path -> (name of the saved array with the age of the moments, its index) if they are taken over."""
         found: dict[str, tuple[str, int | None]] = {}
         for path in paths:
-            saved = self._saved.blocks(path)
-            if any(self._fates[path].get(name) for name in ELEMENTWISE.values()):
-                continue
-            if saved is not None:
-                found[path] = f"buckets/{self._saved.bucket_of[path]}/{AGE}", int(saved.slots[0])
-            elif path in self._saved.diagonal:
-                found[path] = f"diagonal/{state_key(self._saved.saved_path[path])}/age", None
-        return {path: source for path, source in found.items() if source[0] in self._shapes}
+            name, saved = self._array(path, AGE), self._saved.blocks.get(path)
+            if name in self._shapes and not any(self._fates[path].get(part) for part in ELEMENTWISE.values()):
+                found[path] = name, int(saved.slots[0]) if saved else None
+        return found
 
     def _age_source(self, slots: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> Source:
         """Return the source of ages [slots], or of a scalar, given the slots of each parameter."""
@@ -259,7 +249,7 @@ class Inheritance:
         if why or found is None:
             return Fresh(why)
         name, _ = found
-        if self._saved.blocks(path) is None:
+        if path not in self._saved.blocks:
             return Kept(name)
         return Made((name,), lambda arrays: self._parameter(path, name, arrays).reshape(shape))
 
@@ -276,17 +266,17 @@ class Inheritance:
         if field == "block":
             return Made((), lambda _: bucket.slots.reshape(-1))
         if field == AGE:
-            return self._age_source({leaf.path: _blocks(bucket, leaf).slots for leaf in bucket.leaves}, shape)
+            return self._age_source({leaf.path: Blocks.of(bucket, leaf).slots for leaf in bucket.leaves}, shape)
         if field in ELEMENTWISE:
             return self._elementwise_source(bucket, field, shape)
-        cuts = {leaf.path: _blocks(bucket, leaf) for leaf in bucket.leaves}
+        cuts = {leaf.path: Blocks.of(bucket, leaf) for leaf in bucket.leaves}
         # parameter -> (the saved array, the parameter's slots in it)
         found: dict[str, tuple[str, np.ndarray]] = {}
         for path, why in zip(cuts, fates, strict=True):
-            there = self._saved.blocks(path)
+            there = self._saved.blocks.get(path)
             if why or there is None or there.geometry != cuts[path].geometry:
                 continue
-            array = f"buckets/{self._saved.bucket_of[path]}/{field}"
+            array = f"buckets/{there.bucket}/{field}"
             like = self._shapes.get(array)
             if like and like[1:] == shape[1:] and (part != _IN_FLIGHT or self._same_numbering):
                 found[path] = array, there.slots
@@ -313,17 +303,10 @@ class Inheritance:
             rows = np.zeros(shape, dtype)
             for leaf in bucket.leaves:
                 if leaf.path in found:
-                    _blocks(bucket, leaf).cut_into(rows, self._parameter(leaf.path, found[leaf.path], arrays))
+                    Blocks.of(bucket, leaf).cut_into(rows, self._parameter(leaf.path, found[leaf.path], arrays))
             return rows
 
         return Made(_unique(found.values()), make)
-
-
-def _blocks(bucket: Bucket, leaf: Leaf) -> Blocks:
-    before = bucket.leaves[: bucket.leaves.index(leaf)]
-    first = sum(other.blocks for other in before)
-    slots = bucket.slot_of_block[first : first + leaf.blocks]
-    return Blocks(leaf.view, leaf.tiling.pieces, bucket.shape, slots)
 
 
 def _part(field: str) -> str:
@@ -337,18 +320,10 @@ def _part(field: str) -> str:
     return "" if field in ("block", AGE) else _ROOTS
 
 
-def _numbering(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+def _numbering(entry: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
     """Return the entries of a bucket that determine when each block is due and how it is solved."""
-    cuts = tuple((tuple(part["shape"]), tuple(part["pieces"])) for part in entry["parameters"])
-    return (
-        *(entry[field] for field in ("preconditioner", "p", "ridge", "cut", "first", "phases")),
-        tuple(entry["sides"]),
-        cuts,
-    )
-
-
-def _statistics(name: str) -> str:
-    return PRECONDITIONERS[name].statistics
+    parameters = [dict(part) | {"path": path} for part, path in zip(entry["parameters"], paths, strict=True)]
+    return dict(entry) | {"parameters": parameters, "beta2": None, "slots": None}
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:

@@ -44,28 +44,24 @@ def describe_bucket(bucket: Bucket) -> dict[str, Any]:
     return {
         "shape": list(bucket.shape),
         "sides": list(bucket.sides),
-        **describe_treatment(bucket),
+        "preconditioner": bucket.preconditioner.name,
+        "p": bucket.p,
+        "beta2": bucket.beta2,
+        "ridge": bucket.ridge,
+        "cut": bucket.cut,
         "first": bucket.first,
         "phases": bucket.phases,
-        "parameters": [_describe_leaf(leaf) for leaf in bucket.leaves],
+        "parameters": [
+            {
+                "path": leaf.path,
+                "shape": list(leaf.view.shape),
+                "stack": list(leaf.view.stack),
+                "sides": [list(side) for side in leaf.view.sides],
+                "pieces": list(leaf.tiling.pieces),
+            }
+            for leaf in bucket.leaves
+        ],
         "slots": bucket.slots.reshape(-1).tolist(),
-    }
-
-
-def describe_treatment(bucket: Bucket) -> dict[str, Any]:
-    """Return the settings that define a bucket's statistics and roots."""
-    numbers = {"p": bucket.p, "beta2": bucket.beta2, "ridge": bucket.ridge, "cut": bucket.cut}
-    return {"preconditioner": bucket.preconditioner.name} | numbers
-
-
-def _describe_leaf(leaf: Leaf) -> dict[str, Any]:
-    view = leaf.view
-    return {
-        "path": leaf.path,
-        "shape": list(view.shape),
-        "stack": list(view.stack),
-        "sides": [list(side) for side in view.sides],
-        "pieces": list(leaf.tiling.pieces),
     }
 
 
@@ -74,16 +70,25 @@ class Blocks:
     """The blocks of one parameter in a bucket.
 
     Attributes:
+      bucket: name of the bucket.
       view: view of the parameter.
       pieces: number of blocks along each side.
       shape: shape of a block.
       slots: [blocks] int, slots of the blocks in row-major order of stack x pieces.
     """
 
+    bucket: str
     view: View
     pieces: tuple[int, ...]
     shape: tuple[int, ...]
     slots: np.ndarray
+
+    @classmethod
+    def of(cls, bucket: Bucket, leaf: Leaf) -> "Blocks":
+        """Return the blocks of a parameter in a bucket of a plan."""
+        first = sum(other.blocks for other in bucket.leaves[: bucket.leaves.index(leaf)])
+        slots = bucket.slot_of_block[first : first + leaf.blocks]
+        return cls(bucket.name, leaf.view, leaf.tiling.pieces, bucket.shape, slots)
 
     @property
     def geometry(self) -> Any:
@@ -92,21 +97,18 @@ class Blocks:
 
     def joined(self, stack: np.ndarray) -> np.ndarray:
         """Return the parameter-shaped array from blocks [slots, *shape] of the bucket."""
-        view, sides = self.view, len(self.shape)
+        view, sides, axes = self.view, len(self.shape), self._axes
         blocks = stack[self.slots].reshape(view.stacked, *self.pieces, *self.shape)
         order = [0, *(1 + axis + half * sides for axis in range(sides) for half in (0, 1))]
-        padded = [count * length for count, length in zip(self.pieces, self.shape, strict=True)]
-        whole = blocks.transpose(order).reshape(view.stacked, *padded)
+        whole = blocks.transpose(order).reshape(view.stacked, *self._padded)
         whole = whole[(slice(None), *map(slice, view.lengths))]
-        axes = self._axes
         return whole.reshape([view.shape[axis] for axis in axes]).transpose(np.argsort(axes))
 
     def cut_into(self, stack: np.ndarray, parameter: np.ndarray) -> None:
         """Write the blocks of a parameter-shaped array to their slots of `stack`; the inverse of `joined`."""
         view, sides = self.view, len(self.shape)
         whole = parameter.transpose(self._axes).reshape(view.stacked, *view.lengths)
-        padded = [count * length for count, length in zip(self.pieces, self.shape, strict=True)]
-        widths = [(0, total - length) for total, length in zip(padded, view.lengths, strict=True)]
+        widths = [(0, total - length) for total, length in zip(self._padded, view.lengths, strict=True)]
         whole = np.pad(whole, [(0, 0), *widths])
         split = [part for pair in zip(self.pieces, self.shape, strict=True) for part in pair]
         order = [0, *range(1, 2 * sides, 2), *range(2, 2 * sides + 1, 2)]
@@ -115,6 +117,10 @@ class Blocks:
     @property
     def _axes(self) -> list[int]:
         return [*self.view.stack, *(axis for side in self.view.sides for axis in side)]
+
+    @property
+    def _padded(self) -> list[int]:
+        return [count * length for count, length in zip(self.pieces, self.shape, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +131,6 @@ class SavedBucket:
       name: name of the bucket.
       entry: result of `describe_bucket`.
       shape: shape of a block.
-      sides: indices of the preconditioned sides.
       slots: [slots] int64, block in each slot; the number of blocks for an empty slot.
       blocks: path of a parameter -> its blocks.
     """
@@ -133,14 +138,8 @@ class SavedBucket:
     name: str
     entry: Mapping[str, Any]
     shape: tuple[int, ...]
-    sides: tuple[int, ...]
     slots: np.ndarray
     blocks: dict[str, Blocks]
-
-    @property
-    def count(self) -> int:
-        """Return the number of blocks."""
-        return sum(len(blocks.slots) for blocks in self.blocks.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +149,7 @@ class SavedBlocks:
     Attributes:
       momentum, graft: the options of these names.
       buckets: name -> bucket.
-      bucket_of: path of a preconditioned parameter -> name of its bucket.
+      blocks: path of a preconditioned parameter -> its blocks.
       diagonal: path of a parameter under diagonal treatment -> entry with shape, beta2 and by_row.
       saved_path: path -> path in the saved state.
     """
@@ -158,14 +157,9 @@ class SavedBlocks:
     momentum: str
     graft: str
     buckets: dict[str, SavedBucket]
-    bucket_of: dict[str, str]
+    blocks: dict[str, Blocks]
     diagonal: dict[str, Mapping[str, Any]]
     saved_path: dict[str, str]
-
-    def blocks(self, path: str) -> Blocks | None:
-        """Return the blocks of a parameter, or None if it is not in a bucket."""
-        name = self.bucket_of.get(path)
-        return None if name is None else self.buckets[name].blocks[path]
 
     @classmethod
     def read(cls, manifest: Any, shapes: Shapes, renamed: Callable[[str], str] = lambda path: path) -> "SavedBlocks":
@@ -219,7 +213,7 @@ def _read(manifest: Any, shapes: Shapes, renamed: Callable[[str], str]) -> Saved
         momentum=manifest["momentum"],
         graft=manifest["graft"],
         buckets=buckets,
-        bucket_of={path: name for name, bucket in buckets.items() for path in bucket.blocks},
+        blocks={path: blocks for bucket in buckets.values() for path, blocks in bucket.blocks.items()},
         diagonal={renamed(path): kept for path, kept in diagonal.items()},
         saved_path=saved_path,
     )
@@ -240,33 +234,32 @@ def _bucket(name: str, entry: Mapping[str, Any]) -> SavedBucket:
         count = view.stacked * math.prod(pieces)
         if first + count > len(slots):
             raise ValueError(f"{path} has {count} blocks, {len(slots) - first} slots are left")
-        blocks[path] = Blocks(view, pieces, shape, slot_of_block[first : first + count])
+        blocks[path] = Blocks(name, view, pieces, shape, slot_of_block[first : first + count])
         first += count
     if not np.array_equal(slots[slot_of_block], np.minimum(np.arange(len(slots)), first)):
         raise ValueError(f"the slots of bucket {name} do not hold each of its {first} blocks once")
-    return SavedBucket(name, entry, shape, tuple(entry["sides"]), slots, blocks)
+    return SavedBucket(name, entry, shape, slots, blocks)
 
 
 def _check_arrays(bucket: SavedBucket, shapes: Shapes) -> set[str]:
     """Return the names of a bucket's arrays; raise ValueError if one is missing or has the wrong shape."""
-    lengths = [bucket.shape[side] for side in bucket.sides]
+    lengths = [bucket.shape[side] for side in bucket.entry["sides"]]
     statistics = {f"statistics/{number}": packed_shape(r) for number, r in enumerate(lengths)}
 
     def per_slot(kind: type, prefix: str, *stacks: str) -> dict[str, tuple[int, ...]]:
         fields: Sequence[str] = kind._fields  # type: ignore  (of a NamedTuple)
         return {f"{prefix}/{field}": () for field in fields if field not in stacks}
 
-    needed = {"block": (), "graft_ratio": (), AGE: ()}
-    needed |= (
-        per_slot(PreconditionerState, "roots", "statistics", "roots", "second_moment")
+    needed = (
+        {"block": (), "graft_ratio": (), AGE: ()}
+        | per_slot(PreconditionerState, "roots", "statistics", "roots", "second_moment")
         | {f"roots/{name}": shape for name, shape in statistics.items()}
         | {f"roots/roots/{number}": (r, r) for number, r in enumerate(lengths)}
     )
-    in_flight = per_slot(InFlight, "in_flight", "statistics")
-    in_flight |= {f"in_flight/{name}": shape for name, shape in statistics.items()}
     prefix = f"buckets/{bucket.name}/"
     if any(name.startswith(f"{prefix}in_flight/") for name in shapes):
-        needed |= in_flight
+        needed |= per_slot(InFlight, "in_flight", "statistics")
+        needed |= {f"in_flight/{name}": shape for name, shape in statistics.items()}
     known = dict.fromkeys([*ELEMENTWISE, "roots/second_moment"], bucket.shape) | needed
     for field, shape in known.items():
         there = shapes.get(f"{prefix}{field}")

@@ -208,8 +208,8 @@ OPTIMIZERS = (
     Mutant(
         "age-of-the-run",
         "optimizers/checkpoint/inheritance.py",
-        "if any(self._fates[path].get(name) for name in ELEMENTWISE.values()):",
-        "if not self._fates[path]:",
+        "if name in self._shapes and not any(self._fates[path].get(part) for part in ELEMENTWISE.values()):",
+        "if name in self._shapes and self._fates[path]:",
         "A moment that is initialised on resume is not bias-corrected.",
         (
             "tests/optimizers/checkpoint/test_inheritance.py::test_updates_after_a_change_are_no_longer_than_those_of_a_new_run",
