@@ -133,10 +133,8 @@ class MuonOptions:
 
     beta: float = 0.95  # decay of the momentum that is orthogonalised
     nesterov: bool = True  # look one step ahead along the momentum
-    steps: int = 5  # Newton-Schulz iterations
     beta1: float = 0.9  # Adam's, for diagonal parameters
     beta2: float = 0.99  # Adam's, for diagonal parameters
-    adam_learning_rate: float = 1.0  # Adam's learning rate as a multiple of Muon's
     weight_decay: float = 0.0  # decoupled
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
     treatments: tuple[tuple[str, str], ...] = ShampooOptions.treatments  # "diagonal" and "rows" mean Adam
@@ -168,12 +166,10 @@ class MuonOptions:
             learning_rate,
             beta=self.beta,
             nesterov=self.nesterov,
-            ns_steps=self.steps,
             weight_decay=self.weight_decay,
             weight_decay_mask=partial(patterns.map_paths, self.decay_rules),
             adam_b1=self.beta1,
             adam_b2=self.beta2,
-            adam_learning_rate=lambda count: self.adam_learning_rate * learning_rate(count),
             muon_weight_dimension_numbers=dimensions,
         )
 

@@ -37,12 +37,7 @@ class Kept(NamedTuple):
 
 
 class Made(NamedTuple):
-    """An array computed from saved arrays.
-
-    Attributes:
-      names: names of the saved arrays.
-      make: saved arrays by name -> the array.
-    """
+    """An array that `make` computes from saved arrays by name."""
 
     names: tuple[str, ...]
     make: Callable[[Arrays], np.ndarray]
@@ -170,37 +165,33 @@ class Inheritance:
 
         `other` is the reason why a second moment in the preconditioner's basis is initialised, or "".
         """
-        fate = {}
-        kept = [MOMENTUM] if self._options.beta1 else []
-        kept += [SECOND_MOMENT] if self._options.diagonal.has_second_moment and grafts else []
-        for field in kept:
-            found = self._elementwise(path, field)
-            if found is None:
-                fate[ELEMENTWISE[field]] = "not saved"
-            elif found[1] != shape:
-                fate[ELEMENTWISE[field]] = f"of shape {list(found[1])} there, {list(shape)} here"
-            elif field == MOMENTUM and self._saved.momentum != self._options.momentum:
-                fate[ELEMENTWISE[field]] = f"{self._saved.momentum} there, {self._options.momentum} here"
-            elif field == SECOND_MOMENT and self._saved.graft != self._options.graft:
-                fate[ELEMENTWISE[field]] = f"graft {self._saved.graft} there, {self._options.graft} here"
-            elif field == SECOND_MOMENT and (self._beta2(path) == 1) != (beta2 == 1):
-                fate[ELEMENTWISE[field]] = "a sum and an average differ"
-            else:
-                fate[ELEMENTWISE[field]] = ""
+        saved, options, fate = self._saved, self._options, {}
+        if options.beta1:
+            kind = f"{saved.momentum} there, {options.momentum} here" if saved.momentum != options.momentum else ""
+            fate["momentum"] = self._elementwise_fate(path, MOMENTUM, shape) or kind
+        if options.diagonal.has_second_moment and grafts:
+            why = self._elementwise_fate(path, SECOND_MOMENT, shape)
+            if not why and saved.graft != options.graft:
+                why = f"graft {saved.graft} there, {options.graft} here"
+            elif not why and (self._beta2(path) == 1) != (beta2 == 1):
+                why = "a sum and an average differ"
+            fate["second moment"] = why
         why = next((why for why in (*fate.values(), other) if why), "")
         return {name: own or why for name, own in fate.items()}
 
     def _row_fate(self, leaf: DiagonalLeaf) -> dict[str, str]:
         """Return the fate of row-wise second moments, which are sums for any graft and beta2."""
-        found, wanted = self._elementwise(leaf.path, SECOND_MOMENT), leaf.shape[:-1]
-        why = "" if found else "not saved"
-        if found and found[1] != wanted:
-            why = f"of shape {list(found[1])} there, {list(wanted)} here"
-        return {ELEMENTWISE[SECOND_MOMENT]: why}
+        return {"second moment": self._elementwise_fate(leaf.path, SECOND_MOMENT, leaf.shape[:-1])}
+
+    def _elementwise_fate(self, path: str, field: str, shape: tuple[int, ...]) -> str:
+        found = self._elementwise(path, field)
+        if found is None:
+            return "not saved"
+        return "" if found[1] == shape else f"of shape {list(found[1])} there, {list(shape)} here"
 
     def _beta2(self, path: str) -> float:
         saved = self._saved.blocks.get(path)
-        return float((self._saved.buckets[saved.bucket].entry if saved else self._saved.diagonal[path])["beta2"])
+        return self._saved.buckets[saved.bucket].entry["beta2"] if saved else self._saved.diagonal[path][1]
 
     def _elementwise(self, path: str, field: str) -> tuple[str, tuple[int, ...]] | None:
         """Return (name of the saved array with a parameter's momentum or second moment, shape of the parameter)."""
@@ -214,7 +205,7 @@ class Inheritance:
         if path in self._saved.blocks:
             return f"buckets/{self._saved.blocks[path].bucket}/{field}"
         if path in self._saved.diagonal:
-            return f"diagonal/{state_key(self._saved.saved_path[path])}/{field.partition('/')[2]}"
+            return f"{self._saved.diagonal[path][0]}{field.partition('/')[2]}"
         return ""
 
     def _parameter(self, path: str, name: str, arrays: Arrays) -> np.ndarray:

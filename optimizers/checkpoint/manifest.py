@@ -144,22 +144,20 @@ class SavedBucket:
 
 @dataclasses.dataclass(frozen=True)
 class SavedBlocks:
-    """A checked manifest. Paths of parameters are present paths, except in `saved_path`.
+    """A checked manifest. Paths of parameters are present paths.
 
     Attributes:
       momentum, graft: the options of these names.
       buckets: name -> bucket.
       blocks: path of a preconditioned parameter -> its blocks.
-      diagonal: path of a parameter under diagonal treatment -> entry with shape, beta2 and by_row.
-      saved_path: path -> path in the saved state.
+      diagonal: path of a parameter under diagonal treatment -> (what names of its arrays begin with, beta2).
     """
 
     momentum: str
     graft: str
     buckets: dict[str, SavedBucket]
     blocks: dict[str, Blocks]
-    diagonal: dict[str, Mapping[str, Any]]
-    saved_path: dict[str, str]
+    diagonal: dict[str, tuple[str, float]]
 
     @classmethod
     def read(cls, manifest: Any, shapes: Shapes, renamed: Callable[[str], str] = lambda path: path) -> "SavedBlocks":
@@ -187,14 +185,14 @@ def _read(manifest: Any, shapes: Shapes, renamed: Callable[[str], str]) -> Saved
         known |= _check_arrays(bucket, shapes)
     diagonal = {}
     for path, kept in manifest["diagonal"].items():
-        shape, by_row = tuple(kept["shape"]), bool(kept.get("by_row"))
-        diagonal[path] = {"shape": shape, "beta2": kept["beta2"], "by_row": by_row}
+        shape, by_row, prefix = tuple(kept["shape"]), bool(kept.get("by_row")), f"diagonal/{state_key(path)}/"
+        diagonal[path] = prefix, float(kept["beta2"])
         for field in (SECOND_MOMENT,) if by_row else (MOMENTUM, SECOND_MOMENT):
-            name, wanted = f"diagonal/{state_key(path)}/{field.partition('/')[2]}", shape[:-1] if by_row else shape
+            name, wanted = f"{prefix}{field.partition('/')[2]}", shape[:-1] if by_row else shape
             if shapes.get(name, wanted) != wanted:
                 raise ValueError(f"{name} has the shape {list(shapes[name])}; it should have {list(wanted)}")
             known.add(name)
-        known.add(f"diagonal/{state_key(path)}/age")
+        known.add(f"{prefix}age")
     for name in ("count", "skipped"):
         if shapes.get(name) != ():
             raise ValueError(f"{name} must be a scalar array")
@@ -202,8 +200,7 @@ def _read(manifest: Any, shapes: Shapes, renamed: Callable[[str], str]) -> Saved
         if name.partition("/")[0] in ("buckets", "diagonal") and name not in known:
             raise ValueError(f"{name} is an array that it does not describe")
     paths = [*(path for bucket in buckets.values() for path in bucket.blocks), *diagonal]
-    saved_path = {renamed(path): path for path in paths}
-    if len(saved_path) != len(paths):
+    if len({renamed(path) for path in paths}) != len(paths):
         raise ValueError("a parameter occurs twice")
     buckets = {
         name: dataclasses.replace(bucket, blocks={renamed(path): blocks for path, blocks in bucket.blocks.items()})
@@ -215,7 +212,6 @@ def _read(manifest: Any, shapes: Shapes, renamed: Callable[[str], str]) -> Saved
         buckets=buckets,
         blocks={path: blocks for bucket in buckets.values() for path, blocks in bucket.blocks.items()},
         diagonal={renamed(path): kept for path, kept in diagonal.items()},
-        saved_path=saved_path,
     )
 
 
