@@ -144,9 +144,8 @@ def test_moves_to_another_mesh_with_roots_in_flight():
     updates, _, saved = run(stream, layout="three devices", save=[7])
     mesh, specs = LAYOUTS["fsdp x tensor"]
     tx, _, _ = programs(OPTIONS, "fsdp x tensor")
-    params = place(zeros(SHARDED_SHAPES), mesh, specs)
-    old = programs(OPTIONS, "three devices")[0]
-    moved = inherited(tx, params, old.layout(params).manifest(), saved[7])
+    params, old = zeros(SHARDED_SHAPES), programs(OPTIONS, "three devices")[0]
+    moved = inherited(tx, place(params, mesh, specs), old.layout(params).manifest(), saved[7])
     assert_same(by_block(old, params, saved[7]), by_block(tx, params, moved))
     rest, _, _ = run(stream[7:], layout="fsdp x tensor", saved=moved)
     for here, wanted in zip(rest, updates[7:], strict=True):
