@@ -31,7 +31,6 @@ from typing import Any
 
 from . import base
 
-SHAMPOO = base.SHAMPOO
 ADAGRAD = "shampax.optimizers.baselines:AdaGradOptions"
 TREATMENTS = ((r"embedding", "rows"), (r".*", "shampoo"))
 SHARDING_RULES = (("rows", ("data", "fsdp", "tensor")),)  # the MLPs are replicated
@@ -42,7 +41,7 @@ def sample(config: Any) -> None:
     """Train on flights."""
     _flights(config)
     config.optimizer = base.component(
-        SHAMPOO,
+        base.SHAMPOO,
         block_size=128,
         treatments=TREATMENTS,
         rate_rules=RATE_RULES,
@@ -123,7 +122,7 @@ def _criteo(config: Any, values: tuple[int, ...], **model: Any) -> None:
     rows = tuple(8 * count if count < 1_000_000 else count for count in values)
     config.task = base.component("shampax.models.dlrm:DLRMTask", rows=rows, **model)
     config.data = base.component("shampax.framework.data.clicks:ClickData", source="file:")
-    config.optimizer = base.component(SHAMPOO, treatments=TREATMENTS, rate_rules=RATE_RULES)
+    config.optimizer = base.component(base.SHAMPOO, treatments=TREATMENTS, rate_rules=RATE_RULES)
     config.sharding_rules = SHARDING_RULES
 
 

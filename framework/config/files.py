@@ -37,14 +37,11 @@ def run(spec: str) -> ConfigDict:
         raise UserError(f"--config={spec}: must be FILE.py or FILE.py:VARIANT, e.g. shampax/configs/lm.py:sample.")
     path, variant = match.groups()
     module = _load(path)
-    get_config = getattr(module, "get_config", None)
-    if not callable(get_config):
-        raise UserError(f"{path} defines no function get_config.")
     known = tuple(getattr(module, "VARIANTS", ()))
     if known and variant is not None and variant not in known:
         raise UserError(f"{path} has no variant {variant!r}{did_you_mean(variant, known)}")
     try:
-        config = get_config() if variant is None else get_config(variant)
+        config = module.get_config() if variant is None else module.get_config(variant)
     except _RAISED_BY_USERS as error:
         raise UserError(_explain(error, path, module.__file__)) from error
     if not isinstance(config, ConfigDict):

@@ -65,8 +65,6 @@ def read_run(path: pathlib.Path) -> Run:
     if not points:
         raise UserError(f"{metrics} has no readable line. Wait until the run has logged a step.")
     config, result = read_object(path / workdir.CONFIG), workdir.read_result(path)
-    if config is None:
-        notes.append(f"{path}: no {workdir.CONFIG}")
     return Run(path=path, points=tuple(points.values()), config=config or {}, result=result, notes=tuple(notes))
 
 

@@ -1,5 +1,6 @@
 """Held-out metrics: sums over all held-out batches, divided once, and predictions for all held-out examples."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -31,11 +32,6 @@ def predict(predict_step: Step, variables: Any, batches: Iterable[Batch], exampl
 
 def _one_behind(step: Step, variables: Any, batches: Iterable[Batch]) -> Iterator[Any]:
     """Yield results in order, each after the next batch has been dispatched, so that the devices stay busy."""
-    unread = None
-    for batch in batches:
-        result = step(variables, batch)
-        if unread is not None:
-            yield unread
-        unread = result
-    if unread is not None:
-        yield unread
+    results = (step(variables, batch) for batch in batches)
+    for result, _ in itertools.pairwise(itertools.chain(results, [None])):
+        yield result

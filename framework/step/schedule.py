@@ -40,6 +40,4 @@ def make_schedule(
     if warmup_steps:
         warmup = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
         rate = optax.join_schedules([warmup, rate], [warmup_steps])
-    if not begin_step:
-        return rate
     return lambda count: rate(jnp.maximum(jnp.asarray(count) - begin_step, 0))

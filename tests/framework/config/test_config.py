@@ -235,7 +235,7 @@ def test_an_invalid_config_is_refused_when_loaded(file, line, message):
 def test_files_that_are_not_config_files(tmp_path):
     path = tmp_path / "empty.py"
     path.write_text("")
-    assert refusal(config_lib.load, str(path)) == f"{path} defines no function get_config."
+    assert refusal(config_lib.load, str(path)).endswith("has no attribute 'get_config'")
     path.write_text("def get_config(): pass")
     assert "get_config() takes 0 positional arguments but 1 was given" in refusal(config_lib.load, f"{path}:x")
     path.write_text("VARIANTS = ('a', 'b')\ndef get_config(variant): pass")

@@ -47,7 +47,7 @@ def test_truncated_last_line_is_left_out_with_a_note(tmp_path):
 def test_result_and_config_are_read_and_their_absence_allowed(tmp_path):
     write(tmp_path, [point(1, a=1.0)])
     assert runs.read_run(tmp_path).result is None
-    assert len(runs.read_run(tmp_path).notes) == 1
+    assert runs.read_run(tmp_path).config == {}
     result = {"steps": 1, "seconds": 0.5, "tokens": 9, "heldout_loss": None, "best_heldout_loss": None, "stopped": None}
     (tmp_path / workdir.RESULT).write_text(json.dumps(result))
     (tmp_path / workdir.CONFIG).write_text('{"seed": 3}')
