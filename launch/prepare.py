@@ -61,11 +61,8 @@ def _prepare(arguments: Sequence[str] | None) -> int:
     if manifest is None:
         print(f"share {process} of {processes} is complete in {place}; shards of other shares are missing")
     else:
-        knobs = {"": options.config} | {
-            f".{key}": value for key, _, value in (each.partition("=") for each in overrides)
-        }
-        knobs |= {".data.prepared": os.fspath(place)}
-        words = shlex.join(f"--config{key}={value}" for key, value in knobs.items())
+        knobs = [f"--config.{each}" for each in (*overrides, f"data.prepared={place}")]
+        words = shlex.join([f"--config={options.config}", *knobs])
         print(f"prepared in {place}: train with python -m shampax.launch.train --workdir=WORKDIR {words}")
     return 0
 

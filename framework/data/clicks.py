@@ -54,6 +54,7 @@ class ClickData(Preparable):
 
     noun: ClassVar[str] = "rows"
     version: ClassVar[int] = 2
+    tokens_per_example: ClassVar[int] = 1
 
     source: str = "sample:flights"  # or "file:/path/train.txt", "file:/path/day_*.gz"; training and held-out rows
     heldout_files: str = ""  # glob of the files with held-out rows, "day_23*"; "" holds out heldout_fraction of all
@@ -71,14 +72,10 @@ class ClickData(Preparable):
                 "empty"
             )
 
-    @property
-    def tokens_per_example(self) -> int:
-        """One."""
-        return 1
-
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return shapes and types of an example."""
-        return spec()
+        of_zeros = example(np.zeros((), ROW))
+        return {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in of_zeros.items()}
 
     def open_source(self) -> Source:
         """See `Preparable.open_source`; one stream for each file."""
@@ -121,7 +118,7 @@ class ClickData(Preparable):
 
     def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> Callable[[bytes], Example]:
         """See `Preparable.row_decoder`."""
-        return unpacked
+        return lambda content: example(np.frombuffer(content, ROW)[0])
 
     def _blocks(self, path: epath.Path) -> Blocks:
         return (parse(path, lines) for lines in blocks_of(tsv.lines(path), self.shard_size))
@@ -154,11 +151,7 @@ def _fields(fields: list[str]) -> Fields | str:
 
 
 def flights(split: Split) -> Iterator[Fields]:
-    """Yield the vendored flights of a split; those of November and December are held out.
-
-    Raises:
-      UserError: the file is corrupt.
-    """
+    """Yield the vendored flights of a split; those of November and December are held out."""
     for line in samples.read(FLIGHTS).decode().splitlines():
         label, *fields = line.split("\t")
         integers, texts = fields[:INTEGERS], dict(zip(_FLIGHT_FIELDS, fields[INTEGERS:], strict=True))
@@ -188,11 +181,6 @@ def packed(fields: Fields) -> bytes:
     return row.tobytes()
 
 
-def unpacked(content: bytes) -> Example:
-    """Return the example of the bytes of a row."""
-    return example(np.frombuffer(content, ROW)[0])
-
-
 def example(row: Any) -> Example:
     """Return the example of a row with the fields of `ROW`.
 
@@ -205,9 +193,3 @@ def example(row: Any) -> Example:
         "integers": row["integers"].astype(np.int32),
         "categories": row["categories"].astype(np.uint32),
     }
-
-
-def spec() -> dict[str, jax.ShapeDtypeStruct]:
-    """Return shapes and types of an example."""
-    of_zeros = example(np.zeros((), ROW))
-    return {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in of_zeros.items()}

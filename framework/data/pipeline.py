@@ -64,13 +64,7 @@ class HeldoutBatches:
     """
 
     def __init__(
-        self,
-        source: Source,
-        *,
-        global_batch_size: int,
-        rows: Sequence[int],
-        limit: int = -1,
-        sample: bool = False,
+        self, source: Source, *, global_batch_size: int, rows: Sequence[int], limit: int = -1, sample: bool = False
     ):
         if not len(source):
             raise UserError(f"the held-out split {source!r} has 0 examples. Give more data.")

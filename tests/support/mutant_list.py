@@ -733,8 +733,8 @@ FRAMEWORK = (
     Mutant(
         "printed-command-without-overrides",
         "launch/prepare.py",
-        '(each.partition("=") for each in overrides)',
-        '(each.partition("=") for each in ())',
+        'for each in (*overrides, f"data',
+        'for each in (f"data',
         "The training command that prepare prints is refused.",
         ("tests/framework/data/test_preparing.py::test_the_printed_command_trains_on_the_rows",),
     ),

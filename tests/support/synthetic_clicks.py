@@ -44,8 +44,8 @@ class SyntheticClicks:
         return 1
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """See `clicks.spec`."""
-        return clicks.spec()
+        """See `ClickData.spec`."""
+        return clicks.ClickData().spec()
 
     def prepare(self, cache: Path) -> None:
         """Do nothing."""

@@ -5,7 +5,7 @@ import hashlib
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import jax
 import numpy as np
@@ -37,6 +37,8 @@ class ImageData:
     `max_malformed` of a split stop the run. The image keeps its place, so that batches stay a function of their index.
     """
 
+    tokens_per_example: ClassVar[int] = 1
+
     source: str = _SAMPLE  # or "tfds:imagenet2012:5.1.0"
     image_size: Annotated[int, Within(1, 8192)] = 28  # side of the model's input in pixels; the sample's images have 28
     classes: Annotated[int, Within(1, 2**24)] = 10  # number of labels; labels count from 0
@@ -55,11 +57,6 @@ class ImageData:
             raise ValueError(f"data.source={self.source!r}: write {_SAMPLE!r} or 'tfds:imagenet2012:5.1.0'")
         if self.source == _SAMPLE and self.image_size != _SAMPLE_SIDE:
             raise ValueError(f"data.image_size={self.image_size}: the sample's images have {_SAMPLE_SIDE}")
-
-    @property
-    def tokens_per_example(self) -> int:
-        """One."""
-        return 1
 
     def prepare(self, cache: Path) -> None:
         """Check that the set exists, with these features and splits; nothing is written.
@@ -118,8 +115,7 @@ class ImageData:
             self.source.removeprefix("tfds:"),
             self.data_dir,
             {"image_key": self.image_key, "label_key": self.label_key},
-            train=self.train_split,
-            heldout=self.heldout_split,
+            {"train": self.train_split, "heldout": self.heldout_split},
             decoders={self.image_key: tfds.decode.SkipDecoding()},
         )
         _refuse_labels_above(self.classes, images.classes(self.label_key), self.source)

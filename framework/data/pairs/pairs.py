@@ -47,10 +47,8 @@ class PairData(Tokenized):
     noun: ClassVar[str] = "pairs"
     version: ClassVar[int] = 3
     packing_knobs: ClassVar[tuple[str, ...]] = ("source_length", "target_length", "pairs_per_row")
-    sample_name: ClassVar[str] = "sample:nt"
     sample_file: ClassVar[str] = "web-lsg-nt.en-fr.tsv.xz"
     suffixes: ClassVar[tuple[str, ...]] = (".tsv", ".txt", "")
-    tfds_name: ClassVar[str] = "wmt14_translate/fr-en:1.0.0"
     feature_knobs: ClassVar[tuple[str, ...]] = ("source_key", "target_key")
     record: ClassVar[Callable[..., Pair]] = Pair
     text_of: ClassVar[Callable[[Pair], str]] = operator.attrgetter("source")  # no held-out source is trained on
@@ -69,7 +67,7 @@ class PairData(Tokenized):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.source == self.sample_name and self.heldout_split not in _SAMPLE_SPLITS:
+        if self.source.startswith("sample:") and self.heldout_split not in _SAMPLE_SPLITS:
             raise ValueError(
                 f"data.heldout_split={self.heldout_split!r}: {self.source} holds out "
                 f"{' or '.join(map(repr, _SAMPLE_SPLITS))}"

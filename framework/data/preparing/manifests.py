@@ -78,10 +78,10 @@ def find(place: epath.Path, settings: dict[str, Any]) -> tuple[epath.Path, Manif
     return folder, found[folder]
 
 
-def of_split(folder: epath.Path, manifest: Manifest, split: Split) -> tuple[list[epath.Path], list[int]]:
-    """Return the shards that hold rows of a split, and their row counts."""
+def of_split(folder: epath.Path, manifest: Manifest, split: Split) -> dict[epath.Path, int]:
+    """Return the shards that hold rows of a split, with their row counts."""
     own = [shard for shard in manifest["shards"] if shard["split"] in (split, None)]
-    return [folder / shard["file"] for shard in own], [int(shard["rows"]) for shard in own]
+    return {folder / shard["file"]: int(shard["rows"]) for shard in own}
 
 
 def missing(folder: epath.Path, manifest: Manifest) -> list[str]:
@@ -95,21 +95,16 @@ def missing(folder: epath.Path, manifest: Manifest) -> list[str]:
     ]
 
 
-def totals(limit: int, notes: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Add up the notes of shards by split, training first.
-
-    Raises:
-      UserError: a split has more than `limit` malformed records.
-    """
+def totals(notes: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Add up the notes of shards by split, training first."""
     totals = {}
     for split in sorted({note["split"] for note in notes}, key=lambda split: split == "heldout"):
-        rejects, counts, dropped, rows = Rejects(limit), collections.Counter(), collections.Counter(), 0
+        rejects, counts, dropped, rows = Rejects(0), collections.Counter(), collections.Counter(), 0
         for note in (note for note in notes if note["split"] == split):
             rejects.add(**note["malformed"])
             counts.update(note["counts"])
             dropped.update(note["dropped"])
             rows += note["rows"]
-        rejects.refuse_excess()
         name = split or "train and heldout"
         totals[name] = {**counts, "rows": rows, "dropped": dict(dropped), "malformed": rejects.to_json()}
     return totals

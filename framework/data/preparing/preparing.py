@@ -9,8 +9,6 @@ import abc
 import collections
 import dataclasses
 import hashlib
-import importlib.metadata
-import multiprocessing
 import os
 import sys
 import time
@@ -30,7 +28,6 @@ from .manifests import Manifest
 from .workers import run_in_processes
 
 _ROWS = ".array_record"
-_LIBRARIES = ("array-record", "numpy", "tokenizers")  # versions in the manifest
 
 
 class Tally:
@@ -130,21 +127,13 @@ class Preparable(abc.ABC):
         return self.settings() | {"fingerprint": source.fingerprint}
 
     def examples(self, split: Split, cache: str | os.PathLike[str]) -> Source:
-        """Return random access to the rows of a split in the order of the source.
-
-        Raises:
-          UserError: nothing is prepared for these settings in `cache`.
-        """
+        """Return random access to the rows of a split in the order of the source; raises as `manifest`."""
         folder, manifest = self.manifest(cache)
-        files, counts = manifests.of_split(folder, manifest, split)
-        return shards.ShardRows(files, counts, self.row_decoder(split, folder, manifest), *manifest["ranges"][split])
+        files, decode = manifests.of_split(folder, manifest, split), self.row_decoder(split, folder, manifest)
+        return shards.ShardRows(files, decode, *manifest["ranges"][split])
 
     def fingerprint(self, cache: str | os.PathLike[str]) -> str:
-        """Return a hash of the rows of both splits; copying, touching or preparing again does not change it.
-
-        Raises:
-          UserError: nothing is prepared for these settings in `cache`.
-        """
+        """Return a hash of the rows of both splits, which copying or preparing again keeps; raises as `manifest`."""
         return self.manifest(cache)[1]["content"]
 
     def report(self, manifest: Manifest) -> None:
@@ -192,8 +181,7 @@ def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, 
         if workers == 1:
             _make_shards(*jobs[0])
         else:
-            spawn = multiprocessing.get_context("spawn")  # a fork of a process that has started JAX may hang
-            run_in_processes(spawn, _make_shards, jobs)
+            run_in_processes(_make_shards, jobs)
         manifest = _join(data, folder, tokenizer, source)
     except OSError as error:
         raise UserError(
@@ -254,15 +242,13 @@ def _join(data: Preparable, folder: epath.Path, tokenizer: str, source: sources.
     others = [note["file"] for note in notes if note["tokenizer"] != sha256]
     if others:
         raise UserError(f"{folder / others[0]}: was made with another tokenizer. Delete {folder} and prepare again.")
-    beside = os.path.basename(tokenizer) if os.path.dirname(tokenizer) == os.fspath(folder.parent) else ""
     rows = {split: sum(note["rows"] for note in notes if note["split"] in (split, None)) for split in SPLITS}
     ranges = {split: data.span(split, rows[split]) for split in SPLITS}
     content = [[note["split"], note["rows"], note["content"]] for note in notes]
     manifest: Manifest = {
         "settings": data.identity(source),
-        "versions": {library: importlib.metadata.version(library) for library in _LIBRARIES},
-        "tokenizer": {"file": beside, "sha256": sha256},
-        "splits": manifests.totals(data.max_malformed, notes),
+        "tokenizer": {"file": os.path.basename(tokenizer), "sha256": sha256},
+        "splits": manifests.totals(notes),
         "shards": [{key: note[key] for key in ("file", "split", "rows", "bytes", "content")} for note in notes],
         "ranges": ranges,
         "content": manifests.digest([sha256, content, ranges]),

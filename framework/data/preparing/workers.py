@@ -11,12 +11,13 @@ from typing import Any
 from ...base.errors import UserError
 
 
-def run_in_processes(context: Any, work: Callable[..., None], jobs: Sequence[tuple[Any, ...]]) -> None:
-    """Run `work(*job)` for each job in a process of its own, of a multiprocessing context.
+def run_in_processes(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]]) -> None:
+    """Run `work(*job)` for each job in a process of its own.
 
     Raises:
       UserError, OSError: one of them failed; the others are terminated.
     """
+    context: Any = multiprocessing.get_context("spawn")  # a fork of a process that has started JAX may hang
     errors = context.SimpleQueue()
     processes = [context.Process(target=_child, args=(errors, work, job), daemon=True) for job in jobs]
     try:

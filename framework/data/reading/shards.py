@@ -11,7 +11,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,28 +79,20 @@ class ShardRows:
     """Random access to rows `start` to `stop` of concatenated shards.
 
     Args:
-      shards: files of `write`, local or gs://.
-      counts: number of rows of each shard.
+      shards: files of `write`, local or gs://, with their numbers of rows.
       decode: returns the example of a row.
       start, stop: bounds as of a slice.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[epath.Path],
-        counts: Sequence[int],
-        decode: Callable[[bytes], Example],
-        start: int,
-        stop: int,
-    ):
-        self._shards, self._counts, self._decode = [os.fspath(shard) for shard in shards], counts, decode
-        self._ends = list(itertools.accumulate(counts))
+    def __init__(self, shards: Mapping[epath.Path, int], decode: Callable[[bytes], Example], start: int, stop: int):
+        self._shards, self._counts, self._decode = list(map(os.fspath, shards)), list(shards.values()), decode
+        self._ends = list(itertools.accumulate(self._counts))
         self._range = range(start, stop)
         self._reader = functools.lru_cache(_OPEN)(self._open)  # a dropped reader closes once no thread reads from it
-        assert 0 <= start <= stop <= sum(counts), (start, stop, counts)
+        assert 0 <= start <= stop <= sum(self._counts), (start, stop, self._counts)
 
     def __repr__(self) -> str:
-        return f"ShardRows({os.path.commonpath(self._shards)}, {self._range})"
+        return f"ShardRows({self._shards[:1]}, {self._range})"
 
     def __len__(self) -> int:
         return len(self._range)

@@ -156,7 +156,7 @@ def tfds_source(tfds: TfdsSet, make: Callable[..., Any], size: int, limit: int) 
                 yield record
 
     def stream(split: Split) -> Stream:
-        count = tfds.count(split)
+        count = len(tfds.source(split))
         end = min(count, limit or count)
         starts = range(0, end, size)
         return Stream(

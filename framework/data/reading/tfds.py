@@ -21,7 +21,7 @@ class TfdsSet:
       name: "c4/en:3.1.0".
       data_dir: "" uses $TFDS_DATA_DIR or tfds' default, ~/tensorflow_datasets.
       features: required features by the knob of `data` that names them.
-      train, heldout: split names, which may be tfds slices such as "train[:90%]".
+      splits: the names of the two in the set, which may be tfds slices such as "train[:90%]".
       decoders: passed to tfds, `{"image": tfds.decode.SkipDecoding()}`.
 
     Attributes:
@@ -33,14 +33,7 @@ class TfdsSet:
     """
 
     def __init__(
-        self,
-        name: str,
-        data_dir: str,
-        features: Mapping[str, str],
-        *,
-        train: str,
-        heldout: str,
-        decoders: Any = None,
+        self, name: str, data_dir: str, features: Mapping[str, str], splits: Mapping[Split, str], decoders: Any = None
     ):
         import tensorflow_datasets as tfds  # takes 0.4 s, and only this source needs it
 
@@ -62,10 +55,9 @@ class TfdsSet:
         suffix = file_format and file_format.file_suffix
         if suffix != "array_record":
             raise UserError(f"{directory}: is in {suffix} form, which has no random access; {prepare}")
-        self._splits: dict[Split, str] = {"train": train, "heldout": heldout}
-        self._builder, self._name, self._decoders = builder, name, decoders
+        self._builder, self._name, self._splits, self._decoders = builder, name, splits, decoders
         taken = {}
-        for split, slices in self._splits.items():
+        for split, slices in splits.items():
             knob = f"data.{split}_split"
             try:
                 parts = builder.info.splits[slices].file_instructions
@@ -82,8 +74,8 @@ class TfdsSet:
         for (file, start, end), (other, other_start, other_end) in itertools.product(taken["train"], taken["heldout"]):
             if file == other and start < other_end and other_start < end:
                 raise UserError(
-                    f"data.train_split={train!r} and data.heldout_split={heldout!r}: share examples of {file} in "
-                    f"tfds:{name}. Choose splits that do not overlap."
+                    f"data.train_split={splits['train']!r} and data.heldout_split={splits['heldout']!r}: share "
+                    f"examples of {file} in tfds:{name}. Choose splits that do not overlap."
                 )
         self.features = list(features.values())
         self.fingerprint = hashlib.sha256(repr((directory, sorted(self.features), taken)).encode()).hexdigest()
@@ -91,10 +83,6 @@ class TfdsSet:
     def source(self, split: Split) -> Any:
         """Return random access to the examples of a split: dicts of features, text as bytes."""
         return self._builder.as_data_source(split=self._splits[split], decoders=self._decoders)
-
-    def count(self, split: Split) -> int:
-        """Return the number of examples of a split."""
-        return len(self.source(split))
 
     def classes(self, feature: str) -> int:
         """Return the number of labels of a feature, 0 if the set does not declare it."""

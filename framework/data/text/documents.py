@@ -26,10 +26,8 @@ class DocumentData(Tokenized):
     """Base of data sets made of documents."""
 
     noun: ClassVar[str] = "documents"
-    sample_name: ClassVar[str] = "sample:enwiki"
     sample_file: ClassVar[str] = "enwiki-106.txt.xz"
     suffixes: ClassVar[tuple[str, ...]] = (*_PLAIN, ".tsv")
-    tfds_name: ClassVar[str] = "lm1b:1.1.0"
     feature_knobs: ClassVar[tuple[str, ...]] = ("text_key",)
     record: ClassVar[Callable[..., str]] = str
     text_of: ClassVar[Callable[[str], str]] = str

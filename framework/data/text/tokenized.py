@@ -29,15 +29,13 @@ class Tokenized(Preparable):
     """A data set with a tokenizer, of a vendored sample, local files or a prepared tfds set."""
 
     packing_knobs: ClassVar[tuple[str, ...]]  # knobs that the tokenizer does not depend on
-    sample_name: ClassVar[str]  # of the vendored source: "sample:enwiki"
     sample_file: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]  # of files that `read` can read
-    tfds_name: ClassVar[str]  # example of a tfds set: "lm1b:1.1.0"
     feature_knobs: ClassVar[tuple[str, ...]]  # name the features of a tfds set that make a record
     record: ClassVar[Callable[..., Any]]  # makes a record of the texts of these features
     text_of: ClassVar[Callable[[Any], str]]  # the text of a record that decides whether a record of a file is held out
 
-    source: str = ""
+    source: str = ""  # the default of a subclass is its vendored sample
     data_dir: str = ""  # folder of tfds sets, local or gs://; "" uses $TFDS_DATA_DIR or ~/tensorflow_datasets
     train_split: str = "train"  # tfds split to train on
     heldout_split: str = "validation"  # tfds split to evaluate on ("test" for lm1b)
@@ -48,10 +46,10 @@ class Tokenized(Preparable):
     def __post_init__(self):
         super().__post_init__()
         kind, _, name = self.source.partition(":")
-        if not name or (kind not in ("file", "tfds") and self.source != self.sample_name):
+        sample = type(self).source
+        if not name or (kind not in ("file", "tfds") and self.source != sample):
             raise ValueError(
-                f"data.source={self.source!r}: write '{self.sample_name}', 'file:/path/*{self.suffixes[0]}' or "
-                f"'tfds:{self.tfds_name}'"
+                f"data.source={self.source!r}: write {sample}, file:/path/*{self.suffixes[0]} or tfds:NAME:VERSION"
             )
 
     @abc.abstractmethod
@@ -89,8 +87,8 @@ class Tokenized(Preparable):
             found = files.find("data.source", name, self.suffixes)
             return file_source(found, self.read, self.cut, self.text_of, self.heldout_fraction, *blocks)
         features = {knob: getattr(self, knob) for knob in self.feature_knobs}
-        splits = {"train": self.train_split, "heldout": self.heldout_split}
-        return tfds_source(TfdsSet(name, self.data_dir, features, **splits), self.record, *blocks)
+        splits: dict[Split, str] = {"train": self.train_split, "heldout": self.heldout_split}
+        return tfds_source(TfdsSet(name, self.data_dir, features, splits), self.record, *blocks)
 
     def settings(self) -> dict[str, Any]:
         """See `Preparable.settings`; with the hash of the tokenizer's file in place of its path."""

@@ -52,7 +52,7 @@ def test_known_rows(tmp_path):
     kind, path = row_type(6, 10), epath.Path(tmp_path / "rows")
     written = shards.write(path, (to_bytes(row, kind) for row in pack(documents, 6)))
     decode = functools.partial(unpacked, row_type=kind, characters=np.array([0, 0, 0, 0, 0, 1, 2, 3, 4, 5], np.int32))
-    rows = shards.ShardRows([path], [written["rows"]], decode, 0, written["rows"])
+    rows = shards.ShardRows({path: written["rows"]}, decode, 0, written["rows"])
     assert len(rows) == 2
     expected = [
         {

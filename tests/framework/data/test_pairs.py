@@ -142,7 +142,7 @@ def test_pairs_that_just_fit(tmp_path, limit, expected):
     packer = Packer(6, 8, limit, 300)  # targets take one slot less than their tokens with both ends
     written = shards.write(epath.Path(tmp_path / "a"), packer.pack(iter(pairs)))
     count, content = written["rows"], written["content"]
-    rows = shards.ShardRows([epath.Path(tmp_path / "a")], [count], packer, 0, count)
+    rows = shards.ShardRows({epath.Path(tmp_path / "a"): count}, packer, 0, count)
     assert [sorted({*rows[i]["source"].tolist()} - {0}) for i in range(len(rows))] == expected
     assert count == len(rows)
     assert rows[0]["source"].tolist() == [10, 10, 10, 0, 11, 0]

@@ -1,5 +1,4 @@
 import dataclasses
-import multiprocessing
 import os
 import resource
 import shlex
@@ -199,10 +198,7 @@ def test_the_printed_command_trains_on_the_rows(sources, tmp_path, capsys):
 
 def test_a_worker_that_fails_or_dies_is_one_line():
     """Faults: a preparation waits for a worker that was killed; it hides why another one failed."""
-    spawn = multiprocessing.get_context("spawn")
     with pytest.raises(UserError, match="'none' matches no file"):
-        workers.run_in_processes(
-            spawn, files.find, [("data.source", __file__, (".py",)), ("data.source", "none", ("",))]
-        )
+        workers.run_in_processes(files.find, [("data.source", __file__, (".py",)), ("data.source", "none", ("",))])
     with pytest.raises(UserError, match="died with exit code 3"):
-        workers.run_in_processes(spawn, os._exit, [(0,), (3,)])
+        workers.run_in_processes(os._exit, [(0,), (3,)])
