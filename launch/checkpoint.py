@@ -7,7 +7,6 @@ Exit codes: 0; 1, `verify` has found a fault or `diff` a difference; 2, invalid 
 """
 
 import argparse
-import collections
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
@@ -65,18 +64,13 @@ def _verify(options: argparse.Namespace) -> int:
 def _diff(options: argparse.Namespace) -> int:
     from ..framework.checkpoint import diff, inspect
 
-    sides = []
-    for name, given in (("A", options.a), ("B", options.b)):
-        path = _locate(given, intact=True)
-        sides.append(inspect.read(path))
-        _say(f"{name}: {path}, {sides[-1].origin}")
-    counts = collections.Counter({"equal": 0, "different": 0, "only in A": 0, "only in B": 0})
-    for name, difference in diff.compare(*sides):
-        counts[difference if difference in counts else "different" if difference else "equal"] += 1
-        if difference or options.all:
-            _say(f"{name}: {difference or 'equal'}")
-    _say(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
-    return 0 if counts["equal"] == counts.total() else 1
+    a, b = (inspect.read(_locate(given, intact=True)) for given in (options.a, options.b))
+    _say(f"A: {a.path}", f"B: {b.path}")
+    verdicts = dict(diff.compare(a, b))
+    unlike = {name: difference for name, difference in verdicts.items() if difference}
+    _say(*(f"{name}: {difference}" for name, difference in unlike.items()))
+    _say(f"{len(verdicts) - len(unlike)} equal, {len(unlike)} different")
+    return 1 if unlike else 0
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -149,8 +143,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verb("verify", _verify, "compare files with their checksums, and the manifest with the arrays", paths="a PATH")
 
-    flag = verb("diff", _diff, "compare two checkpoints by arrays and blocks", a="a PATH", b="another PATH")
-    flag("--all", help="name equal arrays, too", action="store_true")
+    verb("diff", _diff, "compare two checkpoints by arrays and blocks", a="a PATH", b="another PATH")
 
     flag = verb("export", _export, "write the parameters to a safetensors file", path="a PATH", file="the file")
     flag("--model_state", help="write the other collections, too, as COLLECTION.path", action="store_true")

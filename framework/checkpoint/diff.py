@@ -10,18 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...optimizers.checkpoint.manifest import ELEMENTWISE, Blocks
+from ...optimizers.checkpoint.manifest import Blocks
 from . import store
 from .inspect import Contents
 
-_PER_SIDE = ("roots/statistics", "roots/roots", "in_flight/statistics")
-
 
 class _Part(NamedTuple):
-    """An array; with `blocks` only those of one parameter, in a field of a bucket."""
+    """An array, or the blocks of one parameter in it."""
 
     array: str
-    field: str = ""
     blocks: Blocks | None = None
 
 
@@ -35,57 +32,37 @@ def compare(a: Contents, b: Contents) -> Iterator[tuple[str, str]]:
     """
     by_block = bool(a.blocks and b.blocks)
     in_a, in_b = (_parts(each, by_block) for each in (a, b))
-    read_a, read_b = (
-        functools.lru_cache(1)(lambda name, path=each.path: store.read(path, {name: None})[name]) for each in (a, b)
-    )
+    read = functools.lru_cache(2)(lambda path, name: store.read(path, {name: None})[name])
     # In the order of the arrays, so that each is read once.
     for name in sorted(in_a.keys() | in_b.keys(), key=lambda name: (in_a.get(name) or in_b[name]).array):
-        there, here = in_a.get(name), in_b.get(name)
-        if there is None or here is None:
-            yield name, "only in A" if here is None else "only in B"
+        part_a, part_b = in_a.get(name), in_b.get(name)
+        if part_a is None or part_b is None:
+            yield name, "only in A" if part_b is None else "only in B"
             continue
-        saved_a, saved_b = a.arrays[there.array], b.arrays[here.array]
-        if saved_a.dtype != saved_b.dtype or (there.blocks is None and saved_a.shape != saved_b.shape):
+        saved_a, saved_b, blocks_a, blocks_b = a.arrays[part_a.array], b.arrays[part_b.array], part_a[1], part_b[1]
+        if blocks_a and blocks_b and blocks_a.geometry != blocks_b.geometry:
+            yield name, "is cut into other blocks"
+        elif saved_a.dtype != saved_b.dtype or (not blocks_a and saved_a.shape != saved_b.shape):
             yield name, f"{saved_a} in A, {saved_b} in B"
         else:
-            yield name, _of_parts(there, read_a(there.array), here, read_b(here.array))
+            array_a, array_b = read(a.path, part_a.array), read(b.path, part_b.array)
+            if blocks_a and blocks_b:
+                array_a, array_b = array_a[blocks_a.slots], array_b[blocks_b.slots]
+            yield name, _difference(array_a, array_b)
 
 
 def _parts(contents: Contents, by_block: bool) -> dict[str, _Part]:
-    """Return what is compared, by name. Arrays of preconditioned sides are named by the number of the side."""
-    if not by_block:
-        return {name: _Part(name) for name in contents.arrays}
-    roots = tuple(f"{start}buckets/" for start in contents.blocks)
-    parts = {name: _Part(name) for name in contents.arrays if not name.startswith(roots)}
-    buckets = [(start, bucket) for start, blocks in contents.blocks.items() for bucket in blocks.buckets.values()]
-    for start, bucket in buckets:
-        prefix = f"{start}buckets/{bucket.name}/"
-        for array in contents.arrays:
-            field = array.removeprefix(prefix)
-            if not array.startswith(prefix) or field == "block":
-                continue
-            head, _, number = field.rpartition("/")
-            if head in _PER_SIDE:
-                field = f"{head} of side {bucket.entry['sides'][int(number)]}"
-            parts |= {
-                f"{start}{field} of {path}": _Part(array, field, blocks) for path, blocks in bucket.blocks.items()
-            }
+    """Return what is compared, by name."""
+    parts = {name: _Part(name) for name in contents.arrays}
+    for start, saved in contents.blocks.items() if by_block else ():
+        for bucket in saved.buckets.values():
+            prefix = f"{start}buckets/{bucket.name}/"
+            for array in [name for name in parts if name.startswith(prefix)]:
+                field = array.removeprefix(prefix)
+                del parts[array]
+                if field != "block":
+                    parts |= {f"{start}{field} of {path}": _Part(array, mine) for path, mine in bucket.blocks.items()}
     return parts
-
-
-def _of_parts(a: _Part, array_a: np.ndarray, b: _Part, array_b: np.ndarray) -> str:
-    if a.blocks is None or b.blocks is None:
-        return _difference(array_a, array_b)
-    if a.blocks.geometry == b.blocks.geometry:
-        return _difference(array_a[a.blocks.slots], array_b[b.blocks.slots])
-    if a.field in ELEMENTWISE and a.blocks.view.shape == b.blocks.view.shape:
-        return _difference(a.blocks.joined(array_a), b.blocks.joined(array_b))
-    return f"blocks of {_cut(a.blocks)} in A, of {_cut(b.blocks)} in B"
-
-
-def _cut(blocks: Blocks) -> str:
-    pieces, shape = ("x".join(map(str, numbers)) for numbers in (blocks.pieces, blocks.shape))
-    return f"{shape}, {pieces} to a matrix"
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> str:

@@ -25,10 +25,7 @@ class Contents:
     """The description of a checkpoint.
 
     Attributes:
-      path: the checkpoint.
-      record: what the host knew.
-      manifest: the description of the arrays.
-      arrays: shape and dtype of each, by its path in the train state.
+      path, record, manifest, arrays: as of `store`.
       blocks: beginning of the names of an optimizer's arrays -> its blocks; empty for one without blocks.
     """
 
@@ -37,12 +34,6 @@ class Contents:
     manifest: dict[str, Any]
     arrays: dict[str, Array]
     blocks: dict[str, SavedBlocks]
-
-    @property
-    def origin(self) -> str:
-        """The step, mesh and optimizer of the run that saved it."""
-        mesh = ", ".join(f"{axis} {size}" for axis, size in self.manifest["mesh"].items())
-        return f"step {self.record.step}, mesh {mesh}, {self.manifest['optimizer']}"
 
 
 def read(path: Path) -> Contents:
@@ -86,10 +77,11 @@ def listing(workdir: Path) -> str:
     """
     found, ranking = store.in_workdir(workdir), store.ranking(workdir)
     ranks = {path: rank for path, rank in store.ranks(workdir, ranking).items() if rank is not None}
+    best = min(ranks.values(), default=None)
     rows = [("step", "saved", "size", f"held-out {ranking.metric}", "")]
     for path in found:
         notes = ["newest"] if path == found[-1] else []
-        notes += ["best"] if path in ranks and ranks[path] == min(ranks.values()) else []
+        notes += ["best"] if path in ranks and ranks[path] == best else []
         notes += [] if verify.read(path).complete else ["not all checksums"]
         value = ranking.value(ranks[path]) if path in ranks else None
         rows.append((path.name, *_saved(path), _number(value), ", ".join(notes)))
@@ -117,12 +109,11 @@ def as_text(contents: Contents, *, arrays: bool) -> str:
     sizes: dict[str, list[int]] = {}
     for name, array in contents.arrays.items():
         sizes.setdefault(_part(name), []).append(array.bytes)
-    total = [sum(numbers) for numbers in sizes.values()]
     tables = [
         [
             ("content", "arrays", "bytes"),
             *((part, f"{len(numbers):,}", f"{sum(numbers):,}") for part, numbers in sizes.items()),
-            ("total", f"{len(contents.arrays):,}", f"{sum(total):,}"),
+            ("total", f"{len(contents.arrays):,}", f"{sum(x.bytes for x in contents.arrays.values()):,}"),
         ],
         [
             ("parameter", "shape", "dtype", "treatment", "count"),
