@@ -198,5 +198,4 @@ def storage_faults(on_error: str) -> Iterator[None]:
     except SaveError as error:
         if on_error == "stop":
             raise TrainingStopped(f"{error}. Fix the storage, then rerun the same command to resume.") from error
-        if not error.told:
-            console.say(f"warning: {error}. Training continues.")
+        console.say(f"warning: {error}. Training continues.")

@@ -92,10 +92,9 @@ def _prune(options: argparse.Namespace) -> int:
     # A dry run writes nothing, not even the lock.
     with contextlib.nullcontext() if options.dry_run else ownership.lock(options.workdir):
         counts = {"keep_last": options.keep_last, "keep_best": options.keep_best}
-        kept, doomed, damaged = saving.pruning(options.workdir, **counts)
-        _say(*(f"{path}: kept" for path in kept))
-        _say(*(f"{path}: damaged, left alone ({why})" for path, why in damaged))
-        for path in doomed:
+        verdicts = saving.pruning(options.workdir, **counts)
+        _say(*(f"{path}: {verdict}" for path, verdict in verdicts.items() if verdict))
+        for path in (path for path, verdict in verdicts.items() if not verdict):
             size = verify.size(path)
             try:
                 if not options.dry_run:

@@ -1,7 +1,7 @@
 """Save checkpoints in the background through Orbax, and choose which are kept."""
 
 import contextlib
-import dataclasses
+import functools
 import os
 import shutil
 import sys
@@ -27,43 +27,23 @@ _STORAGE_ERRORS = (OSError, ValueError, RuntimeError, TimeoutError, UserError)
 
 
 class SaveError(Exception):
-    """A checkpoint could not be saved. Earlier checkpoints are not affected.
-
-    Attributes:
-      told: whether `Checkpoints.complaint` has reported it already.
-    """
-
-    def __init__(self, reason: str, *, told: bool = False):
-        super().__init__(reason)
-        self.told = told
+    """A checkpoint could not be saved. Earlier checkpoints are not affected."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Retention:
-    """Choose the checkpoints to keep.
+def kept(steps: Iterable[int], ranks: Mapping[int, float | None], *, last: int, best: int, every: int = 0) -> set[int]:
+    """Return the steps whose checkpoints are kept.
 
-    Attributes:
-      last: number of newest checkpoints.
+    Args:
+      steps: of all checkpoints.
+      ranks: step -> rank, None or absent without an evaluation.
+      last: number of newest checkpoints, at least 1.
       best: number of checkpoints with the lowest ranks.
       every: keep the first checkpoint of every such number of steps for good; 0 keeps none.
-      ranks: step -> rank, None or absent without an evaluation. Grows during the run.
     """
-
-    last: int
-    best: int
-    every: int = 0
-    ranks: Mapping[int, float | None] = dataclasses.field(default_factory=dict)
-
-    def kept(self, steps: Iterable[int]) -> set[int]:
-        """Return which of the steps of all checkpoints are kept."""
-        steps = sorted(steps)
-        ranked = sorted((rank, step) for step in steps if (rank := self.ranks.get(step)) is not None)
-        best = [step for _, step in ranked[: self.best]]
-        firsts: dict[int, int] = {}
-        for step in steps:
-            if self.every and step >= self.every:
-                firsts.setdefault(step // self.every, step)
-        return {*steps[max(len(steps) - self.last, 0) :], *best, *firsts.values()}
+    steps = sorted(steps)
+    ranked = sorted((rank, step) for step in steps if (rank := ranks.get(step)) is not None)
+    firsts = {step // every: step for step in reversed(steps) if step >= every} if every else {}
+    return {*steps[-last:], *(step for _, step in ranked[:best]), *firsts.values()}
 
 
 class Checkpoints:
@@ -74,7 +54,7 @@ class Checkpoints:
 
     Args:
       workdir: the run's.
-      keep_last, keep_best, keep_every: see `Retention`.
+      keep_last, keep_best, keep_every: see `kept`.
       ranking: orders checkpoints from best to worst.
       still_ours: raises UserError in all processes if another run has taken over the workdir.
     """
@@ -94,13 +74,16 @@ class Checkpoints:
         self._workdir, self._directory = workdir, (workdir / layout.CHECKPOINTS).absolute()
         self._ranking, self._still_ours = ranking, still_ours
         self._first = jax.process_index() == 0
-        self._ranks: dict[int, float | None] = dict(agreement.first(self._saved_ranks))
-        self._retention = Retention(keep_last, keep_best, keep_every, self._ranks)
+        saved = agreement.first(
+            lambda: [(int(path.name), rank) for path, rank in store.ranks(workdir, ranking).items()]
+        )
+        self._ranks: dict[int, float | None] = dict(saved)
+        self._kept = functools.partial(kept, ranks=self._ranks, last=keep_last, best=keep_best, every=keep_every)
         self._there = {*self._ranks}  # steps that are saved
         self._step = 0
         self._failure = ""
-        self._told: set[str] = set()
-        self._undeletable: dict[int, str] = {}
+        self._undeletable: set[int] = set()
+        self._warnings: list[str] = []
         self._metrics: dict[str, float] = {}
         # Saving is not urgent once the state is copied. Threads that this one starts inherit its priority.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints", initializer=_give_way)
@@ -126,7 +109,7 @@ class Checkpoints:
             failure = self._begin(state, record, manifest, begun) or failure
             self._metrics["checkpoint/blocked_seconds"] = time.perf_counter() - begun
         if failure:
-            raise SaveError(failure, told=failure in self._told)
+            raise SaveError(failure)
 
     def evaluated(self, record: Record) -> None:
         """Rank a step that has been evaluated, and add the evaluation to its checkpoint if it has one."""
@@ -141,7 +124,7 @@ class Checkpoints:
           SaveError: the save has failed; on all processes if it did on any.
         """
         if failure := self._settle():
-            raise SaveError(failure, told=failure in self._told)
+            raise SaveError(failure)
         self._prune()
 
     def metrics(self) -> dict[str, float]:
@@ -154,12 +137,8 @@ class Checkpoints:
         self._metrics["checkpoint/restore_bytes"] = float(verify.size(path))
 
     def complaint(self) -> str | None:
-        """Return warnings about this process: a save that has failed, before all processes learn of it; each once."""
-        if self._ending is not None and self._ending.done():
-            self._failure = self._outcome(self._finish)
-        found = [text for text in (self._failure, *list(self._undeletable.values())) if text and text not in self._told]
-        self._told |= {*found}
-        return "\n".join(f"warning: {text}. Training continues." for text in found) or None
+        """Return warnings about checkpoints that cannot be deleted, each once."""
+        return "\n".join(self._warnings.pop() for _ in range(len(self._warnings))) or None
 
     def close(self) -> None:
         """Wait for the save in progress, without a report of its failure; see `confirm`."""
@@ -231,7 +210,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Delete the checkpoints that are not kept, and damaged ones of steps that are saved again."""
-        for step in sorted(self._there - self._retention.kept(self._there)):
+        for step in sorted(self._there - self._kept(self._there)):
             self._delete(step)
         for path in (self._workdir / layout.DAMAGED).glob("*") if self._first else ():
             if path.name.isdecimal() and int(path.name) <= self._step:
@@ -243,12 +222,11 @@ class Checkpoints:
             if self._first:
                 delete(path)
             self._there.discard(step)
-            self._undeletable.pop(step, None)
         except OSError as error:
-            self._undeletable[step] = f"checkpoint {path} cannot be deleted ({error.strerror}); it is tried again"
-
-    def _saved_ranks(self) -> list[tuple[int, float | None]]:
-        return [(int(path.name), rank) for path, rank in store.ranks(self._workdir, self._ranking).items()]
+            if step not in self._undeletable:
+                self._undeletable.add(step)
+                reason = f"checkpoint {path} cannot be deleted ({error.strerror})"
+                self._warnings.append(f"warning: {reason}. It is tried again after each save.")
 
     def _write_evaluation(self, record: Record) -> None:
         path = self._directory / str(record.step)
@@ -272,30 +250,29 @@ def delete(path: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def pruning(workdir: Path, *, keep_last: int, keep_best: int) -> tuple[list[Path], list[Path], store.Damaged]:
+def pruning(workdir: Path, *, keep_last: int, keep_best: int) -> dict[Path, str]:
     """Choose the checkpoints of a workdir to delete. Checkpoints are verified before they are kept.
 
     Returns:
-      Those to keep, those to delete, and those that would be kept but are damaged; all oldest first.
+      Checkpoint -> "" if it is to be deleted, else why it is not; oldest first.
 
     Raises:
       UserError: there is no intact one, so that none may be deleted.
     """
     found = {int(path.name): path for path in store.in_workdir(workdir)}
-    ranks = store.ranks(workdir, store.ranking(workdir))
-    retention = Retention(keep_last, keep_best, ranks={int(path.name): rank for path, rank in ranks.items()})
-    faults: dict[int, list[str]] = {}
-    while unknown := retention.kept(step for step in found if not faults.get(step)) - faults.keys():
-        faults |= {step: store.faults(found[step]) for step in unknown}
-    damaged = {step: why[0] for step, why in faults.items() if why}
-    kept = retention.kept(found.keys() - damaged)
-    if not kept:
-        raise UserError(f"every checkpoint of {workdir} is damaged ({damaged}); none is deleted")
-    return (
-        [found[step] for step in sorted(kept)],
-        [path for step, path in found.items() if step not in kept and step not in damaged],
-        [(found[step], damaged[step]) for step in sorted(damaged)],
-    )
+    ranks = {int(path.name): rank for path, rank in store.ranks(workdir, store.ranking(workdir)).items()}
+    verdicts: dict[int, str] = {}
+    while True:
+        intact = [step for step in found if verdicts.get(step, "kept") == "kept"]
+        keep = kept(intact, ranks, last=keep_last, best=keep_best)
+        if keep <= verdicts.keys():
+            break
+        for step in keep - verdicts.keys():
+            faults = store.faults(found[step])
+            verdicts[step] = f"damaged, left alone ({faults[0]})" if faults else "kept"
+    if not keep:
+        raise UserError(f"every checkpoint of {workdir} is damaged ({verdicts}); none is deleted")
+    return {path: verdicts.get(step, "") for step, path in found.items()}
 
 
 def _give_way() -> None:

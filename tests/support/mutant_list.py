@@ -441,8 +441,8 @@ FRAMEWORK = (
     Mutant(
         "worst-checkpoints-kept",
         "framework/checkpoint/saving.py",
-        "best = [step for _, step in ranked[: self.best]]",
-        "best = [step for _, step in ranked[::-1][: self.best]]",
+        "step in ranked[:best]",
+        "step in ranked[::-1][:best]",
         "The best checkpoint is deleted, and the worst one is kept.",
         ("tests/framework/checkpoint/test_saving.py::test_keeps_last_and_best",),
     ),
