@@ -21,7 +21,6 @@ import jax
 import numpy as np
 
 from ..configs import lm
-from ..framework import optimizer
 from ..framework.checkpoint import takeover
 from ..framework.checkpoint.record import Ranking, Record
 from ..framework.checkpoint.saving import Checkpoints
@@ -61,9 +60,7 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
         names = patterns.paths(abstract)
         arrays = make_initial(task, tx, spec, abstract, 0, names)()
         state = jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in names])
-        manifest = takeover.describe(
-            tx, config.optimizer.name, abstract.params, optimizer.treatments(tx, abstract.params), mesh.shape
-        )
+        manifest = takeover.describe(tx, config.optimizer.name, abstract.params, mesh.shape)
         saver = Checkpoints(place, keep_last=2, keep_best=0, ranking=Ranking())
         record, taken = Record(), 0
         plain, saved, overlapped, writes = [], [], [], []  # the first two: end times of the steps of each turn

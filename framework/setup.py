@@ -178,8 +178,7 @@ def build(request: Request, compilers: Executor) -> Blueprint:
     metrics = program.metrics()
     _refuse_unknown_metric(config.evaluation.best_metric, (*metrics, *getattr(request.task, "judged_metrics", ())))
     tx, abstract = program.tx, program.abstract
-    treatments = optimizer.treatments(tx, abstract.params)
-    manifest = takeover.describe(tx, config.optimizer.name, abstract.params, treatments, mesh.shape)
+    manifest = takeover.describe(tx, config.optimizer.name, abstract.params, mesh.shape)
     taken = takeover.plan(start, abstract, tx, config.optimizer.name, config.renamed)
     initial = make_initial(request.task, tx, batch_spec, abstract, config.seed, taken.fresh)
     steps = Steps(initial, program, compilers)

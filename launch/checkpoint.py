@@ -42,9 +42,12 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from ..framework.checkpoint import inspect
+    from ..framework.checkpoint import inspect, store
 
-    text = inspect.as_text(inspect.read(_locate(options.path, intact=False)), arrays=options.arrays)
+    text = inspect.as_text(
+        inspect.read(options.path if store.is_checkpoint(options.path) else _locate(options.path)),
+        arrays=options.arrays,
+    )
     _say(*text.split("\n"))
     return 0
 
@@ -64,7 +67,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _diff(options: argparse.Namespace) -> int:
     from ..framework.checkpoint import diff, inspect
 
-    a, b = (inspect.read(_locate(given, intact=True)) for given in (options.a, options.b))
+    a, b = (inspect.read(_locate(given)) for given in (options.a, options.b))
     _say(f"A: {a.path}", f"B: {b.path}")
     verdicts = dict(diff.compare(a, b))
     unlike = {name: difference for name, difference in verdicts.items() if difference}
@@ -76,7 +79,7 @@ def _diff(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from ..framework.checkpoint.export import export
 
-    path = _locate(options.path, intact=True)
+    path = _locate(options.path)
     count, size = export(path, options.file, model_state=options.model_state, force=options.force)
     _say(f"{options.file}: {count} arrays, {size:,} bytes, from {path}")
     return 0
@@ -105,10 +108,10 @@ def _prune(options: argparse.Namespace) -> int:
     return 0
 
 
-def _locate(given: Path, *, intact: bool) -> Path:
+def _locate(given: Path) -> Path:
     from ..framework.checkpoint import store
 
-    path, damaged = store.locate(given, intact=intact)
+    path, damaged = store.locate(given)
     for other, why in damaged:
         print(printable(f"warning: checkpoint {other} is damaged ({why}); using {path}"), file=sys.stderr)
     return path

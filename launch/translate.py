@@ -67,11 +67,11 @@ def _model(options: argparse.Namespace) -> Callable[[_Numbered], dict[int, str]]
 
     from ..configs import base
     from ..framework.base import workdir as layout
-    from ..framework.checkpoint import restore
+    from ..framework.checkpoint import restore, store
     from ..framework.sharding import meshes
 
     workdir = options.workdir.expanduser()
-    checkpoint, damaged = restore.choose(workdir, options.use)
+    checkpoint, damaged = store.locate(workdir, best=options.use == "best")
     for path, why in damaged:
         _warn(f"checkpoint {path} is damaged ({why}); using {checkpoint}")
     data = restore.component(workdir, "data", [DATA])

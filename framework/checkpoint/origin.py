@@ -39,7 +39,7 @@ class Origin:
         path = self.path
         if path is None or self.kind == "init":
             return Record()
-        return Record.from_json(agreement.first(lambda: store.record(path).to_json()))
+        return Record.from_json(agreement.first(lambda: dataclasses.asdict(store.record(path))))
 
     def __str__(self):
         """One line for the console, and one for each damaged checkpoint."""

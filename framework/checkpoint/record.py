@@ -104,13 +104,9 @@ class Record:
         """Return the rank of this step's evaluation; None without an evaluation or if its metric is not finite."""
         return ranking.rank(self.last.values) if self.last is not None and self.evaluated else None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the record as plain dicts."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_json(cls, content: Any) -> "Record":
-        """Return the record that `to_json` has written.
+        """Return the record of which `dataclasses.asdict` has made the content.
 
         Raises:
           ValueError: the content is not a record.

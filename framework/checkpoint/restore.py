@@ -3,10 +3,9 @@
 The optimizer's state is not read, and the mesh may differ from that of the run.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -21,22 +20,6 @@ from ..step.state import abstract_variables
 from ..task import BatchSpec, Task
 from . import store
 from .store import MODEL, PARAMS
-
-
-def choose(workdir: Path, which: Literal["best", "newest"]) -> tuple[Path, store.Damaged]:
-    """Return an intact checkpoint of a workdir: the newest, or the best by the run's best metric if any has it.
-
-    Returns:
-      The checkpoint, and damaged ones that were preferred to it.
-
-    Raises:
-      UserError: no checkpoint is intact.
-    """
-    found = store.in_workdir(workdir)[::-1]
-    if which == "best":
-        ranks = store.ranks(workdir, store.ranking(workdir))
-        found.sort(key=lambda path: math.inf if (rank := ranks[path]) is None else rank)
-    return store.first_intact(str(workdir), found, store.faults)
 
 
 def component(workdir: Path, section: str, allowed: Sequence[str]) -> Any:

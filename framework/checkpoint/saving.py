@@ -1,6 +1,7 @@
 """Save checkpoints in the background through Orbax, and choose which are kept."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 import shutil
@@ -151,7 +152,7 @@ class Checkpoints:
         alone = jax.process_count() == 1
         items = {
             store.STATE: ocp.args.PyTreeSave(_copied(state) if alone else state),
-            store.RECORD: ocp.args.JsonSave(record.to_json()),
+            store.RECORD: ocp.args.JsonSave(dataclasses.asdict(record)),
             store.MANIFEST: ocp.args.JsonSave(manifest),
         }
         self._step = record.step

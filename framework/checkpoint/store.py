@@ -22,7 +22,7 @@ from ...optimizers.plan import patterns
 from ..base import paths
 from ..base import workdir as layout
 from ..base.errors import UserError
-from ..base.json_files import parse_object, read_object
+from ..base.json_files import read_object
 from . import verify
 from .record import Ranking, Record
 
@@ -76,23 +76,24 @@ def in_workdir(workdir: Path) -> list[Path]:
     raise UserError(f"{workdir} {given}; give the workdir of a training run, or WORKDIR/{layout.CHECKPOINTS}/STEP")
 
 
-def locate(path: Path, *, intact: bool) -> tuple[Path, Damaged]:
-    """Return the checkpoint that a path names: the checkpoint itself, or the newest intact one of a workdir.
+def locate(path: Path, *, best: bool = False) -> tuple[Path, Damaged]:
+    """Return the intact checkpoint that a path names.
 
     Args:
-      path: a workdir, WORKDIR/checkpoints/STEP, or a copy of such a directory.
-      intact: whether to verify a checkpoint that is named itself, too.
+      path: WORKDIR/checkpoints/STEP or a copy of it, or a workdir, which stands for its newest intact checkpoint.
+      best: whether the best by the run's metric is preferred to the newest one.
 
     Returns:
-      The checkpoint, and newer ones of the workdir that are damaged.
+      The checkpoint, and damaged ones that were preferred to it.
 
     Raises:
       UserError: no checkpoint is intact.
     """
-    one = is_checkpoint(path)
-    if one and not intact:
-        return path, []
-    return first_intact(str(path), [path] if one else reversed(in_workdir(path)), faults)
+    found = [path] if is_checkpoint(path) else in_workdir(path)[::-1]
+    if best and len(found) > 1:
+        order = ranks(path, ranking(path))
+        found.sort(key=lambda each: math.inf if (rank := order[each]) is None else rank)
+    return first_intact(str(path), found, faults)
 
 
 def first_intact(place: str, candidates: Iterable[Path], faults: Callable[[Path], list[str]]) -> tuple[Path, Damaged]:
@@ -147,11 +148,10 @@ def record(path: Path) -> Record:
     content = _json(path, RECORD)
     try:
         found = Record.from_json(content)
-        with contextlib.suppress(
-            OSError, ValueError, LookupError, TypeError
-        ):  # without it, the step is evaluated again
-            evaluation = parse_object((path / verify.EVALUATION).read_text(errors="replace"))
-            found = Record.from_json(content | {key: evaluation[key] for key in ("last", "best")})  # pyright: ignore
+        # Without a valid evaluation, the step is evaluated again.
+        with contextlib.suppress(UserError, ValueError, LookupError):
+            evaluation = read_object(path / verify.EVALUATION) or {}
+            found = Record.from_json(content | {key: evaluation[key] for key in ("last", "best")})
     except ValueError as error:
         raise UserError(f"checkpoint {path}: {error}; use another one") from error
     if path.parent.name == layout.CHECKPOINTS and path.name.isdecimal() and int(path.name) != found.step:
@@ -161,8 +161,8 @@ def record(path: Path) -> Record:
 
 def write_evaluation(path: Path, record: Record) -> None:
     """Write the evaluation of a checkpoint that was saved before its step was evaluated."""
-    content = record.to_json()
-    paths.write_text(path / verify.EVALUATION, json.dumps({"last": content["last"], "best": content["best"]}) + "\n")
+    content = {key: value for key, value in dataclasses.asdict(record).items() if key in ("last", "best")}
+    paths.write_text(path / verify.EVALUATION, json.dumps(content) + "\n")
 
 
 def ranking(workdir: Path) -> Ranking:
@@ -229,21 +229,6 @@ def read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not wanted:
         return {}
-    with _readable(path):
-        return _read(path, wanted)
-
-
-def by_name(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a tree by their paths."""
-    return dict(zip(patterns.paths(tree), jax.tree.leaves(tree), strict=True))
-
-
-def _read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    tree = _tree(path)
-    names = patterns.paths(tree)
-
-    def item(name: str) -> Any:
-        return 0 if name in wanted else ocp.PLACEHOLDER
 
     def restore_args(name: str) -> Any:
         like = wanted.get(name)
@@ -251,12 +236,19 @@ def _read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
             return ocp.RestoreArgs(restore_type=np.ndarray)
         return ocp.ArrayRestoreArgs(sharding=like.sharding, global_shape=like.shape, dtype=like.dtype)
 
-    structure = jax.tree.structure(tree)
-    items, args = (jax.tree.unflatten(structure, list(map(make, names))) for make in (item, restore_args))
-    # The handler has no barriers of its own, so processes may read different arrays.
-    wanted_args = ocp.args.PyTreeRestore(items, restore_args=args)
-    restored = ocp.PyTreeCheckpointHandler().restore(_item(path, STATE), args=wanted_args)
+    with _readable(path):
+        tree = _tree(path)
+        names, structure = patterns.paths(tree), jax.tree.structure(tree)
+        items = jax.tree.unflatten(structure, [0 if name in wanted else ocp.PLACEHOLDER for name in names])
+        args = ocp.args.PyTreeRestore(items, restore_args=jax.tree.unflatten(structure, map(restore_args, names)))
+        # The handler has no barriers of its own, so processes may read different arrays.
+        restored = ocp.PyTreeCheckpointHandler().restore(epath.Path(path.absolute() / STATE), args=args)
     return {name: value for name, value in by_name(restored).items() if name in wanted}
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+    """Return the leaves of a tree by their paths."""
+    return dict(zip(patterns.paths(tree), jax.tree.leaves(tree), strict=True))
 
 
 @contextlib.contextmanager
@@ -270,12 +262,8 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _item(path: Path, name: str) -> Any:
-    return epath.Path(path.absolute() / name)
-
-
 def _tree(path: Path) -> Any:
-    return ocp.PyTreeCheckpointHandler().metadata(_item(path, STATE)).tree
+    return ocp.PyTreeCheckpointHandler().metadata(epath.Path(path.absolute() / STATE)).tree
 
 
 def _json(path: Path, item: str) -> dict[str, Any]:

@@ -31,22 +31,20 @@ _RENAMABLE = re.compile(rf"({PARAMS}|{MODEL}[^/]+/|{_ITERATE}[^/]+/)(.+)")
 Renames = Sequence[tuple[str, str]]
 
 
-def describe(
-    tx: optax.GradientTransformation, name: str, params: Any, treatments: Mapping[str, str], mesh: Mapping[str, int]
-) -> dict[str, Any]:
+def describe(tx: optax.GradientTransformation, name: str, params: Any, mesh: Mapping[str, int]) -> dict[str, Any]:
     """Return the manifest of a train state, as JSON.
 
     Args:
       tx: the optimizer.
       name: its name in the config.
       params: ShapeDtypeStructs with shardings.
-      treatments: path of a parameter -> its treatment.
       mesh: axis -> devices.
 
     Returns:
       The format, the mesh and the number of processes of this run, its parameters by path, the optimizer's name, and
       the optimizer's own description of its state.
     """
+    treatments = optimizer.treatments(tx, params)
     parameters = {
         path: {"shape": [*leaf.shape], "dtype": np.dtype(leaf.dtype).name, "treatment": treatments.get(path, "")}
         for path, leaf in store.by_name(params).items()

@@ -218,7 +218,7 @@ def save_plain(tmp_path, params, *, tx, step=3, model_state=None, name="plain"):
     whole = state.TrainState(scalar, params, tx.init(params), model_state or {}, {"skipped": np.int32(0)})
     whole = jax.device_put(whole, meshes.replicated(mesh))
     spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), whole.params)
-    manifest = takeover.describe(tx, "an optimizer", spec, {}, mesh.shape)
+    manifest = takeover.describe(tx, "an optimizer", spec, mesh.shape)
     record = Record(step).with_evaluation({"loss": math.nan}, Ranking())
     saver = saving.Checkpoints(tmp_path / name, keep_last=9, keep_best=0, ranking=Ranking())
     with contextlib.closing(saver):

@@ -83,11 +83,11 @@ def test_the_best_or_newest_checkpoint_is_used(run, tmp_path):
     workdir = shutil.copytree(run[0], tmp_path / "run")
     first = workdir / "checkpoints" / "2"
     store.write_evaluation(first, store.record(first).with_evaluation({"loss": 0.5}, Ranking()))
-    assert restore.choose(workdir, "best") == (first, [])
-    assert restore.choose(workdir, "newest") == (workdir / "checkpoints" / "4", [])
+    assert store.locate(workdir, best=True) == (first, [])
+    assert store.locate(workdir) == (workdir / "checkpoints" / "4", [])
     largest = max(first.joinpath("state").rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
-    path, ((damaged, _),) = restore.choose(workdir, "best")
+    path, ((damaged, _),) = store.locate(workdir, best=True)
     assert (path, damaged) == (workdir / "checkpoints" / "4", first)
 
 
