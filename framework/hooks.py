@@ -16,31 +16,16 @@ from .task import judge_of
 
 def of(blueprint: Blueprint, profile: Profile) -> tuple[Hook, ...]:
     """Return the hooks of a run, in their order."""
-    config = blueprint.request.config
-    evaluation = Evaluate(
-        Period(blueprint.in_steps(config.evaluation.every)),
-        Judge(blueprint, Period(blueprint.in_steps(config.evaluation.judge_every))),
-    )
-    save = Save(
-        Period(blueprint.in_steps(config.checkpoint.every)),
-        config.checkpoint.on_error,
-        best=bool(config.checkpoint.keep_best),
-    )
-    compiled = Compile(blueprint.record.step)
-    return save, compiled, evaluation, profile
+    return Save(blueprint), Compile(blueprint.record.step), Evaluate(blueprint), profile
 
 
 class Save:
-    """Save a checkpoint every period, at the best evaluation, at the end and when the run stops.
+    """Save a checkpoint every period, at the best evaluation, at the end and when the run stops."""
 
-    Args:
-      period: of regular checkpoints.
-      on_error: "stop" the run if a checkpoint cannot be saved, or "continue" with a warning.
-      best: whether the best checkpoints are kept.
-    """
-
-    def __init__(self, period: Period, on_error: str, *, best: bool):
-        self._period, self._on_error, self._best = period, on_error, best
+    def __init__(self, blueprint: Blueprint):
+        section = blueprint.request.config.checkpoint
+        self._period, self._on_error = Period(blueprint.in_steps(section.every)), section.on_error
+        self._keeps_best = bool(section.keep_best)
         self._saved: int | None = None
 
     def next(self, step: int) -> int:
@@ -49,7 +34,7 @@ class Save:
 
     def due(self, run: Run) -> bool:
         """Return whether this step has to be saved and is not."""
-        improved = self._best and run.record.evaluated and run.record.best == run.record.last
+        improved = self._keeps_best and run.record.evaluated and run.record.best == run.record.last
         return self._saved != run.step and bool(run.at_end or run.stopped or improved or self._period.due(run.step))
 
     def __call__(self, run: Run) -> None:
@@ -82,10 +67,17 @@ class Compile:
 
 
 class Evaluate:
-    """Measure the held-out metrics. A signal ends an evaluation after the batch that is being evaluated."""
+    """Measure the held-out metrics. A signal ends an evaluation after the batch that is being evaluated.
 
-    def __init__(self, period: Period, judge: "Judge"):
-        self._period, self._judge = period, judge
+    At every `judge_every` and at the end, the task also judges the predictions for all held-out examples together.
+    """
+
+    def __init__(self, blueprint: Blueprint):
+        section = blueprint.request.config.evaluation
+        self._period, self._judged = (
+            Period(blueprint.in_steps(duration)) for duration in (section.every, section.judge_every)
+        )
+        self._judge = judge_of(blueprint.request.task)
 
     def next(self, step: int) -> int:
         """Return the step of the next evaluation."""
@@ -97,33 +89,17 @@ class Evaluate:
 
     def __call__(self, run: Run) -> None:
         """Evaluate, and record the result if the evaluation is complete."""
-        values = evaluate(run.steps["evaluate"], run.state.variables, _heldout(run))
-        if not run.stopped and self._judge.due(run):
-            values |= self._judge(run)
+        feed, variables = run.blueprint.feed, run.state.variables
+        values = evaluate(run.steps["evaluate"], variables, _heldout(run))
+        if self._judge and not run.stopped and (run.at_end or self._judged.due(run.step)):
+            predictions = predict(run.steps["predict"], variables, _heldout(run), feed.heldout_examples)
+            if not run.stopped:
+                judged, line = self._judge.judge(predictions, feed.decode)
+                values |= judged
+                if line:
+                    console.say(line)
         if not run.stopped:
             run.evaluated(values)
-
-
-class Judge:
-    """Measure the metrics that need the predictions for all held-out examples, as a part of an evaluation."""
-
-    def __init__(self, blueprint: Blueprint, period: Period):
-        self._judge, self._feed, self._period = judge_of(blueprint.request.task), blueprint.feed, period
-
-    def due(self, run: Run) -> bool:
-        """Return whether the task judges predictions and this step is to be judged."""
-        return self._judge is not None and (run.at_end or self._period.due(run.step))
-
-    def __call__(self, run: Run) -> dict[str, float]:
-        """Return metrics by name, {} if a signal has arrived."""
-        assert self._judge
-        predictions = predict(run.steps["predict"], run.state.variables, _heldout(run), self._feed.heldout_examples)
-        if run.stopped:
-            return {}
-        values, line = self._judge.judge(predictions, self._feed.decode)
-        if line:
-            console.say(line)
-        return values
 
 
 def _heldout(run: Run) -> Iterator[Any]:

@@ -109,7 +109,7 @@ class Run:
     def __enter__(self):
         for each in (self._signals, *map(contextlib.closing, (self.journal, self.saver, self.service))):
             self._open.enter_context(each)
-        self._start_service()
+        self.state = dataclasses.replace(self.state, opt_state=self.service.start(self.state.opt_state))
         return self
 
     def __exit__(self, *exception):
@@ -174,9 +174,6 @@ class Run:
         self.record = self.record.with_evaluation(dict(values), self.blueprint.ranking)
         self.journal.evaluated(self.step, values, best=self.record.best == self.record.last)
         self.saver.evaluated(self.record)
-
-    def _start_service(self) -> None:
-        self.state = dataclasses.replace(self.state, opt_state=self.service.start(self.state.opt_state))
 
     def trouble(self) -> str | None:
         """Return why the guard ends the run, or None."""

@@ -135,7 +135,8 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(verb=work)
         for path, words in paths.items():
             many: Any = {"nargs": "+"} if path == "paths" else {}
-            made.add_argument(path, type=_path, metavar=path.upper().rstrip("S"), help=words, **many)
+            metavar = path.upper().rstrip("S")
+            made.add_argument(path, type=lambda text: Path(text).expanduser(), metavar=metavar, help=words, **many)
         return made.add_argument
 
     verb("list", _list, "list the checkpoints of a workdir", workdir="a workdir")
@@ -156,10 +157,6 @@ def _parser() -> argparse.ArgumentParser:
     flag("--keep_best", help="number of best intact checkpoints to keep", type=int, required=True, metavar="M")
     flag("--dry_run", help="only show what would be deleted", action="store_true")
     return parser
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 if __name__ == "__main__":

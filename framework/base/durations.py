@@ -1,7 +1,6 @@
 """Convert durations ("600 steps", "2 epochs", "1e6 examples", "5e6 tokens", "10%") to steps, and repeat after them."""
 
 import dataclasses
-import difflib
 import fractions
 import math
 import re
@@ -83,9 +82,7 @@ def parse(duration: str | int, *, whole_run: bool = False) -> tuple[fractions.Fr
         raise UserError(f"{duration!r}: not a duration. Write a number and a unit, such as {_EXAMPLES}.")
     unit, number = _plural(match["unit"]), fractions.Fraction(match["number"].replace("_", ""))
     if unit not in UNITS:
-        close = difflib.get_close_matches(unit, UNITS, n=1)
-        hint = f"Did you mean {match['number']} {close[0]}?" if close else f"Write {_EXAMPLES}."
-        raise UserError(f"{duration!r}: unknown unit {match['unit']!r}. {hint}")
+        raise UserError(f"{duration!r}: unknown unit {match['unit']!r}. Write {_EXAMPLES}.")
     if unit == "%" and whole_run:
         raise UserError(f"{duration!r}: a percentage cannot set the length of the run. Use {_COUNTS}.")
     if unit == "steps" and number.denominator != 1:

@@ -21,6 +21,11 @@ def did_you_mean(unknown: str, known: Iterable[str]) -> str:
     return f". Choose from: {', '.join(names)}." if names else "."
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that is not blank, or the name of its class."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
 def printable(line: str) -> str:
     """Escape control characters: text from a file or another process must not control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

@@ -1,14 +1,9 @@
 """Read JSON files that a run has written, or that a user may have damaged."""
 
-import dataclasses
 import json
 import pathlib
-import types
-import typing
-from collections.abc import Mapping
 from typing import Any
 
-from . import values
 from .errors import UserError
 
 _DEEPEST = 32  # levels of nesting; our files have far fewer, and readers that recurse can walk through so many
@@ -38,25 +33,6 @@ def parse_object(text: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):  # not JSON, an integer of thousands of digits, or thousands of levels
         return None
     return content if isinstance(content, dict) and _is_shallow(content) else None
-
-
-def build(content: Any, hint: Any) -> Any:
-    """Return parsed JSON as a value of a type: a dataclass of such types, `dict[str, X]`, `X | None`, or a plain type.
-
-    Raises:
-      TypeError: the content has another type, or keys are missing or unknown.
-    """
-    arguments = typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(content, Mapping):
-        hints = typing.get_type_hints(hint)
-        if content.keys() != hints.keys():
-            raise TypeError
-        return hint(**{key: build(content[key], hints[key]) for key in hints})  # pyright: ignore[reportCallIssue]
-    if typing.get_origin(hint) is dict and isinstance(content, Mapping):
-        return {key: build(item, arguments[1]) for key, item in content.items()}
-    if isinstance(hint, types.UnionType) and content is not None:
-        return build(content, arguments[0])
-    return values.convert(content, hint)
 
 
 def is_number(value: Any) -> bool:

@@ -1,11 +1,13 @@
-"""Convert values of config keys to their declared types, and parse them from the command line."""
+"""Convert values of config keys and of JSON files to their declared types, and parse them from the command line."""
 
 import ast
+import contextlib
+import dataclasses
 import re
 import types
 import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _PLAIN = (str, int, float, bool, type(None))
@@ -14,24 +16,38 @@ _LITERAL_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionErr
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """Return `value` as the type `hint`: lists become tuples, and integers become floats if `hint` is float.
+    """Return `value` as the type `hint`.
+
+    Lists become tuples, integers become floats if `hint` is float, and mappings become dataclasses.
 
     Args:
       value: the value.
-      hint: a type annotation: a class, `X | None`, `Literal`, `tuple[X, ...]`, `Sequence[X]` or `Any`.
+      hint: a type annotation: a class, `X | None`, `Literal`, `tuple[X, ...]`, `Sequence[X]`, `dict[str, X]`, a
+        dataclass of such types, or `Any`.
 
     Raises:
-      TypeError: the value does not fit. True is not an int, and an int has at most 64 bits.
+      TypeError: the value does not fit. True is not an int, an int has at most 64 bits, and a dataclass needs exactly
+        its fields.
     """
-    origin = typing.get_origin(hint)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or hint is object or isinstance(hint, typing.TypeVar):
         return _plain(value)
     if origin in (typing.Union, types.UnionType):
-        return _first_fit(value, typing.get_args(hint))
+        for choice in arguments:
+            with contextlib.suppress(TypeError):
+                return convert(value, choice)
+        raise TypeError
     if origin is typing.Literal:
-        if value not in typing.get_args(hint):
+        if value not in arguments:
             raise TypeError
         return value
+    if origin is dict and isinstance(value, Mapping):
+        return {key: convert(item, arguments[1]) for key, item in value.items()}
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        hints = typing.get_type_hints(hint)
+        if value.keys() != hints.keys():
+            raise TypeError
+        return hint(**{key: convert(value[key], hints[key]) for key in hints})  # pyright: ignore[reportCallIssue]
     if hint is None:
         hint = types.NoneType
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -41,11 +57,17 @@ def convert(value: Any, hint: Any) -> Any:
             raise TypeError from None
     if hint is int and (isinstance(value, bool) or not isinstance(value, int) or value.bit_length() > 63):
         raise TypeError  # longer integers do not fit an array
-    if _is_sequence(origin or hint):
+    cls: Any = origin or hint
+    if isinstance(cls, type) and cls is not str and cls is not bytes and issubclass(cls, Sequence):
+        hints = arguments or (Any, ...)
         if not isinstance(value, (list, tuple)):
             raise TypeError
-        return _convert_items(tuple(value), hint)
-    if not isinstance(value, origin or hint):
+        if origin is not tuple or hints[-1] is Ellipsis:
+            hints = hints[:1] * len(value)
+        if len(value) != len(hints):
+            raise TypeError
+        return tuple(map(convert, value, hints))
+    if not isinstance(value, cls):
         raise TypeError
     return _plain(value)
 
@@ -75,28 +97,6 @@ def describe(hint: Any) -> str:
     if typing.get_origin(hint) is None and isinstance(hint, type):
         return "None" if hint is types.NoneType else hint.__name__
     return str(hint).replace("typing.", "").replace("collections.abc.", "")
-
-
-def _first_fit(value: Any, hints: Sequence[Any]) -> Any:
-    for hint in hints:
-        try:
-            return convert(value, hint)
-        except TypeError:
-            continue
-    raise TypeError
-
-
-def _is_sequence(cls: Any) -> bool:
-    return isinstance(cls, type) and cls is not str and cls is not bytes and issubclass(cls, Sequence)
-
-
-def _convert_items(items: tuple[Any, ...], sequence_hint: Any) -> tuple[Any, ...]:
-    hints = typing.get_args(sequence_hint) or (Any, ...)
-    if typing.get_origin(sequence_hint) is not tuple or hints[-1] is Ellipsis:
-        return tuple(convert(item, hints[0]) for item in items)
-    if len(items) != len(hints):
-        raise TypeError
-    return tuple(convert(item, hint) for item, hint in zip(items, hints, strict=True))
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,8 @@ import pathlib
 from typing import Any
 
 from .errors import UserError
-from .json_files import is_number, read_object
+from .json_files import read_object
+from .values import convert
 
 CONFIG = "config.json"  # the resolved config
 PARAMETERS = "parameters.txt"  # the table printed at start
@@ -17,6 +18,12 @@ STALLS = "stalls"  # stack traces of each process, written when nothing has move
 LOCK = "lock"  # held by the run that uses the workdir
 CACHE = "data"  # tokenizer and packed examples
 
+_RESULT_TYPES: dict[str, Any] = dict.fromkeys(("steps", "seconds", "tokens"), float) | {
+    "heldout_loss": float | None,
+    "best_heldout_loss": float | None,
+    "stopped": str | None,
+}
+
 
 def read_result(path: pathlib.Path) -> dict[str, Any] | None:
     """Return the result of a workdir's run, or None if the run has not ended.
@@ -27,12 +34,10 @@ def read_result(path: pathlib.Path) -> dict[str, Any] | None:
     result = read_object(path / RESULT)
     if result is None:
         return None
-    fine = (
-        all(is_number(result.get(key)) for key in ("steps", "seconds", "tokens"))
-        and all(key in result for key in ("heldout_loss", "best_heldout_loss", "stopped"))
-        and all(result[key] is None or is_number(result[key]) for key in ("heldout_loss", "best_heldout_loss"))
-        and isinstance(result["stopped"], str | None)
-    )
-    if not fine:
-        raise UserError(f"{path / RESULT} is damaged. Remove it and rerun the training command to write it again.")
+    try:
+        for key, hint in _RESULT_TYPES.items():
+            convert(result[key], hint)
+    except (KeyError, TypeError):
+        told = f"{path / RESULT} is damaged. Remove it and rerun the training command to write it again."
+        raise UserError(told) from None
     return result

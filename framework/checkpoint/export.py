@@ -30,14 +30,11 @@ def export(checkpoint: Path, target: Path, *, model_state: bool, force: bool) ->
     if target.exists() and not force:
         raise UserError(f"{target} exists. Give another file, or --force to replace it.")
     keys: dict[str, str] = {}
-    for prefix in (PARAMS, MODEL) if model_state else (PARAMS,):
-        for name in store.arrays(checkpoint):
-            if not name.startswith(prefix):
-                continue
-            key = name.removeprefix(prefix).replace("/", ".")
-            if key in keys:
-                raise UserError(f"{keys[key]} and {name} would both have the key {key!r}. Rename one of them.")
-            keys[key] = name
+    prefixes = (PARAMS, MODEL) if model_state else (PARAMS,)
+    for name in (name for prefix in prefixes for name in store.arrays(checkpoint) if name.startswith(prefix)):
+        key = name.removeprefix(PARAMS).removeprefix(MODEL).replace("/", ".")
+        if (other := keys.setdefault(key, name)) != name:
+            raise UserError(f"{other} and {name} would both have the key {key!r}. Rename one of them.")
     arrays = store.read(checkpoint, dict.fromkeys(keys.values()))
     # safetensors writes an array in the order of its memory.
     tensors = {key: np.asarray(arrays[name], order="C") for key, name in keys.items()}

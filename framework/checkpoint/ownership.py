@@ -49,8 +49,7 @@ def finished(workdir: Path, config: Any) -> dict[str, Any] | None:
         if stored.get("microbatches", config.microbatches) != config.microbatches:
             console.say(
                 f"warning: config.microbatches was {stored['microbatches']} and is {config.microbatches}. Dropout "
-                "draws "
-                "other random numbers for each split of a batch: the next steps are not those of the run so far."
+                "draws other random numbers for each split of a batch: the next steps are not those of the run so far."
             )
         return None
 

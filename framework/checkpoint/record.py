@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..base.errors import UserError
-from ..base.json_files import build
+from ..base.values import convert
 
 # Words in the names of metrics that are good when low, and when high; the last one in a name decides.
 _LOW = ("loss", "perplexity", "error", "rmse", "mae", "nats", "bits")
@@ -112,7 +112,7 @@ class Record:
           ValueError: the content is not a record.
         """
         try:
-            record = build(content, cls)
+            record = convert(content, cls)
         except TypeError:
             raise ValueError("the record has other fields or types") from None
         numbers = [value for value in vars(record).values() if isinstance(value, int | float)]

@@ -17,14 +17,14 @@ import jax
 import orbax.checkpoint as ocp
 
 from ..base import workdir as layout
-from ..base.errors import UserError
+from ..base.errors import UserError, first_line
 from ..distributed import agreement
 from . import store, verify, workarounds
 from .record import Ranking, Record
 
 DELETED = "deleted"  # folder among the checkpoints, into which those to be deleted are renamed
 # Orbax and TensorStore wrap the errors of the file system in their own.
-_STORAGE_ERRORS = (OSError, ValueError, RuntimeError, TimeoutError, UserError)
+_STORAGE_ERRORS = (OSError, ValueError, RuntimeError, UserError)
 
 
 class SaveError(Exception):
@@ -197,10 +197,8 @@ class Checkpoints:
             action()
         except _STORAGE_ERRORS as error:
             newest = f"the newest one is of step {max(self._there)}" if self._there else "there is no earlier one"
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            failure = (
-                f"the checkpoint of step {self._step} could not be saved in {self._directory} ({reason}); {newest}"
-            )
+            step = f"the checkpoint of step {self._step}"
+            failure = f"{step} could not be saved in {self._directory} ({first_line(error)}); {newest}"
         return failure
 
     def _remove_partial(self) -> None:

@@ -21,7 +21,7 @@ from etils import epath
 from ...optimizers.plan import patterns
 from ..base import paths
 from ..base import workdir as layout
-from ..base.errors import UserError
+from ..base.errors import UserError, first_line
 from ..base.json_files import read_object
 from . import verify
 from .record import Ranking, Record
@@ -256,10 +256,8 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # damaged metadata raise any of a dozen errors in Orbax, TensorStore and NumPy
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        raise UserError(
-            f"the arrays of checkpoint {path} cannot be read ({type(error).__name__} {reason:.200}); use another one"
-        ) from error
+        reason = f"{type(error).__name__} {first_line(error):.200}"
+        raise UserError(f"the arrays of checkpoint {path} cannot be read ({reason}); use another one") from error
 
 
 def _tree(path: Path) -> Any:

@@ -5,6 +5,7 @@ state. Mesh, number of processes, model, block sizes and optimizer may have chan
 """
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,10 +40,6 @@ def describe(tx: optax.GradientTransformation, name: str, params: Any, mesh: Map
       name: its name in the config.
       params: ShapeDtypeStructs with shardings.
       mesh: axis -> devices.
-
-    Returns:
-      The format, the mesh and the number of processes of this run, its parameters by path, the optimizer's name, and
-      the optimizer's own description of its state.
     """
     treatments = optimizer.treatments(tx, params)
     parameters = {
@@ -125,7 +122,7 @@ def plan(
     if origin.path is None:
         return Takeover(None, abstract, dict.fromkeys(store.by_name(abstract), Fresh("")))
     manifest, saved = store.manifest(origin.path), store.arrays(origin.path)
-    renamed = renamer(renames)
+    renamed = functools.partial(_renamed, renames)
     names = _present_names(origin.path, saved, renamed)
     spec, inheritance = abstract, None
     try:
@@ -133,7 +130,7 @@ def plan(
             shapes = {x.removeprefix(OPTIMIZER): saved[x].shape for x in saved if x.startswith(OPTIMIZER)}
             inheritance = optimizer.Inheritance(tx, abstract.params, manifest["state"], shapes, renamed)
             spec = dataclasses.replace(abstract, opt_state=optimizer.saved_spec(abstract.opt_state, abstract.params))
-        sources, averages = _sources(origin, spec, saved, names, inheritance)
+        sources = _sources(origin, spec, saved, names, inheritance)
         notes = inheritance.notes() if inheritance else []
         if not inheritance and origin.kind != "init":
             notes = [f"the optimizer's state is initialised: saved by {manifest['optimizer']}, now {name}"]
@@ -141,17 +138,19 @@ def plan(
         raise UserError(f"the manifest of checkpoint {origin.path} is damaged ({error}); use another one") from error
     if origin.kind != "init" and not spec.averaging and any(x.startswith(_ITERATE) for x in saved):
         notes.append("the parameters are the average of that run; its iterate is dropped")
-    lines = {path: "" for path in sources if path.startswith(PARAMS)}
+    if origin.kind != "init" and any(x.startswith(_ITERATE) and x not in names for x in sources):
+        notes.append("the average starts at the parameters, as far as the checkpoint has none")
     fates = inheritance.report() if inheritance else {}
-    for path in lines:
-        average = {"average": averages[path]} if path in averages else {}
-        lines[path] = _line(sources[path], fates.get(path.removeprefix(PARAMS), {}) | average)
+    lines = {
+        path: _line(source, fates.get(path.removeprefix(PARAMS), {}))
+        for path, source in sources.items()
+        if path.startswith(PARAMS)
+    }
     others = [path for path in sources if not path.startswith((PARAMS, OPTIMIZER, _ITERATE))]
     report = (
         *notes,
         *(f"{path.removeprefix(PARAMS)}: {line}" for path, line in lines.items() if line),
         *(f"{path}: initialised ({why})" for path in others if (why := _why(sources[path]))),
-        *(f"{path}: average initialised ({why})" for path, why in averages.items() if why and path not in lines),
         *(
             f"{path.removeprefix(PARAMS)}: dropped (not in this model)"
             for path in names
@@ -170,16 +169,11 @@ def optimizer_began(origin: Origin, record: Record, name: str) -> int:
     return record.step - record.skipped
 
 
-def renamer(renames: Renames) -> Callable[[str], str]:
-    """Return a function from old paths to new ones; the first pair that matches decides."""
-
-    def renamed(path: str) -> str:
-        for old, new in renames:
-            if path == old or path.startswith(f"{old}/"):
-                return f"{new}{path[len(old) :]}"
-        return path
-
-    return renamed
+def _renamed(renames: Renames, path: str) -> str:
+    for old, new in renames:
+        if path == old or path.startswith(f"{old}/"):
+            return f"{new}{path[len(old) :]}"
+    return path
 
 
 def _present_names(path: Path, saved: Iterable[str], renamed: Callable[[str], str]) -> dict[str, str]:
@@ -203,10 +197,9 @@ def _sources(
     saved: Mapping[str, Array],
     names: Mapping[str, str],
     inheritance: optimizer.Inheritance | None,
-) -> tuple[dict[str, Source], dict[str, str]]:
-    """Return the source of each array, and for each variable with an average why that is initialised."""
+) -> dict[str, Source]:
+    """Return the source of each array."""
     sources: dict[str, Source] = {}
-    averages: dict[str, str] = {}
     for path, leaf in store.by_name(spec).items():
         there = saved.get(names.get(path, ""))
         if path.startswith(OPTIMIZER):
@@ -220,13 +213,9 @@ def _sources(
             sources[path] = Fresh(f"saved as {there}, now {Array(leaf.shape, leaf.dtype)}")
         else:
             sources[path] = Kept(names[path])
-        if path.startswith(_ITERATE):
+        if path.startswith(_ITERATE) and (origin.kind == "init" or isinstance(sources[path], Fresh)):
             own = path.removeprefix(_ITERATE)
-            average = own if own.startswith(PARAMS) else f"{MODEL}{own}"
-            if origin.kind != "init":
-                averages[average] = _why(sources[path])
-            if origin.kind == "init" or averages[average]:
-                sources[path] = sources[average]
+            sources[path] = sources[own if own.startswith(PARAMS) else f"{MODEL}{own}"]
     if not any(isinstance(source, Kept) for path, source in sources.items() if path.startswith(PARAMS)):
         there, here = (
             ", ".join([x.removeprefix(PARAMS) for x in side if x.startswith(PARAMS)][:3]) for side in (names, sources)
@@ -237,7 +226,7 @@ def _sources(
         )
     if origin.kind != "init" and (why := _why(sources["step"])):
         raise ValueError(f"its array step: {why}")
-    return sources, averages
+    return sources
 
 
 def _why(source: Source) -> str:
@@ -247,16 +236,14 @@ def _why(source: Source) -> str:
 
 def _line(source: Source, fate: Mapping[str, str]) -> str:
     """Return the report on a parameter and its state; "" if all of it is taken over."""
-    parts = {"parameter": _why(source)} | dict(fate)
-    taken = [part for part, why in parts.items() if not why]
-    fresh: dict[str, list[str]] = {}
-    for part, why in parts.items():
-        if why:
-            fresh.setdefault(why, []).append(part)
-    if not fresh:
+    by_reason: dict[str, list[str]] = {"": []}
+    for part, why in {"parameter": _why(source), **fate}.items():
+        by_reason.setdefault(why, []).append(part)
+    taken = by_reason.pop("")
+    if not by_reason:
         return ""
-    told = [f"{', '.join(taken)} taken over"] if taken else []
-    return "; ".join([*told, *(f"{', '.join(names)} initialised ({why})" for why, names in fresh.items())])
+    fresh = [f"{', '.join(parts)} initialised ({why})" for why, parts in by_reason.items()]
+    return "; ".join([f"{', '.join(taken)} taken over", *fresh] if taken else fresh)
 
 
 def _placed(value: np.ndarray, like: Any) -> jax.Array:

@@ -53,7 +53,7 @@ def test_judged_metrics_are_the_same_on_another_mesh(judged, tmp_path):
 
 def test_a_judged_example_is_logged(tmp_path, capsys):
     """Faults: the line is missing; the text is not of the first example; the limit of batches is ignored."""
-    config = make_config(**{"duration": "2 steps", "evaluation.batches": 1})
+    config = make_config(**{"duration": "2 steps", "evaluation.batches": 1, "evaluation.sample": False})
     assert train(config, tmp_path, devices=jax.devices()[:2])["examples"] == 8
     text = " ".join(map(str, toy.ToySource(21, 2)[0]["tokens"]))
     assert f"judged from '{text}' on" in capsys.readouterr().out

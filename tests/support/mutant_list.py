@@ -377,8 +377,8 @@ FRAMEWORK = (
     Mutant(
         "evaluates-before-it-saves",
         "framework/hooks.py",
-        "return save, compiled, evaluation, profile",
-        "return evaluation, compiled, save, profile",
+        "return Save(blueprint), Compile(blueprint.record.step), Evaluate(blueprint), profile",
+        "return Evaluate(blueprint), Compile(blueprint.record.step), Save(blueprint), profile",
         "A failing evaluation loses all steps since the last checkpoint, at every restart.",
         ("tests/framework/test_train.py::test_a_failing_evaluation_loses_no_steps",),
     ),

@@ -53,7 +53,7 @@ def test_known_durations(duration, steps):
         ("nan steps", "Write a number and a unit"),
         ("1e999999999 examples", "Write a number and a unit"),
         ("2.5 steps", "Use 3 steps"),
-        ("5 epoks", "Did you mean 5 epochs?"),
+        ("5 epoks", "Write 600 steps, 2 epochs"),
         ("1e30 steps", "Use at most 2147483647 steps"),
         ("2147483648 steps", "Use at most 2147483647 steps"),
         ("1e20 tokens", "is 4.88e+16 steps. Use at most 2147483647 steps"),

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from shampax.framework.base.json_files import build
+from shampax.framework.base.values import convert
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +23,11 @@ GOOD = {"count": 3, "shape": [2, 4], "inner": {"values": {"loss": 1}}}
 
 def test_builds_nested_dataclasses():
     """Fault: an integer loss stays an integer, a shape stays a list, or None is taken for a missing key."""
-    built = build(GOOD, Outer)
+    built = convert(GOOD, Outer)
     assert built == Outer(3, (2, 4), Inner({"loss": 1.0}))
     assert type(built.inner.values["loss"]) is float and type(built.shape) is tuple
-    assert build(GOOD | {"inner": None}, Outer).inner is None
-    assert math.isnan(build(GOOD | {"inner": {"values": {"loss": math.nan}}}, Outer).inner.values["loss"])
+    assert convert(GOOD | {"inner": None}, Outer).inner is None
+    assert math.isnan(convert(GOOD | {"inner": {"values": {"loss": math.nan}}}, Outer).inner.values["loss"])
 
 
 @pytest.mark.parametrize(
@@ -47,4 +47,4 @@ def test_builds_nested_dataclasses():
 )
 def test_another_type_is_refused(change):
     with pytest.raises(TypeError):
-        build(GOOD | change, Outer)
+        convert(GOOD | change, Outer)
