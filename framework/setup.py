@@ -166,11 +166,15 @@ def build(request: Request, compilers: Executor) -> Blueprint:
     config, mesh = request.config, request.mesh
     start = origin.find(request.workdir, resume_from=config.resume_from, init_from=config.init_from)
     record = start.record()
-    feed = functools.cache(lambda: _open(request))
+    feed = functools.cache(lambda: Feed(request.data, request.workdir / layout.CACHE, mesh, config))
     example = dataset.spec(request.data)
     batch_spec = global_batch.spec(example, config.batch_size, mesh) if example else feed().batch_spec
-    total_steps, in_steps = _lengths(request, lambda: feed().examples)
-    _refuse_overrun(record.step, total_steps, start)
+    units = durations.Units(config.batch_size, lambda: feed().examples, request.data.tokens_per_example)
+    total_steps = durations.to_steps(config.duration, units)
+    in_steps = functools.partial(durations.to_steps, units=dataclasses.replace(units, total_steps=total_steps))
+    if record.step > total_steps:
+        late = f"{start.path} is at step {record.step}, past config.duration={total_steps} steps"
+        raise UserError(f"{late}. Increase config.duration.")
 
     began = takeover.optimizer_began(start, record, config.optimizer.name)
     schedule = _schedule(config.schedule, total_steps, in_steps)
@@ -219,19 +223,8 @@ def start(blueprint: Blueprint, watch: Watchdog) -> tuple[TrainState, float]:
     return state, seconds
 
 
-def _open(request: Request) -> Feed:
-    return Feed(request.data, request.workdir / layout.CACHE, request.mesh, request.config)
-
-
 def _absolute(workdir: str | Path) -> Path:
     return Path(workdir).expanduser().absolute()
-
-
-def _lengths(request: Request, examples: Callable[[], int]) -> tuple[int, Callable[[str], int]]:
-    """Return the number of steps of the run, and a function from durations to steps."""
-    units = durations.Units(request.config.batch_size, examples, request.data.tokens_per_example)
-    total_steps = durations.to_steps(request.config.duration, units)
-    return total_steps, functools.partial(durations.to_steps, units=dataclasses.replace(units, total_steps=total_steps))
 
 
 def _schedule(section: Any, total_steps: int, in_steps: Callable[[str], int]) -> optax.Schedule:
@@ -267,13 +260,6 @@ def _refuse_other_shapes(name: str, told: Mapping[str, Any], given: Mapping[str,
         shapes = [{k: f"{v.dtype}{list(v.shape[1:])}" for k, v in sorted(spec.items())} for spec in (told, given)]
         raise UserError(
             f"config.data.name={name}: an example has {shapes[1]}, but its method spec() tells {shapes[0]}. Correct it."
-        )
-
-
-def _refuse_overrun(step: int, total_steps: int, start: origin.Origin) -> None:
-    if step > total_steps:
-        raise UserError(
-            f"{start.path} is at step {step}, past config.duration={total_steps} steps. Increase config.duration."
         )
 
 
