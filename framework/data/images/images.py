@@ -72,7 +72,6 @@ class ImageData:
         Raises:
           UserError: the set cannot be used; or, when an example is read, more than `max_malformed` are malformed.
         """
-        del cache
         return _SampleImages(split, self.classes) if self.source == _SAMPLE else _TfdsImages(self._set(), split, self)
 
     def augment(self, example: Example, rng: np.random.Generator) -> Example:
@@ -103,7 +102,6 @@ class ImageData:
         Raises:
           UserError: the set does not exist any more.
         """
-        del cache
         if self.source != _SAMPLE:
             return self._set().fingerprint
         return hashlib.sha256("".join(map(samples.sha256, _SAMPLE_FILES.values())).encode()).hexdigest()

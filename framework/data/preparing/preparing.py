@@ -78,12 +78,10 @@ class Preparable(abc.ABC):
 
     def make_tokenizer(self, cache: epath.Path, source: sources.Source) -> str:
         """Return the path of the tokenizer of all rows, "" for rows without one; train it if it is missing."""
-        del cache, source
         return ""
 
     def span(self, split: Split, rows: int) -> tuple[int, int]:
         """Return which of the `rows` rows of a split's shards belong to the split: start and stop."""
-        del split
         return 0, rows
 
     def settings(self) -> dict[str, Any]:

@@ -62,7 +62,6 @@ class Tokenized(Preparable):
 
     def cut(self, path: epath.Path, size: int) -> Iterator[Any | Malformed]:
         """Yield the records of a file cut into parts of about `size` bytes, if they can be cut."""
-        del size
         return self.read(path)
 
     @abc.abstractmethod
