@@ -126,8 +126,8 @@ def attend(
     """Return softmax(q k / sqrt(D)) v: query [B, T, H, D], key and value [B, S, K, D], visible bool [B, T, S].
 
     Query head h reads key-value head h // (H / K). Scores and softmax are float32, the result has the query's dtype.
-    A query without visible keys gets the mean of all values. Axes of size 1 of
-    `visible` are broadcast. `drop` is applied to the weights [B, K, H / K, T, S].
+    A query without visible keys gets the mean of all values. Axes of size 1 of `visible` are broadcast. `drop` is
+    applied to the weights [B, K, H / K, T, S].
     """
     batch, length, heads, head_dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], head_dim)

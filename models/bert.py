@@ -59,6 +59,7 @@ class BertTask(LinenTask):
             positive="vocab_size max_length layers embed_dim heads mlp_dim",
             not_negative="next_weight",
             fractions="dropout",
+            position_init=("normal", "sinusoidal"),
         )
         if self.embed_dim % self.heads:
             raise ValueError(
@@ -67,8 +68,6 @@ class BertTask(LinenTask):
             )
         if self.init_std <= 0:
             raise ValueError(f"task.init_std={self.init_std}: must be above 0; 0.02 as published")
-        if self.position_init not in ("normal", "sinusoidal"):
-            raise ValueError(f"task.position_init={self.position_init!r}: use 'normal' or 'sinusoidal'")
 
     def boxed(self, key: jax.Array) -> Any:
         """See `LinenTask.boxed`. Axes: layers, embed, mlp, heads, kv (in a head), vocab, norm, None."""

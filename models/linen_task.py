@@ -2,7 +2,7 @@
 
 import abc
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -57,7 +57,9 @@ class LinenTask(abc.ABC):
         return jax.tree.map(lambda _, axes: axes, variables, names)
 
 
-def check_options(task: Any, *, positive: str = "", not_negative: str = "", fractions: str = "") -> None:
+def check_options(
+    task: Any, *, positive: str = "", not_negative: str = "", fractions: str = "", **choices: Iterable[str]
+) -> None:
     """Check options of a task by name, and `remat`, `compute_dtype` and `head_dim` if it has them.
 
     Args:
@@ -65,6 +67,7 @@ def check_options(task: Any, *, positive: str = "", not_negative: str = "", frac
       positive: names, separated by blanks, of numbers that must be at least 1.
       not_negative: names of numbers that must be at least 0 and finite.
       fractions: names of numbers that must be at least 0 and below 1.
+      **choices: values that an option can have.
 
     Raises:
       ValueError: an option is out of range.
@@ -74,10 +77,9 @@ def check_options(task: Any, *, positive: str = "", not_negative: str = "", frac
             if not least <= getattr(task, name) < below:
                 rule = f"at least {least}" + ("" if below == math.inf else f" and below {below}")
                 raise ValueError(f"task.{name}={getattr(task, name)}: must be {rule}")
-    for name, choices in (("remat", REMAT_POLICIES), ("compute_dtype", ("float32", "bfloat16"))):
-        value = getattr(task, name, None)
-        if value is not None and value not in choices:
-            raise ValueError(f"task.{name}={value!r}: use one of {', '.join(choices)}")
+    for name, allowed in {"remat": REMAT_POLICIES, "compute_dtype": ("float32", "bfloat16"), **choices}.items():
+        if hasattr(task, name) and getattr(task, name) not in allowed:
+            raise ValueError(f"task.{name}={getattr(task, name)!r}: use one of {', '.join(allowed)}")
     head_dim = getattr(task, "head_dim", 0)
     if head_dim % 2:
         raise ValueError(f"task.head_dim={head_dim}: must be even for rotary positions; use {head_dim + 1}")

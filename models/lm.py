@@ -149,10 +149,12 @@ class Transformer(nn.Module):
         """Return logits, float32, and the sums [layers, ...] of `moe.route`."""
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
-        init = nn.initializers.normal(EMBEDDING_STD)
-        embedding_VxE = self.param(
-            "embedding", partitioned(init, "vocab", "embed"), (task.vocab_size, task.embed_dim)
-        ).astype(dtype)
+
+        def table(name: str) -> jax.Array:
+            init = partitioned(nn.initializers.normal(EMBEDDING_STD), "vocab", "embed")
+            return self.param(name, init, (task.vocab_size, task.embed_dim)).astype(dtype)
+
+        embedding_VxE = table("embedding")
         x_BxTxE = shard_batch(jnp.take(gather_columns(embedding_VxE), tokens_BxT, axis=0), SEQUENCE_AXIS)
         rotation = rotary_angles(positions_BxT, task.head_dim, task.rope_theta)
 
@@ -160,11 +162,7 @@ class Transformer(nn.Module):
             Block, (task,), x_BxTxE, segments_BxT, rotation, layers=task.layers, remat=task.remat
         )
         x_BxTxE = rms_norm("final_norm", dtype)(x_BxTxE)
-        if task.tied_head:
-            head_VxE = embedding_VxE
-        else:
-            shape = (task.vocab_size, task.embed_dim)
-            head_VxE = self.param("head", partitioned(init, "vocab", "embed"), shape).astype(dtype)
+        head_VxE = embedding_VxE if task.tied_head else table("head")
         return jnp.einsum("bte,ve->btv", x_BxTxE, head_VxE, preferred_element_type=jnp.float32), routing
 
 
@@ -188,8 +186,8 @@ class Block(nn.Module):
         x_BxTxE += attention.out(self_attention(query, key, value, segments_BxT, task.attention_block))
         normed_BxTxE = rms_norm("mlp_norm", dtype)(x_BxTxE)
         if task.experts:
-            experts = moe.Experts(task.experts, task.experts_per_token, task.capacity_factor, task.expert_group)
-            mlp = moe.RoutedSwiGLU(experts, task.mlp_dim, writers, dtype, name="moe")
+            options = (task.experts, task.experts_per_token, task.capacity_factor, task.expert_group)
+            mlp = moe.RoutedSwiGLU(*options, task.mlp_dim, writers, dtype, name="moe")
             added_BxTxE, routing = mlp(normed_BxTxE, segments_BxT > 0)
         else:
             added_BxTxE, routing = MLP(task.mlp_dim, True, writers, dtype, name="mlp")(normed_BxTxE), None

@@ -6,7 +6,6 @@ each into an all-to-all of tokens, and no expert's weights move. Shapes in names
 of a group, X experts, C capacity, E embed, M mlp.
 """
 
-import dataclasses
 import math
 
 import flax.linen as nn
@@ -19,39 +18,9 @@ from .modules import fan_in
 Routing = dict[str, jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class Experts:
-    """Options of the router.
-
-    Attributes:
-      count: number of experts.
-      per_token: number of experts that each token is sent to.
-      capacity_factor: capacity of an expert as a multiple of the mean load.
-      group: neighbouring tokens of a row that share a capacity; 0 for the whole row.
-    """
-
-    count: int
-    per_token: int
-    capacity_factor: float
-    group: int
-
-    def capacity(self, tokens: int) -> int:
-        """Return the number of tokens that an expert accepts from a group of `tokens`."""
-        return min(tokens, max(1, math.ceil(tokens * self.per_token * self.capacity_factor / self.count)))
-
-    def group_of(self, length: int) -> int:
-        """Return the number of tokens of a group in rows of `length`.
-
-        Raises:
-          ValueError: the row is not divisible into groups.
-        """
-        group = min(self.group, length) or length
-        if length % group:
-            raise ValueError(f"task.expert_group={group}: must divide rows of {length} tokens")
-        return group
-
-
-def route(logits: jax.Array, real: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array, Routing]:
+def route(
+    logits: jax.Array, real: jax.Array, per_token: int, capacity_factor: float
+) -> tuple[jax.Array, jax.Array, Routing]:
     """Return the experts of each token and the weights of their outputs.
 
     First choices are served before second ones, earlier tokens before later ones. A token gets nothing from a full
@@ -61,24 +30,26 @@ def route(logits: jax.Array, real: jax.Array, experts: Experts) -> tuple[jax.Arr
     Args:
       logits: float32 [..., T, X].
       real: bool [..., T]; padding is sent nowhere.
-      experts: options.
+      per_token: number of experts that each token is sent to.
+      capacity_factor: capacity of an expert as a multiple of the mean load.
 
     Returns:
       (sent, weights, routing): bool and float32 [..., T, X, C], token t in slot c of expert x; and sums over real
       tokens: `assigned` [X], tokens that chose each expert; `probability` [X]; `dropped`, choices of a full expert; and
       `router_z`, squared logsumexp (ST-MoE, arXiv 2202.08906, equation 5).
     """
-    capacity = experts.capacity(logits.shape[-2])
+    tokens, count = logits.shape[-2:]
+    capacity = min(tokens, max(1, math.ceil(tokens * per_token * capacity_factor / count)))
     probabilities = jax.nn.softmax(logits, axis=-1)
-    gates, chosen = jax.lax.top_k(probabilities, experts.per_token)
-    if experts.per_token > 1:
+    gates, chosen = jax.lax.top_k(probabilities, per_token)
+    if per_token > 1:
         gates /= gates.sum(axis=-1, keepdims=True)
     everywhere = tuple(range(logits.ndim - 1))
-    taken = jnp.zeros((*logits.shape[:-2], 1, experts.count), jnp.int32)
+    taken = jnp.zeros((*logits.shape[:-2], 1, count), jnp.int32)
     sent, weights = jnp.zeros((), bool), jnp.zeros(())
-    assigned = jnp.zeros(experts.count)
-    for choice in range(experts.per_token):
-        wanted = jax.nn.one_hot(chosen[..., choice], experts.count, dtype=jnp.int32) * real[..., None]
+    assigned = jnp.zeros(count)
+    for choice in range(per_token):
+        wanted = jax.nn.one_hot(chosen[..., choice], count, dtype=jnp.int32) * real[..., None]
         slots = jnp.cumsum(wanted, axis=-2) - 1 + taken
         taken += wanted.sum(axis=-2, keepdims=True)
         assigned += wanted.sum(axis=everywhere, dtype=jnp.float32)
@@ -127,27 +98,36 @@ class RoutedSwiGLU(nn.Module):
     sharded over the mesh and stack vectors for Shampoo.
     """
 
-    experts: Experts
+    experts: int
+    per_token: int  # experts that each token is sent to
+    capacity_factor: float
+    group: int  # neighbouring tokens of a row that share a capacity; 0 for the whole row
     mlp_dim: int
     writers: int  # parts of all layers that write into the residual stream, for the initialisation
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x_BxTxE: jax.Array, real_BxT: jax.Array) -> tuple[jax.Array, Routing]:
-        """Return the update of the residual stream [B, T, E], and the sums of `route`."""
+        """Return the update of the residual stream [B, T, E], and the sums of `route`.
+
+        Raises:
+          ValueError: the row is not divisible into groups.
+        """
         batch, length, embed = x_BxTxE.shape
-        group = self.experts.group_of(length)
+        group = min(self.group, length) or length
+        if length % group:
+            raise ValueError(f"task.expert_group={group}: must divide rows of {length} tokens")
         x_BxNxTxE = x_BxTxE.reshape(batch, length // group, group, embed)
         real_BxNxT = real_BxT.reshape(x_BxNxTxE.shape[:3])
-        router_ExX = self.param("router", fan_in(1.0, "embed", None), (embed, self.experts.count))
+        router_ExX = self.param("router", fan_in(1.0, "embed", None), (embed, self.experts))
         # float32, because bfloat16 rounding would change the choice of experts (Switch, section 2.4).
         logits = jnp.einsum("bnte,ex->bntx", x_BxNxTxE.astype(jnp.float32), router_ExX)
-        sent, weights, routing = route(logits, real_BxNxT, self.experts)
+        sent, weights, routing = route(logits, real_BxNxT, self.per_token, self.capacity_factor)
 
         def kernel(name: str, scale: float, inputs: str, outputs: str) -> jax.Array:
             sizes = {"embed": embed, "mlp": self.mlp_dim}
             init = fan_in(scale, "experts", inputs, outputs, stacked=1)
-            return self.param(name, init, (self.experts.count, sizes[inputs], sizes[outputs])).astype(self.dtype)
+            return self.param(name, init, (self.experts, sizes[inputs], sizes[outputs])).astype(self.dtype)
 
         # Sharded by groups first, for the backward pass: otherwise the partitioner gathers the tokens of the whole
         # batch on every device for the gradient's product with `sent`.

@@ -25,7 +25,6 @@ from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options
 from .modules import partitioned, scan_layers
 
 _EXPANSION = {"bottleneck": 4, "basic": 1}  # channels of a block's result, relative to its width
-_STEMS = ("imagenet", "small")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +54,11 @@ class ResNetTask(LinenTask):
             positive="classes width stem_stride",
             not_negative="batch_norm_group",
             fractions="label_smoothing batch_norm_momentum",
+            block=_EXPANSION,
+            stem=("imagenet", "small"),
         )
         if not self.stages or min(self.stages) < 1:
             raise ValueError(f"task.stages={self.stages}: each needs at least 1 block, as in (3, 4, 6, 3)")
-        if self.block not in _EXPANSION:
-            raise ValueError(f"task.block={self.block!r}: use one of {', '.join(_EXPANSION)}")
-        if self.stem not in _STEMS:
-            raise ValueError(f"task.stem={self.stem!r}: use one of {', '.join(_STEMS)}")
         if self.stem == "imagenet" and self.stem_stride != 1:
             raise ValueError(f"task.stem_stride={self.stem_stride}: applies to the small stem; leave it at 1")
         if len(self.pixel_mean) != len(self.pixel_std) or not self.pixel_mean or min(self.pixel_std) <= 0:
@@ -136,12 +133,8 @@ class ResNetTask(LinenTask):
         for kernel, stride, channels_in, channels_out, before in self._convolutions(channels):
             at = (math.ceil(side / (before * stride)) for side in (height, width))
             products += kernel**2 * channels_in * channels_out * math.prod(at)
-        return float(6 * examples * (products + self._features * self.classes))
-
-    @property
-    def _features(self) -> int:
-        """Number of channels that the classifier reads."""
-        return self.width * 2 ** (len(self.stages) - 1) * _EXPANSION[self.block]
+        features = self.width * 2 ** (len(self.stages) - 1) * _EXPANSION[self.block]
+        return float(6 * examples * (products + features * self.classes))
 
     def _convolutions(self, channels: int) -> Iterator[tuple[int, int, int, int, int]]:
         """Yield (kernel, stride, channels in, channels out, factor by which the image was reduced before) of each."""

@@ -37,7 +37,7 @@ class Diagonal(NamedTuple):
     has_second_moment: bool
     follows_scale: bool
     accumulate: Callable[[jax.Array, jax.Array, float], jax.Array]
-    direction: Callable[[jax.Array, jax.Array | None, jax.Array, float], jax.Array]
+    direction: Callable[[jax.Array, Any, jax.Array, float], jax.Array]
 
 
 def _average(v: jax.Array, g: jax.Array, beta2: float) -> jax.Array:
@@ -49,35 +49,14 @@ def _sum(v: jax.Array, g: jax.Array, beta2: float) -> jax.Array:
     return v + g * g
 
 
-def _adam(m: jax.Array, v: jax.Array | None, correction: jax.Array, epsilon: float) -> jax.Array:
-    """Return m / (sqrt(v / correction) + epsilon) (Kingma and Ba 2015)."""
-    assert v is not None
-    return m / (jnp.sqrt(v / correction) + epsilon)
-
-
-def _rmsprop(m: jax.Array, v: jax.Array | None, correction: jax.Array, epsilon: float) -> jax.Array:
-    """Return m / sqrt(v / correction + epsilon) (Tieleman and Hinton 2012)."""
-    assert v is not None
-    return m / jnp.sqrt(v / correction + epsilon)
-
-
-def _adagrad(m: jax.Array, v: jax.Array | None, correction: jax.Array, epsilon: float) -> jax.Array:
-    """Return m / (sqrt(v) + epsilon) for a sum of squares v (Duchi et al. 2011)."""
-    del correction
-    assert v is not None
-    return m / (jnp.sqrt(v) + epsilon)
-
-
-def _sgd(m: jax.Array, v: jax.Array | None, correction: jax.Array, epsilon: float) -> jax.Array:
-    del v, correction, epsilon
-    return m
-
-
 DIAGONALS = {
-    "adam": Diagonal(True, False, _average, _adam),
-    "rmsprop": Diagonal(True, False, _average, _rmsprop),
-    "adagrad": Diagonal(True, False, _sum, _adagrad),
-    "sgd": Diagonal(False, True, _sum, _sgd),
+    # Kingma and Ba 2015
+    "adam": Diagonal(True, False, _average, lambda m, v, bias, epsilon: m / (jnp.sqrt(v / bias) + epsilon)),
+    # Tieleman and Hinton 2012
+    "rmsprop": Diagonal(True, False, _average, lambda m, v, bias, epsilon: m / jnp.sqrt(v / bias + epsilon)),
+    # Duchi et al. 2011
+    "adagrad": Diagonal(True, False, _sum, lambda m, v, bias, epsilon: m / (jnp.sqrt(v) + epsilon)),
+    "sgd": Diagonal(False, True, _sum, lambda m, v, bias, epsilon: m),
 }
 
 # Graft methods. A "_normalized" method gets each gradient divided by its norm.
@@ -146,5 +125,4 @@ def advance_rows(moments: Moments, g: jax.Array, epsilon: float) -> tuple[Moment
     """
     assert moments.second_moment is not None
     second_moment = moments.second_moment + jnp.mean(g * g, axis=-1)
-    direction = _adagrad(g, second_moment[..., None], jnp.float32(1), epsilon)
-    return Moments(None, second_moment, moments.age + 1), direction
+    return Moments(None, second_moment, moments.age + 1), g / (jnp.sqrt(second_moment[..., None]) + epsilon)

@@ -128,12 +128,8 @@ class Owners:
         for route, (sent, _, _, _) in zip(routes, tables, strict=True):
             x = jnp.concatenate([tiles[i].reshape(-1, route.elements) for i in route.leaves])
             outgoing.append(x.at[sent[0]].get(mode="fill", fill_value=0).reshape(self.count, -1))
-        incoming = lax.all_to_all(jnp.concatenate(outgoing, axis=1), self.axes, split_axis=0, concat_axis=0, tiled=True)
-        blocks, first = jnp.zeros((), jnp.float32), 0
-        for route, (_, _, source, _) in zip(routes, tables, strict=True):
-            width = route.depth * route.elements
-            x = incoming[:, first : first + width].reshape(-1, route.elements)
-            first += width
+        blocks = jnp.zeros((), jnp.float32)
+        for route, (_, _, source, _), x in zip(routes, tables, self._exchanged(outgoing, routes), strict=True):
             blocks += _assemble(x.at[source[0]].get(mode="fill", fill_value=0), route, bucket)
         return blocks
 
@@ -141,20 +137,16 @@ class Owners:
         """Send owned blocks back inside `run`; return tiles in the order of the bucket's leaves."""
         shapes = [_local_shape(leaf, self.mesh) for leaf in bucket.leaves]
         if self.mesh is None:
-            parts = jnp.split(blocks, np.cumsum([leaf.blocks for leaf in bucket.leaves])[:-1])
+            parts = jnp.split(blocks, np.cumsum([leaf.tiling.blocks for leaf in bucket.leaves])[:-1])
             return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
         routes, outgoing = self._routes(bucket), []
         for route, (_, _, _, returned) in zip(routes, tables, strict=True):
             x = _disassemble(blocks, route)
             outgoing.append(x.at[returned[0]].get(mode="fill", fill_value=0).reshape(self.count, -1))
-        incoming = lax.all_to_all(jnp.concatenate(outgoing, axis=1), self.axes, split_axis=0, concat_axis=0, tiled=True)
-        result, first = [jnp.zeros(())] * len(bucket.leaves), 0
-        for route, (_, position, _, _) in zip(routes, tables, strict=True):
-            width = route.depth * route.elements
-            x = incoming[:, first : first + width].reshape(-1, route.elements)[position[0]]
-            first += width
+        result = [jnp.zeros(())] * len(bucket.leaves)
+        for route, (_, position, _, _), x in zip(routes, tables, self._exchanged(outgoing, routes), strict=True):
             counts = [math.prod(shapes[i]) // route.elements for i in route.leaves]
-            for i, part in zip(route.leaves, jnp.split(x, np.cumsum(counts)[:-1]), strict=True):
+            for i, part in zip(route.leaves, jnp.split(x[position[0]], np.cumsum(counts)[:-1]), strict=True):
                 result[i] = part.reshape(shapes[i])
         return result
 
@@ -165,6 +157,12 @@ class Owners:
     def max(self, x: jax.Array) -> jax.Array:
         """Return the maximum over all owners inside `run`, replicated."""
         return lax.pmax(x, self.axes) if self.mesh is not None else x
+
+    def _exchanged(self, outgoing: Sequence[jax.Array], routes: Sequence[Route]) -> list[jax.Array]:
+        """Exchange messages [devices, ...] by one all-to-all; return the received parts of each route."""
+        x = lax.all_to_all(jnp.concatenate(outgoing, axis=1), self.axes, split_axis=0, concat_axis=0, tiled=True)
+        ends = np.cumsum([route.depth * route.elements for route in routes])[:-1]
+        return [part.reshape(-1, route.elements) for part, route in zip(jnp.split(x, ends, 1), routes, strict=True)]
 
     def _routes(self, bucket: Bucket) -> tuple[Route, ...]:
         return _routes(bucket, tuple(self.sizes.items()))
@@ -210,7 +208,7 @@ def _routes(bucket: Bucket, mesh: tuple[tuple[str, int], ...]) -> tuple[Route, .
         by_shape.setdefault((tiling.tile, tiling.per_block, tiling.copies, tiling.slice), []).append(i)
     names, sizes = zip(*mesh, strict=True)
     coordinates = [dict(zip(names, at, strict=True)) for at in np.ndindex(*sizes)]
-    owner, first = np.asarray(bucket.owner), np.cumsum([0, *[leaf.blocks for leaf in bucket.leaves]])
+    owner, first = np.asarray(bucket.owner), np.cumsum([0, *[leaf.tiling.blocks for leaf in bucket.leaves]])
     slot = bucket.slot_of_block % bucket.slots.shape[1]
     result = []
     for (tile, per_block, copies, elements), members in by_shape.items():

@@ -24,8 +24,7 @@ def over_matrices(
 
 
 def ratios(
-    own: dict[str, jax.Array],
-    wanted: dict[str, jax.Array],
+    squares: dict[str, jax.Array],
     matrix_of_slot: dict[str, jax.Array],
     buckets: Sequence[Bucket],
     owners: Owners,
@@ -35,13 +34,12 @@ def ratios(
     Norms are taken over the blocks with roots: a block without roots has the graft's own direction.
 
     Args:
-      own: bucket name -> [slots], sum of squares of the preconditioned direction; 0 for blocks without roots.
-      wanted: bucket name -> [slots], sum of squares of the graft's direction; 0 for blocks without roots.
+      squares: bucket name -> [slots, 2], sums of squares of the preconditioned direction and of the graft's; 0 for
+        blocks without roots.
       matrix_of_slot: bucket name -> [slots], matrix of each block.
       buckets: buckets whose directions are grafted.
       owners: owners of the slots.
     """
-    squares = {b.name: jnp.stack([own[b.name], wanted[b.name]], axis=1) for b in buckets}
     sums = over_matrices(squares, matrix_of_slot, buckets, owners)
     return {
         name: jnp.where(x[:, 0] > 0, jnp.sqrt(x[:, 1] / jnp.where(x[:, 0] > 0, x[:, 0], 1)), 0)

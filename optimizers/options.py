@@ -102,7 +102,13 @@ class Treatment:
           ValueError: the exponent is neither 0 nor 1/p for a whole p.
         """
         assert self.preconditioner
-        return self.preconditioner.order(self.exponent, sides)
+        if self.preconditioner.p is not None or self.exponent == 0:
+            return self.preconditioner.p or 0
+        exponent = 1 / (2 * sides) if self.exponent is None else self.exponent
+        p = max(1, round(1 / exponent)) if exponent > 1e-9 else 1  # 1 / exponent may overflow
+        if not abs(p * exponent - 1) <= 1e-5:
+            raise ValueError(f"exponent={exponent}: must be 0 or 1/p for a whole p. Use 1/{p} = {1 / p:.6g}.")
+        return p
 
 
 # Types of the words of a treatment.
@@ -202,7 +208,7 @@ class Options:
             if not treatment.preconditioner:
                 continue
             treatment.order(2)
-            newton = self.solver == "newton" and self.refresh != "host" and treatment.preconditioner.has_exponent
+            newton = self.solver == "newton" and self.refresh != "host" and treatment.preconditioner.p is None
             if treatment.cut and newton:
                 raise ValueError(f"cut={treatment.cut}: solver 'newton' needs a ridge. Use solver 'eigh' or set ridge.")
 
@@ -260,7 +266,7 @@ class Options:
         family = PRECONDITIONERS.get(kind)
         if "side" in own and not family:
             raise ValueError(f"treatment {text!r}: only preconditioners have a side. Leave it out.")
-        if "exponent" in own and family and not family.has_exponent:
+        if "exponent" in own and family and family.p is not None:
             raise ValueError(f"treatment {text!r}: {kind} has a fixed exponent. Leave it out.")
         if own and kind == "rows":
             raise ValueError(f"treatment {text!r}: rows take no further words. Write 'rows' alone.")

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from . import diagonal, grafting
 from .diagonal import Moments
+from .exchange import Owners
 from .linalg.roots import inner
 from .linalg.scaling import all_finite, exponent_of, largest, power_of, power_of_two
 from .plan.blocks import Bucket
@@ -83,7 +84,13 @@ def precondition(gradients: Sequence[jax.Array], state: ShampooState) -> tuple[l
         lambda tiles, owned, shared: _on_owners(layout, tiles, *owned, *shared),
         {b.name: [owners.cut(gradients[leaf.index], leaf) for leaf in b.leaves] for b in plan.buckets},
         {b.name: owners.specs(b) for b in plan.buckets},
-        (state.buckets, {b.name: _tables(b, layout) for b in plan.buckets}),
+        (
+            state.buckets,
+            {
+                b.name: _Tables(owners.tables(b), *map(jnp.asarray, (b.matrix_of_slot, b.real_sizes, b.due)))
+                for b in plan.buckets
+            },
+        ),
         (state.count + 1, all_finite(sizes)),
     )
     for bucket in plan.buckets:
@@ -98,13 +105,9 @@ def precondition(gradients: Sequence[jax.Array], state: ShampooState) -> tuple[l
     )
 
 
-def _tables(bucket: Bucket, layout: Layout) -> _Tables:
-    return _Tables(
-        routes=layout.owners.tables(bucket),
-        matrix=jnp.asarray(bucket.matrix_of_slot),
-        sizes=jnp.asarray(bucket.real_sizes),
-        due=jnp.asarray(bucket.due),
-    )
+def _tables(bucket: Bucket, owners: Owners) -> _Tables:
+    static = bucket.matrix_of_slot, bucket.real_sizes, bucket.due
+    return _Tables(owners.tables(bucket), *map(jnp.asarray, static))
 
 
 def _on_owners(
@@ -115,18 +118,9 @@ def _on_owners(
     step: jax.Array,
     finite: jax.Array,
 ) -> tuple[dict[str, list[jax.Array]], dict[str, BucketState], jax.Array]:
-    """Compute directions and new states of the blocks of one device.
+    """Return tiles of the directions, new states and whether the step is accepted, for the blocks of one device.
 
-    Args:
-      layout: layout of the state.
-      tiles: bucket name -> this device's tiles of the gradients.
-      states: bucket name -> this device's slots.
-      tables: bucket name -> this device's share of the tables.
-      step: int32, number of this step, from 1.
-      finite: bool, whether the gradients of diagonal parameters are finite.
-
-    Returns:
-      (tiles of the directions, new states, whether the step is accepted).
+    `step` counts from 1; `finite` is whether the gradients of diagonal parameters are finite.
     """
     buckets, owners, options = layout.plan.buckets, layout.owners, layout.options
     matrices = {name: table.matrix for name, table in tables.items()}
@@ -141,8 +135,8 @@ def _on_owners(
     observed = gradients
     if options.normalizes:
         observed = {name: g * power_of_two(-scale_log2) for name, g in gradients.items()}
-        squares = {name: inner(g, g)[:, None] for name, g in observed.items()}
-        norms = grafting.over_matrices(squares, matrices, buckets, owners)
+        lengths = {name: inner(g, g)[:, None] for name, g in observed.items()}
+        norms = grafting.over_matrices(lengths, matrices, buckets, owners)
         observed = {name: g * _column(_reciprocal(jnp.sqrt(norms[name][:, 0])), g) for name, g in observed.items()}
 
     blocks = {b.name: Blocks(b, tables[b.name].sizes, options) for b in buckets}
@@ -151,12 +145,12 @@ def _on_owners(
         name: _propose(states[name], observed[name], blocks[name], step, scale_log2, graft_unit) for name in gradients
     }
     grafted = [b for b in buckets if b.preconditioner.grafts and options.graft != "none"]
-    own, wanted = {}, {}
+    squares = {}
     for bucket in grafted:
         x = proposals[bucket.name]
-        own[bucket.name] = jnp.where(x.acts, inner(x.direction, x.direction), 0)
-        wanted[bucket.name] = jnp.where(x.acts, inner(x.graft, x.graft), 0)
-    ratios = grafting.ratios(own, wanted, matrices, grafted, owners)
+        both = jnp.stack([inner(x.direction, x.direction), inner(x.graft, x.graft)], axis=1)
+        squares[bucket.name] = jnp.where(x.acts[:, None], both, 0)
+    ratios = grafting.ratios(squares, matrices, grafted, owners)
 
     directions, graft_ratios, overflows = {}, {}, jnp.zeros((), jnp.int32)
     for name, x in proposals.items():
@@ -197,13 +191,8 @@ def _propose(
 ) -> _Proposal:
     """Advance the moments and compute the direction of the blocks of a bucket.
 
-    Args:
-      state: state of the blocks.
-      g: [n, *shape] gradients, normalised for a "_normalized" graft.
-      blocks: the blocks.
-      step: int32, number of this step, from 1.
-      scale_log2: binary scale of the largest gradient entry.
-      graft_unit: binary scale of the graft's direction.
+    `g` [n, *shape] are the gradients, normalised for a "_normalized" graft, with the binary scale `scale_log2` of the
+    largest entry; `graft_unit` is that of the graft's direction.
     """
     bucket, _, options = blocks
     preconditioner = bucket.preconditioner

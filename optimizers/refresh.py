@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,6 @@ from .plan.blocks import Bucket
 from .preconditioners.base import Blocks, PreconditionerState
 
 _TILE = 128
-
-
-class _Due(NamedTuple):
-    """The blocks of one bucket that a device refreshes in a phase.
-
-    Attributes:
-      slot: [window] int32, slots of the device; number of slots as padding.
-      blocks: their bucket and sizes.
-    """
-
-    slot: jax.Array
-    blocks: Blocks
 
 
 def due_phases(step: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
@@ -84,12 +72,12 @@ def refresh(
     count = jnp.where(accepted, count, 0)
 
     def renew(phase: Any, written: dict[str, PreconditionerState]) -> dict[str, PreconditionerState]:
-        chosen, whole = {}, {}
+        slots, chosen, whole = {}, {}, {}
         for name, (bucket, sizes, _) in blocks.items():
-            slot = due[name][0, lax.rem(phase, jnp.int32(bucket.phases))]
-            chosen[name] = _Due(slot, Blocks(bucket, sizes.at[slot].get(mode="clip"), options))
+            slots[name] = due[name][0, lax.rem(phase, jnp.int32(bucket.phases))]
+            chosen[name] = Blocks(bucket, sizes.at[slots[name]].get(mode="clip"), options)
             whole[name] = with_statistics(written[name], states[name])
-        return {name: without_statistics(x) for name, x in _solved(whole, chosen, step, accepted).items()}
+        return {name: without_statistics(x) for name, x in _solved(whole, slots, chosen, step, accepted).items()}
 
     # A loop or a branch would copy the statistics, which a refresh only reads.
     written = {name: without_statistics(state) for name, state in states.items()}
@@ -134,15 +122,12 @@ def install(
         # A select would first spread what is found over all slots.
         return x.at[jnp.where(new.accepted, slot, len(x))].set(found.astype(x.dtype), mode="drop")
 
-    def add(x: jax.Array, changed: jax.Array) -> jax.Array:
-        return x + changed.astype(x.dtype)
-
     second_moment = state.second_moment
     if second_moment is not None:
         old = [x.at[slot].get(mode="clip").astype(jnp.float32) for x in state.roots]
         moment = second_moment.at[slot].get(mode="clip")
         second_moment = put(second_moment, bucket.preconditioner.carried(moment, old, new.root, bucket.sides))
-    failures = add(state.failures, here & ~accepted & seen)
+    failures = state.failures + (here & ~accepted & seen).astype(jnp.int32)
     return state._replace(
         second_moment=second_moment,
         roots=tuple(put(x, root) for x, root in zip(state.roots, new.root, strict=True)),
@@ -152,14 +137,18 @@ def install(
         effective_rank=put(state.effective_rank, new.effective_rank),
         refreshed=jnp.where(here & accepted, step, state.refreshed),
         failures=jnp.where(here & accepted, 0, failures),
-        refreshes=add(state.refreshes, here & accepted),
+        refreshes=state.refreshes + (here & accepted).astype(jnp.int32),
     )
 
 
 def _solved(
-    states: dict[str, PreconditionerState], due: dict[str, _Due], step: jax.Array, accepted: jax.Array
+    states: dict[str, PreconditionerState],
+    slots: dict[str, jax.Array],
+    blocks: dict[str, Blocks],
+    step: jax.Array,
+    accepted: jax.Array,
 ) -> dict[str, PreconditionerState]:
-    """Solve for the due blocks and install accepted factors.
+    """Solve for the due blocks, in `slots` [window] with the number of slots as padding; install accepted factors.
 
     Matrices with the same side length, preconditioner, root order and regulariser are solved in one batch, across
     buckets. A batch with no due block is skipped. If the factors of any side are rejected, the block keeps its old
@@ -167,7 +156,7 @@ def _solved(
     """
 
     def rows(x: jax.Array, name: str) -> jax.Array:
-        return x.at[due[name].slot].get(mode="clip")
+        return x.at[slots[name]].get(mode="clip")
 
     def statistics(bucket: Bucket, number: int) -> jax.Array:
         state, side = states[bucket.name], bucket.sides[number]
@@ -178,13 +167,14 @@ def _solved(
 
     found: dict[tuple[str, int], RootResult] = {}
     before = None
-    for length, members in _batches([each.blocks for each in due.values()]):
-        bucket, options = members[0][0], due[members[0][0].name].blocks.options
+    for length, members in _batches(list(blocks.values())):
+        bucket, options = members[0][0], blocks[members[0][0].name].options
         preconditioner = bucket.preconditioner
-        wanted = jnp.concatenate([due[b.name].slot < len(states[b.name].residual) for b, _ in members])
-        stack = jnp.concatenate([_padded(statistics(b, number), length) for b, number in members])
+        wanted = jnp.concatenate([slots[b.name] < len(states[b.name].residual) for b, _ in members])
+        own = [statistics(b, number) for b, number in members]
+        stack = jnp.concatenate([jnp.pad(x, [(0, 0), *[(0, length - x.shape[-1])] * 2]) for x in own])
         stack = jnp.where(wanted[:, None, None], stack, 0)
-        sizes = jnp.concatenate([due[b.name].blocks.sizes[:, b.sides[number]] for b, number in members])
+        sizes = jnp.concatenate([blocks[b.name].sizes[:, b.sides[number]] for b, number in members])
         old = None
         if preconditioner.warm:
             old = jnp.concatenate([rows(states[b.name].roots[n], b.name).astype(jnp.float32) for b, n in members])
@@ -203,16 +193,16 @@ def _solved(
         )
         before, first = batch.residual, 0
         for b, number in members:
-            part = slice(first, first + due[b.name].slot.shape[0])
+            part = slice(first, first + len(slots[b.name]))
             own, side = jax.tree.map(lambda x, part=part: x[part], batch), b.shape[b.sides[number]]
             found[b.name, number] = own._replace(root=own.root[:, :side, :side])
             first = part.stop
 
     result = dict(states)
-    for name, (slot, (bucket, *_)) in due.items():
+    for name, (bucket, *_) in blocks.items():
         if bucket.sides:
             sides = _joined([found[name, number] for number in range(len(bucket.sides))])
-            slot = jnp.where(accepted, slot, len(states[name].residual))
+            slot = jnp.where(accepted, slots[name], len(states[name].residual))
             result[name] = install(states[name], slot, sides, rows(states[name].scale_log2, name), step, bucket)
     return result
 
@@ -241,10 +231,6 @@ def without_statistics(state: PreconditionerState) -> PreconditionerState:
     """Return the state without statistics, for programs that only write roots."""
     nothing: Any = None
     return state._replace(statistics=(), scale_log2=nothing, age=nothing)
-
-
-def _padded(x: jax.Array, length: int) -> jax.Array:
-    return jnp.pad(x, [(0, 0), *[(0, length - x.shape[-1])] * 2])
 
 
 def _unsolved(stack_nrr: jax.Array) -> RootResult:

@@ -86,8 +86,8 @@ class Blocks:
     @classmethod
     def of(cls, bucket: Bucket, leaf: Leaf) -> "Blocks":
         """Return the blocks of a parameter in a bucket of a plan."""
-        first = sum(other.blocks for other in bucket.leaves[: bucket.leaves.index(leaf)])
-        slots = bucket.slot_of_block[first : first + leaf.blocks]
+        first = sum(other.tiling.blocks for other in bucket.leaves[: bucket.leaves.index(leaf)])
+        slots = bucket.slot_of_block[first : first + leaf.tiling.blocks]
         return cls(bucket.name, leaf.view, leaf.tiling.pieces, bucket.shape, slots)
 
     @property

@@ -20,7 +20,10 @@ from ..preconditioners import PRECONDITIONERS, Preconditioner
 from . import patterns
 from .assignment import assign_owners
 from .tiles import Tiling, make_tiling
-from .views import View, matrix_axes, matrix_view, names_by_path, tensor_view
+from .views import View, matrix_view, names_by_path, tensor_view
+
+# Shape, sides, p, beta2, ridge, cut and name of the preconditioner, which all blocks of a bucket share.
+_Key = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +45,6 @@ class Leaf:
         """Return the view of the parameter as a stack of tensors."""
         return self.tiling.view
 
-    @property
-    def blocks(self) -> int:
-        """Return the number of blocks, which are numbered row-major over stack x pieces of the sides."""
-        return self.tiling.blocks
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bucket:
@@ -60,9 +58,9 @@ class Bucket:
       shape: lengths of a block's sides with padding, shorter parameter sides first.
       sides: indices of the preconditioned sides.
       p: order of the inverse roots; 0 if no side has statistics.
-      preconditioner: preconditioner of the blocks.
       beta2: decay of the statistics and of the graft's second moment.
       ridge, cut: regularisers relative to the largest eigenvalue.
+      preconditioner: preconditioner of the blocks.
       leaves: parameters whose blocks are in the bucket, in order.
       first: number of blocks in earlier buckets.
       owners: number of devices that share the slots.
@@ -74,10 +72,10 @@ class Bucket:
     shape: tuple[int, ...]
     sides: tuple[int, ...]
     p: int
-    preconditioner: Preconditioner
     beta2: float
     ridge: float
     cut: float
+    preconditioner: Preconditioner
     leaves: tuple[Leaf, ...]
     first: int
     owners: int
@@ -97,7 +95,7 @@ class Bucket:
     @functools.cached_property
     def slots(self) -> np.ndarray:
         """Return [owners, slots per owner] int32, the block in each slot, or `blocks` for an empty slot."""
-        slots = np.full((self.owners, slots_per_owner(self.blocks, self.owners)), self.blocks, np.int32)
+        slots = np.full((self.owners, math.ceil(self.blocks / self.owners)), self.blocks, np.int32)
         owner = np.asarray(self.owner, np.int64)
         for device in range(self.owners):
             own = np.flatnonzero(owner == device)
@@ -176,11 +174,6 @@ class Plan:
     treatments: dict[str, str]
 
 
-def slots_per_owner(blocks: int, owners: int) -> int:
-    """Return the number of slots of a bucket that each owner needs."""
-    return math.ceil(blocks / owners)
-
-
 def split(side: int, block_size: int) -> tuple[int, int]:
     """Split a side into equal parts; return (number of parts, length of each with padding).
 
@@ -220,7 +213,8 @@ def parameters(params: Any, axis_names: Any = None, param_specs: Any = None) -> 
     Raises:
       ValueError: a parameter is not real and floating, or has no entry in a tree that is given.
     """
-    names, specs = names_by_path(axis_names), _specs_by_path(param_specs)
+    names = names_by_path(axis_names)
+    specs = patterns.by_path(param_specs, lambda x: x is None or isinstance(x, PartitionSpec))
     result = []
     for path, leaf in zip(patterns.paths(params), jax.tree.leaves(params), strict=True):
         dtype = jax.dtypes.result_type(leaf) if not hasattr(leaf, "dtype") else leaf.dtype
@@ -229,7 +223,9 @@ def parameters(params: Any, axis_names: Any = None, param_specs: Any = None) -> 
         for tree, given in (("axis_names", names), ("param_specs", specs)):
             if given and path not in given:
                 raise ValueError(f"parameter {path!r}: must have an entry in {tree}. Add it.")
-        result.append(Parameter(path, tuple(np.shape(leaf)), names.get(path), specs.get(path)))
+        spec = specs.get(path)
+        spec = spec.spec if isinstance(spec, NamedSharding) else spec
+        result.append(Parameter(path, tuple(np.shape(leaf)), names.get(path), spec))
     return tuple(result)
 
 
@@ -249,7 +245,7 @@ def make_plan(parameters: Sequence[Parameter], options: Options, mesh: Mapping[s
     diagonal: dict[int, DiagonalLeaf] = {}
     treatments: dict[str, str] = {}
     for index, (path, shape, names, spec) in enumerate(parameters):
-        _check_spec(path, shape, spec, mesh)
+        _check(path, shape, names, spec, mesh)
         treatment = patterns.first_match(rules, path)
         view, sides = _view(shape, names, treatment, options)
         if treatment.kind == "rows" and len(shape) >= 2 and 0 not in shape:
@@ -264,24 +260,14 @@ def make_plan(parameters: Sequence[Parameter], options: Options, mesh: Mapping[s
         parts = [split(length, treatment.block_size) for length in view.lengths]
         pieces, block = (tuple(part[i] for part in parts) for i in (0, 1))
         p = treatment.order(len(sides))
-        key = _Key(block, sides if p else (), p, treatment.beta2, treatment.ridge, treatment.cut, preconditioner.name)
+        sides = sides if p else ()
+        key = (block, sides, p, treatment.beta2, treatment.ridge, treatment.cut, preconditioner.name)
         leaf = Leaf(index, path, make_tiling(view, pieces, block, spec, mesh))
         grouped.setdefault(key, []).append(leaf)
-        treatments[path] = f"{treatment.kind} {_title(block, key.sides, preconditioner.title(p))} x{leaf.blocks}"
+        label = preconditioner.label or (f"p{p}" if p else "momentum")
+        treatments[path] = f"{treatment.kind} {_title(block, sides, label)} x{leaf.tiling.blocks}"
     phases = 1 if options.refresh == "periodic" else options.interval
     return Plan(_buckets(grouped, math.prod(mesh.values()), phases, options), diagonal, treatments)
-
-
-class _Key(NamedTuple):
-    """What all blocks of a bucket share; buckets are ordered by it."""
-
-    shape: tuple[int, ...]
-    sides: tuple[int, ...]
-    p: int
-    beta2: float
-    ridge: float
-    cut: float
-    preconditioner: str
 
 
 def _view(
@@ -292,19 +278,15 @@ def _view(
     if treatment.view == "tensor" and treatment.side == "both" and not (family and family.matrices_only):
         view = tensor_view(shape, names, stack_axes=options.stack_axes, merge_dims=options.merge_dims, stack=stack)
         return view, tuple(range(len(view.sides)))
-    axes = {"stack_axes": options.stack_axes, "fold_axes": options.fold_axes, "stack": stack}
-    view = matrix_view(shape, names, **axes)
-    if treatment.side == "both":
-        return view, (0, 1)
-    if treatment.side == "short":
-        return view, (0,)
-    _, left, right = matrix_axes(len(shape), names, **axes)
-    return view, (view.sides.index(tuple(left if treatment.side == "left" else right)),)
+    view = matrix_view(shape, names, stack_axes=options.stack_axes, fold_axes=options.fold_axes, stack=stack)
+    if treatment.side in ("both", "short"):
+        return view, (0, 1) if treatment.side == "both" else (0,)
+    return view, (view.sides.index((min if treatment.side == "left" else max)(view.sides)),)
 
 
 def _buckets(grouped: Mapping[_Key, Sequence[Leaf]], owners: int, phases: int, options: Options) -> tuple[Bucket, ...]:
     keys = sorted(grouped)
-    counts = [sum(leaf.blocks for leaf in grouped[key]) for key in keys]
+    counts = [sum(leaf.tiling.blocks for leaf in grouped[key]) for key in keys]
     bucket = np.repeat(np.arange(len(keys)), counts)
     # Blocks of different parameters have the same holder if their shards are on the same devices.
     holders: dict[tuple[Any, int], int] = {}
@@ -318,10 +300,11 @@ def _buckets(grouped: Mapping[_Key, Sequence[Leaf]], owners: int, phases: int, o
     owner = assign_owners(bucket, np.asarray(holder, np.int64), number % phases, owners)
     result, first = [], 0
     for key, count in zip(keys, counts, strict=True):
-        shape, sides, p, beta2, ridge, cut, name = key
+        shape, sides, p, beta2, ridge, cut, kind = key
+        numbers, preconditioner = (p, beta2, ridge, cut), PRECONDITIONERS[kind]
         part, leaves = tuple(owner[first : first + count].tolist()), tuple(grouped[key])
-        settings = PRECONDITIONERS[name], beta2, ridge, cut
-        result.append(Bucket(_name(key, options), shape, sides, p, *settings, leaves, first, owners, phases, part))
+        rest = leaves, first, owners, phases, part
+        result.append(Bucket(_name(key, options), shape, sides, *numbers, preconditioner, *rest))
         first += count
     return tuple(result)
 
@@ -334,15 +317,20 @@ def _title(shape: tuple[int, ...], sides: tuple[int, ...], title: str) -> str:
 
 def _name(key: _Key, options: Options) -> str:
     """Return a key for the state, of letters, digits, dots, dashes and underscores."""
-    text = "all" if len(key.sides) == len(key.shape) else "side" + "".join(map(str, key.sides))
-    parts = ["x".join(map(str, key.shape)), text, f"p{key.p}"]
-    for field in ("beta2", "ridge", "cut"):
-        if getattr(key, field) != getattr(options, field):
-            parts.append(f"{field}-{getattr(key, field)!r}".replace("+", ""))
-    return "_".join([*parts, *([] if key.preconditioner == "shampoo" else [key.preconditioner])])
+    shape, sides, p, *numbers, kind = key
+    text = "all" if len(sides) == len(shape) else "side" + "".join(map(str, sides))
+    parts = ["x".join(map(str, shape)), text, f"p{p}"]
+    for field, value in zip(("beta2", "ridge", "cut"), numbers, strict=True):
+        if value != getattr(options, field):
+            parts.append(f"{field}-{value!r}".replace("+", ""))
+    return "_".join([*parts, *([] if kind == "shampoo" else [kind])])
 
 
-def _check_spec(path: str, shape: tuple[int, ...], spec: PartitionSpec | None, mesh: Mapping[str, int]) -> None:
+def _check(path: str, shape: tuple[int, ...], names: Any, spec: PartitionSpec | None, mesh: Mapping[str, int]) -> None:
+    if names is not None and len(names) != len(shape):
+        raise ValueError(
+            f"parameter {path!r}: axis_names={names} has {len(names)} entries, but shape {shape} has {len(shape)} axes."
+        )
     if len(spec or ()) > len(shape):
         raise ValueError(
             f"parameter {path!r}: spec {spec} has {len(spec or ())} entries, but shape {shape} has {len(shape)} axes."
@@ -352,14 +340,3 @@ def _check_spec(path: str, shape: tuple[int, ...], spec: PartitionSpec | None, m
             if name not in mesh:
                 found = f"the mesh has no axis {name!r}, only {', '.join(mesh)}" if mesh else "no mesh is given"
                 raise ValueError(f"parameter {path!r}: has spec {spec}, but {found}.")
-
-
-def _specs_by_path(param_specs: Any) -> dict[str, PartitionSpec | None]:
-    """Return path -> spec for a tree of PartitionSpecs or NamedShardings; empty for None."""
-    entries = jax.tree_util.tree_leaves_with_path(
-        param_specs, is_leaf=lambda x: isinstance(x, PartitionSpec) or (x is None and param_specs is not None)
-    )
-    return {
-        patterns.path_name(key_path): spec.spec if isinstance(spec, NamedSharding) else spec
-        for key_path, spec in entries
-    }

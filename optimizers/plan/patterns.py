@@ -1,7 +1,7 @@
 """Rules: lists of (regex, value) for parameter paths. The first match wins; every path must match a rule."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -17,6 +17,12 @@ def path_name(key_path: tuple[Any, ...]) -> str:
     """
     keys = [jax.tree_util.keystr((key,), simple=True) for key in key_path]
     return "/".join(key.replace("~", "~0").replace("/", "~1") for key in keys)
+
+
+def by_path(tree: Any, is_leaf: Callable[[Any], bool]) -> dict[str, Any]:
+    """Return path -> leaf of a tree; empty for None."""
+    leaves = [] if tree is None else jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return {path_name(key_path): leaf for key_path, leaf in leaves}
 
 
 def paths(tree: Any) -> list[str]:

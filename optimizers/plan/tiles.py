@@ -53,6 +53,11 @@ class Tiling:
         """Return axis of the parameter -> number of shards along it."""
         return {axis: math.prod(self.mesh[name] for name in names) for axis, names in self.sharded}
 
+    @functools.cached_property
+    def local(self) -> tuple[int, ...]:
+        """Return the shape of a shard of the parameter."""
+        return tuple(size // self.parts.get(axis, 1) for axis, size in enumerate(self.view.shape))
+
     @property
     def copies(self) -> int:
         """Return the number of devices that hold each shard."""
@@ -190,30 +195,14 @@ def to_tiles(x: jax.Array, tiling: Tiling, mesh: Mesh | None) -> jax.Array:
       [shards along each sharded axis..., tiles of a shard, elements of a tile], with the number of elements rounded up
       to a multiple of the copies.
     """
-    view = tiling.view
-    x = x.astype(jnp.float32)
-    split: list[int] = []
-    local: dict[int, int] = {}
-    shards: list[int] = []
-    for axis, size in enumerate(view.shape):
-        if axis in tiling.parts:
-            shards.append(len(split))
-            split.append(tiling.parts[axis])
-        local[axis] = len(split)
-        split.append(size // tiling.parts.get(axis, 1))
-    order = [*shards, *[local[axis] for axis in (*view.stack, *[axis for side in view.sides for axis in side])]]
-    x = x.reshape(split).transpose(order)
-    lead = [split[i] for i in shards]
-    stack = math.prod(split[local[axis]] for axis in view.stack)
-    lengths = [math.prod(split[local[axis]] for axis in side) for side in view.sides]
+    lead, stack, lengths, whole, counts = _shard(tiling)
+    fixed, axes = len(lead) + 1, range(len(tiling.view.shape))
+    x = x.astype(jnp.float32).reshape(
+        [size for axis in axes for size in (tiling.parts.get(axis, 1), tiling.local[axis])]
+    )
+    x = x.transpose([*[2 * axis for axis in axes], *[2 * axis + 1 for axis in tiling.view.axes]])
     x = _pin(x.reshape(*lead, stack, *lengths), tiling, mesh, len(lengths) + 1)
-    whole = [
-        length if tiling.shards_of(side) else pieces * block
-        for side, length, pieces, block in zip(view.sides, lengths, tiling.pieces, tiling.block, strict=True)
-    ]
-    fixed = len(lead) + 1
     x = jnp.pad(x, [(0, 0)] * fixed + [(0, w - length) for w, length in zip(whole, lengths, strict=True)])
-    counts = [w // tile for w, tile in zip(whole, tiling.tile, strict=True)]
     grid = [size for pair in zip(counts, tiling.tile, strict=True) for size in pair]
     x = x.reshape(*lead, stack, *grid)
     sides = range(len(lengths))
@@ -225,29 +214,27 @@ def to_tiles(x: jax.Array, tiling: Tiling, mesh: Mesh | None) -> jax.Array:
 
 def from_tiles(tiles: jax.Array, tiling: Tiling, mesh: Mesh | None) -> jax.Array:
     """Invert `to_tiles`."""
-    view = tiling.view
-    lead = [tiling.parts[axis] for axis, _ in tiling.sharded]
-    local = {axis: size // tiling.parts.get(axis, 1) for axis, size in enumerate(view.shape)}
-    stack = math.prod(local[axis] for axis in view.stack)
-    lengths = [math.prod(local[axis] for axis in side) for side in view.sides]
-    whole = [
-        length if tiling.shards_of(side) else pieces * block
-        for side, length, pieces, block in zip(view.sides, lengths, tiling.pieces, tiling.block, strict=True)
-    ]
-    counts = [w // tile for w, tile in zip(whole, tiling.tile, strict=True)]
+    lead, stack, lengths, whole, counts = _shard(tiling)
+    axes = tiling.view.axes
     fixed, sides = len(lead) + 1, range(len(lengths))
     x = tiles[..., : math.prod(tiling.tile)].reshape(*lead, stack, *counts, *tiling.tile)
     x = x.transpose(*range(fixed), *[fixed + i + offset for i in sides for offset in (0, len(lengths))])
     x = x.reshape(*lead, stack, *whole)[(..., *[slice(length) for length in lengths])]
     x = _pin(x, tiling, mesh, len(lengths) + 1)
-    axes = [*view.stack, *[axis for side in view.sides for axis in side]]
-    x = x.reshape(*lead, *[local[axis] for axis in axes])
-    shard_at = {axis: i for i, (axis, _) in enumerate(tiling.sharded)}
-    order = []
-    for axis in range(len(view.shape)):
-        order += [shard_at[axis]] if axis in shard_at else []
-        order.append(len(lead) + axes.index(axis))
-    return x.transpose(order).reshape(view.shape)
+    x = x.reshape([tiling.parts.get(axis, 1) for axis in range(len(axes))] + [tiling.local[axis] for axis in axes])
+    order = [i for axis in range(len(axes)) for i in (axis, len(axes) + axes.index(axis))]
+    return x.transpose(order).reshape(tiling.view.shape)
+
+
+def _shard(tiling: Tiling) -> tuple[list[int], int, list[int], list[int], list[int]]:
+    """Return (shards along sharded axes; a shard's stack, its sides without and with padding, tiles of each)."""
+    view, lead = tiling.view, [tiling.parts[axis] for axis, _ in tiling.sharded]
+    stack, *lengths = (math.prod(tiling.local[axis] for axis in axes) for axes in (view.stack, *view.sides))
+    whole = [
+        length if tiling.shards_of(side) else pieces * block
+        for side, length, pieces, block in zip(view.sides, lengths, tiling.pieces, tiling.block, strict=True)
+    ]
+    return lead, stack, lengths, whole, [w // tile for w, tile in zip(whole, tiling.tile, strict=True)]
 
 
 def _pin(x: jax.Array, tiling: Tiling, mesh: Mesh | None, rest: int) -> jax.Array:

@@ -1,13 +1,12 @@
 """Views of a parameter as a stack of matrices or tensors: axes that stack, and axes that fold into each side."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from .patterns import path_name
+from .patterns import by_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +26,11 @@ class View:
     def length(self, axes: Sequence[int]) -> int:
         """Return the length of a side that folds the given axes."""
         return math.prod(self.shape[axis] for axis in axes)
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Return all axes, those that stack first."""
+        return (*self.stack, *itertools.chain(*self.sides))
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -86,11 +90,7 @@ def matrix_view(
     """Return the view with the two sides of `matrix_axes`, the shorter first.
 
     A matrix and its transpose then share a bucket.
-
-    Raises:
-      ValueError: the numbers of names and axes differ.
     """
-    _check_names(shape, names)
     stacked, *sides = matrix_axes(len(shape), names, stack_axes=stack_axes, fold_axes=fold_axes, stack=stack)
     return _shorter_first(shape, stacked, sides)
 
@@ -107,11 +107,7 @@ def tensor_view(
 
     Axes of length one stack. From left to right, a side is merged into the one before it while the product of their
     lengths is at most `merge_dims` and at least two sides remain.
-
-    Raises:
-      ValueError: the numbers of names and axes differ.
     """
-    _check_names(shape, names)
     axes = range(len(shape))
     stacked = [
         axis for axis in axes if shape[axis] == 1 or (axis < stack if names is None else names[axis] in stack_axes)
@@ -126,13 +122,6 @@ def tensor_view(
     return _shorter_first(shape, stacked, sides)
 
 
-def _check_names(shape: Sequence[int], names: Sequence[str | None] | None) -> None:
-    if names is not None and len(names) != len(shape):
-        raise ValueError(
-            f"axis_names={tuple(names)}: must have one entry per axis of the shape {tuple(shape)}, not {len(names)}."
-        )
-
-
 def _shorter_first(shape: Sequence[int], stack: Sequence[int], sides: Sequence[Sequence[int]]) -> View:
     ordered = sorted(sides, key=lambda side: math.prod(shape[axis] for axis in side))
     return View(tuple(shape), tuple(stack), tuple(tuple(side) for side in ordered))
@@ -144,7 +133,4 @@ def names_by_path(axis_names: Any) -> dict[str, tuple[str | None, ...] | None]:
     def is_names(x: Any) -> bool:
         return x is None or (isinstance(x, tuple) and all(isinstance(name, str | None) for name in x))
 
-    if axis_names is None:
-        return {}
-    entries = jax.tree_util.tree_leaves_with_path(axis_names, is_leaf=is_names)
-    return {path_name(key_path): names for key_path, names in entries}
+    return by_path(axis_names, is_names)

@@ -73,6 +73,7 @@ class Preconditioner(abc.ABC):
 
     Attributes:
       name: key in checkpoints.
+      label: short name for tables, shown after a block's shape; empty for a name such as "p4".
       side: default for a treatment's `side`: "both", "short", "left" or "right".
       statistics: kind of statistics; preconditioners of the same kind can take over each other's statistics.
       grafts: whether updates get the graft's norm, and the graft's direction before the first factors. Directions must
@@ -80,29 +81,18 @@ class Preconditioner(abc.ABC):
       adapts: whether it keeps an elementwise second moment in its own basis.
       warm: whether a refresh starts from the current factors.
       matrices_only: whether blocks must have two sides.
-      has_exponent: whether a treatment may set its exponent.
+      p: order of the inverse roots, 0 if no side has statistics; None if the treatment's exponent gives it.
     """
 
     name = ""
+    label = ""
     side = "both"
     statistics = "second moments"
     grafts = True
     adapts = False
     warm = False
     matrices_only = False
-    has_exponent = False
-
-    @abc.abstractmethod
-    def order(self, exponent: float | None, sides: int) -> int:
-        """Return the order p of the inverse roots, or 0 if no side has statistics.
-
-        Raises:
-          ValueError: the exponent is invalid for this preconditioner.
-        """
-
-    @abc.abstractmethod
-    def title(self, p: int) -> str:
-        """Return a short name for tables, shown after a block's shape."""
+    p: int | None = None
 
     def power(self, sides: int) -> float:
         """Return the degree of one side's statistics in the gradient, for `sides` preconditioned sides."""
@@ -116,8 +106,7 @@ class Preconditioner(abc.ABC):
 
     def uses_lapack(self, options: Any) -> bool:
         """Return whether `solve` calls LAPACK on CPUs."""
-        del options
-        return False
+        return options.solver == "eigh"
 
     def accumulate(self, state: PreconditionerState, g: jax.Array, blocks: Blocks) -> PreconditionerState:
         """Update the statistics: L <- beta2 L + (1 - beta2) X X', with X = `observed` unfolded along each side.

@@ -22,7 +22,8 @@ class KLShampoo(Shampoo):
 
     name = "kl_shampoo"
     statistics = "second moments of whitened gradients"
-    has_exponent = False
+    label = "KL"
+    p = 2  # inverse square roots of the covariance
 
     def begins_at_zero(self, sides: int) -> bool:
         """Return whether there is only one side: then the statistics are those of Shampoo."""
@@ -31,15 +32,6 @@ class KLShampoo(Shampoo):
     def power(self, sides: int) -> float:
         """Return 2 / sides: the product over all sides has degree 2."""
         return 2.0 / sides
-
-    def order(self, exponent: float | None, sides: int) -> int:
-        """Return 2: factors are inverse square roots of the covariance."""
-        del exponent, sides
-        return 2
-
-    def title(self, p: int) -> str:
-        """Return the common name."""
-        return "KL"
 
     def observed(self, g: jax.Array, state: PreconditionerState, blocks: Blocks, side: int) -> jax.Array:
         """Return the gradient whitened along the other sides, divided by the square root of their lengths."""

@@ -23,17 +23,10 @@ class Muon(Preconditioner):
     """
 
     name = "muon"
+    label = "Muon"
     grafts = False
     matrices_only = True
-
-    def order(self, exponent: float | None, sides: int) -> int:
-        """Return 0: no side has statistics."""
-        del exponent, sides
-        return 0
-
-    def title(self, p: int) -> str:
-        """Return the common name."""
-        return "Muon"
+    p = 0
 
     def act(
         self, m: jax.Array, g: jax.Array, state: PreconditionerState, age: jax.Array, blocks: Blocks

@@ -28,29 +28,9 @@ class Shampoo(Preconditioner):
     """
 
     name = "shampoo"
-    has_exponent = True
 
     def __init__(self, side: str = "both"):
         self.side = side
-
-    def order(self, exponent: float | None, sides: int) -> int:
-        """Return 1 / exponent, or twice the number of sides if the exponent is None."""
-        if exponent == 0:
-            return 0
-        if exponent is None:
-            exponent = 1 / (2 * sides)
-        p = max(1, round(1 / exponent)) if exponent > 1e-9 else 1  # 1 / exponent may overflow
-        if not abs(p * exponent - 1) <= 1e-5:
-            raise ValueError(f"exponent={exponent}: must be 0 or 1/p for a whole p. Use 1/{p} = {1 / p:.6g}.")
-        return p
-
-    def uses_lapack(self, options: Any) -> bool:
-        """Return whether the solver is `eigh`."""
-        return options.solver == "eigh"
-
-    def title(self, p: int) -> str:
-        """Return a name such as "p4"."""
-        return f"p{p}" if p else "momentum"
 
     def act(
         self, m: jax.Array, g: jax.Array, state: PreconditionerState, age: jax.Array, blocks: Blocks

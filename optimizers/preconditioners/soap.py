@@ -29,23 +29,16 @@ class Soap(Preconditioner):
     """
 
     name = "soap"
+    label = "SOAP"
     grafts = False
     adapts = True
     warm = True
-
-    def order(self, exponent: float | None, sides: int) -> int:
-        """Return 1: no root is taken."""
-        del exponent, sides
-        return 1
+    p = 1  # no root is taken
 
     def uses_lapack(self, options: Any) -> bool:
         """Return True: `eigh` and QR both use LAPACK."""
         del options
         return True
-
-    def title(self, p: int) -> str:
-        """Return the common name."""
-        return "SOAP"
 
     def act(
         self, m: jax.Array, g: jax.Array, state: PreconditionerState, age: jax.Array, blocks: Blocks

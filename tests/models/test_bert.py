@@ -294,7 +294,7 @@ def spec_of_tree(tree):
         ({"heads": 3}, "embed_dim=16: must be divisible by task.heads=3; use 15"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"init_std": 0.0}, "init_std=0.0"),
-        ({"position_init": "rotary"}, "'rotary': use 'normal' or 'sinusoidal'"),
+        ({"position_init": "rotary"}, "'rotary': use one of normal, sinusoidal"),
         ({"remat": "some"}, "'some': use one of none, full, dots"),
         ({"compute_dtype": "float16"}, "'float16'"),
         ({"layers": 0}, "layers=0"),

@@ -11,24 +11,23 @@ from jax.sharding import PartitionSpec as P
 from lm_cases import SMALL, assert_close, batch_of, grad_of, loss_of, quick_jit, spec_of, value_and_grad, variables_of
 
 from shampax.models import moe
-from shampax.models.moe import Experts
 
 ROUTED = dataclasses.replace(SMALL, experts=4, experts_per_token=2, capacity_factor=1.0, layers=2)
 
 
-def routed_by_hand(probabilities, real, experts):
+def routed_by_hand(probabilities, real, per_token, factor):
     """Loop over choices, then tokens. Return (expert, slot, weight) of each token, and the number of dropped ones."""
     tokens, count = probabilities.shape
-    capacity = min(tokens, max(1, int(np.ceil(tokens * experts.per_token * experts.capacity_factor / count))))
-    order = np.argsort(-probabilities, axis=1, kind="stable")[:, : experts.per_token]
+    capacity = min(tokens, max(1, int(np.ceil(tokens * per_token * factor / count))))
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :per_token]
     full, places, dropped = np.zeros(count, int), [[] for _ in range(tokens)], 0
-    for choice in range(experts.per_token):
+    for choice in range(per_token):
         for token in range(tokens):
             if not real[token]:
                 continue
             expert = order[token, choice]
             weight = probabilities[token, expert]
-            if experts.per_token > 1:
+            if per_token > 1:
                 weight /= probabilities[token, order[token]].sum()
             if full[expert] < capacity:
                 places[token].append((expert, full[expert], weight))
@@ -42,15 +41,14 @@ def routed_by_hand(probabilities, real, experts):
 def test_routing_against_a_loop(per_token, factor):
     """Faults: two tokens share a slot; the wrong ones are dropped; padding uses slots; weights are of another
     choice."""
-    experts = Experts(5, per_token, factor, 0)
     random = np.random.default_rng(per_token)
     logits = random.normal(size=(3, 12, 5)).astype(np.float32)
     real = random.random((3, 12)) < 0.8
-    sent, weights, routing = quick_jit(moe.route, static_argnums=2)(logits, real, experts)
+    sent, weights, routing = quick_jit(moe.route, static_argnums=(2, 3))(logits, real, per_token, factor)
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected, assigned, dropped = np.zeros(sent.shape), np.zeros(5), 0
     for group in range(3):
-        places, full, lost = routed_by_hand(probabilities[group], real[group], experts)
+        places, full, lost = routed_by_hand(probabilities[group], real[group], per_token, factor)
         assigned, dropped = assigned + full, dropped + lost
         for token, taken in enumerate(places):
             for expert, slot, weight in taken:
@@ -95,8 +93,7 @@ def apply_experts(module, x, real, seed=0):
 
 def test_dropped_tokens_and_padding_are_unchanged():
     """Faults: a dropped token gets the output of another; padding displaces tokens."""
-    experts = Experts(2, 1, 0.25, 0)  # one slot each for 8 tokens
-    module = moe.RoutedSwiGLU(experts, 12, 2, jnp.dtype("float32"))
+    module = moe.RoutedSwiGLU(2, 1, 0.25, 0, 12, 2, jnp.dtype("float32"))  # one slot each for 8 tokens
     x = np.random.default_rng(0).normal(size=(1, 8, 6)).astype(np.float32)
     real = np.arange(8)[None] >= 2
     added, routing = quick_jit(functools.partial(apply_experts, module))(x, real)
@@ -110,13 +107,13 @@ def test_groups_are_routed_separately():
     """Faults: groups share slots; they are returned in another order."""
     x = np.random.default_rng(0).normal(size=(2, 8, 6)).astype(np.float32)
     real = np.ones((2, 8), bool)
-    by_four, whole = (moe.RoutedSwiGLU(Experts(3, 2, 0.8, group), 12, 2, jnp.dtype("float32")) for group in (4, 0))
+    by_three, by_four, whole = (moe.RoutedSwiGLU(3, 2, 0.8, group, 12, 2, jnp.dtype("float32")) for group in (3, 4, 0))
     added, routing = quick_jit(functools.partial(apply_experts, by_four))(x, real)
     rows, rows_routing = quick_jit(functools.partial(apply_experts, whole))(x.reshape(4, 4, 6), real.reshape(4, 4))
     assert_close(added.reshape(4, 4, 6), rows, 1e-6)
     assert_close(routing, rows_routing, 1e-5)
     with pytest.raises(ValueError, match=r"task.expert_group=3: must divide rows of 8 tokens"):
-        Experts(3, 2, 0.8, 3).group_of(8)
+        apply_experts(by_three, x, real)
 
 
 def test_metrics_and_losses_of_routers():

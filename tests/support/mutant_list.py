@@ -35,8 +35,8 @@ OPTIMIZERS = (
     Mutant(
         "adam-epsilon-inside-the-root",
         "optimizers/diagonal.py",
-        "return m / (jnp.sqrt(v / correction) + epsilon)",
-        "return m / jnp.sqrt(v / correction + epsilon)",
+        "m / (jnp.sqrt(v / bias) + epsilon)",
+        "m / jnp.sqrt(v / bias + epsilon)",
         "Parameters with gradients below 1e-4, those of a large model late in training, stop learning.",
         ("tests/optimizers/test_reference.py::test_agrees_with_the_float64_reference",),
     ),

@@ -173,7 +173,7 @@ def by_block(tx: DistributedShampoo, params: Tree, state: ShampooState) -> dict[
         kept, number = state.buckets[bucket.name], 0
         arrays = jax.tree.map(np.asarray, kept._replace(block=None))
         for leaf in bucket.leaves:
-            for i in range(leaf.blocks):
+            for i in range(leaf.tiling.blocks):
                 (slot,) = np.flatnonzero(np.asarray(kept.block) == number)
                 result[leaf.path, i] = jax.tree.map(lambda x, slot=slot: x[slot], arrays)
                 number += 1

@@ -317,10 +317,8 @@ X = PartitionSpec("x")
         ({"treatments": (("v", "shampoo"),)}, "'w': must match one of 'v'. End the list with"),
         ({"names": {"v": ("embed", "mlp")}}, "'w': must have an entry in axis_names"),
         ({"specs": {"v": X}, "mesh": {"x": 2}}, "'w': must have an entry in param_specs"),
-        (
-            {"names": {"w": ("embed",)}},
-            r"axis_names=\('embed',\): must have one entry per axis of the shape \(8, 16\), not 1",
-        ),
+        ({"names": {"w": ("embed",)}}, r"'w': axis_names=\('embed',\) has 1 .*\(8, 16\) has 2"),
+        ({"names": {"w": ("embed",)}, "view": "tensor"}, r"'w': axis_names=\('embed',\) has 1 .*\(8, 16\) has 2"),
         ({"specs": {"w": PartitionSpec(None, None, "x")}, "mesh": {"x": 2}}, "'w'.*3.*2"),
         ({"specs": {"w": PartitionSpec("y")}, "mesh": {"x": 2}}, "'w'.*'y'.*x"),
         ({"specs": {"w": X}}, "'w'.*'x'"),

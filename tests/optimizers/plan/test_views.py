@@ -124,14 +124,6 @@ def test_one_sided_finds_its_side_after_the_swap(shape, side, named):
     assert chosen == expected if expected else view.length(chosen) == min(view.lengths)
 
 
-@pytest.mark.parametrize("view", [matrix_view, tensor_view])
-def test_names_must_match(view):
-    """Fault: axis names of another parameter are accepted."""
-    axes = AXES if view is matrix_view else STACK_AXES
-    with pytest.raises(ValueError, match=r"\('embed',\): must have one entry per axis of the shape \(2, 3\), not 1"):
-        view((2, 3), ("embed",), **axes)
-
-
 def test_names_by_path():
     """Fault: names are read leaf by leaf, or under other paths than the parameters."""
     assert names_by_path(None) == {}
