@@ -30,10 +30,10 @@ def faults(source, name):
             continue
         called = ast.unparse(node.func)
         keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-        if called in EXECUTING_CALLS or called.startswith(("pickle.", "marshal.")):
-            fault(node)
-        if called.endswith(".exec_module"):
+        if called in EXECUTING_CALLS or called.endswith(".exec_module"):
             fault(node, RUNS_CONFIG_FILES)
+        if called.startswith(("pickle.", "marshal.")):
+            fault(node)
         if called.endswith("import_module") and not isinstance(node.args[0], ast.Constant):
             fault(node, IMPORTS_BY_NAME)
         if keywords.get("allow_pickle", "False") != "False" or keywords.get("shell", "False") != "False":

@@ -24,7 +24,7 @@ if given["config"].endswith(":fail"):
 path.mkdir(exist_ok=True)
 rate = float(given["config.schedule.learning_rate"])
 config = {{"seed": int(given["config.seed"]), "schedule": {{"learning_rate": rate}}, "batch_size": 4}}
-config["duration"] = "10 steps"
+config |= {{"duration": "10 steps", "microbatches": 1}}
 (path / "config.json").write_text(json.dumps(config))
 line = {{"step": 10, "seconds": 1, "tokens": 1, "heldout/loss": 1 / rate}}
 (path / "metrics.jsonl").write_text(json.dumps(line))
@@ -44,7 +44,7 @@ def trainer(tmp_path, monkeypatch):
         values = dict(setting.split("=") for setting in settings)
         rate, batch_size = float(values["schedule.learning_rate"]), int(values.get("batch_size", 4))
         config = {"seed": int(values["seed"]), "schedule": {"learning_rate": rate}, "batch_size": batch_size}
-        return ConfigDict(config | {"duration": "10 steps", "may_change": ("may_change",)})
+        return ConfigDict(config | {"duration": "10 steps", "microbatches": 1, "may_change": ("may_change",)})
 
     monkeypatch.setattr(contest, "load", load)
     script = tmp_path / "python"

@@ -4,6 +4,7 @@ Training is deterministic: the same documents give the same JSON for any number 
 """
 
 import contextlib
+import json
 import os
 import re
 import threading
@@ -25,6 +26,7 @@ END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of a document
 # Merges settle long before this; reading all of a web-sized set would only cost hours.
 TRAINING_CHARACTERS = 300_000_000
+_BYTE_LEVEL_PARTS = ("ByteLevel", "Split", "Digits", "Punctuation")
 _PROBE = " a  b\r\n\tÉe\u0301ﬁ \uff21\u00a0漢字 👩‍🚀 1,000 <|endoftext|>"
 _LONGEST_WORD = 1_000  # characters
 _LONG_RUN = re.compile(rf"(?<!\S)\S{{{_LONGEST_WORD},}}|(?<!\s)\s{{{_LONGEST_WORD},}}")
@@ -59,6 +61,7 @@ def load_tokenizer(path: epath.Path, vocab_size: int) -> Tokenizer:
       UserError: the file is missing or invalid, has more than `vocab_size` tokens, has no "<|endoftext|>", or is not
         byte-level (decoding does not restore the text).
     """
+    _refuse_unfit_parts(path)
     tokenizer = read_tokenizer(path, vocab_size)
     if tokenizer.token_to_id(END_OF_DOCUMENT) is None:
         raise UserError(f"data.tokenizer={path}: has no token {END_OF_DOCUMENT!r}. Add it as a special token.")
@@ -75,6 +78,24 @@ def load_tokenizer(path: epath.Path, vocab_size: int) -> Tokenizer:
             "prefix space."
         )
     return tokenizer
+
+
+def _refuse_unfit_parts(path: epath.Path) -> None:
+    """Refuse parts that no byte-level tokenizer has; the Rust library panics on some, which writes to the terminal."""
+
+    def fits(part: Any) -> bool:
+        if part is None or part["type"] in _BYTE_LEVEL_PARTS:
+            return True
+        return part["type"] == "Sequence" and all(map(fits, part.get("normalizers", part.get("pretokenizers"))))
+
+    with refusing(f"data.tokenizer={path}: is not a tokenizers JSON file"):
+        parts = json.loads(read_bytes(path))
+        unfit = [name for name in ("normalizer", "pre_tokenizer") if not fits(parts.get(name))]
+    if unfit:
+        raise UserError(
+            f"data.tokenizer={path}: its {' and '.join(unfit)} may not preserve text, so bits per character would be "
+            "wrong. Use a byte-level BPE tokenizer without normalizer, dropout or prefix space."
+        )
 
 
 def read_tokenizer(path: epath.Path, vocab_size: int) -> Tokenizer:
