@@ -50,7 +50,7 @@ def test_every_variant_trains(variant, tfds_dir, tmp_path):
     if variant != "sample_sgd":
         changes += [f"data.data_dir={tfds_dir}", "data.image_size=32", "mesh.data=2", "task.batch_norm_group=8"]
     if variant == "paper":
-        changes += ["task.stages=(1,)", "task.width=4", "task.classes=64"]
+        changes += ["task.stages=(1,)", "task.width=4"]
         changes += ["optimizer.block_size=16", "optimizer.merge_dims=16", "optimizer.start_step=1"]
     result = train(configured(variant, *changes), tmp_path, devices=jax.devices()[:2])
     assert (result["steps"], result["skipped_steps"]) == (3, 0)

@@ -104,7 +104,7 @@ def test_resumed_runs_have_the_same_bits(walked, variant):
     resumed = next(out for command, out in printed if f"runs/{variant}_again " in command)
     assert re.search(r"resume_from .*/runs/\w+/checkpoints/40", resumed), resumed[:2000]
     compared = next(out for command, out in printed if "diff" in command and variant in command)
-    assert re.search(r"^\d\d+ equal, 0 different, 0 only in A, 0 only in B$", compared, re.MULTILINE), compared
+    assert re.search(r"^\d\d+ equal, 0 different$", compared, re.MULTILINE), compared
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ def test_tpu_steps_with_roots_on_the_host_have_no_solver_and_no_traffic_of_parce
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     roots = {name: bucket.roots for name, bucket in step.state.buckets.items()}
-    tables = jax.tree.map(lambda x: struct(x, by_block), parcels.tables())
+    tables = jax.tree.map(lambda x: struct(x, by_block), {b.name: b.due for b in parcels.buckets})
     number = struct(np.int32(0), everywhere)
     take = parcels.take.lower(roots, tables, number, number, number).compile()
     answer = parcels.empty_answer()

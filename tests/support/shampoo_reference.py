@@ -270,7 +270,7 @@ def accumulate(rule, matrix, g):
     new = 1 - rule.beta2 if rule.beta2 < 1 else 1.0
     for b in matrix.blocks:
         x = g[b.at]
-        if rule.kind.startswith("kl") and not any(s.any() for s in b.statistics.values()):
+        if rule.kind.startswith("kl") and len(b.statistics) > 1 and not any(s.any() for s in b.statistics.values()):
             start = math.sqrt(np.mean(x**2)) ** (2 / len(b.statistics))
             b.statistics = {side: start * np.eye(len(s)) for side, s in b.statistics.items()}
         seen = {
@@ -298,7 +298,8 @@ def due_phases(o, t):
 
 def refresh(o, rule, p, block, t):
     """Refresh the roots of one block after its first gradient. They are used from the step after t + delay on."""
-    correction = 1 - rule.beta2**t if rule.beta2 < 1 and not rule.kind.startswith("kl") else 1.0
+    starts_at_zero = not rule.kind.startswith("kl") or len(block.statistics) == 1
+    correction = 1 - rule.beta2**t if rule.beta2 < 1 and starts_at_zero else 1.0
     if not block.statistics or not all(s.any() for s in block.statistics.values()):
         return
     if rule.kind == "soap":
