@@ -93,8 +93,8 @@ def _refuse_unfit_parts(path: epath.Path) -> None:
         unfit = [name for name in ("normalizer", "pre_tokenizer") if not fits(parts.get(name))]
     if unfit:
         raise UserError(
-            f"data.tokenizer={path}: its {' and '.join(unfit)} may not preserve text, so bits per character would be "
-            "wrong. Use a byte-level BPE tokenizer without normalizer, dropout or prefix space."
+            f"data.tokenizer={path}: does not preserve text, so bits per character would be wrong (it has another "
+            f"{' and '.join(unfit)}). Use a byte-level BPE tokenizer without normalizer, dropout or prefix space."
         )
 
 
