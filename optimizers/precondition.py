@@ -86,10 +86,7 @@ def precondition(gradients: Sequence[jax.Array], state: ShampooState) -> tuple[l
         {b.name: owners.specs(b) for b in plan.buckets},
         (
             state.buckets,
-            {
-                b.name: _Tables(owners.tables(b), *map(jnp.asarray, (b.matrix_of_slot, b.real_sizes, b.due)))
-                for b in plan.buckets
-            },
+            {b.name: _tables(b, owners) for b in plan.buckets},
         ),
         (state.count + 1, all_finite(sizes)),
     )

@@ -208,7 +208,11 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _prune(self) -> None:
-        """Delete the checkpoints that are not kept, and damaged ones of steps that are saved again."""
+        """Delete the checkpoints that are not kept, damaged ones of steps that are saved again, and partial ones.
+
+        Orbax may still write files of a failed save when it reports the failure, so they are removed here once more.
+        """
+        self._remove_partial()
         for step in sorted(self._there - self._kept(self._there)):
             self._delete(step)
         for path in (self._workdir / layout.DAMAGED).glob("*") if self._first else ():

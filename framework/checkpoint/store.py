@@ -100,7 +100,7 @@ def first_intact(place: str, candidates: Iterable[Path], faults: Callable[[Path]
     """Return the first checkpoint without faults, and those before it.
 
     Raises:
-      UserError: there is none.
+      UserError: every candidate has faults, or there are no candidates.
     """
     damaged: Damaged = []
     for path in candidates:

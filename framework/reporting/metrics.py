@@ -1,6 +1,6 @@
 """Write measurements to the workdir: JSON lines for programs, TensorBoard events for browsers.
 
-A fault of the disk or of TensorBoard is a warning: training goes on without these files.
+If the disk or TensorBoard fails, the run warns and continues without these files.
 """
 
 import contextlib

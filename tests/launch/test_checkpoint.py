@@ -313,7 +313,7 @@ def bucket_of(manifest):
 MANIFESTS = {
     "not an object": (lambda m: [m], "is not a JSON object"),
     "another format": (lambda m: m.update(format=2), "its manifest has the format 2, not 1"),
-    "a shape that is none": (lambda m: m["parameters"]["embed/kernel"].update(shape="16"), "is damaged"),
+    "an invalid shape": (lambda m: m["parameters"]["embed/kernel"].update(shape="16"), "is damaged"),
     "no mesh": (lambda m: m.pop("mesh") and None, "is damaged \\('mesh'\\)"),
     "a block in two slots": (
         lambda m: bucket_of(m)["slots"].__setitem__(0, 2),

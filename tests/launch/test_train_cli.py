@@ -177,7 +177,7 @@ def test_several_processes_that_do_not_know_their_numbers_are_refused(trained, m
 
 @pytest.mark.parametrize("library", ["numpy", "jaxlib"])
 def test_ctrl_c_during_imports_is_one_line(library, tmp_path):
-    """Faults: a traceback, a crash, or an interrupt that a library catches, so that the run goes on."""
+    """Faults: a traceback, a crash, or a library catches the interrupt, and the run continues."""
     command = [sys.executable, "-m", "shampax.launch.train", SAMPLE, f"--workdir={tmp_path / 'work'}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while library not in pathlib.Path(f"/proc/{process.pid}/maps").read_text() and process.poll() is None:

@@ -198,7 +198,6 @@ def test_a_failed_save_is_reported_and_keeps_other_checkpoints(tmp_path, caplog)
             attempt()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
     assert before == {path: path.read_bytes() for path in before}
     assert not [record for record in caplog.records if record.exc_info]
     saving.confirm()
@@ -206,7 +205,7 @@ def test_a_failed_save_is_reported_and_keeps_other_checkpoints(tmp_path, caplog)
     saving.save(state, Record(step=4), {})
     saving.confirm()
     saving.close()
-    assert steps(tmp_path) == [4]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
 
 
 def test_a_background_failure_is_raised_at_the_next_save(tmp_path, monkeypatch):

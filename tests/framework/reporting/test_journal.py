@@ -34,7 +34,7 @@ def test_the_longest_row_of_skips_is_remembered(journal):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), BrokenPipeError()])
 def test_only_a_closed_output_ends_a_run(journal, monkeypatch, error):
-    """Faults: a log file on a full disk ends a run of days; a run goes on although its reader has ended it."""
+    """Faults: a log file on a full disk ends a run of days; a run continues although its output is closed."""
 
     def write(*_):
         raise error
