@@ -14,6 +14,7 @@ to resume.
 
 import argparse
 import errno
+import os
 import signal
 import sys
 import traceback
@@ -105,7 +106,8 @@ def _show_result(workdir: str, result: dict[str, Any]) -> None:
     if result["stopped"]:
         say(f"Stopped by {result['stopped']} after step {result['steps']}. Rerun the same command to resume.")
     else:
-        say(f"Draw it: python -m shampax.launch.report {workdir}")
+        python = os.path.relpath(sys.executable)
+        say(f"Draw it: {'python' if python.startswith('..') else python} -m shampax.launch.report {workdir}")
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:
