@@ -225,6 +225,8 @@ def _bucket(name: str, entry: Mapping[str, Any]) -> SavedBucket:
     for part in entry["parameters"]:
         path, pieces = part["path"], tuple(part["pieces"])
         view = View(tuple(part["shape"]), tuple(part["stack"]), tuple(map(tuple, part["sides"])))
+        if sorted(view.axes) != list(range(len(view.shape))):
+            raise ValueError(f"{path} has {len(view.shape)} axes, its sides and stack name {list(view.axes)}")
         if any(whole > count * length for whole, count, length in zip(view.lengths, pieces, shape, strict=True)):
             raise ValueError(f"{path} has sides of {list(view.lengths)}, its blocks do not cover them")
         count = view.stacked * math.prod(pieces)

@@ -331,6 +331,10 @@ MANIFESTS = {
         lambda m: bucket_of(m)["parameters"][0].update(pieces=[1, 8]),
         r"hidden/kernel has sides of \[16, 32\], its blocks do not cover them",
     ),
+    "an axis in no side": (
+        lambda m: bucket_of(m)["parameters"][1].update(sides=[[], [0]]),
+        r"out/kernel has 2 axes, its sides and stack name \[0\]",
+    ),
     "no buckets": (lambda m: m.update(state={"": {}}), r"invalid manifest of Distributed Shampoo: KeyError 'buckets'"),
     "a missing bucket": (
         lambda m: m["state"][""]["buckets"].clear(),
