@@ -29,7 +29,7 @@ from .distributed import console
 from .reporting import profiling, startup
 from .reporting.watchdog import Watchdog
 from .sharding import global_batch, placement
-from .step import compilation_cache
+from .step import compilation_cache, compiler_options
 from .step.compilation import Steps
 from .step.program import Program
 from .step.schedule import make_schedule
@@ -121,13 +121,17 @@ def examine(config: Any, workdir: str | Path, devices: Sequence[Any] | None) -> 
     """Build the components and the mesh of a config.
 
     Raises:
-      UserError: a component or the mesh is invalid.
+      UserError: a component, the mesh or an option of the compiler is invalid.
     """
     Ranking.of(config.evaluation.best_metric, config.evaluation.best_mode)
     task, data, options = components.build_all(config)
     profile_steps = profiling.parse(config.profile_steps)
     mesh = placement.mesh_of(config, devices)
     console.say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
+    compiling = compiler_options.choose(config.compiler_options, mesh.devices.flat[0])
+    if config.compiler_options:
+        compiler_options.compile_with(jax.jit(lambda: 0).lower(), compiling)
+    console.say(f"compiler options: {' '.join(map('='.join, compiling.items())) or 'none'}")
     return Request(config, _absolute(workdir), task, data, options, mesh, profile_steps)
 
 

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "log",
     "checkpoint",
     "compilation_cache",
+    "compiler_options",
     "watchdog",
     "profile_steps",
     "evaluation.every",
@@ -47,6 +48,7 @@ TYPES = {
     "sharding_rules": Sequence[tuple[str, str | Sequence[str] | None]],
     "renamed": Sequence[tuple[str, str]],
     "may_change": tuple[str, ...],
+    "compiler_options": tuple[str, ...],
 }
 
 # Sensible values of numbers. `check` bounds all other numbers by int32 and float32.
@@ -119,6 +121,7 @@ def get_config() -> Any:
     config.compilation_cache = ConfigDict()
     config.compilation_cache.folder = "beside"  # beside (the workdir), a path, or ""; JAX_COMPILATION_CACHE_DIR wins
     config.compilation_cache.gigabytes = 5.0  # maximum size of the compilation cache
+    config.compiler_options = ()  # options of XLA, beside the defaults printed at the start: "name=value,name=value"
     config.may_change = ()  # keys that may differ when a run resumes, in addition to the built-in ones: "duration,mesh"
 
     config.mesh = ConfigDict()

@@ -18,6 +18,7 @@ from ..base.errors import UserError
 from ..config import components
 from ..config.check import check
 from ..sharding import chips, global_batch, meshes, placement
+from ..step.compiler_options import compile_with
 from ..step.program import Program
 from . import collectives
 
@@ -130,7 +131,7 @@ def make_plan(config: Any, devices: Sequence[Any], *, compiles: bool = False) ->
         compiled: dict[str, Compiled] = {}
         for name, lowered in program.lower() if compiles else ():
             if name != "diagnose" and not any(each.error for each in compiled.values()):
-                compiled[name] = _compile(lowered)
+                compiled[name] = _compile(lowered, program.compiler_options)
         return Plan(
             mesh=dict(mesh.shape),
             device_kind=devices[0].device_kind,
@@ -181,9 +182,9 @@ def _bytes_by_kind(state: Any, batch: Any) -> dict[str, int]:
     return {kind: size for kind, size in found.items() if size}
 
 
-def _compile(lowered: jax.stages.Lowered) -> Compiled:
+def _compile(lowered: jax.stages.Lowered, options: Mapping[str, str]) -> Compiled:
     try:
-        compiled = lowered.compile()
+        compiled = compile_with(lowered, options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

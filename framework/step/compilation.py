@@ -1,12 +1,13 @@
 """Compile the functions of a run in background threads."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, wait
 from typing import Any
 
 import jax
 
+from .compiler_options import compile_with
 from .program import Program
 
 _LAST = ("evaluate", "predict")
@@ -31,7 +32,9 @@ class Steps:
         self._compiled: dict[str, Future[Any]] = {}
         for name, lowered in itertools.chain([("initial", initial.lower())], program.lower()):
             earlier = [self._compiled["train"]] if name in _LAST else []
-            self._compiled[name] = threads.submit(_compile, lowered, earlier)
+            # The first state has the same bits on every mesh only without them.
+            options = {} if name == "initial" else program.compiler_options
+            self._compiled[name] = threads.submit(_compile, lowered, options, earlier)
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
         return self._compiled[name].result()
@@ -42,6 +45,6 @@ class Steps:
             each.result()
 
 
-def _compile(lowered: jax.stages.Lowered, earlier: list[Future[Any]]) -> jax.stages.Compiled:
+def _compile(lowered: jax.stages.Lowered, options: Mapping[str, str], earlier: list[Future[Any]]) -> Any:
     wait(earlier)
-    return lowered.compile()
+    return compile_with(lowered, options)

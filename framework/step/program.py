@@ -12,7 +12,7 @@ from ..base.errors import UserError
 from ..optimizer import OptimizerOptions
 from ..sharding import placement
 from ..task import BatchSpec, Task, judge_of
-from . import refusals
+from . import compiler_options, refusals
 from .state import abstract_state, abstract_variables
 from .steps import make_diagnosis, make_eval_step, make_predict_step, make_train_step
 
@@ -39,6 +39,7 @@ class Program:
       eval_step: jitted (variables, batch) -> sums of metrics.
       predict_step: jitted (variables, batch) -> predictions; None for a task that judges no predictions.
       diagnose: jitted optimizer state -> diagnostics.
+      compiler_options: options of XLA for these functions.
 
     Raises:
       UserError: the task refuses the batch or the mesh, the sharding rules do not cover its logical axes, or the
@@ -57,6 +58,7 @@ class Program:
         began: int = 0,
     ):
         self.task, self.batch_spec = task, batch_spec
+        self.compiler_options = compiler_options.choose(config.compiler_options, mesh.devices.flat[0])
         with refusals.of(task):
             variables = abstract_variables(task, batch_spec)
             axes = task.logical_axes(variables)

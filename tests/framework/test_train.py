@@ -213,8 +213,9 @@ def test_workdir_of_another_config_is_refused_and_not_changed(uninterrupted):
         ({"mesh.fsdp": 16}, "needs 16 devices, but there are 2"),
         ({"resume_from": "nowhere"}, "resume_from nowhere has no checkpoint"),
         ({"sharding_rules": (("embed", "pipeline"),)}, 'names the mesh axis "pipeline"'),
+        ({"compiler_options": ("xla_foo=1",)}, "XLA has no option xla_foo"),
     ],
-    ids=["batch", "mesh", "resume_from", "rules"],
+    ids=["batch", "mesh", "resume_from", "rules", "compiler"],
 )
 def test_invalid_configs_are_refused_before_anything_is_written(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):

@@ -933,6 +933,22 @@ FRAMEWORK = (
         "A save that cannot start is reported as a missing file, or not at all.",
         ("tests/framework/checkpoint/test_saving.py::test_a_save_that_cannot_start_is_reported",),
     ),
+    Mutant(
+        "default-flags-win-over-the-environment",
+        "framework/step/compiler_options.py",
+        "if name not in flags",
+        "if name",
+        "XLA_FLAGS and LIBTPU_INIT_ARGS have no effect on the steps of a run.",
+        ("tests/framework/step/test_compiler_options.py",),
+    ),
+    Mutant(
+        "compiler-options-checked-after-claim",
+        "framework/setup.py",
+        "    if config.compiler_options:\n",
+        "    if False:\n",
+        "A misspelt option of the compiler ends a run after its workdir was made.",
+        ("tests/framework/test_train.py::test_invalid_configs_are_refused_before_anything_is_written",),
+    ),
 )
 
 MODELS = (

@@ -19,7 +19,7 @@ class Function:
     def lower(self):
         return self
 
-    def compile(self):
+    def compile(self, compiler_options):
         assert self._event is None or self._event.wait(60)
         if self._error:
             raise self._error
@@ -32,7 +32,7 @@ def _steps(compiled, event=None, **errors):
         return Function(name, compiled, event if name == "train" else None, errors.get(name))
 
     names = ("train", "diagnose", "evaluate", "predict")
-    program = types.SimpleNamespace(lower=lambda: ((name, function(name)) for name in names))
+    program = types.SimpleNamespace(compiler_options={}, lower=lambda: ((name, function(name)) for name in names))
     return Steps(function("initial"), program, ThreadPoolExecutor(2))
 
 
