@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import types
+from concurrent.futures import Future
 from dataclasses import replace
 
 import jax
@@ -17,6 +18,7 @@ from optimizing import LAYOUTS, SHARDED_SHAPES, by_block, gradients, inherited, 
 from processes import run_together
 
 from shampax.optimizers import ShampooOptions
+from shampax.optimizers.host import service, workers
 from shampax.optimizers.host.service import HostRootsError
 from shampax.optimizers.linalg import lapack
 from shampax.optimizers.preconditioners import PRECONDITIONERS
@@ -272,40 +274,68 @@ def test_a_failed_worker_ends_the_run_which_resumes_bitwise(monkeypatch):
     assert_same(end, state)
 
 
+class Clock:
+    """A clock that only the tests advance, and futures whose solves run when the train step waits for them."""
+
+    def __init__(self, monkeypatch, solve_seconds):
+        self.now, current, futures, solve = 0.0, threading.local(), [], lapack.inverse_root
+        self._futures = futures
+
+        class Awaited(Future):
+            def __init__(self):
+                super().__init__()
+                self.awaited = threading.Event()
+                futures.append(self)
+
+            def set_running_or_notify_cancel(self):
+                current.future = self  # of this worker's thread
+                return super().set_running_or_notify_cancel()
+
+            def result(self, timeout=None):
+                self.awaited.set()
+                return super().result(timeout)
+
+        def slow(*arguments):
+            current.future.awaited.wait()
+            self.now += solve_seconds
+            return solve(*arguments)
+
+        for module in (service, workers):
+            monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(workers, "Future", Awaited)
+        monkeypatch.setattr(lapack, "inverse_root", slow)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for future in self._futures:
+            future.awaited.set()  # lets the threads end
+
+
 def test_a_slow_host_stalls_the_run_and_names_the_knob(monkeypatch):
     """Faults: the queue grows without bound; stalls are not counted; the advice does not help."""
-    solve = lapack.inverse_root
-
-    def slow(*arguments):
-        time.sleep(0.004)
-        return solve(*arguments)
-
-    monkeypatch.setattr(lapack, "inverse_root", slow)
     flying, complaints = [], []
 
     def watch(service, state):
         flying.append(len(service._flying) + len(service._unknown))
         complaints.append(service.complaint())
 
-    options = dataclasses.replace(OPTIONS, host_workers=1)
-    run(gradients(12, SHARDED_SHAPES), options, watch=watch)
+    with monkeypatch.context() as patch, Clock(patch, 0.004):
+        run(gradients(12, SHARDED_SHAPES), dataclasses.replace(OPTIONS, host_workers=1), watch=watch)
     assert max(flying) <= OPTIONS.delay + 2
     lines = [line for line in complaints if line]
     assert len(lines) >= 6
     assert "raise interval (4) or host_workers (1)" in lines[-1] and "1 of 1 steps waited 0." in lines[-1]
 
-    def latent(*arguments):
-        time.sleep(0.03)
-        return solve(*arguments)
-
-    monkeypatch.setattr(lapack, "inverse_root", latent)
     complaints.clear()
+    with monkeypatch.context() as patch, Clock(patch, 0.03) as clock:
 
-    def idle(service, state):
-        time.sleep(0.05)
-        complaints.append(service.complaint())
+        def idle(service, state):
+            clock.now += 0.05
+            complaints.append(service.complaint())
 
-    run(gradients(8, SHARDED_SHAPES), dataclasses.replace(OPTIONS, delay=0, host_workers=20), watch=idle)
+        run(gradients(8, SHARDED_SHAPES), dataclasses.replace(OPTIONS, delay=0, host_workers=20), watch=idle)
     assert any("raise delay (0)" in line for line in complaints if line)
 
 
