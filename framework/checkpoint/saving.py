@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from ..base import workdir as layout
 from ..base.errors import UserError, first_line
 from ..distributed import agreement
+from ..distributed.barrier import Barriers
 from . import store, verify, workarounds
 from .record import Ranking, Record
 
@@ -89,7 +90,13 @@ class Checkpoints:
         # Saving is not urgent once the state is copied. Threads that this one starts inherit its priority.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints", initializer=_give_way)
         self._ending: Future[None] | None = None  # of the save in progress
-        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._barriers = Barriers()
+        self._writer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            async_options=ocp.AsyncOptions(
+                barrier_sync_fn=lambda *, key, timeout_ms: self._barriers.wait(timeout_ms / 1000)
+            ),
+        )
         self._remove_partial()
 
     def save(self, state: Any, record: Record, manifest: dict[str, Any]) -> None:
@@ -156,6 +163,8 @@ class Checkpoints:
             store.MANIFEST: ocp.args.JsonSave(manifest),
         }
         self._step = record.step
+        if not alone:
+            self._barriers.begin()
         path = self._directory / str(record.step)
         beginning = self._thread.submit(self._writer.save, path, args=ocp.args.Composite(**items), force=True)
         # Several processes meet here in collectives, which must not run between those of steps.
@@ -168,7 +177,13 @@ class Checkpoints:
     def _end(self, beginning: Future[Any], path: Path, begun: float) -> None:
         """Wait in the background until a save is committed, check it, write its checksums, delete others."""
         beginning.result()
-        self._writer.wait_until_finished()
+        try:
+            self._writer.wait_until_finished()
+        except _STORAGE_ERRORS as error:
+            if jax.process_count() > 1:  # the others wait for this process
+                self._barriers.fail(first_line(error))
+                workarounds.release()
+            raise
         self._metrics["checkpoint/seconds"] = time.perf_counter() - begun
         if self._first:
             store.arrays(path)  # a checkpoint counts once its index can be read back

@@ -22,6 +22,16 @@ def apply() -> None:
         tensorstore_utils.get_tensorstore_raw_bytes = lambda direction=None: 0  # for Orbax's log alone
 
 
+def release() -> None:
+    """Let other processes go on that wait for process 0 to make folders. Without this they wait for five minutes."""
+    with contextlib.suppress(ImportError):
+        from orbax.checkpoint._src.futures import future
+        from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator
+
+        signals = future.AwaitableSignalsContract.get_awaitable_signals_from_contract()
+        future.set_signals(signals, operation_id=OperationIdGenerator.get_current_operation_id())
+
+
 def _is_of_others(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname and "exception was never retrieved" not in record.getMessage()
 

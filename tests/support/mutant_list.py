@@ -487,6 +487,16 @@ FRAMEWORK = (
         ("tests/framework/checkpoint/test_saving.py::test_keeps_last_and_best",),
     ),
     Mutant(
+        "checkpoint-without-the-part-of-a-process",
+        "framework/distributed/barrier.py",
+        "            raise OSError(reason)",
+        "            return",
+        "A checkpoint is committed although one of the processes could not write its part.",
+        (
+            "tests/framework/checkpoint/test_saving.py::test_a_save_that_fails_in_one_process_is_reported_by_all_at_once",
+        ),
+    ),
+    Mutant(
         "first-file-not-compared",
         "framework/checkpoint/store.py",
         "names = list(sums.digests)[part::parts]",

@@ -392,3 +392,62 @@ def test_processes_hash_their_files_and_process_0_decides(tmp_path):
             "kept: ['2', '3']",
             "content: {'format': 1, 'of': 2} [] {'loss': 1.0}",
         ]
+
+
+FAILING = """
+import resource, signal, sys, time
+from pathlib import Path
+import jax
+from jax.sharding import PartitionSpec as P
+from toy_states import make_state, saver
+from shampax.framework.checkpoint.record import Record
+from shampax.framework.checkpoint.saving import SaveError
+place, index = Path(sys.argv[1]), jax.process_index()
+state, saving = make_state({"fsdp": 4}, P("fsdp"), width=4096), saver(place, keep_last=3)
+folder, limits = place / "checkpoints", resource.getrlimit(resource.RLIMIT_FSIZE)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+def attempt(step):
+    begun = time.monotonic()
+    try:
+        saving.save(state, Record(step=step), {"format": 1})
+        saving.confirm()
+        print("step:", step, "saved")
+    except SaveError as error:
+        print("step:", step, "failed", "process 1: " in str(error), time.monotonic() - begun < 120)
+
+attempt(1)
+for full in (0, 1):
+    if index == full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    attempt(2 + full)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+attempt(4)
+if index == 0:
+    folder.rename(place / "moved")
+    folder.write_text("")  # no folder can be made in it
+attempt(5)
+if index == 0:
+    folder.unlink()
+    (place / "moved").rename(folder)
+attempt(6)
+saving.close()
+print("kept:", sorted(path.name for path in folder.iterdir()))
+"""
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_in_one_process_is_reported_by_all_at_once(tmp_path):
+    """Faults: the other processes wait at Orbax's barrier, or for its folders, for minutes; the next save fails, too;
+    an incomplete checkpoint is committed."""
+    for out in run_together(FAILING, processes=2, devices=2, arguments=[str(tmp_path)]):
+        reported = [line for line in out.splitlines() if ":" in line and not line.startswith("[Gloo]")]
+        assert reported == [
+            "step: 1 saved",
+            "step: 2 failed False True",
+            "step: 3 failed True True",
+            "step: 4 saved",
+            "step: 5 failed False True",
+            "step: 6 saved",
+            "kept: ['1', '4', '6']",
+        ]
