@@ -2,11 +2,11 @@
 
     python tests/support/soak.py --kills=50 --terms=50
 
-Every run is the real command in a separate process: Distributed Shampoo with roots on the host, which are in flight at
-almost every step, and a checkpoint every third step. A killed run gets SIGKILL up to three times, at a random moment of
-its training, of its whole life including start-up, or of writing a checkpoint, and then resumes to the end. A
-terminated run gets SIGTERM and must not repeat any step. Prints JSON; exits with 1 if any run ends differently from the
-undisturbed one.
+Every run is the real command, in one process or in two, with a checkpoint every third step. Its optimizer is AdamW, or
+Shampoo with staggered refreshes or with roots on the host, which are in flight at almost every step. A process of a
+killed run gets SIGKILL, at a random moment of its training, of its whole life including start-up, or of writing a
+checkpoint. That happens two to five times, then the run resumes to the end. A terminated run gets SIGTERM and must not
+repeat any step. Prints JSON; exits with 1 if any run ends differently from the undisturbed one of its kind.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
+from processes import free_port
 
 STEPS = 90
 HERE = Path(__file__).resolve().parent
@@ -34,12 +35,17 @@ SEARCHED = [str(HERE), str(HERE / "toys"), *sys.path]
 CONFIG = f"""
 from shampax.configs import base
 
-def get_config(arg=""):
+OPTIMIZERS = {{
+    "adamw": base.component(base.ADAMW),
+    "staggered": base.component(base.SHAMPOO, block_size=8, interval=4),
+    "host": base.component(base.SHAMPOO, block_size=8, interval=4, refresh="host", delay=2),
+}}
+
+def get_config(arg):
     config = base.get_config()
     config.task = base.component("toy:ToyTask", nan_steps=(7, 40))
     config.data = base.component("slow_toy:SlowData")
-    config.optimizer = base.component(
-        "shampax.optimizers.shampoo:ShampooOptions", block_size=8, interval=4, refresh="host", delay=2)
+    config.optimizer = OPTIMIZERS[arg]
     config.duration = "{STEPS} steps"
     config.batch_size = 8
     config.evaluation.every = "20 steps"
@@ -48,49 +54,61 @@ def get_config(arg=""):
     return config
 """
 MOMENTS = ("saving", "training", "life")
+# (optimizer, processes), in the order in which runs take them
+KINDS = [("host", 1), ("adamw", 2), ("staggered", 1), ("host", 2), ("adamw", 1), ("staggered", 2)]
 
 
 @dataclasses.dataclass
 class Run:
-    """One run: its workdir, and the outcomes of its processes."""
+    """One run: its kind, its workdir, and what became of it."""
 
+    kind: tuple[str, int]
     workdir: Path
     moments: list[str] = dataclasses.field(default_factory=list)
-    codes: list[int] = dataclasses.field(default_factory=list)
-    steps: list[list[int]] = dataclasses.field(default_factory=list)  # reported by each process
+    codes: list[list[int]] = dataclasses.field(default_factory=list)  # of the processes of each start
+    steps: list[list[int]] = dataclasses.field(default_factory=list)  # reported by each start
     cut_short: int = 0  # saves that a kill interrupted
 
     def resume(self, config: Path, disturb=None) -> None:
-        """Run one process, disturbed or not, to its end."""
-        log = self.workdir.with_suffix(f".{len(self.codes)}.log")
+        """Start the run's processes, disturb one or none, and wait until all have ended."""
+        optimizer, count = self.kind
+        logs = [self.workdir.with_suffix(f".{len(self.codes)}.{index}.log") for index in range(count)]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(SEARCHED),
             "PYTHONUNBUFFERED": "1",
             "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "2",
+            "JAX_NUM_CPU_DEVICES": str(2 // count),
             "NPROC": "32",
-            "JAX_COMPILATION_CACHE_DIR": str(config.parent / "programs"),
+            "JAX_COMPILATION_CACHE_DIR": str(config.parent / f"programs{count}"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        command = [sys.executable, "-m", "shampax.launch.train", f"--config={config}", f"--workdir={self.workdir}"]
-        with log.open("w") as out:
-            process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
-            try:
-                if disturb is not None:
-                    disturb(process, log)
-                self.codes.append(process.wait(180))
-            finally:
+        if count > 1:
+            environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
+        command = [sys.executable, "-m", "shampax.launch.train", f"--config={config}:{optimizer}"]
+        processes = []
+        try:
+            for index, log in enumerate(logs):
+                with log.open("w") as out:
+                    own = environment | ({"JAX_PROCESS_ID": str(index)} if count > 1 else {})
+                    whole = [*command, f"--workdir={self.workdir}"]
+                    processes.append(subprocess.Popen(whole, env=own, stdout=out, stderr=subprocess.STDOUT))
+            if disturb is not None:
+                disturb(processes, logs[0])
+            self.codes.append([process.wait(240) for process in processes])
+        finally:
+            for process in processes:
                 process.kill()
                 process.wait()
         saves = self.workdir / "checkpoints"
         self.cut_short += any(not [*path.glob("SHA256SUMS-*")] for path in saves.glob("*"))
-        self.steps.append([int(step) for step in re.findall(r"^step +(\d+)/", log.read_text(), re.M)])
+        self.steps.append([int(step) for step in re.findall(r"^step +(\d+)/", logs[0].read_text(), re.M)])
 
 
 def kill_at(moment: str, chance: random.Random, workdir: Path):
-    """Return a function that kills a process at a random moment of a kind."""
+    """Return a function that kills a random process of a run at a random moment of a kind."""
 
-    def disturb(process: subprocess.Popen, log: Path) -> None:
+    def disturb(processes: list[subprocess.Popen], log: Path) -> None:
+        process = chance.choice(processes)
         if moment != "life":
             wait_until(lambda: "first step done" in log.read_text() or process.poll() is not None)
             time.sleep(chance.uniform(0.0, 2.0))
@@ -98,7 +116,7 @@ def kill_at(moment: str, chance: random.Random, workdir: Path):
             time.sleep(chance.uniform(0.0, 8.0))
         if moment == "saving":
             store = workdir / "checkpoints"
-            wait_until(lambda: any("tmp" in path.name for path in store.iterdir()) or process.poll() is not None)
+            wait_until(lambda: any("tmp" in path.name for path in store.glob("*")) or process.poll() is not None)
             time.sleep(chance.uniform(0.0, 0.03))
         process.send_signal(signal.SIGKILL)
 
@@ -106,9 +124,10 @@ def kill_at(moment: str, chance: random.Random, workdir: Path):
 
 
 def terminate(chance: random.Random):
-    """Return a function that asks a process to stop at a random moment of its training."""
+    """Return a function that asks a random process of a run to stop at a random moment of its training."""
 
-    def disturb(process: subprocess.Popen, log: Path) -> None:
+    def disturb(processes: list[subprocess.Popen], log: Path) -> None:
+        process = chance.choice(processes)
         wait_until(lambda: "first step done" in log.read_text() or process.poll() is not None)
         time.sleep(chance.uniform(0.0, 2.0))
         process.send_signal(signal.SIGTERM)
@@ -133,8 +152,8 @@ def arrays_of(workdir: Path) -> dict[str, np.ndarray]:
 
 def differences(run: Run, whole: dict[str, np.ndarray], history: list) -> list[str]:
     """Return the differences of a run from the undisturbed one."""
-    if run.codes[-1] != 0:
-        return [f"its last process ended with {run.codes[-1]}"]
+    if any(run.codes[-1]):
+        return [f"its last processes ended with {run.codes[-1]}"]
     mine = arrays_of(run.workdir)
     found = [f"{name} differs" for name in whole if mine[name].tobytes() != whole[name].tobytes()]
     return found + (["the history differs"] if losses(run.workdir) != history else [])
@@ -150,42 +169,56 @@ def soak(place: Path, *, kills: int, terms: int, seed: int = 0, at_once: int = 2
     """Make the runs in a directory and return their outcomes."""
     config = place / "soak_config.py"
     config.write_text(CONFIG)
-    whole = Run(place / "whole")
-    whole.resume(config)
-    assert whole.codes == [0] and whole.steps == [[*range(1, STEPS + 1)]], (whole, config)
-    arrays, history = arrays_of(whole.workdir), losses(whole.workdir)
+    kind_of = {number: KINDS[number % len(KINDS)] for number in range(max(kills, terms))}
+    undisturbed = {}
+
+    def whole(kind: tuple[str, int]) -> None:
+        run = Run(kind, place / f"whole-{kind[0]}-{kind[1]}")
+        run.resume(config)
+        assert run.codes == [[0] * kind[1]] and run.steps == [[*range(1, STEPS + 1)]], (run, config)
+        undisturbed[kind] = arrays_of(run.workdir), losses(run.workdir)
+
+    def checked(run: Run) -> list[str]:
+        return differences(run, *undisturbed[run.kind])
 
     def killed(number: int) -> Run:
-        chance, run = random.Random(f"{seed} {number}"), Run(place / f"kill{number}")
-        for _ in range(chance.choice((1, 1, 2, 3))):
-            moment = MOMENTS[(number + len(run.moments)) % len(MOMENTS)]
+        chance, run = random.Random(f"{seed} {number}"), Run(kind_of[number], place / f"kill{number}")
+        for _ in range(chance.choice((2, 3, 4, 5))):
+            moment = MOMENTS[(number // 2 + len(run.moments)) % len(MOMENTS)]
             run.moments.append(moment)
             run.resume(config, kill_at(moment, chance, run.workdir))
         run.resume(config)
+        print(run.workdir.name, *run.kind, run.moments, run.codes, checked(run) or "equal", file=sys.stderr, flush=True)
         return run
 
     def terminated(number: int) -> Run:
-        chance, run = random.Random(f"{seed} term {number}"), Run(place / f"term{number}", ["SIGTERM"])
+        chance = random.Random(f"{seed} term {number}")
+        run = Run(kind_of[number], place / f"term{number}", ["SIGTERM"])
         run.resume(config, terminate(chance))
         run.resume(config)
         return run
 
     with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(whole, sorted(set(kind_of.values()))))
         of_kill, of_term = (list(pool.map(work, range(n))) for work, n in ((killed, kills), (terminated, terms)))
-    faults = {run.workdir.name: differences(run, arrays, history) for run in (*of_kill, *of_term)}
+    faults = {run.workdir.name: checked(run) for run in (*of_kill, *of_term)}
     for run in of_term:
         taken = [step for steps in run.steps for step in steps]
-        if 143 in run.codes and taken != [*range(1, STEPS + 1)]:
+        if 143 in run.codes[0] and taken != [*range(1, STEPS + 1)]:
             faults[run.workdir.name].append(f"steps taken by its processes: {run.steps}")
-    codes = [code for run in of_kill for code in run.codes[:-1]]
+    got = [(run.kind, -signal.SIGKILL in codes) for run in of_kill for codes in run.codes[:-1]]
     return {
         "killed runs": kills,
-        "kills": codes.count(-signal.SIGKILL),
+        "kills": sum(hit for _, hit in got),
+        "kills by kind": {f"{kind[0]}, {kind[1]} processes": got.count((kind, True)) for kind in KINDS},
         "kills by moment": {name: sum(run.moments.count(name) for run in of_kill) for name in MOMENTS},
-        "processes that ended before they were killed": len(codes) - codes.count(-signal.SIGKILL),
+        "starts that ended before they were killed": sum(not hit for _, hit in got),
+        "exit codes of the other processes": sorted(
+            {code for run in of_kill for codes in run.codes[:-1] for code in codes if code != -signal.SIGKILL}
+        ),
         "saves cut short": sum(run.cut_short for run in of_kill),
         "terminated runs": terms,
-        "stopped by SIGTERM": sum(143 in run.codes for run in of_term),
+        "stopped by SIGTERM": sum(143 in run.codes[0] for run in of_term),
         "bitwise equal": sum(not found for found in faults.values()),
         "faults": {name: found for name, found in faults.items() if found},
     }
@@ -194,12 +227,13 @@ def soak(place: Path, *, kills: int, terms: int, seed: int = 0, at_once: int = 2
 def main() -> int:
     """Run the command and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--terms", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=50, help="runs that are killed, two to five times each")
+    parser.add_argument("--terms", type=int, default=50, help="runs that are terminated")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--at_once", type=int, default=2)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        result = soak(Path(place), kills=options.kills, terms=options.terms, seed=options.seed)
+        result = soak(Path(place), kills=options.kills, terms=options.terms, seed=options.seed, at_once=options.at_once)
     print(json.dumps(result, indent=2))
     return 1 if result["faults"] else 0
 
