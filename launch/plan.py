@@ -12,6 +12,7 @@ Exit codes: 0; 1, the config does not fit in the memory of a device; 2, invalid 
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _plan(arguments: Sequence[str] | None) -> int:
     parser = flags.Parser("plan", __doc__)
     parser.add_argument("--config", required=True, metavar="FILE.py[:VARIANT]")
-    parser.add_argument("--topology", default="", metavar="NAME", help="v5e:4x4, v5p:4x4x4, v6e:16x16, ...")
+    parser.add_argument(
+        "--topology", default="", metavar="NAME", help="v5e:4x4, v5p:4x4x4, 2xv5e:16x16 (2 slices), ..."
+    )
     parser.add_argument("--devices", type=int, default=0, metavar="N", help="number of devices without --topology")
     parser.add_argument("--json", action="store_true", help="print the figures for programs")
     options, overrides = parser.parse(arguments)
@@ -49,6 +52,7 @@ def _plan(arguments: Sequence[str] | None) -> int:
 def _simulated(count: int, config: Any) -> Sequence[Any]:
     """Return CPU devices that stand for those of the plan."""
     fixed = math.prod(size for size in config.mesh.values() if size > 0)
+    fixed *= max(1, config.slices)
     count = count or (max(fixed, config.simulated_devices) if -1 in config.mesh.values() else fixed)
     if not 1 <= count <= _MOST_DEVICES:
         raise UserError(f"--devices or config.mesh: {count} devices: must be at least 1 and at most {_MOST_DEVICES}.")
@@ -59,7 +63,7 @@ def _simulated(count: int, config: Any) -> Sequence[Any]:
 
 
 def _slice(name: str) -> Sequence[Any]:
-    """Return the devices of a TPU slice that need not exist."""
+    """Return the devices of one or several TPU slices that need not exist."""
     # libtpu must not query a cloud's metadata server, and several processes may compile at once.
     for variable, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
@@ -73,8 +77,10 @@ def _slice(name: str) -> Sequence[Any]:
 
     # JAX writes programs for absent devices to the cache, but cannot read them back.
     jax.config.update("jax_enable_compilation_cache", False)
+    slices, shape = re.fullmatch(r"(?:(\d+)x(?=v))?(.*)", name).groups()  # type: ignore  (it matches every name)
+    several = {"num_slices": int(slices)} if slices else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=shape, **several).devices
     except Exception as error:  # libtpu raises many types, ImportError among them
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -6,7 +6,8 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 EXPERT_AXIS = "expert"  # mesh axis that shards experts, and elsewhere examples
-BATCH_AXES = ("data", "fsdp", EXPERT_AXIS)  # mesh axes that shard the examples
+SLICE_AXIS = "slice"  # mesh axis that joins slices
+BATCH_AXES = (SLICE_AXIS, "data", "fsdp", EXPERT_AXIS)  # mesh axes that shard the examples
 SEQUENCE_AXIS = "sequence"  # mesh axis that shards the positions
 
 

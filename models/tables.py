@@ -12,6 +12,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from .layout import SLICE_AXIS
+
 ROW_AXES = ("data", "fsdp", "tensor")  # mesh axes that shard the rows, in this order
 BATCH_AXES = ("data", "fsdp")  # those of them that shard the batch
 _GRANULE = 2048  # the number of rows is rounded up to a multiple, so that any usual number of devices divides it
@@ -54,7 +56,9 @@ def look_up(table_RxD: jax.Array, rows_BxF: jax.Array, dtype: jnp.dtype) -> jax.
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in ROW_AXES if axis in mesh.axis_names and mesh.shape[axis] > 1)
     batch_axes = tuple(axis for axis in axes if axis in BATCH_AXES)
-    parts, batch_parts = (math.prod(mesh.shape[axis] for axis in some) for some in (axes, batch_axes))
+    # Each slice holds the whole table and looks up its own part of the batch.
+    slices = tuple(axis for axis in (SLICE_AXIS,) if axis in mesh.axis_names)
+    parts, batch_parts = (math.prod(mesh.shape[axis] for axis in some) for some in (axes, (*slices, *batch_axes)))
     if parts == 1 or table_RxD.shape[0] % parts or rows_BxF.shape[0] % batch_parts:
         return table_RxD[rows_BxF].astype(dtype)
     others = tuple(axis for axis in axes if axis not in batch_axes)
@@ -70,5 +74,5 @@ def look_up(table_RxD: jax.Array, rows_BxF: jax.Array, dtype: jnp.dtype) -> jax.
             found = lax.psum_scatter(found, batch_axes, scatter_dimension=0, tiled=True)
         return lax.psum(found, others) if others else found
 
-    divided = P(batch_axes or None)
+    divided = P((*slices, *batch_axes) or None)
     return jax.shard_map(local, in_specs=(P(axes), divided), out_specs=divided)(table_RxD, rows_BxF)

@@ -20,6 +20,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .plan.blocks import Bucket, Leaf
 from .plan.tiles import from_tiles, slice_tiles, to_tiles
 
+# Mesh axis that joins slices of accelerators, which a slower network connects. Each slice owns all blocks once, and no
+# block moves between slices.
+SLICE_AXIS = "slice"
+
 
 @dataclasses.dataclass(frozen=True)
 class Route:
@@ -58,14 +62,22 @@ class Owners:
     """The devices of a mesh as owners of blocks; without a mesh, one device owns all blocks.
 
     Args:
-      mesh: mesh whose devices, in row-major order, are the owners; or None.
+      mesh: mesh whose devices, in row-major order, are the owners, those of each slice alike; or None.
     """
 
     def __init__(self, mesh: Mesh | None):
         self.mesh = mesh
-        self.axes = tuple(mesh.axis_names) if mesh is not None else ()
-        self.sizes = dict(mesh.shape) if mesh is not None else {}
+        self.sizes = {name: size for name, size in mesh.shape.items() if name != SLICE_AXIS} if mesh is not None else {}
+        self.axes = tuple(self.sizes)
         self.count = math.prod(self.sizes.values())
+
+    def numbers(self) -> dict[Any, int]:
+        """Return the number of each device of the mesh among the owners."""
+        assert self.mesh is not None
+        at = [name for name in self.mesh.axis_names if name != SLICE_AXIS]
+        order = [*(name for name in self.mesh.axis_names if name == SLICE_AXIS), *at]
+        devices = self.mesh.devices.transpose([self.mesh.axis_names.index(name) for name in order])
+        return {device: i % self.count for i, device in enumerate(devices.flat)}
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         """Return a sharding over the owners' mesh."""
@@ -74,7 +86,7 @@ class Owners:
 
     @property
     def by_block(self) -> PartitionSpec:
-        """Return the spec that shards axis 0 (the slots) over all devices."""
+        """Return the spec that shards axis 0 (the slots) over all devices of a slice."""
         return PartitionSpec(self.axes)
 
     def run(self, local: Callable[..., Any], tiles: Any, specs: Any, owned: Any, shared: Any) -> tuple[Any, Any, Any]:
@@ -151,11 +163,11 @@ class Owners:
         return result
 
     def sum(self, x: jax.Array) -> jax.Array:
-        """Return the sum over all owners inside `run`, replicated."""
+        """Return the sum over all owners of a slice inside `run`, replicated."""
         return lax.psum(x, self.axes) if self.mesh is not None else x
 
     def max(self, x: jax.Array) -> jax.Array:
-        """Return the maximum over all owners inside `run`, replicated."""
+        """Return the maximum over all owners of a slice inside `run`, replicated."""
         return lax.pmax(x, self.axes) if self.mesh is not None else x
 
     def _exchanged(self, outgoing: Sequence[jax.Array], routes: Sequence[Route]) -> list[jax.Array]:

@@ -113,7 +113,7 @@ class Layout:
           saved: whether to include roots in flight.
         """
         state = jax.eval_shape(lambda: self._zeros(saved=saved))
-        mesh = self.mesh
+        mesh, sizes = self.mesh, self.owners.sizes
         if mesh is None:
             single = SingleDeviceSharding(jax.devices()[0])
             return jax.tree.map(lambda _: single, state)
@@ -122,7 +122,7 @@ class Layout:
         for leaf in self.plan.diagonal.values():
             own = getattr(leaves[leaf.path], "sharding", None)
             spec = own.spec if isinstance(own, NamedSharding) else PartitionSpec()
-            spec = PartitionSpec(*spec[: len(leaf.shape) - 1]) if leaf.by_row else _spread(spec, leaf.shape, mesh)
+            spec = PartitionSpec(*spec[: len(leaf.shape) - 1]) if leaf.by_row else _spread(spec, leaf.shape, sizes)
             spread, key = NamedSharding(mesh, spec), patterns.state_key(leaf.path)
             moments[key] = jax.tree.map(lambda _, spread=spread: spread, state.diagonal[key])._replace(age=replicated)
         by_block = self.owners.sharding(self.owners.by_block)
@@ -245,17 +245,17 @@ def _check_devices(params: Any, mesh: Mesh) -> None:
             )
 
 
-def _spread(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _spread(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mapping[str, int]) -> PartitionSpec:
     """Return the spec with its unused mesh axes added to the first array axis that they divide."""
     entries: list[tuple[str, ...]] = []
     for entry in (*spec, *[None] * (len(shape) - len(spec))):
         entries.append(() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry))
     used = {name for entry in entries for name in entry}
-    free = tuple(name for name in mesh.axis_names if name not in used and mesh.shape[name] > 1)
+    free = tuple(name for name in mesh if name not in used and mesh[name] > 1)
     if math.prod(shape) < SPREAD_FROM or not free:
         return spec
     for axis, entry in enumerate(entries):
-        parts = math.prod(mesh.shape[name] for name in (*entry, *free))
+        parts = math.prod(mesh[name] for name in (*entry, *free))
         if shape[axis] % parts == 0:
             entries[axis] = (*entry, *free)
             return PartitionSpec(*[entry or None for entry in entries])

@@ -16,6 +16,7 @@ from ..base.bounds import Within
 # and keeps, and when it gives up. `config.may_change` adds to them.
 MAY_CHANGE = (
     "mesh",
+    "slices",
     "simulated_devices",
     "processes",
     "sharding_rules",
@@ -67,6 +68,7 @@ BOUNDS = {
     "watchdog.end_after": Within(0, 1e6),
     "compilation_cache.gigabytes": Within(0.001, 1e6),
     "simulated_devices": Within(0, 1024),
+    "slices": Within(0, 2**16),
     "processes.waiting_seconds": Within(1, 1e6),
     "processes.death_seconds": Within(5, 3600),
 }
@@ -124,7 +126,8 @@ def get_config() -> Any:
     config.compiler_options = ()  # options of XLA, beside the defaults printed at the start: "name=value,name=value"
     config.may_change = ()  # keys that may differ when a run resumes, in addition to the built-in ones: "duration,mesh"
 
-    config.mesh = ConfigDict()
+    config.slices = 0  # TPU slices, or groups of GPU nodes with a slow network between them; 0: what the devices say
+    config.mesh = ConfigDict()  # devices of a slice
     config.mesh.data = -1  # data parallelism: number of replicas of the parameters; -1 uses all remaining devices
     config.mesh.expert = 1  # expert parallelism: number of devices over which experts are split; batches are split too
     config.mesh.fsdp = 1  # data parallelism with sharded parameters: number of devices that share one copy

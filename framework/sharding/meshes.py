@@ -5,39 +5,66 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ...optimizers.exchange import SLICE_AXIS
 from ..base.errors import UserError
 
 # Mesh axes over which the examples of a batch are spread. The last varies fastest, so that tokens routed to experts
 # move between neighbours.
-BATCH_AXES = ("data", "fsdp", "expert")
+BATCH_AXES = (SLICE_AXIS, "data", "fsdp", "expert")
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None, slices: int = 1) -> Mesh:
     """Return a mesh over all devices, axes in the order of `sizes`, laid out along the physical network.
 
-    Axis types are Auto: the compiler shards what the rules leave open.
+    Axis types are Auto: the compiler shards what the rules leave open. Several slices are one more axis, the first, and
+    all other axes lie within a slice.
 
     Args:
-      sizes: devices along each axis; one of them may be -1, the rest of the devices.
+      sizes: devices of a slice along each axis; one of them may be -1, the rest of the devices.
       devices: devices to use; None for all devices of the job.
+      slices: number of slices that a slower network connects; 0 for those of the TPU devices, or 1 for other devices.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices, or do not fit the network of a TPU slice.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    groups = _slices(jax.devices() if devices is None else list(devices), slices)
+    devices = groups[0]
     shape = _fill(sizes, len(devices))
     try:
         # A physical axis is split only if no whole ones fit.
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        grids = [mesh_utils.create_device_mesh(shape, group, allow_split_physical_axes=True) for group in groups]
     except (NotImplementedError, ValueError) as error:
         kind = devices[0].device_kind
         raise UserError(
             f"config.mesh={dict(sizes)}: does not fit the network of {len(devices)} {kind} ({error}). Use other sizes."
         ) from error
-    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+    grid = np.stack(grids) if len(groups) > 1 else grids[0]
+    axes = (SLICE_AXIS, *sizes) if len(groups) > 1 else tuple(sizes)
+    return Mesh(grid, axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def _slices(devices: Sequence[Any], count: int) -> list[list[Any]]:
+    """Return the devices of each slice: by the slice that a TPU tells, else equally many in the order of processes."""
+    numbers = sorted({getattr(device, "slice_index", None) or 0 for device in devices})
+    count = count or len(numbers)
+    if len(numbers) > 1 and count != len(numbers):
+        raise UserError(f"config.slices={count}: the devices are on {len(numbers)} slices. Use 0 or {len(numbers)}.")
+    if len(devices) % count:
+        raise UserError(f"config.slices={count}: does not divide {len(devices)} devices. Use a divisor, or 1.")
+
+    def order(device: Any) -> Any:
+        return getattr(device, "slice_index", None) or 0, device.process_index
+
+    each = len(devices) // count
+    ordered = sorted(devices, key=order)
+    groups = [ordered[i : i + each] for i in range(0, len(devices), each)]
+    if len(numbers) > 1 and any(order(group[0])[0] != order(group[-1])[0] for group in groups):
+        raise UserError(f"config.slices={count}: the slices have different numbers of devices. Use equal ones.")
+    return groups
 
 
 def _fill(sizes: Mapping[str, int], available: int) -> tuple[int, ...]:

@@ -38,14 +38,14 @@ def mesh_of(config: Any, devices: Sequence[Any] | None) -> Mesh:
     Raises:
       UserError: mesh, batch and rules do not fit each other or the devices.
     """
-    mesh = meshes.make_mesh(config.mesh, devices)
+    mesh = meshes.make_mesh(config.mesh, devices, config.slices)
     rules = config.sharding_rules
     for name, _ in rules:
         for axis in _axes(name, rules):
-            if axis not in mesh.shape:
+            if axis not in mesh.shape or axis == meshes.SLICE_AXIS:
                 raise UserError(
                     f'config.sharding_rules: the rule for "{name}" names the mesh axis "{axis}". Use None or one of '
-                    f"{', '.join(mesh.axis_names)}."
+                    f"{', '.join(config.mesh)}."
                 )
     meshes.check_batch(config.batch_size, config.microbatches, mesh)
     return mesh

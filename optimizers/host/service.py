@@ -139,8 +139,8 @@ class HostRoots:
         self._tables = jax.device_put({b.name: b.due for b in self._parcels.buckets}, by_block)
         self._last = jax.device_put(np.int32(0), replicated)
         self._known = int(np.asarray(state.count))
-        devices = state.count.devices() if owners.mesh is None else owners.mesh.devices.flat
-        self._devices = {d: i for i, d in enumerate(devices) if d.process_index == jax.process_index()}
+        numbers = dict.fromkeys(state.count.devices(), 0) if owners.mesh is None else owners.numbers()
+        self._devices = {d: i for d, i in numbers.items() if d.process_index == jax.process_index()}
         self._resume(state)
         buckets = {name: b._replace(in_flight=None) for name, b in state.buckets.items()}
         state = dataclasses.replace(state, buckets=buckets)

@@ -944,6 +944,22 @@ FRAMEWORK = (
         ("tests/framework/checkpoint/test_saving.py::test_a_save_that_cannot_start_is_reported",),
     ),
     Mutant(
+        "blocks-owned-across-slices",
+        "optimizers/exchange.py",
+        "if name != SLICE_AXIS} if mesh",
+        "if name} if mesh",
+        "Blocks move between slices over the slow network in every step.",
+        ("tests/framework/sharding/test_slices.py",),
+    ),
+    Mutant(
+        "slices-mixed",
+        "framework/sharding/meshes.py",
+        'return getattr(device, "slice_index", None) or 0, device.process_index',
+        "return 0, device.process_index",
+        "A mesh axis of a slice joins chips of several slices.",
+        ("tests/framework/sharding/test_slices.py::test_the_first_axis_is_the_slice_that_the_chips_tell",),
+    ),
+    Mutant(
         "default-flags-win-over-the-environment",
         "framework/step/compiler_options.py",
         "if name not in flags",

@@ -126,7 +126,7 @@ def test_name_without_a_rule_and_wrong_rank_name_the_parameter():
 
 def test_rule_for_an_axis_the_mesh_lacks():
     with pytest.raises(UserError, match=r'"moe" names the mesh axis "expert". Use None or one of data'):
-        placement.mesh_of(SimpleNamespace(mesh={"data": 8}, sharding_rules=(("moe", "expert"),)), None)
+        placement.mesh_of(SimpleNamespace(mesh={"data": 8}, slices=1, sharding_rules=(("moe", "expert"),)), None)
 
 
 def test_every_element_is_on_exactly_its_devices():
