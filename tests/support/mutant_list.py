@@ -523,8 +523,8 @@ FRAMEWORK = (
     Mutant(
         "experts-see-the-same-examples",
         "framework/sharding/meshes.py",
-        'BATCH_AXES = ("data", "fsdp", "expert")',
-        'BATCH_AXES = ("data", "fsdp")',
+        'BATCH_AXES = (SLICE_AXIS, "data", "fsdp", "expert")',
+        'BATCH_AXES = (SLICE_AXIS, "data", "fsdp")',
         "Devices along the expert axis all train on the same examples: the work of all but one is wasted.",
         (
             "tests/framework/sharding/test_meshes.py::test_the_expert_axis_divides_the_batch_and_the_sequence_axis_does_not",
