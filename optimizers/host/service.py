@@ -90,7 +90,7 @@ class _Launch:
       count: int32 on the device, number of accepted steps; unchanged from the previous launch if the step was skipped.
       opened: future of the work of each parcel, for each device of the process.
       stamp: the count, once read.
-      offered: launch whose roots were offered to the next step.
+      offered: launch whose roots were offered to the next step; None again once that step's count is read.
     """
 
     count: jax.Array | None
@@ -258,7 +258,7 @@ class HostRoots:
             launch.stamp = stamp
             self._flying.append(launch)
         self._known = stamp
-        offered = launch.offered
+        offered, launch.offered = launch.offered, None  # launches must not form a chain
         if offered is not None and offered.stamp + self._options.delay == stamp:
             self._flying.remove(offered)
 

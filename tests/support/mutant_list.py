@@ -306,6 +306,14 @@ OPTIMIZERS = (
         ("tests/optimizers/host/test_host.py::test_skipped_steps_do_not_change_the_run",),
     ),
     Mutant(
+        "launches-form-a-chain",
+        "optimizers/host/service.py",
+        "offered, launch.offered = launch.offered, None",
+        "offered = launch.offered",
+        "The statistics and roots of all steps stay in memory until the next save.",
+        ("tests/optimizers/host/test_host.py::test_memory_is_level_between_saves",),
+    ),
+    Mutant(
         "delay-may-reach-the-next-refresh",
         "optimizers/options.py",
         "self.delay >= shortest",

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -138,6 +139,23 @@ def test_resumes_bitwise_after_any_step(options, layout):
         rest, end, _ = run(stream[t:], options, layout, saved=saved[t])
         assert_same(rest, updates[t:])
         assert_same(end, state)
+
+
+@pytest.mark.parametrize("bad", [(), (6, 7, 15)], ids=["", "skipped steps"])
+def test_memory_is_level_between_saves(bad):
+    """Fault: every launch refers to the one before it, so that all statistics and roots stay until the next save."""
+    launches, reachable = weakref.WeakSet(), []
+
+    def watch(service, state):
+        launches.add(service._unknown[-1])
+        reachable.append(len(launches))
+
+    stream = gradients(20, SHARDED_SHAPES)
+    for at in bad:
+        stream.insert(at, stream[0] | {"down": np.full_like(stream[0]["down"], np.nan)})
+    run(stream, watch=watch)
+    assert max(reachable) <= OPTIONS.delay + 2 + len(bad)
+    assert max(reachable[-3:]) <= OPTIONS.delay + 2
 
 
 def test_moves_to_another_mesh_with_roots_in_flight():
