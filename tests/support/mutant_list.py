@@ -501,8 +501,25 @@ FRAMEWORK = (
         "            return",
         "A checkpoint is committed although one of the processes could not write its part.",
         (
+            "tests/framework/distributed/test_barrier.py::test_a_process_that_fails_ends_the_barrier_of_all",
             "tests/framework/checkpoint/test_saving.py::test_a_save_that_fails_in_one_process_is_reported_by_all_at_once",
         ),
+    ),
+    Mutant(
+        "second-barrier-of-a-save-is-the-first",
+        "framework/distributed/barrier.py",
+        "self._stage += 1",
+        "self._stage += 0",
+        "The processes do not wait for process 0 to commit a checkpoint.",
+        ("tests/framework/distributed/test_barrier.py::test_a_process_that_fails_ends_the_barrier_of_all",),
+    ),
+    Mutant(
+        "barriers-fill-the-store",
+        "framework/distributed/barrier.py",
+        "if self._task and jax.process_index() == 0:",
+        "if False:",
+        "Each save leaves keys in the memory of process 0.",
+        ("tests/framework/distributed/test_barrier.py::test_barriers_leave_nothing_in_the_store",),
     ),
     Mutant(
         "first-file-not-compared",

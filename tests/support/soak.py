@@ -10,6 +10,7 @@ repeat any step. Prints JSON; exits with 1 if any run ends differently from the 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -51,8 +52,10 @@ def get_config(arg):
     config.evaluation.every = "20 steps"
     config.checkpoint.every = "3 steps"
     config.log.every = "1 steps"
+    config.processes.waiting_seconds = 60.0  # for a process that was killed before it connected
     return config
 """
+HUNG = 1000  # in place of the exit code of a process that does not end
 MOMENTS = ("saving", "training", "life")
 # (optimizer, processes), in the order in which runs take them
 KINDS = [("host", 1), ("adamw", 2), ("staggered", 1), ("host", 2), ("adamw", 1), ("staggered", 2)]
@@ -76,6 +79,7 @@ class Run:
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(SEARCHED),
             "PYTHONUNBUFFERED": "1",
+            "PYTHONFAULTHANDLER": "1",
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(2 // count),
             "NPROC": "32",
@@ -94,7 +98,7 @@ class Run:
                     processes.append(subprocess.Popen(whole, env=own, stdout=out, stderr=subprocess.STDOUT))
             if disturb is not None:
                 disturb(processes, logs[0])
-            self.codes.append([process.wait(240) for process in processes])
+            self.codes.append([ended(process) for process in processes])
         finally:
             for process in processes:
                 process.kill()
@@ -102,6 +106,15 @@ class Run:
         saves = self.workdir / "checkpoints"
         self.cut_short += any(not [*path.glob("SHA256SUMS-*")] for path in saves.glob("*"))
         self.steps.append([int(step) for step in re.findall(r"^step +(\d+)/", logs[0].read_text(), re.M)])
+
+
+def ended(process: subprocess.Popen, seconds: float = 240.0) -> int:
+    """Return the exit code of a process. One that hangs is aborted, so that its log shows where its threads are."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(seconds)
+    process.send_signal(signal.SIGABRT)
+    process.wait(seconds)
+    return HUNG
 
 
 def kill_at(moment: str, chance: random.Random, workdir: Path):
@@ -152,6 +165,8 @@ def arrays_of(workdir: Path) -> dict[str, np.ndarray]:
 
 def differences(run: Run, whole: dict[str, np.ndarray], history: list) -> list[str]:
     """Return the differences of a run from the undisturbed one."""
+    if any(HUNG in codes for codes in run.codes):
+        return [f"a process hung; exit codes {run.codes}"]
     if any(run.codes[-1]):
         return [f"its last processes ended with {run.codes[-1]}"]
     mine = arrays_of(run.workdir)
