@@ -10,7 +10,7 @@ import jax
 from ..base.errors import UserError
 
 # On a CPU the first step comes sooner, and the steps take as long.
-_CPU = {"xla_backend_optimization_level": "1", "xla_cpu_use_fusion_emitters": "False"}
+_CPU = {"xla_backend_optimization_level": "1"}
 # What maxtext sets for dense models: collectives overlap with products.
 _TPU = dict.fromkeys(
     (
