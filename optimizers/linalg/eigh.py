@@ -1,19 +1,23 @@
 """Inverse p-th roots by one batched eigendecomposition on the device."""
 
 import jax.numpy as jnp
+from jax import lax
 
 from . import roots
 from .lapack import regularised
+
+# Each reduces the error by a factor of 2 to 5 at condition 1e12 with a ridge of 1e-6, until rounding dominates.
+CORRECTIONS = 4
 
 
 def eigh(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> roots.RootResult:
     """Compute roots by one batched eigendecomposition, corrected by perturbation theory.
 
     LAPACK's eigenvalues have errors of several ulp of the largest, a few per cent of the smallest at condition 1e6. In
-    LAPACK's basis V, B = V' A V = diag(w) + G with a small G, and with divided differences f[.,.] (Daleckii and Krein)
-      f(B)_ij = f(w_i) for i = j, f[w_i, w_j] G_ij otherwise, plus sum_k f[w_i, w_k, w_j] G_ik G_kj.
-    The second-order term matters for the smallest eigenvalues, where G may be a tenth of w. It is computed by a formula
-    that is exact for equal eigenvalues.
+    LAPACK's basis V, C = V' A V = diag(w) + G with a small G. Starting from F = diag(w^(-1/p)), each correction adds
+      f[w_i, w_j] D_ij, with D = diag(w^(1/2)) (F^(p/2) C F^(p/2) - I) diag(w^(1/2)),
+    where f[.,.] are divided differences of w^(-1/p). The first is perturbation theory to first order (Daleckii and
+    Krein). Further ones matter for the smallest eigenvalues, where G may be as large as w.
     """
     given = roots.prepare(stack_nrr, sizes_n)
     a = given.a + given.padding
@@ -25,19 +29,30 @@ def eigh(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> roots.RootResu
     largest = jnp.max(w, axis=-1)
     w_shifted, root_w, above = regularised(w, largest[:, None], p, ridge, cut, jnp)
 
-    both, one = above[:, :, None] & above[:, None, :], above[:, :, None] ^ above[:, None, :]
+    kept = root_w > 0
+    both, one = kept[:, :, None] & kept[:, None, :], kept[:, :, None] ^ kept[:, None, :]
     shifted_i, shifted_j = w_shifted[:, :, None], w_shifted[:, None, :]
-    mean, gap = (shifted_i + shifted_j) / 2, w[:, :, None] - w[:, None, :]
+    mean = (shifted_i + shifted_j) / 2
+    gap = jnp.where(both, shifted_i - shifted_j, w[:, :, None] - w[:, None, :])
     near = both & (jnp.abs(gap) <= 0.02 * mean)
     quotient = (root_w[:, :, None] - root_w[:, None, :]) / jnp.where(near | (gap == 0), 1, gap)
     slope = jnp.where(near, -(jnp.where(near, mean, 1) ** (-1 / p - 1)) / p, quotient)
-    g = jnp.where(jnp.eye(a.shape[-1], dtype=bool), 0, b)
+    identity = jnp.eye(a.shape[-1], dtype=a.dtype)
+    g = jnp.where(identity > 0, 0, b)
+    # Negative eigenvalues all count as zero, so nothing between two of them changes the root.
+    coupled = both & (above[:, :, None] | above[:, None, :])
+    c = w_shifted[:, :, None] * identity + jnp.where(coupled, g, 0)
+    left, right = w_shifted ** (p // 2 / p), w_shifted ** ((p + 1) // 2 / p)
+
+    def corrected(_, f: jnp.ndarray) -> jnp.ndarray:
+        low, high = roots.halves(f, p)
+        product = roots.matmul(c, high)
+        excess = (product if low is None else roots.matmul(low, product)) - kept[:, :, None] * identity
+        return f + jnp.where(coupled, slope, 0) * roots.symmetric(left[:, :, None] * excess * right[:, None, :])
+
+    f = lax.fori_loop(0, CORRECTIONS, corrected, root_w[:, :, None] * identity)
     # Across the cut the quotient is unbounded, and valid only for well separated eigenvalues.
-    first = jnp.where(both | (one & ((ridge > 0) | (jnp.abs(gap) > mean))), slope, 0) * g
-    inverse = jnp.where(above, 1 / jnp.where(above, w_shifted, 1), 0)
-    outer = inverse ** ((1 / p + 1) / 2)
-    second = (p + 1) / (2 * p * p) * outer[:, :, None] * roots.matmul(g * inverse[:, None, :], g) * outer[:, None, :]
-    f = roots.symmetric(first + second) + root_w[:, :, None] * jnp.eye(a.shape[-1], dtype=a.dtype)
+    f += jnp.where(one & (jnp.abs(gap) > mean), slope, 0) * g
     x = roots.symmetric(roots.matmul(roots.matmul(v, f), transposed))
 
     if cut:

@@ -25,6 +25,14 @@ class Mutant(NamedTuple):
 
 OPTIMIZERS = (
     Mutant(
+        "eigh-corrected-only-once",
+        "optimizers/linalg/eigh.py",
+        "CORRECTIONS = 4",
+        "CORRECTIONS = 1",
+        "Roots of ill-conditioned statistics by eigh have errors of 5 %.",
+        ("tests/optimizers/linalg/test_roots.py::test_condition_1e12_with_a_small_ridge",),
+    ),
+    Mutant(
         "momentum-uncorrected",
         "optimizers/diagonal.py",
         "acting = acting / correction(beta1, age + int(options.nesterov), g.ndim)",

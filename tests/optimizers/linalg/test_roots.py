@@ -60,6 +60,17 @@ def solve(solver, p, ridge=0.0, cut=0.0):
     return function if solver == "host" else jax.jit(function)
 
 
+@pytest.mark.parametrize(("solver", "p"), solvers_with((2, 4), {"newton": 0, "eigh": 2}))
+def test_condition_1e12_with_a_small_ridge(solver, p):
+    """Fault: rounding mixes the eigenvectors of the smallest eigenvalues, and a root with error 0.05 is accepted."""
+    stack = np.stack([matrix(spread(128, 1e12), seed) for seed in range(2)]).astype(np.float32)
+    result = solve(solver, p, ridge=1e-6)(stack)
+    for a, root in zip(stack, result.root, strict=True):
+        wanted = exact(a, p, ridge=1e-6)
+        difference = np.linalg.norm(np.asarray(root, np.float64) - wanted, 2)
+        assert difference <= 0.01 * np.linalg.norm(wanted, 2)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize(
     ("n", "p"),
