@@ -64,6 +64,12 @@ def service(tx: optax.GradientTransformation, params: Any) -> "Service":
     return Service({path: one for path, one in found.items() if one is not None})
 
 
+def expect_service(tx: optax.GradientTransformation, params: Any) -> None:
+    """Tell the optimizer that `service` will be called, although its update may be traced before."""
+    for layout in layouts(tx, params).values():
+        layout.expect_host_roots()
+
+
 class Service:
     """Work of an optimizer on the host around the steps, for all parts of its state; nothing if no part has a service.
 

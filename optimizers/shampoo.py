@@ -85,6 +85,7 @@ def scale_by_shampoo(
 
     def update(updates: Any, state: ShampooState, params: Any = None) -> tuple[Any, ShampooState]:
         del params
+        state.layout.check_host_roots()
         directions, state = _precondition(_leaves(updates, state.layout), state)
         return jax.tree.unflatten(jax.tree.structure(updates), directions), state
 
@@ -118,6 +119,7 @@ def distributed_shampoo(
 
     def update(updates: Any, state: ShampooState, params: Any = None) -> tuple[Any, ShampooState]:
         layout = state.layout
+        layout.check_host_roots()
         if chosen.weight_decay and params is None:
             raise ValueError("params=None: weight decay needs the parameters. Call update(grads, state, params).")
         gradients = directions = _leaves(updates, layout)

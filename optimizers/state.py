@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -160,7 +161,25 @@ class Layout:
         Args:
           events: list to which the service appends a timeline, or None.
         """
-        return HostRoots(self._parcels, self.options, events) if self.options.refresh == "host" else None
+        if self.options.refresh != "host":
+            return None
+        self.expect_host_roots()
+        return HostRoots(self._parcels, self.options, events)
+
+    def expect_host_roots(self) -> None:
+        """Announce a service for this layout that is created after the step is traced."""
+        _HOSTED.add(self)
+
+    def check_host_roots(self) -> None:
+        """Warn, once, if refresh is "host" and no service was created or announced."""
+        if self.options.refresh == "host" and self not in _HOSTED and any(b.sides for b in self.plan.buckets):
+            _HOSTED.add(self)
+            warnings.warn(
+                "refresh='host': no service computes roots, so all blocks use the graft method. Create it by "
+                "tx.host_roots(params) before the first update and call its install and take around each step "
+                "(docs/schedules.md), or use refresh='staggered'.",
+                stacklevel=3,
+            )
 
     @functools.cached_property
     def _parcels(self) -> Parcels:
@@ -175,6 +194,10 @@ class Layout:
         }
         buckets = {bucket.name: _bucket_zeros(bucket, self.options, saved=saved) for bucket in self.plan.buckets}
         return ShampooState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), buckets, moments, self)
+
+
+# Layouts with a service that computes roots on the host, and those for which a warning was given.
+_HOSTED: set[Layout] = set()
 
 
 @functools.partial(

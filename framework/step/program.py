@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from ..base.errors import UserError
-from ..optimizer import OptimizerOptions
+from ..optimizer import OptimizerOptions, expect_service
 from ..sharding import placement
 from ..task import BatchSpec, Task, judge_of
 from . import compiler_options, refusals
@@ -72,6 +72,7 @@ class Program:
             self.tx = tx = options.build(
                 lambda count: learning_rate(count + began), mesh=mesh, axis_names=axes["params"], param_specs=specs
             )
+            expect_service(tx, variables["params"])
             self.abstract = abstract = abstract_state(variables, tx, self.placements, mesh, config.ema_decay)
             knobs = {name: config[name] for name in ("seed", "microbatches", "gradient_clip", "ema_decay")}
             self.train_step = make_train_step(task, tx, learning_rate, abstract, mesh, **knobs)

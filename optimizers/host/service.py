@@ -119,6 +119,7 @@ class HostRoots:
         self._tables: Any = None
         self._devices: dict[Any, int] = {}  # device of this process -> its number among all owners
         self._known = 0
+        self._in_step = False
         self._last: Any = None
         self._unknown: deque[_Launch] = deque()
         self._flying: list[_Launch] = []
@@ -155,6 +156,11 @@ class HostRoots:
         Raises:
           HostRootsError: a solver thread failed; the state is unchanged.
         """
+        if self._in_step:
+            raise RuntimeError(
+                "install: called twice without take, so that no roots are computed. Call take after each step."
+            )
+        self._in_step = True
         delay = self._options.delay
         self._steps += 1
         while len(self._unknown) > min(delay, 1):
@@ -175,6 +181,11 @@ class HostRoots:
 
     def take(self, state: Any) -> None:
         """Copy the statistics of due blocks after a step, and solve when they arrive."""
+        if not self._in_step:
+            raise RuntimeError(
+                "take: called without install, so that roots are not used. Call install before each step."
+            )
+        self._in_step = False
         start = time.perf_counter()
         counts = range(self._known + 1, self._known + len(self._unknown) + 2)
         phases = max(phases_due(count, self._options) for count in counts)

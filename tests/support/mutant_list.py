@@ -25,6 +25,22 @@ class Mutant(NamedTuple):
 
 OPTIMIZERS = (
     Mutant(
+        "host-schedule-without-its-service",
+        "optimizers/state.py",
+        'if self.options.refresh == "host" and self not in _HOSTED and',
+        'if self.options.refresh == "hosts" and',
+        "A plain loop with refresh='host' and no service uses the graft method forever, without a warning.",
+        ("tests/optimizers/host/test_host.py::test_a_loop_without_the_service_warns_once",),
+    ),
+    Mutant(
+        "host-service-with-half-of-its-calls",
+        "optimizers/host/service.py",
+        "        if self._in_step:",
+        "        if False:",
+        "A loop that never calls take uses the graft method forever, without an error.",
+        ("tests/optimizers/host/test_host.py::test_half_of_the_calls_is_an_error",),
+    ),
+    Mutant(
         "eigh-corrected-only-once",
         "optimizers/linalg/eigh.py",
         "CORRECTIONS = 4",

@@ -9,6 +9,7 @@ import threading
 import time
 import types
 import weakref
+import warnings
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ import pytest
 from optimizing import LAYOUTS, SHARDED_SHAPES, by_block, gradients, inherited, optimizer, place, zeros
 from processes import run_together
 
-from shampax.optimizers import ShampooOptions
+from shampax.optimizers import ShampooOptions, distributed_shampoo, scale_by_shampoo, state
 from shampax.optimizers.host import service, workers
 from shampax.optimizers.host.service import HostRootsError
 from shampax.optimizers.linalg import lapack
@@ -378,6 +379,36 @@ print("closed", flush=True)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "closed\n"), done.stderr
+
+
+def test_a_loop_without_the_service_warns_once():
+    """Fault: without a service all blocks use the graft method without a word; a vector, or a service, is warned of."""
+    options, params = ShampooOptions(refresh="host", interval=7), {"w": np.ones((8, 8), np.float32)}
+    for build in (scale_by_shampoo, functools.partial(distributed_shampoo, 0.1)):
+        state._HOSTED.clear()
+        tx = build(options)
+        step = functools.partial(jax.eval_shape, tx.update, params, tx.init(params), params)
+        with pytest.warns(UserWarning, match=r"no service computes roots.*Create it by tx.host_roots\(params\)"):
+            step()
+        with warnings.catch_warnings(action="error"):
+            step()
+            vector = {"w": np.ones(8, np.float32)}
+            jax.eval_shape(tx.update, vector, tx.init(vector), vector)
+            state._HOSTED.clear()
+            with contextlib.closing(tx.host_roots(params)):
+                step()
+
+
+def test_half_of_the_calls_is_an_error():
+    """Fault: a loop without `take`, or without `install`, uses the graft method forever."""
+    tx, params = optimizer(OPTIONS), {"bias": np.ones(3, np.float32)}
+    with contextlib.closing(tx.host_roots(params)) as service:
+        state = service.start(tx.init(params))
+        with pytest.raises(RuntimeError, match="Call install before each step"):
+            service.take(state)
+        state = service.install(state)
+        with pytest.raises(RuntimeError, match="Call take after each step"):
+            service.install(state)
 
 
 def test_one_program_per_step_and_none_without_matrices():
