@@ -8,8 +8,8 @@ import sys
 import threading
 import time
 import types
-import weakref
 import warnings
+import weakref
 from concurrent.futures import Future
 from dataclasses import replace
 
