@@ -180,8 +180,8 @@ def losses(workdir: Path) -> list:
     return [(line["step"], line.get("train/loss"), line.get("heldout/loss")) for line in lines]
 
 
-def soak(place: Path, *, kills: int, terms: int, seed: int = 0, at_once: int = 2) -> dict:
-    """Make the runs in a directory and return their outcomes."""
+def soak(place: Path, *, kills: int, terms: int, seed: int = 0, at_once: int = 2, each=(2, 3, 4, 5)) -> dict:
+    """Make the runs in a directory and return their outcomes; a run is killed one of `each` times."""
     config = place / "soak_config.py"
     config.write_text(CONFIG)
     kind_of = {number: KINDS[number % len(KINDS)] for number in range(max(kills, terms))}
@@ -198,7 +198,7 @@ def soak(place: Path, *, kills: int, terms: int, seed: int = 0, at_once: int = 2
 
     def killed(number: int) -> Run:
         chance, run = random.Random(f"{seed} {number}"), Run(kind_of[number], place / f"kill{number}")
-        for _ in range(chance.choice((2, 3, 4, 5))):
+        for _ in range(chance.choice(each)):
             moment = MOMENTS[(number // 2 + len(run.moments)) % len(MOMENTS)]
             run.moments.append(moment)
             run.resume(config, kill_at(moment, chance, run.workdir))
