@@ -60,7 +60,8 @@ def matrix_axes(
 
     With axis names, axes named in `stack_axes` stack. Among the other axes, the leading run named in `fold_axes`, or
     else the trailing run, is one side: [embed, heads, head_dim] is embed x (heads head_dim). Without names, the first
-    `stack` axes stack. If no run folds, the last axis is one side: [kh, kw, cin, cout] is (kh kw cin) x cout.
+    `stack` axes stack. If no run folds, the last axis is one side: [kh, kw, cin, cout] is (kh kw cin) x cout. If all
+    axes fold, they are one side, a vector: the bias [heads, head_dim].
 
     Returns:
       (stack, first side, second side), each in increasing order; the first side's first axis precedes the second's.
@@ -75,7 +76,7 @@ def matrix_axes(
     leading = folds.index(False) if False in folds else 0
     trailing = folds[::-1].index(False) if False in folds else 0
     split = leading or len(rest) - (trailing or 1)
-    sides = [rest[:split], rest[split:]] if len(rest) > 1 else [[], rest]
+    sides = [[], rest] if len(rest) < 2 or (folds and all(folds)) else [rest[:split], rest[split:]]
     return stacked, sides[0], sides[1]
 
 

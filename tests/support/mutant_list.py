@@ -49,6 +49,14 @@ OPTIMIZERS = (
         ("tests/optimizers/linalg/test_roots.py::test_condition_1e12_with_a_small_ridge",),
     ),
     Mutant(
+        "biases-of-heads-as-matrices",
+        "optimizers/plan/views.py",
+        "if len(rest) < 2 or (folds and all(folds)) else",
+        "if len(rest) < 2 else",
+        "The biases of queries, keys and values are preconditioned as matrices of heads x head_dim.",
+        ("tests/optimizers/plan/test_views.py::test_a_parameter_whose_axes_all_fold_is_diagonal",),
+    ),
+    Mutant(
         "momentum-uncorrected",
         "optimizers/diagonal.py",
         "acting = acting / correction(beta1, age + int(options.nesterov), g.ndim)",

@@ -65,6 +65,8 @@ def view(shape, names, treatment, options):
 
     folds = [names is not None and names[i] in options.fold_axes for i in axes]
     split = len(axes) - 1
+    if folds and all(folds):
+        return stack, [axes]
     if not all(folds):
         leading, trailing = folds.index(False), folds[::-1].index(False)
         split = leading or (len(axes) - trailing if trailing else split)

@@ -22,7 +22,6 @@ AXES = STACK_AXES | {"fold_axes": ("heads", "kv_heads", "head_dim")}
         ((3, 48, 4, 12), ("layers", "embed", "heads", "head_dim"), 0, (0,), ((1,), (2, 3))),
         ((2, 4, 16, 32), ("layers", "experts", "embed", "mlp"), 0, (0, 1), ((2,), (3,))),
         ((16, 5, 32), ("embed", "layers", "mlp"), 0, (1,), ((0,), (2,))),
-        ((4, 8), ("heads", "head_dim"), 0, (), ((0,), (1,))),
         ((4, 6, 8, 7), ("embed", "heads", "head_dim", "mlp"), 0, (), ((3,), (0, 1, 2))),
         ((4, 6, 8), ("heads", "embed", "head_dim"), 0, (), ((0,), (1, 2))),
         ((3, 3, 16, 32), None, 0, (), ((3,), (0, 1, 2))),
@@ -39,6 +38,14 @@ def test_matrix_views(shape, names, stack, stacked, sides):
     assert (view.stack, view.sides, view.is_matrix) == (stacked, sides, True)
     assert view.lengths == tuple(math.prod(shape[axis] for axis in side) for side in sides)
     assert view.stacked == math.prod(shape[axis] for axis in stacked)
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (3, 4, 8), (5, 8)])
+def test_a_parameter_whose_axes_all_fold_is_diagonal(shape):
+    """Fault: the biases of queries, keys and values are preconditioned as matrices of heads x head_dim."""
+    names = {(4, 8): ("heads", "head_dim"), (3, 4, 8): ("layers", "heads", "head_dim"), (5, 8): ("layers", "kv_heads")}
+    plan = make_plan(parameters({"w": np.ones(shape)}, {"w": names[shape]}), ShampooOptions(), {})
+    assert plan.buckets == () and list(plan.diagonal) == [0]
 
 
 def test_axis_names_have_priority_over_stack():
