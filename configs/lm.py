@@ -107,7 +107,7 @@ def one_billion(config: Any) -> None:
         head_dim=128,
         mlp_dim=5_632,
         compute_dtype="bfloat16",
-        remat="full",
+        remat="best",
         z_loss=1e-4,
     )
     config.optimizer = base.component(base.SHAMPOO, block_size=1_024, interval=50, weight_decay=0.1)
@@ -148,6 +148,7 @@ def eight_billion(config: Any) -> None:
 def mixture(config: Any) -> None:
     """Train 1b with 16 experts in place of each MLP, one per chip of each group of 16."""
     one_billion(config)
+    config.task.remat = "full"  # routing and the experts' inputs take most of the memory
     config.task.experts = 16
     config.task.experts_per_token = 2
     config.task.expert_group = 512  # the cost of dispatch grows with it; here 8 % of the experts' cost
@@ -162,7 +163,8 @@ def long(config: Any) -> None:
     config.data.shard_size = 500  # books are long: about 200 MB of rows
     config.data.sequence_length = 65_536
     config.task.rope_theta = 500_000.0  # as in Llama 3 (arXiv 2407.21783, section 3.2)
-    config.task.attention_block = 128
+    config.task.remat = "full"
+    config.task.attention_block = 128  # where no kernel fits
     config.duration = "2.5e9 tokens"
     config.batch_size = 16
     config.mesh.sequence = 16

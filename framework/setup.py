@@ -34,6 +34,7 @@ from .step.compilation import Steps
 from .step.program import Program
 from .step.schedule import make_schedule
 from .step.state import TrainState, make_initial
+from .task import notes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +208,8 @@ def claim(blueprint: Blueprint) -> None:
     rows = startup.parameter_rows(program.abstract.params, program.placements, treatments)
     startup.show_parameters(rows, workdir)
     console.say(startup.memory_line(program.abstract))
+    for line in notes_of(blueprint.request.task, program.batch_spec):
+        console.say(line)
     console.say(str(blueprint.start))
     startup.show_takeover(blueprint.taken, workdir)
 

@@ -1,7 +1,7 @@
 """The contract between the trainer and a model: write a frozen dataclass with the methods of `Task`.
 
 A config names it by import string, `config.task.name = "my_project.my_model:MyTask"`; its fields are knobs. The trainer
-knows nothing else of a model. A task may also have the methods of `Judge`.
+knows nothing else of a model. A task may also have the methods of `Judge` and `Noted`.
 """
 
 from collections.abc import Mapping
@@ -88,6 +88,19 @@ class Judge(Protocol):
           decode: decodes the token ids of an example to text; None for data that are not text.
         """
         ...
+
+
+class Noted(Protocol):
+    """Optional method of a task: lines about its choices that are printed once, when a run starts."""
+
+    def notes(self, batch_spec: BatchSpec) -> tuple[str, ...]:
+        """Return lines about a global batch on the mesh in the context (`jax.set_mesh`)."""
+        ...
+
+
+def notes_of(task: Any, batch_spec: BatchSpec) -> tuple[str, ...]:
+    """Return the notes of the task, none if it has no such method."""
+    return task.notes(batch_spec) if hasattr(task, "notes") else ()
 
 
 def judge_of(task: Any) -> Judge | None:

@@ -10,9 +10,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from . import layout
+from . import kernels, layout
 
 Rotation = tuple[jax.Array, jax.Array]
 _MASKED = float(jnp.finfo(jnp.float32).min)  # finite: the difference of two masked scores is 0, not NaN
@@ -32,7 +33,9 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def self_attention(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, block: int) -> jax.Array:
+def self_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, block: int, kernel: str = "xla"
+) -> jax.Array:
     """Return softmax(q k / sqrt(D)) v: query [B, T, H, D], key and value [B, T, K, D], segments [B, T].
 
     If the mesh in the context shards the positions, each device keeps its part of the queries and gathers all keys and
@@ -46,15 +49,29 @@ def self_attention(query: jax.Array, key: jax.Array, value: jax.Array, segments:
       value: values to average.
       segments: int32, not -1; slots of different segments do not see each other.
       block: queries whose scores a device holds at once, also in the backward pass, which computes them again; 0 for
-        all queries.
+        all queries. Only XLA needs it.
+      kernel: one of `kernels.KERNELS`.
+
+    Raises:
+      ValueError: the kernel that was named does not fit.
     """
+    chosen = kernels.choose(kernel, query.shape[1], query.shape[-1], str(query.dtype)).kernel
+    if chosen != "xla":
+        return (kernels.splash if chosen == "splash" else kernels.cudnn)(query, key, value, segments)
+    query, key, value = (checkpoint_name(x, "qkv") for x in (query, key, value))
+    return checkpoint_name(_by_xla(query, key, value, segments, block), "context")
+
+
+def _by_xla(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, block: int) -> jax.Array:
     local = functools.partial(_causal, block=block)
     if layout.parts(layout.SEQUENCE_AXIS, query.shape[1]) == 1:
         return local(query, key, value, segments, segments, jnp.zeros((), jnp.int32))
 
     def on_device(query, key, value, segments, all_segments):
         start = lax.axis_index(layout.SEQUENCE_AXIS) * query.shape[1]
-        return local(query, _gather(key), _gather(value), segments, all_segments, start)
+        return local(
+            query, kernels.gather_positions(key), kernels.gather_positions(value), segments, all_segments, start
+        )
 
     # Rows are sharded by hand too: the partitioner would gather the gradients of all rows for the reduce-scatter.
     rows = layout.batch_axes(query.shape[0])
@@ -94,25 +111,6 @@ def _cut(x: jax.Array, block: int, fill: int = 0) -> jax.Array:
     padding[1] = (0, -x.shape[1] % block)
     x = jnp.pad(x, padding, constant_values=fill)
     return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
-
-
-@jax.custom_vjp
-def _gather(x: jax.Array) -> jax.Array:
-    """Gather positions [B, S / parts, ...] along `sequence` to [B, S, ...]."""
-    return lax.all_gather(x, layout.SEQUENCE_AXIS, axis=1, tiled=True)
-
-
-def _gather_forward(x):
-    return _gather(x), None
-
-
-def _gather_backward(_, gradient):
-    # In float32: a sum over many devices loses bits in bfloat16, and XLA's CPU compiler aborts on it.
-    summed = lax.psum_scatter(gradient.astype(jnp.float32), layout.SEQUENCE_AXIS, scatter_dimension=1, tiled=True)
-    return (summed.astype(gradient.dtype),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def attend(

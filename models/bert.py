@@ -16,6 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from .attention import attend
 from .layout import gather_columns, shard_batch
@@ -50,7 +51,7 @@ class BertTask(LinenTask):
     next_weight: float = 1.0  # weight of is_next in the loss; small batches need less, its gradient is mostly noise
     init_std: float = 0.02  # standard deviation of initial kernels and embeddings; narrow models need more
     position_init: str = "normal"  # initial table of positions; "sinusoidal" encodes neighbourhood from the first step
-    remat: str = "none"  # recompute in the backward pass: "none", "full" (least memory) or "dots"
+    remat: str = "none"  # recompute in the backward pass: none, full, dots, minimal, best, or names of values to keep
     compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
 
     def __post_init__(self):
@@ -206,10 +207,11 @@ class Attention(nn.Module):
         task = self.task
         heads = (task.heads, task.embed_dim // task.heads)
         into = functools.partial(_dense, task, heads, ("embed",), ("heads", "kv"))
-        query, key, value = (into(name=name)(x_BxTxE) for name in ("query", "key", "value"))
+        query, key, value = (checkpoint_name(into(name=name)(x_BxTxE), "qkv") for name in ("query", "key", "value"))
         drop = functools.partial(_dropped, rate=self.dropout)
-        mixed_BxTxHxD = attend(query, key, value, visible_Bx1xT, drop=drop)
-        return _dense(task, task.embed_dim, ("heads", "kv"), ("embed",), name="out")(mixed_BxTxHxD)
+        mixed_BxTxHxD = checkpoint_name(attend(query, key, value, visible_Bx1xT, drop=drop), "context")
+        out = _dense(task, task.embed_dim, ("heads", "kv"), ("embed",), name="out")
+        return checkpoint_name(out(mixed_BxTxHxD), "attention_out")
 
 
 class GeluMLP(nn.Module):
@@ -220,7 +222,8 @@ class GeluMLP(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxE: jax.Array) -> jax.Array:
         """Return the update of the residual stream, [B, T, E]."""
-        hidden_BxTxM = _dense(self.task, self.task.mlp_dim, ("embed",), ("mlp",), name="up")(x_BxTxE)
+        into = _dense(self.task, self.task.mlp_dim, ("embed",), ("mlp",), name="up")
+        hidden_BxTxM = checkpoint_name(into(x_BxTxE), "up")
         return _dense(self.task, self.task.embed_dim, ("mlp",), ("embed",), name="down")(nn.gelu(hidden_BxTxM))
 
 

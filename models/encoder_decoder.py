@@ -43,7 +43,7 @@ class TransformerOptions:
     head_dim: int = 32  # width of a head; even, for rotary positions
     mlp_dim: int = 512  # hidden width of the MLP
     dropout: float = 0.1  # dropout rate of embeddings and of every update of the residual stream
-    remat: str = "none"  # recompute in the backward pass: "none", "full" (least memory) or "dots"
+    remat: str = "none"  # recompute in the backward pass: none, full, dots, minimal, best, or names of values to keep
     compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
 
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .modules import REMAT_POLICIES
+from .modules import KEPT, REMAT_POLICIES, is_remat
 
 Batch = Mapping[str, jax.Array]
 BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
@@ -77,9 +77,12 @@ def check_options(
             if not least <= getattr(task, name) < below:
                 rule = f"at least {least}" + ("" if below == math.inf else f" and below {below}")
                 raise ValueError(f"task.{name}={getattr(task, name)}: must be {rule}")
-    for name, allowed in {"remat": REMAT_POLICIES, "compute_dtype": ("float32", "bfloat16"), **choices}.items():
+    for name, allowed in {"compute_dtype": ("float32", "bfloat16"), **choices}.items():
         if hasattr(task, name) and getattr(task, name) not in allowed:
             raise ValueError(f"task.{name}={getattr(task, name)!r}: use one of {', '.join(allowed)}")
+    if not is_remat(getattr(task, "remat", "none")):
+        allowed = f"one of {', '.join(REMAT_POLICIES)}, or names of {' '.join(KEPT)}"
+        raise ValueError(f"task.remat={task.remat!r}: use {allowed}")
     head_dim = getattr(task, "head_dim", 0)
     if head_dim % 2:
         raise ValueError(f"task.head_dim={head_dim}: must be even for rotary positions; use {head_dim + 1}")

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import layout, moe
+from . import kernels, layout, moe
 from .attention import Rotation, rotary_angles, self_attention
 from .layout import SEQUENCE_AXIS, gather_columns, shard_batch
 from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, class_losses, real_targets
@@ -44,9 +44,10 @@ class LMTask(LinenTask):
     mlp_dim: int = 768  # hidden width of SwiGLU, usually 8/3 of embed_dim
     rope_theta: float = 10_000.0  # longest rotary wavelength / 2 pi; larger for longer sequences
     tied_head: bool = True  # use the embedding as output head; saves vocab_size * embed_dim parameters
-    remat: str = "none"  # recompute in the backward pass: "none", "full" (least memory) or "dots"
+    remat: str = "none"  # recompute in the backward pass: none, full, dots, minimal, best, or names of values to keep
     compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
     z_loss: float = 0.0  # weight of log(Z)^2 in the training loss (PaLM: 1e-4); limits drift of the logits
+    attention: str = "auto"  # kernel: "xla", "splash" (TPU), "cudnn" (GPU), or "auto", the one that fits
     attention_block: int = 0  # queries whose scores are held at once (128 for long rows); 0 holds all T x T scores
     experts: int = 0  # number of experts that replace the MLP; 0 keeps the MLP
     experts_per_token: int = 2  # experts per token: 1 as in Switch, 2 as in GShard and Mixtral
@@ -60,6 +61,7 @@ class LMTask(LinenTask):
             self,
             positive="vocab_size layers embed_dim heads kv_heads head_dim mlp_dim",
             not_negative="attention_block experts expert_group balance_loss router_z_loss z_loss",
+            attention=kernels.KERNELS,
         )
         if self.heads % self.kv_heads:
             raise ValueError(f"task.kv_heads={self.kv_heads}: must divide task.heads={self.heads}")
@@ -74,13 +76,23 @@ class LMTask(LinenTask):
     def boxed(self, key: jax.Array) -> Any:
         """See `LinenTask.boxed`. Axes: layers, experts, embed, mlp, heads, kv_heads, kv (in a head), vocab, norm."""
         row = jnp.zeros((1, 2), jnp.int32)
-        return Transformer(self).init(key, row, row, row)
+        # The row is too short for a kernel; parameters do not depend on it.
+        return Transformer(dataclasses.replace(self, attention="xla")).init(key, row, row, row)
 
     def check_batch(self, batch_spec: BatchSpec) -> None:
         """See `LinenTask.check_batch`."""
         if "tokens" not in batch_spec:
             raise ValueError(f"the batch has {sorted(batch_spec)} and no 'tokens'; a language model needs text data")
         layout.check_sequence(batch_spec["tokens"].shape[1] - 1)
+        self._kernel(batch_spec)
+
+    def notes(self, batch_spec: BatchSpec) -> tuple[str, ...]:
+        """Return which kernel computes attention, and why."""
+        return ("attention: {} ({})".format(*self._kernel(batch_spec)),)
+
+    def _kernel(self, batch_spec: BatchSpec) -> kernels.Choice:
+        length = batch_spec["tokens"].shape[1] - 1
+        return kernels.choose(self.attention, length, self.head_dim, self.compute_dtype)
 
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
@@ -123,8 +135,8 @@ class LMTask(LinenTask):
         """Return the training FLOPs of one batch: 6 N tokens + 12 layers T H D tokens + 6 E V tokens.
 
         N counts the parameters of the blocks' matmuls, of experts those that a token uses; dispatch is not counted. The
-        attention term is PaLM's (arXiv 2204.02311, appendix B): the whole T x T square, because the masked half is
-        computed too. Recomputation by remat, norms and softmaxes are not counted, as is usual for MFU.
+        attention term is PaLM's (arXiv 2204.02311, appendix B): the whole T x T square, although kernels skip
+        most of the masked half. Recomputation by remat, norms and softmaxes are not counted, as is usual for MFU.
         """
         rows, length = batch_spec["tokens"].shape
         sequence = length - 1
@@ -183,7 +195,8 @@ class Block(nn.Module):
         attention = Attention(*sizes, writers, dtype, name="attention")
         normed_BxTxE = rms_norm("attention_norm", dtype)(x_BxTxE)
         query, (key, value) = attention.queries(normed_BxTxE, rotation), attention.keys_values(normed_BxTxE, rotation)
-        x_BxTxE += attention.out(self_attention(query, key, value, segments_BxT, task.attention_block))
+        mixed_BxTxHxD = self_attention(query, key, value, segments_BxT, task.attention_block, task.attention)
+        x_BxTxE += attention.project(mixed_BxTxHxD)
         normed_BxTxE = rms_norm("mlp_norm", dtype)(x_BxTxE)
         if task.experts:
             options = (task.experts, task.experts_per_token, task.capacity_factor, task.expert_group)

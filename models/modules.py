@@ -6,16 +6,30 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from .attention import Rotation, attend, rotate
 
 EMBEDDING_STD = 0.02
+# Values of a block that a policy can keep, as `checkpoint_name` calls them: queries, keys and values after rotation;
+# attention's mean of the values; its product with the output kernel; the products of the MLP with its first kernels.
+KEPT = ("qkv", "context", "attention_out", "gate", "up")
+_names = jax.checkpoint_policies.save_only_these_names
+_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     # Keeps products with weights, but not those of attention: they have batch dimensions and grow with T^2.
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _dots,
+    # Attention's kernels are no products to JAX, so what they return has a name.
+    "minimal": jax.checkpoint_policies.save_from_both_policies(_dots, _names("context")),
+    "best": _names(*KEPT),
 }
+
+
+def is_remat(remat: str) -> bool:
+    """Return whether `remat` is one of `REMAT_POLICIES`, or names of `KEPT` separated by blanks."""
+    return remat in REMAT_POLICIES or (bool(remat.split()) and set(remat.split()) <= {*KEPT})
 
 
 def partitioned(initializer: nn.initializers.Initializer, *names: str | None) -> nn.initializers.Initializer:
@@ -75,7 +89,12 @@ class Attention(nn.Module):
         self, x_BxTxE: jax.Array, keys: jax.Array, values: jax.Array, visible_BxTxS: jax.Array, rotation: Rotation
     ) -> jax.Array:
         """Return the update of the residual stream, [B, T, E]."""
-        return self.out(attend(self.queries(x_BxTxE, rotation), keys, values, visible_BxTxS))
+        query, keys, values = (checkpoint_name(x, "qkv") for x in (self.queries(x_BxTxE, rotation), keys, values))
+        return self.project(checkpoint_name(attend(query, keys, values, visible_BxTxS), "context"))
+
+    def project(self, mixed_BxTxHxD: jax.Array) -> jax.Array:
+        """Return the update of the residual stream, [B, T, E]."""
+        return checkpoint_name(self.out(mixed_BxTxHxD), "attention_out")
 
 
 class MLP(nn.Module):
@@ -91,8 +110,11 @@ class MLP(nn.Module):
         """Return the update of the residual stream, [B, T, E]."""
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
         into = functools.partial(dense, self.width, kernel_init=fan_in(1.0, "embed", "mlp"))
-        up_BxTxM = into(name="up")(x_BxTxE)
-        hidden_BxTxM = nn.silu(into(name="gate")(x_BxTxE)) * up_BxTxM if self.gated else nn.relu(up_BxTxM)
+        up_BxTxM = checkpoint_name(into(name="up")(x_BxTxE), "up")
+        if self.gated:
+            hidden_BxTxM = nn.silu(checkpoint_name(into(name="gate")(x_BxTxE), "gate")) * up_BxTxM
+        else:
+            hidden_BxTxM = nn.relu(up_BxTxM)
         down_init = fan_in(1 / self.writers, "mlp", "embed")
         return dense(x_BxTxE.shape[-1], kernel_init=down_init, name="down")(hidden_BxTxM)
 
@@ -110,7 +132,7 @@ def run_layers(
       x: input of the first block.
       context: further inputs of every block.
       layers: number of blocks.
-      remat: one of `REMAT_POLICIES`.
+      remat: as in `is_remat`.
 
     Returns:
       The last x, and the trees of all blocks, stacked.
@@ -120,9 +142,10 @@ def run_layers(
 
 
 def recomputed(block: type[nn.Module], remat: str) -> Any:
-    """Return the class of a block for `scan_layers`, recomputed in the backward pass by one of `REMAT_POLICIES`."""
+    """Return the class of a block for `scan_layers`, recomputed in the backward pass as `remat` says."""
     # Inside a scan the loop itself keeps XLA from merging the recomputation away.
-    return block if remat == "none" else nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    policy = REMAT_POLICIES[remat] if remat in REMAT_POLICIES else _names(*remat.split())
+    return block if remat == "none" else nn.remat(block, policy=policy, prevent_cse=False)
 
 
 def scan_layers(body: Any, length: int, in_axes: Any = nn.broadcast, state: tuple[str, ...] = ()) -> Any:

@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "data.workers",
     "data.max_malformed",
     "task.remat",
+    "task.attention",
     "task.attention_block",
     "resume_from",  # read only while the workdir has no checkpoint, like the next two
     "init_from",

@@ -80,7 +80,9 @@ def test_grouped_heads_equal_repeated_heads():
     assert_close(logits_of(SMALL, variables, batch_of()), logits_of(multi_head, full, batch_of()), 1e-5)
 
 
-@pytest.mark.parametrize(("remat", "recomputed"), [("full", 9), ("dots", 2)])
+@pytest.mark.parametrize(
+    ("remat", "recomputed"), [("full", 9), ("dots", 2), ("minimal", 1), ("best", 1), ("context qkv", 4)]
+)
 def test_remat_changes_only_memory(remat, recomputed):
     """Faults: rematerialisation changes the loss or gradient; it uses another policy than configured."""
     task = dataclasses.replace(SMALL, remat=remat)
@@ -279,7 +281,9 @@ def test_fsdp_moves_weights_but_not_activations():
     [
         ({"heads": 4, "kv_heads": 3}, "kv_heads=3: must divide task.heads=4"),
         ({"head_dim": 7}, "head_dim=7"),
-        ({"remat": "some"}, "'some': use one of none, full, dots"),
+        ({"remat": "some"}, "'some': use one of none, full, dots, minimal, best, or names of qkv context"),
+        ({"remat": "context wrong"}, "'context wrong': use one of none"),
+        ({"attention": "flash"}, "task.attention='flash': use one of auto, xla, splash, cudnn"),
         ({"compute_dtype": "float16"}, "'float16'"),
         ({"layers": 0}, "layers=0"),
         ({"z_loss": -1.0}, "z_loss=-1.0: must be at least 0"),
