@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _PLAIN = (str, int, float, bool, type(None))
-_WORDS = re.compile(r"([\w.]+(\s*,\s*[\w.]+)*,?)?")
+_WORD = r"[\w.]+(=[\w.-]+)?"
+_WORDS = re.compile(rf"({_WORD}(\s*,\s*{_WORD})*,?)?")
 _LITERAL_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)  # as documented by ast
 
 
@@ -73,7 +74,7 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def parse(text: str, hint: Any) -> Any:
-    """Parse text as a Python literal of type `hint`; strings and tuples of strings ("a,b") need no quotes.
+    """Parse text as a Python literal of type `hint`; strings and tuples of strings ("a,b=1") need no quotes.
 
     Raises:
       TypeError: the text does not fit.

@@ -23,7 +23,7 @@ def apply() -> None:
 
 
 def release() -> None:
-    """Let other processes go on that wait for process 0 to make folders. Without this they wait for five minutes."""
+    """Tell Orbax after an error that the folders of a save exist, because other processes wait for them for minutes."""
     with contextlib.suppress(ImportError):
         from orbax.checkpoint._src.futures import future
         from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator

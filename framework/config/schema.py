@@ -127,7 +127,7 @@ def get_config() -> Any:
     config.compiler_options = ()  # options of XLA, beside the defaults printed at the start: "name=value,name=value"
     config.may_change = ()  # keys that may differ when a run resumes, in addition to the built-in ones: "duration,mesh"
 
-    config.slices = 0  # TPU slices or groups of GPU nodes, each a whole mesh, beside each other; 0: as the devices say
+    config.slices = 0  # number of TPU slices, or groups of GPU nodes; config.mesh is the mesh of one; 0: as TPUs report
     config.mesh = ConfigDict()
     config.mesh.data = -1  # data parallelism: number of replicas of the parameters; -1 uses all remaining devices
     config.mesh.expert = 1  # expert parallelism: number of devices over which experts are split; batches are split too

@@ -48,21 +48,21 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None, sl
 
 
 def _slices(devices: Sequence[Any], count: int) -> list[list[Any]]:
-    """Return the devices of each slice: by the slice that a TPU tells, else equally many in the order of processes."""
-    numbers = sorted({getattr(device, "slice_index", None) or 0 for device in devices})
+    """Return the devices of each slice. TPUs know their slice; others are divided in the order of their processes."""
+
+    def slice_of(device: Any) -> int:
+        return getattr(device, "slice_index", None) or 0
+
+    numbers = {slice_of(device) for device in devices}
     count = count or len(numbers)
     if len(numbers) > 1 and count != len(numbers):
         raise UserError(f"config.slices={count}: the devices are on {len(numbers)} slices. Use 0 or {len(numbers)}.")
     if len(devices) % count:
         raise UserError(f"config.slices={count}: does not divide {len(devices)} devices. Use a divisor, or 1.")
-
-    def order(device: Any) -> Any:
-        return getattr(device, "slice_index", None) or 0, device.process_index
-
     each = len(devices) // count
-    ordered = sorted(devices, key=order)
+    ordered = sorted(devices, key=lambda device: (slice_of(device), device.process_index))
     groups = [ordered[i : i + each] for i in range(0, len(devices), each)]
-    if len(numbers) > 1 and any(order(group[0])[0] != order(group[-1])[0] for group in groups):
+    if len(numbers) > 1 and any(slice_of(group[0]) != slice_of(group[-1]) for group in groups):
         raise UserError(f"config.slices={count}: the slices have different numbers of devices. Use equal ones.")
     return groups
 

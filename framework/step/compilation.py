@@ -32,9 +32,7 @@ class Steps:
         self._compiled: dict[str, Future[Any]] = {}
         for name, lowered in itertools.chain([("initial", initial.lower())], program.lower()):
             earlier = [self._compiled["train"]] if name in _LAST else []
-            # The first state has the same bits on every mesh only without them.
-            options = {} if name == "initial" else program.compiler_options
-            self._compiled[name] = threads.submit(_compile, lowered, options, earlier)
+            self._compiled[name] = threads.submit(_compile, lowered, program.compiler_options, earlier)
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
         return self._compiled[name].result()

@@ -9,7 +9,7 @@ import jax
 
 from ..base.errors import UserError
 
-# On a CPU the first step comes sooner, and the steps take as long.
+# On a CPU, more optimization by LLVM takes longer than it saves, and changes no bit.
 _CPU = {"xla_backend_optimization_level": "1"}
 # What maxtext sets for dense models: collectives overlap with products.
 _TPU = dict.fromkeys(
@@ -49,7 +49,8 @@ def choose(given: Sequence[str], device: Any) -> dict[str, str]:
     Raises:
       UserError: an option has no value.
     """
-    flags = {each.removeprefix("--").partition("=")[0] for each in _environment().split()}
+    environment = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    flags = {each.removeprefix("--").partition("=")[0] for each in " ".join(environment).split()}
     chosen = {name: value for name, value in _defaults(device).items() if name not in flags}
     for each in given:
         name, equals, value = each.partition("=")
@@ -73,10 +74,6 @@ def compile_with(lowered: jax.stages.Lowered, options: Mapping[str, str]) -> jax
         if "While setting option" in str(error):
             raise UserError(f"config.compiler_options: {str(error).partition(': ')[2]}") from error
         raise
-
-
-def _environment() -> str:
-    return f"{os.environ.get('XLA_FLAGS', '')} {os.environ.get('LIBTPU_INIT_ARGS', '')}"
 
 
 def _defaults(device: Any) -> Mapping[str, str]:

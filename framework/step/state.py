@@ -118,9 +118,7 @@ def make_initial(
         found = zip(patterns.paths(state), jax.tree.leaves(state), strict=True)
         return {name: leaf for name, leaf in found if name in names}
 
-    # It runs once. On a CPU, all optimizations of the compiler take longer than they save, and change no bit.
-    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    return jax.jit(initial if names else dict, out_shardings=chosen(shardings(abstract)), compiler_options=options)
+    return jax.jit(initial if names else dict, out_shardings=chosen(shardings(abstract)))
 
 
 def shardings(abstract: Any) -> Any:

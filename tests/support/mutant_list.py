@@ -1011,10 +1011,18 @@ FRAMEWORK = (
     Mutant(
         "slices-mixed",
         "framework/sharding/meshes.py",
-        'return getattr(device, "slice_index", None) or 0, device.process_index',
-        "return 0, device.process_index",
+        "(slice_of(device), device.process_index)",
+        "device.process_index",
         "A mesh axis of a slice joins chips of several slices.",
         ("tests/framework/sharding/test_slices.py::test_the_first_axis_is_the_slice_that_the_chips_tell",),
+    ),
+    Mutant(
+        "options-with-values-need-quotes",
+        "framework/base/values.py",
+        '(=[\\w.-]+)?"',
+        '"',
+        "The command line refuses compiler options as the docs write them.",
+        ("tests/framework/step/test_compiler_options.py::test_the_command_line_takes_options_without_quotes",),
     ),
     Mutant(
         "default-flags-win-over-the-environment",

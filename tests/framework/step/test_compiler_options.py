@@ -6,7 +6,9 @@ import jax
 import pytest
 from jax.experimental import topologies
 
+from shampax.configs import base
 from shampax.framework.base.errors import UserError
+from shampax.framework.config import overrides
 from shampax.framework.step import compiler_options
 
 DEVICES = {
@@ -33,6 +35,14 @@ def test_the_environment_wins_over_defaults_and_the_config_over_both(monkeypatch
     async_gathers = "xla_enable_async_all_gather"
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{async_gathers}=false")
     assert async_gathers not in compiler_options.choose((), DEVICES["v5e"])
+
+
+def test_the_command_line_takes_options_without_quotes():
+    """Fault: the example of docs/clusters.md is refused."""
+    config = base.get_config()
+    overrides.apply(config, ["compiler_options=xla_tpu_scoped_vmem_limit_kib=65536,xla_enable_async_all_gather=False"])
+    options = compiler_options.choose(config.compiler_options, DEVICES["v5e"])
+    assert options["xla_tpu_scoped_vmem_limit_kib"] == "65536" and options["xla_enable_async_all_gather"] == "False"
 
 
 def test_large_vmem_is_used_where_a_chip_has_it():
