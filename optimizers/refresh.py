@@ -161,9 +161,8 @@ def _solved(
     def statistics(bucket: Bucket, number: int) -> jax.Array:
         state, side = states[bucket.name], bucket.sides[number]
         packed = rows(state.statistics[number], bucket.name)
-        if bucket.preconditioner.begins_at_zero(len(bucket.sides)):
-            packed /= correction(bucket.beta2, rows(state.age, bucket.name), packed.ndim)
-        return unpack(packed, bucket.shape[side])
+        age = rows(state.age, bucket.name) + bucket.preconditioner.prior(len(bucket.sides))
+        return unpack(packed / correction(bucket.beta2, age, packed.ndim), bucket.shape[side])
 
     found: dict[tuple[str, int], RootResult] = {}
     before = None

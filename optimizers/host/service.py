@@ -324,9 +324,9 @@ class HostRoots:
     def _solve(self, bucket: Bucket, taken: InFlight, sizes: np.ndarray, found: Any, i: int) -> None:
         """Solve for one block and write the result to row i of `found`; runs in a worker's thread."""
         start = time.perf_counter()
-        beta2, age, sides, retries = bucket.beta2, int(taken.age), [], 0
-        corrected = beta2 < 1 and age > 0 and bucket.preconditioner.begins_at_zero(len(bucket.sides))
-        divisor = 1 - beta2**age if corrected else 1.0
+        age = int(taken.age) + bucket.preconditioner.prior(len(bucket.sides))
+        divisor = 1 - bucket.beta2**age if bucket.beta2 < 1 and age > 0 else 1.0
+        sides, retries = [], 0
         for packed, side in zip(taken.statistics, bucket.sides, strict=True):
             whole = unpack(packed, bucket.shape[side])[: sizes[side], : sizes[side]]
             result, tried = bucket.preconditioner.solve_on_host(

@@ -129,24 +129,24 @@ class Preconditioner(abc.ABC):
         state, statistics = state._replace(scale_log2=scale_log2), []
         for kept, side in zip(state.statistics, bucket.sides, strict=True):
             kept = change * kept
-            if not self.begins_at_zero(len(bucket.sides)):
-                kept = jnp.where(begins, pack(self.first(g, blocks, side)), kept)
+            if self.prior(len(bucket.sides)):
+                kept = jnp.where(begins, new * pack(self.first(g, blocks, side)), kept)
             x = self.observed(g, state, blocks, side)
             others = [axis for axis in range(1, x.ndim) if axis != side + 1]
             product = lax.dot_general(x, x, ((others, others), ((0,), (0,))), precision=lax.Precision.HIGHEST)
             statistics.append(old * kept + new * pack(product))
         return state._replace(statistics=tuple(statistics), age=state.age + 1)
 
-    def begins_at_zero(self, sides: int) -> bool:
-        """Return whether statistics of blocks with `sides` preconditioned sides begin at zero, and not at `first`.
+    def prior(self, sides: int) -> int:
+        """Return how many gradients the statistics of `sides` preconditioned sides count before the first: 0, or 1.
 
-        Averages that begin at zero are bias-corrected.
+        The bias correction of an average counts it too.
         """
         del sides
-        return True
+        return 0
 
     def first(self, g: jax.Array, blocks: Blocks, side: int) -> jax.Array:
-        """Return the statistics [n, r, r] of a side before the first gradient, unless they begin at zero."""
+        """Return what that gradient adds to the statistics [n, r, r] of a side."""
         raise AssertionError(f"the statistics of {self.name} begin at zero")
 
     def observed(self, g: jax.Array, state: PreconditionerState, blocks: Blocks, side: int) -> jax.Array:

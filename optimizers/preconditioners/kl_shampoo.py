@@ -17,7 +17,9 @@ class KLShampoo(Shampoo):
         S_a <- beta2 S_a + (1 - beta2) G S_b^(-1) G' / d_b
     These are the stationary points of the divergence between normal distributions with the covariances E[g g'] and
     S_a (x) S_b (theorem 1 of the paper). Roots have order 2. All S begin at r I with r the root mean square of the
-    first gradient, without bias correction. Before the first refresh, rms(G) I replaces S_b.
+    first gradient, which counts as one gradient in the average. Without it, directions that the first gradients do not
+    excite would have no variance, and their first gradient would be whitened without bound. Before the first refresh,
+    rms(G) I replaces S_b.
     """
 
     name = "kl_shampoo"
@@ -25,9 +27,9 @@ class KLShampoo(Shampoo):
     label = "KL"
     p = 2  # inverse square roots of the covariance
 
-    def begins_at_zero(self, sides: int) -> bool:
-        """Return whether there is only one side: then the statistics are those of Shampoo."""
-        return sides == 1
+    def prior(self, sides: int) -> int:
+        """Return 0 if there is only one side, whose statistics are those of Shampoo, or else 1."""
+        return int(sides > 1)
 
     def power(self, sides: int) -> float:
         """Return 2 / sides: the product over all sides has degree 2."""

@@ -298,9 +298,9 @@ OPTIMIZERS = (
     Mutant(
         "kl-statistics-begin-at-zero",
         "optimizers/preconditioners/kl_shampoo.py",
-        "return sides == 1",
-        "return sides >= 1",
-        "KL-Shampoo's first statistics are divided by a bias correction that they do not need.",
+        "return int(sides > 1)",
+        "return 0",
+        "KL-Shampoo whitens the first gradients in a new direction without bound.",
         ("tests/optimizers/test_reference.py::test_agrees_with_the_float64_reference",),
     ),
     Mutant(

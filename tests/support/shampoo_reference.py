@@ -274,7 +274,7 @@ def accumulate(rule, matrix, g):
         x = g[b.at]
         if rule.kind.startswith("kl") and len(b.statistics) > 1 and not any(s.any() for s in b.statistics.values()):
             start = math.sqrt(np.mean(x**2)) ** (2 / len(b.statistics))
-            b.statistics = {side: start * np.eye(len(s)) for side, s in b.statistics.items()}
+            b.statistics = {side: new * start * np.eye(len(s)) for side, s in b.statistics.items()}
         seen = {
             side: unfolding(whitened(b, x, side) if rule.kind.startswith("kl") else x, side) for side in b.statistics
         }
@@ -300,8 +300,8 @@ def due_phases(o, t):
 
 def refresh(o, rule, p, block, t):
     """Refresh the roots of one block after its first gradient. They are used from the step after t + delay on."""
-    starts_at_zero = not rule.kind.startswith("kl") or len(block.statistics) == 1
-    correction = 1 - rule.beta2**t if rule.beta2 < 1 and starts_at_zero else 1.0
+    age = t + (rule.kind.startswith("kl") and len(block.statistics) > 1)
+    correction = 1 - rule.beta2**age if rule.beta2 < 1 else 1.0
     if not block.statistics or not all(s.any() for s in block.statistics.values()):
         return
     if rule.kind == "soap":
