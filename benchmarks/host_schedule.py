@@ -67,7 +67,12 @@ class Loop:
     def __init__(self, way: Way, shapes: dict[str, tuple[int, ...]], block_size: int, wait: float):
         refresh = "staggered" if way.kind == IN_STEP else "host"
         options = ShampooOptions(
-            block_size=block_size, interval=way.interval, refresh=refresh, delay=way.delay, solver=way.solver
+            block_size=block_size,
+            interval=way.interval,
+            early_intervals=(),
+            refresh=refresh,
+            delay=way.delay,
+            solver=way.solver,
         )
         self.way, self.workers = way, pool_size(options.host_workers)
         self.events: list[Event] = []

@@ -96,7 +96,9 @@ def cost(options: argparse.Namespace) -> dict[str, Any]:
         head_dim=64,
         mlp_dim=3 * size,
     )
-    ours = ShampooOptions(block_size=options.block_size, interval=options.interval, exponent=0.5, ridge=1e-4)
+    ours = ShampooOptions(
+        block_size=options.block_size, interval=options.interval, early_intervals=(), exponent=0.5, ridge=1e-4
+    )
     same: dict[str, Any] = {"p": 2, "ridge": 1e-4, "largest_side": task.vocab_size - 1}
     sides = {
         "google": GoogleOptions(options.block_size, options.interval, **same),

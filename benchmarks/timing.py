@@ -162,7 +162,7 @@ def _unstacked(tree: Any, layers: int, of_layer: Callable[[Any], Any]) -> Any:
 
 def early_steps(options: Any) -> int:
     """Return the last step with an early interval; 0 for optimizers without early intervals."""
-    return max((last for last, _ in getattr(options, "early_intervals", ())), default=0)
+    return max((last for last, _ in getattr(options, "early", ())), default=0)
 
 
 def _train_step(workload: Workload, options: Any, rate: float, batches: Sequence[Any]) -> Timed:

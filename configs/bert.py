@@ -62,9 +62,7 @@ def sample(config: Any) -> None:
         init_std=0.1,
         position_init="sinusoidal",
     )
-    config.optimizer = base.component(
-        base.SHAMPOO, block_size=128, early_intervals=((20, 1),), weight_decay=0.3, rate_rules=EMBEDDING_RATES
-    )
+    config.optimizer = base.component(base.SHAMPOO, block_size=128, weight_decay=0.3, rate_rules=EMBEDDING_RATES)
     config.duration = "1_000 steps"
     config.batch_size = 96
     config.schedule.learning_rate = 4e-3

@@ -43,6 +43,7 @@ def sample(config: Any) -> None:
     config.optimizer = base.component(
         base.SHAMPOO,
         block_size=128,
+        early_intervals=(),  # as measured
         treatments=TREATMENTS,
         rate_rules=RATE_RULES,
         weight_decay=1.0,  # shrinks rows that are rare, or occur only in the held-out months

@@ -57,7 +57,6 @@ def sample(config: Any) -> None:
     config.optimizer = base.component(
         base.SHAMPOO,
         block_size=128,
-        early_intervals=((20, 1),),  # a tenth of this short run; long runs do not need it
         beta1=0.8,  # a short run gains from a shorter memory, under any optimizer (docs/results.md)
         rate_rules=base.EMBEDDING_RATE,
     )
@@ -74,7 +73,6 @@ def sample_host(config: Any) -> None:
     sample(config)
     config.optimizer.refresh = "host"
     config.optimizer.delay = 1
-    config.optimizer.early_intervals = ((20, 2),)  # the delay allows no shorter interval
 
 
 def sample_adamw(config: Any) -> None:

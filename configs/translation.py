@@ -128,6 +128,7 @@ def paper(config: Any) -> None:
         graft="adagrad",
         refresh="host",
         interval=1_000,
+        early_intervals=(),  # as in the paper, roots are renewed about every 1,000 steps
     )
     config.duration = "150_000 steps"
     config.batch_size = 1_536

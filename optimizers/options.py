@@ -28,6 +28,8 @@ _CHOICES = {
     "roots_dtype": DTYPES,
     "momentum_dtype": DTYPES,
 }
+# Default last step with the shortest interval; docs/results.md compares it with no early intervals.
+_EARLY = 20
 # Smallest and largest values. An interval costs memory on every device, a worker on the host.
 _BOUNDS = {
     **dict.fromkeys(("beta1", "beta2"), (0, 1)),
@@ -159,7 +161,8 @@ class Options:
     interval: int = 10  # steps between two refreshes of a block's roots
     delay: int = 2  # with "host": roots of the statistics of step t are used from step t + 1 + delay
     host_workers: int = 0  # with "host": solver threads per process; 0: one fewer than the cores, at least 1
-    early_intervals: tuple[tuple[int, int], ...] = ()  # (last step, interval) pairs before `interval` applies
+    # (last step, interval) pairs before `interval` applies; None: as short as allowed up to step 20
+    early_intervals: tuple[tuple[int, int], ...] | None = None
     start_step: int = 0  # first step that uses roots; the graft method acts before
 
     # Grafting
@@ -218,7 +221,7 @@ class Options:
         if self.diagonal.has_second_moment and self.epsilon == 0:
             raise ValueError(f"epsilon=0: must be positive, or graft {self.graft!r} divides 0 by 0. Use 1e-8.")
         before = 0
-        for last, interval in self.early_intervals:
+        for last, interval in self.early:
             if last <= before:
                 raise ValueError(f"early_intervals={self.early_intervals}: last steps must increase and be positive.")
             if interval < 1 or self.interval % interval:
@@ -228,12 +231,21 @@ class Options:
                     f"Use one of {', '.join(divisors)}."
                 )
             before = last
-        shortest = min([self.interval, *[interval for _, interval in self.early_intervals]])
+        shortest = min([self.interval, *[interval for _, interval in self.early]])
         if self.refresh == "host" and self.delay >= shortest:
             raise ValueError(
                 f"delay={self.delay}: must be less than the shortest interval, {shortest}. Use a delay of at most "
                 f"{shortest - 1}, or intervals of at least {self.delay + 1}."
             )
+
+    @property
+    def early(self) -> tuple[tuple[int, int], ...]:
+        """Return `early_intervals`, or its default: the shortest interval that the schedule allows, up to step 20."""
+        if self.early_intervals is not None:
+            return self.early_intervals
+        least = self.delay + 1 if self.refresh == "host" else 1
+        shortest = next((k for k in range(least, self.interval) if self.interval % k == 0), self.interval)
+        return ((_EARLY, shortest),) if shortest < self.interval else ()
 
     @property
     def diagonal(self):

@@ -29,9 +29,9 @@ def due_phases(step: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]
       options: options of the optimizer.
     """
     first, count, before = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32), 0
-    for last, interval in reversed(options.early_intervals):
+    for last, interval in reversed(options.early):
         count = jnp.where(step <= last, options.interval // interval, count)
-    for last, interval in options.early_intervals:
+    for last, interval in options.early:
         first += jnp.clip(step - 1 - before, 0, last - before) * (options.interval // interval)
         before = last
     first += jnp.maximum(step - 1 - before, 0)
@@ -41,7 +41,7 @@ def due_phases(step: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]
 
 def phases_due(step: int, options: Options) -> int:
     """Return the count of `due_phases`, on the host."""
-    interval = next((interval for last, interval in options.early_intervals if step <= last), options.interval)
+    interval = next((interval for last, interval in options.early if step <= last), options.interval)
     return options.interval // interval if step >= _first_due(options) else 0
 
 
@@ -84,7 +84,7 @@ def refresh(
     if options.refresh == "periodic":
         crosses = accepted & (-first % options.interval < count)
         written = lax.cond(crosses, lambda written: renew(jnp.int32(0), written), lambda written: written, written)
-    elif options.early_intervals or options.start_step:
+    elif options.early or options.start_step:
         # Operands are not negative, so `lax.rem` is correct; it compiles to less code than `%`.
         interval = jnp.int32(options.interval)
         written = lax.fori_loop(0, count, lambda i, written: renew(lax.rem(first + i, interval), written), written)

@@ -24,7 +24,7 @@ def test_every_change_is_valid_and_differs_from_the_defaults(recwarn):
     """Faults: a change is invalid, which only shows after hours; a change equals the defaults."""
     ours = components.build(load("shampax/configs/lm.py:sample").optimizer)
     changed = list(defaults.variants(ours).values())
-    assert changed[0].beta1 == 0.9 and changed[0].early_intervals
+    assert changed[0].beta1 == 0.9 and changed[0].early
     assert len(set(changed)) == len(changed)
     assert all("/" not in name and ";" not in name for name in defaults.CHANGES)  # names of files, and of --changes
     assert not recwarn.list

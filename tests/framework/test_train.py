@@ -148,7 +148,9 @@ HOSTED = {"refresh": "host", "delay": 1}
 
 
 def shampoo(schedule, **changes):
-    return make_config(optimizer=base.component(SHAMPOO, block_size=8, interval=3, **schedule), **changes)
+    return make_config(
+        optimizer=base.component(SHAMPOO, block_size=8, interval=3, early_intervals=(), **schedule), **changes
+    )
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from shampax.optimizers import ShampooOptions, distributed_shampoo
 from shampax.optimizers.baselines import AdamWOptions
 from shampax.optimizers.plan.blocks import make_plan, parameters
 
-OPTIONS = ShampooOptions(block_size=128, interval=20, solver="newton")
+OPTIONS = ShampooOptions(block_size=128, interval=20, early_intervals=(), solver="newton")
 # The options that tests/conftest.py turns off for all other programs.
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 

@@ -189,6 +189,23 @@ def test_invalid_options(options, error):
         ShampooOptions(**(FIXED | options))
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ((20, 1),)),
+        ({"interval": 1}, ()),
+        ({"early_intervals": ()}, ()),
+        ({"refresh": "host"}, ((20, 5),)),
+        ({"refresh": "host", "delay": 1}, ((20, 2),)),
+        ({"refresh": "host", "interval": 9}, ((20, 3),)),
+        ({"refresh": "host", "interval": 7}, ()),
+    ],
+)
+def test_default_early_intervals_are_the_shortest_that_the_schedule_allows(options, expected):
+    """Faults: roots follow young statistics too late; the default is refused because of the delay."""
+    assert ShampooOptions(**({"interval": 10} | options)).early == expected
+
+
 @pytest.mark.parametrize("name", ["ridge", "cut", "epsilon", "weight_decay", "exponent"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_are_finite(name, value):

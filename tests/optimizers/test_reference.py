@@ -21,7 +21,7 @@ from shampax.optimizers import ShampooOptions, distributed_shampoo
 
 STEPS = 50
 # Small blocks for small arrays, an interval shorter than the run, and a ridge that float32 resolves.
-BASE = {"block_size": 16, "interval": 4, "exponent": None, "ridge": 1e-4}
+BASE = {"block_size": 16, "interval": 4, "early_intervals": (), "exponent": None, "ridge": 1e-4}
 TREE = {"dense": {"bias": (21,), "kernel": (33, 21)}, "wide": (11, 33)}
 FAMILY = {"a": (33, 21), "b": (14, 40), "w": (16, 14)}
 STACK = {"layers": (3, 20, 12), "vectors": (3, 12)}

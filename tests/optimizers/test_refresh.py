@@ -25,7 +25,7 @@ def schedules(draw, *, rising=False):
 
 def intervals(options):
     """Return the interval of each step."""
-    early = options.early_intervals
+    early = options.early
     return [next((k for last, k in early if step <= last), options.interval) for step in range(1, STEPS + 1)]
 
 
@@ -41,7 +41,9 @@ def due(options):
 @pytest.mark.parametrize("interval", [1, 3, 20])
 def test_without_early_intervals_one_phase_is_due(interval):
     """Fault: the schedule does not start with phase 0 on step 1, or skips a phase."""
-    first, count = jax.vmap(lambda s: due_phases(s, ShampooOptions(interval=interval)))(jnp.arange(1, 50))
+    first, count = jax.vmap(lambda s: due_phases(s, ShampooOptions(interval=interval, early_intervals=())))(
+        jnp.arange(1, 50)
+    )
     np.testing.assert_array_equal(first, np.arange(49) % interval)
     np.testing.assert_array_equal(count, 1)
 
@@ -84,7 +86,7 @@ def test_no_block_waits_longer_than_the_interval(options):
 @pytest.mark.parametrize(("interval", "start_step"), [(5, 0), (5, 3), (5, 5), (5, 6), (5, 40), (1, 7)])
 def test_all_roots_exist_at_start_step(interval, start_step):
     """Faults: preconditioning starts with blocks without roots; refreshes before are unused."""
-    options = ShampooOptions(interval=interval, start_step=start_step)
+    options = ShampooOptions(interval=interval, early_intervals=(), start_step=start_step)
     which = due(options)
     begin = max(start_step - interval, 1)
     assert not which[: begin - 1].any()

@@ -56,7 +56,10 @@ def test_a_low_rank_signal_is_not_lost_in_noise():
         g = (signal + 1e-4 * random.normal(size=(64, 32))).astype(np.float32)
         stream.append({"half": g, "quarter": g})
     treatments = (("half", "shampoo exponent=0.5"), ("quarter", "shampoo exponent=0.25"))
-    run = train(ShampooOptions(solver="eigh", interval=10, ridge=0.0, cut=1e-4, treatments=treatments), stream)
+    run = train(
+        ShampooOptions(solver="eigh", interval=10, early_intervals=(), ridge=0.0, cut=1e-4, treatments=treatments),
+        stream,
+    )
     for t, updates in enumerate(run.updates):
         for name, update in updates.items():
             inside = left @ (left.T @ update @ right) @ right.T
@@ -94,6 +97,7 @@ def grafted_options(graft, beta1=0.9):
         beta1=beta1,
         epsilon=1e-12,
         interval=10,
+        early_intervals=(),
         ridge=1e-6,
         refresh="host",  # compiles twice as fast
         delay=0,
@@ -364,7 +368,7 @@ def test_stacked_equals_separate():
     """Fault: norms or statistics mix scanned layers."""
     stacked = gradients(6, {"w": (3, 16, 24)})
     separate = [{f"w{i}": g["w"][i] for i in range(3)} for g in stacked]
-    options = ShampooOptions(interval=3, exponent=0.25, ridge=1e-4, refresh="host", delay=0)
+    options = ShampooOptions(interval=3, early_intervals=(), exponent=0.25, ridge=1e-4, refresh="host", delay=0)
     one = train(options, stacked, names={"w": ("layers", "embed", "mlp")})
     three = train(options, separate)
     for t in range(6):
@@ -470,10 +474,13 @@ def test_a_state_moves_to_another_mesh(old, new, kind):
 EARLY = {"interval": 4, "early_intervals": ((4, 1), (12, 2))}
 # (options, steps at which blocks of a phase get new roots)
 SCHEDULES = {
-    "staggered": ({"interval": 4}, lambda phase: range(phase + 1, 25, 4)),
+    "staggered": ({"interval": 4, "early_intervals": ()}, lambda phase: range(phase + 1, 25, 4)),
     "early": (EARLY, lambda phase: [1, 2, 3, 4, *range(5 + phase // 2, 13, 2), *range(13 + phase, 25, 4)]),
     "periodic": ({"refresh": "periodic"} | EARLY, lambda phase: [1, 2, 3, 4, 5, 7, 9, 11, 13, 17, 21]),
-    "late": ({"interval": 4, "start_step": 10}, lambda phase: [t for t in range(phase + 1, 25, 4) if t >= 6]),
+    "late": (
+        {"interval": 4, "early_intervals": (), "start_step": 10},
+        lambda phase: [t for t in range(phase + 1, 25, 4) if t >= 6],
+    ),
 }
 
 
@@ -539,7 +546,7 @@ def test_weight_decay_needs_parameters():
         tx.update(params, tx.init(params))
 
 
-SMALL = ShampooOptions(interval=2, exponent=0.25, solver="eigh", graft="sgd")
+SMALL = ShampooOptions(interval=2, early_intervals=(), exponent=0.25, solver="eigh", graft="sgd")
 
 
 def descend(tx, steps):

@@ -23,7 +23,7 @@ pytest.importorskip("libtpu", reason="TPU programs need the compiler in libtpu, 
 
 pytestmark = pytest.mark.slow
 
-OPTIONS = ShampooOptions(block_size=128, interval=20, solver="newton")
+OPTIONS = ShampooOptions(block_size=128, interval=20, early_intervals=(), solver="newton")
 SHAPES = {"up": (1024, 4096), "down": (4096, 1024)}
 
 

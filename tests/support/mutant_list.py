@@ -183,6 +183,14 @@ OPTIMIZERS = (
         ("tests/optimizers/test_refresh.py",),
     ),
     Mutant(
+        "early-intervals-ignore-the-delay",
+        "optimizers/options.py",
+        'least = self.delay + 1 if self.refresh == "host" else 1',
+        'least = self.delay if self.refresh == "host" else 1',
+        "With roots on the host, the default options are refused: the early interval is not above the delay.",
+        ("tests/optimizers/test_options.py::test_default_early_intervals_are_the_shortest_that_the_schedule_allows",),
+    ),
+    Mutant(
         "padding-counted-as-real",
         "optimizers/plan/blocks.py",
         "np.clip(whole - part * np.arange(count), 0, part)",

@@ -290,7 +290,7 @@ def due_phases(o, t):
     """Return the phases (block numbers modulo the interval) that are refreshed at step t."""
     if t < o.start_step - o.interval - delay(o):
         return set()
-    interval_at = [next((k for last, k in o.early_intervals if s <= last), o.interval) for s in range(1, t + 1)]
+    interval_at = [next((k for last, k in o.early if s <= last), o.interval) for s in range(1, t + 1)]
     ticks = [o.interval // k for k in interval_at]
     before, now = sum(ticks[:-1]), ticks[-1]
     if o.refresh == "periodic":

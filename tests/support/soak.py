@@ -38,7 +38,7 @@ from shampax.configs import base
 
 OPTIMIZERS = {{
     "adamw": base.component(base.ADAMW),
-    "staggered": base.component(base.SHAMPOO, block_size=8, interval=4),
+    "staggered": base.component(base.SHAMPOO, block_size=8, interval=4, early_intervals=()),
     "host": base.component(base.SHAMPOO, block_size=8, interval=4, refresh="host", delay=2),
 }}
 

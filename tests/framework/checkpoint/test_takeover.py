@@ -41,7 +41,7 @@ class Changed(toy.ToyTask):
 
 
 def shampoo(**changes):
-    return base.component(SHAMPOO, block_size=8, interval=3, **changes)
+    return base.component(SHAMPOO, block_size=8, interval=3, early_intervals=(), **changes)
 
 
 @pytest.fixture(scope="module")

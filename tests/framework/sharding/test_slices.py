@@ -69,7 +69,7 @@ def test_each_slice_owns_all_blocks():
 
 
 def config(**changes):
-    optimizer = base.component(SHAMPOO, block_size=8, interval=4, ridge=1e-4)
+    optimizer = base.component(SHAMPOO, block_size=8, interval=4, early_intervals=(), ridge=1e-4)
     fixed = {
         "duration": "12 steps",
         "log.every": "1 steps",

@@ -67,7 +67,7 @@ def test_ema_equals_that_of_optax_and_does_not_change_the_descent():
     np.testing.assert_allclose(averages[-1], weights @ iterates[1:] / weights.sum(), rtol=1e-5)
 
 
-OPTIMIZERS = {"adamw": AdamWOptions(), "shampoo": ShampooOptions(block_size=8, interval=3)}
+OPTIMIZERS = {"adamw": AdamWOptions(), "shampoo": ShampooOptions(block_size=8, interval=3, early_intervals=())}
 
 
 @functools.cache

@@ -151,7 +151,7 @@ def test_all_devices_skip_if_the_gradient_of_one_shard_is_infinite():
 
 OPTIMIZERS = {
     "adamw": AdamWOptions(),
-    "staggered": ShampooOptions(block_size=8, interval=3),
+    "staggered": ShampooOptions(block_size=8, interval=3, early_intervals=()),
 }
 
 

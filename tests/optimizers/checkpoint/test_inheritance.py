@@ -13,7 +13,7 @@ from shampax.optimizers.plan import patterns
 
 SHAPES = {"bias": (24,), "conv": (3, 3, 4, 8), "stack": (2, 24, 40), "w": (24, 40)}
 NAMES = {"bias": ("x",), "conv": (None,) * 4, "stack": ("layers", "x", "y"), "w": ("x", "y")}
-OPTIONS = ShampooOptions(block_size=16, interval=2, exponent=0.5, ridge=1e-4, solver="eigh")
+OPTIONS = ShampooOptions(block_size=16, interval=2, early_intervals=(), exponent=0.5, ridge=1e-4, solver="eigh")
 
 
 def setting(options, shapes=SHAPES):
@@ -165,7 +165,7 @@ def test_roots_in_flight_are_dropped_if_the_schedule_changes():
 
 
 # Changes on resume, as (options before, options after, shapes before). All rows of the table in docs/checkpoints.md.
-CHANGED = ShampooOptions(block_size=16, interval=4, ridge=1e-4)
+CHANGED = ShampooOptions(block_size=16, interval=4, early_intervals=(), ridge=1e-4)
 ALL = {"bias": (24,), "w": (24, 40)}
 
 
