@@ -6,10 +6,17 @@ Turns without a save alternate with turns that begin with a save, in one process
 as long as the sample's interval between checkpoints. A save overlaps the first steps of its turn, up to the step during
 which the checkpoint becomes complete. These steps are compared with the first steps of turns without a save. Prints
 JSON.
+
+    python -m shampax.benchmarks.saving --memory=600 --variant=sample_host
+    python -m shampax.benchmarks.saving --memory=1000 --every=1
+
+print the resident memory of the training command over 600 steps without a save, and over 1,000 saves.
 """
 
 import argparse
 import dataclasses
+import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +28,7 @@ import jax
 import numpy as np
 
 from ..configs import lm
+from ..framework.base.errors import UserError
 from ..framework.checkpoint import takeover
 from ..framework.checkpoint.record import Ranking, Record
 from ..framework.checkpoint.saving import Checkpoints
@@ -34,6 +42,8 @@ from ..framework.step.schedule import make_schedule
 from ..framework.step.state import make_initial
 from ..optimizers.plan import patterns
 from . import command
+
+_READINGS = 20  # of the memory
 
 
 def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
@@ -111,15 +121,40 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     }
 
 
+def memory(options: argparse.Namespace, place: Path) -> dict[str, Any]:
+    """Run the training command and read its resident memory as it reports steps. Return the result as JSON."""
+    knobs = {"duration": f"{options.memory} steps", "checkpoint.every": f"{options.every} steps"}
+    knobs |= {"log.every": f"{max(1, options.memory // _READINGS)} steps", "evaluation.every": "0 steps"}
+    words = [sys.executable, "-m", "shampax.launch.train", f"--config={lm.__file__}:{options.variant}"]
+    words += [f"--workdir={place / 'run'}", *(f"--config.{name}={value}" for name, value in knobs.items())]
+    resident = {}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout
+        for line in run.stdout:
+            if found := re.match(r"step +(\d+)/", line):
+                status = Path(f"/proc/{run.pid}/status").read_text()
+                resident[int(found[1])] = round(int(status.partition("VmRSS:")[2].split()[0]) / 1e3, 1)
+                print(f"{line.rstrip()}  {resident[int(found[1])]} MB", file=sys.stderr, flush=True)
+    if run.returncode:
+        raise UserError(f"{' '.join(words)}: ended with code {run.returncode}.")
+    later = np.array([(step, megabytes) for step, megabytes in resident.items() if step > options.memory / 3])
+    growth = float(np.polyfit(*later.T, 1)[0])
+    return {"variant": options.variant, "steps from one save to the next": options.every, "resident MB": resident} | {
+        "MB added by 1,000 steps after the first third": round(1e3 * growth, 1)
+    }
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command line. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="sample", help="variant of configs/lm.py")
     parser.add_argument("--turns", type=int, default=20, help="turns with a save, and as many without")
     parser.add_argument("--steps", type=int, default=20, help="steps per turn")
+    parser.add_argument("--memory", type=int, default=0, metavar="N", help="read the memory over N steps instead")
+    parser.add_argument("--every", type=int, default=0, help="steps from one save to the next for --memory; 0: never")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as place:
-        return command.report(lambda: measure(options, Path(place)))
+        return command.report(lambda: (memory if options.memory else measure)(options, Path(place)))
 
 
 if __name__ == "__main__":
