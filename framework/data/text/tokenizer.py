@@ -4,6 +4,7 @@ Training is deterministic: the same documents give the same JSON for any number 
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -61,8 +62,13 @@ def load_tokenizer(path: epath.Path, vocab_size: int) -> Tokenizer:
       UserError: the file is missing or invalid, has more than `vocab_size` tokens, has no "<|endoftext|>", or is not
         byte-level (decoding does not restore the text).
     """
-    _refuse_unfit_parts(path)
-    tokenizer = read_tokenizer(path, vocab_size)
+    return _byte_level(path, vocab_size, read_bytes(path))
+
+
+@functools.lru_cache(1)  # for a large vocabulary it takes a second, and a run asks for it several times
+def _byte_level(path: epath.Path, vocab_size: int, content: bytes) -> Tokenizer:
+    _refuse_unfit_parts(path, content)
+    tokenizer = read_tokenizer(path, vocab_size, content)
     if tokenizer.token_to_id(END_OF_DOCUMENT) is None:
         raise UserError(f"data.tokenizer={path}: has no token {END_OF_DOCUMENT!r}. Add it as a special token.")
     with refusing(f"data.tokenizer={path}: fails on {_PROBE!r}"):
@@ -80,7 +86,7 @@ def load_tokenizer(path: epath.Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _refuse_unfit_parts(path: epath.Path) -> None:
+def _refuse_unfit_parts(path: epath.Path, content: bytes) -> None:
     """Refuse parts that no byte-level tokenizer has; the Rust library panics on some, which writes to the terminal."""
 
     def fits(part: Any) -> bool:
@@ -89,7 +95,7 @@ def _refuse_unfit_parts(path: epath.Path) -> None:
         return part["type"] == "Sequence" and all(map(fits, part.get("normalizers", part.get("pretokenizers"))))
 
     with refusing(f"data.tokenizer={path}: is not a tokenizers JSON file"):
-        parts = json.loads(read_bytes(path))
+        parts = json.loads(content)
         unfit = [name for name in ("normalizer", "pre_tokenizer") if not fits(parts.get(name))]
     if unfit:
         raise UserError(
@@ -98,13 +104,12 @@ def _refuse_unfit_parts(path: epath.Path) -> None:
         )
 
 
-def read_tokenizer(path: epath.Path, vocab_size: int) -> Tokenizer:
-    """Read a tokenizers JSON file.
+def read_tokenizer(path: epath.Path, vocab_size: int, content: bytes) -> Tokenizer:
+    """Return the tokenizer of the content of a tokenizers JSON file.
 
     Raises:
-      UserError: the file is missing or invalid, or has more than `vocab_size` tokens.
+      UserError: it is invalid, or has more than `vocab_size` tokens.
     """
-    content = read_bytes(path)
     with refusing(f"data.tokenizer={path}: is not a tokenizers JSON file"):
         tokenizer = Tokenizer.from_buffer(content)
         size = max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -160,6 +165,7 @@ def encode(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[tuple[str
             yield document, np.concatenate([end, np.array(encoding.ids, np.int32), end])
 
 
+@functools.lru_cache(1)
 def characters_per_token(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     """Return the number of characters that begin in each token, int32 [vocab_size].
 
@@ -171,6 +177,7 @@ def characters_per_token(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
         table[id] = sum((_BYTES[character] & 0xC0) != 0x80 for character in token)
     for id, added in tokenizer.get_added_tokens_decoder().items():
         table[id] = 0 if added.special else len(added.content)
+    table.setflags(write=False)
     return table
 
 

@@ -13,7 +13,7 @@ from etils import epath
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ...base.errors import UserError
-from .tokenizer import first_characters, read_tokenizer, train_on
+from .tokenizer import first_characters, read_bytes, read_tokenizer, train_on
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SMALLEST_VOCABULARY = 150  # the special tokens, the smallest alphabet twice, and some pieces
@@ -74,7 +74,7 @@ def load_wordpiece(path: epath.Path, vocab_size: int) -> Tokenizer:
     Raises:
       UserError: the file is missing or invalid, has another model, or more than `vocab_size` tokens.
     """
-    tokenizer = read_tokenizer(path, vocab_size)
+    tokenizer = read_tokenizer(path, vocab_size, read_bytes(path))
     if not isinstance(tokenizer.model, models.WordPiece):
         kind = type(tokenizer.model).__name__
         raise UserError(f"data.tokenizer={path}: has a model of type {kind!r}; masked text needs WordPiece")

@@ -14,7 +14,7 @@ from shampax.framework.base.errors import UserError
 from shampax.framework.data import samples
 from shampax.framework.data.reading import files
 from shampax.framework.data.reading.malformed import Malformed
-from shampax.framework.data.text import TextData, documents
+from shampax.framework.data.text import TextData, documents, tokenizer
 from shampax.framework.data.text.packing import real_targets
 from shampax.framework.data.text.tokenizer import train_tokenizer
 from shampax.framework.dataset import SPLITS
@@ -278,6 +278,19 @@ def test_prepared_tfds_sets_are_read_without_tensorflow(tmp_path, tfds_dir, sour
     data = TextData(source=source, data_dir=str(tfds_dir), heldout_split=heldout, sequence_length=32, vocab_size=300)
     assert sorted(decoded(data, tmp_path, "train")) == sorted(TEXTS[:30])
     assert sorted(decoded(data, tmp_path, "heldout")) == sorted(TEXTS[30:])
+
+
+def test_the_tokenizer_is_loaded_once(tmp_path, monkeypatch):
+    """Fault: a run loads its tokenizer four times, and counts the characters of its tokens eight times."""
+    calls = []
+    load = tokenizer.read_tokenizer
+    monkeypatch.setattr(tokenizer, "read_tokenizer", lambda *arguments: calls.append(1) or load(*arguments))
+    (tmp_path / "a.txt").write_text("\f".join(TEXTS))
+    data = TextData(source=f"file:{tmp_path}/a.txt", vocab_size=301, sequence_length=16)
+    data.prepare(tmp_path / "cache")
+    for split in SPLITS:
+        data.examples(split, tmp_path / "cache")
+    assert len(calls) == 1
 
 
 def test_given_tokenizer(sample, tmp_path):
