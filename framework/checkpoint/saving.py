@@ -8,7 +8,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -163,27 +163,40 @@ class Checkpoints:
             store.MANIFEST: ocp.args.JsonSave(manifest),
         }
         self._step = record.step
-        if not alone:
-            self._barriers.begin()
         path = self._directory / str(record.step)
-        beginning = self._thread.submit(self._writer.save, path, args=ocp.args.Composite(**items), force=True)
-        # Several processes meet here in collectives, which must not run between those of steps.
+        beginning = self._thread.submit(self._start, path, ocp.args.Composite(**items))
         failure = "" if alone else _any(self._outcome(beginning.result))
         if failure:
+            self._outcome(self._writer.wait_until_finished)  # what the others have begun, which fails, too
             self._remove_partial()
         self._ending = None if failure else self._thread.submit(self._end, beginning, path, begun)
         return failure
 
-    def _end(self, beginning: Future[Any], path: Path, begun: float) -> None:
-        """Wait in the background until a save is committed, check it, write its checksums, delete others."""
-        beginning.result()
+    def _start(self, path: Path, items: ocp.args.Composite) -> None:
+        """Begin to write; if it fails in one process, it fails in all."""
+        if jax.process_count() == 1:
+            self._writer.save(path, args=items, force=True)
+            return
+        self._barriers.begin()
+        with self._failing_together(), workarounds.meeting_by(self._barriers.wait):
+            self._writer.save(path, args=items, force=True)
+
+    @contextlib.contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """Let other processes fail at once, which wait for this one, if it fails."""
         try:
-            self._writer.wait_until_finished()
+            yield
         except _STORAGE_ERRORS as error:
-            if jax.process_count() > 1:  # the others wait for this process
+            if jax.process_count() > 1:
                 self._barriers.fail(first_line(error))
                 workarounds.release()
             raise
+
+    def _end(self, beginning: Future[Any], path: Path, begun: float) -> None:
+        """Wait in the background until a save is committed, check it, write its checksums, delete others."""
+        beginning.result()
+        with self._failing_together():
+            self._writer.wait_until_finished()
         self._metrics["checkpoint/seconds"] = time.perf_counter() - begun
         if self._first:
             store.arrays(path)  # a checkpoint counts once its index can be read back

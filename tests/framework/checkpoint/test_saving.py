@@ -407,6 +407,9 @@ state, saving = make_state({"fsdp": 4}, P("fsdp"), width=4096), saver(place, kee
 folder, limits = place / "checkpoints", resource.getrlimit(resource.RLIMIT_FSIZE)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
+def failing(*arguments, **options):
+    raise OSError(5, "Input/output error")
+
 def attempt(step):
     begun = time.monotonic()
     try:
@@ -431,6 +434,16 @@ if index == 0:
     folder.unlink()
     (place / "moved").rename(folder)
 attempt(6)
+for step, broken in ((7, 1), (9, 0)):
+    save, remove = saving._writer.save, saving._writer._prepare_destination_async
+    if index == broken:  # before Orbax has met the other process, or after
+        if broken:
+            saving._writer.save = failing
+        else:
+            saving._writer._prepare_destination_async = failing
+    attempt(step)
+    saving._writer.save, saving._writer._prepare_destination_async = save, remove
+    attempt(step + 1)
 saving.close()
 print("kept:", sorted(path.name for path in folder.iterdir()))
 """
@@ -438,8 +451,8 @@ print("kept:", sorted(path.name for path in folder.iterdir()))
 
 @pytest.mark.slow
 def test_a_save_that_fails_in_one_process_is_reported_by_all_at_once(tmp_path):
-    """Faults: the other processes wait at Orbax's barrier, or for its folders, for minutes; the next save fails, too;
-    an incomplete checkpoint is committed."""
+    """Faults: the other processes wait in a collective for ever, or at Orbax's barrier, or for its folders, for
+    minutes; the next save fails, too; an incomplete checkpoint is committed."""
     for out in run_together(FAILING, processes=2, devices=2, arguments=[str(tmp_path)]):
         reported = [line for line in out.splitlines() if ":" in line and not line.startswith("[Gloo]")]
         assert reported == [
@@ -449,5 +462,9 @@ def test_a_save_that_fails_in_one_process_is_reported_by_all_at_once(tmp_path):
             "step: 4 saved",
             "step: 5 failed False True",
             "step: 6 saved",
-            "kept: ['1', '4', '6']",
+            "step: 7 failed True True",
+            "step: 8 saved",
+            "step: 9 failed False True",
+            "step: 10 saved",
+            "kept: ['10', '6', '8']",
         ]
