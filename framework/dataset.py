@@ -20,7 +20,12 @@ Decoder = Callable[[np.ndarray], str]
 
 
 class Source(Protocol):
-    """Random access to examples of fixed shapes, without a batch dimension."""
+    """Random access to examples of fixed shapes, without a batch dimension; several threads read at once.
+
+    A source may also have `__getitems__(indices) -> examples`, for rows that one call reads faster than several; and
+    `in_workers = True`, if examples take much Python and the source is small when pickled, so that worker processes
+    read large data sets by default.
+    """
 
     def __len__(self) -> int: ...
 

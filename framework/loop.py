@@ -5,6 +5,7 @@ Training pauses at the steps that hooks ask for. At a pause the hooks run in the
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -107,7 +108,7 @@ class Run:
         )
 
     def __enter__(self):
-        for each in (self._signals, *map(contextlib.closing, (self.journal, self.saver, self.service))):
+        for each in (self._signals, *map(contextlib.closing, (self.journal, self.saver, self.service, self._batches))):
             self._open.enter_context(each)
         self.state = dataclasses.replace(self.state, opt_state=self.service.start(self.state.opt_state))
         return self
@@ -161,7 +162,9 @@ class Run:
                 ) from error
             return None
         self.watch.at("data", self.step)
+        begun = time.monotonic()
         batch = next(self._batches)
+        self.journal.speedometer.waited_for_input(time.monotonic() - begun)
         self.watch.at("step", self.step)
         with jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
             self.state, metrics = self.steps["train"](self.state, batch)

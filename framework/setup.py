@@ -208,6 +208,7 @@ def claim(blueprint: Blueprint) -> None:
     rows = startup.parameter_rows(program.abstract.params, program.placements, treatments)
     startup.show_parameters(rows, workdir)
     console.say(startup.memory_line(program.abstract))
+    console.say(f"input: {blueprint.feed.reading}")
     for line in notes_of(blueprint.request.task, program.batch_spec):
         console.say(line)
     console.say(str(blueprint.start))

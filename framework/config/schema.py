@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "checkpoint",
     "compilation_cache",
     "compiler_options",
+    "input",
     "watchdog",
     "profile_steps",
     "evaluation.every",
@@ -70,6 +71,9 @@ BOUNDS = {
     "compilation_cache.gigabytes": Within(0.001, 1e6),
     "simulated_devices": Within(0, 1024),
     "slices": Within(0, 2**16),
+    "input.threads": Within(0, 1024),
+    "input.workers": Within(-1, 1024),
+    "input.ahead": Within(1, 4096),
     "processes.waiting_seconds": Within(1, 1e6),
     "processes.death_seconds": Within(5, 3600),
 }
@@ -87,6 +91,11 @@ def get_config() -> Any:
     config.task = ConfigDict({"name": ""})  # import string of the model with its loss and metrics
     config.data = ConfigDict({"name": ""})  # import string of the data set
     config.optimizer = ConfigDict({"name": ""})  # import string of the optimizer
+
+    config.input = ConfigDict()
+    config.input.threads = 0  # threads that read examples, in each process or worker; 0: four a core, at most 64
+    config.input.workers = -1  # processes that read training batches; -1: none for small data, else one per 16 cores
+    config.input.ahead = 8  # batches to read ahead
 
     config.schedule = ConfigDict()
     config.schedule.learning_rate = 1e-3  # peak learning rate

@@ -5,7 +5,7 @@ import functools
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar
 
 import jax
@@ -18,7 +18,7 @@ from . import samples
 from .preparing import manifests
 from .preparing.manifests import Manifest
 from .preparing.preparing import Preparable, Tally
-from .reading import files, tsv
+from .reading import files, shards, tsv
 from .reading.malformed import Malformed
 from .reading.sources import Blocks, Source, Stream, blocks_of, of_splits
 
@@ -74,7 +74,7 @@ class ClickData(Preparable):
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return shapes and types of an example."""
-        of_zeros = example(np.zeros((), ROW))
+        (of_zeros,) = examples(np.zeros(1, ROW))
         return {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in of_zeros.items()}
 
     def open_source(self) -> Source:
@@ -116,9 +116,9 @@ class ClickData(Preparable):
         boundary = rows - round(rows * self.heldout_fraction)
         return (0, boundary) if split == "train" else (boundary, rows)
 
-    def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> Callable[[bytes], Example]:
+    def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> shards.Decode:
         """See `Preparable.row_decoder`."""
-        return lambda content: example(np.frombuffer(content, ROW)[0])
+        return lambda contents: examples(np.frombuffer(b"".join(contents), ROW))
 
     def _blocks(self, path: epath.Path) -> Blocks:
         return (parse(path, lines) for lines in blocks_of(tsv.lines(path), self.shard_size))
@@ -181,15 +181,16 @@ def packed(fields: Fields) -> bytes:
     return row.tobytes()
 
 
-def example(row: Any) -> Example:
-    """Return the example of a row with the fields of `ROW`.
+def examples(rows: np.ndarray) -> list[Example]:
+    """Return the examples of rows of type `ROW`.
 
     label: 1 for a click. weight: 1; padding examples have 0. integers: counts, which may be negative; `MISSING` for an
     empty field. categories: 32-bit hashes, which a model maps to the rows of its tables.
     """
-    return {
-        "label": np.asarray(row["label"], np.int32),
-        "weight": np.ones((), np.float32),
-        "integers": row["integers"].astype(np.int32),
-        "categories": row["categories"].astype(np.uint32),
+    columns = {
+        "label": rows["label"].astype(np.int32),
+        "weight": np.ones(len(rows), np.float32),
+        "integers": rows["integers"].astype(np.int32),
+        "categories": rows["categories"].astype(np.uint32),
     }
+    return shards.rows_of(columns)

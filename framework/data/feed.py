@@ -1,6 +1,7 @@
 """The data of a run: training and held-out batches, on the devices."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 from .. import dataset
 from ..distributed import agreement
 from ..sharding.global_batch import Share
-from .pipeline import Batches, HeldoutBatches
+from .pipeline import Batches, HeldoutBatches, Reading
 
 
 class Feed:
@@ -21,6 +22,7 @@ class Feed:
       fingerprint: of the training data, "" if the data set has none.
       heldout_examples: number of held-out examples that one evaluation reads.
       decode: decodes the token ids of an example to text; None for data that are not text.
+      reading: how batches are read.
       batch_spec: shapes and shardings of a global batch.
 
     Raises:
@@ -31,7 +33,8 @@ class Feed:
         agreement.first(lambda: data.prepare(cache))
         source, heldout_source = data.examples("train", cache), data.examples("heldout", cache)
         self._share, evaluation = Share(config.batch_size, mesh), config.evaluation
-        rows = {"global_batch_size": config.batch_size, "rows": self._share.rows}
+        self.reading = Reading.choose(source, **config.input)
+        rows = {"global_batch_size": config.batch_size, "rows": self._share.rows, "reading": self.reading}
         self._train = Batches(source, seed=config.seed, augment=dataset.augment(data), **rows)
         self._heldout = HeldoutBatches(heldout_source, limit=evaluation.batches, sample=evaluation.sample, **rows)
         self.examples = len(source)
@@ -43,10 +46,12 @@ class Feed:
             self._share.to_devices(self._train[0]),
         )
 
-    def train(self, number: int) -> Iterator[Any]:
-        """Yield training batches `number`, `number` + 1, ... without end."""
-        return map(self._share.to_devices, self._train.from_step(number))
+    def train(self, number: int) -> Generator[Any]:
+        """Yield training batches `number`, `number` + 1, ... without end. Close the iterator to end its workers."""
+        with contextlib.closing(self._train.from_step(number)) as batches:
+            yield from map(self._share.to_devices, batches)
 
-    def heldout(self) -> Iterator[Any]:
+    def heldout(self) -> Generator[Any]:
         """Yield the held-out batches once."""
-        return map(self._share.to_devices, self._heldout)
+        with contextlib.closing(iter(self._heldout)) as batches:
+            yield from map(self._share.to_devices, batches)

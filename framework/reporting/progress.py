@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ..sharding import chips
 
 _IMPORTED = time.monotonic()
+_SHOWN_WAIT = 0.05  # of the time; laying a batch over the devices takes less
 
 
 class Clock:
@@ -66,17 +67,28 @@ class Speedometer:
         if peak := chips.peak_flops(mesh.devices.flat[0].device_kind):
             self._per_step["mfu"] = flops_per_step / (peak * mesh.size)
         self._first = self._last = (0, math.inf)
+        self._waited = 0.0
 
     def warmed_up(self, step: int, seconds: float) -> None:
         """Start measuring at `step`, after `seconds` of training time."""
-        self._first = self._last = (step, seconds)
+        self._first, self._last, self._waited = (step, seconds), (step, seconds), 0.0
+
+    def waited_for_input(self, seconds: float) -> None:
+        """Add the seconds that training waited for a batch."""
+        self._waited += seconds
 
     def read(self, step: int, seconds: float) -> dict[str, float]:
-        """Return the metrics `throughput/...` since the last reading, {} if no step has passed."""
+        """Return the metrics `throughput/...` since the last reading, {} if no step has passed.
+
+        `input_wait` is the share of the time that training waited for batches.
+        """
         rate = self._rate(self._last, step, seconds)
-        if rate:
-            self._last = (step, seconds)
-        return {f"throughput/{name}": rate * count for name, count in self._per_step.items()} if rate else {}
+        if not rate:
+            return {}
+        values = {name: rate * count for name, count in self._per_step.items()}
+        values["input_wait"] = self._waited / (seconds - self._last[1])
+        self._last, self._waited = (step, seconds), 0.0
+        return {f"throughput/{name}": value for name, value in values.items()}
 
     def remaining(self, step: int, seconds: float) -> float | None:
         """Return the training seconds left at this process' mean speed, None if no step has passed."""
@@ -100,6 +112,8 @@ def progress_line(step: int, total_steps: int, values: Mapping[str, float], rema
         parts += [f"{speed['steps_per_second']:.3g} steps/s", f"{_short(speed[f'{unit}_per_second'])} {unit}/s"]
     if "mfu" in speed:
         parts.append(f"MFU {speed['mfu']:.1%}")
+    if speed.get("input_wait", 0) >= _SHOWN_WAIT:
+        parts.append(f"waits for input {speed['input_wait']:.0%}")
     if remaining:
         parts.append(f"ETA {datetime.timedelta(seconds=round(remaining))}")
     return "  ".join(parts)

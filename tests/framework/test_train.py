@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import time
 import types
 
 import jax
@@ -55,6 +56,22 @@ def test_a_run_writes_all_its_files(uninterrupted):
     assert list(workdir.glob("events.out.tfevents.*"))
     assert json.loads((workdir / "config.json").read_text())["batch_size"] == 8
     assert "hidden/kernel" in (workdir / "parameters.txt").read_text()
+
+
+def test_a_run_that_waits_for_its_input_says_so(tmp_path, monkeypatch, capsys):
+    """Faults: the wait is not measured; the metric is missing."""
+    read = toy.ToySource.__getitem__
+
+    def slow(self, index):
+        time.sleep(0.02)
+        return read(self, index)
+
+    monkeypatch.setattr(toy.ToySource, "__getitem__", slow)
+    changes = {"duration": "6 steps", "input.threads": 1, "input.ahead": 1, "evaluation.every": "0 steps"}
+    train(make_config(**changes | {"checkpoint.every": "0 steps"}), tmp_path / "run", devices=two())
+    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["throughput/input_wait"] > 0.5 for line in written if "throughput/input_wait" in line] == [True] * 3
+    assert re.search(r"tokens/s  waits for input \d+%", capsys.readouterr().out)
 
 
 def test_heldout_loss_is_the_weighted_mean_over_all_rows_without_padding(uninterrupted):
@@ -441,6 +458,7 @@ def test_the_host_runs_exactly_one_step_ahead():
 
     class Log:
         most_consecutive_skips, skipped = 0, 0
+        speedometer = types.SimpleNamespace(waited_for_input=lambda seconds: None)
 
         def tokens(self, step):
             return 0

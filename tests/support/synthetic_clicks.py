@@ -95,9 +95,6 @@ class TaughtClicks:
         logit = self._values[every, values].sum() + self._slopes @ np.where(empty, 0, seen - 2)
         logit += (vectors * np.roll(vectors, 1, axis=0)).sum()
         chance = 1 / (1 + math.exp(-self._data.signal * logit))
-        fields = {
-            "label": np.int32(random.random() < chance),
-            "integers": np.where(empty, clicks.MISSING, integers),
-            "categories": self._hashes[every, values],
-        }
-        return clicks.example(fields), chance
+        label = random.random() < chance
+        row = np.array([(label, np.where(empty, clicks.MISSING, integers), self._hashes[every, values])], clicks.ROW)
+        return clicks.examples(row)[0], chance

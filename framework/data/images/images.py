@@ -4,8 +4,9 @@ import dataclasses
 import hashlib
 import sys
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
@@ -140,17 +141,30 @@ class _SampleImages:
 class _TfdsImages:
     """Images of a tfds set, uint8: whole in "train", central crops in "heldout"; malformed ones are black, weight 0."""
 
+    in_workers = True
+
     def __init__(self, images: TfdsSet, split: Split, data: ImageData):
         self._images, self._data = images, data
         self._split: Split = split
         self._source = images.source(split)
         self._rejects, self._skipped, self._lock = Rejects(data.max_malformed), set[int](), threading.Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._data.examples, (self._split, Path())
+
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Example:
-        read = self._read(index)
+        return next(self.__getitems__([index]))
+
+    def __getitems__(self, indices: Sequence[int]) -> Iterator[Example]:
+        """Yield images, decoded one by one; their files are read by one call."""
+        records = self._images.examples(self._split, self._source, list(indices))
+        return (self._example(index, record) for index, record in zip(indices, records, strict=True))
+
+    def _example(self, index: int, record: dict[str, Any] | Malformed) -> Example:
+        read = self._decoded(index, record)
         if isinstance(read, Malformed):
             self._skip(index, read)
             example = _example(np.zeros((1, 1, 3), np.uint8), 0, 0)
@@ -162,8 +176,7 @@ class _TfdsImages:
         box = pictures.central_box(height, width, _HELDOUT_SHARE)
         return example | {"image": pictures.resized(example["image"], box, self._data.image_size)}
 
-    def _read(self, index: int) -> tuple[np.ndarray, int] | Malformed:
-        (record,) = self._images.examples(self._split, self._source, [index])
+    def _decoded(self, index: int, record: dict[str, Any] | Malformed) -> tuple[np.ndarray, int] | Malformed:
         if isinstance(record, Malformed):
             return record
         place, label = self._images.place(self._split, index), int(record[self._data.label_key])

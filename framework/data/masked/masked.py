@@ -2,8 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
-from typing import Annotated, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
@@ -110,7 +110,7 @@ class MaskedTextData(DocumentData):
 
     def examples(self, split: Split, cache: str | os.PathLike[str]) -> Source:
         """See `Preparable.examples`; `augment` masks the rows of "train"."""
-        unmasked = super().examples(split, cache)
+        unmasked: Any = super().examples(split, cache)
         return unmasked if split == "train" else MaskedRows(unmasked, self)
 
     def augment(self, example: Example, rng: np.random.Generator) -> Example:
@@ -135,7 +135,9 @@ class MaskedTextData(DocumentData):
 class MaskedRows:
     """Rows masked as a function of their index alone."""
 
-    def __init__(self, rows: Source, data: MaskedTextData):
+    in_workers = True
+
+    def __init__(self, rows: Any, data: MaskedTextData):
         self._rows, self._data = rows, data
 
     def __repr__(self) -> str:
@@ -145,7 +147,11 @@ class MaskedRows:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
-        return self._data.augment(self._rows[index], np.random.default_rng([_MASKS_SEED, index]))
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Example]:
+        rows = zip(self._rows.__getitems__(indices), indices, strict=True)
+        return [self._data.augment(row, np.random.default_rng([_MASKS_SEED, index])) for row, index in rows]
 
 
 def masked_row(

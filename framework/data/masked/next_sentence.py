@@ -7,7 +7,7 @@ second is replaced by text from a random place of another document, and the sent
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -131,13 +131,15 @@ class PairRow:
         row["bounds"] = len(pair.first) + 2, len(tokens), pair.is_next
         return row.tobytes()
 
-    def __call__(self, content: bytes) -> Example:
-        """Return the unmasked row, int32 arrays.
+    def __call__(self, contents: Sequence[bytes]) -> list[Example]:
+        """Return unmasked rows, int32 arrays.
 
         tokens [T]; segments [T], 1 for [CLS], the first text and its [SEP], 2 for the second text and its [SEP], 0 for
         padding; is_next, 1 if the second text follows the first; vocabulary, the fields of `Vocabulary`.
         """
-        row = np.frombuffer(content, self._type)[0]
+        return [self._example(row) for row in np.frombuffer(b"".join(contents), self._type)]
+
+    def _example(self, row: Any) -> Example:
         first, end, is_next = row["bounds"].tolist()
         segments = np.zeros(len(row["tokens"]), np.int32)
         segments[:first], segments[first:end] = 1, 2

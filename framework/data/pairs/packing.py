@@ -5,10 +5,11 @@ for the end before it, from which the first token is predicted, and one for the 
 and targets `target[1:]`; a target counts if its segment equals its input's and is not 0.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from ...dataset import Example
 from ..text.packing import positions
 
 END = 0  # the token before and after each target and after each source; padding has it too, with segment 0
@@ -59,12 +60,15 @@ class Packer:
         tokens = np.concatenate([pair[side] for side in (0, 1) for pair in row]).astype(self._type)
         return lengths.tobytes() + tokens.tobytes()
 
-    def __call__(self, content: bytes) -> dict[str, np.ndarray]:
-        """Return the example of a row: int32 arrays by `COLUMNS`.
+    def __call__(self, contents: Sequence[bytes]) -> list[Example]:
+        """Return the examples of rows: int32 arrays by `COLUMNS`.
 
         source: token ids [source_length]. target: [target_length + 1]. *_segments: number of the pair inside the row,
         from 1, the same on both sides; 0 is padding. *_positions: position inside the segment, from 0.
         """
+        return [self._example(content) for content in contents]
+
+    def _example(self, content: bytes) -> Example:
         count = int(np.frombuffer(content, np.int32, 1)[0])
         lengths = np.frombuffer(content, np.int32, 2 * count, offset=4).reshape(count, 2)
         packed = np.frombuffer(content, self._type, offset=4 + lengths.nbytes)

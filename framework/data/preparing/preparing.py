@@ -12,7 +12,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 
 from etils import epath
@@ -20,7 +20,7 @@ from etils import epath
 from ...base import bounds, paths
 from ...base.bounds import Within
 from ...base.errors import UserError
-from ...dataset import SPLITS, Example, Source, Split
+from ...dataset import SPLITS, Source, Split
 from ..reading import shards, sources
 from ..reading.malformed import Rejects
 from . import manifests
@@ -73,8 +73,8 @@ class Preparable(abc.ABC):
         """
 
     @abc.abstractmethod
-    def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> Callable[[bytes], Example]:
-        """Return the function that decodes a row of a split to an example."""
+    def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> shards.Decode:
+        """Return the function that decodes rows of a split to examples."""
 
     def make_tokenizer(self, cache: epath.Path, source: sources.Source) -> str:
         """Return the path of the tokenizer of all rows, "" for rows without one; train it if it is missing."""

@@ -43,7 +43,7 @@ def run_in_processes(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]])
 
 def _child(errors: Any, work: Callable[..., None], job: tuple[Any, ...]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has one core
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     try:
         work(*job)
     except (UserError, OSError) as error:
@@ -51,7 +51,7 @@ def _child(errors: Any, work: Callable[..., None], job: tuple[Any, ...]) -> None
         sys.exit(1)
 
 
-def _exit_with_parent() -> None:
+def exit_with_parent() -> None:
     """End this process when its parent is killed, so that it does not compete with a rerun."""
     parent = multiprocessing.parent_process()
     if parent is not None:

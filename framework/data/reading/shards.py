@@ -1,26 +1,31 @@
 """Rows as bytes in ArrayRecord files: a shard is written once in order; rows of many shards are read at random.
 
 Rows are stored in uncompressed groups of up to 64: reading one costs 10 to 50 microseconds of a core, with the groups
-of one that grain asks for 200 and more. ArrayRecord keeps a checksum of each group: corrupt rows are refused.
+of one that grain asks for 200 and more. One call reads all wanted rows of a shard. ArrayRecord keeps a checksum of each
+group: corrupt rows are refused.
 """
 
 import bisect
+import collections
 import functools
 import hashlib
 import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
 from ...base import paths
 from ...base.errors import UserError
 from ...dataset import Example
+
+Decode = Callable[[Sequence[bytes]], Sequence[Example]]
 
 _GROUP_BYTES, _LEAST, _MOST = 10_240, 8, 64  # size of a group in bytes; bounds of its number of rows
 _OPEN = 512  # readers held open; each takes one of the process' file descriptors, often 1,024
@@ -75,16 +80,23 @@ def _writing(call: Callable[..., Any], *arguments: Any) -> Any:
         raise OSError(str(error)) from None
 
 
+def rows_of(columns: Mapping[str, np.ndarray]) -> list[Example]:
+    """Return the examples of arrays [rows, ...], as views."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 class ShardRows:
     """Random access to rows `start` to `stop` of concatenated shards.
 
     Args:
       shards: files of `write`, local or gs://, with their numbers of rows.
-      decode: returns the example of a row.
+      decode: returns the examples of rows.
       start, stop: bounds as of a slice.
     """
 
-    def __init__(self, shards: Mapping[epath.Path, int], decode: Callable[[bytes], Example], start: int, stop: int):
+    in_workers = True
+
+    def __init__(self, shards: Mapping[Any, int], decode: Decode, start: int, stop: int):
         self._shards, self._counts, self._decode = list(map(os.fspath, shards)), list(shards.values()), decode
         self._ends = list(itertools.accumulate(self._counts))
         self._range = range(start, stop)
@@ -97,20 +109,40 @@ class ShardRows:
     def __len__(self) -> int:
         return len(self._range)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        shards = dict(zip(self._shards, self._counts, strict=True))
+        return type(self), (shards, self._decode, self._range.start, self._range.stop)
+
     def __getitem__(self, index: int) -> Example:
-        """Return an example.
+        """Return an example; raises as `__getitems__`."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[Example]:
+        """Return examples, in the order of their indices.
 
         Raises:
-          UserError: its shard cannot be read, or has another number of rows than its manifest says.
+          UserError: a shard cannot be read, or has another number of rows than its manifest says.
         """
-        place = self._range[index]
-        shard = bisect.bisect_right(self._ends, place)
-        row = place - self._ends[shard] + self._counts[shard]
+        wanted = collections.defaultdict[int, list[int]](list)  # places in `contents` by shard
+        rows, contents = [], [b""] * len(indices)
+        for number, index in enumerate(indices):
+            place = self._range[index]
+            shard = bisect.bisect_right(self._ends, place)
+            rows.append(place - self._ends[shard] + self._counts[shard])
+            wanted[shard].append(number)
+        for shard, numbers in wanted.items():
+            for number, content in zip(numbers, self._read(shard, [rows[number] for number in numbers]), strict=True):
+                contents[number] = content
+        return self._decode(contents)
+
+    def _read(self, shard: int, rows: list[int]) -> list[bytes]:
         try:
-            return self._decode(self._reader(shard).read([row])[0])
+            return self._reader(shard).read(rows)
         except (RuntimeError, IndexError) as error:
+            if len(rows) > 1:  # find the one to name
+                return [content for row in rows for content in self._read(shard, [row])]
             raise UserError(
-                f"{self._shards[shard]}, row {row + 1}: cannot be read ({str(error)[:80]}). {_REBUILD}"
+                f"{self._shards[shard]}, row {rows[0] + 1}: cannot be read ({str(error)[:80]}). {_REBUILD}"
             ) from None
 
     def _open(self, shard: int) -> ArrayRecordReader:

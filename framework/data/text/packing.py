@@ -5,9 +5,12 @@ last token of the previous row. Inputs are `row[:-1]` and targets `row[1:]`; a t
 input's. So every token of every document, and its end, is predicted exactly once.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+
+from ...dataset import Example
+from ..reading.shards import rows_of
 
 Row = tuple[np.ndarray, np.ndarray]
 
@@ -42,10 +45,10 @@ def real_targets(segments: np.ndarray) -> np.ndarray:
 
 
 def positions(segments: np.ndarray) -> np.ndarray:
-    """Return the position of each slot inside its segment, from 0: int32 [row_length]."""
-    slots = np.arange(len(segments), dtype=np.int32)
+    """Return the position of each slot of segments [..., row_length] inside its segment, from 0: int32."""
+    slots = np.arange(segments.shape[-1], dtype=np.int32)
     starts = np.diff(segments, prepend=-1) != 0
-    return slots - np.maximum.accumulate(np.where(starts, slots, 0))
+    return slots - np.maximum.accumulate(np.where(starts, slots, 0), axis=-1)
 
 
 def row_type(row_length: int, vocab_size: int) -> np.dtype:
@@ -64,22 +67,18 @@ def to_bytes(row: Row, row_type: np.dtype) -> bytes:
 COLUMNS = ("tokens", "segments", "positions", "characters")
 
 
-def unpacked(content: bytes, row_type: np.dtype, characters: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the example of a row of a shard: int32 [row_length] arrays by `COLUMNS`.
+def unpacked(contents: Sequence[bytes], row_type: np.dtype, characters: np.ndarray) -> list[Example]:
+    """Return the examples of rows of a shard: int32 [row_length] arrays by `COLUMNS`.
 
     tokens: ids. segments: number of the document inside the row, from 1; 0 is padding. positions: position inside the
     segment, from 0. characters: number of characters that begin in a token, 0 if the token is not a target.
 
     Args:
-      content: result of `to_bytes`.
-      row_type: type of the row.
+      contents: results of `to_bytes`.
+      row_type: type of a row.
       characters: number of characters that begin in each token, int32 [vocab_size].
     """
-    row = np.frombuffer(content, row_type)[0]
-    tokens, segments = row["tokens"].astype(np.int32), row["segments"].astype(np.int32)
-    return {
-        "tokens": tokens,
-        "segments": segments,
-        "positions": positions(segments),
-        "characters": np.where(real_targets(segments), characters[tokens], 0),
-    }
+    rows = np.frombuffer(b"".join(contents), row_type)
+    tokens, segments = rows["tokens"].astype(np.int32), rows["segments"].astype(np.int32)
+    counts = np.where(real_targets(segments), characters[tokens], 0)
+    return rows_of(dict(zip(COLUMNS, (tokens, segments, positions(segments), counts), strict=True)))

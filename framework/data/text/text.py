@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, ClassVar
 
 import jax
@@ -11,9 +11,10 @@ from etils import epath
 
 from ...base.bounds import Within
 from ...base.errors import UserError
-from ...dataset import Example, Split
+from ...dataset import Split
 from ..preparing.manifests import Manifest
 from ..preparing.preparing import Tally
+from ..reading import shards
 from ..reading.sources import Stream
 from . import packing
 from .documents import DocumentData
@@ -68,7 +69,7 @@ class TextData(DocumentData):
         row_type = self._row_type
         return (packing.to_bytes(row, row_type) for row in packing.pack(counted(), self.sequence_length + 1))
 
-    def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> Callable[[bytes], Example]:
+    def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> shards.Decode:
         """See `Preparable.row_decoder`."""
         characters = characters_per_token(self.tokenizer_of(folder, manifest), self.vocab_size)
         return functools.partial(packing.unpacked, row_type=self._row_type, characters=characters)

@@ -1,7 +1,9 @@
 import functools
 
+import cloudpickle
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,8 +96,37 @@ def test_large_ids_are_stored(vocab_size):
     """Fault: the integer type is too small for the vocabulary."""
     row = np.array([0, vocab_size - 1, vocab_size // 2], np.int32), np.ones(3, np.int32)
     kind = row_type(3, vocab_size)
-    back = unpacked(to_bytes(row, kind), kind, np.zeros(vocab_size, np.int32))
+    (back,) = unpacked([to_bytes(row, kind)], kind, np.zeros(vocab_size, np.int32))
     assert back["tokens"].tolist() == row[0].tolist()
+
+
+def test_one_call_reads_all_rows_of_a_shard(tmp_path, monkeypatch):
+    """Faults: each row costs a call; rows of several shards, or rows that are asked for twice, come in another order;
+    rows cannot be sent to a worker."""
+    counts = {tmp_path / name: 10 for name in "abc"}
+    for number, path in enumerate(counts):
+        shards.write(epath.Path(path), (bytes([10 * number + row]) for row in range(10)))
+    calls = []
+
+    class Reader:
+        def __init__(self, path, options):
+            self._reader = ArrayRecordReader(path, options)
+
+        def __getattr__(self, name):
+            return getattr(self._reader, name)
+
+        def read(self, rows):
+            calls.append(rows)
+            return self._reader.read(rows)
+
+    rows = shards.ShardRows(counts, lambda contents: [content[0] for content in contents], 5, 25)
+    wanted = [19, 0, 4, 7, 7, 12, 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "ArrayRecordReader", Reader)
+        assert rows.__getitems__(wanted) == [5 + index for index in wanted]
+    assert sorted(map(sorted, calls)) == [[2, 2, 7], [4], [5, 6, 9]]
+    again = cloudpickle.loads(cloudpickle.dumps(rows))
+    assert (len(again), again[3], again.__getitems__(wanted)) == (20, 8, [5 + index for index in wanted])
 
 
 def test_a_failed_write_leaves_no_shard(tmp_path):

@@ -1,12 +1,19 @@
 import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 
+import grain
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shampax.framework.base.errors import UserError
-from shampax.framework.data.pipeline import Batches, HeldoutBatches
+from shampax.framework.data.pipeline import Batches, HeldoutBatches, Reading
 
 
 class Numbers:
@@ -65,7 +72,7 @@ def test_only_requested_rows_are_read():
     """Fault: every process reads the whole batch."""
     source = Numbers(64)
     batch = Batches(source, seed=0, global_batch_size=16, rows=[3, 9])[2]
-    assert [index + 1 for index in source.read] == batch["number"].tolist()
+    assert sorted(index + 1 for index in source.read) == sorted(batch["number"].tolist())
 
 
 @pytest.mark.parametrize("number", [0, 1, 7, 23])
@@ -75,6 +82,154 @@ def test_streams_start_at_any_step(number):
     again = Batches(Numbers(50), seed=3, global_batch_size=8, rows=[1, 2, 6])
     for offset, batch in enumerate(itertools.islice(batches.from_step(number), 12)):
         assert batch["number"].tolist() == again[number + offset]["number"].tolist()
+
+
+def test_the_order_and_the_random_numbers_are_those_of_a_grain_pipeline():
+    """Fault: a run that resumes under another version sees examples twice, or other masks."""
+
+    def augment(example, rng):
+        return example | {"noise": rng.integers(2**40)}
+
+    chain = grain.MapDataset.source(Numbers(10)).seed(5).shuffle().repeat(None).random_map(augment)
+    batch = Batches(Numbers(10), seed=5, global_batch_size=8, rows=range(8), augment=augment)[3]
+    for row in range(8):
+        assert {name: array[row].tolist() for name, array in batch.items()} == {
+            name: np.asarray(value).tolist() for name, value in chain[24 + row].items()
+        }
+
+
+class Shards(Numbers):
+    """Numbers of which one call reads several; `calls` lists the indices of each."""
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.calls = []
+
+    def __getitems__(self, indices):
+        self.calls.append(list(indices))
+        return [self[index] for index in indices]
+
+
+@pytest.mark.parametrize("kind", [Numbers, Shards])
+@pytest.mark.parametrize("reading", [Reading(1, 0, 1), Reading(3, 0, 2), Reading(64, 0, 5)], ids=str)
+def test_batches_do_not_depend_on_how_they_are_read(kind, reading):
+    """Faults: threads reorder rows or batches; a row that occurs twice in a batch, or padding, is lost."""
+
+    def augment(example, rng):
+        return example | {"noise": rng.integers(2**40)}
+
+    def batches(source, reading):
+        wanted = {"global_batch_size": 40, "rows": range(30)}
+        train = Batches(source, seed=2, augment=augment, reading=reading, **wanted).from_step(7)
+        heldout = HeldoutBatches(source, reading=reading, **wanted)
+        every = [*itertools.islice(train, 4), *heldout]
+        train.close()
+        return [{name: array.tolist() for name, array in batch.items()} for batch in every]
+
+    assert batches(kind(55), reading) == batches(Numbers(55), Reading(1, 0, 1))
+
+
+def test_one_call_reads_neighbours():
+    """Fault: a thread reads rows of all shards, so that a batch takes as many calls as rows."""
+    source = Shards(1000)
+    Batches(source, seed=0, global_batch_size=64, rows=range(64), reading=Reading(threads=4))[0]
+    assert [len(call) for call in source.calls] == [16] * 4
+    assert sorted(source.calls) == [sorted(call) for call in sorted(source.calls)]
+    spans = sorted((call[0], call[-1]) for call in source.calls)
+    assert all(last < first for (_, last), (first, _) in itertools.pairwise(spans))
+
+
+def test_held_out_batches_are_read_ahead():
+    """Fault: an evaluation waits for the disk at each batch."""
+
+    class Slow(Numbers):
+        def __getitem__(self, index):
+            if index >= 8:
+                later.set()
+            return super().__getitem__(index)
+
+    later = threading.Event()
+    batches = iter(HeldoutBatches(Slow(24), global_batch_size=8, rows=range(8), reading=Reading(2, 0, 2)))
+    assert next(batches)["number"].tolist() == list(range(1, 9))
+    assert later.wait(10)
+    assert len(list(batches)) == 2
+
+
+def test_defaults_scale_with_the_cores_and_the_data(monkeypatch):
+    """Faults: workers start for small data, for a source that is large when pickled, or in a program that a worker
+    would run again; a host with 128 cores reads with as many threads as a laptop; a given value is replaced."""
+    auto = {"threads": 0, "workers": -1, "ahead": 8}
+    program = sys.modules["__main__"]
+    for cores, threads, workers in ((2, 8, 0), (128, 64, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        large, small, plain = Numbers(10**6), Numbers(1000), Numbers(10**6)
+        large.in_workers = small.in_workers = True
+        for spec, started in (("a module", workers), (None, 0)):
+            monkeypatch.setattr(program, "__spec__", spec)
+            chosen = [Reading.choose(source, **auto) for source in (large, small, plain)]
+            assert chosen == [Reading(threads, count, 8) for count in (started, 0, 0)]
+        assert Reading.choose(plain, threads=3, workers=2, ahead=1) == Reading(3, 2, 1)
+
+
+WORKERS = """
+import itertools, json, os, signal, sys, threading
+import multiprocessing, numpy as np
+from shampax.framework.data.pipeline import Batches, Reading
+
+class Numbers:
+    def __len__(self):
+        return 50
+    def __getitem__(self, index):
+        return {"number": np.int32(index), "row": np.full(3000, index, np.int32)}
+
+def augment(example, rng):
+    return example | {"noise": rng.integers(2**40)}
+
+def of(workers):
+    reading = Reading(2, workers, 2)
+    return Batches(Numbers(), seed=3, global_batch_size=8, rows=[1, 2, 6], augment=augment, reading=reading)
+
+if __name__ == "__main__":
+    batches = of(2).from_step(5)
+    got = [next(batches) for _ in range(2)]
+    workers = [child.pid for child in multiprocessing.active_children()]
+    print(json.dumps(workers), flush=True)
+    for pid in workers:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(pid, number)
+    got += [next(batches) for _ in range(5)]
+    plain = of(0)
+    for number, batch in enumerate(got, start=5):
+        assert all((batch[name] == array).all() for name, array in plain[number].items()), number
+    print("same", flush=True)
+    if sys.stdin.read() == "close":
+        batches.close()
+        print("closed", flush=True)
+    else:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["close", "kill"])
+def test_workers_read_the_same_batches_and_end_with_the_run(tmp_path, ending):
+    """Faults: batches depend on the number of workers, or come in another order; Ctrl-C, which reaches all processes of
+    a terminal, ends the workers before the run has saved; workers outlive a run that is killed."""
+    script = tmp_path / "workers.py"
+    script.write_text(WORKERS)
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
+    ) as run:
+        out, _ = run.communicate(ending, timeout=120)
+    pids, *rest = out.splitlines()
+    assert rest == (["same", "closed"] if ending == "close" else ["same"])
+    assert run.returncode == (0 if ending == "close" else -signal.SIGKILL)
+    workers = [int(pid) for pid in pids.strip("[]").split(",")]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 30
+    while alive := [pid for pid in workers if os.path.exists(f"/proc/{pid}")]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
 
 
 def test_negative_indices_are_refused():

@@ -14,10 +14,28 @@ def test_speed_leaves_the_first_step_out():
     meter.warmed_up(1, 30.0)
     assert meter.read(1, 30.0) == {}
     assert meter.remaining(1, 30.0) is None
-    names = ["throughput/steps_per_second", "throughput/examples_per_second", "throughput/tokens_per_second"]
-    assert meter.read(11, 35.0) == dict(zip(names, (2, 8, 128), strict=True))  # the peak of a CPU is not known
-    assert meter.read(31, 40.0) == dict(zip(names, (4, 16, 256), strict=True))
+    names = [f"throughput/{each}" for each in ("steps_per_second", "examples_per_second", "tokens_per_second")]
+    wait = {"throughput/input_wait": 0.0}
+    assert meter.read(11, 35.0) == dict(zip(names, (2, 8, 128), strict=True)) | wait  # the peak of a CPU is not known
+    assert meter.read(31, 40.0) == dict(zip(names, (4, 16, 256), strict=True)) | wait
     assert meter.remaining(31, 40.0) == pytest.approx(69 / 3)
+
+
+def test_the_share_of_the_time_that_the_input_takes():
+    """Faults: the wait before the first step, while the readers start, counts; a wait counts in two intervals; a run
+    that waits for its disk looks like one that computes."""
+    mesh = meshes.make_mesh({"data": -1})
+    meter = progress.Speedometer(mesh, total_steps=9, examples_per_step=32, tokens_per_step=32, flops_per_step=1.0)
+    meter.waited_for_input(50.0)
+    meter.warmed_up(1, 60.0)
+    values = {"train/loss": 2.5, "train/learning_rate": 0.01, "train/skipped": 0}
+    for step, seconds, waits, shown in ((2, 62.0, (0.5, 1.0), True), (3, 64.0, (0.05,), False)):
+        for wait in waits:
+            meter.waited_for_input(wait)
+        speed = meter.read(step, seconds)
+        assert speed["throughput/input_wait"] == pytest.approx(sum(waits) / 2)
+        line = progress.progress_line(step, 9, values | speed, None)
+        assert line.endswith("examples/s  waits for input 75%" if shown else "examples/s")
 
 
 def test_images_and_clicks_are_not_counted_as_tokens():

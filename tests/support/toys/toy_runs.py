@@ -13,7 +13,8 @@ ADAMW = "shampax.optimizers.baselines:AdamWOptions"
 SHAMPOO = "shampax.optimizers.shampoo:ShampooOptions"
 
 
-TIMES = ("seconds", *(f"throughput/{unit}_per_second" for unit in ("steps", "examples", "tokens")))
+UNITS = ("steps_per_second", "examples_per_second", "tokens_per_second", "input_wait")
+TIMES = ("seconds", *(f"throughput/{unit}" for unit in UNITS))
 
 
 def make_config(**changes):
