@@ -64,7 +64,7 @@ def _tokens(random: np.random.Generator) -> bytes:
 
 def _clicks(random: np.random.Generator) -> bytes:
     integers = random.integers(100, size=clicks.INTEGERS).tolist()
-    return clicks.packed((int(random.integers(2)), integers, random.integers(2**32, size=clicks.CATEGORIES)))
+    return clicks.packed((int(random.integers(2)), integers, random.integers(2**32, size=clicks.CATEGORIES).tolist()))
 
 
 def _photo(random: np.random.Generator) -> bytes:

@@ -137,8 +137,8 @@ def memory(options: argparse.Namespace, place: Path) -> dict[str, Any]:
                 print(f"{line.rstrip()}  {resident[int(found[1])]} MB", file=sys.stderr, flush=True)
     if run.returncode:
         raise UserError(f"{' '.join(words)}: ended with code {run.returncode}.")
-    later = np.array([(step, megabytes) for step, megabytes in resident.items() if step > options.memory / 3])
-    growth = float(np.polyfit(*later.T, 1)[0])
+    later = {step: megabytes for step, megabytes in resident.items() if step > options.memory / 3}
+    growth = float(np.polyfit(list(later), list(later.values()), 1)[0])
     return {"variant": options.variant, "steps from one save to the next": options.every, "resident MB": resident} | {
         "MB added by 1,000 steps after the first third": round(1e3 * growth, 1)
     }
