@@ -1,10 +1,10 @@
 """The contract between the trainer and a model: write a frozen dataclass with the methods of `Task`.
 
 A config names it by import string, `config.task.name = "my_project.my_model:MyTask"`; its fields are knobs. The trainer
-knows nothing else of a model. A task may also have the methods of `Judge` and `Noted`.
+knows nothing else of a model. A task may also have the methods of `Judge`, `Noted` and `Costed`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -62,7 +62,8 @@ class Task(Protocol):
     def flops(self, batch_spec: BatchSpec) -> float:
         """Return the floating-point operations of one training step on one batch: three times the forward pass.
 
-        Compute them analytically: the compiler's own count sees the body of a scanned layer once.
+        They are the numerator of MFU. Compute them analytically, and of attention only what a query may see: its own
+        position and the earlier ones if it is causal.
         """
         ...
 
@@ -96,6 +97,38 @@ class Noted(Protocol):
     def notes(self, batch_spec: BatchSpec) -> tuple[str, ...]:
         """Return lines about a global batch on the mesh in the context (`jax.set_mesh`)."""
         ...
+
+
+class Costed(Protocol):
+    """Optional methods of a task for planning."""
+
+    def square_flops(self, batch_spec: BatchSpec) -> float:
+        """Return `flops` with the whole T x T square of causal attention, as some publications count it."""
+        ...
+
+    def kernel_cost(
+        self, name: str, operands: Sequence[jax.ShapeDtypeStruct], results: Sequence[jax.ShapeDtypeStruct]
+    ) -> tuple[float, float] | None:
+        """Return FLOPs, and bytes read and written, of one call of a kernel; None if it is not known.
+
+        Args:
+          name: its target, JAX's name of the operation with its scopes, and the compiler's name.
+          operands: arrays that it reads.
+          results: arrays that it writes, with those that it only uses meanwhile.
+        """
+        ...
+
+
+def square_flops_of(task: Any, batch_spec: BatchSpec) -> float | None:
+    """Return the FLOPs with whole squares of attention, None if the task has no such method."""
+    return task.square_flops(batch_spec) if hasattr(task, "square_flops") else None
+
+
+def kernel_cost_of(
+    task: Any, name: str, operands: Sequence[jax.ShapeDtypeStruct], results: Sequence[jax.ShapeDtypeStruct]
+) -> tuple[float, float] | None:
+    """Return FLOPs and bytes of a kernel, None if the task does not know it."""
+    return task.kernel_cost(name, operands, results) if hasattr(task, "kernel_cost") else None
 
 
 def notes_of(task: Any, batch_spec: BatchSpec) -> tuple[str, ...]:

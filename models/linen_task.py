@@ -2,13 +2,14 @@
 
 import abc
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from . import kernel_costs
 from .modules import KEPT, REMAT_POLICIES, is_remat
 
 Batch = Mapping[str, jax.Array]
@@ -29,6 +30,12 @@ class LinenTask(abc.ABC):
 
     def check_batch(self, batch_spec: BatchSpec) -> None:  # noqa: B027
         """Raise ValueError if the model cannot be trained on such a batch."""
+
+    def kernel_cost(
+        self, name: str, operands: Sequence[jax.ShapeDtypeStruct], results: Sequence[jax.ShapeDtypeStruct]
+    ) -> tuple[float, float] | None:
+        """Return FLOPs and bytes of an attention kernel, None for other kernels."""
+        return kernel_costs.cost(name, operands, results)
 
     def init(self, key: jax.Array, batch_spec: BatchSpec) -> dict[str, Any]:
         """Return the initial variables as nested dicts.

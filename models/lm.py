@@ -132,19 +132,27 @@ class LMTask(LinenTask):
         return result
 
     def flops(self, batch_spec: BatchSpec) -> float:
-        """Return the training FLOPs of one batch: 6 N tokens + 12 layers T H D tokens + 6 E V tokens.
+        """Return the training FLOPs of one batch: 6 N tokens + 12 layers S H D tokens + 6 E V tokens.
 
-        N counts the parameters of the blocks' matmuls, of experts those that a token uses; dispatch is not counted. The
-        attention term is PaLM's (arXiv 2204.02311, appendix B): the whole T x T square, although kernels skip
-        most of the masked half. Recomputation by remat, norms and softmaxes are not counted, as is usual for MFU.
+        N counts the parameters of the blocks' matmuls, of experts those that a token uses; dispatch is not counted. S
+        is (T + 1) / 2, the mean number of positions up to a token's own, as if a row were one document. Recomputation
+        by remat, norms and softmaxes are not counted, as is usual for MFU.
         """
+        sequence = batch_spec["tokens"].shape[1] - 1
+        return self._flops(batch_spec, seen=(sequence + 1) / 2)
+
+    def square_flops(self, batch_spec: BatchSpec) -> float:
+        """Return `flops` with S = T, as PaLM counts (arXiv 2204.02311, appendix B)."""
+        return self._flops(batch_spec, seen=batch_spec["tokens"].shape[1] - 1)
+
+    def _flops(self, batch_spec: BatchSpec, seen: float) -> float:
         rows, length = batch_spec["tokens"].shape
         sequence = length - 1
         attention = 2 * self.embed_dim * self.head_dim * (self.heads + self.kv_heads)
         block = attention + 3 * self.embed_dim * self.mlp_dim * (self.experts_per_token if self.experts else 1)
         block += self.embed_dim * self.experts  # the router
         per_token = 6 * self.layers * block
-        per_token += 12 * self.layers * sequence * self.heads * self.head_dim
+        per_token += 12 * self.layers * seen * self.heads * self.head_dim
         per_token += 6 * self.embed_dim * self.vocab_size
         return float(per_token * rows * sequence)
 

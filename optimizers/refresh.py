@@ -83,7 +83,8 @@ def refresh(
     written = {name: without_statistics(state) for name, state in states.items()}
     if options.refresh == "periodic":
         crosses = accepted & (-first % options.interval < count)
-        written = lax.cond(crosses, lambda written: renew(jnp.int32(0), written), lambda written: written, written)
+        with jax.named_scope(f"once_in_{options.interval}"):  # for planning
+            written = lax.cond(crosses, lambda written: renew(jnp.int32(0), written), lambda written: written, written)
     elif options.early or options.start_step:
         # Operands are not negative, so `lax.rem` is correct; it compiles to less code than `%`.
         interval = jnp.int32(options.interval)

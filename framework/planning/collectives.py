@@ -1,8 +1,13 @@
-"""Read the collectives of a compiled program from its HLO text."""
+"""Read the collectives of a compiled program."""
 
 import math
 import re
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
+
+from . import hlo
 
 # Kind -> bytes that each of n devices must send for a byte of its result, in the algorithm that sends least.
 _SENT = {
@@ -10,29 +15,47 @@ _SENT = {
     "all-gather": lambda n: (n - 1) / n,
     "reduce-scatter": lambda n: n - 1,
     "all-to-all": lambda n: (n - 1) / n,
-    "collective-permute": lambda n: 1,
+    "ragged-all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: float(n > 1),
+    "send": lambda n: 2 * (n - 1) / n,
 }
-_START = re.compile(rf" (?:({'|'.join(_SENT)})(-start)?|fusion)\(")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+_SENDER = re.compile(rf"({'|'.join(sorted(_SENT, key=len, reverse=True))})(-start)?")
+# A fusion of an all-reduce and a slice on TPUs.
+_SCATTER = "all-reduce-scatter"
 
 
 class Collective(NamedTuple):
     """One collective of a program.
 
     Attributes:
-      kind: "all-to-all", "all-reduce", "all-gather", "reduce-scatter" or "collective-permute".
+      kind: "all-to-all", "ragged-all-to-all", "all-reduce", "all-gather", "reduce-scatter", "collective-permute", or
+        "send", the part of an all-reduce between slices, which the runtime of TPUs does.
       bytes: size of its result on one device.
       group: number of devices that take part together.
+      islands: number of slices or nodes that these devices are on.
     """
 
     kind: str
-    bytes: int
+    bytes: float
     group: int
+    islands: int = 1
 
     @property
     def sent(self) -> float:
         """Bytes that each device must send."""
         return _SENT[self.kind](self.group) * self.bytes
+
+    @property
+    def crossing(self) -> float:
+        """Bytes of `sent` that leave the slice or node.
+
+        A collective over several of them first runs inside each. Its devices then share the transfer between them.
+        """
+        inside = self.group // self.islands
+        if self.kind in ("collective-permute", "send", "all-to-all", "ragged-all-to-all"):
+            return _SENT[self.kind](self.islands) * self.bytes
+        part = self.bytes if self.kind == "reduce-scatter" else self.bytes / inside
+        return _SENT[self.kind](self.islands) * part
 
 
 def find(text: str) -> list[Collective]:
@@ -41,56 +64,82 @@ def find(text: str) -> list[Collective]:
     An asynchronous collective counts where it starts. On a TPU, the steps of a chain that overlaps a collective with
     other work count as one, and a fusion that makes a reduce-scatter of an all-reduce and a slice as a reduce-scatter.
     """
-    result, chains = [], set()
-    by_name = computations(text)
-    for line in (
-        line for name, lines in by_name.items() if not name.startswith("all-reduce-scatter") for line in lines
-    ):
-        start = _START.search(line)
-        if start is None:
+    module = hlo.parse(text)
+    return [each for _, each in in_computations(module, list(module.computations))]
+
+
+def in_computations(
+    module: hlo.Module, names: Sequence[str], islands: Sequence[int] = ()
+) -> Iterator[tuple[str, Collective]]:
+    """Yield (name of the computation, collective) for some computations of a program.
+
+    Args:
+      module: the program.
+      names: names of computations.
+      islands: number of the slice or node of each device of the program; empty for a single one.
+    """
+    chains: set[tuple[str, ...]] = set()
+    for name in names:
+        if name.startswith(_SCATTER):
             continue
-        chain = tuple(re.findall(r"channel_id=\d+|chain_id=\"\d+\"", line))
-        if len(chain) > 1 and chain in chains:
-            continue
-        chains.add(chain)
-        kind, asynchronous = start.groups()
-        arrays = re.findall(r"\b(\w+)\[([\d,]*)\]", line[: start.start()])
-        sizes = [
-            _BYTES[type_] * math.prod(int(n) for n in shape.split(",") if n)
-            for type_, shape in arrays
-            if type_ in _BYTES
-        ]
-        if kind is not None:
-            # An asynchronous start returns (operands, results, ...).
-            result.append(Collective(kind, max(sizes) if asynchronous else sum(sizes), _group(line)))
-        elif fused := re.search(r"calls=%?(all-reduce-scatter[\w.\-]*)", line):
-            inner = next(each for each in by_name[fused[1]] if re.search(r" all-reduce(-start)?\(", each))
-            result.append(Collective("reduce-scatter", sum(sizes), _group(inner)))
-    return result
+        for instruction in module.computations[name].values():
+            if found := of_instruction(module, instruction, islands):
+                chain = tuple(re.findall(r"channel_id=\d+|chain_id=\"\d+\"", instruction.attributes))
+                if len(chain) < 2 or chain not in chains:
+                    yield name, found
+                chains.add(chain)
 
 
-def computations(text: str) -> dict[str, list[str]]:
-    """Return the instructions of each computation of a compiled program, by name."""
-    result: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
-        header = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        if header:
-            lines = result.setdefault(header[1], [])
-        elif line.startswith(" "):
-            lines.append(line)
-    return result
+def of_instruction(module: hlo.Module, instruction: hlo.Instruction, islands: Sequence[int] = ()) -> Collective | None:
+    """Return the collective that an instruction is, or None."""
+    if instruction.opcode == "fusion":
+        fused = instruction.called("calls")[0]
+        if not fused.startswith(_SCATTER):
+            return None
+        inner = next(each for each in module.computations[fused].values() if each.opcode.startswith("all-reduce"))
+        return Collective("reduce-scatter", instruction.bytes, *_reach(inner, islands))
+    match = _SENDER.fullmatch(instruction.opcode)
+    if match is None:
+        return None
+    if match[1] == "send":
+        slices = max(2, len(set(islands)))
+        across = "megascale" in instruction.attributes  # others go to the host
+        return Collective("send", instruction.arrays[0].bytes, slices, slices) if across else None
+    # An asynchronous start returns (operands, results, ...).
+    size = max(array.bytes for array in instruction.arrays) if match[2] else instruction.bytes
+    return Collective(match[1], size, *_reach(instruction, islands))
 
 
-def _group(line: str) -> int:
-    """Return the size of a replica group, written as a list, as [groups,devices]<=[...] or as axes of a mesh."""
-    if "source_target_pairs=" in line:
-        return 2
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        return math.prod(int(sizes[name]) for name in re.findall(r"\w+", found[2]))
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
-        return int(found[1])
-    found = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-    assert found, f"unknown form of replica groups in {line}"
-    return len(found[1].split(","))
+def _reach(instruction: hlo.Instruction, islands: Sequence[int]) -> tuple[int, int]:
+    """Return the number of devices of a group, and of the slices or nodes that the widest group covers."""
+    groups = groups_of(instruction.attributes)
+    if not groups:  # all devices
+        return max(1, len(islands)), len(set(islands)) or 1
+    if "source_target_pairs=" in instruction.attributes:
+        groups = [pair for pair in groups if pair[0] != pair[1]] or groups[:1]
+    widest = max(len({islands[n] for n in group}) for group in groups) if islands else 1
+    return len(set(groups[0])), widest
+
+
+def groups_of(attributes: str) -> list[list[int]]:
+    """Return the groups of devices of a collective, in each form that XLA prints; pairs for a permutation."""
+    if found := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\))\))? ?\{(.*?)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        devices = _iota(found[2] or f"[{math.prod(sizes.values())}]").reshape(list(sizes.values()))
+        inside = [list(sizes).index(name) for name in re.findall(r"\w+", found[3])]
+        outside = [axis for axis in range(len(sizes)) if axis not in inside]
+        size = math.prod(devices.shape[axis] for axis in inside)
+        return devices.transpose(outside + inside).reshape(-1, size).tolist()
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        return _iota(found[2]).reshape([int(n) for n in found[1].split(",")]).tolist()
+    found = re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]+\},?)*)\}", attributes)
+    assert found, f"unknown form of replica groups in {attributes[:300]}"
+    return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])]
+
+
+def _iota(text: str) -> np.ndarray:
+    """Return the numbers of `[4,2]T(1,0)`: 0, 1, ... in the shape [4, 2], transposed."""
+    shape, _, axes = text.partition("T")
+    lengths = [int(n) for n in re.findall(r"\d+", shape)]
+    order = [int(n) for n in re.findall(r"\d+", axes)] or list(range(len(lengths)))
+    return np.arange(math.prod(lengths)).reshape(lengths).transpose(order)

@@ -4,13 +4,16 @@ Without compilation nothing is allocated: all tables come from shapes and shardi
 """
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from ...optimizers.plan import patterns
 from .. import dataset, optimizer
@@ -20,7 +23,10 @@ from ..config.check import check
 from ..sharding import chips, global_batch, meshes, placement
 from ..step.compiler_options import compile_with
 from ..step.program import Program
-from . import collectives
+from ..task import kernel_cost_of, square_flops_of
+from . import cost
+
+PROGRAMS = ("train", "evaluate", "predict")
 
 # (regex over the path in the optimizer's state, kind of state), first match wins
 _KINDS = (
@@ -34,21 +40,19 @@ _KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Memory, FLOPs and collectives of a compiled program. The content of a loop counts once.
+    """Memory and work of a compiled program on each device.
 
     Attributes:
       error: the compiler's reason if the program does not fit; all fields below are then 0.
-      arguments, temporaries, peak: bytes on each device.
-      flops: FLOPs on each device.
-      traffic: kind of collective -> (number, bytes of their results on a device, bytes that a device sends).
+      arguments, temporaries, peak: bytes.
+      work: time by class of work, and collectives.
     """
 
     error: str = ""
     arguments: int = 0
     temporaries: int = 0
     peak: int = 0
-    flops: float = 0.0
-    traffic: Mapping[str, tuple[int, int, float]] = dataclasses.field(default_factory=dict)
+    work: cost.Work = dataclasses.field(default_factory=cost.Work)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Plan:
       memory: bytes of a device, None if not known.
       compiled: program ("train", "evaluate" and, if the task has it, "predict") -> its figures, up to the first
         that does not fit; empty without compilation.
+      square_flops: `model_flops` with the whole T x T square of attention, None if the task does not tell it.
+      peak_flops: bfloat16 FLOP/s of a device, None if not known.
     """
 
     mesh: Mapping[str, int]
@@ -75,6 +81,8 @@ class Plan:
     model_flops: float
     memory: int | None
     compiled: Mapping[str, Compiled]
+    square_flops: float | None = None
+    peak_flops: float | None = None
 
     @property
     def state_bytes(self) -> int:
@@ -89,6 +97,18 @@ class Plan:
         return max(each.peak + max(0, self.state_bytes - each.arguments) for each in self.compiled.values())
 
     @property
+    def step_seconds(self) -> float | None:
+        """Least time of a train step, None if it is not known. Collectives do not overlap with other work."""
+        train = self.compiled.get("train", Compiled())
+        return train.work.seconds + train.work.network_seconds if self.peak_flops and train.work.parts else None
+
+    def mfu(self, flops: float | None) -> float | None:
+        """Return the MFU that the train step cannot exceed if it is to compute `flops`, None if it is not known."""
+        if not flops or not self.peak_flops or not self.step_seconds:
+            return None
+        return flops / self.peak_flops / self.step_seconds
+
+    @property
     def fits(self) -> bool | None:
         """Whether a device has enough memory, None if unknown. Without compilation it is at best unknown."""
         if any(each.error for each in self.compiled.values()):
@@ -100,16 +120,18 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Return all figures as plain dicts."""
         derived = {"state_bytes": self.state_bytes, "peak": self.peak, "fits": self.fits}
+        derived |= {"step_seconds": self.step_seconds, "mfu_bound": self.mfu(self.model_flops)}
+        derived |= {"mfu_bound_whole_square": self.mfu(self.square_flops)}
         return dataclasses.asdict(self) | derived
 
 
-def make_plan(config: Any, devices: Sequence[Any], *, compiles: bool = False) -> Plan:
+def make_plan(config: Any, devices: Sequence[Any], *, compiles: Collection[str] = ()) -> Plan:
     """Plan a config for some devices, which need not belong to this machine.
 
     Args:
       config: a complete config.
       devices: devices of the mesh.
-      compiles: whether to compile the programs for these devices, which takes minutes for a large model.
+      compiles: names of the programs to compile for these devices, of `PROGRAMS`; minutes for a large model.
 
     Raises:
       UserError: the config does not fit the devices, or its data set does not tell shapes.
@@ -128,18 +150,24 @@ def make_plan(config: Any, devices: Sequence[Any], *, compiles: bool = False) ->
         rate = optax.constant_schedule(config.schedule.learning_rate)
         program = Program(config, task, options, mesh, batch, rate)
         tx, state = program.tx, program.abstract
+        kind = devices[0].device_kind
         compiled: dict[str, Compiled] = {}
         for name, lowered in program.lower() if compiles else ():
-            if name != "diagnose" and not any(each.error for each in compiled.values()):
-                compiled[name] = _compile(lowered, program.compiler_options)
+            if name in compiles and not any(each.error for each in compiled.values()):
+                compiled[name] = _compile(lowered, program, mesh)
+            if len(compiled) == len(compiles):
+                break
+        square = square_flops_of(task, batch)
         return Plan(
             mesh=dict(mesh.shape),
-            device_kind=devices[0].device_kind,
+            device_kind=kind,
             parameters=_by_treatment(state.params, optimizer.treatments(tx, state.params)),
             blocks=_block_table(tx, state.params),
             bytes=_bytes_by_kind(state, batch),
             model_flops=task.flops(batch) / mesh.size,
-            memory=chips.memory(devices[0].device_kind),
+            square_flops=square and square / mesh.size,
+            peak_flops=chips.peak_flops(kind),
+            memory=chips.memory(kind),
             compiled=compiled,
         )
 
@@ -182,24 +210,33 @@ def _bytes_by_kind(state: Any, batch: Any) -> dict[str, int]:
     return {kind: size for kind, size in found.items() if size}
 
 
-def _compile(lowered: jax.stages.Lowered, options: Mapping[str, str]) -> Compiled:
+def _compile(lowered: jax.stages.Lowered, program: Program, mesh: Mesh) -> Compiled:
     try:
-        compiled = compile_with(lowered, options)
+        compiled = compile_with(lowered, program.compiler_options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         found = re.search(r"Ran out of memory.*", str(error))
         return Compiled(found[0] if found else str(error).splitlines()[0])
     memory: Any = compiled.memory_analysis()
-    cost: Any = compiled.cost_analysis()
-    traffic: dict[str, tuple[int, int, float]] = {}
-    for each in collectives.find(compiled.as_text() or ""):
-        count, size, sent = traffic.get(each.kind, (0, 0, 0.0))
-        traffic[each.kind] = (count + 1, size + each.bytes, sent + each.sent)
+    kind = mesh.devices.flat[0].device_kind
     return Compiled(
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
-        flops=cost.get("flops", 0.0),
-        traffic=traffic,
+        work=cost.judge(
+            compiled.as_text() or "",
+            chips.chip(kind),
+            tpu=kind.startswith("TPU"),
+            kernel=functools.partial(kernel_cost_of, program.task),
+            islands=_islands(mesh),
+        ),
     )
+
+
+def _islands(mesh: Mesh) -> list[int]:
+    """Return for each device the number of its slice or, of GPUs, of its process, which is a node's."""
+    if meshes.SLICE_AXIS in mesh.shape:
+        return np.repeat(np.arange(mesh.shape[meshes.SLICE_AXIS]), mesh.size // mesh.shape[meshes.SLICE_AXIS]).tolist()
+    gpus = mesh.devices.flat[0].platform in ("gpu", "cuda")
+    return [device.process_index if gpus else 0 for device in mesh.devices.flat]

@@ -79,7 +79,8 @@ class Soap(Preconditioner):
             return jnp.linalg.qr(jnp.take_along_axis(moved, order[:, None, :], axis=-1))[0]
 
         start = jnp.where(found[:, None, None], old, identity)
-        q = jax.lax.cond(jnp.all(found | (trace <= 0)), iterated, eigenvectors, a, start)
+        with jax.named_scope("rarely"):  # for planning: eigenvectors are computed once
+            q = jax.lax.cond(jnp.all(found | (trace <= 0)), iterated, eigenvectors, a, start)
         q = jnp.where(real, q, identity)
         residual = jnp.max(jnp.abs(roots.matmul(jnp.swapaxes(q, -2, -1), q) - identity), axis=(-2, -1))
         values = jnp.einsum("nij,nik,nkj->nj", q, a, q, precision=jax.lax.Precision.HIGHEST)

@@ -1424,4 +1424,87 @@ FLOORS = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = (*OPTIMIZERS, *FRAMEWORK, *MODELS, *LAUNCH, *CONFIGS, *FLOORS)
+PLANNING = (
+    Mutant(
+        "plan-counts-loops-once",
+        "framework/planning/cost.py",
+        "1 if turns is None else turns)",
+        "1)",
+        "A plan of 24 layers shows the time of one.",
+        ("tests/framework/planning/test_cost.py::test_a_scan_counts_at_every_turn",),
+    ),
+    Mutant(
+        "plan-reads-whole-stacks",
+        "framework/planning/cost.py",
+        "        if user.opcode in _SLICES and first:",
+        "        if False:",
+        "Each layer seems to read the activations of all layers.",
+        ("tests/framework/planning/test_cost.py::test_a_scan_counts_at_every_turn",),
+    ),
+    Mutant(
+        "plan-refreshes-at-every-step",
+        "framework/planning/cost.py",
+        "return 1 / int(found[1]) if found[1] else 0.0",
+        "return 1.0",
+        "A plan counts the work of one step in 50 at every step.",
+        ("tests/framework/planning/test_cost.py::test_a_rare_branch_counts_at_its_frequency",),
+    ),
+    Mutant(
+        "plan-solves-at-full-speed",
+        "framework/planning/cost.py",
+        "            return self._chip.float32\n",
+        "            return self._chip.flops\n",
+        "Products in full float32 seem six times as fast as they are.",
+        ("tests/framework/planning/test_cost.py::test_a_product_takes_the_peak_of_its_precision",),
+    ),
+    Mutant(
+        "plan-counts-gaps",
+        "framework/planning/cost.py",
+        " & (places % spread == 0)",
+        "",
+        "A batch of products that the compiler writes as a convolution counts as its square.",
+        ("tests/framework/planning/test_cost.py::test_the_taps_of_an_axis",),
+    ),
+    Mutant(
+        "plan-charges-vmem",
+        "framework/planning/hlo.py",
+        '0.0 if "S(" in self.layout else self.bytes',
+        "self.bytes",
+        "Arrays in VMEM seem to cost bandwidth of the main memory.",
+        ("tests/framework/planning/test_cost.py::test_a_product_takes_the_peak_of_its_precision",),
+    ),
+    Mutant(
+        "plan-sends-all-between-slices",
+        "framework/planning/collectives.py",
+        "else self.bytes / inside",
+        "else self.bytes",
+        "The network between two slices seems to carry every device's whole gradient.",
+        ("tests/framework/planning/test_cost.py::test_collectives_are_counted_at_every_turn_and_between_slices",),
+    ),
+    Mutant(
+        "kernel-without-skipping",
+        "models/kernel_costs.py",
+        "return float(share[1]) if share else",
+        "return 1.0 if share else",
+        "A plan counts the masked half of attention, which the kernel skips.",
+        ("tests/models/test_kernel_costs.py::test_splash",),
+    ),
+    Mutant(
+        "kernel-skips-the-diagonal",
+        "models/kernel_costs.py",
+        "seen = starts <= blocks.max(",
+        "seen = starts <= blocks.min(",
+        "Blocks of keys that some queries see do not count.",
+        ("tests/models/test_kernel_costs.py::test_visited_blocks",),
+    ),
+    Mutant(
+        "mfu-of-the-whole-square",
+        "models/lm.py",
+        "seen=(sequence + 1) / 2",
+        "seen=sequence",
+        "MFU counts pairs of causal attention that nothing computes.",
+        ("tests/models/test_lm.py::test_flops_match_the_traced_matmuls",),
+    ),
+)
+
+MUTANTS: tuple[Mutant, ...] = (*OPTIMIZERS, *FRAMEWORK, *MODELS, *LAUNCH, *CONFIGS, *FLOORS, *PLANNING)

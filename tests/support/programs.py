@@ -12,9 +12,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from shampax.framework import optimizer
-from shampax.framework.planning.collectives import Collective, computations
+from shampax.framework.planning import hlo
+from shampax.framework.planning.collectives import Collective
 from shampax.optimizers import ShampooOptions, distributed_shampoo
 
+# Attributes of instructions that name computations.
+_CALLS = ("body", "condition", "calls", "to_apply", "true_computation", "false_computation", "branch_computations")
+_CALLS += ("called_computations",)
 Specs = Callable[[str], PartitionSpec]
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -111,21 +115,19 @@ def total(found: Sequence[Collective], *kinds: str) -> int:
     return sum(c.bytes for c in found if c.kind in kinds)
 
 
-def inside_loops(text: str) -> list[str]:
+def inside_loops(text: str) -> list[hlo.Instruction]:
     """Return the instructions of all loops of a compiled program, including called computations."""
-    by_name = computations(text)
-    waiting = [name for lines in by_name.values() for line in lines if " while(" in line for name in _called(line)]
-    seen: dict[str, list[str]] = {}
+    module = hlo.parse(text)
+    every = [each for computation in module.computations.values() for each in computation.values()]
+    waiting = [name for each in every if each.opcode == "while" for name in each.called(*_CALLS)]
+    seen: dict[str, list[hlo.Instruction]] = {}
     while waiting:
-        name = waiting.pop()
-        if name not in seen:
-            seen[name] = by_name[name]
-            waiting += [called for line in by_name[name] for called in _called(line)]
-    return [line for lines in seen.values() for line in lines]
+        if (name := waiting.pop()) not in seen:
+            seen[name] = list(module.computations[name].values())
+            waiting += [called for each in seen[name] for called in each.called(*_CALLS)]
+    return [each for instructions in seen.values() for each in instructions]
 
 
-def _called(line: str) -> list[str]:
-    names = re.findall(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", line)
-    for several in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line):
-        names += re.findall(r"[\w.\-]+", several)
-    return names
+def communicates(instructions: Sequence[hlo.Instruction]) -> bool:
+    """Return whether a collective is among the instructions."""
+    return any(re.match("all-|reduce-scatter|collective-|ragged-all", each.opcode) for each in instructions)

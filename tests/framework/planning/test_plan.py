@@ -7,7 +7,7 @@ import pytest
 from shampax.configs import base
 from shampax.framework.base.errors import UserError
 from shampax.framework.planning import tables
-from shampax.framework.planning.plan import Compiled, Plan, make_plan
+from shampax.framework.planning.plan import PROGRAMS, Compiled, Plan, make_plan
 from shampax.optimizers.linalg.symmetric import packed_shape
 
 SHAMPOO = "shampax.optimizers.shampoo:ShampooOptions"
@@ -28,7 +28,7 @@ def make_config(optimizer=SHAMPOO, **changes):
 def found():
     """Plan Shampoo for 4 CPU devices, two of which share the parameters, and compile it for them."""
     config = make_config(**{"mesh.fsdp": 2, "optimizer.block_size": 32})
-    return make_plan(config, jax.devices()[:4], compiles=True)
+    return make_plan(config, jax.devices()[:4], compiles=PROGRAMS)
 
 
 def test_bytes_match_the_compiler(found):
@@ -62,9 +62,9 @@ def test_treatments_and_buckets(found):
 
 def test_collectives_are_counted(found):
     """Faults: the table of traffic is empty; it lacks the transfer of blocks to their owners."""
-    count, size, sent = found.compiled["train"].traffic["all-to-all"]
-    assert count >= 2
-    assert 0 < sent < size
+    traffic = found.compiled["train"].work.traffic["all-to-all"]
+    assert traffic.count >= 2
+    assert 0 < traffic.sent < traffic.bytes
     assert found.compiled["evaluate"].peak > 0
 
 

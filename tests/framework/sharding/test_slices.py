@@ -12,6 +12,7 @@ from toy_runs import SHAMPOO, lines, make_config
 from shampax.configs import base
 from shampax.framework.base.errors import UserError
 from shampax.framework.config import components
+from shampax.framework.planning import collectives
 from shampax.framework.sharding import global_batch, meshes, placement
 from shampax.framework.step.program import Program
 from shampax.framework.train import train
@@ -80,27 +81,6 @@ def config(**changes):
     return make_config(optimizer=optimizer, **fixed | changes)
 
 
-def iota(text):
-    """Return the numbers 0, 1, ... of `[4,2]T(1,0)`: of the shape [4, 2], transposed."""
-    shape, _, axes = text.partition("T")
-    shape = [int(n) for n in re.findall(r"\d+", shape)]
-    return np.arange(np.prod(shape)).reshape(shape).transpose([int(n) for n in re.findall(r"\d+", axes)] or None)
-
-
-def groups(line):
-    """Return the groups of devices of a collective, in each form that XLA prints."""
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", line):
-        return iota(found[2]).reshape([int(n) for n in found[1].split(",")])
-    if found := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\))\))? ?\{(.*?)\}", line):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        devices = iota(found[2] or f"[{np.prod(list(sizes.values()))}]").reshape(list(sizes.values()))
-        inside = [list(sizes).index(name) for name in re.findall(r"\w+", found[3])]
-        outside = [axis for axis in range(len(sizes)) if axis not in inside]
-        return devices.transpose(outside + inside).reshape(-1, np.prod([devices.shape[axis] for axis in inside]))
-    found = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}", line)
-    return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])]
-
-
 def test_only_the_reduction_of_gradients_crosses_slices():
     """Faults: blocks move between slices; statistics or roots are gathered over the slow network."""
     chosen = config()
@@ -111,11 +91,13 @@ def test_only_the_reduction_of_gradients_crosses_slices():
         batch = global_batch.spec(example, chosen.batch_size, mesh)
         program = Program(chosen, task, options, mesh, batch, lambda count: 1e-3)
         text = program.train_step.lower(program.abstract, batch).compile().as_text()
-    collectives = re.findall(
+    found = re.findall(
         r"^.* (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(.*$", text, re.M
     )
-    assert len(collectives) > 5
-    crossing = [line for line in collectives if any(len({n // 4 for n in group}) > 1 for group in groups(line))]
+    assert len(found) > 5
+    crossing = [
+        line for line in found if any(len({n // 4 for n in group}) > 1 for group in collectives.groups_of(line))
+    ]
     assert crossing and all("all-reduce(" in line for line in crossing)
     results = [re.findall(r"f32\[([\d,]*)\]", line.partition(" all-reduce(")[0]) for line in crossing]
     numbers = sum(int(np.prod([int(n) for n in shape.split(",") if n])) for shapes in results for shape in shapes)
