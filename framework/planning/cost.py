@@ -27,9 +27,9 @@ _CLASSES = (
     (r".*(attention|splash|fmha).*", "attention"),
     (r".*(mlp|moe|experts?\b).*", "MLP"),
     (r".*(head|logits|logsumexp|ve->|embed|vocabulary|take_along_axis|_take\b).*", "embedding, head and loss"),
-    (r".*(jvp|while|eval_step|predict_step).*", "other"),
-    (r".+", "optimizer"),
-    (r"", "other"),
+    (r".*jvp.*", "other"),
+    (r".*train_step.*", "optimizer"),
+    (r".*", "other"),
 )
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id"),

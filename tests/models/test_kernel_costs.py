@@ -58,5 +58,6 @@ def test_visited_blocks(causal, window):
         sees = queries[:, None] >= slots
         if window:
             sees &= queries[:, None] - slots < window
-    blocks = sees.reshape(4, 16, 16, 32).any(axis=(1, 3))
-    assert kernel_costs.visited(queries, 16, 32, 512, causal=causal, window=window) == blocks.mean()
+    for size, keys in ((16, 32), (32, 16)):
+        blocks = sees.reshape(64 // size, size, 512 // keys, keys).any(axis=(1, 3))
+        assert kernel_costs.visited(queries, size, keys, 512, causal=causal, window=window) == blocks.mean()

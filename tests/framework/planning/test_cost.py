@@ -236,7 +236,9 @@ def test_kernels_take_the_formula_of_the_task():
         ("jit(train_step)/transpose(jvp(Transformer))/while/body/layers/mlp/up/dot_general", "MLP"),
         ("jit(train_step)/jvp(Transformer)/bte,ve->btv/dot_general", "embedding, head and loss"),
         ("jit(train_step)/shard_map/dot_general", "optimizer"),
+        ("jit(train_step)/shard_map/while/body/dot_general", "optimizer"),
         ("jit(train_step)/jvp(Transformer)/while/body/add", "other"),
+        ("jit(eval_step)/reduce_sum", "other"),
         ("", "other"),
     ],
 )
