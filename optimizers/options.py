@@ -39,6 +39,7 @@ _BOUNDS = {
     ),
     "interval": (1, 10_000),
     "host_workers": (0, 1_024),
+    "orthogonalize": (0, 10),
 }
 
 
@@ -71,6 +72,7 @@ class Treatment:
       exponent: inverse power of the statistics of each side; None for 1 / (2 x sides), 0 for no preconditioning.
       ridge, cut: regularisers relative to the largest eigenvalue; setting one sets the other to 0.
       beta2: decay of the statistics and of the graft's second moment.
+      orthogonalize: number of Newton-Schulz steps on the preconditioned direction.
       stack: number of leading axes that stack matrices, for parameters without axis names.
 
     Raises:
@@ -85,6 +87,7 @@ class Treatment:
     ridge: float
     cut: float
     beta2: float
+    orthogonalize: int
     stack: int = 0
 
     def __post_init__(self):
@@ -122,10 +125,11 @@ _WORDS: dict[str, Any] = {
     "ridge": float,
     "cut": float,
     "beta2": float,
+    "orthogonalize": int,
     "stack": int,
 }
 # Words that default to the option of the same name.
-_OVERRIDES = ("view", "block_size", "exponent", "ridge", "cut", "beta2")
+_OVERRIDES = ("view", "block_size", "exponent", "ridge", "cut", "beta2", "orthogonalize")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +159,7 @@ class Options:
     solver: str = "newton"  # "newton" (matmuls only) or "eigh", both on the owner's device
     residual_bound: float = 0.1  # largest residual of an accepted root
     max_failures: int = 3  # rejected refreshes in a row after which a block uses the graft method
+    orthogonalize: int = 0  # Newton-Schulz steps on each preconditioned block, which undo what old roots miss; try 3
 
     # Refresh schedule
     refresh: str = "staggered"  # "staggered" (a share each step), "periodic" (all every interval) or "host"
@@ -280,6 +285,8 @@ class Options:
             raise ValueError(f"treatment {text!r}: only preconditioners have a side. Leave it out.")
         if "exponent" in own and family and family.p is not None:
             raise ValueError(f"treatment {text!r}: {kind} has a fixed exponent. Leave it out.")
+        if "orthogonalize" in own and family and family.orthogonal:
+            raise ValueError(f"treatment {text!r}: {kind} always orthogonalizes. Leave it out.")
         if own and kind == "rows":
             raise ValueError(f"treatment {text!r}: rows take no further words. Write 'rows' alone.")
         values: dict[str, Any] = {name: getattr(self, name) for name in _OVERRIDES}
@@ -292,6 +299,11 @@ class Options:
             raise ValueError(f"treatment {text!r}: {error}" if own else str(error)) from None
         if own.get("view") == "tensor" and family and (family.matrices_only or treatment.side != "both"):
             raise ValueError(f"treatment {text!r}: this treatment is for matrices. Leave view=tensor out.")
+        if treatment.orthogonalize and treatment.view == "tensor" and family:
+            raise ValueError(
+                f"treatment {text!r}: orthogonalize={treatment.orthogonalize} needs matrices, not view='tensor'. "
+                "Set one of them to its default."
+            )
         if treatment.beta2 == 1 and self.graft.startswith(("adam", "rmsprop")):
             raise ValueError(f"beta2=1.0: graft {self.graft!r} averages second moments. Use graft 'adagrad' for sums.")
         return treatment

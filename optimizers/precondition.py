@@ -4,7 +4,9 @@ For a block G (r x c) under Shampoo (Anil, Gupta, Koren, Regan and Singer, "Scal
 Learning", arXiv 2002.09018); the package `preconditioners` has the variants:
 
     M <- beta1 M + (1 - beta1) G                               momentum
-    U = L^(-1/p) M R^(-1/p), scaled to the graft's norm         with the roots of an earlier step
+    U = L^(-1/p) M R^(-1/p)                                    with the roots of an earlier step
+    U <- the nearest semi-orthogonal matrix, roughly           if `orthogonalize`
+    U, scaled to the graft's norm                              the direction
     L <- beta2 L + (1 - beta2) G G',  R the same with G' G     statistics
     for the blocks that are due: new roots of L and R, used from the next step on
 """
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 from . import diagonal, grafting
 from .diagonal import Moments
 from .exchange import Owners
+from .linalg.orthogonal import orthogonalized
 from .linalg.roots import inner
 from .linalg.scaling import all_finite, exponent_of, largest, power_of, power_of_two
 from .plan.blocks import Bucket
@@ -193,22 +196,29 @@ def _propose(
     """
     bucket, _, options = blocks
     preconditioner = bucket.preconditioner
+    steps = 0 if preconditioner.orthogonal else bucket.orthogonalize
     moments, momentum, graft = diagonal.advance(state.moments, g, bucket.beta2, options)
     if not preconditioner.grafts:
         direction, second_moment = preconditioner.act(momentum, g, state.roots, moments.age, blocks)
+        if steps:
+            orthogonal = orthogonalized(direction, steps)
+            ratio = jnp.sqrt(inner(direction, direction)) * _reciprocal(jnp.sqrt(inner(orthogonal, orthogonal)))
+            direction = orthogonal * _column(ratio, orthogonal)
         return _Proposal(moments, second_moment, direction, 0, graft, jnp.ones_like(state.roots.refreshed, bool))
     unit = 0 if options.normalizes else scale_log2
     direction, second_moment = preconditioner.act(momentum * power_of_two(-unit), g, state.roots, moments.age, blocks)
-    degree = preconditioner.degree(bucket)
-    # From the units of the roots to those of this step, which all blocks share.
-    change = power_of(degree, scale_log2 - state.roots.roots_scale_log2)
-    direction *= _column(power_of_two(change), direction)
+    if steps:  # the result has no unit
+        direction, unit = orthogonalized(direction, steps), 0
+    else:
+        degree = preconditioner.degree(bucket)
+        # From the units of the roots to those of this step, which all blocks share.
+        change = power_of(degree, scale_log2 - state.roots.roots_scale_log2)
+        direction *= _column(power_of_two(change), direction)
+        unit = unit - power_of(degree, scale_log2)
     acts = jnp.broadcast_to(step >= options.start_step, moments.age.shape)
     if bucket.sides:
         acts &= (state.roots.refreshed > 0) & (state.roots.failures < options.max_failures)
-    return _Proposal(
-        moments, second_moment, direction, unit - power_of(degree, scale_log2), graft * power_of_two(-graft_unit), acts
-    )
+    return _Proposal(moments, second_moment, direction, unit, graft * power_of_two(-graft_unit), acts)
 
 
 def _observe(

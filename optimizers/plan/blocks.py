@@ -22,7 +22,7 @@ from .assignment import assign_owners
 from .tiles import Tiling, make_tiling
 from .views import View, matrix_view, names_by_path, tensor_view
 
-# Shape, sides, p, beta2, ridge, cut and name of the preconditioner, which all blocks of a bucket share.
+# Shape, sides, p, beta2, ridge, cut, orthogonalize and name of the preconditioner, which all blocks of a bucket share.
 _Key = tuple[Any, ...]
 
 
@@ -60,6 +60,7 @@ class Bucket:
       p: order of the inverse roots; 0 if no side has statistics.
       beta2: decay of the statistics and of the graft's second moment.
       ridge, cut: regularisers relative to the largest eigenvalue.
+      orthogonalize: Newton-Schulz steps on the preconditioned direction.
       preconditioner: preconditioner of the blocks.
       leaves: parameters whose blocks are in the bucket, in order.
       first: number of blocks in earlier buckets.
@@ -75,6 +76,7 @@ class Bucket:
     beta2: float
     ridge: float
     cut: float
+    orthogonalize: int
     preconditioner: Preconditioner
     leaves: tuple[Leaf, ...]
     first: int
@@ -261,7 +263,8 @@ def make_plan(parameters: Sequence[Parameter], options: Options, mesh: Mapping[s
         pieces, block = (tuple(part[i] for part in parts) for i in (0, 1))
         p = treatment.order(len(sides))
         sides = sides if p else ()
-        key = (block, sides, p, treatment.beta2, treatment.ridge, treatment.cut, preconditioner.name)
+        numbers = treatment.beta2, treatment.ridge, treatment.cut, treatment.orthogonalize
+        key = (block, sides, p, *numbers, preconditioner.name)
         leaf = Leaf(index, path, make_tiling(view, pieces, block, spec, mesh))
         grouped.setdefault(key, []).append(leaf)
         label = preconditioner.label or (f"p{p}" if p else "momentum")
@@ -300,8 +303,8 @@ def _buckets(grouped: Mapping[_Key, Sequence[Leaf]], owners: int, phases: int, o
     owner = assign_owners(bucket, np.asarray(holder, np.int64), number % phases, owners)
     result, first = [], 0
     for key, count in zip(keys, counts, strict=True):
-        shape, sides, p, beta2, ridge, cut, kind = key
-        numbers, preconditioner = (p, beta2, ridge, cut), PRECONDITIONERS[kind]
+        shape, sides, p, beta2, ridge, cut, orthogonalize, kind = key
+        numbers, preconditioner = (p, beta2, ridge, cut, orthogonalize), PRECONDITIONERS[kind]
         part, leaves = tuple(owner[first : first + count].tolist()), tuple(grouped[key])
         rest = leaves, first, owners, phases, part
         result.append(Bucket(_name(key, options), shape, sides, *numbers, preconditioner, *rest))
@@ -320,7 +323,7 @@ def _name(key: _Key, options: Options) -> str:
     shape, sides, p, *numbers, kind = key
     text = "all" if len(sides) == len(shape) else "side" + "".join(map(str, sides))
     parts = ["x".join(map(str, shape)), text, f"p{p}"]
-    for field, value in zip(("beta2", "ridge", "cut"), numbers, strict=True):
+    for field, value in zip(("beta2", "ridge", "cut", "orthogonalize"), numbers, strict=True):
         if value != getattr(options, field):
             parts.append(f"{field}-{value!r}".replace("+", ""))
     return "_".join([*parts, *([] if kind == "shampoo" else [kind])])

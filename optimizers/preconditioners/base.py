@@ -81,6 +81,7 @@ class Preconditioner(abc.ABC):
       adapts: whether it keeps an elementwise second moment in its own basis.
       warm: whether a refresh starts from the current factors.
       matrices_only: whether blocks must have two sides.
+      orthogonal: whether its directions are orthogonalised already.
       p: order of the inverse roots, 0 if no side has statistics; None if the treatment's exponent gives it.
     """
 
@@ -92,6 +93,7 @@ class Preconditioner(abc.ABC):
     adapts = False
     warm = False
     matrices_only = False
+    orthogonal = False
     p: int | None = None
 
     def power(self, sides: int) -> float:

@@ -10,8 +10,8 @@ import pytest
 from optimizing import by_block, gradients, optimizer, train, zeros
 
 from shampax.optimizers import ShampooOptions
+from shampax.optimizers.linalg.orthogonal import orthogonalized
 from shampax.optimizers.linalg.symmetric import unpack
-from shampax.optimizers.preconditioners.muon import orthogonalized
 
 SHAPE = {"w": (64, 32)}
 SIDES = ("left", "right")
@@ -109,10 +109,12 @@ def test_orthogonalization_brings_singular_values_to_one():
     random = np.random.default_rng(0)
     u, _, vt = np.linalg.svd(random.normal(size=(3, 16, 24)), full_matrices=False)
     s = np.geomspace(1, 1e-2, 16)
-    x = orthogonalized(jnp.asarray(1e20 * (u * s) @ vt, jnp.float32))
+    x = orthogonalized(jnp.asarray(1e20 * (u * s) @ vt, jnp.float32), 5)
     found = np.linalg.svd(np.asarray(x), compute_uv=False)
     assert np.all(np.abs(found - 1) <= 0.35)
-    assert not np.any(np.asarray(orthogonalized(jnp.zeros((1, 4, 4)))))
+    transposed = orthogonalized(jnp.asarray(1e20 * np.swapaxes((u * s) @ vt, 1, 2), jnp.float32), 5)
+    np.testing.assert_allclose(transposed, np.swapaxes(x, 1, 2), rtol=0, atol=1e-5)
+    assert not np.any(np.asarray(orthogonalized(jnp.zeros((1, 4, 4)), 5)))
 
 
 def test_muon_on_whole_matrices_equals_optax():
@@ -127,7 +129,17 @@ def test_muon_on_whole_matrices_equals_optax():
         assert np.sum(here * there) >= 0.99 * np.linalg.norm(here) * np.linalg.norm(there)
 
 
-@pytest.mark.parametrize("text", ["soap exponent=0.5", "kl_shampoo exponent=0.25", "muon view=tensor", "soap side=top"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "soap exponent=0.5",
+        "kl_shampoo exponent=0.25",
+        "muon view=tensor",
+        "soap side=top",
+        "muon orthogonalize=2",
+        "shampoo view=tensor orthogonalize=1",
+    ],
+)
 def test_inapplicable_treatment_words_are_refused(text):
     """Fault: a word is ignored."""
     with pytest.raises(ValueError, match=text.split(" ")[0]):

@@ -56,7 +56,7 @@ def test_parse(text, expected):
 
 
 KINDS = "must begin with one of shampoo, one_sided, soap, kl_shampoo, muon, diagonal, rows."
-KEYS = "Use side, view, block_size, exponent, ridge, cut, beta2, stack as key=value."
+KEYS = "Use side, view, block_size, exponent, ridge, cut, beta2, orthogonalize, stack as key=value."
 
 
 @pytest.mark.parametrize(
@@ -315,6 +315,7 @@ TEXTS = {
     "solver": {"eigh": "eigh"},
     "residual_bound": {"0.5": 0.5},
     "max_failures": {"9": 9},
+    "orthogonalize": {"3": 3},
     "refresh": {"periodic": "periodic"},
     "interval": {"100": 100},
     "early_intervals": {"((100, 1), (500, 1))": ((100, 1), (500, 1)), "[[10, 1]]": ((10, 1),)},

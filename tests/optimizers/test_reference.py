@@ -237,6 +237,20 @@ CASES = {
         brief=8,
         part=("a", "b"),
     ),
+    "orthogonalized": Case(
+        {
+            "treatments": rules(a="shampoo", b="one_sided orthogonalize=2", k="kl_shampoo", m="muon"),
+            "orthogonalize": 3,
+            "exponent": 0.5,
+            "nesterov": True,
+        },
+        {"a": (33, 21), "b": (14, 40), "k": (21, 9), "m": (16, 14)},
+        brief=8,
+        part=("a", "b"),
+    ),
+    "soap, orthogonalized": Case(
+        {"treatments": rules(a="soap orthogonalize=2"), "start_step": 16}, {"a": (33, 21)}, brief=20
+    ),
     # Storage. If float32 and float64 are on two sides of a tie, an element differs by 2^-8 of its value.
     "bfloat16 roots": Case(
         {"roots_dtype": "bfloat16", "graft": "sgd", "interval": 16, "exponent": 0.5}, tolerance=5e-4, margin=4, brief=20

@@ -240,6 +240,16 @@ def test_the_scale_of_gradients_does_not_change_directions(graft, beta1, name):
             assert cosine(scaled(graft, beta1, k)[name], wanted[name]) >= 1 - 1e-6, k
 
 
+def test_orthogonalized_updates_do_not_depend_on_the_gradients_scale():
+    """Fault: an orthogonal direction is taken for one in the units of the gradient or of the roots."""
+    stream = gradients(4, {"w": (8, 6)})
+    chosen = ShampooOptions(block_size=8, interval=2, orthogonalize=3, graft="none")
+    wanted = train(chosen, stream).updates[-1]["w"]
+    for k in (-20, 20):
+        found = train(chosen, [{"w": g["w"] * np.float32(2.0**k)} for g in stream]).updates[-1]["w"]
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("graft", ["none", "sgd", "adagrad_normalized"])
 def test_large_parameters_at_every_scale(graft):
     """Fault: sums of squares overflow or underflow although single squares do not."""

@@ -132,6 +132,22 @@ OPTIMIZERS = (
         ("tests/optimizers/test_family.py::test_kl_shampoos_statistics_are_the_covariance_of_a_kronecker_product",),
     ),
     Mutant(
+        "orthogonalized-direction-in-the-gradients-unit",
+        "optimizers/precondition.py",
+        "direction, unit = orthogonalized(direction, steps), 0",
+        "direction = orthogonalized(direction, steps)",
+        "With orthogonalize and no graft, updates grow and shrink with the gradient.",
+        ("tests/optimizers/test_shampoo.py::test_orthogonalized_updates_do_not_depend_on_the_gradients_scale",),
+    ),
+    Mutant(
+        "soap-loses-its-length",
+        "optimizers/precondition.py",
+        "direction = orthogonal * _column(ratio, orthogonal)",
+        "direction = orthogonal",
+        "Orthogonalised SOAP's updates are as long as Muon's without its factor.",
+        ("tests/optimizers/test_reference.py::test_agrees_with_the_float64_reference",),
+    ),
+    Mutant(
         "muon-as-long-as-the-shorter-side",
         "optimizers/preconditioners/muon.py",
         "jnp.max(blocks.sizes, axis=-1)",

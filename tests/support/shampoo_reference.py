@@ -9,8 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from shampax.optimizers.linalg.orthogonal import POLYNOMIAL
 from shampax.optimizers.plan.blocks import split
-from shampax.optimizers.preconditioners.muon import POLYNOMIAL
 
 
 def inverse_root(a, p, ridge=0.0, cut=0.0):
@@ -127,7 +127,7 @@ class Parameter:
         pieces = [split(side, self.rule.block_size) for side in shape]
         padded = tuple(length for _, length in pieces)
         self.bucket = (padded, preconditioned, self.p, self.rule.beta2, self.rule.ridge, self.rule.cut)
-        self.bucket += (self.rule.preconditioner.name,)
+        self.bucket += (self.rule.orthogonalize, self.rule.preconditioner.name)
         self.matrices = []
         for _ in range(self.stacks):
             blocks = []
@@ -197,7 +197,7 @@ def direction(o, rule, matrix, g, t):
         block = a[b.at]
         for side, root in b.roots.items():
             block = along(block, side, root)
-        d[b.at] = block
+        d[b.at] = orthogonalized(block, rule.orthogonalize)
 
     if o.graft != "none":
         wanted = math.sqrt(sum(np.sum(graft[b.at] ** 2) for b in acting))
@@ -217,7 +217,8 @@ def soap(o, rule, b, a, h, t):
     d = a / (np.sqrt(b.second / correction) + o.epsilon)
     for side, q in bases.items():
         d = along(d, side, q)
-    return d
+    x = orthogonalized(d, rule.orthogonalize)
+    return x * ratio(np.linalg.norm(d), np.linalg.norm(x))
 
 
 def iterated(s, q):
@@ -238,14 +239,21 @@ def new_bases(b):
     return new
 
 
+def orthogonalized(a, steps):
+    """Return the polynomial approximation of the nearest semi-orthogonal matrix; with 0 steps, the matrix itself."""
+    if not steps:
+        return a
+    x = a / (1.01 * np.linalg.norm(a)) if a.any() else a
+    c1, c3, c5 = POLYNOMIAL
+    for _ in range(steps):
+        x = c1 * x + c3 * x @ x.T @ x + c5 * x @ x.T @ x @ x.T @ x
+    return x
+
+
 def muon(o, a):
     """Return the polynomial approximation of the nearest matrix with orthonormal rows, with the length of Adam's
     update."""
-    x = a / (1.01 * np.linalg.norm(a)) if a.any() else a
-    c1, c3, c5 = POLYNOMIAL
-    for _ in range(5):
-        x = c1 * x + c3 * x @ x.T @ x + c5 * x @ x.T @ x @ x.T @ x
-    return 0.2 * math.sqrt(max(a.shape)) * x
+    return 0.2 * math.sqrt(max(a.shape)) * orthogonalized(a, 5)
 
 
 def whitened(b, u, side):
