@@ -14,11 +14,13 @@ print the resident memory of the training command over 600 steps without a save,
 """
 
 import argparse
+import contextlib
 import dataclasses
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,18 +124,26 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
 
 
 def memory(options: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """Run the training command and read its resident memory as it reports steps. Return the result as JSON."""
+    """Run the training command and read its resident memory. Return the least between reported steps as JSON."""
     knobs = {"duration": f"{options.memory} steps", "checkpoint.every": f"{options.every} steps"}
     knobs |= {"log.every": f"{max(1, options.memory // _READINGS)} steps", "evaluation.every": "0 steps"}
     words = [sys.executable, "-m", "shampax.launch.train", f"--config={lm.__file__}:{options.variant}"]
     words += [f"--workdir={place / 'run'}", *(f"--config.{name}={value}" for name, value in knobs.items())]
-    resident = {}
+    resident, readings = {}, []
+
+    def read() -> None:
+        with contextlib.suppress(FileNotFoundError):  # it has ended
+            while status := Path(f"/proc/{run.pid}/status").read_text().partition("VmRSS:")[2]:
+                readings.append(int(status.split()[0]) / 1e3)
+                time.sleep(0.02)
+
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout
+        threading.Thread(target=read, daemon=True).start()
         for line in run.stdout:
             if found := re.match(r"step +(\d+)/", line):
-                status = Path(f"/proc/{run.pid}/status").read_text()
-                resident[int(found[1])] = round(int(status.partition("VmRSS:")[2].split()[0]) / 1e3, 1)
+                resident[int(found[1])] = round(min(readings), 1)
+                readings.clear()
                 print(f"{line.rstrip()}  {resident[int(found[1])]} MB", file=sys.stderr, flush=True)
     if run.returncode:
         raise UserError(f"{' '.join(words)}: ended with code {run.returncode}.")

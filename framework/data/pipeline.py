@@ -207,9 +207,9 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def _read_ahead(batches: _Batches, start: int, reading: Reading) -> Generator[Example]:
     """Yield the batches from `start` on, in order."""
-    threads = max(1, min(reading.threads, reading.ahead))
-    ahead = -(-reading.ahead // max(1, reading.workers))
-    data = grain.MapDataset.source(batches)[start:].to_iter_dataset(grain.ReadOptions(threads, max(ahead, threads)))
+    ahead = -(-reading.ahead // max(1, reading.workers))  # of each worker
+    options = grain.ReadOptions(num_threads=min(reading.threads, ahead), prefetch_buffer_size=ahead)
+    data = grain.MapDataset.source(batches)[start:].to_iter_dataset(options)
     if reading.workers:
         flags.FLAGS.mark_as_parsed()  # grain looks at its flags, which only absl's command lines parse
         workers = grain.MultiprocessingOptions(num_workers=reading.workers)

@@ -1,15 +1,23 @@
-import argparse
 import dataclasses
 
 from shampax.benchmarks import input as reading
+from shampax.framework.data.pipeline import Reading
 
 
-def test_a_slow_disk_costs_one_wait_for_many_rows(monkeypatch):
-    """Faults: batches are read row by row; the benchmark measures what is read ahead, or no wait."""
-    few = {name: dataclasses.replace(kind, rows=512) for name, kind in reading.KINDS.items()}
-    monkeypatch.setattr(reading, "KINDS", few)
-    options = argparse.Namespace(kinds=["clicks"], latency=2, seconds=0.1, threads=8, workers=0, ahead=1)
-    result = reading.measure(options)
-    rows, shards = result["clicks, rows/s"]["2 ms a call"].values()
-    assert rows <= 2 / 2e-3 * 1.1
-    assert shards > 4 * rows
+def test_a_slow_disk_costs_one_wait_for_many_rows(tmp_path, monkeypatch):
+    """Faults: batches are read row by row; the emulated disk is not waited for, or the two sides read alike."""
+    read, calls, slept = reading._Slow.read, [], []
+    monkeypatch.setattr(reading._Slow, "read", lambda self, rows: calls.append(len(rows)) or read(self, rows))
+    monkeypatch.setattr(reading.time, "sleep", slept.append)
+    kind = dataclasses.replace(reading.KINDS["clicks"], rows=512, batch=256)
+    files = reading.write(kind, tmp_path)
+    rows = reading.SlowRows(files, kind.decode, 0, 512)
+    rows.latency = 0.03
+    sizes = []
+    for source in (reading.OneByOne(rows), rows):
+        calls.clear()
+        assert reading.rate(kind, source, Reading(2, 0, 1), 0.0) > 0
+        sizes.append(max(calls))
+    assert sizes[0] == 1
+    assert sizes[1] > 8
+    assert set(slept) == {0.03}

@@ -757,6 +757,14 @@ FRAMEWORK = (
         ("tests/framework/data/test_text.py::test_the_tokenizer_is_loaded_once",),
     ),
     Mutant(
+        "samples-decompressed-each-time",
+        "framework/data/samples/__init__.py",
+        "@functools.lru_cache(2)",
+        "@functools.lru_cache(0)",
+        "The quick start begins a third of a second later.",
+        ("tests/framework/data/test_images.py::test_a_sample_is_decompressed_once",),
+    ),
+    Mutant(
         "wait-for-input-not-counted",
         "framework/loop.py",
         "        self.journal.speedometer.waited_for_input(time.monotonic() - begun)",

@@ -1,5 +1,6 @@
 import itertools
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from shampax.framework.base.errors import UserError
+from shampax.framework.data import samples
 from shampax.framework.data.images import ImageData, pictures
 from shampax.framework.data.pipeline import Batches, HeldoutBatches
+from shampax.framework.dataset import SPLITS
 
 SMALL = {"source": "tfds:imagenet2012:5.1.0", "image_size": 24, "classes": 1_000}
 
@@ -36,6 +39,20 @@ def equal(left, right):
     assert left.keys() == right.keys()
     for name in left:
         np.testing.assert_array_equal(left[name], right[name])
+
+
+def test_a_sample_is_decompressed_once(tmp_path, monkeypatch):
+    """Fault: a start decompresses its sample again for each split and for the fingerprint: a third of a second."""
+    read, decompress = [], lzma.decompress
+    monkeypatch.setattr(lzma, "decompress", lambda content: read.append(content) or decompress(content))
+    samples.read.cache_clear()
+    samples.sha256.cache_clear()
+    data = ImageData()
+    data.prepare(tmp_path)
+    for split in SPLITS:
+        data.examples(split, tmp_path)
+    data.fingerprint(tmp_path)
+    assert len(read) == len(SPLITS)
 
 
 def test_the_sample_matches_its_notice(tmp_path):
