@@ -146,10 +146,8 @@ def eight_billion(config: Any) -> None:
 def mixture(config: Any) -> None:
     """Train 1b with 16 experts in place of each MLP, one per chip of each group of 16."""
     one_billion(config)
-    config.task.remat = "full"  # routing and the experts' inputs take most of the memory
     config.task.experts = 16
     config.task.experts_per_token = 2
-    config.task.expert_group = 512  # the cost of dispatch grows with it; here 8 % of the experts' cost
     config.mesh.expert = 16
 
 

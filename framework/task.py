@@ -1,7 +1,7 @@
 """The contract between the trainer and a model: write a frozen dataclass with the methods of `Task`.
 
 A config names it by import string, `config.task.name = "my_project.my_model:MyTask"`; its fields are knobs. The trainer
-knows nothing else of a model. A task may also have the methods of `Judge`, `Noted` and `Costed`.
+knows nothing else of a model. A task may also have the methods of `Judge`, `Settling`, `Noted` and `Costed`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -91,12 +91,25 @@ class Judge(Protocol):
         ...
 
 
+class Settling(Protocol):
+    """Optional method of a task: the end of a step for its model state."""
+
+    def settle(self, model_state: dict[str, Any]) -> dict[str, Any]:
+        """Return the model state after a step, given that after the last micro-batch; pure and traceable."""
+        ...
+
+
 class Noted(Protocol):
     """Optional method of a task: lines about its choices that are printed once, when a run starts."""
 
     def notes(self, batch_spec: BatchSpec) -> tuple[str, ...]:
         """Return lines about a global batch on the mesh in the context (`jax.set_mesh`)."""
         ...
+
+
+def settled(task: Any, model_state: dict[str, Any]) -> dict[str, Any]:
+    """Return the model state after a step: as it is, unless the task has the method of `Settling`."""
+    return task.settle(model_state) if hasattr(task, "settle") else model_state
 
 
 class Costed(Protocol):

@@ -5,10 +5,11 @@ import math
 import jax
 from jax.sharding import PartitionSpec as P
 
-EXPERT_AXIS = "expert"  # mesh axis that shards experts, and elsewhere examples
+EXPERT_AXIS = "expert"  # mesh axis that shards experts, and the examples
 SLICE_AXIS = "slice"  # mesh axis that joins slices
 BATCH_AXES = (SLICE_AXIS, "data", "fsdp", EXPERT_AXIS)  # mesh axes that shard the examples
 SEQUENCE_AXIS = "sequence"  # mesh axis that shards the positions
+TENSOR_AXIS = "tensor"  # mesh axis that shards heads, hidden units and the vocabulary
 
 
 def shard_batch(x: jax.Array, *others: str | None) -> jax.Array:
@@ -21,14 +22,11 @@ def shard_batch(x: jax.Array, *others: str | None) -> jax.Array:
     Args:
       x: the activation.
       *others: mesh axis of each dimension after B, or None. One that does not divide its dimension is ignored.
-        `EXPERT_AXIS` then does not shard B: after an activation without it, this is an all-to-all. Without the
-        constraint the partitioner may gather the weights of all experts instead.
     """
     batch = batch_axes(x.shape[0])
     if not batch:
         return x
     spec = [axis if axis and parts(axis, size) > 1 else None for axis, size in zip(others, x.shape[1:], strict=False)]
-    batch = tuple(axis for axis in batch if axis not in spec)
     return jax.lax.with_sharding_constraint(x, P(batch, *spec, *(None,) * (x.ndim - 1 - len(spec))))
 
 

@@ -13,6 +13,7 @@ model with a tied head does not begin by repeating its input. A separate head ha
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -51,8 +52,13 @@ class LMTask(LinenTask):
     attention_block: int = 0  # queries whose scores are held at once (128 for long rows); 0 holds all T x T scores
     experts: int = 0  # number of experts that replace the MLP; 0 keeps the MLP
     experts_per_token: int = 2  # experts per token: 1 as in Switch, 2 as in GShard and Mixtral
-    capacity_factor: float = 1.25  # expert capacity / mean load; an expert drops tokens above it
-    expert_group: int = 0  # tokens that share an expert's capacity; 0 is the row; smaller groups cost less dispatch
+    expert_dim: int = 0  # hidden width of an expert; 0 is mlp_dim
+    shared_experts: int = 0  # experts that every token uses, besides those of the router (DeepSeek-V3: 1)
+    dense_layers: int = 0  # first layers that keep the MLP (DeepSeek-V3: 3)
+    router: str = "softmax"  # scores of experts: "softmax" as in Switch, "sigmoid" as in DeepSeek-V3
+    router_scale: float = 1.0  # factor of the experts' weights, which sum to 1 (DeepSeek-V3: 2.5)
+    expert_room: float = 1.25  # rows that a device can send to another at once / mean; a larger load takes more rounds
+    balance_rate: float = 0.0  # step of biases that balance the load of experts (DeepSeek-V3: 1e-3); 0 for none
     balance_loss: float = 0.01  # weight of the loss that balances the load of experts (Switch: 1e-2)
     router_z_loss: float = 0.001  # weight of the routers' log(Z)^2 (ST-MoE: 1e-3); limits drift of their logits
 
@@ -60,8 +66,10 @@ class LMTask(LinenTask):
         check_options(
             self,
             positive="vocab_size layers embed_dim heads kv_heads head_dim mlp_dim",
-            not_negative="attention_block experts expert_group balance_loss router_z_loss z_loss",
+            not_negative="attention_block balance_loss balance_rate dense_layers expert_dim experts router_z_loss "
+            "shared_experts z_loss",
             attention=kernels.KERNELS,
+            router=moe.ROUTERS,
         )
         if self.heads % self.kv_heads:
             raise ValueError(f"task.kv_heads={self.kv_heads}: must divide task.heads={self.heads}")
@@ -69,15 +77,42 @@ class LMTask(LinenTask):
             raise ValueError(
                 f"task.experts_per_token={self.experts_per_token}: must be 1 to task.experts={self.experts}"
             )
-        for name in ("capacity_factor", "rope_theta"):
+        if self.experts and self.dense_layers >= self.layers:
+            raise ValueError(f"task.dense_layers={self.dense_layers}: must be below task.layers={self.layers}")
+        for name in ("expert_room", "rope_theta", "router_scale"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"task.{name}={getattr(self, name)}: must be above 0")
+
+    @property
+    def routed_blocks(self) -> int:
+        """Number of layers with experts, the last ones."""
+        return self.layers - self.dense_layers if self.experts else 0
+
+    @property
+    def expert_width(self) -> int:
+        """Hidden width of an expert."""
+        return self.expert_dim or self.mlp_dim
 
     def boxed(self, key: jax.Array) -> Any:
         """See `LinenTask.boxed`. Axes: layers, experts, embed, mlp, heads, kv_heads, kv (in a head), vocab, norm."""
         row = jnp.zeros((1, 2), jnp.int32)
         # The row is too short for a kernel; parameters do not depend on it.
-        return Transformer(dataclasses.replace(self, attention="xla")).init(key, row, row, row)
+        variables = Transformer(dataclasses.replace(self, attention="xla")).init(key, row, row, row)
+        if not self._has_biases:
+            return variables
+        zeros_LxX = jnp.zeros((self.routed_blocks, self.experts))
+        return {**variables, "routers": {"bias": zeros_LxX, "load": zeros_LxX}}
+
+    @property
+    def _has_biases(self) -> bool:
+        return self.experts > 0 and self.balance_rate > 0
+
+    def settle(self, model_state: dict[str, Any]) -> dict[str, Any]:
+        """Move the routers' biases by the load of the experts in all micro-batches, and reset the load."""
+        if not self._has_biases:
+            return model_state
+        bias, load = model_state["routers"]["bias"], model_state["routers"]["load"]
+        return {"routers": {"bias": moe.leveled(bias, load, self.balance_rate), "load": jnp.zeros_like(load)}}
 
     def check_batch(self, batch_spec: BatchSpec) -> None:
         """See `LinenTask.check_batch`."""
@@ -97,7 +132,10 @@ class LMTask(LinenTask):
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
     ) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
-        """Return mean nats per real target (0 for an empty batch), no model state, and metrics as (total, weight).
+        """Return mean nats per real target (0 for an empty batch), model state, and metrics as (total, weight).
+
+        With `balance_rate` the state has of each router the bias [X] and, while micro-batches of a step are added, the
+        load of the experts.
 
         metrics: "loss", nats over targets, in training plus z_loss and the routers' losses; "bits_per_character", bits
         over the characters that begin in the targets (ends of documents cost bits and have no characters); "accuracy";
@@ -123,20 +161,25 @@ class LMTask(LinenTask):
             **z_metrics,
             **routers,
         }
-        return objective / jnp.maximum(targets, 1), ({}, metrics)
+        state = {name: value for name, value in variables.items() if name != "params"}
+        if train and self._has_biases and routing is not None:
+            routers_state = variables["routers"]
+            state = {"routers": routers_state | {"load": routers_state["load"] + routing["assigned"]}}
+        return objective / jnp.maximum(targets, 1), (state, metrics)
 
     def logits(self, variables: dict[str, Any], batch: Batch) -> tuple[jax.Array, moe.Routing | None]:
         """Return predictions for the inputs `tokens[:, :-1]`, float32 [B, T, V], and the sums of `moe.route`."""
         inputs = (batch[name][:, :-1] for name in ("tokens", "segments", "positions"))
-        result: Any = Transformer(self).apply(variables, *inputs)
+        bias_LxX = variables["routers"]["bias"] if self._has_biases else None
+        result: Any = Transformer(self).apply({"params": variables["params"]}, *inputs, bias_LxX)
         return result
 
     def flops(self, batch_spec: BatchSpec) -> float:
         """Return the training FLOPs of one batch: 6 N tokens + 12 layers S H D tokens + 6 E V tokens.
 
-        N counts the parameters of the blocks' matmuls, of experts those that a token uses; dispatch is not counted. S
-        is (T + 1) / 2, the mean number of positions up to a token's own, as if a row were one document. Recomputation
-        by remat, norms and softmaxes are not counted, as is usual for MFU.
+        N counts the parameters of the blocks' matmuls, of experts those that a token uses. S is (T + 1) / 2, the mean
+        number of positions up to a token's own, as if a row were one document. Recomputation by remat, norms and
+        softmaxes are not counted, as is usual for MFU.
         """
         sequence = batch_spec["tokens"].shape[1] - 1
         return self._flops(batch_spec, seen=(sequence + 1) / 2)
@@ -149,9 +192,10 @@ class LMTask(LinenTask):
         rows, length = batch_spec["tokens"].shape
         sequence = length - 1
         attention = 2 * self.embed_dim * self.head_dim * (self.heads + self.kv_heads)
-        block = attention + 3 * self.embed_dim * self.mlp_dim * (self.experts_per_token if self.experts else 1)
-        block += self.embed_dim * self.experts  # the router
-        per_token = 6 * self.layers * block
+        used = self.experts_per_token + self.shared_experts
+        widths = (self.layers - self.routed_blocks) * self.mlp_dim + self.routed_blocks * used * self.expert_width
+        blocks = self.layers * attention + self.embed_dim * (3 * widths + self.routed_blocks * self.experts)
+        per_token = 6 * blocks
         per_token += 12 * self.layers * seen * self.heads * self.head_dim
         per_token += 6 * self.embed_dim * self.vocab_size
         return float(per_token * rows * sequence)
@@ -164,7 +208,11 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_BxT: jax.Array, segments_BxT: jax.Array, positions_BxT: jax.Array
+        self,
+        tokens_BxT: jax.Array,
+        segments_BxT: jax.Array,
+        positions_BxT: jax.Array,
+        bias_LxX: jax.Array | None = None,
     ) -> tuple[jax.Array, moe.Routing | None]:
         """Return logits, float32, and the sums [layers, ...] of `moe.route`."""
         task = self.task
@@ -178,9 +226,14 @@ class Transformer(nn.Module):
         x_BxTxE = shard_batch(jnp.take(gather_columns(embedding_VxE), tokens_BxT, axis=0), SEQUENCE_AXIS)
         rotation = rotary_angles(positions_BxT, task.head_dim, task.rope_theta)
 
-        x_BxTxE, routing = run_layers(
-            Block, (task,), x_BxTxE, segments_BxT, rotation, layers=task.layers, remat=task.remat
-        )
+        routed, routing = task.routed_blocks, None
+        run = functools.partial(run_layers, Block, remat=task.remat)
+        if dense := task.layers - routed:
+            name = "dense_layers" if routed else "layers"
+            x_BxTxE, _ = run((task, False), x_BxTxE, segments_BxT, rotation, layers=dense, name=name)
+        if routed:
+            biases = () if bias_LxX is None else (bias_LxX,)
+            x_BxTxE, routing = run((task, True), x_BxTxE, segments_BxT, rotation, layers=routed, per_layer=biases)
         x_BxTxE = rms_norm("final_norm", dtype)(x_BxTxE)
         head_VxE = embedding_VxE if task.tied_head else table("head")
         return jnp.einsum("bte,ve->btv", x_BxTxE, head_VxE, preferred_element_type=jnp.float32), routing
@@ -190,10 +243,11 @@ class Block(nn.Module):
     """Attention and SwiGLU (or experts), each applied to the normed residual stream [B, T, E] and added to it."""
 
     task: LMTask
+    routed: bool  # whether it has experts
 
     @nn.compact
     def __call__(
-        self, x_BxTxE: jax.Array, segments_BxT: jax.Array, rotation: Rotation
+        self, x_BxTxE: jax.Array, segments_BxT: jax.Array, rotation: Rotation, bias_X: jax.Array | None = None
     ) -> tuple[jax.Array, moe.Routing | None]:
         """Return the residual stream after this layer, and the sums of its router if it has experts."""
         task = self.task
@@ -206,10 +260,20 @@ class Block(nn.Module):
         mixed_BxTxHxD = self_attention(query, key, value, segments_BxT, task.attention_block, task.attention)
         x_BxTxE += attention.project(mixed_BxTxHxD)
         normed_BxTxE = rms_norm("mlp_norm", dtype)(x_BxTxE)
-        if task.experts:
-            options = (task.experts, task.experts_per_token, task.capacity_factor, task.expert_group)
-            mlp = moe.RoutedSwiGLU(*options, task.mlp_dim, writers, dtype, name="moe")
-            added_BxTxE, routing = mlp(normed_BxTxE, segments_BxT > 0)
+        if self.routed:
+            mlp = moe.RoutedSwiGLU(
+                task.experts,
+                task.experts_per_token,
+                task.expert_width,
+                task.shared_experts * task.expert_width,
+                task.router,
+                task.router_scale,
+                task.expert_room,
+                writers,
+                dtype,
+                name="moe",
+            )
+            added_BxTxE, routing = mlp(normed_BxTxE, segments_BxT > 0, bias_X)
         else:
             added_BxTxE, routing = MLP(task.mlp_dim, True, writers, dtype, name="mlp")(normed_BxTxE), None
         return shard_batch(x_BxTxE + added_BxTxE, SEQUENCE_AXIS), routing

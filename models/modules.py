@@ -12,8 +12,9 @@ from .attention import Rotation, attend, rotate
 
 EMBEDDING_STD = 0.02
 # Values of a block that a policy can keep, as `checkpoint_name` calls them: queries, keys and values after rotation;
-# attention's mean of the values; its product with the output kernel; the products of the MLP with its first kernels.
-KEPT = ("qkv", "context", "attention_out", "gate", "up")
+# attention's mean of the values; its product with the output kernel; the products of the MLP or of experts with their
+# first kernels; the tokens of the experts of a device.
+KEPT = ("qkv", "context", "attention_out", "gate", "up", "routed")
 _names = jax.checkpoint_policies.save_only_these_names
 _dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT_POLICIES = {
@@ -120,25 +121,35 @@ class MLP(nn.Module):
 
 
 def run_layers(
-    block: type[nn.Module], fields: tuple[Any, ...], x: jax.Array, *context: Any, layers: int, remat: str
+    block: type[nn.Module],
+    fields: tuple[Any, ...],
+    x: jax.Array,
+    *context: Any,
+    layers: int,
+    remat: str,
+    name: str = "layers",
+    per_layer: tuple[jax.Array, ...] = (),
 ) -> tuple[jax.Array, Any]:
     """Apply `layers` blocks with their own parameters to `x`; call it in a module's compact method.
 
-    The block is traced once. Its parameters are stacked under "layers", along an axis of that name.
+    The block is traced once. Its parameters are stacked along an axis named "layers".
 
     Args:
-      block: class of the blocks; `block(*fields)(x, *context)` returns the next x and a tree of arrays or None.
+      block: class of the blocks; `block(*fields)(x, *inputs)` returns the next x and a tree of arrays or None.
       fields: arguments of the constructor.
       x: input of the first block.
       context: further inputs of every block.
       layers: number of blocks.
       remat: as in `is_remat`.
+      name: of the stack among the parameters.
+      per_layer: last inputs of the blocks, arrays with a leading dimension for the layers.
 
     Returns:
       The last x, and the trees of all blocks, stacked.
     """
-    stack = scan_layers(lambda block, x, *context: block(x, *context), layers)
-    return stack(recomputed(block, remat)(*fields, name="layers"), x, *context)
+    in_axes = (nn.broadcast,) * len(context) + (0,) * len(per_layer)
+    stack = scan_layers(lambda block, x, *inputs: block(x, *inputs), layers, in_axes)
+    return stack(recomputed(block, remat)(*fields, name=name), x, *context, *per_layer)
 
 
 def recomputed(block: type[nn.Module], remat: str) -> Any:

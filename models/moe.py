@@ -1,77 +1,96 @@
-"""A mixture of experts in place of an MLP: a router sends each token to a few experts.
+"""A mixture of experts in place of an MLP: a router sends each token to a few experts, and none is dropped.
 
-Token-choice top-k routing with bounded expert capacity (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961). Dispatch
-and combine are einsums with one-hot tensors. With experts sharded over the mesh axis `expert`, the partitioner turns
-each into an all-to-all of tokens, and no expert's weights move. Shapes in names: B batch, N groups of a row, T tokens
-of a group, X experts, C capacity, E embed, M mlp.
+The choices of all tokens are sorted by expert, so that each expert multiplies consecutive rows (dropless, as in
+MegaBlocks, arXiv 2211.15841). With experts sharded over the mesh axis `expert`, two all-to-alls move the tokens to
+their experts and back, and no expert's weights move along that axis. Shapes in names: B batch, T tokens of a row, N
+tokens of a device, C choices of a token, X experts, G experts of a device, R rows, E embed, M mlp.
 """
 
+import functools
 import math
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import linear_call
+from jax.sharding import PartitionSpec as P
 
-from .layout import EXPERT_AXIS, SEQUENCE_AXIS, shard_batch
-from .modules import fan_in
+from . import layout
+from .grouped import grouped_product
+from .layout import EXPERT_AXIS, SEQUENCE_AXIS, TENSOR_AXIS
+from .modules import MLP, fan_in
 
 Routing = dict[str, jax.Array]
+ROUTERS = ("softmax", "sigmoid")
+_MULTIPLE = 32  # of the rows that a device sends to another in a round, so that kernels get whole tiles
+_LATER_ROOM = 0.5  # of rounds after the first
+
+
+class Experts(NamedTuple):
+    """The kernels of SwiGLUs, gate and up [X, E, M], down [X, M, E], or their specs."""
+
+    gate: Any
+    up: Any
+    down: Any
 
 
 def route(
-    logits: jax.Array, real: jax.Array, per_token: int, capacity_factor: float
+    logits: jax.Array, real: jax.Array, bias_X: jax.Array | None, router: str, per_token: int, scale: float
 ) -> tuple[jax.Array, jax.Array, Routing]:
     """Return the experts of each token and the weights of their outputs.
 
-    First choices are served before second ones, earlier tokens before later ones. A token gets nothing from a full
-    expert. With one expert per token its weight is the probability, so that the router learns; with more, the
-    probabilities of the chosen experts are scaled to a sum of 1.
+    The scores of a token are the softmax of its logits (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961) or their
+    sigmoids (DeepSeek-V3, arXiv 2412.19437, equations 12 to 16). The experts with the highest scores are chosen; a bias
+    changes the choice only. The weights are the scores, with several experts per token scaled to a sum of 1, and then
+    multiplied by `scale`. The weight of one expert stays its score, so that the router learns.
 
     Args:
-      logits: float32 [..., T, X].
-      real: bool [..., T]; padding is sent nowhere.
+      logits: float32 [..., X].
+      real: bool [...]; padding is sent nowhere.
+      bias_X: float32, or None.
+      router: one of `ROUTERS`.
       per_token: number of experts that each token is sent to.
-      capacity_factor: capacity of an expert as a multiple of the mean load.
+      scale: factor of the weights.
 
     Returns:
-      (sent, weights, routing): bool and float32 [..., T, X, C], token t in slot c of expert x; and sums over real
-      tokens: `assigned` [X], tokens that chose each expert; `probability` [X]; `dropped`, choices of a full expert; and
-      `router_z`, squared logsumexp (ST-MoE, arXiv 2202.08906, equation 5).
+      (chosen, weights, routing): int32 and float32 [..., C], X for padding; and sums over real tokens: `assigned` [X],
+      tokens that chose each expert; `probability` [X], scores scaled to a sum of 1; and `router_z`, squared logsumexp
+      (ST-MoE, arXiv 2202.08906, equation 5).
     """
-    tokens, count = logits.shape[-2:]
-    capacity = min(tokens, max(1, math.ceil(tokens * per_token * capacity_factor / count)))
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    gates, chosen = jax.lax.top_k(probabilities, per_token)
+    experts = logits.shape[-1]
+    scores = jax.nn.softmax(logits, axis=-1) if router == "softmax" else jax.nn.sigmoid(logits)
+    _, chosen = lax.top_k(lax.stop_gradient(scores) + (0 if bias_X is None else bias_X), per_token)
+    is_chosen = chosen[..., None] == jnp.arange(experts)
+    weights = jnp.where(is_chosen, scores[..., None, :], 0).sum(axis=-1)
     if per_token > 1:
-        gates /= gates.sum(axis=-1, keepdims=True)
-    everywhere = tuple(range(logits.ndim - 1))
-    taken = jnp.zeros((*logits.shape[:-2], 1, count), jnp.int32)
-    sent, weights = jnp.zeros((), bool), jnp.zeros(())
-    assigned = jnp.zeros(count)
-    for choice in range(per_token):
-        wanted = jax.nn.one_hot(chosen[..., choice], count, dtype=jnp.int32) * real[..., None]
-        slots = jnp.cumsum(wanted, axis=-2) - 1 + taken
-        taken += wanted.sum(axis=-2, keepdims=True)
-        assigned += wanted.sum(axis=everywhere, dtype=jnp.float32)
-        # A slot beyond the capacity has a one-hot of zeros.
-        here = jax.nn.one_hot(slots, capacity, dtype=bool) & (wanted[..., None] > 0)
-        sent |= here
-        weights += here * gates[..., choice, None, None]
+        weights /= jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-20)  # sigmoids may all be 0
+    everywhere = tuple(range(real.ndim))
+    probabilities = scores / jnp.maximum(scores.sum(axis=-1, keepdims=True), 1e-20)
     routing = {
-        "assigned": assigned,
+        "assigned": (is_chosen & real[..., None, None]).sum(axis=(*everywhere, real.ndim), dtype=jnp.float32),
         "probability": jnp.where(real[..., None], probabilities, 0).sum(axis=everywhere),
-        "dropped": assigned.sum() - sent.sum(dtype=jnp.float32),
         "router_z": jnp.where(real, jnp.square(jax.nn.logsumexp(logits, axis=-1)), 0).sum(),
     }
-    return sent, weights, routing
+    return jnp.where(real[..., None], chosen, experts), scale * weights, routing
+
+
+def leveled(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:
+    """Return the biases [..., X] after a step with this load: less for experts above the mean, more for those below.
+
+    The change is `rate` for each (arXiv 2408.15664, algorithm 1).
+    """
+    return bias + rate * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
 
 
 def router_metrics(routing: Routing, per_token: int) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Return means over layers and real tokens, as (total, weight).
 
-    "dropped_tokens": share of choices dropped by full experts; "load_imbalance": load of the busiest expert / mean
-    load; "balance_loss": X sum_x f_x p_x, with f the share of choices and p the mean probability of an expert (arXiv
-    2101.03961, equation 4), 1 if all are equal; "router_z_loss".
+    "load_imbalance": load of the busiest expert / mean load; "balance_loss": X sum_x f_x p_x, with f the share of
+    choices and p the mean probability of an expert (arXiv 2101.03961, equation 4), 1 if all are equal;
+    "router_z_loss".
 
     Args:
       routing: sums of `route`, with a leading dimension for the layers.
@@ -84,7 +103,6 @@ def router_metrics(routing: Routing, per_token: int) -> dict[str, tuple[jax.Arra
     share_LxX = assigned_LxX / jnp.maximum(choices_L, 1)[:, None]
     busiest = experts * share_LxX.max(axis=-1) @ choices_L / per_token
     return {
-        "dropped_tokens": (routing["dropped"].sum(), choices_L.sum()),
         "load_imbalance": (busiest, tokens),
         "balance_loss": (experts * (share_LxX * probability_LxX).sum(), tokens),
         "router_z_loss": (routing["router_z"].sum(), tokens),
@@ -92,7 +110,7 @@ def router_metrics(routing: Routing, per_token: int) -> dict[str, tuple[jax.Arra
 
 
 class RoutedSwiGLU(nn.Module):
-    """Experts, each a SwiGLU with its own kernels: gate and up [X, E, M], down [X, M, E]; router [E, X].
+    """Experts, each a SwiGLU with its own kernels, and a SwiGLU of every token; the router's kernel is [E, X].
 
     The router's kernel is an ordinary matrix: its second axis has no name, because an axis named "experts" would be
     sharded over the mesh and stack vectors for Shampoo.
@@ -100,43 +118,207 @@ class RoutedSwiGLU(nn.Module):
 
     experts: int
     per_token: int  # experts that each token is sent to
-    capacity_factor: float
-    group: int  # neighbouring tokens of a row that share a capacity; 0 for the whole row
-    mlp_dim: int
+    width: int  # hidden width of an expert
+    shared_width: int  # hidden width of the SwiGLU of every token; 0 for none
+    router: str  # one of `ROUTERS`
+    scale: float  # factor of the weights of the experts
+    room: float  # as in `apply_experts`
     writers: int  # parts of all layers that write into the residual stream, for the initialisation
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BxTxE: jax.Array, real_BxT: jax.Array) -> tuple[jax.Array, Routing]:
-        """Return the update of the residual stream [B, T, E], and the sums of `route`.
-
-        Raises:
-          ValueError: the row is not divisible into groups.
-        """
-        batch, length, embed = x_BxTxE.shape
-        group = min(self.group, length) or length
-        if length % group:
-            raise ValueError(f"task.expert_group={group}: must divide rows of {length} tokens")
-        x_BxNxTxE = x_BxTxE.reshape(batch, length // group, group, embed)
-        real_BxNxT = real_BxT.reshape(x_BxNxTxE.shape[:3])
+    def __call__(
+        self, x_BxTxE: jax.Array, real_BxT: jax.Array, bias_X: jax.Array | None = None
+    ) -> tuple[jax.Array, Routing]:
+        """Return the update of the residual stream [B, T, E], and the sums of `route`."""
+        embed = x_BxTxE.shape[-1]
         router_ExX = self.param("router", fan_in(1.0, "embed", None), (embed, self.experts))
         # float32, because bfloat16 rounding would change the choice of experts (Switch, section 2.4).
-        logits = jnp.einsum("bnte,ex->bntx", x_BxNxTxE.astype(jnp.float32), router_ExX)
-        sent, weights, routing = route(logits, real_BxNxT, self.per_token, self.capacity_factor)
+        logits = jnp.einsum("bte,ex->btx", x_BxTxE.astype(jnp.float32), router_ExX)
+        chosen, weights, routing = route(logits, real_BxT, bias_X, self.router, self.per_token, self.scale)
 
         def kernel(name: str, scale: float, inputs: str, outputs: str) -> jax.Array:
-            sizes = {"embed": embed, "mlp": self.mlp_dim}
+            sizes = {"embed": embed, "mlp": self.width}
             init = fan_in(scale, "experts", inputs, outputs, stacked=1)
             return self.param(name, init, (self.experts, sizes[inputs], sizes[outputs])).astype(self.dtype)
 
-        # Sharded by groups first, for the backward pass: otherwise the partitioner gathers the tokens of the whole
-        # batch on every device for the gradient's product with `sent`.
-        into = shard_batch(jnp.einsum("bntxc,bnte->bxnce", sent.astype(self.dtype), x_BxNxTxE), None, SEQUENCE_AXIS)
-        into = shard_batch(into, EXPERT_AXIS, SEQUENCE_AXIS)
-        gate = jnp.einsum("bxnce,xem->bxncm", into, kernel("gate", 1.0, "embed", "mlp"))
-        up = jnp.einsum("bxnce,xem->bxncm", into, kernel("up", 1.0, "embed", "mlp"))
-        down = kernel("down", 1 / self.writers, "mlp", "embed")
-        out = shard_batch(jnp.einsum("bxncm,xme->bxnce", nn.silu(gate) * up, down), EXPERT_AXIS, SEQUENCE_AXIS)
-        out = shard_batch(out, None, SEQUENCE_AXIS)
-        mixed = jnp.einsum("bntxc,bxnce->bnte", weights.astype(self.dtype), out)
-        return shard_batch(mixed.reshape(x_BxTxE.shape), SEQUENCE_AXIS), routing
+        into = kernel("gate", 1.0, "embed", "mlp"), kernel("up", 1.0, "embed", "mlp")
+        experts = Experts(*into, kernel("down", 1 / self.writers, "mlp", "embed"))
+        added_BxTxE = apply_experts(x_BxTxE, chosen, weights, experts, self.room)
+        if self.shared_width:
+            added_BxTxE += MLP(self.shared_width, True, self.writers, self.dtype, name="shared")(x_BxTxE)
+        return added_BxTxE, routing
+
+
+def apply_experts(
+    x_BxTxE: jax.Array, chosen_BxTxC: jax.Array, weights_BxTxC: jax.Array, experts: Experts, room: float
+) -> jax.Array:
+    """Return the weighted sums of the chosen experts' outputs, [B, T, E].
+
+    Every device sorts the choices of its own tokens. Where `expert` shards the experts, the tokens travel in rounds: in
+    the first, a device sends to every other one up to `room` times the mean number of rows, enough for even loads.
+    Smaller ones follow while any device has rows left. An array with room for the worst case, or gathering all tokens
+    along `expert`, would move and store up to (devices along `expert`) / C times as many bytes.
+
+    Args:
+      x_BxTxE: tokens.
+      chosen_BxTxC: experts of each token; X or more for none.
+      weights_BxTxC: float32, weights of their outputs.
+      experts: the kernels, of the type of `x_BxTxE`.
+      room: rows that a device can send to another in the first round / mean number of rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = layout.parts(EXPERT_AXIS, len(experts.gate))
+    sharded = layout.parts(TENSOR_AXIS, experts.gate.shape[2]) > 1
+    platform = mesh.abstract_device.platform if mesh.abstract_device else ""
+    mixture = functools.partial(_mixture, devices=devices, room=room, platform=platform)
+    if mesh.empty:
+        return mixture(x_BxTxE, chosen_BxTxC, weights_BxTxC, experts)
+
+    def on_device(x, chosen, weights, experts):
+        mixed = mixture(x, chosen, weights, experts)
+        return lax.psum(mixed, TENSOR_AXIS) if sharded else mixed
+
+    rows = layout.batch_axes(x_BxTxE.shape[0])
+    tokens = P(rows, SEQUENCE_AXIS if layout.parts(SEQUENCE_AXIS, x_BxTxE.shape[1]) > 1 else None)
+    of_experts, of_width = EXPERT_AXIS if devices > 1 else None, TENSOR_AXIS if sharded else None
+    into = P(of_experts, None, of_width)
+    return jax.shard_map(
+        on_device,
+        in_specs=(tokens, tokens, tokens, Experts(into, into, P(of_experts, of_width, None))),
+        out_specs=tokens,
+        check_vma=False,
+    )(x_BxTxE, chosen_BxTxC, weights_BxTxC, experts)
+
+
+def _mixture(x_BxTxE, chosen_BxTxC, weights_BxTxC, experts, *, devices, room, platform):
+    """Return the sums for the tokens of a device. Each of `devices` along `expert` has as many experts."""
+    per_token, local = chosen_BxTxC.shape[-1], len(experts.gate)
+    chosen = chosen_BxTxC.reshape(-1)
+    x_NxE = x_BxTxE.reshape(-1, x_BxTxE.shape[-1])
+    order, places, sizes_X = _sort(chosen, devices * local)
+    sizes_D = sizes_X.reshape(devices, local).sum(axis=1)
+    most = len(x_NxE) * min(per_token, local)  # rows for one device
+    arrays = (x_NxE, weights_BxTxC.reshape(-1, 1), experts)
+    indices = (chosen, order, places, sizes_X)
+    if devices == 1:
+        return _round(0, arrays, indices, 1, len(chosen), platform).reshape(x_BxTxE.shape)
+
+    def round_of(share):
+        rows = _MULTIPLE * math.ceil(share * len(chosen) / devices / _MULTIPLE)
+        return min(rows, most), functools.partial(_round, devices=devices, rows=min(rows, most), platform=platform)
+
+    first, later = round_of(room), round_of(_LATER_ROOM)
+    # All devices take as many rounds as the one that needs most: each round has collectives.
+    rounds = lax.pmax(-((first[0] - sizes_D.max()) // later[0]), jax.sharding.get_abstract_mesh().axis_names)
+    mixed: Any = _rounds(first, later, rounds, arrays, indices)
+    return mixed.reshape(x_BxTxE.shape)
+
+
+def _round(begin, arrays, indices, devices, rows, platform):
+    """Return what some choices add to [N, E]: of those for each device, up to `rows` from number `begin`."""
+    x_NxE, weights_Mx1, experts = arrays
+    chosen_M, order_M, places_M, sizes_X = indices
+    local, choices, tokens = len(experts.gate), len(chosen_M), len(x_NxE)
+    sizes_D = sizes_X.reshape(devices, local).sum(axis=1)
+    starts_D = jnp.cumsum(sizes_D) - sizes_D
+    # Each choice has a slot in [devices, rows], and each slot a choice; those that have none have the number of slots,
+    # or of choices.
+    device_M = jnp.minimum(chosen_M // local, devices - 1)
+    column_M = places_M - starts_D[device_M] - begin
+    here = (chosen_M < devices * local) & (column_M >= 0) & (column_M < rows)
+    slot_M = jnp.where(here, device_M * rows + column_M, devices * rows)
+    column_DxR = begin + jnp.arange(rows) + jnp.zeros((devices, 1), jnp.int32)
+    place_DxR = jnp.minimum(starts_D[:, None] + column_DxR, choices - 1)
+    choice_S = jnp.where(column_DxR < sizes_D[:, None], order_M[place_DxR], choices).reshape(-1)
+    token_S, slots_NxC = choice_S // (choices // tokens), slot_M.reshape(tokens, -1)
+
+    sent = _spread(x_NxE, token_S, slots_NxC), _spread(weights_Mx1, choice_S, slot_M[:, None])
+    if devices == 1:
+        returned = _swiglu(*sent, experts, sizes_X, platform)
+    else:
+        expert_S = jnp.append(chosen_M % local, local)[choice_S]
+        received, weights_Sx1, expert_S = (_exchange(array) for array in (*sent, expert_S))
+        order_S, places_S, sizes_G = _sort(expert_S, local)
+        moved = (_permute(array, order_S, places_S) for array in (received, weights_Sx1))
+        out = _swiglu(*moved, experts, sizes_G, platform)
+        returned = _exchange(_permute(out, places_S, order_S))
+    return _collect(returned, token_S, slots_NxC)
+
+
+def _swiglu(x_RxE, weights_Rx1, experts, sizes_G, platform):
+    """Return the weighted outputs of the experts for sorted rows."""
+    product = functools.partial(grouped_product, sizes_G=sizes_G, platform=platform)
+    x_RxE = checkpoint_name(x_RxE, "routed")
+    gate_RxM = checkpoint_name(product(x_RxE, experts.gate), "gate")
+    up_RxM = checkpoint_name(product(x_RxE, experts.up), "up")
+    # Weighted before the last product, so that the weights' gradient needs no output of it.
+    return product((nn.silu(gate_RxM) * up_RxM * weights_Rx1).astype(x_RxE.dtype), experts.down)
+
+
+def _exchange(array):
+    """Send part d of [devices x rows, ...] to device d along `expert`; return the parts of all devices in order."""
+    return lax.all_to_all(array, EXPERT_AXIS, 0, 0, tiled=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rounds(first, later, rounds, arrays, indices):
+    """Return the sum of a first round and `rounds` later ones, each (rows, function).
+
+    The backward pass computes all but the first again.
+    """
+    return _rounds_forward(first, later, rounds, arrays, indices)[0]
+
+
+def _rounds_forward(first, later, rounds, arrays, indices):
+    total, pull = jax.vjp(lambda arrays: first[1](0, arrays, indices), arrays)
+
+    def add(number, total):
+        return total + later[1](first[0] + number * later[0], arrays, indices)
+
+    return lax.fori_loop(0, rounds, add, total), (pull, rounds, arrays, indices)
+
+
+def _rounds_backward(first, later, saved, gradient):
+    pull, rounds, arrays, indices = saved
+
+    def add(number, total):
+        _, pull = jax.vjp(lambda arrays: later[1](first[0] + number * later[0], arrays, indices), arrays)
+        return jax.tree.map(jnp.add, total, *pull(gradient))
+
+    return None, lax.fori_loop(0, rounds, add, *pull(gradient)), None
+
+
+_rounds.defvjp(_rounds_forward, _rounds_backward)
+
+
+def _sort(groups_M, count):
+    """Sort rows by group, stably. Return the row at each place, the place of each row, rows of each group < count."""
+    order_M = jnp.argsort(groups_M, stable=True)
+    sizes = (groups_M[:, None] == jnp.arange(count)).sum(axis=0, dtype=jnp.int32)
+    return order_M, jnp.argsort(order_M), sizes
+
+
+# All moves of rows are gathers. JAX's own transpose of a gather is a scatter, which accelerators compute row by row.
+def _spread(array, source_S, slots_NxC):
+    """Return array[source]. The slots that have a copy of row n are `slots[n]`; those without a row may have any."""
+    return linear_call(_rows, _sums, (source_S, slots_NxC), array)
+
+
+def _collect(slots, source_S, slots_NxC):
+    """Return for each n the sum of its slots that are in range: the transpose of `_spread`."""
+    return linear_call(_sums, _rows, (source_S, slots_NxC), slots)
+
+
+def _permute(array, order, inverse):
+    """Return array[order]."""
+    return linear_call(_rows, lambda orders, moved: _rows(orders[::-1], moved), (order, inverse), array)
+
+
+def _rows(indices, array):
+    return array.at[indices[0]].get(mode="clip")
+
+
+def _sums(indices, slots):
+    found = slots.at[indices[1]].get(mode="fill", fill_value=0)
+    return found.sum(axis=1, dtype=jnp.float32).astype(slots.dtype)

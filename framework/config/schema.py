@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "task.remat",
     "task.attention",
     "task.attention_block",
+    "task.expert_room",
     "resume_from",  # read only while the workdir has no checkpoint, like the next two
     "init_from",
     "renamed",

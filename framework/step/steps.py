@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ...optimizers.linalg.scaling import all_finite, largest
 from .. import optimizer
 from ..sharding import meshes
-from ..task import Batch, Judge, Metrics, Task
+from ..task import Batch, Judge, Metrics, Task, settled
 from . import averaging, guard
 from .state import TrainState, shardings
 
@@ -58,6 +58,7 @@ def make_train_step(
         gradients, model_state, sums = _whole_batch_gradients(
             task, params, before, _cut(batch, microbatches, mesh), key, params_shardings
         )
+        model_state = settled(task, model_state)
         metrics = {name: total / weight for name, (total, weight) in sums.items()}
         metrics["learning_rate"] = jnp.asarray(learning_rate(state.step - state.guard.skipped), jnp.float32)
         metrics["gradient_norm"] = global_norm(gradients)

@@ -6,71 +6,187 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from lm_cases import SMALL, assert_close, batch_of, grad_of, loss_of, quick_jit, spec_of, value_and_grad, variables_of
+from lm_cases import (
+    SMALL,
+    assert_close,
+    batch_of,
+    grad_of,
+    logits_of,
+    loss_of,
+    quick_jit,
+    spec_of,
+    value_and_grad,
+    variables_of,
+)
+from traced import dot_flops, equations
 
-from shampax.models import moe
+from shampax.models import grouped, moe
 
-ROUTED = dataclasses.replace(SMALL, experts=4, experts_per_token=2, capacity_factor=1.0, layers=2)
-
-
-def routed_by_hand(probabilities, real, per_token, factor):
-    """Loop over choices, then tokens. Return (expert, slot, weight) of each token, and the number of dropped ones."""
-    tokens, count = probabilities.shape
-    capacity = min(tokens, max(1, int(np.ceil(tokens * per_token * factor / count))))
-    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :per_token]
-    full, places, dropped = np.zeros(count, int), [[] for _ in range(tokens)], 0
-    for choice in range(per_token):
-        for token in range(tokens):
-            if not real[token]:
-                continue
-            expert = order[token, choice]
-            weight = probabilities[token, expert]
-            if per_token > 1:
-                weight /= probabilities[token, order[token]].sum()
-            if full[expert] < capacity:
-                places[token].append((expert, full[expert], weight))
-            else:
-                dropped += 1
-            full[expert] += 1
-    return places, full, dropped
+ROUTED = dataclasses.replace(SMALL, experts=4, experts_per_token=2, layers=2)
+AXES = ("data", "expert", "fsdp", "sequence", "tensor")
 
 
-@pytest.mark.parametrize(("per_token", "factor"), [(1, 1.0), (2, 1.0), (2, 0.3), (3, 4.0)])
-def test_routing_against_a_loop(per_token, factor):
-    """Faults: two tokens share a slot; the wrong ones are dropped; padding uses slots; weights are of another
-    choice."""
+def mesh_of(**sizes):
+    return jax.make_mesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * 5)
+
+
+@pytest.mark.parametrize(
+    ("router", "per_token", "biased"),
+    [("softmax", 1, False), ("softmax", 3, True), ("sigmoid", 1, True), ("sigmoid", 2, False)],
+)
+def test_routing_against_a_loop(router, per_token, biased):
+    """Faults: the bias changes a weight, or not the choice; padding is sent or counted; weights of another choice."""
     random = np.random.default_rng(per_token)
     logits = random.normal(size=(3, 12, 5)).astype(np.float32)
     real = random.random((3, 12)) < 0.8
-    sent, weights, routing = quick_jit(moe.route, static_argnums=(2, 3))(logits, real, per_token, factor)
-    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    expected, assigned, dropped = np.zeros(sent.shape), np.zeros(5), 0
-    for group in range(3):
-        places, full, lost = routed_by_hand(probabilities[group], real[group], per_token, factor)
-        assigned, dropped = assigned + full, dropped + lost
-        for token, taken in enumerate(places):
-            for expert, slot, weight in taken:
-                expected[group, token, expert, slot] = weight
-    np.testing.assert_array_equal(sent, expected > 0)
-    np.testing.assert_allclose(weights, expected, rtol=1e-5)
-    assert dropped > 0 or factor == 4.0
-    z = np.log(np.exp(logits).sum(-1))[real] ** 2
-    wanted = {
-        "assigned": assigned,
-        "probability": probabilities[real].sum(axis=0),
-        "dropped": dropped,
-        "router_z": z.sum(),
-    }
-    assert_close(routing, wanted, 1e-5)
+    bias = np.array([0.0, 0.3, -0.3, 0.0, 0.1], np.float32) if biased else None
+    scale = 2.5
+    route = quick_jit(moe.route, static_argnums=(3, 4, 5))
+    chosen, weights, routing = route(logits, real, bias, router, per_token, scale)
+    exponents = np.exp(logits)
+    scores = exponents / exponents.sum(-1, keepdims=True) if router == "softmax" else exponents / (1 + exponents)
+    assigned, probability = np.zeros(5), np.zeros(5)
+    for place in np.ndindex(real.shape):
+        order = np.argsort(-(scores[place] + (bias if biased else 0)), kind="stable")[:per_token]
+        expected = scores[place][order] / (scores[place][order].sum() if per_token > 1 else 1)
+        np.testing.assert_allclose(weights[place], scale * expected, rtol=1e-5)
+        np.testing.assert_array_equal(chosen[place], order if real[place] else [5] * per_token)
+        if real[place]:
+            assigned[order] += 1
+            probability += scores[place] / scores[place].sum()
+    z = np.log(exponents.sum(-1))[real] ** 2
+    assert_close(routing, {"assigned": assigned, "probability": probability, "router_z": z.sum()}, 1e-5)
 
 
-def test_one_expert_with_room_for_all_is_the_dense_model():
-    """Fault: experts scale, shift or lose the output of the MLP."""
-    routed = dataclasses.replace(
-        SMALL, experts=1, experts_per_token=1, capacity_factor=1.0, balance_loss=0.0, router_z_loss=0.0
+def test_scores_of_zero_give_finite_weights():
+    """Fault: a token whose sigmoids are all 0 makes the loss NaN."""
+    logits = np.full((1, 4), -200, np.float32)
+    _, weights, routing = moe.route(logits, np.ones(1, bool), None, "sigmoid", 2, 1.0)
+    assert np.isfinite(weights).all() and np.isfinite(routing["probability"]).all()
+
+
+def test_biases_move_by_the_rate_towards_even_load():
+    """Faults: the sign is wrong; the change grows with the load."""
+    bias = np.array([[0.5, 0.0, -0.5], [0.0, 0.0, 0.0]], np.float32)
+    moved = moe.leveled(jnp.asarray(bias), jnp.asarray([[9.0, 0.0, 3.0], [4.0, 4.0, 4.0]]), 0.01)
+    assert_close(moved, [[0.49, 0.01, -0.49], [-0.0, 0.0, 0.0]], 1e-7)
+
+
+def product_by_loop(rows, kernels, sizes):
+    ends = np.cumsum(sizes)
+    return jnp.concatenate([rows[e - n : e] @ kernel for e, n, kernel in zip(ends, sizes, kernels, strict=True)])
+
+
+@pytest.mark.parametrize("product", [grouped._by_blocks, functools.partial(grouped._by_tiles, interpret=True)])
+@pytest.mark.parametrize("sizes", [(100, 0, 7, 130, 0), (0, 0, 0, 256, 0), (0, 0, 0, 0, 0)])
+def test_grouped_product_against_a_loop(product, sizes):
+    """Faults: a block or tile overwrites rows of the next group; an empty group shifts the kernels; rows after the
+    groups reach a gradient."""
+    random = np.random.default_rng(0)
+    rows, kernels, wanted = (random.normal(size=s).astype(np.float32) for s in ((256, 128), (5, 128, 256), (256, 256)))
+    used = sum(sizes)
+
+    def both(product, rows, wanted):
+        out, pull = jax.vjp(product, rows, kernels)
+        of_rows, of_kernels = pull(wanted)
+        return out[:used], of_rows[:used], of_kernels
+
+    rows[used:] = wanted[used:] = np.nan
+    kernels = jnp.asarray(kernels)
+    sizes_G = jnp.array(sizes, jnp.int32)
+    found = quick_jit(functools.partial(both, lambda rows, kernels: product(rows, kernels, sizes_G)))(rows, wanted)
+    loop = functools.partial(product_by_loop, sizes=sizes)
+    assert_close(found, both(loop, rows[:used], wanted[:used]) if used else jax.tree.map(jnp.zeros_like, found), 1e-4)
+
+
+def experts_case(seed=0, batch=8, length=64, embed=32, width=48, count=4, per_token=2):
+    """Return tokens, chosen experts, weights and kernels; most tokens of half of the rows choose two experts."""
+    random = np.random.default_rng(seed)
+    chosen = np.argsort(random.random((batch, length, count)), axis=-1)[..., :per_token].astype(np.int32)
+    chosen[: batch // 2, 3:] = np.arange(count - per_token, count)
+    chosen[0, 3:5] = count  # padding
+    shapes = (count, embed, width), (count, embed, width), (count, width, embed)
+    experts = moe.Experts(*(random.normal(size=shape).astype(np.float32) for shape in shapes))
+    x = random.normal(size=(batch, length, embed)).astype(np.float32)
+    return x, chosen, random.random(chosen.shape).astype(np.float32), experts
+
+
+def experts_by_loop(x, chosen, weights, experts):
+    total = jnp.zeros_like(x)
+    for number, (gate, up, down) in enumerate(zip(*experts, strict=True)):
+        weight = jnp.where(chosen == number, weights, 0).sum(axis=-1, keepdims=True)
+        total += weight * ((jax.nn.silu(x @ gate) * (x @ up)) @ down)
+    return total
+
+
+def with_gradients(apply, x, chosen, weights, experts):
+    out, pull = jax.vjp(lambda x, weights, experts: apply(x, chosen, weights, experts), x, weights, experts)
+    return out, *pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
+
+
+@pytest.mark.parametrize(
+    ("room", "sizes"),
+    [
+        (1.5, {}),
+        (0.5, {"expert": 4, "tensor": 2}),
+        pytest.param(1.0, {"data": 2, "expert": 2, "fsdp": 2}, marks=pytest.mark.slow),
+        pytest.param(1.0, {"data": 2, "expert": 2, "sequence": 2}, marks=pytest.mark.slow),
+        pytest.param(4.0, {"expert": 4, "fsdp": 2}, marks=pytest.mark.slow),
+        pytest.param(1.5, {"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_experts_against_a_loop(room, sizes):
+    """Faults: tokens beyond the room are dropped; a round counts twice; a token gets the output of another; a gradient
+    is added too often along a mesh axis."""
+    case = experts_case()
+    expected = quick_jit(functools.partial(with_gradients, experts_by_loop))(*case)
+    apply = quick_jit(functools.partial(with_gradients, functools.partial(moe.apply_experts, room=room)))
+    if sizes:
+        with jax.set_mesh(mesh_of(**sizes)):
+            found = apply(*case)
+    else:
+        found = apply(*case)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * np.abs(y).max()), jax.device_get(found), expected
     )
+    assert not found[0][0, 3:5].any()
+
+
+def test_products_at_128_experts():
+    """Fault: experts multiply rows that are not theirs, or room for such rows.
+
+    Counted in the jaxpr, loops at the number of blocks of this load; of TPUs the tiles that the kernel visits.
+    """
+    random = np.random.default_rng(0)
+    length, per_token, count, embed, width = 2_048, 8, 128, 16, 32
+    popular = np.argsort(random.gumbel(size=(2, length, count)) + random.normal(size=count) / 2, axis=-1)
+    chosen = popular[..., :per_token].astype(np.int32)
+    experts = moe.Experts(
+        *(np.zeros((count, *s), np.float32) for s in ((embed, width), (embed, width), (width, embed)))
+    )
+    case = np.zeros((2, length, embed), np.float32), chosen, np.ones(chosen.shape, np.float32), experts
+    apply = functools.partial(with_gradients, functools.partial(moe.apply_experts, room=1.5))
+    sizes, rows = jnp.bincount(chosen.ravel(), length=count).astype(jnp.int32), chosen.size
+    _, blocks, _ = grouped._blocks(rows, sizes)
+    jaxpr = jax.make_jaxpr(apply)(*case).jaxpr
+    bodies = [eqn.params["body_jaxpr"].jaxpr for eqn in equations(jaxpr) if eqn.primitive.name == "while"]
+    in_loops = [eqn for body in bodies for eqn in equations(body) if eqn.primitive.name == "dot_general"]
+    assert len(in_loops) == 9 == sum(eqn.primitive.name == "dot_general" for eqn in equations(jaxpr))
+    assert 1 <= int(blocks) * sum(map(dot_flops, in_loops)) / (3 * 2 * 3 * rows * embed * width) <= 1.1
+    # On a TPU with 16 devices along `expert`, each of which gets as many rows as all have together here.
+    tile, of_eight = grouped.rows_at_once(rows, 8, 128, 512), sizes.reshape(8, 16).sum(axis=1)
+    groups = {"group_sizes": of_eight, "start_group": 0, "num_nonzero_groups": 8, "visit_empty_groups": True}
+    _, tiles = make_group_metadata(m=rows, tm=tile, **groups)
+    assert tiles * tile <= 1.1 * rows
+
+
+def test_one_expert_is_the_dense_model():
+    """Fault: experts scale, shift or lose the output of the MLP."""
+    routed = dataclasses.replace(SMALL, experts=1, experts_per_token=1, balance_loss=0.0, router_z_loss=0.0)
     variables, batch = variables_of(SMALL), batch_of()
     with_experts = {"params": dict(variables["params"])}
     layers = dict(with_experts["params"]["layers"])
@@ -86,34 +202,35 @@ def test_one_expert_with_room_for_all_is_the_dense_model():
     assert_close({name: of_mlp[name]["kernel"] for name in of_mlp}, {n: of_experts[n][:, 0] for n in of_mlp}, 1e-4)
 
 
-def apply_experts(module, x, real, seed=0):
-    variables = module.init(jax.random.key(seed), x, real)
-    return module.apply(variables, x, real)
+DEEPSEEK = dataclasses.replace(
+    ROUTED, router="sigmoid", router_scale=2.5, balance_rate=0.01, shared_experts=1, dense_layers=1, expert_dim=24
+)
 
 
-def test_dropped_tokens_and_padding_are_unchanged():
-    """Faults: a dropped token gets the output of another; padding displaces tokens."""
-    module = moe.RoutedSwiGLU(2, 1, 0.25, 0, 12, 2, jnp.dtype("float32"))  # one slot each for 8 tokens
-    x = np.random.default_rng(0).normal(size=(1, 8, 6)).astype(np.float32)
-    real = np.arange(8)[None] >= 2
-    added, routing = quick_jit(functools.partial(apply_experts, module))(x, real)
-    answered = np.abs(added[0]).max(axis=-1) > 0
-    assert answered.sum() == (np.asarray(routing["assigned"]) > 0).sum() <= 2
-    assert not answered[:2].any() and answered[2]
-    assert routing["dropped"] == 6 - answered.sum()
+def test_a_document_does_not_depend_on_its_neighbours():
+    """Faults: tokens of other documents take the place of a token; its experts' outputs are summed in another order."""
+    batch, variables = batch_of([[1] * 17, [1] * 6 + [2] * 11]), variables_of(DEEPSEEK)
+    other = {name: array.copy() for name, array in batch.items()}
+    other["tokens"][0] = (other["tokens"][0] + 7) % 64
+    other["tokens"][1, 6:] = 3  # all of these choose the same experts
+    first, second = (logits_of(DEEPSEEK, variables, each) for each in (batch, other))
+    np.testing.assert_array_equal(first[1, :6], second[1, :6])
+    assert np.abs(first[1, 6:] - second[1, 6:]).max() > 0.1
 
 
-def test_groups_are_routed_separately():
-    """Faults: groups share slots; they are returned in another order."""
-    x = np.random.default_rng(0).normal(size=(2, 8, 6)).astype(np.float32)
-    real = np.ones((2, 8), bool)
-    by_three, by_four, whole = (moe.RoutedSwiGLU(3, 2, 0.8, group, 12, 2, jnp.dtype("float32")) for group in (3, 4, 0))
-    added, routing = quick_jit(functools.partial(apply_experts, by_four))(x, real)
-    rows, rows_routing = quick_jit(functools.partial(apply_experts, whole))(x.reshape(4, 4, 6), real.reshape(4, 4))
-    assert_close(added.reshape(4, 4, 6), rows, 1e-6)
-    assert_close(routing, rows_routing, 1e-5)
-    with pytest.raises(ValueError, match=r"task.expert_group=3: must divide rows of 8 tokens"):
-        apply_experts(by_three, x, real)
+def test_biases_choose_the_experts_and_the_load_is_counted():
+    """Faults: the bias of another layer is used; it does not reach the router; loads of micro-batches are not added;
+    evaluation counts."""
+    batch, variables = batch_of(), variables_of(DEEPSEEK)
+    bias = np.array([[3.0, 0.0, 3.0, -3.0]], np.float32)
+    variables = variables | {"routers": {"bias": bias, "load": np.array([[1.0, 2.0, 3.0, 4.0]], np.float32)}}
+    _, (state, _) = loss_of(DEEPSEEK, variables, batch)
+    real = (batch["segments"][:, :-1] > 0).sum()
+    assert_close(state["routers"], {"bias": bias, "load": [[1.0 + real, 2.0, 3.0 + real, 4.0]]}, 1e-6)
+    _, (unchanged, _) = loss_of(DEEPSEEK, variables, batch, False)
+    assert_close(unchanged["routers"], variables["routers"], 0)
+    after = DEEPSEEK.settle(state)["routers"]
+    assert_close(after, {"bias": [[2.99, 0.01, 2.99, -2.99]], "load": np.zeros((1, 4))}, 1e-6)
 
 
 def test_metrics_and_losses_of_routers():
@@ -125,12 +242,10 @@ def test_metrics_and_losses_of_routers():
     values = {name: total / weight for name, (total, weight) in metrics.items()}
     expected = heldout + 0.5 * values["balance_loss"] + 0.25 * values["router_z_loss"]
     assert_close(loss, expected, 1e-5)
-    assert 0 < values["dropped_tokens"] < 0.6
     assert 1 <= values["load_imbalance"] <= 4
-    assert metrics["dropped_tokens"][1] == 2 * 2 * (batch["segments"][:, :-1] > 0).sum()
     assert metrics["load_imbalance"][1] == 2 * (batch["segments"][:, :-1] > 0).sum()
     assert_close(heldout_metrics["balance_loss"], metrics["balance_loss"], 1e-5)
-    even = {"assigned": np.full((1, 4), 6.0), "probability": np.full((1, 4), 3.0), "dropped": np.zeros(1)}
+    even = {"assigned": np.full((1, 4), 6.0), "probability": np.full((1, 4), 3.0)}
     metrics = moe.router_metrics(jax.tree.map(jnp.asarray, even | {"router_z": np.zeros(1)}), 2)
     assert metrics["balance_loss"][0] / metrics["balance_loss"][1] == 1
     assert metrics["load_imbalance"][0] / metrics["load_imbalance"][1] == 1
@@ -144,11 +259,13 @@ def test_padding_has_no_weight():
 
 
 def test_flops_count_the_experts_of_a_token():
-    """Fault: MFU counts all experts, or one."""
+    """Faults: MFU counts all experts, or one; it forgets shared experts; layers without experts have routers."""
     spec = spec_of(batch_of())
     twice_as_wide = dataclasses.replace(SMALL, mlp_dim=2 * SMALL.mlp_dim)
-    router = 6 * 4 * 16 * ROUTED.layers * 32 * 4
-    assert ROUTED.flops(spec) == twice_as_wide.flops(spec) + router
+    tokens, router = 4 * 16, 32 * 4
+    assert ROUTED.flops(spec) == twice_as_wide.flops(spec) + 6 * tokens * router * 2
+    # A layer with an MLP of 48, and one with (2 + 1) experts of 24.
+    assert DEEPSEEK.flops(spec) == SMALL.flops(spec) + 6 * tokens * (router + 3 * 32 * (3 * 24 - 48))
 
 
 def test_scales_and_names_of_experts():
@@ -176,10 +293,9 @@ RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "kv_heads": "tenso
 )
 def test_sharded_experts_equal_one_device(sizes):
     """Faults: tokens reach another expert; the weights of all experts are gathered instead of moving tokens."""
-    names = ("data", "expert", "fsdp", "sequence", "tensor")
-    mesh = jax.make_mesh(tuple(sizes.get(name, 1) for name in names), names, axis_types=(AxisType.Auto,) * 5)
-    task = dataclasses.replace(ROUTED, expert_group=8)
-    batch, variables = batch_of([[1] * 17] * 4 + [[1] * 9 + [2] * 8] * 4), variables_of(ROUTED)
+    mesh = mesh_of(**sizes)
+    task = dataclasses.replace(ROUTED, shared_experts=1, balance_rate=0.1)
+    batch, variables = batch_of([[1] * 17] * 4 + [[1] * 9 + [2] * 8] * 4), variables_of(task)
     shardings = jax.tree.map(
         lambda _, axes: NamedSharding(mesh, P(*map(RULES.get, axes))), variables, task.logical_axes(variables)
     )

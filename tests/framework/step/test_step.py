@@ -264,3 +264,23 @@ def test_evaluation_in_microbatches_gives_the_metrics_and_predictions_of_the_bat
         np.testing.assert_allclose(parts[name], pair, rtol=1e-5)
     predicted = make_predict_step(judge, bench.abstract, bench.mesh, 4)(variables, batch)
     np.testing.assert_array_equal(predicted["tokens"], batch["tokens"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Settling(toy.ToyTask):
+    """Multiplies the number of batches by ten after each step."""
+
+    def settle(self, model_state):
+        return {"counters": {"batches": 10 * model_state["counters"]["batches"]}}
+
+
+def test_model_state_settles_once_per_accepted_step():
+    """Faults: it settles after every micro-batch, or after a refused step."""
+    bench = Bench({"data": 2}, task=Settling(), microbatches=2)
+    current, _ = bench.step(bench.initial(), bench.batch(0))
+    bad = host(bench.batch(1))
+    bad["weights"][11, 3] = np.nan
+    current, _ = bench.step(current, bad)
+    assert int(current.model_state["counters"]["batches"]) == 10 * 2
+    current, _ = bench.step(current, bench.batch(2))
+    assert int(current.model_state["counters"]["batches"]) == 10 * (10 * 2 + 2)
