@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from . import layout
 from .grouped import grouped_product
-from .layout import EXPERT_AXIS, SEQUENCE_AXIS, TENSOR_AXIS
+from .layout import EXPERT_AXIS, SEQUENCE_AXIS, SLICE_AXIS, TENSOR_AXIS
 from .modules import MLP, fan_in
 
 Routing = dict[str, jax.Array]
@@ -209,8 +209,9 @@ def _mixture(x_BxTxE, chosen_BxTxC, weights_BxTxC, experts, *, devices, room, pl
         return min(rows, most), functools.partial(_round, devices=devices, rows=min(rows, most), platform=platform)
 
     first, later = round_of(room), round_of(_LATER_ROOM)
-    # All devices take as many rounds as the one that needs most: each round has collectives.
-    rounds = lax.pmax(-((first[0] - sizes_D.max()) // later[0]), jax.sharding.get_abstract_mesh().axis_names)
+    # The devices of a slice take as many rounds as the one that needs most: each round has collectives.
+    axes = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis != SLICE_AXIS)
+    rounds = lax.pmax(-((first[0] - sizes_D.max()) // later[0]), axes)
     mixed: Any = _rounds(first, later, rounds, arrays, indices)
     return mixed.reshape(x_BxTxE.shape)
 

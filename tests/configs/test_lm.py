@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from workdirs import history
+from workdirs import cut_short, history
 
 from shampax.configs import lm
 from shampax.framework.config.check import load
@@ -125,6 +125,18 @@ def test_sharded_experts_and_positions_train_as_on_one_device(tmp_path):
     for key in ("train/loss", "train/update_norm"):
         one, four = (history(tmp_path / name, key) for name in on)
         np.testing.assert_allclose(four, one, rtol=1e-3, err_msg=key)
+
+
+@pytest.mark.slow
+def test_a_resumed_mixture_continues_bit_for_bit(tmp_path):
+    """Fault: the biases of routers are not saved, or begin at 0 again."""
+    changes = ("duration=4 steps", "task.balance_rate=0.1", "microbatches=2", "checkpoint.every=2 steps")
+    train(config_of("sample_moe", *changes), tmp_path / "whole", devices=jax.devices()[:4])
+    resumed = cut_short(tmp_path / "whole", tmp_path / "resumed", 2)
+    train(config_of("sample_moe", *changes), resumed, devices=jax.devices()[:4])
+    whole, resumed = (history(tmp_path / name, "train/loss") for name in ("whole", "resumed"))
+    assert len(whole) == 4
+    np.testing.assert_array_equal(resumed, whole)
 
 
 def test_golden_steps(on_one_device):
