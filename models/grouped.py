@@ -5,7 +5,6 @@ all kernels (`jax.lax.ragged_dot`), so a loop over blocks of rows takes its plac
 inputs, N outputs.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas.ops.tpu import megablox
 
-# Most rows, inputs and outputs of a tile: 30 MB of vector memory, of which a TPU v5e has 128. A kernel whose inputs fit
-# one tile is read once for all rows of its group.
-_TILE = (512, 2_048, 1_024)
-_LEAST_TILE = 128
+from .kernel_costs import rows_at_once, tile_of
+
 _LEAST_BLOCK, _MOST_BLOCK = 8, 512
 
 
@@ -37,30 +34,17 @@ def grouped_product(rows_RxK: jax.Array, kernels_GxKxN: jax.Array, sizes_G: jax.
     return _by_blocks(rows_RxK, kernels_GxKxN, sizes_G)
 
 
-def rows_at_once(rows: int, groups: int, least: int, most: int) -> int:
-    """Return how many rows a tile or block has: a power of two.
-
-    Each group ends inside a block. With R / (10 G) rows or less, the rest of these blocks is at most R / 10.
-    """
-    return max(least, min(most, 2 ** int(math.log2(max(1, rows / (10 * groups))))))
-
-
 def _by_tiles(rows_RxK: jax.Array, kernels_GxKxN: jax.Array, sizes_G: jax.Array, interpret: bool = False) -> jax.Array:
     rows = len(rows_RxK)
-    tile = rows_at_once(rows, len(kernels_GxKxN), _LEAST_TILE, _TILE[0])
+    tile = tile_of(rows, *kernels_GxKxN.shape)[0]
     # The kernel takes whole tiles of rows only.
     padded = jnp.pad(rows_RxK, ((0, -rows % tile), (0, 0)))
 
     def tiling(rows, inputs, outputs):  # the backward pass swaps inputs and outputs
-        return tile, _side(inputs, _TILE[1]), _side(outputs, _TILE[2])
+        return tile_of(rows, len(kernels_GxKxN), inputs, outputs)
 
     out = megablox.gmm(padded, kernels_GxKxN, sizes_G, rows_RxK.dtype, tiling, interpret=interpret)
     return out[:rows]
-
-
-def _side(size: int, most: int) -> int:
-    """Return the side of a tile: the largest multiple of 128 that divides `size`, or `most` if there is none."""
-    return max((side for side in range(128, most + 1, 128) if size % side == 0), default=min(size, most))
 
 
 @jax.custom_vjp

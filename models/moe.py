@@ -236,20 +236,24 @@ def _round(begin, arrays, indices, devices, rows, platform):
 
     sent = _spread(x_NxE, token_S, slots_NxC), _spread(weights_Mx1, choice_S, slot_M[:, None])
     if devices == 1:
-        returned = _swiglu(*sent, experts, sizes_X, platform)
+        returned = _swiglu(*sent, experts, sizes_X, platform, filled=1.0)
     else:
         expert_S = jnp.append(chosen_M % local, local)[choice_S]
         received, weights_Sx1, expert_S = (_exchange(array) for array in (*sent, expert_S))
         order_S, places_S, sizes_G = _sort(expert_S, local)
         moved = (_permute(array, order_S, places_S) for array in (received, weights_Sx1))
-        out = _swiglu(*moved, experts, sizes_G, platform)
+        out = _swiglu(*moved, experts, sizes_G, platform, filled=min(1.0, choices / (devices * rows)))
         returned = _exchange(_permute(out, places_S, order_S))
     return _collect(returned, token_S, slots_NxC)
 
 
-def _swiglu(x_RxE, weights_Rx1, experts, sizes_G, platform):
-    """Return the weighted outputs of the experts for sorted rows."""
-    product = functools.partial(grouped_product, sizes_G=sizes_G, platform=platform)
+def _swiglu(x_RxE, weights_Rx1, experts, sizes_G, platform, filled):
+    """Return the weighted outputs of the experts for sorted rows, of which a share is `filled` under even load."""
+
+    def product(rows, kernels):
+        with jax.named_scope(f"filled_{filled:.3f}"):  # for planning
+            return grouped_product(rows, kernels, sizes_G, platform)
+
     x_RxE = checkpoint_name(x_RxE, "routed")
     gate_RxM = checkpoint_name(product(x_RxE, experts.gate), "gate")
     up_RxM = checkpoint_name(product(x_RxE, experts.up), "up")
@@ -277,7 +281,9 @@ def _rounds_forward(first, later, rounds, arrays, indices):
     def add(number, total):
         return total + later[1](first[0] + number * later[0], arrays, indices)
 
-    return lax.fori_loop(0, rounds, add, total), (pull, rounds, arrays, indices)
+    with jax.named_scope("rarely"):  # for planning
+        total = lax.fori_loop(0, rounds, add, total)
+    return total, (pull, rounds, arrays, indices)
 
 
 def _rounds_backward(first, later, saved, gradient):
@@ -287,7 +293,8 @@ def _rounds_backward(first, later, saved, gradient):
         _, pull = jax.vjp(lambda arrays: later[1](first[0] + number * later[0], arrays, indices), arrays)
         return jax.tree.map(jnp.add, total, *pull(gradient))
 
-    return None, lax.fori_loop(0, rounds, add, *pull(gradient)), None
+    with jax.named_scope("rarely"):
+        return None, lax.fori_loop(0, rounds, add, *pull(gradient)), None
 
 
 _rounds.defvjp(_rounds_forward, _rounds_backward)

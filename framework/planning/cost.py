@@ -162,9 +162,9 @@ class _Walk:
             self._add_collective(total, instruction, found)
         elif opcode == "while":
             turns = trips(self._module, instruction, self._module.computations[name])
-            if turns is None:
+            if turns is None and (turns := frequency_of(instruction.scope)):
                 total.assumed["loops whose turns the program does not tell run once"] = None
-            total.add(self.of(instruction.called("body")[0]), 1 if turns is None else turns)
+            total.add(self.of(instruction.called("body")[0]), turns)
         elif opcode == "conditional":
             self._add_branches(total, instruction)
         elif opcode in ("call", "async-start"):
@@ -260,7 +260,7 @@ class _Walk:
 
 
 def frequency_of(scope: str) -> float:
-    """Return how often a condition takes its costlier branch, by the name of the scope around it.
+    """Return how often a condition takes its costlier branch, or a loop of unknown turns runs, by the scope around it.
 
     `jax.named_scope("once_in_50")` stands around the condition of work that one of 50 steps does, "rarely" around that
     of work that a run hardly ever does. Any other condition counts as always.

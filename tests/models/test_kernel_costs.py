@@ -1,4 +1,4 @@
-"""Test FLOPs and bytes of attention kernels."""
+"""Test FLOPs and bytes of kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,26 @@ def test_cudnn():
     backward, _ = kernel_costs.cost("__cudnn$fmhaScaleBiasSoftmaxBackward visits_0.5", [query, key, key], [query])
     assert forward == 4 * 8 * 16 * 2_048**2 * 128 * 0.5
     assert backward == 2.5 * forward
+
+
+def test_grouped_products():
+    """Faults: rows without a group count; a kernel that fits no tile is read once; tiles of rows are read once."""
+    ids, kernels = array(17, dtype=jnp.int32), array(4, 2_048, 5_632)
+    rows, out = array(8_192, 2_048), array(8_192, 5_632)
+    used = 8_192 // 2
+    forward, size = kernel_costs.cost("filled_0.5/jvp(jit(gmm))/pallas_call", [ids, rows, kernels], [out])
+    assert forward == 2 * used * 2_048 * 5_632
+    # Tiles of 128 rows, 2,048 inputs and 1,408 outputs.
+    assert size == 2 * (used * (4 * 2_048 + 5_632) + 4 * 2_048 * 5_632)
+    of_rows, size = kernel_costs.cost("filled_0.5/transpose(jvp(jit(gmm)))/pallas_call", [ids, out, kernels], [rows])
+    assert of_rows == forward
+    # 1,408 of 5,632 inputs and 1,024 of 2,048 outputs; 32 tiles of rows and 3 that two groups share.
+    assert size == 2 * (used * (2 * 5_632 + 2_048) + 35 * 2_048 * 5_632)
+    of_kernels, size = kernel_costs.cost(
+        "filled_0.5/transpose(jvp(jit(tgmm)))/pallas_call", [ids, rows, out], [kernels]
+    )
+    assert of_kernels == forward
+    assert size == 2 * (used * (4 * 2_048 + 5_632) + 4 * 2_048 * 5_632)
 
 
 def test_other_kernels_are_not_known():

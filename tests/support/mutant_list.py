@@ -1278,8 +1278,16 @@ MODELS = (
         ("tests/models/test_moe.py::test_grouped_product_against_a_loop",),
     ),
     Mutant(
+        "room-counts-as-products",
+        "models/kernel_costs.py",
+        "filled = rows * (float(share[1]) if share else 1.0)",
+        "filled = rows",
+        "plan shows FLOPs of experts that no row needs, and too low an MFU bound.",
+        ("tests/models/test_kernel_costs.py::test_grouped_products",),
+    ),
+    Mutant(
         "blocks-for-all-experts",
-        "models/grouped.py",
+        "models/kernel_costs.py",
         "return max(least, min(most, 2 ** int(math.log2(max(1, rows / (10 * groups))))))",
         "return most",
         "With many experts most products are of rows that belong to other experts.",
@@ -1500,8 +1508,8 @@ PLANNING = (
     Mutant(
         "plan-counts-loops-once",
         "framework/planning/cost.py",
-        "1 if turns is None else turns)",
-        "1)",
+        'called("body")[0]), turns)',
+        'called("body")[0]), 1)',
         "A plan of 24 layers shows the time of one.",
         ("tests/framework/planning/test_cost.py::test_a_scan_counts_at_every_turn",),
     ),

@@ -131,6 +131,17 @@ def test_an_unknown_number_of_turns_is_told():
     assert list(found.assumed) == ["loops whose turns the program does not tell run once"]
 
 
+def test_a_loop_that_rarely_runs_is_free():
+    """Fault: later rounds of an all-to-all count although even loads need none."""
+
+    def until(x):
+        with jax.named_scope("rarely"):
+            return jax.lax.while_loop(lambda x: jnp.sum(x) < 100, lambda x: x @ x, x)
+
+    found = work(until, jax.ShapeDtypeStruct((72, 72), jnp.float32))
+    assert not found.flops and not found.assumed
+
+
 @pytest.mark.parametrize(("scope", "frequency", "n"), [("", 1, 64), ("once_in_50", 1 / 50, 65), ("rarely", 0, 66)])
 def test_a_rare_branch_counts_at_its_frequency(scope, frequency, n):
     """Faults: work of one step in 50 counts at every step; the cheaper branch counts instead of the costlier one."""
