@@ -60,15 +60,16 @@ def solve(solver, p, ridge=0.0, cut=0.0):
     return function if solver == "host" else jax.jit(function)
 
 
-@pytest.mark.parametrize(("solver", "p"), solvers_with((2, 4), {"newton": 0, "eigh": 2}))
-def test_condition_1e12_with_a_small_ridge(solver, p):
+@pytest.mark.parametrize(("solver", "p"), solvers_with((1, 2, 4), {"newton": 0, "eigh": 2}))
+def test_condition_1e12_and_low_rank_with_a_small_ridge(solver, p):
     """Fault: rounding mixes the eigenvectors of the smallest eigenvalues, and a root with error 0.05 is accepted."""
-    stack = np.stack([matrix(spread(128, 1e12), seed) for seed in range(2)]).astype(np.float32)
+    spectra = [spread(128, 1e12), *(np.where(np.arange(128) < rank, spread(128, 100), 0) for rank in (16, 64, 127))]
+    stack = np.stack([matrix(w, seed) for seed, w in enumerate(spectra)]).astype(np.float32)
     result = solve(solver, p, ridge=1e-6)(stack)
-    for a, root in zip(stack, result.root, strict=True):
+    for a, root, residual in zip(stack, result.root, result.residual, strict=True):
         wanted = exact(a, p, ridge=1e-6)
-        difference = np.linalg.norm(np.asarray(root, np.float64) - wanted, 2)
-        assert difference <= 0.01 * np.linalg.norm(wanted, 2)
+        difference = np.linalg.norm(np.asarray(root, np.float64) - wanted, 2) / np.linalg.norm(wanted, 2)
+        assert difference <= (0.02 if solver == "newton" else 0.02 / p) or residual > 0.1
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -101,7 +102,7 @@ def test_known_condition_numbers(solver, p):
     result = solve(solver, p)(stack)
     for i, (condition, bound) in enumerate(bounds.items()):
         # Double precision is exact to float32.
-        assert error(result.root[i], exact(stack[i], p)) <= (1e-6 if solver == "host" else bound)
+        assert error(result.root[i], exact(stack[i], p)) <= {"host": 1e-6, "eigh": 1e-4}.get(solver, bound)
         assert condition / 1.5 <= result.condition[i] <= condition * 1.2
     assert np.all(np.asarray(result.residual) <= [1e-3, 1e-2, 0.1])
     np.testing.assert_allclose(result.effective_rank, np.trace(stack, axis1=1, axis2=2), rtol=0.02)
