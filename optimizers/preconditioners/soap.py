@@ -14,6 +14,8 @@ from .base import Blocks, Preconditioner, PreconditionerState, multiplied
 
 # Largest entry of |Q' Q - I| of an accepted basis.
 ORTHOGONALITY = 1e-3
+# Eigenvalues up to this share of the largest are rounding errors in float32: these directions have no statistics.
+NULL = 1e-6
 
 
 class Soap(Preconditioner):
@@ -25,7 +27,8 @@ class Soap(Preconditioner):
 
     The first basis is from `eigh`. Later ones are from one step of orthogonal iteration: the Q of a QR decomposition of
     S Q_old (algorithm 4 of the paper), with columns sorted by decreasing q' S q, because QR orthogonalises each column
-    against those before it.
+    against those before it. Rounding errors would decide the basis of directions without statistics, so that runs on
+    different meshes drift apart. These directions are therefore spanned by projections of fixed random vectors.
     """
 
     name = "soap"
@@ -75,17 +78,36 @@ class Soap(Preconditioner):
 
         def iterated(a: jax.Array, old: jax.Array) -> jax.Array:
             moved = roots.matmul(a, old)
-            order = jnp.argsort(-jnp.sum(old * moved, axis=-2), axis=-1)
-            return jnp.linalg.qr(jnp.take_along_axis(moved, order[:, None, :], axis=-1))[0]
+            moved = _sorted_columns(moved, -jnp.sum(old * moved, axis=-2))
+            q, triangle = jnp.linalg.qr(moved)
+            # A column that depends on those before it leaves a rounding error, which must not displace later columns.
+            left = jnp.abs(jnp.diagonal(triangle, axis1=-2, axis2=-1))
+            dependent = left <= NULL * left[:, :1]
+            return jax.lax.cond(
+                jnp.any(dependent),
+                lambda x, _: jnp.linalg.qr(_sorted_columns(x, dependent))[0],
+                lambda _, q: q,
+                moved,
+                q,
+            )
 
         start = jnp.where(found[:, None, None], old, identity)
         with jax.named_scope("rarely"):  # for planning: eigenvectors are computed once
             q = jax.lax.cond(jnp.all(found | (trace <= 0)), iterated, eigenvectors, a, start)
         q = jnp.where(real, q, identity)
-        residual = jnp.max(jnp.abs(roots.matmul(jnp.swapaxes(q, -2, -1), q) - identity), axis=(-2, -1))
         values = jnp.einsum("nij,nik,nkj->nj", q, a, q, precision=jax.lax.Precision.HIGHEST)
         values = jnp.where(jnp.arange(r) < sizes[:, None], values, 0)
         largest = jnp.max(values, axis=-1)
+        null = (values <= NULL * largest[:, None]) & (jnp.arange(r) < sizes[:, None]) & (trace > 0)[:, None]
+
+        def completed(q: jax.Array) -> jax.Array:
+            both = null[:, :, None] & null[:, None, :]
+            found = roots.matmul(jnp.swapaxes(q, -2, -1), jnp.asarray(_fixed(r), q.dtype))
+            turn = jnp.linalg.qr(jnp.where(both, found, identity))[0]
+            return jnp.where(null[:, None, :], roots.matmul(q, jnp.where(both, turn, 0)), q)
+
+        q = jax.lax.cond(jnp.any(null), completed, lambda q: q, q)
+        residual = jnp.max(jnp.abs(roots.matmul(jnp.swapaxes(q, -2, -1), q) - identity), axis=(-2, -1))
         rank = jnp.where(largest > 0, 1 / jnp.where(largest > 0, largest, 1), 0)
         finite = jnp.all(jnp.isfinite(stack), axis=(-2, -1))
         accepted = (residual <= ORTHOGONALITY) & (trace > 0) & finite
@@ -102,9 +124,12 @@ class Soap(Preconditioner):
             values, q = np.linalg.eigh((a + a.T) / 2)
         except np.linalg.LinAlgError:
             return refused, 0
+        values, q = values[::-1], q[:, ::-1]
+        null = values <= NULL * values[0]
+        q[:, null] @= np.linalg.qr(q[:, null].T @ _fixed(len(q))[:, null])[0]
         residual = float(np.max(np.abs(q.T @ q - np.eye(len(q)))))
-        rank = float(np.trace(a) / values[-1])
-        return RootResult(q[:, ::-1], residual, float(values[-1]), 0.0, rank, accepted=True), 0
+        rank = float(np.trace(a) / values[0])
+        return RootResult(q, residual, float(values[0]), 0.0, rank, accepted=True), 0
 
     def carried(
         self, second_moment: jax.Array, old: Sequence[jax.Array], new: Sequence[jax.Array], sides: Sequence[int]
@@ -116,6 +141,15 @@ class Soap(Preconditioner):
             # (R o R)': row i has the weights of the old directions in the new direction i.
             weights.append(jnp.square(roots.matmul(jnp.swapaxes(after, -2, -1), before)))
         return multiplied(second_moment, weights, sides)
+
+
+def _sorted_columns(x_nrc: jax.Array, key_nc: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x_nrc, jnp.argsort(key_nc, axis=-1)[:, None, :], axis=-1)
+
+
+def _fixed(r: int) -> np.ndarray:
+    """Return r fixed random vectors [r, r], whose projections on any subspace are far from dependent."""
+    return np.random.default_rng(0).normal(size=(r, r))
 
 
 def _or_identity(q: jax.Array, found: jax.Array) -> jax.Array:

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizing import by_block, gradients, optimizer, train, zeros
+from jax.sharding import Mesh
+from optimizing import by_block, gradients, inherited, optimizer, train, zeros
 
 from shampax.optimizers import ShampooOptions
 from shampax.optimizers.linalg.orthogonal import orthogonalized
 from shampax.optimizers.linalg.symmetric import unpack
+from shampax.optimizers.preconditioners import PRECONDITIONERS
+from shampax.optimizers.preconditioners.base import Blocks
 
 SHAPE = {"w": (64, 32)}
 SIDES = ("left", "right")
@@ -51,6 +54,44 @@ def test_soap_in_the_identity_basis_is_adam():
         state = adam.init(grads) if state is None else state
         wanted, state = adam.update(grads, state)
         np.testing.assert_allclose(update["w"], wanted["w"], atol=1e-6)
+
+
+def test_soaps_basis_of_directions_without_statistics_is_not_made_of_rounding_errors():
+    """Fault: rounding errors choose this basis, so that runs on two meshes drift apart."""
+    random = np.random.default_rng(0)
+    g = random.normal(size=(24, 8))
+    noise = 3e-8 * np.abs(g @ g.T).max() * random.normal(size=(24, 24))
+    both = np.stack([g @ g.T, g @ g.T + noise + noise.T]).astype(np.float32)
+    soap, blocks = PRECONDITIONERS["soap"], Blocks(None, jnp.full(2, 24), None)
+    old = jnp.zeros_like(both)
+    for _ in range(2):  # by `eigh`, then by iteration from one basis
+        q = np.asarray(jax.jit(lambda a, old: soap.solve(a, old, blocks).root)(both, old))
+        np.testing.assert_allclose(q.swapaxes(-2, -1) @ q, np.stack([np.eye(24)] * 2), atol=1e-5)
+        assert np.max(np.abs(g.T @ q[0, :, 8:])) <= 1e-4
+        np.testing.assert_allclose(np.abs(q[0]), np.abs(q[1]), atol=1e-4)
+        old = jnp.stack([q[0], q[0]])
+    roots = [soap.solve_on_host(a.astype(np.float64), None, None)[0].root for a in both]
+    np.testing.assert_allclose(np.abs(roots[0]), np.abs(roots[1]), atol=1e-4)
+
+
+@pytest.mark.parametrize("moves", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_soap_with_young_statistics_does_not_amplify_rounding_errors(moves):
+    """Fault: 20 steps after a move to another mesh, where gradients round differently, parameters differ by 1e-3."""
+    shapes = {"deep": (48, 2), "square": (24, 24), "wide": (3, 40)}
+    chosen, devices = options("soap", interval=4), np.array(jax.devices())
+    old, new = (
+        (Mesh(devices.reshape(4, 2), ("fsdp", "tensor")), Mesh(devices[:3], ("data",))) if moves else (None, None)
+    )
+    params, stream, random = zeros(shapes), gradients(30, shapes), np.random.default_rng(1)
+    stayed, txs = train(chosen, stream, mesh=old), (optimizer(chosen, old), optimizer(chosen, new))
+    state = inherited(txs[1], params, txs[0].layout(params).manifest(), stayed.states[9])
+    rounded = [
+        {k: (g * (1 + 6e-8 * random.normal(size=g.shape))).astype(np.float32) for k, g in t.items()} for t in stream
+    ]
+    moved = train(chosen, rounded[10:], state=state, mesh=new)
+    for name in shapes:
+        here, there = (sum(update[name] for update in updates) for updates in (stayed.updates[10:], moved.updates))
+        assert np.linalg.norm(there - here) <= 1e-5 * np.linalg.norm(here), name
 
 
 def test_soaps_second_moment_keeps_its_sum_when_the_basis_changes():
