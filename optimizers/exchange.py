@@ -170,6 +170,12 @@ class Owners:
         """Return the maximum over all owners of a slice inside `run`, replicated."""
         return lax.pmax(x, self.axes) if self.mesh is not None else x
 
+    def of_first_slice(self, x: jax.Array) -> jax.Array:
+        """Return the first slice's value of integers that should be equal on all slices, inside `run`."""
+        if self.mesh is None or SLICE_AXIS not in self.mesh.axis_names:
+            return x
+        return lax.psum(jnp.where(lax.axis_index(SLICE_AXIS) == 0, x, 0), SLICE_AXIS)
+
     def _exchanged(self, outgoing: Sequence[jax.Array], routes: Sequence[Route]) -> list[jax.Array]:
         """Exchange messages [devices, ...] by one all-to-all; return the received parts of each route."""
         x = lax.all_to_all(jnp.concatenate(outgoing, axis=1), self.axes, split_axis=0, concat_axis=0, tiled=True)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -197,7 +198,7 @@ class Layout:
 
 
 # Layouts with a service that computes roots on the host, and those for which a warning was given.
-_HOSTED: set[Layout] = set()
+_HOSTED: weakref.WeakSet[Layout] = weakref.WeakSet()
 
 
 @functools.partial(

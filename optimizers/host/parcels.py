@@ -2,7 +2,8 @@
 
 A parcel is one int32 array per device, with floats as bits, so that a transfer is one call per device. Statistics are
 copied to a parcel that is never donated, so that threads can read it while the train step reuses the state's memory.
-The two programs have no collectives.
+The two programs have no collectives, except that all slices install the first slice's roots: another kind of CPU rounds
+differently, and parameters would drift apart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -101,7 +102,7 @@ class Parcels:
 
         def local(_: Any, owned: Any, shared: Any) -> Any:
             (roots, parcel), (count, at, stamp) = owned, shared
-            result = {}
+            result, parcel = {}, self.owners.of_first_slice(parcel)
             for bucket in self.buckets:
                 slot, scale_log2, found = self.answers(parcel[0])[bucket.name]
                 slot = jnp.where(count == at, slot, bucket.slots.shape[1])

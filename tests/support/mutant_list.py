@@ -218,6 +218,22 @@ OPTIMIZERS = (
         ("tests/optimizers/linalg/test_roots.py::test_condition_1e12_and_low_rank_with_a_small_ridge",),
     ),
     Mutant(
+        "slices-install-their-own-roots",
+        "optimizers/host/parcels.py",
+        "result, parcel = {}, self.owners.of_first_slice(parcel)",
+        "result = {}",
+        "Slices whose processors round differently install different roots, and parameters drift apart unnoticed.",
+        ("tests/optimizers/host/test_host.py::test_all_slices_install_the_roots_of_the_first",),
+    ),
+    Mutant(
+        "layouts-with-a-service-are-kept",
+        "optimizers/state.py",
+        "_HOSTED: weakref.WeakSet[Layout] = weakref.WeakSet()",
+        "_HOSTED: set[Layout] = set()",
+        "A process that builds many optimizers with roots on the host keeps the plans of all of them.",
+        ("tests/optimizers/host/test_host.py::test_a_layout_is_freed_with_its_optimizer",),
+    ),
+    Mutant(
         "early-intervals-ignore-the-delay",
         "optimizers/options.py",
         'least = self.delay + 1 if self.refresh == "host" else 1',

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from optimizing import LAYOUTS, SHARDED_SHAPES, by_block, gradients, inherited, optimizer, place, zeros
 from processes import run_together
 
@@ -24,6 +26,7 @@ from shampax.optimizers.host import service, workers
 from shampax.optimizers.host.service import HostRootsError
 from shampax.optimizers.linalg import lapack
 from shampax.optimizers.preconditioners import PRECONDITIONERS
+from shampax.optimizers.refresh import without_statistics
 
 OPTIONS = ShampooOptions(
     block_size=16, interval=4, exponent=0.5, ridge=1e-4, refresh="host", delay=2, host_workers=2, start_step=3
@@ -397,6 +400,39 @@ def test_a_loop_without_the_service_warns_once():
             state._HOSTED.clear()
             with contextlib.closing(tx.host_roots(params)):
                 step()
+
+
+def test_a_layout_is_freed_with_its_optimizer():
+    """Fault: layouts with a service are kept until the process ends, with their plans and compiled programs."""
+    tx, params = optimizer(OPTIONS), {"bias": np.ones(5, np.float32)}
+    layout = weakref.ref(tx.layout(params))
+    tx.host_roots(params).close()
+    del tx
+    gc.collect()
+    assert layout() is None
+
+
+def test_all_slices_install_the_roots_of_the_first():
+    """Fault: each slice installs the roots of its own hosts. Other processors round differently."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("slice", "data"))
+    params = {"w": np.ones((32, 16), np.float32)}
+    tx = optimizer(dataclasses.replace(OPTIONS, start_step=0), mesh)
+    state, parcels = jax.jit(tx.init, out_shardings=tx.state_shardings(params))(params), tx.layout(params)._parcels
+    (bucket,) = parcels.buckets
+    parts = []
+    for device in jax.devices():
+        answer = parcels.empty_answer()
+        slots, _, found = parcels.answers(answer)[bucket.name]
+        slots[0], found.accepted[0] = 0, 1
+        found.largest[0] = found.root[0][0, 0, 0] = device.id + 1
+        parts.append(jax.device_put(answer[None], device))
+    sharding = parcels.owners.sharding(parcels.owners.by_block)
+    parcel = jax.make_array_from_single_device_arrays((4, parts[0].shape[1]), sharding, parts)
+    roots = {bucket.name: without_statistics(state.buckets[bucket.name].roots)}
+    installed = parcels.install(roots, parcel, np.int32(0), np.int32(0), np.int32(1))
+    shards = installed[bucket.name].roots[0].addressable_shards
+    first = {shard.device.id: float(np.asarray(shard.data)[0, 0, 0]) for shard in shards}
+    assert first == {number: number % 4 + 1 for number in range(8)}
 
 
 def test_half_of_the_calls_is_an_error():
