@@ -159,7 +159,6 @@ def long(config: Any) -> None:
     config.data.shard_size = 500  # books are long: about 200 MB of rows
     config.data.sequence_length = 65_536
     config.task.rope_theta = 500_000.0  # as in Llama 3 (arXiv 2407.21783, section 3.2)
-    config.task.remat = "full"
     config.task.attention_block = 128  # where no kernel fits
     config.duration = "2.5e9 tokens"
     config.batch_size = 16

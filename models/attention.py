@@ -1,7 +1,6 @@
 """Attention over packed rows: rotary positions, grouped queries, whole or by blocks, sharded along `sequence` or not.
 
-Shapes in names: B batch, T queries, S keys, H query heads, K key-value heads, G = H / K, D head_dim. Slot t of a row
-attends to the slots up to t of its own segment.
+Shapes in names: B batch, T queries, S keys, H query heads, K key-value heads, G = H / K, D head_dim.
 """
 
 import functools
@@ -14,8 +13,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from . import kernels, layout
+from .kernels import CAUSAL, Pattern
 
 Rotation = tuple[jax.Array, jax.Array]
+Drop = Callable[[jax.Array], jax.Array]
+_SIZES = 8  # slices of the keys from which a block of causal queries takes the smallest that it needs
 _MASKED = float(jnp.finfo(jnp.float32).min)  # finite: the difference of two masked scores is 0, not NaN
 
 
@@ -33,10 +35,20 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def self_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, block: int, kernel: str = "xla"
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array,
+    key_segments: jax.Array | None = None,
+    pattern: Pattern = CAUSAL,
+    *,
+    block: int = 0,
+    kernel: str = "xla",
+    zigzag: bool = False,
+    drop: Drop | None = None,
 ) -> jax.Array:
-    """Return softmax(q k / sqrt(D)) v: query [B, T, H, D], key and value [B, T, K, D], segments [B, T].
+    """Return softmax(q k / sqrt(D)) v inside segments: query [B, T, H, D], key and value [B, S, K, D].
 
     If the mesh in the context shards the positions, each device keeps its part of the queries and gathers all keys and
     values along `sequence` (Llama 3's context parallelism, arXiv 2407.21783, section 3.3.2). With grouped queries these
@@ -47,31 +59,47 @@ def self_attention(
       query: rotated.
       key: rotated.
       value: values to average.
-      segments: int32, not -1; slots of different segments do not see each other.
+      segments: int32 [B, T], not -1; a query sees only keys of its segment.
+      key_segments: int32 [B, S]; by default those of the queries.
+      pattern: keys of its segment that a query sees.
       block: queries whose scores a device holds at once, also in the backward pass, which computes them again; 0 for
-        all queries. Only XLA needs it.
+        all queries. Blocks of keys that a block of queries does not see are skipped. Only XLA needs it.
       kernel: one of `kernels.KERNELS`.
+      zigzag: whether queries, keys and their segments are in the order of `layout.zigzag`.
+      drop: function that drops weights [B, K, H / K, T, S]. Only XLA can.
 
     Raises:
       ValueError: the kernel that was named does not fit.
     """
-    chosen = kernels.choose(kernel, query.shape[1], query.shape[-1], str(query.dtype)).kernel
+    key_segments = segments if key_segments is None else key_segments
+    _, keys, kv_heads, _ = key.shape
+    shape = jax.ShapeDtypeStruct(query.shape, query.dtype)
+    chosen = kernels.choose(kernel, shape, keys, kv_heads, pattern, drops=drop is not None).kernel
     if chosen != "xla":
-        return (kernels.splash if chosen == "splash" else kernels.cudnn)(query, key, value, segments)
+        run = functools.partial(kernels.splash, zigzag=zigzag) if chosen == "splash" else kernels.cudnn
+        return run(query, key, value, segments, key_segments, pattern)
     query, key, value = (checkpoint_name(x, "qkv") for x in (query, key, value))
-    return checkpoint_name(_by_xla(query, key, value, segments, block), "context")
+    local = functools.partial(_attend_by_blocks, pattern=pattern, block=block, drop=drop)
+    if kernels.sequence_parts(query.shape[1], key.shape[1]) == 1 or drop is not None:
+        mixed = local(query, key, value, segments, key_segments, jnp.zeros((), jnp.int32))
+    else:
+        mixed = _on_shards(local, query, key, value, segments, key_segments, zigzag)
+    return checkpoint_name(mixed, "context")
 
 
-def _by_xla(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, block: int) -> jax.Array:
-    local = functools.partial(_causal, block=block)
-    if layout.parts(layout.SEQUENCE_AXIS, query.shape[1]) == 1:
-        return local(query, key, value, segments, segments, jnp.zeros((), jnp.int32))
+def _on_shards(local, query, key, value, segments, key_segments, zigzag: bool) -> jax.Array:
+    """Attend from each shard of the queries along `sequence` to all keys."""
+    parts = layout.zigzag_parts(query.shape[1]) if zigzag else 1
 
-    def on_device(query, key, value, segments, all_segments):
-        start = lax.axis_index(layout.SEQUENCE_AXIS) * query.shape[1]
-        return local(
-            query, kernels.gather_positions(key), kernels.gather_positions(value), segments, all_segments, start
-        )
+    def on_device(query, key, value, segments, key_segments):
+        key, value, key_segments = (kernels.gather_positions(x, parts > 1) for x in (key, value, key_segments))
+        part, length = lax.axis_index(layout.SEQUENCE_AXIS), query.shape[1]
+        if parts == 1:
+            return local(query, key, value, segments, key_segments, part * length)
+        starts = (part * (length // 2), (2 * parts - 1 - part) * (length // 2))
+        chunks = zip(jnp.split(query, 2, axis=1), jnp.split(segments, 2, axis=1), starts, strict=True)
+        mixed = [local(query, key, value, segments, key_segments, start) for query, segments, start in chunks]
+        return jnp.concatenate(mixed, axis=1)
 
     # Rows are sharded by hand too: the partitioner would gather the gradients of all rows for the reduce-scatter.
     rows = layout.batch_axes(query.shape[0])
@@ -79,29 +107,51 @@ def _by_xla(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Ar
     return jax.shard_map(
         on_device,
         axis_names={layout.SEQUENCE_AXIS, *rows},
-        in_specs=(by_position, by_position, by_position, by_position, P(rows)),
+        in_specs=by_position,
         out_specs=by_position,
         check_vma=False,
-    )(query, key, value, segments, segments)
+    )(query, key, value, segments, key_segments)
 
 
-def _causal(query, key, value, segments, key_segments, start, *, block: int) -> jax.Array:
-    """Attend to the keys up to each query's slot; the first query [B, T, H, D] is at slot `start` of the keys."""
+def _attend_by_blocks(
+    query, key, value, segments, key_segments, start, *, pattern: Pattern, block: int, drop: Drop | None
+) -> jax.Array:
+    """Attend to the keys of each query's segment; the first query [B, T, H, D] is at slot `start` of the keys."""
+    length, keys = query.shape[1], key.shape[1]
 
-    def attend_from(start, query, segments):
-        slots = start + jnp.arange(query.shape[1])
-        visible = slots[:, None] >= jnp.arange(key.shape[1])
-        visible &= segments[:, :, None] == key_segments[:, None, :]
-        return attend(query, key.astype(query.dtype), value.astype(query.dtype), visible)
+    def attend_from(start, query, segments, first, key, value, key_segments):
+        visible = segments[:, :, None] == key_segments[:, None, :]
+        visible &= pattern.sees(start + jnp.arange(query.shape[1]), first + jnp.arange(key.shape[1]))
+        key, value = key.astype(query.dtype), value.astype(query.dtype)
+        return attend(query, key, value, visible, soft_cap=pattern.soft_cap, drop=drop)
 
-    length = query.shape[1]
     if not 0 < block < length:
-        return attend_from(start, query, segments)
+        return attend_from(start, query, segments, 0, key, value, key_segments)
     # The loop sums the gradients of keys and values over the blocks in their type.
-    key, value = key.astype(jnp.float32), value.astype(jnp.float32)
+    arrays = key.astype(jnp.float32), value.astype(jnp.float32), key_segments
+
+    def attend_from_block(start, query, segments):
+        """Attend to a slice of the keys that has all that the block sees."""
+        if not pattern.causal:
+            return attend_from(start, query, segments, 0, *arrays)
+        if pattern.window:
+            size = min(keys, pattern.window + block - 1)
+            first = jnp.clip(start - pattern.window + 1, 0, keys - size)
+            seen = (lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in arrays)
+            return attend_from(start, query, segments, first, *seen)
+        # A slice has a static size: one branch for each of a few sizes.
+        count = min(_SIZES, -(-keys // block))
+        sizes = [-(-keys * n // count) for n in range(1, count + 1)]
+
+        def branch(size):
+            return lambda: attend_from(start, query, segments, 0, *(x[:, :size] for x in arrays))
+
+        smallest = jnp.searchsorted(jnp.array(sizes), start + block)
+        return lax.switch(smallest, [branch(size) for size in sizes])
+
     starts = start + jnp.arange(0, length, block)
     blocks = (starts, _cut(query, block), _cut(segments, block, fill=-1))
-    mixed = lax.map(lambda cut: jax.checkpoint(attend_from, prevent_cse=False)(*cut), blocks)
+    mixed = lax.map(lambda cut: jax.checkpoint(attend_from_block, prevent_cse=False)(*cut), blocks)
     return jnp.moveaxis(mixed, 0, 1).reshape(query.shape[0], -1, *query.shape[2:])[:, :length]
 
 
@@ -119,17 +169,20 @@ def attend(
     value: jax.Array,
     visible: jax.Array,
     *,
-    drop: Callable[[jax.Array], jax.Array] | None = None,
+    soft_cap: float = 0.0,
+    drop: Drop | None = None,
 ) -> jax.Array:
     """Return softmax(q k / sqrt(D)) v: query [B, T, H, D], key and value [B, S, K, D], visible bool [B, T, S].
 
     Query head h reads key-value head h // (H / K). Scores and softmax are float32, the result has the query's dtype.
-    A query without visible keys gets the mean of all values. Axes of size 1 of `visible` are broadcast. `drop` is
-    applied to the weights [B, K, H / K, T, S].
+    A query without visible keys gets the mean of all values. Axes of size 1 of `visible` are broadcast. `soft_cap` is
+    as in `Pattern`. `drop` is applied to the weights [B, K, H / K, T, S].
     """
     batch, length, heads, head_dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], head_dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32) * head_dim**-0.5
+    if soft_cap:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1).astype(value.dtype)
     if drop is not None:
         weights = drop(weights)

@@ -18,13 +18,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from .attention import attend
+from . import kernels
+from .attention import Pattern, attention
 from .layout import gather_columns, shard_batch
 from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, class_losses
 from .modules import partitioned, run_layers
 
 _TYPES = 2  # the first and the second text of a pair
 _EPSILON = 1e-12  # of the norms, as published
+_PATTERN = Pattern(causal=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,7 @@ class BertTask(LinenTask):
     next_weight: float = 1.0  # weight of is_next in the loss; small batches need less, its gradient is mostly noise
     init_std: float = 0.02  # standard deviation of initial kernels and embeddings; narrow models need more
     position_init: str = "normal"  # initial table of positions; "sinusoidal" encodes neighbourhood from the first step
+    attention: str = "auto"  # kernel: "xla", "splash" (TPU), "cudnn" (GPU), or "auto"; with dropout only XLA fits
     remat: str = "none"  # recompute in the backward pass: none, full, dots, minimal, best, or names of values to keep
     compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
 
@@ -61,6 +64,7 @@ class BertTask(LinenTask):
             not_negative="next_weight",
             fractions="dropout",
             position_init=("normal", "sinusoidal"),
+            attention=kernels.KERNELS,
         )
         if self.embed_dim % self.heads:
             raise ValueError(
@@ -73,7 +77,8 @@ class BertTask(LinenTask):
     def boxed(self, key: jax.Array) -> Any:
         """See `LinenTask.boxed`. Axes: layers, embed, mlp, heads, kv (in a head), vocab, norm, None."""
         row = jnp.zeros((1, 2), jnp.int32)
-        return Bert(self, 0.0).init(key, row, row, row[:, :1])
+        # The row is too short for a kernel; parameters do not depend on it.
+        return Bert(dataclasses.replace(self, attention="xla"), 0.0).init(key, row, row, row[:, :1])
 
     def check_batch(self, batch_spec: BatchSpec) -> None:
         """See `LinenTask.check_batch`."""
@@ -85,6 +90,17 @@ class BertTask(LinenTask):
         length = batch_spec["tokens"].shape[1]
         if length > self.max_length:
             raise ValueError(f"task.max_length={self.max_length}: rows have {length} tokens; set it to {length}")
+        self._kernel(batch_spec)
+
+    def notes(self, batch_spec: BatchSpec) -> tuple[str, ...]:
+        """Return which kernel computes attention in training, and why."""
+        return ("attention: {} ({})".format(*self._kernel(batch_spec)),)
+
+    def _kernel(self, batch_spec: BatchSpec) -> kernels.Choice:
+        rows, length = batch_spec["tokens"].shape
+        shape = rows, length, self.heads, self.embed_dim // self.heads
+        query = jax.ShapeDtypeStruct(shape, jnp.dtype(self.compute_dtype))
+        return kernels.choose(self.attention, query, length, self.heads, _PATTERN, drops=self.dropout > 0)
 
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
@@ -143,10 +159,8 @@ class Bert(nn.Module):
         """Return logits, float32."""
         task = self.task
         x_BxTxE, words_VxE = Embeddings(task, self.dropout, name="embeddings")(tokens_BxT, segments_BxT)
-        visible_Bx1xT = (segments_BxT > 0)[:, None, :]
-        x_BxTxE, _ = run_layers(
-            Block, (task, self.dropout), x_BxTxE, visible_Bx1xT, layers=task.layers, remat=task.remat
-        )
+        real_BxT = (segments_BxT > 0).astype(jnp.int32)  # both texts see each other
+        x_BxTxE, _ = run_layers(Block, (task, self.dropout), x_BxTxE, real_BxT, layers=task.layers, remat=task.remat)
         x_BxPxE = shard_batch(jnp.take_along_axis(x_BxTxE, masked_BxP[..., None], axis=1))
         return MaskedHead(task, name="masked_head")(x_BxPxE, words_VxE), NextHead(task, name="next_head")(
             shard_batch(x_BxTxE[:, 0])
@@ -186,30 +200,30 @@ class Block(nn.Module):
     dropout: float
 
     @nn.compact
-    def __call__(self, x_BxTxE: jax.Array, visible_Bx1xT: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x_BxTxE: jax.Array, real_BxT: jax.Array) -> tuple[jax.Array, None]:
         """Return the residual stream after this layer."""
         dtype = jnp.dtype(self.task.compute_dtype)
-        attention = Attention(self.task, self.dropout, name="attention")(x_BxTxE, visible_Bx1xT)
-        x_BxTxE = _norm("attention_norm", dtype)(x_BxTxE + _dropped(attention, self.dropout))
+        mixed = Attention(self.task, self.dropout, name="attention")(x_BxTxE, real_BxT)
+        x_BxTxE = _norm("attention_norm", dtype)(x_BxTxE + _dropped(mixed, self.dropout))
         mlp = GeluMLP(self.task, name="mlp")(x_BxTxE)
         return shard_batch(_norm("mlp_norm", dtype)(x_BxTxE + _dropped(mlp, self.dropout))), None
 
 
 class Attention(nn.Module):
-    """Attention from every slot to all real slots; kernels [E, H, D] three times and [H, D, E], with biases."""
+    """Attention to all real slots; kernels [E, H, D] three times and [H, D, E], with biases. Padding sees padding."""
 
     task: BertTask
     dropout: float
 
     @nn.compact
-    def __call__(self, x_BxTxE: jax.Array, visible_Bx1xT: jax.Array) -> jax.Array:
+    def __call__(self, x_BxTxE: jax.Array, real_BxT: jax.Array) -> jax.Array:
         """Return the update of the residual stream, [B, T, E]."""
         task = self.task
         heads = (task.heads, task.embed_dim // task.heads)
         into = functools.partial(_dense, task, heads, ("embed",), ("heads", "kv"))
-        query, key, value = (checkpoint_name(into(name=name)(x_BxTxE), "qkv") for name in ("query", "key", "value"))
-        drop = functools.partial(_dropped, rate=self.dropout)
-        mixed_BxTxHxD = checkpoint_name(attend(query, key, value, visible_Bx1xT, drop=drop), "context")
+        query, key, value = (into(name=name)(x_BxTxE) for name in ("query", "key", "value"))
+        drop = functools.partial(_dropped, rate=self.dropout) if self.dropout else None
+        mixed_BxTxHxD = attention(query, key, value, real_BxT, pattern=_PATTERN, kernel=task.attention, drop=drop)
         out = _dense(task, task.embed_dim, ("heads", "kv"), ("embed",), name="out")
         return checkpoint_name(out(mixed_BxTxHxD), "attention_out")
 

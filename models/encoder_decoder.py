@@ -43,6 +43,7 @@ class TransformerOptions:
     head_dim: int = 32  # width of a head; even, for rotary positions
     mlp_dim: int = 512  # hidden width of the MLP
     dropout: float = 0.1  # dropout rate of embeddings and of every update of the residual stream
+    attention: str = "auto"  # kernel: "xla", "splash" (TPU), "cudnn" (GPU), or "auto", the one that fits
     remat: str = "none"  # recompute in the backward pass: none, full, dots, minimal, best, or names of values to keep
     compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
 
@@ -69,15 +70,7 @@ class Transformer(nn.Module):
         sources, targets = inputs["source_segments"], inputs["target_segments"]
         source_rotation = self._rotation(inputs["source_positions"])
         memory_BxSxE = self._encode(inputs["source"], sources, source_rotation)
-        slots = jnp.arange(targets.shape[1])
-        visible_BxTxT = (slots[:, None] >= slots[None, :]) & (targets[:, :, None] == targets[:, None, :])
-        context = (
-            memory_BxSxE,
-            visible_BxTxT,
-            targets[:, :, None] == sources[:, None, :],
-            source_rotation,
-            self._rotation(inputs["target_positions"]),
-        )
+        context = (memory_BxSxE, sources, targets, source_rotation, self._rotation(inputs["target_positions"]))
         stack = scan_layers(lambda block, x, *context: (block(x, *context), None), self.task.decoder_layers)
         x_BxTxE, _ = stack(self.decoder, self._embed(inputs["target"]), *context)
         return self._head(x_BxTxE)
@@ -109,14 +102,13 @@ class Transformer(nn.Module):
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         )
         carry = self._embed(tokens_BxK), parents_BxK
-        visible_Bx1xS = segments_BxS[:, None, :] > 0
-        (x_BxKxE, _), cache = stack(self.decoder, carry, cache, memory, visible_Bx1xS, position, rotation)
+        sources_BxS = (segments_BxS > 0).astype(jnp.int32)
+        (x_BxKxE, _), cache = stack(self.decoder, carry, cache, memory, sources_BxS, position, rotation)
         return self._head(x_BxKxE), cache
 
     def _encode(self, source_BxS: jax.Array, segments_BxS: jax.Array, rotation: Rotation) -> jax.Array:
-        visible_BxSxS = segments_BxS[:, :, None] == segments_BxS[:, None, :]
         stack = scan_layers(lambda block, x, *context: (block(x, *context), None), self.task.encoder_layers)
-        x_BxSxE, _ = stack(self.encoder, self._embed(source_BxS), visible_BxSxS, rotation)
+        x_BxSxE, _ = stack(self.encoder, self._embed(source_BxS), segments_BxS, rotation)
         return self.encoder_norm(x_BxSxE)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
@@ -138,7 +130,7 @@ class EncoderBlock(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x_BxSxE: jax.Array, visible_BxSxS: jax.Array, rotation: Rotation) -> jax.Array:
+    def __call__(self, x_BxSxE: jax.Array, segments_BxS: jax.Array, rotation: Rotation) -> jax.Array:
         """Return the residual stream after this layer."""
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
@@ -147,7 +139,8 @@ class EncoderBlock(nn.Module):
         attention = _attention(task, 2 * task.encoder_layers, name="attention")
         normed = rms_norm("attention_norm", dtype)(x_BxSxE)
         keys_values = attention.keys_values(normed, rotation)
-        x_BxSxE += drop(attention(normed, *keys_values, visible_BxSxS, rotation))
+        segments = segments_BxS, segments_BxS
+        x_BxSxE += drop(attention(normed, keys_values, segments, rotation, kernel=task.attention))
         mlp = MLP(task.mlp_dim, False, 2 * task.encoder_layers, dtype, name="mlp")
         x_BxSxE += drop(mlp(rms_norm("mlp_norm", dtype)(x_BxSxE)))
         return shard_batch(x_BxSxE)
@@ -172,17 +165,18 @@ class DecoderBlock(nn.Module):
         self,
         x_BxTxE: jax.Array,
         memory_BxSxE: jax.Array,
-        visible_BxTxT: jax.Array,
-        visible_BxTxS: jax.Array,
+        sources_BxS: jax.Array,
+        targets_BxT: jax.Array,
         source_rotation: Rotation,
         rotation: Rotation,
     ) -> jax.Array:
         """Return the residual stream [B, T, E] after this layer."""
         normed = self.attention_norm(x_BxTxE)
         keys_values = self.attention.keys_values(normed, rotation)
-        x_BxTxE += self.drop(self.attention(normed, *keys_values, visible_BxTxT, rotation))
+        kernel, segments = self.task.attention, (targets_BxT, targets_BxT)
+        x_BxTxE += self.drop(self.attention(normed, keys_values, segments, rotation, causal=True, kernel=kernel))
         memory = self.memory(memory_BxSxE, source_rotation)
-        return self._rest(x_BxTxE, memory, visible_BxTxS, rotation)
+        return self._rest(x_BxTxE, memory, (targets_BxT, sources_BxS), rotation, kernel)
 
     def memory(self, memory_BxSxE: jax.Array, source_rotation: Rotation) -> KeysValues:
         """Return keys and values [B, S, H, D] of the source."""
@@ -193,7 +187,7 @@ class DecoderBlock(nn.Module):
         carry: tuple[jax.Array, jax.Array],
         cache: KeysValues,
         memory: KeysValues,
-        visible_Bx1xS: jax.Array,
+        sources_BxS: jax.Array,
         position: jax.Array,
         rotation: Rotation,
     ) -> tuple[tuple[jax.Array, jax.Array], KeysValues]:
@@ -206,12 +200,22 @@ class DecoderBlock(nn.Module):
         )
         # Each hypothesis has keys of its own: to attention it is a row of one slot.
         row, row_keys, row_values = (x.reshape(-1, *x.shape[2:]) for x in (normed[:, :, None], keys, values))
-        visible_1x1xN = (jnp.arange(keys.shape[2]) <= position)[None, None]
-        x_BxKxE += self.attention(row, row_keys, row_values, visible_1x1xN, rotation).reshape(x_BxKxE.shape)
-        return (self._rest(x_BxKxE, memory, visible_Bx1xS, rotation), parents_BxK), (keys, values)
+        one = jnp.ones((1, 1), jnp.int32)
+        filled_1xN = (jnp.arange(keys.shape[2]) <= position)[None].astype(jnp.int32)
+        mixed = self.attention(row, (row_keys, row_values), (one, filled_1xN), rotation)
+        x_BxKxE += mixed.reshape(x_BxKxE.shape)
+        return (self._rest(x_BxKxE, memory, (one, sources_BxS), rotation, "xla"), parents_BxK), (keys, values)
 
-    def _rest(self, x_BxTxE: jax.Array, memory: KeysValues, visible_BxTxS: jax.Array, rotation: Rotation) -> jax.Array:
-        x_BxTxE += self.drop(self.source_attention(self.source_norm(x_BxTxE), *memory, visible_BxTxS, rotation))
+    def _rest(
+        self,
+        x_BxTxE: jax.Array,
+        memory: KeysValues,
+        segments: tuple[jax.Array, jax.Array],
+        rotation: Rotation,
+        kernel: str,
+    ) -> jax.Array:
+        normed = self.source_norm(x_BxTxE)
+        x_BxTxE += self.drop(self.source_attention(normed, memory, segments, rotation, kernel=kernel))
         x_BxTxE += self.drop(self.mlp(self.mlp_norm(x_BxTxE)))
         return shard_batch(x_BxTxE)
 

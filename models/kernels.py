@@ -1,7 +1,7 @@
 """Attention kernels: which one fits, JAX's splash attention for TPUs, and cuDNN's for GPUs.
 
-Both compute what `attention.attend` computes for causal attention inside segments, without storing the scores. Shapes
-in names: B batch, T queries, S keys, H query heads, K key-value heads, D head_dim.
+Both compute what `attention.attend` computes, without storing the scores. Shapes in names: B batch, T queries, S keys,
+H query heads, K key-value heads, D head_dim.
 """
 
 import math
@@ -9,20 +9,44 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from . import layout
+from . import kernel_costs, layout
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
 _KERNEL_OF = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}  # ahead of time a GPU is "cuda"
 _TENSOR_AXIS = "tensor"  # mesh axis that shards heads
-_LANES = 128  # positions and widths of heads are multiples of a TPU register's lanes
-_BLOCK = 512  # queries and keys of a block
-_LONGEST_FUSED = 8_192  # the fused backward pass stores the queries' gradient once per block of keys
+_LANES = 128  # positions are multiples of a TPU register's lanes
+_BLOCK = 512  # queries and keys of a block; larger ones waste more at the diagonal
+_LONG = 8_192  # rows above it have blocks twice as large, and the diagonal is a small part of them
+
+
+class Pattern(NamedTuple):
+    """Which keys of its segment a query sees, and a limit of the scores.
+
+    Attributes:
+      causal: whether a query sees only the slots up to its own.
+      window: number of the last slots that a causal query sees, with its own; 0 for all.
+      soft_cap: scores s become soft_cap * tanh(s / soft_cap) (Gemma 2, arXiv 2408.00118, section 2); 0 for no limit.
+    """
+
+    causal: bool = True
+    window: int = 0
+    soft_cap: float = 0.0
+
+    def sees(self, slots: jax.Array, key_slots: jax.Array) -> jax.Array:
+        """Return which keys the queries see inside a segment, bool [T, S] or, if all do, [1, 1]."""
+        if not self.causal:
+            return jnp.ones((1, 1), bool)
+        seen = slots[:, None] >= key_slots
+        return seen & (slots[:, None] - key_slots < self.window) if self.window else seen
+
+
+CAUSAL = Pattern()
 
 
 class Choice(NamedTuple):
@@ -32,14 +56,18 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(kernel: str, length: int, head_dim: int, dtype: str) -> Choice:
-    """Return the kernel for rows of `length` positions on the mesh in the context.
+def choose(
+    kernel: str, query: jax.ShapeDtypeStruct, keys: int, kv_heads: int, pattern: Pattern, *, drops: bool = False
+) -> Choice:
+    """Return the kernel for attention on the mesh in the context.
 
     Args:
       kernel: one of `KERNELS`; "auto" takes the kernel of the platform if it fits, else "xla".
-      length: positions of a row on all devices.
-      head_dim: width of a head.
-      dtype: type of queries, keys and values.
+      query: shape [B, T, H, D] on all devices, and type.
+      keys: number S of keys of a row on all devices.
+      kv_heads: number of key-value heads.
+      pattern: of the keys that are seen.
+      drops: whether weights are dropped.
 
     Raises:
       ValueError: the kernel that was named does not fit.
@@ -51,7 +79,12 @@ def choose(kernel: str, length: int, head_dim: int, dtype: str) -> Choice:
     if kernel == "auto" and platform not in _KERNEL_OF:
         return Choice("xla", f"there is no kernel for platform {platform}")
     wanted = _KERNEL_OF[platform] if kernel == "auto" else kernel
-    obstacle = (_splash_obstacle if wanted == "splash" else _cudnn_obstacle)(device, length, head_dim, dtype)
+    if drops:
+        obstacle = "it cannot drop weights, as task.dropout above 0 does"
+    elif wanted == "splash":
+        obstacle = _splash_obstacle(device, query, keys)
+    else:
+        obstacle = _cudnn_obstacle(device, query, keys, kv_heads, pattern)
     if not obstacle:
         return Choice(wanted, f"it fits platform {platform}" if kernel == "auto" else "configured")
     if kernel == "auto":
@@ -59,124 +92,209 @@ def choose(kernel: str, length: int, head_dim: int, dtype: str) -> Choice:
     raise ValueError(f"task.attention={kernel!r}: {obstacle}. Use 'auto' or 'xla'")
 
 
-def _splash_obstacle(device: jax.sharding.AbstractDevice | None, length: int, head_dim: int, dtype: str) -> str:
+def _splash_obstacle(device: jax.sharding.AbstractDevice | None, query: jax.ShapeDtypeStruct, keys: int) -> str:
     """Return why splash attention does not fit, "" if it does."""
-    del dtype  # any
-    parts = layout.parts(layout.SEQUENCE_AXIS, length)
     if device is None or device.platform not in ("tpu", "cpu"):  # on CPUs it is interpreted, for tests
         return f"it needs a TPU and has platform {device.platform if device else 'none'}"
-    if length % (parts * _LANES):
-        return f"rows of {length} positions on {parts} devices must be multiples of {parts * _LANES}"
-    return f"head_dim={head_dim} must be a multiple of {_LANES}" if head_dim % _LANES else ""
+    parts = sequence_parts(query.shape[1], keys)
+    for length in (query.shape[1], keys):
+        if length % (parts * _LANES):
+            return f"rows of {length} positions on {parts} devices must be multiples of {parts * _LANES}"
+    return f"head_dim={query.shape[3]} must be a multiple of 64" if query.shape[3] % 64 else ""
 
 
-def _cudnn_obstacle(device: jax.sharding.AbstractDevice | None, length: int, head_dim: int, dtype: str) -> str:
+def _cudnn_obstacle(
+    device: jax.sharding.AbstractDevice | None, query: jax.ShapeDtypeStruct, keys: int, kv_heads: int, pattern: Pattern
+) -> str:
     """Return why cuDNN's attention does not fit, "" if it does."""
     if device is None or "NVIDIA" not in device.device_kind:
         return f"it needs an NVIDIA GPU and has {device.device_kind if device else 'no device'}"
     capability = getattr(jax.local_devices()[0], "compute_capability", "8.0")  # ahead of time there is no GPU to ask
     if float(capability) < 8:
         return f"it needs compute capability 8.0 and has {capability}"
-    if layout.parts(layout.SEQUENCE_AXIS, length) > 1:
+    batch, length, _, head_dim = query.shape
+    if sequence_parts(length, keys) > 1:
         return "it cannot shard positions along mesh.sequence"
-    if dtype != "bfloat16":
-        return f"task.compute_dtype={dtype} must be bfloat16"
-    if length % 64:
-        return f"rows of {length} positions must be multiples of 64"
-    return f"head_dim={head_dim} must be a multiple of 8, at most 128" if head_dim % 8 or head_dim > 128 else ""
+    if pattern.soft_cap:
+        return f"it has no soft cap of scores, and soft_cap={pattern.soft_cap:g}"
+    if query.dtype != jnp.bfloat16:
+        return f"task.compute_dtype={query.dtype} must be bfloat16"
+    if length % 64 or keys % 64:
+        return f"rows of {length if length % 64 else keys} positions must be multiples of 64"
+    if head_dim % 8 or head_dim > 128:
+        return f"head_dim={head_dim} must be a multiple of 8, at most 128"
+    # JAX checks the version of cuDNN, and what else that version needs, when it traces.
+    key = jax.ShapeDtypeStruct((batch, keys, kv_heads, head_dim), query.dtype)
+    mask = jax.ShapeDtypeStruct((batch, 1, length, keys), jnp.bool)
+
+    def total(query, key, value, mask):
+        return _by_cudnn(query, key, value, mask, pattern).astype(jnp.float32).sum()
+
+    try:
+        jax.eval_shape(jax.grad(total, argnums=(0, 1, 2)), query, key, key, mask)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        return f"JAX says {' '.join(str(error).split())!r}"
+    return ""
 
 
-def splash(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
-    """Return causal attention inside segments by splash attention: query [B, T, H, D], key and value [B, S, K, D].
+def splash(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array,
+    key_segments: jax.Array,
+    pattern: Pattern,
+    *,
+    zigzag: bool = False,
+) -> jax.Array:
+    """Return attention inside segments by splash attention; see `attention.attention`.
 
     Each device attends from its rows, positions and heads to all keys of its rows and heads. It skips blocks of keys
     that none of its queries sees.
     """
+    # Importing Pallas takes 60 ms, which a run on a CPU need not wait for.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     mesh = jax.sharding.get_abstract_mesh()
-    length, heads, head_dim = query.shape[1:]
-    specs, tensor = _specs(query, key)
-    parts = layout.parts(layout.SEQUENCE_AXIS, length)
-    queries, keys = math.gcd(_BLOCK, length // parts), math.gcd(_BLOCK, length)
-    fused = parts == 1 and length <= _LONGEST_FUSED
-    kernel = splash_attention_kernel.make_splash_mha(
-        mask=splash_attention_mask.MultiHeadMask(
-            [splash_attention_mask.CausalMask((length, length), shard_count=parts)] * heads
-        ),
-        block_sizes=splash_attention_kernel.BlockSizes(
-            block_q=queries,
-            block_kv=keys,
-            block_kv_compute=keys,
-            block_q_dkv=queries,
-            block_kv_dkv=keys,
-            block_kv_dkv_compute=keys,
-            block_q_dq=None if fused else queries,
-            block_kv_dq=None if fused else keys,
+    (length, heads, head_dim), keys = query.shape[1:], key.shape[1]
+    parts, specs, tensor = sequence_parts(length, keys), *_specs(query, key)
+    zigzag = zigzag and layout.zigzag_parts(length) > 1
+    chunk = length // (2 * parts if zigzag and length % (2 * parts * _LANES) == 0 else parts)
+    block = 2 * _BLOCK if keys > _LONG else _BLOCK
+    size, key_size, computed = math.gcd(block, chunk), math.gcd(block, keys), math.gcd(_BLOCK, keys)
+    fused = parts == 1 and keys <= _LONG  # it stores the queries' gradient once per block of keys
+    if pattern.causal:
+        shape = length, keys
+        mask = masks.LocalMask(shape, (pattern.window - 1, 0), 0) if pattern.window else masks.CausalMask(shape)
+        if zigzag:
+            mask.q_sequence = layout.zigzag_order(length, parts)
+        mask_parts = parts
+        slowest = mask.q_sequence.reshape(parts, -1)[-1]
+    else:  # all parts have the same mask, which splash attention cannot cut
+        mask, mask_parts = masks.FullMask((length // parts, keys)), 1
+        slowest = np.arange(length // parts)
+    share = kernel_costs.visited(slowest, size, key_size, keys, causal=pattern.causal, window=pattern.window)
+    visits = f"visits_{share:.6f}"  # for `kernel_costs.cost`
+    kernel = kernels.make_splash_mha(
+        mask=masks.MultiHeadMask([mask] * heads),
+        block_sizes=kernels.BlockSizes(
+            block_q=size,
+            block_kv=key_size,
+            block_kv_compute=computed,
+            block_q_dkv=size,
+            block_kv_dkv=key_size,
+            block_kv_dkv_compute=computed,
+            block_q_dq=None if fused else size,
+            block_kv_dq=None if fused else key_size,
             use_fused_bwd_kernel=fused,
         ),
+        attn_logits_soft_cap=pattern.soft_cap or None,
         head_shards=tensor,
-        q_seq_shards=parts,
+        q_seq_shards=mask_parts,
         residual_checkpoint_name="context",
         interpret=mesh.abstract_device is not None and mesh.abstract_device.platform == "cpu",
     )
     by_position, rows = specs
-    kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, P(by_position[2], by_position[1])))
+    mask_spec = P(by_position[2], by_position[1] if mask_parts > 1 else None)
+    kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, mask_spec))
 
-    def on_device(kernel, query, key, value, segments, all_segments):
+    def on_device(kernel, query, key, value, segments, key_segments):
         if parts > 1:
-            key, value = gather_positions(key), gather_positions(value)
+            key, value, key_segments = (gather_positions(x, zigzag) for x in (key, value, key_segments))
         query = (query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype)
         by_head = (checkpoint_name(jnp.swapaxes(x, 1, 2), "qkv") for x in (query, key, value))
-        mixed = jax.vmap(kernel)(*by_head, splash_attention_kernel.SegmentIds(q=segments, kv=all_segments))
+        with jax.named_scope(visits):
+            mixed = jax.vmap(kernel)(*by_head, kernels.SegmentIds(q=segments, kv=key_segments))
         return jnp.swapaxes(mixed, 1, 2)
 
     return jax.shard_map(
         on_device,
-        in_specs=(kernel_spec, by_position, by_position, by_position, P(*by_position[:2]), rows),
+        in_specs=(kernel_spec, by_position, by_position, by_position, rows, rows),
         out_specs=by_position,
         check_vma=False,
-    )(kernel, query, key, value, segments, segments)
+    )(kernel, query, key, value, segments, key_segments)
 
 
-def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
-    """Return causal attention inside segments by cuDNN: query [B, T, H, D], key and value [B, T, K, D], bfloat16.
+def cudnn(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array,
+    key_segments: jax.Array,
+    pattern: Pattern,
+) -> jax.Array:
+    """Return attention inside segments by cuDNN, in bfloat16; see `attention.attention`.
 
-    The mask of segments takes T x T values of a row in bfloat16.
+    The mask of segments and of the window takes T x S values of a row in bfloat16.
     """
 
-    def on_device(query, key, value, segments):
+    def on_device(query, key, value, segments, key_segments):
         query, key, value = (checkpoint_name(x, "qkv") for x in (query, key, value))
-        same = segments[:, None, :, None] == segments[:, None, None, :]
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=same, is_causal=True, implementation="cudnn")
+        visible = segments[:, :, None] == key_segments[:, None, :]
+        visible &= pattern.sees(jnp.arange(query.shape[1]), jnp.arange(key.shape[1]))
+        with jax.named_scope(visits):
+            mixed = _by_cudnn(query, key, value, visible[:, None], pattern)
         return checkpoint_name(mixed, "context")
 
+    length, keys = query.shape[1], key.shape[1]
+    visits = f"visits_{kernel_costs.visited(np.arange(length), 64, 64, keys, causal=pattern.causal):.6f}"
     (by_position, rows), _ = _specs(query, key)
     return jax.shard_map(
-        on_device, in_specs=(by_position, by_position, by_position, rows), out_specs=by_position, check_vma=False
-    )(query, key, value, segments)
+        on_device, in_specs=(by_position, by_position, by_position, rows, rows), out_specs=by_position, check_vma=False
+    )(query, key, value, segments, key_segments)
+
+
+def _by_cudnn(query, key, value, mask, pattern: Pattern) -> jax.Array:
+    # With is_causal cuDNN computes no block of scores that no query sees.
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=pattern.causal, implementation="cudnn")
+
+
+def sequence_parts(length: int, keys: int) -> int:
+    """Return the number of shards along `sequence` of queries and keys; 1 if it does not divide both."""
+    return min(layout.parts(layout.SEQUENCE_AXIS, length), layout.parts(layout.SEQUENCE_AXIS, keys))
 
 
 def _specs(query: jax.Array, key: jax.Array) -> tuple[tuple[P, P], int]:
-    """Return the specs of [B, T, heads, D] and of the rows alone, and the number of shards of the heads."""
+    """Return the specs of [B, T, heads, D] and of [B, T], and the number of shards of the heads."""
     rows = layout.batch_axes(query.shape[0])
-    sequence = layout.SEQUENCE_AXIS if layout.parts(layout.SEQUENCE_AXIS, query.shape[1]) > 1 else None
+    sequence = layout.SEQUENCE_AXIS if sequence_parts(query.shape[1], key.shape[1]) > 1 else None
     tensor = layout.parts(_TENSOR_AXIS, key.shape[2])
-    return (P(rows, sequence, _TENSOR_AXIS if tensor > 1 else None), P(rows)), tensor
+    return (P(rows, sequence, _TENSOR_AXIS if tensor > 1 else None), P(rows, sequence)), tensor
 
 
-@jax.custom_vjp
-def gather_positions(x: jax.Array) -> jax.Array:
-    """Gather positions [B, S / parts, ...] along `sequence` to [B, S, ...]."""
-    return lax.all_gather(x, layout.SEQUENCE_AXIS, axis=1, tiled=True)
+def gather_positions(x: jax.Array, zigzag: bool) -> jax.Array:
+    """Gather [B, S / P, ...] along `sequence` to [B, S, ...] in natural order, from that of `layout.zigzag` or not."""
+    rows, parts = x.shape[0], lax.axis_size(layout.SEQUENCE_AXIS)
+    chunks = x.reshape(rows, 2 if zigzag else 1, -1, *x.shape[2:])
+    if (
+        zigzag
+    ):  # part p has the chunks p and 2 P - 1 - p; with p and P + p nothing needs to be reordered after gathering
+        mirror = [(part, parts - 1 - part) for part in range(parts)]
+        chunks = jnp.stack([chunks[:, 0], lax.ppermute(chunks[:, 1], layout.SEQUENCE_AXIS, mirror)], axis=1)
+    gather = _all_gather if jnp.issubdtype(x.dtype, jnp.integer) else _gather
+    return gather(chunks).reshape(rows, -1, *x.shape[2:])
 
 
-def _gather_forward(x):
-    return gather_positions(x), None
+def _all_gather(chunks: jax.Array) -> jax.Array:
+    return lax.all_gather(chunks, layout.SEQUENCE_AXIS, axis=2, tiled=True)
+
+
+_gather = jax.custom_vjp(_all_gather)
+
+
+def _gather_forward(chunks):
+    return _gather(chunks), None
 
 
 def _gather_backward(_, gradient):
-    # In float32: a sum over many devices loses bits in bfloat16, and XLA's CPU compiler aborts on it.
-    summed = lax.psum_scatter(gradient.astype(jnp.float32), layout.SEQUENCE_AXIS, scatter_dimension=1, tiled=True)
-    return (summed.astype(gradient.dtype),)
+    # In float32: a sum over many devices loses bits in bfloat16, and XLA's CPU compiler aborts on it. The parts are the
+    # major of three dimensions: along another one, or with a layout of its choice, a TPU reduces to all devices.
+    parts = lax.axis_size(layout.SEQUENCE_AXIS)
+    cut = jnp.moveaxis(gradient.reshape(*gradient.shape[:2], parts, -1, *gradient.shape[3:]), 2, 0)
+    flat = cut.astype(jnp.float32).reshape(parts, -1, gradient.shape[-1])
+    summed = lax.psum_scatter(flat, layout.SEQUENCE_AXIS, scatter_dimension=0)
+    return (summed.reshape(cut.shape[1:]).astype(gradient.dtype),)
 
 
-gather_positions.defvjp(_gather_forward, _gather_backward)
+_gather.defvjp(_gather_forward, _gather_backward)

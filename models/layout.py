@@ -3,6 +3,8 @@
 import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 EXPERT_AXIS = "expert"  # mesh axis that shards experts, and the examples
@@ -45,6 +47,40 @@ def parts(axis: str, size: int) -> int:
     """Return the number of shards of a dimension over a mesh axis; 1 if it does not divide."""
     count = _sizes((axis,)).get(axis, 1)
     return count if size % count == 0 else 1
+
+
+def zigzag(x: jax.Array) -> jax.Array:
+    """Reorder positions [B, T, ...] so that each shard along `sequence` has an early and a late chunk of them.
+
+    Of 2 P chunks, shard p of P has the chunks p and 2 P - 1 - p. Causal attention then costs all shards the same. No
+    effect if 2 P does not divide T, or without the axis.
+    """
+    parts = zigzag_parts(x.shape[1])
+    if parts == 1:
+        return x
+    chunks = x.reshape(x.shape[0], 2 * parts, -1, *x.shape[2:])
+    return jnp.stack([chunks[:, :parts], chunks[:, : parts - 1 : -1]], axis=2).reshape(x.shape)
+
+
+def natural(x: jax.Array) -> jax.Array:
+    """Undo `zigzag`."""
+    parts = zigzag_parts(x.shape[1])
+    if parts == 1:
+        return x
+    chunks = x.reshape(x.shape[0], parts, 2, -1, *x.shape[2:])
+    return jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1).reshape(x.shape)
+
+
+def zigzag_order(length: int, parts: int) -> np.ndarray:
+    """Return the natural position of each slot in the order of `zigzag` with `parts` shards, int32 [length]."""
+    chunks = np.arange(length, dtype=np.int32).reshape(2 * parts, -1)
+    return np.stack([chunks[:parts], chunks[: parts - 1 : -1]], axis=1).ravel()
+
+
+def zigzag_parts(length: int) -> int:
+    """Return the number of shards of `length` positions in the order of `zigzag`; 1 if it changes nothing."""
+    count = parts(SEQUENCE_AXIS, length)
+    return count if length % (2 * count) == 0 else 1
 
 
 def check_sequence(length: int) -> None:

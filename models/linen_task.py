@@ -88,7 +88,9 @@ def check_options(
         if hasattr(task, name) and getattr(task, name) not in allowed:
             raise ValueError(f"task.{name}={getattr(task, name)!r}: use one of {', '.join(allowed)}")
     if not is_remat(getattr(task, "remat", "none")):
-        allowed = f"one of {', '.join(REMAT_POLICIES)}, or names of {' '.join(KEPT)}"
+        allowed = (
+            f"one of {', '.join(REMAT_POLICIES)}, or names of {' '.join(KEPT)}, each once, with or without 'host:'"
+        )
         raise ValueError(f"task.remat={task.remat!r}: use {allowed}")
     head_dim = getattr(task, "head_dim", 0)
     if head_dim % 2:

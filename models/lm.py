@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import kernels, layout, moe
-from .attention import Rotation, rotary_angles, self_attention
-from .layout import SEQUENCE_AXIS, gather_columns, shard_batch
+from .attention import Pattern, Rotation, attention, rotary_angles
+from .layout import SEQUENCE_AXIS, gather_columns, natural, shard_batch, zigzag
 from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, class_losses, real_targets
 from .modules import EMBEDDING_STD, MLP, Attention, partitioned, rms_norm, run_layers
 
@@ -50,6 +50,8 @@ class LMTask(LinenTask):
     z_loss: float = 0.0  # weight of log(Z)^2 in the training loss (PaLM: 1e-4); limits drift of the logits
     attention: str = "auto"  # kernel: "xla", "splash" (TPU), "cudnn" (GPU), or "auto", the one that fits
     attention_block: int = 0  # queries whose scores are held at once (128 for long rows); 0 holds all T x T scores
+    attention_window: int = 0  # number of the last tokens that a token sees, with itself; 0 for all
+    attention_soft_cap: float = 0.0  # limit of attention's scores, cap * tanh(score / cap) (Gemma 2: 50); 0 for none
     experts: int = 0  # number of experts that replace the MLP; 0 keeps the MLP
     experts_per_token: int = 2  # experts per token: 1 as in Switch, 2 as in GShard and Mixtral
     expert_dim: int = 0  # hidden width of an expert; 0 is mlp_dim
@@ -66,8 +68,8 @@ class LMTask(LinenTask):
         check_options(
             self,
             positive="vocab_size layers embed_dim heads kv_heads head_dim mlp_dim",
-            not_negative="attention_block balance_loss balance_rate dense_layers expert_dim experts router_z_loss "
-            "shared_experts z_loss",
+            not_negative="attention_block attention_soft_cap attention_window balance_loss balance_rate dense_layers "
+            "expert_dim experts router_z_loss shared_experts z_loss",
             attention=kernels.KERNELS,
             router=moe.ROUTERS,
         )
@@ -126,8 +128,14 @@ class LMTask(LinenTask):
         return ("attention: {} ({})".format(*self._kernel(batch_spec)),)
 
     def _kernel(self, batch_spec: BatchSpec) -> kernels.Choice:
-        length = batch_spec["tokens"].shape[1] - 1
-        return kernels.choose(self.attention, length, self.head_dim, self.compute_dtype)
+        rows, length = batch_spec["tokens"].shape
+        query = jax.ShapeDtypeStruct((rows, length - 1, self.heads, self.head_dim), jnp.dtype(self.compute_dtype))
+        return kernels.choose(self.attention, query, length - 1, self.kv_heads, self.pattern)
+
+    @property
+    def pattern(self) -> Pattern:
+        """The keys that a query sees."""
+        return Pattern(window=self.attention_window, soft_cap=self.attention_soft_cap)
 
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
@@ -177,15 +185,16 @@ class LMTask(LinenTask):
     def flops(self, batch_spec: BatchSpec) -> float:
         """Return the training FLOPs of one batch: 6 N tokens + 12 layers S H D tokens + 6 E V tokens.
 
-        N counts the parameters of the blocks' matmuls, of experts those that a token uses. S is (T + 1) / 2, the mean
-        number of positions up to a token's own, as if a row were one document. Recomputation by remat, norms and
-        softmaxes are not counted, as is usual for MFU.
+        N counts the parameters of the blocks' matmuls, of experts those that a token uses. S is the mean number of
+        positions that a token sees, as if a row were one document: (T + 1) / 2 without a window. Recomputation by
+        remat, norms and softmaxes are not counted, as is usual for MFU.
         """
         sequence = batch_spec["tokens"].shape[1] - 1
-        return self._flops(batch_spec, seen=(sequence + 1) / 2)
+        most = min(self.attention_window or sequence, sequence)
+        return self._flops(batch_spec, seen=most - most * (most - 1) / (2 * sequence))
 
     def square_flops(self, batch_spec: BatchSpec) -> float:
-        """Return `flops` with S = T, as PaLM counts (arXiv 2204.02311, appendix B)."""
+        """Return `flops` with S = T, as PaLM counts (arXiv 2204.02311, appendix B), also with a window."""
         return self._flops(batch_spec, seen=batch_spec["tokens"].shape[1] - 1)
 
     def _flops(self, batch_spec: BatchSpec, seen: float) -> float:
@@ -223,6 +232,7 @@ class Transformer(nn.Module):
             return self.param(name, init, (task.vocab_size, task.embed_dim)).astype(dtype)
 
         embedding_VxE = table("embedding")
+        tokens_BxT, segments_BxT, positions_BxT = (zigzag(x) for x in (tokens_BxT, segments_BxT, positions_BxT))
         x_BxTxE = shard_batch(jnp.take(gather_columns(embedding_VxE), tokens_BxT, axis=0), SEQUENCE_AXIS)
         rotation = rotary_angles(positions_BxT, task.head_dim, task.rope_theta)
 
@@ -234,7 +244,7 @@ class Transformer(nn.Module):
         if routed:
             biases = () if bias_LxX is None else (bias_LxX,)
             x_BxTxE, routing = run((task, True), x_BxTxE, segments_BxT, rotation, layers=routed, per_layer=biases)
-        x_BxTxE = rms_norm("final_norm", dtype)(x_BxTxE)
+        x_BxTxE = shard_batch(natural(rms_norm("final_norm", dtype)(x_BxTxE)), SEQUENCE_AXIS)
         head_VxE = embedding_VxE if task.tied_head else table("head")
         return jnp.einsum("bte,ve->btv", x_BxTxE, head_VxE, preferred_element_type=jnp.float32), routing
 
@@ -254,11 +264,11 @@ class Block(nn.Module):
         dtype = jnp.dtype(task.compute_dtype)
         writers = 2 * task.layers  # two parts of each layer
         sizes = (task.heads, task.kv_heads, task.head_dim, task.embed_dim)
-        attention = Attention(*sizes, writers, dtype, name="attention")
+        layer = Attention(*sizes, writers, dtype, name="attention")
         normed_BxTxE = rms_norm("attention_norm", dtype)(x_BxTxE)
-        query, (key, value) = attention.queries(normed_BxTxE, rotation), attention.keys_values(normed_BxTxE, rotation)
-        mixed_BxTxHxD = self_attention(query, key, value, segments_BxT, task.attention_block, task.attention)
-        x_BxTxE += attention.project(mixed_BxTxHxD)
+        query, (key, value) = layer.queries(normed_BxTxE, rotation), layer.keys_values(normed_BxTxE, rotation)
+        knobs = {"pattern": task.pattern, "block": task.attention_block, "kernel": task.attention}
+        x_BxTxE += layer.project(attention(query, key, value, segments_BxT, **knobs, zigzag=True))
         normed_BxTxE = rms_norm("mlp_norm", dtype)(x_BxTxE)
         if self.routed:
             mlp = moe.RoutedSwiGLU(

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from .attention import Rotation, attend, rotate
+from .attention import Pattern, Rotation, attention, rotate
 
 EMBEDDING_STD = 0.02
 # Values of a block that a policy can keep, as `checkpoint_name` calls them: queries, keys and values after rotation;
 # attention's mean of the values; its product with the output kernel; the products of the MLP or of experts with their
 # first kernels; the tokens of the experts of a device.
 KEPT = ("qkv", "context", "attention_out", "gate", "up", "routed")
+_HOST = "host:"  # before a name: keep the value in the host's memory
 _names = jax.checkpoint_policies.save_only_these_names
 _dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT_POLICIES = {
@@ -29,8 +30,24 @@ REMAT_POLICIES = {
 
 
 def is_remat(remat: str) -> bool:
-    """Return whether `remat` is one of `REMAT_POLICIES`, or names of `KEPT` separated by blanks."""
-    return remat in REMAT_POLICIES or (bool(remat.split()) and set(remat.split()) <= {*KEPT})
+    """Return whether `remat` is one of `REMAT_POLICIES`, or names of `KEPT`, with or without `host:`, and blanks."""
+    names = [name.removeprefix(_HOST) for name in remat.split()]
+    return remat in REMAT_POLICIES or (bool(names) and set(names) <= {*KEPT} and len(set(names)) == len(names))
+
+
+def _policy(remat: str) -> Any:
+    if remat in REMAT_POLICIES:
+        return REMAT_POLICIES[remat]
+    hosted = [name.removeprefix(_HOST) for name in remat.split() if name.startswith(_HOST)]
+    kept = [name for name in remat.split() if not name.startswith(_HOST)]
+    if not hosted:
+        return _names(*kept)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=kept,
+        names_which_can_be_offloaded=hosted,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 def partitioned(initializer: nn.initializers.Initializer, *names: str | None) -> nn.initializers.Initializer:
@@ -87,11 +104,18 @@ class Attention(nn.Module):
         return rotate(self.key(x_BxSxE), rotation), self.value(x_BxSxE)
 
     def __call__(
-        self, x_BxTxE: jax.Array, keys: jax.Array, values: jax.Array, visible_BxTxS: jax.Array, rotation: Rotation
+        self,
+        x_BxTxE: jax.Array,
+        keys_values: tuple[jax.Array, jax.Array],
+        segments: tuple[jax.Array, jax.Array],
+        rotation: Rotation,
+        *,
+        causal: bool = False,
+        kernel: str = "xla",
     ) -> jax.Array:
-        """Return the update of the residual stream, [B, T, E]."""
-        query, keys, values = (checkpoint_name(x, "qkv") for x in (self.queries(x_BxTxE, rotation), keys, values))
-        return self.project(checkpoint_name(attend(query, keys, values, visible_BxTxS), "context"))
+        """Return the update of the residual stream, [B, T, E]; `segments` are those of the queries and of the keys."""
+        query, pattern = self.queries(x_BxTxE, rotation), Pattern(causal)
+        return self.project(attention(query, *keys_values, *segments, pattern, kernel=kernel))
 
     def project(self, mixed_BxTxHxD: jax.Array) -> jax.Array:
         """Return the update of the residual stream, [B, T, E]."""
@@ -155,8 +179,7 @@ def run_layers(
 def recomputed(block: type[nn.Module], remat: str) -> Any:
     """Return the class of a block for `scan_layers`, recomputed in the backward pass as `remat` says."""
     # Inside a scan the loop itself keeps XLA from merging the recomputation away.
-    policy = REMAT_POLICIES[remat] if remat in REMAT_POLICIES else _names(*remat.split())
-    return block if remat == "none" else nn.remat(block, policy=policy, prevent_cse=False)
+    return block if remat == "none" else nn.remat(block, policy=_policy(remat), prevent_cse=False)
 
 
 def scan_layers(body: Any, length: int, in_axes: Any = nn.broadcast, state: tuple[str, ...] = ()) -> Any:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import kernels
+from .attention import Pattern
 from .beam_search import Translations, beam_search
 from .encoder_decoder import KeysValues, Transformer, TransformerOptions
 from .layout import shard_batch
@@ -37,6 +39,7 @@ class TranslationTask(TransformerOptions, LinenTask):
             positive="encoder_layers decoder_layers embed_dim heads head_dim mlp_dim beam_size decode_length",
             not_negative="length_penalty",
             fractions="dropout label_smoothing",
+            attention=kernels.KERNELS,
         )
         if self.vocab_size < 2:
             raise ValueError(f"task.vocab_size={self.vocab_size}: must be at least 2, because the end is a token")
@@ -45,7 +48,8 @@ class TranslationTask(TransformerOptions, LinenTask):
         """See `LinenTask.boxed`. Axes: layers, embed, mlp, heads, kv_heads, kv (in a head), vocab, norm."""
         row = jnp.zeros((1, 2), jnp.int32)
         batch = {f"{side}{part}": row for side in ("source", "target") for part in ("", "_segments", "_positions")}
-        return Transformer(self, train=False).init(key, batch)
+        # The row is too short for a kernel; parameters do not depend on it.
+        return Transformer(dataclasses.replace(self, attention="xla"), train=False).init(key, batch)
 
     def check_batch(self, batch_spec: BatchSpec) -> None:
         """See `LinenTask.check_batch`."""
@@ -53,6 +57,30 @@ class TranslationTask(TransformerOptions, LinenTask):
             raise ValueError(
                 f"the batch has {sorted(batch_spec)} and not both 'source' and 'target'; translation needs PairData"
             )
+        self._kernels(batch_spec)
+
+    def notes(self, batch_spec: BatchSpec) -> tuple[str, ...]:
+        """Return which kernels compute attention in training, and why."""
+        return tuple(f"{name} attention: {kernel} ({why})" for name, (kernel, why) in self._kernels(batch_spec).items())
+
+    def _kernels(self, batch_spec: BatchSpec) -> dict[str, kernels.Choice]:
+        rows, sources = batch_spec["source"].shape
+        targets = batch_spec["target"].shape[1] - 1
+        lengths = {
+            "source": (sources, sources, Pattern(causal=False)),
+            "target": (targets, targets, Pattern()),
+            "source-to-target": (targets, sources, Pattern(causal=False)),
+        }
+        return {
+            name: kernels.choose(
+                self.attention,
+                jax.ShapeDtypeStruct((rows, length, self.heads, self.head_dim), jnp.dtype(self.compute_dtype)),
+                keys,
+                self.heads,
+                pattern,
+            )
+            for name, (length, keys, pattern) in lengths.items()
+        }
 
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool

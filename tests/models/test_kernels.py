@@ -8,9 +8,12 @@ import pytest
 from jax.sharding import AbstractDevice, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from lm_cases import SMALL, batch_of, quick_jit, spec_of
+from traced import equations
 
-from shampax.models import kernels
-from shampax.models.attention import self_attention
+from shampax.models import kernels, layout
+from shampax.models.attention import attention
+from shampax.models.bert import BertTask
+from shampax.models.translation import TranslationTask
 
 AXES = ("data", "expert", "fsdp", "sequence", "tensor")
 
@@ -27,7 +30,7 @@ def abstract_mesh(platform, kind, **sizes):
 
 
 @functools.cache
-def inputs(length=256, head_dim=128):
+def inputs(length=256, head_dim=64):
     """Return queries, keys, values, weights of the result, and segments; 4 heads share 2 key-value heads."""
     random = np.random.default_rng(0)
     arrays = [random.normal(size=(4, length, heads, head_dim)).astype(np.float32) for heads in (4, 2, 2, 4)]
@@ -36,89 +39,160 @@ def inputs(length=256, head_dim=128):
     return (*arrays, segments)
 
 
-def result_and_gradients(attention, mesh, dtype="float32"):
-    """Return the result of `attention` and the gradients of its weighted sum on a mesh, as float32."""
-    *arrays, weights, segments = inputs()
+@functools.cache
+def known(pattern, length=256):
+    """Return the result and the gradients of its weighted sum for queries, keys and values, in float64."""
+    *arrays, weights, segments = (x.astype(np.float64) for x in inputs(length))
+    query, key, value = arrays[0], *(np.repeat(x, 2, axis=2) for x in arrays[1:])
+    slots, scale = np.arange(length), query.shape[-1] ** -0.5
+    distance = slots[:, None] - slots
+    visible = segments[:, :, None] == segments[:, None, :]
+    if pattern.causal:
+        visible &= (distance >= 0) & (distance < (pattern.window or length))
+    scores = np.einsum("bthd,bshd->bhts", query, key) * scale
+    bent = np.tanh(scores / pattern.soft_cap) if pattern.soft_cap else np.zeros(())
+    scores = pattern.soft_cap * bent if pattern.soft_cap else scores
+    shares = np.where(visible[:, None], np.exp(scores - scores.max()), 0)
+    shares /= shares.sum(axis=-1, keepdims=True)
+    by_share = np.einsum("bthd,bshd->bhts", weights, value)
+    by_score = shares * (by_share - (shares * by_share).sum(axis=-1, keepdims=True)) * (1 - bent**2) * scale
+    of_keys = np.einsum("bhts,bthd->bshd", by_score, query), np.einsum("bhts,bthd->bshd", shares, weights)
+    of_keys = (x.reshape(*x.shape[:2], 2, 2, -1).sum(axis=3) for x in of_keys)
+    mixed = np.einsum("bhts,bshd->bthd", shares, value)
+    return [np.einsum("bhts,bshd->bthd", by_score, key), *of_keys, mixed]
 
-    def total(query, key, value):
-        mixed = attention(query, key, value, segments).astype(jnp.float32)
+
+def assert_is_known(pattern, mesh, *, dtype="float32", length=256, **knobs):
+    """Compare with `known` the result of attention, and the gradients of its weighted sum, on a mesh."""
+    *arrays, weights, segments = inputs(length)
+
+    def total(*arrays):
+        inputs = (layout.zigzag(jnp.asarray(x)) for x in (*arrays, segments))
+        mixed = layout.natural(attention(*inputs, pattern=pattern, zigzag=True, **knobs)).astype(jnp.float32)
         return (mixed * weights).sum(), mixed
 
     rows = NamedSharding(mesh, P(("data", "fsdp")))
     with jax.set_mesh(mesh):
         step = quick_jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True), in_shardings=rows)
         found = step(*(jax.device_put(jnp.asarray(x, dtype), rows) for x in arrays))
-    return [np.asarray(x, np.float32) for x in jax.tree.leaves(found)]
+    for x, y in zip(known(pattern, length), jax.tree.leaves(found), strict=True):
+        assert np.linalg.norm(x - np.asarray(y, np.float64)) < TOLERANCES[dtype] * np.linalg.norm(x)
 
 
-@functools.cache
-def expected():
-    """Return what XLA computes on one device."""
-    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-    return result_and_gradients(functools.partial(self_attention, block=0), mesh)
-
-
-def assert_agrees(found, tolerance):
-    for x, y in zip(expected(), found, strict=True):
-        assert np.linalg.norm(x - y) < tolerance * np.linalg.norm(x)
-
-
+TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
 MESHES = {
+    "alone": {},
     "data x fsdp x tensor": {"data": 2, "fsdp": 2, "tensor": 2},
     "data x sequence x tensor": {"data": 2, "sequence": 2, "tensor": 2},
 }
+CAUSAL = kernels.Pattern()
+BENT = kernels.Pattern(window=70, soft_cap=2.0)
+TWO_WAYS = kernels.Pattern(causal=False)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dtype", "tolerance"),
+    ("pattern", "sizes", "block"),
     [
-        pytest.param("data x fsdp x tensor", "float32", 1e-5),
-        pytest.param("data x sequence x tensor", "float32", 1e-5, marks=pytest.mark.slow),
-        pytest.param("data x fsdp x tensor", "bfloat16", 1e-2, marks=pytest.mark.slow),
+        (CAUSAL, "alone", 0),
+        (CAUSAL, "alone", 32),
+        (BENT, "alone", 0),
+        (TWO_WAYS, "alone", 32),
+        (BENT, "data x sequence x tensor", 0),
+        (BENT, "data x sequence x tensor", 32),
+        pytest.param(CAUSAL, "data x sequence x tensor", 32, marks=pytest.mark.slow),
+        pytest.param(TWO_WAYS, "data x sequence x tensor", 32, marks=pytest.mark.slow),
     ],
 )
-def test_splash_attention_equals_xla(sizes, dtype, tolerance, monkeypatch):
+def test_attention_by_xla(pattern, sizes, block):
+    """Faults: a wrong window, soft cap or slice of the keys; chunks of the zigzag order are mixed up."""
+    assert_is_known(pattern, mesh_of(**MESHES[sizes]), block=block)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sizes", "dtype"),
+    [
+        pytest.param(CAUSAL, "data x fsdp x tensor", "float32"),
+        pytest.param(BENT, "data x fsdp x tensor", "float32", marks=pytest.mark.slow),
+        pytest.param(BENT, "data x fsdp x tensor", "bfloat16", marks=pytest.mark.slow),
+        pytest.param(TWO_WAYS, "data x fsdp x tensor", "float32", marks=pytest.mark.slow),
+        pytest.param(CAUSAL, "data x sequence x tensor", "float32", marks=pytest.mark.slow),
+        pytest.param(CAUSAL, "data x sequence x tensor", "bfloat16", marks=pytest.mark.slow),
+        pytest.param(BENT, "data x sequence x tensor", "float32", marks=pytest.mark.slow),
+        pytest.param(TWO_WAYS, "data x sequence x tensor", "float32", marks=pytest.mark.slow),
+    ],
+)
+def test_splash_attention(pattern, sizes, dtype, monkeypatch):
     """Faults: documents see each other; heads share other keys; a device masks its queries as the first ones."""
     monkeypatch.setattr(kernels, "_BLOCK", 128)  # several blocks of queries and keys
-    attention = functools.partial(self_attention, block=0, kernel="splash")
-    assert_agrees(result_and_gradients(attention, mesh_of(**MESHES[sizes]), dtype), tolerance)
+    length = 512 if "sequence" in sizes else 256  # zigzag chunks of a block
+    assert_is_known(pattern, mesh_of(**MESHES[sizes]), dtype=dtype, length=length, kernel="splash")
 
 
-def test_what_cudnn_is_asked_for_equals_xla(monkeypatch):
-    """Faults: documents see each other in cuDNN's mask; heads share other keys."""
+def pretend_cudnn(monkeypatch, error=None):
+    """Compute what cuDNN is asked for by XLA, or raise an error as JAX does where cuDNN does not fit."""
     ask = jax.nn.dot_product_attention
 
     def by_xla(*arrays, implementation, **options):
         assert implementation == "cudnn"
+        if error:
+            raise error
         return ask(*arrays, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-    assert_agrees(result_and_gradients(kernels.cudnn, mesh_of(**MESHES["data x fsdp x tensor"])), 1e-5)
 
 
+@pytest.mark.parametrize(
+    "pattern", [CAUSAL, kernels.Pattern(window=70), TWO_WAYS], ids=["causal", "window", "two ways"]
+)
+def test_what_cudnn_is_asked_for(pattern, monkeypatch):
+    """Faults: documents see each other in cuDNN's mask; heads share other keys; the window is ignored."""
+    pretend_cudnn(monkeypatch)
+    monkeypatch.setattr(kernels, "choose", lambda *_, **__: kernels.Choice("cudnn", "for this test"))
+    assert_is_known(pattern, mesh_of(**MESHES["data x fsdp x tensor"]))
+
+
+V5E, H100 = ("tpu", "TPU v5 lite"), ("gpu", "NVIDIA H100")
+CAPPED = kernels.Pattern(soft_cap=50.0)
 CHOICES = [
     ("auto", ("cpu", "cpu"), {}, (2048, 128, "bfloat16"), "xla", "there is no kernel for platform cpu"),
-    ("auto", ("tpu", "TPU v5 lite"), {}, (2048, 128, "bfloat16"), "splash", "it fits platform tpu"),
-    ("auto", ("tpu", "TPU v5 lite"), {}, (2000, 128, "bfloat16"), "xla", "rows of 2000 positions on 1 devices"),
-    ("auto", ("tpu", "TPU v5 lite"), {"sequence": 16}, (1024, 128, "bfloat16"), "xla", "must be multiples of 2048"),
-    ("auto", ("tpu", "TPU v5 lite"), {}, (2048, 64, "bfloat16"), "xla", "head_dim=64 must be a multiple of 128"),
-    ("auto", ("gpu", "NVIDIA H100"), {}, (2048, 128, "bfloat16"), "cudnn", "it fits platform gpu"),
-    ("auto", ("gpu", "NVIDIA H100"), {}, (2048, 128, "float32"), "xla", "task.compute_dtype=float32 must be bfloat16"),
-    ("auto", ("gpu", "NVIDIA H100"), {}, (2048, 256, "bfloat16"), "xla", "head_dim=256 must be a multiple of 8"),
-    ("auto", ("gpu", "NVIDIA H100"), {}, (2040, 128, "bfloat16"), "xla", "must be multiples of 64"),
-    ("auto", ("gpu", "NVIDIA H100"), {"sequence": 2}, (2048, 128, "bfloat16"), "xla", "along mesh.sequence"),
+    ("auto", V5E, {}, (2048, 128, "bfloat16"), "splash", "it fits platform tpu"),
+    ("auto", V5E, {}, (2048, 128, "bfloat16", CAPPED), "splash", "it fits platform tpu"),
+    ("auto", V5E, {}, (2000, 128, "bfloat16"), "xla", "rows of 2000 positions on 1 devices"),
+    ("auto", V5E, {"sequence": 16}, (1024, 128, "bfloat16"), "xla", "must be multiples of 2048"),
+    ("auto", V5E, {}, (2048, 96, "bfloat16"), "xla", "head_dim=96 must be a multiple of 64"),
+    ("auto", V5E, {}, (2048, 128, "bfloat16", CAUSAL, True), "xla", "it cannot drop weights"),
+    ("auto", H100, {}, (2048, 128, "bfloat16"), "cudnn", "it fits platform gpu"),
+    ("auto", H100, {}, (2048, 128, "bfloat16", CAPPED), "xla", "it has no soft cap of scores, and soft_cap=50"),
+    ("auto", H100, {}, (2048, 128, "float32"), "xla", "task.compute_dtype=float32 must be bfloat16"),
+    ("auto", H100, {}, (2048, 256, "bfloat16"), "xla", "head_dim=256 must be a multiple of 8"),
+    ("auto", H100, {}, (2040, 128, "bfloat16"), "xla", "must be multiples of 64"),
+    ("auto", H100, {"sequence": 2}, (2048, 128, "bfloat16"), "xla", "along mesh.sequence"),
     ("auto", ("gpu", "AMD Instinct MI300X"), {}, (2048, 128, "bfloat16"), "xla", "it needs an NVIDIA GPU"),
-    ("xla", ("tpu", "TPU v5 lite"), {}, (2048, 128, "bfloat16"), "xla", "configured"),
+    ("xla", V5E, {}, (2048, 128, "bfloat16"), "xla", "configured"),
 ]
 
 
+def choose(kernel, length, head_dim, dtype, pattern=CAUSAL, drops=False):
+    query = jax.ShapeDtypeStruct((4, length, 4, head_dim), jnp.dtype(dtype))
+    return kernels.choose(kernel, query, length, 2, pattern, drops=drops)
+
+
 @pytest.mark.parametrize(("kernel", "device", "sizes", "shape", "chosen", "why"), CHOICES)
-def test_auto_takes_the_kernel_that_fits(kernel, device, sizes, shape, chosen, why):
+def test_auto_takes_the_kernel_that_fits(kernel, device, sizes, shape, chosen, why, monkeypatch):
     """Fault: a run ends in an error of a kernel, or silently computes all scores on an accelerator."""
+    pretend_cudnn(monkeypatch)
     with jax.sharding.use_abstract_mesh(abstract_mesh(*device, **sizes)):
-        choice = kernels.choose(kernel, *shape)
+        choice = choose(kernel, *shape)
     assert choice.kernel == chosen
     assert why in choice.why
+
+
+def test_auto_does_not_take_a_cudnn_that_jax_refuses(monkeypatch):
+    """Fault: a run ends in JAX's error about the version of cuDNN."""
+    pretend_cudnn(monkeypatch, RuntimeError("cuDNN is\nnot detected."))
+    with jax.sharding.use_abstract_mesh(abstract_mesh(*H100)):
+        choice = choose("auto", 2048, 128, "bfloat16")
+    assert choice == ("xla", "cudnn does not fit: JAX says 'cuDNN is not detected.'")
 
 
 def test_a_named_kernel_that_does_not_fit_is_refused():
@@ -142,3 +216,27 @@ def test_the_kernel_is_noted():
     with jax.set_mesh(mesh_of()):
         notes = SMALL.notes(spec_of(batch_of()))
     assert notes == ("attention: xla (there is no kernel for platform cpu)",)
+
+
+def test_models_ask_for_the_kernel_in_training():
+    """Fault: BERT and translation compute all scores where a kernel fits."""
+    segments = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+    bert = BertTask(max_length=128, embed_dim=128, heads=2, dropout=0.0, attention="splash")
+    masked = {name: jax.ShapeDtypeStruct((2, 4), jnp.int32) for name in ("masked_positions", "masked_tokens")}
+    pairs = {
+        f"{side}{part}": jax.ShapeDtypeStruct((2, 128 + (side == "target")), jnp.int32)
+        for side in ("source", "target")
+        for part in ("", "_segments", "_positions")
+    }
+    translation = TranslationTask(head_dim=64, attention="splash")
+    is_next = jax.ShapeDtypeStruct((2,), jnp.int32)
+    for task, batch, calls in (
+        (bert, {"tokens": segments, "segments": segments, "is_next": is_next, **masked}, 1),
+        (translation, pairs, 3),
+    ):
+        with jax.set_mesh(mesh_of()):
+            abstract = jax.eval_shape(task.init, jax.random.key(0), batch)
+            loss = functools.partial(task.loss, key=jax.random.key(0), train=True)
+            found = jax.make_jaxpr(loss)(abstract, batch)
+            assert [": splash (configured)" in note for note in task.notes(batch)] == [True] * calls
+        assert sum(each.primitive.name == "pallas_call" for each in equations(found.jaxpr)) == calls

@@ -38,16 +38,33 @@ def test_causality():
         assert (np.abs(before[:, slot:] - after[:, slot:]).max(axis=-1) > 1e-3).all()
 
 
-def test_attention_stays_inside_a_document():
-    """Fault: attention crosses documents in one row, or reads padding."""
+@pytest.mark.parametrize("block", [0, 4])
+def test_attention_stays_inside_a_document(block):
+    """Fault: a document's predictions depend on the other documents of its row, or on padding."""
     batch, variables = batch_of(), variables_of(SMALL)
-    before = np.asarray(logits_of(SMALL, variables, batch))
+    task = dataclasses.replace(SMALL, attention_block=block)
+    before = np.asarray(logits_of(task, variables, batch))
     for segment in (1, 2, 3, 0):
         others = batch["segments"] != segment
         tokens = np.where(others, (batch["tokens"] + 7) % 64, batch["tokens"])
-        after = np.asarray(logits_of(SMALL, variables, batch | {"tokens": tokens}))
+        segments = np.where(others, 4 + np.arange(17) // 2, batch["segments"]).astype(np.int32)
+        after = np.asarray(logits_of(task, variables, batch | {"tokens": tokens, "segments": segments}))
         kept = batch["segments"][:, :-1] == segment
         np.testing.assert_array_equal(before[kept], after[kept])
+
+
+def test_a_window_limits_what_a_token_sees():
+    """Faults: the window or the soft cap does not reach attention; FLOPs count keys outside the window."""
+    variables, batch = variables_of(SMALL), batch_of([[1] * 17])
+    changed = batch | {"tokens": (batch["tokens"] + (np.arange(17) == 0)) % 64}
+    windowed, capped = (dataclasses.replace(SMALL, **x) for x in ({"attention_window": 2}, {"attention_soft_cap": 0.1}))
+    before, after = (np.asarray(logits_of(windowed, variables, x))[0] for x in (batch, changed))
+    # Two layers, each one slot back.
+    assert (np.abs(before - after).max(axis=-1) > 1e-4).tolist() == [True] * 3 + [False] * 13
+    assert np.abs(before - logits_of(SMALL, variables, batch)[0]).max() > 1e-2
+    assert np.abs(logits_of(capped, variables, batch) - logits_of(SMALL, variables, batch)).max() > 1e-2
+    # Of 16 tokens, the first sees one; without a window they see 8.5 on average.
+    assert SMALL.flops(spec_of(batch)) - windowed.flops(spec_of(batch)) == 12 * 2 * (8.5 - 31 / 16) * 32 * 16
 
 
 def test_a_packed_document_is_predicted_as_if_alone():
@@ -81,7 +98,8 @@ def test_grouped_heads_equal_repeated_heads():
 
 
 @pytest.mark.parametrize(
-    ("remat", "recomputed"), [("full", 9), ("dots", 2), ("minimal", 1), ("best", 1), ("context qkv", 4)]
+    ("remat", "recomputed"),
+    [("full", 9), ("dots", 2), ("minimal", 1), ("best", 1), ("context qkv", 4), ("context host:qkv", 4)],
 )
 def test_remat_changes_only_memory(remat, recomputed):
     """Faults: rematerialisation changes the loss or gradient; it uses another policy than configured."""
@@ -287,6 +305,7 @@ def test_fsdp_moves_weights_but_not_activations():
         ({"head_dim": 7}, "head_dim=7"),
         ({"remat": "some"}, "'some': use one of none, full, dots, minimal, best, or names of qkv context"),
         ({"remat": "context wrong"}, "'context wrong': use one of none"),
+        ({"remat": "qkv host:qkv"}, "'qkv host:qkv': use one of none"),
         ({"attention": "flash"}, "task.attention='flash': use one of auto, xla, splash, cudnn"),
         ({"compute_dtype": "float16"}, "'float16'"),
         ({"layers": 0}, "layers=0"),
