@@ -21,7 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +40,8 @@ from .workers import Workers, pool_size
 # Share of the time spent waiting for roots above which `complaint` returns a warning.
 _TOLERATED = 0.02
 _HOST_KIND = "pinned_host"
+# Longest wait of `close` for statistics that are being copied.
+_READER_SECONDS = 5.0
 
 
 class HostRootsError(RuntimeError):
@@ -250,9 +252,11 @@ class HostRoots:
         return min(report.busy_seconds / (report.seconds * self._solvers.count), 1.0) if report.seconds else 0.0
 
     def close(self) -> None:
-        """Stop solving. Returns at once, without waiting for threads."""
+        """Stop solving, without waiting for solves."""
         self._solvers.close()
         self._reader.close()
+        # The process would abort if the interpreter ended while the reader is inside JAX. It waits for a step at most.
+        wait([launch.opened for launch in (*self._unknown, *self._flying)], timeout=_READER_SECONDS)
         self._blas.restore_original_limits()
 
     def __enter__(self):

@@ -50,8 +50,8 @@ class Workers:
         while (task := self._tasks.get()) is not None:
             if self._closed:
                 task.future.cancel()
+            if not task.future.set_running_or_notify_cancel():
                 continue
-            task.future.set_running_or_notify_cancel()
             start = time.perf_counter()
             try:
                 task.future.set_result(task.function(*task.arguments))
