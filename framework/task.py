@@ -41,7 +41,8 @@ class Task(Protocol):
         `new_model_state` holds the collections other than `params` (`{}` for none). The trainer sums totals
         and weights of each metric over micro-batches and evaluation batches, then divides. `metrics["loss"]` is
         required and `loss` must equal its total / weight: gradient accumulation relies on it. Padding examples are all
-        zeros and must have no weight.
+        zeros and must have no weight. `metrics["real_tokens"]`, if there, is the share of tokens that are no padding:
+        the others count neither as speed nor for MFU.
 
         Args:
           variables: as returned by `init`.

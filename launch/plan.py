@@ -6,7 +6,8 @@ or GPUs that need not exist, in minutes for a large model, and with --present fo
 memory of the compiled programs, the time of a step by class of work, collectives and the largest possible MFU are shown
 too. This needs libtpu (make install EXTRA=plan) or the compiler of CUDA (make install EXTRA=plan-gpu). Without any of
 them, --devices is the number of devices, by default as many as the config's mesh names or simulates. Any
---config.KEY=VALUE changes the config, as in training.
+--config.KEY=VALUE changes the config, as in training. --search=N compiles up to N variants of the train step with other
+meshes, remat policies and micro-batches, and prints their commands, the fastest first.
 
 Exit codes: 0; 1, the config does not fit in the memory of a device; 2, invalid input.
 """
@@ -37,15 +38,16 @@ def _plan(arguments: Sequence[str] | None) -> int:
     devices.add_argument("--present", action="store_true", help="compile for the devices of this machine")
     devices.add_argument("--devices", type=int, default=0, metavar="N", help="number of devices without compilation")
     parser.add_argument("--fast", action="store_true", help="let the compiler try less: minutes instead of tens")
+    parser.add_argument("--search", type=int, default=0, metavar="N", help="compile up to N variants; implies --fast")
     parser.add_argument("--json", action="store_true", help="print the figures for programs")
     options, overrides = parser.parse(arguments)
     if not options.present:
         environment.without_accelerator()
     config = load(options.config, overrides)
     # Imported after the config is checked: planning imports JAX and Orbax.
-    from ..framework.planning import plan, tables, targets
+    from ..framework.planning import plan, search, tables, targets
 
-    if options.fast:
+    if options.fast or options.search:
         targets.compile_fast()
     compiles = plan.PROGRAMS if options.topology or options.gpu or options.present else ()
     if absent := targets.missing(options.topology, options.gpu):
@@ -53,6 +55,16 @@ def _plan(arguments: Sequence[str] | None) -> int:
         found, compiles = targets.simulated(targets.counted(options.topology, options.gpu)), ()
     else:
         found = _devices(options, config)
+    if options.search and compiles:
+        given = [f"--config={options.config}", *(f"--config.{each}" for each in overrides)]
+        trials = search.search(
+            lambda changes: load(options.config, (*overrides, *changes)),
+            found,
+            options.search,
+            lambda line: print(line, file=sys.stderr, flush=True),
+        )
+        print(search.text(" ".join(given), trials))
+        return 1 if trials[0].plan.fits is False else 0
     result = plan.make_plan(config, found, compiles=compiles)
     print(json.dumps(result.to_json(), indent=2) if options.json else tables.text(options.config, result))
     return 1 if result.fits is False else 0

@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from . import kernels
 from .attention import Pattern, attention
 from .layout import gather_columns, shard_batch
-from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, class_losses
+from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, class_losses, real_tokens
 from .modules import partitioned, run_layers
 
 _TYPES = 2  # the first and the second text of a pair
@@ -120,6 +120,8 @@ class BertTask(LinenTask):
             "masked_accuracy": (masked.correct, masked.count),
             "next_sentence_accuracy": (follows.correct, follows.count),
         }
+        if train:
+            metrics["real_tokens"] = real_tokens(batch["segments"])
         return objective / jnp.maximum(follows.count, 1), ({}, metrics)
 
     def logits(

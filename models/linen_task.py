@@ -135,3 +135,8 @@ def class_losses(logits: jax.Array, targets: jax.Array, real: jax.Array) -> Clas
 def real_targets(segments: jax.Array) -> jax.Array:
     """Return which of the targets `[:, 1:]` count: those with their input's segment, which is not 0; bool [B, T]."""
     return (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+
+
+def real_tokens(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the metric "real_tokens": slots of [B, T] that are no padding, and all slots."""
+    return (segments > 0).sum(dtype=jnp.float32), jnp.float32(segments.size)

@@ -24,7 +24,7 @@ import numpy as np
 from . import kernels, layout, moe
 from .attention import Pattern, Rotation, attention, rotary_angles
 from .layout import SEQUENCE_AXIS, gather_columns, natural, shard_batch, zigzag
-from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, class_losses, real_targets
+from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, class_losses, real_targets, real_tokens
 from .modules import EMBEDDING_STD, MLP, Attention, partitioned, rms_norm, run_layers
 
 
@@ -169,6 +169,8 @@ class LMTask(LinenTask):
             **z_metrics,
             **routers,
         }
+        if train:
+            metrics["real_tokens"] = real_tokens(batch["segments"][:, 1:])
         state = {name: value for name, value in variables.items() if name != "params"}
         if train and self._has_biases and routing is not None:
             routers_state = variables["routers"]

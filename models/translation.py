@@ -13,7 +13,7 @@ from .attention import Pattern
 from .beam_search import Translations, beam_search
 from .encoder_decoder import KeysValues, Transformer, TransformerOptions
 from .layout import shard_batch
-from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, class_losses, real_targets
+from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, class_losses, real_targets, real_tokens
 
 END = 0  # the token before and after a sentence
 
@@ -101,6 +101,8 @@ class TranslationTask(TransformerOptions, LinenTask):
             "nats_per_token": (losses.nats, targets),
             "accuracy": (losses.correct, targets),
         }
+        if train:
+            metrics["real_tokens"] = real_tokens(batch["target_segments"][:, 1:])
         return objective / jnp.maximum(targets, 1), ({}, metrics)
 
     def logits(self, variables: dict[str, Any], batch: Batch, key: jax.Array | None = None) -> jax.Array:

@@ -83,11 +83,18 @@ def in_computations(
         if name.startswith(_SCATTER):
             continue
         for instruction in module.computations[name].values():
-            if found := of_instruction(module, instruction, islands):
-                chain = tuple(re.findall(r"channel_id=\d+|chain_id=\"\d+\"", instruction.attributes))
-                if len(chain) < 2 or chain not in chains:
-                    yield name, found
-                chains.add(chain)
+            found = of_instruction(module, instruction, islands)
+            if found and begins(instruction, chains):
+                yield name, found
+
+
+def begins(instruction: hlo.Instruction, chains: set[tuple[str, ...]]) -> bool:
+    """Return whether a collective is the first of a chain that overlaps it with other work, and add it to `chains`."""
+    chain = tuple(re.findall(r"channel_id=\d+|chain_id=\"\d+\"", instruction.attributes))
+    if len(chain) > 1 and chain in chains:
+        return False
+    chains.add(chain)
+    return True
 
 
 def of_instruction(module: hlo.Module, instruction: hlo.Instruction, islands: Sequence[int] = ()) -> Collective | None:

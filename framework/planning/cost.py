@@ -58,10 +58,6 @@ class Part:
     flops: float = 0.0
     bytes: float = 0.0
 
-    def plus(self, other: "Part", times: float = 1.0) -> "Part":
-        """Return the sum with `times` the other."""
-        return _plus(self, other, times)
-
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
@@ -174,11 +170,8 @@ class _Walk:
             self._add_work(total, instruction, self._module.computations[name])
 
     def _add_collective(self, total: Work, instruction: hlo.Instruction, found: collectives.Collective) -> None:
-        # Steps of a chain that overlaps a collective with other work.
-        chain = tuple(re.findall(r"channel_id=\d+|chain_id=\"\d+\"", instruction.attributes))
-        if len(chain) > 1 and chain in self._chains:
+        if not collectives.begins(instruction, self._chains):
             return
-        self._chains.add(chain)
         seconds = 0.0
         if self._chip:
             seconds = (found.sent - found.crossing) / self._chip.links + found.crossing / self._chip.network

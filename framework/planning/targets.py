@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax._src.cudnn import fused_attention_stablehlo
 
 from ..base.errors import UserError
 
 MOST_DEVICES = 16_384  # 4,096 simulated devices take 15 seconds to make
 _GPUS_OF_A_NODE = 8
+_CUDNN = 90_800  # version 9.8.0
 # What the compiler of CUDA asks of a device: the name that JAX shows, compute capability, multiprocessors, GB/s and
 # bytes of memory, bytes of the L2 cache, shared bytes of a block and of a multiprocessor, and clock in GHz.
 _GPUS = {
@@ -107,8 +109,11 @@ def gpus(name: str) -> Sequence[Any]:
           cuda_compute_capability {{ major: {capability} }}
         }}
         platform_name: "CUDA" device_description_str: "{shown}"
-        dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 9 }}
+        dnn_version_info {{ major: {_CUDNN // 10_000} minor: {_CUDNN // 100 % 100} }}
+        runtime_version {{ major: 12 minor: 9 }}
     """
+    # JAX asks the cuDNN that is installed for its version when it traces attention; here none need be installed.
+    fused_attention_stablehlo.check_cudnn_version = lambda: _CUDNN
     topology = f"1x{nodes}x{of_a_node}"
     return _described(f"--gpu={name}: no such GPUs", "cuda", kind, target_config=target, topology=topology)
 

@@ -75,6 +75,8 @@ class Journal:
             self.seconds_to_first_step = seconds_since_process_start()
             console.say(f"first step done {self.seconds_to_first_step:.1f} s after the process started")
             self.speedometer.warmed_up(step, seconds)
+        else:
+            self.speedometer.step_done(numbers.get("real_tokens", 1.0))
         if not self.due(step):
             return
         values = {name if name.startswith("optimizer/") else f"train/{name}": n for name, n in numbers.items()}

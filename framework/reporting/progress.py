@@ -68,10 +68,16 @@ class Speedometer:
             self._per_step["mfu"] = flops_per_step / (peak * mesh.size)
         self._first = self._last = (0, math.inf)
         self._waited = 0.0
+        self._real: list[float] = []
 
     def warmed_up(self, step: int, seconds: float) -> None:
         """Start measuring at `step`, after `seconds` of training time."""
         self._first, self._last, self._waited = (step, seconds), (step, seconds), 0.0
+        self._real.clear()
+
+    def step_done(self, real: float) -> None:
+        """Count a step in which this share of the tokens was no padding. Padding is neither speed nor useful work."""
+        self._real.append(real)
 
     def waited_for_input(self, seconds: float) -> None:
         """Add the seconds that training waited for a batch."""
@@ -85,9 +91,12 @@ class Speedometer:
         rate = self._rate(self._last, step, seconds)
         if not rate:
             return {}
-        values = {name: rate * count for name, count in self._per_step.items()}
+        real = sum(self._real) / len(self._real) if self._real else 1.0
+        shares = {"tokens_per_second": real, "mfu": real}
+        values = {name: rate * count * shares.get(name, 1.0) for name, count in self._per_step.items()}
         values["input_wait"] = self._waited / (seconds - self._last[1])
         self._last, self._waited = (step, seconds), 0.0
+        self._real.clear()
         return {f"throughput/{name}": value for name, value in values.items()}
 
     def remaining(self, step: int, seconds: float) -> float | None:

@@ -127,6 +127,7 @@ def test_loss_and_metrics_by_hand():
         "masked_loss": (of_masked, 7),
         "masked_accuracy": (right, 7),
         "next_sentence_accuracy": (followed, 3),
+        "real_tokens": ((batch["segments"] > 0).sum(), batch["segments"].size),
     }
     assert model_state == {}
     assert_close(dict(metrics), expected, 1e-4)

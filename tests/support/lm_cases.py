@@ -49,6 +49,12 @@ def loss_of(task, variables, batch, train=True):
     return task.loss(variables, batch, key=jax.random.key(0), train=train)
 
 
+def but_real_tokens(result):
+    """Return the result of `loss_of` without the one metric that padding changes."""
+    loss, (state, metrics) = result
+    return loss, (state, {name: value for name, value in metrics.items() if name != "real_tokens"})
+
+
 def value_and_grad(task, variables, batch):
     return jax.value_and_grad(lambda v: task.loss(v, batch, key=jax.random.key(0), train=True)[0])(variables)
 

@@ -1581,6 +1581,14 @@ FLOORS = (
 
 PLANNING = (
     Mutant(
+        "padding-is-speed",
+        "framework/reporting/progress.py",
+        '{"tokens_per_second": real, "mfu": real}',
+        "{}",
+        "Padding counts as trained tokens and as useful work.",
+        ("tests/framework/reporting/test_progress.py::test_padding_is_no_speed",),
+    ),
+    Mutant(
         "plan-counts-loops-once",
         "framework/planning/cost.py",
         'called("body")[0]), turns)',

@@ -49,6 +49,22 @@ def test_images_and_clicks_are_not_counted_as_tokens():
     assert progress.progress_line(2, 9, values | speed, None).endswith("  100 steps/s  3.2k examples/s")
 
 
+def test_padding_is_no_speed(monkeypatch):
+    """Faults: a batch of padding counts as trained tokens; the shares of an earlier interval count again."""
+    monkeypatch.setattr(progress.chips, "peak_flops", lambda kind: 1e12)
+    mesh = meshes.make_mesh({"data": -1})
+    meter = progress.Speedometer(mesh, total_steps=9, examples_per_step=4, tokens_per_step=64, flops_per_step=8e12)
+    meter.warmed_up(1, 0.0)
+    for real in (1.0, 0.5):
+        meter.step_done(real)
+    speed = meter.read(3, 2.0)
+    assert speed["throughput/tokens_per_second"] == 0.75 * 64
+    assert speed["throughput/mfu"] == pytest.approx(0.75)
+    assert speed["throughput/examples_per_second"] == 4
+    meter.step_done(0.25)
+    assert meter.read(4, 3.0)["throughput/tokens_per_second"] == 0.25 * 64
+
+
 def test_mfu_is_relative_to_the_peak_of_all_devices(monkeypatch):
     monkeypatch.setattr(progress.chips, "peak_flops", lambda kind: 1e12)
     mesh = meshes.make_mesh({"data": -1})

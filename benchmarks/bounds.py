@@ -1,0 +1,134 @@
+"""Compute the largest possible MFU of the large language models from programs compiled for absent devices.
+
+    make install EXTRA=plan
+    make install EXTRA=plan-gpu
+    python -m shampax.benchmarks.bounds [--only=1b_adamw,8b] [--markdown=docs/results.md]
+
+Each row compiles the train step of a shipped config ahead of time at the compiler's least effort and judges it as
+launch.plan does: 1 to 5 minutes of a core and up to 6 GB each. Prints JSON; progress goes to standard error. --markdown
+replaces the table between the markers in a file.
+"""
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..configs import base, lm
+from ..framework.base.errors import UserError
+from ..framework.planning import plan, targets
+from . import command
+
+BEGIN, END = "<!-- bounds: begin -->", "<!-- bounds: end -->"
+
+
+class Case(NamedTuple):
+    """A config for some devices.
+
+    Attributes:
+      variant: of configs/lm.py.
+      topology: TPU slices, or "".
+      gpu: GPUs, or "".
+      changes: knobs that differ from the shipped config.
+      adamw: whether AdamW replaces the config's optimizer.
+    """
+
+    variant: str
+    topology: str
+    gpu: str = ""
+    changes: Mapping[str, Any] = {}
+    adamw: bool = True
+
+
+_NODE = {"mesh.fsdp": 8, "batch_size": 64}  # 8 rows on each GPU
+CASES = {
+    "1b_adamw": Case("1b", "v5e:16x16"),
+    "1b_shampoo": Case("1b", "v5e:16x16", adamw=False),
+    "8b": Case("8b", "v5p:4x4x8"),
+    "long": Case("long", "v5e:16x16"),
+    "moe": Case("moe", "v5e:16x16"),
+    "1b_h100": Case("1b", "", "8xh100", _NODE),
+}
+
+
+def bound(case: Case) -> dict[str, Any]:
+    """Return the figures of a case, or the reason why it does not compile."""
+    config = lm.get_config(case.variant)
+    config.update_from_flattened_dict(dict(case.changes))
+    if case.adamw:
+        config.optimizer = base.component(base.ADAMW, weight_decay=0.1)
+    devices = targets.tpus(case.topology) if case.topology else targets.gpus(case.gpu)
+    start = time.monotonic()
+    found = plan.make_plan(config, devices, compiles=("train",))
+    train = found.compiled["train"]
+    row: dict[str, Any] = {
+        "devices": case.topology or case.gpu,
+        "optimizer": config.optimizer.name.rpartition(":")[2],
+        "seconds_to_compile": round(time.monotonic() - start),
+    }
+    if train.error:
+        return row | {"error": train.error}
+    return row | {
+        "milliseconds": 1e3 * train.work.seconds,
+        "network_milliseconds": 1e3 * train.work.network_seconds,
+        "milliseconds_by_class": {name: 1e3 * part.seconds for name, part in train.work.parts.items()},
+        "mfu_bound": found.mfu(found.model_flops),
+        "mfu_bound_whole_square": found.mfu(found.square_flops),
+        "peak_bytes": train.peak,
+        "peak_share": train.peak / found.memory if found.memory else None,
+        "assumed": list(train.work.assumed),
+    }
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    """Return the rows as a table in Markdown."""
+    lines = [
+        "| program | devices | optimizer | work ms | network ms | MFU at most | counting T x T | peak memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        start = f"| {name} | {row['devices']} | {row['optimizer'].removesuffix('Options')} |"
+        if "error" in row:
+            lines.append(f"{start} does not fit: {row['error'][:80]} | | | | |")
+            continue
+        lines.append(
+            f"{start} {row['milliseconds']:,.0f} | {row['network_milliseconds']:,.0f} | {row['mfu_bound']:.0%} | "
+            f"{row['mfu_bound_whole_square']:.0%} | {row['peak_share']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Compile the cases and return their figures by name."""
+    chosen = options.only.split(",") if options.only else list(CASES)
+    if unknown := set(chosen) - set(CASES):
+        raise UserError(f"--only={options.only}: unknown {', '.join(sorted(unknown))}. Use some of {', '.join(CASES)}.")
+    targets.compile_fast()
+    rows = {}
+    for name in chosen:
+        if absent := targets.missing(CASES[name].topology, CASES[name].gpu):
+            raise UserError(absent)
+        print(f"compiling {name}", file=sys.stderr, flush=True)
+        rows[name] = bound(CASES[name])
+    if options.markdown:
+        text = options.markdown.read_text()
+        if not (BEGIN in text and END in text):
+            raise UserError(f"--markdown={options.markdown}: needs the lines {BEGIN} and {END} around its table.")
+        between = re.compile(f"{BEGIN}.*{END}", re.DOTALL)
+        options.markdown.write_text(between.sub(f"{BEGIN}\n{table(rows)}\n{END}", text))
+    return rows
+
+
+def main() -> int:
+    """Run the benchmark and return its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="names of rows, separated by commas")
+    parser.add_argument("--markdown", type=Path, default=None, help="file whose table is replaced")
+    return command.report(lambda: run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
