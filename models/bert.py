@@ -21,8 +21,9 @@ from jax.ad_checkpoint import checkpoint_name
 from . import kernels
 from .attention import Pattern, attention
 from .layout import gather_columns, shard_batch
-from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, class_losses, real_tokens
+from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options
 from .modules import partitioned, run_layers
+from .vocabulary import class_losses, look_up, real_tokens
 
 _TYPES = 2  # the first and the second text of a pair
 _EPSILON = 1e-12  # of the norms, as published
@@ -181,18 +182,16 @@ class Embeddings(nn.Module):
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
         init = nn.initializers.truncated_normal(task.init_std)
-        words_VxE = self.param("words", partitioned(init, "vocab", "embed"), (task.vocab_size, task.embed_dim)).astype(
-            dtype
-        )
+        words_VxE = self.param("words", partitioned(init, "vocab", "embed"), (task.vocab_size, task.embed_dim))
         position_init = functools.partial(_sinusoids, task.init_std) if task.position_init == "sinusoidal" else init
         shape = (task.max_length, task.embed_dim)
         positions = self.param("positions", partitioned(position_init, None, "embed"), shape)
         types = self.param("types", partitioned(init, None, "embed"), (_TYPES, task.embed_dim))
         types_BxT = jnp.maximum(segments_BxT - 1, 0)  # padding has the first type, as published
-        x_BxTxE = shard_batch(jnp.take(gather_columns(words_VxE), tokens_BxT, axis=0))
+        x_BxTxE = shard_batch(look_up(words_VxE, tokens_BxT, dtype))
         x_BxTxE += gather_columns(positions.astype(dtype))[: tokens_BxT.shape[1]]
-        x_BxTxE += shard_batch(jnp.take(gather_columns(types.astype(dtype)), types_BxT, axis=0))
-        return shard_batch(_dropped(_norm("norm", dtype)(x_BxTxE), self.dropout)), words_VxE
+        x_BxTxE += shard_batch(look_up(types, types_BxT, dtype))
+        return shard_batch(_dropped(_norm("norm", dtype)(x_BxTxE), self.dropout)), words_VxE.astype(dtype)
 
 
 class Block(nn.Module):

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 
 from .attention import Rotation, rotary_angles
 from .beam_search import take
-from .layout import gather_columns, shard_batch
+from .layout import shard_batch
 from .modules import EMBEDDING_STD, MLP, Attention, partitioned, recomputed, rms_norm, scan_layers
+from .vocabulary import look_up, token_logits
 
 KeysValues = tuple[jax.Array, jax.Array]
 
@@ -65,8 +66,11 @@ class Transformer(nn.Module):
         self.encoder_norm, self.decoder_norm = rms_norm(None, dtype), rms_norm(None, dtype)
         self.drop = nn.Dropout(task.dropout, deterministic=not self.train)
 
-    def __call__(self, inputs: Mapping[str, jax.Array]) -> jax.Array:
-        """Return logits float32 [B, T, V] of source [B, S] and target [B, T], with their segments and positions."""
+    def __call__(self, inputs: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Return what the head multiplies, [B, T, E], and the head [V, E].
+
+        Inputs are source [B, S] and target [B, T], with their segments and positions.
+        """
         sources, targets = inputs["source_segments"], inputs["target_segments"]
         source_rotation = self._rotation(inputs["source_positions"])
         memory_BxSxE = self._encode(inputs["source"], sources, source_rotation)
@@ -104,7 +108,7 @@ class Transformer(nn.Module):
         carry = self._embed(tokens_BxK), parents_BxK
         sources_BxS = (segments_BxS > 0).astype(jnp.int32)
         (x_BxKxE, _), cache = stack(self.decoder, carry, cache, memory, sources_BxS, position, rotation)
-        return self._head(x_BxKxE), cache
+        return token_logits(*self._head(x_BxKxE)), cache
 
     def _encode(self, source_BxS: jax.Array, segments_BxS: jax.Array, rotation: Rotation) -> jax.Array:
         stack = scan_layers(lambda block, x, *context: (block(x, *context), None), self.task.encoder_layers)
@@ -112,12 +116,11 @@ class Transformer(nn.Module):
         return self.encoder_norm(x_BxSxE)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        table = gather_columns(self.embedding.astype(self.task.compute_dtype))
-        return self.drop(shard_batch(jnp.take(table, tokens, axis=0)) * self.task.embed_dim**0.5)
+        found = shard_batch(look_up(self.embedding, tokens, self.task.compute_dtype))
+        return self.drop(found * self.task.embed_dim**0.5)
 
-    def _head(self, x_BxTxE: jax.Array) -> jax.Array:
-        table = self.embedding.astype(self.task.compute_dtype)
-        return jnp.einsum("bte,ve->btv", self.decoder_norm(x_BxTxE), table, preferred_element_type=jnp.float32)
+    def _head(self, x_BxTxE: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self.decoder_norm(x_BxTxE), self.embedding.astype(self.task.compute_dtype)
 
     def _rotation(self, positions: jax.Array) -> Rotation:
         return rotary_angles(positions, self.task.head_dim, _ROPE_THETA)

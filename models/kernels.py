@@ -19,7 +19,6 @@ from . import kernel_costs, layout
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
 _KERNEL_OF = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}  # ahead of time a GPU is "cuda"
-_TENSOR_AXIS = "tensor"  # mesh axis that shards heads
 _LANES = 128  # positions are multiples of a TPU register's lanes
 _BLOCK = 512  # queries and keys of a block; larger ones waste more at the diagonal
 _LONG = 8_192  # rows above it have blocks twice as large, and the diagonal is a small part of them
@@ -259,8 +258,8 @@ def _specs(query: jax.Array, key: jax.Array) -> tuple[tuple[P, P], int]:
     """Return the specs of [B, T, heads, D] and of [B, T], and the number of shards of the heads."""
     rows = layout.batch_axes(query.shape[0])
     sequence = layout.SEQUENCE_AXIS if sequence_parts(query.shape[1], key.shape[1]) > 1 else None
-    tensor = layout.parts(_TENSOR_AXIS, key.shape[2])
-    return (P(rows, sequence, _TENSOR_AXIS if tensor > 1 else None), P(rows, sequence)), tensor
+    tensor = layout.parts(layout.TENSOR_AXIS, key.shape[2])
+    return (P(rows, sequence, layout.TENSOR_AXIS if tensor > 1 else None), P(rows, sequence)), tensor
 
 
 def gather_positions(x: jax.Array, zigzag: bool) -> jax.Array:

@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 EXPERT_AXIS = "expert"  # mesh axis that shards experts, and the examples
 SLICE_AXIS = "slice"  # mesh axis that joins slices
-BATCH_AXES = (SLICE_AXIS, "data", "fsdp", EXPERT_AXIS)  # mesh axes that shard the examples
+FSDP_AXIS = "fsdp"  # mesh axis that shards the examples, and parameters
+BATCH_AXES = (SLICE_AXIS, "data", FSDP_AXIS, EXPERT_AXIS)  # mesh axes that shard the examples
 SEQUENCE_AXIS = "sequence"  # mesh axis that shards the positions
 TENSOR_AXIS = "tensor"  # mesh axis that shards heads, hidden units and the vocabulary
 
@@ -93,5 +94,6 @@ def check_sequence(length: int) -> None:
 
 
 def _sizes(axes: tuple[str, ...]) -> dict[str, int]:
+    """Return the sizes of those axes that the partitioner shards; a `shard_map` in the context shards the others."""
     mesh = jax.sharding.get_abstract_mesh()
-    return {axis: mesh.shape[axis] for axis in axes if axis in mesh.axis_names}
+    return {axis: mesh.shape[axis] for axis in axes if axis in mesh.axis_names and axis not in mesh.manual_axes}

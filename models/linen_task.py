@@ -1,13 +1,12 @@
-"""Base of tasks with a Linen module; checks of their options, and the loss over tokens."""
+"""Base of tasks with a Linen module, and checks of their options."""
 
 import abc
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from . import kernel_costs
 from .modules import KEPT, REMAT_POLICIES, is_remat
@@ -67,7 +66,7 @@ class LinenTask(abc.ABC):
 def check_options(
     task: Any, *, positive: str = "", not_negative: str = "", fractions: str = "", **choices: Iterable[str]
 ) -> None:
-    """Check options of a task by name, and `remat`, `compute_dtype` and `head_dim` if it has them.
+    """Check options of a task by name, and `remat`, `compute_dtype`, `loss_chunks` and `head_dim` if it has them.
 
     Args:
       task: a dataclass.
@@ -92,51 +91,10 @@ def check_options(
             f"one of {', '.join(REMAT_POLICIES)}, or names of {' '.join(KEPT)}, each once, with or without 'host:'"
         )
         raise ValueError(f"task.remat={task.remat!r}: use {allowed}")
+    chunks = getattr(task, "loss_chunks", 0)
+    if chunks and task.vocab_size % chunks:
+        fix = next(number for number in range(min(chunks, task.vocab_size), 0, -1) if task.vocab_size % number == 0)
+        raise ValueError(f"task.loss_chunks={chunks}: must divide task.vocab_size={task.vocab_size}; use {fix}")
     head_dim = getattr(task, "head_dim", 0)
     if head_dim % 2:
         raise ValueError(f"task.head_dim={head_dim}: must be even for rotary positions; use {head_dim + 1}")
-
-
-class ClassLosses(NamedTuple):
-    """Sums over the real targets of logits over classes, such as tokens.
-
-    Attributes:
-      count: number of targets.
-      nats: -log p of the targets.
-      correct: number of targets whose logit is the largest; ties count.
-      z: log(Z)^2 (PaLM, arXiv 2204.02311, section 5).
-      uniform: mean over the classes of -log p, for label smoothing.
-    """
-
-    count: jax.Array
-    nats: jax.Array
-    correct: jax.Array
-    z: jax.Array
-    uniform: jax.Array
-
-
-def class_losses(logits: jax.Array, targets: jax.Array, real: jax.Array) -> ClassLosses:
-    """Return the float32 sums over targets [...] of logits [..., V] where `real` holds. Unused ones cost nothing."""
-    logsumexp = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-
-    def total(values: jax.Array) -> jax.Array:
-        return jnp.where(real, values, 0).sum(dtype=jnp.float32)
-
-    return ClassLosses(
-        count=total(jnp.ones_like(chosen)),
-        nats=total(logsumexp - chosen),
-        correct=total(chosen >= logits.max(axis=-1)),
-        z=total(jnp.square(logsumexp)),
-        uniform=total(logsumexp - logits.mean(axis=-1)),
-    )
-
-
-def real_targets(segments: jax.Array) -> jax.Array:
-    """Return which of the targets `[:, 1:]` count: those with their input's segment, which is not 0; bool [B, T]."""
-    return (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-
-
-def real_tokens(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the metric "real_tokens": slots of [B, T] that are no padding, and all slots."""
-    return (segments > 0).sum(dtype=jnp.float32), jnp.float32(segments.size)

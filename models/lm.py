@@ -23,9 +23,10 @@ import numpy as np
 
 from . import kernels, layout, moe
 from .attention import Pattern, Rotation, attention, rotary_angles
-from .layout import SEQUENCE_AXIS, gather_columns, natural, shard_batch, zigzag
-from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, class_losses, real_targets, real_tokens
+from .layout import SEQUENCE_AXIS, natural, shard_batch, zigzag
+from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options
 from .modules import EMBEDDING_STD, MLP, Attention, partitioned, rms_norm, run_layers
+from .vocabulary import look_up, real_targets, real_tokens, token_logits, token_losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,7 @@ class LMTask(LinenTask):
     remat: str = "none"  # recompute in the backward pass: none, full, dots, minimal, best, or names of values to keep
     compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
     z_loss: float = 0.0  # weight of log(Z)^2 in the training loss (PaLM: 1e-4); limits drift of the logits
+    loss_chunks: int = 0  # parts of the vocabulary whose logits are computed in turn, to save memory; 0: one
     attention: str = "auto"  # kernel: "xla", "splash" (TPU), "cudnn" (GPU), or "auto", the one that fits
     attention_block: int = 0  # queries whose scores are held at once (128 for long rows); 0 holds all T x T scores
     attention_window: int = 0  # number of the last tokens that a token sees, with itself; 0 for all
@@ -69,7 +71,7 @@ class LMTask(LinenTask):
             self,
             positive="vocab_size layers embed_dim heads kv_heads head_dim mlp_dim",
             not_negative="attention_block attention_soft_cap attention_window balance_loss balance_rate dense_layers "
-            "expert_dim experts router_z_loss shared_experts z_loss",
+            "expert_dim experts loss_chunks router_z_loss shared_experts z_loss",
             attention=kernels.KERNELS,
             router=moe.ROUTERS,
         )
@@ -150,8 +152,9 @@ class LMTask(LinenTask):
         with z_loss also "z_loss", the mean of log(Z)^2; with experts also those of `moe.router_metrics`.
         """
         del key  # no dropout
-        logits_BxTxV, routing = self.logits(variables, batch)
-        losses = class_losses(logits_BxTxV, batch["tokens"][:, 1:], real_targets(batch["segments"]))
+        x_BxTxE, head_VxE, routing = self._apply(variables, batch)
+        real_BxT = real_targets(batch["segments"])
+        losses = token_losses(x_BxTxE, head_VxE, batch["tokens"][:, 1:], real_BxT, self.loss_chunks)
         objective, targets = losses.nats, losses.count
         z_metrics = {"z_loss": (losses.z, targets)} if self.z_loss else {}
         routers = {} if routing is None else moe.router_metrics(routing, self.experts_per_token)
@@ -161,7 +164,7 @@ class LMTask(LinenTask):
             for name in ("balance_loss", "router_z_loss"):
                 total_of_routers, inputs = routers[name]
                 objective += targets * getattr(self, name) * total_of_routers / jnp.maximum(inputs, 1)
-        characters = jnp.where(real_targets(batch["segments"]), batch["characters"][:, 1:], 0).sum(dtype=jnp.float32)
+        characters = jnp.where(real_BxT, batch["characters"][:, 1:], 0).sum(dtype=jnp.float32)
         metrics = {
             "loss": (objective, targets),
             "bits_per_character": (losses.nats / np.log(2), characters),
@@ -179,6 +182,10 @@ class LMTask(LinenTask):
 
     def logits(self, variables: dict[str, Any], batch: Batch) -> tuple[jax.Array, moe.Routing | None]:
         """Return predictions for the inputs `tokens[:, :-1]`, float32 [B, T, V], and the sums of `moe.route`."""
+        x_BxTxE, head_VxE, routing = self._apply(variables, batch)
+        return token_logits(x_BxTxE, head_VxE), routing
+
+    def _apply(self, variables: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array, moe.Routing | None]:
         inputs = (batch[name][:, :-1] for name in ("tokens", "segments", "positions"))
         bias_LxX = variables["routers"]["bias"] if self._has_biases else None
         result: Any = Transformer(self).apply({"params": variables["params"]}, *inputs, bias_LxX)
@@ -213,7 +220,7 @@ class LMTask(LinenTask):
 
 
 class Transformer(nn.Module):
-    """Maps tokens, segments and positions [B, T] to logits [B, T, V] and, with experts, the routers' sums."""
+    """Maps tokens, segments and positions [B, T] to what the head [V, E] multiplies, [B, T, E]."""
 
     task: LMTask
 
@@ -224,18 +231,18 @@ class Transformer(nn.Module):
         segments_BxT: jax.Array,
         positions_BxT: jax.Array,
         bias_LxX: jax.Array | None = None,
-    ) -> tuple[jax.Array, moe.Routing | None]:
-        """Return logits, float32, and the sums [layers, ...] of `moe.route`."""
+    ) -> tuple[jax.Array, jax.Array, moe.Routing | None]:
+        """Return [B, T, E], the head [V, E] and, with experts, the sums [layers, ...] of `moe.route`."""
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
 
         def table(name: str) -> jax.Array:
             init = partitioned(nn.initializers.normal(EMBEDDING_STD), "vocab", "embed")
-            return self.param(name, init, (task.vocab_size, task.embed_dim)).astype(dtype)
+            return self.param(name, init, (task.vocab_size, task.embed_dim))
 
         embedding_VxE = table("embedding")
         tokens_BxT, segments_BxT, positions_BxT = (zigzag(x) for x in (tokens_BxT, segments_BxT, positions_BxT))
-        x_BxTxE = shard_batch(jnp.take(gather_columns(embedding_VxE), tokens_BxT, axis=0), SEQUENCE_AXIS)
+        x_BxTxE = shard_batch(look_up(embedding_VxE, tokens_BxT, dtype), SEQUENCE_AXIS)
         rotation = rotary_angles(positions_BxT, task.head_dim, task.rope_theta)
 
         routed, routing = task.routed_blocks, None
@@ -248,7 +255,7 @@ class Transformer(nn.Module):
             x_BxTxE, routing = run((task, True), x_BxTxE, segments_BxT, rotation, layers=routed, per_layer=biases)
         x_BxTxE = shard_batch(natural(rms_norm("final_norm", dtype)(x_BxTxE)), SEQUENCE_AXIS)
         head_VxE = embedding_VxE if task.tied_head else table("head")
-        return jnp.einsum("bte,ve->btv", x_BxTxE, head_VxE, preferred_element_type=jnp.float32), routing
+        return x_BxTxE, head_VxE.astype(dtype), routing
 
 
 class Block(nn.Module):

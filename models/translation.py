@@ -13,7 +13,8 @@ from .attention import Pattern
 from .beam_search import Translations, beam_search
 from .encoder_decoder import KeysValues, Transformer, TransformerOptions
 from .layout import shard_batch
-from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options, class_losses, real_targets, real_tokens
+from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options
+from .vocabulary import real_targets, real_tokens, token_logits, token_losses
 
 END = 0  # the token before and after a sentence
 
@@ -29,6 +30,7 @@ class TranslationTask(TransformerOptions, LinenTask):
     """
 
     label_smoothing: float = 0.1  # probability spread over all tokens; in the training loss only
+    loss_chunks: int = 0  # parts of the vocabulary whose logits are computed in turn, to save memory; 0: one
     beam_size: int = 4  # hypotheses kept per sentence; 1 is greedy decoding
     length_penalty: float = 0.6  # exponent of GNMT's length penalty: larger values prefer longer translations
     decode_length: int = 128  # most tokens of a translation, including its end
@@ -37,7 +39,7 @@ class TranslationTask(TransformerOptions, LinenTask):
         check_options(
             self,
             positive="encoder_layers decoder_layers embed_dim heads head_dim mlp_dim beam_size decode_length",
-            not_negative="length_penalty",
+            not_negative="length_penalty loss_chunks",
             fractions="dropout label_smoothing",
             attention=kernels.KERNELS,
         )
@@ -91,8 +93,9 @@ class TranslationTask(TransformerOptions, LinenTask):
         the held-out "loss" equals "nats_per_token", which is never smoothed. "accuracy" is the share of targets that
         are the most probable token.
         """
-        logits_BxTxV = self.logits(variables, batch, key if train else None)
-        losses = class_losses(logits_BxTxV, batch["target"][:, 1:], real_targets(batch["target_segments"]))
+        x_BxTxE, head_VxE = self._apply(variables, batch, key if train else None)
+        real_BxT = real_targets(batch["target_segments"])
+        losses = token_losses(x_BxTxE, head_VxE, batch["target"][:, 1:], real_BxT, self.loss_chunks)
         objective, targets = losses.nats, losses.count
         if train and self.label_smoothing:
             objective = (1 - self.label_smoothing) * losses.nats + self.label_smoothing * losses.uniform
@@ -107,10 +110,15 @@ class TranslationTask(TransformerOptions, LinenTask):
 
     def logits(self, variables: dict[str, Any], batch: Batch, key: jax.Array | None = None) -> jax.Array:
         """Return predictions for the inputs `target[:, :-1]`, float32 [B, T, V]; with a key, under dropout."""
+        return token_logits(*self._apply(variables, batch, key))
+
+    def _apply(
+        self, variables: dict[str, Any], batch: Batch, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         inputs = {name: array[:, :-1] if name.startswith("target") else array for name, array in batch.items()}
         rngs = {} if key is None else {"dropout": key}
-        logits: Any = Transformer(self, train=key is not None).apply(variables, inputs, rngs=rngs)
-        return logits
+        result: Any = Transformer(self, train=key is not None).apply(variables, inputs, rngs=rngs)
+        return result
 
     def translate(self, variables: dict[str, Any], source_BxS: jax.Array, segments_BxS: jax.Array) -> Translations:
         """Return the best translation of each source that beam search finds.

@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "task.attention",
     "task.attention_block",
     "task.expert_room",
+    "task.loss_chunks",
     "resume_from",  # read only while the workdir has no checkpoint, like the next two
     "init_from",
     "renamed",

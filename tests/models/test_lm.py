@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from lm_cases import (
     SMALL,
     assert_close,
@@ -17,6 +15,7 @@ from lm_cases import (
     grad_of,
     logits_of,
     loss_of,
+    lower_on_mesh,
     quick_jit,
     spec_of,
     value_and_grad,
@@ -250,28 +249,6 @@ def test_logical_axes_name_every_dimension(options):
     jax.tree.map(check, variables, axes)
     with pytest.raises(ValueError, match=r"structure|Dict"):
         task.logical_axes({"params": {"other": variables["params"]["embedding"]}})
-
-
-SPECS = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "vocab": "tensor"}
-
-
-def lower_on_mesh(task, sizes, batch):
-    """Compile loss and gradient with parameters sharded by the usual rules and the batch over data and fsdp."""
-    mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    variables = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch))
-    shardings = jax.tree.map(
-        lambda _, names: NamedSharding(mesh, P(*(SPECS.get(name) for name in names))),
-        variables,
-        task.logical_axes(variables),
-    )
-    by_batch = NamedSharding(mesh, P(("data", "fsdp")))
-    step = quick_jit(
-        functools.partial(value_and_grad, task),
-        in_shardings=(shardings, by_batch),
-        out_shardings=(NamedSharding(mesh, P()), shardings),
-    )
-    with jax.set_mesh(mesh):
-        return step.lower(variables, spec_of(batch)).compile(), shardings, by_batch
 
 
 def test_sharded_equals_single():

@@ -4,6 +4,8 @@ import functools
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from traced import quick_jit
 
 from shampax.models.lm import LMTask
@@ -64,3 +66,25 @@ grad_of = quick_jit(value_and_grad, static_argnums=0)
 
 def assert_close(left, right, tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), left, right)
+
+
+SPECS = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "vocab": "tensor"}
+
+
+def lower_on_mesh(task, sizes, batch):
+    """Compile loss and gradient with parameters sharded by the usual rules and the batch over data and fsdp."""
+    mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    variables = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch))
+    shardings = jax.tree.map(
+        lambda _, names: NamedSharding(mesh, P(*(SPECS.get(name) for name in names))),
+        variables,
+        task.logical_axes(variables),
+    )
+    by_batch = NamedSharding(mesh, P(("data", "fsdp")))
+    step = quick_jit(
+        functools.partial(value_and_grad, task),
+        in_shardings=(shardings, by_batch),
+        out_shardings=(NamedSharding(mesh, P()), shardings),
+    )
+    with jax.set_mesh(mesh):
+        return step.lower(variables, spec_of(batch)).compile(), shardings, by_batch

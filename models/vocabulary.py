@@ -1,0 +1,142 @@
+"""Tables of tokens: lookups, and losses over a vocabulary, whose logits need not be stored.
+
+Shapes in names: B batch, T slots of a row, E embed, V vocab, C chunks of the vocabulary.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from .layout import FSDP_AXIS, SEQUENCE_AXIS, TENSOR_AXIS, batch_axes, gather_columns, parts, shard_batch
+
+
+def look_up(table_VxE: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """Return rows of a float32 table, [B, ..., E] in `dtype`; the batch stays sharded.
+
+    The table is gathered in `dtype`. Its gradient is summed in float32: a frequent token occurs thousands of times in a
+    batch, and bfloat16 would lose most of them. The sum over `fsdp` leaves each device its columns.
+    """
+    return _look_up(table_VxE, tokens, jnp.dtype(dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _look_up(table_VxE, tokens, dtype):
+    return jnp.take(gather_columns(table_VxE.astype(dtype)), tokens, axis=0)
+
+
+def _look_up_forward(table_VxE, tokens, dtype):
+    return _look_up(table_VxE, tokens, dtype), (table_VxE, tokens)
+
+
+def _look_up_backward(_, saved, gradient):
+    table_VxE, tokens = saved
+    rows = batch_axes(tokens.shape[0])
+    scattered = FSDP_AXIS if FSDP_AXIS in rows and parts(FSDP_AXIS, table_VxE.shape[1]) > 1 else None
+
+    def on_device(tokens, gradient):
+        total_VxE = jnp.zeros(table_VxE.shape, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
+        if scattered:
+            total_VxE = lax.psum_scatter(total_VxE, scattered, scatter_dimension=1, tiled=True)
+        return lax.psum(total_VxE, tuple(axis for axis in rows if axis != scattered))
+
+    if rows:
+        on_device = jax.shard_map(
+            on_device,
+            axis_names={*rows},
+            in_specs=P(rows),
+            out_specs=P(None, scattered),
+            check_vma=False,
+        )
+    return on_device(tokens, gradient).astype(table_VxE.dtype), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+class ClassLosses(NamedTuple):
+    """Sums over the real targets of logits over classes, such as tokens.
+
+    Attributes:
+      count: number of targets.
+      nats: -log p of the targets.
+      correct: number of targets whose logit is the largest; ties count.
+      z: log(Z)^2 (PaLM, arXiv 2204.02311, section 5).
+      uniform: mean over the classes of -log p, for label smoothing.
+    """
+
+    count: jax.Array
+    nats: jax.Array
+    correct: jax.Array
+    z: jax.Array
+    uniform: jax.Array
+
+
+def class_losses(logits: jax.Array, targets: jax.Array, real: jax.Array) -> ClassLosses:
+    """Return the float32 sums over targets [...] of logits [..., V] where `real` holds. Unused ones cost nothing."""
+    logsumexp = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return _sums(real, logsumexp, chosen, logits.max(axis=-1), logits.mean(axis=-1))
+
+
+def token_logits(x_BxTxE: jax.Array, head_VxE: jax.Array) -> jax.Array:
+    """Return the float32 logits [B, T, V]."""
+    return jnp.einsum("bte,ve->btv", x_BxTxE, head_VxE, preferred_element_type=jnp.float32)
+
+
+def token_losses(
+    x_BxTxE: jax.Array, head_VxE: jax.Array, targets_BxT: jax.Array, real_BxT: jax.Array, chunks: int
+) -> ClassLosses:
+    """Return `class_losses` of `token_logits`; with more than one chunk, no array holds the logits of all tokens.
+
+    The logits of one chunk of the vocabulary after the other are computed, and again in the backward pass. The gradient
+    of a chunk of the head is complete after its turn, so that it is summed over the devices once; with chunks of slots,
+    the gradient of the whole head would be summed in every turn. `chunks` divides V.
+    """
+    if chunks <= 1:
+        return class_losses(token_logits(x_BxTxE, head_VxE), targets_BxT, real_BxT)
+    vocab, embed = head_VxE.shape
+    # Chunk c has the tokens c, c + C, ...: each device cuts its own rows of a sharded table.
+    head_CxVxE = jnp.swapaxes(head_VxE.reshape(vocab // chunks, chunks, embed), 0, 1)
+    row_BxT, chunk_BxT = jnp.divmod(targets_BxT, chunks)
+    wide_BxTxE = x_BxTxE.astype(jnp.float32)  # the loop sums the gradients of the chunks in this type
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def of_chunk(number, part_VxE):
+        logits = token_logits(wide_BxTxE.astype(x_BxTxE.dtype), part_VxE)
+        logits = shard_batch(logits, SEQUENCE_AXIS, TENSOR_AXIS)
+        here_BxT = jnp.take_along_axis(logits, row_BxT[..., None], axis=-1)[..., 0]
+        chosen_BxT = jnp.where(chunk_BxT == number, here_BxT, 0)
+        return jax.nn.logsumexp(logits, axis=-1), chosen_BxT, lax.stop_gradient(logits.max(axis=-1))
+
+    found = lax.map(lambda part: of_chunk(*part), (jnp.arange(chunks), head_CxVxE))
+    logsumexp_CxBxT, chosen_CxBxT, highest_CxBxT = found
+    mean_BxT = wide_BxTxE @ head_VxE.astype(jnp.float32).mean(axis=0)
+    logsumexp_BxT = jax.nn.logsumexp(logsumexp_CxBxT, axis=0)
+    return _sums(real_BxT, logsumexp_BxT, chosen_CxBxT.sum(axis=0), highest_CxBxT.max(axis=0), mean_BxT)
+
+
+def _sums(real: jax.Array, logsumexp: jax.Array, chosen: jax.Array, highest: jax.Array, mean: jax.Array) -> ClassLosses:
+    def total(values: jax.Array) -> jax.Array:
+        return jnp.where(real, values, 0).sum(dtype=jnp.float32)
+
+    return ClassLosses(
+        count=total(jnp.ones_like(chosen)),
+        nats=total(logsumexp - chosen),
+        correct=total(chosen >= highest),
+        z=total(jnp.square(logsumexp)),
+        uniform=total(logsumexp - mean),
+    )
+
+
+def real_targets(segments: jax.Array) -> jax.Array:
+    """Return which of the targets `[:, 1:]` count: those with their input's segment, which is not 0; bool [B, T]."""
+    return (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+
+
+def real_tokens(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the metric "real_tokens": slots of [B, T] that are no padding, and all slots."""
+    return (segments > 0).sum(dtype=jnp.float32), jnp.float32(segments.size)

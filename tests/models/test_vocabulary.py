@@ -1,0 +1,64 @@
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from lm_cases import SMALL, assert_close, batch_of, grad_of, loss_of, lower_on_mesh, value_and_grad, variables_of
+from traced import equations, quick_jit
+
+from shampax.models.vocabulary import look_up
+
+
+@pytest.mark.parametrize(
+    ("compute_dtype", "tolerance"), [("float32", 1e-5), pytest.param("bfloat16", 3e-2, marks=pytest.mark.slow)]
+)
+def test_a_loss_in_chunks_is_the_whole_loss(compute_dtype, tolerance):
+    """Faults: a chunk reads another chunk's targets; masks, z-loss, accuracy or gradients differ."""
+    whole = dataclasses.replace(SMALL, z_loss=0.01, layers=1, compute_dtype=compute_dtype)
+    chunked = dataclasses.replace(whole, loss_chunks=4)
+    variables, batch = variables_of(whole), batch_of()
+    assert_close(loss_of(whole, variables, batch), loss_of(chunked, variables, batch), 1e-5)
+    assert_close(grad_of(whole, variables, batch), grad_of(chunked, variables, batch), tolerance)
+
+
+def test_no_array_of_a_loss_in_chunks_holds_all_logits():
+    """Fault: the logits of all chunks are kept for the backward pass."""
+    task = dataclasses.replace(SMALL, vocab_size=1024, loss_chunks=4)
+    jaxpr = jax.make_jaxpr(functools.partial(value_and_grad, task))(variables_of(task), batch_of()).jaxpr
+    assert max(var.aval.size for eqn in equations(jaxpr) for var in eqn.outvars) < 4 * 16 * 1024
+
+
+def test_the_gradient_of_a_head_in_chunks_is_summed_over_devices_once():
+    """Fault: the gradient of the whole head is summed in every turn of the loop."""
+    task = dataclasses.replace(SMALL, tied_head=False, loss_chunks=4)
+    step, _, _ = lower_on_mesh(task, (8, 1, 1), batch_of([[1] * 17] * 8))
+    assert not re.search(r"f32\[64,32\][^=]* all-reduce\(.*while", step.as_text())
+    in_loop = re.findall(r"= f32\[([\d,]+)\]\S* all-reduce\(.*transpose.*/while/body.*btv", step.as_text())
+    assert in_loop == ["16,32"]
+
+
+def test_chunks_must_divide_the_vocabulary():
+    """Fault: an error of a reshape inside a trace."""
+    with pytest.raises(ValueError, match=r"task.loss_chunks=5: must divide task.vocab_size=64; use 4"):
+        dataclasses.replace(SMALL, loss_chunks=5)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 8, 1)], ids=str)
+def test_gradients_of_frequent_tokens_are_summed_in_float32(sizes):
+    """Faults: thousands of gradients of one token are summed in bfloat16, or not over all devices."""
+    mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    table = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
+    tokens = np.zeros((8, 512), np.int32)
+    tokens[:, ::128] = 3
+    with jax.set_mesh(mesh):
+        step = quick_jit(
+            jax.value_and_grad(lambda table, tokens: (look_up(table, tokens, jnp.bfloat16) * 1.0).sum()),
+            in_shardings=(NamedSharding(mesh, P("tensor", "fsdp")), NamedSharding(mesh, P(("data", "fsdp")))),
+        )
+        _, gradient = step(table, tokens)
+    np.testing.assert_array_equal(gradient, np.array([4064.0, 0, 0, 32])[:, None] * np.ones((1, 16)))
