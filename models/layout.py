@@ -46,7 +46,7 @@ def batch_axes(rows: int) -> tuple[str, ...]:
 
 def parts(axis: str, size: int) -> int:
     """Return the number of shards of a dimension over a mesh axis; 1 if it does not divide."""
-    count = _sizes((axis,)).get(axis, 1)
+    count = axis_size(axis)
     return count if size % count == 0 else 1
 
 
@@ -84,9 +84,14 @@ def zigzag_parts(length: int) -> int:
     return count if length % (2 * count) == 0 else 1
 
 
+def axis_size(axis: str) -> int:
+    """Return the number of devices along a mesh axis that the partitioner shards, 1 for other axes."""
+    return _sizes((axis,)).get(axis, 1)
+
+
 def check_sequence(length: int) -> None:
     """Raise ValueError if the sequence axis does not divide `length` positions; it names the nearest valid lengths."""
-    parts = _sizes((SEQUENCE_AXIS,)).get(SEQUENCE_AXIS, 1)
+    parts = axis_size(SEQUENCE_AXIS)
     if length % parts:
         below, above = length // parts * parts, -(-length // parts) * parts
         fix = f"{below} or {above}" if below else f"{above}"

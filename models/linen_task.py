@@ -66,7 +66,7 @@ class LinenTask(abc.ABC):
 def check_options(
     task: Any, *, positive: str = "", not_negative: str = "", fractions: str = "", **choices: Iterable[str]
 ) -> None:
-    """Check options of a task by name, and `remat`, `compute_dtype`, `loss_chunks` and `head_dim` if it has them.
+    """Check options of a task by name, and `remat`, `compute_dtype` and `head_dim` if it has them.
 
     Args:
       task: a dataclass.
@@ -91,10 +91,6 @@ def check_options(
             f"one of {', '.join(REMAT_POLICIES)}, or names of {' '.join(KEPT)}, each once, with or without 'host:'"
         )
         raise ValueError(f"task.remat={task.remat!r}: use {allowed}")
-    chunks = getattr(task, "loss_chunks", 0)
-    if chunks and task.vocab_size % chunks:
-        fix = next(number for number in range(min(chunks, task.vocab_size), 0, -1) if task.vocab_size % number == 0)
-        raise ValueError(f"task.loss_chunks={chunks}: must divide task.vocab_size={task.vocab_size}; use {fix}")
     head_dim = getattr(task, "head_dim", 0)
     if head_dim % 2:
         raise ValueError(f"task.head_dim={head_dim}: must be even for rotary positions; use {head_dim + 1}")

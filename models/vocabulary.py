@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from .layout import FSDP_AXIS, SEQUENCE_AXIS, TENSOR_AXIS, batch_axes, gather_columns, parts, shard_batch
+from .layout import FSDP_AXIS, SEQUENCE_AXIS, TENSOR_AXIS, axis_size, batch_axes, gather_columns, parts, shard_batch
+
+_NEVER = float(jnp.finfo(jnp.float32).min)  # logit of a token that does not exist; finite, so that no gradient is NaN
 
 
 def look_up(table_VxE: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
@@ -94,25 +96,32 @@ def token_losses(
 
     The logits of one chunk of the vocabulary after the other are computed, and again in the backward pass. The gradient
     of a chunk of the head is complete after its turn, so that it is summed over the devices once; with chunks of slots,
-    the gradient of the whole head would be summed in every turn. `chunks` divides V.
+    the gradient of the whole head would be summed in every turn.
+
+    A vocabulary that chunks and the mesh axis `tensor` do not divide is padded with tokens of probability 0.
     """
-    if chunks <= 1:
+    vocab, chunks = head_VxE.shape[0], max(chunks, 1)
+    padding = -vocab % (chunks * axis_size(TENSOR_AXIS))
+    if chunks == 1 and not padding:
         return class_losses(token_logits(x_BxTxE, head_VxE), targets_BxT, real_BxT)
-    vocab, embed = head_VxE.shape
     # Chunk c has the tokens c, c + C, ...: each device cuts its own rows of a sharded table.
-    head_CxVxE = jnp.swapaxes(head_VxE.reshape(vocab // chunks, chunks, embed), 0, 1)
+    padded = jnp.pad(head_VxE, ((0, padding), (0, 0)))
+    head_CxVxE = jnp.swapaxes(padded.reshape(-1, chunks, padded.shape[1]), 0, 1)
     row_BxT, chunk_BxT = jnp.divmod(targets_BxT, chunks)
     wide_BxTxE = x_BxTxE.astype(jnp.float32)  # the loop sums the gradients of the chunks in this type
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def of_chunk(number, part_VxE):
+    def of_chunk(number: jax.Array, part_VxE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         logits = token_logits(wide_BxTxE.astype(x_BxTxE.dtype), part_VxE)
         logits = shard_batch(logits, SEQUENCE_AXIS, TENSOR_AXIS)
+        if padding:
+            token_V = jnp.arange(len(part_VxE)) * chunks + number
+            logits = jnp.where(token_V < vocab, logits, _NEVER)
         here_BxT = jnp.take_along_axis(logits, row_BxT[..., None], axis=-1)[..., 0]
         chosen_BxT = jnp.where(chunk_BxT == number, here_BxT, 0)
         return jax.nn.logsumexp(logits, axis=-1), chosen_BxT, lax.stop_gradient(logits.max(axis=-1))
 
-    found = lax.map(lambda part: of_chunk(*part), (jnp.arange(chunks), head_CxVxE))
+    turn = jax.checkpoint(of_chunk, prevent_cse=False) if chunks > 1 else of_chunk
+    found = lax.map(lambda part: turn(*part), (jnp.arange(chunks), head_CxVxE))
     logsumexp_CxBxT, chosen_CxBxT, highest_CxBxT = found
     mean_BxT = wide_BxTxE @ head_VxE.astype(jnp.float32).mean(axis=0)
     logsumexp_BxT = jax.nn.logsumexp(logsumexp_CxBxT, axis=0)

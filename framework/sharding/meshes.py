@@ -15,6 +15,7 @@ from ..base.errors import UserError
 # Mesh axes over which the examples of a batch are spread. The last varies fastest, so that tokens routed to experts
 # move between neighbours.
 BATCH_AXES = (SLICE_AXIS, "data", "fsdp", "expert")
+REPLICA_AXES = (SLICE_AXIS, "data")  # those that by default shard nothing else
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None, slices: int = 1) -> Mesh:

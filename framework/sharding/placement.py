@@ -13,6 +13,7 @@ from ..base.errors import UserError
 from . import meshes
 
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
+_LARGEST_REPLICATED = 2**24  # bytes of an array that may be replicated although a rule shards it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +23,12 @@ class Placement:
     Attributes:
       spec: mesh axes per dimension.
       notes: reasons, one for each rule that could not be followed; its dimension is replicated.
+      unused: those of the notes whose mesh axis therefore shards no dimension.
     """
 
     spec: PartitionSpec
     notes: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 def mesh_of(config: Any, devices: Sequence[Any] | None) -> Mesh:
@@ -63,7 +66,8 @@ def place(shape: tuple[int, ...], names: tuple[str | None, ...], rules: Rules, m
     if len(names) != len(shape):
         raise ValueError(f"logical axes {names} name {len(names)} dimensions, but the shape {shape} has {len(shape)}")
     spec: list[str | tuple[str, ...] | None] = []
-    notes = []
+    notes: list[str] = []
+    indivisible: dict[str, str] = {}
     used: set[str] = set()
     for size, name in zip(shape, names, strict=True):
         taken: tuple[str, ...] = ()
@@ -74,14 +78,16 @@ def place(shape: tuple[int, ...], names: tuple[str | None, ...], rules: Rules, m
             if axis in used:
                 notes.append(f"{name}: {axis} already used")
             elif size % parts:
-                notes.append(f"{name}: {size} not divisible by {parts} ({axis})")
+                indivisible[axis] = f"{name}: {size} not divisible by {parts} ({axis})"
+                notes.append(indivisible[axis])
             else:
                 taken += (axis,)
                 used.add(axis)
         spec.append(taken[0] if len(taken) == 1 else taken or None)
     while spec and spec[-1] is None:
         spec.pop()
-    return Placement(PartitionSpec(*spec), tuple(notes))
+    unused = tuple(note for axis, note in indivisible.items() if axis not in used)
+    return Placement(PartitionSpec(*spec), tuple(notes), unused)
 
 
 def _axes(name: str | None, rules: Rules) -> tuple[str, ...]:
@@ -89,9 +95,14 @@ def _axes(name: str | None, rules: Rules) -> tuple[str, ...]:
         return ()
     for logical, axes in rules:
         if logical == name:
-            return (axes,) if isinstance(axes, str) else tuple(axes or ())
+            return axes_of(axes)
     known = ", ".join(logical for logical, _ in rules)
     raise ValueError(f'logical axis "{name}" has no rule in config.sharding_rules ({known}). Add ("{name}", None).')
+
+
+def axes_of(entry: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the mesh axes of an entry of a rule or of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def place_all(variables: Any, axes: Any, rules: Rules, mesh: Mesh) -> dict[str, Placement]:
@@ -104,7 +115,8 @@ def place_all(variables: Any, axes: Any, rules: Rules, mesh: Mesh) -> dict[str, 
       mesh: the mesh.
 
     Raises:
-      UserError: the names do not fit an array, or a name has no rule.
+      UserError: the names do not fit an array, a name has no rule, or a large array would be replicated although a rule
+        shards it.
     """
     leaves = jax.tree.leaves(variables)
     try:
@@ -114,9 +126,16 @@ def place_all(variables: Any, axes: Any, rules: Rules, mesh: Mesh) -> dict[str, 
     placements = {}
     for path, leaf, leaf_names in zip(patterns.paths(variables), leaves, names, strict=True):
         try:
-            placements[path] = place(leaf.shape, tuple(leaf_names), rules, mesh)
+            placements[path] = placed = place(leaf.shape, tuple(leaf_names), rules, mesh)
         except ValueError as error:
             raise UserError(f"parameter {path}: {error}") from None
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        if placed.unused and size > _LARGEST_REPLICATED:
+            reason = placed.unused[0]
+            raise UserError(
+                f"parameter {path}: {reason}, so that {size / 1e6:,.0f} MB would be replicated along this axis. Change "
+                f"the size or config.mesh, or put ({reason.partition(':')[0]!r}, None) first in config.sharding_rules."
+            )
     return placements
 
 

@@ -8,6 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from traced import quick_jit
 
+from shampax.framework.sharding import placement
 from shampax.models.lm import LMTask
 
 SMALL = LMTask(vocab_size=64, layers=2, embed_dim=32, heads=4, kv_heads=2, head_dim=8, mlp_dim=48)
@@ -75,11 +76,9 @@ def lower_on_mesh(task, sizes, batch):
     """Compile loss and gradient with parameters sharded by the usual rules and the batch over data and fsdp."""
     mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     variables = jax.eval_shape(task.init, jax.random.key(0), spec_of(batch))
-    shardings = jax.tree.map(
-        lambda _, names: NamedSharding(mesh, P(*(SPECS.get(name) for name in names))),
-        variables,
-        task.logical_axes(variables),
-    )
+    rules = [*SPECS.items(), *((name, None) for name in ("kv", "layers", "norm"))]
+    placements = placement.place_all(variables, task.logical_axes(variables), rules, mesh)
+    shardings = placement.shardings(variables, placements, mesh)
     by_batch = NamedSharding(mesh, P(("data", "fsdp")))
     step = quick_jit(
         functools.partial(value_and_grad, task),

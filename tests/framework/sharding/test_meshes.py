@@ -105,7 +105,7 @@ def test_tensor_axis_does_not_divide_the_batch():
 )
 def test_rules_fall_back_to_replication_with_a_warning(shape, names, spec, notes):
     placed = placement.place(shape, names, RULES, mesh(fsdp=4, tensor=2))
-    assert placed == placement.Placement(spec, notes)
+    assert (placed.spec, placed.notes) == (spec, notes)
 
 
 def test_axes_of_size_one_do_not_shard():
@@ -137,3 +137,19 @@ def test_every_element_is_on_exactly_its_devices():
     laid = jax.device_put({"w": array}, shardings)["w"]
     assert {shard.data.shape for shard in laid.addressable_shards} == {(16, 4)}
     assert sum(math.prod(shard.data.shape) for shard in laid.addressable_shards) == array.size
+
+
+def test_a_large_array_is_not_replicated_silently():
+    """Faults: a table of gigabytes is replicated without a word; an axis that shards another dimension is refused."""
+    mesh = meshes.make_mesh({"fsdp": 4, "tensor": 2})
+    rules = (("vocab", "tensor"), ("embed", "fsdp"), ("out", "fsdp"), ("layers", None))
+    table = {"table": jax.ShapeDtypeStruct((50_257, 512), "float32")}
+    message = (
+        r"parameter table: vocab: 50257 not divisible by 2 \(tensor\), so that 103 MB would be replicated along this "
+        r"axis. Change the size or config.mesh, or put \('vocab', None\) first in config.sharding_rules"
+    )
+    with pytest.raises(UserError, match=message):
+        placement.place_all(table, {"table": ("vocab", "embed")}, rules, mesh)
+    placed = placement.place_all(table, {"table": ("vocab", "embed")}, (("vocab", None), *rules), mesh)
+    assert placed["table"].spec == P(None, "fsdp")
+    assert placement.place_all(table, {"table": ("out", "embed")}, rules, mesh)["table"].spec == P(None, "fsdp")
