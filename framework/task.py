@@ -46,8 +46,9 @@ class Task(Protocol):
 
         Args:
           variables: as returned by `init`.
-          batch: arrays [B, ...].
-          key: random key, unique to the step and micro-batch.
+          batch: arrays [B, ...]. With `config.microbatches`, a task without model state gets rows of one replica of the
+            parameters.
+          key: random key, unique to the step, the micro-batch and the replica.
           train: Python bool; enables dropout and similar.
         """
         ...

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ...optimizers.linalg.scaling import all_finite, largest
 from .. import optimizer
-from ..sharding import meshes
+from ..sharding import meshes, placement
 from ..task import Batch, Judge, Metrics, Task, settled
 from . import averaging, guard
 from .state import TrainState, shardings
@@ -41,7 +41,8 @@ def make_train_step(
       learning_rate: the schedule given to `tx`, for reporting; a function of the number of accepted steps.
       abstract: shapes and shardings of the state.
       mesh: the mesh.
-      seed: of the random keys; micro-batch i of step t has fold_in(fold_in(key(seed), t), i).
+      seed: of the random keys; micro-batch i of step t has fold_in(fold_in(key(seed), t), i), and fold_in(..., r)
+        between these two if each replica r of the parameters has micro-batches of its own.
       microbatches: number of micro-batches; divides each device's share of the batch.
       gradient_clip: bound on the global norm of the gradient; 0 disables.
       ema_decay: decay of the average of the parameters; 0 keeps none. The loss is that of the trained parameters.
@@ -176,15 +177,59 @@ def _cut(batch: Batch, microbatches: int, mesh: Mesh) -> Batch:
 
 
 def _whole_batch_gradients(
-    task: Task, params: Any, first: dict[str, Any], microbatches: Batch, key: jax.Array, params_shardings: Any
+    task: Task, params: Any, first: dict[str, Any], microbatches: Batch, key: jax.Array, layout: Any
 ) -> tuple[Any, dict[str, Any], Metrics]:
-    """Return the gradient of sum(totals) / sum(weights) over the micro-batches, the last model state, metric sums."""
+    """Return the gradient of sum(totals) / sum(weights) over the micro-batches, the last model state, metric sums.
+
+    Each replica of the parameters adds up micro-batches of its own rows, so that gradients cross the network between
+    replicas once per step. Along `fsdp` they are summed in every turn, because only the sum is small: a device keeps
+    its share of it. With model state, a micro-batch has the rows of all replicas: its moments may be those of a batch.
+    """
+    mesh = jax.tree.leaves(layout)[0].mesh
+    specs = jax.tree.map(lambda sharding: sharding.spec, layout)
+    replicas = () if first or len(jax.tree.leaves(microbatches)[0]) == 1 else _replica_axes(mesh, specs)
+
+    def on_replica(params: Any, microbatches: Batch, key: jax.Array) -> tuple[Any, Metrics]:
+        key = jax.random.fold_in(key, jax.lax.axis_index(replicas))
+        gradients, _, sums = _summed_gradients(task, params, first, microbatches, key, specs)
+        return jax.lax.psum((gradients, sums), replicas)
+
+    if replicas:
+        gradients, sums = jax.shard_map(
+            on_replica,
+            mesh=mesh,
+            axis_names={*replicas},
+            in_specs=(PartitionSpec(), PartitionSpec(None, replicas), PartitionSpec()),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )(params, microbatches, key)
+        model_state = first
+    else:
+        gradients, model_state, sums = _summed_gradients(task, params, first, microbatches, key, layout)
+    weight = sums["loss"][1]
+    return jax.tree.map(lambda leaf: leaf / weight, gradients), model_state, sums
+
+
+def _replica_axes(mesh: Mesh, specs: Any) -> tuple[str, ...]:
+    """Return the mesh axes along which all parameters are replicated; none if one of them shards a parameter."""
+    sharding = {axis for spec in jax.tree.leaves(specs) for axes in spec for axis in placement.axes_of(axes)}
+    axes = tuple(axis for axis in meshes.REPLICA_AXES if mesh.shape.get(axis, 1) > 1)
+    return () if sharding & {*axes} else axes
+
+
+def _summed_gradients(
+    task: Task, params: Any, first: dict[str, Any], microbatches: Batch, key: jax.Array, layout: Any
+) -> tuple[Any, dict[str, Any], Metrics]:
+    """Return the sums of weight x gradient over the micro-batches, the last model state, metric sums.
+
+    `layout` has the shardings of the parameters, or their specs in a `shard_map`.
+    """
 
     def loss(params, model_state, batch, key):
         return task.loss({"params": params, **model_state}, batch, key=key, train=True)
 
     def lay_out(gradients):
-        return jax.tree.map(jax.lax.with_sharding_constraint, gradients, params_shardings)
+        return jax.tree.map(jax.lax.with_sharding_constraint, gradients, layout)
 
     def accumulate(carry, numbered_batch):
         gradients, model_state = carry
@@ -206,5 +251,4 @@ def _whole_batch_gradients(
     else:
         (gradients, model_state), stacked = jax.lax.scan(accumulate, (start, first), inputs)
         sums = jax.tree.map(lambda leaf: leaf.sum(axis=0), stacked)
-    weight = sums["loss"][1]
-    return jax.tree.map(lambda leaf: leaf / weight, gradients), model_state, sums
+    return gradients, model_state, sums

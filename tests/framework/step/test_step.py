@@ -9,6 +9,7 @@ import optax
 import pytest
 import toy
 from jax.sharding import PartitionSpec as P
+from programs import inside_loops
 from step_bench import (
     CLIP,
     NAN,
@@ -20,6 +21,8 @@ from step_bench import (
     steps,
 )
 
+from shampax.framework.planning import collectives
+from shampax.framework.sharding import meshes
 from shampax.framework.step.steps import global_norm, make_eval_step, make_predict_step
 from shampax.optimizers import ShampooOptions
 from shampax.optimizers.baselines import AdamWOptions, MuonOptions
@@ -96,6 +99,62 @@ def test_accumulated_gradient_equals_that_of_the_whole_batch_with_uneven_masks()
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     for whole, accumulated in zip(*map(jax.tree.leaves, gradients), strict=True):
         np.testing.assert_allclose(accumulated, whole, rtol=0, atol=1e-6 * np.abs(whole).max())
+
+
+@dataclasses.dataclass(frozen=True)
+class Stateless(toy.ToyTask):
+    """The toy without model state."""
+
+    def init(self, key, batch_spec):
+        return {"params": super().init(key, batch_spec)["params"]}
+
+    def loss(self, variables, batch, *, key, train):
+        counters = {"batches": jnp.zeros((), jnp.int32)}
+        loss, (_, metrics) = super().loss(variables | {"counters": counters}, batch, key=key, train=train)
+        return loss, ({}, metrics)
+
+    def logical_axes(self, variables):
+        return {"params": super().logical_axes(variables)["params"]}
+
+
+def reductions(sizes, task):
+    """Return groups and bytes of sums over devices inside and outside of the loop over 4 micro-batches, and the bytes
+    of the parameters of a device."""
+    bench = Bench(sizes, task=task, batch_size=32, microbatches=4)
+    text = bench.step.lower(bench.abstract, bench.batch(0)).compile().as_text()
+    inside = {line.partition("=")[0].strip(" %") for line in inside_loops(text)}
+    kinds, found = ("all-reduce", "reduce-scatter"), ([], [])
+    for line in text.splitlines():
+        for each in collectives.find(f"ENTRY %main (a: b) -> c {{\n{line}\n"):
+            if each.kind in kinds and each.bytes > 100:  # no scalars
+                found[line.partition("=")[0].strip(" %") not in inside].append((each.group, each.bytes))
+    return *found, meshes.bytes_on_device(bench.abstract.params)
+
+
+def test_gradients_of_micro_batches_cross_replicas_once():
+    """Fault: gradients are summed over all devices in every turn of the loop over micro-batches."""
+    inside, outside, parameters = reductions({"data": 8}, Stateless())
+    assert not inside
+    ((group, size),) = outside
+    assert group == 8 and 0 <= size - parameters < 64  # scalars travel with them
+    inside, outside, parameters = reductions({"data": 2, "fsdp": 4}, Stateless())
+    assert {group for group, _ in inside} <= {4}
+    ((group, size),) = outside
+    assert group == 2 and 0 <= size - parameters < 64
+
+
+def test_micro_batches_of_replicas_give_the_gradient_of_the_whole_batch():
+    """Faults: a replica's mean counts like the batch's; replicas share random numbers; sums lack a replica."""
+    steps = {}
+    for sizes, count in (({"data": 1}, 1), ({"data": 2, "fsdp": 2}, 4), ({"data": 4, "tensor": 2}, 2)):
+        bench = Bench(sizes, task=Stateless(), options=Keep(), batch_size=32, microbatches=count)
+        batch = host(bench.batch(0))
+        batch["weights"][::4] = 0
+        batch["weights"][:8] = 0
+        new, metrics = bench.step(bench.initial(), batch)
+        steps[count] = host((new.opt_state, metrics["loss"], metrics["accuracy"]))
+    for count in (2, 4):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), steps[count], steps[1])
 
 
 def test_microbatches_stay_on_their_devices():
