@@ -1,8 +1,8 @@
 """The contract between the trainer and a data set: write a frozen dataclass with the methods of `Data`.
 
 A config names it by import string, `config.data.name = "my_project.my_data:MyData"`; its fields are knobs. A data set
-may also have the methods `fingerprint`, `augment`, `decoder` and `spec`; the functions of these names below call them,
-or return a default for a data set without them.
+may also have the methods `fingerprint`, `augment`, `decoder`, `spec` and `beside`; the functions of these names below
+call them, or return a default for a data set without them.
 """
 
 from collections.abc import Callable
@@ -78,3 +78,11 @@ def decoder(data: Data, cache: Path) -> Decoder | None:
 def spec(data: Data) -> dict[str, jax.ShapeDtypeStruct] | None:
     """Return shapes and types of one augmented example without reading any, or None if the data set cannot tell."""
     return getattr(data, "spec", lambda: None)()
+
+
+def beside(data: Data, training: Data, cache: Path) -> Data:
+    """Return a further held-out set with what it must share with the training data, such as a tokenizer.
+
+    Call it after `training.prepare(cache)`.
+    """
+    return getattr(data, "beside", lambda training, cache: data)(training, cache)

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from .base.durations import Period
-from .distributed import console
+from .data.feed import Heldout
+from .distributed import agreement, console
 from .loop import Hook, Run, storage_faults
 from .reporting.profiling import Profile
 from .setup import Blueprint
-from .step.evaluation import evaluate, predict
+from .step.evaluation import evaluate, of_set, predict
 from .task import judge_of
 
 
@@ -67,9 +68,10 @@ class Compile:
 
 
 class Evaluate:
-    """Measure the held-out metrics. A signal ends an evaluation after the batch that is being evaluated.
+    """Measure the metrics of all held-out sets. A signal ends an evaluation after the batch that is being evaluated.
 
-    At every `judge_every` and at the end, the task also judges the predictions for all held-out examples together.
+    At every `judge_every` and at the end, the task also judges the predictions for all examples of a set together, on
+    process 0: it may take long.
     """
 
     def __init__(self, blueprint: Blueprint):
@@ -89,22 +91,31 @@ class Evaluate:
 
     def __call__(self, run: Run) -> None:
         """Evaluate, and record the result if the evaluation is complete."""
-        feed, variables = run.blueprint.feed, run.state.variables
-        values = evaluate(run.steps["evaluate"], variables, _heldout(run))
-        if self._judge and not run.stopped and (run.at_end or self._judged.due(run.step)):
-            predictions = predict(run.steps["predict"], variables, _heldout(run), feed.heldout_examples)
-            if not run.stopped:
-                judged, line = self._judge.judge(predictions, feed.decode)
-                values |= judged
-                if line:
-                    console.say(line)
-        if not run.stopped:
-            run.evaluated(values)
+        values: dict[str, float] = {}
+        for name, heldout in run.blueprint.feed.heldout.items():
+            found = self._measured(run, heldout)
+            values |= {of_set(name, metric): value for metric, value in found.items()}
+            if run.stopped:
+                return
+        run.evaluated(values)
+
+    def _measured(self, run: Run, heldout: Heldout) -> dict[str, float]:
+        variables, judge = run.state.variables, self._judge
+        values = evaluate(run.steps["evaluate"], variables, _until_stopped(run, heldout))
+        if judge is None or run.stopped or not (run.at_end or self._judged.due(run.step)):
+            return values
+        predictions = predict(run.steps["predict"], variables, _until_stopped(run, heldout), heldout.examples)
+        if run.stopped:
+            return values
+        judged, line = agreement.first(lambda: judge.judge(predictions, heldout.decode))
+        if line:
+            console.say(line)
+        return values | judged
 
 
-def _heldout(run: Run) -> Iterator[Any]:
+def _until_stopped(run: Run, heldout: Heldout) -> Iterator[Any]:
     """Yield held-out batches until a signal arrives, which is set in `run.stopped`."""
-    for batch in run.blueprint.feed.heldout():
+    for batch in heldout:
         run.watch.at("evaluation", run.step)
         run.stopped = run.stopped or run.signal()
         if run.stopped:

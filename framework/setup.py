@@ -23,7 +23,7 @@ from .base.errors import UserError
 from .checkpoint import origin, ownership, takeover
 from .checkpoint.record import Ranking, Record
 from .config import components
-from .config.check import check, may_change
+from .config.check import check, heldout_sets, may_change
 from .data.feed import Feed
 from .distributed import console
 from .reporting import profiling, startup
@@ -31,6 +31,7 @@ from .reporting.watchdog import Watchdog
 from .sharding import global_batch, placement
 from .step import compilation_cache, compiler_options
 from .step.compilation import Steps
+from .step.evaluation import of_sets
 from .step.program import Program
 from .step.schedule import make_schedule
 from .step.state import TrainState, make_initial
@@ -46,6 +47,7 @@ class Request:
       workdir: absolute path.
       task: the model.
       data: the data set.
+      sets: further held-out sets, by name.
       options: of the optimizer.
       mesh: the devices.
       profile_steps: steps to profile.
@@ -55,6 +57,7 @@ class Request:
     workdir: Path
     task: Any
     data: Any
+    sets: Mapping[str, Any]
     options: Any
     mesh: Mesh
     profile_steps: range
@@ -133,7 +136,7 @@ def examine(config: Any, workdir: str | Path, devices: Sequence[Any] | None) -> 
     if config.compiler_options:
         compiler_options.compile_with(jax.jit(lambda: 0).lower(), compiling)
     console.say(f"compiler options: {' '.join(map('='.join, compiling.items())) or 'none'}")
-    return Request(config, _absolute(workdir), task, data, options, mesh, profile_steps)
+    return Request(config, _absolute(workdir), task, data, heldout_sets(config), options, mesh, profile_steps)
 
 
 @contextlib.contextmanager
@@ -171,7 +174,7 @@ def build(request: Request, compilers: Executor) -> Blueprint:
     config, mesh = request.config, request.mesh
     start = origin.find(request.workdir, resume_from=config.resume_from, init_from=config.init_from)
     record = start.record()
-    feed = functools.cache(lambda: Feed(request.data, request.workdir / layout.CACHE, mesh, config))
+    feed = functools.cache(lambda: Feed(request.data, request.sets, request.workdir / layout.CACHE, mesh, config))
     example = dataset.spec(request.data)
     batch_spec = global_batch.spec(example, config.batch_size, mesh) if example else feed().batch_spec
     units = durations.Units(config.batch_size, lambda: feed().examples, request.data.tokens_per_example)
@@ -184,8 +187,9 @@ def build(request: Request, compilers: Executor) -> Blueprint:
     began = takeover.optimizer_began(start, record, config.optimizer.name)
     schedule = _schedule(config.schedule, total_steps, in_steps)
     program = Program(config, request.task, request.options, mesh, batch_spec, schedule, began=began)
-    metrics = program.metrics()
-    _refuse_unknown_metric(config.evaluation.best_metric, (*metrics, *getattr(request.task, "judged_metrics", ())))
+    metrics = of_sets(program.metrics(), request.sets)
+    judged = of_sets(getattr(request.task, "judged_metrics", ()), request.sets)
+    _refuse_unknown_metric(config.evaluation.best_metric, (*metrics, *judged))
     tx, abstract = program.tx, program.abstract
     manifest = takeover.describe(tx, config.optimizer.name, abstract.params, mesh.shape)
     taken = takeover.plan(start, abstract, tx, config.optimizer.name, config.renamed)

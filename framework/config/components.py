@@ -83,11 +83,16 @@ def build_all(config: Any) -> tuple[Any, Any, Any]:
     Raises:
       UserError: as `build`, or a class does not have the methods of its contract.
     """
-    task, data, optimizer = (_fitting(key, build(config[key])) for key in CONTRACTS)
+    task, data, optimizer = (fitting(key, build(config[key])) for key in CONTRACTS)
     return task, data, optimizer
 
 
-def _fitting(key: str, built: Any) -> Any:
+def fitting(key: str, built: Any) -> Any:
+    """Return a component, after a check that it has the methods of a section's contract.
+
+    Raises:
+      UserError: it lacks one.
+    """
     for method, arguments in CONTRACTS[key].items():
         by_name = {name.removesuffix("="): None for name in arguments if name.endswith("=")}
         try:

@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "profile_steps",
     "evaluation.every",
     "evaluation.judge_every",
+    "evaluation.sets",
     "guard.max_consecutive_skips",
     "data.data_dir",  # the same data may be stored elsewhere on another cluster
     "data.prepared",  # the fingerprint of the rows tells whether they are the same
@@ -54,6 +55,7 @@ TYPES = {
     "renamed": Sequence[tuple[str, str]],
     "may_change": tuple[str, ...],
     "compiler_options": tuple[str, ...],
+    "evaluation.sets": tuple[str, ...],
 }
 
 # Sensible values of numbers. `check` bounds all other numbers by int32 and float32.
@@ -114,6 +116,7 @@ def get_config() -> Any:
     config.evaluation.every = "10%"  # how often to evaluate; the last step always does
     config.evaluation.batches = -1  # held-out batches per evaluation, the same each time; -1 uses all
     config.evaluation.sample = True  # take a fixed random sample if batches are limited, not the first held-out rows
+    config.evaluation.sets = ()  # further held-out sets, each with changes of config.data: "name.knob=value,..."
     config.evaluation.judge_every = "0 steps"  # how often an evaluation computes AUC or BLEU; the last step always does
     config.evaluation.best_metric = "loss"  # held-out metric that ranks checkpoints, also one that a task judges
     config.evaluation.best_mode = "auto"  # whether low ("min") or high ("max") values are good; auto: by the name

@@ -12,6 +12,16 @@ from ..task import Batch
 Step = Callable[[Any, Batch], Any]
 
 
+def of_set(name: str, metric: str) -> str:
+    """Return the name of a metric of a held-out set; the set of the training data has the name ""."""
+    return f"{name}/{metric}" if name else metric
+
+
+def of_sets(metrics: Iterable[str], further: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of metrics of the training data's held-out set and of the further ones."""
+    return tuple(of_set(name, metric) for name, metric in itertools.product(("", *further), metrics))
+
+
 def evaluate(eval_step: Step, variables: Any, batches: Iterable[Batch]) -> dict[str, float]:
     """Return each metric over all batches: sum of totals / sum of weights, in float64 and in the order of the batches.
 
@@ -25,9 +35,9 @@ def evaluate(eval_step: Step, variables: Any, batches: Iterable[Batch]) -> dict[
 
 
 def predict(predict_step: Step, variables: Any, batches: Iterable[Batch], examples: int) -> dict[str, np.ndarray]:
-    """Return the predictions for the first `examples` examples, arrays [examples, ...] by name."""
+    """Return the predictions for the first `examples` examples, arrays [examples, ...] by name; none of no batches."""
     parts = [jax.device_get(part) for part in _one_behind(predict_step, variables, batches)]
-    return {name: np.concatenate([part[name] for part in parts])[:examples] for name in parts[0]}
+    return {name: np.concatenate([part[name] for part in parts])[:examples] for name in (parts[0] if parts else ())}
 
 
 def _one_behind(step: Step, variables: Any, batches: Iterable[Batch]) -> Iterator[Any]:

@@ -1,12 +1,15 @@
 """Test metrics over all held-out examples together, and augmented examples, with the trainer."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
 import toy
 
 from shampax.configs import base
+from shampax.framework import hooks
+from shampax.framework.base.errors import UserError
 from shampax.framework.train import train
 
 
@@ -71,3 +74,36 @@ def test_augmented_run_resumes_bitwise(tmp_path):
     run("8 steps", "first")
     again = run("12 steps", "second", resume_from=str(tmp_path / "first"))
     assert (again["heldout_loss"], again["median"]) == (whole["heldout_loss"], whole["median"])
+
+
+def test_several_held_out_sets(tmp_path):
+    """Faults: a set is measured on another's examples; checkpoints cannot be ranked by a set."""
+    changes = {"evaluation.sets": ("other.heldout_rows=13", "more.heldout_rows=21"), "duration": "6 steps"}
+    changes |= {"evaluation.best_metric": "other/median", "evaluation.best_mode": "min"}
+    result = train(make_config(**changes), tmp_path, devices=jax.devices()[:4])
+    assert (result["examples"], result["other/examples"], result["more/examples"]) == (21, 13, 21)
+    assert result["more/loss"] == result["heldout_loss"] != result["other/loss"]
+    measured = heldout(tmp_path)
+    assert measured.keys() == {3, 6} and measured[6]["heldout/other/median"] == result["other/median"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluation.sets": ("heldout_rows=13",)}, "'heldout_rows=13' is not of the form name.knob=value"),
+        ({"evaluation.sets": ("a.rows_held=1",)}, "config.evaluation.sets: a: unknown key 'config.data.rows_held'"),
+        ({"evaluation.sets": ("a.name=toy_long:LongData",)}, r"a: an example has .*int32\[17\].* Use the same shapes"),
+        ({"evaluation.best_metric": "a/loss"}, "best_metric='a/loss': must be one of accuracy, loss, median, examples"),
+    ],
+)
+def test_further_held_out_sets_are_checked_before_training(changes, message, tmp_path):
+    """Fault: a wrong set is found at the first evaluation, hours into a run."""
+    with pytest.raises(UserError, match=message):
+        train(make_config(**changes), tmp_path, devices=jax.devices()[:2])
+
+
+def test_only_process_0_judges(tmp_path, monkeypatch):
+    """Fault: every process of a large job scores all held-out examples."""
+    first = SimpleNamespace(first=lambda work: [{"median": 1.0, "examples": 2.0}, ""])
+    monkeypatch.setattr(hooks, "agreement", first)
+    assert train(make_config(duration="2 steps"), tmp_path, devices=jax.devices()[:2])["median"] == 1.0

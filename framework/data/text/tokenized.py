@@ -110,6 +110,13 @@ class Tokenized(Preparable):
             paths.write_text(path, trained.to_str(pretty=True))
         return os.fspath(path)
 
+    def beside(self, training: "Tokenized", cache: str | os.PathLike[str]) -> "Tokenized":
+        """Return this data set with the tokenizer of the training data, unless it has one of its own."""
+        if self.tokenizer:
+            return self
+        folder, manifest = training.manifest(cache)
+        return dataclasses.replace(self, tokenizer=os.fspath(folder.parent / manifest["tokenizer"]["file"]))
+
     def load_tokenizer(self, cache: str | os.PathLike[str]) -> Tokenizer:
         """Return the tokenizer that the rows were made with; the source may be missing.
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import lzma
 import os
@@ -302,6 +303,18 @@ def test_given_tokenizer(sample, tmp_path):
     same = given.examples("heldout", tmp_path / "cache")[5]["tokens"]
     assert same.tolist() == data.examples("heldout", cache)[5]["tokens"].tolist()
     assert list((tmp_path / "cache").glob("tokenizer-*")) == []
+
+
+def test_a_further_held_out_set_has_the_tokens_of_the_training_data(sample, tmp_path):
+    """Fault: a further held-out set learns a tokenizer of its own, whose tokens mean nothing to the model."""
+    data, cache = sample
+    (path,) = cache.glob("tokenizer-*.json")
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number}.txt").write_text(text)
+    other = dataclasses.replace(data, source=f"file:{tmp_path}/*.txt").beside(data, cache)
+    other.prepare(tmp_path / "cache")
+    assert other.tokenizer == str(path) and not list((tmp_path / "cache").glob("tokenizer-*"))
+    assert set(decoded(other, tmp_path / "cache", "heldout")) < set(TEXTS)
 
 
 def test_unusable_sources_are_one_line_and_write_nothing(tmp_path, tfds_dir):
