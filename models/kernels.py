@@ -196,7 +196,9 @@ def splash(
     )
     by_position, rows = specs
     mask_spec = P(by_position[2], by_position[1] if mask_parts > 1 else None)
-    kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, mask_spec))
+    # A mesh without axes that a `shard_map` in the context shards already: the kernel asks it only for sizes.
+    whole = jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names)
+    kernel_spec = kernel.manual_sharding_spec(NamedSharding(whole, mask_spec))
 
     def on_device(kernel, query, key, value, segments, key_segments):
         if parts > 1:

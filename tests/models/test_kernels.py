@@ -128,6 +128,18 @@ def test_splash_attention(pattern, sizes, dtype, monkeypatch):
     assert_is_known(pattern, mesh_of(**MESHES[sizes]), dtype=dtype, length=length, kernel="splash")
 
 
+def test_splash_attention_of_one_replica(monkeypatch):
+    """Fault: gradients that are added up by each replica, inside a `shard_map`, cannot use the kernel."""
+    whole = attention
+
+    def of_replica(*inputs, **knobs):
+        part, rows = functools.partial(whole, **knobs), P("data")
+        return jax.shard_map(part, axis_names={"data"}, in_specs=rows, out_specs=rows, check_vma=False)(*inputs)
+
+    monkeypatch.setitem(globals(), "attention", of_replica)
+    assert_is_known(CAUSAL, mesh_of(data=2, fsdp=2), kernel="splash")
+
+
 def pretend_cudnn(monkeypatch, error=None):
     """Compute what cuDNN is asked for by XLA, or raise an error as JAX does where cuDNN does not fit."""
     ask = jax.nn.dot_product_attention
