@@ -46,9 +46,9 @@ class Task(Protocol):
 
         Args:
           variables: as returned by `init`.
-          batch: arrays [B, ...]. With `config.microbatches`, a task without model state gets rows of one replica of the
-            parameters.
-          key: random key, unique to the step, the micro-batch and the replica.
+          batch: arrays [B, ...]. With `config.microbatches`, these may be rows of one device only, if all devices have
+            all parameters and there is no model state.
+          key: random key, unique to the step, the micro-batch and, in that case, the device.
           train: Python bool; enables dropout and similar.
         """
         ...

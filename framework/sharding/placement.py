@@ -95,14 +95,9 @@ def _axes(name: str | None, rules: Rules) -> tuple[str, ...]:
         return ()
     for logical, axes in rules:
         if logical == name:
-            return axes_of(axes)
+            return (axes,) if isinstance(axes, str) else tuple(axes or ())
     known = ", ".join(logical for logical, _ in rules)
     raise ValueError(f'logical axis "{name}" has no rule in config.sharding_rules ({known}). Add ("{name}", None).')
-
-
-def axes_of(entry: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return the mesh axes of an entry of a rule or of a PartitionSpec."""
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def place_all(variables: Any, axes: Any, rules: Rules, mesh: Mesh) -> dict[str, Placement]:

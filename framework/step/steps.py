@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ...optimizers.linalg.scaling import all_finite, largest
 from .. import optimizer
-from ..sharding import meshes, placement
+from ..sharding import meshes
 from ..task import Batch, Judge, Metrics, Task, settled
 from . import averaging, guard
 from .state import TrainState, shardings
@@ -181,13 +181,20 @@ def _whole_batch_gradients(
 ) -> tuple[Any, dict[str, Any], Metrics]:
     """Return the gradient of sum(totals) / sum(weights) over the micro-batches, the last model state, metric sums.
 
-    Each replica of the parameters adds up micro-batches of its own rows, so that gradients cross the network between
-    replicas once per step. Along `fsdp` they are summed in every turn, because only the sum is small: a device keeps
-    its share of it. With model state, a micro-batch has the rows of all replicas: its moments may be those of a batch.
+    If every device has all parameters, each adds up micro-batches of its own rows, and gradients cross the network once
+    per step. With model state, a micro-batch has the rows of all devices: its moments may be those of a batch.
+
+    With sharded parameters, gradients are summed over the devices in every turn, because only the sum is small: a
+    device keeps its share of it. Sums over replicas could still wait for the last turn, but inside a `shard_map` over
+    replicas XLA's partitioner divides products with gathered weights into many small ones: `lm.py:1b` with two
+    micro-batches on 16 x 16 chips would take 481 ms instead of 296, by the compiled programs.
     """
     mesh = jax.tree.leaves(layout)[0].mesh
     specs = jax.tree.map(lambda sharding: sharding.spec, layout)
-    replicas = () if first or len(jax.tree.leaves(microbatches)[0]) == 1 else _replica_axes(mesh, specs)
+    replicas = tuple(axis for axis, size in mesh.shape.items() if size > 1)
+    several = len(jax.tree.leaves(microbatches)[0]) > 1
+    if first or not several or {*replicas} - {*meshes.REPLICA_AXES} or any(map(any, jax.tree.leaves(specs))):
+        replicas = ()
 
     def on_replica(params: Any, microbatches: Batch, key: jax.Array) -> tuple[Any, Metrics]:
         key = jax.random.fold_in(key, jax.lax.axis_index(replicas))
@@ -208,13 +215,6 @@ def _whole_batch_gradients(
         gradients, model_state, sums = _summed_gradients(task, params, first, microbatches, key, layout)
     weight = sums["loss"][1]
     return jax.tree.map(lambda leaf: leaf / weight, gradients), model_state, sums
-
-
-def _replica_axes(mesh: Mesh, specs: Any) -> tuple[str, ...]:
-    """Return the mesh axes along which all parameters are replicated; none if one of them shards a parameter."""
-    sharding = {axis for spec in jax.tree.leaves(specs) for axes in spec for axis in placement.axes_of(axes)}
-    axes = tuple(axis for axis in meshes.REPLICA_AXES if mesh.shape.get(axis, 1) > 1)
-    return () if sharding & {*axes} else axes
 
 
 def _summed_gradients(

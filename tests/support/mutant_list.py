@@ -475,10 +475,10 @@ FRAMEWORK = (
     Mutant(
         "gradients-summed-in-every-turn",
         "framework/step/steps.py",
-        "return () if sharding & {*axes} else axes",
-        "return ()",
+        "    if first or not several or",
+        "    if True or",
         "With micro-batches, all gradients cross the network once for each micro-batch.",
-        ("tests/framework/step/test_step.py::test_gradients_of_micro_batches_cross_replicas_once",),
+        ("tests/framework/step/test_step.py::test_gradients_of_micro_batches_cross_the_network_once",),
     ),
     Mutant(
         "gradients-of-one-replica",
