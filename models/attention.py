@@ -17,7 +17,7 @@ from .kernels import CAUSAL, Pattern
 
 Rotation = tuple[jax.Array, jax.Array]
 Drop = Callable[[jax.Array], jax.Array]
-_SIZES = 8  # slices of the keys from which a block of causal queries takes the smallest that it needs
+_GROUPS = 8  # groups of causal queries, each with a slice of the keys
 _MASKED = float(jnp.finfo(jnp.float32).min)  # finite: the difference of two masked scores is 0, not NaN
 
 
@@ -81,14 +81,31 @@ def attention(
     query, key, value = (checkpoint_name(x, "qkv") for x in (query, key, value))
     local = functools.partial(_attend_by_blocks, pattern=pattern, block=block, drop=drop)
     if kernels.sequence_parts(query.shape[1], key.shape[1]) == 1 or drop is not None:
-        mixed = local(query, key, value, segments, key_segments, jnp.zeros((), jnp.int32))
+        group = query.shape[1]
+        if pattern.causal and not pattern.window and 0 < block < group:
+            group = -(-group // (_GROUPS * block)) * block
+        mixed = _by_groups(local, query, key, value, segments, key_segments, group)
     else:
-        mixed = _on_shards(local, query, key, value, segments, key_segments, zigzag)
+        mixed = _on_shards(local, query, key, value, segments, key_segments, zigzag, pattern.causal)
     return checkpoint_name(mixed, "context")
 
 
-def _on_shards(local, query, key, value, segments, key_segments, zigzag: bool) -> jax.Array:
-    """Attend from each shard of the queries along `sequence` to all keys."""
+def _by_groups(local, query, key, value, segments, key_segments, group: int) -> jax.Array:
+    """Attend from each group of queries to the keys up to its end, or to all keys if there is one group."""
+    length = query.shape[1]
+    if group == length:
+        return local(query, key, value, segments, key_segments, 0)
+    key, value = key.astype(jnp.float32), value.astype(jnp.float32)  # their gradients are summed over the groups
+    mixed = []
+    for start in range(0, length, group):
+        here, seen = slice(start, min(start + group, length)), slice(0, min(start + group, length))
+        arrays = query[:, here], key[:, seen], value[:, seen], segments[:, here], key_segments[:, seen]
+        mixed.append(local(*arrays, start))
+    return jnp.concatenate(mixed, axis=1)
+
+
+def _on_shards(local, query, key, value, segments, key_segments, zigzag: bool, causal: bool) -> jax.Array:
+    """Attend from each shard of the queries along `sequence` to all keys; early chunks see only the first half."""
     parts = layout.zigzag_parts(query.shape[1]) if zigzag else 1
 
     def on_device(query, key, value, segments, key_segments):
@@ -96,9 +113,10 @@ def _on_shards(local, query, key, value, segments, key_segments, zigzag: bool) -
         part, length = lax.axis_index(layout.SEQUENCE_AXIS), query.shape[1]
         if parts == 1:
             return local(query, key, value, segments, key_segments, part * length)
-        starts = (part * (length // 2), (2 * parts - 1 - part) * (length // 2))
-        chunks = zip(jnp.split(query, 2, axis=1), jnp.split(segments, 2, axis=1), starts, strict=True)
-        mixed = [local(query, key, value, segments, key_segments, start) for query, segments, start in chunks]
+        chunk, seen = length // 2, slice(0, key.shape[1] // 2 if causal else None)
+        early = query[:, :chunk], key[:, seen], value[:, seen], segments[:, :chunk], key_segments[:, seen]
+        late = query[:, chunk:], key, value, segments[:, chunk:], key_segments
+        mixed = local(*early, part * chunk), local(*late, (2 * parts - 1 - part) * chunk)
         return jnp.concatenate(mixed, axis=1)
 
     # Rows are sharded by hand too: the partitioner would gather the gradients of all rows for the reduce-scatter.
@@ -125,29 +143,20 @@ def _attend_by_blocks(
         key, value = key.astype(query.dtype), value.astype(query.dtype)
         return attend(query, key, value, visible, soft_cap=pattern.soft_cap, drop=drop)
 
-    if not 0 < block < length:
+    block = min(block, length)
+    if not 0 < block < keys:
         return attend_from(start, query, segments, 0, key, value, key_segments)
     # The loop sums the gradients of keys and values over the blocks in their type.
     arrays = key.astype(jnp.float32), value.astype(jnp.float32), key_segments
 
     def attend_from_block(start, query, segments):
         """Attend to a slice of the keys that has all that the block sees."""
-        if not pattern.causal:
+        if not pattern.window:
             return attend_from(start, query, segments, 0, *arrays)
-        if pattern.window:
-            size = min(keys, pattern.window + block - 1)
-            first = jnp.clip(start - pattern.window + 1, 0, keys - size)
-            seen = (lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in arrays)
-            return attend_from(start, query, segments, first, *seen)
-        # A slice has a static size: one branch for each of a few sizes.
-        count = min(_SIZES, -(-keys // block))
-        sizes = [-(-keys * n // count) for n in range(1, count + 1)]
-
-        def branch(size):
-            return lambda: attend_from(start, query, segments, 0, *(x[:, :size] for x in arrays))
-
-        smallest = jnp.searchsorted(jnp.array(sizes), start + block)
-        return lax.switch(smallest, [branch(size) for size in sizes])
+        size = min(keys, pattern.window + block - 1)
+        first = jnp.clip(start - pattern.window + 1, 0, keys - size)
+        seen = (lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in arrays)
+        return attend_from(start, query, segments, first, *seen)
 
     starts = start + jnp.arange(0, length, block)
     blocks = (starts, _cut(query, block), _cut(segments, block, fill=-1))
