@@ -20,7 +20,8 @@ def look_up(table_VxE: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
     """Return rows of a float32 table, [B, ..., E] in `dtype`; the batch stays sharded.
 
     The table is gathered in `dtype`. Its gradient is summed in float32: a frequent token occurs thousands of times in a
-    batch, and bfloat16 would lose most of them. The sum over `fsdp` leaves each device its columns.
+    batch, and bfloat16 would lose most of them. Each device adds up the gradients of its tokens; the sum over `fsdp`
+    leaves each device its columns.
     """
     return _look_up(table_VxE, tokens, jnp.dtype(dtype))
 
@@ -37,19 +38,21 @@ def _look_up_forward(table_VxE, tokens, dtype):
 def _look_up_backward(_, saved, gradient):
     table_VxE, tokens = saved
     rows = batch_axes(tokens.shape[0])
+    by_position = tokens.ndim > 1 and parts(SEQUENCE_AXIS, tokens.shape[1]) > 1
+    axes = (*rows, SEQUENCE_AXIS) if by_position else rows
     scattered = FSDP_AXIS if FSDP_AXIS in rows and parts(FSDP_AXIS, table_VxE.shape[1]) > 1 else None
 
     def on_device(tokens, gradient):
         total_VxE = jnp.zeros(table_VxE.shape, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
         if scattered:
             total_VxE = lax.psum_scatter(total_VxE, scattered, scatter_dimension=1, tiled=True)
-        return lax.psum(total_VxE, tuple(axis for axis in rows if axis != scattered))
+        return lax.psum(total_VxE, tuple(axis for axis in axes if axis != scattered))
 
-    if rows:
+    if axes:
         on_device = jax.shard_map(
             on_device,
-            axis_names={*rows},
-            in_specs=P(rows),
+            axis_names={*axes},
+            in_specs=P(rows, SEQUENCE_AXIS if by_position else None),
             out_specs=P(None, scattered),
             check_vma=False,
         )

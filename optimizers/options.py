@@ -166,8 +166,7 @@ class Options:
     interval: int = 10  # steps between two refreshes of a block's roots
     delay: int = 2  # with "host": roots of the statistics of step t are used from step t + 1 + delay
     host_workers: int = 0  # with "host": solver threads per process; 0: one fewer than the cores, at least 1
-    # (last step, interval) pairs before `interval` applies; None: as short as allowed up to step 20
-    early_intervals: tuple[tuple[int, int], ...] | None = None
+    early_intervals: tuple[tuple[int, int], ...] | None = None  # pairs (last step, interval); None: shortest to step 20
     start_step: int = 0  # first step that uses roots; the graft method acts before
 
     # Grafting
