@@ -51,8 +51,8 @@ def _plan(arguments: Sequence[str] | None) -> int:
         targets.compile_fast()
     compiles = plan.PROGRAMS if options.topology or options.gpu or options.present else ()
     if absent := targets.missing(options.topology, options.gpu):
-        print(absent, file=sys.stderr)
         found, compiles = targets.simulated(targets.counted(options.topology, options.gpu)), ()
+        print(absent, file=sys.stderr)
     else:
         found = _devices(options, config)
     if options.search and compiles:

@@ -68,7 +68,7 @@ def _model(options: argparse.Namespace) -> Callable[[_Numbered], dict[int, str]]
     from ..configs import base
     from ..framework.base import workdir as layout
     from ..framework.checkpoint import restore, store
-    from ..framework.sharding import meshes
+    from ..framework.sharding import global_batch, meshes
 
     workdir = options.workdir.expanduser()
     checkpoint, damaged = store.locate(workdir, best=options.use == "best")
@@ -78,7 +78,8 @@ def _model(options: argparse.Namespace) -> Callable[[_Numbered], dict[int, str]]
     search = ("beam_size", "length_penalty", "decode_length")
     given = {name: value for name in search if (value := getattr(options, name)) is not None}
     try:
-        task = dataclasses.replace(restore.component(workdir, "task", [TASK]), **given)
+        # Beam search attends by XLA; a kernel that training used may not exist here.
+        task = dataclasses.replace(restore.component(workdir, "task", [TASK]), **given, attention="xla")
     except ValueError as error:
         raise UserError(str(error)) from error
     tokenizer, decode = data.load_tokenizer(workdir / layout.CACHE), data.decoder(workdir / layout.CACHE)
@@ -86,7 +87,8 @@ def _model(options: argparse.Namespace) -> Callable[[_Numbered], dict[int, str]]
     mesh = meshes.make_mesh(defaults.mesh)
     rows = -(-options.batch_size // mesh.size) * mesh.size
     with jax.set_mesh(mesh):
-        variables = restore.variables(checkpoint, task, data.spec(), defaults.sharding_rules, mesh)
+        spec = global_batch.spec(data.spec(), rows, mesh)
+        variables = restore.variables(checkpoint, task, spec, defaults.sharding_rules, mesh)
     placed = meshes.batch_sharding(mesh)
     compiled = jax.jit(task.translate)
 

@@ -12,7 +12,7 @@ from shampax.configs import base
 from shampax.framework.base.errors import UserError
 from shampax.framework.checkpoint import restore, store
 from shampax.framework.checkpoint.record import Ranking
-from shampax.framework.sharding import meshes
+from shampax.framework.sharding import global_batch, meshes
 from shampax.framework.train import train
 from shampax.launch.translate import DATA, TASK, main
 
@@ -99,14 +99,15 @@ def test_variables_are_restored_onto_another_mesh(run):
     checkpoint, found = workdir / "checkpoints" / "4", []
     for sizes, count in (({"data": 1, "fsdp": 2, "tensor": 2}, 4), ({"data": 1, "fsdp": 1, "tensor": 1}, 1)):
         mesh = meshes.make_mesh(sizes, jax.devices()[:count])
-        found.append(restore.variables(checkpoint, task, data.spec(), defaults.sharding_rules, mesh))
+        spec = global_batch.spec(data.spec(), 4, mesh)
+        found.append(restore.variables(checkpoint, task, spec, defaults.sharding_rules, mesh))
     jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, found))
     up = found[0]["params"]["encoder"]["mlp"]["up"]["kernel"]
     assert up.sharding.shard_shape(up.shape) == (1, 8, 16)
     assert float(np.abs(found[1]["params"]["encoder_norm"]["scale"] - 1).max()) > 0
     other = type(task)(**{**SIZES, "mlp_dim": 48}, vocab_size=400)
     with pytest.raises(UserError, match=r"mlp/down/kernel as float32\[1,32,16\], the model as float32\[1,48,16\]"):
-        restore.variables(checkpoint, other, data.spec(), defaults.sharding_rules, mesh)
+        restore.variables(checkpoint, other, spec, defaults.sharding_rules, mesh)
 
 
 def test_errors_are_one_line(run, tmp_path):
