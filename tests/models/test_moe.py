@@ -132,7 +132,7 @@ def with_gradients(apply, x, chosen, weights, experts):
     ("room", "sizes"),
     [
         (1.5, {}),
-        (0.5, {"expert": 4, "tensor": 2}),
+        (0.75, {"expert": 4, "tensor": 2}),
         pytest.param(1.0, {"data": 2, "expert": 2, "fsdp": 2}, marks=pytest.mark.slow),
         pytest.param(1.0, {"data": 2, "expert": 2, "sequence": 2}, marks=pytest.mark.slow),
         pytest.param(4.0, {"expert": 4, "fsdp": 2}, marks=pytest.mark.slow),
