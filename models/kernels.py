@@ -268,9 +268,8 @@ def gather_positions(x: jax.Array, zigzag: bool) -> jax.Array:
     """Gather [B, S / P, ...] along `sequence` to [B, S, ...] in natural order, from that of `layout.zigzag` or not."""
     rows, parts = x.shape[0], lax.axis_size(layout.SEQUENCE_AXIS)
     chunks = x.reshape(rows, 2 if zigzag else 1, -1, *x.shape[2:])
-    if (
-        zigzag
-    ):  # part p has the chunks p and 2 P - 1 - p; with p and P + p nothing needs to be reordered after gathering
+    if zigzag:
+        # Part p has the chunks p and 2 P - 1 - p. With p and P + p, the gathered chunks are in order.
         mirror = [(part, parts - 1 - part) for part in range(parts)]
         chunks = jnp.stack([chunks[:, 0], lax.ppermute(chunks[:, 1], layout.SEQUENCE_AXIS, mirror)], axis=1)
     gather = _all_gather if jnp.issubdtype(x.dtype, jnp.integer) else _gather

@@ -57,7 +57,7 @@ class LMTask(LinenTask):
     experts: int = 0  # number of experts that replace the MLP; 0 keeps the MLP
     experts_per_token: int = 2  # experts per token: 1 as in Switch, 2 as in GShard and Mixtral
     expert_dim: int = 0  # hidden width of an expert; 0 is mlp_dim
-    shared_experts: int = 0  # experts that every token uses, besides those of the router (DeepSeek-V3: 1)
+    shared_experts: int = 0  # experts that every token uses in addition to those chosen for it (DeepSeek-V3: 1)
     dense_layers: int = 0  # first layers that keep the MLP (DeepSeek-V3: 3)
     router: str = "softmax"  # scores of experts: "softmax" as in Switch, "sigmoid" as in DeepSeek-V3
     router_scale: float = 1.0  # factor of the experts' weights, which sum to 1 (DeepSeek-V3: 2.5)

@@ -88,7 +88,7 @@ class Instruction(NamedTuple):
         return found
 
     def attribute(self, key: str) -> str:
-        """Return the text of an attribute in braces, "" if there is none."""
+        """Return the text between the braces of an attribute, or "" if the instruction has no such attribute."""
         found = re.search(rf"\b{key}=\{{([^}}]*)\}}", self.attributes)
         return found[1] if found else ""
 

@@ -35,7 +35,10 @@ def evaluate(eval_step: Step, variables: Any, batches: Iterable[Batch]) -> dict[
 
 
 def predict(predict_step: Step, variables: Any, batches: Iterable[Batch], examples: int) -> dict[str, np.ndarray]:
-    """Return the predictions for the first `examples` examples, arrays [examples, ...] by name; none of no batches."""
+    """Return the predictions for the first `examples` examples, arrays [examples, ...] by name.
+
+    Without batches, because a signal has come, there are no arrays.
+    """
     parts = [jax.device_get(part) for part in _one_behind(predict_step, variables, batches)]
     return {name: np.concatenate([part[name] for part in parts])[:examples] for name in (parts[0] if parts else ())}
 

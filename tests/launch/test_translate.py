@@ -110,6 +110,16 @@ def test_variables_are_restored_onto_another_mesh(run):
         restore.variables(checkpoint, other, spec, defaults.sharding_rules, mesh)
 
 
+def test_a_kernel_of_the_training_machine_need_not_exist_here(run, tmp_path):
+    """Fault: a model that was trained by a kernel of a TPU cannot translate on a CPU."""
+    trained = shutil.copytree(run[0], tmp_path / "trained")
+    content = json.loads((trained / "config.json").read_text())
+    content["task"]["attention"] = "splash"
+    (trained / "config.json").write_text(json.dumps(content))
+    code, out, err = ran("Amen.", f"--workdir={trained}")
+    assert (code, len(out)) == (0, 1), err
+
+
 def test_errors_are_one_line(run, tmp_path):
     """Faults: a traceback; code named by a foreign workdir is imported."""
     workdir = run[0]
