@@ -151,6 +151,7 @@ def _shampoo(*, block_size: int) -> Any:
         block_size=block_size,
         beta2=0.999,
         graft="adam_normalized",
+        diagonal="adam_normalized",
         weight_decay=0.01,
         decay_rules=PUBLISHED_DECAY,
     )

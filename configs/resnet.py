@@ -102,6 +102,7 @@ def paper(config: Any) -> None:
         interval=1,
         start_step=25,
         graft="sgd",
+        diagonal="sgd",
         weight_decay=1e-4,
         decay="coupled",
     )

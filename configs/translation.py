@@ -126,6 +126,7 @@ def paper(config: Any) -> None:
         beta2=1.0,
         exponent=None,
         graft="adagrad",
+        diagonal="adagrad",
         refresh="host",
         interval=1_000,
         early_intervals=(),  # as in the paper, roots are renewed about every 1,000 steps

@@ -196,6 +196,7 @@ class AdaGradOptions:
         return ShampooOptions(
             treatments=tuple((pattern, "rows" if by_row else "diagonal") for pattern, by_row in self.row_rules),
             graft="adagrad",
+            diagonal="adagrad",
             beta1=0.0,
             beta2=1.0,
             epsilon=self.epsilon,

@@ -59,15 +59,46 @@ DIAGONALS = {
     "sgd": Diagonal(False, True, _sum, lambda m, v, bias, epsilon: m),
 }
 
-# Graft methods. A "_normalized" method gets each gradient divided by its norm.
-GRAFTS = ("none", *DIAGONALS, *(f"{name}_normalized" for name, method in DIAGONALS.items() if method.has_second_moment))
+# Methods of diagonal parameters. A "_normalized" method gets each gradient divided by its norm.
+METHODS = (*DIAGONALS, *(f"{name}_normalized" for name, method in DIAGONALS.items() if method.has_second_moment))
+GRAFTS = ("none", *METHODS)
 
 
-def initial(shape: tuple[int, ...], options: Any, *, age: tuple[int, ...] = (), second_moment: bool = True) -> Moments:
+class Rule(NamedTuple):
+    """A diagonal method with its momentum: of the graft, or of the parameters under diagonal treatment.
+
+    Attributes:
+      name: one of `METHODS`.
+      beta1: decay of the momentum; 0 for no momentum.
+      nesterov: whether to look one step ahead along the momentum.
+      momentum: "ema" or "heavy_ball".
+      momentum_dtype: dtype of the stored momentum.
+      epsilon: in the denominator of the direction.
+    """
+
+    name: str
+    beta1: float
+    nesterov: bool
+    momentum: str
+    momentum_dtype: str
+    epsilon: float
+
+    @property
+    def method(self) -> Diagonal:
+        """Return the method."""
+        return DIAGONALS[self.name.removesuffix("_normalized")]
+
+    @property
+    def normalizes(self) -> bool:
+        """Return whether gradients are divided by their norm before momentum and second moment."""
+        return self.name.endswith("_normalized")
+
+
+def initial(shape: tuple[int, ...], rule: Rule, *, age: tuple[int, ...] = (), second_moment: bool = True) -> Moments:
     """Return zeros for an array; the second moment is None if it is not used. `age` is the shape of the ages."""
     return Moments(
-        jnp.zeros(shape, options.momentum_dtype) if options.beta1 else None,
-        jnp.zeros(shape, jnp.float32) if options.diagonal.has_second_moment and second_moment else None,
+        jnp.zeros(shape, rule.momentum_dtype) if rule.beta1 else None,
+        jnp.zeros(shape, jnp.float32) if rule.method.has_second_moment and second_moment else None,
         jnp.zeros(age, jnp.int32),
     )
 
@@ -86,7 +117,7 @@ def correction(beta: float, age: jax.Array, rank: int = 0) -> jax.Array:
     return result.reshape(*result.shape, *[1] * (rank - result.ndim)) if result.ndim else result
 
 
-def advance(moments: Moments, g: jax.Array, beta2: float, options: Any) -> tuple[Moments, jax.Array, jax.Array]:
+def advance(moments: Moments, g: jax.Array, beta2: float, rule: Rule) -> tuple[Moments, jax.Array, jax.Array]:
     """Return (new moments, momentum to precondition, direction of the diagonal method).
 
     Nesterov's momentum of an average M is (beta1 M + (1 - beta1) G) / (1 - beta1^(age + 1)), a weighted mean of the
@@ -94,25 +125,25 @@ def advance(moments: Moments, g: jax.Array, beta2: float, options: Any) -> tuple
 
     Args:
       moments: moments after the previous step.
-      g: float32 gradient, divided by its norm for a "_normalized" graft.
+      g: float32 gradient, divided by its norm for a "_normalized" method.
       beta2: decay of the second moment.
-      options: options of the optimizer.
+      rule: method and momentum.
     """
-    beta1, momentum, acting, age = options.beta1, moments.momentum, g, moments.age + 1
+    beta1, momentum, acting, age = rule.beta1, moments.momentum, g, moments.age + 1
     if momentum is not None:
-        new = g if options.momentum == "heavy_ball" else (1 - beta1) * g
+        new = g if rule.momentum == "heavy_ball" else (1 - beta1) * g
         momentum = (beta1 * momentum.astype(jnp.float32) + new).astype(momentum.dtype)
         acting = momentum.astype(jnp.float32)
-        if options.nesterov:
+        if rule.nesterov:
             acting = beta1 * acting + new
-        if options.momentum == "ema":
-            acting = acting / correction(beta1, age + int(options.nesterov), g.ndim)
+        if rule.momentum == "ema":
+            acting = acting / correction(beta1, age + int(rule.nesterov), g.ndim)
     second_moment = moments.second_moment
-    if second_moment is None and options.diagonal.has_second_moment:
+    if second_moment is None and rule.method.has_second_moment:
         return Moments(momentum, None, age), acting, jnp.zeros_like(g)
     if second_moment is not None:
-        second_moment = options.diagonal.accumulate(second_moment, g, beta2)
-    direction = options.diagonal.direction(acting, second_moment, correction(beta2, age, g.ndim), options.epsilon)
+        second_moment = rule.method.accumulate(second_moment, g, beta2)
+    direction = rule.method.direction(acting, second_moment, correction(beta2, age, g.ndim), rule.epsilon)
     return Moments(momentum, second_moment, age), acting, direction
 
 

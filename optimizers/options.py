@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.core import Tracer
 
-from .diagonal import DIAGONALS, GRAFTS
+from .diagonal import GRAFTS, METHODS, Rule
 from .preconditioners import PRECONDITIONERS, Preconditioner
 from .preconditioners.shampoo import SOLVERS
 
@@ -23,6 +23,7 @@ _CHOICES = {
     "solver": SOLVERS,
     "refresh": ("staggered", "periodic", "host"),
     "graft": GRAFTS,
+    "diagonal": METHODS,
     "momentum": ("ema", "heavy_ball"),
     "decay": ("decoupled", "coupled"),
     "roots_dtype": DTYPES,
@@ -30,12 +31,15 @@ _CHOICES = {
 }
 # Default last step with the shortest interval; docs/results.md compares it with no early intervals.
 _EARLY = 20
+# What names of methods with an average of squares begin with.
+_AVERAGES = ("adam", "rmsprop")
 # Smallest and largest values. An interval costs memory on every device, a worker on the host.
 _BOUNDS = {
-    **dict.fromkeys(("beta1", "beta2"), (0, 1)),
+    **dict.fromkeys(("beta1", "beta2", "diagonal_beta1", "diagonal_beta2"), (0, 1)),
     **dict.fromkeys(("block_size", "max_failures"), (1, math.inf)),
     **dict.fromkeys(
-        ("ridge", "cut", "epsilon", "weight_decay", "start_step", "merge_dims", "delay", "stack"), (0, math.inf)
+        ("ridge", "cut", "epsilon", "weight_decay", "start_step", "merge_dims", "delay", "stack", "diagonal_rate"),
+        (0, math.inf),
     ),
     "interval": (1, 10_000),
     "host_workers": (0, 1_024),
@@ -50,7 +54,7 @@ def _check(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={value!r}: must be one of {', '.join(_CHOICES[name])}.")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name}={value}: must be finite.")
-        if name in _BOUNDS:
+        if name in _BOUNDS and value is not None:
             least, most = _BOUNDS[name]
             if value < least:
                 raise ValueError(f"{name}={value}: must be at least {least}.")
@@ -63,15 +67,15 @@ class Treatment:
     """Treatment of a group of parameters, parsed by `Options.treatment` from text such as "shampoo block_size=512".
 
     Attributes:
-      kind: a preconditioner ("shampoo", "one_sided", "soap", ...), "diagonal" (the graft method alone) or "rows"
-        (row-wise AdaGrad, for large tables that are looked up).
+      kind: a preconditioner ("shampoo", "one_sided", "soap", ...), "diagonal" (the method of the option `diagonal`) or
+        "rows" (row-wise AdaGrad, for large tables that are looked up).
       side: the preconditioned sides of a matrix: "both", "left" (the axes that come first), "right" or "short" (the
         shorter of the two).
       view: "matrix" or "tensor".
       block_size: largest side of a block.
       exponent: inverse power of the statistics of each side; None for 1 / (2 x sides), 0 for no preconditioning.
       ridge, cut: regularisers relative to the largest eigenvalue; setting one sets the other to 0.
-      beta2: decay of the statistics and of the graft's second moment.
+      beta2: decay of the statistics and of the graft's second moment, or of the diagonal method's.
       orthogonalize: number of Newton-Schulz steps on the preconditioned direction.
       stack: number of leading axes that stack matrices, for parameters without axis names.
 
@@ -172,7 +176,14 @@ class Options:
     # Grafting
     # "none" is unstable unless the interval is 1 or the ridge large.
     graft: str = "adam"  # none, sgd, adagrad, rmsprop, adam, or one of the last three with "_normalized"
-    epsilon: float = 1e-8  # in the denominator of the diagonal method, absolute
+    epsilon: float = 1e-8  # in the denominator of the graft and the diagonal method, absolute
+
+    # Embeddings, norms, biases and all else under diagonal treatment
+    diagonal: str = "adam"  # their method, whatever the graft: one of the grafts, except none
+    diagonal_rate: float = 1.0  # factor of their learning rate
+    diagonal_beta1: float | None = None  # decay of their momentum; None: as beta1
+    diagonal_beta2: float | None = None  # decay of their second moment; None: as beta2
+    diagonal_nesterov: bool | None = None  # look one step ahead along their momentum; None: as nesterov
 
     # Momentum and weight decay
     beta1: float = 0.9  # decay of the momentum, computed before preconditioning; 0: no momentum
@@ -220,10 +231,12 @@ class Options:
                 raise ValueError(f"cut={treatment.cut}: solver 'newton' needs a ridge. Use solver 'eigh' or set ridge.")
 
     def _check_combinations(self) -> None:
-        if self.beta1 == 1:
-            raise ValueError("beta1=1.0: must be below 1, or gradients have no effect. Use 0.9.")
-        if self.diagonal.has_second_moment and self.epsilon == 0:
-            raise ValueError(f"epsilon=0: must be positive, or graft {self.graft!r} divides 0 by 0. Use 1e-8.")
+        for name in ("beta1", "diagonal_beta1"):
+            if getattr(self, name) == 1:
+                raise ValueError(f"{name}=1.0: must be below 1, or gradients have no effect. Use 0.9.")
+        for name, rule in (("graft", self.of_graft), ("diagonal", self.of_diagonal)):
+            if rule.method.has_second_moment and self.epsilon == 0:
+                raise ValueError(f"epsilon=0: must be positive, or {name} {rule.name!r} divides 0 by 0. Use 1e-8.")
         before = 0
         for last, interval in self.early:
             if last <= before:
@@ -252,14 +265,26 @@ class Options:
         return ((_EARLY, shortest),) if shortest < self.interval else ()
 
     @property
-    def diagonal(self):
-        """Return the diagonal method; without grafting, diagonal parameters use plain momentum."""
-        return DIAGONALS["sgd" if self.graft == "none" else self.graft.removesuffix("_normalized")]
+    def of_graft(self) -> Rule:
+        """Return the graft method; blocks without a graft use plain momentum before their first roots."""
+        return self._rule("sgd" if self.graft == "none" else self.graft, self.beta1, self.nesterov)
 
     @property
-    def normalizes(self) -> bool:
-        """Return whether gradients are divided by their norm before momentum and second moment."""
-        return self.graft.endswith("_normalized")
+    def of_diagonal(self) -> Rule:
+        """Return the method of parameters under diagonal treatment."""
+        return self._rule(
+            self.diagonal,
+            self.beta1 if self.diagonal_beta1 is None else self.diagonal_beta1,
+            self.nesterov if self.diagonal_nesterov is None else self.diagonal_nesterov,
+        )
+
+    def _rule(self, name: str, beta1: float, nesterov: bool) -> Rule:
+        return Rule(name, beta1, nesterov, self.momentum, self.momentum_dtype, self.epsilon)
+
+    def diagonal_beta2_of(self, treatment: "Treatment") -> float:
+        """Return the decay of the second moment of a diagonal parameter, whose treatment may be a preconditioner."""
+        beta2 = self.diagonal_beta2
+        return treatment.beta2 if treatment.kind == "diagonal" or beta2 is None else beta2
 
     def treatment(self, text: str) -> Treatment:
         """Parse a kind followed by key=value words; other values come from the options.
@@ -290,6 +315,8 @@ class Options:
             raise ValueError(f"treatment {text!r}: rows take no further words. Write 'rows' alone.")
         values: dict[str, Any] = {name: getattr(self, name) for name in _OVERRIDES}
         values["side"] = family.side if family else "both"
+        if kind == "diagonal" and self.diagonal_beta2 is not None:
+            values["beta2"] = self.diagonal_beta2
         if "ridge" in own or "cut" in own:
             values |= {"ridge": 0.0, "cut": 0.0}
         try:
@@ -303,6 +330,11 @@ class Options:
                 f"treatment {text!r}: orthogonalize={treatment.orthogonalize} needs matrices, not view='tensor'. "
                 "Set one of them to its default."
             )
-        if treatment.beta2 == 1 and self.graft.startswith(("adam", "rmsprop")):
+        if family and treatment.beta2 == 1 and self.graft.startswith(_AVERAGES):
             raise ValueError(f"beta2=1.0: graft {self.graft!r} averages second moments. Use graft 'adagrad' for sums.")
+        if self.diagonal_beta2_of(treatment) == 1 and self.diagonal.startswith(_AVERAGES):
+            raise ValueError(
+                f"beta2=1.0: diagonal {self.diagonal!r} averages second moments. Use a diagonal_beta2 below 1, or "
+                "diagonal 'adagrad' for sums."
+            )
         return treatment

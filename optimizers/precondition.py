@@ -70,16 +70,16 @@ def precondition(gradients: Sequence[jax.Array], state: ShampooState) -> tuple[l
       state: state after the previous step.
     """
     layout = state.layout
-    plan, owners, options = layout.plan, layout.owners, layout.options
+    plan, owners, rule = layout.plan, layout.owners, layout.options.of_diagonal
     directions: list[jax.Array] = [jnp.zeros(())] * len(gradients)
     moments, sizes = {}, []
     for i, leaf in plan.diagonal.items():
         key, g = state_key(leaf.path), gradients[i].astype(jnp.float32)
         if leaf.by_row:
-            moments[key], directions[i] = diagonal.advance_rows(state.diagonal[key], g, options.epsilon)
+            moments[key], directions[i] = diagonal.advance_rows(state.diagonal[key], g, rule.epsilon)
         else:
-            h = _unit(g) if options.normalizes else g
-            moments[key], _, directions[i] = diagonal.advance(state.diagonal[key], h, leaf.beta2, options)
+            h = _unit(g) if rule.normalizes else g
+            moments[key], _, directions[i] = diagonal.advance(state.diagonal[key], h, leaf.beta2, rule)
         # A square may overflow although the gradient and the direction do not, and would stay in the state.
         sizes.append(jnp.maximum(g * g, jnp.abs(directions[i])))
 
@@ -133,14 +133,14 @@ def _on_owners(
     # LAPACK may hang on a NaN, even in a step that is skipped.
     gradients = {name: jnp.where(finite, g, 0) for name, g in gradients.items()}
     observed = gradients
-    if options.normalizes:
+    if options.of_graft.normalizes:
         observed = {name: g * power_of_two(-scale_log2) for name, g in gradients.items()}
         lengths = {name: inner(g, g)[:, None] for name, g in observed.items()}
         norms = grafting.over_matrices(lengths, matrices, buckets, owners)
         observed = {name: g * _column(_reciprocal(jnp.sqrt(norms[name][:, 0])), g) for name, g in observed.items()}
 
     blocks = {b.name: Blocks(b, tables[b.name].sizes, options) for b in buckets}
-    graft_unit = scale_log2 if options.diagonal.follows_scale else 0
+    graft_unit = scale_log2 if options.of_graft.method.follows_scale else 0
     proposals = {
         name: _propose(states[name], observed[name], blocks[name], step, scale_log2, graft_unit) for name in gradients
     }
@@ -197,7 +197,7 @@ def _propose(
     bucket, _, options = blocks
     preconditioner = bucket.preconditioner
     steps = 0 if preconditioner.orthogonal else bucket.orthogonalize
-    moments, momentum, graft = diagonal.advance(state.moments, g, bucket.beta2, options)
+    moments, momentum, graft = diagonal.advance(state.moments, g, bucket.beta2, options.of_graft)
     if not preconditioner.grafts:
         direction, second_moment = preconditioner.act(momentum, g, state.roots, moments.age, blocks)
         if steps:
@@ -205,7 +205,7 @@ def _propose(
             ratio = jnp.sqrt(inner(direction, direction)) * _reciprocal(jnp.sqrt(inner(orthogonal, orthogonal)))
             direction = orthogonal * _column(ratio, orthogonal)
         return _Proposal(moments, second_moment, direction, 0, graft, jnp.ones_like(state.roots.refreshed, bool))
-    unit = 0 if options.normalizes else scale_log2
+    unit = 0 if options.of_graft.normalizes else scale_log2
     direction, second_moment = preconditioner.act(momentum * power_of_two(-unit), g, state.roots, moments.age, blocks)
     if steps:  # the result has no unit
         direction, unit = orthogonalized(direction, steps), 0

@@ -56,8 +56,8 @@ def scale_by_shampoo(
 ) -> DistributedShampoo:
     """Replace gradients by Shampoo's directions, or diagonal ones where the treatment says so.
 
-    It has no learning rate and no weight decay: `weight_decay`, `decay`, `decay_rules` and `rate_rules` of the options
-    are ignored. Other parts of optax come before and after it:
+    It has no learning rate and no weight decay: `weight_decay`, `decay`, `decay_rules`, `rate_rules` and
+    `diagonal_rate` of the options are ignored. Other parts of optax come before and after it:
 
         optax.chain(scale_by_shampoo(), optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(1e-3))
 
@@ -131,7 +131,11 @@ def distributed_shampoo(
             directions = _decayed(directions, leaves, layout)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         rate = jnp.where(new.count > state.count, -jnp.asarray(rate), 0)
-        factors = [patterns.first_match(chosen.rate_rules, parameter.path) for parameter in layout.parameters]
+        factors = [
+            patterns.first_match(chosen.rate_rules, parameter.path)
+            * (chosen.diagonal_rate if index in layout.plan.diagonal else 1.0)
+            for index, parameter in enumerate(layout.parameters)
+        ]
         changes = [
             (rate * factor * direction).astype(leaf.dtype)
             for factor, direction, leaf in zip(factors, directions, leaves, strict=True)

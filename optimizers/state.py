@@ -190,7 +190,7 @@ class Layout:
         moments = {
             patterns.state_key(leaf.path): diagonal.initial_rows(leaf.shape)
             if leaf.by_row
-            else diagonal.initial(leaf.shape, self.options)
+            else diagonal.initial(leaf.shape, self.options.of_diagonal)
             for leaf in self.plan.diagonal.values()
         }
         buckets = {bucket.name: _bucket_zeros(bucket, self.options, saved=saved) for bucket in self.plan.buckets}
@@ -238,7 +238,7 @@ def _bucket_zeros(bucket: Bucket, options: Options, *, saved: bool) -> BucketSta
         in_flight = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), in_flight_spec(bucket, n))
     return BucketState(
         block=ints(),
-        moments=diagonal.initial((n, *shape), options, age=(n,), second_moment=preconditioner.grafts),
+        moments=diagonal.initial((n, *shape), options.of_graft, age=(n,), second_moment=preconditioner.grafts),
         roots=PreconditionerState(
             statistics=tuple(jnp.zeros((n, *packed_shape(r)), jnp.float32) for r in lengths),
             scale_log2=jnp.full(n, NO_GRADIENT, jnp.int32),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..diagonal import Rule
 from ..options import Options
 from ..plan.blocks import Bucket, DiagonalLeaf, Leaf, Plan
 from ..plan.patterns import state_key
@@ -89,8 +90,7 @@ class Inheritance:
         self._plan, self._options, self._shapes = plan, options, shapes
         self._saved = SavedBlocks.read(manifest, shapes, renamed)
         self._fates = {leaf.path: self._fate(bucket, leaf) for bucket in plan.buckets for leaf in bucket.leaves} | {
-            leaf.path: self._row_fate(leaf) if leaf.by_row else self._moments_fate(leaf.path, leaf.shape, leaf.beta2)
-            for leaf in plan.diagonal.values()
+            leaf.path: self._diagonal_fate(leaf) for leaf in plan.diagonal.values()
         }
 
     def source(self, name: str, shape: tuple[int, ...]) -> Source:
@@ -127,7 +127,10 @@ class Inheritance:
         roots = self._roots_fate(bucket, leaf)
         # The second moment in a preconditioner's basis belongs to its roots.
         other = roots[_ROOTS] if adapts else ""
-        return self._moments_fate(leaf.path, leaf.view.shape, bucket.beta2, grafts=grafts, other=other) | roots
+        moments = self._moments_fate(
+            leaf.path, leaf.view.shape, bucket.beta2, self._options.of_graft, grafts=grafts, other=other
+        )
+        return moments | roots
 
     def _roots_fate(self, bucket: Bucket, leaf: Leaf) -> dict[str, str]:
         if not bucket.sides:
@@ -159,35 +162,47 @@ class Inheritance:
         return fate
 
     def _moments_fate(
-        self, path: str, shape: tuple[int, ...], beta2: float, *, grafts: bool = True, other: str = ""
+        self,
+        path: str,
+        shape: tuple[int, ...],
+        beta2: float,
+        rule: Rule,
+        *,
+        grafts: bool = True,
+        other: str = "",
     ) -> dict[str, str]:
         """Return the fate of momentum and, with `grafts`, second moment: if one is initialised, so is the other.
 
         `other` is the reason why a second moment in the preconditioner's basis is initialised, or "".
         """
-        saved, options, fate = self._saved, self._options, {}
-        if options.beta1:
-            kind = f"{saved.momentum} there, {options.momentum} here" if saved.momentum != options.momentum else ""
+        saved, fate = self._saved, {}
+        if rule.beta1:
+            kind = f"{saved.momentum} there, {rule.momentum} here" if saved.momentum != rule.momentum else ""
             fate["momentum"] = self._elementwise_fate(path, MOMENTUM, shape) or kind
-        if options.diagonal.has_second_moment and grafts:
+        if rule.method.has_second_moment and grafts:
             why = self._elementwise_fate(path, SECOND_MOMENT, shape)
-            if not why and saved.graft != options.graft:
-                why = f"graft {saved.graft} there, {options.graft} here"
+            if not why and (method := self._method(path)) != rule.name:
+                why = f"{method} there, {rule.name} here"
             elif not why and (self._beta2(path) == 1) != (beta2 == 1):
                 why = "a sum and an average differ"
             fate["second moment"] = why
         why = next((why for why in (*fate.values(), other) if why), "")
         return {name: own or why for name, own in fate.items()}
 
-    def _row_fate(self, leaf: DiagonalLeaf) -> dict[str, str]:
-        """Return the fate of row-wise second moments, which are sums for any graft and beta2."""
-        return {"second moment": self._elementwise_fate(leaf.path, SECOND_MOMENT, leaf.shape[:-1])}
+    def _diagonal_fate(self, leaf: DiagonalLeaf) -> dict[str, str]:
+        """Return the fate of a diagonal parameter's moments; row-wise ones are sums for any method and beta2."""
+        if leaf.by_row:
+            return {"second moment": self._elementwise_fate(leaf.path, SECOND_MOMENT, leaf.shape[:-1])}
+        return self._moments_fate(leaf.path, leaf.shape, leaf.beta2, self._options.of_diagonal)
 
     def _elementwise_fate(self, path: str, field: str, shape: tuple[int, ...]) -> str:
         found = self._elementwise(path, field)
         if found is None:
             return "not saved"
         return "" if found[1] == shape else f"of shape {list(found[1])} there, {list(shape)} here"
+
+    def _method(self, path: str) -> str:
+        return self._saved.graft if path in self._saved.blocks else self._saved.diagonal[path][2]
 
     def _beta2(self, path: str) -> float:
         saved = self._saved.blocks.get(path)

@@ -33,7 +33,8 @@ def describe(plan: Plan, options: Options) -> dict[str, Any]:
         "graft": options.graft,
         "buckets": {bucket.name: describe_bucket(bucket) for bucket in plan.buckets},
         "diagonal": {
-            leaf.path: {"shape": list(leaf.shape), "beta2": leaf.beta2} | ({"by_row": True} if leaf.by_row else {})
+            leaf.path: {"shape": list(leaf.shape), "beta2": leaf.beta2}
+            | ({"by_row": True} if leaf.by_row else {"method": options.diagonal})
             for leaf in plan.diagonal.values()
         },
     }
@@ -150,14 +151,15 @@ class SavedBlocks:
       momentum, graft: the options of these names.
       buckets: name -> bucket.
       blocks: path of a preconditioned parameter -> its blocks.
-      diagonal: path of a parameter under diagonal treatment -> (what names of its arrays begin with, beta2).
+      diagonal: path of a parameter under diagonal treatment -> (what names of its arrays begin with, beta2, name of
+        its method, "" for row-wise treatment).
     """
 
     momentum: str
     graft: str
     buckets: dict[str, SavedBucket]
     blocks: dict[str, Blocks]
-    diagonal: dict[str, tuple[str, float]]
+    diagonal: dict[str, tuple[str, float, str]]
 
     @classmethod
     def read(cls, manifest: Any, shapes: Shapes, renamed: Callable[[str], str] = lambda path: path) -> "SavedBlocks":
@@ -186,7 +188,7 @@ def _read(manifest: Any, shapes: Shapes, renamed: Callable[[str], str]) -> Saved
     diagonal = {}
     for path, kept in manifest["diagonal"].items():
         shape, by_row, prefix = tuple(kept["shape"]), bool(kept.get("by_row")), f"diagonal/{state_key(path)}/"
-        diagonal[path] = prefix, float(kept["beta2"])
+        diagonal[path] = prefix, float(kept["beta2"]), "" if by_row else kept["method"]
         for field in (SECOND_MOMENT,) if by_row else (MOMENTUM, SECOND_MOMENT):
             name, wanted = f"{prefix}{field.partition('/')[2]}", shape[:-1] if by_row else shape
             if shapes.get(name, wanted) != wanted:

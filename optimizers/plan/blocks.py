@@ -256,8 +256,8 @@ def make_plan(parameters: Sequence[Parameter], options: Options, mesh: Mapping[s
             continue
         preconditioner = treatment.preconditioner
         if not preconditioner or not view.is_matrix:
-            diagonal[index] = DiagonalLeaf(path, shape, treatment.beta2)
-            treatments[path] = f"diagonal ({options.graft})"
+            diagonal[index] = DiagonalLeaf(path, shape, options.diagonal_beta2_of(treatment))
+            treatments[path] = f"diagonal ({options.diagonal})"
             continue
         parts = [split(length, treatment.block_size) for length in view.lengths]
         pieces, block = (tuple(part[i] for part in parts) for i in (0, 1))

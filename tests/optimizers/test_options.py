@@ -59,6 +59,11 @@ KINDS = "must begin with one of shampoo, one_sided, soap, kl_shampoo, muon, diag
 KEYS = "Use side, view, block_size, exponent, ridge, cut, beta2, orthogonalize, stack as key=value."
 
 
+DIAGONAL_SUM = (
+    "beta2=1.0: diagonal 'adam' averages second moments. Use a diagonal_beta2 below 1, or diagonal 'adagrad' for sums."
+)
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [
@@ -96,7 +101,7 @@ KEYS = "Use side, view, block_size, exponent, ridge, cut, beta2, orthogonalize, 
         ),
         ("shampoo beta2=-0.5", "treatment 'shampoo beta2=-0.5': beta2=-0.5: must be at least 0."),
         ("shampoo beta2=1", "beta2=1.0: graft 'adam' averages second moments. Use graft 'adagrad' for sums."),
-        ("diagonal beta2=1", "beta2=1.0: graft 'adam' averages second moments. Use graft 'adagrad' for sums."),
+        ("diagonal beta2=1", DIAGONAL_SUM),
         ("shampoo exponent=0.3", "exponent=0.3: must be 0 or 1/p for a whole p. Use 1/3 = 0.333333."),
         ("shampoo exponent=-0.5", "exponent=-0.5: must be 0 or 1/p for a whole p. Use 1/1 = 1."),
     ],
@@ -126,9 +131,21 @@ def test_invalid_treatments(text, error):
             {"epsilon": 0.0, "graft": "adagrad_normalized"},
             "epsilon=0: must be positive, or graft 'adagrad_normalized' divides 0 by 0. Use 1e-8.",
         ),
-        ({"beta2": 1.0}, "beta2=1.0: graft 'adam' averages second moments. Use graft 'adagrad' for sums."),
+        ({"beta2": 1.0, "graft": "adagrad"}, DIAGONAL_SUM),
+        ({"diagonal_beta2": 1.0}, DIAGONAL_SUM),
+        ({"diagonal_beta1": 1.0}, "diagonal_beta1=1.0: must be below 1, or gradients have no effect. Use 0.9."),
         (
-            {"beta2": 1.0, "graft": "rmsprop_normalized"},
+            {"diagonal": "none"},
+            "diagonal='none': must be one of adam, rmsprop, adagrad, sgd, adam_normalized, rmsprop_normalized, "
+            "adagrad_normalized.",
+        ),
+        (
+            {"diagonal": "rmsprop", "graft": "sgd", "epsilon": 0.0},
+            "epsilon=0: must be positive, or diagonal 'rmsprop' divides 0 by 0. Use 1e-8.",
+        ),
+        ({"beta2": 1.0}, DIAGONAL_SUM),
+        (
+            {"beta2": 1.0, "diagonal_beta2": 0.99, "graft": "rmsprop_normalized"},
             "beta2=1.0: graft 'rmsprop_normalized' averages second moments. Use graft 'adagrad' for sums.",
         ),
         (
@@ -229,9 +246,10 @@ def test_unknown_grafts_are_refused():
 
 
 GOOD = [
-    *[{"graft": graft} for graft in GRAFTS if graft != "none"],
-    {"graft": "adagrad", "beta2": 1.0},
-    {"graft": "sgd", "epsilon": 0.0},
+    *[{"graft": graft, "diagonal": graft} for graft in GRAFTS if graft != "none"],
+    {"graft": "adagrad", "diagonal": "adagrad", "beta2": 1.0},
+    {"graft": "adagrad", "beta2": 1.0, "diagonal_beta2": 0.99},
+    {"graft": "sgd", "diagonal": "sgd", "epsilon": 0.0},
     {"ridge": 0.0, "cut": 1e-4, "solver": "eigh"},
     {"graft": "none", "interval": 1},
     {"graft": "none", "ridge": 1e-2},
@@ -324,6 +342,11 @@ TEXTS = {
     "start_step": {"7": 7},
     "graft": {"rmsprop_normalized": "rmsprop_normalized"},
     "epsilon": {"1e-30": 1e-30},
+    "diagonal": {"sgd": "sgd"},
+    "diagonal_rate": {"2": 2.0},
+    "diagonal_beta1": {"0.5": 0.5, "0": 0.0, "None": None},
+    "diagonal_beta2": {"0.9": 0.9},
+    "diagonal_nesterov": {"True": True, "False": False, "None": None},
     "beta1": {"0": 0.0},
     "momentum": {"heavy_ball": "heavy_ball"},
     "nesterov": {"true": True, "True": True},
@@ -370,7 +393,8 @@ def test_an_invalid_value_is_a_user_error():
 
 def test_the_guide_lists_every_option_with_its_default():
     """Faults: a new option has no row; a default differs between code and guide."""
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", GUIDE.read_text(), flags=re.MULTILINE))
+    table = GUIDE.read_text().partition("## Options")[2]
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", table, flags=re.MULTILINE))
     defaults = {field.name: field.default for field in dataclasses.fields(ShampooOptions)}
     assert list(defaults) == list(rows)[-len(defaults) :]
     for name, default in defaults.items():

@@ -148,7 +148,7 @@ def test_what_cannot_work_is_refused_in_one_line(act, words):
 def test_coupled_decay_is_computed_in_float32():
     """Fault: 1 + 1e-3 is rounded to 1 in the dtype of the gradient."""
     options = ShampooOptions(
-        graft="sgd", beta1=0.0, weight_decay=1e-3, decay="coupled", decay_rules=((".*", True),), exponent=0.0
+        diagonal="sgd", beta1=0.0, weight_decay=1e-3, decay="coupled", decay_rules=((".*", True),), exponent=0.0
     )
     tx, params = distributed_shampoo(1.0, options), {"b": jnp.ones(3)}
     updates, _ = tx.update({"b": jnp.ones(3, jnp.bfloat16)}, tx.init(params), params)
@@ -158,7 +158,7 @@ def test_coupled_decay_is_computed_in_float32():
 @pytest.mark.parametrize("momentum", ["ema", "heavy_ball"])
 def test_nesterov_of_a_constant_gradient(momentum):
     """Fault: the first updates of an average are up to 1.9 times too long."""
-    tx = distributed_shampoo(1.0, ShampooOptions(graft="sgd", nesterov=True, momentum=momentum, exponent=0.0))
+    tx = distributed_shampoo(1.0, ShampooOptions(diagonal="sgd", nesterov=True, momentum=momentum))
     grads = {"b": jnp.ones(3)}
     state, wanted = tx.init(grads), 0.0
     for _ in range(3):

@@ -87,11 +87,33 @@ CASES = {
     "heavy ball, nesterov, sgd": Case(
         {"momentum": "heavy_ball", "nesterov": True, "graft": "sgd", "beta1": 0.8}, brief=8
     ),
+    "diagonal parameters on their own": Case(
+        {
+            "diagonal": "rmsprop_normalized",
+            "diagonal_rate": 0.5,
+            "diagonal_beta1": 0.5,
+            "diagonal_beta2": 0.9,
+            "diagonal_nesterov": True,
+            "treatments": rules(dense="shampoo", table="diagonal beta2=0.8"),
+        },
+        {"dense": TREE["dense"], "table": (11, 3)},
+        brief=8,
+    ),
+    "no momentum but for diagonal parameters": Case({"beta1": 0.0, "diagonal_beta1": 0.8, "graft": "sgd"}),
     "no momentum, rmsprop, epsilon": Case({"beta1": 0.0, "graft": "rmsprop", "epsilon": 0.3}, brief=8),
     # Statistics, roots and their schedule
-    "sum, adagrad, periodic": Case({"beta2": 1.0, "graft": "adagrad", "refresh": "periodic", "epsilon": 0.3}),
+    "sum, adagrad, periodic": Case(
+        {"beta2": 1.0, "graft": "adagrad", "diagonal": "adagrad", "refresh": "periodic", "epsilon": 0.3}
+    ),
     "sum, no graft, uneven early intervals": Case(
-        {"beta2": 1.0, "graft": "none", "ridge": 1e-2, "refresh": "periodic", "early_intervals": ((2, 2), (5, 1))},
+        {
+            "beta2": 1.0,
+            "graft": "none",
+            "diagonal": "sgd",
+            "ridge": 1e-2,
+            "refresh": "periodic",
+            "early_intervals": ((2, 2), (5, 1)),
+        },
         brief=8,
     ),
     "exponent 1/2, no graft": Case({"exponent": 0.5, "graft": "none", "ridge": 1e-2, "nesterov": True}),
@@ -337,8 +359,8 @@ def ignored(case):
             group = {"ridge", "cut"}  # one of the two is 0
         if name == "solver" and "cut" in options:
             continue  # no other solver on the device has one
-        if name == "graft" and options.get("beta2") == 1:
-            group = {"graft", "beta2"}  # other grafts do not sum
+        if name in ("graft", "diagonal") and options.get("beta2") == 1:
+            group = {"graft", "diagonal", "beta2"}  # other methods do not sum
         rest = {k: v for k, v in options.items() if k not in group}
         if name == "refresh" and "cut" in options:
             rest["solver"] = "eigh"  # the solver on the device that has a cut

@@ -94,6 +94,7 @@ GRAFTED_TREATMENTS = (
 def grafted_options(graft, beta1=0.9):
     return ShampooOptions(
         graft=graft,
+        diagonal="sgd" if graft == "none" else graft,
         beta1=beta1,
         epsilon=1e-12,
         interval=10,
@@ -195,11 +196,13 @@ def test_stale_roots_do_not_blow_up_updates(graft):
 @pytest.mark.parametrize(
     ("twin", "options"),
     [
-        (optax.scale_by_rms(decay=0.99, eps=1e-8, bias_correction=True), {"graft": "rmsprop", "beta1": 0.0}),
-        (optax.scale_by_rss(0.0, eps=1e-8), {"graft": "adagrad", "beta1": 0.0}),
-        (optax.identity(), {"graft": "sgd", "beta1": 0.0}),
-        (optax.trace(0.9), {"graft": "sgd", "momentum": "heavy_ball"}),
-        (optax.trace(0.9, nesterov=True), {"graft": "none", "momentum": "heavy_ball", "nesterov": True}),
+        (optax.scale_by_rms(decay=0.99, eps=1e-8, bias_correction=True), {"diagonal": "rmsprop", "beta1": 0.0}),
+        (optax.scale_by_rss(0.0, eps=1e-8), {"diagonal": "adagrad", "beta1": 0.0}),
+        (optax.identity(), {"diagonal": "sgd", "diagonal_beta1": 0.0}),
+        (optax.trace(0.9), {"diagonal": "sgd", "momentum": "heavy_ball", "beta1": 0.5, "diagonal_beta1": 0.9}),
+        (optax.trace(0.9, nesterov=True), {"diagonal": "sgd", "momentum": "heavy_ball", "nesterov": True}),
+        (optax.adam(-2.0, 0.8, 0.95), {"diagonal_beta1": 0.8, "diagonal_beta2": 0.95, "diagonal_rate": 2.0}),
+        (optax.adam(-1.0, 0.9, 0.99), {"graft": "none", "nesterov": True, "diagonal_nesterov": False}),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
@@ -556,7 +559,7 @@ def test_weight_decay_needs_parameters():
         tx.update(params, tx.init(params))
 
 
-SMALL = ShampooOptions(interval=2, early_intervals=(), exponent=0.25, solver="eigh", graft="sgd")
+SMALL = ShampooOptions(interval=2, early_intervals=(), exponent=0.25, solver="eigh", graft="sgd", diagonal="sgd")
 
 
 def descend(tx, steps):
@@ -616,7 +619,7 @@ def test_trees_without_matrices(layout, shapes):
     """Fault: the optimizer needs a bucket."""
     mesh, _ = LAYOUTS[layout]
     params = {k: jnp.ones(s) for k, s in shapes.items()}
-    tx = optimizer(ShampooOptions(beta1=0.0, graft="sgd"), mesh)
+    tx = optimizer(ShampooOptions(beta1=0.0, diagonal="sgd"), mesh)
     updates, state = jax.jit(tx.update)(params, tx.init(params))
     jax.tree.map(lambda u, p: np.testing.assert_array_equal(u, -p), updates, params)
     assert int(state.count) == 1 and float(state.layout.diagnostics(state)["refreshes"]) == 0

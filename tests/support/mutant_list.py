@@ -59,7 +59,7 @@ OPTIMIZERS = (
     Mutant(
         "momentum-uncorrected",
         "optimizers/diagonal.py",
-        "acting = acting / correction(beta1, age + int(options.nesterov), g.ndim)",
+        "acting = acting / correction(beta1, age + int(rule.nesterov), g.ndim)",
         "acting = acting / 1",
         "The first updates are ten times too short, because the bias of the average is not corrected.",
         ("tests/optimizers/test_shampoo.py::test_grafts_equal_optax_methods",),
@@ -297,7 +297,7 @@ OPTIMIZERS = (
     Mutant(
         "nesterov-one-step-behind",
         "optimizers/diagonal.py",
-        "age + int(options.nesterov)",
+        "age + int(rule.nesterov)",
         "age",
         "The first updates with Nesterov's momentum are up to 1.9 times too long.",
         ("tests/optimizers/test_outsiders.py::test_nesterov_of_a_constant_gradient",),
@@ -325,6 +325,38 @@ OPTIMIZERS = (
         'jax.numpy_rank_promotion("raise")',
         "A program with strict rank promotion cannot use the optimizer.",
         ("tests/optimizers/test_outsiders.py::test_strict_promotion_of_the_users_program",),
+    ),
+    Mutant(
+        "diagonal-method-follows-the-graft",
+        "optimizers/options.py",
+        "            self.diagonal,\n            self.beta1",
+        '            "sgd" if self.graft == "none" else self.graft,\n            self.beta1',
+        "Another graft changes how embeddings, norms and biases train.",
+        (
+            "tests/optimizers/test_shampoo.py::test_momentum_without_roots_equals_optax",
+            "tests/optimizers/test_reference.py::test_agrees_with_the_float64_reference",
+        ),
+    ),
+    Mutant(
+        "diagonal-rate-for-blocks",
+        "optimizers/shampoo.py",
+        "index in layout.plan.diagonal else 1.0",
+        "index not in layout.plan.diagonal else 1.0",
+        "The rate of embeddings, norms and biases applies to the matrices.",
+        (
+            "tests/optimizers/test_shampoo.py::test_momentum_without_roots_equals_optax",
+            "tests/optimizers/test_reference.py::test_agrees_with_the_float64_reference",
+        ),
+    ),
+    Mutant(
+        "second-moment-of-another-diagonal-method",
+        "optimizers/checkpoint/inheritance.py",
+        "self._saved.diagonal[path][2]",
+        "self._options.diagonal",
+        "A run that resumes with another diagonal method divides by the second moment of the old one.",
+        (
+            "tests/optimizers/checkpoint/test_inheritance.py::test_state_whose_meaning_changes_with_an_option_is_initialised",
+        ),
     ),
     Mutant(
         "momentum-without-its-second-moment",

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
+import types
 from typing import Any
 
 import ml_dtypes
@@ -106,8 +107,17 @@ class Parameter:
         self.by_row = self.rule.kind == "rows" and self.x.ndim >= 2
         self.diagonal = self.rule.kind in ("diagonal", "rows") or sum(length > 1 for length in lengths) < 2
         self.diagonal = self.diagonal or self.x.size == 0
+        self.options, self.rate = options, 1.0
         if self.diagonal:
             self.matrices = [Matrix(np.zeros(self.x.shape), np.zeros(self.x.shape), [])]
+            self.rate = options.diagonal_rate
+            own = {"graft": options.diagonal}
+            for name in ("beta1", "nesterov"):
+                value = getattr(options, f"diagonal_{name}")
+                own[name] = getattr(options, name) if value is None else value
+            self.options = types.SimpleNamespace(**(vars(options) | own))
+            if options.diagonal_beta2 is not None and self.rule.kind != "diagonal":
+                self.rule = dataclasses.replace(self.rule, beta2=options.diagonal_beta2)
             return
 
         self.lengths = lengths
@@ -361,13 +371,14 @@ def run(params, gradients, options, rate, axis_names=None):
             if q.by_row:
                 moved = row_direction(o, q.matrices[0], g)
             else:
-                moved = q.join([direction(o, q.rule, m, part, t) for m, part in zip(q.matrices, parts, strict=True)])
+                moving = zip(q.matrices, parts, strict=True)
+                moved = q.join([direction(q.options, q.rule, m, part, t) for m, part in moving])
             for m, part in zip(q.matrices, parts, strict=True):
                 accumulate(q.rule, m, part)
             if o.decay == "decoupled":
                 moved = moved + q.decay * q.x
             now = rate(t - 1) if callable(rate) else rate
-            q.x = q.x - now * moved
+            q.x = q.x - q.rate * now * moved
         phases = due_phases(o, t)
         for number, (q, block) in enumerate(numbered):
             if number % o.interval in phases:

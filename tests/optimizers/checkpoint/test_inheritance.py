@@ -103,8 +103,13 @@ def test_added_removed_and_renamed_parameters_do_not_change_others():
         ({"ridge": 1e-6}, {"roots"}),
         ({"exponent": 0.25}, {"roots"}),
         ({"beta2": 0.9}, set()),
-        ({"beta2": 1.0, "graft": "adagrad"}, {"statistics", "roots", "momentum", "second moment"}),
+        (
+            {"beta2": 1.0, "graft": "adagrad", "diagonal": "adagrad"},
+            {"statistics", "roots", "momentum", "second moment"},
+        ),
         ({"graft": "rmsprop"}, {"momentum", "second moment"}),
+        ({"diagonal": "rmsprop", "diagonal_beta1": 0.0, "diagonal_beta2": 0.9}, set()),
+        ({"diagonal": "rmsprop", "treatments": ((".*", "diagonal"),)}, {"momentum", "second moment"}),
         ({"momentum": "heavy_ball"}, {"momentum", "second moment"}),
         ({"treatments": ((".*", "one_sided"),)}, {"statistics", "roots"}),
         ({"treatments": ((".*", "diagonal"),)}, set()),
@@ -123,7 +128,7 @@ def test_state_whose_meaning_changes_with_an_option_is_initialised(changes, fres
     taken = inherited(tx, zeros(SHAPES), manifest, saved)
     blocks = by_block(tx, zeros(SHAPES), taken)
     if ("conv", 0) not in blocks:
-        assert np.any(taken.diagonal["conv"].second_moment)
+        assert np.any(taken.diagonal["conv"].second_moment) == np.any(taken.diagonal["conv"].momentum) == (not fresh)
         return
     state = blocks["conv", 0]
     kept = {
@@ -179,6 +184,8 @@ def treated(kind):
 
 CHANGES = {
     "another graft": (changed(graft="rmsprop"), CHANGED, ALL),
+    "another diagonal method": (changed(diagonal="rmsprop", diagonal_rate=0.1), CHANGED, ALL),
+    "no momentum of diagonal parameters before": (changed(diagonal_beta1=0.0), CHANGED, ALL),
     "a new parameter": (CHANGED, CHANGED, {"bias": (24,)}),
     "shampoo to soap": (CHANGED, treated("soap"), ALL),
     "soap to shampoo": (treated("soap"), CHANGED, ALL),
@@ -189,10 +196,10 @@ CHANGES = {
     "no momentum before": (changed(beta1=0.0), CHANGED, ALL),
     "another exponent": (changed(exponent=0.25), CHANGED, ALL),
     "another block size": (changed(block_size=8), CHANGED, ALL),
-    "a sum before": (changed(graft="adagrad", beta2=1.0), CHANGED, ALL),
+    "a sum before": (changed(graft="adagrad", diagonal="adagrad", beta2=1.0), CHANGED, ALL),
     "another shape": (CHANGED, CHANGED, {"bias": (24,), "w": (24, 32)}),
 }
-FAST = ("another graft", "a new parameter", "shampoo to soap")
+FAST = ("another graft", "another diagonal method", "a new parameter", "shampoo to soap")
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in FAST else pytest.mark.slow) for x in CHANGES])
