@@ -355,7 +355,7 @@ OPTIMIZERS = (
         "self._options.diagonal",
         "A run that resumes with another diagonal method divides by the second moment of the old one.",
         (
-            "tests/optimizers/checkpoint/test_inheritance.py::test_state_whose_meaning_changes_with_an_option_is_initialised",
+            "tests/optimizers/checkpoint/test_inheritance.py::test_diagonal_parameters_lose_their_moments_only_if_their_method_changes",
         ),
     ),
     Mutant(

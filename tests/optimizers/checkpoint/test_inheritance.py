@@ -140,6 +140,16 @@ def test_state_whose_meaning_changes_with_an_option_is_initialised(changes, fres
     assert {part for part, x in kept.items() if not np.any(x)} == fresh
 
 
+@pytest.mark.parametrize(("changes", "fresh"), [({"graft": "rmsprop"}, ""), ({"diagonal": "rmsprop"}, "adam there")])
+def test_diagonal_parameters_lose_their_moments_only_if_their_method_changes(changes, fresh):
+    """Faults: a second moment is that of another method; a change of the graft drops what it does not touch."""
+    saved = setting(OPTIONS)[0].layout(zeros(SHAPES))
+    tx, _ = setting(dataclasses.replace(OPTIONS, **changes))
+    fates = report_of(tx, SHAPES, saved.manifest(), jax.eval_shape(saved.initial))["bias"]
+    assert fates.keys() == {"momentum", "second moment"}
+    assert all(why.startswith(fresh) and bool(why) == bool(fresh) for why in fates.values())
+
+
 def test_diagonal_moments_move_into_blocks():
     options = dataclasses.replace(OPTIONS, treatments=((".*", "diagonal"),))
     _, manifest, saved = state_of(options)
