@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,26 +15,8 @@ from ..framework.base.errors import UserError
 from ..framework.config import components
 from ..optimizers import ShampooOptions
 from ..optimizers.baselines import AdamWOptions, MuonOptions, scale_by_rules
-
-TITLES = {
-    "adamw": "AdamW",
-    "muon": "Muon",
-    "google": "Google's Shampoo",
-    "ours": "ours",
-    "soap": "our SOAP",
-    "kl_shampoo": "our KL-Shampoo",
-}
-RATES = {
-    "adamw": (1.5e-3, 3e-3, 6e-3),
-    "muon": (2.4e-2, 4.8e-2, 9.6e-2),
-    "google": (3e-3, 6e-3, 1.2e-2),
-    "ours": (3e-3, 6e-3, 1.2e-2),
-    "soap": (3e-3, 6e-3, 1.2e-2),
-    "kl_shampoo": (3e-3, 6e-3, 1.2e-2),
-}
-# Decay of the momentum: for each optimizer the best of its default, 0.8 and 0.7 with one seed. The config has that of
-# our Shampoo, SOAP and KL-Shampoo. Short runs gain from shorter memory than the defaults have.
-MOMENTUM = {"adamw": 0.7, "muon": 0.8, "google": 0.7}
+from ..optimizers.options import DIAGONAL_KINDS
+from ..optimizers.plan import patterns
 
 # Name of the axis that stacks matrices, and names of axes that fold into one side.
 _STACK = "layers"
@@ -61,7 +43,7 @@ class GoogleOptions:
     epsilon: float = 1e-8  # epsilon of the graft
     nesterov: bool = False  # Nesterov momentum
     start_step: int = 1  # first step with preconditioning; earlier steps use the graft alone
-    largest_side: int = 4_096  # parameters with a longer side use the graft alone
+    treatments: tuple[tuple[str, str], ...] = ShampooOptions.treatments  # "diagonal" and "rows" use the graft alone
     clip: float = 1.0  # largest root mean square of a graft: its second moment starts at 0 without bias correction
     rate_rules: tuple[tuple[str, float], ...] = AdamWOptions.rate_rules  # factors of the learning rate
     scale: float = 1e4  # factor of gradients: statistics start at ridge x I, too large for small gradients in 200 steps
@@ -85,44 +67,86 @@ class GoogleOptions:
             exponent_override=self.p,
             clip_by_scaled_gradient_norm=self.clip,
             moving_average_for_momentum=True,
-            skip_preconditioning_dim_size_gt=self.largest_side,
-            skip_preconditioning_rank_lt=2,
+            skip_preconditioning_rank_lt=2,  # vectors
             generate_training_metrics=False,
         )
-        tx = as_matrices(optax.chain(optax.scale(self.scale), tx), axis_names)
+        tx = as_matrices(optax.chain(optax.scale(self.scale), tx), axis_names, self.treatments)
         return optax.chain(tx, scale_by_rules(self.rate_rules))
 
 
-def all_options(config: Any) -> dict[str, Any]:
-    """Return the options of every optimizer, by name.
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """A compared optimizer.
 
-    Our Shampoo has the config's options; SOAP and KL-Shampoo differ from it only in the treatment. Google's Shampoo has
-    our block size and interval, and uses the graft alone for the embedding (its longer side is the vocabulary), as ours
-    does. AdamW and Google's Shampoo have our factors of the learning rate. Muon does not: it trains the embedding with
-    Adam, on another scale of learning rates.
+    Attributes:
+      title: its name in tables.
+      rate: learning rate in the middle of the ladder.
+      options: from the options of a config's Shampoo, which give block size, factors of the rate and decay, to its own.
     """
-    ours = components.build(config.optimizer)
-    google = GoogleOptions(
-        ours.block_size,
-        ours.interval,
-        beta1=MOMENTUM["google"],
-        largest_side=config.task.vocab_size - 1,
-        rate_rules=ours.rate_rules,
+
+    title: str
+    rate: float
+    options: Callable[[ShampooOptions], Any]
+
+
+def _adamw(ours: ShampooOptions) -> AdamWOptions:
+    return AdamWOptions(
+        beta2=BETA2, weight_decay=ours.weight_decay, decay_rules=ours.decay_rules, rate_rules=ours.rate_rules
     )
-    adamw = AdamWOptions(beta1=MOMENTUM["adamw"], rate_rules=ours.rate_rules)
-    return {
-        "adamw": adamw,
-        "muon": MuonOptions(beta=MOMENTUM["muon"]),
-        "google": google,
-        "ours": ours,
-        "soap": _sibling(ours, "soap"),
-        "kl_shampoo": _sibling(ours, "kl_shampoo"),
-    }
 
 
-def _sibling(ours: ShampooOptions, kind: str) -> ShampooOptions:
-    treatments = tuple((pattern, kind if text == "shampoo" else text) for pattern, text in ours.treatments)
-    return dataclasses.replace(ours, treatments=treatments)
+def _muon(ours: ShampooOptions) -> MuonOptions:
+    # Rates of Muon are four times ours, and decay is a multiple of the rate.
+    return MuonOptions(beta2=BETA2, weight_decay=ours.weight_decay / 4, decay_rules=ours.decay_rules)
+
+
+def _google(ours: ShampooOptions) -> GoogleOptions:
+    return GoogleOptions(ours.block_size, beta2=BETA2, treatments=ours.treatments, rate_rules=ours.rate_rules)
+
+
+def _family(kind: str = "shampoo", **changes: Any) -> Callable[[ShampooOptions], ShampooOptions]:
+    def options(ours: ShampooOptions) -> ShampooOptions:
+        treatments = tuple((pattern, kind if text == "shampoo" else text) for pattern, text in ours.treatments)
+        return dataclasses.replace(ours, **(PLAIN | changes), treatments=treatments)
+
+    return options
+
+
+BETA2 = 0.95  # of all second moments and statistics
+PLAIN: dict[str, Any] = {
+    "exponent": 0.5,
+    "ridge": 1e-4,
+    "beta2": BETA2,
+    "graft": "adam",
+    "interval": 10,
+    "early_intervals": ((20, 1),),
+    "orthogonalize": 0,
+}
+ORTHOGONAL: dict[str, Any] = {"orthogonalize": 3, "interval": 20, "early_intervals": ((10, 1),)}
+CONTESTANTS = {
+    "ours": Contestant("ours", 0.02, _family(**ORTHOGONAL)),
+    "muon": Contestant("Muon", 0.048, _muon),
+    "muon_adam": Contestant(
+        "Muon with Adam's norm", 0.02, _family(exponent=0.0, orthogonalize=5, block_size=2**20)
+    ),
+    "adamw": Contestant("AdamW", 0.005, _adamw),
+    "shampoo": Contestant("Shampoo without orthogonalization", 0.02, _family()),
+    "soap": Contestant("SOAP", 0.01, _family("soap")),
+    "kl_shampoo": Contestant("KL-Shampoo", 0.02, _family("kl_shampoo")),
+    "google": Contestant("Google's Shampoo", 0.01, _google),
+}
+
+
+def options_of(contestant: str, ours: ShampooOptions, settings: Mapping[str, Any]) -> Any:
+    """Return the options of a contestant with the settings of a trial.
+
+    "momentum" sets the decay of every momentum: Muon has one for matrices and one for other parameters. "rate" is no
+    option; other settings are fields of the options.
+    """
+    options = CONTESTANTS[contestant].options(ours)
+    fields = {name: value for name, value in settings.items() if name not in ("rate", "momentum")}
+    momenta = [name for name in ("beta", "beta1") if hasattr(options, name)]
+    return dataclasses.replace(options, **dict.fromkeys(momenta, settings["momentum"]), **fields)
 
 
 def google_package() -> Any:
@@ -143,16 +167,22 @@ def google_package() -> Any:
         ) from error
 
 
-def as_matrices(tx: optax.GradientTransformation, axis_names: Any) -> optax.GradientTransformation:
+def as_matrices(
+    tx: optax.GradientTransformation, axis_names: Any, treatments: patterns.Rules[str]
+) -> optax.GradientTransformation:
     """Apply `tx` to parameters split into matrices [rows, cols] and vectors.
 
     Args:
       tx: optimizer without support for stacked matrices and folded sides.
       axis_names: tree with a tuple of names for each parameter.
+      treatments: rules over paths; parameters with "diagonal" or "rows" become vectors.
     """
 
     def cut(tree: Any) -> Any:
-        return jax.tree.map(_matrices, tree, axis_names)
+        def of(leaf: jax.Array, names: Sequence[str], treatment: str) -> list[jax.Array]:
+            return [leaf.reshape(-1)] if treatment in DIAGONAL_KINDS else _matrices(leaf, names)
+
+        return jax.tree.map(of, tree, axis_names, patterns.map_paths(treatments, tree))
 
     def init(params: Any) -> Any:
         return tx.init(cut(params))

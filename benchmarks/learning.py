@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import optax
 
+from ..framework import dataset
 from ..framework.base import durations, paths
 from ..framework.base.errors import UserError
 from ..framework.base.json_files import read_object
@@ -26,8 +27,9 @@ from ..framework.reporting import curves
 from ..framework.reporting.runs import Run
 from ..framework.step.evaluation import evaluate
 from ..framework.step.schedule import make_schedule
-from . import contestants
-from .grid import Outcome, Trial
+from ..framework.task import settled
+from .contestants import options_of
+from .trials import Trial
 
 # Sections of a config that this loop uses; the others configure the trainer.
 SECTIONS = ("task", "data", "batch_size", "duration", "schedule")
@@ -37,7 +39,7 @@ class Workload:
     """Task, data and schedule of a config, on one device.
 
     Attributes:
-      options: options of the optimizers, by name.
+      ours: options of the config's Shampoo, from which those of all contestants derive.
       total_steps: length of a run in steps.
       settings: everything except the optimizer that determines the outcome of a run, as JSON.
     """
@@ -47,12 +49,13 @@ class Workload:
         data.prepare(cache)
         self._task, self._source = task, data.examples("train", cache)
         self._share = {"global_batch_size": config.batch_size, "rows": range(config.batch_size)}
-        limit = config.evaluation.batches
+        self._augment = dataset.augment(data)
+        heldout = {"limit": config.evaluation.batches, "sample": config.evaluation.sample}
         self._heldout: list[Any] = list(
-            pipeline.HeldoutBatches(data.examples("heldout", cache), limit=limit, **self._share)
+            pipeline.HeldoutBatches(data.examples("heldout", cache), **heldout, **self._share)
         )
-        self.options = contestants.all_options(config)
-        self.settings = {name: config.to_dict()[name] for name in SECTIONS} | {"heldout_batches": limit}
+        self.ours = components.build(config.optimizer)
+        self.settings = {name: config.to_dict()[name] for name in SECTIONS} | {"heldout": heldout}
 
         units = durations.Units(config.batch_size, lambda: len(self._source), data.tokens_per_example)
         self.total_steps = durations.to_steps(config.duration, units)
@@ -68,45 +71,56 @@ class Workload:
         self._spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.batches(0)[0])
         variables = jax.eval_shape(task.init, jax.random.key(0), self._spec)
         self._axis_names = task.logical_axes(variables)["params"]
-        self._evaluate = jax.jit(lambda params, batch: self._loss(params, batch, train=False)[1])
+        self._evaluate = jax.jit(self._metrics)
 
     def batches(self, seed: int) -> pipeline.Batches:
         """Return the training batches of a seed, indexed by step."""
-        return pipeline.Batches(self._source, seed=seed, **self._share)
+        return pipeline.Batches(self._source, seed=seed, augment=self._augment, **self._share)
 
     def program(self, options: Any) -> "Program":
         """Return jitted training with these options. It compiles once for all rates and seeds."""
 
         def start(seed: jax.Array) -> tuple[Any, Any]:
             # The same key as in the trainer.
-            params = self._task.init(jax.random.fold_in(jax.random.key(seed), 2**32 - 1), self._spec)["params"]
-            return params, self._optimizer(options, 0.0).init(params)
+            variables = self._task.init(jax.random.fold_in(jax.random.key(seed), 2**32 - 1), self._spec)
+            return variables, self._optimizer(options, 0.0).init(variables["params"])
 
-        def step(params: Any, state: Any, batch: Any, peak: jax.Array) -> tuple[Any, Any, jax.Array]:
-            (loss, _), gradients = jax.value_and_grad(self._loss, has_aux=True)(params, batch, train=True)
+        def step(
+            variables: Any, state: Any, batch: Any, peak: jax.Array, seed: jax.Array, number: jax.Array
+        ) -> tuple[Any, Any, jax.Array]:
+            others = dict(variables)
+            params = others.pop("params")
+            key = jax.random.fold_in(jax.random.key(seed), number)
+
+            def loss(params: Any) -> tuple[jax.Array, Any]:
+                value, (model_state, _) = self._task.loss({"params": params, **others}, batch, key=key, train=True)
+                return value, model_state
+
+            (value, model_state), gradients = jax.value_and_grad(loss, has_aux=True)(params)
             updates, state = self._optimizer(options, peak).update(gradients, state, params)
-            return optax.apply_updates(params, updates), state, loss
+            params = optax.apply_updates(params, updates)
+            return {"params": params, **settled(self._task, model_state)}, state, value
 
         return Program(jax.jit(start), jax.jit(step, donate_argnums=(0, 1)))
 
-    def heldout_metrics(self, params: Any) -> dict[str, float]:
+    def heldout_metrics(self, variables: Any) -> dict[str, float]:
         """Return the task's metrics over the held-out batches."""
-        return evaluate(self._evaluate, params, self._heldout)
+        return evaluate(self._evaluate, variables, self._heldout)
 
     def _optimizer(self, options: Any, peak: jax.Array | float) -> optax.GradientTransformation:
         return options.build(lambda count: peak * self._schedule(count), mesh=None, axis_names=self._axis_names)
 
-    def _loss(self, params: Any, batch: Any, *, train: bool) -> tuple[jax.Array, Any]:
-        loss, (_, metrics) = self._task.loss({"params": params}, batch, key=jax.random.key(0), train=train)
-        return loss, metrics
+    def _metrics(self, variables: Any, batch: Any) -> Any:
+        return self._task.loss(variables, batch, key=jax.random.key(0), train=False)[1][1]
 
 
 class Program(NamedTuple):
     """Jitted training with one optimizer.
 
     Attributes:
-      start: `seed -> (params, state)`, the parameters and the optimizer's state.
-      step: `(params, state, batch, peak learning rate) -> (params, state, loss)`; it donates params and state.
+      start: `seed -> (variables, state)`, the task's variables and the optimizer's state.
+      step: `(variables, state, batch, peak learning rate, seed, number) -> (variables, state, loss)`; it donates the
+        first two.
     """
 
     start: jax.stages.Wrapped
@@ -126,17 +140,18 @@ def train(workload: Workload, program: Program, trial: Trial) -> dict[str, Any]:
       evaluation; `stopped`, why the run ended early, or None; `seconds`, including evaluations.
     """
     start = time.monotonic()
-    params, state = program.start(trial.seed)
+    variables, state = program.start(trial.seed)
     batches = workload.batches(trial.seed).from_step(0)
+    rate, seed = np.float32(dict(trial.settings)["rate"]), np.uint32(trial.seed)
     losses: list[float] = []
     heldout: list[dict[str, float]] = []
     for number in range(workload.total_steps + 1):
         finite = not losses or math.isfinite(losses[-1])
         if number == workload.total_steps or not finite or number % workload.evaluate_every == 0:
-            heldout.append({"step": number} | workload.heldout_metrics(params))
+            heldout.append({"step": number} | workload.heldout_metrics(variables))
         if number == workload.total_steps or not finite:
             break
-        params, state, loss = program.step(params, state, next(batches), np.float32(trial.learning_rate))
+        variables, state, loss = program.step(variables, state, next(batches), rate, seed, np.uint32(number))
         losses.append(float(loss))
     return {
         "steps": len(losses),
@@ -149,11 +164,11 @@ def train(workload: Workload, program: Program, trial: Trial) -> dict[str, Any]:
 
 def settings_of(workload: Workload, trial: Trial) -> dict[str, Any]:
     """Return all settings that determine the outcome of a run, converted to JSON types."""
-    options = workload.options[trial.variant]
+    options = options_of(trial.contestant, workload.ours, dict(trial.settings))
     chosen = {
         "workload": workload.settings,
         "optimizer": {"name": type(options).__name__} | dataclasses.asdict(options),
-        "learning_rate": trial.learning_rate,
+        "learning_rate": dict(trial.settings)["rate"],
         "seed": trial.seed,
     }
     return json.loads(json.dumps(chosen))
@@ -164,77 +179,30 @@ def fingerprint(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def run_grid(
-    grid: Sequence[Trial],
-    folder: Path,
-    settings_of: Callable[[Trial], dict[str, Any]],
-    run: Callable[[Trial], dict[str, Any]],
-) -> list[dict[str, Any]]:
-    """Train the runs of a grid that are missing in `folder`. Return the content of all files, in the grid's order.
+def run_one(workload: Workload, trial: Trial, folder: Path, programs: dict[Any, Program]) -> dict[str, Any]:
+    """Return the content of the trial's file in `folder`; train the trial first if it has none.
 
-    Args:
-      grid: the runs.
-      folder: folder of the files, one per run.
-      settings_of: returns the settings that determine the outcome of a run; they are stored with it.
-      run: trains a run and returns its result.
+    `programs` keeps the compiled program of the last options.
 
     Raises:
-      UserError: an existing file has other settings. Nothing is trained then.
+      UserError: the file has other settings.
     """
-    done = {}
-    for trial in grid:
-        content = read_object(_path(folder, trial))
-        if content is not None:
-            _refuse_other_settings(_path(folder, trial), content, settings_of(trial))
-            done[trial] = content
+    path, settings = _path(folder, trial), settings_of(workload, trial)
+    content = read_object(path)
+    if content is not None:
+        _refuse_other_settings(path, content, settings)
+        return content
+    options = options_of(trial.contestant, workload.ours, dict(trial.settings))
+    if options not in programs:
+        programs.clear()
+        programs[options] = workload.program(options)
+    made = {"contestant": trial.contestant, "trial": dict(trial.settings), "seed": trial.seed}
+    made |= {"fingerprint": fingerprint(settings), "settings": settings} | train(workload, programs[options], trial)
     folder.mkdir(parents=True, exist_ok=True)
-    for number, trial in enumerate(grid, start=1):
-        if trial not in done:
-            settings = settings_of(trial)
-            made = dataclasses.asdict(trial) | {"fingerprint": fingerprint(settings), "settings": settings} | run(trial)
-            paths.write_text(paths.of(_path(folder, trial)), json.dumps(made, allow_nan=False) + "\n")
-            done[trial] = made
-            ending = made["stopped"] or f"held-out {made['heldout'][-1]['loss']:.4f}"
-            print(
-                f"[{number}/{len(grid)}] {trial.name}: {ending} after {made['steps']} steps, {made['seconds']:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-    return [done[trial] for trial in grid]
-
-
-def read_grid(
-    grid: Sequence[Trial], folder: Path, seconds_per_step: Mapping[str, float]
-) -> tuple[list[Outcome], list[Trial]]:
-    """Read a grid from `folder`. Return (outcomes, missing trials).
-
-    Args:
-      grid: the runs.
-      folder: folder of their files.
-      seconds_per_step: mean step time by optimizer; curves of optimizers without it have no time axis.
-    """
-    outcomes, missing = [], []
-    for trial in grid:
-        path = _path(folder, trial)
-        content = read_object(path)
-        if content is None:
-            missing.append(trial)
-            continue
-        seconds = seconds_per_step.get(trial.variant)
-        points = tuple(
-            {"step": metrics["step"], "heldout/loss": metrics["loss"]}
-            | ({} if seconds is None else {"seconds": metrics["step"] * seconds})
-            for metrics in content["heldout"]
-        )
-        result = {
-            "steps": content["steps"],
-            "seconds": math.nan if seconds is None else content["steps"] * seconds,
-            "heldout_loss": content["heldout"][-1]["loss"],
-            "stopped": content["stopped"],
-        }
-        run = Run(path=path, points=points, config=content["settings"], result=result, notes=())
-        outcomes.append(Outcome(trial, run, result))
-    return outcomes, missing
+    paths.write_text(paths.of(path), json.dumps(made, allow_nan=False) + "\n")
+    ending = made["stopped"] or f"held-out {made['heldout'][-1]['loss']:.4f}"
+    print(f"{trial.name}: {ending} after {made['steps']} steps, {made['seconds']:.0f} s", file=sys.stderr, flush=True)
+    return made
 
 
 def _path(folder: Path, trial: Trial) -> Path:

@@ -68,6 +68,36 @@ def sample(config: Any) -> None:
     config.simulated_devices = 4
 
 
+def bytes_of_text(config: Any) -> None:
+    """Train a small Transformer on single bytes; a vocabulary of this size has no merges."""
+    _select(
+        config,
+        vocab_size=257,  # the 256 bytes and the end of a document
+        source="sample:enwiki",
+        sequence_length=64,
+        layers=2,
+        embed_dim=64,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        mlp_dim=192,
+    )
+    config.optimizer = base.component(
+        base.SHAMPOO,
+        block_size=128,
+        orthogonalize=3,
+        beta1=0.8,
+        nesterov=True,
+        beta2=0.95,
+        interval=20,
+        early_intervals=((10, 1),),
+    )
+    config.duration = "300 steps"
+    config.batch_size = 16
+    config.schedule.learning_rate = 2e-2
+    config.evaluation.batches = 16  # 256 of 3,672 held-out rows
+
+
 def sample_host(config: Any) -> None:
     """Train the sample with roots computed by LAPACK on the host."""
     sample(config)
@@ -176,6 +206,7 @@ VARIANTS = {
     "sample_soap": lambda config: _with_treatment(config, "soap"),
     "sample_muon": lambda config: _with_treatment(config, "muon block_size=1024"),  # whole matrices
     "sample_moe": sample_moe,
+    "bytes": bytes_of_text,
     "1b": one_billion,
     "8b": eight_billion,
     "moe": mixture,
