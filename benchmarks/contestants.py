@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import optax
 
 from ..framework.base.errors import UserError
-from ..framework.config import components
 from ..optimizers import ShampooOptions
 from ..optimizers.baselines import AdamWOptions, MuonOptions, scale_by_rules
 from ..optimizers.options import DIAGONAL_KINDS
@@ -112,12 +111,17 @@ def _family(kind: str = "shampoo", **changes: Any) -> Callable[[ShampooOptions],
     return options
 
 
+# Where every search begins.
+FIRST: dict[str, Any] = {"momentum": 0.8, "nesterov": True}
 BETA2 = 0.95  # of all second moments and statistics
 PLAIN: dict[str, Any] = {
     "exponent": 0.5,
     "ridge": 1e-4,
     "beta2": BETA2,
     "graft": "adam",
+    # Other parameters are under Adam with the matrices' settings, as in AdamW and Muon.
+    **{"diagonal": "adam", "diagonal_rate": 1.0},
+    **dict.fromkeys(("diagonal_beta1", "diagonal_beta2", "diagonal_nesterov")),
     "interval": 10,
     "early_intervals": ((20, 1),),
     "orthogonalize": 0,
@@ -126,9 +130,7 @@ ORTHOGONAL: dict[str, Any] = {"orthogonalize": 3, "interval": 20, "early_interva
 CONTESTANTS = {
     "ours": Contestant("ours", 0.02, _family(**ORTHOGONAL)),
     "muon": Contestant("Muon", 0.048, _muon),
-    "muon_adam": Contestant(
-        "Muon with Adam's norm", 0.02, _family(exponent=0.0, orthogonalize=5, block_size=2**20)
-    ),
+    "muon_adam": Contestant("Muon with Adam's norm", 0.02, _family(exponent=0.0, orthogonalize=5, block_size=2**20)),
     "adamw": Contestant("AdamW", 0.005, _adamw),
     "shampoo": Contestant("Shampoo without orthogonalization", 0.02, _family()),
     "soap": Contestant("SOAP", 0.01, _family("soap")),
@@ -137,16 +139,20 @@ CONTESTANTS = {
 }
 
 
-def options_of(contestant: str, ours: ShampooOptions, settings: Mapping[str, Any]) -> Any:
-    """Return the options of a contestant with the settings of a trial.
+def title(name: str) -> str:
+    """Return the name of an optimizer in tables: that of a contestant, or the variant of a config."""
+    return CONTESTANTS[name].title if name in CONTESTANTS else f"`{name}`"
+
+
+def with_settings(options: Any, settings: Mapping[str, Any]) -> Any:
+    """Return options with the settings of a trial, as far as they have them.
 
     "momentum" sets the decay of every momentum: Muon has one for matrices and one for other parameters. "rate" is no
     option; other settings are fields of the options.
     """
-    options = CONTESTANTS[contestant].options(ours)
-    fields = {name: value for name, value in settings.items() if name not in ("rate", "momentum")}
-    momenta = [name for name in ("beta", "beta1") if hasattr(options, name)]
-    return dataclasses.replace(options, **dict.fromkeys(momenta, settings["momentum"]), **fields)
+    momenta = [name for name in ("beta", "beta1", "momentum") if isinstance(getattr(options, name, None), float)]
+    fields = {name: value for name, value in settings.items() if hasattr(options, name) and name != "momentum"}
+    return dataclasses.replace(options, **fields, **dict.fromkeys(momenta, settings["momentum"]))
 
 
 def google_package() -> Any:

@@ -1,15 +1,14 @@
 """Train a config's model in a plain jitted loop with the same parameters, batches and schedule for every optimizer.
 
-Each run is one file, so that an interrupted grid can be resumed.
+Each run is one file, so that an interrupted search can be resumed.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,8 @@ from ..framework.reporting.runs import Run
 from ..framework.step.evaluation import evaluate
 from ..framework.step.schedule import make_schedule
 from ..framework.task import settled
-from .contestants import options_of
+from .contestants import CONTESTANTS, with_settings
+from .outcomes import Outcome
 from .trials import Trial
 
 # Sections of a config that this loop uses; the others configure the trainer.
@@ -38,13 +38,18 @@ SECTIONS = ("task", "data", "batch_size", "duration", "schedule")
 class Workload:
     """Task, data and schedule of a config, on one device.
 
+    Args:
+      config: the config.
+      cache: folder of prepared data.
+      others: options of further optimizers, by name.
+
     Attributes:
-      ours: options of the config's Shampoo, from which those of all contestants derive.
+      configured: options of the config's optimizer; those of all contestants derive from its Shampoo.
       total_steps: length of a run in steps.
       settings: everything except the optimizer that determines the outcome of a run, as JSON.
     """
 
-    def __init__(self, config: Any, cache: Path):
+    def __init__(self, config: Any, cache: Path, others: Mapping[str, Any] | None = None):
         task, data = components.build(config.task), components.build(config.data)
         data.prepare(cache)
         self._task, self._source = task, data.examples("train", cache)
@@ -54,7 +59,8 @@ class Workload:
         self._heldout: list[Any] = list(
             pipeline.HeldoutBatches(data.examples("heldout", cache), **heldout, **self._share)
         )
-        self.ours = components.build(config.optimizer)
+        self.configured = components.build(config.optimizer)
+        self._others = others or {}
         self.settings = {name: config.to_dict()[name] for name in SECTIONS} | {"heldout": heldout}
 
         units = durations.Units(config.batch_size, lambda: len(self._source), data.tokens_per_example)
@@ -72,6 +78,14 @@ class Workload:
         variables = jax.eval_shape(task.init, jax.random.key(0), self._spec)
         self._axis_names = task.logical_axes(variables)["params"]
         self._evaluate = jax.jit(self._metrics)
+
+    def options(self, trial: Trial) -> Any:
+        """Return the options of a trial: of a contestant, of one of `others`, or of the config for another name."""
+        if trial.variant in CONTESTANTS:
+            options = CONTESTANTS[trial.variant].options(self.configured)
+        else:
+            options = self._others.get(trial.variant, self.configured)
+        return with_settings(options, dict(trial.settings))
 
     def batches(self, seed: int) -> pipeline.Batches:
         """Return the training batches of a seed, indexed by step."""
@@ -164,7 +178,7 @@ def train(workload: Workload, program: Program, trial: Trial) -> dict[str, Any]:
 
 def settings_of(workload: Workload, trial: Trial) -> dict[str, Any]:
     """Return all settings that determine the outcome of a run, converted to JSON types."""
-    options = options_of(trial.contestant, workload.ours, dict(trial.settings))
+    options = workload.options(trial)
     chosen = {
         "workload": workload.settings,
         "optimizer": {"name": type(options).__name__} | dataclasses.asdict(options),
@@ -174,12 +188,7 @@ def settings_of(workload: Workload, trial: Trial) -> dict[str, Any]:
     return json.loads(json.dumps(chosen))
 
 
-def fingerprint(settings: dict[str, Any]) -> str:
-    """Return a hash of the settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def run_one(workload: Workload, trial: Trial, folder: Path, programs: dict[Any, Program]) -> dict[str, Any]:
+def run(workload: Workload, trial: Trial, folder: Path, programs: dict[Any, Program]) -> dict[str, Any]:
     """Return the content of the trial's file in `folder`; train the trial first if it has none.
 
     `programs` keeps the compiled program of the last options.
@@ -187,17 +196,20 @@ def run_one(workload: Workload, trial: Trial, folder: Path, programs: dict[Any, 
     Raises:
       UserError: the file has other settings.
     """
-    path, settings = _path(folder, trial), settings_of(workload, trial)
+    path, settings = folder / f"{trial.name}.json", settings_of(workload, trial)
     content = read_object(path)
     if content is not None:
-        _refuse_other_settings(path, content, settings)
+        if content["settings"] != settings:
+            changed = curves.differences([content["settings"], settings])
+            lines = "; ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
+            raise UserError(f"{path} was made with other settings ({lines}). Remove it or choose another --workdir")
         return content
-    options = options_of(trial.contestant, workload.ours, dict(trial.settings))
+    options = workload.options(trial)
     if options not in programs:
         programs.clear()
         programs[options] = workload.program(options)
-    made = {"contestant": trial.contestant, "trial": dict(trial.settings), "seed": trial.seed}
-    made |= {"fingerprint": fingerprint(settings), "settings": settings} | train(workload, programs[options], trial)
+    made = {"variant": trial.variant, "trial": dict(trial.settings), "seed": trial.seed}
+    made |= {"settings": settings} | train(workload, programs[options], trial)
     folder.mkdir(parents=True, exist_ok=True)
     paths.write_text(paths.of(path), json.dumps(made, allow_nan=False) + "\n")
     ending = made["stopped"] or f"held-out {made['heldout'][-1]['loss']:.4f}"
@@ -205,16 +217,23 @@ def run_one(workload: Workload, trial: Trial, folder: Path, programs: dict[Any, 
     return made
 
 
-def _path(folder: Path, trial: Trial) -> Path:
-    return folder / f"{trial.name}.json"
-
-
-def _refuse_other_settings(path: Path, content: dict[str, Any], settings: dict[str, Any]) -> None:
-    if content["fingerprint"] == fingerprint(settings):
-        return
-    changed = curves.differences([content["settings"], settings])
-    lines = [f"{name}: {old} -> {new}" for name, (old, new) in changed.items()]
-    raise UserError(f"{path} was made with other settings ({'; '.join(lines)}). Remove it or choose another --workdir")
+def read(folder: Path) -> list[Outcome]:
+    """Return all runs in a folder."""
+    outcomes = []
+    for path in sorted(folder.glob("*.json")):
+        content = read_object(path)
+        if content is None:
+            continue
+        trial = Trial.of(content["variant"], content["seed"], **content["trial"])
+        *_, last = points = [
+            {name if name == "step" else f"heldout/{name}": value for name, value in metrics.items()}
+            for metrics in content["heldout"]
+        ]
+        result = {name.removeprefix("heldout/"): value for name, value in last.items()}
+        result |= {"steps": content["steps"], "stopped": content["stopped"]}
+        run = Run(path=path, points=tuple(points), config=content["settings"], result=result, notes=())
+        outcomes.append(Outcome(trial, run, result))
+    return outcomes
 
 
 def _finite(value: float) -> float | None:

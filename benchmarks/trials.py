@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from .contestants import FIRST
 
 # Settings of every search: learning rates are factors of the contestant's own centre.
 LADDER, LONGEST = (0.5, 1.0, 2.0), 5
-FIRST = {"momentum": 0.8, "nesterov": True}
 CHANGES: tuple[dict[str, Any], ...] = ({"nesterov": False}, {"momentum": 0.9}, {"momentum": 0.7})
 
 
@@ -15,7 +16,7 @@ CHANGES: tuple[dict[str, Any], ...] = ({"nesterov": False}, {"momentum": 0.9}, {
 class Trial:
     """One run: a contestant with settings, its learning rate ("rate") among them, and a seed."""
 
-    contestant: str
+    variant: str
     settings: tuple[tuple[str, Any], ...]
     seed: int
 
@@ -27,26 +28,31 @@ class Trial:
     @property
     def name(self) -> str:
         """Name of its file."""
-        return "-".join([self.contestant, *(f"{key}={value}" for key, value in self.settings), f"seed={self.seed}"])
+        return "-".join([self.variant, *(f"{key}={value}" for key, value in self.settings), f"seed={self.seed}"])
 
     def but(self, seed: int | None = None, /, **changes: Any) -> "Trial":
         """Return this trial with another seed or other settings."""
-        return Trial.of(
-            self.contestant, self.seed if seed is None else seed, **(dict(self.settings) | changes)
-        )
+        return Trial.of(self.variant, self.seed if seed is None else seed, **(dict(self.settings) | changes))
 
 
-def search(contestant: str, centre: float, loss_of: Callable[[Trial], float], seeds: Sequence[int]) -> Trial:
+def search(
+    contestant: str,
+    centre: float,
+    loss_of: Callable[[Trial], float],
+    seeds: Sequence[int],
+    changes: Sequence[Mapping[str, Any]] = CHANGES,
+) -> Trial:
     """Return the best trial of a contestant under the first seed; run it with the other seeds, too.
 
     First the learning rates centre x (1/2, 1, 2), and while the best is at the end of this ladder, a further one
-    beyond, up to 5 rates. Then, from the best, each of `CHANGES` in turn is kept if the loss is lower.
+    beyond, up to 5 rates. Then, from the best, each change in turn is kept if the loss is lower.
 
     Args:
       contestant: its name.
       centre: learning rate in the middle of the ladder.
       loss_of: trains a trial and returns its final held-out loss, NaN or infinite if it diverged.
       seeds: the first is used for the search.
+      changes: of settings.
     """
 
     def loss(trial: Trial) -> float:
@@ -60,7 +66,7 @@ def search(contestant: str, centre: float, loss_of: Callable[[Trial], float], se
         rates[factor] = loss(first.but(rate=centre * factor))
     best = min(rates, key=rates.__getitem__)
     lowest, chosen = rates[best], first.but(rate=centre * best)
-    for change in CHANGES:
+    for change in changes:
         if (found := loss(chosen.but(**change))) < lowest:
             lowest, chosen = found, chosen.but(**change)
     for seed in seeds[1:]:

@@ -7,334 +7,257 @@ import numpy as np
 import optax
 import pytest
 
-from shampax.benchmarks import contestants, figure, learning, optimizers, standings
-from shampax.benchmarks.figure import loss_figure
-from shampax.benchmarks.grid import Trial
+from shampax.benchmarks import contestants, learning, optimizers, standings, trials, tuning
+from shampax.benchmarks.contestants import CONTESTANTS, FIRST, with_settings
+from shampax.benchmarks.trials import Trial, search
 from shampax.framework.base.errors import UserError
 from shampax.framework.config.check import load
+from shampax.optimizers import ShampooOptions
 
-RATES = {"adamw": (0.1, 0.2, 0.4), "ours": (0.1, 0.2, 0.4)}
-GRID = [Trial(name, rate, seed) for seed in (0, 1) for name in RATES for rate in RATES[name]]
-FLAGS = ["--optimizers=adamw,ours", "--seeds=0,1", "--rates", "adamw=0.1,0.2,0.4", "ours=0.1,0.2,0.4"]
-
-
-def curve(trial):
-    """Return held-out losses at steps 0, 10, ... 40; at other rates than the best they are higher by 1."""
-    curves = {
-        ("adamw", 0): [9.0, 7.0, 6.0, 5.0, 3.9],
-        ("adamw", 1): [9.0, 7.0, 6.0, 5.0, 4.1],
-        ("ours", 0): [9.0, 6.0, 3.0, 2.5, 2.0],
-        ("ours", 1): [9.0, 7.0, 5.0, 3.0, 2.2],
-    }
-    best = {"adamw": 0.2, "ours": 0.4}[trial.variant]
-    return [loss + (trial.learning_rate != best) for loss in curves[trial.variant, trial.seed]]
+# Held-out losses at steps 0, 10, ... 40 under the best settings, by optimizer and seed.
+CURVES = {
+    ("adamw", 0): [9.0, 7.0, 6.0, 5.0, 3.9],
+    ("adamw", 1): [9.0, 7.0, 6.0, 5.0, 4.1],
+    ("muon", 0): [9.0, 7.0, 5.0, 3.0, 2.6],
+    ("muon", 1): [9.0, 7.0, 5.0, 3.0, 2.8],
+    ("ours", 0): [9.0, 6.0, 3.0, 2.5, 2.0],
+    ("ours", 1): [9.0, 7.0, 5.0, 3.0, 2.2],
+}
+BEST = {"adamw": 2.5e-3, "muon": 0.048, "ours": 0.04}
 
 
-def fake_run(trial):
-    """Return a result like that of `learning.train`."""
-    heldout = [{"step": 10 * i, "loss": loss} for i, loss in enumerate(curve(trial))]
-    return {"steps": 40, "losses": [1.0] * 40, "heldout": heldout, "stopped": None, "seconds": 1.0}
+def write(folder, trial, losses, stopped=None):
+    """Write the file of a run with held-out losses at steps 0, 10, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    heldout = [{"step": 10 * i, "loss": loss, "accuracy": 1 / loss} for i, loss in enumerate(losses)]
+    content = {"variant": trial.variant, "trial": dict(trial.settings), "seed": trial.seed, "settings": {}}
+    content |= {"steps": 40, "losses": [1.0] * 40, "heldout": heldout, "stopped": stopped, "seconds": 1.0}
+    (folder / f"{trial.name}.json").write_text(json.dumps(content))
 
 
-def fake_settings(trial):
-    return {"optimizer": {"name": trial.variant, "beta": 0.9}, "learning_rate": trial.learning_rate, "seed": trial.seed}
-
-
-def timed(mean_ms, **changes):
+def timed(mean_ms):
     """Return an entry of time.json."""
-    return {
-        "options": {"name": "ours" if mean_ms == 40 else "adamw", "beta": 0.9},
-        "trace_seconds": 1.0,
-        "compile_seconds": 2.5,
-        "stablehlo_characters": 123_456,
-        "hlo_instructions": 7_890,
-        "state_bytes": 5_000_000,
-        "steps": 200,
-        "median_ms": mean_ms / 2,
-        "mean_ms": mean_ms,
-        "longest_ms": mean_ms * 2,
-        "slowest_phase_ms": mean_ms,
-        "longest_to_median": 4.0,
-        "slowest_phase_to_median": 2.0,
-    } | changes
+    counts = {"stablehlo_characters": 123_456, "hlo_instructions": 7_890, "state_bytes": 5_000_000, "steps": 200}
+    ratios = {"longest_to_median": 4.0, "slowest_phase_to_median": 2.0, "trace_seconds": 1.0, "compile_seconds": 2.5}
+    return counts | ratios | {"median_ms": mean_ms / 2, "mean_ms": mean_ms, "longest_ms": mean_ms * 2}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Write a workdir with all runs of the grid and with times: a step of ours takes twice as long as AdamW's."""
-    learning.run_grid(GRID, tmp_path / "learn", fake_settings, fake_run)
-    times = {"adamw": timed(20.0), "ours": timed(40.0), "ours_periodic": timed(60.0), "kl_shampoo": timed(50.0)}
-    content = {"device": "one abacus", "interval": 10, "optimizers": times}
-    (tmp_path / "time.json").write_text(json.dumps(content))
+    """Write a workdir with the runs of a task and with times: a step of ours takes twice as long as AdamW's."""
+    task = tmp_path / "toy.py:sample, 40 steps"
+    for (name, seed), losses in CURVES.items():
+        best = Trial.of(name, seed, rate=BEST[name], **FIRST)
+        write(task / "learn", best, losses)
+        if seed == 0:
+            for other in (best.but(rate=BEST[name] / 2), best.but(nesterov=False)):
+                write(task / "learn", other, [loss + 1 for loss in losses])
+    times = {name: timed(mean) for name, mean in (("adamw", 20.0), ("muon", 20.0), ("ours", 40.0))}
+    (task / "time.json").write_text(json.dumps({"device": "one abacus", "interval": 20, "optimizers": times}))
     return tmp_path
 
 
 def table(folder, capsys, *flags):
-    """Run the sub-command; return its exit code, JSON and Markdown."""
-    code = optimizers.main(["table", f"--workdir={folder}", *FLAGS, *flags])
+    """Run the sub-command; return its exit code, the comparison of the task and the Markdown."""
+    code = optimizers.main(["table", f"--workdir={folder}", *flags])
     shown = capsys.readouterr()
-    return code, json.loads(shown.out) if shown.out else None, shown.err
+    return code, next(iter(json.loads(shown.out).values())) if shown.out else None, shown.err
 
 
-def test_table_has_crossings_best_rates_and_the_leader(folder, capsys):
-    """Faults: a share is of the wrong run; shares of steps and of seconds are swapped; seeds are swapped."""
-    code, comparison, text = table(folder, capsys)
-    assert code == 0
-    assert {name: entry["learning_rate"] for name, entry in comparison["best"].items()} == {"adamw": 0.2, "ours": 0.4}
-    assert comparison["best"]["adamw"]["by_seed"] == {"0": 3.9, "1": 4.1}
-    first, second = [entry for entry in comparison["crossings"] if entry["variant"] == "ours"]
-    # Seed 0 falls from 6 at step 10 to 3 at step 20, seed 1 from 5 at 20 to 3 at 30; AdamW ends at 4.0 on average.
-    assert (first["seed"], first["target"]) == (0, 4.0)
-    assert first["steps"] == pytest.approx(10 + 10 * 2 / 3)
-    assert second["steps"] == pytest.approx(25)
-    assert second["fraction_of_steps"] == pytest.approx(25 / 40)
-    assert second["seconds"] == pytest.approx(25 * 0.040)
-    assert second["fraction_of_seconds"] == pytest.approx(25 * 0.040 / (40 * 0.020))
-    assert "| ours | AdamW, 4.0000 | 1 | 25 | 62.5% | 1.0 | 125.0% |" in text
-    assert "| AdamW | ours, 2.1000 | 0 | not reached |" in text
-    # AdamW's 40 steps take as long as 20 of ours, whose seeds are at 3 and 5 then.
-    assert comparison["at_equal_steps"]["losses"] == pytest.approx({"ours": 2.1, "adamw": 4.0})
-    assert comparison["at_equal_seconds"]["losses"] == pytest.approx({"adamw": 4.0, "ours": 4.0})
-    assert "At equal steps, 40 steps, ours is ahead with 2.1000; then AdamW 4.0000." in text
-    assert "AdamW has finished its schedule then; the others have not: ours at step 20." in text
-
-
-def test_table_warns_of_a_best_rate_at_the_edge(folder, capsys):
-    """Fault: nothing warns that rates outside the grid may be better."""
-    _, comparison, text = table(folder, capsys)
-    assert {name: entry["at_edge"] for name, entry in comparison["best"].items()} == {"adamw": False, "ours": True}
-    assert "The best learning rate of ours is at the edge of its grid" in text
-    assert "The best learning rate of AdamW is" not in text
-
-
-def test_table_names_missing_runs_and_leaves_out_rates_with_missing_seeds(folder, capsys):
-    """Fault: the mean of one lucky seed is compared with means of all seeds."""
-    (folder / "learn" / "adamw-lr0.2-seed1.json").unlink()
-    _, comparison, text = table(folder, capsys)
-    assert comparison["missing"] == ["adamw-lr0.2-seed1"]
-    assert "Missing runs: adamw-lr0.2-seed1." in text
-    assert comparison["best"]["adamw"]["learning_rate"] != 0.2
-
-
-def test_only_finalists_get_the_other_seeds(tmp_path, monkeypatch, capsys):
-    """Faults: other rates than the finalists get more seeds; a rate with one seed is the best; edges are lost."""
+@pytest.mark.parametrize(
+    ("best", "rates"),
+    [
+        (1.0, [1.0, 0.5, 2.0]),
+        (2.0, [1.0, 0.5, 2.0, 4.0]),
+        (0.25, [1.0, 0.5, 2.0, 0.25, 0.125]),
+        (64.0, [1.0, 0.5, 2.0, 4.0, 8.0]),
+    ],
+)
+def test_the_search_is_the_same_for_all_and_follows_the_ladder(best, rates):
+    """Faults: a best rate at the end of the ladder is kept; the ladder grows without end or to the wrong side; a change
+    that is worse is kept; a diverged run wins; other seeds get other settings."""
     made = []
-    whole = learning.run_grid
-    monkeypatch.setattr(learning, "settings_of", lambda _, trial: fake_settings(trial))
-    monkeypatch.setattr(learning, "Workload", lambda *_: None)
-    monkeypatch.setattr(
-        learning,
-        "run_grid",
-        lambda grid, folder, settings, _: whole(grid, folder, settings, lambda t: made.append(t) or fake_run(t)),
-    )
-    flags = [f"--workdir={tmp_path}", *FLAGS, "--finalists=1"]
-    assert optimizers.main(["learn", *flags]) == 0
-    assert made == [*GRID[:6], Trial("adamw", 0.2, 1), Trial("ours", 0.4, 1)]
-    capsys.readouterr()
-    _, comparison, text = table(tmp_path, capsys, "--finalists=1")
-    assert comparison["missing"] == []
-    assert {name: (entry["learning_rate"], entry["at_edge"]) for name, entry in comparison["best"].items()} == {
-        "adamw": (0.2, False),
-        "ours": (0.4, True),
-    }
-    assert "table --finalists=1`" in text
-    (tmp_path / "learn" / "adamw-lr0.2-seed1.json").unlink()
-    _, comparison, _ = table(tmp_path, capsys, "--finalists=1")
-    assert comparison["missing"] == ["adamw-lr0.2-seed1"]
-    assert set(comparison["best"]) == {"ours"}
+
+    def loss_of(trial):
+        made.append(trial)
+        settings = dict(trial.settings)
+        if settings["momentum"] == 0.7:
+            return math.nan
+        loss = abs(math.log2(settings["rate"] / best)) - (settings["momentum"] == 0.9) + (not settings["nesterov"])
+        return loss + 5 * (settings["rate"] > 8)
+
+    chosen = search("ours", 1.0, loss_of, [0, 1, 2])
+    first = [dict(trial.settings)["rate"] for trial in made if dict(trial.settings).items() >= FIRST.items()]
+    assert sorted(first[: len(rates)]) == sorted(rates)
+    nearest = min(rates, key=lambda rate: abs(math.log2(rate / best)))
+    assert dict(chosen.settings) == {"rate": nearest, "momentum": 0.9, "nesterov": True}
+    assert made[-2:] == [chosen.but(1), chosen.but(2)]
+    assert len(made) == len(set(made)) == len(rates) + len(trials.CHANGES) + 2
 
 
-@pytest.mark.parametrize("loss", [None, 1.0])
-def test_table_leaves_out_rates_with_a_diverged_seed(folder, capsys, loss):
-    """Faults: a run without a final loss is an error; a run that ended early counts as the best."""
-    path = folder / "learn" / "adamw-lr0.2-seed1.json"
-    content = json.loads(path.read_text())
-    content["heldout"][-1]["loss"] = loss
-    path.write_text(json.dumps(content | {"stopped": "the loss was not finite"}))
-    _, comparison, text = table(folder, capsys)
-    assert comparison["best"]["adamw"]["learning_rate"] != 0.2
-    assert "| AdamW | 0.2 | 2 | diverged |" in text
-
-
-def test_table_without_times_compares_only_steps(folder, capsys):
-    """Faults: seconds of an optimizer without times are invented; the table fails without times."""
-    (folder / "time.json").unlink()
-    code, comparison, text = table(folder, capsys)
+def test_a_task_has_means_shares_and_the_lead(folder, capsys):
+    """Faults: a share is of the wrong run; the lead is over the worst; a gap within the seeds' range counts; losses at
+    equal seconds are those at equal steps; a setting with one seed is the best."""
+    write(folder / "toy.py:sample, 40 steps" / "learn", Trial.of("ours", 1, rate=9.0, **FIRST), [1.0] * 5)
+    code, task, text = table(folder, capsys)
     assert code == 0
-    assert comparison["at_equal_seconds"] is None
-    assert comparison["crossings"][-1]["seconds"] is None
-    assert "| ours | AdamW, 4.0000 | 1 | 25 | 62.5% | not measured |  |" in text
-    assert "There are not enough runs to compare at equal seconds." in text
+    assert list(task["optimizers"]) == ["ours", "muon", "adamw"]
+    assert {name: entry["settings"]["rate"] for name, entry in task["optimizers"].items()} == BEST
+    assert task["optimizers"]["ours"]["by_seed"] == {"0": 2.0, "1": 2.2}
+    assert task["optimizers"]["ours"]["tried"] == 3
+    # Seed 0 falls from 6 at step 10 to 3 at step 20, seed 1 from 5 at 20 to 3 at 30; AdamW ends at 4.0 on average.
+    assert task["optimizers"]["ours"]["shares"] == pytest.approx([(10 + 10 * 2 / 3) / 40, 25 / 40])
+    assert task["lead"] == pytest.approx({"over": "muon", "gap": 0.6, "spread": 0.2})
+    # AdamW's 40 steps take as long as 20 of ours, whose seeds are at 3 and 5 then.
+    assert task["at_equal_seconds"]["losses"] == pytest.approx({"muon": 2.7, "adamw": 4.0, "ours": 4.0})
+    assert "Ours is ahead of Muon by 0.6000; seeds differ by up to 0.2000." in text and "within" not in text
+    assert "| ours | 2.1000 | 2.0000 | 2.2000 | 0.04 (edge) | 0.8 | yes | 3 | 42% 62% | 4.0000 |" in text
+    assert "| AdamW | 4.0000 | 3.9000 | 4.1000 | 0.0025 (edge) | 0.8 | yes | 3 | 98% not reached |" not in text
+    assert "not reached by 1 of 2 seeds" in text
 
 
-def test_table_names_optimizers_timed_with_other_options(folder, capsys):
-    """Faults: an optimizer is changed and trained again, and the old step times are used; a knob that did not exist
-    when steps were timed counts as a difference."""
-    times = json.loads((folder / "time.json").read_text())
-    times["optimizers"]["ours"]["options"]["beta"] = 0.95
-    (folder / "time.json").write_text(json.dumps(times))
-    _, comparison, text = table(folder, capsys)
-    assert comparison["timed_otherwise"] == ["ours"]
-    for later, unlike in ((0, False), (16, True)):
-        options = {"name": "ours", "beta": 0.9, "knob_that_came_later": later}
-        times["optimizers"]["ours"]["options"] = options
-        (folder / "time.json").write_text(json.dumps(times))
-        assert table(folder, capsys)[1]["timed_otherwise"] == ["ours"] * unlike
-    assert "ours was timed with other options than those of its runs" in text
+def test_the_page_says_where_ours_is_behind_or_not_clearly_ahead(folder, capsys):
+    """Fault: the sentence claims a lead that is none."""
+    learn = folder / "toy.py:sample, 40 steps" / "learn"
+    write(learn, Trial.of("muon", 1, rate=BEST["muon"], **FIRST), [9.0, 7.0, 5.0, 3.0, 1.5])
+    assert "Ours is behind Muon by 0.0500; seeds differ by up to 1.1000. This is within" in table(folder, capsys)[2]
 
 
-def test_markdown_has_times_and_costs_and_replaces_only_its_section(folder, capsys):
-    """Faults: a ratio is inverted; a unit is wrong; other parts of the page, such as older costs, are lost."""
-    entry = {name: value for name, value in timed(1.0).items() if name != "mean_ms"}
-    costs = {
-        "device": "one abacus",
-        "block_size": 128,
-        "interval": 20,
-        "intervals": 2,
-        "parameters": 24_600_000,
-        "optimizers": {"google": entry | {"mean_ms": [300.0, 500.0]}, "ours": entry | {"mean_ms": [100.0, 100.0]}},
-        "eigh": {"stopped": "did not finish within 900 s"},
-    }
+def test_diverged_runs_never_win_and_metrics_may_be_others_than_the_loss(folder, capsys):
+    """Faults: a run that ended early counts; the best by accuracy is the worst."""
+    learn = folder / "toy.py:sample, 40 steps" / "learn"
+    write(learn, Trial.of("ours", 0, rate=0.08, **FIRST), [9.0, 0.1], "the loss was not finite")
+    _, task, _ = table(folder, capsys)
+    assert task["optimizers"]["ours"]["settings"]["rate"] == 0.04 and not task["optimizers"]["ours"]["at_edge"]
+    _, task, _ = table(folder, capsys, "--metric=accuracy", "--higher")
+    assert list(task["optimizers"]) == ["ours", "muon", "adamw"] and task["lead"]["gap"] > 0
+
+
+def test_markdown_replaces_only_its_sections(folder, capsys):
+    """Faults: other parts of the page, such as older costs, are lost; a ratio is inverted; a unit is wrong."""
+    google, ours = ({**timed(1.0), "mean_ms": means} for means in ([300.0, 500.0], [100.0, 100.0]))
+    costs = {"device": "one abacus", "block_size": 128, "interval": 20, "intervals": 2, "parameters": 24_600_000}
+    costs["optimizers"] = {"google": google, "ours": ours}
     (folder / "cost-128.json").write_text(json.dumps(costs))
     results = folder / "results.md"
     sections = [f"{section.begin}\nold\n{section.end}\n" for section in (standings.SECTION, standings.COSTS)]
     results.write_text(f"before\n{sections[0]}between\n{sections[1]}after\n")
-    assert table(folder, capsys, f"--markdown={results}")[0] == 0
+    assert table(folder, capsys, f"--markdown={results}", f"--figure={folder / 'images' / 'loss.png'}")[0] == 0
     text = results.read_text()
     assert text.startswith(f"before\n{standings.SECTION.begin}\nMade by")
     assert f"{standings.SECTION.end}\nbetween\n{standings.COSTS.begin}\nUpdates alone" in text
     assert text.endswith(f"{standings.COSTS.end}\nafter\n")
-    assert "| ours, periodic | 30.0 | 60.0 | 120.0 | 4.00 | 2.00 | 3.5 | 7,890 | 123,456 | 5.0 |" in text
-    assert "| our KL-Shampoo | 25.0 | 50.0 | 100.0 |" in text
+    assert "| ours | 20.0 | 40.0 | 80.0 | 4.00 | 2.00 | 3.5 | 7,890 | 123,456 | 5.0 |" in text
     assert "| Google's Shampoo | 300.0 500.0 | 4.00 | 3.5 | 7,890 | 123,456 | 5.0 |" in text
-    assert "24.6 M parameters" in text
-    assert "Our Shampoo with the solver eigh: did not finish within 900 s." in text
+    assert (folder / "images" / "loss.png").stat().st_size > 10_000
     (folder / "cost-128.json").unlink()
     assert table(folder, capsys, f"--markdown={results}")[0] == 0
     assert results.read_text() == text
-
-
-def test_the_figure_has_every_optimizer_at_its_best_rate(folder, capsys, monkeypatch):
-    """Faults: curves of another rate are drawn; seconds are invented; no file is written."""
-    drawn = []
-    monkeypatch.setattr(figure, "loss_figure", lambda *given: drawn.append(given) or loss_figure(*given))
-    for axes in (["step", "seconds"], ["step"]):
-        picture = folder / "images" / f"{len(axes)}.png"
-        assert table(folder, capsys, f"--figure={picture}")[0] == 0
-        assert picture.stat().st_size > 10_000
-        groups, against = drawn.pop()
-        assert against == axes
-        ends = {group.label: [run.curve("heldout/loss", "step")[1][-1] for run in group.runs] for group in groups}
-        assert ends == {"ours": [2.0, 2.2], "AdamW": [3.9, 4.1]}
-        (folder / "time.json").unlink(missing_ok=True)
-
-
-def test_document_without_markers_is_refused_and_kept(folder, capsys):
-    """Fault: content is written outside its section."""
-    results = folder / "results.md"
     results.write_text("# Results\n")
-    code, _, text = table(folder, capsys, f"--markdown={results}")
-    assert code == 2
-    assert "Add them" in text
+    assert table(folder, capsys, f"--markdown={results}")[0] == 2
     assert results.read_text() == "# Results\n"
 
 
-def test_interrupted_grid_trains_only_missing_runs(tmp_path):
-    """Faults: finished runs are trained again; an interrupted one counts as finished."""
-    made = []
-
-    def run(trial):
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        made.append(trial)
-        return fake_run(trial)
-
-    with pytest.raises(KeyboardInterrupt):
-        learning.run_grid(GRID, tmp_path, fake_settings, run)
-    assert len(list(tmp_path.iterdir())) == 3
-    again = []
-    results = learning.run_grid(GRID, tmp_path, fake_settings, lambda trial: again.append(trial) or fake_run(trial))
-    assert made + again == GRID
-    assert [result["learning_rate"] for result in results] == [trial.learning_rate for trial in GRID]
-
-
-def test_runs_of_other_settings_are_refused_before_training(tmp_path):
-    """Fault: means are over runs from before and after a change of an optimizer."""
-    learning.run_grid(GRID[-1:], tmp_path, fake_settings, fake_run)
-
-    def changed(trial):
-        return fake_settings(trial) | {"optimizer": {"name": trial.variant, "beta": 0.95}}
-
-    with pytest.raises(UserError, match=r"optimizer\.beta: 0\.9 -> 0\.95"):
-        learning.run_grid(GRID, tmp_path, changed, fake_run)
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_every_optimizer_has_the_same_number_of_rates(capsys):
-    """Fault: one optimizer is tuned on a finer grid than the others."""
-    assert optimizers.main(["table", "--optimizers=adamw,ours", "--rates", "ours=1e-3,2e-3"]) == 2
-    assert f"adamw {len(contestants.RATES['adamw'])}, ours 2" in capsys.readouterr().err
-    assert len({len(rates) for rates in contestants.RATES.values()}) == 1
+def test_an_empty_workdir_and_a_config_without_shampoo_are_refused(tmp_path, capsys):
+    """Fault: a traceback instead of one line."""
+    assert table(tmp_path, capsys)[0] == 2
+    flags = [f"--workdir={tmp_path}", "--optimizers=adamw", "--config=shampax/configs/lm.py:sample_adamw"]
+    assert optimizers.main(["learn", *flags]) == 2
+    assert "its optimizer must be Shampoo" in capsys.readouterr().err
 
 
 def test_a_missing_google_package_is_one_line_with_the_command_to_install_it(tmp_path, monkeypatch, capsys):
     """Fault: a traceback after hours of the other optimizers' training."""
     monkeypatch.setitem(sys.modules, "precondition.distributed_shampoo", None)
-    monkeypatch.setattr(learning, "run_grid", lambda *_: pytest.fail("trained the others first"))
+    monkeypatch.setattr(learning, "run", lambda *_: pytest.fail("trained the others first"))
     assert optimizers.main(["learn", f"--workdir={tmp_path / 'runs'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "make install EXTRA=benchmarks" in line
     assert not (tmp_path / "runs").exists()
 
 
+def test_settings_reach_the_options_of_every_contestant():
+    """Faults: a momentum is left at its default; the contestants differ in more than their rule; ours is another's."""
+    ours = ShampooOptions(block_size=128, weight_decay=0.4, rate_rules=((".*", 3.0),))
+    settings = {"rate": 1.0, "momentum": 0.7, "nesterov": False}
+    made = {name: with_settings(each.options(ours), settings) for name, each in CONTESTANTS.items()}
+    for options in made.values():
+        assert options.beta1 == 0.7 and not options.nesterov and options.beta2 == 0.95
+    assert made["muon"].beta == 0.7 and made["muon"].weight_decay == 0.1
+    assert made["adamw"].weight_decay == made["soap"].weight_decay == 0.4
+    for name in ("adamw", "google", "muon_adam", "shampoo", "soap", "kl_shampoo", "ours"):
+        assert made[name].rate_rules == ours.rate_rules
+    kinds = {made[name].treatments[-1][1] for name in ("soap", "kl_shampoo", "shampoo")}
+    assert kinds == {"soap", "kl_shampoo", "shampoo"} and made["google"].treatments == ours.treatments
+    assert [made[name].orthogonalize for name in ("ours", "muon_adam", "shampoo", "soap")] == [3, 5, 0, 0]
+
+
+def test_variants_of_a_config_compete_with_their_own_optimizer(tmp_path, monkeypatch, capsys):
+    """Faults: a task's own baseline is trained with another optimizer or rate; a change that its optimizer does not
+    have is trained, the same run twice."""
+    made = []
+
+    def run(workload, trial, *_):
+        made.append((trial, workload.options(trial)))
+        return {"stopped": None, "heldout": [{"loss": abs(dict(trial.settings)["rate"] - 0.06)}]}
+
+    monkeypatch.setattr(learning, "run", run)
+    flags = [f"--workdir={tmp_path}", "--config=shampax/configs/dlrm.py:sample", "--seeds=0"]
+    assert optimizers.main(["learn", *flags, "--optimizers=sample_adagrad"]) == 0
+    assert {dict(trial.settings)["rate"] for trial, _ in made} == {0.03, 0.06, 0.12}
+    assert {type(options).__name__ for _, options in made} == {"AdaGradOptions"} and len(made) == 3
+    assert optimizers.main(["learn", *flags, "--optimizers=no_such"]) == 2
+    assert "no_such" in capsys.readouterr().err
+
+
 def test_parameters_are_split_by_layer_with_folded_heads_and_joined_again():
-    """Faults: Google's optimizer gets a stack of layers as one tensor; an update is applied to another layer."""
+    """Faults: Google's optimizer gets a stack of layers as one tensor; an update is applied to another layer; an
+    embedding is preconditioned."""
     params = {
         "query": np.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5),
         "out": np.ones((4, 5, 3)),
         "norm": np.ones((2, 3)),
+        "embedding": np.ones((7, 3)),
     }
     names = {"query": ("layers", "embed", "heads", "kv"), "out": ("heads", "kv", "embed"), "norm": ("layers", "norm")}
+    names["embedding"] = ("vocab", "embed")
     seen = []
 
     def update(updates, state, params):
         seen.append(jax.tree.map(np.shape, params))
         return jax.tree.map(lambda u, p: u + p, updates, params), state
 
-    tx = contestants.as_matrices(optax.GradientTransformation(lambda params: (), update), names)
+    tx = optax.GradientTransformation(lambda params: (), update)
+    tx = contestants.as_matrices(tx, names, ShampooOptions.treatments)
     updates, _ = tx.update(params, tx.init(params), params)
-    assert seen[0] == {"query": [(3, 20)] * 2, "out": [(20, 3)], "norm": [(3,)] * 2}
+    assert seen[0] == {"query": [(3, 20)] * 2, "out": [(20, 3)], "norm": [(3,)] * 2, "embedding": [(21,)]}
     assert jax.tree.all(jax.tree.map(lambda u, p: np.array_equal(u, 2 * p), updates, params))
+
+
+SMALL = [
+    *("duration=2 steps", "batch_size=2", "evaluation.batches=1", "data.sequence_length=8", "data.max_records=10"),
+    *("task.layers=1", "task.embed_dim=16", "task.heads=2", "task.kv_heads=1", "task.head_dim=8"),
+    *("task.mlp_dim=24", "optimizer.block_size=16", "optimizer.interval=2", "optimizer.early_intervals=()"),
+]
 
 
 @pytest.fixture(scope="module")
 def workload(tmp_path_factory):
-    """Return the sample, shrunk to one narrow layer and two steps."""
-    changes = [
-        *(
-            "duration=2 steps",
-            "batch_size=2",
-            "evaluation.batches=1",
-            "data.sequence_length=8",
-            "data.max_records=10",
-        ),
-        *("task.layers=1", "task.embed_dim=16", "task.heads=2", "task.kv_heads=1", "task.head_dim=8"),
-        *("task.mlp_dim=24", "task.vocab_size=264", "optimizer.block_size=16", "optimizer.interval=2"),
-    ]
-    return learning.Workload(load("shampax/configs/lm.py:sample", changes), tmp_path_factory.mktemp("cache"))
+    """Return the byte model, shrunk to one narrow layer and two steps."""
+    return learning.Workload(load("shampax/configs/lm.py:bytes", SMALL), tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
 def programs(workload):
     """Return one program for each optimizer; each compiles at its first run."""
-    return {name: workload.program(workload.options[name]) for name in ("adamw", "muon", "ours")}
+    return {name: workload.program(workload.options(Trial.of(name, **FIRST))) for name in ("adamw", "muon", "ours")}
 
 
 @pytest.mark.parametrize("name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("muon", "ours"))])
 def test_all_rates_share_one_program(workload, programs, name):
-    """Fault: the rate is a constant of the program, and all rates of the grid give the same run."""
+    """Fault: the rate is a constant of the program, and all rates of the ladder give the same run."""
     program = programs[name]
-    still, moving = (learning.train(workload, program, Trial(name, rate, 0)) for rate in (0.0, 1e-2))
+    still, moving = (learning.train(workload, program, Trial.of(name, rate=rate)) for rate in (0.0, 1e-2))
     assert program.step._cache_size() == 1
     assert len(moving["losses"]) == moving["steps"] == 2
     assert [metrics["step"] for metrics in moving["heldout"]] == [0, 1, 2]
@@ -345,7 +268,60 @@ def test_all_rates_share_one_program(workload, programs, name):
 
 def test_a_diverging_run_stops(workload, programs):
     """Fault: NaN is written to the file, which makes it invalid JSON, or counts as a loss."""
-    result = learning.train(workload, programs["adamw"], Trial("adamw", math.inf, 0))
+    result = learning.train(workload, programs["adamw"], Trial.of("adamw", rate=math.inf))
     assert result["stopped"] == "the loss was not finite"
     assert result["heldout"][-1]["loss"] is None
     json.dumps(result, allow_nan=False)
+
+
+def test_finished_runs_are_kept_and_those_of_other_settings_refused(workload, programs, tmp_path, monkeypatch):
+    """Faults: a finished run is trained again; a mean is over runs from before and after a change of an optimizer."""
+    monkeypatch.setattr(learning.Workload, "program", lambda *_: programs["adamw"])
+    trial = Trial.of("adamw", rate=0.1, **FIRST)
+    made = learning.run(workload, trial, tmp_path, {})
+    monkeypatch.setattr(learning, "train", lambda *_: pytest.fail("trained again"))
+    assert learning.run(workload, trial, tmp_path, {}) == made
+    monkeypatch.setattr(contestants, "BETA2", 0.9)
+    with pytest.raises(UserError, match=r"optimizer\.beta2: 0\.95 -> 0\.9"):
+        learning.run(workload, trial, tmp_path, {})
+    (outcome,) = learning.read(tmp_path)
+    assert outcome.trial == trial and outcome.complete and outcome.result["loss"] == made["heldout"][-1]["loss"]
+
+
+def test_model_state_and_augmentation_are_those_of_the_trainer(tmp_path):
+    """Faults: batch statistics stay at their start; training images are not augmented."""
+    changes = ["duration=2 steps", "batch_size=4", "evaluation.batches=1", "task.stages=(1,)", "task.width=4"]
+    workload = learning.Workload(load("shampax/configs/resnet.py:sample", changes), tmp_path)
+    program = workload.program(workload.options(Trial.of("adamw", **FIRST)))
+    start = jax.device_get(program.start(0)[0])
+    batches = workload.batches(0)
+    variables, state = program.start(0)
+    variables, _, _ = program.step(variables, state, batches[0], np.float32(0), np.uint32(0), np.uint32(0))
+    same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), start, jax.device_get(variables))
+    assert all(jax.tree.leaves(same["params"])) and not any(jax.tree.leaves(same["batch_stats"]))
+    assert not np.array_equal(
+        batches[0]["image"],
+        learning.pipeline.Batches(workload._source, seed=0, global_batch_size=4, rows=range(4))[0]["image"],
+    )
+
+
+def test_tuning_changes_one_setting_at_a_time_and_ranks_by_effect(tmp_path, capsys):
+    """Faults: a change equals the config; a value is reported for another option; the order is not that of effects."""
+    ours = ShampooOptions()
+    base = Trial.of(tuning.BASE, rate=0.02, momentum=0.8, nesterov=True)
+    own = vars(ours) | dict(base.settings)
+    made = tuning.trials(base, own, ["rate", *tuning.CHANGES])
+    assert len({trial.name for trial in made}) == len(made)
+    options = [with_settings(ours, dict(trial.settings)) for trial in made]
+    assert len(set(options)) == len(options) - len(tuning.RATE_FACTORS)
+    folder = tmp_path / "toy.py:sample, 40 steps"
+    for trial in tuning.trials(base, own, ["rate", "ridge"]):
+        settings = dict(trial.settings)
+        write(folder, trial, [2.0 + 0.1 * (settings.get("ridge", 1e-4) > 1e-4) + (settings["rate"] != 0.02)])
+        path = folder / f"{trial.name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": {"optimizer": {"ridge": 1e-4}}}))
+    assert tuning.main(["table", f"--workdir={tmp_path}"]) == 0
+    shown = capsys.readouterr()
+    rows = json.loads(shown.out)["toy.py:sample, 40 steps"]
+    assert [row["option"] for row in rows] == ["rate", "ridge"]
+    assert "| `ridge` | 1e-06: 2.0000, 1e-05: 2.0000, **0.0001: 2.0000**, 0.001: 2.1000, 0.01: 2.1000 |" in shown.err

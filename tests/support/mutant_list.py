@@ -1832,4 +1832,40 @@ PLANNING = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = (*OPTIMIZERS, *FRAMEWORK, *MODELS, *LAUNCH, *CONFIGS, *FLOORS, *PLANNING)
+_COMPARED = "tests/benchmarks/test_optimizers.py"
+BENCHMARKS = (
+    Mutant(
+        "ladder-of-rates-without-a-further-rung",
+        "benchmarks/trials.py",
+        "LADDER, LONGEST = (0.5, 1.0, 2.0), 5",
+        "LADDER, LONGEST = (0.5, 1.0, 2.0), 3",
+        "The best learning rate of a compared optimizer lies outside its ladder.",
+        (f"{_COMPARED}::test_the_search_is_the_same_for_all_and_follows_the_ladder",),
+    ),
+    Mutant(
+        "lead-within-the-seeds-range",
+        "benchmarks/standings.py",
+        'doubt = "" if abs(gap) > spread else',
+        'doubt = "" if True else',
+        "The results claim a lead that is within what seeds do.",
+        (f"{_COMPARED}::test_the_page_says_where_ours_is_behind_or_not_clearly_ahead",),
+    ),
+    Mutant(
+        "comparison-without-augmentation",
+        "benchmarks/learning.py",
+        "augment=self._augment, **self._share",
+        "**self._share",
+        "Optimizers are compared on other images than those that the trainer trains on.",
+        (f"{_COMPARED}::test_model_state_and_augmentation_are_those_of_the_trainer",),
+    ),
+    Mutant(
+        "tuning-relative-to-another-run",
+        "benchmarks/tuning.py",
+        "outcome.trial.variant == BASE",
+        "outcome.trial.variant != BASE",
+        "The table of sensitivities shows values of other options.",
+        (f"{_COMPARED}::test_tuning_changes_one_setting_at_a_time_and_ranks_by_effect",),
+    ),
+)
+
+MUTANTS: tuple[Mutant, ...] = (*OPTIMIZERS, *FRAMEWORK, *MODELS, *LAUNCH, *CONFIGS, *FLOORS, *PLANNING, *BENCHMARKS)
