@@ -12,7 +12,7 @@ from .documents import Section, table
 from .outcomes import LOSS, Metric, Outcome, by, mean, shares
 
 SECTION, COSTS = Section("optimizers"), Section("costs of updates")
-BASELINE, OURS = "adamw", "ours"
+BASELINE, OURS, RIVAL = "adamw", "ours", "muon"
 
 
 def at_their_best(outcomes: Sequence[Outcome], metric: Metric = LOSS) -> dict[str, list[Outcome]]:
@@ -44,7 +44,7 @@ def compare(outcomes: Sequence[Outcome], seconds: Mapping[str, float], metric: M
     Returns:
       `steps` of a run. `optimizers`, best first: settings, number of settings `tried`, losses `by_seed` and their
       `mean`, whether the best rate is `at_edge` of its ladder, and the `shares` of AdamW's steps after which each seed
-      reaches AdamW's mean final loss. `lead`: see `_lead`. `at_equal_seconds`: see `_at_equal_seconds`.
+      reaches AdamW's mean final loss. `leads`: see `_leads`. `at_equal_seconds`: see `_at_equal_seconds`.
 
     Raises:
       UserError: there are no runs.
@@ -66,30 +66,31 @@ def compare(outcomes: Sequence[Outcome], seconds: Mapping[str, float], metric: M
             "at_edge": len(set(rates)) > 1 and chosen["rate"] in (min(rates), max(rates)),
             "mean": means[name],
             "by_seed": {str(run.trial.seed): metric.of(run.result) for run in runs},
-            "shares": shares(runs, best[BASELINE], metric) if BASELINE in best else [],
+            "shares": shares(runs, best[BASELINE], metric) if name != BASELINE and BASELINE in best else [],
         }
     return {
         "steps": best[order[0]][0].result["steps"],
         "metric": metric.name,
         "optimizers": entries,
-        "lead": _lead(entries, metric),
+        "leads": _leads(entries, metric),
         "at_equal_seconds": _at_equal_seconds(best, seconds, metric),
     }
 
 
-def _lead(entries: Mapping[str, Any], metric: Metric) -> dict[str, Any] | None:
-    """Compare our mean with the best other's.
+def _leads(entries: Mapping[str, Any], metric: Metric) -> list[dict[str, Any]]:
+    """Compare our mean with those of the best other optimizer and of Muon.
 
     Returns:
-      `over`, its name; `gap`, positive if ours is better; `spread`, the larger of the two ranges over seeds.
+      For each: `over`, its name; `gap`, positive if ours is better; `spread`, the larger of the two ranges over seeds.
     """
-    others = [name for name in entries if name != OURS]
-    if OURS not in entries or not others:
-        return None
-    pair = [entries[OURS], entries[others[0]]]
-    spread = max(max(entry["by_seed"].values()) - min(entry["by_seed"].values()) for entry in pair)
-    gap = metric.falling(pair[1]["mean"]) - metric.falling(pair[0]["mean"])
-    return {"over": others[0], "gap": gap, "spread": spread}
+    leads = []
+    for other in dict.fromkeys([*[name for name in entries if name != OURS][:1], RIVAL]):
+        if OURS in entries and other in entries:
+            pair = [entries[OURS], entries[other]]
+            spread = max(max(entry["by_seed"].values()) - min(entry["by_seed"].values()) for entry in pair)
+            gap = metric.falling(pair[1]["mean"]) - metric.falling(pair[0]["mean"])
+            leads.append({"over": other, "gap": gap, "spread": spread})
+    return leads
 
 
 def _at_equal_seconds(
@@ -150,17 +151,15 @@ def _task(heading: str, comparison: dict[str, Any]) -> list[str]:
     of_seeds = [f"seed {seed}" for seed in seeds]
     columns = ["optimizer", "mean", *of_seeds, "rate", "momentum", "Nesterov", "settings tried", "AdamW's loss after"]
     seconds = f"after {equal['seconds']:,.1f} s" if equal else "equal seconds"
-    parts = [f"**{heading}.** {_sentence(comparison['lead'])}"]
+    parts = [" ".join([f"**{heading}.**", *map(_sentence, comparison["leads"])])]
     return [*parts, table([*columns, seconds], rows)]
 
 
-def _sentence(lead: dict[str, Any] | None) -> str:
-    if lead is None:
-        return ""
-    other, gap, spread = title(lead["over"]), lead["gap"], lead["spread"]
+def _sentence(lead: Mapping[str, Any]) -> str:
+    gap, spread = lead["gap"], lead["spread"]
     place = "ahead of" if gap > 0 else "behind"
     doubt = "" if abs(gap) > spread else " This is within what seeds do."
-    return f"Ours is {place} {other} by {abs(gap):.4f}; seeds differ by up to {spread:.4f}.{doubt}"
+    return f"Ours is {place} {title(lead['over'])} by {abs(gap):.4f}; seeds differ by up to {spread:.4f}.{doubt}"
 
 
 def _shares(reached: Sequence[float | None]) -> str:
