@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import threadpoolctl
 from jax.sharding import PartitionSpec
 
+from ..linalg import blas
 from ..linalg.symmetric import unpack
 from ..options import Options
 from ..plan.blocks import Bucket
@@ -116,8 +116,7 @@ class HostRoots:
         self._events = events
         self._reader = Workers(1, "roots-reader")
         self._solvers = Workers(pool_size(options.host_workers), "roots")
-        # One thread per LAPACK call: calls run in parallel, and the number of threads changes the last bits.
-        self._blas = threadpoolctl.threadpool_limits(limits=1, user_api="blas")
+        self._blas = blas.one_thread()
         self._tables: Any = None
         self._devices: dict[Any, int] = {}  # device of this process -> its number among all owners
         self._known = 0

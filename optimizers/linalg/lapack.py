@@ -1,11 +1,11 @@
-"""Inverse p-th roots in float64 by LAPACK on the host, one matrix at a time.
+"""Inverse p-th roots in float64 by LAPACK on the host, one matrix at a time."""
 
-`numpy.linalg.eigh` releases the GIL, so that threads solve in parallel; SciPy's does not.
-"""
+import functools
 
 import jax.numpy as jnp
 import numpy as np
 
+from .blas import eigh, product
 from .roots import RootResult
 
 
@@ -27,18 +27,18 @@ def inverse_root(a_rr: np.ndarray, p: int, ridge: float, cut: float) -> RootResu
         return RootResult(np.zeros((size, size)), np.nan, 0.0, 1.0, 0.0)
     a = (a + a.T) / 2
     trace = np.trace(a)
-    w, v = np.linalg.eigh(a)
+    w, v = eigh(a)
     if size == 0 or w[-1] <= 0:
         return RootResult(np.zeros((size, size)), 1.0, 0.0, 1.0, 0.0)
     shifted, root_w, above = regularised(w, w[-1], p, ridge, cut, np)
-    x = (v * root_w) @ v.T
+    x = product(v * root_w, v.T)
     if cut:
-        unit = (v * above) @ v.T
+        unit = product(v * above, v.T)
     else:
         unit = np.eye(size)
-        a = a + ridge * w[-1] * unit - (v * np.minimum(w, 0)) @ v.T
-    low, high = np.linalg.matrix_power(x, p // 2), np.linalg.matrix_power(x, (p + 1) // 2)
-    residual = float(np.max(np.abs(low @ a @ high - unit)))
+        a = a + ridge * w[-1] * unit - product(v * np.minimum(w, 0), v.T)
+    found = functools.reduce(product, (*[x] * (p // 2), a, *[x] * ((p + 1) // 2)))
+    residual = float(np.max(np.abs(found - unit)))
     if not ridge and not cut and not np.all(above):
         residual = max(residual, 1.0)
     condition = shifted[-1] / np.min(shifted[root_w > 0])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..diagonal import correction
-from ..linalg import lapack, roots
+from ..linalg import blas, lapack, roots
 from ..linalg.roots import RootResult
 from .base import Blocks, Preconditioner, PreconditionerState, multiplied
 
@@ -121,13 +121,14 @@ class Soap(Preconditioner):
         if refused.largest <= 0:
             return refused, 0
         try:
-            values, q = np.linalg.eigh((a + a.T) / 2)
+            values, q = blas.eigh((a + a.T) / 2)
         except np.linalg.LinAlgError:
             return refused, 0
         values, q = values[::-1], q[:, ::-1]
         null = values <= NULL * values[0]
-        q[:, null] @= np.linalg.qr(q[:, null].T @ _fixed(len(q))[:, null])[0]
-        residual = float(np.max(np.abs(q.T @ q - np.eye(len(q)))))
+        turn = blas.orthonormal(blas.product(q[:, null].T, _fixed(len(q))[:, null]))
+        q[:, null] = blas.product(q[:, null], turn)
+        residual = float(np.max(np.abs(blas.product(q.T, q) - np.eye(len(q)))))
         rank = float(np.trace(a) / values[0])
         return RootResult(q, residual, float(values[0]), 0.0, rank, accepted=True), 0
 
