@@ -7,6 +7,8 @@ identify a block by path and coordinates.
 import dataclasses
 import functools
 import math
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +24,8 @@ from .assignment import assign_owners
 from .tiles import Tiling, make_tiling
 from .views import View, matrix_view, names_by_path, tensor_view
 
+# Names of vectors, as in the default `decay_rules`.
+_VECTORS = r"(.*/)?[^/]*(bias|scale|norm)[^/]*(/.*)?"
 # Shape, sides, p, beta2, ridge, cut, orthogonalize and name of the preconditioner, which all blocks of a bucket share.
 _Key = tuple[Any, ...]
 
@@ -246,6 +250,7 @@ def make_plan(parameters: Sequence[Parameter], options: Options, mesh: Mapping[s
     grouped: dict[_Key, list[Leaf]] = {}
     diagonal: dict[int, DiagonalLeaf] = {}
     treatments: dict[str, str] = {}
+    doubtful: list[str] = []
     for index, (path, shape, names, spec) in enumerate(parameters):
         _check(path, shape, names, spec, mesh)
         treatment = patterns.first_match(rules, path)
@@ -259,6 +264,8 @@ def make_plan(parameters: Sequence[Parameter], options: Options, mesh: Mapping[s
             diagonal[index] = DiagonalLeaf(path, shape, options.diagonal_beta2_of(treatment))
             treatments[path] = f"diagonal ({options.diagonal})"
             continue
+        if names is None and re.fullmatch(_VECTORS, path):
+            doubtful.append(f"{path!r} {shape}")
         parts = [split(length, treatment.block_size) for length in view.lengths]
         pieces, block = (tuple(part[i] for part in parts) for i in (0, 1))
         p = treatment.order(len(sides))
@@ -269,6 +276,14 @@ def make_plan(parameters: Sequence[Parameter], options: Options, mesh: Mapping[s
         grouped.setdefault(key, []).append(leaf)
         label = preconditioner.label or (f"p{p}" if p else "momentum")
         treatments[path] = f"{treatment.kind} {_title(block, sides, label)} x{leaf.tiling.blocks}"
+    if doubtful:
+        others = f" (and {len(doubtful) - 1} others)" * (len(doubtful) > 1)
+        warnings.warn(
+            f"parameter {doubtful[0]}{others}: has the name of a vector and no axis names, and is preconditioned as a "
+            f"matrix. If its first axis stacks layers, give axis_names, or put ({_VECTORS!r}, 'diagonal') first in "
+            "treatments.",
+            stacklevel=2,
+        )
     phases = 1 if options.refresh == "periodic" else options.interval
     return Plan(_buckets(grouped, math.prod(mesh.values()), phases, options), diagonal, treatments)
 

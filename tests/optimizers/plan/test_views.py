@@ -1,5 +1,8 @@
+import dataclasses
+import functools
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shampax.optimizers import ShampooOptions
+from shampax.optimizers.plan import blocks
 from shampax.optimizers.plan.blocks import make_plan, parameters
 from shampax.optimizers.plan.views import matrix_view, names_by_path, tensor_view
 
@@ -46,6 +50,42 @@ def test_a_parameter_whose_axes_all_fold_is_diagonal(shape):
     names = {(4, 8): ("heads", "head_dim"), (3, 4, 8): ("layers", "heads", "head_dim"), (5, 8): ("layers", "kv_heads")}
     plan = make_plan(parameters({"w": np.ones(shape)}, {"w": names[shape]}), ShampooOptions(), {})
     assert plan.buckets == () and list(plan.diagonal) == [0]
+
+
+NORM = "blocks/norm/scale"
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "names", "treatments", "warned"),
+    [
+        (NORM, (3, 64), None, "shampoo", True),
+        ("blocks/LayerNorm_0/bias", (3, 64), None, "soap", True),
+        ("blocks/query/bias", (3, 4, 16), None, "shampoo", True),
+        (NORM, (3, 64), ("layers", "embed"), "shampoo", False),
+        (NORM, (3, 64), None, "shampoo stack=1", False),
+        (NORM, (3, 64), None, "diagonal", False),
+        (NORM, (64,), None, "shampoo", False),
+        ("blocks/up/kernel", (3, 64), None, "shampoo", False),
+        ("relative_bias/embedding", (8, 32), None, None, False),
+    ],
+)
+def test_a_stack_of_vectors_without_axis_names_is_a_warning(path, shape, names, treatments, warned):
+    """Faults: scanned norms become matrices of layers x channels without a word; whoever has said what the axes are is
+    warned."""
+    options = ShampooOptions(treatments=((".*", treatments),)) if treatments else ShampooOptions()
+
+    def tree(leaf):
+        return functools.reduce(lambda inner, name: {name: inner}, path.split("/")[::-1], leaf)
+
+    made = functools.partial(make_plan, parameters(tree(np.ones(shape)), names and tree(names)), options, {})
+    if not warned:
+        with warnings.catch_warnings(action="error"):
+            assert not made().buckets or "kernel" in path
+        return
+    with pytest.warns(UserWarning, match=rf"parameter '{path}' .*no axis names.*give axis_names, or put .*'diagonal'"):
+        assert made().buckets
+    options = dataclasses.replace(options, treatments=((blocks._VECTORS, "diagonal"), *options.treatments))
+    assert not make_plan(made.args[0], options, {}).buckets
 
 
 def test_axis_names_have_priority_over_stack():
