@@ -204,6 +204,7 @@ class Checkpoints:
         verify.write(path, jax.process_index(), jax.process_count())
         self._metrics["checkpoint/bytes"] = float(verify.size(path))
         self._prune()
+        workarounds.return_free_memory()
 
     def _settle(self) -> str:
         """Wait for the save in progress; returns why it failed in any process, "" if it did not."""

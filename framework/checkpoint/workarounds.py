@@ -1,7 +1,8 @@
-"""Work around faults of Orbax and TensorStore that show on a full disk, and after hundreds of saves."""
+"""Work around faults of Orbax, TensorStore and glibc that show on a full disk, and after hundreds of saves."""
 
 import ast
 import contextlib
+import ctypes
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -48,6 +49,16 @@ def release() -> None:
 
         signals = future.AwaitableSignalsContract.get_awaitable_signals_from_contract()
         future.set_signals(signals, operation_id=OperationIdGenerator.get_current_operation_id())
+
+
+def return_free_memory() -> None:
+    """Give the memory that malloc keeps for later back to the system, where the C library can.
+
+    A save allocates in dozens of short-lived threads. glibc spreads them over its arenas, whose free memory grows by
+    40 MB in 1,000 saves of the sample and reaches 900 MB after compilation, while what is in use stays level.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_of_others(record: logging.LogRecord) -> bool:

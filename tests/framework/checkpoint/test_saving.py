@@ -1,3 +1,4 @@
+import ctypes
 import dataclasses
 import errno
 import gc
@@ -320,6 +321,25 @@ def test_damaged_checkpoints_are_deleted_once_their_step_is_saved_again(tmp_path
     assert sorted(path.name for path in (tmp_path / "damaged").iterdir()) == ["2", "5"]
     save(tmp_path, state, {2: None})
     assert [path.name for path in (tmp_path / "damaged").iterdir()] == ["5"]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc keeps free memory so")
+def test_a_save_returns_free_memory_to_the_system(tmp_path):
+    """Fault: what the threads of saves free stays in the process: 40 MB more after 1,000 saves of the sample."""
+    page = resource.getpagesize()
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    state, pieces = make_state({"data": 8}, P()), [np.ones(8_000) for _ in range(3_200)]
+    saving, end = saver(tmp_path), pieces.pop()  # what is after them keeps malloc from shrinking by itself
+    before = resident()
+    pieces.clear()
+    saving.save(state, Record(step=1), {})
+    saving.confirm()
+    saving.close()
+    assert resident() < before - 100e6
+    del end
 
 
 def test_saves_leave_no_memory(tmp_path):
