@@ -174,6 +174,8 @@ def build(request: Request, compilers: Executor) -> Blueprint:
     config, mesh = request.config, request.mesh
     start = origin.find(request.workdir, resume_from=config.resume_from, init_from=config.init_from)
     record = start.record()
+    if start.path is not None and start.kind == "resume":
+        ownership.continued(start.path, config)
     feed = functools.cache(lambda: Feed(request.data, request.sets, request.workdir / layout.CACHE, mesh, config))
     example = dataset.spec(request.data)
     batch_spec = global_batch.spec(example, config.batch_size, mesh) if example else feed().batch_spec

@@ -46,14 +46,26 @@ def finished(workdir: Path, config: Any) -> dict[str, Any] | None:
             result = layout.read_result(workdir)
             if result and result["stopped"] is None and stored.get("duration") == config.duration:
                 return result
-        if stored.get("microbatches", config.microbatches) != config.microbatches:
-            console.say(
-                f"warning: config.microbatches was {stored['microbatches']} and is {config.microbatches}. Dropout "
-                "draws other random numbers for each split of a batch: the next steps are not those of the run so far."
-            )
+        _compare_microbatches(stored, config)
         return None
 
     return agreement.first(result)
+
+
+def continued(checkpoint: Path, config: Any) -> None:
+    """Warn if the next steps differ from those of the run of another workdir that wrote a checkpoint."""
+    path = checkpoint.absolute().parents[1] / layout.CONFIG
+    with contextlib.suppress(OSError):  # it may be a copy without a config
+        if jax.process_index() == 0:
+            _compare_microbatches(parse_object(path.read_text(errors="replace")) or {}, config)
+
+
+def _compare_microbatches(stored: dict[str, Any], config: Any) -> None:
+    if stored.get("microbatches", config.microbatches) != config.microbatches:
+        console.say(
+            f"warning: config.microbatches was {stored['microbatches']} and is {config.microbatches}. Dropout "
+            "draws other random numbers for each split of a batch: the next steps are not those of the run so far."
+        )
 
 
 @contextlib.contextmanager

@@ -188,8 +188,12 @@ def test_a_workdir_may_have_every_name_that_orbax_can_read(tmp_path):
 def test_other_microbatches_are_said(tmp_path, capsys):
     """Fault: with dropout the run continues as another one, without a word."""
     config = make_config(**{"duration": "2 steps", "schedule.warmup": "0 steps", "may_change": ("duration",)})
-    train(config, tmp_path, devices=two())
+    train(config, tmp_path / "first", devices=two())
     capsys.readouterr()
     config.duration, config.microbatches = "3 steps", 2
-    train(config, tmp_path, devices=two())
-    assert "config.microbatches was 1 and is 2. Dropout draws other random numbers" in capsys.readouterr().out
+    said = "config.microbatches was 1 and is 2. Dropout draws other random numbers"
+    config.resume_from = str(tmp_path / "first")
+    train(config, tmp_path / "second", devices=two())
+    assert said in capsys.readouterr().out
+    train(config, tmp_path / "first", devices=two())
+    assert said in capsys.readouterr().out
