@@ -1,3 +1,4 @@
+import errno
 import os
 import pathlib
 import signal
@@ -164,6 +165,47 @@ def test_training_that_fails(trained, capsys):
 def test_user_errors_of_the_trainer(trained, capsys):
     trained(UserError("batch 100 is not\ndivisible"))
     assert ran([SAMPLE, "--workdir=w"], capsys) == (2, [], ["error: batch 100 is not divisible"])
+
+
+def test_a_full_disk_at_the_start_is_one_line(trained, capsys):
+    """Fault: a traceback ends a run that cannot write its config or its lock."""
+    trained(OSError(errno.ENOSPC, "No space left on device"))
+    code, _, err = ran([SAMPLE, "--workdir=w"], capsys)
+    assert (code, len(err)) == (2, 1)
+    assert (
+        "--workdir=w: cannot be used" in err[0] and "No space left on device" in err[0] and "free some space" in err[0]
+    )
+
+
+WITHOUT_A_HOME = """
+import pwd, sys
+def unknown(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+pwd.getpwuid = unknown
+from shampax.launch import train
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_user_without_a_home_trains(tmp_path):
+    """Fault: a library asks for the user's home or name, which a number in a container does not have."""
+    (tmp_path / "config.py").write_text(
+        "import toy_runs\ndef get_config():\n    return toy_runs.make_config(duration='2 steps')\n"
+    )
+    variables = {key: value for key, value in os.environ.items() if key not in ("HOME", "USER", "LOGNAME", "LNAME")}
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT_A_HOME,
+        f"--config={tmp_path / 'config.py'}",
+        f"--workdir={tmp_path / 'w'}",
+    ]
+    variables["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "warning" not in done.stdout
+    assert len(list((tmp_path / "w").glob("events.out.tfevents.*"))) == 1
 
 
 def test_several_processes_that_do_not_know_their_numbers_are_refused(trained, monkeypatch, capsys):

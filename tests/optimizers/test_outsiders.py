@@ -74,6 +74,32 @@ def test_copies(name):
         assert jax.tree.structure(pickle.loads(pickle.dumps(state))) == structure
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_restored_state_of_numpy_arrays(name):
+    """Fault: a state that a loop of the user's own has read from a file is refused, or needs its own conversion."""
+    tx, params = build(name), parameters()
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(tx.init, params))
+    wanted = jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(tx.update, params, state, params)) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), wanted
+    )
+
+
+def test_a_restored_state_of_numpy_arrays_without_jit():
+    """Fault: methods that only JAX's arrays have are used."""
+    tx, params = distributed_shampoo(0.1, PLAIN), parameters()
+    state = tx.update(params, tx.init(params), params)[1]
+    wanted = tx.update(params, state, params)
+    jax.tree.map(np.testing.assert_array_equal, tx.update(params, jax.tree.map(np.asarray, state), params), wanted)
+
+
+def test_an_optimizer_is_pickled_as_those_of_optax_are():
+    """Fault: a transformation can be pickled, but a copy in another process has another layout of its state."""
+    for tx in (distributed_shampoo(0.1), optax.adam(0.1)):
+        with pytest.raises((AttributeError, pickle.PicklingError), match="local"):
+            pickle.dumps(tx)
+
+
 def test_nnx_optimizer():
     """Fault: parameters are found by paths, which differ between `init` (Variables) and `update` (arrays)."""
     model = nnx.Linear(8, 8, rngs=nnx.Rngs(0))

@@ -384,6 +384,31 @@ print("closed", flush=True)
     assert (done.returncode, done.stdout) == (0, "closed\n"), done.stderr
 
 
+@pytest.mark.parametrize("hangs", [False, True])
+def test_the_end_waits_for_the_reader_but_not_forever(hangs, monkeypatch):
+    """Faults: the interpreter ends while the reader is inside JAX, and the process aborts; a transfer that hangs keeps
+    the process alive."""
+    monkeypatch.setattr(service, "_READER_SECONDS", 0.3 if hangs else 60.0)
+    tx, params = optimizer(OPTIONS), {"bias": np.ones(3, np.float32)}
+    roots, begun, done, hang = tx.host_roots(params), threading.Event(), [], threading.Event()
+    read = roots._open
+
+    def slow(parcels):
+        begun.set()
+        hang.wait(60 if hangs else 0.2)
+        done.append(read(parcels))
+        return done[0]
+
+    monkeypatch.setattr(roots, "_open", slow)
+    roots.take(roots.install(roots.start(tx.init(params))))
+    assert begun.wait(60)
+    start = time.monotonic()
+    roots.close()
+    assert len(done) == (not hangs)
+    assert time.monotonic() - start < 30
+    hang.set()
+
+
 def test_a_loop_without_the_service_warns_once():
     """Fault: without a service all blocks use the graft method without a word; a vector, or a service, is warned of."""
     options, params = ShampooOptions(refresh="host", interval=7), {"w": np.ones((8, 8), np.float32)}
