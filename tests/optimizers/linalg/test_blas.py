@@ -66,6 +66,7 @@ def test_a_limit_leaves_the_users_blas_alone():
 
 def test_other_threads_run_during_a_solve():
     """Fault: a solve holds Python's lock, and the devices wait for their next step."""
+    blas.eigh(matrix(2, 2))  # imports SciPy
     a, pauses, last = matrix(500, 500), [], time.perf_counter()
     thread = threading.Thread(target=blas.eigh, args=(a + a.T,))
     thread.start()
