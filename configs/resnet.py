@@ -98,7 +98,7 @@ def paper(config: Any) -> None:
         beta2=0.85,
         exponent=0.25,  # 1 / exponent_override
         ridge=1.5e-5,
-        refresh="periodic",
+        phases=1,
         interval=1,
         start_step=25,
         graft="sgd",

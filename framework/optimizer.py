@@ -30,7 +30,11 @@ class OptimizerOptions(Protocol):
     def build(
         self, learning_rate: optax.Schedule, *, mesh: Mesh | None, axis_names: Any, param_specs: Any
     ) -> optax.GradientTransformation:
-        """Return the optimizer for parameters on `mesh` with `param_specs` and dimensions named by `axis_names`."""
+        """Return the optimizer for parameters on `mesh` with `param_specs` and dimensions named by `axis_names`.
+
+        Options may also have `continuing(manifest)`, which returns those of a run that continues from a checkpoint,
+        given the manifest that the layout of its state made.
+        """
         ...
 
 

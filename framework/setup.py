@@ -188,7 +188,8 @@ def build(request: Request, compilers: Executor) -> Blueprint:
 
     began = takeover.optimizer_began(start, record, config.optimizer.name)
     schedule = _schedule(config.schedule, total_steps, in_steps)
-    program = Program(config, request.task, request.options, mesh, batch_spec, schedule, began=began)
+    options = takeover.continuing(start, request.options, config.optimizer.name)
+    program = Program(config, request.task, options, mesh, batch_spec, schedule, began=began)
     metrics = of_sets(program.metrics(), request.sets)
     judged = of_sets(getattr(request.task, "judged_metrics", ()), request.sets)
     _refuse_unknown_metric(config.evaluation.best_metric, (*metrics, *judged))

@@ -21,7 +21,7 @@ _CHOICES = {
     "side": ("both", "left", "right", "short"),
     "view": ("matrix", "tensor"),
     "solver": SOLVERS,
-    "refresh": ("staggered", "periodic", "host"),
+    "refresh": ("staggered", "host"),
     "graft": GRAFTS,
     "diagonal": METHODS,
     "momentum": ("ema", "heavy_ball"),
@@ -42,6 +42,7 @@ _BOUNDS = {
         (0, math.inf),
     ),
     "interval": (1, 10_000),
+    "phases": (0, 10_000),
     "host_workers": (0, 1_024),
     "orthogonalize": (0, 10),
 }
@@ -166,8 +167,9 @@ class Options:
     orthogonalize: int = 0  # Newton-Schulz steps on each preconditioned block, which undo what old roots miss; try 3
 
     # Refresh schedule
-    refresh: str = "staggered"  # "staggered" (a share each step), "periodic" (all every interval) or "host"
+    refresh: str = "staggered"  # roots on the owners' devices in the step, or "host": by LAPACK while devices go on
     interval: int = 10  # steps between two refreshes of a block's roots
+    phases: int = 0  # steps of an interval with refreshes, each of a share of the blocks; 0: blocks / devices
     delay: int = 2  # with "host": roots of the statistics of step t are used from step t + 1 + delay
     host_workers: int = 0  # with "host": solver threads per process; 0: one fewer than the cores, at least 1
     early_intervals: tuple[tuple[int, int], ...] | None = None  # pairs (last step, interval); None: shortest to step 20
@@ -231,6 +233,8 @@ class Options:
                 raise ValueError(f"cut={treatment.cut}: solver 'newton' needs a ridge. Use solver 'eigh' or set ridge.")
 
     def _check_combinations(self) -> None:
+        if self.phases > self.interval:
+            raise ValueError(f"phases={self.phases}: must be at most interval={self.interval}.")
         for name in ("beta1", "diagonal_beta1"):
             if getattr(self, name) == 1:
                 raise ValueError(f"{name}=1.0: must be below 1, or gradients have no effect. Use 0.9.")

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from . import diagonal, grafting
+from . import diagonal
 from .diagonal import Moments
 from .exchange import Owners
-from .linalg.orthogonal import orthogonalized
+from .linalg.polynomials import orthogonalized
 from .linalg.roots import inner
 from .linalg.scaling import all_finite, exponent_of, largest, power_of, power_of_two
 from .plan.blocks import Bucket
@@ -136,7 +136,7 @@ def _on_owners(
     if options.of_graft.normalizes:
         observed = {name: g * power_of_two(-scale_log2) for name, g in gradients.items()}
         lengths = {name: inner(g, g)[:, None] for name, g in observed.items()}
-        norms = grafting.over_matrices(lengths, matrices, buckets, owners)
+        norms = _over_matrices(lengths, matrices, buckets, owners)
         observed = {name: g * _column(_reciprocal(jnp.sqrt(norms[name][:, 0])), g) for name, g in observed.items()}
 
     blocks = {b.name: Blocks(b, tables[b.name].sizes, options) for b in buckets}
@@ -150,7 +150,7 @@ def _on_owners(
         x = proposals[bucket.name]
         both = jnp.stack([inner(x.direction, x.direction), inner(x.graft, x.graft)], axis=1)
         squares[bucket.name] = jnp.where(x.acts[:, None], both, 0)
-    ratios = grafting.ratios(squares, matrices, grafted, owners)
+    ratios = _graft_ratios(squares, matrices, grafted, owners)
 
     directions, graft_ratios, overflows = {}, {}, jnp.zeros((), jnp.int32)
     for name, x in proposals.items():
@@ -219,6 +219,44 @@ def _propose(
     if bucket.sides:
         acts &= (state.roots.refreshed > 0) & (state.roots.failures < options.max_failures)
     return _Proposal(moments, second_moment, direction, unit, graft * power_of_two(-graft_unit), acts)
+
+
+def _over_matrices(
+    values: dict[str, jax.Array], matrix_of_slot: dict[str, jax.Array], buckets: Sequence[Bucket], owners: Owners
+) -> dict[str, jax.Array]:
+    """Return sums of values [slots, k] over the blocks of each matrix, [slots, k], by one all-reduce."""
+    if not buckets:
+        return {}
+    sums = [jax.ops.segment_sum(values[b.name], matrix_of_slot[b.name], b.matrices) for b in buckets]
+    joined, result, first = owners.sum(jnp.concatenate(sums)), {}, 0
+    for bucket in buckets:
+        result[bucket.name] = joined[first : first + bucket.matrices][matrix_of_slot[bucket.name]]
+        first += bucket.matrices
+    return result
+
+
+def _graft_ratios(
+    squares: dict[str, jax.Array],
+    matrix_of_slot: dict[str, jax.Array],
+    buckets: Sequence[Bucket],
+    owners: Owners,
+) -> dict[str, jax.Array]:
+    """Return the ratio of the graft's norm to that of the preconditioned direction, [slots], over each matrix.
+
+    Norms are taken over the blocks with roots: a block without roots has the graft's own direction.
+
+    Args:
+      squares: bucket name -> [slots, 2], sums of squares of the preconditioned direction and of the graft's; 0 for
+        blocks without roots.
+      matrix_of_slot: bucket name -> [slots], matrix of each block.
+      buckets: buckets whose directions are grafted.
+      owners: owners of the slots.
+    """
+    sums = _over_matrices(squares, matrix_of_slot, buckets, owners)
+    return {
+        name: jnp.where(x[:, 0] > 0, jnp.sqrt(x[:, 1] / jnp.where(x[:, 0] > 0, x[:, 0], 1)), 0)
+        for name, x in sums.items()
+    }
 
 
 def _observe(

@@ -2,10 +2,11 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .diagonal import correction
@@ -16,33 +17,42 @@ from .plan.blocks import Bucket
 from .preconditioners.base import Blocks, PreconditionerState
 
 _TILE = 128
+# Up to this number, blocks are installed one after the other.
+_IN_TURN = 2
 
 
-def due_phases(step: jax.Array, options: Options) -> tuple[jax.Array, jax.Array]:
-    """Return (first, count): the phases first, ..., first + count - 1, modulo the interval, are due on this step.
+def due_phases(step: jax.Array, options: Options, phases: int) -> tuple[jax.Array, jax.Array]:
+    """Return (first, count): the phases first, ..., first + count - 1, modulo `phases`, are due on this step.
 
-    While the interval is k, interval / k phases are due per step, so that every block is refreshed every k steps. When
-    the interval changes, phases continue in order. A refresh is omitted if another follows before `start_step`.
+    While the interval is k, a step advances by interval / k ticks, and `interval` ticks have `phases` phases, as evenly
+    as possible, beginning with the first tick. So every block is refreshed every k steps. When the interval changes,
+    phases continue in order. A refresh is omitted if another follows before `start_step`.
 
     Args:
       step: int32, number of the step, from 1.
       options: options of the optimizer.
+      phases: number of phases of the plan.
     """
-    first, count, before = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32), 0
+    ticks, advance, before = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32), 0
     for last, interval in reversed(options.early):
-        count = jnp.where(step <= last, options.interval // interval, count)
+        advance = jnp.where(step <= last, options.interval // interval, advance)
     for last, interval in options.early:
-        first += jnp.clip(step - 1 - before, 0, last - before) * (options.interval // interval)
+        ticks += jnp.clip(step - 1 - before, 0, last - before) * (options.interval // interval)
         before = last
-    first += jnp.maximum(step - 1 - before, 0)
-    count = jnp.where(step >= _first_due(options), count, 0)
-    return first % options.interval, count
+    # Operands are not negative, so `lax.rem` is correct; it compiles to less code than `%`.
+    ticks = lax.rem(ticks + jnp.maximum(step - 1 - before, 0), jnp.int32(options.interval))
+    first, after = (_ceil(x * phases, options.interval) for x in (ticks, ticks + advance))
+    return lax.rem(first, jnp.int32(phases)), jnp.where(step >= _first_due(options), after - first, 0)
 
 
 def phases_due(step: int, options: Options) -> int:
-    """Return the count of `due_phases`, on the host."""
+    """Return the count of `due_phases` with as many phases as the interval has steps, on the host."""
     interval = next((interval for last, interval in options.early if step <= last), options.interval)
     return options.interval // interval if step >= _first_due(options) else 0
+
+
+def _ceil(x: Any, y: Any) -> Any:
+    return (x + y - 1) // y
 
 
 def _first_due(options: Options) -> int:
@@ -56,7 +66,7 @@ def refresh(
     step: jax.Array,
     accepted: jax.Array,
 ) -> dict[str, PreconditionerState]:
-    """Refresh the blocks of one device that are due: a share of them, or all or none under the periodic schedule.
+    """Refresh the blocks of one device that are due on this step.
 
     Args:
       states: bucket name -> state of the device's blocks, with this step's statistics.
@@ -65,32 +75,24 @@ def refresh(
       step: int32, number of this step, from 1.
       accepted: bool, whether the step is accepted; otherwise nothing changes.
     """
-    options = next((each.options for each in blocks.values()), None)
+    options, phases = next(((each.options, each.bucket.phases) for each in blocks.values()), (None, 0))
     if options is None or options.refresh == "host":
         return states
-    first, count = due_phases(step, options)
-    count = jnp.where(accepted, count, 0)
+    first, count = due_phases(step, options, phases)
 
-    def renew(phase: Any, written: dict[str, PreconditionerState]) -> dict[str, PreconditionerState]:
+    def renew(number: jax.Array, written: dict[str, PreconditionerState]) -> dict[str, PreconditionerState]:
+        phase = lax.rem(first + number, jnp.int32(phases))
         slots, chosen, whole = {}, {}, {}
         for name, (bucket, sizes, _) in blocks.items():
-            slots[name] = due[name][0, lax.rem(phase, jnp.int32(bucket.phases))]
+            slots[name] = due[name][0, phase]
             chosen[name] = Blocks(bucket, sizes.at[slots[name]].get(mode="clip"), options)
             whole[name] = with_statistics(written[name], states[name])
-        return {name: without_statistics(x) for name, x in _solved(whole, slots, chosen, step, accepted).items()}
+        return {name: without_statistics(x) for name, x in _solved(whole, slots, chosen, step).items()}
 
-    # A loop or a branch would copy the statistics, which a refresh only reads.
+    # The loop would copy the statistics, which a refresh only reads.
     written = {name: without_statistics(state) for name, state in states.items()}
-    if options.refresh == "periodic":
-        crosses = accepted & (-first % options.interval < count)
-        with jax.named_scope(f"once_in_{options.interval}"):  # for planning
-            written = lax.cond(crosses, lambda written: renew(jnp.int32(0), written), lambda written: written, written)
-    elif options.early or options.start_step:
-        # Operands are not negative, so `lax.rem` is correct; it compiles to less code than `%`.
-        interval = jnp.int32(options.interval)
-        written = lax.fori_loop(0, count, lambda i, written: renew(lax.rem(first + i, interval), written), written)
-    else:
-        written = renew(first, written)
+    with jax.named_scope(f"{phases}_in_{options.interval}"):  # for planning
+        written = lax.fori_loop(0, jnp.where(accepted, count, 0), renew, written)
     return {name: with_statistics(new, states[name]) for name, new in written.items()}
 
 
@@ -112,16 +114,22 @@ def install(
       step: int32, number of steps in the statistics.
       bucket: bucket of the blocks.
     """
-    hits = slot == jnp.arange(len(state.residual))[:, None]
-    one = len(slot) == 1
-    here, row = (hits[:, 0], slice(None)) if one else (jnp.any(hits, axis=1), jnp.argmax(hits, axis=1))
+    slots = len(state.residual)
+    hits = slot == jnp.arange(slots)[:, None]
+    here, row = jnp.any(hits, axis=1), jnp.argmax(hits, axis=1)
     accepted, seen = new.accepted[row], new.largest[row] > 0
 
     def put(x: jax.Array, found: jax.Array) -> jax.Array:
-        if one:  # a select compiles to less than a scatter
-            return jnp.where((here & accepted).reshape(-1, *([1] * (x.ndim - 1))), found.astype(x.dtype), x)
-        # A select would first spread what is found over all slots.
-        return x.at[jnp.where(new.accepted, slot, len(x))].set(found.astype(x.dtype), mode="drop")
+        found = found.astype(x.dtype)
+        if len(slot) > _IN_TURN:
+            return x.at[jnp.where(new.accepted, slot, slots)].set(found, mode="drop")
+        # In place, without reading other slots; and it compiles to less than a scatter.
+        for i in range(len(slot)):
+            at = jnp.minimum(slot[i], slots - 1)
+            writes = new.accepted[i] & (slot[i] < slots)
+            kept = lax.dynamic_index_in_dim(x, at, keepdims=False)
+            x = lax.dynamic_update_index_in_dim(x, jnp.where(writes, found[i], kept), at, 0)
+        return x
 
     second_moment = state.second_moment
     if second_moment is not None:
@@ -147,13 +155,12 @@ def _solved(
     slots: dict[str, jax.Array],
     blocks: dict[str, Blocks],
     step: jax.Array,
-    accepted: jax.Array,
 ) -> dict[str, PreconditionerState]:
     """Solve for the due blocks, in `slots` [window] with the number of slots as padding; install accepted factors.
 
     Matrices with the same side length, preconditioner, root order and regulariser are solved in one batch, across
-    buckets. A batch with no due block is skipped. If the factors of any side are rejected, the block keeps its old
-    factors and its failure count grows.
+    buckets, with as many places as matrices can be due at once on a device. A batch with no due block is skipped. If
+    the factors of any side are rejected, the block keeps its old factors and its failure count grows.
     """
 
     def rows(x: jax.Array, name: str) -> jax.Array:
@@ -170,19 +177,18 @@ def _solved(
     for length, members in _batches(list(blocks.values())):
         bucket, options = members[0][0], blocks[members[0][0].name].options
         preconditioner = bucket.preconditioner
-        wanted = jnp.concatenate([slots[b.name] < len(states[b.name].residual) for b, _ in members])
-        own = [statistics(b, number) for b, number in members]
-        stack = jnp.concatenate([jnp.pad(x, [(0, 0), *[(0, length - x.shape[-1])] * 2]) for x in own])
-        stack = jnp.where(wanted[:, None, None], stack, 0)
-        sizes = jnp.concatenate([blocks[b.name].sizes[:, b.sides[number]] for b, number in members])
+        places = _Places.of(members, slots)
+        stack = places.chosen([statistics(b, number) for b, number in members], length)
+        sizes = places.chosen([blocks[b.name].sizes[:, b.sides[number]] for b, number in members])
         old = None
         if preconditioner.warm:
-            old = jnp.concatenate([rows(states[b.name].roots[n], b.name).astype(jnp.float32) for b, n in members])
+            own = [rows(states[b.name].roots[number], b.name).astype(jnp.float32) for b, number in members]
+            old = places.chosen(own, length)
         if before is not None and preconditioner.uses_lapack(options):
             # Two concurrent LAPACK calls can deadlock a CPU, so each waits for the one before it.
             stack, before = lax.optimization_barrier((stack, before))
         batch = lax.cond(
-            jnp.any(wanted),
+            jnp.any(places.taken),
             lambda stack, old, sizes, bucket=bucket, options=options: bucket.preconditioner.solve(
                 stack, old, Blocks(bucket, sizes, options)
             ),
@@ -191,20 +197,52 @@ def _solved(
             old,
             sizes,
         )
-        before, first = batch.residual, 0
-        for b, number in members:
-            part = slice(first, first + len(slots[b.name]))
-            own, side = jax.tree.map(lambda x, part=part: x[part], batch), b.shape[b.sides[number]]
+        before = batch.residual
+        for (b, number), place in zip(members, places.of_members, strict=True):
+            own, side = jax.tree.map(lambda x, place=place: x[place], batch), b.shape[b.sides[number]]
             found[b.name, number] = own._replace(root=own.root[:, :side, :side])
-            first = part.stop
 
     result = dict(states)
     for name, (bucket, *_) in blocks.items():
         if bucket.sides:
             sides = _joined([found[name, number] for number in range(len(bucket.sides))])
-            slot = jnp.where(accepted, slots[name], len(states[name].residual))
-            result[name] = install(states[name], slot, sides, rows(states[name].scale_log2, name), step, bucket)
+            scale_log2 = rows(states[name].scale_log2, name)
+            result[name] = install(states[name], slots[name], sides, scale_log2, step, bucket)
     return result
+
+
+class _Places(NamedTuple):
+    """The places of a batch, which the due matrices of its members share.
+
+    Attributes:
+      matrix: [places] index among the matrices of all members, in order; any for a free place.
+      taken: [places] bool.
+      of_members: for each member [window], the places of its matrices; any for a matrix that is not due.
+    """
+
+    matrix: jax.Array
+    taken: jax.Array
+    of_members: list[jax.Array]
+
+    @classmethod
+    def of(cls, members: Sequence[tuple[Bucket, int]], slots: Mapping[str, jax.Array]) -> "_Places":
+        """Give each due matrix a place."""
+        due = [bucket.due < bucket.slots.shape[1] for bucket, _ in members]
+        count = int(np.max(sum(each.sum(axis=2) for each in due)))
+        wanted = jnp.concatenate([slots[bucket.name] < bucket.slots.shape[1] for bucket, _ in members])
+        ends = np.cumsum([each.shape[2] for each in due])[:-1]
+        if count == len(wanted):
+            matrix = place = jnp.arange(count)
+            return cls(matrix, wanted, jnp.split(place, ends))
+        place = jnp.cumsum(wanted) - 1
+        there = wanted & (place == jnp.arange(count)[:, None])
+        return cls(jnp.argmax(there, axis=1), jnp.any(there, axis=1), jnp.split(jnp.maximum(place, 0), ends))
+
+    def chosen(self, of_members: Sequence[jax.Array], length: int = 0) -> jax.Array:
+        """Return [places, ...] of arrays [window, ...] of all members, padded to matrices of `length`; 0 if free."""
+        x = jnp.concatenate([jnp.pad(x, [(0, 0), *[(0, length - side) for side in x.shape[1:]]]) for x in of_members])
+        taken = self.taken.reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where(taken, x[self.matrix] if len(x) > len(self.matrix) else x, 0)
 
 
 def _batches(due: Sequence[Blocks]) -> list[tuple[int, list[tuple[Bucket, int]]]]:

@@ -10,7 +10,8 @@ import numpy as np
 
 from .linalg.eigh import eigh
 from .linalg.lapack import host
-from .linalg.roots import RootResult, newton
+from .linalg.polynomials import newton
+from .linalg.roots import RootResult
 
 __all__ = ["RootResult", "inverse_pth_root"]
 

@@ -1,7 +1,7 @@
 """Distributed Shampoo as optax gradient transformations."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -49,6 +49,12 @@ class ShampooOptions(Options):
     ) -> DistributedShampoo:
         """Return the optimizer; see `distributed_shampoo`."""
         return distributed_shampoo(learning_rate, self, mesh=mesh, axis_names=axis_names, param_specs=param_specs)
+
+    def continuing(self, manifest: Mapping[str, Any]) -> "ShampooOptions":
+        """Return the options for a run whose state has this manifest: it keeps its phases on another mesh."""
+        phases = manifest.get("phases", 0)
+        keeps = self.phases == 0 and self.refresh != "host" and 0 < phases <= self.interval
+        return dataclasses.replace(self, phases=phases) if keeps else self
 
 
 def scale_by_shampoo(

@@ -38,7 +38,7 @@ FLOORS = {
         ("options.py",),
         ("plan",),
         ("exchange.py",),
-        ("grafting.py", "refresh.py", "diagnostics.py"),
+        ("refresh.py", "diagnostics.py"),
         ("host",),
         ("checkpoint",),
         ("state.py",),

@@ -169,6 +169,17 @@ def optimizer_began(origin: Origin, record: Record, name: str) -> int:
     return record.step - record.skipped
 
 
+def continuing(origin: Origin, options: Any, name: str) -> Any:
+    """Return the optimizer's options with what they take over from a checkpoint of the same optimizer."""
+    if origin.path is None or origin.kind == "init" or not hasattr(options, "continuing"):
+        return options
+    manifest = store.manifest(origin.path)
+    states = manifest.get("state", {}).values() if manifest.get("optimizer") == name else ()
+    for state in states:
+        options = options.continuing(state)
+    return options
+
+
 def _renamed(renames: Renames, path: str) -> str:
     for old, new in renames:
         if path == old or path.startswith(f"{old}/"):

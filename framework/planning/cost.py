@@ -158,7 +158,7 @@ class _Walk:
             self._add_collective(total, instruction, found)
         elif opcode == "while":
             turns = trips(self._module, instruction, self._module.computations[name])
-            if turns is None and (turns := frequency_of(instruction.scope)):
+            if turns is None and (turns := frequency_of(instruction.scope)) == 1:
                 total.assumed["loops whose turns the program does not tell run once"] = None
             total.add(self.of(instruction.called("body")[0]), turns)
         elif opcode == "conditional":
@@ -255,11 +255,11 @@ class _Walk:
 def frequency_of(scope: str) -> float:
     """Return how often a condition takes its costlier branch, or a loop of unknown turns runs, by the scope around it.
 
-    `jax.named_scope("once_in_50")` stands around the condition of work that one of 50 steps does, "rarely" around that
+    `jax.named_scope("5_in_50")` stands around the condition of work that 5 of 50 steps do, "rarely" around that
     of work that a run hardly ever does. Any other condition counts as always.
     """
-    if found := re.search(r"(?:^|/)(?:once_in_(\d+)|rarely)/[^/]*$", scope):
-        return 1 / int(found[1]) if found[1] else 0.0
+    if found := re.search(r"(?:^|/)(?:(\d+)_in_(\d+)|rarely)/[^/]*$", scope):
+        return int(found[1]) / int(found[2]) if found[1] else 0.0
     return 1.0
 
 

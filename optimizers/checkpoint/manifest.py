@@ -31,6 +31,7 @@ def describe(plan: Plan, options: Options) -> dict[str, Any]:
     return {
         "momentum": options.momentum,
         "graft": options.graft,
+        "phases": 0 if options.refresh == "host" else max((bucket.phases for bucket in plan.buckets), default=0),
         "buckets": {bucket.name: describe_bucket(bucket) for bucket in plan.buckets},
         "diagonal": {
             leaf.path: {"shape": list(leaf.shape), "beta2": leaf.beta2}
@@ -51,7 +52,6 @@ def describe_bucket(bucket: Bucket) -> dict[str, Any]:
         "ridge": bucket.ridge,
         "cut": bucket.cut,
         "first": bucket.first,
-        "phases": bucket.phases,
         "parameters": [
             {
                 "path": leaf.path,

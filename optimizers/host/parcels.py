@@ -71,7 +71,7 @@ class Parcels:
 
         def local(_: Any, owned: Any, shared: Any) -> Any:
             (states, tables), (count, last, number) = owned, shared
-            first, phases = due_phases(count, self._options)
+            first, phases = due_phases(count, self._options, self._options.interval)
             phase, due = (first + number) % self._options.interval, (count > last) & (number < phases)
             taken = {}
             for bucket in self.buckets:

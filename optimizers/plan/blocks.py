@@ -54,8 +54,8 @@ class Leaf:
 class Bucket:
     """Blocks of one shape and treatment, in arrays [slots, *shape] whose slots are sharded over all devices.
 
-    Block i of the bucket is block `first + i` of the plan. That number alone determines the phase in which the block is
-    due, so that a run does not depend on the number of devices.
+    Block i of the bucket is block `first + i` of the plan. That number, the number of all blocks and that of phases
+    determine the phase in which the block is due, so that a run does not depend on the number of devices.
 
     Attributes:
       name: key of the bucket in states and checkpoints.
@@ -69,7 +69,8 @@ class Bucket:
       leaves: parameters whose blocks are in the bucket, in order.
       first: number of blocks in earlier buckets.
       owners: number of devices that share the slots.
-      phases: number of steps over which the refreshes of all blocks are spread.
+      phases: number of steps of an interval over which the refreshes of all blocks are spread.
+      phase: phase in which each block is due.
       owner: owner of each block.
     """
 
@@ -86,6 +87,7 @@ class Bucket:
     first: int
     owners: int
     phases: int
+    phase: tuple[int, ...]
     owner: tuple[int, ...]
 
     @property
@@ -122,7 +124,7 @@ class Bucket:
             rows.append([[] for _ in range(self.phases)])
             for slot, block in enumerate(blocks):
                 if block < self.blocks:
-                    rows[-1][(self.first + block) % self.phases].append(slot)
+                    rows[-1][self.phase[block]].append(slot)
         window = max(len(phase) for device in rows for phase in device)
         return np.array([[phase + [width] * (window - len(phase)) for phase in device] for device in rows], np.int32)
 
@@ -284,8 +286,7 @@ def make_plan(parameters: Sequence[Parameter], options: Options, mesh: Mapping[s
             "treatments.",
             stacklevel=2,
         )
-    phases = 1 if options.refresh == "periodic" else options.interval
-    return Plan(_buckets(grouped, math.prod(mesh.values()), phases, options), diagonal, treatments)
+    return Plan(_buckets(grouped, math.prod(mesh.values()), options), diagonal, treatments)
 
 
 def _view(
@@ -302,7 +303,18 @@ def _view(
     return view, (view.sides.index((min if treatment.side == "left" else max)(view.sides)),)
 
 
-def _buckets(grouped: Mapping[_Key, Sequence[Leaf]], owners: int, phases: int, options: Options) -> tuple[Bucket, ...]:
+def _phases(blocks: int, owners: int, options: Options) -> int:
+    """Return the number of phases: by default as few as let each owner solve for one block at a time.
+
+    With more, a few owners would solve in every step while all others wait for them. The host waits for nobody, so
+    that its work is spread over all steps.
+    """
+    if options.refresh == "host":
+        return options.interval
+    return options.phases or min(options.interval, max(1, math.ceil(blocks / owners)))
+
+
+def _buckets(grouped: Mapping[_Key, Sequence[Leaf]], owners: int, options: Options) -> tuple[Bucket, ...]:
     keys = sorted(grouped)
     counts = [sum(leaf.tiling.blocks for leaf in grouped[key]) for key in keys]
     bucket = np.repeat(np.arange(len(keys)), counts)
@@ -314,14 +326,16 @@ def _buckets(grouped: Mapping[_Key, Sequence[Leaf]], owners: int, phases: int, o
         for leaf in grouped[key]
         for shard in leaf.tiling.holder.tolist()
     ]
-    number = np.arange(len(bucket))
-    owner = assign_owners(bucket, np.asarray(holder, np.int64), number % phases, owners)
+    phases = _phases(len(bucket), owners, options)
+    # Neighbours have the same shape, so that in most phases all owners solve for matrices of the same size.
+    phase = np.arange(len(bucket)) * phases // max(len(bucket), 1)
+    owner = assign_owners(bucket, np.asarray(holder, np.int64), phase, owners)
     result, first = [], 0
     for key, count in zip(keys, counts, strict=True):
         shape, sides, p, beta2, ridge, cut, orthogonalize, kind = key
         numbers, preconditioner = (p, beta2, ridge, cut, orthogonalize), PRECONDITIONERS[kind]
-        part, leaves = tuple(owner[first : first + count].tolist()), tuple(grouped[key])
-        rest = leaves, first, owners, phases, part
+        part = [tuple(x[first : first + count].tolist()) for x in (phase, owner)]
+        rest = tuple(grouped[key]), first, owners, phases, *part
         result.append(Bucket(_name(key, options), shape, sides, *numbers, preconditioner, *rest))
         first += count
     return tuple(result)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ..linalg.orthogonal import orthogonalized
+from ..linalg.polynomials import orthogonalized
 from .base import Blocks, Preconditioner, PreconditionerState
 
 # Root mean square of an update of full rank. It is that of Adam's updates, so that Adam's learning rates carry over

@@ -8,7 +8,8 @@ import numpy as np
 
 from ..linalg import lapack
 from ..linalg.eigh import eigh
-from ..linalg.roots import RootResult, newton
+from ..linalg.polynomials import newton
+from ..linalg.roots import RootResult
 from .base import Blocks, Preconditioner, PreconditionerState, multiplied
 
 # Solvers on a device.

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from optimizing import by_block, gradients, inherited, optimizer, train, zeros
 
 from shampax.optimizers import ShampooOptions
-from shampax.optimizers.linalg.orthogonal import orthogonalized
+from shampax.optimizers.linalg.polynomials import orthogonalized
 from shampax.optimizers.linalg.symmetric import unpack
 from shampax.optimizers.preconditioners import PRECONDITIONERS
 from shampax.optimizers.preconditioners.base import Blocks
@@ -108,7 +108,7 @@ def test_kl_shampoo_of_one_side_is_one_sided_shampoo():
     """Fault: a side without statistics is whitened, or its length divides."""
     treatments = {f"{kind} {side}": f"{kind} side={side}" for kind in ("kl_shampoo", "one_sided") for side in SIDES}
     stream = [dict.fromkeys(treatments, g["w"]) for g in gradients(12, SHAPE)]
-    values = {"block_size": 64, "interval": 2, "refresh": "periodic", "ridge": 1e-2, "exponent": 0.5}
+    values = {"block_size": 64, "interval": 2, "phases": 1, "ridge": 1e-2, "exponent": 0.5}
     chosen = ShampooOptions(**values, treatments=tuple(treatments.items()))
     for update in train(chosen, stream).updates:
         for side in SIDES:

@@ -102,8 +102,8 @@ CASES = {
     "no momentum but for diagonal parameters": Case({"beta1": 0.0, "diagonal_beta1": 0.8, "graft": "sgd"}),
     "no momentum, rmsprop, epsilon": Case({"beta1": 0.0, "graft": "rmsprop", "epsilon": 0.3}, brief=8),
     # Statistics, roots and their schedule
-    "sum, adagrad, periodic": Case(
-        {"beta2": 1.0, "graft": "adagrad", "diagonal": "adagrad", "refresh": "periodic", "epsilon": 0.3}
+    "sum, adagrad, one phase": Case(
+        {"beta2": 1.0, "graft": "adagrad", "diagonal": "adagrad", "phases": 1, "epsilon": 0.3}
     ),
     "sum, no graft, uneven early intervals": Case(
         {
@@ -111,7 +111,7 @@ CASES = {
             "graft": "none",
             "diagonal": "sgd",
             "ridge": 1e-2,
-            "refresh": "periodic",
+            "phases": 1,
             "early_intervals": ((2, 2), (5, 1)),
         },
         brief=8,
@@ -120,7 +120,7 @@ CASES = {
     "exponent 1/3": Case({"exponent": 1 / 3}, brief=8),
     "exponent 0, start step": Case({"exponent": 0.0, "graft": "adagrad", "start_step": 5}, brief=8),
     "early intervals": Case({"early_intervals": ((4, 1), (12, 2)), "beta2": 0.9}),
-    "early intervals, periodic": Case({"early_intervals": ((4, 1), (12, 2)), "refresh": "periodic", "start_step": 5}),
+    "early intervals, one phase": Case({"early_intervals": ((4, 1), (12, 2)), "phases": 1, "start_step": 5}),
     "cut": Case({"ridge": 0.0, "cut": 1e-3, "solver": "eigh"}, noise=1e-3, brief=8),
     "cut, eigh, no graft": Case({"ridge": 0.0, "cut": 1e-2, "solver": "eigh", "graft": "none"}, noise=1e-3),
     "host": Case(

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from shampax.optimizers.linalg.orthogonal import POLYNOMIAL
+from shampax.optimizers.linalg.polynomials import NEWTON_SCHULZ as POLYNOMIAL
 from shampax.optimizers.plan.blocks import split
 
 
@@ -304,16 +304,15 @@ def delay(o):
     return o.delay if o.refresh == "host" else 0
 
 
-def due_phases(o, t):
-    """Return the phases (block numbers modulo the interval) that are refreshed at step t."""
+def due_phases(o, t, phases):
+    """Return the phases refreshed at step t: number n is due once floor(n interval / phases) ticks are over."""
     if t < o.start_step - o.interval - delay(o):
         return set()
     interval_at = [next((k for last, k in o.early if s <= last), o.interval) for s in range(1, t + 1)]
     ticks = [o.interval // k for k in interval_at]
-    before, now = sum(ticks[:-1]), ticks[-1]
-    if o.refresh == "periodic":
-        return set(range(o.interval)) if -before % o.interval < now else set()
-    return {tick % o.interval for tick in range(before, before + now)}
+    begin, end = sum(ticks[:-1]), sum(ticks)
+    numbers = range(begin * phases // o.interval, end * phases // o.interval + 1)
+    return {n % phases for n in numbers if begin <= n * o.interval // phases < end}
 
 
 def refresh(o, rule, p, block, t):
@@ -339,7 +338,7 @@ def flatten(tree, path=""):
     return {leaf: x for key, name in joined.items() for leaf, x in flatten(tree[key], name).items()}
 
 
-def run(params, gradients, options, rate, axis_names=None):
+def run(params, gradients, options, rate, axis_names=None, owners=1):
     """Return the parameters after each step as a list of {path: array}.
 
     Args:
@@ -348,6 +347,7 @@ def run(params, gradients, options, rate, axis_names=None):
       options: ShampooOptions.
       rate: learning rate, or a function of the number of steps already made.
       axis_names: None, or a tree like params with a tuple of names for each leaf.
+      owners: number of devices.
     """
     o = options
     names = flatten(axis_names) if axis_names is not None else {}
@@ -360,6 +360,8 @@ def run(params, gradients, options, rate, axis_names=None):
         for matrix in q.matrices
         for block in matrix.blocks
     ]
+    phases = o.phases or min(o.interval, math.ceil(len(numbered) / owners) or 1)
+    phases = o.interval if o.refresh == "host" else phases
     history = []
     for t, tree in enumerate(gradients, 1):
         for path, g in flatten(tree).items():
@@ -379,9 +381,9 @@ def run(params, gradients, options, rate, axis_names=None):
                 moved = moved + q.decay * q.x
             now = rate(t - 1) if callable(rate) else rate
             q.x = q.x - q.rate * now * moved
-        phases = due_phases(o, t)
+        due = due_phases(o, t, phases)
         for number, (q, block) in enumerate(numbered):
-            if number % o.interval in phases:
+            if number * phases // len(numbered) in due:
                 refresh(o, q.rule, q.p, block, t)
             block.roots = block.to_come.pop(t, block.roots)
         history.append({path: q.x for path, q in parameters.items()})

@@ -15,6 +15,7 @@ from shampax.framework.base.errors import UserError
 from shampax.framework.checkpoint import origin, takeover
 from shampax.framework.checkpoint.record import Record
 from shampax.framework.train import train
+from shampax.optimizers import ShampooOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +152,19 @@ def test_skipped_steps_do_not_count_for_the_schedule_of_another_optimizer(run):
     record = Record(step=12, skipped=2, optimizer_began=5)
     assert takeover.optimizer_began(start, record, "another") == 10
     assert takeover.optimizer_began(start, record, SHAMPOO) == 5
+
+
+def test_a_run_keeps_its_phases_on_another_mesh(run):
+    """Fault: after a resume on another number of devices, roots are refreshed in other steps."""
+    start = origin.Origin("resume", run / "checkpoints" / "12")
+    options = ShampooOptions(block_size=8, interval=9, early_intervals=())
+    assert takeover.continuing(start, options, SHAMPOO).phases == 3  # as many as the interval that the run began with
+    chosen = dataclasses.replace(options, phases=1)
+    assert takeover.continuing(start, chosen, SHAMPOO) == chosen
+    on_host = dataclasses.replace(options, refresh="host", delay=1)
+    assert takeover.continuing(start, on_host, SHAMPOO) == on_host
+    assert takeover.continuing(start, options, "another") == options
+    assert takeover.continuing(dataclasses.replace(start, kind="init"), options, SHAMPOO) == options
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from shampax.optimizers.linalg import roots
+from shampax.optimizers.linalg import newton, roots
 from shampax.optimizers.roots import SOLVERS, inverse_pth_root
 
 
@@ -70,6 +70,21 @@ def test_condition_1e12_and_low_rank_with_a_small_ridge(solver, p):
         wanted = exact(a, p, ridge=1e-6)
         difference = np.linalg.norm(np.asarray(root, np.float64) - wanted, 2) / np.linalg.norm(wanted, 2)
         assert difference <= (0.02 if solver == "newton" else 0.02 / p) or residual > 0.1
+
+
+@pytest.mark.parametrize("p", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ridge", [1e-4, pytest.param(1e-2, marks=pytest.mark.slow)])
+def test_roots_by_minimax_polynomials(p, ridge):
+    """Faults: the interval of the polynomials does not reach down to the ridge; a step is missing; rounding errors of
+    the coupled iteration grow."""
+    n = 96
+    ranks = [np.where(np.arange(n) < rank, spread(n, 10.0), 0) for rank in (n // 4, n // 2, n)]
+    spectra = [*(spread(n, 10.0**k) for k in (2, 4, 6, 8, 12)), *ranks]
+    stack = np.stack([matrix(w, seed) for seed, w in enumerate(spectra)]).astype(np.float32)
+    result = solve("newton", p, ridge)(stack)
+    for a, root in zip(stack, result.root, strict=True):
+        assert error(root, exact(a, p, ridge)) <= 3e-4
+    assert np.all(np.asarray(result.residual) <= 0.01)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -180,7 +195,9 @@ def test_padding_changes_nothing(solver, size, exponent, condition, seed, fillin
     padded[0, :size, :size] = small
     function = solve(solver, 4, 1e-4)
     result, alone = function(padded, sizes_n=np.array([size, 0])), function(small[None])
-    assert error(result.root[0, :size, :size], np.asarray(alone.root[0], np.float64)) <= 1e-6
+    # Another length sums in another order.
+    bound = 1e-5 if solver == "newton" else 1e-6
+    assert error(result.root[0, :size, :size], np.asarray(alone.root[0], np.float64)) <= bound
     assert not np.any(result.root[0, size:]) and not np.any(result.root[0, :, size:]) and not np.any(result.root[1])
     assert np.all(np.asarray(result.residual) <= [1e-4, 1])
     for name in ("largest", "condition", "effective_rank"):
@@ -221,8 +238,8 @@ def test_residual_shows_an_inaccurate_root(solver, p):
 def test_residual_shows_an_iteration_that_did_not_converge(monkeypatch):
     """Fault: a root is returned unchecked after the last iteration."""
     stack = matrix(spread(64, 1e6))[None].astype(np.float32)
-    schedule = roots.newton_schedule
-    monkeypatch.setattr(roots, "newton_schedule", lambda p, smallest: schedule(p, smallest)[:5])
+    schedule = newton.newton_schedule
+    monkeypatch.setattr(newton, "newton_schedule", lambda p, smallest: schedule(p, smallest)[:5])
     assert jax.jit(functools.partial(inverse_pth_root, p=4))(stack).residual[0] > 0.1
 
 

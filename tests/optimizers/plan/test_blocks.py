@@ -205,16 +205,20 @@ def models(draw):
     model=models(),
     devices=st.integers(1, 12),
     interval=st.integers(1, 30),
-    refresh=st.sampled_from(["staggered", "staggered", "periodic"]),
+    share=st.integers(0, 4),
+    refresh=st.sampled_from(["staggered", "staggered", "host"]),
 )
-def test_owners_and_phases(model, devices, interval, refresh):
+def test_owners_and_phases(model, devices, interval, share, refresh):
     """Faults: a block has no owner or two; shares are unequal; a block is due never or twice in an interval; a step has
     more refreshes than another; the schedule depends on the number of devices."""
     params, rules, specs = model
-    options = {"treatments": rules, "interval": interval, "refresh": refresh, "block_size": 16}
+    options = {"treatments": rules, "interval": interval, "refresh": refresh, "block_size": 16, "early_intervals": ()}
+    options |= {"phases": interval * share // 4, "delay": 0}
     here = plan(params, specs=specs, mesh={"x": devices}, **options)
-    alone = plan(params, **options)
-    phases = interval if refresh == "staggered" else 1
+    blocks = sum(bucket.blocks for bucket in here.buckets)
+    phases = options["phases"] or min(interval, math.ceil(blocks / devices))
+    phases = interval if refresh == "host" else phases
+    alone = plan(params, **options | {"phases": phases})
     load, first = np.zeros((devices, phases), int), 0
     for bucket, single in zip(here.buckets, alone.buckets, strict=True):
         width = bucket.slots.shape[1]
@@ -231,7 +235,7 @@ def test_owners_and_phases(model, devices, interval, refresh):
             assert due[block] == -1
             due[block] = phase
         assert bucket.first == first
-        np.testing.assert_array_equal(due, (first + np.arange(bucket.blocks)) % phases)
+        np.testing.assert_array_equal(due, (first + np.arange(bucket.blocks)) * phases // blocks)
         np.testing.assert_array_equal(single.slots, np.arange(bucket.blocks)[None])
         assert (single.first, single.blocks, single.phases) == (first, bucket.blocks, phases)
         load += (bucket.due < width).sum(axis=2)
