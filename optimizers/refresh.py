@@ -17,8 +17,6 @@ from .plan.blocks import Bucket
 from .preconditioners.base import Blocks, PreconditionerState
 
 _TILE = 128
-# Up to this number, blocks are installed one after the other.
-_IN_TURN = 2
 
 
 def due_phases(step: jax.Array, options: Options, phases: int) -> tuple[jax.Array, jax.Array]:
@@ -121,15 +119,12 @@ def install(
 
     def put(x: jax.Array, found: jax.Array) -> jax.Array:
         found = found.astype(x.dtype)
-        if len(slot) > _IN_TURN:
+        if len(slot) > 1:
             return x.at[jnp.where(new.accepted, slot, slots)].set(found, mode="drop")
         # In place, without reading other slots; and it compiles to less than a scatter.
-        for i in range(len(slot)):
-            at = jnp.minimum(slot[i], slots - 1)
-            writes = new.accepted[i] & (slot[i] < slots)
-            kept = lax.dynamic_index_in_dim(x, at, keepdims=False)
-            x = lax.dynamic_update_index_in_dim(x, jnp.where(writes, found[i], kept), at, 0)
-        return x
+        at = jnp.minimum(slot[0], slots - 1)
+        kept = lax.dynamic_index_in_dim(x, at)
+        return lax.dynamic_update_index_in_dim(x, jnp.where(new.accepted[0] & (slot[0] < slots), found, kept), at, 0)
 
     second_moment = state.second_moment
     if second_moment is not None:

@@ -4,6 +4,7 @@ results."""
 import contextlib
 import dataclasses
 import functools
+import math
 import itertools
 import time
 
@@ -135,8 +136,10 @@ def test_each_of_8_devices_has_an_eighth_of_the_work_and_of_the_memory(model):
     state = [programs.device_bytes(step.state) for step in (alone, shared)]
     for on_one, on_each in (flops, state):
         assert on_each <= 1.15 * on_one / 8
-    # An exchange holds the blocks that leave and those that arrive.
-    assert scratch[1] <= 1.15 * scratch[0] / 8 + 2 * 4 * blocks / 8 * 128**2
+    # An exchange holds the blocks that leave and those that arrive, a solver about 8 matrices for each due one. On one
+    # device the solver needs less than the rest of the step.
+    due = 2 * math.ceil(blocks / 8 / phases_of(model))
+    assert scratch[1] <= 1.15 * scratch[0] / 8 + 2 * 4 * blocks / 8 * 128**2 + 8 * 4 * due * 128**2
     due = (
         shared.tx.layout(shared.params).plan.buckets[0].due
     )  # [devices, phases, maximum blocks of a device in a phase]
