@@ -52,6 +52,7 @@ def describe_bucket(bucket: Bucket) -> dict[str, Any]:
         "ridge": bucket.ridge,
         "cut": bucket.cut,
         "first": bucket.first,
+        "phases": bucket.phases,
         "parameters": [
             {
                 "path": leaf.path,

@@ -4,8 +4,8 @@ results."""
 import contextlib
 import dataclasses
 import functools
-import math
 import itertools
+import math
 import time
 
 import jax
