@@ -89,7 +89,7 @@ def get_config() -> Any:
     config.seed = 0  # seed of all random keys and of the order of the examples
     config.duration = "600 steps"  # length of the run
     config.batch_size = 32  # examples per step, summed over all devices
-    config.microbatches = 1  # split each batch into this many parts and accumulate gradients, to save memory
+    config.microbatches = 1  # split batches into this many parts, to save memory; dropout depends on it and on the mesh
 
     # Components: base.component("package.module:Class", field=value, ...)
     config.task = ConfigDict({"name": ""})  # import string of the model with its loss and metrics
