@@ -1,6 +1,7 @@
 import jax
 import numpy as np
 import pytest
+from shrunk import BERT as SMALL
 from workdirs import cut_short, history
 
 from shampax.configs import bert
@@ -8,30 +9,6 @@ from shampax.framework.config import components
 from shampax.framework.config.check import load
 from shampax.framework.train import train
 
-# All kernels have one shape and, with one head, biases are vectors: programs with few buckets compile quickly.
-SMALL = (
-    "task.layers=1",
-    "task.embed_dim=16",
-    "task.heads=1",
-    "task.mlp_dim=16",
-    "task.max_length=32",
-    "task.vocab_size=200",
-    "task.remat=none",
-    "data.source=sample:enwiki",
-    "data.sequence_length=16",
-    "data.predictions=2",
-    "data.max_records=2",
-    "schedule.warmup=1 steps",
-    "duration=4 steps",
-    "batch_size=8",
-    "microbatches=1",
-    "mesh.fsdp=1",
-    "evaluation.every=0 steps",
-    "evaluation.batches=1",
-    "checkpoint.every=2 steps",
-    "checkpoint.keep_best=0",
-    "log.every=1 steps",
-)
 SHAMPOO = ("optimizer.block_size=16", "optimizer.interval=2", "optimizer.early_intervals=()")
 FILE = "shampax/configs/bert.py"
 

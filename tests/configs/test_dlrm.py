@@ -3,6 +3,8 @@ import json
 import jax
 import numpy as np
 import pytest
+from shrunk import DLRM as TINY
+from shrunk import DLRM_ROWS as ROWS
 from sklearn.metrics import roc_auc_score
 from synthetic_clicks import SyntheticClicks
 from workdirs import cut_short, history
@@ -12,19 +14,6 @@ from shampax.framework.config.check import load
 from shampax.framework.train import train
 from shampax.launch.train import main
 
-# All layers have one width, and so have blocks: programs with few buckets compile in half the time.
-TINY = (
-    "task.embed_dim=4",
-    "task.bottom=(4,)",
-    "task.top=(4,)",
-    "schedule.warmup=1 steps",
-    "batch_size=16",
-    "evaluation.batches=2",
-    "checkpoint.every=3 steps",
-    "checkpoint.keep_best=0",
-    "log.every=1 steps",
-)
-ROWS = f"task.rows={(20,) * 26}"
 SHAMPOO = ("optimizer.block_size=4",)
 
 

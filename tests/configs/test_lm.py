@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from shrunk import LM as SMALL
 from workdirs import cut_short, history
 
 from shampax.configs import lm
@@ -13,24 +14,6 @@ from shampax.framework.config.check import load
 from shampax.framework.train import train
 from shampax.launch.train import main
 
-# All matrices except a router have blocks of one size: programs with one bucket compile in half the time.
-SMALL = (
-    "task.layers=2",
-    "task.embed_dim=16",
-    "task.heads=4",
-    "task.kv_heads=2",
-    "task.head_dim=8",
-    "task.mlp_dim=32",
-    "task.vocab_size=300",
-    "data.source=sample:enwiki",
-    "data.sequence_length=16",
-    "data.max_records=2",
-    "schedule.warmup=1 steps",
-    "batch_size=16",
-    "evaluation.batches=1",
-    "checkpoint.every=0 steps",
-    "log.every=1 steps",
-)
 SHAMPOO = ("optimizer.block_size=16", "optimizer.interval=3")
 TWELVE_STEPS = "duration=12 steps"
 BY_TWO = {

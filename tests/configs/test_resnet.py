@@ -4,6 +4,7 @@ import imagenet
 import jax
 import numpy as np
 import pytest
+from shrunk import RESNET as SMALL
 from step_bench import initial_state
 from traced import quick_jit
 from workdirs import cut_short, history
@@ -17,17 +18,6 @@ from shampax.framework.step.state import abstract_state, abstract_variables
 from shampax.framework.step.steps import make_train_step
 from shampax.framework.train import train
 
-# One stage, with blocks of its width: programs with few buckets compile in a third of the time.
-SMALL = (
-    "task.stages=(2,)",
-    "task.width=8",
-    "batch_size=16",
-    "schedule.warmup=1 steps",
-    "evaluation.batches=2",
-    "checkpoint.every=0 steps",
-    "checkpoint.keep_best=0",
-    "log.every=1 steps",
-)
 SHAMPOO = ("optimizer.block_size=8", "optimizer.interval=2")
 
 

@@ -3,6 +3,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from shrunk import TRANSLATION as SMALL
 from wmt14 import prepare_wmt14
 from workdirs import cut_short, history
 
@@ -11,26 +12,6 @@ from shampax.framework.config import components
 from shampax.framework.config.check import load
 from shampax.framework.train import train
 
-SMALL = (
-    "task.encoder_layers=1",
-    "task.decoder_layers=1",
-    "task.embed_dim=16",
-    "task.heads=2",
-    "task.head_dim=8",
-    "task.mlp_dim=32",
-    "task.vocab_size=400",
-    "task.beam_size=2",
-    "task.decode_length=12",
-    "task.compute_dtype=float32",
-    "data.source_length=160",
-    "data.target_length=160",
-    "data.max_records=40",
-    "schedule.warmup=1 steps",
-    "batch_size=8",
-    "checkpoint.every=3 steps",
-    "checkpoint.keep_best=0",
-    "log.every=1 steps",
-)
 SHAMPOO = ("optimizer.block_size=16", "optimizer.early_intervals=()", "optimizer.interval=2")
 
 
