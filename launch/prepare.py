@@ -2,11 +2,11 @@
 
 Writes the rows of the config's data set to DIR (local or gs://) once: tokens or parsed fields in ArrayRecord shards,
 with a manifest. `shampax.launch.train` with --config.data.prepared=DIR reads them; its batches are bitwise those of a
-run that prepares in its workdir. A DIR may hold several preparations.
+run that prepares in its workdir. A DIR may hold several preparations. The sets of `evaluation.sets` are made last.
 
 --process=I/N makes share I (from 0) of N: run the same command on N hosts, or N times here, at once or one after
-another. No process waits for another, and the last to finish writes the manifest. After an interruption, rerun the same
-command: it makes only the missing shards.
+another. No process waits for another, and the last to finish writes the manifest and makes the sets of
+`evaluation.sets`. After an interruption, rerun the same command: it makes only the missing shards.
 
 Exit codes: 0, this share is complete; 2, invalid input; 130, interrupted.
 """
@@ -17,11 +17,12 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ..framework.base import paths
 from ..framework.base.errors import UserError
 from ..framework.config import components
-from ..framework.config.check import load
+from ..framework.config.check import heldout_sets, load
 from . import flags, interruptible
 
 
@@ -45,6 +46,7 @@ def _prepare(arguments: Sequence[str] | None) -> int:
     process, processes = int(match[1]), int(match[2])
     config = load(options.config, overrides)
     # Imported after the config is checked: this imports JAX.
+    from ..framework import dataset
     from ..framework.data.preparing import preparing
 
     interruptible()
@@ -55,9 +57,12 @@ def _prepare(arguments: Sequence[str] | None) -> int:
             "images, make ArrayRecord files with tfds build NAME --file_format=array_record."
         )
     place = paths.of(options.output)
-    manifest = preparing.run(
-        dataclasses.replace(data, prepared=""), place, workers=options.workers, process=process, processes=processes
-    )
+    training: Any = dataclasses.replace(data, prepared="")
+    manifest = preparing.run(training, place, workers=options.workers, process=process, processes=processes)
+    for each in heldout_sets(config).values() if manifest else ():
+        further: Any = dataset.beside(each, training, options.output)
+        if isinstance(further, preparing.Preparable):
+            preparing.run(dataclasses.replace(further, prepared=""), place, workers=options.workers)
     if manifest is None:
         print(f"share {process} of {processes} is complete in {place}; shards of other shares are missing")
     else:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from .. import dataset
 from ..base.errors import UserError
+from ..config import overrides
 from ..distributed import agreement
 from ..sharding.global_batch import Share
 from .pipeline import Batches, HeldoutBatches, Reading
@@ -83,8 +84,9 @@ class Feed:
             yield from map(self._share.to_devices, batches)
 
     def _further(self, name: str, data: dataset.Data, cache: Path, config: Any, rows: dict[str, Any]) -> Heldout:
-        agreement.first(lambda: data.prepare(cache))
-        found = Heldout(data, cache, self._share, config.evaluation, **rows)
+        with overrides.about(f"evaluation.sets: {name}"):
+            agreement.first(lambda: data.prepare(cache))
+            found = Heldout(data, cache, self._share, config.evaluation, **rows)
         given, wanted = found.shapes(), self.heldout[""].shapes()
         if given != wanted:
             raise UserError(

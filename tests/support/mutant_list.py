@@ -1131,6 +1131,22 @@ FRAMEWORK = (
         ("tests/framework/data/test_preparing.py::test_a_full_disk_is_one_line",),
     ),
     Mutant(
+        "changes-of-held-out-sets-are-words",
+        "framework/base/values.py",
+        "(=[^\\s,'\\\"()\\[\\]{}]+)?",
+        "(=[\\w.-]+)?",
+        "evaluation.sets cannot name files on the command line.",
+        ("tests/framework/data/test_preparing.py::test_the_printed_command_trains_on_the_rows",),
+    ),
+    Mutant(
+        "held-out-sets-not-prepared",
+        "launch/prepare.py",
+        "heldout_sets(config).values() if manifest else ()",
+        "()",
+        "A run with data.prepared and further held-out sets is refused: nobody has made their rows.",
+        ("tests/framework/data/test_preparing.py::test_the_printed_command_trains_on_the_rows",),
+    ),
+    Mutant(
         "printed-command-without-overrides",
         "launch/prepare.py",
         'for each in (*overrides, f"data',
@@ -1310,6 +1326,14 @@ FRAMEWORK = (
         ("tests/framework/sharding/test_slices.py",),
     ),
     Mutant(
+        "lookups-across-slices",
+        "models/tables.py",
+        "found = lax.psum_scatter(found, batch_axes, scatter_dimension=0, tiled=True)",
+        "found = lax.psum_scatter(found, (*slices, *batch_axes), scatter_dimension=0, tiled=True)",
+        "Models with sharded tables do not compile for several slices.",
+        ("tests/configs/test_two_slices.py::test_samples_train_on_two_slices_as_on_one",),
+    ),
+    Mutant(
         "slices-mixed",
         "framework/sharding/meshes.py",
         "(slice_of(device), device.process_index)",
@@ -1320,8 +1344,8 @@ FRAMEWORK = (
     Mutant(
         "options-with-values-need-quotes",
         "framework/base/values.py",
-        '(=[\\w.-]+)?"',
-        '"',
+        "(=[^\\s,'\\\"()\\[\\]{}]+)?",
+        "",
         "The command line refuses compiler options as the docs write them.",
         ("tests/framework/step/test_compiler_options.py::test_the_command_line_takes_options_without_quotes",),
     ),

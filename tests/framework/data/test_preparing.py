@@ -21,7 +21,7 @@ from shampax.framework.data.pipeline import Batches, HeldoutBatches
 from shampax.framework.data.preparing import preparing, workers
 from shampax.framework.data.reading import files, shards
 from shampax.framework.data.text import TextData
-from shampax.framework.dataset import augment
+from shampax.framework.dataset import augment, beside
 from shampax.launch import prepare
 
 WORDS = ["some", "words", "of", "many", "that", "make", "a", "sentence", "with", "which", "no", "one", "would", "begin"]
@@ -181,19 +181,26 @@ def test_a_full_disk_is_one_line(sources, tmp_path, workers, capsys):
 
 
 def test_the_printed_command_trains_on_the_rows(sources, tmp_path, capsys):
-    """Faults: the command lacks the overrides, so that the rows do not match; a shell would split a value."""
+    """Faults: the command lacks the overrides, so that the rows do not match; a shell would split a value; further
+    held-out sets are not prepared, or with a tokenizer of their own, or cannot name files."""
     place = tmp_path / "it's [1]"
     spec = ["--config=shampax/configs/lm.py:sample", f"--config.data.source={sources['text'].source}"]
     knobs = ["--config.data.sequence_length=16", "--config.task.vocab_size", "300", "--config.data.max_malformed=3"]
+    knobs.append(f"--config.evaluation.sets=more.source={sources['text'].source},more.heldout_fraction=0.5")
     assert prepare.main([*spec, *knobs, f"--output={place}", "--workers=1"]) == 0
     command = shlex.split(capsys.readouterr().out.partition("train with ")[2].replace("WORKDIR", str(tmp_path / "run")))
     assert command[:3] == ["python", "-m", "shampax.launch.train"]
     assert f"--config.data.prepared={place}" in command
     changes = [word.removeprefix("--config.") for word in command if word.startswith("--config.")]
-    data = components.build(check.load(spec[0].removeprefix("--config="), changes).data)
+    config = check.load(spec[0].removeprefix("--config="), changes)
+    data = components.build(config.data)
     data.prepare(tmp_path / "unused")
     assert data.load_tokenizer("").get_vocab_size() <= 300
+    more = beside(check.heldout_sets(config)["more"], data, tmp_path / "unused")
+    more.prepare(tmp_path / "unused")
     assert len(data.examples("train", "")) > 0 and not (tmp_path / "unused").exists()
+    assert more.load_tokenizer("").to_str() == data.load_tokenizer("").to_str()
+    assert len(more.examples("heldout", "")) > len(data.examples("heldout", ""))
 
 
 def test_a_worker_that_fails_or_dies_is_one_line():
