@@ -47,9 +47,13 @@ _NODE = {"mesh.fsdp": 8, "batch_size": 64}  # 8 rows on each GPU
 CASES = {
     "1b_adamw": Case("1b", "v5e:16x16"),
     "1b_shampoo": Case("1b", "v5e:16x16", adamw=False),
+    "1b_two_slices": Case("1b", "2xv5e:16x16", adamw=False),
     "8b": Case("8b", "v5p:4x4x8"),
+    "8b_shampoo": Case("8b", "v5p:4x4x8", adamw=False),
+    "8b_two_slices": Case("8b", "2xv5p:4x4x8", adamw=False),
     "long": Case("long", "v5e:16x16"),
     "moe": Case("moe", "v5e:16x16"),
+    "moe_shampoo": Case("moe", "v5e:16x16", adamw=False),
     "1b_h100": Case("1b", "", "8xh100", _NODE),
 }
 
@@ -74,6 +78,7 @@ def bound(case: Case) -> dict[str, Any]:
     return row | {
         "milliseconds": 1e3 * train.work.seconds,
         "network_milliseconds": 1e3 * train.work.network_seconds,
+        "bytes_between_slices": sum(each.crossing for each in train.work.traffic.values()),
         "milliseconds_by_class": {name: 1e3 * part.seconds for name, part in train.work.parts.items()},
         "mfu_bound": found.mfu(found.model_flops),
         "mfu_bound_whole_square": found.mfu(found.square_flops),
@@ -86,18 +91,18 @@ def bound(case: Case) -> dict[str, Any]:
 def table(rows: Mapping[str, Any]) -> str:
     """Return the rows as a table in Markdown."""
     lines = [
-        "| program | devices | optimizer | work ms | network ms | MFU at most | counting T x T | peak memory |",
-        "|---|---|---|---|---|---|---|---|",
+        "| program | devices | optimizer | work ms | network ms | MB between slices | MFU at most | counting T x T | "
+        "peak memory |",
+        f"|{'---|' * 9}",
     ]
     for name, row in rows.items():
         start = f"| {name} | {row['devices']} | {row['optimizer'].removesuffix('Options')} |"
         if "error" in row:
-            lines.append(f"{start} does not fit: {row['error'][:80]} | | | | |")
+            lines.append(f"{start} does not fit: {row['error'][:80]} | | | | | |")
             continue
-        lines.append(
-            f"{start} {row['milliseconds']:,.0f} | {row['network_milliseconds']:,.0f} | {row['mfu_bound']:.0%} | "
-            f"{row['mfu_bound_whole_square']:.0%} | {row['peak_share']:.0%} |"
-        )
+        times, between = f"{row['milliseconds']:,.0f} | {row['network_milliseconds']:,.0f}", row["bytes_between_slices"]
+        shares = " | ".join(f"{row[name]:.0%}" for name in ("mfu_bound", "mfu_bound_whole_square", "peak_share"))
+        lines.append(f"{start} {times} | {between / 1e6:,.0f} | {shares} |")
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ ROW = {
     "optimizer": "AdamWOptions",
     "milliseconds": 205.8,
     "network_milliseconds": 40.1,
+    "bytes_between_slices": 12.3e6,
     "mfu_bound": 0.66,
     "mfu_bound_whole_square": 0.711,
     "peak_share": 0.372,
@@ -27,7 +28,7 @@ def test_the_table_has_a_line_for_each_program():
     """Fault: a figure stands under another heading; a program that does not fit is left out."""
     refused = {"devices": "v5p:4x4x8", "optimizer": "AdamWOptions", "error": "Ran out of memory"}
     lines = bounds.table({"1b_adamw": ROW, "8b": refused}).splitlines()
-    assert lines[2] == "| 1b_adamw | v5e:16x16 | AdamW | 206 | 40 | 66% | 71% | 37% |"
+    assert lines[2] == "| 1b_adamw | v5e:16x16 | AdamW | 206 | 40 | 12 | 66% | 71% | 37% |"
     assert "does not fit: Ran out of memory" in lines[3]
     assert len({line.count("|") for line in lines}) == 1
 
