@@ -1,7 +1,8 @@
 """A config and data for runs of several processes, which a test can follow and let fail in one process.
 
 The environment variable FAULT is "KIND INDEX", the fault and its process: "options" are refused, "input" cannot be
-read, "row" raises during training, or "stale" does not list the newest checkpoint, as on a network file system.
+read, "row" raises during training, "heldout" is a damaged held-out row, or "stale" does not list the newest checkpoint,
+as on a network file system.
 """
 
 import dataclasses
@@ -46,12 +47,12 @@ class ManyData(toy.ToyData):
         if fault() == "input":
             raise UserError(f"no rows for {split}")
         rows = super().examples(split, cache)
-        return SlowRows(rows, self.row_seconds if split == "train" else self.heldout_seconds)
+        return SlowRows(rows, self.row_seconds if split == "train" else self.heldout_seconds, split)
 
 
 class SlowRows:
-    def __init__(self, rows, seconds):
-        self.rows, self.seconds, self.read = rows, seconds, 0
+    def __init__(self, rows, seconds, split):
+        self.rows, self.seconds, self.split, self.read = rows, seconds, split, 0
 
     def __len__(self):
         return len(self.rows)
@@ -61,6 +62,8 @@ class SlowRows:
         self.read += 1
         if fault() == "row" and self.read > 60:
             raise LookupError(f"row {index} is torn")
+        if fault() == "heldout" and self.split != "train":
+            raise UserError("a held-out row is damaged")
         return self.rows[index]
 
 
