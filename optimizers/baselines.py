@@ -28,6 +28,26 @@ def scale_by_rules(rate_rules: patterns.Rules[float]) -> optax.GradientTransform
     return optax.stateless(scale)
 
 
+def _sides(params: Any, axis_names: Any, treatments: patterns.Rules[str] = ShampooOptions.treatments) -> Any:
+    """Return MuonDimensionNumbers for each matrix, and None for vectors and parameters under diagonal treatment."""
+    rules = [(pattern, ShampooOptions().treatment(text)) for pattern, text in treatments]
+    names = names_by_path(axis_names)
+
+    def of(leaf: Any, path: str) -> MuonDimensionNumbers | None:
+        treatment = patterns.first_match(rules, path)
+        _, inputs, outputs = matrix_axes(
+            leaf.ndim,
+            names.get(path),
+            stack_axes=ShampooOptions.stack_axes,
+            fold_axes=ShampooOptions.fold_axes,
+            stack=min(treatment.stack, leaf.ndim),
+        )
+        matrix = treatment.kind not in DIAGONAL_KINDS and inputs and outputs
+        return MuonDimensionNumbers(tuple(inputs), tuple(outputs)) if matrix else None
+
+    return jax.tree.map(of, params, patterns.path_tree(params))
+
+
 @dataclasses.dataclass(frozen=True)
 class AdamWOptions:
     """AdamW: Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
@@ -39,10 +59,16 @@ class AdamWOptions:
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
     rate_rules: tuple[tuple[str, float], ...] = ShampooOptions.rate_rules  # factors of the learning rate
     nesterov: bool = False  # look one step ahead along the momentum
+    wider: float = ShampooOptions.wider  # as for Shampoo: matrices except embeddings have the rate / wider
 
-    def build(self, learning_rate: optax.Schedule, **layout: Any):
-        """Return the optimizer; `layout` is ignored."""
+    def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
+        """Return the optimizer; `axis_names` tell matrices from vectors, as for Shampoo."""
         del layout
+
+        def narrowed(updates: Any, params: Any = None) -> Any:
+            del params
+            return jax.tree.map(lambda x, matrix: x / self.wider if matrix else x, updates, _sides(updates, axis_names))
+
         adamw = optax.adamw(
             learning_rate,
             b1=self.beta1,
@@ -52,7 +78,8 @@ class AdamWOptions:
             mask=partial(patterns.map_paths, self.decay_rules),
             nesterov=self.nesterov,
         )
-        return optax.chain(adamw, scale_by_rules(self.rate_rules))
+        scaled = [optax.stateless(narrowed)] if self.wider != 1 else []
+        return optax.chain(adamw, scale_by_rules(self.rate_rules), *scaled)
 
 
 def scale_by_trust_ratio(adapt_rules: patterns.Rules[bool], axis_names: Any) -> optax.GradientTransformation:
@@ -138,39 +165,20 @@ class MuonOptions:
     weight_decay: float = 0.0  # decoupled
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
     treatments: tuple[tuple[str, str], ...] = ShampooOptions.treatments  # "diagonal" and "rows" mean Adam
+    wider: float = ShampooOptions.wider  # as for Shampoo; Muon's rate serves all widths, its decay is divided
 
     def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
         """Return the optimizer; `axis_names` define the sides of matrices, as for Shampoo."""
         del layout
-        rules = [(pattern, ShampooOptions().treatment(text)) for pattern, text in self.treatments]
-        names = names_by_path(axis_names)
-
-        def dimensions(params: Any) -> Any:
-            """Return MuonDimensionNumbers per parameter, or None for Adam."""
-
-            def of(leaf: Any, path: str) -> MuonDimensionNumbers | None:
-                treatment = patterns.first_match(rules, path)
-                _, inputs, outputs = matrix_axes(
-                    leaf.ndim,
-                    names.get(path),
-                    stack_axes=ShampooOptions.stack_axes,
-                    fold_axes=ShampooOptions.fold_axes,
-                    stack=min(treatment.stack, leaf.ndim),
-                )
-                matrix = treatment.kind not in DIAGONAL_KINDS and inputs and outputs
-                return MuonDimensionNumbers(tuple(inputs), tuple(outputs)) if matrix else None
-
-            return jax.tree.map(of, params, patterns.path_tree(params))
-
         return optax.contrib.muon(
             learning_rate,
             beta=self.beta,
             nesterov=self.nesterov,
-            weight_decay=self.weight_decay,
+            weight_decay=self.weight_decay / self.wider,
             weight_decay_mask=partial(patterns.map_paths, self.decay_rules),
             adam_b1=self.beta1,
             adam_b2=self.beta2,
-            muon_weight_dimension_numbers=dimensions,
+            muon_weight_dimension_numbers=partial(_sides, axis_names=axis_names, treatments=self.treatments),
         )
 
 

@@ -203,6 +203,7 @@ class Options:
         # (regex over the path, factor of the learning rate), first match wins
         (r".*", 1.0),
     )
+    wider: float = 1.0  # times that the model is wider than the one for which the rate was tuned; see plan/width.py
 
     # Storage of the state; arithmetic is in float32
     roots_dtype: str = "float32"  # or "bfloat16"
@@ -241,6 +242,8 @@ class Options:
         for name, rule in (("graft", self.of_graft), ("diagonal", self.of_diagonal)):
             if rule.method.has_second_moment and self.epsilon == 0:
                 raise ValueError(f"epsilon=0: must be positive, or {name} {rule.name!r} divides 0 by 0. Use 1e-8.")
+        if not self.wider > 0:
+            raise ValueError(f"wider={self.wider}: must be positive. Use width / width of the tuned model.")
         before = 0
         for last, interval in self.early:
             if last <= before:

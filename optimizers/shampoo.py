@@ -139,7 +139,7 @@ def distributed_shampoo(
         rate = jnp.where(new.count > state.count, -jnp.asarray(rate), 0)
         factors = [
             patterns.first_match(chosen.rate_rules, parameter.path)
-            * (chosen.diagonal_rate if index in layout.plan.diagonal else 1.0)
+            * (chosen.diagonal_rate if index in layout.plan.diagonal else layout.plan.scales[index])
             for index, parameter in enumerate(layout.parameters)
         ]
         changes = [
@@ -182,13 +182,18 @@ def _leaves(tree: Any, layout: Layout) -> list[jax.Array]:
 
 
 def _decayed(directions: list[jax.Array], params: list[jax.Array], layout: Layout) -> list[jax.Array]:
-    """Add weight_decay x parameter, in float32, where the rules say so."""
-    options = layout.options
+    """Add weight_decay x parameter, in float32, where the rules say so.
+
+    The decoupled decay of a matrix in a step is proportional to 1 / width, whatever the factor of its rate.
+    """
+    options, scales = layout.options, layout.plan.scales
     if not options.weight_decay:
         return directions
-    return [
-        x.astype(jnp.float32) + options.weight_decay * param.astype(jnp.float32)
-        if patterns.first_match(options.decay_rules, parameter.path)
-        else x
-        for x, param, parameter in zip(directions, params, layout.parameters, strict=True)
-    ]
+    result = []
+    for index, (x, param, parameter) in enumerate(zip(directions, params, layout.parameters, strict=True)):
+        if patterns.first_match(options.decay_rules, parameter.path):
+            shrinks = options.decay == "decoupled" and index in scales
+            amount = options.weight_decay / (options.wider * scales[index] if shrinks else 1.0)
+            x = x.astype(jnp.float32) + amount * param.astype(jnp.float32)
+        result.append(x)
+    return result

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ..options import Options, Treatment
 from ..preconditioners import PRECONDITIONERS, Preconditioner
-from . import patterns
+from . import patterns, width
 from .assignment import assign_owners
 from .tiles import Tiling, make_tiling
 from .views import View, matrix_view, names_by_path, tensor_view
@@ -175,11 +175,13 @@ class Plan:
       buckets: buckets, ordered by key.
       diagonal: position among the leaves -> parameter under diagonal treatment.
       treatments: path -> a short text for tables.
+      scales: position among the leaves -> factor of the learning rate that follows the width, for preconditioned ones.
     """
 
     buckets: tuple[Bucket, ...]
     diagonal: dict[int, DiagonalLeaf]
     treatments: dict[str, str]
+    scales: dict[int, float]
 
 
 def split(side: int, block_size: int) -> tuple[int, int]:
@@ -252,6 +254,7 @@ def make_plan(parameters: Sequence[Parameter], options: Options, mesh: Mapping[s
     grouped: dict[_Key, list[Leaf]] = {}
     diagonal: dict[int, DiagonalLeaf] = {}
     treatments: dict[str, str] = {}
+    scales: dict[int, float] = {}
     doubtful: list[str] = []
     for index, (path, shape, names, spec) in enumerate(parameters):
         _check(path, shape, names, spec, mesh)
@@ -277,7 +280,9 @@ def make_plan(parameters: Sequence[Parameter], options: Options, mesh: Mapping[s
         leaf = Leaf(index, path, make_tiling(view, pieces, block, spec, mesh))
         grouped.setdefault(key, []).append(leaf)
         label = preconditioner.label or (f"p{p}" if p else "momentum")
-        treatments[path] = f"{treatment.kind} {_title(block, sides, label)} x{leaf.tiling.blocks}"
+        scales[index] = width.factor(options, treatment, view.lengths, len(sides) / p if p else 0.0)
+        scaled = f", rate x {scales[index]:.3g}" if options.wider != 1 else ""
+        treatments[path] = f"{treatment.kind} {_title(block, sides, label)} x{leaf.tiling.blocks}{scaled}"
     if doubtful:
         others = f" (and {len(doubtful) - 1} others)" * (len(doubtful) > 1)
         warnings.warn(
@@ -286,7 +291,7 @@ def make_plan(parameters: Sequence[Parameter], options: Options, mesh: Mapping[s
             "treatments.",
             stacklevel=2,
         )
-    return Plan(_buckets(grouped, math.prod(mesh.values()), options), diagonal, treatments)
+    return Plan(_buckets(grouped, math.prod(mesh.values()), options), diagonal, treatments, scales)
 
 
 def _view(

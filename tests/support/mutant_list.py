@@ -115,8 +115,8 @@ OPTIMIZERS = (
     Mutant(
         "decay-times-rate-twice",
         "optimizers/shampoo.py",
-        "x.astype(jnp.float32) + options.weight_decay * param.astype(jnp.float32)",
-        "x.astype(jnp.float32) + 1e-3 * options.weight_decay * param.astype(jnp.float32)",
+        "x = x.astype(jnp.float32) + amount * param.astype(jnp.float32)",
+        "x = x.astype(jnp.float32) + 1e-3 * amount * param.astype(jnp.float32)",
         "Decoupled weight decay is multiplied by the learning rate twice and has almost no effect.",
         ("tests/optimizers/test_baselines.py::test_decay_does_not_apply_to_biases_and_embeddings",),
     ),
@@ -399,6 +399,39 @@ OPTIMIZERS = (
         ("tests/optimizers/test_outsiders.py::test_strict_promotion_of_the_users_program",),
     ),
     Mutant(
+        "wide-matrices-at-the-narrow-rate",
+        "optimizers/plan/width.py",
+        "return 1 / wider",
+        "return 1.0",
+        "A rate tuned on a narrow model is too high for a wide one, although `wider` is set.",
+        (
+            "tests/optimizers/plan/test_width.py::test_a_step_changes_outputs_equally_at_every_width",
+            "tests/optimizers/plan/test_width.py::test_factors_are_those_of_the_published_code",
+        ),
+    ),
+    Mutant(
+        "decay-without-the-width",
+        "optimizers/shampoo.py",
+        "options.weight_decay / (options.wider * scales[index] if shrinks else 1.0)",
+        "options.weight_decay",
+        "With a graft whose rate serves all widths, weight decay of a wide model is too strong.",
+        (
+            "tests/optimizers/plan/test_width.py::"
+            "test_decay_is_divided_by_the_width_and_vectors_and_embeddings_keep_their_rate",
+        ),
+    ),
+    Mutant(
+        "embeddings-at-the-rate-of-matrices",
+        "optimizers/baselines.py",
+        "x / self.wider if matrix else x",
+        "x / self.wider",
+        "Under AdamW, embeddings and biases of a wide model learn too slowly.",
+        (
+            "tests/optimizers/plan/test_width.py::"
+            "test_decay_is_divided_by_the_width_and_vectors_and_embeddings_keep_their_rate",
+        ),
+    ),
+    Mutant(
         "diagonal-method-follows-the-graft",
         "optimizers/options.py",
         "            self.diagonal,\n            self.beta1",
@@ -412,8 +445,8 @@ OPTIMIZERS = (
     Mutant(
         "diagonal-rate-for-blocks",
         "optimizers/shampoo.py",
-        "index in layout.plan.diagonal else 1.0",
-        "index not in layout.plan.diagonal else 1.0",
+        "chosen.diagonal_rate if index in layout.plan.diagonal else layout.plan.scales[index]",
+        "1.0 if index in layout.plan.diagonal else chosen.diagonal_rate",
         "The rate of embeddings, norms and biases applies to the matrices.",
         (
             "tests/optimizers/test_shampoo.py::test_momentum_without_roots_equals_optax",
