@@ -28,6 +28,7 @@ _CHOICES = {
     "decay": ("decoupled", "coupled"),
     "roots_dtype": DTYPES,
     "momentum_dtype": DTYPES,
+    "precision": ("auto", "float32"),
 }
 # Default last step with the shortest interval; docs/results.md compares it with no early intervals.
 _EARLY = 20
@@ -205,7 +206,9 @@ class Options:
     )
     wider: float = 1.0  # times that the model is wider than the one for which the rate was tuned; see plan/width.py
 
-    # Storage of the state; arithmetic is in float32
+    precision: str = "auto"  # of products on accelerators: as each needs (docs/optimizer.md), or "float32"
+
+    # Storage of the state
     roots_dtype: str = "float32"  # or "bfloat16"
     momentum_dtype: str = "float32"  # or "bfloat16"
 

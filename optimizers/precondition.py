@@ -201,14 +201,14 @@ def _propose(
     if not preconditioner.grafts:
         direction, second_moment = preconditioner.act(momentum, g, state.roots, moments.age, blocks)
         if steps:
-            orthogonal = orthogonalized(direction, steps)
+            orthogonal = orthogonalized(direction, steps, bucket.precision.action)
             ratio = jnp.sqrt(inner(direction, direction)) * _reciprocal(jnp.sqrt(inner(orthogonal, orthogonal)))
             direction = orthogonal * _column(ratio, orthogonal)
         return _Proposal(moments, second_moment, direction, 0, graft, jnp.ones_like(state.roots.refreshed, bool))
     unit = 0 if options.of_graft.normalizes else scale_log2
     direction, second_moment = preconditioner.act(momentum * power_of_two(-unit), g, state.roots, moments.age, blocks)
     if steps:  # the result has no unit
-        direction, unit = orthogonalized(direction, steps), 0
+        direction, unit = orthogonalized(direction, steps, bucket.precision.action), 0
     else:
         degree = preconditioner.degree(bucket)
         # From the units of the roots to those of this step, which all blocks share.

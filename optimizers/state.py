@@ -93,7 +93,8 @@ class Layout:
     @functools.cached_property
     def plan(self) -> Plan:
         """Return the plan of the parameters."""
-        return make_plan(self.parameters, self.options, self.owners.sizes)
+        platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+        return make_plan(self.parameters, self.options, self.owners.sizes, platform)
 
     def initial(self) -> "ShampooState":
         """Return the state before the first step."""

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from .newton import coupled_newton
+from .precision import FULL
 from .roots import (
     RootResult,
     condition,
@@ -36,9 +36,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _ROUNDING = 1.01
 
 
-def newton(
-    stack_nrr: Any, p: int, ridge: float, cut: float, sizes_n: Any, precision: Any = lax.Precision.HIGHEST
-) -> RootResult:
+def newton(stack_nrr: Any, p: int, ridge: float, cut: float, sizes_n: Any, precision: Any = FULL) -> RootResult:
     """Compute roots with a ridge by matrix products only; `cut` must be 0.
 
     The minimax iteration takes fewer products. At ridges below SMALLEST_RIDGE the coupled Newton iteration replaces it,
@@ -133,24 +131,21 @@ def _best(p: int, smallest: float) -> tuple[np.ndarray, float]:
     return coefficients, float(np.max(np.abs(error)))
 
 
-def orthogonalized(m_nrc: jax.Array, steps: int) -> jax.Array:
+def orthogonalized(m_nrc: jax.Array, steps: int, precision: Any = FULL) -> jax.Array:
     """Return approximately U V' for each M = U S V' of a stack [n, r, c], after this number of Newton-Schulz steps.
 
     Five steps bring singular values down to 1/100 of the Frobenius norm to between 0.7 and 1.2. A zero matrix stays
     zero. The result does not depend on the scale of M.
     """
     if m_nrc.shape[-2] > m_nrc.shape[-1]:
-        return jnp.swapaxes(orthogonalized(jnp.swapaxes(m_nrc, -2, -1), steps), -2, -1)
+        return jnp.swapaxes(orthogonalized(jnp.swapaxes(m_nrc, -2, -1), steps, precision), -2, -1)
     largest = jnp.max(jnp.abs(m_nrc), axis=(-2, -1), keepdims=True)
     x = m_nrc / jnp.where(largest > 0, largest, 1)
     norm = jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
     x = x / jnp.where(norm > 0, _ROUNDING * norm, 1)
 
-    def product(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
     a, b, c = NEWTON_SCHULZ
     for _ in range(steps):
-        square = product(x, jnp.swapaxes(x, -2, -1))
-        x = a * x + product(b * square + c * product(square, square), x)
+        square = matmul(x, jnp.swapaxes(x, -2, -1), precision)
+        x = a * x + matmul(b * square + c * matmul(square, square, precision), x, precision)
     return x

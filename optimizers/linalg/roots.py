@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .precision import FULL
 from .scaling import exponent_of, power_of_two
 
 
@@ -40,7 +41,7 @@ class RootResult(NamedTuple):
     accepted: Any = None
 
 
-def matmul(x_nrr: jax.Array, y_nrr: jax.Array, precision: Any = lax.Precision.HIGHEST) -> jax.Array:
+def matmul(x_nrr: jax.Array, y_nrr: jax.Array, precision: Any = FULL) -> jax.Array:
     """Return X Y, by default in full float32."""
     return jnp.matmul(x_nrr, y_nrr, precision=precision)
 
@@ -50,7 +51,7 @@ def symmetric(x_nrr: jax.Array) -> jax.Array:
     return (x_nrr + jnp.swapaxes(x_nrr, -2, -1)) / 2
 
 
-def matrix_power(x_nrr: jax.Array, p: int, precision: Any = lax.Precision.HIGHEST) -> jax.Array:
+def matrix_power(x_nrr: jax.Array, p: int, precision: Any = FULL) -> jax.Array:
     """Return X^p by repeated squaring, for a static p >= 1."""
     if p == 1:
         return x_nrr
@@ -61,7 +62,7 @@ def matrix_power(x_nrr: jax.Array, p: int, precision: Any = lax.Precision.HIGHES
 def inner(x: jax.Array, y: jax.Array) -> jax.Array:
     """Return the sum of x * y over all axes but the first, [n], as one dot product."""
     axes = tuple(range(1, x.ndim))
-    return lax.dot_general(x, y, ((axes, axes), ((0,), (0,))), precision=lax.Precision.HIGHEST)
+    return lax.dot_general(x, y, ((axes, axes), ((0,), (0,))), precision=FULL)
 
 
 def _normalised(v: jax.Array) -> jax.Array:
@@ -101,7 +102,7 @@ def condition(low_nrr: jax.Array | None, high_nrr: jax.Array, ridge: float) -> j
     return (1 + ridge) * inner(v, apply(v))
 
 
-def halves(x_nrr: jax.Array, p: int, precision: Any = lax.Precision.HIGHEST) -> tuple[jax.Array | None, jax.Array]:
+def halves(x_nrr: jax.Array, p: int, precision: Any = FULL) -> tuple[jax.Array | None, jax.Array]:
     """Return X^floor(p/2) (None for the identity) and X^ceil(p/2)."""
     low = matrix_power(x_nrr, p // 2, precision) if p > 1 else None
     return low, x_nrr if low is None else matmul(low, x_nrr, precision) if p % 2 else low
@@ -112,7 +113,7 @@ def residual(
     high_nrr: jax.Array,
     a_nrr: jax.Array,
     unit_nrr: jax.Array,
-    precision: Any = lax.Precision.HIGHEST,
+    precision: Any = FULL,
 ) -> jax.Array:
     """Return the largest entry of |X^(p/2) A X^(p/2) - P| [n], given the halves of X^p.
 

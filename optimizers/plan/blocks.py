@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ..linalg.precision import Precision, precision_of
 from ..options import Options, Treatment
 from ..preconditioners import PRECONDITIONERS, Preconditioner
 from . import patterns, width
@@ -66,6 +67,7 @@ class Bucket:
       ridge, cut: regularisers relative to the largest eigenvalue.
       orthogonalize: Newton-Schulz steps on the preconditioned direction.
       preconditioner: preconditioner of the blocks.
+      precision: precision of their products.
       leaves: parameters whose blocks are in the bucket, in order.
       first: number of blocks in earlier buckets.
       owners: number of devices that share the slots.
@@ -83,6 +85,7 @@ class Bucket:
     cut: float
     orthogonalize: int
     preconditioner: Preconditioner
+    precision: Precision
     leaves: tuple[Leaf, ...]
     first: int
     owners: int
@@ -239,13 +242,16 @@ def parameters(params: Any, axis_names: Any = None, param_specs: Any = None) -> 
     return tuple(result)
 
 
-def make_plan(parameters: Sequence[Parameter], options: Options, mesh: Mapping[str, int]) -> Plan:
+def make_plan(
+    parameters: Sequence[Parameter], options: Options, mesh: Mapping[str, int], platform: str = "cpu"
+) -> Plan:
     """Choose the treatment of every parameter, gather blocks into buckets and assign them to owners.
 
     Args:
       parameters: the parameters, in the order of the leaves of their tree.
       options: options of the optimizer.
       mesh: axis name -> number of devices; all devices own blocks.
+      platform: JAX platform of the devices.
 
     Raises:
       ValueError: no treatment matches a path, or names or a spec do not fit a parameter.
@@ -291,7 +297,11 @@ def make_plan(parameters: Sequence[Parameter], options: Options, mesh: Mapping[s
             "treatments.",
             stacklevel=2,
         )
+<<<<<<< HEAD
     return Plan(_buckets(grouped, math.prod(mesh.values()), options), diagonal, treatments, scales)
+=======
+    return Plan(_buckets(grouped, math.prod(mesh.values()), platform, options), diagonal, treatments)
+>>>>>>> 47106cc (Products take as many bfloat16 passes as they need; float32 on request)
 
 
 def _view(
@@ -319,7 +329,9 @@ def _phases(blocks: int, owners: int, options: Options) -> int:
     return options.phases or min(options.interval, max(1, math.ceil(blocks / owners)))
 
 
-def _buckets(grouped: Mapping[_Key, Sequence[Leaf]], owners: int, options: Options) -> tuple[Bucket, ...]:
+def _buckets(
+    grouped: Mapping[_Key, Sequence[Leaf]], owners: int, platform: str, options: Options
+) -> tuple[Bucket, ...]:
     keys = sorted(grouped)
     counts = [sum(leaf.tiling.blocks for leaf in grouped[key]) for key in keys]
     bucket = np.repeat(np.arange(len(keys)), counts)
@@ -340,7 +352,7 @@ def _buckets(grouped: Mapping[_Key, Sequence[Leaf]], owners: int, options: Optio
         shape, sides, p, beta2, ridge, cut, orthogonalize, kind = key
         numbers, preconditioner = (p, beta2, ridge, cut, orthogonalize), PRECONDITIONERS[kind]
         part = [tuple(x[first : first + count].tolist()) for x in (phase, owner)]
-        rest = tuple(grouped[key]), first, owners, phases, *part
+        rest = precision_of(options.precision, platform, ridge), tuple(grouped[key]), first, owners, phases, *part
         result.append(Bucket(_name(key, options), shape, sides, *numbers, preconditioner, *rest))
         first += count
     return tuple(result)

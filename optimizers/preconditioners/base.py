@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ..linalg.precision import FULL
 from ..linalg.roots import RootResult
 from ..linalg.scaling import exponent_of, power_of, power_of_two
 from ..linalg.symmetric import pack
@@ -135,7 +136,7 @@ class Preconditioner(abc.ABC):
                 kept = jnp.where(begins, new * pack(self.first(g, blocks, side)), kept)
             x = self.observed(g, state, blocks, side)
             others = [axis for axis in range(1, x.ndim) if axis != side + 1]
-            product = lax.dot_general(x, x, ((others, others), ((0,), (0,))), precision=lax.Precision.HIGHEST)
+            product = lax.dot_general(x, x, ((others, others), ((0,), (0,))), precision=bucket.precision.statistics)
             statistics.append(old * kept + new * pack(product))
         return state._replace(statistics=tuple(statistics), age=state.age + 1)
 
@@ -198,11 +199,9 @@ class Preconditioner(abc.ABC):
         raise AssertionError(f"{self.name} keeps no second moment")
 
 
-def multiplied(x: jax.Array, factors: Sequence[jax.Array], sides: Sequence[int]) -> jax.Array:
+def multiplied(x: jax.Array, factors: Sequence[jax.Array], sides: Sequence[int], precision: Any = FULL) -> jax.Array:
     """Return blocks [n, *s] with each side in `sides` multiplied by its factor [n, r, r] from the left."""
     for side, factor in zip(sides, factors, strict=True):
-        product = lax.dot_general(
-            factor.astype(x.dtype), x, (((2,), (side + 1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST
-        )
+        product = lax.dot_general(factor.astype(x.dtype), x, (((2,), (side + 1,)), ((0,), (0,))), precision=precision)
         x = jnp.moveaxis(product, 1, side + 1)
     return x

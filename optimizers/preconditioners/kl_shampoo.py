@@ -53,7 +53,7 @@ class KLShampoo(Shampoo):
             root = power_of_two(change)[:, None, None] * state.roots[number]
             factors.append(jnp.where(found, root, start * identity))
         lengths = math.prod(blocks.sizes[:, bucket.sides[number]].astype(jnp.float32) for number in others)
-        x = multiplied(g, factors, [bucket.sides[number] for number in others])
+        x = multiplied(g, factors, [bucket.sides[number] for number in others], bucket.precision.statistics)
         return x / jnp.sqrt(jnp.maximum(lengths, 1)).reshape(-1, *[1] * (g.ndim - 1))
 
     def first(self, g: jax.Array, blocks: Blocks, side: int) -> jax.Array:

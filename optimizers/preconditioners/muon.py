@@ -30,6 +30,5 @@ class Muon(Preconditioner):
     ) -> tuple[jax.Array, jax.Array | None]:
         """Return the orthogonal factor, scaled to the norm of Adam's update."""
         del g, state, age
-        return orthogonalized(m, _STEPS) * (RMS * jnp.sqrt(jnp.max(blocks.sizes, axis=-1).astype(jnp.float32)))[
-            :, None, None
-        ], None
+        longer = jnp.max(blocks.sizes, axis=-1).astype(jnp.float32)[:, None, None]
+        return orthogonalized(m, _STEPS, blocks.bucket.precision.action) * (RMS * jnp.sqrt(longer)), None

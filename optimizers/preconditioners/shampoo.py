@@ -13,7 +13,7 @@ from ..linalg.roots import RootResult
 from .base import Blocks, Preconditioner, PreconditionerState, multiplied
 
 # Solvers on a device.
-SOLVERS = {"newton": newton, "eigh": eigh}
+SOLVERS = ("newton", "eigh")
 # An accepted root has no entry above NORM_MARGIN x (regulariser x largest eigenvalue)^(-1/p).
 NORM_MARGIN = 1.05
 # Factors of the regulariser for retries of a failed solve on the host, and the smallest regulariser of a retry.
@@ -38,13 +38,17 @@ class Shampoo(Preconditioner):
     ) -> tuple[jax.Array, jax.Array | None]:
         """Multiply each preconditioned side by its root."""
         del g, age
-        return multiplied(m, state.roots, blocks.bucket.sides), None
+        return multiplied(m, state.roots, blocks.bucket.sides, blocks.bucket.precision.action), None
 
     def solve(self, stack: jax.Array, old: jax.Array | None, blocks: Blocks) -> RootResult:
         """Return inverse p-th roots; a root is accepted if its residual and its entries are within bounds."""
         del old
-        p, ridge, cut, options = blocks.bucket.p, blocks.bucket.ridge, blocks.bucket.cut, blocks.options
-        result = SOLVERS[options.solver](stack, p, ridge, cut, blocks.sizes)
+        bucket, options = blocks.bucket, blocks.options
+        p, ridge, cut = bucket.p, bucket.ridge, bucket.cut
+        if options.solver == "newton":
+            result = newton(stack, p, ridge, cut, blocks.sizes, bucket.precision.solver)
+        else:
+            result = eigh(stack, p, ridge, cut, blocks.sizes)
         accepted = (result.residual <= options.residual_bound) & (result.largest > 0)
         bound = jnp.float32(jnp.finfo(jnp.float32).max)
         if ridge or cut:

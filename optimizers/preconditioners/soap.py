@@ -51,11 +51,12 @@ class Soap(Preconditioner):
         assert state.second_moment is not None
         bases = [_or_identity(q.astype(m.dtype), state.refreshed > 0) for q in state.roots]
         into = [jnp.swapaxes(q, -2, -1) for q in bases]
-        g, m = multiplied(g, into, bucket.sides), multiplied(m, into, bucket.sides)
+        precision = bucket.precision.statistics
+        g, m = (multiplied(x, into, bucket.sides, precision) for x in (g, m))
         old, new = (1.0, 1.0) if bucket.beta2 == 1 else (bucket.beta2, 1 - bucket.beta2)
         v = old * state.second_moment + new * g * g
         corrected = v / correction(bucket.beta2, age, v.ndim)
-        return multiplied(m / (jnp.sqrt(corrected) + options.epsilon), bases, bucket.sides), v
+        return multiplied(m / (jnp.sqrt(corrected) + options.epsilon), bases, bucket.sides, precision), v
 
     def solve(self, stack: jax.Array, old: jax.Array | None, blocks: Blocks) -> RootResult:
         """Return bases, identity in the padding; a basis is accepted if it is orthonormal."""

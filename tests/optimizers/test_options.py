@@ -358,6 +358,7 @@ TEXTS = {
     "decay_rules": {"(('.*', False),)": ((".*", False),)},
     "wider": {"8": 8.0},
     "rate_rules": {"(('bias', 2), ('.*', 0.5))": (("bias", 2.0), (".*", 0.5))},
+    "precision": {"float32": "float32"},
     "roots_dtype": {"bfloat16": "bfloat16"},
     "momentum_dtype": {"bfloat16": "bfloat16"},
 }

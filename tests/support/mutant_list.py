@@ -156,6 +156,14 @@ OPTIMIZERS = (
         ("tests/optimizers/linalg/test_roots.py::test_roots_by_minimax_polynomials",),
     ),
     Mutant(
+        "tf32-in-a-solver",
+        "optimizers/linalg/precision.py",
+        "lax.DotAlgorithmPreset.BF16_BF16_F32_X3",
+        "lax.Precision.HIGH",
+        "On GPUs roots are solved in TF32, and most of them are refused.",
+        ("tests/optimizers/linalg/test_roots.py::test_precision_by_need",),
+    ),
+    Mutant(
         "phases-uneven",
         "optimizers/refresh.py",
         "_ceil(x * phases, options.interval)",

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
+from shampax.optimizers import ShampooOptions, distributed_shampoo
 from shampax.optimizers.linalg import newton, roots
+from shampax.optimizers.linalg.precision import precision_of
 from shampax.optimizers.roots import SOLVERS, inverse_pth_root
 
 
@@ -295,3 +297,30 @@ def test_invalid_arguments(arguments, words):
     """Fault: arguments are misread without an error."""
     with pytest.raises(ValueError, match=words):
         inverse_pth_root(np.eye(2)[None], **arguments)
+
+
+PASSES = {"tpu": jax.lax.Precision.HIGH, "gpu": jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3}
+FULL, ONE = jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform", "ridge", "expected"),
+    [
+        *(("auto", platform, 1e-4, (passes, passes, ONE)) for platform, passes in PASSES.items()),
+        ("auto", "tpu", 1e-5, (PASSES["tpu"], FULL, ONE)),
+        ("auto", "tpu", 0.0, (FULL, FULL, ONE)),
+        ("auto", "cpu", 1e-4, (FULL, FULL, FULL)),
+        ("float32", "gpu", 1e-4, (FULL, FULL, FULL)),
+    ],
+)
+def test_precision_by_need(monkeypatch, kind, platform, ridge, expected):
+    """Faults: TF32 in a solver; bfloat16 passes where the ridge is as small as their rounding."""
+    assert precision_of(kind, platform, ridge) == expected
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    options = ShampooOptions(block_size=8, precision=kind, ridge=ridge, orthogonalize=3)
+    rows = 5 + ("tpu", "gpu", "cpu").index(platform)  # equal programs would be traced once
+    tx, params = distributed_shampoo(1.0, options), {"w": jnp.ones((rows, 6))}
+    text = str(jax.make_jaxpr(tx.update)(params, tx.init(params), params))
+    named = re.findall(r"precision=\(?(?:Precision|DotAlgorithmPreset)\.(\w+)", text)
+    # Norms and largest eigenvalues are in full precision.
+    assert set(named) == {FULL.name, *(each.name for each in expected)}
