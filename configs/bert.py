@@ -62,7 +62,14 @@ def sample(config: Any) -> None:
         init_std=0.1,
         position_init="sinusoidal",
     )
-    config.optimizer = base.component(base.SHAMPOO, block_size=128, weight_decay=0.3, rate_rules=EMBEDDING_RATES)
+    config.optimizer = base.component(
+        base.SHAMPOO,
+        block_size=128,
+        **base.WITHOUT_ORTHOGONALIZING,
+        early_intervals=((20, 1),),
+        weight_decay=0.3,
+        rate_rules=EMBEDDING_RATES,
+    )
     config.duration = "1_000 steps"
     config.batch_size = 96
     config.schedule.learning_rate = 4e-3
@@ -149,7 +156,7 @@ def _shampoo(*, block_size: int) -> Any:
     return base.component(
         base.SHAMPOO,
         block_size=block_size,
-        beta2=0.999,
+        **base.WITHOUT_ORTHOGONALIZING | {"beta2": 0.999},
         graft="adam_normalized",
         diagonal="adam_normalized",
         weight_decay=0.01,

@@ -43,7 +43,8 @@ def sample(config: Any) -> None:
     config.optimizer = base.component(
         base.SHAMPOO,
         block_size=128,
-        early_intervals=(),  # as measured
+        **base.WITHOUT_ORTHOGONALIZING,
+        early_intervals=(),
         treatments=TREATMENTS,
         rate_rules=RATE_RULES,
         weight_decay=1.0,  # shrinks rows that are rare, or occur only in the held-out months
@@ -123,7 +124,9 @@ def _criteo(config: Any, values: tuple[int, ...], **model: Any) -> None:
     rows = tuple(8 * count if count < 1_000_000 else count for count in values)
     config.task = base.component("shampax.models.dlrm:DLRMTask", rows=rows, **model)
     config.data = base.component("shampax.framework.data.clicks:ClickData", source="file:")
-    config.optimizer = base.component(base.SHAMPOO, treatments=TREATMENTS, rate_rules=RATE_RULES)
+    config.optimizer = base.component(
+        base.SHAMPOO, **base.WITHOUT_ORTHOGONALIZING, treatments=TREATMENTS, rate_rules=RATE_RULES
+    )
     config.sharding_rules = SHARDING_RULES
 
 

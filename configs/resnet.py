@@ -60,7 +60,7 @@ def sample(config: Any) -> None:
         pixel_mean=(0.286,),
         pixel_std=(0.353,),
     )
-    config.optimizer = base.component(base.SHAMPOO, block_size=128, early_intervals=())  # as measured
+    config.optimizer = base.component(base.SHAMPOO, block_size=128, **base.WITHOUT_ORTHOGONALIZING, early_intervals=())
     config.duration = "640 steps"
     config.batch_size = 64
     config.schedule.learning_rate = 1e-2

@@ -57,6 +57,7 @@ def sample(config: Any) -> None:
     config.optimizer = base.component(
         base.SHAMPOO,
         block_size=128,
+        **base.WITHOUT_ORTHOGONALIZING,
         early_intervals=((30, 1),),  # a tenth of this short run
         beta1=0.8,  # as in lm.py, a short run gains from a shorter memory
         rate_rules=base.EMBEDDING_RATE,
@@ -123,12 +124,11 @@ def paper(config: Any) -> None:
     config.optimizer = base.component(
         base.SHAMPOO,
         block_size=1_024,
-        beta2=1.0,
+        **base.WITHOUT_ORTHOGONALIZING | {"beta2": 1.0, "interval": 1_000},
         exponent=None,
         graft="adagrad",
         diagonal="adagrad",
         refresh="host",
-        interval=1_000,
         early_intervals=(),  # as in the paper, roots are renewed about every 1,000 steps
     )
     config.duration = "150_000 steps"

@@ -31,7 +31,7 @@ _CHOICES = {
     "precision": ("auto", "float32"),
 }
 # Default last step with the shortest interval; docs/results.md compares it with no early intervals.
-_EARLY = 20
+_EARLY = 10
 # What names of methods with an average of squares begin with.
 _AVERAGES = ("adam", "rmsprop")
 # Smallest and largest values. An interval costs memory on every device, a worker on the host.
@@ -158,22 +158,22 @@ class Options:
     fold_axes: tuple[str, ...] = ("heads", "kv_heads", "kv", "head_dim")  # adjacent axes that fold into one side
 
     # Statistics and their roots
-    beta2: float = 0.99  # decay of the statistics and of the graft's second moment; 1.0 sums, as in AdaGrad
+    beta2: float = 0.95  # decay of the statistics and of the graft's second moment; 1.0 sums, as in AdaGrad
     exponent: float | None = 0.5  # inverse power of each side; None: 1 / (2 x sides); 0: no preconditioning
     ridge: float = 1e-4  # added to the statistics before the root, relative to the largest eigenvalue
     cut: float = 0.0  # drop eigenvalues below this share of the largest; needs ridge 0 and eigh or host
     solver: str = "newton"  # "newton" (matmuls only) or "eigh", both on the owner's device
     residual_bound: float = 0.1  # largest residual of an accepted root
     max_failures: int = 3  # rejected refreshes in a row after which a block uses the graft method
-    orthogonalize: int = 0  # Newton-Schulz steps on each preconditioned block, which undo what old roots miss; try 3
+    orthogonalize: int = 3  # Newton-Schulz steps on each preconditioned matrix, which undo what old roots miss; 0: none
 
     # Refresh schedule
     refresh: str = "staggered"  # roots on the owners' devices in the step, or "host": by LAPACK while devices go on
-    interval: int = 10  # steps between two refreshes of a block's roots
+    interval: int = 20  # steps between two refreshes of a block's roots
     phases: int = 0  # steps of an interval with refreshes, each of a share of the blocks; 0: blocks / devices
     delay: int = 2  # with "host": roots of the statistics of step t are used from step t + 1 + delay
     host_workers: int = 0  # with "host": solver threads per process; 0: one fewer than the cores, at least 1
-    early_intervals: tuple[tuple[int, int], ...] | None = None  # pairs (last step, interval); None: shortest to step 20
+    early_intervals: tuple[tuple[int, int], ...] | None = None  # pairs (last step, interval); None: shortest to step 10
     start_step: int = 0  # first step that uses roots; the graft method acts before
 
     # Grafting
@@ -191,7 +191,7 @@ class Options:
     # Momentum and weight decay
     beta1: float = 0.9  # decay of the momentum, computed before preconditioning; 0: no momentum
     momentum: str = "ema"  # "ema" (beta1 M + (1 - beta1) G) or "heavy_ball" (beta1 M + G)
-    nesterov: bool = False  # look one step ahead along the momentum
+    nesterov: bool = True  # look one step ahead along the momentum
     weight_decay: float = 0.0  # "decoupled": parameters shrink by learning rate x weight decay
     decay: str = "decoupled"  # or "coupled" (weight decay x parameter is added to the gradient)
     decay_rules: tuple[tuple[str, bool], ...] = (
@@ -267,7 +267,7 @@ class Options:
 
     @property
     def early(self) -> tuple[tuple[int, int], ...]:
-        """Return `early_intervals`, or its default: the shortest interval that the schedule allows, up to step 20."""
+        """Return `early_intervals`, or its default: the shortest interval that the schedule allows, up to step 10."""
         if self.early_intervals is not None:
             return self.early_intervals
         least = self.delay + 1 if self.refresh == "host" else 1
@@ -335,11 +335,10 @@ class Options:
             raise ValueError(f"treatment {text!r}: {error}" if own else str(error)) from None
         if own.get("view") == "tensor" and family and (family.matrices_only or treatment.side != "both"):
             raise ValueError(f"treatment {text!r}: this treatment is for matrices. Leave view=tensor out.")
-        if treatment.orthogonalize and treatment.view == "tensor" and family:
-            raise ValueError(
-                f"treatment {text!r}: orthogonalize={treatment.orthogonalize} needs matrices, not view='tensor'. "
-                "Set one of them to its default."
-            )
+        if treatment.view == "tensor" and family:
+            if own.get("orthogonalize"):
+                raise ValueError(f"treatment {text!r}: orthogonalize is for matrices, not view=tensor. Leave one out.")
+            treatment = dataclasses.replace(treatment, orthogonalize=0)
         if family and treatment.beta2 == 1 and self.graft.startswith(_AVERAGES):
             raise ValueError(f"beta2=1.0: graft {self.graft!r} averages second moments. Use graft 'adagrad' for sums.")
         if self.diagonal_beta2_of(treatment) == 1 and self.diagonal.startswith(_AVERAGES):

@@ -1,6 +1,7 @@
 """Inverse p-th roots by one batched eigendecomposition on the device."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ from .lapack import regularised
 CORRECTIONS = 12
 
 
-def eigh(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> roots.RootResult:
-    """Compute roots by one batched eigendecomposition, corrected by perturbation theory.
+def eigh(stack_nrr, p: int, ridge: float, cut: float, sizes_n, precision: Any = None) -> roots.RootResult:
+    """Compute roots by one batched eigendecomposition, corrected by perturbation theory, in full float32.
 
     LAPACK's eigenvalues have errors of several ulp of the largest, a few per cent of the smallest at condition 1e6. In
     LAPACK's basis V, C = V' A V = diag(w) + G with a small G. Starting from F = diag(w^(-1/p)), each correction adds
@@ -23,6 +24,7 @@ def eigh(stack_nrr, p: int, ridge: float, cut: float, sizes_n) -> roots.RootResu
     where f[.,.] are divided differences of w^(-1/p). The first is perturbation theory to first order (Daleckii and
     Krein). Further ones matter for the smallest eigenvalues, where G may be as large as w.
     """
+    del precision
     given = roots.prepare(stack_nrr, sizes_n)
     a = given.a + given.padding
     # One call for the whole batch: two independent LAPACK calls can deadlock a CPU.

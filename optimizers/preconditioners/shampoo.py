@@ -13,7 +13,7 @@ from ..linalg.roots import RootResult
 from .base import Blocks, Preconditioner, PreconditionerState, multiplied
 
 # Solvers on a device.
-SOLVERS = ("newton", "eigh")
+SOLVERS = {"newton": newton, "eigh": eigh}
 # An accepted root has no entry above NORM_MARGIN x (regulariser x largest eigenvalue)^(-1/p).
 NORM_MARGIN = 1.05
 # Factors of the regulariser for retries of a failed solve on the host, and the smallest regulariser of a retry.
@@ -45,10 +45,7 @@ class Shampoo(Preconditioner):
         del old
         bucket, options = blocks.bucket, blocks.options
         p, ridge, cut = bucket.p, bucket.ridge, bucket.cut
-        if options.solver == "newton":
-            result = newton(stack, p, ridge, cut, blocks.sizes, bucket.precision.solver)
-        else:
-            result = eigh(stack, p, ridge, cut, blocks.sizes)
+        result = SOLVERS[options.solver](stack, p, ridge, cut, blocks.sizes, bucket.precision.solver)
         accepted = (result.residual <= options.residual_bound) & (result.largest > 0)
         bound = jnp.float32(jnp.finfo(jnp.float32).max)
         if ridge or cut:

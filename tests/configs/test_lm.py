@@ -125,9 +125,9 @@ def test_a_resumed_mixture_continues_bit_for_bit(tmp_path):
 def test_golden_steps(on_one_device):
     """Fault: an unintended change of initialisation, data, model, loss or optimizer."""
     golden = {
-        "train/loss": [5.70703, 5.60487, 5.20819],
-        "train/gradient_norm": [0.63524, 1.09349, 1.25637],
-        "train/update_norm": [0.86439, 1.10550, 0.99715],
+        "train/loss": [5.70703, 5.47379, 4.60275],
+        "train/gradient_norm": [0.63524, 1.30623, 0.93364],
+        "train/update_norm": [1.72878, 2.73509, 1.95985],
     }
     for key, values in golden.items():
         np.testing.assert_allclose(history(on_one_device, key)[:5:2], values, rtol=2e-3, err_msg=key)

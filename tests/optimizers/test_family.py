@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh
-from optimizing import by_block, gradients, inherited, optimizer, train, zeros
+from optimizing import PLAIN, by_block, gradients, inherited, optimizer, train, zeros
 
 from shampax.optimizers import ShampooOptions
 from shampax.optimizers.linalg.polynomials import orthogonalized
@@ -21,7 +21,7 @@ SIDES = ("left", "right")
 
 
 def options(kind, **values):
-    return ShampooOptions(**{"block_size": 64, "treatments": ((".*", kind),)} | values)
+    return ShampooOptions(**PLAIN | {"block_size": 64, "treatments": ((".*", kind),)} | values)
 
 
 @pytest.mark.parametrize("interval", [1, 10])

@@ -75,8 +75,8 @@ FAULTS = ["residual above the bound", "residual NaN", "one NaN in the root", "ro
 
 
 def faulty(solver):
-    def solve(stack, p, ridge, cut, sizes):
-        result = solver(stack, p, ridge, cut, sizes)
+    def solve(stack, *arguments):
+        result = solver(stack, *arguments)
         fault = jnp.sum(jnp.cumprod(jnp.diagonal(stack, axis1=-2, axis2=-1) == 0, axis=-1), axis=-1)
         residual = jnp.where(fault == 1, 0.11, jnp.where(fault == 2, jnp.nan, result.residual))
         fault = fault[:, None, None]
@@ -96,6 +96,7 @@ OPTIONS = {
     "beta2": 0.0,
     "beta1": 0.0,
     "graft": "none",
+    "orthogonalize": 0,
     "max_failures": 3,
 }
 PARAMETERS = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in SHAPES.items()}

@@ -211,12 +211,12 @@ def test_invalid_options(options, error):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, ((20, 1),)),
+        ({}, ((10, 1),)),
         ({"interval": 1}, ()),
         ({"early_intervals": ()}, ()),
-        ({"refresh": "host"}, ((20, 5),)),
-        ({"refresh": "host", "delay": 1}, ((20, 2),)),
-        ({"refresh": "host", "interval": 9}, ((20, 3),)),
+        ({"refresh": "host"}, ((10, 5),)),
+        ({"refresh": "host", "delay": 1}, ((10, 2),)),
+        ({"refresh": "host", "interval": 9}, ((10, 3),)),
         ({"refresh": "host", "interval": 7}, ()),
     ],
 )

@@ -15,13 +15,14 @@ import numpy as np
 import optax
 import pytest
 import shampoo_reference as reference
+from optimizing import PLAIN
 
 from shampax.framework.optimizer import service
 from shampax.optimizers import ShampooOptions, distributed_shampoo
 
 STEPS = 50
 # Small blocks for small arrays, an interval shorter than the run, and a ridge that float32 resolves.
-BASE = {"block_size": 16, "interval": 4, "early_intervals": (), "exponent": None, "ridge": 1e-4}
+BASE = PLAIN | {"block_size": 16, "interval": 4, "early_intervals": (), "exponent": None, "ridge": 1e-4}
 TREE = {"dense": {"bias": (21,), "kernel": (33, 21)}, "wide": (11, 33)}
 FAMILY = {"a": (33, 21), "b": (14, 40), "w": (16, 14)}
 STACK = {"layers": (3, 20, 12), "vectors": (3, 12)}
@@ -64,7 +65,7 @@ def rules(**treatments):
 
 CASES = {
     "defaults": Case(
-        {},
+        {"orthogonalize": 3, "nesterov": True, "beta2": 0.95, "exponent": 0.5},
         TREE | {"odd": (3, 1, 20), "scalar": (), "empty": (0, 4), "row": (1, 9)},
         brief=8,
         part=("dense", "wide", "scalar", "empty", "row"),

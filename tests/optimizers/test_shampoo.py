@@ -12,6 +12,7 @@ from optimizing import (
     FAMILY_PARAMETERS,
     FAMILY_SHAPES,
     LAYOUTS,
+    PLAIN,
     SHARDED_SHAPES,
     SIBLINGS,
     by_block,
@@ -26,6 +27,11 @@ from optimizing import (
 
 from shampax.optimizers import ShampooOptions, distributed_shampoo
 from shampax.optimizers.diagonal import GRAFTS
+
+
+def plain(**options):
+    """Return options without orthogonalizing, where a formula in closed form is known."""
+    return ShampooOptions(**PLAIN | options)
 
 
 def norm(x):
@@ -57,9 +63,7 @@ def test_a_low_rank_signal_is_not_lost_in_noise():
         stream.append({"half": g, "quarter": g})
     treatments = (("half", "shampoo exponent=0.5"), ("quarter", "shampoo exponent=0.25"))
     run = train(
-        ShampooOptions(
-            solver="eigh", interval=10, phases=1, early_intervals=(), ridge=0.0, cut=1e-4, treatments=treatments
-        ),
+        plain(solver="eigh", interval=10, phases=1, early_intervals=(), ridge=0.0, cut=1e-4, treatments=treatments),
         stream,
     )
     for t, updates in enumerate(run.updates):
@@ -75,7 +79,7 @@ def test_a_constant_gradient_gives_the_polar_factor():
     square, wide = random.normal(size=(24, 24)) + 8 * np.eye(24), random.normal(size=(12, 24))
     stream = [{"square": square.astype(np.float32), "wide": wide.astype(np.float32)}] * 50
     treatments = (("square", "shampoo exponent=0.25"), ("wide", "one_sided exponent=0.5"))
-    run = train(ShampooOptions(interval=1, ridge=0.0, graft="none", treatments=treatments), stream)
+    run = train(plain(interval=1, ridge=0.0, graft="none", treatments=treatments), stream)
     for name in stream[0]:
         u, _, vt = np.linalg.svd(stream[0][name].astype(np.float64), full_matrices=False)
         for t in (1, 2, 10, 49):
@@ -94,7 +98,7 @@ GRAFTED_TREATMENTS = (
 
 
 def grafted_options(graft, beta1=0.9):
-    return ShampooOptions(
+    return plain(
         graft=graft,
         diagonal="sgd" if graft == "none" else graft,
         beta1=beta1,
@@ -211,7 +215,7 @@ def test_stale_roots_do_not_blow_up_updates(graft):
 def test_momentum_without_roots_equals_optax(twin, options):
     """Fault: a diagonal parameter differs from the method, for any kind of momentum."""
     stream = gradients(20, {"w": (8, 6)})
-    run = train(ShampooOptions(treatments=((".*", "diagonal"),), **options), stream)
+    run = train(plain(treatments=((".*", "diagonal"),), **options), stream)
     for update, wanted in zip(run.updates, follow(twin, stream), strict=True):
         assert distance(-update["w"], wanted["w"]) <= 1e-6
 
@@ -248,7 +252,7 @@ def test_the_scale_of_gradients_does_not_change_directions(graft, beta1, name):
 def test_orthogonalized_updates_do_not_depend_on_the_gradients_scale():
     """Fault: an orthogonal direction is taken for one in the units of the gradient or of the roots."""
     stream = gradients(4, {"w": (8, 6)})
-    chosen = ShampooOptions(block_size=8, interval=2, orthogonalize=3, graft="none")
+    chosen = plain(block_size=8, interval=2, orthogonalize=3, graft="none")
     wanted = train(chosen, stream).updates[-1]["w"]
     for k in (-20, 20):
         found = train(chosen, [{"w": g["w"] * np.float32(2.0**k)} for g in stream]).updates[-1]["w"]
@@ -258,7 +262,7 @@ def test_orthogonalized_updates_do_not_depend_on_the_gradients_scale():
 @pytest.mark.parametrize("graft", ["none", "sgd", "adagrad_normalized"])
 def test_large_parameters_at_every_scale(graft):
     """Fault: sums of squares overflow or underflow although single squares do not."""
-    options = ShampooOptions(graft=graft, interval=1, exponent=0.25, ridge=1e-4, solver="eigh")
+    options = plain(graft=graft, interval=1, exponent=0.25, ridge=1e-4, solver="eigh")
     stream = gradients(3, {"w": (40, 40)})
     runs = [train(options, [{"w": g["w"] * np.float32(2.0**k)} for g in stream]) for k in (0, -60, 60)]
     for run in runs[1:]:
@@ -283,7 +287,7 @@ def test_zero_gradients_move_nothing(options):
     silent = [g | {"half": np.where(np.arange(32)[:, None] < 16, g["half"], 0)} for g in silent]
     if options.get("beta1") == 0:
         silent[4] = jax.tree.map(np.zeros_like, silent[4])
-    options = ShampooOptions(**({"interval": 1, "exponent": 0.5, "ridge": 1e-4, "block_size": 24} | options))
+    options = plain(**({"interval": 1, "exponent": 0.5, "ridge": 1e-4, "block_size": 24} | options))
     run, both = train(options, silent), train(options, stream)
     for t, update in enumerate(run.updates):
         assert not np.any(update["still"]) and not np.any(update["bias"]) and not np.any(update["half"][16:])
@@ -338,7 +342,7 @@ def test_padding_changes_nothing_and_everything_trains(block_size, kind):
     joined in another order; a shape cannot train."""
     holders = UNPADDED[block_size]
     shapes = BLOCKED if block_size == 32 else {k: BLOCKED[k] for k in holders}
-    options = ShampooOptions(
+    options = plain(
         block_size=block_size,
         interval=2,
         phases=1,  # independent of the numbers of blocks
@@ -373,8 +377,8 @@ def test_blocks_are_like_separate_parameters():
     options = {
         "interval": 1, "exponent": 0.25, "ridge": 1e-4, "graft": "none", "refresh": "host", "delay": 0
     }  # fmt: skip
-    whole = train(ShampooOptions(block_size=24, **options), stream).updates[-1]["w"]
-    alone = train(ShampooOptions(**options), parts).updates[-1]
+    whole = train(plain(block_size=24, **options), stream).updates[-1]["w"]
+    alone = train(plain(**options), parts).updates[-1]
     for name, corner in corners.items():
         assert distance(whole[corner], alone[name]) <= 1e-6
 
@@ -383,7 +387,7 @@ def test_stacked_equals_separate():
     """Fault: norms or statistics mix scanned layers."""
     stacked = gradients(6, {"w": (3, 16, 24)})
     separate = [{f"w{i}": g["w"][i] for i in range(3)} for g in stacked]
-    options = ShampooOptions(interval=3, early_intervals=(), exponent=0.25, ridge=1e-4, refresh="host", delay=0)
+    options = plain(interval=3, early_intervals=(), exponent=0.25, ridge=1e-4, refresh="host", delay=0)
     one = train(options, stacked, names={"w": ("layers", "embed", "mlp")})
     three = train(options, separate)
     for t in range(6):
@@ -504,7 +508,7 @@ def test_roots_are_refreshed_as_scheduled(name):
     """Faults: a block waits longer than its interval; a refresh is not counted; roots are used too early."""
     shapes = {"v": (16, 8), "w": (24, 8)}
     changed, expected = SCHEDULES[name]
-    options = ShampooOptions(**{"block_size": 8, "solver": "eigh", "ridge": 1e-4, "graft": "sgd"} | changed)
+    options = plain(**{"block_size": 8, "solver": "eigh", "ridge": 1e-4, "graft": "sgd"} | changed)
     run, tx = train(options, gradients(24, shapes)), optimizer(options)
     (bucket,) = tx.layout(zeros(shapes)).plan.buckets
     diagnose = jax.jit(lambda state: state.layout.diagnostics(state))
@@ -525,7 +529,7 @@ def test_roots_are_refreshed_as_scheduled(name):
 @pytest.mark.parametrize("solver", ["newton", pytest.param("eigh", marks=pytest.mark.slow)])
 def test_diagnostics_of_a_known_case(solver):
     """Fault: a diagnostic measures something else than its name says."""
-    options = ShampooOptions(interval=1, exponent=0.25, ridge=0.01, beta1=0.0, graft="sgd", solver=solver, block_size=4)
+    options = plain(interval=1, exponent=0.25, ridge=0.01, beta1=0.0, graft="sgd", solver=solver, block_size=4)
     eigenvalues = np.array([64, 16, 4, 4])
     g = np.zeros((4, 8), np.float32)
     g[:, :4] = np.diag(np.sqrt(eigenvalues))  # includes a block of zeros
@@ -555,13 +559,13 @@ def test_diagnostics_of_a_known_case(solver):
 
 def test_weight_decay_needs_parameters():
     """Fault: decay is left out without an error."""
-    tx = distributed_shampoo(0.01, ShampooOptions(weight_decay=0.1))
+    tx = distributed_shampoo(0.01, plain(weight_decay=0.1))
     params = {"a": jnp.ones((8, 8))}
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(params, tx.init(params))
 
 
-SMALL = ShampooOptions(interval=2, early_intervals=(), exponent=0.25, solver="eigh", graft="sgd", diagonal="sgd")
+SMALL = plain(interval=2, early_intervals=(), exponent=0.25, solver="eigh", graft="sgd", diagonal="sgd")
 
 
 def descend(tx, steps):
@@ -621,7 +625,7 @@ def test_trees_without_matrices(layout, shapes):
     """Fault: the optimizer needs a bucket."""
     mesh, _ = LAYOUTS[layout]
     params = {k: jnp.ones(s) for k, s in shapes.items()}
-    tx = optimizer(ShampooOptions(beta1=0.0, diagonal="sgd"), mesh)
+    tx = optimizer(plain(beta1=0.0, diagonal="sgd"), mesh)
     updates, state = jax.jit(tx.update)(params, tx.init(params))
     jax.tree.map(lambda u, p: np.testing.assert_array_equal(u, -p), updates, params)
     assert int(state.count) == 1 and float(state.layout.diagnostics(state)["refreshes"]) == 0

@@ -214,7 +214,7 @@ OPTIMIZERS = (
     Mutant(
         "orthogonalized-direction-in-the-gradients-unit",
         "optimizers/precondition.py",
-        "direction, unit = orthogonalized(direction, steps), 0",
+        "direction, unit = orthogonalized(direction, steps, bucket.precision.action), 0",
         "direction = orthogonalized(direction, steps)",
         "With orthogonalize and no graft, updates grow and shrink with the gradient.",
         ("tests/optimizers/test_shampoo.py::test_orthogonalized_updates_do_not_depend_on_the_gradients_scale",),
@@ -1564,7 +1564,7 @@ MODELS = (
     Mutant(
         "knob-without-comment",
         "optimizers/options.py",
-        "None = None  # pairs (last step, interval); None: shortest to step 20",
+        "None = None  # pairs (last step, interval); None: shortest to step 10",
         "None = None",
         "The table of knobs does not say what early_intervals is.",
         ("tests/launch/test_train_cli.py::test_help_shows_every_knob_with_its_comment",),

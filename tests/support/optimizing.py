@@ -23,6 +23,8 @@ Tree = dict[str, Any]
 
 # A run that must be equal on every mesh: two buckets, a padded parameter and a diagonal one.
 SHARDED_SHAPES = {"bias": (64,), "down": (64, 24), "odd": (31, 23), "square": (32, 16), "up": (24, 64)}
+# Shampoo alone.
+PLAIN = {"orthogonalize": 0, "nesterov": False, "beta2": 0.99}
 # As many phases on every mesh.
 SHARDED_OPTIONS = ShampooOptions(block_size=16, interval=4, phases=4, early_intervals=(), exponent=0.5, ridge=1e-4)
 # The treatments of the other preconditioners.
