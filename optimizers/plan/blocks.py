@@ -297,11 +297,7 @@ def make_plan(
             "treatments.",
             stacklevel=2,
         )
-<<<<<<< HEAD
-    return Plan(_buckets(grouped, math.prod(mesh.values()), options), diagonal, treatments, scales)
-=======
-    return Plan(_buckets(grouped, math.prod(mesh.values()), platform, options), diagonal, treatments)
->>>>>>> 47106cc (Products take as many bfloat16 passes as they need; float32 on request)
+    return Plan(_buckets(grouped, math.prod(mesh.values()), platform, options), diagonal, treatments, scales)
 
 
 def _view(
