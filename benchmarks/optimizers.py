@@ -21,6 +21,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,9 @@ def time_steps(options: argparse.Namespace) -> dict[str, Any]:
     chosen = {name: workload.options(Trial.of(name, **FIRST)) for name in options.optimizers}
     interval = workload.options(Trial.of("ours", **FIRST)).interval
     early = -(-max(timing.early_steps(each) for each in chosen.values()) // interval)
-    measured = timing.time_steps(workload, chosen, interval=interval, turns=-(-options.steps // interval) + early)
-    result = {"device": _device(), "interval": interval, "workload": workload.settings, "optimizers": measured}
+    turns, clock = -(-options.steps // interval) + early, _clock(options)
+    measured = timing.time_steps(workload, chosen, interval=interval, turns=turns, clock=clock)
+    result = {"device": _device(options), "interval": interval, "workload": workload.settings, "optimizers": measured}
     _store(folder / TIMES, result)
     return result
 
@@ -102,8 +104,9 @@ def cost(options: argparse.Namespace) -> dict[str, Any]:
         interval=options.interval,
         intervals=options.intervals,
         repetitions=options.repetitions,
+        clock=_clock(options),
     )
-    result = {"device": _device(), **shared, "repetitions": options.repetitions, **measured}
+    result = {"device": _device(options), **shared, "repetitions": options.repetitions, **measured}
     _store(options.workdir / COSTS.format(options.block_size), result)
     return result
 
@@ -167,10 +170,14 @@ def _workload(options: argparse.Namespace) -> tuple[learning.Workload, Path, dic
     return workload, folder_of(options.workdir, options.config, workload), centres
 
 
-def _device() -> str:
+def _clock(options: argparse.Namespace) -> timing.Clock:
+    return time.process_time if options.cpu_time else time.perf_counter
+
+
+def _device(options: argparse.Namespace) -> str:
     device = jax.devices()[0]
-    cores = f" on {os.cpu_count()} cores" if device.platform == "cpu" else ""
-    return f"one {device.device_kind} device{cores}"
+    cores = f" on {len(os.sched_getaffinity(0))} cores" if device.platform == "cpu" else ""
+    return f"one {device.device_kind} device{cores}{', CPU time' * options.cpu_time}"
 
 
 def _store(path: Path, result: dict[str, Any]) -> None:
@@ -199,6 +206,10 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{', '.join(CONTESTANTS)} (the default: all), or variants of the config file for their optimizer",
     )
 
+    clocks = argparse.ArgumentParser(add_help=False)
+    clocks.add_argument(
+        "--cpu_time", action="store_true", help="measure CPU time: on a busy machine, with taskset and NPROC=1"
+    )
     verb = commands.add_parser(
         "learn", parents=[workdirs, metrics, sample, several], help="tune and train every optimizer"
     )
@@ -207,10 +218,10 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2], metavar="SEED,SEED"
     )
     verb.add_argument("--rate_factor", type=float, default=1.0, help="factor of all learning rates; default: 1")
-    verb = commands.add_parser("time", parents=[workdirs, sample, several], help="measure train steps")
+    verb = commands.add_parser("time", parents=[workdirs, sample, several, clocks], help="measure train steps")
     verb.set_defaults(run=time_steps)
     verb.add_argument("--steps", type=int, default=200, metavar="N", help="minimum per optimizer; default: %(default)s")
-    verb = commands.add_parser("cost", parents=[workdirs], help="measure only the optimizers' updates")
+    verb = commands.add_parser("cost", parents=[workdirs, clocks], help="measure only the optimizers' updates")
     verb.set_defaults(run=cost)
     verb.add_argument(
         "--optimizers", type=lambda text: text.split(","), default=["google", "muon", "ours"], metavar="NAME,NAME"

@@ -46,20 +46,25 @@ def compile_measured(program: jax.stages.Wrapped, *arguments: Any) -> tuple[Call
     return compiled, costs
 
 
-def take_turns(timed: Mapping[str, Timed], *, turns: int, runs: int) -> None:
+Clock = Callable[[], float]
+
+
+def take_turns(timed: Mapping[str, Timed], *, turns: int, runs: int, clock: Clock) -> None:
     """Run each program `runs` times per turn, after one turn without timing. The first program changes every turn."""
     names = list(timed)
     for turn in range(-1, turns):
         for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
             for _ in range(runs):
-                start = time.perf_counter()
+                start = clock()
                 timed[name].once()
                 if turn >= 0:
-                    timed[name].seconds.append(time.perf_counter() - start)
+                    timed[name].seconds.append(clock() - start)
         _say(f"turn {turn + 1} of {turns}")
 
 
-def time_steps(workload: Workload, options: Mapping[str, Any], *, interval: int, turns: int) -> dict[str, Any]:
+def time_steps(
+    workload: Workload, options: Mapping[str, Any], *, interval: int, turns: int, clock: Clock
+) -> dict[str, Any]:
     """Measure train steps of optimizers.
 
     Args:
@@ -67,6 +72,7 @@ def time_steps(workload: Workload, options: Mapping[str, Any], *, interval: int,
       options: options of the optimizers, by name.
       interval: steps per turn, one refresh interval of our Shampoo.
       turns: turns of each optimizer after the warm-up turn.
+      clock: returns seconds.
 
     Returns:
       For each optimizer its options and costs. The mean step of a whole run in milliseconds includes the early
@@ -78,7 +84,7 @@ def time_steps(workload: Workload, options: Mapping[str, Any], *, interval: int,
     stream = workload.batches(seed=0)
     batches = [jax.device_put(stream[step]) for step in range((1 + turns) * interval)]
     timed = {name: _train_step(workload, chosen, batches) for name, chosen in options.items()}
-    take_turns(timed, turns=turns, runs=interval)
+    take_turns(timed, turns=turns, runs=interval, clock=clock)
     results = {}
     for name, program in timed.items():
         milliseconds = 1e3 * np.array(program.seconds).reshape(turns, interval)
@@ -106,7 +112,7 @@ def time_steps(workload: Workload, options: Mapping[str, Any], *, interval: int,
 
 
 def time_updates(
-    task: LMTask, options: Mapping[str, Any], *, interval: int, intervals: int, repetitions: int
+    task: LMTask, options: Mapping[str, Any], *, interval: int, intervals: int, repetitions: int, clock: Clock
 ) -> dict[str, Any]:
     """Measure only the optimizers' updates, on random gradients for a task's parameters.
 
@@ -116,6 +122,7 @@ def time_updates(
       interval: steps from one refresh to the next, for all optimizers.
       intervals: intervals per repetition; they are whole so that all refreshes count.
       repetitions: turns of each optimizer.
+      clock: returns seconds.
 
     Returns:
       `parameters`: their number. `optimizers`: by name, the options, the costs, and for the updates in milliseconds
@@ -133,7 +140,7 @@ def time_updates(
         _say(f"compiling {name}")
         tx = chosen.build(lambda count: 1e-3, mesh=None, axis_names=axis_names)
         timed[name] = _update(tx, params, gradients)
-    take_turns(timed, turns=repetitions, runs=intervals * interval)
+    take_turns(timed, turns=repetitions, runs=intervals * interval, clock=clock)
     results = {}
     for name, program in timed.items():
         milliseconds = 1e3 * np.array(program.seconds).reshape(repetitions, intervals * interval)
