@@ -125,6 +125,7 @@ def table(options: argparse.Namespace) -> dict[str, Any]:
         outcomes = learning.read(folder / RUNS)
         comparisons[title] = standings.compare(outcomes, seconds, metric)
         groups[title] = standings.groups(outcomes, metric)
+    comparisons = dict(sorted(comparisons.items(), key=lambda task: (task[0].partition(",")[0], task[1]["steps"])))
     if not comparisons:
         raise UserError(f"--workdir={options.workdir}: it has no runs to compare. Run the sub-command learn first")
     contents = {standings.SECTION: standings.markdown(comparisons, times, f"{COMMAND} table")}
@@ -136,7 +137,7 @@ def table(options: argparse.Namespace) -> dict[str, Any]:
         print(*contents.values(), sep="\n", file=sys.stderr)
     if options.figure:
         options.figure.parent.mkdir(parents=True, exist_ok=True)
-        figure.loss_figure(groups).savefig(options.figure)
+        figure.loss_figure({task: groups[task] for task in comparisons}).savefig(options.figure)
     return comparisons
 
 

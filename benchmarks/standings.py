@@ -81,13 +81,15 @@ def _leads(entries: Mapping[str, Any], metric: Metric) -> list[dict[str, Any]]:
     """Compare our mean with those of the best other optimizer and of Muon.
 
     Returns:
-      For each: `over`, its name; `gap`, positive if ours is better; `spread`, the larger of the two ranges over seeds.
+      For each: `over`, its name; `gap`, positive if ours is better; `spread`, the larger of the two ranges over seeds,
+      or None if one of the two has one seed.
     """
     leads = []
     for other in dict.fromkeys([*[name for name in entries if name != OURS][:1], RIVAL]):
         if OURS in entries and other in entries:
             pair = [entries[OURS], entries[other]]
-            spread = max(max(entry["by_seed"].values()) - min(entry["by_seed"].values()) for entry in pair)
+            ranges = [max(entry["by_seed"].values()) - min(entry["by_seed"].values()) for entry in pair]
+            spread = max(ranges) if all(len(entry["by_seed"]) > 1 for entry in pair) else None
             gap = metric.falling(pair[1]["mean"]) - metric.falling(pair[0]["mean"])
             leads.append({"over": other, "gap": gap, "spread": spread})
     return leads
@@ -156,10 +158,12 @@ def _task(heading: str, comparison: dict[str, Any]) -> list[str]:
 
 
 def _sentence(lead: Mapping[str, Any]) -> str:
-    gap, spread = lead["gap"], lead["spread"]
-    place = "ahead of" if gap > 0 else "behind"
+    gap, spread, other = lead["gap"], lead["spread"], title(lead["over"])
+    stated = f"Ours is {'ahead of' if gap > 0 else 'behind'} {other} by {abs(gap):.4f}"
+    if spread is None:
+        return f"{stated}, with one seed, which does not decide."
     doubt = "" if abs(gap) > spread else " This is within what seeds do."
-    return f"Ours is {place} {title(lead['over'])} by {abs(gap):.4f}; seeds differ by up to {spread:.4f}.{doubt}"
+    return f"{stated}; seeds differ by up to {spread:.4f}.{doubt}"
 
 
 def _shares(reached: Sequence[float | None]) -> str:

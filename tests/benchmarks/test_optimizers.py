@@ -123,6 +123,14 @@ def test_the_page_says_where_ours_is_behind_or_not_clearly_ahead(folder, capsys)
     assert "Ours is behind Muon by 0.0500; seeds differ by up to 1.1000. This is within" in table(folder, capsys)[2]
 
 
+def test_one_seed_decides_nothing(folder, capsys):
+    """Fault: with one seed nothing spreads, so that any gap is a lead."""
+    (
+        folder / "toy.py:sample, 40 steps" / "learn" / f"{Trial.of('muon', 1, rate=BEST['muon'], **FIRST).name}.json"
+    ).unlink()
+    assert "Ours is ahead of Muon by 0.5000, with one seed, which does not decide." in table(folder, capsys)[2]
+
+
 def test_diverged_runs_never_win_and_metrics_may_be_others_than_the_loss(folder, capsys):
     """Faults: a run that ended early counts; the best by accuracy is the worst."""
     learn = folder / "toy.py:sample, 40 steps" / "learn"
