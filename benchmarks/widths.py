@@ -112,7 +112,8 @@ def tabulate(options: argparse.Namespace) -> dict[str, Any]:
         spread = max(best.values()) / min(best.values())
         result[rules] = {"best_rates": best, "spread": spread}
         head = [f"width, {title}", *(f"{rate:g}" for rate in rates), "best rate"]
-        parts += [table(head, rows), f"The best rates differ by a factor of {spread:.1f} {title}."]
+        reach = f"{min(best)} to {max(best)}"
+        parts += [table(head, rows), f"From width {reach} the best rates differ by a factor of {spread:.1f} {title}."]
     text = "\n\n".join(parts) + "\n"
     if options.markdown:
         write(options.markdown, {SECTION: text})
