@@ -8,7 +8,8 @@ import pytest
 from shampax.optimizers import ShampooOptions
 from shampax.optimizers.baselines import AdamWOptions, MuonOptions
 
-OPTIONS = {"block_size": 32, "interval": 2, "early_intervals": ()}
+OPTIONS = {"block_size": 32, "interval": 2, "early_intervals": (), "orthogonalize": 0}
+FACTORS = {"block_size": 64, "exponent": 0.5, "orthogonalize": 0}
 
 
 def step(options, params, grads, names=None):
@@ -67,7 +68,7 @@ def test_a_step_changes_outputs_equally_at_every_width(optimizer):
 def test_factors_are_those_of_the_published_code(options, factor):
     """Fault: an optimizer gets the factor of another one."""
     params = {"bias": jnp.zeros(64), "w": jnp.zeros((64, 64))}
-    layout = ShampooOptions(**({"block_size": 64, "exponent": 0.5} | options), wider=4.0).build(1.0).layout(params)
+    layout = ShampooOptions(**(FACTORS | options), wider=4.0).build(1.0).layout(params)
     assert layout.plan.scales == ({} if factor is None else {1: factor})
     assert ("rate x" in layout.plan.treatments["w"]) == (factor is not None)
 
