@@ -12,7 +12,7 @@ SHAMPOO = "shampax.optimizers.shampoo:ShampooOptions"
 ADAMW = "shampax.optimizers.baselines:AdamWOptions"
 # Shampoo as it was measured for the models whose configs name it.
 WITHOUT_ORTHOGONALIZING = {"orthogonalize": 0, "nesterov": False, "beta2": 0.99, "interval": 10}
-# A small vocabulary's embedding gains from a higher rate, under AdamW as under Shampoo (docs/results.md).
+# A small vocabulary's embedding gains from a higher rate, under AdamW as under Shampoo.
 EMBEDDING_RATE = ((r"(.*/)?[^/]*embed[^/]*(/.*)?", 4.0), (r".*", 1.0))
 
 

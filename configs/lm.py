@@ -62,7 +62,7 @@ def sample(config: Any) -> None:
     config.optimizer = base.component(
         base.SHAMPOO,
         block_size=128,
-        beta1=0.8,  # a short run gains from a shorter memory, under any optimizer (docs/results.md)
+        beta1=0.8,  # a short run gains from a shorter memory, under any optimizer
         rate_rules=base.EMBEDDING_RATE,
     )
     config.duration = "200 steps"

@@ -30,7 +30,7 @@ _CHOICES = {
     "momentum_dtype": DTYPES,
     "precision": ("auto", "float32"),
 }
-# Default last step with the shortest interval; docs/results.md compares it with no early intervals.
+# Default last step with the shortest interval.
 _EARLY = 10
 # What names of methods with an average of squares begin with.
 _AVERAGES = ("adam", "rmsprop")

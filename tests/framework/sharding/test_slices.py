@@ -108,7 +108,7 @@ def test_only_the_reduction_of_gradients_crosses_slices():
 @pytest.mark.slow
 @pytest.mark.parametrize("refresh", ["staggered", "host"])
 def test_two_slices_train_as_one_and_runs_move_between_them(tmp_path, refresh):
-    knobs = {"optimizer.refresh": refresh}
+    knobs = {"optimizer.refresh": refresh, "optimizer.phases": 2}  # as many on four owners as on eight
     train(config(slices=1, **knobs), tmp_path / "one")
     result = train(config(**knobs), tmp_path / "two")
     assert result["devices"] == 8
