@@ -1,11 +1,15 @@
-"""Print the result of a benchmark, or its error in one line."""
+"""What the command lines of benchmarks share: verbs, and a result as JSON or an error in one line."""
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..framework.base.errors import UserError
+
+Verb = Callable[[argparse.Namespace], Any]
 
 
 def report(run: Callable[[], Any]) -> int:
@@ -20,3 +24,28 @@ def report(run: Callable[[], Any]) -> int:
         return 130
     print(json.dumps(result, indent=2))
     return 0
+
+
+def learn_and_table(
+    prog: str, description: str, learn: Verb, table: Verb, workdir: Path
+) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """Return a parser with the verbs learn (train a config's missing runs) and table (report them), and that of learn.
+
+    Args:
+      prog: the command.
+      description: what it does.
+      learn: what the first verb runs.
+      table: what the second verb runs.
+      workdir: default folder of the runs.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    verbs = parser.add_subparsers(required=True, metavar="learn|table")
+    for name, function in (("learn", learn), ("table", table)):
+        verb = verbs.add_parser(name)
+        verb.set_defaults(run=function)
+        verb.add_argument("--workdir", type=Path, default=workdir, metavar="DIR", help="%(default)s")
+    verbs.choices["table"].add_argument("--markdown", type=Path, metavar="FILE")
+    verb = verbs.choices["learn"]
+    verb.add_argument("--config", default="shampax/configs/lm.py:bytes", metavar="FILE:VARIANT", help="%(default)s")
+    verb.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="config values")
+    return parser, verb

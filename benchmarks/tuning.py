@@ -1,7 +1,7 @@
 """Train a config with one setting of our Shampoo changed at a time, to see which settings matter.
 
     python -m shampax.benchmarks.tuning learn --config=shampax/configs/lm.py:bytes
-    python -m shampax.benchmarks.tuning table --markdown=docs/tuning.md
+    python -m shampax.benchmarks.tuning table
 
 learn starts from the config's own rate and options, for one seed by default. Each run is a file in the workdir; rerun
 the same command to resume. table reports all tasks in the workdir. JSON goes to standard output, progress to standard
@@ -120,20 +120,13 @@ def tabulate(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line. Return the exit code."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description="Train with one setting changed at a time.")
-    commands = parser.add_subparsers(required=True, metavar="learn|table")
-    for name, function in (("learn", learn), ("table", tabulate)):
-        verb = commands.add_parser(name)
-        verb.set_defaults(run=function)
-        verb.add_argument("--workdir", type=Path, default=Path("runs/tuning"), metavar="DIR", help="%(default)s")
-    verb = commands.choices["learn"]
-    verb.add_argument("--config", default="shampax/configs/lm.py:bytes", metavar="FILE:VARIANT", help="%(default)s")
-    verb.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="config values")
+    parser, verb = command.learn_and_table(
+        COMMAND, "Train with one setting changed at a time.", learn, tabulate, Path("runs/tuning")
+    )
     verb.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")], default=[0])
     verb.add_argument(
         "--options", type=lambda text: text.split(","), default=["rate", *CHANGES], help="default: rate and all others"
     )
-    commands.choices["table"].add_argument("--markdown", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     return command.report(lambda: options.run(options))
 

@@ -131,21 +131,14 @@ def _cell(losses: dict[float, float], rate: float) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line. Return the exit code."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description="Train at several widths and learning rates.")
-    commands = parser.add_subparsers(required=True, metavar="learn|table")
-    for name, function in (("learn", learn), ("table", tabulate)):
-        verb = commands.add_parser(name)
-        verb.set_defaults(run=function)
-        verb.add_argument("--workdir", type=Path, default=Path("runs/widths"), metavar="DIR", help="%(default)s")
-    verb = commands.choices["learn"]
-    verb.add_argument("--config", default="shampax/configs/lm.py:bytes", metavar="FILE:VARIANT", help="%(default)s")
-    verb.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="config values")
+    parser, verb = command.learn_and_table(
+        COMMAND, "Train at several widths and learning rates.", learn, tabulate, Path("runs/widths")
+    )
     verb.add_argument("--widths", type=lambda text: [int(x) for x in text.split(",")], default=[64, 128, 256, 512])
     verb.add_argument("--rules", type=lambda text: text.split(","), default=[*RULES])
     verb.add_argument(
         "--rates", type=lambda text: [float(x) for x in text.split(",")], default=[0.0025, 0.005, 0.01, 0.02, 0.04]
     )
-    commands.choices["table"].add_argument("--markdown", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     return command.report(lambda: options.run(options))
 

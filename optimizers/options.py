@@ -168,7 +168,7 @@ class Options:
     orthogonalize: int = 3  # Newton-Schulz steps on each preconditioned matrix, which undo what old roots miss; 0: none
 
     # Refresh schedule
-    refresh: str = "staggered"  # roots on the owners' devices in the step, or "host": by LAPACK while devices go on
+    refresh: str = "staggered"  # "staggered": the step computes roots; "host": the CPUs do, while the devices continue
     interval: int = 20  # steps between two refreshes of a block's roots
     phases: int = 0  # steps of an interval with refreshes, each of a share of the blocks; 0: blocks / devices
     delay: int = 2  # with "host": roots of the statistics of step t are used from step t + 1 + delay

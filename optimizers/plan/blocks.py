@@ -56,7 +56,7 @@ class Bucket:
     """Blocks of one shape and treatment, in arrays [slots, *shape] whose slots are sharded over all devices.
 
     Block i of the bucket is block `first + i` of the plan. That number, the number of all blocks and that of phases
-    determine the phase in which the block is due, so that a run does not depend on the number of devices.
+    determine the phase in which the block is due: with the same `phases`, runs on any number of devices are alike.
 
     Attributes:
       name: key of the bucket in states and checkpoints.

@@ -117,7 +117,7 @@ def test_a_task_has_means_shares_and_the_lead(folder, capsys):
 
 
 def test_the_page_says_where_ours_is_behind_or_not_clearly_ahead(folder, capsys):
-    """Fault: the sentence claims a lead that is none."""
+    """Fault: the page says that ours leads where it does not."""
     learn = folder / "toy.py:sample, 40 steps" / "learn"
     write(learn, Trial.of("muon", 1, rate=BEST["muon"], **FIRST), [9.0, 7.0, 5.0, 3.0, 1.5])
     assert "Ours is behind Muon by 0.0500; seeds differ by up to 1.1000. This is within" in table(folder, capsys)[2]
