@@ -194,5 +194,6 @@ def test_jax_sees_the_devices_of_all_processes():
     with script(text, processes=2, JAX_NUM_CPU_DEVICES="2", **gpus) as job:
         ended = job.wait()
     assert codes(ended) == [0, 0], ended
-    assert [json.loads(each.out.splitlines()[-1]) for each in ended] == [[2, 4, 2]] * 2
+    # The library of collectives writes to the same output, so the counts may share a line with its words.
+    assert all("[2, 4, 2]" in each.out for each in ended), ended
     assert ["each process has 4 of 8 GPUs of its machine" in each.out for each in ended] == [True, False]
