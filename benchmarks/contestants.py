@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..configs.base import EMBEDDING_RATE
 from ..framework.base.errors import UserError
 from ..optimizers import ShampooOptions
 from ..optimizers.baselines import AdamWOptions, MuonOptions, scale_by_rules
@@ -111,6 +112,7 @@ def _family(kind: str = "shampoo", **changes: Any) -> Callable[[ShampooOptions],
     return options
 
 
+EMBEDDINGS = EMBEDDING_RATE[0][0]
 # Where every search begins.
 FIRST: dict[str, Any] = {"momentum": 0.8, "nesterov": True}
 BETA2 = 0.95  # of all second moments and statistics
@@ -148,10 +150,13 @@ def with_settings(options: Any, settings: Mapping[str, Any]) -> Any:
     """Return options with the settings of a trial, as far as they have them.
 
     "momentum" sets the decay of every momentum: Muon has one for matrices and one for other parameters. "rate" is no
-    option; other settings are fields of the options.
+    option, nor is "schedule". "embeddings" is the factor of the rate of embeddings, other parameters then having none.
+    Other settings are fields of the options.
     """
     momenta = [name for name in ("beta", "beta1", "momentum") if isinstance(getattr(options, name, None), float)]
     fields = {name: value for name, value in settings.items() if hasattr(options, name) and name != "momentum"}
+    if "embeddings" in settings and hasattr(options, "rate_rules"):
+        fields["rate_rules"] = ((EMBEDDINGS, settings["embeddings"]), (".*", 1.0))
     return dataclasses.replace(options, **fields, **dict.fromkeys(momenta, settings["momentum"]))
 
 

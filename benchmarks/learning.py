@@ -4,8 +4,10 @@ Each run is one file, so that an interrupted search can be resumed.
 """
 
 import dataclasses
+import functools
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -27,7 +29,8 @@ from ..framework.reporting.runs import Run
 from ..framework.step.evaluation import evaluate
 from ..framework.step.schedule import make_schedule
 from ..framework.task import settled
-from .contestants import CONTESTANTS, with_settings
+from ..optimizers.plan import patterns
+from .contestants import CONTESTANTS, EMBEDDINGS, with_settings
 from .outcomes import Outcome
 from .trials import Trial
 
@@ -67,16 +70,17 @@ class Workload:
         self.total_steps = durations.to_steps(config.duration, units)
         units = dataclasses.replace(units, total_steps=self.total_steps)
         self.evaluate_every = durations.to_steps(config.evaluation.every, units)
-        self._schedule = make_schedule(
+        self._schedule = functools.partial(
+            make_schedule,
             1.0,
             warmup_steps=durations.to_steps(config.schedule.warmup, units),
             total_steps=self.total_steps,
-            decay=config.schedule.decay,
             final_fraction=config.schedule.final_fraction,
         )
         self._spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.batches(0)[0])
         variables = jax.eval_shape(task.init, jax.random.key(0), self._spec)
         self._axis_names = task.logical_axes(variables)["params"]
+        self._embeds = any(re.fullmatch(EMBEDDINGS, path) for path in patterns.paths(variables["params"]))
         self._evaluate = jax.jit(self._metrics)
 
     def options(self, trial: Trial) -> Any:
@@ -85,19 +89,33 @@ class Workload:
             options = CONTESTANTS[trial.variant].options(self.configured)
         else:
             options = self._others.get(trial.variant, self.configured)
-        return with_settings(options, dict(trial.settings))
+        settings = dict(trial.settings)
+        if not self._embeds:
+            settings.pop("embeddings", None)
+        return with_settings(options, settings)
+
+    def chosen(self, trial: Trial) -> tuple[Any, str]:
+        """Return all that a trial's program depends on: its options, and the decay of the learning rate."""
+        return self.options(trial), dict(trial.settings).get("schedule", self.settings["schedule"]["decay"])
 
     def batches(self, seed: int) -> pipeline.Batches:
         """Return the training batches of a seed, indexed by step."""
         return pipeline.Batches(self._source, seed=seed, augment=self._augment, **self._share)
 
-    def program(self, options: Any) -> "Program":
-        """Return jitted training with these options. It compiles once for all rates and seeds."""
+    def program(self, options: Any, decay: str = "") -> "Program":
+        """Return jitted training with these options. It compiles once for all rates and seeds.
+
+        `decay` is that of the learning rate; "" is the config's.
+        """
+        schedule = self._schedule(decay=decay or self.settings["schedule"]["decay"])
+
+        def optimizer(peak: jax.Array | float) -> optax.GradientTransformation:
+            return options.build(lambda count: peak * schedule(count), mesh=None, axis_names=self._axis_names)
 
         def start(seed: jax.Array) -> tuple[Any, Any]:
             # The same key as in the trainer.
             variables = self._task.init(jax.random.fold_in(jax.random.key(seed), 2**32 - 1), self._spec)
-            return variables, self._optimizer(options, 0.0).init(variables["params"])
+            return variables, optimizer(0.0).init(variables["params"])
 
         def step(
             variables: Any, state: Any, batch: Any, peak: jax.Array, seed: jax.Array, number: jax.Array
@@ -111,7 +129,7 @@ class Workload:
                 return value, model_state
 
             (value, model_state), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-            updates, state = self._optimizer(options, peak).update(gradients, state, params)
+            updates, state = optimizer(peak).update(gradients, state, params)
             params = optax.apply_updates(params, updates)
             return {"params": params, **settled(self._task, model_state)}, state, value
 
@@ -120,9 +138,6 @@ class Workload:
     def heldout_metrics(self, variables: Any) -> dict[str, float]:
         """Return the task's metrics over the held-out batches."""
         return evaluate(self._evaluate, variables, self._heldout)
-
-    def _optimizer(self, options: Any, peak: jax.Array | float) -> optax.GradientTransformation:
-        return options.build(lambda count: peak * self._schedule(count), mesh=None, axis_names=self._axis_names)
 
     def _metrics(self, variables: Any, batch: Any) -> Any:
         return self._task.loss(variables, batch, key=jax.random.key(0), train=False)[1][1]
@@ -178,9 +193,10 @@ def train(workload: Workload, program: Program, trial: Trial) -> dict[str, Any]:
 
 def settings_of(workload: Workload, trial: Trial) -> dict[str, Any]:
     """Return all settings that determine the outcome of a run, converted to JSON types."""
-    options = workload.options(trial)
+    options, decay = workload.chosen(trial)
     chosen = {
         "workload": workload.settings,
+        "decay": decay,
         "optimizer": {"name": type(options).__name__} | dataclasses.asdict(options),
         "learning_rate": dict(trial.settings)["rate"],
         "seed": trial.seed,
@@ -191,7 +207,7 @@ def settings_of(workload: Workload, trial: Trial) -> dict[str, Any]:
 def run(workload: Workload, trial: Trial, folder: Path, programs: dict[Any, Program]) -> dict[str, Any]:
     """Return the content of the trial's file in `folder`; train the trial first if it has none.
 
-    `programs` keeps the compiled program of the last options.
+    `programs` keeps the program that was compiled last.
 
     Raises:
       UserError: the file has other settings.
@@ -204,12 +220,12 @@ def run(workload: Workload, trial: Trial, folder: Path, programs: dict[Any, Prog
             lines = "; ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
             raise UserError(f"{path} was made with other settings ({lines}). Remove it or choose another --workdir")
         return content
-    options = workload.options(trial)
-    if options not in programs:
+    chosen = workload.chosen(trial)
+    if chosen not in programs:
         programs.clear()
-        programs[options] = workload.program(options)
+        programs[chosen] = workload.program(*chosen)
     made = {"variant": trial.variant, "trial": dict(trial.settings), "seed": trial.seed}
-    made |= {"settings": settings} | train(workload, programs[options], trial)
+    made |= {"settings": settings} | train(workload, programs[chosen], trial)
     folder.mkdir(parents=True, exist_ok=True)
     paths.write_text(paths.of(path), json.dumps(made, allow_nan=False) + "\n")
     ending = made["stopped"] or f"held-out {made['heldout'][-1]['loss']:.4f}"

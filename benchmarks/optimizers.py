@@ -3,15 +3,16 @@
     make install EXTRA=benchmarks
     python -m shampax.benchmarks.optimizers learn --config=shampax/configs/lm.py:bytes
     python -m shampax.benchmarks.optimizers time --config=shampax/configs/lm.py:bytes
+    python -m shampax.benchmarks.optimizers equal --config=shampax/configs/lm.py:bytes
     python -m shampax.benchmarks.optimizers cost
     python -m shampax.benchmarks.optimizers table --markdown=docs/results.md
 
 learn trains a config's model with every optimizer. All are tuned alike, by `trials.search`: a ladder of learning rates,
-then Nesterov's momentum and its decay under the first seed, then the other seeds at the best settings. Each run is a
-file in the workdir; rerun the same command to resume. time measures train steps of this model, with the optimizers in
-turns. cost measures only the optimizers' updates, for a Transformer of 25 M parameters. table reports all measurements
-in the workdir. JSON goes to standard output; time and cost also store it in the workdir. Progress goes to standard
-error.
+then the other changes under the first seed, then the other seeds at the best settings. Each run is a file in the
+workdir; rerun the same command to resume. time measures train steps of this model, with the optimizers in turns. equal
+then trains each optimizer for as many steps as fit into the time of the fastest one's run. cost measures only the
+optimizers' updates, for a Transformer of 25 M parameters. table reports all measurements in the workdir. JSON goes to
+standard output; time and cost also store it in the workdir. Progress goes to standard error.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from .trials import CHANGES, Trial, search
 
 COMMAND = "python -m shampax.benchmarks.optimizers"
 SHAMPOO = f"{ShampooOptions.__module__}:{ShampooOptions.__qualname__}"
-RUNS, TIMES, COSTS = "learn", "time.json", "cost-{}.json"
+RUNS, EQUAL, TIMES, COSTS = "learn", "equal", "time.json", "cost-{}.json"
 
 
 def learn(options: argparse.Namespace) -> dict[str, Any]:
@@ -58,8 +59,8 @@ def learn(options: argparse.Namespace) -> dict[str, Any]:
             made = learning.run(workload, trial, folder / RUNS, programs)
             return math.inf if made["stopped"] else metric.falling(made["heldout"][-1][metric.name])
 
-        start = workload.options(Trial.of(name, **FIRST))
-        changes = [change for change in CHANGES if workload.options(Trial.of(name, **FIRST | change)) != start]
+        start = workload.chosen(Trial.of(name, **FIRST))
+        changes = [change for change in CHANGES if workload.chosen(Trial.of(name, **FIRST | change)) != start]
         centre = options.rate_factor * centres[name]
         best[name] = dict(search(name, centre, loss_of, options.seeds, changes).settings)
     return {"best": best}
@@ -76,6 +77,30 @@ def time_steps(options: argparse.Namespace) -> dict[str, Any]:
     result = {"device": _device(options), "interval": interval, "workload": workload.settings, "optimizers": measured}
     _store(folder / TIMES, result)
     return result
+
+
+def equal_seconds(options: argparse.Namespace) -> dict[str, Any]:
+    """Train each optimizer at its best settings for as long as the fastest one's whole run takes.
+
+    Return the number of steps of each. The learning rate decays over these steps. Runs that are as long as those of
+    `learn` are not repeated.
+
+    Raises:
+      UserError: the workdir lacks step times.
+    """
+    workload, folder, _ = _workload(options)
+    best = standings.at_their_best(learning.read(folder / RUNS), Metric(options.metric, options.higher))
+    timed = read_object(folder / TIMES)
+    if timed is None:
+        raise UserError(f"{folder / TIMES}: it does not exist. Run the sub-command time first")
+    means = {name: timed["optimizers"][name]["mean_ms"] for name in options.optimizers if name in best}
+    steps = {name: round(workload.total_steps * min(means.values()) / mean) for name, mean in means.items()}
+    for name, count in steps.items():
+        shorter, _, _ = _workload(options, f"duration={count} steps")
+        programs: dict[Any, learning.Program] = {}
+        for outcome in best[name]:
+            learning.run(shorter, outcome.trial, folder / EQUAL, programs)
+    return {"steps": steps}
 
 
 def cost(options: argparse.Namespace) -> dict[str, Any]:
@@ -121,9 +146,8 @@ def table(options: argparse.Namespace) -> dict[str, Any]:
         timed = read_object(folder / TIMES)
         if timed:
             times[title] = timed
-        seconds = {name: entry["mean_ms"] / 1e3 for name, entry in (timed or {"optimizers": {}})["optimizers"].items()}
-        outcomes = learning.read(folder / RUNS)
-        comparisons[title] = standings.compare(outcomes, seconds, metric)
+        outcomes, equal = learning.read(folder / RUNS), learning.read(folder / EQUAL)
+        comparisons[title] = standings.compare(outcomes, equal, metric)
         groups[title] = standings.groups(outcomes, metric)
     comparisons = dict(sorted(comparisons.items(), key=lambda task: (task[0].partition(",")[0], task[1]["steps"])))
     if not comparisons:
@@ -153,17 +177,21 @@ def folder_of(parent: Path, config: str, workload: learning.Workload) -> Path:
     return parent / f"{Path(file).name}:{variant or 'sample'}, {workload.total_steps:,} steps"
 
 
-def _workload(options: argparse.Namespace) -> tuple[learning.Workload, Path, dict[str, float]]:
+def _workload(options: argparse.Namespace, *changes: str) -> tuple[learning.Workload, Path, dict[str, float]]:
     """Return the workload, the folder of its measurements, and the middle of each optimizer's ladder of rates.
+
+    `changes` are further overrides of the config.
 
     Raises:
       UserError: the config's optimizer is not Shampoo, or an optimizer is neither a contestant nor a variant.
     """
-    config = load(options.config, options.set)
+    config = load(options.config, [*options.set, *changes])
     if config.optimizer.name != SHAMPOO:
         raise UserError(f"--config={options.config}: its optimizer must be Shampoo. Use a variant such as `sample`.")
     file = options.config.partition(":")[0]
-    others = {name: load(f"{file}:{name}", options.set) for name in options.optimizers if name not in CONTESTANTS}
+    others = {
+        name: load(f"{file}:{name}", [*options.set, *changes]) for name in options.optimizers if name not in CONTESTANTS
+    }
     built = {name: components.build(other.optimizer) for name, other in others.items()}
     centres = {name: contestant.rate for name, contestant in CONTESTANTS.items()}
     centres |= {name: other.schedule.learning_rate for name, other in others.items()}
@@ -188,7 +216,7 @@ def _store(path: Path, result: dict[str, Any]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=COMMAND, description="Compare optimizers.")
-    commands = parser.add_subparsers(required=True, metavar="learn|time|cost|table")
+    commands = parser.add_subparsers(required=True, metavar="learn|time|equal|cost|table")
     workdirs = argparse.ArgumentParser(add_help=False)
     workdirs.add_argument("--workdir", type=Path, default=Path("runs/optimizers"), metavar="DIR", help="%(default)s")
     metrics = argparse.ArgumentParser(add_help=False)
@@ -222,6 +250,10 @@ def _parser() -> argparse.ArgumentParser:
     verb = commands.add_parser("time", parents=[workdirs, sample, several, clocks], help="measure train steps")
     verb.set_defaults(run=time_steps)
     verb.add_argument("--steps", type=int, default=200, metavar="N", help="minimum per optimizer; default: %(default)s")
+    verb = commands.add_parser(
+        "equal", parents=[workdirs, metrics, sample, several], help="train as long as the fastest one's steps take"
+    )
+    verb.set_defaults(run=equal_seconds)
     verb = commands.add_parser("cost", parents=[workdirs, clocks], help="measure only the optimizers' updates")
     verb.set_defaults(run=cost)
     verb.add_argument(

@@ -13,6 +13,7 @@ from .outcomes import LOSS, Metric, Outcome, by, mean, shares
 
 SECTION, COSTS = Section("optimizers"), Section("costs of updates")
 BASELINE, OURS, RIVAL = "adamw", "ours", "muon"
+OTHERS = ("embeddings", "schedule")  # settings that are shown where they are not the config's
 
 
 def at_their_best(outcomes: Sequence[Outcome], metric: Metric = LOSS) -> dict[str, list[Outcome]]:
@@ -33,18 +34,19 @@ def at_their_best(outcomes: Sequence[Outcome], metric: Metric = LOSS) -> dict[st
     return best
 
 
-def compare(outcomes: Sequence[Outcome], seconds: Mapping[str, float], metric: Metric = LOSS) -> dict[str, Any]:
+def compare(outcomes: Sequence[Outcome], equal: Sequence[Outcome], metric: Metric = LOSS) -> dict[str, Any]:
     """Compare the runs of a task. Return the comparison as JSON.
 
     Args:
       outcomes: the finished runs.
-      seconds: mean step time by optimizer; optimizers without it are not compared by seconds.
+      equal: runs at the best settings that took equal seconds.
       metric: the final held-out metric to compare by.
 
     Returns:
       `steps` of a run. `optimizers`, best first: settings, number of settings `tried`, losses `by_seed` and their
       `mean`, whether the best rate is `at_edge` of its ladder, and the `shares` of AdamW's steps after which each seed
-      reaches AdamW's mean final loss. `leads`: see `_leads`. `at_equal_seconds`: see `_at_equal_seconds`.
+      reaches AdamW's mean final loss, and from the runs of equal seconds `equal_steps` and `equal_mean`, None without
+      them. `leads`: see `_leads`.
 
     Raises:
       UserError: there are no runs.
@@ -53,13 +55,14 @@ def compare(outcomes: Sequence[Outcome], seconds: Mapping[str, float], metric: M
     if not best:
         raise UserError("--workdir: it has no runs to compare. Run the sub-command learn first")
     means = {name: mean(runs, metric) for name, runs in best.items()}
+    at_equal = at_their_best(equal, metric)
     order = sorted(means, key=lambda name: metric.falling(means[name]))
     entries = {}
     for name in order:
         runs, tried = best[name], [o for o in outcomes if o.trial.variant == name]
         first = [o for o in tried if o.trial.seed == runs[0].trial.seed]
         rates = [dict(o.trial.settings)["rate"] for o in first]
-        chosen = dict(runs[0].trial.settings)
+        chosen, timed = dict(runs[0].trial.settings), at_equal.get(name)
         entries[name] = {
             "settings": chosen,
             "tried": len(first),
@@ -67,13 +70,14 @@ def compare(outcomes: Sequence[Outcome], seconds: Mapping[str, float], metric: M
             "mean": means[name],
             "by_seed": {str(run.trial.seed): metric.of(run.result) for run in runs},
             "shares": shares(runs, best[BASELINE], metric) if name != BASELINE and BASELINE in best else [],
+            "equal_steps": timed[0].result["steps"] if timed else None,
+            "equal_mean": mean(timed, metric) if timed else None,
         }
     return {
         "steps": best[order[0]][0].result["steps"],
         "metric": metric.name,
         "optimizers": entries,
         "leads": _leads(entries, metric),
-        "at_equal_seconds": _at_equal_seconds(best, seconds, metric),
     }
 
 
@@ -93,22 +97,6 @@ def _leads(entries: Mapping[str, Any], metric: Metric) -> list[dict[str, Any]]:
             gap = metric.falling(pair[1]["mean"]) - metric.falling(pair[0]["mean"])
             leads.append({"over": other, "gap": gap, "spread": spread})
     return leads
-
-
-def _at_equal_seconds(
-    best: Mapping[str, Sequence[Outcome]], seconds: Mapping[str, float], metric: Metric
-) -> dict[str, Any] | None:
-    """Return the mean held-out metric of each optimizer when the fastest has finished, best first."""
-    ends = {name: seconds[name] * runs[0].result["steps"] for name, runs in best.items() if name in seconds}
-    if len(ends) < 2:
-        return None
-    at = min(ends.values())
-    losses = {}
-    for name in ends:
-        curves = [run.run.curve(f"heldout/{metric.name}", "step") for run in best[name]]
-        losses[name] = float(np.mean([np.interp(at / seconds[name], steps, values) for steps, values in curves]))
-    ranked = sorted(losses, key=lambda name: metric.falling(losses[name]))
-    return {"seconds": at, "losses": {name: losses[name] for name in ranked}}
 
 
 def groups(outcomes: Sequence[Outcome], metric: Metric = LOSS) -> list[Group]:
@@ -134,7 +122,7 @@ def costs_markdown(costs: Sequence[dict[str, Any]]) -> str:
 
 
 def _task(heading: str, comparison: dict[str, Any]) -> list[str]:
-    entries, equal = comparison["optimizers"], comparison["at_equal_seconds"]
+    entries = comparison["optimizers"]
     seeds = sorted({seed for entry in entries.values() for seed in entry["by_seed"]}, key=int)
     rows = [
         [
@@ -144,17 +132,18 @@ def _task(heading: str, comparison: dict[str, Any]) -> list[str]:
             f"{entry['settings']['rate']:g}" + (" (edge)" if entry["at_edge"] else ""),
             f"{entry['settings']['momentum']:g}",
             "yes" if entry["settings"]["nesterov"] else "no",
+            " ".join(f"{key} {entry['settings'][key]}" for key in OTHERS if key in entry["settings"]) or "-",
             str(entry["tried"]),
             _shares(entry["shares"]),
-            f"{equal['losses'][name]:.4f}" if equal and name in equal["losses"] else "-",
+            f"{entry['equal_mean']:.4f} ({entry['equal_steps']:,} steps)" if entry["equal_steps"] else "-",
         ]
         for name, entry in entries.items()
     ]
     of_seeds = [f"seed {seed}" for seed in seeds]
-    columns = ["optimizer", "mean", *of_seeds, "rate", "momentum", "Nesterov", "settings tried", "AdamW's loss after"]
-    seconds = f"after {equal['seconds']:,.1f} s" if equal else "equal seconds"
+    columns = ["optimizer", "mean", *of_seeds, "rate", "momentum", "Nesterov", "others", "settings tried"]
+    columns += ["AdamW's loss after", "at equal seconds"]
     parts = [" ".join([f"**{heading}.**", *map(_sentence, comparison["leads"])])]
-    return [*parts, table([*columns, seconds], rows)]
+    return [*parts, table(columns, rows)]
 
 
 def _sentence(lead: Mapping[str, Any]) -> str:

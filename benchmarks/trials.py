@@ -9,12 +9,24 @@ from .contestants import FIRST
 
 # Settings of every search: learning rates are factors of the contestant's own centre.
 LADDER, LONGEST = (0.5, 1.0, 2.0), 5
-CHANGES: tuple[dict[str, Any], ...] = ({"nesterov": False}, {"momentum": 0.9}, {"momentum": 0.7})
+CHANGES: tuple[dict[str, Any], ...] = (
+    {"nesterov": False},
+    {"momentum": 0.9},
+    {"momentum": 0.7},
+    {"embeddings": 1.0},
+    {"embeddings": 2.0},
+    {"embeddings": 4.0},
+    {"schedule": "linear"},
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One run: a contestant with settings, its learning rate ("rate") among them, and a seed."""
+    """One run: a contestant with settings and a seed.
+
+    The settings are its learning rate ("rate"), its "momentum" and "nesterov", the "schedule" of the rate if it is not
+    the config's, the factor of the rate of "embeddings" if it is not its own, and fields of its options.
+    """
 
     variant: str
     settings: tuple[tuple[str, Any], ...]

@@ -165,12 +165,13 @@ class MuonOptions:
     weight_decay: float = 0.0  # decoupled
     decay_rules: tuple[tuple[str, bool], ...] = NO_DECAY  # which parameters decay
     treatments: tuple[tuple[str, str], ...] = ShampooOptions.treatments  # "diagonal" and "rows" mean Adam
+    rate_rules: tuple[tuple[str, float], ...] = ShampooOptions.rate_rules  # factors of the learning rate
     wider: float = ShampooOptions.wider  # as for Shampoo; Muon's rate serves all widths, its decay is divided
 
     def build(self, learning_rate: optax.Schedule, *, axis_names: Any = None, **layout: Any):
         """Return the optimizer; `axis_names` define the sides of matrices, as for Shampoo."""
         del layout
-        return optax.contrib.muon(
+        muon = optax.contrib.muon(
             learning_rate,
             beta=self.beta,
             nesterov=self.nesterov,
@@ -180,6 +181,7 @@ class MuonOptions:
             adam_b2=self.beta2,
             muon_weight_dimension_numbers=partial(_sides, axis_names=axis_names, treatments=self.treatments),
         )
+        return optax.chain(muon, scale_by_rules(self.rate_rules))
 
 
 @dataclasses.dataclass(frozen=True)

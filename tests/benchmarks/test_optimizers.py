@@ -13,6 +13,7 @@ from shampax.benchmarks.trials import Trial, search
 from shampax.framework.base.errors import UserError
 from shampax.framework.config.check import load
 from shampax.optimizers import ShampooOptions
+from shampax.optimizers.plan.patterns import first_match
 
 # Held-out losses at steps 0, 10, ... 40 under the best settings, by optimizer and seed.
 CURVES = {
@@ -26,12 +27,12 @@ CURVES = {
 BEST = {"adamw": 2.5e-3, "muon": 0.048, "ours": 0.04}
 
 
-def write(folder, trial, losses, stopped=None):
+def write(folder, trial, losses, stopped=None, steps=40):
     """Write the file of a run with held-out losses at steps 0, 10, ..."""
     folder.mkdir(parents=True, exist_ok=True)
     heldout = [{"step": 10 * i, "loss": loss, "accuracy": 1 / loss} for i, loss in enumerate(losses)]
     content = {"variant": trial.variant, "trial": dict(trial.settings), "seed": trial.seed, "settings": {}}
-    content |= {"steps": 40, "losses": [1.0] * 40, "heldout": heldout, "stopped": stopped, "seconds": 1.0}
+    content |= {"steps": steps, "losses": [1.0] * steps, "heldout": heldout, "stopped": stopped, "seconds": 1.0}
     (folder / f"{trial.name}.json").write_text(json.dumps(content))
 
 
@@ -44,7 +45,7 @@ def timed(mean_ms):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Write a workdir with the runs of a task and with times: a step of ours takes twice as long as AdamW's."""
+    """Write a workdir with the runs of a task, with times, and with runs of ours that took as long as AdamW's."""
     task = tmp_path / "toy.py:sample, 40 steps"
     for (name, seed), losses in CURVES.items():
         best = Trial.of(name, seed, rate=BEST[name], **FIRST)
@@ -52,6 +53,8 @@ def folder(tmp_path):
         if seed == 0:
             for other in (best.but(rate=BEST[name] / 2), best.but(nesterov=False)):
                 write(task / "learn", other, [loss + 1 for loss in losses])
+    for seed, losses in enumerate(([9.0, 6.0, 3.0], [9.0, 7.0, 5.0])):
+        write(task / "equal", Trial.of("ours", seed, rate=BEST["ours"], **FIRST), losses, steps=20)
     times = {name: timed(mean) for name, mean in (("adamw", 20.0), ("muon", 20.0), ("ours", 40.0))}
     (task / "time.json").write_text(json.dumps({"device": "one abacus", "interval": 20, "optimizers": times}))
     return tmp_path
@@ -109,11 +112,11 @@ def test_a_task_has_means_shares_and_the_lead(folder, capsys):
     assert task["optimizers"]["ours"]["shares"] == pytest.approx([(10 + 10 * 2 / 3) / 40, 25 / 40])
     (lead,) = task["leads"]
     assert lead == pytest.approx({"over": "muon", "gap": 0.6, "spread": 0.2})
-    # AdamW's 40 steps take as long as 20 of ours, whose seeds are at 3 and 5 then.
-    assert task["at_equal_seconds"]["losses"] == pytest.approx({"muon": 2.7, "adamw": 4.0, "ours": 4.0})
+    equal = {name: (entry["equal_steps"], entry["equal_mean"]) for name, entry in task["optimizers"].items()}
+    assert equal == {"muon": (None, None), "adamw": (None, None), "ours": (20, pytest.approx(4.0))}
     assert "Ours is ahead of Muon by 0.6000; seeds differ by up to 0.2000." in text and "within" not in text
-    assert "| ours | 2.1000 | 2.0000 | 2.2000 | 0.04 (edge) | 0.8 | yes | 3 | 42% 62% | 4.0000 |" in text
-    assert "| AdamW | 4.0000 | 3.9000 | 4.1000 | 0.0025 (edge) | 0.8 | yes | 3 | - | 4.0000 |" in text
+    assert "| ours | 2.1000 | 2.0000 | 2.2000 | 0.04 (edge) | 0.8 | yes | - | 3 | 42% 62% | 4.0000 (20 steps) |" in text
+    assert "| AdamW | 4.0000 | 3.9000 | 4.1000 | 0.0025 (edge) | 0.8 | yes | - | 3 | - | - |" in text
 
 
 def test_the_page_says_where_ours_is_behind_or_not_clearly_ahead(folder, capsys):
@@ -195,6 +198,11 @@ def test_settings_reach_the_options_of_every_contestant():
     assert made["adamw"].weight_decay == made["soap"].weight_decay == 0.4
     for name in ("adamw", "google", "muon_adam", "shampoo", "soap", "kl_shampoo", "ours"):
         assert made[name].rate_rules == ours.rate_rules
+    changed = {
+        name: with_settings(each, settings | {"embeddings": 2.0, "schedule": "linear"}) for name, each in made.items()
+    }
+    for options in changed.values():
+        assert [first_match(options.rate_rules, path) for path in ("embedding", "layers/mlp/up/kernel")] == [2.0, 1.0]
     kinds = {made[name].treatments[-1][1] for name in ("soap", "kl_shampoo", "shampoo")}
     assert kinds == {"soap", "kl_shampoo", "shampoo"} and made["google"].treatments == ours.treatments
     assert [made[name].orthogonalize for name in ("ours", "muon_adam", "shampoo", "soap")] == [3, 5, 0, 0]
@@ -213,9 +221,40 @@ def test_variants_of_a_config_compete_with_their_own_optimizer(tmp_path, monkeyp
     flags = [f"--workdir={tmp_path}", "--config=shampax/configs/dlrm.py:sample", "--seeds=0"]
     assert optimizers.main(["learn", *flags, "--optimizers=sample_adagrad"]) == 0
     assert {dict(trial.settings)["rate"] for trial, _ in made} == {0.03, 0.06, 0.12}
-    assert {type(options).__name__ for _, options in made} == {"AdaGradOptions"} and len(made) == 3
+    assert {type(options).__name__ for _, options in made} == {"AdaGradOptions"} and len(made) == 7
+    assert dict(made[-1][0].settings)["schedule"] == "linear"
     assert optimizers.main(["learn", *flags, "--optimizers=no_such"]) == 2
     assert "no_such" in capsys.readouterr().err
+
+
+def test_equal_seconds_are_as_many_steps_as_fit(workload, programs, tmp_path, monkeypatch, capsys):
+    """Faults: the slower optimizer gets the most steps; its rate decays over the steps of the longer run; the settings
+    are not the best ones."""
+    flags = [f"--workdir={tmp_path}", "--config=shampax/configs/lm.py:bytes", "--set", *SMALL, "duration=40 steps"]
+    task = tmp_path / "lm.py:bytes, 40 steps"
+    for name, rate in (("ours", 0.1), ("ours", 0.2), ("adamw", 0.3)):
+        write(task / "learn", Trial.of(name, rate=rate, **FIRST), [3.0, rate])
+    (task / "time.json").write_text(json.dumps({"optimizers": {"ours": timed(40.0), "adamw": timed(30.0)}}))
+    made = []
+    monkeypatch.setattr(learning, "run", lambda *run: made.append((run[1], run[0].total_steps, run[2].name)))
+    assert optimizers.main(["equal", *flags]) == 0
+    assert json.loads(capsys.readouterr().out) == {"steps": {"ours": 30, "adamw": 40}}
+    expected = {"ours": (0.1, 30), "adamw": (0.3, 40)}
+    assert made == [(Trial.of(name, rate=rate, **FIRST), steps, "equal") for name, (rate, steps) in expected.items()]
+    (task / "time.json").unlink()
+    assert optimizers.main(["equal", *flags]) == 2
+    assert "Run the sub-command time first" in capsys.readouterr().err
+
+
+def test_the_decay_of_a_trial_replaces_that_of_the_config(workload, monkeypatch):
+    """Fault: a trial with another decay repeats the run of the config's."""
+    decays = []
+    monkeypatch.setattr(workload, "_schedule", lambda decay: decays.append(decay))
+    for settings in ({}, {"schedule": "linear"}):
+        trial = Trial.of("adamw", rate=1.0, **FIRST | settings)
+        workload.program(*workload.chosen(trial))
+        assert learning.settings_of(workload, trial)["decay"] == decays[-1]
+    assert decays == ["cosine", "linear"]
 
 
 def test_parameters_are_split_by_layer_with_folded_heads_and_joined_again():

@@ -2012,6 +2012,22 @@ BENCHMARKS = (
         (f"{_COMPARED}::test_model_state_and_augmentation_are_those_of_the_trainer",),
     ),
     Mutant(
+        "equal-seconds-with-more-steps-for-the-slower",
+        "benchmarks/optimizers.py",
+        "min(means.values()) / mean)",
+        "mean / min(means.values()))",
+        "At equal seconds the slower optimizer is given more steps.",
+        (f"{_COMPARED}::test_equal_seconds_are_as_many_steps_as_fit",),
+    ),
+    Mutant(
+        "schedule-of-the-config-for-every-trial",
+        "benchmarks/learning.py",
+        "schedule = self._schedule(decay=decay or self",
+        "schedule = self._schedule(decay=self",
+        "A search over schedules repeats the same run.",
+        (f"{_COMPARED}::test_the_decay_of_a_trial_replaces_that_of_the_config",),
+    ),
+    Mutant(
         "tuning-relative-to-another-run",
         "benchmarks/tuning.py",
         "outcome.trial.variant == BASE",

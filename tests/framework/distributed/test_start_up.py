@@ -1,7 +1,6 @@
 """Test runs that cannot start: all processes exit in time, with one line that explains why, and an exit code."""
 
 import contextlib
-import json
 import pathlib
 import socket
 import sys
