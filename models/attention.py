@@ -4,10 +4,12 @@ Shapes in names: B batch, T queries, S keys, H query heads, K key-value heads, G
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
@@ -17,8 +19,21 @@ from .kernels import CAUSAL, Pattern
 
 Rotation = tuple[jax.Array, jax.Array]
 Drop = Callable[[jax.Array], jax.Array]
+KeysValues = tuple[jax.Array, jax.Array]
 _GROUPS = 8  # groups of causal queries, each with a slice of the keys
 _MASKED = float(jnp.finfo(jnp.float32).min)  # finite: the difference of two masked scores is 0, not NaN
+
+
+class Earlier(NamedTuple):
+    """Slots of the rows that precede those of the queries, in which keys and values are cached.
+
+    Attributes:
+      segments: int32 [B, S], 0 for slots that are empty or padding.
+      filled: int32 scalar, number of slots that are no longer empty: the first of the queries' slots.
+    """
+
+    segments: jax.Array
+    filled: jax.Array
 
 
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
@@ -90,6 +105,28 @@ def attention(
     return checkpoint_name(mixed, "context")
 
 
+def attend_with_cache(
+    query: jax.Array, new: KeysValues, cached: KeysValues, segments: jax.Array, earlier: Earlier, pattern: Pattern
+) -> jax.Array:
+    """Return attention from a row's next slots to themselves and to the earlier slots of their segment.
+
+    Args:
+      query: rotated, [B, T, H, D].
+      new: rotated keys, and values, of the same slots, [B, T, K, D].
+      cached: those of the earlier slots, [B, S, K, D].
+      segments: int32 [B, T], those of the queries.
+      earlier: the earlier slots.
+      pattern: keys of its segment that a query sees.
+    """
+    slots = earlier.filled + jnp.arange(query.shape[1])
+    key_slots = jnp.concatenate([jnp.arange(earlier.segments.shape[1]), slots])
+    key_segments = jnp.concatenate([earlier.segments, segments], axis=1)
+    visible = (segments[:, :, None] == key_segments[:, None, :]) & pattern.sees(slots, key_slots)
+    # Two parts: to join them would copy the cache.
+    keys, values = zip(cached, new, strict=True)
+    return attend(query, keys, values, visible, soft_cap=pattern.soft_cap)
+
+
 def _by_groups(local, query, key, value, segments, key_segments, group: int) -> jax.Array:
     """Attend from each group of queries to the keys up to its end, or to all keys if there is one group."""
     length = query.shape[1]
@@ -141,7 +178,7 @@ def _attend_by_blocks(
         visible = segments[:, :, None] == key_segments[:, None, :]
         visible &= pattern.sees(start + jnp.arange(query.shape[1]), first + jnp.arange(key.shape[1]))
         key, value = key.astype(query.dtype), value.astype(query.dtype)
-        return attend(query, key, value, visible, soft_cap=pattern.soft_cap, drop=drop)
+        return attend(query, [key], [value], visible, soft_cap=pattern.soft_cap, drop=drop)
 
     block = min(block, length)
     if not 0 < block < keys:
@@ -174,25 +211,32 @@ def _cut(x: jax.Array, block: int, fill: int = 0) -> jax.Array:
 
 def attend(
     query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    keys: Sequence[jax.Array],
+    values: Sequence[jax.Array],
     visible: jax.Array,
     *,
     soft_cap: float = 0.0,
     drop: Drop | None = None,
 ) -> jax.Array:
-    """Return softmax(q k / sqrt(D)) v: query [B, T, H, D], key and value [B, S, K, D], visible bool [B, T, S].
+    """Return softmax(q k / sqrt(D)) v: query [B, T, H, D], keys and values [B, S, K, D], visible bool [B, T, S].
 
-    Query head h reads key-value head h // (H / K). Scores and softmax are float32, the result has the query's dtype.
-    A query without visible keys gets the mean of all values. Axes of size 1 of `visible` are broadcast. `soft_cap` is
-    as in `Pattern`. `drop` is applied to the weights [B, K, H / K, T, S].
+    Keys and values may come in several parts, [B, S1, K, D], [B, S2, K, D], ... Query head h reads key-value head
+    h // (H / K). Scores and softmax are float32, the result has the query's dtype. A query without visible keys gets
+    the mean of all values. Axes of size 1 of `visible` are broadcast. `soft_cap` is as in `Pattern`. `drop` is applied
+    to the weights [B, K, H / K, T, S].
     """
     batch, length, heads, head_dim = query.shape
-    grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], head_dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32) * head_dim**-0.5
+    grouped = query.reshape(batch, length, keys[0].shape[2], heads // keys[0].shape[2], head_dim)
+    scores = jnp.concatenate(
+        [jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32) for key in keys], axis=-1
+    )
+    scores *= head_dim**-0.5
     if soft_cap:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1).astype(value.dtype)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1).astype(values[0].dtype)
     if drop is not None:
         weights = drop(weights)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(query.shape)
+    ends = np.cumsum([value.shape[1] for value in values])
+    parts = zip(jnp.split(weights, ends[:-1], axis=-1), values, strict=True)
+    mixed = (jnp.einsum("bkgts,bskd->btkgd", weights, value) for weights, value in parts)
+    return functools.reduce(jnp.add, mixed).reshape(query.shape)

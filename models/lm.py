@@ -14,7 +14,7 @@ model with a tied head does not begin by repeating its input. A separate head ha
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,11 +22,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import kernels, layout, moe
-from .attention import Pattern, Rotation, attention, rotary_angles
-from .layout import SEQUENCE_AXIS, natural, shard_batch, zigzag
+from .attention import Earlier, KeysValues, Pattern, Rotation, attend_with_cache, attention, rotary_angles
+from .layout import SEQUENCE_AXIS, TENSOR_AXIS, natural, shard_batch, zigzag
 from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options
 from .modules import EMBEDDING_STD, MLP, Attention, partitioned, rms_norm, run_layers
 from .vocabulary import look_up, real_targets, real_tokens, token_logits, token_losses
+
+
+class Cache(NamedTuple):
+    """The slots of a batch of rows whose continuation is generated.
+
+    Attributes:
+      layers: rotated keys and values, each [L, B, S, K, D], by the name of the stack of layers.
+      segments: int32 [B, S], 1 for tokens, 0 for padding and empty slots.
+      positions: int32 [B], number of tokens of each row; a row without tokens is ignored.
+      filled: int32 scalar, number of slots that are no longer empty, the same for all rows.
+    """
+
+    layers: dict[str, KeysValues]
+    segments: jax.Array
+    positions: jax.Array
+    filled: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +203,61 @@ class LMTask(LinenTask):
 
     def _apply(self, variables: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array, moe.Routing | None]:
         inputs = (batch[name][:, :-1] for name in ("tokens", "segments", "positions"))
+        return self._transformer(variables, *inputs)[:3]
+
+    def _transformer(self, variables: dict[str, Any], *inputs: Any, cache: Cache | None = None) -> Any:
         bias_LxX = variables["routers"]["bias"] if self._has_biases else None
-        result: Any = Transformer(self).apply({"params": variables["params"]}, *inputs, bias_LxX)
-        return result
+        return Transformer(self).apply({"params": variables["params"]}, *inputs, bias_LxX, cache)
+
+    def prefill(
+        self, variables: dict[str, Any], tokens_BxT: jax.Array, real_BxT: jax.Array, slots: int
+    ) -> tuple[jax.Array, Cache]:
+        """Return the predictions after the last token of each row, float32 [B, V], and the cache.
+
+        Args:
+          variables: variables of the model.
+          tokens_BxT: int32, rows of tokens with padding before or after them.
+          real_BxT: bool, False for padding; a row may have no token.
+          slots: size of the cache of a row, T + 1 or more.
+        """
+        length = real_BxT.shape[1]
+        # Rows end in the last slot, so that all continue in the same one, and slots are as far apart as positions.
+        behind_B = jnp.argmax(real_BxT[:, ::-1], axis=1)
+        order_BxT = (jnp.arange(length) - behind_B[:, None]) % length
+        tokens_BxT, real_BxT = (jnp.take_along_axis(x, order_BxT, axis=1) for x in (tokens_BxT, real_BxT))
+        positions_B = real_BxT.sum(axis=1, dtype=jnp.int32)
+        positions_BxT = jnp.maximum(jnp.arange(length) - (length - positions_B[:, None]), 0)
+        empty_BxS = jnp.zeros((len(tokens_BxT), 0), jnp.int32)
+        empty = Cache({}, empty_BxS, positions_B, jnp.int32(length))
+        inputs = tokens_BxT, real_BxT.astype(jnp.int32), positions_BxT
+        x_BxTxE, head_VxE, _, layers = self._transformer(variables, *inputs, cache=empty)
+
+        def widened(x: jax.Array, axis: int) -> jax.Array:
+            return jnp.pad(x, [(0, slots - length if each == axis else 0) for each in range(x.ndim)])
+
+        layers = jax.tree.map(lambda x: _sharded(widened(x, 2)), layers)
+        cache = empty._replace(layers=layers, segments=widened(inputs[1], 1))
+        return token_logits(x_BxTxE[:, -1:], head_VxE)[:, 0], cache
+
+    def decode(self, variables: dict[str, Any], tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Return the predictions after one more token of each row, float32 [B, V], and the cache with it.
+
+        Donate the cache: its keys and values change in place.
+        """
+        segments_Bx1 = (cache.positions > 0).astype(jnp.int32)[:, None]
+        inputs = tokens_B[:, None], segments_Bx1, cache.positions[:, None]
+        x_Bx1xE, head_VxE, _, new = self._transformer(variables, *inputs, cache=cache)
+
+        def written(old: jax.Array, now: jax.Array, axis: int) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, now, cache.filled, axis)
+
+        cache = Cache(
+            jax.tree.map(lambda old, now: _sharded(written(old, now, 2)), cache.layers, new),
+            written(cache.segments, segments_Bx1, 1),
+            cache.positions + segments_Bx1[:, 0],
+            cache.filled + 1,
+        )
+        return token_logits(x_Bx1xE, head_VxE)[:, 0], cache
 
     def flops(self, batch_spec: BatchSpec) -> float:
         """Return the training FLOPs of one batch: 6 N tokens + 12 layers S H D tokens + 6 E V tokens.
@@ -219,6 +287,11 @@ class LMTask(LinenTask):
         return float(per_token * rows * sequence)
 
 
+def _sharded(stack: jax.Array) -> jax.Array:
+    """Shard cached keys or values [L, B, S, K, D] by rows and heads."""
+    return jax.vmap(lambda x: shard_batch(x, None, TENSOR_AXIS))(stack)
+
+
 class Transformer(nn.Module):
     """Maps tokens, segments and positions [B, T] to what the head [V, E] multiplies, [B, T, E]."""
 
@@ -231,8 +304,12 @@ class Transformer(nn.Module):
         segments_BxT: jax.Array,
         positions_BxT: jax.Array,
         bias_LxX: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array, moe.Routing | None]:
-        """Return [B, T, E], the head [V, E] and, with experts, the sums [layers, ...] of `moe.route`."""
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, jax.Array, moe.Routing | None, dict[str, KeysValues | None]]:
+        """Return [B, T, E], the head [V, E] and, with experts, the sums [layers, ...] of `moe.route`.
+
+        With a cache, whose slots precede those of the tokens, also keys and values [layers, B, T, K, D] of each stack.
+        """
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
 
@@ -245,17 +322,24 @@ class Transformer(nn.Module):
         x_BxTxE = shard_batch(look_up(embedding_VxE, tokens_BxT, dtype), SEQUENCE_AXIS)
         rotation = rotary_angles(positions_BxT, task.head_dim, task.rope_theta)
 
-        routed, routing = task.routed_blocks, None
+        routed, routing, kept = task.routed_blocks, None, {}
+        earlier, cached = (None, {}) if cache is None else (Earlier(cache.segments, cache.filled), cache.layers)
         run = functools.partial(run_layers, Block, remat=task.remat)
+        context = segments_BxT, rotation, earlier
         if dense := task.layers - routed:
             name = "dense_layers" if routed else "layers"
-            x_BxTxE, _ = run((task, False), x_BxTxE, segments_BxT, rotation, layers=dense, name=name)
+            per_layer = None, cached.get(name)
+            x_BxTxE, (_, kept[name]) = run(
+                (task, False), x_BxTxE, *context, layers=dense, name=name, per_layer=per_layer
+            )
         if routed:
-            biases = () if bias_LxX is None else (bias_LxX,)
-            x_BxTxE, routing = run((task, True), x_BxTxE, segments_BxT, rotation, layers=routed, per_layer=biases)
+            per_layer = bias_LxX, cached.get("layers")
+            x_BxTxE, (routing, kept["layers"]) = run(
+                (task, True), x_BxTxE, *context, layers=routed, per_layer=per_layer
+            )
         x_BxTxE = shard_batch(natural(rms_norm("final_norm", dtype)(x_BxTxE)), SEQUENCE_AXIS)
         head_VxE = embedding_VxE if task.tied_head else table("head")
-        return x_BxTxE, head_VxE.astype(dtype), routing
+        return x_BxTxE, head_VxE.astype(dtype), routing, kept
 
 
 class Block(nn.Module):
@@ -266,9 +350,19 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxTxE: jax.Array, segments_BxT: jax.Array, rotation: Rotation, bias_X: jax.Array | None = None
-    ) -> tuple[jax.Array, moe.Routing | None]:
-        """Return the residual stream after this layer, and the sums of its router if it has experts."""
+        self,
+        x_BxTxE: jax.Array,
+        segments_BxT: jax.Array,
+        rotation: Rotation,
+        earlier: Earlier | None = None,
+        bias_X: jax.Array | None = None,
+        cached: KeysValues | None = None,
+    ) -> tuple[jax.Array, tuple[moe.Routing | None, KeysValues | None]]:
+        """Return the residual stream after this layer, and the sums of its router if it has experts.
+
+        With `earlier` also keys and values of these slots, for the cache, which has those of the earlier slots if there
+        are any.
+        """
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
         writers = 2 * task.layers  # two parts of each layer
@@ -276,8 +370,12 @@ class Block(nn.Module):
         layer = Attention(*sizes, writers, dtype, name="attention")
         normed_BxTxE = rms_norm("attention_norm", dtype)(x_BxTxE)
         query, (key, value) = layer.queries(normed_BxTxE, rotation), layer.keys_values(normed_BxTxE, rotation)
-        knobs = {"pattern": task.pattern, "block": task.attention_block, "kernel": task.attention}
-        x_BxTxE += layer.project(attention(query, key, value, segments_BxT, **knobs, zigzag=True))
+        if earlier is None or cached is None:
+            knobs = {"pattern": task.pattern, "block": task.attention_block, "kernel": task.attention}
+            mixed = attention(query, key, value, segments_BxT, **knobs, zigzag=True)
+        else:
+            mixed = attend_with_cache(query, (key, value), cached, segments_BxT, earlier, task.pattern)
+        x_BxTxE += layer.project(mixed)
         normed_BxTxE = rms_norm("mlp_norm", dtype)(x_BxTxE)
         if self.routed:
             mlp = moe.RoutedSwiGLU(
@@ -295,4 +393,5 @@ class Block(nn.Module):
             added_BxTxE, routing = mlp(normed_BxTxE, segments_BxT > 0, bias_X)
         else:
             added_BxTxE, routing = MLP(task.mlp_dim, True, writers, dtype, name="mlp")(normed_BxTxE), None
-        return shard_batch(x_BxTxE + added_BxTxE, SEQUENCE_AXIS), routing
+        kept = None if earlier is None else (natural(key), natural(value))
+        return shard_batch(x_BxTxE + added_BxTxE, SEQUENCE_AXIS), (routing, kept)

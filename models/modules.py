@@ -152,7 +152,7 @@ def run_layers(
     layers: int,
     remat: str,
     name: str = "layers",
-    per_layer: tuple[jax.Array, ...] = (),
+    per_layer: tuple[Any, ...] = (),
 ) -> tuple[jax.Array, Any]:
     """Apply `layers` blocks with their own parameters to `x`; call it in a module's compact method.
 
@@ -166,7 +166,7 @@ def run_layers(
       layers: number of blocks.
       remat: as in `is_remat`.
       name: of the stack among the parameters.
-      per_layer: last inputs of the blocks, arrays with a leading dimension for the layers.
+      per_layer: last inputs of the blocks, trees of arrays with a leading dimension for the layers.
 
     Returns:
       The last x, and the trees of all blocks, stacked.

@@ -31,7 +31,7 @@ def test_attention_against_jax():
     query, key, value = (random.normal(size=shape).astype(np.float32) for shape in shapes)
     visible = np.tril(np.ones((2, 7, 7), bool))
     expected = quick_jit(jax.nn.dot_product_attention)(query, key, value, mask=visible[:, None])
-    assert_close(quick_jit(attention.attend)(query, key, value, visible), expected, 1e-5)
+    assert_close(quick_jit(attention.attend)(query, [key], [value], visible), expected, 1e-5)
 
 
 @pytest.mark.parametrize("block", [3, 50])
