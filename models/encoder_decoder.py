@@ -144,7 +144,7 @@ class EncoderBlock(nn.Module):
         keys_values = attention.keys_values(normed, rotation)
         segments = segments_BxS, segments_BxS
         x_BxSxE += drop(attention(normed, keys_values, segments, rotation, kernel=task.attention))
-        mlp = MLP(task.mlp_dim, False, 2 * task.encoder_layers, dtype, name="mlp")
+        mlp = MLP(task.mlp_dim, "", 2 * task.encoder_layers, dtype, name="mlp")
         x_BxSxE += drop(mlp(rms_norm("mlp_norm", dtype)(x_BxSxE)))
         return shard_batch(x_BxSxE)
 
@@ -160,7 +160,7 @@ class DecoderBlock(nn.Module):
         task = self.task
         dtype, writers = jnp.dtype(task.compute_dtype), 3 * task.decoder_layers
         self.attention, self.source_attention = _attention(task, writers), _attention(task, writers)
-        self.mlp = MLP(task.mlp_dim, False, writers, dtype)
+        self.mlp = MLP(task.mlp_dim, "", writers, dtype)
         self.attention_norm, self.source_norm, self.mlp_norm = (rms_norm(None, dtype) for _ in range(3))
         self.drop = nn.Dropout(task.dropout, deterministic=not self.train)
 

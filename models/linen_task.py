@@ -85,7 +85,8 @@ def check_options(
                 raise ValueError(f"task.{name}={getattr(task, name)}: must be {rule}")
     for name, allowed in {"compute_dtype": ("float32", "bfloat16"), **choices}.items():
         if hasattr(task, name) and getattr(task, name) not in allowed:
-            raise ValueError(f"task.{name}={getattr(task, name)!r}: use one of {', '.join(allowed)}")
+            choices_text = ", ".join(choice or "''" for choice in allowed)
+            raise ValueError(f"task.{name}={getattr(task, name)!r}: use one of {choices_text}")
     if not is_remat(getattr(task, "remat", "none")):
         allowed = (
             f"one of {', '.join(REMAT_POLICIES)}, or names of {' '.join(KEPT)}, each once, with or without 'host:'"

@@ -1,15 +1,16 @@
 """A decoder-only Transformer language model and its task.
 
-RMSNorm before each part, rotary positions, SwiGLU, grouped-query attention, `nn.scan` over the layers. Shapes in
-names and comments: B batch, T sequence, E embed, H query heads, K key-value heads, G = H / K, D head_dim, M mlp,
-V vocab.
+RMSNorm before each part (or after it), rotary positions, a gated MLP, grouped-query attention, a scan over the layers.
+Shapes in names and comments: B batch, T sequence, E embed, H query heads, K key-value heads, G = H / K, D head_dim,
+M mlp, V vocab.
 
 Parameters are float32; matmuls run in the compute dtype; norms, rotations, softmaxes and logits are float32.
 
 Initialisation: kernels are truncated normal with variance 1 / fan_in; those that write into the residual stream
 (attention/out, mlp/down) are divided by a further sqrt(2 * layers), as in GPT-2. Embeddings have standard deviation
-0.02 and are not scaled on input, as in GPT-2 and Llama: they are small compared with what the layers add, so that a
-model with a tied head does not begin by repeating its input. A separate head has 0.02 too.
+0.02 and, with the default `embedding_scale`, are not scaled on input, as in GPT-2 and Llama: they are small compared
+with what the layers add, so that a model with a tied head does not begin by repeating its input. A separate head has
+0.02 too.
 """
 
 import dataclasses
@@ -20,13 +21,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from . import kernels, layout, moe
 from .attention import Earlier, KeysValues, Pattern, Rotation, attend_with_cache, attention, rotary_angles
 from .layout import SEQUENCE_AXIS, TENSOR_AXIS, natural, shard_batch, zigzag
 from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options
-from .modules import EMBEDDING_STD, MLP, Attention, partitioned, rms_norm, run_layers
+from .modules import EMBEDDING_STD, GATES, MLP, QK_NORMS, Attention, partitioned, rms_norm, run_layers
 from .vocabulary import look_up, real_targets, real_tokens, token_logits, token_losses
+
+NORMS = ("pre", "post", "sandwich")
 
 
 class Cache(NamedTuple):
@@ -59,7 +63,13 @@ class LMTask(LinenTask):
     heads: int = 4  # query heads
     kv_heads: int = 4  # key and value heads; heads / kv_heads query heads share each
     head_dim: int = 64  # width of a head; even, for rotary positions
-    mlp_dim: int = 768  # hidden width of SwiGLU, usually 8/3 of embed_dim
+    mlp_dim: int = 768  # hidden width of the MLP, usually 8/3 of embed_dim
+    activation: str = "silu"  # of the MLP's gate: "silu" (SwiGLU), "gelu" (GeGLU, Gemma), arXiv 2002.05202
+    norms: str = "pre"  # RMSNorm before each part ("pre"), after it ("post", OLMo 2), or both ("sandwich", Gemma 2)
+    norm_epsilon: float = 1e-6  # added to the mean square in every RMSNorm (Llama 3: 1e-5)
+    qkv_bias: bool = False  # biases of queries, keys and values (Qwen 2)
+    qk_norm: str = ""  # RMSNorm of queries and keys: "head", each (Qwen 3, Gemma 3); "all", all heads together (OLMo 2)
+    embedding_scale: float = 1.0  # factor of the embeddings on input (Gemma: sqrt(embed_dim))
     rope_theta: float = 10_000.0  # longest rotary wavelength / 2 pi; larger for longer sequences
     tied_head: bool = True  # use the embedding as output head; saves vocab_size * embed_dim parameters
     remat: str = "none"  # recompute in the backward pass: none, full, dots, minimal, best, or names of values to keep
@@ -88,7 +98,10 @@ class LMTask(LinenTask):
             positive="vocab_size layers embed_dim heads kv_heads head_dim mlp_dim",
             not_negative="attention_block attention_soft_cap attention_window balance_loss balance_rate dense_layers "
             "expert_dim experts loss_chunks router_z_loss shared_experts z_loss",
+            activation=GATES,
             attention=kernels.KERNELS,
+            norms=NORMS,
+            qk_norm=QK_NORMS,
             router=moe.ROUTERS,
         )
         if self.heads % self.kv_heads:
@@ -99,7 +112,7 @@ class LMTask(LinenTask):
             )
         if self.experts and self.dense_layers >= self.layers:
             raise ValueError(f"task.dense_layers={self.dense_layers}: must be below task.layers={self.layers}")
-        for name in ("expert_room", "rope_theta", "router_scale"):
+        for name in ("embedding_scale", "expert_room", "norm_epsilon", "rope_theta", "router_scale"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"task.{name}={getattr(self, name)}: must be above 0")
 
@@ -320,6 +333,8 @@ class Transformer(nn.Module):
         embedding_VxE = table("embedding")
         tokens_BxT, segments_BxT, positions_BxT = (zigzag(x) for x in (tokens_BxT, segments_BxT, positions_BxT))
         x_BxTxE = shard_batch(look_up(embedding_VxE, tokens_BxT, dtype), SEQUENCE_AXIS)
+        if task.embedding_scale != 1:
+            x_BxTxE *= jnp.asarray(task.embedding_scale, dtype)  # rounded, as in Gemma
         rotation = rotary_angles(positions_BxT, task.head_dim, task.rope_theta)
 
         routed, routing, kept = task.routed_blocks, None, {}
@@ -337,13 +352,14 @@ class Transformer(nn.Module):
             x_BxTxE, (routing, kept["layers"]) = run(
                 (task, True), x_BxTxE, *context, layers=routed, per_layer=per_layer
             )
-        x_BxTxE = shard_batch(natural(rms_norm("final_norm", dtype)(x_BxTxE)), SEQUENCE_AXIS)
+        normed_BxTxE = rms_norm("final_norm", dtype, task.norm_epsilon)(x_BxTxE)
+        x_BxTxE = shard_batch(natural(normed_BxTxE), SEQUENCE_AXIS)
         head_VxE = embedding_VxE if task.tied_head else table("head")
         return x_BxTxE, head_VxE.astype(dtype), routing, kept
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU (or experts), each applied to the normed residual stream [B, T, E] and added to it."""
+    """Attention and MLP (or experts), each applied to the residual stream [B, T, E] and added to it, with norms."""
 
     task: LMTask
     routed: bool  # whether it has experts
@@ -366,23 +382,30 @@ class Block(nn.Module):
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
         writers = 2 * task.layers  # two parts of each layer
+        norm = functools.partial(rms_norm, dtype=dtype, epsilon=task.norm_epsilon)
+        before, after = task.norms in ("pre", "sandwich"), task.norms in ("post", "sandwich")
+
         sizes = (task.heads, task.kv_heads, task.head_dim, task.embed_dim)
-        layer = Attention(*sizes, writers, dtype, name="attention")
-        normed_BxTxE = rms_norm("attention_norm", dtype)(x_BxTxE)
+        knobs = {"bias": task.qkv_bias, "qk_norm": task.qk_norm, "epsilon": task.norm_epsilon}
+        layer = Attention(*sizes, writers, dtype, **knobs, name="attention")
+        normed_BxTxE = norm("attention_norm")(x_BxTxE) if before else x_BxTxE
         query, (key, value) = layer.queries(normed_BxTxE, rotation), layer.keys_values(normed_BxTxE, rotation)
         if earlier is None or cached is None:
             knobs = {"pattern": task.pattern, "block": task.attention_block, "kernel": task.attention}
             mixed = attention(query, key, value, segments_BxT, **knobs, zigzag=True)
         else:
             mixed = attend_with_cache(query, (key, value), cached, segments_BxT, earlier, task.pattern)
-        x_BxTxE += layer.project(mixed)
-        normed_BxTxE = rms_norm("mlp_norm", dtype)(x_BxTxE)
+        added_BxTxE = layer.project(mixed)
+        x_BxTxE += norm("attention_post_norm")(added_BxTxE) if after else added_BxTxE
+
+        normed_BxTxE = norm("mlp_norm")(x_BxTxE) if before else x_BxTxE
         if self.routed:
-            mlp = moe.RoutedSwiGLU(
+            mlp = moe.RoutedMLP(
                 task.experts,
                 task.experts_per_token,
                 task.expert_width,
                 task.shared_experts * task.expert_width,
+                task.activation,
                 task.router,
                 task.router_scale,
                 task.expert_room,
@@ -392,6 +415,9 @@ class Block(nn.Module):
             )
             added_BxTxE, routing = mlp(normed_BxTxE, segments_BxT > 0, bias_X)
         else:
-            added_BxTxE, routing = MLP(task.mlp_dim, True, writers, dtype, name="mlp")(normed_BxTxE), None
+            mlp = MLP(task.mlp_dim, task.activation, writers, dtype, name="mlp")
+            added_BxTxE, routing = mlp(normed_BxTxE), None
+        if after:
+            added_BxTxE = norm("mlp_post_norm")(checkpoint_name(added_BxTxE, "mlp_out"))
         kept = None if earlier is None else (natural(key), natural(value))
         return shard_batch(x_BxTxE + added_BxTxE, SEQUENCE_AXIS), (routing, kept)

@@ -13,8 +13,10 @@ from .attention import Pattern, Rotation, attention, rotate
 EMBEDDING_STD = 0.02
 # Values of a block that a policy can keep, as `checkpoint_name` calls them: queries, keys and values after rotation;
 # attention's mean of the values; its product with the output kernel; the products of the MLP or of experts with their
-# first kernels; the tokens of the experts of a device.
-KEPT = ("qkv", "context", "attention_out", "gate", "up", "routed")
+# first kernels; the tokens of the experts of a device; the output of the MLP or the experts, where it is normed.
+KEPT = ("qkv", "context", "attention_out", "gate", "up", "routed", "mlp_out")
+GATES = {"silu": nn.silu, "gelu": nn.gelu}  # activations of gates; GELU in its tanh form
+QK_NORMS = ("", "head", "all")
 _HOST = "host:"  # before a name: keep the value in the host's memory
 _names = jax.checkpoint_policies.save_only_these_names
 _dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -67,16 +69,30 @@ def fan_in(scale: float, *names: str | None, stacked: int = 0) -> nn.initializer
     return partitioned(nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal", batch_axis=axes), *names)
 
 
-def rms_norm(name: str | None, dtype: jnp.dtype) -> nn.RMSNorm:
-    """Return an RMSNorm over the last axis, computed in float32, with results of the given type."""
-    return nn.RMSNorm(dtype=dtype, scale_init=partitioned(nn.initializers.ones_init(), "norm"), name=name)
+def rms_norm(
+    name: str | None, dtype: jnp.dtype, epsilon: float = 1e-6, axes: tuple[str, ...] = ("norm",)
+) -> nn.RMSNorm:
+    """Return an RMSNorm over the last axes, computed in float32, with results of the given type.
+
+    Args:
+      name: of the module.
+      dtype: of the results.
+      epsilon: added to the mean square.
+      axes: names of the axes, those of the scale.
+    """
+    over = tuple(range(-len(axes), 0))
+    scale_init = partitioned(nn.initializers.ones_init(), *axes)
+    return nn.RMSNorm(epsilon, dtype, scale_init=scale_init, reduction_axes=over, feature_axes=over, name=name)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions and no biases; kernels [E, H, D], [E, K, D] twice, and [H, D, E].
+    """Multi-head attention with rotary positions; kernels [E, H, D], [E, K, D] twice, and [H, D, E].
 
     `writers` is the number of parts of all layers that write into the residual stream: the variance of the last kernel
     is divided by it.
+
+    `bias` adds biases [H, D] and [K, D] to queries, keys and values. `qk_norm` norms queries and keys before rotation:
+    "head" each head, with scales [D]; "all" all heads together, with scales [H, D] and [K, D].
     """
 
     heads: int
@@ -85,23 +101,41 @@ class Attention(nn.Module):
     embed_dim: int
     writers: int
     dtype: jnp.dtype
+    bias: bool = False
+    qk_norm: str = ""  # one of `QK_NORMS`
+    epsilon: float = 1e-6  # of the norms
 
     def setup(self):
         """Declare the kernels."""
-        dense = functools.partial(nn.DenseGeneral, use_bias=False, dtype=self.dtype)
-        into = functools.partial(fan_in, 1.0, "embed")
-        self.query = dense((self.heads, self.head_dim), kernel_init=into("heads", "kv"))
-        self.key = dense((self.kv_heads, self.head_dim), kernel_init=into("kv_heads", "kv"))
-        self.value = dense((self.kv_heads, self.head_dim), kernel_init=into("kv_heads", "kv"))
-        self.out = dense(self.embed_dim, axis=(-2, -1), kernel_init=fan_in(1 / self.writers, "heads", "kv", "embed"))
+
+        def into(heads: str, count: int) -> nn.DenseGeneral:
+            return nn.DenseGeneral(
+                (count, self.head_dim),
+                use_bias=self.bias,
+                dtype=self.dtype,
+                kernel_init=fan_in(1.0, "embed", heads, "kv"),
+                bias_init=partitioned(nn.initializers.zeros_init(), heads, "kv"),
+            )
+
+        def norm(heads: str) -> Any:
+            axes = (heads, "kv") if self.qk_norm == "all" else ("norm",)
+            return rms_norm(None, self.dtype, self.epsilon, axes) if self.qk_norm else lambda x: x
+
+        self.query, self.query_norm = into("heads", self.heads), norm("heads")
+        self.key, self.key_norm = into("kv_heads", self.kv_heads), norm("kv_heads")
+        self.value = into("kv_heads", self.kv_heads)
+        out_init = fan_in(1 / self.writers, "heads", "kv", "embed")
+        self.out = nn.DenseGeneral(
+            self.embed_dim, axis=(-2, -1), use_bias=False, dtype=self.dtype, kernel_init=out_init
+        )
 
     def queries(self, x_BxTxE: jax.Array, rotation: Rotation) -> jax.Array:
         """Return the rotated queries, [B, T, H, D]."""
-        return rotate(self.query(x_BxTxE), rotation)
+        return rotate(self.query_norm(self.query(x_BxTxE)), rotation)
 
     def keys_values(self, x_BxSxE: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
         """Return rotated keys, and values, [B, S, K, D] each."""
-        return rotate(self.key(x_BxSxE), rotation), self.value(x_BxSxE)
+        return rotate(self.key_norm(self.key(x_BxSxE)), rotation), self.value(x_BxSxE)
 
     def __call__(
         self,
@@ -123,10 +157,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """relu(x up) down, or if `gated` silu(x gate) * (x up) down (SwiGLU); kernels [E, M] and [M, E], no biases."""
+    """relu(x up) down, or with a gate f(x gate) * (x up) down, as in SwiGLU; kernels [E, M] and [M, E], no biases."""
 
     width: int
-    gated: bool
+    gate: str  # activation of the gate, one of `GATES`; "" for no gate
     writers: int
     dtype: jnp.dtype
 
@@ -136,8 +170,8 @@ class MLP(nn.Module):
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
         into = functools.partial(dense, self.width, kernel_init=fan_in(1.0, "embed", "mlp"))
         up_BxTxM = checkpoint_name(into(name="up")(x_BxTxE), "up")
-        if self.gated:
-            hidden_BxTxM = nn.silu(checkpoint_name(into(name="gate")(x_BxTxE), "gate")) * up_BxTxM
+        if self.gate:
+            hidden_BxTxM = GATES[self.gate](checkpoint_name(into(name="gate")(x_BxTxE), "gate")) * up_BxTxM
         else:
             hidden_BxTxM = nn.relu(up_BxTxM)
         down_init = fan_in(1 / self.writers, "mlp", "embed")

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from . import layout
 from .grouped import grouped_product
 from .layout import EXPERT_AXIS, SEQUENCE_AXIS, SLICE_AXIS, TENSOR_AXIS
-from .modules import MLP, fan_in
+from .modules import GATES, MLP, fan_in
 
 Routing = dict[str, jax.Array]
 ROUTERS = ("softmax", "sigmoid")
@@ -30,7 +30,7 @@ _LATER_ROOM = 0.5  # of rounds after the first
 
 
 class Experts(NamedTuple):
-    """The kernels of SwiGLUs, gate and up [X, E, M], down [X, M, E], or their specs."""
+    """The kernels of gated MLPs, gate and up [X, E, M], down [X, M, E], or their specs."""
 
     gate: Any
     up: Any
@@ -109,8 +109,8 @@ def router_metrics(routing: Routing, per_token: int) -> dict[str, tuple[jax.Arra
     }
 
 
-class RoutedSwiGLU(nn.Module):
-    """Experts, each a SwiGLU with its own kernels, and a SwiGLU of every token; the router's kernel is [E, X].
+class RoutedMLP(nn.Module):
+    """Experts, each a gated MLP with its own kernels, and an MLP of every token; the router's kernel is [E, X].
 
     The router's kernel is an ordinary matrix: its second axis has no name, because an axis named "experts" would be
     sharded over the mesh and stack vectors for Shampoo.
@@ -119,7 +119,8 @@ class RoutedSwiGLU(nn.Module):
     experts: int
     per_token: int  # experts that each token is sent to
     width: int  # hidden width of an expert
-    shared_width: int  # hidden width of the SwiGLU of every token; 0 for none
+    shared_width: int  # hidden width of the MLP of every token; 0 for none
+    gate: str  # activation of the gates, one of `modules.GATES`
     router: str  # one of `ROUTERS`
     scale: float  # factor of the weights of the experts
     room: float  # as in `apply_experts`
@@ -144,14 +145,19 @@ class RoutedSwiGLU(nn.Module):
 
         into = kernel("gate", 1.0, "embed", "mlp"), kernel("up", 1.0, "embed", "mlp")
         experts = Experts(*into, kernel("down", 1 / self.writers, "mlp", "embed"))
-        added_BxTxE = apply_experts(x_BxTxE, chosen, weights, experts, self.room)
+        added_BxTxE = apply_experts(x_BxTxE, chosen, weights, experts, self.room, self.gate)
         if self.shared_width:
-            added_BxTxE += MLP(self.shared_width, True, self.writers, self.dtype, name="shared")(x_BxTxE)
+            added_BxTxE += MLP(self.shared_width, self.gate, self.writers, self.dtype, name="shared")(x_BxTxE)
         return added_BxTxE, routing
 
 
 def apply_experts(
-    x_BxTxE: jax.Array, chosen_BxTxC: jax.Array, weights_BxTxC: jax.Array, experts: Experts, room: float
+    x_BxTxE: jax.Array,
+    chosen_BxTxC: jax.Array,
+    weights_BxTxC: jax.Array,
+    experts: Experts,
+    room: float,
+    gate: str = "silu",
 ) -> jax.Array:
     """Return the weighted sums of the chosen experts' outputs, [B, T, E].
 
@@ -166,12 +172,13 @@ def apply_experts(
       weights_BxTxC: float32, weights of their outputs.
       experts: the kernels, of the type of `x_BxTxE`.
       room: rows that a device can send to another in the first round / mean number of rows.
+      gate: activation of the gates, one of `modules.GATES`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = layout.parts(EXPERT_AXIS, len(experts.gate))
     sharded = layout.parts(TENSOR_AXIS, experts.gate.shape[2]) > 1
     platform = mesh.abstract_device.platform if mesh.abstract_device else ""
-    mixture = functools.partial(_mixture, devices=devices, room=room, platform=platform)
+    mixture = functools.partial(_mixture, devices=devices, room=room, gate=gate, platform=platform)
     if mesh.empty:
         return mixture(x_BxTxE, chosen_BxTxC, weights_BxTxC, experts)
 
@@ -191,7 +198,7 @@ def apply_experts(
     )(x_BxTxE, chosen_BxTxC, weights_BxTxC, experts)
 
 
-def _mixture(x_BxTxE, chosen_BxTxC, weights_BxTxC, experts, *, devices, room, platform):
+def _mixture(x_BxTxE, chosen_BxTxC, weights_BxTxC, experts, *, devices, room, gate, platform):
     """Return the sums for the tokens of a device. Each of `devices` along `expert` has as many experts."""
     per_token, local = chosen_BxTxC.shape[-1], len(experts.gate)
     chosen = chosen_BxTxC.reshape(-1)
@@ -202,11 +209,12 @@ def _mixture(x_BxTxE, chosen_BxTxC, weights_BxTxC, experts, *, devices, room, pl
     arrays = (x_NxE, weights_BxTxC.reshape(-1, 1), experts)
     indices = (chosen, order, places, sizes_X)
     if devices == 1:
-        return _round(0, arrays, indices, 1, len(chosen), platform).reshape(x_BxTxE.shape)
+        return _round(0, arrays, indices, 1, len(chosen), gate, platform).reshape(x_BxTxE.shape)
 
     def round_of(share):
         rows = _MULTIPLE * math.ceil(share * len(chosen) / devices / _MULTIPLE)
-        return min(rows, most), functools.partial(_round, devices=devices, rows=min(rows, most), platform=platform)
+        rows = min(rows, most)
+        return rows, functools.partial(_round, devices=devices, rows=rows, gate=gate, platform=platform)
 
     first, later = round_of(room), round_of(_LATER_ROOM)
     # The devices of a slice take as many rounds as the one that needs most: each round has collectives.
@@ -216,7 +224,7 @@ def _mixture(x_BxTxE, chosen_BxTxC, weights_BxTxC, experts, *, devices, room, pl
     return mixed.reshape(x_BxTxE.shape)
 
 
-def _round(begin, arrays, indices, devices, rows, platform):
+def _round(begin, arrays, indices, devices, rows, gate, platform):
     """Return what some choices add to [N, E]: of those for each device, up to `rows` from number `begin`."""
     x_NxE, weights_Mx1, experts = arrays
     chosen_M, order_M, places_M, sizes_X = indices
@@ -236,18 +244,18 @@ def _round(begin, arrays, indices, devices, rows, platform):
 
     sent = _spread(x_NxE, token_S, slots_NxC), _spread(weights_Mx1, choice_S, slot_M[:, None])
     if devices == 1:
-        returned = _swiglu(*sent, experts, sizes_X, platform, filled=1.0)
+        returned = _gated(*sent, experts, sizes_X, gate, platform, filled=1.0)
     else:
         expert_S = jnp.append(chosen_M % local, local)[choice_S]
         received, weights_Sx1, expert_S = (_exchange(array) for array in (*sent, expert_S))
         order_S, places_S, sizes_G = _sort(expert_S, local)
         moved = (_permute(array, order_S, places_S) for array in (received, weights_Sx1))
-        out = _swiglu(*moved, experts, sizes_G, platform, filled=min(1.0, choices / (devices * rows)))
+        out = _gated(*moved, experts, sizes_G, gate, platform, filled=min(1.0, choices / (devices * rows)))
         returned = _exchange(_permute(out, places_S, order_S))
     return _collect(returned, token_S, slots_NxC)
 
 
-def _swiglu(x_RxE, weights_Rx1, experts, sizes_G, platform, filled):
+def _gated(x_RxE, weights_Rx1, experts, sizes_G, gate, platform, filled):
     """Return the weighted outputs of the experts for sorted rows, of which a share is `filled` under even load."""
 
     def product(rows, kernels):
@@ -258,7 +266,7 @@ def _swiglu(x_RxE, weights_Rx1, experts, sizes_G, platform, filled):
     gate_RxM = checkpoint_name(product(x_RxE, experts.gate), "gate")
     up_RxM = checkpoint_name(product(x_RxE, experts.up), "up")
     # Weighted before the last product, so that the weights' gradient needs no output of it.
-    return product((nn.silu(gate_RxM) * up_RxM * weights_Rx1).astype(x_RxE.dtype), experts.down)
+    return product((GATES[gate](gate_RxM) * up_RxM * weights_Rx1).astype(x_RxE.dtype), experts.down)
 
 
 def _exchange(array):

@@ -291,6 +291,9 @@ def test_fsdp_moves_weights_but_not_activations():
         ({"layers": 0}, "layers=0"),
         ({"z_loss": -1.0}, "z_loss=-1.0: must be at least 0"),
         ({"z_loss": math.nan}, "z_loss=nan"),
+        ({"qk_norm": "heads"}, "task.qk_norm='heads': use one of '', head, all"),
+        ({"norms": ""}, "task.norms='': use one of pre, post, sandwich"),
+        ({"embedding_scale": 0.0}, "embedding_scale=0.0: must be above 0"),
     ],
 )
 def test_fields_are_checked(fields, message):

@@ -115,11 +115,11 @@ def experts_case(seed=0, batch=8, length=64, embed=32, width=48, count=4, per_to
     return x, chosen, random.random(chosen.shape).astype(np.float32), experts
 
 
-def experts_by_loop(x, chosen, weights, experts):
+def experts_by_loop(x, chosen, weights, experts, activation=jax.nn.silu):
     total = jnp.zeros_like(x)
     for number, (gate, up, down) in enumerate(zip(*experts, strict=True)):
         weight = jnp.where(chosen == number, weights, 0).sum(axis=-1, keepdims=True)
-        total += weight * ((jax.nn.silu(x @ gate) * (x @ up)) @ down)
+        total += weight * ((activation(x @ gate) * (x @ up)) @ down)
     return total
 
 
@@ -155,6 +155,14 @@ def test_experts_against_a_loop(room, sizes):
         lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * np.abs(y).max()), jax.device_get(found), expected
     )
     assert not found[0][0, 3:5].any()
+
+
+def test_experts_with_another_activation():
+    """Fault: experts are SwiGLUs whatever the model's activation is."""
+    case = experts_case()
+    found = quick_jit(functools.partial(moe.apply_experts, room=1.5, gate="gelu"))(*case)
+    expected = experts_by_loop(*case, activation=jax.nn.gelu)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_products_at_128_experts():

@@ -1,0 +1,80 @@
+"""A decoder-only Transformer in NumPy and float64, with loops over layers, rows and heads, as a reference for `lm`."""
+
+import math
+
+import numpy as np
+
+
+def logits(task, params, batch):
+    """Return the logits [B, T, V] of `LMTask.logits` for a model without experts."""
+    params = _map(lambda x: np.asarray(x, np.float64), params)
+    x = params["embedding"][batch["tokens"][:, :-1]] * task.embedding_scale
+    segments, positions = batch["segments"][:, :-1], batch["positions"][:, :-1]
+    for number in range(task.layers):
+        layer = _map(lambda x, number=number: x[number], params["layers"])
+        normed = _norm(x, layer["attention_norm"], task) if task.norms != "post" else x
+        added = np.stack(
+            [_attention(task, layer["attention"], *row) for row in zip(normed, segments, positions, strict=True)]
+        )
+        x = x + (_norm(added, layer["attention_post_norm"], task) if task.norms != "pre" else added)
+        normed = _norm(x, layer["mlp_norm"], task) if task.norms != "post" else x
+        gate, up, down = (layer["mlp"][name]["kernel"] for name in ("gate", "up", "down"))
+        added = (_activation(task.activation, normed @ gate) * (normed @ up)) @ down
+        x = x + (_norm(added, layer["mlp_post_norm"], task) if task.norms != "pre" else added)
+    head = params["embedding"] if task.tied_head else params["head"]
+    return _norm(x, params["final_norm"], task) @ head.T
+
+
+def _map(function, tree):
+    return {name: _map(function, leaf) if isinstance(leaf, dict) else function(leaf) for name, leaf in tree.items()}
+
+
+def _norm(x, parameters, task):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + task.norm_epsilon) * parameters["scale"]
+
+
+def _activation(name, x):
+    if name == "silu":
+        return x / (1 + np.exp(-x))
+    return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _attention(task, parameters, x, segments, positions):
+    """Return the update of a row [T, E]."""
+
+    def heads(name):
+        found = np.einsum("te,ehd->thd", x, parameters[name]["kernel"])
+        found = found + parameters[name]["bias"] if task.qkv_bias else found
+        if name == "value":
+            return found
+        if task.qk_norm == "head":
+            found = _norm(found, parameters[f"{name}_norm"], task)
+        if task.qk_norm == "all":
+            whole = {"scale": parameters[f"{name}_norm"]["scale"].reshape(-1)}
+            found = _norm(found.reshape(len(x), -1), whole, task).reshape(found.shape)
+        return _rotated(task, found, positions)
+
+    query, key, value = heads("query"), heads("key"), heads("value")
+    scale = task.head_dim**-0.5
+    out = np.zeros_like(x)
+    for t in range(len(x)):
+        seen = [s for s in range(t + 1) if segments[s] == segments[t]]
+        if task.attention_window:
+            seen = [s for s in seen if t - s < task.attention_window]
+        for head in range(task.heads):
+            group = head // (task.heads // task.kv_heads)
+            scores = scale * key[seen, group] @ query[t, head]
+            if task.attention_soft_cap:
+                scores = task.attention_soft_cap * np.tanh(scores / task.attention_soft_cap)
+            weights = np.exp(scores)
+            weights /= weights.sum()
+            out[t] += (weights @ value[seen, group]) @ parameters["out"]["kernel"][head]
+    return out
+
+
+def _rotated(task, x, positions):
+    frequencies = [task.rope_theta ** (-2 * i / task.head_dim) for i in range(task.head_dim // 2)]
+    angles = positions[:, None, None] * np.array(frequencies)
+    first, second = np.split(x, 2, axis=-1)
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
