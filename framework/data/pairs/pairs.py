@@ -17,7 +17,7 @@ from ...dataset import Decoder, Split
 from .. import samples
 from ..preparing.manifests import Manifest
 from ..preparing.preparing import Tally
-from ..reading import tsv
+from ..reading import fields
 from ..reading.malformed import Malformed
 from ..reading.sources import Stream
 from ..text.tokenized import Tokenized
@@ -37,7 +37,7 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PairData(Tokenized):
-    """Sentence pairs from the vendored sample, local TSV files or a prepared tfds set, as rows of fixed lengths.
+    """Sentence pairs from the vendored sample, files or a prepared tfds set, as rows of fixed lengths.
 
     A training row holds one or several pairs, a held-out row holds one. The cache holds `tokenizer-HASH.json` and
     `rows-HASH/`, named by a hash of the settings and the source, so that other settings or a changed source never use
@@ -48,7 +48,7 @@ class PairData(Tokenized):
     version: ClassVar[int] = 3
     packing_knobs: ClassVar[tuple[str, ...]] = ("source_length", "target_length", "pairs_per_row")
     sample_file: ClassVar[str] = "web-lsg-nt.en-fr.tsv.xz"
-    suffixes: ClassVar[tuple[str, ...]] = (".tsv", ".txt", "")
+    suffixes: ClassVar[tuple[str, ...]] = (".tsv", ".txt", "", *fields.FORMATS)
     feature_knobs: ClassVar[tuple[str, ...]] = ("source_key", "target_key")
     record: ClassVar[Callable[..., Pair]] = Pair
     text_of: ClassVar[Callable[[Pair], str]] = operator.attrgetter("source")  # no held-out source is trained on
@@ -58,8 +58,8 @@ class PairData(Tokenized):
     target_length: Annotated[int, Within(2, 2**24)] = 128  # target tokens in a row, including the end of each sentence
     pairs_per_row: Annotated[int, Within(0)] = 0  # largest number of pairs in a training row; 0 packs as many as fit
     vocab_size: Annotated[int, Within(SMALLEST_VOCABULARY, 2**24)] = 2048  # tokens of both languages and the end
-    source_key: str = "en"  # feature of a tfds set to translate from
-    target_key: str = "fr"  # feature of a tfds set to translate into
+    source_key: str = "en"  # field of .jsonl, .json, .parquet or .arrow, or tfds feature, to translate from
+    target_key: str = "fr"  # such a field or feature to translate into
     source_column: Annotated[int, Within(1)] = 1  # column of a .tsv file to translate from; the first is 1
     target_column: Annotated[int, Within(1)] = 2  # column of a .tsv file to translate into
     heldout_split: str = "test"  # tfds split, or chapters of the sample (validation or test), to evaluate on
@@ -92,8 +92,9 @@ class PairData(Tokenized):
         return (pair for group, pair in verses if group == heldout and pair.source not in known)
 
     def read(self, path: epath.Path) -> Iterator[Pair | Malformed]:
-        """Yield the pairs of a TSV file."""
-        for row in tsv.read_columns(path, {name: getattr(self, name) for name in ("source_column", "target_column")}):
+        """Yield the pairs of a file, one a row."""
+        columns = {name: getattr(self, name) for name in ("source_column", "target_column")}
+        for row in fields.columns(path, self.keys, columns):
             yield row if isinstance(row, Malformed) else Pair(*row)
 
     def load(self, path: epath.Path) -> Tokenizer:

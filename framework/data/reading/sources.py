@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from etils import epath
@@ -131,6 +131,18 @@ def file_source(
         )
     fingerprint = hashlib.sha256(repr(files.stats(found)).encode()).hexdigest()
     return of_splits(fingerprint, records, size, limit)
+
+
+def split_source(
+    found: Mapping[Split, list[epath.Path]], read: Callable[[epath.Path], Iterator[Any]], size: int, limit: int
+) -> Source:
+    """Return the records of the files of each split, in order; see `file_source` and `of_splits`."""
+
+    def records(split: Split) -> Iterator[Any]:
+        return itertools.chain.from_iterable(map(read, found[split]))
+
+    stats = {split: files.stats(paths) for split, paths in found.items()}
+    return of_splits(hashlib.sha256(repr(stats).encode()).hexdigest(), records, size, limit)
 
 
 def tfds_source(tfds: TfdsSet, make: Callable[..., Any], size: int, limit: int) -> Source:

@@ -11,7 +11,7 @@ from etils import epath
 from ...base.bounds import Within
 from ...dataset import Split
 from .. import samples
-from ..reading import files, tsv
+from ..reading import fields, files
 from ..reading.malformed import Malformed
 from .tokenized import Tokenized
 
@@ -27,13 +27,13 @@ class DocumentData(Tokenized):
 
     noun: ClassVar[str] = "documents"
     sample_file: ClassVar[str] = "enwiki-106.txt.xz"
-    suffixes: ClassVar[tuple[str, ...]] = (*_PLAIN, ".tsv")
+    suffixes: ClassVar[tuple[str, ...]] = (*_PLAIN, ".tsv", *fields.FORMATS)
     feature_knobs: ClassVar[tuple[str, ...]] = ("text_key",)
     record: ClassVar[Callable[..., str]] = str
     text_of: ClassVar[Callable[[str], str]] = str
 
-    source: str = "sample:enwiki"  # or "tfds:lm1b:1.1.0", "tfds:c4/en:3.1.0", "file:/path/*.txt", "file:/path/*.tsv.xz"
-    text_key: str = "text"  # feature of a tfds set that holds the document
+    source: str = "sample:enwiki"  # or "tfds:c4/en:3.1.0", "file:/path/*.txt", "file:/path/*.jsonl.zst"
+    text_key: str = "text"  # field of .jsonl, .json, .parquet or .arrow, or tfds feature, that holds the document
     tsv_column: Annotated[int, Within(1)] = 1  # column of a .tsv file that holds the document; the first is 1
 
     def sample(self, split: Split) -> Iterator[str]:
@@ -44,12 +44,12 @@ class DocumentData(Tokenized):
                 yield article
 
     def read(self, path: epath.Path) -> Iterator[str | Malformed]:
-        """Yield the documents of a UTF-8 file: one, or several separated by form feeds; of a .tsv file one a row.
+        """Yield the documents of a UTF-8 file: one, or several separated by form feeds; of other formats one a row.
 
         Documents of white space only are left out.
         """
-        texts = _texts if files.suffix(path) in _PLAIN else self._column
-        return (text for text in texts(path) if isinstance(text, Malformed) or (text and not text.isspace()))
+        texts = _texts(path) if files.suffix(path) in _PLAIN else self._column(path)
+        return (text for text in texts if isinstance(text, Malformed) or (text and not text.isspace()))
 
     def cut(self, path: epath.Path, size: int) -> Iterator[str | Malformed]:
         """Yield a text file in parts that end at line ends, where it has any, and at form feeds."""
@@ -69,7 +69,7 @@ class DocumentData(Tokenized):
                 held = held[end:]
 
     def _column(self, path: epath.Path) -> Iterator[str | Malformed]:
-        for row in tsv.read_columns(path, {"tsv_column": self.tsv_column}):
+        for row in fields.columns(path, self.keys, {"tsv_column": self.tsv_column}):
             yield row if isinstance(row, Malformed) else row[0]
 
 

@@ -2,9 +2,10 @@
 
 import abc
 import dataclasses
+import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar
 
 from etils import epath
@@ -12,14 +13,15 @@ from tokenizers import Tokenizer
 
 from ...base import paths
 from ...base.bounds import Within
+from ...base.errors import UserError
 from ...dataset import Split
 from .. import samples
 from ..preparing import manifests
 from ..preparing.manifests import Manifest
 from ..preparing.preparing import Preparable
-from ..reading import files
+from ..reading import files, saved
 from ..reading.malformed import Malformed, Rejects
-from ..reading.sources import Source, file_source, of_splits, tfds_source
+from ..reading.sources import Source, file_source, of_splits, split_source, tfds_source
 from ..reading.tfds import TfdsSet
 from .tokenizer import read_bytes
 
@@ -31,14 +33,14 @@ class Tokenized(Preparable):
     packing_knobs: ClassVar[tuple[str, ...]]  # knobs that the tokenizer does not depend on
     sample_file: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]  # of files that `read` can read
-    feature_knobs: ClassVar[tuple[str, ...]]  # name the features of a tfds set that make a record
+    feature_knobs: ClassVar[tuple[str, ...]]  # name the fields or tfds features that make a record
     record: ClassVar[Callable[..., Any]]  # makes a record of the texts of these features
     text_of: ClassVar[Callable[[Any], str]]  # the text of a record that decides whether a record of a file is held out
 
     source: str = ""  # the default of a subclass is its vendored sample
     data_dir: str = ""  # folder of tfds sets, local or gs://; "" uses $TFDS_DATA_DIR or ~/tensorflow_datasets
-    train_split: str = "train"  # tfds split to train on
-    heldout_split: str = "validation"  # tfds split to evaluate on ("test" for lm1b)
+    train_split: str = "train"  # split of a tfds set or saved DatasetDict to train on
+    heldout_split: str = "validation"  # split of these to evaluate on ("test" for lm1b)
     heldout_fraction: Annotated[float, Within(1e-9, 0.999)] = 0.1  # of the records of files, by a hash of their text
     max_records: Annotated[int, Within(0)] = 0  # per split, malformed ones included; 0 takes all
     tokenizer: str = ""  # tokenizers JSON file, local or gs://; "" trains one on the training records
@@ -82,12 +84,35 @@ class Tokenized(Preparable):
         blocks = self.shard_size, self.max_records
         if kind == "sample":
             return of_splits(samples.sha256(self.sample_file), self.sample, *blocks)
+        if kind == "file" and paths.of(name).is_dir() and (known := saved.splits_of(paths.of(name))):
+            return split_source(self._of_splits(name, known), self.read, *blocks)
         if kind == "file":
             found = files.find("data.source", name, self.suffixes)
             return file_source(found, self.read, self.cut, self.text_of, self.heldout_fraction, *blocks)
-        features = {knob: getattr(self, knob) for knob in self.feature_knobs}
+        features = self.keys
         splits: dict[Split, str] = {"train": self.train_split, "heldout": self.heldout_split}
         return tfds_source(TfdsSet(name, self.data_dir, features, splits), self.record, *blocks)
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The keys of the texts of a record, by knob."""
+        return {knob: getattr(self, knob) for knob in self.feature_knobs}
+
+    def _of_splits(self, folder: str, known: Sequence[str]) -> dict[Split, list[epath.Path]]:
+        """Return the files of both splits of a saved DatasetDict."""
+        wanted: dict[Split, str] = {"train": self.train_split, "heldout": self.heldout_split}
+        for split, name in wanted.items():
+            if name not in known:
+                raise UserError(
+                    f"data.{split}_split={name!r}: {folder} has the splits {', '.join(map(repr, known))}. Name one of "
+                    f"them, or write file:{os.path.join(folder, known[0])} to hold out a fraction of one split."
+                )
+        if self.train_split == self.heldout_split:
+            raise UserError(f"data.heldout_split={self.heldout_split!r}: is also data.train_split. Name another.")
+        return {
+            split: files.find("data.source", os.path.join(glob.escape(folder), name), self.suffixes)
+            for split, name in wanted.items()
+        }
 
     def settings(self) -> dict[str, Any]:
         """See `Preparable.settings`; with the hash of the tokenizer's file in place of its path."""
