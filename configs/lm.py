@@ -112,6 +112,21 @@ def sample_adamw(config: Any) -> None:
     config.schedule.learning_rate = 3e-3
 
 
+def sample_kl_shampoo(config: Any) -> None:
+    """Train the sample with KL-Shampoo."""
+    _with_treatment(config, "kl_shampoo")
+
+
+def sample_soap(config: Any) -> None:
+    """Train the sample with SOAP."""
+    _with_treatment(config, "soap")
+
+
+def sample_muon(config: Any) -> None:
+    """Train the sample with Muon on whole matrices."""
+    _with_treatment(config, "muon block_size=1024")
+
+
 def sample_moe(config: Any) -> None:
     """Train the sample with experts; a token uses as many weights as in `sample`, of twice as many."""
     sample(config)
@@ -202,9 +217,9 @@ VARIANTS = {
     "sample": sample,
     "sample_host": sample_host,
     "sample_adamw": sample_adamw,
-    "sample_kl_shampoo": lambda config: _with_treatment(config, "kl_shampoo"),
-    "sample_soap": lambda config: _with_treatment(config, "soap"),
-    "sample_muon": lambda config: _with_treatment(config, "muon block_size=1024"),  # whole matrices
+    "sample_kl_shampoo": sample_kl_shampoo,
+    "sample_soap": sample_soap,
+    "sample_muon": sample_muon,
     "sample_moe": sample_moe,
     "bytes": bytes_of_text,
     "1b": one_billion,

@@ -6,6 +6,9 @@ Its import sets the environment of JAX before any verb imports JAX.
 import os
 import signal
 import sys
+from pathlib import Path
+
+_MAIN = Path(__file__).resolve().parents[1] / "__main__.py"
 
 
 def _interrupted(number: int, frame: object) -> None:
@@ -13,9 +16,10 @@ def _interrupted(number: int, frame: object) -> None:
     os._exit(128 + number)
 
 
-# `python -m shampax.launch.VERB` imports this package first. An exception would not do while modules are imported: some
-# libraries catch any exception there, and others crash.
-_starts = sys.argv[0] == "-m" and any(word.startswith(f"{__name__}.") for word in sys.orig_argv)
+# The command `shampax` and `python -m` with a module of this package import this first. An exception would not do while
+# modules are imported: some libraries catch any exception there, and others crash.
+_verb = sys.argv[0] == "-m" and any(word.startswith(f"{__name__}.") for word in sys.orig_argv)
+_starts = _verb or Path(sys.argv[0]) == _MAIN or Path(sys.argv[0]).name == "shampax"
 if _starts and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupted)
 

@@ -1,4 +1,4 @@
-"""Look after checkpoints: `python -m shampax.launch.checkpoint VERB ...`; see --help and VERB --help.
+"""Look after checkpoints: `shampax checkpoint VERB ...`; see --help and VERB --help.
 
 A PATH is a workdir, which stands for its newest intact checkpoint, or one checkpoint, WORKDIR/checkpoints/STEP. Nothing
 in a checkpoint is executed. No accelerator is used, so that a run in progress keeps its own.
@@ -124,7 +124,7 @@ def _say(*lines: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m shampax.launch.checkpoint",
+        prog="shampax checkpoint",
         description="Look after the checkpoints of training runs.",
         epilog="PATH is a workdir, which stands for its newest intact checkpoint, or WORKDIR/checkpoints/STEP.",
     )

@@ -15,7 +15,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, verb: str, description: str | None, **options: Any):
         super().__init__(
-            prog=f"python -m shampax.launch.{verb}",
+            prog=f"shampax {verb}",
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

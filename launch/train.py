@@ -1,6 +1,8 @@
-"""Train: `python -m shampax.launch.train --config=FILE.py[:VARIANT] --workdir=DIR [--config.KEY=VALUE ...]`.
+"""Train: `shampax train --config=FILE.py[:VARIANT] --workdir=DIR [--config.KEY=VALUE ...]`.
 
-Rerun the same command to resume from the latest checkpoint. --help lists every knob; with --config, its values too.
+Rerun the same command to resume from the latest checkpoint. A shipped config has a short name, as in
+--config=lm:sample; `shampax models` lists them. --help lists all knobs, with --config also their values; `--help WORD`
+lists those with a word.
 
 In a run of several processes, each runs this command. Slurm, GKE and Open MPI tell each process its number;
 elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. All processes end
@@ -15,6 +17,7 @@ to resume.
 import argparse
 import errno
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -42,7 +45,9 @@ def parser(*, helps: bool = False) -> flags.Parser:
     made = flags.Parser("train", __doc__, usage=usage, add_help=False)
     made.add_argument("--config", required=not helps, metavar="FILE.py[:VARIANT]")
     made.add_argument("--workdir", required=not helps, metavar="DIR", help="rerun with the same DIR to resume")
-    made.add_argument("--help", "-h", action="store_true", help="list every knob; with --config, its values too")
+    made.add_argument(
+        "--help", "-h", nargs="*", metavar="WORD", help="list all knobs, or those with these words; see below"
+    )
     return made
 
 
@@ -50,7 +55,7 @@ def _main(arguments: Sequence[str]) -> int:
     helps = not {"--help", "-h"}.isdisjoint(arguments)
     options, overrides = parser(helps=helps).parse(arguments)
     if helps:
-        _help(options.config, overrides)
+        _help(options.config, overrides, options.help)
         return 0
     place = cluster.place()
     if place is None:
@@ -64,12 +69,17 @@ def _main(arguments: Sequence[str]) -> int:
     return code
 
 
-def _help(file: str | None, overrides: Sequence[str]) -> None:
+def _help(file: str | None, overrides: Sequence[str], words: Sequence[str]) -> None:
     config = load(file, overrides) if file else base.get_config()
-    parser(helps=True).print_help()
-    print(f"\nKnobs and their {'values' if file else 'defaults'}:\n\n{knobs.table(config)}")
+    listed = knobs.table(config, words)
+    if not words:
+        parser(helps=True).print_help()
+        print(f"\nKnobs and their {'values; * marks what is not the default' if file else 'defaults'}:\n")
+    elif not listed:
+        raise UserError(f"--help {shlex.join(words)}: no knob has these words. Try fewer.")
+    print(listed)
     if not file:
-        print("\nWith --config=FILE.py:VARIANT also the knobs of its task, data and optimizer.")
+        print("\nWith --config=NAME:VARIANT also the knobs of its task, data and optimizer.")
 
 
 def _train(options: argparse.Namespace, overrides: Sequence[str], group: Group | None) -> int:

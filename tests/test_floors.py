@@ -12,7 +12,13 @@ LARGEST_FOLDER = 20
 
 # Lowest floor first. A room imports only from lower floors; rooms of one floor do not import each other.
 FLOORS = {
-    "": (("models", "optimizers"), ("framework",), ("configs",), ("launch",), ("benchmarks", "__init__.py")),
+    "": (
+        ("models", "optimizers"),
+        ("framework",),
+        ("configs",),
+        ("launch",),
+        ("benchmarks", "__init__.py", "__main__.py"),
+    ),
     "framework": (
         ("base",),
         ("dataset.py",),

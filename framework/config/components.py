@@ -110,7 +110,8 @@ def known(key: str) -> list[str]:
     text = "".join(path.read_text() for path in (_ROOT / "configs").glob("*.py"))
     modules = map(importlib.import_module, sorted(set(re.findall(rf"\b{_PACKAGE}\.[\w.]+(?=:[A-Z])", text))))
     classes = (cls for module in modules for cls in vars(module).values() if dataclasses.is_dataclass(cls))
-    return sorted({_import_string(cls) for cls in classes if all(hasattr(cls, name) for name in CONTRACTS[key])})
+    whole = (cls for cls in classes if not inspect.isabstract(cls))
+    return sorted({_import_string(cls) for cls in whole if all(hasattr(cls, name) for name in CONTRACTS[key])})
 
 
 def _import_string(cls: Any) -> str:

@@ -19,7 +19,7 @@ from ..base.errors import UserError, did_you_mean
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGE = __name__.partition(".")[0]
-_FORM = re.compile(r"(.+?\.py)(?::(.*))?", re.DOTALL)
+_FORM = re.compile(r"(.+?\.py|[\w-]+)(?::(.*))?", re.DOTALL)
 _RAISED_BY_USERS = (Exception, SystemExit)  # a config file may raise anything
 
 
@@ -27,15 +27,17 @@ def run(spec: str) -> ConfigDict:
     """Return the ConfigDict that `get_config` of a file returns.
 
     Args:
-      spec: "shampax/configs/lm.py:sample" or "configs/lm.py:sample" from any directory, or any other FILE.py[:VARIANT].
+      spec: "lm:sample", short for the shipped "shampax/configs/lm.py:sample", or any other FILE.py[:VARIANT]. Shipped
+        files are found from any directory.
 
     Raises:
       UserError: the file or variant does not exist, or the file fails. The message has file and line.
     """
     match = _FORM.fullmatch(spec)
     if match is None:
-        raise UserError(f"--config={spec}: must be FILE.py or FILE.py:VARIANT, e.g. shampax/configs/lm.py:sample.")
-    path, variant = match.groups()
+        raise UserError(f"--config={spec}: must be FILE.py, FILE.py:VARIANT or a shipped config, e.g. lm:sample.")
+    name, variant = match.groups()
+    path = name if name.endswith(".py") else _shipped_file(name)
     module = _load(path)
     known = tuple(getattr(module, "VARIANTS", ()))
     if known and variant is not None and variant not in known:
@@ -49,6 +51,23 @@ def run(spec: str) -> ConfigDict:
     return config
 
 
+def shipped() -> list[str]:
+    """Return the names of the shipped configs, such as "lm"."""
+    files = (_ROOT / "configs").glob("*.py")
+    return sorted(file.stem for file in files if file.stem not in ("__init__", "base"))
+
+
+def module_of(name: str) -> types.ModuleType:
+    """Import a shipped config by its name."""
+    return importlib.import_module(f"{_PACKAGE}.configs.{name}")
+
+
+def _shipped_file(name: str) -> str:
+    if name not in shipped():
+        raise UserError(f"no shipped config {name!r}; a file of yours ends in .py{did_you_mean(name, shipped())}")
+    return f"{_PACKAGE}/configs/{name}.py"
+
+
 def _load(path: str) -> types.ModuleType:
     try:
         file = _find(path)
@@ -56,19 +75,18 @@ def _load(path: str) -> types.ModuleType:
         raise UserError(f"cannot read config file {path!r}: {error}") from None
     try:
         if file.parent == _ROOT / "configs":  # a module of the package, which may import relatively
-            return importlib.import_module(f"{_PACKAGE}.configs.{file.stem}")
+            return module_of(file.stem)
         return _execute(file)
     except _RAISED_BY_USERS as error:
         raise UserError(_explain(error, path, str(file))) from error
 
 
 def _find(path: str) -> Path:
-    shipped = path.removeprefix(f"{_PACKAGE}/")
-    for candidate in (Path(path).expanduser(), _ROOT / shipped if shipped.startswith("configs/") else Path(path)):
+    inside = path.removeprefix(f"{_PACKAGE}/")
+    for candidate in (Path(path).expanduser(), _ROOT / inside if inside.startswith("configs/") else Path(path)):
         if candidate.is_file():
             return candidate.resolve()
-    names = sorted(file.name for file in (_ROOT / "configs").glob("*.py") if file.stem not in ("__init__", "base"))
-    close = did_you_mean(Path(path).name, names)
+    close = did_you_mean(Path(path).name, [f"{name}.py" for name in shipped()])
     raise UserError(f"no config file {path!r} in {Path.cwd()} or {_PACKAGE}/configs{close}")
 
 

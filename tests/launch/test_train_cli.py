@@ -1,6 +1,7 @@
 import errno
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,10 +13,13 @@ import pytest
 from shampax.configs import base, lm
 from shampax.framework import train as trainer
 from shampax.framework.base.errors import TrainingStopped, UserError
+from shampax.framework.config import files, overrides
+from shampax.framework.config.check import load, to_json
 from shampax.launch import knobs
 from shampax.launch.train import main
 
 SAMPLE = "--config=shampax/configs/lm.py:sample"
+SHIPPED = [f"{name}:{each}" for name in files.shipped() for each in files.module_of(name).VARIANTS]
 
 
 @pytest.fixture
@@ -65,7 +69,7 @@ def ran(arguments, capsys):
         ),
         ([SAMPLE + "s"], "shampax/configs/lm.py has no variant 'samples'. Did you mean 'sample'?"),
         (["--config=configs/no.py"], "no config file 'configs/no.py'"),
-        (["--config=sample"], "must be FILE.py or FILE.py:VARIANT"),
+        (["--config=sample"], "no shipped config 'sample'; a file of yours ends in .py. Choose from: bert, "),
         ([], "the following arguments are required: --config. See --help."),
         (["--config="], "--config: the value is missing. Write --config=VALUE"),
         ([SAMPLE, "--config.seed"], "--config.seed: the value is missing. Write --config.seed=VALUE"),
@@ -250,29 +254,46 @@ def test_only_a_verb_exits_at_once_during_imports(module, at_once):
 def test_help_shows_every_knob_with_its_comment(arguments, capsys):
     code, out, err = ran(arguments, capsys)
     assert (code, err) == (0, [])
-    shown = {line.split()[0]: line for line in out if line.startswith("  --config.")}
+    shown = {line[2:].partition("=")[0]: line for line in out if line[2:].startswith("--config.")}
     assert {"--config.schedule.learning_rate", "--config.mesh.fsdp", "--config.task.name"} <= set(shown)
     assert ("--config.optimizer.interval" in shown) == (SAMPLE in arguments)
-    assert all(len(line.split()) > 2 for line in shown.values())
-    assert ("77" in shown["--config.batch_size"]) == ("-h" in arguments)
+    assert shown["--config.batch_size"].startswith("* --config.batch_size=77 ") == ("-h" in arguments)
+    assert shown["--config.schedule.begin"].split("  ", 2)[1] == "--config.schedule.begin='0 steps'"
 
 
 @pytest.mark.parametrize("columns", [20, 80, 200])
-def test_the_table_of_knobs_has_straight_columns(columns, monkeypatch):
-    """Faults: a value with a line break, or a long key, breaks the table."""
+def test_comments_stand_in_one_column_and_no_value_is_cut(columns, monkeypatch):
+    """Faults: a value with a line break, or a long key, breaks the table; a value ends in dots."""
     monkeypatch.setenv("COLUMNS", str(columns))
     config = lm.get_config()
     with config.unlocked():
         config.resume_from = "a\nb"
-    lines = knobs.table(config).splitlines()
-    second = {
-        line.index(config_value) for line in lines for config_value in ("600 steps", "'a\\nb'") if config_value in line
-    }
-    assert len(second) == 1
-    third = len(lines[0]) - len(lines[0].split("  ")[-1].lstrip())
-    assert all(line[:third].endswith("  ") and line[third] != " " for line in lines)
-    assert all(line.startswith("  --config.") or not line[:third].strip() for line in lines)
-    assert any("config.processes.death_seconds" in line for line in lines)
+    lines = [line for line in knobs.table(config).splitlines() if line]
+    assert any(line.startswith("* --config.resume_from=") and r"a\nb" in line for line in lines)
+    for line in lines:
+        start = line[:48].rstrip()
+        assert not line[48:].startswith(" ") and (not start or start[2:].startswith("--config.") or start == line)
+
+
+@pytest.mark.parametrize("file", SHIPPED)
+def test_every_flag_of_the_help_sets_the_value_that_it_shows(file):
+    """Faults: a shell takes a value apart; a value is shown in a form that is refused; a star is at a default."""
+    config = load(file)
+    shown = list(knobs.knobs(config))
+    words = shlex.split(" ".join(knob.flag for knob in shown))
+    assert len(words) == len(shown)
+    again = base.get_config()
+    overrides.apply(again, [word.removeprefix("--config.") for word in words])
+    assert to_json(again) == to_json(config)
+    assert not any(knob.changed for knob in knobs.knobs(base.get_config()))
+
+
+def test_help_with_a_word_lists_only_its_knobs(capsys):
+    """Faults: all knobs are listed; a word without knobs is an empty page."""
+    code, out, err = ran(["--config=lm:sample", "--help", "learning_rate", "peak"], capsys)
+    assert (code, out[:1], err) == (0, ["schedule"], [])
+    assert out[1].startswith("* --config.schedule.learning_rate=0.012 ") and len(out) == 2
+    assert ran(["--help", "qqqq"], capsys)[2] == ["error: --help qqqq: no knob has these words. Try fewer."]
 
 
 @pytest.mark.parametrize("optimize", ["0", "2"])

@@ -1849,10 +1849,26 @@ LAUNCH = (
     Mutant(
         "interrupt-during-imports-is-an-exception",
         "launch/__init__.py",
-        '_starts = sys.argv[0] == "-m" and',
-        '_starts = sys.argv[0] == "-" and',
+        '_verb = sys.argv[0] == "-m" and',
+        '_verb = sys.argv[0] == "-" and',
         "Ctrl-C in the first seconds ends in a traceback, or is caught by a library and lost.",
         ("tests/launch/test_train_cli.py::test_ctrl_c_during_imports_is_one_line",),
+    ),
+    Mutant(
+        "flag-of-the-help-without-quotes",
+        "launch/knobs.py",
+        "else shlex.quote(text)",
+        "else text",
+        "A flag that is copied from the help sets another value, or is refused.",
+        ("tests/launch/test_train_cli.py::test_every_flag_of_the_help_sets_the_value_that_it_shows",),
+    ),
+    Mutant(
+        "completion-of-whole-words",
+        "launch/completion.py",
+        "{whole[done:] for whole",
+        "{whole[:] for whole",
+        "A shell writes --config=--config=lm:sample.",
+        ("tests/launch/test_command.py::test_completions",),
     ),
     Mutant(
         "contract-not-checked",

@@ -241,7 +241,8 @@ def test_files_that_are_not_config_files(tmp_path):
     path.write_text("VARIANTS = ('a', 'b')\ndef get_config(variant): pass")
     assert "get_config() missing 1 required positional argument: 'variant'" in refusal(config_lib.load, str(path))
     assert "Did you mean 'lm.py'?" in refusal(config_lib.load, "configs/ln.py")
-    assert "--config=sample: must be FILE.py" in refusal(config_lib.load, "sample")
+    assert "no shipped config 'sample'; a file of yours ends in .py" in refusal(config_lib.load, "sample")
+    assert "--config=a b: must be FILE.py" in refusal(config_lib.load, "a b")
     assert "cannot read config file" in refusal(config_lib.load, "x" * 5_000 + ".py")
 
 
