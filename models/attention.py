@@ -1,4 +1,4 @@
-"""Attention over packed rows: rotary positions, grouped queries, whole or by blocks, sharded along `sequence` or not.
+"""Attention over packed rows: grouped queries, whole or by blocks, sharded along `sequence` or not.
 
 Shapes in names: B batch, T queries, S keys, H query heads, K key-value heads, G = H / K, D head_dim.
 """
@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 from . import kernels, layout
 from .kernels import CAUSAL, Pattern
 
-Rotation = tuple[jax.Array, jax.Array]
 Drop = Callable[[jax.Array], jax.Array]
 KeysValues = tuple[jax.Array, jax.Array]
 _GROUPS = 8  # groups of causal queries, each with a slice of the keys
@@ -36,20 +35,6 @@ class Earlier(NamedTuple):
     filled: jax.Array
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
-    """Return cosines and sines, float32 [B, T, 1, head_dim / 2], for positions [B, T] (RoFormer, arXiv 2104.09864)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Rotate the pairs (x[i], x[i + D/2]) of x [B, T, heads, D] by the angles of their positions, in float32."""
-    cos, sin = rotation
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 def attention(
     query: jax.Array,
     key: jax.Array,
@@ -63,7 +48,7 @@ def attention(
     zigzag: bool = False,
     drop: Drop | None = None,
 ) -> jax.Array:
-    """Return softmax(q k / sqrt(D)) v inside segments: query [B, T, H, D], key and value [B, S, K, D].
+    """Return softmax(scale q k) v inside segments: query [B, T, H, D], key and value [B, S, K, D].
 
     If the mesh in the context shards the positions, each device keeps its part of the queries and gathers all keys and
     values along `sequence` (Llama 3's context parallelism, arXiv 2407.21783, section 3.3.2). With grouped queries these
@@ -124,7 +109,7 @@ def attend_with_cache(
     visible = (segments[:, :, None] == key_segments[:, None, :]) & pattern.sees(slots, key_slots)
     # Two parts: to join them would copy the cache.
     keys, values = zip(cached, new, strict=True)
-    return attend(query, keys, values, visible, soft_cap=pattern.soft_cap)
+    return attend(query, keys, values, visible, pattern)
 
 
 def _by_groups(local, query, key, value, segments, key_segments, group: int) -> jax.Array:
@@ -178,7 +163,7 @@ def _attend_by_blocks(
         visible = segments[:, :, None] == key_segments[:, None, :]
         visible &= pattern.sees(start + jnp.arange(query.shape[1]), first + jnp.arange(key.shape[1]))
         key, value = key.astype(query.dtype), value.astype(query.dtype)
-        return attend(query, [key], [value], visible, soft_cap=pattern.soft_cap, drop=drop)
+        return attend(query, [key], [value], visible, pattern, drop=drop)
 
     block = min(block, length)
     if not 0 < block < keys:
@@ -214,25 +199,25 @@ def attend(
     keys: Sequence[jax.Array],
     values: Sequence[jax.Array],
     visible: jax.Array,
+    pattern: Pattern = CAUSAL,
     *,
-    soft_cap: float = 0.0,
     drop: Drop | None = None,
 ) -> jax.Array:
-    """Return softmax(q k / sqrt(D)) v: query [B, T, H, D], keys and values [B, S, K, D], visible bool [B, T, S].
+    """Return softmax(scale q k) v: query [B, T, H, D], keys and values [B, S, K, D], visible bool [B, T, S].
 
     Keys and values may come in several parts, [B, S1, K, D], [B, S2, K, D], ... Query head h reads key-value head
     h // (H / K). Scores and softmax are float32, the result has the query's dtype. A query without visible keys gets
-    the mean of all values. Axes of size 1 of `visible` are broadcast. `soft_cap` is as in `Pattern`. `drop` is applied
-    to the weights [B, K, H / K, T, S].
+    the mean of all values. Axes of size 1 of `visible` are broadcast. Scale and soft cap are those of `pattern`. `drop`
+    is applied to the weights [B, K, H / K, T, S].
     """
     batch, length, heads, head_dim = query.shape
     grouped = query.reshape(batch, length, keys[0].shape[2], heads // keys[0].shape[2], head_dim)
     scores = jnp.concatenate(
         [jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32) for key in keys], axis=-1
     )
-    scores *= head_dim**-0.5
-    if soft_cap:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores *= pattern.factor(head_dim)
+    if pattern.soft_cap:
+        scores = pattern.soft_cap * jnp.tanh(scores / pattern.soft_cap)
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1).astype(values[0].dtype)
     if drop is not None:
         weights = drop(weights)

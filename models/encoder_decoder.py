@@ -21,10 +21,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .attention import Rotation, rotary_angles
 from .beam_search import take
 from .layout import shard_batch
 from .modules import EMBEDDING_STD, MLP, Attention, partitioned, recomputed, rms_norm, scan_layers
+from .rotary import Rotation, rotary_angles
 from .vocabulary import look_up, token_logits
 
 KeysValues = tuple[jax.Array, jax.Array]

@@ -25,17 +25,23 @@ _LONG = 8_192  # rows above it have blocks twice as large, and the diagonal is a
 
 
 class Pattern(NamedTuple):
-    """Which keys of its segment a query sees, and a limit of the scores.
+    """Which keys of its segment a query sees, and how scores are computed.
 
     Attributes:
       causal: whether a query sees only the slots up to its own.
       window: number of the last slots that a causal query sees, with its own; 0 for all.
       soft_cap: scores s become soft_cap * tanh(s / soft_cap) (Gemma 2, arXiv 2408.00118, section 2); 0 for no limit.
+      scale: factor of q k; 0 for 1 / sqrt(head_dim).
     """
 
     causal: bool = True
     window: int = 0
     soft_cap: float = 0.0
+    scale: float = 0.0
+
+    def factor(self, head_dim: int) -> float:
+        """Return the factor of q k."""
+        return self.scale or head_dim**-0.5
 
     def sees(self, slots: jax.Array, key_slots: jax.Array) -> jax.Array:
         """Return which keys the queries see inside a segment, bool [T, S] or, if all do, [1, 1]."""
@@ -203,7 +209,7 @@ def splash(
     def on_device(kernel, query, key, value, segments, key_segments):
         if parts > 1:
             key, value, key_segments = (gather_positions(x, zigzag) for x in (key, value, key_segments))
-        query = (query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype)
+        query = (query.astype(jnp.float32) * pattern.factor(head_dim)).astype(query.dtype)
         by_head = (checkpoint_name(jnp.swapaxes(x, 1, 2), "qkv") for x in (query, key, value))
         with jax.named_scope(visits):
             mixed = jax.vmap(kernel)(*by_head, kernels.SegmentIds(q=segments, kv=key_segments))
@@ -248,7 +254,10 @@ def cudnn(
 
 def _by_cudnn(query, key, value, mask, pattern: Pattern) -> jax.Array:
     # With is_causal cuDNN computes no block of scores that no query sees.
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=pattern.causal, implementation="cudnn")
+    scale = pattern.factor(query.shape[-1])
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask, scale=scale, is_causal=pattern.causal, implementation="cudnn"
+    )
 
 
 def sequence_parts(length: int, keys: int) -> int:

@@ -24,10 +24,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from . import kernels, layout, moe
-from .attention import Earlier, KeysValues, Pattern, Rotation, attend_with_cache, attention, rotary_angles
+from .attention import Earlier, KeysValues, Pattern, attend_with_cache, attention
 from .layout import SEQUENCE_AXIS, TENSOR_AXIS, natural, shard_batch, zigzag
 from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options
 from .modules import EMBEDDING_STD, GATES, MLP, QK_NORMS, Attention, partitioned, rms_norm, run_layers
+from .rotary import Rotation, parse_scaling, rotary_angles
 from .vocabulary import look_up, real_targets, real_tokens, token_logits, token_losses
 
 NORMS = ("pre", "post", "sandwich")
@@ -71,6 +72,10 @@ class LMTask(LinenTask):
     qk_norm: str = ""  # RMSNorm of queries and keys: "head", each (Qwen 3, Gemma 3); "all", all heads together (OLMo 2)
     embedding_scale: float = 1.0  # factor of the embeddings on input (Gemma: sqrt(embed_dim))
     rope_theta: float = 10_000.0  # longest rotary wavelength / 2 pi; larger for longer sequences
+    rope_scaling: str = (
+        ""  # for longer rows: "llama3 factor=8 original=8192", "linear factor=8", "yarn factor=4 original=32768"
+    )
+    rope_fraction: float = 1.0  # share of a head's dimensions that is rotated (GPT-NeoX: 0.25)
     tied_head: bool = True  # use the embedding as output head; saves vocab_size * embed_dim parameters
     remat: str = "none"  # recompute in the backward pass: none, full, dots, minimal, best, or names of values to keep
     compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
@@ -79,7 +84,9 @@ class LMTask(LinenTask):
     attention: str = "auto"  # kernel: "xla", "splash" (TPU), "cudnn" (GPU), or "auto", the one that fits
     attention_block: int = 0  # queries whose scores are held at once (128 for long rows); 0 holds all T x T scores
     attention_window: int = 0  # number of the last tokens that a token sees, with itself; 0 for all
+    attention_scale: float = 0.0  # factor of q k; 0 is head_dim ** -0.5 (Gemma: query_pre_attn_scalar ** -0.5)
     attention_soft_cap: float = 0.0  # limit of attention's scores, cap * tanh(score / cap) (Gemma 2: 50); 0 for none
+    logit_soft_cap: float = 0.0  # limit of the logits, cap * tanh(logit / cap) (Gemma 2: 30); 0 for none
     experts: int = 0  # number of experts that replace the MLP; 0 keeps the MLP
     experts_per_token: int = 2  # experts per token: 1 as in Switch, 2 as in GShard and Mixtral
     expert_dim: int = 0  # hidden width of an expert; 0 is mlp_dim
@@ -96,8 +103,9 @@ class LMTask(LinenTask):
         check_options(
             self,
             positive="vocab_size layers embed_dim heads kv_heads head_dim mlp_dim",
-            not_negative="attention_block attention_soft_cap attention_window balance_loss balance_rate dense_layers "
-            "expert_dim experts loss_chunks router_z_loss shared_experts z_loss",
+            not_negative="attention_block attention_scale attention_soft_cap attention_window balance_loss "
+            "balance_rate dense_layers expert_dim experts logit_soft_cap loss_chunks router_z_loss shared_experts "
+            "z_loss",
             activation=GATES,
             attention=kernels.KERNELS,
             norms=NORMS,
@@ -106,6 +114,13 @@ class LMTask(LinenTask):
         )
         if self.heads % self.kv_heads:
             raise ValueError(f"task.kv_heads={self.kv_heads}: must divide task.heads={self.heads}")
+        parse_scaling(self.rope_scaling)
+        rotated = int(self.head_dim * self.rope_fraction) if 0 < self.rope_fraction <= 1 else 0
+        if rotated < 2 or rotated % 2:
+            raise ValueError(
+                f"task.rope_fraction={self.rope_fraction}: must be above 0, at most 1, and rotate an even number of "
+                f"dimensions; of task.head_dim={self.head_dim} it rotates {rotated}"
+            )
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
             raise ValueError(
                 f"task.experts_per_token={self.experts_per_token}: must be 1 to task.experts={self.experts}"
@@ -166,7 +181,7 @@ class LMTask(LinenTask):
     @property
     def pattern(self) -> Pattern:
         """The keys that a query sees."""
-        return Pattern(window=self.attention_window, soft_cap=self.attention_soft_cap)
+        return Pattern(True, self.attention_window, self.attention_soft_cap, self.attention_scale)
 
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
@@ -183,7 +198,9 @@ class LMTask(LinenTask):
         del key  # no dropout
         x_BxTxE, head_VxE, routing = self._apply(variables, batch)
         real_BxT = real_targets(batch["segments"])
-        losses = token_losses(x_BxTxE, head_VxE, batch["tokens"][:, 1:], real_BxT, self.loss_chunks)
+        losses = token_losses(
+            x_BxTxE, head_VxE, batch["tokens"][:, 1:], real_BxT, self.loss_chunks, self.logit_soft_cap
+        )
         objective, targets = losses.nats, losses.count
         z_metrics = {"z_loss": (losses.z, targets)} if self.z_loss else {}
         routers = {} if routing is None else moe.router_metrics(routing, self.experts_per_token)
@@ -212,7 +229,7 @@ class LMTask(LinenTask):
     def logits(self, variables: dict[str, Any], batch: Batch) -> tuple[jax.Array, moe.Routing | None]:
         """Return predictions for the inputs `tokens[:, :-1]`, float32 [B, T, V], and the sums of `moe.route`."""
         x_BxTxE, head_VxE, routing = self._apply(variables, batch)
-        return token_logits(x_BxTxE, head_VxE), routing
+        return token_logits(x_BxTxE, head_VxE, self.logit_soft_cap), routing
 
     def _apply(self, variables: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array, moe.Routing | None]:
         inputs = (batch[name][:, :-1] for name in ("tokens", "segments", "positions"))
@@ -250,7 +267,7 @@ class LMTask(LinenTask):
 
         layers = jax.tree.map(lambda x: _sharded(widened(x, 2)), layers)
         cache = empty._replace(layers=layers, segments=widened(inputs[1], 1))
-        return token_logits(x_BxTxE[:, -1:], head_VxE)[:, 0], cache
+        return token_logits(x_BxTxE[:, -1:], head_VxE, self.logit_soft_cap)[:, 0], cache
 
     def decode(self, variables: dict[str, Any], tokens_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Return the predictions after one more token of each row, float32 [B, V], and the cache with it.
@@ -270,7 +287,7 @@ class LMTask(LinenTask):
             cache.positions + segments_Bx1[:, 0],
             cache.filled + 1,
         )
-        return token_logits(x_Bx1xE, head_VxE)[:, 0], cache
+        return token_logits(x_Bx1xE, head_VxE, self.logit_soft_cap)[:, 0], cache
 
     def flops(self, batch_spec: BatchSpec) -> float:
         """Return the training FLOPs of one batch: 6 N tokens + 12 layers S H D tokens + 6 E V tokens.
@@ -335,7 +352,7 @@ class Transformer(nn.Module):
         x_BxTxE = shard_batch(look_up(embedding_VxE, tokens_BxT, dtype), SEQUENCE_AXIS)
         if task.embedding_scale != 1:
             x_BxTxE *= jnp.asarray(task.embedding_scale, dtype)  # rounded, as in Gemma
-        rotation = rotary_angles(positions_BxT, task.head_dim, task.rope_theta)
+        rotation = rotary_angles(positions_BxT, task.head_dim, task.rope_theta, task.rope_scaling, task.rope_fraction)
 
         routed, routing, kept = task.routed_blocks, None, {}
         earlier, cached = (None, {}) if cache is None else (Earlier(cache.segments, cache.filled), cache.layers)

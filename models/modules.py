@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from .attention import Pattern, Rotation, attention, rotate
+from .attention import Pattern, attention
+from .rotary import Rotation, rotate
 
 EMBEDDING_STD = 0.02
 # Values of a block that a policy can keep, as `checkpoint_name` calls them: queries, keys and values after rotation;

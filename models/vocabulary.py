@@ -87,13 +87,19 @@ def class_losses(logits: jax.Array, targets: jax.Array, real: jax.Array) -> Clas
     return _sums(real, logsumexp, chosen, logits.max(axis=-1), logits.mean(axis=-1))
 
 
-def token_logits(x_BxTxE: jax.Array, head_VxE: jax.Array) -> jax.Array:
-    """Return the float32 logits [B, T, V]."""
-    return jnp.einsum("bte,ve->btv", x_BxTxE, head_VxE, preferred_element_type=jnp.float32)
+def token_logits(x_BxTxE: jax.Array, head_VxE: jax.Array, soft_cap: float = 0.0) -> jax.Array:
+    """Return the float32 logits x [B, T, V], or with a soft cap above 0 soft_cap * tanh(x / soft_cap)."""
+    logits = jnp.einsum("bte,ve->btv", x_BxTxE, head_VxE, preferred_element_type=jnp.float32)
+    return soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
 
 
 def token_losses(
-    x_BxTxE: jax.Array, head_VxE: jax.Array, targets_BxT: jax.Array, real_BxT: jax.Array, chunks: int
+    x_BxTxE: jax.Array,
+    head_VxE: jax.Array,
+    targets_BxT: jax.Array,
+    real_BxT: jax.Array,
+    chunks: int,
+    soft_cap: float = 0.0,
 ) -> ClassLosses:
     """Return `class_losses` of `token_logits`; with more than one chunk, no array holds the logits of all tokens.
 
@@ -106,27 +112,31 @@ def token_losses(
     vocab, chunks = head_VxE.shape[0], max(chunks, 1)
     padding = -vocab % (chunks * axis_size(TENSOR_AXIS))
     if chunks == 1 and not padding:
-        return class_losses(token_logits(x_BxTxE, head_VxE), targets_BxT, real_BxT)
+        return class_losses(token_logits(x_BxTxE, head_VxE, soft_cap), targets_BxT, real_BxT)
     # Chunk c has the tokens c, c + C, ...: each device cuts its own rows of a sharded table.
     padded = jnp.pad(head_VxE, ((0, padding), (0, 0)))
     head_CxVxE = jnp.swapaxes(padded.reshape(-1, chunks, padded.shape[1]), 0, 1)
     row_BxT, chunk_BxT = jnp.divmod(targets_BxT, chunks)
     wide_BxTxE = x_BxTxE.astype(jnp.float32)  # the loop sums the gradients of the chunks in this type
 
-    def of_chunk(number: jax.Array, part_VxE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        logits = token_logits(wide_BxTxE.astype(x_BxTxE.dtype), part_VxE)
+    def of_chunk(number: jax.Array, part_VxE: jax.Array) -> tuple[jax.Array, ...]:
+        logits = token_logits(wide_BxTxE.astype(x_BxTxE.dtype), part_VxE, soft_cap)
         logits = shard_batch(logits, SEQUENCE_AXIS, TENSOR_AXIS)
+        sums = (logits.sum(axis=-1),) if soft_cap else ()  # logits of padding are 0
         if padding:
             token_V = jnp.arange(len(part_VxE)) * chunks + number
             logits = jnp.where(token_V < vocab, logits, _NEVER)
         here_BxT = jnp.take_along_axis(logits, row_BxT[..., None], axis=-1)[..., 0]
         chosen_BxT = jnp.where(chunk_BxT == number, here_BxT, 0)
-        return jax.nn.logsumexp(logits, axis=-1), chosen_BxT, lax.stop_gradient(logits.max(axis=-1))
+        return jax.nn.logsumexp(logits, axis=-1), chosen_BxT, lax.stop_gradient(logits.max(axis=-1)), *sums
 
     turn = jax.checkpoint(of_chunk, prevent_cse=False) if chunks > 1 else of_chunk
     found = lax.map(lambda part: turn(*part), (jnp.arange(chunks), head_CxVxE))
-    logsumexp_CxBxT, chosen_CxBxT, highest_CxBxT = found
-    mean_BxT = wide_BxTxE @ head_VxE.astype(jnp.float32).mean(axis=0)
+    logsumexp_CxBxT, chosen_CxBxT, highest_CxBxT, *sums = found
+    if soft_cap:
+        mean_BxT = sums[0].sum(axis=0) / vocab
+    else:
+        mean_BxT = wide_BxTxE @ head_VxE.astype(jnp.float32).mean(axis=0)
     logsumexp_BxT = jax.nn.logsumexp(logsumexp_CxBxT, axis=0)
     return _sums(real_BxT, logsumexp_BxT, chosen_CxBxT.sum(axis=0), highest_CxBxT.max(axis=0), mean_BxT)
 

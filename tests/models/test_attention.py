@@ -14,16 +14,6 @@ from shampax.framework.planning import collectives
 from shampax.models import attention, kernels, layout
 
 
-def test_rotation_against_complex_numbers():
-    """Compare in float64 with multiplication by exp(i position / theta^...). Fault: wrong pairs or frequencies."""
-    x = np.random.default_rng(0).normal(size=(2, 5, 3, 8))
-    positions = np.array([[0, 1, 2, 3, 4], [7, 8, 1000, 0, 1]])
-    pairs = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[:, :, None, None] * 10_000.0 ** (-np.arange(4) / 4))
-    expected = np.concatenate([pairs.real, pairs.imag], axis=-1)
-    rotation = attention.rotary_angles(jnp.asarray(positions), 8, 10_000.0)
-    np.testing.assert_allclose(attention.rotate(jnp.asarray(x, jnp.float32), rotation), expected, atol=2e-4)
-
-
 def test_attention_against_jax():
     """Faults: a wrong scale or softmax axis; query heads use other key heads."""
     random = np.random.default_rng(0)

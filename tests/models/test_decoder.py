@@ -9,11 +9,19 @@ import pytest
 from lm_cases import SMALL, assert_close, batch_of, quick_jit, variables_of
 
 KNOBS = {
-    "llama": {"norm_epsilon": 1e-2},
+    "llama": {"norm_epsilon": 1e-2, "rope_scaling": "linear factor=3"},
+    "neox": {"rope_fraction": 0.5},
     "qwen 2": {"qkv_bias": True},
     "qwen 3": {"qk_norm": "head"},
     "olmo 2": {"qk_norm": "all", "norms": "post", "tied_head": False, "norm_epsilon": 1e-2},
-    "gemma 2": {"norms": "sandwich", "activation": "gelu", "embedding_scale": 32**0.5, "attention_soft_cap": 0.5},
+    "gemma 2": {
+        "norms": "sandwich",
+        "activation": "gelu",
+        "embedding_scale": 32**0.5,
+        "attention_soft_cap": 0.5,
+        "attention_scale": 0.1,
+        "logit_soft_cap": 0.5,
+    },
 }
 
 

@@ -44,7 +44,7 @@ def known(pattern, length=256):
     """Return the result and the gradients of its weighted sum for queries, keys and values, in float64."""
     *arrays, weights, segments = (x.astype(np.float64) for x in inputs(length))
     query, key, value = arrays[0], *(np.repeat(x, 2, axis=2) for x in arrays[1:])
-    slots, scale = np.arange(length), query.shape[-1] ** -0.5
+    slots, scale = np.arange(length), pattern.scale or query.shape[-1] ** -0.5
     distance = slots[:, None] - slots
     visible = segments[:, :, None] == segments[:, None, :]
     if pattern.causal:
@@ -86,7 +86,7 @@ MESHES = {
     "data x sequence x tensor": {"data": 2, "sequence": 2, "tensor": 2},
 }
 CAUSAL = kernels.Pattern()
-BENT = kernels.Pattern(window=70, soft_cap=2.0)
+BENT = kernels.Pattern(window=70, soft_cap=2.0, scale=0.2)
 TWO_WAYS = kernels.Pattern(causal=False)
 
 
@@ -154,7 +154,7 @@ def pretend_cudnn(monkeypatch, error=None):
 
 
 @pytest.mark.parametrize(
-    "pattern", [CAUSAL, kernels.Pattern(window=70), TWO_WAYS], ids=["causal", "window", "two ways"]
+    "pattern", [CAUSAL, kernels.Pattern(window=70, scale=0.2), TWO_WAYS], ids=["causal", "window", "two ways"]
 )
 def test_what_cudnn_is_asked_for(pattern, monkeypatch):
     """Faults: documents see each other in cuDNN's mask; heads share other keys; the window is ignored."""

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from lm_cases import SMALL, assert_close, batch_of, grad_of, loss_of, lower_on_mesh, value_and_grad, variables_of
 from traced import equations, quick_jit
 
-from shampax.models.vocabulary import look_up
+from shampax.models.vocabulary import look_up, token_losses
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,23 @@ def test_a_loss_in_chunks_is_the_whole_loss(compute_dtype, tolerance):
     variables, batch = variables_of(whole), batch_of()
     assert_close(loss_of(whole, variables, batch), loss_of(chunked, variables, batch), 1e-5)
     assert_close(grad_of(whole, variables, batch), grad_of(chunked, variables, batch), tolerance)
+
+
+@pytest.mark.parametrize("chunks", [0, 3])
+def test_losses_of_capped_logits(chunks):
+    """Faults: the soft cap does not reach a chunk of the logits, or their mean."""
+    random = np.random.default_rng(0)
+    x, head = random.normal(size=(2, 5, 4)), 2 * random.normal(size=(8, 4))
+    targets, real = random.integers(0, 8, (2, 5)), random.random((2, 5)) < 0.7
+    logits = 1.5 * np.tanh(x @ head.T / 1.5)
+    nats = np.log(np.exp(logits).sum(axis=-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    x, head = jnp.asarray(x, jnp.float32), jnp.asarray(head, jnp.float32)
+    found = jax.jit(functools.partial(token_losses, chunks=chunks, soft_cap=1.5))(x, head, targets, real)
+    z = np.log(np.exp(logits).sum(axis=-1))
+    np.testing.assert_allclose(found.nats, nats[real].sum(), rtol=1e-5)
+    np.testing.assert_allclose(found.z, (z[real] ** 2).sum(), rtol=1e-5)
+    np.testing.assert_allclose(found.uniform, (z - logits.mean(axis=-1))[real].sum(), rtol=1e-5)
+    assert found.correct == (logits.argmax(axis=-1) == targets)[real].sum()
 
 
 def test_no_array_of_a_loss_in_chunks_holds_all_logits():

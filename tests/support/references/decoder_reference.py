@@ -22,7 +22,8 @@ def logits(task, params, batch):
         added = (_activation(task.activation, normed @ gate) * (normed @ up)) @ down
         x = x + (_norm(added, layer["mlp_post_norm"], task) if task.norms != "pre" else added)
     head = params["embedding"] if task.tied_head else params["head"]
-    return _norm(x, params["final_norm"], task) @ head.T
+    found = _norm(x, params["final_norm"], task) @ head.T
+    return task.logit_soft_cap * np.tanh(found / task.logit_soft_cap) if task.logit_soft_cap else found
 
 
 def _map(function, tree):
@@ -55,7 +56,7 @@ def _attention(task, parameters, x, segments, positions):
         return _rotated(task, found, positions)
 
     query, key, value = heads("query"), heads("key"), heads("value")
-    scale = task.head_dim**-0.5
+    scale = task.attention_scale or task.head_dim**-0.5
     out = np.zeros_like(x)
     for t in range(len(x)):
         seen = [s for s in range(t + 1) if segments[s] == segments[t]]
@@ -73,8 +74,12 @@ def _attention(task, parameters, x, segments, positions):
 
 
 def _rotated(task, x, positions):
-    frequencies = [task.rope_theta ** (-2 * i / task.head_dim) for i in range(task.head_dim // 2)]
+    rotated = int(task.rope_fraction * task.head_dim)
+    kind, *numbers = task.rope_scaling.split() or [""]
+    assert kind == "linear" or not numbers  # others have tests of their own
+    factor = float(numbers[0].removeprefix("factor=")) if numbers else 1
+    frequencies = [task.rope_theta ** (-2 * i / rotated) / factor for i in range(rotated // 2)]
     angles = positions[:, None, None] * np.array(frequencies)
-    first, second = np.split(x, 2, axis=-1)
+    first, second, rest = np.split(x, [rotated // 2, rotated], axis=-1)
     cos, sin = np.cos(angles), np.sin(angles)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
