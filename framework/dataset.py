@@ -1,11 +1,12 @@
 """The contract between the trainer and a data set: write a frozen dataclass with the methods of `Data`.
 
 A config names it by import string, `config.data.name = "my_project.my_data:MyData"`; its fields are knobs. A data set
-may also have the methods `fingerprint`, `augment`, `decoder`, `spec` and `beside`; the functions of these names below
-call them, or return a default for a data set without them.
+may also have the methods `fingerprint`, `augment`, `decoder`, `codec`, `spec` and `beside`; the functions of these
+names below call them, or return a default for a data set without them.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -17,6 +18,21 @@ SPLITS: tuple[Split, ...] = ("train", "heldout")
 Example = dict[str, np.ndarray]
 Augment = Callable[[Example, np.random.Generator], Example]
 Decoder = Callable[[np.ndarray], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """Text to tokens and back, for a model that continues texts.
+
+    Attributes:
+      encode: tokens of the beginning of a document, with those that begin every document.
+      decode: text of tokens, without special ones; the bytes of an incomplete character become U+FFFD.
+      ends: tokens that end a document.
+    """
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    ends: Collection[int]
 
 
 class Source(Protocol):
@@ -73,6 +89,11 @@ def augment(data: Data) -> Augment | None:
 def decoder(data: Data, cache: Path) -> Decoder | None:
     """Return the function that decodes token ids to text, or None for data that are not text."""
     return getattr(data, "decoder", lambda cache: None)(cache)
+
+
+def codec(data: Data, cache: Path) -> Codec | None:
+    """Return what turns text to tokens and back, or None for data that are not text. The source may be missing."""
+    return getattr(data, "codec", lambda cache: None)(cache)
 
 
 def spec(data: Data) -> dict[str, jax.ShapeDtypeStruct] | None:

@@ -1,7 +1,8 @@
 """The contract between the trainer and a model: write a frozen dataclass with the methods of `Task`.
 
 A config names it by import string, `config.task.name = "my_project.my_model:MyTask"`; its fields are knobs. The trainer
-knows nothing else of a model. A task may also have the methods of `Judge`, `Settling`, `Noted` and `Costed`.
+knows nothing else of a model. A task may also have the methods of `Judge`, `Generating`, `Settling`, `Noted` and
+`Costed`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -89,6 +90,33 @@ class Judge(Protocol):
         Args:
           predictions: outputs of `predict` for all held-out examples in order, without padding examples.
           decode: decodes the token ids of an example to text; None for data that are not text.
+        """
+        ...
+
+
+class Generating(Protocol):
+    """Optional methods of a task that continues texts; pure and traceable.
+
+    The cache is a tree of arrays: what the model keeps of the tokens that it has read.
+    """
+
+    def prefill(
+        self, variables: dict[str, Any], tokens: jax.Array, real: jax.Array, slots: int
+    ) -> tuple[jax.Array, Any]:
+        """Read prompts. Return the logits of the next token of each, float32 [B, V], and the cache.
+
+        Args:
+          variables: as returned by `init`.
+          tokens: int32 [B, T], prompts with padding before or after them.
+          real: bool [B, T], False for padding; a row may have no token.
+          slots: number of tokens of a row, with padding, for which the cache must have room; above T.
+        """
+        ...
+
+    def decode(self, variables: dict[str, Any], tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """Read one more token of each row, int32 [B]. Return the logits of the next one, and the cache.
+
+        The cache is donated, and must keep its shapes.
         """
         ...
 

@@ -13,6 +13,7 @@ from . import flags
 
 VERBS = {
     "train": "train a model, or resume a run",
+    "generate": "continue texts with a trained language model",
     "translate": "translate sentences with a trained model",
     "report": "draw runs to one HTML page",
     "models": "list the shipped configs, tasks, data sets and optimizers",

@@ -29,6 +29,7 @@ FLOORS = {
         ("optimizer.py",),
         ("step",),
         ("data",),
+        ("generation",),
         ("checkpoint",),
         ("reporting",),
         ("planning",),
@@ -61,6 +62,7 @@ DEFERRED = {
 NAMES_COMPONENTS = {
     "configs/": "a config chooses its components",
     "benchmarks/": "a benchmark chooses its components",
+    "launch/generate.py": "the verb accepts only the workdirs of one task",
     "launch/translate.py": "the verb accepts only the workdirs of one task",
 }
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
@@ -11,14 +12,23 @@ from etils import epath
 
 from ...base.bounds import Within
 from ...base.errors import UserError
-from ...dataset import Split
+from ...dataset import Codec, Split
 from ..preparing.manifests import Manifest
 from ..preparing.preparing import Tally
 from ..reading import shards
 from ..reading.sources import Stream
 from . import packing
 from .documents import DocumentData
-from .tokenizer import SMALLEST_VOCABULARY, Tokenizer, characters_per_token, encode, load_tokenizer, train_tokenizer
+from .tokenizer import (
+    END_OF_DOCUMENT,
+    SMALLEST_VOCABULARY,
+    Tokenizer,
+    characters_per_token,
+    encode,
+    load_tokenizer,
+    refusing,
+    train_tokenizer,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +87,17 @@ class TextData(DocumentData):
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return shape and type of the arrays of a row."""
         return {name: jax.ShapeDtypeStruct((self.sequence_length + 1,), np.int32) for name in packing.COLUMNS}
+
+    def codec(self, cache: str | os.PathLike[str]) -> Codec:
+        """See `dataset.codec`."""
+        tokenizer = self.load_tokenizer(cache)
+        end: Any = tokenizer.token_to_id(END_OF_DOCUMENT)  # `load_tokenizer` has found it
+
+        def encoded(text: str) -> list[int]:
+            with refusing(f"the tokenizer fails on {text[:40]!r}"):
+                return [end, *tokenizer.encode(text, add_special_tokens=False).ids]
+
+        return Codec(encoded, lambda tokens: tokenizer.decode([*tokens]), (end,))
 
     @property
     def _row_type(self) -> np.dtype:

@@ -1,0 +1,100 @@
+"""Find the model that a flag names, with its checkpoint, its data set and a mesh; read it onto the mesh."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..configs import base
+from ..framework import dataset
+from ..framework.base import workdir as layout
+from ..framework.base.errors import UserError, printable
+from ..framework.checkpoint import restore, store
+from ..framework.sharding import global_batch, meshes
+from ..framework.step import compilation_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model, not yet read.
+
+    Attributes:
+      workdir: of its run.
+      checkpoint: an intact one.
+      task: the model.
+      data: its data set.
+      mesh: all devices of this machine.
+    """
+
+    workdir: Path
+    checkpoint: Path
+    task: Any
+    data: Any
+    mesh: Any
+
+    def codec(self) -> dataset.Codec:
+        """Return the codec of its texts.
+
+        Raises:
+          UserError: it has none, or its tokenizer is missing or invalid.
+        """
+        found = dataset.codec(self.data, self.workdir / layout.CACHE)
+        if found is None:
+            raise UserError(f"{self.workdir}: its data are not text. Give the workdir of a language model.")
+        return found
+
+    def variables(self) -> dict[str, Any]:
+        """Read its variables onto the mesh."""
+        import jax
+
+        with jax.set_mesh(self.mesh):
+            spec = global_batch.spec(self.data.spec(), self.mesh.size, self.mesh)
+            return restore.variables(self.checkpoint, self.task, spec, base.get_config().sharding_rules, self.mesh)
+
+    def compiled_before(self) -> contextlib.AbstractContextManager[None]:
+        """Use and keep compiled programs beside the workdir, where that can be written."""
+        if not os.access(self.workdir.absolute().parent, os.W_OK):
+            return contextlib.nullcontext()
+        return compilation_cache.kept(self.workdir.absolute(), base.get_config().compilation_cache)
+
+
+def find(path: Path, use: str, mesh: str, tasks: Sequence[str], data: Sequence[str]) -> Trained:
+    """Return the model of a workdir or of one of its checkpoints.
+
+    Args:
+      path: the workdir, or WORKDIR/checkpoints/STEP.
+      use: which checkpoint of a workdir: "best" or "newest".
+      mesh: sizes of mesh axes, "data=2,tensor=4"; "" has all devices along data.
+      tasks: import strings of the tasks that it may have; others are not imported.
+      data: import strings of the data sets that it may have.
+
+    Raises:
+      UserError: there is no such model, or the mesh does not fit the devices.
+    """
+    path, devices = path.expanduser(), make_mesh(mesh)
+    checkpoint, damaged = store.locate(path, best=use == "best")
+    for each, why in damaged:
+        warn(f"checkpoint {each} is damaged ({why}); using {checkpoint}")
+    workdir = path.absolute().parent.parent if store.is_checkpoint(path) else path
+    # A kernel that training used may not exist here.
+    task = dataclasses.replace(restore.component(workdir, "task", tasks), attention="auto")
+    return Trained(workdir, checkpoint, task, restore.component(workdir, "data", data), devices)
+
+
+def make_mesh(text: str) -> Any:
+    """Return the mesh of all devices that a flag describes."""
+    sizes = dict(base.get_config().mesh)
+    for each in filter(None, text.split(",")):
+        axis, _, size = each.partition("=")
+        if axis not in ("data", "fsdp", "tensor") or not size.isdecimal() or not int(size):
+            raise UserError(f"--mesh={text}: {each!r} is not one of data=N, fsdp=N, tensor=N with N from 1.")
+        sizes[axis] = int(size)
+    return meshes.make_mesh(sizes)
+
+
+def warn(text: str) -> None:
+    """Print a line to standard error."""
+    print(printable(f"warning: {' '.join(text.split())}"), file=sys.stderr)
