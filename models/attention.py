@@ -19,6 +19,7 @@ from .kernels import CAUSAL, Pattern
 
 Drop = Callable[[jax.Array], jax.Array]
 KeysValues = tuple[jax.Array, jax.Array]
+_LEAST_BLOCK = 128  # queries of a block that a short window asks for
 _GROUPS = 8  # groups of causal queries, each with a slice of the keys
 _MASKED = float(jnp.finfo(jnp.float32).min)  # finite: the difference of two masked scores is 0, not NaN
 
@@ -46,6 +47,7 @@ def attention(
     block: int = 0,
     kernel: str = "xla",
     zigzag: bool = False,
+    sinks: jax.Array | None = None,
     drop: Drop | None = None,
 ) -> jax.Array:
     """Return softmax(scale q k) v inside segments: query [B, T, H, D], key and value [B, S, K, D].
@@ -63,9 +65,11 @@ def attention(
       key_segments: int32 [B, S]; by default those of the queries.
       pattern: keys of its segment that a query sees.
       block: queries whose scores a device holds at once, also in the backward pass, which computes them again; 0 for
-        all queries. Blocks of keys that a block of queries does not see are skipped. Only XLA needs it.
+        all queries, or with a window as many as it has. Blocks of keys that a block of queries does not see are
+        skipped. Only XLA needs it.
       kernel: one of `kernels.KERNELS`.
       zigzag: whether queries, keys and their segments are in the order of `layout.zigzag`.
+      sinks: as in `attend`.
       drop: function that drops weights [B, K, H / K, T, S]. Only XLA can.
 
     Raises:
@@ -74,24 +78,35 @@ def attention(
     key_segments = segments if key_segments is None else key_segments
     _, keys, kv_heads, _ = key.shape
     shape = jax.ShapeDtypeStruct(query.shape, query.dtype)
-    chosen = kernels.choose(kernel, shape, keys, kv_heads, pattern, drops=drop is not None).kernel
-    if chosen != "xla":
-        run = functools.partial(kernels.splash, zigzag=zigzag) if chosen == "splash" else kernels.cudnn
-        return run(query, key, value, segments, key_segments, pattern)
+    asked = {"drops": drop is not None, "sinks": sinks is not None}
+    chosen = kernels.choose(kernel, shape, keys, kv_heads, pattern, **asked).kernel
+    if chosen == "splash":
+        return kernels.splash(query, key, value, segments, key_segments, pattern, sinks=sinks, zigzag=zigzag)
+    if chosen == "cudnn":
+        return kernels.cudnn(query, key, value, segments, key_segments, pattern)
     query, key, value = (checkpoint_name(x, "qkv") for x in (query, key, value))
+    if pattern.window and not block:
+        block = max(pattern.window, _LEAST_BLOCK)
+        block = block if 2 * block <= keys else 0
     local = functools.partial(_attend_by_blocks, pattern=pattern, block=block, drop=drop)
     if kernels.sequence_parts(query.shape[1], key.shape[1]) == 1 or drop is not None:
         group = query.shape[1]
         if pattern.causal and not pattern.window and 0 < block < group:
             group = -(-group // (_GROUPS * block)) * block
-        mixed = _by_groups(local, query, key, value, segments, key_segments, group)
+        mixed = _by_groups(local, query, key, value, segments, key_segments, sinks, group)
     else:
-        mixed = _on_shards(local, query, key, value, segments, key_segments, zigzag, pattern.causal)
+        mixed = _on_shards(local, query, key, value, segments, key_segments, sinks, zigzag, pattern.causal)
     return checkpoint_name(mixed, "context")
 
 
 def attend_with_cache(
-    query: jax.Array, new: KeysValues, cached: KeysValues, segments: jax.Array, earlier: Earlier, pattern: Pattern
+    query: jax.Array,
+    new: KeysValues,
+    cached: KeysValues,
+    segments: jax.Array,
+    earlier: Earlier,
+    pattern: Pattern,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Return attention from a row's next slots to themselves and to the earlier slots of their segment.
 
@@ -102,6 +117,7 @@ def attend_with_cache(
       segments: int32 [B, T], those of the queries.
       earlier: the earlier slots.
       pattern: keys of its segment that a query sees.
+      sinks: as in `attend`.
     """
     slots = earlier.filled + jnp.arange(query.shape[1])
     key_slots = jnp.concatenate([jnp.arange(earlier.segments.shape[1]), slots])
@@ -109,35 +125,35 @@ def attend_with_cache(
     visible = (segments[:, :, None] == key_segments[:, None, :]) & pattern.sees(slots, key_slots)
     # Two parts: to join them would copy the cache.
     keys, values = zip(cached, new, strict=True)
-    return attend(query, keys, values, visible, pattern)
+    return attend(query, keys, values, visible, pattern, sinks)
 
 
-def _by_groups(local, query, key, value, segments, key_segments, group: int) -> jax.Array:
+def _by_groups(local, query, key, value, segments, key_segments, sinks, group: int) -> jax.Array:
     """Attend from each group of queries to the keys up to its end, or to all keys if there is one group."""
     length = query.shape[1]
     if group == length:
-        return local(query, key, value, segments, key_segments, 0)
+        return local(query, key, value, segments, key_segments, sinks, 0)
     key, value = key.astype(jnp.float32), value.astype(jnp.float32)  # their gradients are summed over the groups
     mixed = []
     for start in range(0, length, group):
         here, seen = slice(start, min(start + group, length)), slice(0, min(start + group, length))
         arrays = query[:, here], key[:, seen], value[:, seen], segments[:, here], key_segments[:, seen]
-        mixed.append(local(*arrays, start))
+        mixed.append(local(*arrays, sinks, start))
     return jnp.concatenate(mixed, axis=1)
 
 
-def _on_shards(local, query, key, value, segments, key_segments, zigzag: bool, causal: bool) -> jax.Array:
+def _on_shards(local, query, key, value, segments, key_segments, sinks, zigzag: bool, causal: bool) -> jax.Array:
     """Attend from each shard of the queries along `sequence` to all keys; early chunks see only the first half."""
     parts = layout.zigzag_parts(query.shape[1]) if zigzag else 1
 
-    def on_device(query, key, value, segments, key_segments):
+    def on_device(query, key, value, segments, key_segments, sinks):
         key, value, key_segments = (kernels.gather_positions(x, parts > 1) for x in (key, value, key_segments))
         part, length = lax.axis_index(layout.SEQUENCE_AXIS), query.shape[1]
         if parts == 1:
-            return local(query, key, value, segments, key_segments, part * length)
+            return local(query, key, value, segments, key_segments, sinks, part * length)
         chunk, seen = length // 2, slice(0, key.shape[1] // 2 if causal else None)
-        early = query[:, :chunk], key[:, seen], value[:, seen], segments[:, :chunk], key_segments[:, seen]
-        late = query[:, chunk:], key, value, segments[:, chunk:], key_segments
+        early = query[:, :chunk], key[:, seen], value[:, seen], segments[:, :chunk], key_segments[:, seen], sinks
+        late = query[:, chunk:], key, value, segments[:, chunk:], key_segments, sinks
         mixed = local(*early, part * chunk), local(*late, (2 * parts - 1 - part) * chunk)
         return jnp.concatenate(mixed, axis=1)
 
@@ -147,14 +163,14 @@ def _on_shards(local, query, key, value, segments, key_segments, zigzag: bool, c
     return jax.shard_map(
         on_device,
         axis_names={layout.SEQUENCE_AXIS, *rows},
-        in_specs=by_position,
+        in_specs=(*(by_position,) * 5, P()),
         out_specs=by_position,
         check_vma=False,
-    )(query, key, value, segments, key_segments)
+    )(query, key, value, segments, key_segments, sinks)
 
 
 def _attend_by_blocks(
-    query, key, value, segments, key_segments, start, *, pattern: Pattern, block: int, drop: Drop | None
+    query, key, value, segments, key_segments, sinks, start, *, pattern: Pattern, block: int, drop: Drop | None
 ) -> jax.Array:
     """Attend to the keys of each query's segment; the first query [B, T, H, D] is at slot `start` of the keys."""
     length, keys = query.shape[1], key.shape[1]
@@ -163,7 +179,7 @@ def _attend_by_blocks(
         visible = segments[:, :, None] == key_segments[:, None, :]
         visible &= pattern.sees(start + jnp.arange(query.shape[1]), first + jnp.arange(key.shape[1]))
         key, value = key.astype(query.dtype), value.astype(query.dtype)
-        return attend(query, [key], [value], visible, pattern, drop=drop)
+        return attend(query, [key], [value], visible, pattern, sinks, drop=drop)
 
     block = min(block, length)
     if not 0 < block < keys:
@@ -200,6 +216,7 @@ def attend(
     values: Sequence[jax.Array],
     visible: jax.Array,
     pattern: Pattern = CAUSAL,
+    sinks: jax.Array | None = None,
     *,
     drop: Drop | None = None,
 ) -> jax.Array:
@@ -209,6 +226,8 @@ def attend(
     h // (H / K). Scores and softmax are float32, the result has the query's dtype. A query without visible keys gets
     the mean of all values. Axes of size 1 of `visible` are broadcast. Scale and soft cap are those of `pattern`. `drop`
     is applied to the weights [B, K, H / K, T, S].
+
+    `sinks`, float32 [H], are further scores of every query, whose values are 0 (gpt-oss, arXiv 2508.10925).
     """
     batch, length, heads, head_dim = query.shape
     grouped = query.reshape(batch, length, keys[0].shape[2], heads // keys[0].shape[2], head_dim)
@@ -218,7 +237,12 @@ def attend(
     scores *= pattern.factor(head_dim)
     if pattern.soft_cap:
         scores = pattern.soft_cap * jnp.tanh(scores / pattern.soft_cap)
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1).astype(values[0].dtype)
+    scores = jnp.where(visible[:, None, None], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if sinks is not None:
+        sinks = sinks.reshape(*grouped.shape[2:4], 1, 1)
+        weights *= jax.nn.sigmoid(jax.nn.logsumexp(scores, axis=-1, keepdims=True) - sinks)
+    weights = weights.astype(values[0].dtype)
     if drop is not None:
         weights = drop(weights)
     ends = np.cumsum([value.shape[1] for value in values])

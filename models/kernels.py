@@ -62,7 +62,14 @@ class Choice(NamedTuple):
 
 
 def choose(
-    kernel: str, query: jax.ShapeDtypeStruct, keys: int, kv_heads: int, pattern: Pattern, *, drops: bool = False
+    kernel: str,
+    query: jax.ShapeDtypeStruct,
+    keys: int,
+    kv_heads: int,
+    pattern: Pattern,
+    *,
+    drops: bool = False,
+    sinks: bool = False,
 ) -> Choice:
     """Return the kernel for attention on the mesh in the context.
 
@@ -73,6 +80,7 @@ def choose(
       kv_heads: number of key-value heads.
       pattern: of the keys that are seen.
       drops: whether weights are dropped.
+      sinks: whether the softmax has sinks.
 
     Raises:
       ValueError: the kernel that was named does not fit.
@@ -86,6 +94,8 @@ def choose(
     wanted = _KERNEL_OF[platform] if kernel == "auto" else kernel
     if drops:
         obstacle = "it cannot drop weights, as task.dropout above 0 does"
+    elif sinks and wanted == "cudnn":
+        obstacle = "it has no sinks, and task.attention_sinks=True"
     elif wanted == "splash":
         obstacle = _splash_obstacle(device, query, keys)
     else:
@@ -150,6 +160,7 @@ def splash(
     key_segments: jax.Array,
     pattern: Pattern,
     *,
+    sinks: jax.Array | None = None,
     zigzag: bool = False,
 ) -> jax.Array:
     """Return attention inside segments by splash attention; see `attention.attention`.
@@ -206,21 +217,22 @@ def splash(
     whole = jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names)
     kernel_spec = kernel.manual_sharding_spec(NamedSharding(whole, mask_spec))
 
-    def on_device(kernel, query, key, value, segments, key_segments):
+    def on_device(kernel, query, key, value, segments, key_segments, sinks):
         if parts > 1:
             key, value, key_segments = (gather_positions(x, zigzag) for x in (key, value, key_segments))
         query = (query.astype(jnp.float32) * pattern.factor(head_dim)).astype(query.dtype)
         by_head = (checkpoint_name(jnp.swapaxes(x, 1, 2), "qkv") for x in (query, key, value))
         with jax.named_scope(visits):
-            mixed = jax.vmap(kernel)(*by_head, kernels.SegmentIds(q=segments, kv=key_segments))
+            of_rows = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
+            mixed = of_rows(*by_head, kernels.SegmentIds(q=segments, kv=key_segments), sinks)
         return jnp.swapaxes(mixed, 1, 2)
 
     return jax.shard_map(
         on_device,
-        in_specs=(kernel_spec, by_position, by_position, by_position, rows, rows),
+        in_specs=(kernel_spec, by_position, by_position, by_position, rows, rows, P(by_position[2])),
         out_specs=by_position,
         check_vma=False,
-    )(kernel, query, key, value, segments, key_segments)
+    )(kernel, query, key, value, segments, key_segments, sinks)
 
 
 def cudnn(

@@ -27,10 +27,11 @@ from . import kernels, layout, moe
 from .attention import Earlier, KeysValues, Pattern, attend_with_cache, attention
 from .layout import SEQUENCE_AXIS, TENSOR_AXIS, natural, shard_batch, zigzag
 from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options
-from .modules import EMBEDDING_STD, GATES, MLP, QK_NORMS, Attention, partitioned, rms_norm, run_layers
+from .modules import EMBEDDING_STD, GATES, MLP, QK_NORMS, Attention, partitioned, rms_norm, run_pattern
 from .rotary import Rotation, parse_scaling, rotary_angles
 from .vocabulary import look_up, real_targets, real_tokens, token_logits, token_losses
 
+KINDS = ("local", "global")
 NORMS = ("pre", "post", "sandwich")
 
 
@@ -72,9 +73,8 @@ class LMTask(LinenTask):
     qk_norm: str = ""  # RMSNorm of queries and keys: "head", each (Qwen 3, Gemma 3); "all", all heads together (OLMo 2)
     embedding_scale: float = 1.0  # factor of the embeddings on input (Gemma: sqrt(embed_dim))
     rope_theta: float = 10_000.0  # longest rotary wavelength / 2 pi; larger for longer sequences
-    rope_scaling: str = (
-        ""  # for longer rows: "llama3 factor=8 original=8192", "linear factor=8", "yarn factor=4 original=32768"
-    )
+    local_rope_theta: float = 0.0  # rope_theta of local layers, without scaling (Gemma 3: 1e4); 0 is that of all
+    rope_scaling: str = ""  # "linear factor=8", "llama3 factor=8 original=8192" or "yarn factor=4 original=32768"
     rope_fraction: float = 1.0  # share of a head's dimensions that is rotated (GPT-NeoX: 0.25)
     tied_head: bool = True  # use the embedding as output head; saves vocab_size * embed_dim parameters
     remat: str = "none"  # recompute in the backward pass: none, full, dots, minimal, best, or names of values to keep
@@ -84,6 +84,8 @@ class LMTask(LinenTask):
     attention: str = "auto"  # kernel: "xla", "splash" (TPU), "cudnn" (GPU), or "auto", the one that fits
     attention_block: int = 0  # queries whose scores are held at once (128 for long rows); 0 holds all T x T scores
     attention_window: int = 0  # number of the last tokens that a token sees, with itself; 0 for all
+    layer_pattern: tuple[str, ...] = ()  # "local" (attention_window) or "global" layers in turn; () makes all alike
+    attention_sinks: bool = False  # a learned score of each head that joins the softmax and has no value (gpt-oss)
     attention_scale: float = 0.0  # factor of q k; 0 is head_dim ** -0.5 (Gemma: query_pre_attn_scalar ** -0.5)
     attention_soft_cap: float = 0.0  # limit of attention's scores, cap * tanh(score / cap) (Gemma 2: 50); 0 for none
     logit_soft_cap: float = 0.0  # limit of the logits, cap * tanh(logit / cap) (Gemma 2: 30); 0 for none
@@ -104,8 +106,8 @@ class LMTask(LinenTask):
             self,
             positive="vocab_size layers embed_dim heads kv_heads head_dim mlp_dim",
             not_negative="attention_block attention_scale attention_soft_cap attention_window balance_loss "
-            "balance_rate dense_layers expert_dim experts logit_soft_cap loss_chunks router_z_loss shared_experts "
-            "z_loss",
+            "balance_rate dense_layers expert_dim experts local_rope_theta logit_soft_cap loss_chunks router_z_loss "
+            "shared_experts z_loss",
             activation=GATES,
             attention=kernels.KERNELS,
             norms=NORMS,
@@ -114,6 +116,12 @@ class LMTask(LinenTask):
         )
         if self.heads % self.kv_heads:
             raise ValueError(f"task.kv_heads={self.kv_heads}: must divide task.heads={self.heads}")
+        if not set(self.layer_pattern) <= set(KINDS):
+            raise ValueError(f"task.layer_pattern={self.layer_pattern}: use any of {', '.join(KINDS)}, or ()")
+        if "local" in self.layer_pattern and not self.attention_window:
+            raise ValueError("task.attention_window=0: local layers of task.layer_pattern need a window")
+        if self.local_rope_theta and "local" not in self.kinds:
+            raise ValueError(f"task.local_rope_theta={self.local_rope_theta}: task.layer_pattern has no local layers")
         parse_scaling(self.rope_scaling)
         rotated = int(self.head_dim * self.rope_fraction) if 0 < self.rope_fraction <= 1 else 0
         if rotated < 2 or rotated % 2:
@@ -174,14 +182,22 @@ class LMTask(LinenTask):
         return ("attention: {} ({})".format(*self._kernel(batch_spec)),)
 
     def _kernel(self, batch_spec: BatchSpec) -> kernels.Choice:
+        # Local and global layers have the same one: no kernel depends on the window.
         rows, length = batch_spec["tokens"].shape
         query = jax.ShapeDtypeStruct((rows, length - 1, self.heads, self.head_dim), jnp.dtype(self.compute_dtype))
-        return kernels.choose(self.attention, query, length - 1, self.kv_heads, self.pattern)
+        pattern = self.pattern(self.kinds[0])
+        return kernels.choose(self.attention, query, length - 1, self.kv_heads, pattern, sinks=self.attention_sinks)
 
     @property
-    def pattern(self) -> Pattern:
-        """The keys that a query sees."""
-        return Pattern(True, self.attention_window, self.attention_soft_cap, self.attention_scale)
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each layer, one of `KINDS`."""
+        pattern = self.layer_pattern or ("local" if self.attention_window else "global",)
+        return tuple(pattern[layer % len(pattern)] for layer in range(self.layers))
+
+    def pattern(self, kind: str) -> Pattern:
+        """Return the keys that a query sees in a layer of this kind."""
+        window = self.attention_window if kind == "local" else 0
+        return Pattern(True, window, self.attention_soft_cap, self.attention_scale)
 
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
@@ -290,19 +306,19 @@ class LMTask(LinenTask):
         return token_logits(x_Bx1xE, head_VxE, self.logit_soft_cap)[:, 0], cache
 
     def flops(self, batch_spec: BatchSpec) -> float:
-        """Return the training FLOPs of one batch: 6 N tokens + 12 layers S H D tokens + 6 E V tokens.
+        """Return the training FLOPs of one batch: 6 N tokens + 12 S H D tokens + 6 E V tokens.
 
-        N counts the parameters of the blocks' matmuls, of experts those that a token uses. S is the mean number of
-        positions that a token sees, as if a row were one document: (T + 1) / 2 without a window. Recomputation by
-        remat, norms and softmaxes are not counted, as is usual for MFU.
+        N counts the parameters of the blocks' matmuls, of experts those that a token uses. S sums over the layers the
+        mean number of positions that a token sees, as if a row were one document: (T + 1) / 2 without a window.
+        Recomputation by remat, norms and softmaxes are not counted, as is usual for MFU.
         """
         sequence = batch_spec["tokens"].shape[1] - 1
-        most = min(self.attention_window or sequence, sequence)
-        return self._flops(batch_spec, seen=most - most * (most - 1) / (2 * sequence))
+        widest = [min(self.pattern(kind).window or sequence, sequence) for kind in self.kinds]
+        return self._flops(batch_spec, seen=sum(most - most * (most - 1) / (2 * sequence) for most in widest))
 
     def square_flops(self, batch_spec: BatchSpec) -> float:
-        """Return `flops` with S = T, as PaLM counts (arXiv 2204.02311, appendix B), also with a window."""
-        return self._flops(batch_spec, seen=batch_spec["tokens"].shape[1] - 1)
+        """Return `flops` with S = layers T, as PaLM counts (arXiv 2204.02311, appendix B), also with a window."""
+        return self._flops(batch_spec, seen=self.layers * (batch_spec["tokens"].shape[1] - 1))
 
     def _flops(self, batch_spec: BatchSpec, seen: float) -> float:
         rows, length = batch_spec["tokens"].shape
@@ -312,7 +328,7 @@ class LMTask(LinenTask):
         widths = (self.layers - self.routed_blocks) * self.mlp_dim + self.routed_blocks * used * self.expert_width
         blocks = self.layers * attention + self.embed_dim * (3 * widths + self.routed_blocks * self.experts)
         per_token = 6 * blocks
-        per_token += 12 * self.layers * seen * self.heads * self.head_dim
+        per_token += 12 * seen * self.heads * self.head_dim
         per_token += 6 * self.embed_dim * self.vocab_size
         return float(per_token * rows * sequence)
 
@@ -352,23 +368,29 @@ class Transformer(nn.Module):
         x_BxTxE = shard_batch(look_up(embedding_VxE, tokens_BxT, dtype), SEQUENCE_AXIS)
         if task.embedding_scale != 1:
             x_BxTxE *= jnp.asarray(task.embedding_scale, dtype)  # rounded, as in Gemma
-        rotation = rotary_angles(positions_BxT, task.head_dim, task.rope_theta, task.rope_scaling, task.rope_fraction)
+
+        def rotation(kind: str) -> Rotation:
+            own = kind == "local" and task.local_rope_theta > 0
+            theta, scaling = (task.local_rope_theta, "") if own else (task.rope_theta, task.rope_scaling)
+            return rotary_angles(positions_BxT, task.head_dim, theta, scaling, task.rope_fraction)
+
+        rotations = {kind: rotation(kind) for kind in KINDS if kind in task.kinds}
 
         routed, routing, kept = task.routed_blocks, None, {}
         earlier, cached = (None, {}) if cache is None else (Earlier(cache.segments, cache.filled), cache.layers)
-        run = functools.partial(run_layers, Block, remat=task.remat)
-        context = segments_BxT, rotation, earlier
-        if dense := task.layers - routed:
-            name = "dense_layers" if routed else "layers"
-            per_layer = None, cached.get(name)
-            x_BxTxE, (_, kept[name]) = run(
-                (task, False), x_BxTxE, *context, layers=dense, name=name, per_layer=per_layer
-            )
-        if routed:
-            per_layer = bias_LxX, cached.get("layers")
-            x_BxTxE, (routing, kept["layers"]) = run(
-                (task, True), x_BxTxE, *context, layers=routed, per_layer=per_layer
-            )
+        run = functools.partial(run_pattern, self, Block, remat=task.remat)
+        context = segments_BxT, rotations, earlier
+        period = len(task.layer_pattern) or 1
+        dense = task.layers - routed
+        stacks = ("dense_layers" if routed else "layers", False, 0, dense), ("layers", True, dense, routed)
+        for name, has_experts, first, layers in stacks:
+            if layers:
+                kinds = task.kinds[first : first + period]
+                per_layer = bias_LxX if has_experts else None, cached.get(name)
+                fields = task, has_experts
+                x_BxTxE, (routing, kept[name]) = run(
+                    fields, x_BxTxE, *context, kinds=kinds, layers=layers, name=name, per_layer=per_layer
+                )
         normed_BxTxE = rms_norm("final_norm", dtype, task.norm_epsilon)(x_BxTxE)
         x_BxTxE = shard_batch(natural(normed_BxTxE), SEQUENCE_AXIS)
         head_VxE = embedding_VxE if task.tied_head else table("head")
@@ -380,13 +402,14 @@ class Block(nn.Module):
 
     task: LMTask
     routed: bool  # whether it has experts
+    kind: str  # one of `KINDS`
 
     @nn.compact
     def __call__(
         self,
         x_BxTxE: jax.Array,
         segments_BxT: jax.Array,
-        rotation: Rotation,
+        rotations: dict[str, Rotation],
         earlier: Earlier | None = None,
         bias_X: jax.Array | None = None,
         cached: KeysValues | None = None,
@@ -403,15 +426,16 @@ class Block(nn.Module):
         before, after = task.norms in ("pre", "sandwich"), task.norms in ("post", "sandwich")
 
         sizes = (task.heads, task.kv_heads, task.head_dim, task.embed_dim)
-        knobs = {"bias": task.qkv_bias, "qk_norm": task.qk_norm, "epsilon": task.norm_epsilon}
-        layer = Attention(*sizes, writers, dtype, **knobs, name="attention")
+        knobs = task.qkv_bias, task.qk_norm, task.norm_epsilon, task.attention_sinks
+        layer = Attention(*sizes, writers, dtype, *knobs, name="attention")
+        rotation, pattern = rotations[self.kind], task.pattern(self.kind)
         normed_BxTxE = norm("attention_norm")(x_BxTxE) if before else x_BxTxE
         query, (key, value) = layer.queries(normed_BxTxE, rotation), layer.keys_values(normed_BxTxE, rotation)
         if earlier is None or cached is None:
-            knobs = {"pattern": task.pattern, "block": task.attention_block, "kernel": task.attention}
-            mixed = attention(query, key, value, segments_BxT, **knobs, zigzag=True)
+            run = {"pattern": pattern, "block": task.attention_block, "kernel": task.attention, "sinks": layer.sinks}
+            mixed = attention(query, key, value, segments_BxT, **run, zigzag=True)
         else:
-            mixed = attend_with_cache(query, (key, value), cached, segments_BxT, earlier, task.pattern)
+            mixed = attend_with_cache(query, (key, value), cached, segments_BxT, earlier, pattern, layer.sinks)
         added_BxTxE = layer.project(mixed)
         x_BxTxE += norm("attention_post_norm")(added_BxTxE) if after else added_BxTxE
 

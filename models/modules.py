@@ -1,11 +1,14 @@
 """Building blocks that Transformers share: parameters with named axes, norms, and stacks of equal layers."""
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from .attention import Pattern, attention
@@ -14,8 +17,9 @@ from .rotary import Rotation, rotate
 EMBEDDING_STD = 0.02
 # Values of a block that a policy can keep, as `checkpoint_name` calls them: queries, keys and values after rotation;
 # attention's mean of the values; its product with the output kernel; the products of the MLP or of experts with their
-# first kernels; the tokens of the experts of a device; the output of the MLP or the experts, where it is normed.
-KEPT = ("qkv", "context", "attention_out", "gate", "up", "routed", "mlp_out")
+# first kernels; the tokens of the experts of a device; where they are normed, queries and keys before
+# that, and the output of the MLP or the experts.
+KEPT = ("qkv", "context", "attention_out", "gate", "up", "routed", "qk", "mlp_out")
 GATES = {"silu": nn.silu, "gelu": nn.gelu}  # activations of gates; GELU in its tanh form
 QK_NORMS = ("", "head", "all")
 _HOST = "host:"  # before a name: keep the value in the host's memory
@@ -93,7 +97,8 @@ class Attention(nn.Module):
     is divided by it.
 
     `bias` adds biases [H, D] and [K, D] to queries, keys and values. `qk_norm` norms queries and keys before rotation:
-    "head" each head, with scales [D]; "all" all heads together, with scales [H, D] and [K, D].
+    "head" each head, with scales [D]; "all" all heads together, with scales [H, D] and [K, D]. `sinks` are [H], or None
+    without `has_sinks`; see `attention.attend`.
     """
 
     heads: int
@@ -105,6 +110,7 @@ class Attention(nn.Module):
     bias: bool = False
     qk_norm: str = ""  # one of `QK_NORMS`
     epsilon: float = 1e-6  # of the norms
+    has_sinks: bool = False
 
     def setup(self):
         """Declare the kernels."""
@@ -120,11 +126,13 @@ class Attention(nn.Module):
 
         def norm(heads: str) -> Any:
             axes = (heads, "kv") if self.qk_norm == "all" else ("norm",)
-            return rms_norm(None, self.dtype, self.epsilon, axes) if self.qk_norm else lambda x: x
+            return rms_norm(None, self.dtype, self.epsilon, axes) if self.qk_norm else None
 
         self.query, self.query_norm = into("heads", self.heads), norm("heads")
         self.key, self.key_norm = into("kv_heads", self.kv_heads), norm("kv_heads")
         self.value = into("kv_heads", self.kv_heads)
+        zeros = partitioned(nn.initializers.zeros_init(), "heads")
+        self.sinks = self.param("sinks", zeros, (self.heads,)) if self.has_sinks else None
         out_init = fan_in(1 / self.writers, "heads", "kv", "embed")
         self.out = nn.DenseGeneral(
             self.embed_dim, axis=(-2, -1), use_bias=False, dtype=self.dtype, kernel_init=out_init
@@ -132,11 +140,11 @@ class Attention(nn.Module):
 
     def queries(self, x_BxTxE: jax.Array, rotation: Rotation) -> jax.Array:
         """Return the rotated queries, [B, T, H, D]."""
-        return rotate(self.query_norm(self.query(x_BxTxE)), rotation)
+        return rotate(_normed(self.query(x_BxTxE), self.query_norm), rotation)
 
     def keys_values(self, x_BxSxE: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
         """Return rotated keys, and values, [B, S, K, D] each."""
-        return rotate(self.key_norm(self.key(x_BxSxE)), rotation), self.value(x_BxSxE)
+        return rotate(_normed(self.key(x_BxSxE), self.key_norm), rotation), self.value(x_BxSxE)
 
     def __call__(
         self,
@@ -155,6 +163,10 @@ class Attention(nn.Module):
     def project(self, mixed_BxTxHxD: jax.Array) -> jax.Array:
         """Return the update of the residual stream, [B, T, E]."""
         return checkpoint_name(self.out(mixed_BxTxHxD), "attention_out")
+
+
+def _normed(heads: jax.Array, norm: nn.RMSNorm | None) -> jax.Array:
+    return norm(checkpoint_name(heads, "qk")) if norm else heads
 
 
 class MLP(nn.Module):
@@ -211,10 +223,75 @@ def run_layers(
     return stack(recomputed(block, remat)(*fields, name=name), x, *context, *per_layer)
 
 
-def recomputed(block: type[nn.Module], remat: str) -> Any:
-    """Return the class of a block for `scan_layers`, recomputed in the backward pass as `remat` says."""
-    # Inside a scan the loop itself keeps XLA from merging the recomputation away.
-    return block if remat == "none" else nn.remat(block, policy=_policy(remat), prevent_cse=False)
+def run_pattern(
+    parent: nn.Module,
+    block: type[nn.Module],
+    fields: tuple[Any, ...],
+    x: jax.Array,
+    *context: Any,
+    kinds: Sequence[str],
+    layers: int,
+    remat: str,
+    name: str = "layers",
+    per_layer: tuple[Any, ...] = (),
+) -> tuple[jax.Array, Any]:
+    """Apply blocks of several kinds as `run_layers` does those of one, with the same stack of parameters.
+
+    A loop goes over the repetitions of the pattern, so that each block of the pattern is traced once, and once more if
+    it is one of the layers that follow the last whole pattern.
+
+    Args:
+      parent: module in whose compact method this is called.
+      block: class of the blocks, whose parameters do not depend on the kind.
+      fields: first arguments of the constructor; the last one is the kind.
+      x: input of the first block.
+      context: further inputs of every block.
+      kinds: kinds of the first layers, repeated over all of them.
+      layers: as in `run_layers`.
+      remat: as in `run_layers`.
+      name: as in `run_layers`.
+      per_layer: as in `run_layers`.
+
+    Returns:
+      The last x, and the trees of all blocks, stacked in the order of the layers.
+    """
+    if len(set(kinds[:layers])) == 1 or parent.is_initializing():
+        fields = (*fields, kinds[0])
+        return run_layers(block, fields, x, *context, layers=layers, remat=remat, name=name, per_layer=per_layer)
+    stacked = parent.variables["params"][name], per_layer
+    whole, rest = divmod(layers, len(kinds))
+    outputs = []
+    for first, turns, here in ((0, whole, kinds), (layers - rest, 1, kinds[:rest])):
+        if turns and here:
+            # XLA unrolls a loop of one turn, and would then merge the recomputation away.
+            build = recomputed(block, remat, in_loop=turns > 1)
+            blocks = [build(*fields, kind, parent=None) for kind in here]
+            shape = turns, len(here)
+
+            def cut(array: jax.Array, first: int = first, shape: tuple[int, int] = shape) -> jax.Array:
+                return array[first : first + math.prod(shape)].reshape(*shape, *array.shape[1:])
+
+            x, found = lax.scan(functools.partial(_turn, blocks, context), x, jax.tree.map(cut, stacked))
+            outputs.append(jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), found))
+    return x, jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *outputs)
+
+
+def _turn(blocks: Sequence[nn.Module], context: tuple[Any, ...], x: jax.Array, stacked: Any) -> tuple[jax.Array, Any]:
+    outputs = []
+    for number, block in enumerate(blocks):
+        params, inputs = jax.tree.map(lambda array, number=number: array[number], stacked)
+        result: Any = block.apply({"params": params}, x, *context, *inputs)
+        x, out = result
+        outputs.append(out)
+    return x, jax.tree.map(lambda *arrays: jnp.stack(arrays), *outputs)
+
+
+def recomputed(block: type[nn.Module], remat: str, *, in_loop: bool = True) -> Any:
+    """Return the class of a block, recomputed in the backward pass as `remat` says.
+
+    Inside a loop, such as that of `scan_layers`, the loop itself keeps XLA from merging the recomputation away.
+    """
+    return block if remat == "none" else nn.remat(block, policy=_policy(remat), prevent_cse=not in_loop)
 
 
 def scan_layers(body: Any, length: int, in_axes: Any = nn.broadcast, state: tuple[str, ...] = ()) -> Any:

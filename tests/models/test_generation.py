@@ -18,6 +18,16 @@ PADDED, SLOTS = 12, 20
 KNOBS = {
     "plain": {},
     "window": {"attention_window": 4, "attention_soft_cap": 2.0, "tied_head": False},
+    "pattern": {
+        "layers": 3,
+        "layer_pattern": ("local", "global"),
+        "attention_window": 3,
+        "local_rope_theta": 100.0,
+        "attention_sinks": True,
+        "attention_scale": 0.5,
+        "logit_soft_cap": 2.0,
+        "qk_norm": "head",
+    },
     "experts": {"experts": 4, "dense_layers": 1, "balance_rate": 1e-3, "router": "sigmoid", "remat": "full"},
 }
 

@@ -40,8 +40,8 @@ def inputs(length=256, head_dim=64):
 
 
 @functools.cache
-def known(pattern, length=256):
-    """Return the result and the gradients of its weighted sum for queries, keys and values, in float64."""
+def known(pattern, length=256, sinks=None):
+    """Return the result and the gradients of its weighted sum for queries, keys, values and sinks, in float64."""
     *arrays, weights, segments = (x.astype(np.float64) for x in inputs(length))
     query, key, value = arrays[0], *(np.repeat(x, 2, axis=2) for x in arrays[1:])
     slots, scale = np.arange(length), pattern.scale or query.shape[-1] ** -0.5
@@ -53,29 +53,34 @@ def known(pattern, length=256):
     bent = np.tanh(scores / pattern.soft_cap) if pattern.soft_cap else np.zeros(())
     scores = pattern.soft_cap * bent if pattern.soft_cap else scores
     shares = np.where(visible[:, None], np.exp(scores - scores.max()), 0)
-    shares /= shares.sum(axis=-1, keepdims=True)
+    of_sinks = 0 if sinks is None else np.exp(np.array(sinks)[:, None, None] - scores.max())
+    total = shares.sum(axis=-1, keepdims=True) + of_sinks
+    shares /= total
     by_share = np.einsum("bthd,bshd->bhts", weights, value)
     by_score = shares * (by_share - (shares * by_share).sum(axis=-1, keepdims=True)) * (1 - bent**2) * scale
     of_keys = np.einsum("bhts,bthd->bshd", by_score, query), np.einsum("bhts,bthd->bshd", shares, weights)
     of_keys = (x.reshape(*x.shape[:2], 2, 2, -1).sum(axis=3) for x in of_keys)
     mixed = np.einsum("bhts,bshd->bthd", shares, value)
-    return [np.einsum("bhts,bshd->bthd", by_score, key), *of_keys, mixed]
+    lost = () if sinks is None else [-(of_sinks / total * (shares * by_share).sum(-1, keepdims=True)).sum((0, 2, 3))]
+    return [np.einsum("bhts,bshd->bthd", by_score, key), *of_keys, *lost, mixed]
 
 
-def assert_is_known(pattern, mesh, *, dtype="float32", length=256, **knobs):
+def assert_is_known(pattern, mesh, *, dtype="float32", length=256, sinks=None, **knobs):
     """Compare with `known` the result of attention, and the gradients of its weighted sum, on a mesh."""
     *arrays, weights, segments = inputs(length)
 
     def total(*arrays):
-        inputs = (layout.zigzag(jnp.asarray(x)) for x in (*arrays, segments))
-        mixed = layout.natural(attention(*inputs, pattern=pattern, zigzag=True, **knobs)).astype(jnp.float32)
+        inputs = (layout.zigzag(jnp.asarray(x)) for x in (*arrays[:3], segments))
+        own = {"sinks": arrays[3]} if sinks else {}
+        mixed = layout.natural(attention(*inputs, pattern=pattern, zigzag=True, **own, **knobs)).astype(jnp.float32)
         return (mixed * weights).sum(), mixed
 
     rows = NamedSharding(mesh, P(("data", "fsdp")))
     with jax.set_mesh(mesh):
-        step = quick_jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True), in_shardings=rows)
-        found = step(*(jax.device_put(jnp.asarray(x, dtype), rows) for x in arrays))
-    for x, y in zip(known(pattern, length), jax.tree.leaves(found), strict=True):
+        arrays = [jax.device_put(jnp.asarray(x, dtype), rows) for x in arrays]
+        arrays += [jax.device_put(jnp.array(sinks), NamedSharding(mesh, P()))] if sinks else []
+        found = quick_jit(jax.grad(total, argnums=tuple(range(len(arrays))), has_aux=True))(*arrays)
+    for x, y in zip(known(pattern, length, sinks), jax.tree.leaves(found), strict=True):
         assert np.linalg.norm(x - np.asarray(y, np.float64)) < TOLERANCES[dtype] * np.linalg.norm(x)
 
 
@@ -106,6 +111,17 @@ TWO_WAYS = kernels.Pattern(causal=False)
 def test_attention_by_xla(pattern, sizes, block):
     """Faults: a wrong window, soft cap or slice of the keys; chunks of the zigzag order are mixed up."""
     assert_is_known(pattern, mesh_of(**MESHES[sizes]), block=block)
+
+
+SINKS = (1.0, -1.0, 5.0, 0.0)
+
+
+@pytest.mark.parametrize(("kernel", "block"), [("xla", 32), ("splash", 0)])
+def test_sinks(kernel, block, monkeypatch):
+    """Faults: a head has the sink of another; a device's gradient of sinks is not summed; masked keys get weight."""
+    monkeypatch.setattr(kernels, "_BLOCK", 128)
+    mesh, length = MESHES["data x sequence x tensor"], 256 if kernel == "xla" else 512
+    assert_is_known(BENT, mesh_of(**mesh), length=length, sinks=SINKS, kernel=kernel, block=block)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +191,8 @@ CHOICES = [
     ("auto", V5E, {}, (2048, 128, "bfloat16", CAUSAL, True), "xla", "it cannot drop weights"),
     ("auto", H100, {}, (2048, 128, "bfloat16"), "cudnn", "it fits platform gpu"),
     ("auto", H100, {}, (2048, 128, "bfloat16", CAPPED), "xla", "it has no soft cap of scores, and soft_cap=50"),
+    ("auto", H100, {}, (2048, 128, "bfloat16", CAUSAL, False, True), "xla", "it has no sinks"),
+    ("auto", V5E, {}, (2048, 128, "bfloat16", CAUSAL, False, True), "splash", "it fits platform tpu"),
     ("auto", H100, {}, (2048, 128, "float32"), "xla", "task.compute_dtype=float32 must be bfloat16"),
     ("auto", H100, {}, (2048, 256, "bfloat16"), "xla", "head_dim=256 must be a multiple of 8"),
     ("auto", H100, {}, (2040, 128, "bfloat16"), "xla", "must be multiples of 64"),
@@ -184,9 +202,9 @@ CHOICES = [
 ]
 
 
-def choose(kernel, length, head_dim, dtype, pattern=CAUSAL, drops=False):
+def choose(kernel, length, head_dim, dtype, pattern=CAUSAL, drops=False, sinks=False):
     query = jax.ShapeDtypeStruct((4, length, 4, head_dim), jnp.dtype(dtype))
-    return kernels.choose(kernel, query, length, 2, pattern, drops=drops)
+    return kernels.choose(kernel, query, length, 2, pattern, drops=drops, sinks=sinks)
 
 
 @pytest.mark.parametrize(("kernel", "device", "sizes", "shape", "chosen", "why"), CHOICES)

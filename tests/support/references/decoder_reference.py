@@ -13,9 +13,8 @@ def logits(task, params, batch):
     for number in range(task.layers):
         layer = _map(lambda x, number=number: x[number], params["layers"])
         normed = _norm(x, layer["attention_norm"], task) if task.norms != "post" else x
-        added = np.stack(
-            [_attention(task, layer["attention"], *row) for row in zip(normed, segments, positions, strict=True)]
-        )
+        knobs = task, number, layer["attention"]
+        added = np.stack([_attention(*knobs, *row) for row in zip(normed, segments, positions, strict=True)])
         x = x + (_norm(added, layer["attention_post_norm"], task) if task.norms != "pre" else added)
         normed = _norm(x, layer["mlp_norm"], task) if task.norms != "post" else x
         gate, up, down = (layer["mlp"][name]["kernel"] for name in ("gate", "up", "down"))
@@ -40,8 +39,10 @@ def _activation(name, x):
     return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def _attention(task, parameters, x, segments, positions):
-    """Return the update of a row [T, E]."""
+def _attention(task, number, parameters, x, segments, positions):
+    """Return the update of a row [T, E] by the attention of a layer."""
+    kind = task.layer_pattern[number % len(task.layer_pattern)] if task.layer_pattern else ""
+    window = 0 if kind == "global" else task.attention_window
 
     def heads(name):
         found = np.einsum("te,ehd->thd", x, parameters[name]["kernel"])
@@ -53,32 +54,35 @@ def _attention(task, parameters, x, segments, positions):
         if task.qk_norm == "all":
             whole = {"scale": parameters[f"{name}_norm"]["scale"].reshape(-1)}
             found = _norm(found.reshape(len(x), -1), whole, task).reshape(found.shape)
-        return _rotated(task, found, positions)
+        return _rotated(task, kind, found, positions)
 
     query, key, value = heads("query"), heads("key"), heads("value")
     scale = task.attention_scale or task.head_dim**-0.5
     out = np.zeros_like(x)
     for t in range(len(x)):
         seen = [s for s in range(t + 1) if segments[s] == segments[t]]
-        if task.attention_window:
-            seen = [s for s in seen if t - s < task.attention_window]
+        if window:
+            seen = [s for s in seen if t - s < window]
         for head in range(task.heads):
             group = head // (task.heads // task.kv_heads)
             scores = scale * key[seen, group] @ query[t, head]
             if task.attention_soft_cap:
                 scores = task.attention_soft_cap * np.tanh(scores / task.attention_soft_cap)
             weights = np.exp(scores)
-            weights /= weights.sum()
+            weights /= weights.sum() + (np.exp(parameters["sinks"][head]) if task.attention_sinks else 0)
             out[t] += (weights @ value[seen, group]) @ parameters["out"]["kernel"][head]
     return out
 
 
-def _rotated(task, x, positions):
+def _rotated(task, layer_kind, x, positions):
     rotated = int(task.rope_fraction * task.head_dim)
     kind, *numbers = task.rope_scaling.split() or [""]
     assert kind == "linear" or not numbers  # others have tests of their own
     factor = float(numbers[0].removeprefix("factor=")) if numbers else 1
-    frequencies = [task.rope_theta ** (-2 * i / rotated) / factor for i in range(rotated // 2)]
+    theta = task.rope_theta
+    if layer_kind == "local" and task.local_rope_theta:
+        theta, factor = task.local_rope_theta, 1
+    frequencies = [theta ** (-2 * i / rotated) / factor for i in range(rotated // 2)]
     angles = positions[:, None, None] * np.array(frequencies)
     first, second, rest = np.split(x, [rotated // 2, rotated], axis=-1)
     cos, sin = np.cos(angles), np.sin(angles)
