@@ -189,7 +189,7 @@ class Loop:
         length = config.data.sequence_length
         tokens = np.random.default_rng(0).integers(1, config.task.vocab_size, (config.batch_size, length + 1))
         arrays = {"tokens": tokens, "segments": np.ones_like(tokens), "positions": np.arange(length + 1) + 0 * tokens}
-        arrays["characters"] = np.ones_like(tokens)
+        arrays["bytes"] = 4 * tokens.shape[1] + 0 * tokens[:, 0]
         with jax.set_mesh(mesh):
             spec = {name: jax.ShapeDtypeStruct(each.shape[1:], jnp.int32) for name, each in arrays.items()}
             self.task, self.batch_spec = task, global_batch.spec(spec, config.batch_size, mesh)

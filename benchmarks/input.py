@@ -59,7 +59,7 @@ class Kind:
 def _tokens(random: np.random.Generator) -> bytes:
     tokens = random.integers(_VOCABULARY, size=_ROW_LENGTH)
     segments = np.sort(random.integers(1, 9, size=_ROW_LENGTH))
-    return packing.to_bytes((tokens, segments), _TOKENS)
+    return packing.to_bytes((tokens, segments, 4 * _ROW_LENGTH), _TOKENS)
 
 
 def _clicks(random: np.random.Generator) -> bytes:
@@ -81,7 +81,7 @@ def _photos(contents: Sequence[bytes]) -> Iterable[Example]:
 KINDS = {
     "tokens": Kind(
         _tokens,
-        functools.partial(packing.unpacked, row_type=_TOKENS, characters=np.ones(_VOCABULARY, np.int32)),
+        functools.partial(packing.unpacked, row_type=_TOKENS),
         rows=2_048,
         batch=64,
     ),

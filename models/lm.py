@@ -55,8 +55,9 @@ class Cache(NamedTuple):
 class LMTask(LinenTask):
     """Next-token prediction on packed rows.
 
-    A batch holds int32 arrays [B, T + 1]: tokens, segments (0 is padding), positions and characters. Inputs are
-    `[:, :-1]` and targets `[:, 1:]`; a target counts if its segment equals its input's and is not 0.
+    A batch holds int32 arrays: tokens, segments (0 is padding) and positions [B, T + 1], and bytes [B], of the text of
+    the targets. Inputs are `[:, :-1]` and targets `[:, 1:]`; a target counts if its segment equals its input's and is
+    not 0.
     """
 
     vocab_size: int = 4096  # number of tokens; must equal data.vocab_size
@@ -207,8 +208,8 @@ class LMTask(LinenTask):
         With `balance_rate` the state has of each router the bias [X] and, while micro-batches of a step are added, the
         load of the experts.
 
-        metrics: "loss", nats over targets, in training plus z_loss and the routers' losses; "bits_per_character", bits
-        over the characters that begin in the targets (ends of documents cost bits and have no characters); "accuracy";
+        metrics: "loss", nats over targets, in training plus z_loss and the routers' losses; "bits_per_byte", bits
+        over the bytes of the original text of the targets (ends of documents cost bits and have no bytes); "accuracy";
         with z_loss also "z_loss", the mean of log(Z)^2; with experts also those of `moe.router_metrics`.
         """
         del key  # no dropout
@@ -226,10 +227,9 @@ class LMTask(LinenTask):
             for name in ("balance_loss", "router_z_loss"):
                 total_of_routers, inputs = routers[name]
                 objective += targets * getattr(self, name) * total_of_routers / jnp.maximum(inputs, 1)
-        characters = jnp.where(real_BxT, batch["characters"][:, 1:], 0).sum(dtype=jnp.float32)
         metrics = {
             "loss": (objective, targets),
-            "bits_per_character": (losses.nats / np.log(2), characters),
+            "bits_per_byte": (losses.nats / np.log(2), batch["bytes"].sum(dtype=jnp.float32)),
             "accuracy": (losses.correct, targets),
             **z_metrics,
             **routers,

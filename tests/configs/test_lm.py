@@ -56,7 +56,7 @@ def test_every_variant_trains_through_the_command_line(variant, commanded):
     assert result["devices"] == 8
     assert result["skipped_steps"] == 0
     assert np.isfinite(result["heldout_loss"])
-    assert 0 < result["bits_per_character"] < 9
+    assert 0 < result["bits_per_byte"] < 9
     assert (result["refreshes"] > 0) == (variant not in ("sample_adamw", "sample_muon"))
     assert len(history(workdir, "train/loss")) == steps
     assert "launch.report" in out

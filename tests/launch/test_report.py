@@ -24,7 +24,7 @@ def write(path, *, seed=0, rate=0.001, slope=0.04, optimizer="Shampoo", finished
         if optimizer == "Shampoo":
             line |= {"optimizer/residual_max": 10.0 ** -(step / 10), "optimizer/failures": 0}
         if step % 20 == 0:
-            line |= {"heldout/loss": 6.5 - slope * step + 0.2 * seed, "heldout/bits_per_character": 2.0}
+            line |= {"heldout/loss": 6.5 - slope * step + 0.2 * seed, "heldout/bits_per_byte": 2.0}
         lines.append(json.dumps(line) + "\n")
     (path / workdir.METRICS).write_text("".join(lines))
     if finished:
@@ -34,7 +34,7 @@ def write(path, *, seed=0, rate=0.001, slope=0.04, optimizer="Shampoo", finished
             "tokens": steps * 100,
             "heldout_loss": 6.5 - slope * steps + 0.2 * seed,
             "best_heldout_loss": 6.5 - slope * steps + 0.2 * seed,
-            "bits_per_character": 2.0,
+            "bits_per_byte": 2.0,
             "optimizer": optimizer,
             "skipped_steps": 0,
             "clipped_steps": 41,
@@ -93,7 +93,7 @@ def test_the_page_needs_no_other_file_and_starts_with_the_states_of_the_runs(two
     paragraphs = [number for number, (tag, _) in enumerate(page.tags) if tag == "p"]
     assert paragraphs[0] < [tag for tag, _ in page.tags].index("h2")
     assert "fast-seed1: complete after 60 steps" in page.text
-    assert page.text.count("Plotly.newPlot(") >= 3 + 2 + 1  # losses, diagnostics, bits per character
+    assert page.text.count("Plotly.newPlot(") >= 3 + 2 + 1  # losses, diagnostics, bits per byte
 
 
 def test_page_shows_results_race_and_differing_knobs(two):
@@ -110,7 +110,7 @@ def test_page_shows_results_race_and_differing_knobs(two):
         "tokens": "6,000",
         "heldout loss": "4.5000",
         "best heldout loss": "4.5000",
-        "bits per character": "2.0000",
+        "bits per byte": "2.0000",
         "optimizer": "Shampoo",
         "skipped steps": "0",
         "clipped steps": "41",

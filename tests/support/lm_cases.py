@@ -26,7 +26,7 @@ def batch_of(segments=SEGMENTS, vocab_size=64, seed=0):
         "tokens": random.integers(0, vocab_size, segments.shape, np.int32),
         "segments": segments,
         "positions": (slots - np.maximum.accumulate(np.where(starts, slots, 0), axis=1)).astype(np.int32),
-        "characters": random.integers(0, 5, segments.shape, np.int32),
+        "bytes": random.integers(0, 50, rows, np.int32),
     }
 
 

@@ -63,7 +63,7 @@ class PairData(Tokenized):
     source_column: Annotated[int, Within(1)] = 1  # column of a .tsv file to translate from; the first is 1
     target_column: Annotated[int, Within(1)] = 2  # column of a .tsv file to translate into
     heldout_split: str = "test"  # tfds split, or chapters of the sample (validation or test), to evaluate on
-    tokenizer: str = ""  # tokenizers JSON file, byte-level BPE; "" trains one on both sides of the training pairs
+    tokenizer: str = ""  # tokenizers JSON file with "<|endoftext|>" as token 0; "" trains one on the training pairs
 
     def __post_init__(self):
         super().__post_init__()
@@ -131,7 +131,7 @@ class PairData(Tokenized):
 
         def fitting() -> Iterator[TokenPair]:
             nonlocal longest
-            encoded = encode(loaded, sides())
+            encoded = encode(loaded, sides(), END, END)
             for (source_text, source), (target_text, target) in zip(encoded, encoded, strict=True):
                 source, target = source[1:-1], target[1:-1]  # without ends
                 tally.counts.update(

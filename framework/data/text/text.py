@@ -10,41 +10,43 @@ import jax
 import numpy as np
 from etils import epath
 
+from ...base import paths
 from ...base.bounds import Within
-from ...base.errors import UserError
 from ...dataset import Codec, Split
 from ..preparing.manifests import Manifest
 from ..preparing.preparing import Tally
 from ..reading import shards
 from ..reading.sources import Stream
-from . import packing
+from . import markers, packing
 from .documents import DocumentData
 from .tokenizer import (
-    END_OF_DOCUMENT,
     SMALLEST_VOCABULARY,
     Tokenizer,
-    characters_per_token,
     encode,
     load_tokenizer,
     refusing,
+    spread,
+    token_bytes,
     train_tokenizer,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class TextData(DocumentData):
-    """Documents packed into rows of tokens, arrays int32 [sequence_length + 1] by `packing.COLUMNS`.
+    """Documents packed into rows of tokens: arrays of `packing.unpacked`, of sequence_length + 1 tokens.
 
     The cache holds `tokenizer-HASH.json` and `rows-HASH/`, named by a hash of the settings and the source, so that
     other settings or a changed source never use old files.
     """
 
-    version: ClassVar[int] = 4
-    packing_knobs: ClassVar[tuple[str, ...]] = ("sequence_length",)
+    version: ClassVar[int] = 5
+    packing_knobs: ClassVar[tuple[str, ...]] = ("sequence_length", "begin_token", "end_token")
 
     sequence_length: Annotated[int, Within(1, 2**24)] = 256  # input tokens per row; a row holds one more, a target
     vocab_size: Annotated[int, Within(SMALLEST_VOCABULARY, 2**24)] = 4096  # tokens: an end, 256 bytes and merges
-    tokenizer: str = ""  # tokenizers JSON file, byte-level BPE, local or gs://; "" trains one on the training documents
+    tokenizer: str = ""  # tokenizers JSON file, SentencePiece .model or folder with one; "" trains byte-level BPE
+    begin_token: int | str = ""  # name or id of the token before a document; "" uses the tokenizer's, or end_token
+    end_token: int | str = ""  # name or id of the token that ends a document; "" uses the tokenizer's
 
     @property
     def tokens_per_example(self) -> int:
@@ -63,39 +65,49 @@ class TextData(DocumentData):
         self, stream: Stream, number: int, records: Iterator[str], tokenizer: str, tally: Tally
     ) -> Iterator[bytes]:
         """See `Preparable.rows`; the last row of a shard is padded."""
-        loaded = self.load(epath.Path(tokenizer))
-        characters = characters_per_token(loaded, self.vocab_size)
+        path = epath.Path(tokenizer)
+        loaded = self.load(path)
+        begin, end = self._markers(path)
+        weights = token_bytes(loaded, self.vocab_size)
 
-        def counted() -> Iterator[np.ndarray]:
-            for text, tokens in encode(loaded, records):
-                if characters[tokens].sum() != len(text):
-                    raise UserError(
-                        f"data.tokenizer={self.tokenizer}: turns {len(text)} characters into "
-                        f"{characters[tokens].sum()} ({text[:40]!r}...). Use a byte-level tokenizer."
-                    )
-                tally.counts.update(documents=1, characters=len(text), tokens=len(tokens) - 1)
-                yield tokens
+        def counted() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for text, tokens in encode(loaded, records, begin, end):
+                size, own = len(text.encode()), weights[tokens]
+                own[[0, -1]] = 0
+                tally.counts.update(documents=1, bytes=size, tokens=len(tokens) - 1)
+                yield tokens, spread(size, own)
 
         row_type = self._row_type
         return (packing.to_bytes(row, row_type) for row in packing.pack(counted(), self.sequence_length + 1))
 
     def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> shards.Decode:
         """See `Preparable.row_decoder`."""
-        characters = characters_per_token(self.tokenizer_of(folder, manifest), self.vocab_size)
-        return functools.partial(packing.unpacked, row_type=self._row_type, characters=characters)
+        return functools.partial(packing.unpacked, row_type=self._row_type)
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return shape and type of the arrays of a row."""
-        return {name: jax.ShapeDtypeStruct((self.sequence_length + 1,), np.int32) for name in packing.COLUMNS}
+        shapes = packing.shapes(self.sequence_length + 1)
+        return {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in shapes.items()}
+
+    def settings(self) -> dict[str, Any]:
+        """See `Tokenized.settings`; with the ids of the markers of a given tokenizer."""
+        settings = super().settings()
+        if self.tokenizer:
+            settings["begin_token"], settings["end_token"] = self._markers(self.tokenizer_file)
+        return settings
+
+    def _markers(self, path: epath.Path) -> markers.Markers:
+        return markers.find(path, self.load(path), self.begin_token, self.end_token)
 
     def codec(self, cache: str | os.PathLike[str]) -> Codec:
         """See `dataset.codec`."""
         tokenizer = self.load_tokenizer(cache)
-        end: Any = tokenizer.token_to_id(END_OF_DOCUMENT)  # `load_tokenizer` has found it
+        path = self.tokenizer_file if self.tokenizer else paths.of(cache) / "tokenizer.json"
+        begin, end = markers.find(path, tokenizer, self.begin_token, self.end_token)
 
         def encoded(text: str) -> list[int]:
             with refusing(f"the tokenizer fails on {text[:40]!r}"):
-                return [end, *tokenizer.encode(text, add_special_tokens=False).ids]
+                return [begin, *tokenizer.encode(text, add_special_tokens=False).ids]
 
         return Codec(encoded, lambda tokens: tokenizer.decode([*tokens]), (end,))
 

@@ -118,15 +118,22 @@ class Tokenized(Preparable):
         """See `Preparable.settings`; with the hash of the tokenizer's file in place of its path."""
         settings = super().settings()
         if self.tokenizer:
-            settings["tokenizer"] = hashlib.sha256(read_bytes(paths.of(self.tokenizer))).hexdigest()
+            settings["tokenizer"] = hashlib.sha256(read_bytes(self.tokenizer_file)).hexdigest()
         return settings
+
+    @property
+    def tokenizer_file(self) -> epath.Path:
+        """The file of a given tokenizer; of a folder the tokenizers JSON file, or else the SentencePiece model."""
+        path = paths.of(self.tokenizer)
+        if not path.is_dir():
+            return path
+        return path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "tokenizer.model")
 
     def make_tokenizer(self, cache: epath.Path, source: Source) -> str:
         """Return the path of the given tokenizer, or of the one in `cache`; train it if it is missing."""
         if self.tokenizer:
-            path = paths.of(self.tokenizer)
-            self.load(path)
-            return os.fspath(path)
+            self.load(self.tokenizer_file)
+            return os.fspath(self.tokenizer_file)
         unrelated = {*self.packing_knobs, "shard_size"}
         own = {name: value for name, value in self.identity(source).items() if name not in unrelated}
         path = cache / f"tokenizer-{manifests.digest(own)}.json"
@@ -149,7 +156,7 @@ class Tokenized(Preparable):
           UserError: the tokenizer is missing or invalid.
         """
         if self.tokenizer:
-            return self.load(paths.of(self.tokenizer))
+            return self.load(self.tokenizer_file)
         place = paths.of(self.prepared or cache)
         found = [path for path in paths.listed(place) if path.name.startswith("tokenizer-") and path.suffix == ".json"]
         return self.load(found[0]) if len(found) == 1 else self.tokenizer_of(*self.manifest(cache))
@@ -157,4 +164,4 @@ class Tokenized(Preparable):
     def tokenizer_of(self, folder: epath.Path, manifest: Manifest) -> Tokenizer:
         """Return the tokenizer of the rows of a folder."""
         own = folder.parent / manifest["tokenizer"]["file"]
-        return self.load(paths.of(self.tokenizer) if self.tokenizer else own)
+        return self.load(self.tokenizer_file if self.tokenizer else own)

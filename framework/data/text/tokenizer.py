@@ -1,11 +1,10 @@
-"""Byte-level byte-pair encoding: any text encodes, decodes to itself, and its characters are counted exactly.
+"""Tokenizers: byte-level byte-pair encoding, trained here, or any that is given as a file; documents as their tokens.
 
 Training is deterministic: the same documents give the same JSON for any number of threads or processes.
 """
 
 import contextlib
 import functools
-import json
 import os
 import re
 import threading
@@ -22,16 +21,16 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ...base.errors import UserError
+from .spm import SentencePiece
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of a document
 # Merges settle long before this; reading all of a web-sized set would only cost hours.
 TRAINING_CHARACTERS = 300_000_000
-_BYTE_LEVEL_PARTS = ("ByteLevel", "Split", "Digits", "Punctuation")
-_PROBE = " a  b\r\n\tÉe\u0301ﬁ \uff21\u00a0漢字 👩‍🚀 1,000 <|endoftext|>"
 _LONGEST_WORD = 1_000  # characters
 _LONG_RUN = re.compile(rf"(?<!\S)\S{{{_LONGEST_WORD},}}|(?<!\s)\s{{{_LONGEST_WORD},}}")
 _CHUNK = 1_000_000  # characters encoded at once
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of one byte, of tokenizers that fall back to bytes
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -55,69 +54,31 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(path: epath.Path, vocab_size: int) -> Tokenizer:
-    """Read a tokenizers JSON file of byte-level BPE that preserves text.
+def load_tokenizer(path: epath.Path, vocab_size: int) -> Any:
+    """Read a tokenizers JSON file, or a SentencePiece model, which has the methods of a Tokenizer that are used here.
+
+    Text that spells a special token is ordinary text, except if it is a piece of a Unigram model in JSON.
 
     Raises:
-      UserError: the file is missing or invalid, has more than `vocab_size` tokens, has no "<|endoftext|>", or is not
-        byte-level (decoding does not restore the text).
+      UserError: the file is missing or invalid, has more than `vocab_size` tokens, or its tokens are drawn at random.
     """
-    return _byte_level(path, vocab_size, read_bytes(path))
+    return _loaded(path, vocab_size, read_bytes(path))
 
 
 @functools.lru_cache(1)  # for a large vocabulary it takes a second, and a run asks for it several times
-def _byte_level(path: epath.Path, vocab_size: int, content: bytes) -> Tokenizer:
-    _refuse_unfit_parts(path, content)
-    tokenizer = read_tokenizer(path, vocab_size, content)
-    if tokenizer.token_to_id(END_OF_DOCUMENT) is None:
-        raise UserError(f"data.tokenizer={path}: has no token {END_OF_DOCUMENT!r}. Add it as a special token.")
-    with refusing(f"data.tokenizer={path}: fails on {_PROBE!r}"):
-        ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
-        text = tokenizer.decode(ids, skip_special_tokens=False)
-    counted = characters_per_token(tokenizer, vocab_size)[ids].sum()
-    foreign = set(ids) - set(_byte_level_ids(tokenizer))
-    dropout = getattr(tokenizer.model, "dropout", None)
-    if text != _PROBE or counted != len(_PROBE) or foreign or dropout:
-        raise UserError(
-            f"data.tokenizer={path}: does not preserve text, so bits per character would be wrong (it turns {_PROBE!r} "
-            f"into {text!r}, with dropout {dropout}). Use a byte-level BPE tokenizer without normalizer, dropout or "
-            "prefix space."
-        )
-    return tokenizer
-
-
-def _refuse_unfit_parts(path: epath.Path, content: bytes) -> None:
-    """Refuse parts that no byte-level tokenizer has; the Rust library panics on some, which writes to the terminal."""
-
-    def fits(part: Any) -> bool:
-        if part is None or part["type"] in _BYTE_LEVEL_PARTS:
-            return True
-        return part["type"] == "Sequence" and all(map(fits, part.get("normalizers", part.get("pretokenizers"))))
-
-    with refusing(f"data.tokenizer={path}: is not a tokenizers JSON file"):
-        parts = json.loads(content)
-        unfit = [name for name in ("normalizer", "pre_tokenizer") if not fits(parts.get(name))]
-    if unfit:
-        raise UserError(
-            f"data.tokenizer={path}: does not preserve text, so bits per character would be wrong (it has another "
-            f"{' and '.join(unfit)}). Use a byte-level BPE tokenizer without normalizer, dropout or prefix space."
-        )
-
-
-def read_tokenizer(path: epath.Path, vocab_size: int, content: bytes) -> Tokenizer:
-    """Return the tokenizer of the content of a tokenizers JSON file.
-
-    Raises:
-      UserError: it is invalid, or has more than `vocab_size` tokens.
-    """
-    with refusing(f"data.tokenizer={path}: is not a tokenizers JSON file"):
-        tokenizer = Tokenizer.from_buffer(content)
+def _loaded(path: epath.Path, vocab_size: int, content: bytes) -> Any:
+    is_model = path.suffix == ".model"
+    with refusing(f"data.tokenizer={path}: is not a {'SentencePiece model' if is_model else 'tokenizers JSON file'}"):
+        tokenizer: Any = SentencePiece(content) if is_model else Tokenizer.from_buffer(content)
         size = max(tokenizer.get_vocab().values(), default=-1) + 1
     if size > vocab_size:
         raise UserError(f"data.vocab_size={vocab_size}: {path} has {size} tokens. Set data.vocab_size={size}.")
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    if not is_model:
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if dropout := getattr(tokenizer.model, "dropout", None):
+            raise UserError(f"data.tokenizer={path}: has dropout {dropout}, so tokens are random. Set it to null.")
     return tokenizer
 
 
@@ -149,56 +110,52 @@ def refusing(message: str) -> Iterator[None]:
         raise UserError(f"{message}: {error}") from error
 
 
-def encode(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield each document with its token ids, int32 [tokens], between two end tokens.
+def encode(tokenizer: Any, documents: Iterable[str], begin: int, end: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield each document with its token ids, int32 [tokens], between the tokens `begin` and `end`.
 
-    The first end token is the input from which the first real token is predicted.
+    The first is the input from which the first real token is predicted.
 
     Raises:
       UserError: the tokenizer fails on a document.
     """
-    end = np.array([tokenizer.token_to_id(END_OF_DOCUMENT)], np.int32)
     for chunk in _chunks(documents):
         with refusing(f"the tokenizer fails on one of the documents from {chunk[0][:40]!r} on; use another"):
             encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
         for document, encoding in zip(chunk, encodings, strict=True):
-            yield document, np.concatenate([end, np.array(encoding.ids, np.int32), end])
+            yield document, np.array([begin, *encoding.ids, end], np.int32)
 
 
 @functools.lru_cache(1)
-def characters_per_token(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """Return the number of characters that begin in each token, int32 [vocab_size].
+def token_bytes(tokenizer: Any, vocab_size: int) -> np.ndarray:
+    """Return the number of bytes of text that each token stands for, int64 [vocab_size].
 
-    These are the bytes of a token that do not continue a UTF-8 character. Summed over the tokens of a text they give
-    its length, even if some tokens hold part of a character.
+    It is exact for tokens of byte-level tokenizers, and about right for others, which may change the text. Special
+    tokens count as one byte, for the unknown one.
     """
-    table = np.zeros(vocab_size, np.int32)
-    for id, token in _byte_level_ids(tokenizer).items():
-        table[id] = sum((_BYTES[character] & 0xC0) != 0x80 for character in token)
+    parts = f"{tokenizer.pre_tokenizer!r}{tokenizer.normalizer!r}{tokenizer.decoder!r}"
+    byte_level, table = "ByteLevel(" in parts, np.zeros(vocab_size, np.int64)
+    for token, id in tokenizer.get_vocab(with_added_tokens=False).items():
+        if byte_level:
+            table[id] = len(token)  # GPT-2's alphabet has a character for each byte
+        elif _BYTE.fullmatch(token):
+            table[id] = 1
+        else:
+            table[id] = len(token.removeprefix("##").replace("▁", " ").encode())
     for id, added in tokenizer.get_added_tokens_decoder().items():
-        table[id] = 0 if added.special else len(added.content)
+        table[id] = 1 if added.special else len(added.content.encode())
     table.setflags(write=False)
     return table
 
 
-def _byte_level_ids(tokenizer: Tokenizer) -> dict[int, str]:
-    """Return the tokens spelt in the byte-level alphabet and those added later as literal text."""
-    special = {id for id, added in tokenizer.get_added_tokens_decoder().items() if added.special}
-    return {
-        id: token
-        for token, id in tokenizer.get_vocab(with_added_tokens=False).items()
-        if id not in special and all(character in _BYTES for character in token)
-    }
+def spread(count: int, weights: np.ndarray) -> np.ndarray:
+    """Return `count` bytes of a document divided over its tokens in proportion to weights [tokens], int64 [tokens].
 
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return GPT-2's alphabet: printable Latin-1 characters stand for themselves, other bytes begin at U+0100."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTES = _byte_alphabet()
+    The sum is `count`; without any weight the last token has all.
+    """
+    ends = np.cumsum(weights)
+    if not ends[-1]:
+        return np.where(np.arange(len(weights)) == len(weights) - 1, count, 0)
+    return np.diff(ends * count // ends[-1], prepend=0)
 
 
 def train_on(tokenizer: Tokenizer, documents: Iterable[str], trainer: Any) -> None:

@@ -13,7 +13,7 @@ from etils import epath
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ...base.errors import UserError
-from .tokenizer import first_characters, read_bytes, read_tokenizer, train_on
+from .tokenizer import first_characters, load_tokenizer, train_on
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SMALLEST_VOCABULARY = 150  # the special tokens, the smallest alphabet twice, and some pieces
@@ -74,9 +74,9 @@ def load_wordpiece(path: epath.Path, vocab_size: int) -> Tokenizer:
     Raises:
       UserError: the file is missing or invalid, has another model, or more than `vocab_size` tokens.
     """
-    tokenizer = read_tokenizer(path, vocab_size, read_bytes(path))
-    if not isinstance(tokenizer.model, models.WordPiece):
-        kind = type(tokenizer.model).__name__
+    tokenizer = load_tokenizer(path, vocab_size)
+    if not isinstance(getattr(tokenizer, "model", None), models.WordPiece):
+        kind = type(getattr(tokenizer, "model", tokenizer)).__name__
         raise UserError(f"data.tokenizer={path}: has a model of type {kind!r}; masked text needs WordPiece")
     missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
     if missing:

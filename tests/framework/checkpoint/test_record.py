@@ -70,7 +70,7 @@ def test_best_evaluation_is_the_lowest_finite_one():
 
 def test_the_direction_of_a_metric_comes_from_its_name():
     """Fault: with best_metric=accuracy alone, the worst checkpoint is kept."""
-    for name in ("loss", "log_loss", "word_error", "bits_per_character", "nats_per_token", "masked_loss"):
+    for name in ("loss", "log_loss", "word_error", "bits_per_byte", "nats_per_token", "masked_loss"):
         assert Ranking.of(name, "auto").mode == "min"
     for name in ("accuracy", "masked_accuracy", "next_sentence_accuracy", "top5", "auc", "bleu"):
         assert Ranking.of(name, "auto").mode == "max"

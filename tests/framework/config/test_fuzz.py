@@ -19,8 +19,8 @@ from shampax.framework.checkpoint import ownership
 from shampax.framework.config import check as config_lib
 from shampax.framework.config import overrides
 from shampax.framework.data.reading.malformed import Rejects
-from shampax.framework.data.text import TextData
-from shampax.framework.data.text.tokenizer import encode, load_tokenizer, train_tokenizer
+from shampax.framework.data.text import TextData, markers
+from shampax.framework.data.text.tokenizer import encode, load_tokenizer, token_bytes, train_tokenizer
 from shampax.framework.reporting import curves, metrics, page
 from shampax.framework.reporting.runs import read_run
 from shampax.framework.sharding import placement
@@ -253,17 +253,18 @@ PARTS = [
 @example({"model": PARTS[17]}, None)
 @example({"normalizer": PARTS[5]}, None)
 @example({}, b"\xff")
-def test_tokenizer_files(tmp_path, capfd, changes, other):
+def test_tokenizer_files(tmp_path, changes, other):
     text = json.dumps(TOKENIZER | changes).encode()
     path = tmp_path / "t.json"
     path.write_bytes(other if isinstance(other, bytes) else text[:other])
     tokenizer = attempt(tmp_path, load_tokenizer, path, 400)
     if tokenizer is not None:
         texts = ["hello 漢字\n", "x" * 50]
-        encoded, again = (attempt(tmp_path, lambda: list(encode(tokenizer, texts))) or [] for _ in "12")
+        encoded, again = (attempt(tmp_path, lambda: list(encode(tokenizer, texts, 0, 0))) or [] for _ in "12")
         assert [ids.tolist() for _, ids in encoded] == [ids.tolist() for _, ids in again]
         assert all(ids.max() < 400 for _, ids in encoded)
-    assert "panicked" not in capfd.readouterr().err
+        attempt(tmp_path, lambda: markers.find(path, tokenizer, "", ""))
+        token_bytes(tokenizer, 400)
 
 
 def test_an_unterminated_pattern_is_refused(tmp_path):
@@ -274,7 +275,7 @@ def test_an_unterminated_pattern_is_refused(tmp_path):
     path.write_text(json.dumps(TOKENIZER | {"pre_tokenizer": parts}))
     tokenizer = load_tokenizer(path, 400)
     with pytest.raises(UserError, match="the tokenizer fails on one of the documents from 'aaa"):
-        list(encode(tokenizer, ["a" * 40 + "!"]))
+        list(encode(tokenizer, ["a" * 40 + "!"], 0, 0))
 
 
 POINT = {"step": 3, "seconds": 1.5, "tokens": 300, "train/loss": 2.0, "heldout/loss": 2.1}

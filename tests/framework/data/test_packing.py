@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shampax.framework.data.reading import shards
-from shampax.framework.data.text.packing import pack, real_targets, row_type, to_bytes, unpacked
+from shampax.framework.data.text.packing import pack, row_type, to_bytes, unpacked
 
 LENGTHS = st.lists(st.integers(2, 40), max_size=12)
 
@@ -20,40 +20,46 @@ def documents_of(lengths):
     return [np.arange(end - length, end, dtype=np.int32) + 1 for length, end in zip(lengths, ends, strict=True)]
 
 
+def packed(documents, row_length):
+    """Pack documents of which token n stands for n % 7 bytes."""
+    return pack([(document, document % 7) for document in documents], row_length)
+
+
 @given(LENGTHS, st.integers(2, 17))
 def test_every_token_is_predicted_exactly_once_from_its_predecessor(lengths, row_length):
     """Faults: a token is lost or doubled where a document continues in the next row; a token is predicted from another
-    document."""
+    document; a row has the bytes of other tokens than its targets."""
     documents = documents_of(lengths)
     predicted = []
-    for tokens, segments in pack(documents, row_length):
-        for slot in np.flatnonzero(real_targets(segments)):
-            assert tokens[slot - 1] == tokens[slot] - 1
-            predicted.append(tokens[slot])
+    for tokens, segments, count in packed(documents, row_length):
+        targets = np.flatnonzero((segments[1:] == segments[:-1]) & (segments[1:] > 0)) + 1
+        assert (tokens[targets - 1] == tokens[targets] - 1).all()
+        assert count == (tokens[targets] % 7).sum()
+        predicted.extend(tokens[targets])
     assert predicted == [token for document in documents for token in document[1:]]
 
 
 @given(LENGTHS, st.integers(2, 17))
 def test_rows_are_full(lengths, row_length):
     """Faults: a row has free slots although documents follow; segments do not count from 1."""
-    rows = list(pack(documents_of(lengths), row_length))
-    for tokens, segments in rows:
+    rows = list(packed(documents_of(lengths), row_length))
+    for tokens, segments, _ in rows:
         assert tokens.shape == segments.shape == (row_length,)
         assert ((tokens == 0) == (segments == 0)).all()
         real = segments[segments > 0]
         assert real[0] == 1
         assert set(np.diff(real)) <= {0, 1}
         assert (np.diff(np.flatnonzero(segments)) == 1).all()
-    for _, segments in rows[:-1]:
+    for _, segments, _ in rows[:-1]:
         assert (segments == 0).sum() <= 1
 
 
 def test_known_rows(tmp_path):
-    """Faults: positions do not restart; characters count at tokens that are not targets; padding is wrong."""
+    """Faults: positions do not restart; bytes count at tokens that are not targets; padding is wrong."""
     documents = [np.array([0, 5, 6, 0]), np.array([0, 7, 8, 9, 0])]
     kind, path = row_type(6, 10), epath.Path(tmp_path / "rows")
-    written = shards.write(path, (to_bytes(row, kind) for row in pack(documents, 6)))
-    decode = functools.partial(unpacked, row_type=kind, characters=np.array([0, 0, 0, 0, 0, 1, 2, 3, 4, 5], np.int32))
+    written = shards.write(path, (to_bytes(row, kind) for row in packed(documents, 6)))
+    decode = functools.partial(unpacked, row_type=kind)
     rows = shards.ShardRows({path: written["rows"]}, decode, 0, written["rows"])
     assert len(rows) == 2
     expected = [
@@ -61,13 +67,13 @@ def test_known_rows(tmp_path):
             "tokens": [0, 5, 6, 0, 0, 7],
             "segments": [1, 1, 1, 1, 2, 2],
             "positions": [0, 1, 2, 3, 0, 1],
-            "characters": [0, 1, 2, 0, 0, 3],
+            "bytes": 11,
         },
         {
             "tokens": [7, 8, 9, 0, 0, 0],
             "segments": [1, 1, 1, 1, 0, 0],
             "positions": [0, 1, 2, 3, 0, 1],
-            "characters": [0, 4, 5, 0, 0, 0],
+            "bytes": 3,
         },
     ]
     assert [{name: array.tolist() for name, array in rows[i].items()} for i in range(len(rows))] == expected
@@ -79,7 +85,7 @@ def test_the_hash_depends_only_on_the_rows(tmp_path):
     documents = documents_of([9, 4, 17, 3])
 
     def content(name, documents=documents, row_length=6):
-        rows = (to_bytes(row, row_type(row_length, 100)) for row in pack(documents, row_length))
+        rows = (to_bytes(row, row_type(row_length, 100)) for row in packed(documents, row_length))
         return shards.write(epath.Path(tmp_path / name), rows)["content"]
 
     first = content("first")
@@ -94,10 +100,10 @@ def test_the_hash_depends_only_on_the_rows(tmp_path):
 @pytest.mark.parametrize("vocab_size", [256, 65536, 65537])
 def test_large_ids_are_stored(vocab_size):
     """Fault: the integer type is too small for the vocabulary."""
-    row = np.array([0, vocab_size - 1, vocab_size // 2], np.int32), np.ones(3, np.int32)
+    row = np.array([0, vocab_size - 1, vocab_size // 2], np.int32), np.ones(3, np.int32), 2**31 - 1
     kind = row_type(3, vocab_size)
-    (back,) = unpacked([to_bytes(row, kind)], kind, np.zeros(vocab_size, np.int32))
-    assert back["tokens"].tolist() == row[0].tolist()
+    (back,) = unpacked([to_bytes(row, kind)], kind)
+    assert (back["tokens"].tolist(), back["bytes"]) == (row[0].tolist(), row[2])
 
 
 def test_one_call_reads_all_rows_of_a_shard(tmp_path, monkeypatch):

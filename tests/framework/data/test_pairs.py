@@ -289,7 +289,7 @@ def test_unusable_sources_are_one_line(tmp_path, wmt14):
         ({"source": few}, "have 5 different records"),
         ({"source": f"file:{tmp_path}"}, r"write file:.*\*\.tsv"),
         ({"source": "tfds:wmt14_translate/de-en:1.0.0", "data_dir": str(wmt14)}, "tfds build wmt14_translate/de-en"),
-        ({"tokenizer": f"{tmp_path}/gpt.json"}, "has no token"),
+        ({"tokenizer": f"{tmp_path}/gpt.json"}, "as token None; pairs need it as token 0"),
     ]
     for fields, message in cases:
         with pytest.raises(UserError, match=message) as caught:
