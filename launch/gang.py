@@ -74,7 +74,7 @@ def run(command: Sequence[str], environments: Sequence[Mapping[str, str]], *, gr
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
-                preexec_fn=_die_with_parent if _libc else None,
+                preexec_fn=die_with_parent,
             )
             label = f"[{index:>{len(str(len(environments) - 1))}}]"
             for streams in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
@@ -108,9 +108,10 @@ def run(command: Sequence[str], environments: Sequence[Mapping[str, str]], *, gr
             relay.join(_OUTPUT_SECONDS)
 
 
-def _die_with_parent() -> None:
-    assert _libc is not None
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent() -> None:
+    """Let Linux kill this process when the thread that started it exits."""
+    if _libc:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _kill_session(leader: subprocess.Popen[bytes]) -> None:

@@ -15,6 +15,7 @@ VERBS = {
     "train": "train a model, or resume a run",
     "generate": "continue texts with a trained language model",
     "translate": "translate sentences with a trained model",
+    "sweep": "train a config with several values of some knobs",
     "report": "draw runs to one HTML page",
     "models": "list the shipped configs, tasks, data sets and optimizers",
     "plan": "show memory, time and communication of a config before it runs",

@@ -2031,6 +2031,22 @@ LAUNCH = (
         ("tests/launch/test_train_cli.py::test_ctrl_c_during_imports_is_one_line",),
     ),
     Mutant(
+        "halving-by-the-last-evaluation",
+        "launch/sweep.py",
+        "[trial.losses(options.metric)[:rung] for",
+        "[trial.losses(options.metric) for",
+        "A rerun of a sweep continues other trials than those that halving kept.",
+        ("tests/launch/test_sweep.py::test_settings_are_ranked_by_the_mean_of_their_seeds",),
+    ),
+    Mutant(
+        "random-trials-that-change",
+        "launch/sweep.py",
+        "random.Random(0)",
+        "random.Random()",
+        "A rerun of a random sweep trains other trials.",
+        ("tests/launch/test_sweep.py::test_random_trials_stay_the_same_and_fill_the_range",),
+    ),
+    Mutant(
         "flag-of-the-help-without-quotes",
         "launch/knobs.py",
         "else shlex.quote(text)",
