@@ -41,7 +41,8 @@ install: $(INSTALLED)
 
 train: $(INSTALLED)
 	@echo "==> Training the quick start into $(QUICKSTART): 2 to 3 minutes on 2 cores. Ctrl-C is safe; make train resumes."
-	$(BIN)/python -m shampax.launch.train --config=shampax/configs/lm.py:sample --workdir=$(QUICKSTART)
+	$(BIN)/python -m shampax.launch.train --config=shampax/configs/lm.py:sample --workdir=$(QUICKSTART) \
+	  --config.samples.every=100%
 
 # Run each candidate instead of only looking it up: version managers leave shims of missing interpreters.
 $(BIN)/python:

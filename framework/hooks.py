@@ -1,13 +1,22 @@
-"""Hooks run when training pauses: save, compile, evaluate, profile. Add a feature of the loop as a hook."""
+"""Hooks run when training pauses: save, compile, evaluate, sample, profile. Add a feature of the loop as a hook."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
+from . import dataset
+from .base import workdir as layout
 from .base.durations import Period
 from .data.feed import Heldout
+from .dataset import Codec
 from .distributed import agreement, console
+from .generation.generator import Generator
+from .generation.sampling import Sampling
+from .generation.texts import Text
 from .loop import Hook, Run, storage_faults
 from .reporting.profiling import Profile
 from .setup import Blueprint
@@ -17,7 +26,7 @@ from .task import judge_of
 
 def of(blueprint: Blueprint, profile: Profile) -> tuple[Hook, ...]:
     """Return the hooks of a run, in their order."""
-    return Save(blueprint), Compile(blueprint.record.step), Evaluate(blueprint), profile
+    return Save(blueprint), Compile(blueprint.record.step), Evaluate(blueprint), Sample(blueprint), profile
 
 
 class Save:
@@ -111,6 +120,46 @@ class Evaluate:
         if line:
             console.say(line)
         return values | judged
+
+
+class Sample:
+    """Let the model continue the prompts of the config, every period."""
+
+    def __init__(self, blueprint: Blueprint):
+        self._section = blueprint.request.config.samples
+        self._period = Period(blueprint.in_steps(self._section.every))
+        self._sampled: int | None = None
+        self._blueprint = blueprint
+
+    def next(self, step: int) -> int:
+        """Return the step of the next samples."""
+        return self._period.next(step)
+
+    def due(self, run: Run) -> bool:
+        """Return whether this step has to be sampled and is not."""
+        return not run.stopped and self._sampled != run.step and self._period.due(run.step)
+
+    def __call__(self, run: Run) -> None:
+        """Generate on all processes, and write on the first."""
+        self._sampled = run.step
+        run.watch.at("samples", run.step)
+        codec, prompts, generator = self._model
+        drawn = np.stack([*generator.tokens(run.state.variables, prompts, self._section.tokens)], axis=1)
+        texts = [Text(codec, prompt) for prompt in prompts]
+        for text, tokens in zip(texts, drawn, strict=True):
+            for token in tokens:
+                text.add(int(token))
+            text.end()
+        given = zip(self._section.prompts, texts, strict=True)
+        run.journal.sampled(run.step, [{"prompt": prompt, "text": text.text} for prompt, text in given])
+
+    @functools.cached_property
+    def _model(self) -> tuple[Codec, list[list[int]], Generator]:
+        """The codec, the tokens of the prompts, and what continues them; compiled when it is first used."""
+        request = self._blueprint.request
+        codec = dataset.codec(request.data, request.workdir / layout.CACHE)
+        assert codec is not None  # `setup.build` has refused other data
+        return codec, [*map(codec.encode, self._section.prompts)], Generator(request.task, request.mesh, Sampling())
 
 
 def _until_stopped(run: Run, heldout: Heldout) -> Iterator[Any]:

@@ -193,6 +193,8 @@ def build(request: Request, compilers: Executor) -> Blueprint:
     metrics = of_sets(program.metrics(), request.sets)
     judged = of_sets(getattr(request.task, "judged_metrics", ()), request.sets)
     _refuse_unknown_metric(config.evaluation.best_metric, (*metrics, *judged))
+    if in_steps(config.samples.every):
+        _refuse_samples(request)
     tx, abstract = program.tx, program.abstract
     manifest = takeover.describe(tx, config.optimizer.name, abstract.params, mesh.shape)
     taken = takeover.plan(start, abstract, tx, config.optimizer.name, config.renamed)
@@ -276,6 +278,19 @@ def _refuse_other_shapes(name: str, told: Mapping[str, Any], given: Mapping[str,
         raise UserError(
             f"config.data.name={name}: an example has {shapes[1]}, but its method spec() tells {shapes[0]}. Correct it."
         )
+
+
+def _refuse_samples(request: Request) -> None:
+    section, task, data = (request.config[key] for key in ("samples", "task", "data"))
+    silent = [
+        f"config.{key}.name={part.name}"
+        for key, part, method in (("task", task, "prefill"), ("data", data, "codec"))
+        if not hasattr(getattr(request, key), method)
+    ]
+    if silent:
+        raise UserError(f"config.samples.every={section.every}: {silent[0]} cannot continue texts. Use 0 steps.")
+    if not section.prompts:
+        raise UserError("config.samples.prompts=(): no text to continue. Give one, or set config.samples.every=0.")
 
 
 def _refuse_unknown_metric(best_metric: str, names: Sequence[str]) -> None:

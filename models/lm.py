@@ -253,7 +253,9 @@ class LMTask(LinenTask):
 
     def _transformer(self, variables: dict[str, Any], *inputs: Any, cache: Cache | None = None) -> Any:
         bias_LxX = variables["routers"]["bias"] if self._has_biases else None
-        return Transformer(self).apply({"params": variables["params"]}, *inputs, bias_LxX, cache)
+        # A kernel that was named for the rows of training need not fit prompts.
+        task = self if cache is None else dataclasses.replace(self, attention="auto")
+        return Transformer(task).apply({"params": variables["params"]}, *inputs, bias_LxX, cache)
 
     def prefill(
         self, variables: dict[str, Any], tokens_BxT: jax.Array, real_BxT: jax.Array, slots: int

@@ -10,6 +10,7 @@ from .values import convert
 CONFIG = "config.json"  # the resolved config
 PARAMETERS = "parameters.txt"  # the table printed at start
 METRICS = "metrics.jsonl"  # one JSON object per line and measured step
+SAMPLES = "samples.jsonl"  # one JSON object per prompt and sampled step
 RESULT = "result.json"  # written when the run ends
 CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged"  # damaged checkpoints, moved out of the way

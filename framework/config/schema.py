@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "evaluation.judge_every",
     "evaluation.sets",
     "guard.max_consecutive_skips",
+    "samples",
     "data.data_dir",  # the same data may be stored elsewhere on another cluster
     "data.prepared",  # the fingerprint of the rows tells whether they are the same
     "data.workers",
@@ -56,6 +57,7 @@ TYPES = {
     "may_change": tuple[str, ...],
     "compiler_options": tuple[str, ...],
     "evaluation.sets": tuple[str, ...],
+    "samples.prompts": tuple[str, ...],
 }
 
 # Sensible values of numbers. `check` bounds all other numbers by int32 and float32.
@@ -70,6 +72,7 @@ BOUNDS = {
     "checkpoint.keep_last": Within(1),
     "checkpoint.keep_best": Within(0),
     "guard.max_consecutive_skips": Within(1),
+    "samples.tokens": Within(1, 2**16),
     "watchdog.report_after": Within(0, 1e6),
     "watchdog.end_after": Within(0, 1e6),
     "compilation_cache.gigabytes": Within(0.001, 1e6),
@@ -120,6 +123,10 @@ def get_config() -> Any:
     config.evaluation.judge_every = "0 steps"  # how often an evaluation computes AUC or BLEU; the last step always does
     config.evaluation.best_metric = "loss"  # held-out metric that ranks checkpoints, also one that a task judges
     config.evaluation.best_mode = "auto"  # whether low ("min") or high ("max") values are good; auto: by the name
+    config.samples = ConfigDict()
+    config.samples.every = "0 steps"  # how often a language model continues the prompts, so that you can read it
+    config.samples.prompts = ("The", "In the", "It was")  # texts to continue
+    config.samples.tokens = 40  # tokens of each continuation
     config.checkpoint = ConfigDict()
     config.checkpoint.every = "10%"  # how often to save; a signal and the last step always save
     config.checkpoint.keep_last = 2  # number of latest checkpoints to keep

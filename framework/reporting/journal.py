@@ -96,6 +96,13 @@ class Journal:
         console.say(f"held-out after step {step}: {shown}{' (best so far)' if best else ''}")
         self._write(step, self.clock.seconds, {f"heldout/{name}": value for name, value in values.items()})
 
+    def sampled(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Report the continuations of prompts after a step: objects with "prompt" and "text"."""
+        for each in samples:
+            console.say(f"sample after step {step}: {each['prompt']} ... {' '.join(each['text'].split())}")
+        if self.writer:
+            self.writer.samples(step=step, samples=samples)
+
     def close(self) -> None:
         """Wait until everything is written."""
         if self.writer:

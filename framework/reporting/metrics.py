@@ -1,4 +1,4 @@
-"""Write measurements to the workdir: JSON lines for programs, TensorBoard events for browsers.
+"""Write measurements and samples to the workdir: JSON lines for programs, TensorBoard events for browsers.
 
 If the disk or TensorBoard fails, the run warns and continues without these files.
 """
@@ -9,54 +9,66 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ..base import paths
 from ..base import workdir as layout
+from ..base.json_files import is_number, parse_object
 from ..distributed import console
 from .runs import parse_point
 
 
 class MetricsWriter:
-    """Write one line of `metrics.jsonl` per call, and the same numbers as TensorBoard events.
+    """Write lines of `metrics.jsonl` and `samples.jsonl`, and the same as TensorBoard events.
 
     One process of a run writes. When a run resumes, lines after its checkpoint are dropped, so that its history equals
     that of an uninterrupted run.
     """
 
     def __init__(self, workdir: Path, *, after_step: int, evaluated: bool):
-        """Drop the lines after `after_step`. Unless `evaluated`, drop its evaluation too, which will be repeated."""
-        self._path = workdir / layout.METRICS
+        """Drop the lines after `after_step`, its samples and, unless `evaluated`, its evaluation: they are repeated."""
+        self._path, self._samples = workdir / layout.METRICS, workdir / layout.SAMPLES
         # The import of TensorBoard takes up to seconds; in a thread it delays no step.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorboard")
         self._events: Any = None
         self._warned: set[str] = set()  # the files that could not be written
-        if self._path.exists():
-            self._drop_after(after_step, evaluated)
+        self._keep(self._path, lambda line: _stays(parse_point(line), after_step, evaluated))
+        self._keep(self._samples, lambda line: _step(line) < after_step)
 
     def write(self, *, step: int, seconds: float, tokens: int, values: Mapping[str, float]) -> None:
         """Append the measurements after `step`. A number that is not finite becomes null."""
         line = {"step": step, "seconds": round(seconds, 3), "tokens": tokens} | {
             name: value if math.isfinite(value) else None for name, value in values.items()
         }
-        try:
-            with self._path.open("a") as file:
-                # A line that a full disk has cut short ends here, and readers skip it.
-                file.write(("\n" if self._path.name in self._warned else "") + json.dumps(line) + "\n")
-        except OSError as error:
-            self._warn(self._path.name, error)
-        self._thread.submit(self._write_events, step, dict(values))
+        self._append(self._path, line)
+        self._thread.submit(self._write_events, step, lambda value: _scalars(value, values))
 
-    def _drop_after(self, step: int, evaluated: bool) -> None:
+    def samples(self, *, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Append the continuations of prompts after `step`, objects with "prompt" and "text"."""
+        for each in samples:
+            self._append(self._samples, {"step": step, **each})
+        self._thread.submit(self._write_events, step, lambda value: _texts(value, samples))
+
+    def _append(self, path: Path, line: Mapping[str, Any]) -> None:
         try:
-            lines = self._path.read_text(errors="replace").splitlines()
-            kept = [line for line in lines if (point := parse_point(line)) and _stays(point, step, evaluated)]
-            paths.write_text(self._path, "".join(line + "\n" for line in kept))
+            with path.open("a") as file:
+                # A line that a full disk has cut short ends here, and readers skip it.
+                file.write(("\n" if path.name in self._warned else "") + json.dumps(line) + "\n")
         except OSError as error:
-            self._warn(self._path.name, error)
+            self._warn(path.name, error)
+
+    def _keep(self, path: Path, stays: Callable[[str], bool]) -> None:
+        """Drop the other lines of a file."""
+        if not path.exists():
+            return
+        try:
+            lines = path.read_text(errors="replace").splitlines()
+            paths.write_text(path, "".join(line + "\n" for line in lines if stays(line)))
+        except OSError as error:
+            self._warn(path.name, error)
 
     def close(self) -> None:
         """Wait until everything is written."""
@@ -65,7 +77,7 @@ class MetricsWriter:
             with contextlib.suppress(OSError):  # each event is flushed as it is written
                 self._events.close()
 
-    def _write_events(self, step: int, values: dict[str, float]) -> None:
+    def _write_events(self, step: int, values: Callable[[Any], list[Any]]) -> None:
         if "events" in self._warned:
             return
         try:
@@ -79,8 +91,7 @@ class MetricsWriter:
                 self._events = (self._path.parent / name).open("wb")
                 first = Event(wall_time=time.time(), file_version="brain.Event:2")
                 RecordWriter(self._events).write(first.SerializeToString())
-            scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-            event = Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
+            event = Event(wall_time=time.time(), step=step, summary=Summary(value=values(Summary.Value)))
             RecordWriter(self._events).write(event.SerializeToString())
             self._events.flush()
         except Exception as error:  # an installed TensorFlow may be broken in any way
@@ -93,8 +104,32 @@ class MetricsWriter:
             console.say(f"warning: {rest} ({type(error).__name__}: {error}). Training continues.")
 
 
-def _stays(point: Mapping[str, Any], step: int, evaluated: bool) -> bool:
+def _scalars(value: Any, values: Mapping[str, float]) -> list[Any]:
+    return [value(tag=name, simple_value=number) for name, number in values.items()]
+
+
+def _texts(value: Any, samples: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return values for TensorBoard's text plugin."""
+    return [
+        value(
+            tag=f"samples/{number}",
+            metadata={"plugin_data": {"plugin_name": "text"}},
+            tensor={"dtype": "DT_STRING", "string_val": [f"**{each['prompt']}**{each['text']}".encode()]},
+        )
+        for number, each in enumerate(samples)
+    ]
+
+
+def _step(line: str) -> float:
+    """Return the step of a line, infinity if it has none."""
+    step = (parse_object(line) or {}).get("step")
+    return float(step) if step is not None and is_number(step) else math.inf
+
+
+def _stays(point: Mapping[str, Any] | None, step: int, evaluated: bool) -> bool:
     """Return whether a line belongs to the history of a run that resumes after `step`."""
+    if point is None:
+        return False
     if point["step"] != step or evaluated:
         return point["step"] <= step
     return not any(name.startswith("heldout/") for name in point)
