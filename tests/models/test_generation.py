@@ -17,16 +17,29 @@ LENGTHS = (5, 9, 1, 12, 0, 12, 2, 7)  # of prompts of rows of 17 tokens; one row
 PADDED, SLOTS = 12, 20
 KNOBS = {
     "plain": {},
-    "window": {"attention_window": 4, "attention_soft_cap": 2.0, "tied_head": False},
-    "pattern": {
+    "sandwich": {
         "layers": 3,
         "layer_pattern": ("local", "global"),
-        "attention_window": 3,
+        "attention_window": 4,
         "local_rope_theta": 100.0,
-        "attention_sinks": True,
-        "attention_scale": 0.5,
-        "logit_soft_cap": 2.0,
+        "rope_scaling": "linear factor=8",
+        "norms": "sandwich",
         "qk_norm": "head",
+        "activation": "gelu",
+        "embedding_scale": 5.5,
+        "attention_scale": 0.3,
+        "attention_soft_cap": 2.0,
+        "logit_soft_cap": 3.0,
+    },
+    "sinks": {
+        "attention_window": 4,
+        "attention_sinks": True,
+        "rope_scaling": "yarn factor=4 original=8",
+        "rope_fraction": 0.5,
+        "norms": "post",
+        "qk_norm": "all",
+        "qkv_bias": True,
+        "tied_head": False,
     },
     "experts": {"experts": 4, "dense_layers": 1, "balance_rate": 1e-3, "router": "sigmoid", "remat": "full"},
 }
