@@ -11,9 +11,13 @@ from ..framework.base.errors import TrainingStopped, UserError, printable
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse a verb's flags, and `--config.KEY=VALUE` for every knob if there is --config. Errors raise UserError."""
+    """Parse a verb's flags, and `--config.KEY=VALUE` for every knob if there is --config or `knobs` is set.
 
-    def __init__(self, verb: str, description: str | None, **options: Any):
+    Errors raise UserError.
+    """
+
+    def __init__(self, verb: str, description: str | None, *, knobs: bool = False, **options: Any):
+        self._knobs = knobs
         super().__init__(
             prog=f"shampax {verb}",
             description=description,
@@ -32,7 +36,7 @@ class Parser(argparse.ArgumentParser):
           UserError: a flag is unknown, missing or without a value.
         """
         flags, overrides = [], []
-        takes_knobs = any("--config" in action.option_strings for action in self._actions)
+        takes_knobs = self._knobs or any("--config" in action.option_strings for action in self._actions)
         rest = iter(sys.argv[1:] if arguments is None else arguments)
         for argument in rest:
             if not takes_knobs or not argument.startswith("--config."):

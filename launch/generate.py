@@ -153,7 +153,7 @@ def _model(options: argparse.Namespace) -> Callable[[list[str], Callable[[str], 
         if [] in encoded:
             raise UserError("the prompt is empty, and no token begins the texts of this model. Give a prompt.")
         texts = [Text(codec, tokens, options.stop) for tokens in encoded]
-        with jax.set_mesh(model.mesh), model.compiled_before():
+        with jax.set_mesh(model.mesh), trained.compiled_before(model.workdir):
             for drawn in generator.tokens(variables, encoded, options.max_tokens):
                 for text, token in zip(texts, drawn, strict=True):
                     shown = text.add(int(token))

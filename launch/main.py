@@ -13,6 +13,7 @@ from . import flags
 
 VERBS = {
     "train": "train a model, or resume a run",
+    "evaluate": "measure a trained model on held-out data",
     "generate": "continue texts with a trained language model",
     "translate": "translate sentences with a trained model",
     "sweep": "train a config with several values of some knobs",

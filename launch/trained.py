@@ -54,12 +54,6 @@ class Trained:
             spec = global_batch.spec(self.data.spec(), self.mesh.size, self.mesh)
             return restore.variables(self.checkpoint, self.task, spec, base.get_config().sharding_rules, self.mesh)
 
-    def compiled_before(self) -> contextlib.AbstractContextManager[None]:
-        """Use and keep compiled programs beside the workdir, where that can be written."""
-        if not os.access(self.workdir.absolute().parent, os.W_OK):
-            return contextlib.nullcontext()
-        return compilation_cache.kept(self.workdir.absolute(), base.get_config().compilation_cache)
-
 
 def find(path: Path, use: str, mesh: str, tasks: Sequence[str], data: Sequence[str]) -> Trained:
     """Return the model of a workdir or of one of its checkpoints.
@@ -74,14 +68,35 @@ def find(path: Path, use: str, mesh: str, tasks: Sequence[str], data: Sequence[s
     Raises:
       UserError: there is no such model, or the mesh does not fit the devices.
     """
-    path, devices = path.expanduser(), make_mesh(mesh)
+    devices = make_mesh(mesh)
+    workdir, checkpoint = locate(path, use)
+    task = adapted(restore.component(workdir, "task", tasks))
+    return Trained(workdir, checkpoint, task, restore.component(workdir, "data", data), devices)
+
+
+def locate(path: Path, use: str) -> tuple[Path, Path]:
+    """Return a workdir and an intact checkpoint of it, given one of both; "best" or "newest" chooses from a workdir.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = path.expanduser()
     checkpoint, damaged = store.locate(path, best=use == "best")
     for each, why in damaged:
         warn(f"checkpoint {each} is damaged ({why}); using {checkpoint}")
-    workdir = path.absolute().parent.parent if store.is_checkpoint(path) else path
-    # A kernel that training used may not exist here.
-    task = dataclasses.replace(restore.component(workdir, "task", tasks), attention="auto")
-    return Trained(workdir, checkpoint, task, restore.component(workdir, "data", data), devices)
+    return path.absolute().parent.parent if store.is_checkpoint(path) else path, checkpoint
+
+
+def adapted(task: Any) -> Any:
+    """Return a task for the devices here, which may lack the kernel of attention that training named."""
+    return dataclasses.replace(task, attention="auto") if hasattr(task, "attention") else task
+
+
+def compiled_before(workdir: Path) -> contextlib.AbstractContextManager[None]:
+    """Use and keep compiled programs beside the workdir, where that can be written."""
+    if not os.access(workdir.absolute().parent, os.W_OK):
+        return contextlib.nullcontext()
+    return compilation_cache.kept(workdir.absolute(), base.get_config().compilation_cache)
 
 
 def make_mesh(text: str) -> Any:

@@ -14,12 +14,14 @@ from ml_collections import ConfigDict
 from ..base import workdir as layout
 from ..base.errors import UserError
 from ..base.json_files import read_object
-from ..config import components
+from ..config import check, components, overrides, schema
 from ..sharding import placement
 from ..step.state import abstract_variables
 from ..task import BatchSpec, Task
 from . import store
 from .store import MODEL, PARAMS
+
+_PACKAGE = __name__.partition(".")[0]
 
 
 def component(workdir: Path, section: str, allowed: Sequence[str]) -> Any:
@@ -41,6 +43,39 @@ def component(workdir: Path, section: str, allowed: Sequence[str]) -> Any:
     if found["name"] not in allowed:
         raise UserError(f"{workdir}: config.{section}.name={found['name']!r} must be {' or '.join(allowed)}.")
     return components.build(ConfigDict(found))
+
+
+def config(workdir: Path, changes: Sequence[str] = (), *, trusted: bool = False) -> Any:
+    """Return the locked and checked config of a workdir's run, with `changes` applied.
+
+    Args:
+      workdir: the workdir.
+      changes: as `overrides.apply` takes them.
+      trusted: whether components from outside this package may be imported; a workdir may come from anywhere.
+
+    Raises:
+      UserError: the config is missing or not that of a run, a component may not be imported, or a change is invalid.
+    """
+    stored = read_object(workdir / layout.CONFIG)
+    if stored is None:
+        raise UserError(f"{workdir} has no {layout.CONFIG}. Give the workdir of a training run.")
+    found: Any = schema.get_config()
+    with found.unlocked():
+        for section in components.CONTRACTS:
+            given = stored.pop(section, None)
+            if not isinstance(given, dict) or not isinstance(given.get("name"), str):
+                raise UserError(f"{workdir / layout.CONFIG} has no section {section!r}. Give the workdir of a run.")
+            if not trusted and not given["name"].startswith(f"{_PACKAGE}."):
+                raise UserError(
+                    f"{workdir}: config.{section}.name={given['name']!r} is code from elsewhere. Add --trust."
+                )
+            found[section] = components.component(**given)
+    declared = dict(overrides.flat(found))
+    # A knob that is no longer declared does not matter.
+    kept = [f"{key}={value!r}" for key, value in overrides.flat(stored) if key in declared]
+    overrides.apply(found, [*kept, *changes])
+    check.check(found)
+    return found
 
 
 def variables(

@@ -77,9 +77,9 @@ class Program:
             knobs = {name: config[name] for name in ("seed", "microbatches", "gradient_clip", "ema_decay")}
             self.train_step = make_train_step(task, tx, learning_rate, abstract, mesh, **knobs)
         self.diagnose = make_diagnosis(abstract, mesh)
-        self.eval_step = make_eval_step(task, abstract, mesh, config.microbatches)
+        self.eval_step = make_eval_step(task, abstract.variables, mesh, config.microbatches)
         judge = judge_of(task)
-        self.predict_step = make_predict_step(judge, abstract, mesh, config.microbatches) if judge else None
+        self.predict_step = make_predict_step(judge, abstract.variables, mesh, config.microbatches) if judge else None
 
     def metrics(self) -> tuple[str, ...]:
         """Return the names of the held-out metrics that every evaluation measures."""

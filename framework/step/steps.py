@@ -115,10 +115,11 @@ def make_diagnosis(abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
     return jax.jit(diagnose, in_shardings=(shardings(abstract.opt_state),), out_shardings=meshes.replicated(mesh))
 
 
-def make_eval_step(task: Task, abstract: TrainState, mesh: Mesh, microbatches: int = 1) -> jax.stages.Wrapped:
+def make_eval_step(task: Task, variables: Any, mesh: Mesh, microbatches: int = 1) -> jax.stages.Wrapped:
     """Return the jitted `(variables, batch) -> metrics` of one held-out batch, sums of (total, weight) pairs.
 
-    It uses the micro-batches of training, so that it needs no more memory.
+    It uses the micro-batches of training, so that it needs no more memory. `variables` are arrays, or have shapes and
+    shardings only.
     """
 
     def eval_step(variables: dict[str, Any], batch: Batch) -> Metrics:
@@ -132,12 +133,12 @@ def make_eval_step(task: Task, abstract: TrainState, mesh: Mesh, microbatches: i
 
     return jax.jit(
         eval_step,
-        in_shardings=(shardings(abstract.variables), meshes.batch_sharding(mesh)),
+        in_shardings=(shardings(variables), meshes.batch_sharding(mesh)),
         out_shardings=meshes.replicated(mesh),
     )
 
 
-def make_predict_step(judge: Judge, abstract: TrainState, mesh: Mesh, microbatches: int = 1) -> jax.stages.Wrapped:
+def make_predict_step(judge: Judge, variables: Any, mesh: Mesh, microbatches: int = 1) -> jax.stages.Wrapped:
     """Return the jitted `(variables, batch) -> predictions` of one held-out batch, replicated on every process."""
 
     def predict_step(variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
@@ -149,7 +150,7 @@ def make_predict_step(judge: Judge, abstract: TrainState, mesh: Mesh, microbatch
 
     return jax.jit(
         predict_step,
-        in_shardings=(shardings(abstract.variables), meshes.batch_sharding(mesh)),
+        in_shardings=(shardings(variables), meshes.batch_sharding(mesh)),
         out_shardings=meshes.replicated(mesh),
     )
 

@@ -1,20 +1,21 @@
 import contextlib
 import io
 import json
+import re
+import shlex
 import shutil
+from pathlib import Path
 from unittest import mock
 
-import jax
 import pytest
+from small_lm import train_small
 
-from shampax.configs import base
 from shampax.framework.checkpoint import store
-from shampax.framework.config import overrides
-from shampax.framework.train import train
-from shampax.launch.generate import DATA, TASK, main
+from shampax.launch.generate import main
+from shampax.launch.main import main as any_verb
 
 
-def ran(text, *arguments):
+def ran(text, *arguments, main=main):
     """Run the command; return exit code, stdout and stderr."""
     given = io.TextIOWrapper(io.BytesIO(text if isinstance(text, bytes) else text.encode()))
     out, err = io.StringIO(), io.StringIO()
@@ -51,15 +52,8 @@ def test_bad_input_is_one_line(text, arguments, message):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Train a small model of bytes for four steps."""
-    config = base.get_config()
-    sizes = {"layers": 1, "embed_dim": 16, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp_dim": 32}
-    config.task = base.component(TASK, vocab_size=257, **sizes)
-    config.data = base.component(DATA, vocab_size=257, sequence_length=32, max_records=2)
-    config.optimizer = base.component("shampax.optimizers.baselines:AdamWOptions")
-    overrides.apply(config.lock(), ["duration=4 steps", "batch_size=8", "checkpoint.every=2 steps"])
     path = tmp_path_factory.mktemp("generate") / "run"
-    train(config, path, devices=jax.devices()[:2])
+    train_small(path)
     return path
 
 
@@ -98,3 +92,25 @@ def test_a_checkpoint_is_continued_without_writing_into_its_workdir(workdir, tmp
     (foreign / "config.json").write_text(json.dumps(content))
     code, out, err = ran("", f"--workdir={foreign}", "--prompt=A")
     assert (code, out) == (2, "") and "config.task.name='this:Zen' must be shampax.models.lm" in err
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page(workdir, tmp_path, monkeypatch):
+    """Fault: a command of docs/generate.md is refused, or a file that it reads is not made before."""
+    page = (Path(__file__).parents[2] / "docs" / "generate.md").read_text()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "other.txt").write_text("\f".join(f"Document {number}.\n" * 9 for number in range(9)))
+    shutil.copytree(workdir, tmp_path / "runs" / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    commands = [line.strip() for line in page.splitlines() if line.startswith("    ")]
+    assert len(commands) > 7
+    for command in commands:
+        made = re.fullmatch(r"printf (?P<text>'.*') > (?P<file>\S+)", command)
+        if made:
+            Path(made["file"]).write_text(made["text"][1:-1].replace("\\n", "\n").replace("\\\n", "\\n"))
+            continue
+        _, _, verb = command.rpartition("| ")
+        words = shlex.split(verb.partition(" > ")[0])
+        if words[1] != "train":  # of the quick start, which takes longer
+            code, out, err = ran("The city of", *words[1:], main=any_verb)
+            assert code == 0 and out, (command, err)

@@ -50,7 +50,7 @@ class Bench:
         self.initial = lambda: initial_state(self.task, self.tx, spec, self.abstract, SEED)
         options = {"seed": SEED, "ema_decay": ema_decay} | step_options
         self.step = make_train_step(self.task, self.tx, rate, self.abstract, self.mesh, **options)
-        self.eval_step = make_eval_step(self.task, self.abstract, self.mesh)
+        self.eval_step = make_eval_step(self.task, self.abstract.variables, self.mesh)
 
     def batch(self, step):
         return self.share.to_devices(self.batches[step])

@@ -302,10 +302,10 @@ def test_evaluation_in_microbatches_gives_the_metrics_and_predictions_of_the_bat
     bench = shared_bench(data=2)
     variables, batch = bench.initial().variables, bench.batch(0)
     judge = types.SimpleNamespace(predict=lambda variables, batch: {"tokens": batch["tokens"]})
-    parts = make_eval_step(bench.task, bench.abstract, bench.mesh, 4)(variables, batch)
+    parts = make_eval_step(bench.task, bench.abstract.variables, bench.mesh, 4)(variables, batch)
     for name, pair in bench.eval_step(variables, batch).items():
         np.testing.assert_allclose(parts[name], pair, rtol=1e-5)
-    predicted = make_predict_step(judge, bench.abstract, bench.mesh, 4)(variables, batch)
+    predicted = make_predict_step(judge, bench.abstract.variables, bench.mesh, 4)(variables, batch)
     np.testing.assert_array_equal(predicted["tokens"], batch["tokens"])
 
 
