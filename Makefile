@@ -81,7 +81,7 @@ test: $(TOOLS)
 	$(if $(COLD),rm -rf $(PROGRAMS))
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile -m "not slow" $(ARGS)
 
-test-slow: $(TOOLS)
+test-slow: $(TOOLS) $(VENV)/.installed-interop
 	$(if $(COLD),rm -rf $(PROGRAMS))
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile -m slow $(ARGS)
 

@@ -197,7 +197,7 @@ def build(request: Request, compilers: Executor) -> Blueprint:
         _refuse_samples(request)
     tx, abstract = program.tx, program.abstract
     manifest = takeover.describe(tx, config.optimizer.name, abstract.params, mesh.shape)
-    taken = takeover.plan(start, abstract, tx, config.optimizer.name, config.renamed)
+    taken = takeover.plan(start, abstract, tx, config.optimizer.name, config.renamed, request.task)
     initial = make_initial(request.task, tx, batch_spec, abstract, config.seed, taken.fresh)
     steps = Steps(initial, program, compilers)
     _refuse_other_shapes(config.data.name, batch_spec, feed().batch_spec)

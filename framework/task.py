@@ -1,11 +1,11 @@
 """The contract between the trainer and a model: write a frozen dataclass with the methods of `Task`.
 
 A config names it by import string, `config.task.name = "my_project.my_model:MyTask"`; its fields are knobs. The trainer
-knows nothing else of a model. A task may also have the methods of `Judge`, `Generating`, `Settling`, `Noted` and
-`Costed`.
+knows nothing else of a model. A task may also have the methods of `Judge`, `Generating`, `Settling`, `Exchanged`,
+`Noted` and `Costed`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -126,6 +126,64 @@ class Settling(Protocol):
 
     def settle(self, model_state: dict[str, Any]) -> dict[str, Any]:
         """Return the model state after a step, given that after the last micro-batch; pure and traceable."""
+        ...
+
+
+class Tensors(Protocol):
+    """The tensors of a Hugging Face folder that hold a parameter.
+
+    Attributes:
+      shape: shape of each of them.
+      added: number to add to the values of a tensor, in the parameter.
+    """
+
+    shape: tuple[int, ...]
+    added: float
+
+    @property
+    def parameter(self) -> tuple[int, ...]:
+        """Return the shape of the parameter."""
+        ...
+
+    def names(self) -> Iterable[tuple[tuple[int, ...], str]]:
+        """Yield each index of the leading axes of the parameter, and the name of its tensor."""
+        ...
+
+    def view(self, tensor: np.ndarray) -> np.ndarray:
+        """Return a tensor in the layout of the parameter after its leading axes, without copying it."""
+        ...
+
+
+class Exchanged(Protocol):
+    """Optional methods of a task whose parameters Hugging Face folders hold, too."""
+
+    @classmethod
+    def knobs_of_folder(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of the task of a folder, given its config.json.
+
+        Raises:
+          ValueError: no task of this class computes the same.
+        """
+        ...
+
+    def folder_tensors(self, config: Mapping[str, Any]) -> Mapping[str, Tensors]:
+        """Return path of each parameter -> its tensors in a folder with this config.json.
+
+        Raises:
+          ValueError: the model of the folder is not this task.
+        """
+        ...
+
+    def folder_config(self, model_type: str) -> dict[str, Any]:
+        """Return a config.json for the parameters of this task; `model_type` is its family, "" any that fits.
+
+        Raises:
+          ValueError: no folder can hold them.
+        """
+        ...
+
+    def folder_may_have(self, name: str) -> bool:
+        """Return whether a folder may have a tensor that holds no parameter."""
         ...
 
 

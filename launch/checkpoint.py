@@ -16,6 +16,8 @@ from typing import Any
 from ..framework.base.errors import UserError, printable
 from . import environment, flags
 
+LM, TEXT = "shampax.models.lm:LMTask", "shampax.framework.data.text:TextData"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. `arguments` defaults to those of this process."""
@@ -76,12 +78,60 @@ def _diff(options: argparse.Namespace) -> int:
     return 1 if unlike else 0
 
 
+def _import(options: argparse.Namespace) -> int:
+    from ..configs import base
+    from ..framework.base.model_folder import read_config
+    from ..framework.checkpoint import imports
+    from ..framework.config import components
+    from ..models.lm import LMTask
+
+    folder, config = options.folder, base.get_config()
+    try:
+        config.task = base.component(LM, **LMTask.knobs_of_folder(read_config(folder)))
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}.") from error
+    words = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    given = {"tokenizer": str(folder.absolute())} if words else {}
+    config.data = base.component(TEXT, vocab_size=config.task.get_ref("vocab_size"), **given)
+    config.optimizer = base.component(base.ADAMW)
+    path, count = imports.run(folder, options.workdir, components.build(config.task), config)
+    _say(f"{path}: {count:,} parameters, from {folder}")
+    return 0
+
+
 def _export(options: argparse.Namespace) -> int:
     from ..framework.checkpoint.export import export
 
     path = _locate(options.path)
-    count, size = export(path, options.file, model_state=options.model_state, force=options.force)
-    _say(f"{options.file}: {count} arrays, {size:,} bytes, from {path}")
+    if options.format == "hf":
+        return _export_folder(path, options)
+    count, size = export(path, options.target, model_state=options.model_state, force=options.force)
+    _say(f"{options.target}: {count} arrays, {size:,} bytes, from {path}")
+    return 0
+
+
+def _export_folder(path: Path, options: argparse.Namespace) -> int:
+    from ..framework.base import workdir as layout
+    from ..framework.base.json_files import read_object
+    from ..framework.checkpoint import export, restore
+
+    if options.force or options.model_state:
+        raise UserError("--format=hf: takes neither --force nor --model_state. Give a new folder.")
+    workdir = path.absolute().parents[1]
+    task = restore.component(workdir, "task", [LM])
+    data = (read_object(workdir / layout.CONFIG) or {}).get("data") or {}
+    trained = [*(workdir / layout.CACHE).glob("tokenizer-*.json")]
+    found = options.tokenizer or data.get("tokenizer") or (trained[0] if len(trained) == 1 else None)
+    words = export.tokenizer_of(Path(found)) if found else export.Words({}, {})
+    try:
+        config = task.folder_config(options.family)
+        tensors = task.folder_tensors(config)
+    except ValueError as error:
+        raise UserError(f"{workdir}: {error}.") from error
+    config |= {"max_position_embeddings": data.get("sequence_length")} | words.fields
+    size = int(options.file_gigabytes * 1e9)
+    count, size = export.export_folder(path, options.target, tensors, config, words.files, options.dtype, size)
+    _say(f"{options.target}: {count} tensors, {size:,} bytes, from {path}")
     return 0
 
 
@@ -148,9 +198,18 @@ def _parser() -> argparse.ArgumentParser:
 
     verb("diff", _diff, "compare two checkpoints by arrays and blocks", a="a PATH", b="another PATH")
 
-    flag = verb("export", _export, "write the parameters to a safetensors file", path="a PATH", file="the file")
-    flag("--model_state", help="write the other collections, too, as COLLECTION.path", action="store_true")
-    flag("--force", help="replace the file if it exists", action="store_true")
+    flag = verb("import", _import, "make a workdir of a Hugging Face folder", folder="the folder")
+    flag("--workdir", help="a new workdir", type=lambda text: Path(text).expanduser(), required=True, metavar="DIR")
+
+    told = "write the parameters as safetensors: a file, or a Hugging Face folder"
+    flag = verb("export", _export, told, path="a PATH", target="the file or folder")
+    flag("--format", help="flax: a file, arrays as in training; hf: a folder", choices=("flax", "hf"), default="flax")
+    flag("--family", help="hf: model_type, by default one that fits", default="", metavar="NAME")
+    flag("--dtype", help="hf: type of the tensors", choices=("float32", "bfloat16", "float16"), default="float32")
+    flag("--tokenizer", help="hf: folder with its files, by default that of the run", type=Path, metavar="FOLDER")
+    flag("--file_gigabytes", help="hf: size of a file", type=float, default=4.0, metavar="N")
+    flag("--model_state", help="flax: write the other collections, too, as COLLECTION.path", action="store_true")
+    flag("--force", help="flax: replace the file if it exists", action="store_true")
 
     flag = verb("prune", _prune, "delete checkpoints", workdir="a workdir without a run in progress")
     flag("--keep_last", help="number of newest intact checkpoints to keep", type=int, required=True, metavar="N")

@@ -15,6 +15,8 @@ with what the layers add, so that a model with a tied head does not begin by rep
 
 import dataclasses
 import functools
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -25,6 +27,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from . import kernels, layout, moe
 from .attention import Earlier, KeysValues, Pattern, attend_with_cache, attention
+from .hf import families
+from .hf.tensors import Tensors
 from .layout import SEQUENCE_AXIS, TENSOR_AXIS, natural, shard_batch, zigzag
 from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options
 from .modules import EMBEDDING_STD, GATES, MLP, QK_NORMS, Attention, partitioned, rms_norm, run_pattern
@@ -306,6 +310,49 @@ class LMTask(LinenTask):
             cache.filled + 1,
         )
         return token_logits(x_Bx1xE, head_VxE, self.logit_soft_cap)[:, 0], cache
+
+    @classmethod
+    def knobs_of_folder(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the knobs of the task of a Hugging Face folder, given its config.json.
+
+        Raises:
+          ValueError: the family is not known, or has a property that no knob expresses.
+        """
+        return families.knobs(config)
+
+    def folder_tensors(self, config: Mapping[str, Any]) -> dict[str, Tensors]:
+        """Return path of each parameter -> its tensors in a Hugging Face folder with this config.json.
+
+        Raises:
+          ValueError: the model of the folder is not this task.
+        """
+        needed = dataclasses.asdict(LMTask(**self.knobs_of_folder(config)))
+        if unlike := families.differences(needed, dataclasses.asdict(self)):
+            told = ", ".join(f"task.{knob}={value!r} (now {given!r})" for knob, (value, given) in unlike.items())
+            raise ValueError(f"its model needs {told}")
+        return families.tensors(needed, config["model_type"])
+
+    def folder_config(self, model_type: str = "") -> dict[str, Any]:
+        """Return a config.json for this task, of the first family that fits or of the one given.
+
+        Raises:
+          ValueError: no family has all knobs of this task.
+        """
+        given, nearest = dataclasses.asdict(self), (math.inf, "")
+        if model_type not in ("", *families.FAMILIES):
+            raise ValueError(f"--family={model_type}: use one of {', '.join(families.FAMILIES)}")
+        for name in (model_type,) if model_type else families.FAMILIES:
+            config = families.config(given, name)
+            unlike = families.differences(dataclasses.asdict(LMTask(**self.knobs_of_folder(config))), given)
+            if not unlike:
+                return config
+            told = ", ".join(f"task.{knob}={value!r} (now {now!r})" for knob, (value, now) in unlike.items())
+            nearest = min(nearest, (len(unlike), f"{name}: {told}"))
+        raise ValueError(f"no family of Hugging Face models has these knobs; the nearest would be {nearest[1]}")
+
+    def folder_may_have(self, name: str) -> bool:
+        """Return whether a folder may have a tensor that holds no parameter."""
+        return families.unused(name)
 
     def flops(self, batch_spec: BatchSpec) -> float:
         """Return the training FLOPs of one batch: 6 N tokens + 12 S H D tokens + 6 E V tokens.

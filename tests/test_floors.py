@@ -62,6 +62,7 @@ DEFERRED = {
 NAMES_COMPONENTS = {
     "configs/": "a config chooses its components",
     "benchmarks/": "a benchmark chooses its components",
+    "launch/checkpoint.py": "the verb imports and exports the models of one task",
     "launch/generate.py": "the verb accepts only the workdirs of one task",
     "launch/translate.py": "the verb accepts only the workdirs of one task",
 }

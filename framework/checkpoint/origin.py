@@ -14,6 +14,7 @@ import jax
 from ..base import paths
 from ..base import workdir as layout
 from ..base.errors import UserError
+from ..base.model_folder import is_folder
 from ..distributed import agreement, console
 from . import store, verify
 from .record import Record
@@ -26,7 +27,7 @@ class Origin:
     Attributes:
       kind: `own` resumes this workdir's run; `resume` continues another workdir's run with its step and optimizer;
         `init` takes only the variables of another run; `scratch` takes nothing.
-      path: the checkpoint, None for scratch.
+      path: the checkpoint, for `init` possibly a Hugging Face folder; None for scratch.
       damaged: newer checkpoints that are damaged, newest first, each with its first fault.
     """
 
@@ -57,7 +58,8 @@ def find(workdir: Path, *, resume_from: str, init_from: str) -> Origin:
     """Return the workdir's own newest intact checkpoint, else that of `resume_from`, else of `init_from`, else scratch.
 
     Both strings name a workdir, whose newest intact checkpoint counts, or one checkpoint, `WORKDIR/checkpoints/STEP`;
-    "" names nothing. All processes together compare the files of a checkpoint with their checksums. Writes nothing.
+    "" names nothing. `init_from` may also be a Hugging Face folder. All processes together compare the files of a
+    checkpoint with their checksums. Writes nothing.
 
     Raises:
       UserError: every checkpoint of a place is damaged, or a named place has no checkpoint. Another run is never
@@ -89,6 +91,8 @@ def set_aside(workdir: Path, origin: Origin) -> None:
 def _named(kind: Literal["resume", "init"], text: str) -> Origin:
     paths.refuse_unusable(f"config.{kind}_from", text)
     path = Path(text).expanduser().absolute()
+    if kind == "init" and agreement.first(lambda: is_folder(path)):
+        return Origin(kind, path)
     listing = (lambda: [path]) if store.is_checkpoint(path) else lambda: store.checkpoints(path)
     found = _newest(kind, f"{kind}_from {text}", listing)
     if found is None:

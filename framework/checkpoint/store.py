@@ -7,8 +7,10 @@ checksums of these files, and once its step has been evaluated `evaluation.json`
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 
 from ...optimizers.plan import patterns
@@ -244,6 +247,24 @@ def read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
         # The handler has no barriers of its own, so processes may read different arrays.
         restored = ocp.PyTreeCheckpointHandler().restore(epath.Path(path.absolute() / STATE), args=args)
     return {name: value for name, value in by_name(restored).items() if name in wanted}
+
+
+def parts(path: Path, name: str) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """Yield an array in the parts in which it was saved, the shards of the devices, each with its place in the array.
+
+    Raises:
+      UserError: the array cannot be read.
+    """
+    with _readable(path):
+        saved = by_name(_tree(path))[name]
+        # Orbax reads whole arrays only.
+        store = {"driver": "ocdbt", "base": f"file://{path.absolute() / STATE}/", "path": f"{saved.name}/"}
+        opened = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
+        sizes = opened.chunk_layout.read_chunk.shape or opened.shape
+        for starts in itertools.product(*(range(0, n, size) for n, size in zip(opened.shape, sizes, strict=True))):
+            ends = map(min, opened.shape, map(operator.add, starts, sizes))
+            place = tuple(map(slice, starts, ends))
+            yield place, np.asarray(opened[place].read().result())
 
 
 def by_name(tree: Any) -> dict[str, Any]:

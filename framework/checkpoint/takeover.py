@@ -20,8 +20,10 @@ import optax
 from ...optimizers.checkpoint.inheritance import Fresh, Kept, Made, Source, placed
 from .. import optimizer
 from ..base.errors import UserError
+from ..base.model_folder import is_folder
 from ..step.state import TrainState
 from . import store
+from .folders import Folder
 from .origin import Origin
 from .record import Record
 from .store import AVERAGING, MODEL, OPTIMIZER, PARAMS, Array
@@ -66,6 +68,7 @@ class Takeover:
       sources: path of an array in the state -> its source.
       lines: report of everything that is not taken over unchanged.
       whole: number of parameters taken over with all their state.
+      folder: the Hugging Face folder that `path` is, None for a checkpoint.
     """
 
     path: Path | None
@@ -73,6 +76,7 @@ class Takeover:
     sources: dict[str, Source]
     lines: tuple[str, ...] = ()
     whole: int = 0
+    folder: Folder | None = None
 
     @property
     def fresh(self) -> frozenset[str]:
@@ -91,7 +95,8 @@ class Takeover:
             for name, source in self.sources.items():
                 if isinstance(source, Kept):
                     kept.setdefault(source.name, []).append(name)
-            arrays = store.read(self.path, {saved: like[names[0]] for saved, names in kept.items()})
+            wanted = {saved: like[names[0]] for saved, names in kept.items()}
+            arrays = self.folder.read(wanted) if self.folder else store.read(self.path, wanted)
             for saved, (first, *others) in kept.items():
                 # The step donates each array, so two of them may not share a buffer.
                 values |= {first: arrays[saved], **{name: jnp.copy(arrays[saved]) for name in others}}
@@ -105,7 +110,12 @@ class Takeover:
 
 
 def plan(
-    origin: Origin, abstract: TrainState, tx: optax.GradientTransformation, name: str, renames: Renames
+    origin: Origin,
+    abstract: TrainState,
+    tx: optax.GradientTransformation,
+    name: str,
+    renames: Renames,
+    task: Any = None,
 ) -> Takeover:
     """Decide what a train state takes over from its origin. Reads the checkpoint's manifest and no array.
 
@@ -115,13 +125,17 @@ def plan(
       tx: the optimizer.
       name: its name in the config.
       renames: (old, new) paths of parameters, or leading parts of paths.
+      task: the model; needed if the origin is a Hugging Face folder.
 
     Raises:
-      UserError: the manifest is damaged, or the checkpoint has no parameter of this model.
+      UserError: the manifest is damaged, the checkpoint has no parameter of this model, or a Hugging Face folder is not
+        of this model.
     """
     if origin.path is None:
         return Takeover(None, abstract, dict.fromkeys(store.by_name(abstract), Fresh("")))
-    manifest, saved = store.manifest(origin.path), store.arrays(origin.path)
+    folder = Folder.open(origin.path, task) if is_folder(origin.path) else None
+    manifest = {} if folder else store.manifest(origin.path)
+    saved = folder.arrays() if folder else store.arrays(origin.path)
     renamed = functools.partial(_renamed, renames)
     names = _present_names(origin.path, saved, renamed)
     spec, inheritance = abstract, None
@@ -157,7 +171,7 @@ def plan(
             if path.startswith(PARAMS) and path not in lines
         ),
     )
-    return Takeover(origin.path, spec, sources, report, sum(not line for line in lines.values()))
+    return Takeover(origin.path, spec, sources, report, sum(not line for line in lines.values()), folder)
 
 
 def optimizer_began(origin: Origin, record: Record, name: str) -> int:

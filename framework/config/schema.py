@@ -134,7 +134,7 @@ def get_config() -> Any:
     config.checkpoint.keep_every = "0 steps"  # keep the first checkpoint of every such period for good
     config.checkpoint.on_error = "stop"  # action when a checkpoint cannot be saved: stop or continue
     config.resume_from = ""  # workdir or checkpoint whose state and step to resume, if this workdir has no checkpoint
-    config.init_from = ""  # workdir or checkpoint whose parameters to start from, if this workdir has no checkpoint
+    config.init_from = ""  # workdir, checkpoint or Hugging Face folder to take parameters from, in a new workdir
     config.renamed = ()  # (old, new) parameter paths or prefixes, to load a checkpoint that uses other names
     config.log = ConfigDict()
     config.log.every = "10 steps"  # how often to log metrics to the console and the workdir

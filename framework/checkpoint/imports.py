@@ -1,0 +1,70 @@
+"""Make a workdir with a checkpoint of a Hugging Face folder, which `init_from` and other commands read."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from ..base.errors import UserError
+from ..sharding import meshes
+from . import ownership, store, takeover
+from .folders import Folder
+from .record import Ranking, Record
+from .saving import Checkpoints, SaveError
+
+
+def run(source: Path, workdir: Path, task: Any, config: Any) -> tuple[Path, int]:
+    """Write the parameters of a folder, float32, as the checkpoint of step 0 of a new workdir.
+
+    The memory of the host holds all parameters twice. `init_from` of a folder needs no such memory.
+
+    Args:
+      source: the folder.
+      workdir: must have no checkpoint.
+      task: the model.
+      config: the config to write into the workdir.
+
+    Returns:
+      The checkpoint, and its number of parameters.
+
+    Raises:
+      UserError: the folder cannot be read, or the workdir has a checkpoint or cannot be written.
+    """
+    folder = Folder.open(source, task)
+    if found := store.checkpoints(workdir):
+        raise UserError(f"--workdir={workdir}: has the checkpoint {found[-1]}. Give a new one.")
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    replicated = meshes.replicated(mesh)
+    specs = {
+        name: jax.ShapeDtypeStruct(array.shape, jnp.float32, sharding=replicated)
+        for name, array in folder.arrays().items()
+    }
+    manifest = takeover.describe(optax.identity(), "", nested(specs)["params"], mesh.shape)
+    with ownership.hold(workdir):
+        params = nested(folder.read(specs))["params"]
+        ownership.claim(workdir, config)
+        saver = Checkpoints(workdir, keep_last=1, keep_best=0, ranking=Ranking())
+        try:
+            saver.save({"step": jnp.zeros((), jnp.int32), "params": params}, Record(), manifest)
+            saver.confirm()
+        except SaveError as error:
+            raise UserError(str(error)) from error
+        finally:
+            saver.close()
+    return store.checkpoints(workdir)[0], sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """Return a nested dict of values by path."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *folders, last = path.split("/")
+        inside = tree
+        for name in folders:
+            inside = inside.setdefault(name, {})
+        inside[last] = value
+    return tree
