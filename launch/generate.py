@@ -25,6 +25,7 @@ from ..framework.base.errors import UserError, printable
 from . import flags
 
 TASK, DATA = "shampax.models.lm:LMTask", "shampax.framework.data.text:TextData"
+CHAT = "shampax.framework.data.text.chat:ChatData"
 _BATCHES_READ = 16  # prompts are sorted by length within this many batches
 
 
@@ -143,7 +144,7 @@ def _model(options: argparse.Namespace) -> Callable[[list[str], Callable[[str], 
         sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     except ValueError as error:
         raise UserError(f"--{error}") from error
-    model = trained.find(options.workdir, options.use, options.mesh, [TASK], [DATA])
+    model = trained.find(options.workdir, options.use, options.mesh, [TASK], [DATA, CHAT])
     codec = model.codec()
     variables = model.variables()
     generator = Generator(model.task, model.mesh, sampling)

@@ -61,7 +61,7 @@ class LMTask(LinenTask):
 
     A batch holds int32 arrays: tokens, segments (0 is padding) and positions [B, T + 1], and bytes [B], of the text of
     the targets. Inputs are `[:, :-1]` and targets `[:, 1:]`; a target counts if its segment equals its input's and is
-    not 0.
+    not 0, and if `counted` [B, T + 1], which a batch may have, is 1 for it.
     """
 
     vocab_size: int = 4096  # number of tokens; must equal data.vocab_size
@@ -219,6 +219,8 @@ class LMTask(LinenTask):
         del key  # no dropout
         x_BxTxE, head_VxE, routing = self._apply(variables, batch)
         real_BxT = real_targets(batch["segments"])
+        if "counted" in batch:
+            real_BxT &= batch["counted"][:, 1:] > 0
         losses = token_losses(
             x_BxTxE, head_VxE, batch["tokens"][:, 1:], real_BxT, self.loss_chunks, self.logit_soft_cap
         )

@@ -1,7 +1,8 @@
 """Find and run config files; report errors in them with file and line.
 
 A config file is Python with a function `get_config`. FILE.py:VARIANT passes the variant's name to the function; a file
-with variants lists them in `VARIANTS`, a dict with their names as keys.
+with variants lists them in `VARIANTS`, a dict with their names as keys. With `TAKES_FOLDERS = True` a variant may also
+be another text, such as the path of a model.
 """
 
 import importlib
@@ -40,7 +41,8 @@ def run(spec: str) -> ConfigDict:
     path = name if name.endswith(".py") else _shipped_file(name)
     module = _load(path)
     known = tuple(getattr(module, "VARIANTS", ()))
-    if known and variant is not None and variant not in known:
+    takes_more = getattr(module, "TAKES_FOLDERS", False)
+    if known and variant is not None and variant not in known and not takes_more:
         raise UserError(f"{path} has no variant {variant!r}{did_you_mean(variant, known)}")
     try:
         config = module.get_config() if variant is None else module.get_config(variant)

@@ -53,6 +53,21 @@ def test_attention_stays_inside_a_document(block):
         np.testing.assert_array_equal(before[kept], after[kept])
 
 
+def test_only_counted_targets_have_a_loss():
+    """Fault: fine-tuning learns questions, or divides by their number."""
+    batch, variables = batch_of(), variables_of(SMALL)
+    counted = (np.random.default_rng(2).random(batch["tokens"].shape) < 0.4).astype(np.int32)
+    parts = []
+    for mask in (counted, 1 - counted, np.ones_like(counted)):
+        loss, (_, metrics) = loss_of(SMALL, variables, batch | {"counted": mask})
+        total, targets = metrics["loss"]
+        np.testing.assert_allclose(loss, total / targets, rtol=1e-6)
+        parts.append((float(total), float(targets)))
+    np.testing.assert_allclose(np.add(*parts[:2]), parts[2], rtol=1e-5)
+    real = (batch["segments"][:, 1:] == batch["segments"][:, :-1]) & (batch["segments"][:, 1:] > 0)
+    assert parts[0][1] == (real & (counted[:, 1:] > 0)).sum()
+
+
 def test_a_window_limits_what_a_token_sees():
     """Faults: the window or the soft cap does not reach attention; FLOPs count keys outside the window."""
     variables, batch = variables_of(SMALL), batch_of([[1] * 17])

@@ -2373,4 +2373,96 @@ BENCHMARKS = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = (*OPTIMIZERS, *FRAMEWORK, *MODELS, *LAUNCH, *CONFIGS, *FLOORS, *PLANNING, *BENCHMARKS)
+_FOLDERS = "tests/framework/checkpoint/test_folders.py"
+_FAMILIES = "tests/models/hf/test_families.py"
+EXCHANGE = (
+    Mutant(
+        "heads-and-dimensions-swapped",
+        "models/hf/families.py",
+        "self_attn.q_proj.weight: H*D E -> E H D",
+        "self_attn.q_proj.weight: D*H E -> E H D",
+        "Imported queries are mixed up between heads.",
+        (f"{_FOLDERS}::test_a_parameter_on_a_mesh",),
+    ),
+    Mutant(
+        "unknown-fields-of-a-model-ignored",
+        "models/hf/families.py",
+        "if value is not None and field not in known",
+        "if False and field not in known",
+        "A model with a property that is unknown here is imported, and computes something else.",
+        (f"{_FAMILIES}::test_what_cannot_be_expressed_is_refused_by_name",),
+    ),
+    Mutant(
+        "superfluous-tensors-ignored",
+        "framework/checkpoint/folders.py",
+        "if others := [name for name in stored if name not in wanted and not",
+        "if others := [name for name in () if name not in wanted and not",
+        "Weights that this model does not have, such as biases, are dropped in silence.",
+        (f"{_FOLDERS}::test_a_folder_of_another_model_is_refused_before_anything_is_read",),
+    ),
+    Mutant(
+        "other-model-started-from-a-folder",
+        "models/lm.py",
+        "        if unlike := families.differences(needed, dataclasses.asdict(self)):",
+        "        if unlike := {}:",
+        "A run starts from a model with another rotation, and its loss is high for no visible reason.",
+        (f"{_FOLDERS}::test_init_from_takes_a_folder_of_the_same_model_only",),
+    ),
+    Mutant(
+        "layers-of-an-export-shifted",
+        "framework/checkpoint/export.py",
+        "if all(each.start <= i < each.stop for i",
+        "if all(each.start <= i + 1 < each.stop for i",
+        "An exported model lacks a layer.",
+        (f"{_FOLDERS}::test_a_folder_that_is_imported_and_exported_is_the_same",),
+    ),
+    Mutant(
+        "export-without-a-check-of-range",
+        "framework/checkpoint/export.py",
+        'with np.errstate(over="raise"):',
+        'with np.errstate(over="ignore"):',
+        "A weight of an exported model is infinite.",
+        (f"{_FOLDERS}::test_values_that_a_type_does_not_hold_are_refused",),
+    ),
+)
+
+_CHAT = "tests/framework/data/test_chat.py"
+CHATS = (
+    Mutant(
+        "questions-trained-on",
+        "framework/data/text/templates.py",
+        'trained = role == "assistant"',
+        'trained = role != "system"',
+        "Fine-tuning teaches the model to ask what its users ask.",
+        (f"{_CHAT}::test_templates",),
+    ),
+    Mutant(
+        "content-read-as-markup",
+        "framework/data/text/templates.py",
+        "yield content.strip() if self.stripped else content, False, trained",
+        "yield content.strip() if self.stripped else content, True, trained",
+        "A user ends his turn by the text of a special token, and speaks as the assistant.",
+        (f"{_CHAT}::test_a_message_cannot_spell_a_special_token",),
+    ),
+    Mutant(
+        "mask-of-targets-ignored",
+        "models/lm.py",
+        'if "counted" in batch:',
+        "if False:",
+        "The loss of fine-tuning counts questions and markup.",
+        ("tests/models/test_lm.py::test_only_counted_targets_have_a_loss",),
+    ),
+)
+
+MUTANTS: tuple[Mutant, ...] = (
+    *OPTIMIZERS,
+    *FRAMEWORK,
+    *MODELS,
+    *LAUNCH,
+    *CONFIGS,
+    *FLOORS,
+    *PLANNING,
+    *BENCHMARKS,
+    *EXCHANGE,
+    *CHATS,
+)

@@ -45,6 +45,16 @@ def read(path: epath.Path, knobs: Mapping[str, str]) -> Iterator[list[str] | Mal
         yield Malformed(f"{path}, {place}", values) if isinstance(values, str) else values
 
 
+def objects(path: epath.Path) -> Iterator[dict[str, Any] | Malformed]:
+    """Yield the objects of a JSON or JSON lines file.
+
+    Raises:
+      UserError: the file cannot be read, or a JSON array is broken.
+    """
+    for place, values in FORMATS[files.suffix(path)](path, {}):
+        yield Malformed(f"{path}, {place}", values) if isinstance(values, str) else values[0]
+
+
 def columns(path: epath.Path, keys: Mapping[str, str], numbers: Mapping[str, int]) -> Iterator[list[str] | Malformed]:
     """Yield some texts of each row of a file: by `keys`, or by their columns if it is tab-separated text.
 
@@ -88,6 +98,8 @@ def _of_line(line: bytes | None, knobs: Mapping[str, str]) -> list[Any] | str:
 def _values(record: Any, knobs: Mapping[str, str]) -> list[Any] | str:
     if not isinstance(record, dict):
         return f"a {type(record).__name__} and not an object"
+    if not knobs:
+        return [record]
     values = []
     for knob, key in knobs.items():
         found: Any = record
