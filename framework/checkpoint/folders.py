@@ -112,9 +112,11 @@ class Folder:
         def piece(view: np.ndarray) -> jax.Array:
             # Devices with the same shard share one copy.
             part = functools.cache(lambda *bounds: np.array(view[tuple(slice(*each) for each in bounds)], order="C"))
-            return jax.make_array_from_callback(
-                view.shape, sharding, lambda index: part(*((each.start, each.stop) for each in index))
-            )
+
+            def place(index: Any) -> np.ndarray:
+                return part(*((each.start, each.stop) for each in index))
+
+            return jax.make_array_from_callback(view.shape, sharding, place)
 
         for index, name in tensors.names():
             # Awaited, so that the pieces do not pile up in the host's memory.

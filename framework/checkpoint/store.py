@@ -260,7 +260,7 @@ def parts(path: Path, name: str) -> Iterator[tuple[tuple[slice, ...], np.ndarray
         # Orbax reads whole arrays only.
         store = {"driver": "ocdbt", "base": f"file://{path.absolute() / STATE}/", "path": f"{saved.name}/"}
         opened = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
-        sizes = opened.chunk_layout.read_chunk.shape or opened.shape
+        sizes: Any = opened.chunk_layout.read_chunk.shape or opened.shape
         for starts in itertools.product(*(range(0, n, size) for n, size in zip(opened.shape, sizes, strict=True))):
             ends = map(min, opened.shape, map(operator.add, starts, sizes))
             place = tuple(map(slice, starts, ends))

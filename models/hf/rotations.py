@@ -52,9 +52,9 @@ def from_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(section: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    fields = {name: value for name, value in section.items() if value is not None and name != "rope_theta"}
+    fields: dict[str, Any] = {x: value for x, value in section.items() if value is not None and x != "rope_theta"}
     fields = {"original_max_position_embeddings": config.get("max_position_embeddings")} | fields
-    kind = fields.pop("rope_type", fields.pop("type", "default"))
+    kind: str = fields.pop("rope_type", fields.pop("type", "default"))
     names = _FIELDS.get(kind)
     if names is None or "original_max_position_embeddings" not in names:
         fields.pop("original_max_position_embeddings")
