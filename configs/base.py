@@ -16,10 +16,10 @@ WITHOUT_ORTHOGONALIZING = {"orthogonalize": 0, "nesterov": False, "beta2": 0.99,
 EMBEDDING_RATE = ((r"(.*/)?[^/]*embed[^/]*(/.*)?", 4.0), (r".*", 1.0))
 
 
-def of_variants(variants: Mapping[str, Callable[[Any], None]]) -> Callable[..., Any]:
+def of_variants(variants: Mapping[str, Callable[[Any], None]], default: str = "sample") -> Callable[..., Any]:
     """Return the function `get_config` of a file: it returns the default config, changed by a variant."""
 
-    def get_config_of(variant: str = "sample") -> Any:
+    def get_config_of(variant: str = default) -> Any:
         config = get_config()
         variants[variant](config)
         return config

@@ -42,12 +42,12 @@ from typing import Any
 
 from . import base
 
-_select = functools.partial(base.select, task="shampax.models.lm:LMTask", data="shampax.framework.data.text:TextData")
+select = functools.partial(base.select, task="shampax.models.lm:LMTask", data="shampax.framework.data.text:TextData")
 
 
 def sample(config: Any) -> None:
     """Train a small Transformer in a minute."""
-    _select(
+    select(
         config,
         vocab_size=1_024,
         source="sample:enwiki",
@@ -75,7 +75,7 @@ def sample(config: Any) -> None:
 
 def bytes_of_text(config: Any) -> None:
     """Train a small Transformer on single bytes; a vocabulary of this size has no merges."""
-    _select(
+    select(
         config,
         vocab_size=257,  # the 256 bytes and the end of a document
         source="sample:enwiki",
@@ -136,9 +136,18 @@ def sample_moe(config: Any) -> None:
     config.mesh.expert = 2
 
 
+def large_run(config: Any, *, learning_rate: float, warmup: str) -> None:
+    """Set the schedule, and intervals for days."""
+    config.schedule.learning_rate = learning_rate
+    config.schedule.warmup = warmup
+    config.schedule.final_fraction = 0.1
+    config.gradient_clip = 1.0
+    base.pace(config, evaluate="1_000 steps", save="1_000 steps", batches=32)
+
+
 def one_billion(config: Any) -> None:
     """Train 1b; the 16 chips of a row of a v5e slice share one copy of the parameters."""
-    _select(
+    select(
         config,
         vocab_size=32_768,
         source="tfds:c4/en:3.1.0",
@@ -157,12 +166,12 @@ def one_billion(config: Any) -> None:
     config.duration = "25e9 tokens"
     config.batch_size = 512
     config.mesh.fsdp = 16
-    _large_run(config, learning_rate=1e-3, warmup="1_000 steps")
+    large_run(config, learning_rate=1e-3, warmup="1_000 steps")
 
 
 def eight_billion(config: Any) -> None:
     """Train the shape of Llama 3 8B (arXiv 2407.21783, table 3) with a vocabulary learned from the data."""
-    _select(
+    select(
         config,
         vocab_size=128_256,
         source="tfds:c4/en:3.1.0",
@@ -184,7 +193,7 @@ def eight_billion(config: Any) -> None:
     config.duration = "160e9 tokens"
     config.batch_size = 1_024
     config.mesh.fsdp = 128  # with a tensor axis, collectives of activations take half of the step
-    _large_run(config, learning_rate=3e-4, warmup="2_000 steps")
+    large_run(config, learning_rate=3e-4, warmup="2_000 steps")
 
 
 def mixture(config: Any) -> None:
@@ -236,11 +245,3 @@ def _with_treatment(config: Any, treatment: str) -> None:
     config.optimizer.treatments = tuple(
         (pattern, treatment if text == "shampoo" else text) for pattern, text in config.optimizer.treatments
     )
-
-
-def _large_run(config: Any, *, learning_rate: float, warmup: str) -> None:
-    config.schedule.learning_rate = learning_rate
-    config.schedule.warmup = warmup
-    config.schedule.final_fraction = 0.1
-    config.gradient_clip = 1.0
-    base.pace(config, evaluate="1_000 steps", save="1_000 steps", batches=32)

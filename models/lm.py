@@ -87,7 +87,7 @@ class LMTask(LinenTask):
     z_loss: float = 0.0  # weight of log(Z)^2 in the training loss (PaLM: 1e-4); limits drift of the logits
     loss_chunks: int = 0  # parts of the vocabulary whose logits are computed in turn, to save memory; 0: one
     attention: str = "auto"  # kernel: "xla", "splash" (TPU), "cudnn" (GPU), or "auto", the one that fits
-    attention_block: int = 0  # queries whose scores are held at once (128 for long rows); 0 holds all T x T scores
+    attention_block: int = 0  # queries whose scores are held at once (128 for long rows); 0: all, or a window's number
     attention_window: int = 0  # number of the last tokens that a token sees, with itself; 0 for all
     layer_pattern: tuple[str, ...] = ()  # "local" (attention_window) or "global" layers in turn; () makes all alike
     attention_sinks: bool = False  # a learned score of each head that joins the softmax and has no value (gpt-oss)

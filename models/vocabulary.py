@@ -40,6 +40,7 @@ def _look_up_backward(_, saved, gradient):
     rows = batch_axes(tokens.shape[0])
     by_position = tokens.ndim > 1 and parts(SEQUENCE_AXIS, tokens.shape[1]) > 1
     axes = (*rows, SEQUENCE_AXIS) if by_position else rows
+    axes = axes if any(axis_size(axis) > 1 for axis in axes) else ()  # XLA refuses a sum over axes of size 1 only
     scattered = FSDP_AXIS if FSDP_AXIS in rows and parts(FSDP_AXIS, table_VxE.shape[1]) > 1 else None
 
     def on_device(tokens, gradient):

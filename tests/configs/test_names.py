@@ -14,7 +14,15 @@ STACKS = ("layers", "encoder", "decoder", "stage2_rest")
 
 @pytest.mark.parametrize(
     ("name", "variant"),
-    [("lm", "8b"), ("lm", "moe"), ("bert", "base"), ("translation", "base"), ("resnet", "resnet50")],
+    [
+        ("lm", "8b"),
+        ("lm", "moe"),
+        ("families", "gemma3_4b"),
+        ("families", "olmo2_7b"),
+        ("bert", "base"),
+        ("translation", "base"),
+        ("resnet", "resnet50"),
+    ],
 )
 def test_vectors_of_stacked_layers_are_diagonal(name, variant):
     """Fault: a scanned norm without names of its axes is preconditioned as a matrix of layers x channels."""
@@ -26,6 +34,6 @@ def test_vectors_of_stacked_layers_are_diagonal(name, variant):
     axes = dict(zip(of_path, jax.tree.structure(params).flatten_up_to(names), strict=True))
     stacked = [path for path in of_path if path.partition("/")[0] in STACKS]
     assert all(axes[path][0] == "layers" for path in stacked)
-    vectors = [path for path in stacked if of_path[path].ndim == 2]
+    vectors = [path for path in stacked if of_path[path].ndim == 2 or path.endswith("/scale")]
     assert vectors
     assert all(treated[path].startswith("diagonal") for path in vectors), {path: treated[path] for path in vectors}

@@ -72,6 +72,15 @@ def test_a_vocabulary_that_the_mesh_does_not_divide(loss_chunks):
     assert_close(grad_of(whole, variables, batch), jax.device_get(sharded), 1e-4)
 
 
+@pytest.mark.slow
+def test_a_mesh_that_shards_no_examples():
+    """Fault: XLA refuses the gradient of a lookup with tensor parallelism alone."""
+    task, batch = dataclasses.replace(SMALL, layers=1), batch_of()
+    step, shardings, by_batch = lower_on_mesh(task, (1, 1, 2), batch)
+    sharded = step(jax.device_put(variables_of(task), shardings), jax.device_put(batch, by_batch))
+    assert_close(grad_of(task, variables_of(task), batch), jax.device_get(sharded), 1e-4)
+
+
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 8, 1)], ids=str)
 def test_gradients_of_frequent_tokens_are_summed_in_float32(sizes):
     """Faults: thousands of gradients of one token are summed in bfloat16, or not over all devices."""

@@ -1650,6 +1650,22 @@ MODELS = (
         ("tests/models/test_kernels.py::test_sinks",),
     ),
     Mutant(
+        "tensor-parallelism-alone-refused",
+        "models/vocabulary.py",
+        "axes = axes if any(axis_size(axis) > 1 for axis in axes) else ()",
+        "pass",
+        "A language model on a mesh with only a tensor axis ends in an internal error of XLA.",
+        ("tests/models/test_vocabulary.py::test_a_mesh_that_shards_no_examples",),
+    ),
+    Mutant(
+        "family-of-another-width",
+        "configs/families.py",
+        "heads=8, mlp_dim=10_240",
+        "heads=8, mlp_dim=10_752",
+        "Weights of Gemma 3 do not fit the config that has its name.",
+        ("tests/configs/test_families.py::test_parameters_are_as_many_as_published",),
+    ),
+    Mutant(
         "masked-keys-computed",
         "models/attention.py",
         "_GROUPS = 8  #",
