@@ -1,8 +1,8 @@
 """The contract between the trainer and a data set: write a frozen dataclass with the methods of `Data`.
 
 A config names it by import string, `config.data.name = "my_project.my_data:MyData"`; its fields are knobs. A data set
-may also have the methods `fingerprint`, `augment`, `decoder`, `codec`, `spec` and `beside`; the functions of these
-names below call them, or return a default for a data set without them.
+may also have the methods `prepare_some`, `fingerprint`, `augment`, `decoder`, `codec`, `spec` and `beside`; the
+functions of these names below call them, or return a default for a data set without them.
 """
 
 import dataclasses
@@ -67,6 +67,22 @@ class Data(Protocol):
     def examples(self, split: Split, cache: Path) -> Source:
         """Return random access to the examples of a split."""
         ...
+
+
+def prepare(data: Data, cache: Path, examples: int = 0, seconds: float = 0) -> None:
+    """Call `data.prepare(cache)`, or, if the data set has it, `data.prepare_some(cache, examples, seconds)`.
+
+    Args:
+      data: the data set.
+      cache: see `Data.prepare`.
+      examples: training examples after which it may stop; 0 for all.
+      seconds: it is to refuse work that takes longer; 0 for any.
+
+    Raises:
+      UserError: see `Data.prepare`.
+    """
+    some = getattr(data, "prepare_some", None)
+    some(cache, examples, seconds) if some else data.prepare(cache)
 
 
 def fingerprint(data: Data, cache: Path) -> str:

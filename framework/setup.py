@@ -23,8 +23,9 @@ from .base.errors import UserError
 from .checkpoint import origin, ownership, takeover
 from .checkpoint.record import Ranking, Record
 from .config import components
-from .config.check import check, heldout_sets, may_change
-from .data.feed import Feed
+from .config.check import check, may_change
+from .config.sets import Mixture, heldout_sets, mixture
+from .data.feed import Feed, no_epochs
 from .distributed import console
 from .reporting import profiling, startup
 from .reporting.watchdog import Watchdog
@@ -47,6 +48,7 @@ class Request:
       workdir: absolute path.
       task: the model.
       data: the data set.
+      mixture: further sources of training examples.
       sets: further held-out sets, by name.
       options: of the optimizer.
       mesh: the devices.
@@ -57,6 +59,7 @@ class Request:
     workdir: Path
     task: Any
     data: Any
+    mixture: Mixture
     sets: Mapping[str, Any]
     options: Any
     mesh: Mesh
@@ -136,7 +139,8 @@ def examine(config: Any, workdir: str | Path, devices: Sequence[Any] | None) -> 
     if config.compiler_options:
         compiler_options.compile_with(jax.jit(lambda: 0).lower(), compiling)
     console.say(f"compiler options: {' '.join(map('='.join, compiling.items())) or 'none'}")
-    return Request(config, _absolute(workdir), task, data, heldout_sets(config), options, mesh, profile_steps)
+    further = mixture(config), heldout_sets(config)
+    return Request(config, _absolute(workdir), task, data, *further, options, mesh, profile_steps)
 
 
 @contextlib.contextmanager
@@ -176,12 +180,13 @@ def build(request: Request, compilers: Executor) -> Blueprint:
     record = start.record()
     if start.path is not None and start.kind == "resume":
         ownership.continued(start.path, config)
-    feed = functools.cache(lambda: Feed(request.data, request.sets, request.workdir / layout.CACHE, mesh, config))
-    example = dataset.spec(request.data)
-    batch_spec = global_batch.spec(example, config.batch_size, mesh) if example else feed().batch_spec
-    units = durations.Units(config.batch_size, lambda: feed().examples, request.data.tokens_per_example)
+    feed = functools.cache(lambda: _feed(request))
+    of_epoch = no_epochs if request.mixture.sources else lambda: feed().examples
+    units = durations.Units(config.batch_size, of_epoch, request.data.tokens_per_example)
     total_steps = durations.to_steps(config.duration, units)
     in_steps = functools.partial(durations.to_steps, units=dataclasses.replace(units, total_steps=total_steps))
+    example = dataset.spec(request.data)
+    batch_spec = global_batch.spec(example, config.batch_size, mesh) if example else feed().batch_spec
     if record.step > total_steps:
         late = f"{start.path} is at step {record.step}, past config.duration={total_steps} steps"
         raise UserError(f"{late}. Increase config.duration.")
@@ -238,6 +243,11 @@ def start(blueprint: Blueprint, watch: Watchdog) -> tuple[TrainState, float]:
     seconds = time.perf_counter() - begun
     _ = blueprint.steps["train"]
     return state, seconds
+
+
+def _feed(request: Request) -> Feed:
+    cache = request.workdir / layout.CACHE
+    return Feed(request.data, request.mixture, request.sets, cache, request.mesh, request.config)
 
 
 def _absolute(workdir: str | Path) -> Path:

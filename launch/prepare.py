@@ -2,7 +2,8 @@
 
 Writes the rows of the config's data set to DIR (local or gs://) once: tokens or parsed fields in ArrayRecord shards,
 with a manifest. `shampax.launch.train` with --config.data.prepared=DIR reads them; its batches are bitwise those of a
-run that prepares in its workdir. A DIR may hold several preparations. The sets of `evaluation.sets` are made last.
+run that prepares in its workdir. It stops at the training rows that the config's duration takes; a longer duration
+adds the missing ones. A DIR may hold several preparations. The sets of `mixture` and `evaluation.sets` are made last.
 
 --process=I/N makes share I (from 0) of N: run the same command on N hosts, or N times here, at once or one after
 another. No process waits for another, and the last to finish writes the manifest and makes the sets of
@@ -22,7 +23,8 @@ from typing import Any
 from ..framework.base import paths
 from ..framework.base.errors import UserError
 from ..framework.config import components
-from ..framework.config.check import heldout_sets, load
+from ..framework.config.check import load
+from ..framework.config.sets import OWN, heldout_sets, mixture
 from . import flags, interruptible
 
 
@@ -47,6 +49,7 @@ def _prepare(arguments: Sequence[str] | None) -> int:
     config = load(options.config, overrides)
     # Imported after the config is checked: this imports JAX.
     from ..framework import dataset
+    from ..framework.data.feed import length
     from ..framework.data.preparing import preparing
 
     interruptible()
@@ -58,11 +61,14 @@ def _prepare(arguments: Sequence[str] | None) -> int:
         )
     place = paths.of(options.output)
     training: Any = dataclasses.replace(data, prepared="")
-    manifest = preparing.run(training, place, workers=options.workers, process=process, processes=processes)
-    for each in heldout_sets(config).values() if manifest else ():
+    needed, _ = length(config, training, mixture(config))
+    work = {"workers": options.workers, "extend": True}
+    most = needed.get(OWN, 0)
+    manifest = preparing.run(training, place, process=process, processes=processes, most=most, **work)
+    for name, each in heldout_sets(config).items() if manifest else ():
         further: Any = dataset.beside(each, training, options.output)
         if isinstance(further, preparing.Preparable):
-            preparing.run(dataclasses.replace(further, prepared=""), place, workers=options.workers)
+            preparing.run(dataclasses.replace(further, prepared=""), place, most=needed.get(name, 0), **work)
     if manifest is None:
         print(f"share {process} of {processes} is complete in {place}; shards of other shares are missing")
     else:

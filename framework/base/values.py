@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _PLAIN = (str, int, float, bool, type(None))
-_WORD = r"[\w.]+(=[^\s,'\"()\[\]{}]+)?"
+_WORD = r"[\w.@%]+(=[^\s,'\"()\[\]{}]+)?"
 _WORDS = re.compile(rf"({_WORD}(\s*,\s*{_WORD})*,?)?")
 _LITERAL_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)  # as documented by ast
 

@@ -11,9 +11,10 @@ from ..base import durations, values
 from ..base.bounds import Within
 from ..base.errors import UserError
 from . import files, overrides
-from .components import build, component, fitting, is_component
+from .components import build, component, is_component
 from .overrides import flat
 from .schema import BOUNDS, MAY_CHANGE, TYPES, get_config
+from .sets import heldout_sets
 
 _SHOWN_DIFFERENCES = 5
 _COMPONENTS = ("task", "data", "optimizer")
@@ -72,27 +73,6 @@ def check(config: ConfigDict) -> None:
         if key == "evaluation.batches" and value == 0:
             raise UserError(f"config.{key}=0: no batch to evaluate. Use -1 for all batches, or at least 1.")
     heldout_sets(config)
-
-
-def heldout_sets(config: ConfigDict) -> dict[str, Any]:
-    """Return the data sets that `config.evaluation.sets` describes, by name.
-
-    Raises:
-      UserError: a name or a change of `config.data` is invalid.
-    """
-    changes: dict[str, list[str]] = {}
-    for each in config.evaluation.sets:
-        name, dot, change = each.partition(".")
-        if not (dot and name.isidentifier() and "=" in change):
-            raise UserError(f"config.evaluation.sets: {each!r} is not of the form name.knob=value.")
-        changes.setdefault(name, []).append(f"data.{change}")
-    built = {}
-    for name, own in changes.items():
-        changed = ConfigDict({"data": config.data.to_dict()}).lock()
-        with overrides.about(f"evaluation.sets: {name}"):
-            overrides.apply(changed, own)
-            built[name] = fitting("data", build(changed.data))
-    return built
 
 
 def to_json(config: ConfigDict) -> str:

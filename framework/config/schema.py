@@ -58,6 +58,7 @@ TYPES = {
     "compiler_options": tuple[str, ...],
     "evaluation.sets": tuple[str, ...],
     "samples.prompts": tuple[str, ...],
+    "mixture": tuple[str, ...],
 }
 
 # Sensible values of numbers. `check` bounds all other numbers by int32 and float32.
@@ -99,6 +100,7 @@ def get_config() -> Any:
     config.data = ConfigDict({"name": ""})  # import string of the data set
     config.optimizer = ConfigDict({"name": ""})  # import string of the optimizer
 
+    config.mixture = ()  # further sources: "name.knob=value" of config.data, "name.weight=1", "name.weight@80%=2"
     config.input = ConfigDict()
     config.input.threads = 0  # threads that read examples, in each process or worker; 0: four a core, at most 64
     config.input.workers = -1  # processes that read training batches; -1: none for small data, else one per 16 cores

@@ -99,7 +99,7 @@ class ClickData(Preparable):
             )
             for number, (split, path) in enumerate(zip(splits, ordered, strict=True))
         ]
-        return Source(manifests.digest([files.stats(ordered), splits]), streams)
+        return Source(manifests.digest([files.stats(ordered), splits]), streams, files.text_bytes(ordered))
 
     def rows(
         self, stream: Stream, number: int, records: Iterator[Any], tokenizer: str, tally: Tally

@@ -1,6 +1,8 @@
 """The data of a run: training and held-out batches, on the devices."""
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,18 @@ import jax
 from jax.sharding import Mesh
 
 from .. import dataset
+from ..base import durations
 from ..base.errors import UserError
 from ..config import overrides
+from ..config.sets import OWN, Mixture
 from ..distributed import agreement
 from ..sharding.global_batch import Share
+from .mixing import Mixed, totals
 from .pipeline import Batches, HeldoutBatches, Reading
+from .preparing import manifests
+
+_SPARE = 1.05  # rows to prepare / rows that the run takes
+_LONGEST_WAIT = 600.0  # seconds that the other processes of a run may wait while one prepares
 
 
 class Heldout:
@@ -45,7 +54,8 @@ class Feed:
 
     Args:
       data: the data set.
-      sets: further held-out sets, by name.
+      mixture: further sources to train on.
+      sets: further held-out sets, by name, with those of the mixture.
       cache: folder of prepared data.
       mesh: the mesh.
       config: the config.
@@ -61,18 +71,41 @@ class Feed:
       UserError: the data cannot be used.
     """
 
-    def __init__(self, data: dataset.Data, sets: Mapping[str, dataset.Data], cache: Path, mesh: Mesh, config: Any):
-        agreement.first(lambda: data.prepare(cache))
-        source = data.examples("train", cache)
+    def __init__(
+        self,
+        data: dataset.Data,
+        mixture: Mixture,
+        sets: Mapping[str, dataset.Data],
+        cache: Path,
+        mesh: Mesh,
+        config: Any,
+    ):
+        needed, stages = length(config, data, mixture)
+        seconds = _LONGEST_WAIT if jax.process_count() > 1 else 0
+
+        def prepare(name: str, each: dataset.Data) -> None:
+            agreement.first(lambda: dataset.prepare(each, cache, needed.get(name, 0), seconds))
+
+        prepare(OWN, data)
+        sets = {name: dataset.beside(each, data, cache) for name, each in sets.items()}
+        for name, each in sets.items():
+            with _about(name, mixture):
+                prepare(name, each)
+        trained = {OWN: data} | {name: sets[name] for name in mixture.sources}
+        source: dataset.Source = data.examples("train", cache)
+        fingerprints = [dataset.fingerprint(each, cache) for each in trained.values()]
+        if mixture.sources:
+            source = Mixed({name: each.examples("train", cache) for name, each in trained.items()}, stages)
         self._share = Share(config.batch_size, mesh)
         self.reading = Reading.choose(source, **config.input)
         rows = {"global_batch_size": config.batch_size, "rows": self._share.rows, "reading": self.reading}
         self._train = Batches(source, seed=config.seed, augment=dataset.augment(data), **rows)
         self.examples = len(source)
-        self.fingerprint = dataset.fingerprint(data, cache)
+        self.fingerprint = manifests.digest(fingerprints) if mixture.sources else fingerprints[0]
         self.heldout = {"": Heldout(data, cache, self._share, config.evaluation, **rows)}
         for name, each in sets.items():
-            self.heldout[name] = self._further(name, dataset.beside(each, data, cache), cache, config, rows)
+            with _about(name, mixture):
+                self.heldout[name] = self._further(each, cache, config, rows)
         self.batch_spec = jax.tree.map(
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
             self._share.to_devices(self._train[0]),
@@ -83,14 +116,36 @@ class Feed:
         with contextlib.closing(self._train.from_step(number)) as batches:
             yield from map(self._share.to_devices, batches)
 
-    def _further(self, name: str, data: dataset.Data, cache: Path, config: Any, rows: dict[str, Any]) -> Heldout:
-        with overrides.about(f"evaluation.sets: {name}"):
-            agreement.first(lambda: data.prepare(cache))
-            found = Heldout(data, cache, self._share, config.evaluation, **rows)
+    def _further(self, data: dataset.Data, cache: Path, config: Any, rows: dict[str, Any]) -> Heldout:
+        found = Heldout(data, cache, self._share, config.evaluation, **rows)
         given, wanted = found.shapes(), self.heldout[""].shapes()
         if given != wanted:
-            raise UserError(
-                f"config.evaluation.sets: {name}: an example has {given}, but one of config.data has {wanted}. Use the "
-                "same shapes."
-            )
+            raise UserError(f"an example has {given}, but one of config.data has {wanted}. Use the same shapes.")
         return found
+
+
+def length(config: Any, data: dataset.Data, mixture: Mixture) -> tuple[dict[str, int], list[tuple[int, Any]]]:
+    """Return how many training examples of each source a run takes, and the stages of the mixture in examples.
+
+    The first are with some to spare, and {} if the run takes all: its length is in epochs.
+
+    Raises:
+      UserError: the mixture or a duration is invalid.
+    """
+    if durations.parse(config.duration, whole_run=True)[1] == "epochs" and not mixture.sources:
+        return {}, []
+    units = durations.Units(config.batch_size, no_epochs, data.tokens_per_example)
+    total = durations.to_steps(config.duration, units)
+    in_steps = functools.partial(durations.to_steps, units=dataclasses.replace(units, total_steps=total))
+    stages = [(step * config.batch_size, weights) for step, weights in mixture.stages(in_steps)]
+    counts = totals(stages, total * config.batch_size)
+    return {name: int(_SPARE * n) + 1 for name, n in zip((OWN, *mixture.sources), counts, strict=True)}, stages
+
+
+def no_epochs() -> int:
+    """Raise UserError: a duration of a mixture is in epochs."""
+    raise UserError("config.mixture: a mixture has no epochs. Give durations in steps, examples or tokens.")
+
+
+def _about(name: str, mixture: Mixture) -> contextlib.AbstractContextManager[None]:
+    return overrides.about(f"{'mixture' if name in mixture.sources else 'evaluation.sets'}: {name}")

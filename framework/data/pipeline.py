@@ -1,7 +1,8 @@
 """Batches as a pure function of their index: `batches[i]`, of which a process reads the rows that its devices hold.
 
-Row r of batch i is example i * global_batch_size + r of one order, a function of the seed alone. Resuming needs only
-the index, on any mesh, any number of processes, and any number of threads and workers that read.
+Row r of batch i is example i * global_batch_size + r of one order, a function of the seed, and of the weights of a
+mixture, alone. Resuming needs only the index, on any mesh, any number of processes, and any number of threads and
+workers that read.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from etils import epy
 
 from ..base.errors import UserError
 from ..dataset import Augment, Example, Source
+from .mixing import Mixed, in_order
 from .preparing.workers import exit_with_parent
 
 with epy.lazy_imports():  # takes 0.2 s, while the steps are compiled
@@ -69,7 +71,7 @@ class Batches:
     Other rows of the batch are not read.
 
     Args:
-      source: the examples.
+      source: the examples, or a mixture of several sources.
       seed: determines their order.
       global_batch_size: rows of the global batch.
       rows: indices of the rows to read, such as `global_batch.Share.rows`.
@@ -92,7 +94,7 @@ class Batches:
     ):
         if not len(source):
             raise UserError(f"the training split {source!r} has 0 examples. Give more data or shorter examples.")
-        order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
+        order = source.order(seed) if isinstance(source, Mixed) else in_order(len(source), seed)
         if augment is not None:
             order = order.random_map(_with_random_state)
         self._batches, self._reading = _Batches(source, order, global_batch_size, rows, reading, augment), reading

@@ -17,7 +17,7 @@ from ..reading.malformed import Rejects
 
 NAME = "manifest.json"
 Manifest = dict[str, Any]
-_KEYS = {"settings", "tokenizer", "splits", "shards", "ranges", "content"}
+_KEYS = {"settings", "tokenizer", "splits", "shards", "ranges", "content", "stopped"}
 _SHOWN = 3
 
 

@@ -9,7 +9,9 @@ import abc
 import collections
 import dataclasses
 import hashlib
+import itertools
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +30,8 @@ from .manifests import Manifest
 from .workers import run_in_processes
 
 _ROWS = ".array_record"
+_TRAIN_PER_HELDOUT = 9  # rows of each, where preparing stops early
+_BYTES_PER_SECOND, _BYTES_PER_TOKEN = 1.5e6, 4  # of text that one core makes rows of; about
 
 
 class Tally:
@@ -100,10 +104,18 @@ class Preparable(abc.ABC):
           UserError: the source or the prepared rows cannot be used, or a split has more than `max_malformed` malformed
             records.
         """
+        self.prepare_some(cache, 0, 0)
+
+    def prepare_some(self, cache: str | os.PathLike[str], examples: int, seconds: float) -> None:
+        """Make rows as `prepare`, but stop after `examples` training rows, if it is not 0; existing ones are enough.
+
+        Raises:
+          UserError: see `prepare`; the work takes longer than `seconds`, if it is not 0.
+        """
         if self.prepared:
             self.report(self.manifest(cache)[1])
         else:
-            run(self, paths.of(cache), workers=self.workers)
+            run(self, paths.of(cache), workers=self.workers, most=examples, seconds=seconds)
 
     def manifest(self, cache: str | os.PathLike[str]) -> tuple[epath.Path, Manifest]:
         """Return the folder of the rows and its manifest.
@@ -150,8 +162,20 @@ class Preparable(abc.ABC):
                 print(f"{name} {self.noun}: {counts}; dropped", file=sys.stderr, flush=True)
 
 
-def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, processes: int = 1) -> Manifest | None:
+def run(
+    data: Preparable,
+    cache: epath.Path,
+    *,
+    workers: int,
+    process: int = 0,
+    processes: int = 1,
+    most: int = 0,
+    seconds: float = 0,
+    extend: bool = False,
+) -> Manifest | None:
     """Make this process' missing shards, and the manifest once all shards exist.
+
+    With `most`, the rows are those of the first shards that hold so many training rows, for any number of workers.
 
     Args:
       data: the data set to prepare.
@@ -159,6 +183,9 @@ def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, 
       workers: number of worker processes.
       process: index of this process.
       processes: number of processes, on this host or others, at once or one after another.
+      most: training rows after which to stop, with a proportional part of the held-out rows; 0 makes all.
+      seconds: refuse work that takes longer; 0 for any.
+      extend: whether to add rows to fewer than `most` that were made before.
 
     Returns:
       The manifest; None if shards of other processes are missing.
@@ -170,17 +197,26 @@ def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, 
     folder = _folder(data, cache, source)
     if (folder / manifests.NAME).exists():
         manifest = manifests.read(folder)
-        if not manifests.missing(folder, manifest):
+        enough = not (extend and manifest["stopped"]) or 0 < most <= manifest["ranges"]["train"][1]
+        if enough and not manifests.missing(folder, manifest):
             data.report(manifest)
             return manifest
+    _refuse_long(data, source, workers, most, seconds)
+    limits = _limits(source, most)
+    manifest = None
     try:
         tokenizer = data.make_tokenizer(cache, source)
-        jobs = [(data, folder, tokenizer, process * workers + worker, processes * workers) for worker in range(workers)]
-        if workers == 1:
-            _make_shards(*jobs[0])
-        else:
-            run_in_processes(_make_shards, jobs)
-        manifest = _join(data, folder, tokenizer, source)
+        first, every = process * workers, processes * workers
+        jobs = [(data, folder, tokenizer, limits, first + worker, every) for worker in range(workers)]
+        # Workers guess the rows of shards that others are making; if they stop too early, they go on.
+        for _ in itertools.count():
+            if workers == 1:
+                _make_shards(*jobs[0])
+            else:
+                run_in_processes(_make_shards, jobs)
+            manifest = _join(data, folder, tokenizer, source, limits)
+            if manifest is not None or processes > 1:
+                break
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be written ({error.strerror or error}). Free disk space or choose another folder, and "
@@ -190,23 +226,53 @@ def run(data: Preparable, cache: epath.Path, *, workers: int, process: int = 0, 
         for name, total in manifest["splits"].items():
             counted = ", ".join(f"{count:,} {noun}" for noun, count in total.items() if isinstance(count, int))
             print(f"prepared {name}: {counted}", file=sys.stderr, flush=True)
+        if manifest["stopped"]:
+            print(f"stopped at {most:,} training rows, which is enough for the run", file=sys.stderr, flush=True)
         data.report(manifest)
     return manifest
 
 
-def _make_shards(data: Preparable, folder: epath.Path, tokenizer: str, worker: int, workers: int) -> None:
+def _limits(source: sources.Source, most: int) -> dict[str, int]:
+    """Return the rows after which each stream may stop, by its name; none for sources that cannot be divided so."""
+    splits = [stream.split for stream in source.streams]
+    if not most or None in splits or len(set(splits)) < len(splits):
+        return {}
+    return {
+        stream.name: most if stream.split == "train" else most // _TRAIN_PER_HELDOUT + 1 for stream in source.streams
+    }
+
+
+def _refuse_long(data: Preparable, source: sources.Source, workers: int, most: int, seconds: float) -> None:
+    tokens = most * getattr(data, "tokens_per_example", 1)
+    size = min(source.text_bytes, tokens * _BYTES_PER_TOKEN) if most else source.text_bytes
+    expected = size / (_BYTES_PER_SECOND * workers)
+    if not 0 < seconds < expected:
+        return
+    words = [word for word in sys.argv[1:] if word.startswith("--config")] or ["--config=FILE.py"]
+    raise UserError(
+        f"data.source={data.settings()['source']}: making its rows takes about {expected / 60:,.0f} minutes with "
+        f"data.workers={workers}, and all processes would wait. Make them beforehand: python -m shampax.launch.prepare "
+        f"{shlex.join(words)} --output=DIR; then train with --config.data.prepared=DIR."
+    )
+
+
+def _make_shards(
+    data: Preparable, folder: epath.Path, tokenizer: str, limits: dict[str, int], worker: int, workers: int
+) -> None:
     """Make the missing shards of a worker, one of `workers` in all processes, and print a line for each."""
     there, sha256 = _names(folder), _sha256(tokenizer)
     for first, stream in enumerate(data.open_source().streams):
         if stream.one_worker and first % workers != worker:
             continue
-        count, began = 0, time.monotonic()
+        count, began, known = 0, time.monotonic(), dict[int, int]()
         for number, records in enumerate(stream.blocks()):
             count = number + 1
             name = f"{stream.name}-{number:05}"
             owner = first if stream.one_worker else first + number
             if owner % workers != worker or {f"{name}.json", f"{name}{_ROWS}"} <= there:
                 continue
+            if stream.name in limits and _rows_before(folder, stream.name, number, known) >= limits[stream.name]:
+                break
             tally = Tally(data.max_malformed)
             rows = data.rows(stream, number, tally.rejects.sift(records), tokenizer, tally)
             note = {
@@ -221,21 +287,37 @@ def _make_shards(data: Preparable, folder: epath.Path, tokenizer: str, worker: i
             paths.write_text(folder / f"{name}.json", manifests.to_text(note))
             of, seconds = f" of {stream.shards:05}" if stream.shards else "", time.monotonic() - began
             print(f"shard {name}{of}: {note['rows']:,} rows, after {seconds:,.0f} s", file=sys.stderr, flush=True)
-        paths.write_text(folder / f"{stream.name}.json", manifests.to_text({"shards": count}))
+        else:
+            paths.write_text(folder / f"{stream.name}.json", manifests.to_text({"shards": count}))
 
 
-def _join(data: Preparable, folder: epath.Path, tokenizer: str, source: sources.Source) -> Manifest | None:
-    """Write and return the manifest of all shards; None if some are missing."""
+def _rows_before(folder: epath.Path, stream: str, number: int, known: dict[int, int]) -> float:
+    """Return about how many rows the shards before `number` have; `known` keeps those that exist."""
+    for each in range(number):
+        if each not in known and (folder / f"{stream}-{each:05}.json").exists():
+            known[each] = manifests.read(folder, f"{stream}-{each:05}.json")["rows"]
+    return sum(known.values()) * number / max(len(known), 1)
+
+
+def _join(
+    data: Preparable, folder: epath.Path, tokenizer: str, source: sources.Source, limits: dict[str, int]
+) -> Manifest | None:
+    """Write and return the manifest of all shards, or of the first that reach the limits; None if some are missing."""
     there = _names(folder)
     notes: list[dict[str, Any]] = []
+    stopped = False
     for stream in source.streams:
-        if f"{stream.name}.json" not in there:
-            return None
-        for number in range(manifests.read(folder, f"{stream.name}.json")["shards"]):
+        whole, rows = f"{stream.name}.json" in there, 0
+        count = manifests.read(folder, f"{stream.name}.json")["shards"] if whole else None
+        for number in itertools.count() if count is None else range(count):
+            if stream.name in limits and rows >= limits[stream.name]:
+                stopped = True
+                break
             name = f"{stream.name}-{number:05}"
             if not {f"{name}.json", f"{name}{_ROWS}"} <= there:
                 return None
             notes.append(manifests.read(folder, f"{name}.json"))
+            rows += notes[-1]["rows"]
     sha256 = _sha256(tokenizer)
     others = [note["file"] for note in notes if note["tokenizer"] != sha256]
     if others:
@@ -250,6 +332,7 @@ def _join(data: Preparable, folder: epath.Path, tokenizer: str, source: sources.
         "shards": [{key: note[key] for key in ("file", "split", "rows", "bytes", "content")} for note in notes],
         "ranges": ranges,
         "content": manifests.digest([sha256, content, ranges]),
+        "stopped": stopped,
     }
     for split, (start, stop) in ranges.items():
         if start == stop:

@@ -18,6 +18,7 @@ from ...base.errors import UserError
 from . import saved
 
 _CHUNK = 1 << 20
+_RATIO = 4  # text / its compressed form, about
 
 
 def _zstd(raw: Any, mode: str) -> Any:
@@ -96,6 +97,12 @@ def stats(files: Sequence[epath.Path]) -> list[tuple[str, int, int]]:
     # epath knows the time in whole seconds only.
     times = (os.stat(path).st_mtime_ns if paths.is_local(path) else path.stat().mtime for path in files)
     return [(os.fspath(path), path.stat().length, time) for path, time in zip(files, times, strict=True)]
+
+
+def text_bytes(found: Sequence[epath.Path]) -> int:
+    """Return about how many bytes of text some files hold."""
+    packed = COMPRESSED | {".parquet"}
+    return sum(path.stat().length * (_RATIO if path.suffix.lower() in packed else 1) for path in found)
 
 
 def pieces(path: epath.Path, separator: bytes, longest: int) -> Iterator[bytes | None]:

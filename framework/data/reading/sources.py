@@ -46,10 +46,17 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """All records of a data set, and a text that changes when they may have changed."""
+    """All records of a data set.
+
+    Attributes:
+      fingerprint: changes when they may have changed.
+      streams: the records.
+      text_bytes: about how many bytes of text they have; 0 if they are few.
+    """
 
     fingerprint: str
     streams: Sequence[Stream]
+    text_bytes: int = 0
 
     def records(self, split: Split) -> Iterator[Any]:
         """Yield the records of a split in order, malformed ones included."""
@@ -130,7 +137,7 @@ def file_source(
             f"splits need at least {_LEAST}. Give more."
         )
     fingerprint = hashlib.sha256(repr(files.stats(found)).encode()).hexdigest()
-    return of_splits(fingerprint, records, size, limit)
+    return dataclasses.replace(of_splits(fingerprint, records, size, limit), text_bytes=files.text_bytes(found))
 
 
 def split_source(
@@ -142,7 +149,8 @@ def split_source(
         return itertools.chain.from_iterable(map(read, found[split]))
 
     stats = {split: files.stats(paths) for split, paths in found.items()}
-    return of_splits(hashlib.sha256(repr(stats).encode()).hexdigest(), records, size, limit)
+    source = of_splits(hashlib.sha256(repr(stats).encode()).hexdigest(), records, size, limit)
+    return dataclasses.replace(source, text_bytes=sum(map(files.text_bytes, found.values())))
 
 
 def tfds_source(tfds: TfdsSet, make: Callable[..., Any], size: int, limit: int) -> Source:
@@ -175,7 +183,7 @@ def tfds_source(tfds: TfdsSet, make: Callable[..., Any], size: int, limit: int) 
             split, split, lambda: (records(split, start, min(start + size, end)) for start in starts), len(starts)
         )
 
-    return Source(tfds.fingerprint, [stream(split) for split in reversed(SPLITS)])
+    return Source(tfds.fingerprint, [stream(split) for split in reversed(SPLITS)], tfds.text_bytes)
 
 
 def blocks_of(records: Iterator[T], size: int) -> Iterator[Iterator[T]]:

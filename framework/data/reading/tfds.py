@@ -27,6 +27,7 @@ class TfdsSet:
     Attributes:
       features: names of the features.
       fingerprint: text that changes with the set, its splits and features.
+      text_bytes: size of the whole set.
 
     Raises:
       UserError: the set is not prepared in this form, or lacks a feature or split; or the splits share examples.
@@ -77,7 +78,7 @@ class TfdsSet:
                     f"data.train_split={splits['train']!r} and data.heldout_split={splits['heldout']!r}: share "
                     f"examples of {file} in tfds:{name}. Choose splits that do not overlap."
                 )
-        self.features = list(features.values())
+        self.features, self.text_bytes = list(features.values()), int(builder.info.dataset_size or 0)
         self.fingerprint = hashlib.sha256(repr((directory, sorted(self.features), taken)).encode()).hexdigest()
 
     def source(self, split: Split) -> Any:

@@ -13,7 +13,7 @@ import pytest
 
 from shampax.framework.base import paths
 from shampax.framework.base.errors import UserError
-from shampax.framework.config import check, components
+from shampax.framework.config import check, components, sets
 from shampax.framework.data.clicks import ClickData
 from shampax.framework.data.masked import MaskedTextData
 from shampax.framework.data.pairs import PairData
@@ -196,7 +196,7 @@ def test_the_printed_command_trains_on_the_rows(sources, tmp_path, capsys):
     data = components.build(config.data)
     data.prepare(tmp_path / "unused")
     assert data.load_tokenizer("").get_vocab_size() <= 300
-    more = beside(check.heldout_sets(config)["more"], data, tmp_path / "unused")
+    more = beside(sets.heldout_sets(config)["more"], data, tmp_path / "unused")
     more.prepare(tmp_path / "unused")
     assert len(data.examples("train", "")) > 0 and not (tmp_path / "unused").exists()
     assert more.load_tokenizer("").to_str() == data.load_tokenizer("").to_str()
