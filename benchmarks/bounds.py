@@ -6,11 +6,10 @@
 
 Each row compiles the train step of a shipped config ahead of time at the compiler's least effort and judges it as
 launch.plan does: 1 to 5 minutes of a core and up to 6 GB each. Prints JSON; progress goes to standard error. --markdown
-replaces the table between the markers in a file.
+replaces these rows of the table between the markers in a file; other rows stay.
 """
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Mapping
@@ -20,9 +19,9 @@ from typing import Any, NamedTuple
 from ..configs import base, lm
 from ..framework.base.errors import UserError
 from ..framework.planning import plan, targets
-from . import command
+from . import command, documents
 
-BEGIN, END = "<!-- bounds: begin -->", "<!-- bounds: end -->"
+SECTION = documents.Section("bounds")
 
 
 class Case(NamedTuple):
@@ -88,14 +87,19 @@ def bound(case: Case) -> dict[str, Any]:
     }
 
 
-def table(rows: Mapping[str, Any]) -> str:
-    """Return the rows as a table in Markdown."""
+def table(rows: Mapping[str, Any], document: str = "") -> str:
+    """Return the rows, and those that only the table of a document has, as a table in Markdown."""
+    present = {line.split(" ")[1]: line for line in document.splitlines() if line.startswith("| ")}
     lines = [
         "| program | devices | optimizer | work ms | network ms | MB between slices | MFU at most | counting T x T | "
         "peak memory |",
         f"|{'---|' * 9}",
     ]
-    for name, row in rows.items():
+    for name in CASES:
+        row = rows.get(name)
+        if row is None:
+            lines += [present[name]] if name in present else []
+            continue
         start = f"| {name} | {row['devices']} | {row['optimizer'].removesuffix('Options')} |"
         if "error" in row:
             lines.append(f"{start} does not fit: {row['error'][:80]} | | | | | |")
@@ -119,11 +123,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         print(f"compiling {name}", file=sys.stderr, flush=True)
         rows[name] = bound(CASES[name])
     if options.markdown:
-        text = options.markdown.read_text()
-        if not (BEGIN in text and END in text):
-            raise UserError(f"--markdown={options.markdown}: needs the lines {BEGIN} and {END} around its table.")
-        between = re.compile(f"{BEGIN}.*{END}", re.DOTALL)
-        options.markdown.write_text(between.sub(f"{BEGIN}\n{table(rows)}\n{END}", text))
+        documents.write(options.markdown, {SECTION: f"{table(rows, options.markdown.read_text())}\n"})
     return rows
 
 

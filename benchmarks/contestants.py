@@ -155,8 +155,9 @@ def with_settings(options: Any, settings: Mapping[str, Any]) -> Any:
     """
     momenta = [name for name in ("beta", "beta1", "momentum") if isinstance(getattr(options, name, None), float)]
     fields = {name: value for name, value in settings.items() if hasattr(options, name) and name != "momentum"}
-    if "embeddings" in settings and hasattr(options, "rate_rules"):
-        fields["rate_rules"] = ((EMBEDDINGS, settings["embeddings"]), (".*", 1.0))
+    factor = settings.get("embeddings")
+    if factor is not None and factor != patterns.first_match(getattr(options, "rate_rules", [(".*", factor)]), "embed"):
+        fields["rate_rules"] = ((EMBEDDINGS, factor), (".*", 1.0))
     return dataclasses.replace(options, **fields, **dict.fromkeys(momenta, settings["momentum"]))
 
 

@@ -46,6 +46,13 @@ def parser(*, helps: bool = False) -> flags.Parser:
     made.add_argument("--config", required=not helps, metavar="FILE.py[:VARIANT]")
     made.add_argument("--workdir", required=not helps, metavar="DIR", help="rerun with the same DIR to resume")
     made.add_argument(
+        "--change",
+        action="append",
+        default=[],
+        metavar="KEY[=VALUE]",
+        help="resume with another value of this knob, as in --change duration='80 steps'",
+    )
+    made.add_argument(
         "--help", "-h", nargs="*", metavar="WORD", help="list all knobs, or those with these words; see below"
     )
     return made
@@ -83,7 +90,7 @@ def _help(file: str | None, overrides: Sequence[str], words: Sequence[str]) -> N
 
 
 def _train(options: argparse.Namespace, overrides: Sequence[str], group: Group | None) -> int:
-    config = load(options.config, overrides)
+    config = load(options.config, overrides, options.change)
     environment.simulate_devices(config.simulated_devices)
     if group is not None:
         group.join(sameness.identity(config, options.workdir), **config.processes)

@@ -14,6 +14,7 @@ SAMPLES = "samples.jsonl"  # one JSON object per prompt and sampled step
 RESULT = "result.json"  # written when the run ends
 CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged"  # damaged checkpoints, moved out of the way
+CHANGES = "changes"  # what later starts have changed in the config, a file for each, named by the time in UTC
 RESTORED = "restored.txt"  # what the newest start took over from a checkpoint, line by line
 STALLS = "stalls"  # stack traces of each process, written when nothing has moved for a while
 LOCK = "lock"  # held by the run that uses the workdir

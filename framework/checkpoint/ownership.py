@@ -1,6 +1,7 @@
 """Claim a workdir for one config and one run, and write the run's result. Process 0 reads and writes for all."""
 
 import contextlib
+import datetime
 import errno
 import fcntl
 import json
@@ -144,10 +145,21 @@ def _holder(path: Path) -> str:
 
 
 def claim(workdir: Path, config: Any) -> None:
-    """Write the config into the workdir; the result of an earlier, stopped run is deleted."""
-    if jax.process_index() == 0:
-        (workdir / layout.RESULT).unlink(missing_ok=True)
-        paths.write_text(workdir / layout.CONFIG, config_lib.to_json(config))
+    """Write the config into the workdir; the result of an earlier, stopped run is deleted.
+
+    What has changed since the last start is written, too, into a file that is named by the time.
+    """
+    if jax.process_index() != 0:
+        return
+    path = workdir / layout.CONFIG
+    stored = parse_object(path.read_text(errors="replace")) if path.exists() else None
+    if stored and (changed := config_lib.differences(stored, config, ("may_change",))):
+        now = datetime.datetime.now(datetime.UTC)
+        lines = "".join(f"{line}\n" for line in changed)
+        paths.write_text(workdir / layout.CHANGES / f"{now:%Y-%m-%dT%H-%M-%S.%fZ}.txt", lines)
+        console.say(f"changed since the last start: {', '.join(changed)}")
+    (workdir / layout.RESULT).unlink(missing_ok=True)
+    paths.write_text(path, config_lib.to_json(config))
 
 
 def finish(workdir: Path, result: dict[str, Any]) -> dict[str, Any]:

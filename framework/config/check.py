@@ -22,18 +22,25 @@ _COMPONENTS = ("task", "data", "optimizer")
 _INT32, _FLOAT32, _SMALLEST = Within(-(2**31) + 1, 2**31 - 1), Within(-3.4e38, 3.4e38), 1.18e-38
 
 
-def load(spec: str, changes: Sequence[str] = ()) -> Any:
+def load(spec: str, changes: Sequence[str] = (), allowed: Sequence[str] = ()) -> Any:
     """Return the locked and checked ConfigDict of a file, with `changes` applied.
 
     Args:
       spec: FILE.py or FILE.py:VARIANT; see `files.run`.
       changes: "batch_size=32", "optimizer.name=package.module:Class"; see `overrides.apply`.
+      allowed: keys, or changes of them, that may differ from the workdir's config: added to `may_change`.
 
     Raises:
       UserError: the file or a change is invalid. The message has the place and the fix.
     """
     config = files.run(spec).lock()
-    overrides.apply(config, changes)
+    overrides.apply(config, [*changes, *(each for each in allowed if "=" in each)])
+    keys = [each.partition("=")[0] for each in allowed]
+    sections = flat(config), flat(config, whole=lambda _: True)
+    known = {name for section in sections for name, _ in section}
+    if strange := [key for key in keys if key not in known]:
+        raise UserError(overrides.unknown_key(strange[0], known))
+    config.may_change = (*config.may_change, *keys)
     check(config)
     return config
 
@@ -116,10 +123,10 @@ def foreign(path: Any, changed: Sequence[str]) -> str:
     """Return the error message for a workdir of another config, from the lines of `differences`."""
     shown = ", ".join(changed[:_SHOWN_DIFFERENCES])
     more = f" and {len(changed) - _SHOWN_DIFFERENCES} more" if len(changed) > _SHOWN_DIFFERENCES else ""
-    keys = ",".join(line.partition(":")[0] for line in changed)
+    keys = " ".join(f"--change {line.partition(':')[0]}" for line in changed)
     return (
         f"{path} belongs to another config ({shown}{more}). Use another --workdir, restore the old values, "
-        f"or allow the change with --config.may_change={keys}."
+        f"or train on with the new ones: add {keys}"
     )
 
 

@@ -33,16 +33,18 @@ def test_the_table_has_a_line_for_each_program():
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_only_the_table_of_a_page_is_replaced(tmp_path, monkeypatch):
-    """Fault: the text around the table is lost."""
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{bounds.BEGIN}\nold\n{bounds.END}\nafter\n")
+def test_only_the_chosen_rows_of_a_page_are_replaced(tmp_path, monkeypatch):
+    """Faults: the text around the table, or a row that is not compiled again, is lost."""
+    page, section = tmp_path / "page.md", bounds.SECTION
+    kept = "| moe | v5e:16x16 | AdamW | 398 | 63 | 0 | 58% | 60% | 64% |"
+    page.write_text(f"before\n{section.begin}\n| 1b_adamw | old |\n{kept}\n{section.end}\nafter\n")
     monkeypatch.setattr(bounds, "bound", lambda case: ROW)
     monkeypatch.setattr(bounds.targets, "missing", lambda *names: "")
     monkeypatch.setattr(bounds.targets, "compile_fast", lambda: None)
     bounds.run(argparse.Namespace(only="1b_adamw", markdown=page))
     text = page.read_text()
-    assert text.startswith(f"before\n{bounds.BEGIN}\n| program |") and text.endswith(f"|\n{bounds.END}\nafter\n")
+    assert text.startswith(f"before\n{section.begin}\n| program |")
+    assert text.endswith(f"37% |\n{kept}\n{section.end}\nafter\n")
     assert "old" not in text
     with pytest.raises(UserError, match="unknown 2b"):
         bounds.run(argparse.Namespace(only="2b", markdown=None))

@@ -185,6 +185,23 @@ def test_a_workdir_may_have_every_name_that_orbax_can_read(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [workdir.name]
 
 
+def test_a_changed_workdir_keeps_what_was_changed_and_when(tmp_path, capsys):
+    """Faults: a longer run cannot be told from one that was planned so; a start without changes leaves a file."""
+    config = make_config(**{"duration": "2 steps", "may_change": ("duration",)})
+    ownership.claim(tmp_path, config)
+    ownership.claim(tmp_path, config)
+    assert not (tmp_path / "changes").exists()
+    for steps in (3, 4):
+        config.duration = f"{steps} steps"
+        ownership.claim(tmp_path, config)
+    said = ['duration: "2 steps" -> "3 steps"', 'duration: "3 steps" -> "4 steps"']
+    files = sorted((tmp_path / "changes").iterdir())
+    assert [path.read_text().splitlines() for path in files] == [[line] for line in said]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d\.\d+Z\.txt", path.name) for path in files)
+    shown = capsys.readouterr().out
+    assert all(line in shown for line in said)
+
+
 def test_other_microbatches_are_said(tmp_path, capsys):
     """Fault: with dropout the run continues as another one, without a word."""
     config = make_config(**{"duration": "2 steps", "schedule.warmup": "0 steps", "may_change": ("duration",)})

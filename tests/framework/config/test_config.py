@@ -407,10 +407,13 @@ def test_the_advice_for_a_foreign_workdir_works(file):
     old = json.loads(config_lib.to_json(config_lib.load(str(file))))
     changes = ["duration=80 steps", "seed=3", "mesh.data=2"]
     changed = config_lib.differences(old, config := config_lib.load(str(file), changes), config_lib.may_change(config))
-    advice = config_lib.foreign("runs/a", changed).rpartition("--config.")[2].rstrip(".")
-    assert advice == "may_change=duration,seed"
-    config = config_lib.load(str(file), [*changes, advice])
+    advice = config_lib.foreign("runs/a", changed).rpartition(": add ")[2]
+    assert advice == "--change duration --change seed"
+    config = config_lib.load(str(file), changes, advice.replace("--change ", "").split())
     assert config_lib.differences(old, config, config_lib.may_change(config)) == []
+    other = config_lib.load(str(file), ["may_change=batch_size"], ["duration=80 steps", "task"])
+    assert (other.duration, other.may_change) == ("80 steps", ("batch_size", "duration", "task"))
+    assert "Did you mean 'config.duration'?" in refusal(config_lib.load, str(file), (), ["duratoin"])
 
 
 def test_the_message_for_a_foreign_workdir_is_short():
@@ -418,7 +421,7 @@ def test_the_message_for_a_foreign_workdir_is_short():
     assert "runs/a belongs to another config (key0: 0 -> 1, " in message
     assert "key4: 4 -> 5 and 2 more)" in message
     assert "Use another --workdir" in message
-    assert message.endswith("--config.may_change=key0,key1,key2,key3,key4,key5,key6.")
+    assert message.endswith("add " + " ".join(f"--change key{i}" for i in range(7)))
 
 
 def test_every_key_that_may_change_is_a_knob():
