@@ -75,6 +75,7 @@ def test_bad_input_is_one_line(toy_run, capsys, arguments, message):
 def test_a_language_model_is_evaluated_on_other_text(tmp_path, capsys):
     """Faults: other text gets a tokenizer of its own; perplexity is of another loss; bits count tokens."""
     result = train_small(tmp_path / "run", "task.vocab_size=300", "data.vocab_size=300")
+    capsys.readouterr()
     (tmp_path / "other.txt").write_text("\f".join(f"Document {number} has words.\n" * 9 for number in range(20)))
     flags = f"--workdir={tmp_path / 'run'}", "--json", "--use=newest"
     _, out, err = ran(capsys, *flags)
