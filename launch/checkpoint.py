@@ -16,7 +16,7 @@ from typing import Any
 from ..framework.base.errors import UserError, printable
 from . import environment, flags
 
-LM, TEXT = "shampax.models.lm:LMTask", "shampax.framework.data.text:TextData"
+LM = "shampax.models.lm:LMTask"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,19 +80,11 @@ def _diff(options: argparse.Namespace) -> int:
 
 def _import(options: argparse.Namespace) -> int:
     from ..configs import base
-    from ..framework.base.model_folder import read_config
     from ..framework.checkpoint import imports
     from ..framework.config import components
-    from ..models.lm import LMTask
+    from . import trained
 
-    folder, config = options.folder, base.get_config()
-    try:
-        config.task = base.component(LM, **LMTask.knobs_of_folder(read_config(folder)))
-    except ValueError as error:
-        raise UserError(f"{folder}: {error}.") from error
-    words = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-    given = {"tokenizer": str(folder.absolute())} if words else {}
-    config.data = base.component(TEXT, vocab_size=config.task.get_ref("vocab_size"), **given)
+    folder, config = options.folder, trained.config_of_folder(options.folder)
     config.optimizer = base.component(base.ADAMW)
     path, count = imports.run(folder, options.workdir, components.build(config.task), config)
     _say(f"{path}: {count:,} parameters, from {folder}")

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str] | None) -> int:
     parser = flags.Parser("generate", __doc__)
     flag = parser.add_argument
-    flag("--workdir", type=Path, required=True, metavar="PATH", help="workdir of a run, or WORKDIR/checkpoints/STEP")
+    flag("--workdir", type=Path, required=True, metavar="PATH", help="workdir, checkpoint or Hugging Face folder")
     flag("--use", choices=("best", "newest"), default="best", help="which checkpoint of a workdir")
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads standard input")

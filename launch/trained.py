@@ -10,11 +10,16 @@ from typing import Any
 
 from ..configs import base
 from ..framework import dataset
+from ..framework.base import model_folder
 from ..framework.base import workdir as layout
 from ..framework.base.errors import UserError, printable
 from ..framework.checkpoint import restore, store
+from ..framework.config import components
 from ..framework.sharding import global_batch, meshes
 from ..framework.step import compilation_cache
+from ..models.lm import LMTask
+
+LM, TEXT = "shampax.models.lm:LMTask", "shampax.framework.data.text:TextData"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Trained:
         Raises:
           UserError: it has none, or its tokenizer is missing or invalid.
         """
+        if self.checkpoint == self.workdir and not self.data.tokenizer:
+            raise UserError(f"{self.workdir} has no tokenizer.json or tokenizer.model. Copy the model's into it.")
         found = dataset.codec(self.data, self.workdir / layout.CACHE)
         if found is None:
             raise UserError(f"{self.workdir}: its data are not text. Give the workdir of a language model.")
@@ -56,10 +63,10 @@ class Trained:
 
 
 def find(path: Path, use: str, mesh: str, tasks: Sequence[str], data: Sequence[str]) -> Trained:
-    """Return the model of a workdir or of one of its checkpoints.
+    """Return the model of a workdir, of one of its checkpoints, or of a Hugging Face folder.
 
     Args:
-      path: the workdir, or WORKDIR/checkpoints/STEP.
+      path: the workdir, WORKDIR/checkpoints/STEP, or the folder.
       use: which checkpoint of a workdir: "best" or "newest".
       mesh: sizes of mesh axes, "data=2,tensor=4"; "" has all devices along data.
       tasks: import strings of the tasks that it may have; others are not imported.
@@ -69,9 +76,29 @@ def find(path: Path, use: str, mesh: str, tasks: Sequence[str], data: Sequence[s
       UserError: there is no such model, or the mesh does not fit the devices.
     """
     devices = make_mesh(mesh)
+    if model_folder.is_folder(path.expanduser()):
+        path, config = path.expanduser(), config_of_folder(path.expanduser())
+        return Trained(path, path, components.build(config.task), components.build(config.data), devices)
     workdir, checkpoint = locate(path, use)
     task = adapted(restore.component(workdir, "task", tasks))
     return Trained(workdir, checkpoint, task, restore.component(workdir, "data", data), devices)
+
+
+def config_of_folder(folder: Path) -> Any:
+    """Return a config that trains the model of a Hugging Face folder, with its tokenizer if it has one.
+
+    Raises:
+      UserError: the folder is not of a model that shampax has.
+    """
+    config = base.get_config()
+    try:
+        config.task = base.component(LM, **LMTask.knobs_of_folder(model_folder.read_config(folder)))
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}.") from error
+    words = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    given = {"tokenizer": str(folder.absolute())} if words else {}
+    config.data = base.component(TEXT, vocab_size=config.task.get_ref("vocab_size"), **given)
+    return config
 
 
 def locate(path: Path, use: str) -> tuple[Path, Path]:

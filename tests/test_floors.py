@@ -63,6 +63,7 @@ NAMES_COMPONENTS = {
     "configs/": "a config chooses its components",
     "benchmarks/": "a benchmark chooses its components",
     "launch/checkpoint.py": "the verb imports and exports the models of one task",
+    "launch/trained.py": "Hugging Face folders are models of one task",
     "launch/generate.py": "the verb accepts only the workdirs of one task",
     "launch/translate.py": "the verb accepts only the workdirs of one task",
 }

@@ -9,16 +9,17 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from ..base import workdir as layout
 from ..base.errors import UserError
 from ..base.json_files import read_object
+from ..base.model_folder import is_folder
 from ..config import check, components, overrides, schema
 from ..sharding import placement
 from ..step.state import abstract_variables
 from ..task import BatchSpec, Task
 from . import store
+from .folders import Folder
 from .store import MODEL, PARAMS
 
 _PACKAGE = __name__.partition(".")[0]
@@ -42,7 +43,7 @@ def component(workdir: Path, section: str, allowed: Sequence[str]) -> Any:
         raise UserError(f"{workdir / layout.CONFIG} has no section {section!r}. Give the workdir of a training run.")
     if found["name"] not in allowed:
         raise UserError(f"{workdir}: config.{section}.name={found['name']!r} must be {' or '.join(allowed)}.")
-    return components.build(ConfigDict(found))
+    return components.build(components.component(**found))  # knobs that were declared later have their defaults
 
 
 def config(workdir: Path, changes: Sequence[str] = (), *, trusted: bool = False) -> Any:
@@ -81,10 +82,10 @@ def config(workdir: Path, changes: Sequence[str] = (), *, trusted: bool = False)
 def variables(
     checkpoint: Path, task: Task, batch_spec: BatchSpec, rules: placement.Rules, mesh: Mesh
 ) -> dict[str, Any]:
-    """Read the variables of a checkpoint onto a mesh.
+    """Read the variables of a checkpoint, or of a Hugging Face folder, onto a mesh.
 
     Args:
-      checkpoint: an intact checkpoint.
+      checkpoint: an intact checkpoint, or a folder.
       task: the task of the variables.
       batch_spec: shapes and dtypes of a batch.
       rules: (logical name, mesh axis | axes | None); the first rule with a name decides.
@@ -96,15 +97,16 @@ def variables(
     abstract = abstract_variables(task, batch_spec)
     placements = placement.place_all(abstract, task.logical_axes(abstract), rules, mesh)
     specs = jax.tree.leaves(placement.shardings(abstract, placements, mesh))
-    there, wanted = store.arrays(checkpoint), {}
+    folder = Folder.open(checkpoint, task) if is_folder(checkpoint) else None
+    there, wanted = folder.arrays() if folder else store.arrays(checkpoint), {}
     for (path, leaf), sharding in zip(store.by_name(abstract).items(), specs, strict=True):
         name = path if path.startswith(PARAMS) else f"{MODEL}{path}"
-        here = store.Array(tuple(leaf.shape), leaf.dtype)
+        here = store.Array(tuple(leaf.shape), there[name].dtype if folder and name in there else leaf.dtype)
         if there.get(name) != here:
             raise UserError(
                 f"checkpoint {checkpoint} has {name} as {there.get(name, 'nothing')}, the model as {here}. "
                 "Use a checkpoint of this model."
             )
         wanted[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    arrays = store.read(checkpoint, wanted)
+    arrays = folder.read(wanted) if folder else store.read(checkpoint, wanted)
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])

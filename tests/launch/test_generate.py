@@ -88,6 +88,9 @@ def test_a_checkpoint_is_continued_without_writing_into_its_workdir(workdir, tmp
     foreign = tmp_path / "foreign"
     shutil.copytree(workdir, foreign)
     content = json.loads((foreign / "config.json").read_text())
+    del content["task"]["rope_theta"]  # as if this knob had been declared after the run
+    (foreign / "config.json").write_text(json.dumps(content))
+    assert ran("", f"--workdir={foreign}", "--prompt=A", "--temperature=0", "--max_tokens=2")[:2] == (0, out)
     content["task"]["name"] = "this:Zen"
     (foreign / "config.json").write_text(json.dumps(content))
     code, out, err = ran("", f"--workdir={foreign}", "--prompt=A")

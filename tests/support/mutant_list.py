@@ -1906,6 +1906,14 @@ MODELS = (
         ("tests/launch/test_evaluate.py::test_sets_by_name_and_by_overrides",),
     ),
     Mutant(
+        "workdir-of-an-earlier-version-unread",
+        "framework/checkpoint/restore.py",
+        "components.build(components.component(**found))",
+        'components.build(__import__("ml_collections").ConfigDict(found))',
+        "A model that was trained before a knob was declared cannot generate or translate.",
+        ("tests/launch/test_generate.py::test_a_checkpoint_is_continued_without_writing_into_its_workdir",),
+    ),
+    Mutant(
         "translate-needs-the-kernel-of-training",
         "launch/translate.py",
         '**given, attention="xla")',

@@ -17,8 +17,11 @@ from shampax.framework.base.model_folder import read_config
 from shampax.framework.checkpoint import restore, store
 from shampax.framework.config import components
 from shampax.framework.data import feed
+from shampax.framework.generation.generator import Generator
+from shampax.framework.generation.sampling import Sampling
 from shampax.framework.sharding import meshes
 from shampax.framework.train import train
+from shampax.launch import trained
 from shampax.launch.checkpoint import LM, main
 from shampax.models.lm import LMTask
 
@@ -144,6 +147,27 @@ def test_a_fine_tuned_model_is_exported(folder, tmp_path):
     got, before = our_logits(tmp_path / "w"), their_logits(folder)
     assert np.abs(got - before).max() > 0.01
     np.testing.assert_allclose(their_logits(tmp_path / "out"), got, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_greedy_tokens_are_those_of_transformers(tmp_path):
+    """Faults: a folder is read onto a mesh wrongly; positions of generated tokens are shifted."""
+    import torch
+
+    path = tmp_path / "llama"
+    torch_model("llama").save_pretrained(path)
+    config = trained.config_of_folder(path)
+    config.mesh.data, config.mesh.tensor = 4, 2
+    task, mesh = components.build(config.task), meshes.make_mesh(config.mesh)
+    prompts = [[1, 2, 3], [*range(40, 60)], [7]]
+    with jax.set_mesh(mesh):
+        variables = restore.variables(path, task, batch(), config.sharding_rules, mesh)
+        found = np.stack([*Generator(task, mesh, Sampling(0)).tokens(variables, prompts, 64)], axis=1)
+    for prompt, tokens in zip(prompts, found, strict=True):
+        given = torch.tensor([prompt])
+        options = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        theirs = torch_model("llama").generate(given, attention_mask=torch.ones_like(given), **options)
+        assert theirs[0, len(prompt) :].tolist() == tokens.tolist()
 
 
 def their_loss(model, rows):
