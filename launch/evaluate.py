@@ -59,8 +59,8 @@ def _evaluated(options: argparse.Namespace, changes: Sequence[str]) -> dict[str,
     from ..framework.base import workdir as layout
     from ..framework.checkpoint import restore, store
     from ..framework.config import components
-    from ..framework.config.check import heldout_sets
     from ..framework.config.schema import get_config
+    from ..framework.config.sets import heldout_sets
     from ..framework.data.feed import Heldout
     from ..framework.data.pipeline import Reading
     from ..framework.sharding import placement
