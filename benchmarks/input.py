@@ -1,4 +1,5 @@
-"""Measure how many rows of tokens, images and clicks a second are read into batches, from a fast and from a slow disk.
+"""Measure how many rows of tokens, images and clicks a second are read into batches, from a fast and from a slow disk;
+and with --corpora how fast one core reads documents of each format, and makes rows of them.
 
     python -m shampax.benchmarks.input
 
@@ -8,9 +9,13 @@ say. Prints JSON.
 """
 
 import argparse
+import bz2
 import dataclasses
 import functools
+import gzip
 import io
+import json
+import lzma
 import os
 import sys
 import tempfile
@@ -20,6 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
 from etils import epath
 from PIL import Image
 
@@ -27,7 +35,7 @@ from ..framework.data import clicks
 from ..framework.data.images import ImageData, pictures
 from ..framework.data.pipeline import Batches, Reading
 from ..framework.data.reading import shards
-from ..framework.data.text import packing
+from ..framework.data.text import TextData, packing
 from ..framework.dataset import Augment, Example
 from . import command
 
@@ -90,6 +98,47 @@ KINDS = {
         _clicks, lambda contents: clicks.examples(np.frombuffer(b"".join(contents), clicks.ROW)), rows=65_536, batch=512
     ),
 }
+
+
+def corpora(seconds: float) -> dict[str, Any]:
+    """Measure how many documents and megabytes of the sample one core reads in a second of CPU time."""
+    texts = list(TextData().sample("train")) * 4
+    size = sum(len(text.encode()) for text in texts)
+    plain = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    table = pyarrow.table({"text": texts})
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / "plain.txt").write_text("\f".join(texts))
+        (folder / "array.json").write_bytes(b"[" + plain.strip().replace(b"\n", b",") + b"]")
+        pyarrow.parquet.write_table(table, folder / "zstd.parquet", compression="zstd")
+        with pyarrow.ipc.new_stream(str(folder / "stream.arrow"), table.schema) as writer:
+            writer.write_table(table, max_chunksize=1_000)
+        for name, compress in {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}.items():
+            (folder / f"lines.jsonl{name}").write_bytes(compress(plain))
+        with pyarrow.CompressedOutputStream(str(folder / "lines.jsonl.zst"), "zstd") as stream:
+            stream.write(plain)
+        for path in sorted(map(epath.Path, folder.iterdir())):
+            begun, count = time.process_time(), 0
+            while not count or time.process_time() < begun + seconds:
+                count += sum(1 for _ in TextData().read(path))
+            rate = count / (time.process_time() - begun)
+            megabytes = rate * size / len(texts) / 1e6
+            result[path.name] = {"documents/s": round(rate, 1), "MB/s": round(megabytes, 1)}
+            print(f"{path.name}: {result[path.name]}", file=sys.stderr, flush=True)
+        begun = time.process_time()
+        TextData(source=f"file:{folder}/lines.jsonl", vocab_size=512, tokenizer=_tokenizer(folder)).prepare(
+            folder / "rows"
+        )
+        result["rows of lines.jsonl"] = {"MB/s": round(size / 1e6 / (time.process_time() - begun), 2)}
+    return {"corpora, one core": result}
+
+
+def _tokenizer(folder: Path) -> str:
+    path = folder / "tokenizer" / "tokenizer.json"
+    path.parent.mkdir()
+    path.write_text(TextData(vocab_size=512).train(TextData().sample("train")).to_str())
+    return str(path)
 
 
 class SlowRows(shards.ShardRows):
@@ -176,13 +225,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> int:
     """Run the command line. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpora", action="store_true", help="measure the formats of corpora only")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--latency", type=float, default=30, metavar="MS", help="wait of the slow disk; default: 30")
     parser.add_argument("--seconds", type=float, default=3, metavar="S", help="time of each measurement; default: 3")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="as config.input.threads")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="as config.input.workers; default: 0")
     parser.add_argument("--ahead", type=int, default=8, metavar="N", help="as config.input.ahead")
-    return command.report(lambda: measure(parser.parse_args(arguments)))
+    options = parser.parse_args(arguments)
+    return command.report(lambda: corpora(options.seconds) if options.corpora else measure(options))
 
 
 if __name__ == "__main__":

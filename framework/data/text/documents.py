@@ -18,7 +18,6 @@ from .tokenized import Tokenized
 _SAMPLE_HELD_OUT = 10  # every tenth article
 _PLAIN = (".txt", "", ".text", ".md", ".rst", ".tex", ".raw", ".tokens")
 _LONGEST_DOCUMENT = 1 << 30  # bytes; longer ones are malformed and not held in memory
-_END = re.compile(rb"\r?\n?\f\Z")  # the form feed and the one newline before it belong to no document
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +78,9 @@ def _texts(path: epath.Path) -> Iterator[str | Malformed]:
         if content is None:
             yield Malformed(place, f"more than {_LONGEST_DOCUMENT:,} bytes")
         else:
-            yield _decoded(_END.sub(b"", content), place)
+            if content.endswith(b"\f"):  # neither it nor the one newline before it belongs to the document
+                content = content[:-1].removesuffix(b"\n").removesuffix(b"\r")
+            yield _decoded(content, place)
 
 
 def _decoded(content: bytes, place: str) -> str | Malformed:

@@ -153,7 +153,7 @@ def test_a_run_on_a_mixture(sources, tmp_path):
     """Faults: sources have no held-out metrics; a resumed run trains on other batches; a change of the weights goes
     unnoticed."""
     result = train(configured(sources), tmp_path / "whole")
-    assert {"loss", "books/loss", "books/bits_per_byte"} <= result.keys()
+    assert {"heldout_loss", "books/loss", "books/bits_per_byte"} <= result.keys()
     train(configured(sources, f"resume_from={tmp_path}/whole/checkpoints/4"), tmp_path / "again")
     whole = losses(tmp_path / "whole")
     assert losses(tmp_path / "again") == {step: whole[step] for step in (5, 6, 7, 8)}
