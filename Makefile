@@ -11,6 +11,7 @@ EXTRA ?=
 # Stamps of what is installed: the packages for training, with EXTRA if given, and those for tests and lint.
 INSTALLED := $(VENV)/.installed$(addprefix -,$(EXTRA))
 TOOLS := $(VENV)/.installed-dev
+COMPARED := $(VENV)/.installed-compared
 PROGRAMS := .pytest_cache/programs
 
 # XLA sizes its CPU thread pool by NPROC. Simulated devices deadlock with fewer than 2 threads per device.
@@ -75,13 +76,19 @@ $(VENV)/.installed-%: $(VENV)/.installed
 	@touch $@
 	@echo "==> Installed"
 
+# Not in the lock: torch pins other versions of NVIDIA's packages than JAX.
+$(COMPARED): tests/compared.txt | $(TOOLS)
+	@echo "==> Installing PyTorch and transformers into $(VENV), with which tests compare imported models: 1 GB, once"
+	@$(INSTALL) --requirement tests/compared.txt
+	@touch $@
+
 # Tests use the CPU backend with simulated devices, also on a machine with an accelerator.
 test test-slow mutants: export JAX_PLATFORMS = cpu
 test: $(TOOLS)
 	$(if $(COLD),rm -rf $(PROGRAMS))
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile -m "not slow" $(ARGS)
 
-test-slow: $(TOOLS) $(VENV)/.installed-interop
+test-slow: $(TOOLS) $(COMPARED)
 	$(if $(COLD),rm -rf $(PROGRAMS))
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile -m slow $(ARGS)
 

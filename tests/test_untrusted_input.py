@@ -6,9 +6,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("launch", "configs", "framework", "models", "optimizers", "benchmarks")
 # A config file is Python and names its components by import string, so these two modules run code of the user. The
-# package's __init__ imports by name, but only names of its own.
+# package's __init__ and the command import by name, but only names of their own.
 RUNS_CONFIG_FILES = {"framework/config/files.py"}
-IMPORTS_BY_NAME = RUNS_CONFIG_FILES | {"framework/config/components.py", "__init__.py"}
+IMPORTS_BY_NAME = RUNS_CONFIG_FILES | {"framework/config/components.py", "__init__.py", "launch/main.py"}
 EXECUTING_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "code", "runpy"}
 EXECUTING_CALLS = {"eval", "exec", "compile", "__import__"}
 

@@ -1,4 +1,4 @@
-"""Compare folders with the models of `transformers`; needs the extra `interop`."""
+"""Compare folders with the models of `transformers`; needs the packages of `tests/compared.txt`."""
 
 import contextlib
 import functools
