@@ -42,7 +42,7 @@ install: $(INSTALLED)
 
 train: $(INSTALLED)
 	@echo "==> Training the quick start into $(QUICKSTART): 2 to 3 minutes on 2 cores. Ctrl-C is safe; make train resumes."
-	$(BIN)/python -m shampax.launch.train --config=shampax/configs/lm.py:sample --workdir=$(QUICKSTART) \
+	$(BIN)/shampax train --config=lm:sample --workdir=$(QUICKSTART) \
 	  --config.samples.every=100%
 
 # Run each candidate instead of only looking it up: version managers leave shims of missing interpreters.
@@ -112,7 +112,7 @@ lock: $(TOOLS)
 	  --output-file $(LOCK) pyproject.toml
 
 report: $(VENV)/.installed
-	$(BIN)/python -m shampax.launch.report $(WORKDIRS)
+	$(BIN)/shampax report $(WORKDIRS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

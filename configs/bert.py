@@ -2,11 +2,11 @@
 
 sample, sample_adamw, sample_lamb: 2 layers on the vendored Wikipedia articles; 5 minutes on 2 CPU cores.
 
-    python -m shampax.launch.train --config=shampax/configs/bert.py:sample --workdir=runs/bert
+    shampax train --config=bert:sample --workdir=runs/bert
 
 base: BERT-base, 110 M parameters, for a v5e slice of 16 chips. Not trained yet.
 
-    python -m shampax.launch.train --config=shampax/configs/bert.py:base --workdir=/mnt/runs/bert_base \
+    shampax train --config=bert:base --workdir=/mnt/runs/bert_base \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 
   Model, batch (256 rows), 1,000,000 steps, warm-up, rate, decay and dropout are those of Devlin et al.

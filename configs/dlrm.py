@@ -3,14 +3,14 @@
 sample, sample_adagrad: predict which of 30,000 flights of 2013 arrive late; for 2 CPU cores, which simulate 4
   devices.
 
-    python -m shampax.launch.train --config=shampax/configs/dlrm.py:sample --workdir=runs/flights
+    shampax train --config=dlrm:sample --workdir=runs/flights
 
   The metric is the AUC on November and December: 0.673 (AdaGrad 0.667), means of three seeds. Flights are not clicks:
   do not quote these as CTR or Criteo results.
 
 criteo_kaggle: the Kaggle set, for one accelerator of 16 GB or more. Not trained yet.
 
-    python -m shampax.launch.train --config=shampax/configs/dlrm.py:criteo_kaggle --workdir=runs/kaggle \
+    shampax train --config=dlrm:criteo_kaggle --workdir=runs/kaggle \
         --config.data.source=file:/data/criteo/train.txt
 
   Sizes of the MLPs and width of the tables are those of bench/dlrm_s_criteo_kaggle.sh in the paper's repository
@@ -18,7 +18,7 @@ criteo_kaggle: the Kaggle set, for one accelerator of 16 GB or more. Not trained
 
 paper: the terabyte, for a v5e slice of 64 chips. Not trained yet.
 
-    python -m shampax.launch.train --config=shampax/configs/dlrm.py:paper --workdir=/mnt/runs/criteo_1tb \
+    shampax train --config=dlrm:paper --workdir=/mnt/runs/criteo_1tb \
         --config.data.source='file:/data/criteo_1tb/day_*.gz'
 
   Sizes are MLPerf's (facebookresearch/dlrm, bench/run_and_time.sh: width 128, bottom 512-256-128, top

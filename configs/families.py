@@ -8,7 +8,7 @@ mixtral_8x7b: Mixtral 8x7B (arXiv 2401.04088, table 1).
 deepseek_v3_like: DeepSeek-V3's experts (arXiv 2412.19437, section 4.2), with grouped-query attention of 128 heads and 8
   key-value heads in place of its multi-head latent attention, and no limit on the groups of experts that a token uses.
 
-    python -m shampax.launch.train --config=shampax/configs/families.py:qwen3_8b --workdir=/mnt/runs/qwen3_8b \
+    shampax train --config=families:qwen3_8b --workdir=/mnt/runs/qwen3_8b \
         --config.data.tokenizer=/mnt/tokenizers/qwen3.json --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 
   They train on C4 in rows of 4,096 tokens. None has been trained yet. `mesh` and `batch_size` are for v5p slices of 16
@@ -18,7 +18,7 @@ deepseek_v3_like: DeepSeek-V3's experts (arXiv 2412.19437, section 4.2), with gr
 llama3_small, qwen3_small, gemma3_small, olmo2_small, mixtral_small, deepseek_v3_small: the same options in models of
   0.2 to 0.6 M parameters, on the vendored Wikipedia articles, in a few minutes on 2 CPU cores.
 
-    python -m shampax.launch.train --config=shampax/configs/families.py:gemma3_small --workdir=runs/gemma3_small
+    shampax train --config=families:gemma3_small --workdir=runs/gemma3_small
 """
 
 from typing import Any

@@ -2,7 +2,7 @@
 
 sample, sample_host, sample_adamw: the quick start, the same with roots on the host, and a baseline tuned as well.
 
-    python -m shampax.launch.train --config=shampax/configs/lm.py:sample --workdir=runs/quickstart
+    shampax train --config=lm:sample --workdir=runs/quickstart
 
   A Transformer of 0.7 M parameters learns the vendored Wikipedia articles. Training takes about a minute on 2 CPU
   cores, which simulate 4 devices, so that Shampoo's blocks have several owners. After 200 steps the held-out loss is
@@ -12,28 +12,28 @@ sample_kl_shampoo, sample_soap, sample_muon: the same with other preconditioners
 
 sample_moe: the same with 4 experts per layer, split over 2 devices; a token uses 2 of them.
 
-    python -m shampax.launch.train --config=shampax/configs/lm.py:sample_moe --workdir=runs/moe
+    shampax train --config=lm:sample_moe --workdir=runs/moe
 
 bytes: 2 layers of 64 learn the same articles byte by byte, in 15 seconds on one core. It separates optimizers well
   (docs/results.md).
 
-    python -m shampax.launch.train --config=shampax/configs/lm.py:bytes --workdir=runs/bytes
+    shampax train --config=lm:bytes --workdir=runs/bytes
 
 1b: 1.2 B parameters, 25 B tokens of C4, for a v5e slice of 256 chips.
 8b: 8.0 B parameters, 160 B tokens of C4, for a v5p slice of 128 chips or a multiple.
 moe: 13.7 B parameters, of which a token uses 2.0 B, 25 B tokens of C4, for a v5e slice of 256 chips.
 
-    python -m shampax.launch.train --config=shampax/configs/lm.py:1b --workdir=/mnt/runs/lm_1b \
+    shampax train --config=lm:1b --workdir=/mnt/runs/lm_1b \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 
 long: continue 1b on books, in rows of 65,536 tokens, for a v5e slice of 256 chips.
 
-    python -m shampax.launch.train --config=shampax/configs/lm.py:long --workdir=/mnt/runs/lm_long \
+    shampax train --config=lm:long --workdir=/mnt/runs/lm_long \
         --config.init_from=/mnt/runs/lm_1b --config.data.tokenizer=/mnt/runs/lm_1b/data/tokenizer-HASH.json \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 
   The four have not been trained yet. Run the command in every host of the slice, with a workdir that all hosts share
-  (docs/clusters.md). Prepare the data first with shampax.launch.prepare: a process tokenises about 0.4 M tokens a
+  (docs/clusters.md). Prepare the data first with `shampax prepare`: a process tokenises about 0.4 M tokens a
   second, and `data.max_records` limits how many.
 """
 

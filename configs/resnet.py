@@ -2,7 +2,7 @@
 
 sample, sample_sgd: Shampoo, and stochastic gradient descent with Nesterov momentum as the baseline.
 
-    python -m shampax.launch.train --config=shampax/configs/resnet.py:sample --workdir=runs/resnet
+    shampax train --config=resnet:sample --workdir=runs/resnet
 
   A network of 78 thousand parameters learns 2,000 vendored images of Fashion-MNIST in two minutes on 2 CPU cores. After
   640 steps 87.5 % of 500 held-out images are right, with SGD 84.8 % (means of three seeds); a linear model reaches
@@ -10,7 +10,7 @@ sample, sample_sgd: Shampoo, and stochastic gradient descent with Nesterov momen
 
 resnet50: ResNet-50 on ImageNet with stochastic gradient descent, for a v5e slice of 16 chips. Not trained yet.
 
-    python -m shampax.launch.train --config=shampax/configs/resnet.py:resnet50 --workdir=/mnt/runs/resnet50 \
+    shampax train --config=resnet:resnet50 --workdir=/mnt/runs/resnet50 \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 
   Batch 1,024, a peak rate of 0.1 per 256 images, 5 epochs of warm-up, 90 epochs, momentum 0.9 and decay 1e-4 are those

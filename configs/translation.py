@@ -2,15 +2,15 @@
 
 sample, sample_adam: English to French on verses of the New Testament, and a baseline.
 
-    python -m shampax.launch.train --config=shampax/configs/translation.py:sample --workdir=runs/translation
-    python -m shampax.launch.translate --workdir=runs/translation < sentences.txt
+    shampax train --config=translation:sample --workdir=runs/translation
+    shampax translate --workdir=runs/translation < sentences.txt
 
   1.2 M parameters and 300 steps of about 59 verses, on 2 CPU cores that simulate 2 devices. The held-out loss is 2.92
   nats per token and BLEU 11.1 on the held-out chapters (one seed); untranslated English has BLEU 0.2.
 
 base: Transformer-base on WMT'14 English to German, for a v5e slice of 16 chips. Not trained yet.
 
-    python -m shampax.launch.train --config=shampax/configs/translation.py:base --workdir=/mnt/runs/base \
+    shampax train --config=translation:base --workdir=/mnt/runs/base \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 
   Sizes, dropout, label smoothing, steps, tokens per batch and the rate's schedule are those of Vaswani et al.

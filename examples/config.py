@@ -1,6 +1,6 @@
 """A config that trains your own model on your own data with your own optimizer.
 
-    python -m shampax.launch.train --config=examples/config.py --workdir=runs/example
+    shampax train --config=examples/config.py --workdir=runs/example
 
 Takes about 10 seconds on two CPU cores, nearly all of it for compiling. The held-out accuracy after 60 steps is about
 0.93; guessing gets 0.25. Variants:

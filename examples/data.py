@@ -1,6 +1,6 @@
 """A data set: noisy waves of four frequencies. Every example is a function of its number.
 
-    python -m shampax.launch.train --config=examples/config.py --workdir=runs/example --config.data.rows=2000
+    shampax train --config=examples/config.py --workdir=runs/example --config.data.rows=2000
 
 `shampax/framework/dataset.py` is the contract; docs/data.md has readers for text, TSV and TensorFlow data sets.
 """
@@ -34,7 +34,7 @@ class WavesData:
         return Waves(self.rows, seed=0) if split == "train" else Waves(self.heldout_rows, seed=1)
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return the shapes and types of an example; optional, but `shampax.launch.plan` needs it."""
+        """Return the shapes and types of an example; optional, but `shampax plan` needs it."""
         return {
             "wave": jax.ShapeDtypeStruct((LENGTH, 1), np.float32),
             "label": jax.ShapeDtypeStruct((), np.int32),

@@ -1,6 +1,6 @@
 """A model: a small convolutional network in Flax Linen, and the task that trains it.
 
-    python -m shampax.launch.train --config=examples/config.py --workdir=runs/example --config.task.width=32
+    shampax train --config=examples/config.py --workdir=runs/example --config.task.width=32
 
 `shampax/framework/task.py` is the contract. `LinenTask` derives `init` and `logical_axes` from the module; a task may
 also implement them itself. Batch statistics show how a task keeps model state, and dropout how it uses random keys.

@@ -1,6 +1,6 @@
 """The model of `model.py` in Flax NNX.
 
-    python -m shampax.launch.train --config=examples/config.py:nnx --workdir=runs/example_nnx
+    shampax train --config=examples/config.py:nnx --workdir=runs/example_nnx
 
 `NNXTask` splits the module into parameters and model state, switches it between training and evaluation, and seeds its
 random streams from the key of each step.

@@ -1,6 +1,6 @@
 """An optimizer: Lion from optax, behind a dataclass of options.
 
-    python -m shampax.launch.train --config=examples/config.py --workdir=runs/example --config.optimizer.beta1=0.95
+    shampax train --config=examples/config.py --workdir=runs/example --config.optimizer.beta1=0.95
 
 Any optax transformation works. `shampax/framework/optimizer.py` says how a part of a state whose arrays are not shaped
 like parameters tells the trainer its layout, as Shampoo's does, and what the trainer does with all other states.

@@ -1,11 +1,11 @@
 """Run a command in several processes of this machine, as on a cluster.
 
-    python -m shampax.launch.local [--processes=N] [--devices=M] [--grace_seconds=S] -- VERB ...
+    shampax local [--processes=N] [--devices=M] [--grace_seconds=S] -- VERB ...
 
 VERB is a module of shampax.launch, such as train, or the dotted name of any other module. Each process simulates its
 own devices, and the processes connect over loopback. Each line of output starts with the number of its process.
 
-    python -m shampax.launch.local --processes=2 --devices=2 -- \\
+    shampax local --processes=2 --devices=2 -- \\
         train --config=shampax/configs/lm.py:sample --workdir=runs/two
 
 If one process fails, the others get SIGTERM and, after the grace, SIGKILL. Ctrl-C and SIGTERM are passed on to all

@@ -1,4 +1,4 @@
-"""Plan a config before running it: `python -m shampax.launch.plan --config=FILE.py[:VARIANT] [--topology=v5e:16x16]`.
+"""Plan a config before running it: `shampax plan --config=FILE.py[:VARIANT] [--topology=v5e:16x16]`.
 
 Prints the needs of each device: parameters by treatment, buckets, bytes and FLOPs. No accelerator is needed and no data
 are read. With --topology or --gpu the train, evaluation and prediction steps are compiled ahead of time for TPU slices

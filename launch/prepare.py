@@ -1,7 +1,7 @@
-"""Prepare data: `python -m shampax.launch.prepare --config=FILE.py[:VARIANT] --output=DIR [--config.KEY=VALUE ...]`.
+"""Prepare data: `shampax prepare --config=FILE.py[:VARIANT] --output=DIR [--config.KEY=VALUE ...]`.
 
 Writes the rows of the config's data set to DIR (local or gs://) once: tokens or parsed fields in ArrayRecord shards,
-with a manifest. `shampax.launch.train` with --config.data.prepared=DIR reads them; its batches are bitwise those of a
+with a manifest. `shampax train` with --config.data.prepared=DIR reads them; its batches are bitwise those of a
 run that prepares in its workdir. It stops at the training rows that the config's duration takes; a longer duration
 adds the missing ones. A DIR may hold several preparations. The sets of `mixture` and `evaluation.sets` are made last.
 
@@ -74,7 +74,7 @@ def _prepare(arguments: Sequence[str] | None) -> int:
     else:
         knobs = [f"--config.{each}" for each in (*overrides, f"data.prepared={place}")]
         words = shlex.join([f"--config={options.config}", *knobs])
-        print(f"prepared in {place}: train with python -m shampax.launch.train --workdir=WORKDIR {words}")
+        print(f"prepared in {place}: train with shampax train --workdir=WORKDIR {words}")
     return 0
 
 

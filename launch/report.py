@@ -1,4 +1,4 @@
-"""Draw training runs: `python -m shampax.launch.report WORKDIR [WORKDIR ...] [--output=DIR]`.
+"""Draw training runs: `shampax report WORKDIR [WORKDIR ...] [--output=DIR]`.
 
 Writes a page, `index.html`, which needs no other file and no network. Runs whose configs are equal except for the seed
 are drawn as one curve, their mean, with their range as a band.

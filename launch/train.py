@@ -6,7 +6,7 @@ lists those with a word.
 
 In a run of several processes, each runs this command. Slurm, GKE and Open MPI tell each process its number;
 elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. All processes end
-together. `shampax.launch.local` starts several on this machine.
+together. `shampax local` starts several on this machine.
 
 Exit codes: 0, complete; 1, training cannot continue (a checkpoint is saved), or this process failed with a traceback;
 2, invalid input, or input that differs between processes (no run has begun); 75, another process died, failed or did
@@ -124,7 +124,7 @@ def _show_result(workdir: str, result: dict[str, Any]) -> None:
         say(f"Stopped by {result['stopped']} after step {result['steps']}. Rerun the same command to resume.")
     else:
         python = os.path.relpath(sys.executable)
-        say(f"Draw it: {'python' if python.startswith('..') else python} -m shampax.launch.report {workdir}")
+        say(f"Draw it: {'python' if python.startswith('..') else python} -m shampax report {workdir}")
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:

@@ -1,4 +1,4 @@
-"""Translate: `python -m shampax.launch.translate --workdir=DIR < SENTENCES > TRANSLATIONS`.
+"""Translate: `shampax translate --workdir=DIR < SENTENCES > TRANSLATIONS`.
 
 Each line of the input is a sentence in UTF-8 and gives one line of output; an empty line stays empty. Vocabulary, beam
 size and length penalty of the training run are read from the workdir. Groups of several batches are sorted by length,

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from shampax.launch import main
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FOLDERS = "launch|configs|framework|models|optimizers|examples|benchmarks|tests|docs"
@@ -28,4 +30,7 @@ def test_links_and_files_exist(page):
     for module in re.findall(r"python -m shampax\.([\w.]+)", text):
         if not (ROOT / (module.replace(".", "/") + ".py")).exists():
             broken.append(module)
+    for verb in re.findall(r"\bshampax ((?!VERB)[a-z]+) (?:-|\[|[A-Z])", text):
+        if verb not in main.VERBS:
+            broken.append(verb)
     assert broken == []

@@ -157,7 +157,7 @@ def test_the_exit_code_says_how_training_ended(stopped, code, trained, capsys):
     [(config, workdir)] = calls
     assert (config.batch_size, workdir) == (8, "w")
     assert "Results: w (" in "\n".join(out)
-    assert ("launch.report" in "\n".join(out)) == (stopped is None)
+    assert ("-m shampax report" in "\n".join(out)) == (stopped is None)
     assert ("Rerun the same command to resume" in "\n".join(out)) == (stopped is not None)
 
 

@@ -52,7 +52,7 @@ def find(place: epath.Path, settings: dict[str, Any]) -> tuple[epath.Path, Manif
     Raises:
       UserError: there is no such folder or more than one, or some of its files are missing.
     """
-    prepare = f"run python -m shampax.launch.prepare --output={place}"
+    prepare = f"run shampax prepare --output={place}"
     folders = [path for path in paths.listed(place) if path.name.startswith("rows-") and path.is_dir()]
     found = {folder: read(folder) for folder in folders if (folder / NAME).exists()}
     if not found:

@@ -251,7 +251,7 @@ def _refuse_long(data: Preparable, source: sources.Source, workers: int, most: i
     words = [word for word in sys.argv[1:] if word.startswith("--config")] or ["--config=FILE.py"]
     raise UserError(
         f"data.source={data.settings()['source']}: making its rows takes about {expected / 60:,.0f} minutes with "
-        f"data.workers={workers}, and all processes would wait. Make them beforehand: python -m shampax.launch.prepare "
+        f"data.workers={workers}, and all processes would wait. Make them beforehand: shampax prepare "
         f"{shlex.join(words)} --output=DIR; then train with --config.data.prepared=DIR."
     )
 

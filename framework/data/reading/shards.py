@@ -153,4 +153,4 @@ class ShardRows:
         return reader
 
 
-_REBUILD = "Delete it and rerun shampax.launch.prepare, or the run, to rebuild it."
+_REBUILD = "Delete it and rerun shampax prepare, or the run, to rebuild it."

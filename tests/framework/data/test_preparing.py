@@ -189,7 +189,7 @@ def test_the_printed_command_trains_on_the_rows(sources, tmp_path, capsys):
     knobs.append(f"--config.evaluation.sets=more.source={sources['text'].source},more.heldout_fraction=0.5")
     assert prepare.main([*spec, *knobs, f"--output={place}", "--workers=1"]) == 0
     command = shlex.split(capsys.readouterr().out.partition("train with ")[2].replace("WORKDIR", str(tmp_path / "run")))
-    assert command[:3] == ["python", "-m", "shampax.launch.train"]
+    assert command[:2] == ["shampax", "train"]
     assert f"--config.data.prepared={place}" in command
     changes = [word.removeprefix("--config.") for word in command if word.startswith("--config.")]
     config = check.load(spec[0].removeprefix("--config="), changes)

@@ -45,7 +45,7 @@ def test_preparing_stops_at_the_rows_of_the_run(tmp_path, capfd):
 
 
 def test_rows_that_exist_are_used_or_extended(tmp_path):
-    """Faults: a run with a longer duration, such as a resumed one, has other rows; shampax.launch.prepare adds none, or
+    """Faults: a run with a longer duration, such as a resumed one, has other rows; `shampax prepare` adds none, or
     makes all again."""
     data = corpus(tmp_path / "a", 2_000)
     first = made(data, tmp_path / "cache", most=30)
