@@ -220,9 +220,7 @@ def test_slurm_requeues_a_job_after_retryable_errors(code, restarts, again, fake
     fakes("scontrol", "")
     done = subprocess.run(SBATCH, capture_output=True, text=True, timeout=30, check=False)
     step, *more = fakes.notes()
-    assert step == (
-        "srun --label --kill-on-bad-exit=0 --wait=60 python -m shampax train --config=a.py --workdir=w 1"
-    )
+    assert step == ("srun --label --kill-on-bad-exit=0 --wait=60 python -m shampax train --config=a.py --workdir=w 1")
     assert more == (["scontrol requeue 17"] if again else [])
     assert done.returncode == (0 if again else code), done.stderr
 

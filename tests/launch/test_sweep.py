@@ -145,8 +145,8 @@ def test_a_job_array_trains_each_trial(tmp_path, capsys):
     assert shlex.split(out[-1])[1:] == ["sweep", *flags[:-1]]
 
 
-# Trains nothing: writes an evaluation every 30 ms, the better the larger the rate, continues where it was stopped, and
-# fails at a rate of 1.
+# Trains nothing: writes an evaluation every $PAUSE seconds, the better the larger the rate, continues where it was
+# stopped, and fails at a rate of 1.
 TRAINER = """
 import json, os, pathlib, signal, sys, time
 flags = dict(word.partition("=")[::2] for word in sys.argv[1:])
@@ -161,7 +161,7 @@ for number in range(len(metrics.read_text().splitlines()) + 1 if metrics.exists(
     with metrics.open("a") as file:
         line = {"step": number, "seconds": 1.0, "tokens": 1, "heldout/loss": 1 / rate}
         print(json.dumps(line), file=file, flush=True)
-    time.sleep(0.03)
+    time.sleep(float(os.environ.get("PAUSE", "0.03")))
 ends = dict.fromkeys(("steps", "seconds", "tokens", "heldout_loss", "best_heldout_loss"), 1.0)
 (workdir / "result.json").write_text(json.dumps(ends | {"stopped": None}))
 """
@@ -204,7 +204,7 @@ def test_a_failing_trial_is_told_and_the_others_go_on(trainer, capsys):
     assert evaluations(trainer) == {"0.2": 8}
 
 
-def test_a_signal_stops_all_trials_and_the_same_command_resumes(trainer, capsys):
+def test_a_signal_stops_all_trials_and_the_same_command_resumes(trainer, capsys, monkeypatch):
     """Faults: trials go on without the sweep; further ones start; the exit code is 0; all is trained again."""
     flags = [CONFIG, f"--workdir={trainer}", "--over", "schedule.learning_rate=0.1,0.2,0.3", "--jobs=2"]
 
@@ -213,6 +213,7 @@ def test_a_signal_stops_all_trials_and_the_same_command_resumes(trainer, capsys)
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
+    monkeypatch.setenv("PAUSE", "5")  # between evaluations, so that no trial ends on a slow machine
     thread = threading.Thread(target=interrupt)
     thread.start()
     code, _, _ = ran(flags, capsys)
@@ -220,6 +221,7 @@ def test_a_signal_stops_all_trials_and_the_same_command_resumes(trainer, capsys)
     assert code == 130
     before = evaluations(trainer)
     assert "0.3" not in before and max(before.values()) < 8
+    monkeypatch.delenv("PAUSE")
     code, out, _ = ran(flags, capsys)
     assert code == 0 and evaluations(trainer) == dict.fromkeys(("0.1", "0.2", "0.3"), 8)
     assert [line.split()[0] for line in out if line.endswith("complete")] == ["0.3", "0.2", "0.1"]

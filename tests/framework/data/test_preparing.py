@@ -136,7 +136,7 @@ def test_a_cache_that_does_not_match_is_one_line(sources, tmp_path, capsys):
     """Faults: rows of other settings are trained on; a missing shard is found at its first row; a traceback."""
     data, place = sources["text"], tmp_path / "here"
     there = dataclasses.replace(data, prepared=str(place))
-    with pytest.raises(UserError, match=r"holds no prepared data. To make them, run .*launch\.prepare"):
+    with pytest.raises(UserError, match=r"holds no prepared data. To make them, run shampax prepare"):
         there.prepare(tmp_path)
     in_shares(data, place)
     with pytest.raises(UserError, match="sequence_length 16 there, 17 here"):

@@ -384,7 +384,7 @@ def test_samples_are_those_of_the_notice():
     folder = Path(samples.__file__).parent
     files = sorted(path.name for path in folder.glob("*.xz"))
     notice = (folder / "LICENSES.md").read_text()
-    assert len(files) == 5 and all(f"{samples.sha256(file)}" in notice for file in files)
+    assert len(files) == 6 and all(f"{samples.sha256(file)}" in notice for file in files)
 
 
 @pytest.mark.parametrize(
