@@ -33,7 +33,7 @@ def load(spec: str, changes: Sequence[str] = (), allowed: Sequence[str] = ()) ->
     Raises:
       UserError: the file or a change is invalid. The message has the place and the fix.
     """
-    config = files.run(spec).lock()
+    config: Any = files.run(spec).lock()
     overrides.apply(config, [*changes, *(each for each in allowed if "=" in each)])
     keys = [each.partition("=")[0] for each in allowed]
     sections = flat(config), flat(config, whole=lambda _: True)

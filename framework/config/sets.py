@@ -99,7 +99,7 @@ def _changes(config: Any, key: str) -> list[tuple[str, list[tuple[str, str]]]]:
     return list(changes.items())
 
 
-def _built(config: ConfigDict, key: str, name: str, own: Sequence[tuple[str, str]]) -> Any:
+def _built(config: Any, key: str, name: str, own: Sequence[tuple[str, str]]) -> Any:
     changed = ConfigDict({"data": config.data.to_dict()}).lock()
     with overrides.about(f"{key}: {name}"):
         overrides.apply(changed, [f"data.{knob}={value}" for knob, value in own])
