@@ -15,7 +15,7 @@ from workdirs import history
 from shampax.configs import base, lm
 from shampax.framework.base.model_folder import read_config
 from shampax.framework.checkpoint import restore, store
-from shampax.framework.config import components
+from shampax.framework.config import components, sets
 from shampax.framework.data import feed
 from shampax.framework.generation.generator import Generator
 from shampax.framework.generation.sampling import Sampling
@@ -139,6 +139,7 @@ def test_an_imported_model_has_the_logits_of_transformers_and_is_exported_bitwis
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("folder", ["llama", "gemma3_text", "mixtral"], indirect=True)
 def test_a_fine_tuned_model_is_exported(folder, tmp_path):
     """Faults: `init_from` reads other values on a mesh; the export has the values from before training."""
     config = config_of(folder, **{"duration": "2 steps", "mesh.fsdp": 4, "evaluation.batches": 1})
@@ -197,7 +198,8 @@ def test_ten_steps_of_adamw_have_the_losses_of_pytorch(tmp_path):
     train(config, tmp_path / "w")
     mesh = meshes.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        read = feed.Feed(components.build(config.data), {}, tmp_path / "w" / "data", mesh, config).train(0)
+        data, cache = components.build(config.data), tmp_path / "w" / "data"
+        read = feed.Feed(data, sets.mixture(config), {}, cache, mesh, config).train(0)
         batches = [jax.tree.map(np.asarray, rows) for rows in itertools.islice(read, 10)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     losses = []
