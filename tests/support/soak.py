@@ -108,7 +108,7 @@ class Run:
         self.steps.append([int(step) for step in re.findall(r"^step +(\d+)/", logs[0].read_text(), re.M)])
 
 
-def ended(process: subprocess.Popen, seconds: float = 240.0) -> int:
+def ended(process: subprocess.Popen, seconds: float = 900.0) -> int:
     """Return the exit code of a process. One that hangs is aborted, so that its log shows where its threads are."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         return process.wait(seconds)
