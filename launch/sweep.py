@@ -242,11 +242,7 @@ def _train(trials: Sequence[Trial], flags_of_all: Sequence[str], jobs: int, rung
     def stop(number: int, frame: Any) -> None:
         nonlocal stopped
         del frame
-        stopped = number
-        for share, (_, process) in running.items():
-            if share not in asked:
-                asked.add(share)
-                process.send_signal(signal.SIGTERM)
+        stopped = number  # the loop asks the trials, also one that is being started now
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -259,7 +255,7 @@ def _train(trials: Sequence[Trial], flags_of_all: Sequence[str], jobs: int, rung
             for share, (trial, process) in list(running.items()):
                 code = process.poll()
                 if code is None:
-                    if share not in asked and len(trial.losses(metric)) >= rung:
+                    if share not in asked and (stopped or len(trial.losses(metric)) >= rung):
                         asked.add(share)  # a second signal would not wait for the save
                         process.send_signal(signal.SIGTERM)
                     continue

@@ -227,6 +227,20 @@ def test_a_signal_stops_all_trials_and_the_same_command_resumes(trainer, capsys,
     assert [line.split()[0] for line in out if line.endswith("complete")] == ["0.3", "0.2", "0.1"]
 
 
+def test_a_signal_while_a_trial_starts_stops_this_trial_too(trainer, capsys, monkeypatch):
+    """Fault: the trial that is being started trains to its end, and the sweep waits for it."""
+    start = sweep._start
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return start(*arguments)
+
+    monkeypatch.setattr(sweep, "_start", interrupted)
+    monkeypatch.setenv("PAUSE", "5")
+    code, _, _ = ran([CONFIG, f"--workdir={trainer}", "--over", "schedule.learning_rate=0.1,0.2"], capsys)
+    assert code == 143 and max(evaluations(trainer).values(), default=0) < 8
+
+
 @pytest.mark.slow
 def test_a_sweep_of_real_runs(tmp_path):
     """Faults: the verb's flags are not those of `train`; data are prepared for each trial; a run cannot be read."""

@@ -2143,6 +2143,14 @@ LAUNCH = (
         ("tests/launch/test_sweep.py::test_settings_are_ranked_by_the_mean_of_their_seeds",),
     ),
     Mutant(
+        "trial-that-starts-is-not-stopped",
+        "launch/sweep.py",
+        "not in asked and (stopped or len",
+        "not in asked and (len",
+        "Ctrl-C waits for hours, until the trials have trained to their ends.",
+        ("tests/launch/test_sweep.py::test_a_signal_while_a_trial_starts_stops_this_trial_too",),
+    ),
+    Mutant(
         "random-trials-that-change",
         "launch/sweep.py",
         "random.Random(0)",
