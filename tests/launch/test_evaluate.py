@@ -5,6 +5,7 @@ import pytest
 from small_lm import train_small
 from toy_runs import make_config, two
 
+from shampax.framework.checkpoint import restore
 from shampax.framework.train import train
 from shampax.launch.evaluate import main
 
@@ -26,6 +27,7 @@ def toy_run(tmp_path_factory):
 def test_the_result_is_that_of_training(toy_run, capsys):
     """Faults: another checkpoint, other rows or another mean than in training; the workdir changes."""
     workdir, result = toy_run
+    assert restore.config(workdir, ["seed=3"], trusted=True).microbatches == 2  # the run's, not the default
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     flags = f"--workdir={workdir}", "--trust", "--json", "--config.batch_size=16"
     code, out, err = ran(capsys, *flags, "--use=newest")
