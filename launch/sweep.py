@@ -6,7 +6,7 @@
 Each combination of values is a trial, a run of `shampax train` in a folder of DIR, with its output beside it. Trials
 that differ only in `seed` count as one setting. --random=N trains N random combinations, and a knob may then have a
 range, as in schedule.learning_rate=1e-4..1e-2 (even in the logarithm). --halving=2,5 pauses all trials at their
-evaluations 2 and 5, and only the better half of the settings goes on. --jobs=N trains N trials at once, each on its
+evaluations 2 and 5, and only the better half of the settings continues. --jobs=N trains N trials at once, each on its
 share of the GPUs or cores. --slurm writes a job array instead, in which each task trains one trial.
 
 Rerun the same command to resume; complete trials are not repeated. In the end come a table, a report and the command of

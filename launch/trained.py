@@ -105,7 +105,7 @@ def locate(path: Path, use: str) -> tuple[Path, Path]:
     """Return a workdir and an intact checkpoint of it, given one of both; "best" or "newest" chooses from a workdir.
 
     Raises:
-      UserError: there is none.
+      UserError: the path is neither, or no checkpoint is intact.
     """
     path = path.expanduser()
     checkpoint, damaged = store.locate(path, best=use == "best")

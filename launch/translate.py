@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..framework.base.errors import UserError, printable
+from ..framework.base.errors import UserError
 from . import flags
 
 TASK, DATA = "shampax.models.translation:TranslationTask", "shampax.framework.data.pairs:PairData"
@@ -65,15 +65,12 @@ def _model(options: argparse.Namespace) -> Callable[[_Numbered], dict[int, str]]
     import jax
     import numpy as np
 
-    from ..configs import base
     from ..framework.base import workdir as layout
-    from ..framework.checkpoint import restore, store
-    from ..framework.sharding import global_batch, meshes
+    from ..framework.checkpoint import restore
+    from ..framework.sharding import meshes
+    from . import trained
 
-    workdir = options.workdir.expanduser()
-    checkpoint, damaged = store.locate(workdir, best=options.use == "best")
-    for path, why in damaged:
-        _warn(f"checkpoint {path} is damaged ({why}); using {checkpoint}")
+    workdir, checkpoint = trained.locate(options.workdir, options.use)
     data = restore.component(workdir, "data", [DATA])
     search = ("beam_size", "length_penalty", "decode_length")
     given = {name: value for name in search if (value := getattr(options, name)) is not None}
@@ -83,12 +80,9 @@ def _model(options: argparse.Namespace) -> Callable[[_Numbered], dict[int, str]]
     except ValueError as error:
         raise UserError(str(error)) from error
     tokenizer, decode = data.load_tokenizer(workdir / layout.CACHE), data.decoder(workdir / layout.CACHE)
-    defaults = base.get_config()
-    mesh = meshes.make_mesh(defaults.mesh)
+    mesh = trained.make_mesh("")
     rows = -(-options.batch_size // mesh.size) * mesh.size
-    with jax.set_mesh(mesh):
-        spec = global_batch.spec(data.spec(), rows, mesh)
-        variables = restore.variables(checkpoint, task, spec, defaults.sharding_rules, mesh)
+    variables = trained.Trained(workdir, checkpoint, task, data, mesh).variables()
     placed = meshes.batch_sharding(mesh)
     compiled = jax.jit(task.translate)
 
@@ -111,17 +105,15 @@ def _model(options: argparse.Namespace) -> Callable[[_Numbered], dict[int, str]]
                 translations = jax.device_get(compiled(variables, *batch_of([source for _, source in batch])))
             for row, (number, source) in enumerate(batch):
                 if len(source) >= data.source_length:
-                    _warn(f"line {number} has {len(source) + 1} tokens; training had at most {data.source_length}")
+                    trained.warn(
+                        f"line {number} has {len(source) + 1} tokens; training had at most {data.source_length}"
+                    )
                 if not translations.finished[row]:
-                    _warn(f"the translation of line {number} is cut after {task.decode_length} tokens")
+                    trained.warn(f"the translation of line {number} is cut after {task.decode_length} tokens")
                 found[number] = " ".join(decode(translations.tokens[row]).splitlines())
         return found
 
     return translate
-
-
-def _warn(text: str) -> None:
-    print(printable(f"warning: {' '.join(text.split())}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ _SCALINGS: dict[str, dict[str, float | None]] = {
 
 
 def parse_scaling(text: str) -> tuple[str, dict[str, float]]:
-    """Return kind and numbers of a scaling, such as "llama3 factor=8 low=1 high=4 original=8192"; "" is none.
+    """Return kind and numbers of a scaling, such as "llama3 factor=8 low=1 high=4 original=8192"; "" means no scaling.
 
     `factor` is the longest wavelength's. "linear" stretches all wavelengths (position interpolation, arXiv 2306.15595).
     "llama3" stretches those longer than original / low and keeps those shorter than original / high (Llama 3.1, public

@@ -19,7 +19,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Return the content of a folder's `config.json`.
 
     Raises:
-      UserError: there is none.
+      UserError: the folder has no such file.
     """
     if (config := read_object(path / CONFIG)) is None:
         raise UserError(f"{path} has no {CONFIG}. Give a Hugging Face folder, with its {CONFIG} and safetensors files.")

@@ -23,7 +23,7 @@ def shorter(word):
 
 @pytest.mark.slow
 def test_every_recipe_works(tmp_path):
-    """Faults: a flag of the page is refused; a longer run begins anew; a branch changes its origin."""
+    """Faults: a flag of the page is refused; a longer run starts over; a branch changes its origin."""
     (tmp_path / "texts").mkdir()
     for number in range(12):
         (tmp_path / "texts" / f"{number}.txt").write_text(f"Text {number} is short. " * 40)

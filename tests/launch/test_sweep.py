@@ -205,7 +205,7 @@ def test_a_failing_trial_is_told_and_the_others_go_on(trainer, capsys):
 
 
 def test_a_signal_stops_all_trials_and_the_same_command_resumes(trainer, capsys, monkeypatch):
-    """Faults: trials go on without the sweep; further ones start; the exit code is 0; all is trained again."""
+    """Faults: trials continue without the sweep; further ones start; the exit code is 0; a rerun starts over."""
     flags = [CONFIG, f"--workdir={trainer}", "--over", "schedule.learning_rate=0.1,0.2,0.3", "--jobs=2"]
 
     def interrupt():

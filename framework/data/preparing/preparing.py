@@ -208,7 +208,7 @@ def run(
         tokenizer = data.make_tokenizer(cache, source)
         first, every = process * workers, processes * workers
         jobs = [(data, folder, tokenizer, limits, first + worker, every) for worker in range(workers)]
-        # Workers guess the rows of shards that others are making; if they stop too early, they go on.
+        # Workers estimate the rows of shards that others are making. If these turn out too few, they make more.
         for _ in itertools.count():
             if workers == 1:
                 _make_shards(*jobs[0])

@@ -157,7 +157,7 @@ class _Text:
         while True:
             with contextlib.suppress(ValueError, RecursionError):
                 value, end = self._scan(self._held, self._skip_space())
-                if end < len(self._held):  # a number could go on
+                if end < len(self._held):  # else a number may have further digits
                     self._place = end
                     return value
             if not self._more():

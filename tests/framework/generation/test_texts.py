@@ -47,6 +47,6 @@ def test_stop_texts(given, stops, text, finish, count):
 
 
 def test_the_end_of_a_document_ends_the_text():
-    """Fault: the text goes on with the next document, or shows the end."""
+    """Fault: the text continues into the next document, or shows the end."""
     pieces, text = written([97, END, 98])
     assert ("".join(pieces), text.finish, text.count) == ("a", "end", 1)
