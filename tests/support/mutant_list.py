@@ -1923,8 +1923,8 @@ MODELS = (
     ),
     Mutant(
         "translate-reads-for-one-example",
-        "launch/translate.py",
-        "spec = global_batch.spec(data.spec(), rows, mesh)",
+        "launch/trained.py",
+        "spec = global_batch.spec(self.data.spec(), self.mesh.size, self.mesh)",
         "spec = data.spec()",
         "launch.translate ends in a traceback.",
         ("tests/launch/test_translate.py::test_lines_are_translated_as_in_training",),
