@@ -37,7 +37,8 @@ from ..framework.step.compiler_options import compile_with
 from ..framework.step.program import Program
 from ..framework.step.state import make_initial
 from ..framework.task import kernel_cost_of, square_flops_of
-from ..models import attention, kernels
+from ..models import attention
+from ..models.kernels import attention as kernels
 from ..optimizers.plan import patterns
 
 Row = dict[str, Any]

@@ -14,8 +14,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from . import kernels, layout
-from .kernels import CAUSAL, Pattern
+from . import layout
+from .kernels import attention as kernels
+from .kernels.attention import CAUSAL, Pattern
 
 Drop = Callable[[jax.Array], jax.Array]
 KeysValues = tuple[jax.Array, jax.Array]

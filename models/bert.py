@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from . import kernels
 from .attention import Pattern, attention
+from .kernels import attention as kernels
 from .layout import gather_columns, shard_batch
 from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options
 from .modules import partitioned, run_layers

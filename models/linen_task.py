@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from . import kernel_costs
+from .kernels import costs
 from .modules import KEPT, REMAT_POLICIES, is_remat
 
 Batch = Mapping[str, jax.Array]
@@ -34,7 +34,7 @@ class LinenTask(abc.ABC):
         self, name: str, operands: Sequence[jax.ShapeDtypeStruct], results: Sequence[jax.ShapeDtypeStruct]
     ) -> tuple[float, float] | None:
         """Return FLOPs and bytes of an attention kernel, None for other kernels."""
-        return kernel_costs.cost(name, operands, results)
+        return costs.cost(name, operands, results)
 
     def init(self, key: jax.Array, batch_spec: BatchSpec) -> dict[str, Any]:
         """Return the initial variables as nested dicts.

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import kernels
 from .attention import Pattern
 from .beam_search import Translations, beam_search
 from .encoder_decoder import KeysValues, Transformer, TransformerOptions
+from .kernels import attention as kernels
 from .layout import shard_batch
 from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options
 from .vocabulary import real_targets, real_tokens, token_logits, token_losses

@@ -1,4 +1,4 @@
-"""Tables of the families: which field of config.json is which knob of `lm.LMTask`, which tensor is which parameter.
+"""Tables of the families: which field of config.json is which option of the decoder, which tensor is which parameter.
 
 A field that is in no table of its family is an error, so that nothing that matters is ignored. Knobs that no table
 names keep their defaults. Sources: the configuration and modeling files of these families in `transformers`.
@@ -17,17 +17,7 @@ Config = Mapping[str, Any]
 Knobs = dict[str, Any]
 
 # Knobs that do not change what a model computes.
-FREE = (
-    "attention",
-    "attention_block",
-    "balance_loss",
-    "compute_dtype",
-    "expert_room",
-    "loss_chunks",
-    "remat",
-    "router_z_loss",
-    "z_loss",
-)
+FREE = ("attention", "attention_block", "compute_dtype", "expert_room", "remat")
 
 _SIZES = {
     "vocab_size": "vocab_size",
@@ -257,7 +247,7 @@ FAMILIES = {
 
 
 def knobs(config: Config) -> Knobs:
-    """Return the knobs of `lm.LMTask` that a config.json determines.
+    """Return the fields of `DecoderOptions` that a config.json determines.
 
     Raises:
       ValueError: the family is not known, or a field is missing, not known or has a value that no knob expresses.

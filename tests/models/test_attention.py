@@ -11,7 +11,8 @@ from lm_cases import SMALL, assert_close, batch_of, grad_of, quick_jit, spec_of,
 from traced import equations
 
 from shampax.framework.planning import collectives
-from shampax.models import attention, kernels, layout
+from shampax.models import attention, layout
+from shampax.models.kernels import attention as kernels
 
 
 def test_attention_against_jax():

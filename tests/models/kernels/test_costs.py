@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shampax.models import kernel_costs
+from shampax.models.kernels import costs
 
 
 def array(*shape, dtype=jnp.bfloat16):
@@ -27,7 +27,7 @@ MASK, SUMS = array(1, 4, 4, dtype=jnp.int8), array(2, 512, 128, dtype=jnp.float3
 )
 def test_splash(name, results, products):
     """Faults: a pass lacks a product; the skipped half counts; keys are read once though every block reads them."""
-    flops, size = kernel_costs.cost(f"visits_0.6250/{name}", [MASK, MASK, QUERY, KEY, KEY], results)
+    flops, size = costs.cost(f"visits_0.6250/{name}", [MASK, MASK, QUERY, KEY, KEY], results)
     pairs = 2 * 16 * 2_048**2 * 0.625
     assert flops == 2 * products * pairs * 128
     written = sum(np.prod(x.shape) * x.dtype.itemsize for x in results)
@@ -37,8 +37,8 @@ def test_splash(name, results, products):
 def test_cudnn():
     """Fault: the backward pass counts as the forward one."""
     query, key = array(8, 2_048, 16, 128), array(8, 2_048, 8, 128)
-    forward, _ = kernel_costs.cost("__cudnn$fmhaScaleBiasSoftmax visits_0.5", [query, key, key], [query])
-    backward, _ = kernel_costs.cost("__cudnn$fmhaScaleBiasSoftmaxBackward visits_0.5", [query, key, key], [query])
+    forward, _ = costs.cost("__cudnn$fmhaScaleBiasSoftmax visits_0.5", [query, key, key], [query])
+    backward, _ = costs.cost("__cudnn$fmhaScaleBiasSoftmaxBackward visits_0.5", [query, key, key], [query])
     assert forward == 4 * 8 * 16 * 2_048**2 * 128 * 0.5
     assert backward == 2.5 * forward
 
@@ -48,24 +48,22 @@ def test_grouped_products():
     ids, kernels = array(17, dtype=jnp.int32), array(4, 2_048, 5_632)
     rows, out = array(8_192, 2_048), array(8_192, 5_632)
     used = 8_192 // 2
-    forward, size = kernel_costs.cost("filled_0.5/jvp(jit(gmm))/pallas_call", [ids, rows, kernels], [out])
+    forward, size = costs.cost("filled_0.5/jvp(jit(gmm))/pallas_call", [ids, rows, kernels], [out])
     assert forward == 2 * used * 2_048 * 5_632
     # Tiles of 128 rows, 2,048 inputs and 1,408 outputs.
     assert size == 2 * (used * (4 * 2_048 + 5_632) + 4 * 2_048 * 5_632)
-    of_rows, size = kernel_costs.cost("filled_0.5/transpose(jvp(jit(gmm)))/pallas_call", [ids, out, kernels], [rows])
+    of_rows, size = costs.cost("filled_0.5/transpose(jvp(jit(gmm)))/pallas_call", [ids, out, kernels], [rows])
     assert of_rows == forward
     # 1,408 of 5,632 inputs and 1,024 of 2,048 outputs; 32 tiles of rows and 3 that two groups share.
     assert size == 2 * (used * (2 * 5_632 + 2_048) + 35 * 2_048 * 5_632)
-    of_kernels, size = kernel_costs.cost(
-        "filled_0.5/transpose(jvp(jit(tgmm)))/pallas_call", [ids, rows, out], [kernels]
-    )
+    of_kernels, size = costs.cost("filled_0.5/transpose(jvp(jit(tgmm)))/pallas_call", [ids, rows, out], [kernels])
     assert of_kernels == forward
     assert size == 2 * (used * (4 * 2_048 + 5_632) + 4 * 2_048 * 5_632)
 
 
 def test_other_kernels_are_not_known():
     """Fault: the FLOPs of attention for another kernel."""
-    assert kernel_costs.cost("tpu_custom_call gmm", [QUERY], [QUERY]) is None
+    assert costs.cost("tpu_custom_call gmm", [QUERY], [QUERY]) is None
 
 
 @pytest.mark.parametrize(("causal", "window"), [(True, 0), (True, 100), (True, 1), (False, 0)])
@@ -80,4 +78,4 @@ def test_visited_blocks(causal, window):
             sees &= queries[:, None] - slots < window
     for size, keys in ((16, 32), (32, 16)):
         blocks = sees.reshape(64 // size, size, 512 // keys, keys).any(axis=(1, 3))
-        assert kernel_costs.visited(queries, size, keys, 512, causal=causal, window=window) == blocks.mean()
+        assert costs.visited(queries, size, keys, 512, causal=causal, window=window) == blocks.mean()

@@ -18,10 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import linear_call
 from jax.sharding import PartitionSpec as P
 
-from . import layout
-from .grouped import grouped_product
-from .layout import EXPERT_AXIS, SEQUENCE_AXIS, SLICE_AXIS, TENSOR_AXIS
-from .modules import GATES, MLP, fan_in
+from .. import layout
+from ..kernels.grouped import grouped_product
+from ..layout import EXPERT_AXIS, SEQUENCE_AXIS, SLICE_AXIS, TENSOR_AXIS
+from ..modules import GATES, MLP, fan_in
 
 Routing = dict[str, jax.Array]
 ROUTERS = ("softmax", "sigmoid")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas.ops.tpu import megablox
 
-from .kernel_costs import rows_at_once, tile_of
+from .costs import rows_at_once, tile_of
 
 _LEAST_BLOCK, _MOST_BLOCK = 8, 512
 

@@ -24,7 +24,8 @@ from lm_cases import (
 )
 from traced import dot_flops, equations
 
-from shampax.models import grouped, kernel_costs, moe
+from shampax.models.decoder import moe
+from shampax.models.kernels import costs, grouped
 
 ROUTED = dataclasses.replace(SMALL, experts=4, experts_per_token=2, layers=2)
 AXES = ("data", "expert", "fsdp", "sequence", "tensor")
@@ -187,7 +188,7 @@ def test_products_at_128_experts():
     assert len(in_loops) == 9 == sum(eqn.primitive.name == "dot_general" for eqn in equations(jaxpr))
     assert 1 <= int(blocks) * sum(map(dot_flops, in_loops)) / (3 * 2 * 3 * rows * embed * width) <= 1.1
     # On a TPU with 16 devices along `expert`, each of which gets as many rows as all have together here.
-    tile, of_eight = kernel_costs.tile_of(rows, 8, 128, 128)[0], sizes.reshape(8, 16).sum(axis=1)
+    tile, of_eight = costs.tile_of(rows, 8, 128, 128)[0], sizes.reshape(8, 16).sum(axis=1)
     groups = {"group_sizes": of_eight, "start_group": 0, "num_nonzero_groups": 8, "visit_empty_groups": True}
     _, tiles = make_group_metadata(m=rows, tm=tile, **groups)
     assert tiles * tile <= 1.1 * rows

@@ -15,7 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from . import kernel_costs, layout
+from .. import layout
+from . import costs
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
 _KERNEL_OF = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}  # ahead of time a GPU is "cuda"
@@ -190,8 +191,8 @@ def splash(
     else:  # all parts have the same mask, which splash attention cannot cut
         mask, mask_parts = masks.FullMask((length // parts, keys)), 1
         slowest = np.arange(length // parts)
-    share = kernel_costs.visited(slowest, size, key_size, keys, causal=pattern.causal, window=pattern.window)
-    visits = f"visits_{share:.6f}"  # for `kernel_costs.cost`
+    share = costs.visited(slowest, size, key_size, keys, causal=pattern.causal, window=pattern.window)
+    visits = f"visits_{share:.6f}"  # for `costs.cost`
     kernel = kernels.make_splash_mha(
         mask=masks.MultiHeadMask([mask] * heads),
         block_sizes=kernels.BlockSizes(
@@ -257,7 +258,7 @@ def cudnn(
         return checkpoint_name(mixed, "context")
 
     length, keys = query.shape[1], key.shape[1]
-    visits = f"visits_{kernel_costs.visited(np.arange(length), 64, 64, keys, causal=pattern.causal):.6f}"
+    visits = f"visits_{costs.visited(np.arange(length), 64, 64, keys, causal=pattern.causal):.6f}"
     (by_position, rows), _ = _specs(query, key)
     return jax.shard_map(
         on_device, in_specs=(by_position, by_position, by_position, rows, rows), out_specs=by_position, check_vma=False

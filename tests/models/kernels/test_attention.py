@@ -10,9 +10,10 @@ from jax.sharding import PartitionSpec as P
 from lm_cases import SMALL, batch_of, quick_jit, spec_of
 from traced import equations
 
-from shampax.models import kernels, layout
+from shampax.models import layout
 from shampax.models.attention import attention
 from shampax.models.bert import BertTask
+from shampax.models.kernels import attention as kernels
 from shampax.models.translation import TranslationTask
 
 AXES = ("data", "expert", "fsdp", "sequence", "tensor")
