@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 
@@ -22,6 +22,7 @@ from .reporting.metrics import MetricsWriter
 from .reporting.progress import Clock, Speedometer
 from .reporting.watchdog import Watchdog
 from .setup import Blueprint
+from .step.scalars import Scalars
 from .step.state import TrainState
 
 
@@ -133,14 +134,15 @@ class Run:
         unread = None
         with self._clock:
             while self.step < min(pause, self.blueprint.total_steps) and not self.stopped:
-                metrics = self._take_step()
+                measured = self._take_step()
                 if unread is not None:
                     self.journal.step_done(*unread)
-                unread = (self.step, metrics) if metrics is not None else None
+                unread = (self.step, *measured) if measured else None
                 self.stopped = self.stopped or self.signal() or self.trouble()
             if unread is not None:
                 self.journal.step_done(*unread)
             self.stopped = self.stopped or self.signal() or self.trouble()
+        self.journal.flush()  # no checkpoint may have steps that the metrics lack
         self.record = dataclasses.replace(
             self.record,
             step=self.step,
@@ -149,8 +151,8 @@ class Run:
             skipped=self.journal.skipped,
         )
 
-    def _take_step(self) -> dict[str, Any] | None:
-        """Dispatch one step and return its metrics; None if the optimizer's service has failed."""
+    def _take_step(self) -> tuple[Scalars, ...]:
+        """Dispatch one step and return its metrics; () if the optimizer's service has failed."""
         self.watch.at("host roots", self.step)
         try:
             self.state = dataclasses.replace(self.state, opt_state=self.service.install(self.state.opt_state))
@@ -160,7 +162,7 @@ class Run:
                 raise TrainingStopped(
                     f"{error}; rerun the same command to resume from the latest checkpoint"
                 ) from error
-            return None
+            return ()
         self.watch.at("data", self.step)
         begun = time.monotonic()
         batch = next(self._batches)
@@ -170,7 +172,7 @@ class Run:
             self.state, metrics = self.steps["train"](self.state, batch)
         self.service.take(self.state.opt_state)
         self.step += 1
-        return metrics | self.steps["diagnose"](self.state.opt_state) if self.journal.due(self.step) else metrics
+        return (metrics, self.steps["diagnose"](self.state.opt_state)) if self.journal.due(self.step) else (metrics,)
 
     def evaluated(self, values: Mapping[str, float]) -> None:
         """Record and report the held-out metrics of this step."""

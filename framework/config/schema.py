@@ -139,7 +139,7 @@ def get_config() -> Any:
     config.init_from = ""  # workdir, checkpoint or Hugging Face folder to take parameters from, in a new workdir
     config.renamed = ()  # (old, new) parameter paths or prefixes, to load a checkpoint that uses other names
     config.log = ConfigDict()
-    config.log.every = "10 steps"  # how often to log metrics to the console and the workdir
+    config.log.every = "10 steps"  # how often to report to the console; metrics.jsonl has every step
     config.watchdog = ConfigDict()
     config.watchdog.report_after = 300.0  # report a stalled process after this many seconds without progress; 0: never
     config.watchdog.end_after = 3600.0  # end the run (exit code 75) after this many seconds without progress; 0: never

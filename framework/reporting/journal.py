@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import jax
+import numpy as np
 
 from ..base.durations import Period
 from ..checkpoint.record import Record
 from ..distributed import console
+from ..step.scalars import Scalars
 from .metrics import MetricsWriter
 from .progress import Clock, Speedometer, progress_line, seconds_since_process_start
 
@@ -27,7 +28,7 @@ class Reporter(Protocol):
 
 @dataclasses.dataclass
 class Journal:
-    """Read the metrics of each step from the devices, and report those that are due.
+    """Read the metrics of each step from the devices, record them, and report those that are due.
 
     Attributes:
       writer: writer of metrics, None on all processes but the first.
@@ -64,12 +65,12 @@ class Journal:
         """Return whether a step is reported."""
         return step == 1 or step == self.total_steps or self.period.due(step)
 
-    def step_done(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Wait for a step, and report it if due. Call it once per step, in order."""
-        numbers = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
+    def step_done(self, step: int, *measured: Scalars) -> None:
+        """Wait for a step, record it, and report it if due. Call it once per step, in order."""
+        numbers = {name: _number(value) for each in measured for name, value in each.items()}
         seconds = self.clock.seconds
-        consecutive_skips = numbers.pop("consecutive_skips")
-        self.skipped = numbers["skipped"]
+        consecutive_skips = int(numbers.pop("consecutive_skips"))
+        self.skipped = int(numbers["skipped"])
         self.most_consecutive_skips = max(self.most_consecutive_skips, consecutive_skips)
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = seconds_since_process_start()
@@ -77,9 +78,10 @@ class Journal:
             self.speedometer.warmed_up(step, seconds)
         else:
             self.speedometer.step_done(numbers.get("real_tokens", 1.0))
-        if not self.due(step):
-            return
         values = {name if name.startswith("optimizer/") else f"train/{name}": n for name, n in numbers.items()}
+        if not self.due(step):
+            self._write(step, seconds, values)
+            return
         values |= self.speedometer.read(step, seconds)
         remaining = self.speedometer.remaining(step, seconds)
         console.say(progress_line(step, self.total_steps, values, remaining))
@@ -87,14 +89,15 @@ class Journal:
             if complaint := reporter.complaint():
                 console.say(complaint)
             values |= reporter.metrics()
-        self._write(step, seconds, values)
+        self._write(step, seconds, values, reported=True)
 
     def evaluated(self, step: int, values: Mapping[str, float], *, best: bool) -> None:
         """Report the held-out metrics after a step."""
         names = sorted(values, key=lambda name: (name != "loss", name))
         shown = ", ".join(f"{name} {values[name]:.4f}" for name in names)
         console.say(f"held-out after step {step}: {shown}{' (best so far)' if best else ''}")
-        self._write(step, self.clock.seconds, {f"heldout/{name}": value for name, value in values.items()})
+        named = {f"heldout/{name}": value for name, value in values.items()}
+        self._write(step, self.clock.seconds, named, reported=True)
 
     def sampled(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Report the continuations of prompts after a step: objects with "prompt" and "text"."""
@@ -103,11 +106,22 @@ class Journal:
         if self.writer:
             self.writer.samples(step=step, samples=samples)
 
+    def flush(self) -> None:
+        """Write the steps that have only been recorded."""
+        if self.writer:
+            self.writer.flush()
+
     def close(self) -> None:
         """Wait until everything is written."""
         if self.writer:
             self.writer.close()
 
-    def _write(self, step: int, seconds: float, values: dict[str, Any]) -> None:
+    def _write(self, step: int, seconds: float, values: dict[str, Any], *, reported: bool = False) -> None:
         if self.writer:
-            self.writer.write(step=step, seconds=seconds, tokens=self.tokens(step), values=values)
+            tokens = self.tokens(step)
+            self.writer.write(step=step, seconds=seconds, tokens=tokens, values=values, reported=reported)
+
+
+def _number(value: np.generic) -> float:
+    """Return a number for Python; of a float32 the shortest that rounds to it."""
+    return float(str(value)) if isinstance(value, np.floating) else value.item()

@@ -35,28 +35,42 @@ class MetricsWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorboard")
         self._events: Any = None
         self._warned: set[str] = set()  # the files that could not be written
+        self._lines: list[str] = []  # of metrics.jsonl, not yet written
         self._keep(self._path, lambda line: _stays(parse_point(line), after_step, evaluated))
         self._keep(self._samples, lambda line: _step(line) < after_step)
 
-    def write(self, *, step: int, seconds: float, tokens: int, values: Mapping[str, float]) -> None:
-        """Append the measurements after `step`. A number that is not finite becomes null."""
+    def write(
+        self, *, step: int, seconds: float, tokens: int, values: Mapping[str, float], reported: bool = True
+    ) -> None:
+        """Append the measurements after `step`. A number that is not finite becomes null.
+
+        What is not `reported` is kept until `flush` or the next report, and is no event.
+        """
         line = {"step": step, "seconds": round(seconds, 3), "tokens": tokens} | {
             name: value if math.isfinite(value) else None for name, value in values.items()
         }
-        self._append(self._path, line)
-        self._thread.submit(self._write_events, step, lambda value: _scalars(value, values))
+        self._lines.append(json.dumps(line))
+        if reported:
+            self.flush()
+            self._thread.submit(self._write_events, step, lambda value: _scalars(value, values))
+
+    def flush(self) -> None:
+        """Write the lines that are kept."""
+        lines, self._lines = self._lines, []
+        self._append(self._path, lines)
 
     def samples(self, *, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Append the continuations of prompts after `step`, objects with "prompt" and "text"."""
-        for each in samples:
-            self._append(self._samples, {"step": step, **each})
+        self._append(self._samples, [json.dumps({"step": step, **each}) for each in samples])
         self._thread.submit(self._write_events, step, lambda value: _texts(value, samples))
 
-    def _append(self, path: Path, line: Mapping[str, Any]) -> None:
+    def _append(self, path: Path, lines: Sequence[str]) -> None:
+        if not lines:
+            return
         try:
             with path.open("a") as file:
                 # A line that a full disk has cut short ends here, and readers skip it.
-                file.write(("\n" if path.name in self._warned else "") + json.dumps(line) + "\n")
+                file.write(("\n" if path.name in self._warned else "") + "".join(f"{line}\n" for line in lines))
         except OSError as error:
             self._warn(path.name, error)
 
@@ -72,6 +86,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Wait until everything is written."""
+        self.flush()
         self._thread.shutdown()
         if self._events:
             with contextlib.suppress(OSError):  # each event is flushed as it is written

@@ -13,6 +13,7 @@ from .. import optimizer
 from ..sharding import meshes
 from ..task import Batch, Judge, Metrics, Task, settled
 from . import averaging, guard
+from .scalars import Scalars
 from .state import TrainState, shardings
 
 
@@ -47,12 +48,13 @@ def make_train_step(
       gradient_clip: bound on the global norm of the gradient; 0 disables.
       ema_decay: decay of the average of the parameters; 0 keeps none. The loss is that of the trained parameters.
 
-    Metrics are float32 scalars (counts int32), replicated: those of the task (total / weight), `gradient_norm` (before
-    clipping), `update_norm`, `learning_rate` and the guard's `skipped`, `consecutive_skips`, `clipped`.
+    Metrics are float32 scalars (counts int32) in one array, replicated: those of the task (total / weight),
+    `gradient_norm` (before clipping), `update_norm`, `learning_rate` and the guard's `skipped`, `consecutive_skips`,
+    `clipped`.
     """
     params_shardings = shardings(abstract.params)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         before = dict(state.trained)
         params = before.pop("params")
@@ -96,7 +98,7 @@ def make_train_step(
             "consecutive_skips": state.guard.consecutive,
             "clipped": state.guard.clipped,
         }
-        return state, metrics
+        return state, Scalars.pack(metrics)
 
     return jax.jit(
         train_step,
@@ -109,8 +111,9 @@ def make_train_step(
 def make_diagnosis(abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
     """Return the jitted `opt_state -> {"optimizer/<diagnostic>": scalar}`. Only reported steps run it."""
 
-    def diagnose(opt_state: Any) -> dict[str, jax.Array]:
-        return {f"optimizer/{name}": value for name, value in optimizer.diagnostics(opt_state).items()}
+    def diagnose(opt_state: Any) -> Scalars:
+        values = optimizer.diagnostics(opt_state)
+        return Scalars.pack({f"optimizer/{name}": value for name, value in values.items()})
 
     return jax.jit(diagnose, in_shardings=(shardings(abstract.opt_state),), out_shardings=meshes.replicated(mesh))
 
