@@ -22,7 +22,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow mutants lint format lock report clean
+.PHONY: help install train test test-slow mutants lint docs format lock report clean
 .DELETE_ON_ERROR:
 
 help:
@@ -32,7 +32,8 @@ help:
 	@echo "                COLD=1 first deletes the programs that earlier tests have compiled"
 	@echo "make test-slow  run the slow tests: real processes, compilation for TPUs, long references"
 	@echo "make mutants    put faults into copies of the sources and check that tests fail"
-	@echo "make lint       run ruff and pyright"
+	@echo "make lint       run ruff, pyright, and checks of spelling and style"
+	@echo "make docs       build the site into build/site; ARGS=serve shows it while you write"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make lock       resolve pyproject.toml into $(LOCK); ARGS=--upgrade takes the latest versions"
 	@echo "make install    only set up $(VENV); EXTRA=cuda13, cuda12 or tpu adds support for the accelerator"
@@ -99,6 +100,13 @@ lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/typos
+	@# Patterns of docs/style.txt: write the plainer word.
+	! git grep --line-number --extended-regexp -f docs/style.txt -- '*.md' '*.py' ':!tests'
+
+# Strict: a link, an anchor or a name of the API that does not exist is an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(if $(ARGS),$(ARGS),build --strict)
 
 format: $(TOOLS)
 	$(BIN)/ruff check --fix .

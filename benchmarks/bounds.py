@@ -2,7 +2,7 @@
 
     make install EXTRA=plan
     make install EXTRA=plan-gpu
-    python -m shampax.benchmarks.bounds [--only=1b_adamw,8b] [--markdown=docs/results.md]
+    python -m shampax.benchmarks.bounds [--only=1b_adamw,8b] [--markdown=docs/plan.md]
 
 Each row compiles the train step of a shipped config ahead of time at the compiler's least effort and judges it as
 launch.plan does: 1 to 5 minutes of a core and up to 6 GB each. Prints JSON; progress goes to standard error. --markdown

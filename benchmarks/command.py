@@ -1,4 +1,4 @@
-"""What the command lines of benchmarks share: verbs, and a result as JSON or an error in one line."""
+"""Parts that the command lines of benchmarks share: verbs, and a result as JSON or an error in one line."""
 
 import argparse
 import json
@@ -28,8 +28,8 @@ def report(run: Callable[[], Any]) -> int:
 
 def learn_and_table(
     prog: str, description: str, learn: Verb, table: Verb, workdir: Path
-) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """Return a parser with the verbs learn (train a config's missing runs) and table (report them), and that of learn.
+) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, argparse.ArgumentParser]:
+    """Return a parser with the verbs learn (train a config's missing runs) and table (report them), and theirs.
 
     Args:
       prog: the command.
@@ -48,4 +48,4 @@ def learn_and_table(
     verb = verbs.choices["learn"]
     verb.add_argument("--config", default="shampax/configs/lm.py:bytes", metavar="FILE:VARIANT", help="%(default)s")
     verb.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="config values")
-    return parser, verb
+    return parser, verb, verbs.choices["table"]

@@ -1,6 +1,7 @@
-"""Draw the held-out losses of a comparison as a picture for the docs."""
+"""Draw held-out losses as pictures for the docs: of a comparison, and of one setting changed at a time."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -47,4 +48,29 @@ def loss_figure(tasks: Mapping[str, Sequence[Group]]) -> Figure:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("held-out loss (nats)")
     figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=4, frameon=False, fontsize=11)
+    return figure
+
+
+def tuning_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw the loss against the values of each numerical option, with the base marked.
+
+    `rows` have an option's name, its base value and its losses by value. Values that differ by a factor above 10 have a
+    logarithmic axis.
+    """
+    numeric = [row for row in rows if not isinstance(row["base"], str | bool)]
+    columns = min(4, len(numeric))
+    figure = Figure(figsize=(3 * columns, 2.6 * -(-len(numeric) // columns)), layout="constrained", dpi=110)
+    panels: Sequence[Axes] = np.ravel(figure.subplots(-(-len(numeric) // columns), columns, sharey=True)).tolist()
+    for panel in panels[len(numeric) :]:
+        panel.remove()
+    for panel, row in zip(panels, numeric, strict=False):
+        values = [value for value, loss in row["losses"].items() if np.isfinite(loss)]
+        panel.plot(values, [row["losses"][value] for value in values], color=_COLOURS[0], marker="o", markersize=4)
+        panel.plot(row["base"], row["losses"][row["base"]], color=_COLOURS[1], marker="o", markersize=8)
+        if min(values) > 0 and max(values) > 10 * min(values):
+            panel.set_xscale("log")
+        panel.set_title(row["option"], fontsize=10)
+        panel.grid(color="#e8e8e8", linewidth=0.8)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("held-out loss (nats)")
     return figure

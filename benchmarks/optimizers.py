@@ -5,7 +5,7 @@
     python -m shampax.benchmarks.optimizers time --config=shampax/configs/lm.py:bytes
     python -m shampax.benchmarks.optimizers equal --config=shampax/configs/lm.py:bytes
     python -m shampax.benchmarks.optimizers cost
-    python -m shampax.benchmarks.optimizers table --markdown=docs/results.md
+    python -m shampax.benchmarks.optimizers table --markdown=docs/results/optimizers.md
 
 learn trains a config's model with every optimizer. All are tuned alike, by `trials.search`: a ladder of learning rates,
 then the other changes under the first seed, then the other seeds at the best settings. Each run is a file in the

@@ -1,7 +1,7 @@
 """Train a config with one setting of our Shampoo changed at a time, to see which settings matter.
 
     python -m shampax.benchmarks.tuning learn --config=shampax/configs/lm.py:bytes
-    python -m shampax.benchmarks.tuning table
+    python -m shampax.benchmarks.tuning table --markdown=docs/tuning.md --figure=docs/images/tuning.png
 
 learn starts from the config's own rate and options, for one seed by default. Each run is a file in the workdir; rerun
 the same command to resume. table reports all tasks in the workdir. JSON goes to standard output, progress to standard
@@ -11,6 +11,7 @@ error.
 import argparse
 import dataclasses
 import math
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from typing import Any
 from ..framework.base import workdir
 from ..framework.base.errors import UserError
 from ..framework.config.check import load
-from . import command, learning
+from . import command, figure, learning
 from .documents import Section, table, write
 from .optimizers import folder_of
 from .outcomes import Outcome, by, mean
@@ -92,12 +93,16 @@ def compare(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 def tabulate(options: argparse.Namespace) -> dict[str, Any]:
-    """Compare the runs in the workdir. Write the tables into the --markdown file or to standard error."""
+    """Compare the runs in the workdir. Write tables into --markdown or to standard error; draw the first."""
     tasks = {path.name: learning.read(path) for path in sorted(options.workdir.glob("*.py:*"))}
     rows = {title: compare(outcomes) for title, outcomes in tasks.items() if outcomes}
     if not rows:
         raise UserError(f"--workdir={options.workdir}: it has no runs to compare. Run the sub-command learn first")
-    parts = [f"Made by `{COMMAND} table`. Final held-out loss, nats per token; the config's own value is bold."]
+    parts = ["## One setting at a time"]
+    if options.markdown and options.figure:
+        link = os.path.relpath(options.figure, options.markdown.parent)
+        parts.append(f"![Held-out loss by the value of each setting; the config's own in orange]({link})")
+    parts.append(f"Made by `{COMMAND} table`. Final held-out loss, nats per token; the config's own value is bold.")
     for title, of_task in rows.items():
         body = [
             [
@@ -115,18 +120,22 @@ def tabulate(options: argparse.Namespace) -> dict[str, Any]:
         write(options.markdown, {SECTION: text})
     else:
         print(text, file=sys.stderr)
+    if options.figure:
+        options.figure.parent.mkdir(parents=True, exist_ok=True)
+        figure.tuning_figure(next(iter(rows.values()))).savefig(options.figure)
     return rows
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line. Return the exit code."""
-    parser, verb = command.learn_and_table(
+    parser, verb, tabulated = command.learn_and_table(
         COMMAND, "Train with one setting changed at a time.", learn, tabulate, Path("runs/tuning")
     )
     verb.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")], default=[0])
     verb.add_argument(
         "--options", type=lambda text: text.split(","), default=["rate", *CHANGES], help="default: rate and all others"
     )
+    tabulated.add_argument("--figure", type=Path, metavar="PNG", help="draw the losses of the first task by value")
     options = parser.parse_args(arguments)
     return command.report(lambda: options.run(options))
 

@@ -131,7 +131,7 @@ def _cell(losses: dict[float, float], rate: float) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line. Return the exit code."""
-    parser, verb = command.learn_and_table(
+    parser, verb, _ = command.learn_and_table(
         COMMAND, "Train at several widths and learning rates.", learn, tabulate, Path("runs/widths")
     )
     verb.add_argument("--widths", type=lambda text: [int(x) for x in text.split(",")], default=[64, 128, 256, 512])

@@ -24,7 +24,7 @@ paper: ResNet-50 on ImageNet with Distributed Shampoo, batch 32,768, for a v5e s
   README of google-research/scalable_shampoo gives the rate, its schedule, both betas, the matrix epsilon (our ridge),
   decay and its exceptions, block size, first step, exponent, graft and momentum. It merges the dimensions of kernels up
   to the block size, [3, 3, 128, 128] to [9, 128, 128], as `view="tensor"` with `merge_dims=128` does here. It leaves
-  open, and we choose: label smoothing of 0.1 (MLPerf's reference), batch statistics of each chip's 128 images, momentum
+  open, and here are: label smoothing of 0.1 (MLPerf's reference), batch statistics of each chip's 128 images, momentum
   0.9 of the running statistics, and the same hyperparameters for biases and norms. Its decay joins the preconditioned
   gradient; ours joins the gradient.
 

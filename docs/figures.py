@@ -1,14 +1,16 @@
-"""Draw the figures of CONTRIBUTING.md: the life of a step and the life of a block.
+"""Draw the figures that explain: the life of a step and of a block, Shampoo in a valley, the owners of blocks, rates.
 
     python docs/figures.py [--png] [FOLDER]
 
-Writes step.svg and block.svg to FOLDER, by default docs/images.
+Writes step.svg, block.svg, valley.svg, owners.svg and rates.svg to FOLDER, by default docs/images.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
@@ -113,6 +115,117 @@ def block() -> Figure:
     return figure
 
 
+def valley() -> Figure:
+    """Draw gradient descent, Adam and Shampoo on a quadratic function whose axes are turned by 40 degrees."""
+    turn = np.deg2rad(40)
+    basis = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    hessian = basis @ np.diag([0.02, 1.0]) @ basis.T
+    side = np.linspace(-4.3, 4.3, 60)
+    grid = np.stack(np.meshgrid(side, side), -1)
+    height = np.einsum("...i,ij,...j->...", grid, hessian, grid) / 2
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    for panel, (title, path) in zip(figure.subplots(1, 3), _paths(hessian).items(), strict=True):
+        panel.contour(side, side, height, levels=np.geomspace(0.02, 6, 9), colors="#bbbbbb", linewidths=0.8)
+        panel.plot(*path.T, color=ORDER, marker="o", markersize=3, linewidth=1)
+        panel.plot(0, 0, marker="*", markersize=11, color=ANSWER)
+        panel.set_title(title, fontsize=10)
+        panel.set_aspect("equal")
+        panel.set_xticks([])
+        panel.set_yticks([])
+    return figure
+
+
+def _paths(hessian: np.ndarray) -> dict[str, np.ndarray]:
+    """Return title -> points [13, 2] of 12 steps by each method.
+
+    Statistics are those of gradients that vary as much as the function is steep. Steps of Adam and Shampoo are equally
+    long.
+    """
+    values, vectors = np.linalg.eigh(hessian)
+    methods = {
+        "gradient descent": 1.6 * np.eye(2),
+        "Adam: scales each number": np.diag(np.diag(hessian) ** -0.5),
+        "Shampoo: scales all directions": vectors @ np.diag(values**-0.5) @ vectors.T,
+    }
+    result = {name: [np.array([-3.9, -1.9])] for name in methods}
+    for step in range(12):
+        for name, scale in methods.items():
+            update = scale @ hessian @ result[name][-1]
+            if "scales" in name:
+                update *= 0.8 * (1 - step / 14) / np.linalg.norm(update)
+            result[name].append(result[name][-1] - update)
+    return {name: np.array(points) for name, points in result.items()}
+
+
+def owners() -> Figure:
+    """Draw two matrices in blocks, their owners, and what an owner keeps of a block."""
+    figure, axes = _canvas(13.6, 4.6)
+    colours = ("#d9e8f6", "#fbe3c8", "#dcefdc", "#eadcf0")
+    matrices = ((0.2, 2.3, 4, 2, 0.75), (0.2, 0.2, 2, 2, 0.75))
+    axes.text(0.2, 4.05, "parameters, cut into blocks", va="center", weight="bold")
+    axes.text(5.2, 4.05, "each device owns its share", va="center", weight="bold")
+    axes.text(9.4, 4.05, "and keeps of each of its blocks", va="center", weight="bold")
+    number = 0
+    for left, bottom, columns, rows, size in matrices:
+        for row in range(rows):
+            for column in range(columns):
+                low = bottom + size * (rows - 1 - row)
+                _box(axes, left + size * column, low, size, size, str(number), colours[number % 4])
+                number += 1
+    for device, colour in enumerate(colours):
+        bottom = 3.05 - 0.92 * device
+        axes.text(5.2, bottom + 0.3, f"device {device}", va="center")
+        for place, block in enumerate(range(device, number, 4)):
+            _box(axes, 6.6 + 0.68 * place, bottom, 0.6, 0.6, str(block), colour)
+    for left, bottom, width, height, text in (
+        (9.4, 2.35, 1.0, 1.2, "M"),
+        (11.2, 2.35, 1.2, 1.2, "L"),
+        (12.5, 2.55, 1.0, 1.0, "R"),
+        (11.2, 0.6, 1.2, 1.2, "root\nof L"),
+        (12.5, 0.8, 1.0, 1.0, "root\nof R"),
+        (9.4, 0.6, 1.0, 1.2, "update"),
+    ):
+        _box(axes, left, bottom, width, height, text, colours[0])
+    axes.text(9.9, 2.12, "momentum", ha="center", va="center")
+    axes.text(12.35, 2.12, "statistics, every step", ha="center", va="center")
+    axes.text(12.35, 0.37, "roots, every 20 steps", ha="center", va="center")
+    axes.text(9.9, 0.37, "root(L) M root(R)", ha="center", va="center")
+    _arrow(axes, (3.5, 2.2), (5.0, 2.2), ORDER)
+    _arrow(axes, (8.65, 2.2), (9.3, 2.2), ORDER)
+    _arrow(axes, (11.2, 1.2), (10.4, 1.2), ANSWER)
+    return figure
+
+
+def rates() -> Figure:
+    """Draw the losses by learning rate in the tables of optimizer.md, for models of several widths."""
+    rows = re.findall(
+        r"^\| (width|\d+)[^|]*((?:\| [*\d.]+ )+)\|", (Path(__file__).parent / "optimizer.md").read_text(), re.M
+    )
+    numbers = [(name, [float(x) for x in re.findall(r"\d+\.\d+", cells)]) for name, cells in rows]
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    panels = iter(figure.subplots(1, 2, sharey=True))
+    for name, values in numbers:
+        if name == "width":
+            panel, x = next(panels), values
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(x, [f"{each:g}" for each in x], minor=False)
+            panel.set_xlabel("learning rate")
+            panel.grid(color="#e8e8e8", linewidth=0.8)
+            panel.spines[["top", "right"]].set_visible(False)
+            continue
+        losses = values[: len(x)]
+        panel.plot(x, losses, marker="o", markersize=4, label=f"width {name}")
+        panel.plot(
+            x[int(np.argmin(losses))], min(losses), marker="o", markersize=10, markerfacecolor="none", color=ORDER
+        )
+    first, second = figure.axes
+    first.set_title("one rate for all parameters", fontsize=10)
+    second.set_title("with wider = width / 64", fontsize=10)
+    first.set_ylabel("held-out loss (nats a byte)")
+    second.legend(frameon=False)
+    return figure
+
+
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width * 0.72, height * 0.72))
     axes = figure.add_axes((0, 0, 1, 1))
@@ -132,10 +245,10 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], col
 
 
 def write(folder: Path, kind: str = "svg") -> list[Path]:
-    """Write both figures and return their paths."""
+    """Write all figures and return their paths."""
     written = []
     with mpl.rc_context(STYLE):
-        for draw in (step, block):
+        for draw in (step, block, valley, owners, rates):
             path = folder / f"{draw.__name__}.{kind}"
             metadata = {"Date": None, "Creator": None} if kind == "svg" else {}
             draw().savefig(path, metadata=metadata, dpi=110, facecolor="white")

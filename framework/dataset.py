@@ -65,7 +65,7 @@ class Data(Protocol):
         ...
 
     def examples(self, split: Split, cache: Path) -> Source:
-        """Return random access to the examples of a split."""
+        """Return random access to the examples of a split; `cache` is the folder that `prepare` has filled."""
         ...
 
 

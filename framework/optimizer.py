@@ -32,6 +32,8 @@ class OptimizerOptions(Protocol):
     ) -> optax.GradientTransformation:
         """Return the optimizer for parameters on `mesh` with `param_specs` and dimensions named by `axis_names`.
 
+        `learning_rate` is a function of the number of accepted steps. A ValueError reaches the user as one line.
+
         Options may also have `continuing(manifest)`, which returns those of a run that continues from a checkpoint,
         given the manifest that the layout of its state made.
         """
@@ -177,7 +179,7 @@ def manifest(tx: optax.GradientTransformation, params: Any) -> dict[str, Any]:
 
 
 class Inheritance:
-    """What the optimizer's state takes over from one saved by an optimizer of the same name.
+    """The parts that an optimizer's state takes over from one saved by an optimizer of the same name.
 
     Parts with layouts are paired in order, so that a chain around an optimizer can change. Other arrays are found by
     name: it ends with the path of a parameter, which may have been renamed.

@@ -27,7 +27,7 @@ class Task(Protocol):
     """
 
     def init(self, key: jax.Array, batch_spec: BatchSpec) -> dict[str, Any]:
-        """Return the initial variables.
+        """Return the initial variables, from a random key and the shapes of a batch, `batch_spec`.
 
         The trainer calls it under `jit` with sharded outputs, so that no device ever holds a whole large model, and
         under `jax.eval_shape`.
@@ -81,7 +81,7 @@ class Judge(Protocol):
     judged_metrics: ClassVar[tuple[str, ...]] = ()
 
     def predict(self, variables: dict[str, Any], batch: Batch) -> dict[str, jax.Array]:
-        """Return the predictions for one held-out batch, arrays [B, ...]; pure and traceable."""
+        """Return the predictions of a model with these `variables` for one held-out batch, arrays [B, ...]; pure."""
         ...
 
     def judge(self, predictions: Mapping[str, np.ndarray], decode: Decoder | None) -> tuple[dict[str, float], str]:
@@ -114,9 +114,9 @@ class Generating(Protocol):
         ...
 
     def decode(self, variables: dict[str, Any], tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        """Read one more token of each row, int32 [B]. Return the logits of the next one, and the cache.
+        """Read one more token of each row, `tokens` int32 [B]. Return the logits of the next one, and the cache.
 
-        The cache is donated, and must keep its shapes.
+        `variables` are as returned by `init`. The cache is donated, and must keep its shapes.
         """
         ...
 

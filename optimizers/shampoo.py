@@ -31,7 +31,12 @@ class DistributedShampoo(optax.GradientTransformation):
         return self.layout(params).shardings(params)
 
     def host_roots(self, params: Any, events: list[Event] | None = None) -> HostRoots | None:
-        """Return the service that computes roots on the host around the steps, or None unless refresh is "host"."""
+        """Return the service that computes roots on the host around the steps, or None unless refresh is "host".
+
+        Args:
+          params: arrays or ShapeDtypeStructs.
+          events: list to which the service adds a record of its work, for figures.
+        """
         return self.layout(params).host_roots(events)
 
 
@@ -76,6 +81,10 @@ def scale_by_shampoo(
         (scanned layers, experts) and folded sides (heads x head_dim).
       param_specs: tree with a PartitionSpec or NamedSharding per parameter, or None if they are replicated. It saves
         traffic: shards are sent directly to the owners of their blocks. The result does not depend on it.
+
+    Raises:
+      ValueError: the mesh has an axis that is not Auto. `init` raises it for a parameter that is not a real float, that
+        no treatment matches, or whose names or spec do not fit its shape.
     """
     chosen = options or ShampooOptions()
     if mesh is not None and any(kind != AxisType.Auto for kind in mesh.axis_types):
@@ -119,6 +128,9 @@ def distributed_shampoo(
 
     Returns:
       An optax gradient transformation with `state_shardings(params)`, `layout(params)` and `host_roots(params)`.
+
+    Raises:
+      ValueError: see `scale_by_shampoo`; `update` raises it if weight decay lacks the parameters.
     """
     chosen = options or ShampooOptions()
     inner = scale_by_shampoo(chosen, mesh=mesh, axis_names=axis_names, param_specs=param_specs)

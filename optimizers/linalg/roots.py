@@ -1,4 +1,4 @@
-"""What solvers of inverse p-th roots have in common: their result, products, residuals and scaling.
+"""Parts that the solvers of inverse p-th roots share: their result, products, residuals and scaling.
 
 Results do not depend on the scale of a matrix: a solver gets it divided by a power of two, and every tolerance, ridge
 and cut is relative to its largest eigenvalue. No product follows JAX's global setting of precision: the iterations

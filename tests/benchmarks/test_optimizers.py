@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from shampax.benchmarks import contestants, learning, optimizers, standings, trials, tuning
+from shampax.benchmarks import contestants, figure, learning, optimizers, standings, trials, tuning
 from shampax.benchmarks.contestants import CONTESTANTS, FIRST, with_settings
 from shampax.benchmarks.trials import Trial, search
 from shampax.framework.base.errors import UserError
@@ -377,3 +377,10 @@ def test_tuning_changes_one_setting_at_a_time_and_ranks_by_effect(tmp_path, caps
     rows = json.loads(shown.out)["toy.py:sample, 40 steps"]
     assert [row["option"] for row in rows] == ["rate", "ridge"]
     assert "| `ridge` | 1e-06: 2.0000, 1e-05: 2.0000, **0.0001: 2.0000**, 0.001: 2.1000, 0.01: 2.1000 |" in shown.err
+    page, picture = tmp_path / "tuning.md", tmp_path / "images" / "tuning.png"
+    page.write_text("<!-- tuning begin -->\n<!-- tuning end -->\n")
+    flags = [f"--workdir={tmp_path}", f"--markdown={page}", f"--figure={picture}"]
+    assert tuning.main(["table", *flags]) == 0
+    assert "(images/tuning.png)" in page.read_text() and picture.exists()
+    panels = figure.tuning_figure(tuning.compare(learning.read(folder))).axes
+    assert [panel.get_title() for panel in panels] == ["rate", "ridge"]

@@ -2550,6 +2550,33 @@ CHATS = (
     ),
 )
 
+DOCS = (
+    Mutant(
+        "public-name-without-its-errors",
+        "optimizers/shampoo.py",
+        "    Raises:\n      ValueError: the mesh has",
+        "    It needs:\n      the mesh has",
+        "The reference does not tell the errors of a function that users may import.",
+        ("tests/test_docs.py::test_the_reference_has_every_public_name",),
+    ),
+    Mutant(
+        "messages-of-hints-not-followed",
+        "docs/errors.py",
+        'case ast.Call(func=ast.Name(id="did_you_mean")):',
+        'case ast.Call(func=ast.Name(id="")):',
+        "The list of error messages shows the names of Python's variables where a message suggests a name.",
+        ("tests/test_docs.py::test_the_list_of_errors_has_every_message",),
+    ),
+    Mutant(
+        "tuning-without-its-figure",
+        "benchmarks/tuning.py",
+        "if options.markdown and options.figure:",
+        "if False:",
+        "The page on tuning shows no curves after a measurement.",
+        ("tests/benchmarks/test_optimizers.py::test_tuning_changes_one_setting_at_a_time_and_ranks_by_effect",),
+    ),
+)
+
 MUTANTS: tuple[Mutant, ...] = (
     *OPTIMIZERS,
     *FRAMEWORK,
@@ -2561,4 +2588,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *BENCHMARKS,
     *EXCHANGE,
     *CHATS,
+    *DOCS,
 )
