@@ -43,10 +43,14 @@ class Case(NamedTuple):
 
 
 _NODE = {"mesh.fsdp": 8, "batch_size": 64}  # 8 rows on each GPU
+_FOUR_SLICES = {"batch_size": 2_048}  # 2 rows on each of 1,024 chips, as on one slice
 CASES = {
     "1b_adamw": Case("1b", "v5e:16x16"),
     "1b_shampoo": Case("1b", "v5e:16x16", adamw=False),
     "1b_two_slices": Case("1b", "2xv5e:16x16", adamw=False),
+    "1b_two_slices_adamw": Case("1b", "2xv5e:16x16"),
+    "1b_four_slices": Case("1b", "4xv5e:16x16", changes=_FOUR_SLICES, adamw=False),
+    "1b_four_slices_adamw": Case("1b", "4xv5e:16x16", changes=_FOUR_SLICES),
     "8b": Case("8b", "v5p:4x4x8"),
     "8b_shampoo": Case("8b", "v5p:4x4x8", adamw=False),
     "8b_two_slices": Case("8b", "2xv5p:4x4x8", adamw=False),

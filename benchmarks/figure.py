@@ -54,21 +54,21 @@ def loss_figure(tasks: Mapping[str, Sequence[Group]]) -> Figure:
 def tuning_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw the loss against the values of each numerical option, with the base marked.
 
-    `rows` have an option's name, its base value and its losses by value. Values that differ by a factor above 10 have a
-    logarithmic axis.
+    `rows` have an option's name, its base value and its losses by value. Values are evenly spaced.
     """
     numeric = [row for row in rows if not isinstance(row["base"], str | bool)]
-    columns = min(4, len(numeric))
-    figure = Figure(figsize=(3 * columns, 2.6 * -(-len(numeric) // columns)), layout="constrained", dpi=110)
+    columns = min(3, len(numeric))
+    figure = Figure(figsize=(3.4 * columns, 2.4 * -(-len(numeric) // columns)), layout="constrained", dpi=110)
     panels: Sequence[Axes] = np.ravel(figure.subplots(-(-len(numeric) // columns), columns, sharey=True)).tolist()
     for panel in panels[len(numeric) :]:
         panel.remove()
     for panel, row in zip(panels, numeric, strict=False):
         values = [value for value, loss in row["losses"].items() if np.isfinite(loss)]
-        panel.plot(values, [row["losses"][value] for value in values], color=_COLOURS[0], marker="o", markersize=4)
-        panel.plot(row["base"], row["losses"][row["base"]], color=_COLOURS[1], marker="o", markersize=8)
-        if min(values) > 0 and max(values) > 10 * min(values):
-            panel.set_xscale("log")
+        places = range(len(values))
+        panel.plot(places, [row["losses"][value] for value in values], color=_COLOURS[0], marker="o", markersize=4)
+        base = values.index(row["base"])
+        panel.plot(base, row["losses"][row["base"]], color=_COLOURS[1], marker="o", markersize=8)
+        panel.set_xticks(places, [f"{value:g}" for value in values])
         panel.set_title(row["option"], fontsize=10)
         panel.grid(color="#e8e8e8", linewidth=0.8)
         panel.spines[["top", "right"]].set_visible(False)

@@ -59,10 +59,12 @@ def learn(options: argparse.Namespace) -> dict[str, Any]:
             made = learning.run(workload, trial, folder / RUNS, programs)
             return math.inf if made["stopped"] else metric.falling(made["heldout"][-1][metric.name])
 
-        start = workload.chosen(Trial.of(name, **FIRST))
-        changes = [change for change in CHANGES if workload.chosen(Trial.of(name, **FIRST | change)) != start]
+        first = FIRST | options.fixed
+        start = workload.chosen(Trial.of(name, **first))
+        changes = [change for change in CHANGES if workload.chosen(Trial.of(name, **first | change)) != start]
         centre = options.rate_factor * centres[name]
-        best[name] = dict(search(name, centre, loss_of, options.seeds, changes).settings)
+        found = search(name, centre, loss_of, options.seeds, [] if options.fixed else changes, first)
+        best[name] = dict(found.settings)
     return {"best": best}
 
 
@@ -245,6 +247,15 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=learn)
     verb.add_argument(
         "--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2], metavar="SEED,SEED"
+    )
+    verb.add_argument(
+        "--fixed",
+        type=lambda text: {
+            name: json.loads(value) for name, _, value in (part.partition("=") for part in text.split(","))
+        },
+        default={},
+        metavar="SETTING=JSON,...",
+        help="settings of all runs, such as embeddings=4.0; then only learning rates are searched",
     )
     verb.add_argument("--rate_factor", type=float, default=1.0, help="factor of all learning rates; default: 1")
     verb = commands.add_parser("time", parents=[workdirs, sample, several, clocks], help="measure train steps")

@@ -53,6 +53,7 @@ def search(
     loss_of: Callable[[Trial], float],
     seeds: Sequence[int],
     changes: Sequence[Mapping[str, Any]] = CHANGES,
+    first: Mapping[str, Any] = FIRST,
 ) -> Trial:
     """Return the best trial of a contestant under the first seed; run it with the other seeds, too.
 
@@ -65,19 +66,20 @@ def search(
       loss_of: trains a trial and returns its final held-out loss, NaN or infinite if it diverged.
       seeds: the first is used for the search.
       changes: of settings.
+      first: settings other than the rate with which the search starts.
     """
 
     def loss(trial: Trial) -> float:
         found = loss_of(trial)
         return found if math.isfinite(found) else math.inf
 
-    first = Trial.of(contestant, seeds[0], rate=centre, **FIRST)
-    rates = {factor: loss(first.but(rate=centre * factor)) for factor in LADDER}
+    start = Trial.of(contestant, seeds[0], rate=centre, **first)
+    rates = {factor: loss(start.but(rate=centre * factor)) for factor in LADDER}
     while len(rates) < LONGEST and (best := min(rates, key=rates.__getitem__)) in (min(rates), max(rates)):
         factor = best * 2 if best == max(rates) else best / 2
-        rates[factor] = loss(first.but(rate=centre * factor))
+        rates[factor] = loss(start.but(rate=centre * factor))
     best = min(rates, key=rates.__getitem__)
-    lowest, chosen = rates[best], first.but(rate=centre * best)
+    lowest, chosen = rates[best], start.but(rate=centre * best)
     for change in changes:
         if (found := loss(chosen.but(**change))) < lowest:
             lowest, chosen = found, chosen.but(**change)

@@ -42,6 +42,7 @@ CHANGES: dict[str, Sequence[Any]] = {
     "graft": ("adam", "adam_normalized", "rmsprop"),
     "block_size": (32, 64, 128),
     "orthogonalize": (0, 1, 3, 5),
+    "roots_dtype": ("float32", "bfloat16"),
 }
 
 
