@@ -1,10 +1,18 @@
-"""Embedding tables concatenated to one array, sharded by rows over all devices, and a lookup that does not move it.
+"""Embedding tables concatenated to one array, sharded by rows over all devices, and a lookup by two all-to-alls.
 
-Shapes: R rows of all tables, D their width, B batch, F categories of an example, one for each table.
+Each device divides the distinct rows that its examples look up by owner. One all-to-all sends their numbers to the
+owners, another returns the rows; gradients of rows take the first way. Lookups, rows and bytes per device fall with the
+number of devices.
+
+Shapes: R rows of all tables, D their width, B batch, S lookups of an example, P devices that share the rows, N lookups
+of a device, C places of a message to one device.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,63 +24,205 @@ from .layout import SLICE_AXIS
 
 ROW_AXES = ("data", "fsdp", "tensor")  # mesh axes that shard the rows, in this order
 BATCH_AXES = ("data", "fsdp")  # those of them that shard the batch
-_GRANULE = 2048  # the number of rows is rounded up to a multiple, so that any usual number of devices divides it
+_BITS = 11
+_STRIPS = 2**_BITS  # the number of rows is rounded up to a multiple, so that any usual number of devices divides it
+_DEVIATIONS = 4  # places of a message beyond the mean, in standard deviations of rows that are dealt at random
 
 
 def total_rows(sizes: Sequence[int]) -> int:
     """Return the number of rows of the array that holds tables of these sizes."""
-    return math.ceil(sum(sizes) / _GRANULE) * _GRANULE
+    return math.ceil(sum(sizes) / _STRIPS) * _STRIPS
 
 
-def row_numbers(categories_BxF: jax.Array, sizes: Sequence[int]) -> jax.Array:
-    """Return the rows int32 [B, F] of categories' 32-bit hashes: each hash modulo the size of its table."""
+def row_numbers(categories_BxS: jax.Array, sizes: Sequence[int]) -> jax.Array:
+    """Return the rows int32 [B, S] of categories' 32-bit hashes: each hash modulo the size of its table.
+
+    Neighbouring rows of a table are far apart in the array, so that every device owns a part of each table: small
+    tables are looked up most.
+    """
     starts = np.cumsum([0, *sizes[:-1]], dtype=np.int64).astype(np.int32)
-    within_BxF = categories_BxF.astype(jnp.uint32) % np.asarray(sizes, np.uint32)
-    return within_BxF.astype(jnp.int32) + starts
+    within_BxS = categories_BxS.astype(jnp.uint32) % np.asarray(sizes, np.uint32)
+    number_BxS = within_BxS.astype(jnp.int32) + starts
+    return number_BxS // _STRIPS + _mirrored(number_BxS % _STRIPS) * (total_rows(sizes) // _STRIPS)
 
 
 def initial_tables(key: jax.Array, sizes: Sequence[int], width: int) -> jax.Array:
     """Return initial values, float32 [R, D], uniform between -1 / sqrt(n) and 1 / sqrt(n) for a table of n rows."""
     row_Rx1 = lax.broadcasted_iota(jnp.int32, (total_rows(sizes), 1), 0)
+    strip = total_rows(sizes) // _STRIPS
+    number_Rx1 = row_Rx1 % strip * _STRIPS + _mirrored(row_Rx1 // strip)
     bound_Rx1 = jnp.zeros(row_Rx1.shape, jnp.float32)
     start = 0
     for size in sizes:
-        own = (row_Rx1 >= start) & (row_Rx1 < start + size)
+        own = (number_Rx1 >= start) & (number_Rx1 < start + size)
         bound_Rx1 = jnp.where(own, size**-0.5, bound_Rx1)
         start += size
     return bound_Rx1 * jax.random.uniform(key, (total_rows(sizes), width), minval=-1, maxval=1)
 
 
-def look_up(table_RxD: jax.Array, rows_BxF: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Return rows of the array, [B, F, D] in `dtype`, with the batch sharded over the mesh of the context.
+def _mirrored(strip: jax.Array) -> jax.Array:
+    """Return the numbers of strips with their bits in reverse order; it is its own inverse."""
+    return sum((strip >> bit & 1) << (_BITS - 1 - bit) for bit in range(_BITS))  # type: ignore
 
-    Each device gathers the rows of the whole batch that it holds, zeros for the others; a reduce-scatter sums and
-    distributes them. B F D numbers travel in the compute dtype, and as many for the gradient; the table does not move.
-    The automatic partitioner would all-reduce, which costs twice that.
 
-    The rows must be sharded over all of `ROW_AXES`. Without a mesh, or if their number does not divide, it is an
-    ordinary lookup.
+def look_up(table_RxD: jax.Array, rows_BxS: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Return rows of the array, [B, S, D] in `dtype`, with the batch sharded over the mesh of the context.
+
+    The rows must be sharded over all of `ROW_AXES`. Without a mesh, or if the axes do not divide them or the batch, it
+    is an ordinary lookup. Both give the same rows bitwise; gradients differ by rounding, because they are summed on the
+    device of the examples first.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in ROW_AXES if axis in mesh.axis_names and mesh.shape[axis] > 1)
-    batch_axes = tuple(axis for axis in axes if axis in BATCH_AXES)
+    sizes = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in mesh.manual_axes}
+    shared = tuple(axis for axis in ROW_AXES if axis in sizes)
     # Each slice holds the whole table and looks up its own part of the batch.
-    slices = tuple(axis for axis in (SLICE_AXIS,) if axis in mesh.axis_names)
-    parts, batch_parts = (math.prod(mesh.shape[axis] for axis in some) for some in (axes, (*slices, *batch_axes)))
-    if parts == 1 or table_RxD.shape[0] % parts or rows_BxF.shape[0] % batch_parts:
-        return table_RxD[rows_BxF].astype(dtype)
-    others = tuple(axis for axis in axes if axis not in batch_axes)
+    batch = tuple(axis for axis in (SLICE_AXIS, *BATCH_AXES) if axis in sizes)
+    parts, batch_parts = (math.prod(sizes[axis] for axis in axes) for axes in (shared, batch))
+    if parts == 1 or table_RxD.shape[0] % parts or rows_BxS.shape[0] % batch_parts:
+        return table_RxD[rows_BxS].astype(dtype)
+    found: jax.Array = _exchanged(table_RxD, rows_BxS, jnp.dtype(dtype), _Exchange(shared, batch, parts))
+    return found
 
-    def local(own_rxD: jax.Array, rows_bxF: jax.Array) -> jax.Array:
-        count = own_rxD.shape[0]
-        all_BxF = lax.all_gather(rows_bxF, batch_axes, tiled=True) if batch_axes else rows_bxF
-        within_BxF = all_BxF - lax.axis_index(axes) * count
-        # Rows beyond the end read as zeros, and their gradients are dropped.
-        within_BxF = jnp.where((within_BxF >= 0) & (within_BxF < count), within_BxF, count)
-        found = own_rxD.at[within_BxF].get(mode="fill", fill_value=0).astype(dtype)
-        if batch_axes:
-            found = lax.psum_scatter(found, batch_axes, scatter_dimension=0, tiled=True)
-        return lax.psum(found, others) if others else found
 
-    divided = P((*slices, *batch_axes) or None)
-    return jax.shard_map(local, in_specs=(P(axes), divided), out_specs=divided)(table_RxD, rows_BxF)
+@dataclasses.dataclass(frozen=True)
+class _Exchange:
+    """The axes of a lookup.
+
+    Attributes:
+      shared: mesh axes that shard the rows.
+      batch: mesh axes that shard the batch.
+      owners: number of devices that share the rows.
+    """
+
+    shared: tuple[str, ...]
+    batch: tuple[str, ...]
+    owners: int
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """Return the axes whose devices have the same examples; they divide the lookups."""
+        return tuple(axis for axis in self.shared if axis not in self.batch)
+
+    @property
+    def everywhere(self) -> P:
+        """Return the spec of an array of which each device has its own part."""
+        return P((*self.batch, *self.copies))
+
+    def own(self, x_Mx: jax.Array, fill: int) -> jax.Array:
+        """Return the part [N, ...] of an array of the device's examples that it handles, padded with `fill`."""
+        count = lax.axis_size(self.copies) if self.copies else 1
+        part = -(-x_Mx.shape[0] // count)
+        padded = jnp.pad(x_Mx, [(0, part * count - x_Mx.shape[0])] + [(0, 0)] * (x_Mx.ndim - 1), constant_values=fill)
+        return lax.dynamic_slice_in_dim(padded, lax.axis_index(self.copies) * part, part) if self.copies else padded
+
+    def places(self, lookups: int) -> int:
+        """Return C. A device with more rows for one owner needs further rounds."""
+        mean = lookups / self.owners
+        return min(lookups, math.ceil(mean + _DEVIATIONS * math.sqrt(mean)))
+
+    def swap(self, x_PxCx: jax.Array) -> jax.Array:
+        """Send part p to device p; return the parts from all devices."""
+        return lax.all_to_all(x_PxCx, self.shared, 0, 0)
+
+
+class _Requests(NamedTuple):
+    """The distinct rows that a device looks up, and those that are asked of it.
+
+    Attributes:
+      place: int32 [N], number of the distinct row of each lookup.
+      bounds: int32 [P + 1], number of the first distinct row of each owner, and the end of the last one's.
+      rounds: int32 [1], number of messages to each owner, equal on all devices.
+      asked: int32 [most rounds, P, C], rows that each device asks of this one, from its first one; r in empty places.
+    """
+
+    place: jax.Array
+    bounds: jax.Array
+    rounds: jax.Array
+    asked: jax.Array
+
+    def sent(self, number: jax.Array) -> jax.Array:
+        """Return the numbers of the distinct rows of the message of a round to each owner, [P, C]; N for none."""
+        return _sent(self.bounds, number, self.asked.shape[-1], len(self.place))
+
+
+def _sent(bounds: jax.Array, number: jax.Array, places: int, none: int) -> jax.Array:
+    at_PxC = bounds[:-1, None] + number * places + jnp.arange(places)
+    return jnp.where(at_PxC < bounds[1:, None], at_PxC, none)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _exchanged(table_RxD: jax.Array, rows_BxS: jax.Array, dtype: jnp.dtype, exchange: _Exchange) -> jax.Array:
+    return _forward(table_RxD, rows_BxS, dtype, exchange)[0]
+
+
+def _forward(
+    table_RxD: jax.Array, rows_BxS: jax.Array, dtype: jnp.dtype, exchange: _Exchange
+) -> tuple[jax.Array, tuple[_Requests, jax.Array]]:
+    total, width = table_RxD.shape
+
+    def local(own_rxD: jax.Array, rows_bxS: jax.Array) -> tuple[jax.Array, _Requests]:
+        size = len(own_rxD)
+        rows_N = exchange.own(rows_bxS.ravel(), total)
+        lookups, places = len(rows_N), exchange.places(len(rows_N))
+        # On CPUs XLA sorts one array six times faster than keys with their places.
+        sorted_N = lax.sort(rows_N, is_stable=False)
+        new_N = jnp.concatenate([jnp.zeros(1, bool), sorted_N[1:] != sorted_N[:-1]])
+        distinct_N = jnp.full_like(rows_N, total).at[jnp.cumsum(new_N, dtype=jnp.int32)].set(sorted_N)
+        firsts = size * jnp.arange(exchange.owners + 1, dtype=jnp.int32)
+        bounds, place_N = (jnp.searchsorted(distinct_N, wanted).astype(jnp.int32) for wanted in (firsts, rows_N))
+        rounds = -(-lax.pmax(jnp.diff(bounds).max(), exchange.shared) // places)
+
+        def turn(number: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            asked, found_NxD = done
+            sent_PxC = _sent(bounds, number, places, lookups)
+            ask_PxC = distinct_N.at[sent_PxC].get(mode="fill", fill_value=total) - firsts[:-1, None]
+            asked_PxC = exchange.swap(jnp.minimum(ask_PxC, size))
+            rows_PxCxD = own_rxD.at[asked_PxC].get(mode="fill", fill_value=0).astype(dtype)
+            found_NxD = found_NxD.at[sent_PxC].set(exchange.swap(rows_PxCxD), mode="drop")
+            return asked.at[number].set(asked_PxC), found_NxD
+
+        asked = jnp.full((-(-lookups // places), exchange.owners, places), size, jnp.int32)
+        found_NxD = jnp.zeros((lookups, width), dtype)
+        asked, found_NxD = lax.fori_loop(0, rounds, turn, (asked, found_NxD))
+        found_NxD = found_NxD[place_N]
+        if exchange.copies:
+            found_NxD = lax.all_gather(found_NxD, exchange.copies, tiled=True)
+        found_bxSxD = found_NxD[: rows_bxS.size].reshape(*rows_bxS.shape, width)
+        return found_bxSxD, _Requests(place_N, bounds, rounds[None], asked)
+
+    batch = P(exchange.batch or None)
+    found, requests = jax.shard_map(
+        local,
+        in_specs=(P(exchange.shared), batch),
+        out_specs=(batch, exchange.everywhere),
+        check_vma=False,
+    )(table_RxD, rows_BxS)
+    return found, (requests, table_RxD)
+
+
+def _backward(
+    dtype: jnp.dtype, exchange: _Exchange, kept: tuple[_Requests, jax.Array], g_BxSxD: jax.Array
+) -> tuple[jax.Array, None]:
+    def local(requests: _Requests, like_rxD: jax.Array, g_bxSxD: jax.Array) -> jax.Array:
+        g_NxD = exchange.own(g_bxSxD.reshape(-1, g_bxSxD.shape[-1]), 0).astype(like_rxD.dtype)
+        sums_NxD = jnp.zeros_like(g_NxD).at[requests.place].add(g_NxD).astype(dtype)
+
+        def turn(number: jax.Array, gradient_rxD: jax.Array) -> jax.Array:
+            sent_PxCxD = sums_NxD.at[requests.sent(number)].get(mode="fill", fill_value=0)
+            received_PxCxD = exchange.swap(sent_PxCxD).astype(like_rxD.dtype)
+            return gradient_rxD.at[requests.asked[number]].add(received_PxCxD, mode="drop")
+
+        gradient_rxD = lax.fori_loop(0, requests.rounds[0], turn, jnp.zeros_like(like_rxD))
+        slices = tuple(axis for axis in exchange.batch if axis == SLICE_AXIS)
+        return lax.psum(gradient_rxD, slices) if slices else gradient_rxD
+
+    gradient = jax.shard_map(
+        local,
+        in_specs=(exchange.everywhere, P(exchange.shared), P(exchange.batch or None)),
+        out_specs=P(exchange.shared),
+        check_vma=False,
+    )(*kept, g_BxSxD)
+    return gradient, None
+
+
+_exchanged.defvjp(_forward, _backward)
