@@ -1,3 +1,4 @@
+import functools
 import importlib
 import inspect
 import re
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from shampax import optimizers
+from shampax.framework.config import check, overrides
 from shampax.launch import main
 from shampax.optimizers import baselines
 
@@ -41,6 +43,24 @@ def test_links_and_files_exist(page):
         if verb not in main.VERBS:
             broken.append(verb)
     assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_name_configs_and_knobs_that_exist(page, monkeypatch):
+    """Fault: a knob or a variant has been renamed, and a page still shows the old command."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT)
+    text = page.read_text().replace("\\\n", "")
+    for spec, flags in re.findall(r"--config=((?:shampax/)?[a-z][\w./]*:?[a-z]\w+|examples/\S+)(.*)", text):
+        keys = {*re.findall(r"--config\.([\w.]+)=", flags), *re.findall(r"(?:--over|--change) '?([\w.]+)=", flags)}
+        known = dict(overrides.flat(configured(spec)))
+        for key in keys - {"KEY"}:
+            assert key in known, f"{spec}: {key}"
+
+
+@functools.cache
+def configured(spec):
+    return check.load(spec)
 
 
 def public():
