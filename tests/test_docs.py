@@ -123,6 +123,13 @@ def test_the_list_of_errors_has_every_message():
     )
 
 
+def test_every_page_has_a_place_in_the_site():
+    """Fault: `make docs` refuses a new page that mkdocs.yml does not name, or readers cannot find it."""
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
+    assert [page for page in pages if not re.search(rf"[ ]{page}$", nav, re.MULTILINE)] == []
+
+
 def test_the_first_screen_of_the_readme_is_short():
     """Fault: a reader has to scroll to learn what it is, what it costs and how to begin."""
     first = (ROOT / "README.md").read_text().partition("\n## ")[0]
