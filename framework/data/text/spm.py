@@ -29,7 +29,7 @@ class SentencePiece:
             import sentencepiece
         except ImportError:
             raise UserError(
-                "data.tokenizer: a .model file needs the package sentencepiece. Install it: make install EXTRA=sentencepiece"
+                "data.tokenizer: a .model file needs sentencepiece. Install it: make install EXTRA=sentencepiece"
             ) from None
         self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=content)
 
