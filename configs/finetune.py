@@ -11,13 +11,17 @@ sample: 2 layers of 64, as `lm:bytes`, learn the answers of 1,000 vendored conve
 
     shampax train --config=lm:bytes --workdir=runs/bytes
     shampax train --config=finetune:sample --config.init_from=runs/bytes --workdir=runs/sums
+
+sample_lora: the same with adapters of rank 8, which need that model or another one with its sizes.
+
+    shampax train --config=finetune:sample_lora --config.init_from=runs/bytes --workdir=runs/lora
 """
 
 from pathlib import Path
 from typing import Any
 
 from ..framework.base.errors import UserError
-from ..framework.base.model_folder import read_config
+from ..framework.base.model_folder import read_adapter, read_config
 from ..framework.config.components import load_class
 from . import base, lm
 
@@ -34,7 +38,14 @@ def sample(config: Any) -> None:
     config.evaluation.batches = -1
 
 
-VARIANTS = {"sample": sample}
+def sample_lora(config: Any) -> None:
+    """Train adapters of a small Transformer on sums."""
+    sample(config)
+    config.task.lora_rank = 8
+    config.schedule.learning_rate = 1e-2
+
+
+VARIANTS = {"sample": sample, "sample_lora": sample_lora}
 
 
 def get_config(variant: str = "sample") -> Any:
@@ -46,7 +57,7 @@ def get_config(variant: str = "sample") -> Any:
     folder = Path(variant).expanduser()
     task: Any = load_class(LM)
     try:
-        config.task = base.component(LM, **task.knobs_of_folder(read_config(folder)))
+        config.task = base.component(LM, **task.knobs_of_folder(read_config(folder), read_adapter(folder)))
     except ValueError as error:
         raise UserError(f"{folder}: {error}.") from error
     config.task.compute_dtype, config.task.remat, config.task.loss_chunks = "bfloat16", "full", 8

@@ -20,7 +20,7 @@ from . import dataset, optimizer
 from .base import durations, paths
 from .base import workdir as layout
 from .base.errors import UserError
-from .checkpoint import origin, ownership, takeover
+from .checkpoint import origin, ownership, store, takeover
 from .checkpoint.record import Ranking, Record
 from .config import components
 from .config.check import check, may_change
@@ -203,6 +203,7 @@ def build(request: Request, compilers: Executor) -> Blueprint:
     tx, abstract = program.tx, program.abstract
     manifest = takeover.describe(tx, config.optimizer.name, abstract.params, mesh.shape)
     taken = takeover.plan(start, abstract, tx, config.optimizer.name, config.renamed, request.task)
+    _refuse_random_frozen(taken)
     initial = make_initial(request.task, tx, batch_spec, abstract, config.seed, taken.fresh)
     steps = Steps(initial, program, compilers)
     _refuse_other_shapes(config.data.name, batch_spec, feed().batch_spec)
@@ -287,6 +288,14 @@ def _refuse_other_shapes(name: str, told: Mapping[str, Any], given: Mapping[str,
         shapes = [{k: f"{v.dtype}{list(v.shape[1:])}" for k, v in sorted(spec.items())} for spec in (told, given)]
         raise UserError(
             f"config.data.name={name}: an example has {shapes[1]}, but its method spec() tells {shapes[0]}. Correct it."
+        )
+
+
+def _refuse_random_frozen(taken: takeover.Takeover) -> None:
+    if random := sorted(path for path in taken.fresh if path.startswith(store.FROZEN)):
+        raise UserError(
+            f"config.init_from: {len(random)} frozen parameters, such as {random[0].removeprefix(store.FROZEN)}, would "
+            "keep random initial values. Set it to a workdir, checkpoint or Hugging Face folder that has them."
         )
 
 

@@ -5,7 +5,7 @@ knows nothing else of a model. A task may also have the methods of `Judge`, `Gen
 `Noted` and `Costed`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -21,9 +21,11 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (total, weight), flo
 class Task(Protocol):
     """The methods that every model must have. All are pure and traceable; none of them sees a mesh.
 
-    `variables` are a nested dict of arrays. The optimizer trains `variables["params"]`; every other collection, such as
-    batch statistics, is model state that the loss replaces at every step. `batch` is a dict of arrays [B, ...], where B
-    is the number of examples.
+    `variables` are a nested dict of arrays. The optimizer trains `variables["params"]`. `variables["frozen"]`, if any,
+    are parameters that nothing changes, such as the base of adapters: they have no gradient and no optimizer state, and
+    `init_from` takes them from the parameters of another run. Every other collection, such as batch statistics, is
+    model state that the loss replaces at every step. `batch` is a dict of arrays [B, ...], where B is the number of
+    examples.
     """
 
     def init(self, key: jax.Array, batch_spec: BatchSpec) -> dict[str, Any]:
@@ -39,8 +41,8 @@ class Task(Protocol):
     ) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
         """Return `(loss, (new_model_state, metrics))` of one batch.
 
-        `new_model_state` holds the collections other than `params` (`{}` for none). The trainer sums totals
-        and weights of each metric over micro-batches and evaluation batches, then divides. `metrics["loss"]` is
+        `new_model_state` holds the collections other than `params` and `frozen` (`{}` for none). The trainer sums
+        totals and weights of each metric over micro-batches and evaluation batches, then divides. `metrics["loss"]` is
         required and `loss` must equal its total / weight: gradient accumulation relies on it. Padding examples are all
         zeros and must have no weight. `metrics["real_tokens"]`, if there, is the share of tokens that are no padding:
         the others count neither as speed nor for MFU.
@@ -158,8 +160,8 @@ class Exchanged(Protocol):
     """Optional methods of a task whose parameters Hugging Face folders hold, too."""
 
     @classmethod
-    def knobs_of_folder(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields of the task of a folder, given its config.json.
+    def knobs_of_folder(cls, config: Mapping[str, Any], adapter: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the fields of the task of a folder, given its config.json and the adapter_config.json of an adapter.
 
         Raises:
           ValueError: no task of this class computes the same.
@@ -184,6 +186,35 @@ class Exchanged(Protocol):
 
     def folder_may_have(self, name: str) -> bool:
         """Return whether a folder may have a tensor that holds no parameter."""
+        ...
+
+    def adapter_tensors(self, config: Mapping[str, Any], adapter: Mapping[str, Any]) -> Mapping[str, Tensors]:
+        """Return path of each trained parameter -> its tensors in a PEFT folder.
+
+        Args:
+          config: config.json of the base.
+          adapter: adapter_config.json.
+
+        Raises:
+          ValueError: the adapters of the folder are not those of this task.
+        """
+        ...
+
+    def adapter_config(self, model_type: str) -> dict[str, Any]:
+        """Return the adapter_config.json of this task, {} without adapters; `model_type` is the family of the base."""
+        ...
+
+    def merged(
+        self, path: str, place: tuple[slice, ...], values: np.ndarray, read: Callable[[str], np.ndarray]
+    ) -> np.ndarray:
+        """Return a part of a frozen parameter with what its adapter adds.
+
+        Args:
+          path: of the parameter.
+          place: place of the part in it.
+          values: the part.
+          read: returns the trained parameter of a path.
+        """
         ...
 
 

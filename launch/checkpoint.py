@@ -8,6 +8,7 @@ Exit codes: 0; 1, `verify` has found a fault or `diff` a difference; 2, invalid 
 
 import argparse
 import contextlib
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -95,7 +96,7 @@ def _export(options: argparse.Namespace) -> int:
     from ..framework.checkpoint.export import export
 
     path = _locate(options.path)
-    if options.format == "hf":
+    if options.format != "flax":
         return _export_folder(path, options)
     count, size = export(path, options.target, model_state=options.model_state, force=options.force)
     _say(f"{options.target}: {count} arrays, {size:,} bytes, from {path}")
@@ -103,28 +104,52 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _export_folder(path: Path, options: argparse.Namespace) -> int:
+    from ..framework.base import model_folder
     from ..framework.base import workdir as layout
     from ..framework.base.json_files import read_object
     from ..framework.checkpoint import export, restore
 
     if options.force or options.model_state:
-        raise UserError("--format=hf: takes neither --force nor --model_state. Give a new folder.")
+        raise UserError(f"--format={options.format}: takes neither --force nor --model_state. Give a new folder.")
     workdir = path.absolute().parents[1]
     task = restore.component(workdir, "task", [LM])
-    data = (read_object(workdir / layout.CONFIG) or {}).get("data") or {}
+    content = read_object(workdir / layout.CONFIG) or {}
+    data = content.get("data") or {}
     trained = [*(workdir / layout.CACHE).glob("tokenizer-*.json")]
     found = options.tokenizer or data.get("tokenizer") or (trained[0] if len(trained) == 1 else None)
     words = export.tokenizer_of(Path(found)) if found else export.Words({}, {})
     try:
         config = task.folder_config(options.family)
-        tensors = task.folder_tensors(config)
+        adapter = task.adapter_config(config["model_type"])
+        peft = options.format == "peft"
+        tensors = task.adapter_tensors(config, adapter) if peft and adapter else task.folder_tensors(config)
     except ValueError as error:
         raise UserError(f"{workdir}: {error}.") from error
-    config |= {"max_position_embeddings": data.get("sequence_length")} | words.fields
-    size = int(options.file_gigabytes * 1e9)
-    count, size = export.export_folder(path, options.target, tensors, config, words.files, options.dtype, size)
+    if peft and not adapter:
+        raise UserError(f"--format=peft: {workdir} has no adapters. Use hf, or train with task.lora_rank.")
+    if peft:
+        adapter["base_model_name_or_path"] = options.base or _base(str(content.get("init_from") or ""))
+        written, stem, size = {model_folder.ADAPTER: adapter}, "adapter_model", sys.maxsize
+    else:
+        config |= {"max_position_embeddings": data.get("sequence_length")} | words.fields
+        written = {model_folder.CONFIG: config | {"torch_dtype": options.dtype}}
+        stem, size = "model", int(options.file_gigabytes * 1e9)
+    texts = {name: json.dumps(told, indent=2, sort_keys=True) for name, told in written.items()}
+    files = {**words.files, **{name: f"{text}\n".encode() for name, text in texts.items()}}
+    merged = task.merged if adapter and not peft else None
+    count, size = export.export_folder(
+        path, options.target, tensors, files, options.dtype, size, stem=stem, merged=merged
+    )
     _say(f"{options.target}: {count} tensors, {size:,} bytes, from {path}")
     return 0
+
+
+def _base(init_from: str) -> str:
+    """Return the Hugging Face folder that a run started from, "" if there is none."""
+    from ..framework.base import model_folder
+
+    path = Path(init_from).expanduser()
+    return str(model_folder.base_of(path).absolute()) if init_from and model_folder.is_folder(path) else ""
 
 
 def _prune(options: argparse.Namespace) -> int:
@@ -195,10 +220,12 @@ def _parser() -> argparse.ArgumentParser:
 
     told = "write the parameters as safetensors: a file, or a Hugging Face folder"
     flag = verb("export", _export, told, path="a PATH", target="the file or folder")
-    flag("--format", help="flax: a file, arrays as in training; hf: a folder", choices=("flax", "hf"), default="flax")
-    flag("--family", help="hf: model_type, by default one that fits", default="", metavar="NAME")
-    flag("--dtype", help="hf: type of the tensors", choices=("float32", "bfloat16", "float16"), default="float32")
-    flag("--tokenizer", help="hf: folder with its files, by default that of the run", type=Path, metavar="FOLDER")
+    told = "flax: a file, arrays as in training; hf: a folder, with adapters merged; peft: a folder with the adapters"
+    flag("--format", help=told, choices=("flax", "hf", "peft"), default="flax")
+    flag("--family", help="hf, peft: model_type, by default one that fits", default="", metavar="NAME")
+    flag("--base", help="peft: the model of the adapters, by default init_from if it is a folder", default="")
+    flag("--dtype", help="hf, peft: type of the tensors", choices=("float32", "bfloat16", "float16"), default="float32")
+    flag("--tokenizer", help="hf, peft: folder with its files, by default that of the run", type=Path, metavar="FOLDER")
     flag("--file_gigabytes", help="hf: size of a file", type=float, default=4.0, metavar="N")
     flag("--model_state", help="flax: write the other collections, too, as COLLECTION.path", action="store_true")
     flag("--force", help="flax: replace the file if it exists", action="store_true")

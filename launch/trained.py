@@ -92,12 +92,14 @@ def config_of_folder(folder: Path) -> Any:
     """
     config = base.get_config()
     try:
-        config.task = base.component(LM, **LMTask.knobs_of_folder(model_folder.read_config(folder)))
+        given = model_folder.read_config(folder), model_folder.read_adapter(folder)
+        config.task = base.component(LM, **LMTask.knobs_of_folder(*given))
     except ValueError as error:
         raise UserError(f"{folder}: {error}.") from error
-    words = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-    given = {"tokenizer": str(folder.absolute())} if words else {}
-    config.data = base.component(TEXT, vocab_size=config.task.get_ref("vocab_size"), **given)
+    places = folder, model_folder.base_of(folder)
+    words = [path for path in places for name in ("tokenizer.json", "tokenizer.model") if (path / name).exists()]
+    tokenizer = {"tokenizer": str(words[0].absolute())} if words else {}
+    config.data = base.component(TEXT, vocab_size=config.task.get_ref("vocab_size"), **tokenizer)
     return config
 
 

@@ -3,25 +3,29 @@
 Shapes in names: B batch, T sequence, E embed, V vocab, L layers with experts, X experts.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import layout
+from . import layout, lora
 from .decoder import cache as caches
 from .decoder import moe
 from .decoder.cache import Cache
 from .decoder.options import DecoderOptions
 from .decoder.transformer import Transformer
-from .hf import families, matching
+from .hf import families, matching, peft
 from .hf.tensors import Tensors
 from .kernels import attention as kernels
 from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options
 from .vocabulary import real_targets, real_tokens, token_logits, token_losses
+
+# Last names of parameters that are used in float32; all others are cast to the compute dtype.
+_EXACT = ("bias", "router", "scale", "sinks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,20 +41,34 @@ class LMTask(DecoderOptions, LinenTask):
     loss_chunks: int = 0  # parts of the vocabulary whose logits are computed in turn, to save memory; 0: one
     balance_loss: float = 0.01  # weight of the loss that balances the load of experts (Switch: 1e-2)
     router_z_loss: float = 0.001  # weight of the routers' log(Z)^2 (ST-MoE: 1e-3); limits drift of their logits
+    lora_rank: int = 0  # rank of adapters, which are then trained in place of all other parameters (arXiv 2106.09685)
+    lora_alpha: float = 16.0  # what the adapters add is multiplied by lora_alpha / lora_rank
+    lora_targets: tuple[str, ...] = ("query", "key", "value", "out", "gate", "up", "down")  # layers with an adapter
 
     def __post_init__(self):
         super().__post_init__()
-        check_options(self, not_negative="balance_loss loss_chunks router_z_loss z_loss")
+        check_options(self, not_negative="balance_loss lora_alpha lora_rank loss_chunks router_z_loss z_loss")
 
     def boxed(self, key: jax.Array) -> Any:
         """See `LinenTask.boxed`. Axes: layers, experts, embed, mlp, heads, kv_heads, kv (in a head), vocab, norm."""
         row = jnp.zeros((1, 2), jnp.int32)
         # The row is too short for a kernel; parameters do not depend on it.
-        variables = Transformer(dataclasses.replace(self, attention="xla")).init(key, row, row, row)
+        with self._adapted():
+            variables = Transformer(dataclasses.replace(self, attention="xla")).init(key, row, row, row)
+        if self.adapters:
+            variables = self.adapters.split(dict(variables), jnp.dtype(self.compute_dtype), _EXACT)
         if not self._has_biases:
             return variables
         zeros_LxX = jnp.zeros((self.routed_blocks, self.experts))
         return {**variables, "routers": {"bias": zeros_LxX, "load": zeros_LxX}}
+
+    @property
+    def adapters(self) -> lora.Adapters | None:
+        """The adapters that are trained, None if all parameters are."""
+        return lora.Adapters(self.lora_rank, self.lora_alpha, self.lora_targets) if self.lora_rank else None
+
+    def _adapted(self) -> contextlib.AbstractContextManager[None]:
+        return self.adapters.attached() if self.adapters else contextlib.nullcontext()
 
     @property
     def _has_biases(self) -> bool:
@@ -119,7 +137,7 @@ class LMTask(DecoderOptions, LinenTask):
         }
         if train:
             metrics["real_tokens"] = real_tokens(batch["segments"][:, 1:])
-        state = {name: value for name, value in variables.items() if name != "params"}
+        state = {name: value for name, value in variables.items() if name not in ("params", "frozen")}
         if train and self._has_biases and routing is not None:
             routers_state = variables["routers"]
             state = {"routers": routers_state | {"load": routers_state["load"] + routing["assigned"]}}
@@ -138,7 +156,8 @@ class LMTask(DecoderOptions, LinenTask):
         bias_LxX = variables["routers"]["bias"] if self._has_biases else None
         # A kernel that was named for the rows of training need not fit prompts.
         task = self if cache is None else dataclasses.replace(self, attention="auto")
-        return Transformer(task).apply({"params": variables["params"]}, *inputs, bias_LxX, cache)
+        with self._adapted():
+            return Transformer(task).apply({"params": lora.joined(variables)}, *inputs, bias_LxX, cache)
 
     def prefill(
         self, variables: dict[str, Any], tokens_BxT: jax.Array, real_BxT: jax.Array, slots: int
@@ -167,13 +186,13 @@ class LMTask(DecoderOptions, LinenTask):
         return token_logits(x_Bx1xE, head_VxE, self.logit_soft_cap)[:, 0], cache
 
     @classmethod
-    def knobs_of_folder(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the knobs of the task of a Hugging Face folder, given its config.json.
+    def knobs_of_folder(cls, config: Mapping[str, Any], adapter: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the knobs of the task of a Hugging Face folder, given config.json and, of PEFT, adapter_config.json.
 
         Raises:
           ValueError: the family is not known, or has a property that no knob expresses.
         """
-        return families.knobs(config)
+        return families.knobs(config) | (peft.knobs(adapter, config["model_type"]) if adapter else {})
 
     def folder_tensors(self, config: Mapping[str, Any]) -> dict[str, Tensors]:
         """Return path of each parameter -> its tensors in a Hugging Face folder with this config.json.
@@ -182,6 +201,27 @@ class LMTask(DecoderOptions, LinenTask):
           ValueError: the model of the folder is not this task.
         """
         return matching.tensors(config, dataclasses.asdict(self))
+
+    def adapter_tensors(self, config: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Tensors]:
+        """Return path of each adapter's parameter -> its tensors in a PEFT folder with this adapter_config.json.
+
+        Raises:
+          ValueError: the adapters of the folder are not those of this task.
+        """
+        return matching.adapter_tensors(config, adapter, dataclasses.asdict(self))
+
+    def adapter_config(self, model_type: str) -> dict[str, Any]:
+        """Return the adapter_config.json of this task, {} without adapters."""
+        return peft.config(dataclasses.asdict(self), model_type) if self.lora_rank else {}
+
+    def merged(
+        self, path: str, place: tuple[slice, ...], values: np.ndarray, read: Callable[[str], np.ndarray]
+    ) -> np.ndarray:
+        """Return a part of a frozen parameter with what its adapter adds; see `Exchanged`."""
+        layer, _, last = path.rpartition("/")
+        if not self.adapters or last != "kernel" or layer.rpartition("/")[2] not in self.lora_targets:
+            return values
+        return self.adapters.merged(values, place, *(read(f"{layer}/{name}") for name in (lora.A, lora.B)))
 
     def folder_config(self, model_type: str = "") -> dict[str, Any]:
         """Return a config.json for this task, of the first family that fits or of the one given.
@@ -217,7 +257,10 @@ class LMTask(DecoderOptions, LinenTask):
         used = self.experts_per_token + self.shared_experts
         widths = (self.layers - self.routed_blocks) * self.mlp_dim + self.routed_blocks * used * self.expert_width
         blocks = self.layers * attention + self.embed_dim * (3 * widths + self.routed_blocks * self.experts)
-        per_token = 6 * blocks
+        # Kernels that are frozen have no gradient: a third of the work of their products.
+        per_token = (4 if self.adapters else 6) * (blocks + self.embed_dim * self.vocab_size)
         per_token += 12 * seen * self.heads * self.head_dim
-        per_token += 6 * self.embed_dim * self.vocab_size
+        if self.adapters:
+            trained = jax.eval_shape(lambda: self.boxed(jax.random.key(0))["params"])
+            per_token += 6 * sum(leaf.size for leaf in jax.tree.leaves(trained))
         return float(per_token * rows * sequence)

@@ -4,10 +4,11 @@ Files are mapped into memory, and filled with one saved shard after the other, s
 shard.
 """
 
+import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +18,13 @@ import numpy as np
 
 from ..base.errors import UserError
 from ..base.json_files import parse_object
-from ..base.model_folder import CONFIG, is_folder, read_config
+from ..base.model_folder import is_folder, read_config
 from ..task import Tensors
 from . import store
-from .store import MODEL, PARAMS, Array
+from .store import FROZEN, MODEL, PARAMS, Array
 
 Part = tuple[tuple[int, ...], np.ndarray]  # an index of the leading axes of an array, and where its values go
+Merge = Callable[..., np.ndarray]
 _INDEX = "model.safetensors.index.json"
 # Files of a folder that belong to its tokenizer or to generation, and fields of its config.json that do.
 _TOKENIZER = (
@@ -76,38 +78,47 @@ def export_folder(
     checkpoint: Path,
     target: Path,
     tensors: Mapping[str, Tensors],
-    config: dict[str, Any],
     files: Mapping[str, bytes],
     dtype: str,
     shard_size: int,
+    *,
+    stem: str = "model",
+    merged: Merge | None = None,
 ) -> tuple[int, int]:
-    """Write the parameters as a Hugging Face folder; return its number of tensors and bytes.
+    """Write parameters as a Hugging Face folder; return its number of tensors and bytes.
 
     Args:
       checkpoint: an intact checkpoint.
       target: the folder, which must not exist. A reader sees all of it or nothing.
       tensors: path of each parameter -> its tensors.
-      config: content of config.json, without the dtype.
-      files: further files of the folder, by name.
+      files: other files of the folder, by name.
       dtype: one of `DTYPES`.
       shard_size: largest number of bytes of a file with several tensors.
+      stem: beginning of the names of the files with tensors.
+      merged: if given, the frozen parameters are written, with what this function (path, place, part, read) adds to a
+        part of them; `read` returns a trained parameter.
 
     Raises:
       UserError: the folder exists or cannot be written, or the checkpoint has other parameters.
     """
     if target.exists():
         raise UserError(f"{target} exists. Give another folder.")
-    saved = {name.removeprefix(PARAMS): x for name, x in store.arrays(checkpoint).items() if name.startswith(PARAMS)}
+    prefix, there = FROZEN if merged else PARAMS, store.arrays(checkpoint)
+    saved = {name.removeprefix(prefix): x for name, x in there.items() if name.startswith(prefix)}
     wanted = {path: each.parameter for path, each in tensors.items()}
     if {path: x.shape for path, x in saved.items()} != wanted:
         unlike = sorted(path for path in {*saved, *wanted} if path not in wanted or saved.get(path) != wanted[path])
         raise UserError(f"checkpoint {checkpoint} has other parameters than the model: {', '.join(unlike[:5])}.")
     arrays = {name: Array(each.shape, jnp.dtype(dtype)) for each in tensors.values() for _, name in each.names()}
-    shards = _sharded(arrays, shard_size)
+
+    @functools.lru_cache(2)
+    def read(path: str) -> np.ndarray:
+        return store.read(checkpoint, {f"{PARAMS}{path}": None})[f"{PARAMS}{path}"]
+
+    shards = _sharded(arrays, shard_size, stem)
     with _complete(target) as partial:
         partial.mkdir()
-        text = json.dumps(config | {"torch_dtype": dtype}, indent=2, sort_keys=True)
-        for name, content in {**files, CONFIG: f"{text}\n".encode()}.items():
+        for name, content in files.items():
             (partial / name).write_bytes(content)
         maps: dict[str, np.ndarray] = {}
         for file, names in shards.items():
@@ -118,7 +129,8 @@ def export_folder(
             (partial / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
         for path, each in tensors.items():
             views = [(index, each.view(maps[name])) for index, name in each.names()]
-            _fill(checkpoint, f"{PARAMS}{path}", views, each.added)
+            added = functools.partial(merged, path, read=read) if merged else None
+            _fill(checkpoint, f"{prefix}{path}", views, each.added, added)
     return len(arrays), sum(x.bytes for x in arrays.values())
 
 
@@ -195,9 +207,16 @@ def write(file: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) 
     }
 
 
-def _fill(checkpoint: Path, name: str, parts: Sequence[Part], added: float = 0.0) -> None:
-    """Copy an array of a checkpoint to its parts, less the number that was added to them."""
-    for place, values in store.parts(checkpoint, name):
+def _fill(
+    checkpoint: Path,
+    name: str,
+    parts: Sequence[Part],
+    added: float = 0.0,
+    merged: Callable[[tuple[slice, ...], np.ndarray], np.ndarray] | None = None,
+) -> None:
+    """Copy an array of a checkpoint, as `merged` changes it, to its parts, less the number that was added to them."""
+    for place, saved in store.parts(checkpoint, name):
+        values = merged(place, saved) if merged else saved
         for index, view in parts:
             leading, others = place[: len(index)], place[len(index) :]
             if all(each.start <= i < each.stop for i, each in zip(index, leading, strict=True)):
@@ -213,7 +232,7 @@ def _code(dtype: Any) -> str:
     return names.get(dtype) or f"{dtype.kind.upper()}{8 * dtype.itemsize}"
 
 
-def _sharded(arrays: Mapping[str, Array], most: int) -> dict[str, list[str]]:
+def _sharded(arrays: Mapping[str, Array], most: int, stem: str) -> dict[str, list[str]]:
     """Return file -> names of its tensors, in the order of the model's layers."""
     groups: list[list[str]] = [[]]
     size = 0
@@ -224,8 +243,10 @@ def _sharded(arrays: Mapping[str, Array], most: int) -> dict[str, list[str]]:
         groups[-1].append(name)
         size += arrays[name].bytes
     if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{number:05}-of-{len(groups):05}.safetensors": names for number, names in enumerate(groups, start=1)}
+        return {f"{stem}.safetensors": groups[0]}
+    return {
+        f"{stem}-{number:05}-of-{len(groups):05}.safetensors": names for number, names in enumerate(groups, start=1)
+    }
 
 
 @contextmanager

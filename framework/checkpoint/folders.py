@@ -20,9 +20,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..base.errors import UserError
-from ..base.model_folder import CONFIG, read_config
+from ..base.model_folder import CONFIG, base_of, read_adapter, read_config
 from ..task import Tensors
-from .store import PARAMS, Array
+from .store import FROZEN, PARAMS, Array
 
 TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 _FEW = 5  # names shown in an error
@@ -53,7 +53,7 @@ class Folder:
 
     Attributes:
       path: the folder.
-      tensors: path of a parameter -> its tensors.
+      tensors: path of a parameter in a train state -> its tensors. Those of the base of an adapter are frozen.
       stored: name of a tensor -> where it is.
     """
 
@@ -68,14 +68,18 @@ class Folder:
         Raises:
           UserError: the task has no such folders, or its parameters are not the folder's tensors.
         """
-        config = read_config(path)
+        config, adapter = read_config(path), read_adapter(path)
         if not hasattr(task, "folder_tensors"):
             raise UserError(f"{path}: {type(task).__name__} reads no Hugging Face folders. Give a workdir.")
         try:
-            tensors = task.folder_tensors(config)
+            prefix = FROZEN if adapter else PARAMS
+            tensors = {f"{prefix}{name}": each for name, each in task.folder_tensors(config).items()}
+            if adapter:
+                trained = task.adapter_tensors(config, adapter)
+                tensors |= {f"{PARAMS}{name}": each for name, each in trained.items()}
         except ValueError as error:
             raise UserError(f"{path}: {error}.") from error
-        stored = _headers(path)
+        stored = _headers(base_of(path)) | (_headers(path) if adapter else {})
         wanted = {name: each.shape for each in tensors.values() for _, name in each.names()}
         if missing := [name for name in wanted if name not in stored]:
             raise UserError(f"{path} lacks {_shown(missing)}. Get the complete folder.")
@@ -90,7 +94,7 @@ class Folder:
     def arrays(self) -> dict[str, Array]:
         """Return path of each parameter in a train state -> its shape, and the dtype of its first tensor."""
         return {
-            f"{PARAMS}{path}": Array(each.parameter, self.stored[next(iter(each.names()))[1]].array.dtype)
+            path: Array(each.parameter, self.stored[next(iter(each.names()))[1]].array.dtype)
             for path, each in self.tensors.items()
         }
 
@@ -100,7 +104,7 @@ class Folder:
         Args:
           wanted: path in a train state -> ShapeDtypeStruct with a sharding.
         """
-        return {name: self._read(self.tensors[name.removeprefix(PARAMS)], like) for name, like in wanted.items()}
+        return {name: self._read(self.tensors[name], like) for name, like in wanted.items()}
 
     def _read(self, tensors: Tensors, like: Any) -> jax.Array:
         stacked = len(next(iter(tensors.names()))[0])

@@ -1,5 +1,6 @@
 """Make a workdir with a checkpoint of a Hugging Face folder, which `init_from` and other commands read."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,17 @@ def run(source: Path, workdir: Path, task: Any, config: Any) -> tuple[Path, int]
     }
     manifest = takeover.describe(optax.identity(), "", nested(specs)["params"], mesh.shape)
     with ownership.hold(workdir):
-        params = nested(folder.read(specs))["params"]
+        state = {"step": jnp.zeros((), jnp.int32), **nested(folder.read(specs))}
         ownership.claim(workdir, config)
         saver = Checkpoints(workdir, keep_last=1, keep_best=0, ranking=Ranking())
         try:
-            saver.save({"step": jnp.zeros((), jnp.int32), "params": params}, Record(), manifest)
+            saver.save(state, Record(), manifest)
             saver.confirm()
         except SaveError as error:
             raise UserError(str(error)) from error
         finally:
             saver.close()
-    return store.checkpoints(workdir)[0], sum(leaf.size for leaf in jax.tree.leaves(params))
+    return store.checkpoints(workdir)[0], sum(math.prod(spec.shape) for spec in specs.values())
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:

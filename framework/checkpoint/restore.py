@@ -20,7 +20,7 @@ from ..step.state import abstract_variables
 from ..task import BatchSpec, Task
 from . import store
 from .folders import Folder
-from .store import MODEL, PARAMS
+from .store import FROZEN, MODEL, PARAMS
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -100,7 +100,7 @@ def variables(
     folder = Folder.open(checkpoint, task) if is_folder(checkpoint) else None
     there, wanted = folder.arrays() if folder else store.arrays(checkpoint), {}
     for (path, leaf), sharding in zip(store.by_name(abstract).items(), specs, strict=True):
-        name = path if path.startswith(PARAMS) else f"{MODEL}{path}"
+        name = path if path.startswith((PARAMS, FROZEN)) else f"{MODEL}{path}"
         here = store.Array(tuple(leaf.shape), there[name].dtype if folder and name in there else leaf.dtype)
         if there.get(name) != here:
             raise UserError(

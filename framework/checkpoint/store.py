@@ -32,7 +32,7 @@ from .record import Ranking, Record
 STATE, RECORD, MANIFEST = "state", "record", "manifest"
 FORMAT = 1  # of the manifest
 # Arrays are named by their paths in the train state, which begin so.
-PARAMS, MODEL, OPTIMIZER, AVERAGING = "params/", "model_state/", "opt_state/", "averaging/"
+PARAMS, FROZEN, MODEL, OPTIMIZER, AVERAGING = "params/", "frozen/", "model_state/", "opt_state/", "averaging/"
 
 Damaged = list[tuple[Path, str]]  # checkpoints, each with its first fault
 

@@ -26,10 +26,10 @@ from . import store
 from .folders import Folder
 from .origin import Origin
 from .record import Record
-from .store import AVERAGING, MODEL, OPTIMIZER, PARAMS, Array
+from .store import AVERAGING, FROZEN, MODEL, OPTIMIZER, PARAMS, Array
 
 _ITERATE = f"{AVERAGING}iterate/"  # followed by a path in the variables
-_RENAMABLE = re.compile(rf"({PARAMS}|{MODEL}[^/]+/|{_ITERATE}[^/]+/)(.+)")
+_RENAMABLE = re.compile(rf"({PARAMS}|{FROZEN}|{MODEL}[^/]+/|{_ITERATE}[^/]+/)(.+)")
 
 Renames = Sequence[tuple[str, str]]
 
@@ -138,6 +138,10 @@ def plan(
     saved = folder.arrays() if folder else store.arrays(origin.path)
     renamed = functools.partial(_renamed, renames)
     names = _present_names(origin.path, saved, renamed)
+    frozen = [path for path in store.by_name(abstract) if path.startswith(FROZEN) and path not in names]
+    # Parameters that the run freezes may come from one that trained them.
+    bases = {path: f"{PARAMS}{path.removeprefix(FROZEN)}" for path in frozen}
+    names |= {path: names.pop(base) for path, base in bases.items() if base in names}
     spec, inheritance = abstract, None
     try:
         if origin.kind != "init" and manifest["optimizer"] == name:
@@ -230,7 +234,7 @@ def _sources(
         if path.startswith(OPTIMIZER):
             own = path.removeprefix(OPTIMIZER)
             sources[path] = placed(inheritance.source(own, leaf.shape), OPTIMIZER) if inheritance else Fresh("")
-        elif origin.kind == "init" and not path.startswith((PARAMS, MODEL, _ITERATE)):
+        elif origin.kind == "init" and not path.startswith((PARAMS, FROZEN, MODEL, _ITERATE)):
             sources[path] = Fresh("")
         elif there is None:
             sources[path] = Fresh("not saved")
@@ -241,7 +245,7 @@ def _sources(
         if path.startswith(_ITERATE) and (origin.kind == "init" or isinstance(sources[path], Fresh)):
             own = path.removeprefix(_ITERATE)
             sources[path] = sources[own if own.startswith(PARAMS) else f"{MODEL}{own}"]
-    if not any(isinstance(source, Kept) for path, source in sources.items() if path.startswith(PARAMS)):
+    if not any(isinstance(source, Kept) for path, source in sources.items() if path.startswith((PARAMS, FROZEN))):
         there, here = (
             ", ".join([x.removeprefix(PARAMS) for x in side if x.startswith(PARAMS)][:3]) for side in (names, sources)
         )

@@ -204,6 +204,7 @@ def _bytes_by_kind(state: Any, batch: Any) -> dict[str, int]:
     for path, leaf in zip(patterns.paths(state.opt_state), jax.tree.leaves(state.opt_state), strict=True):
         kind = patterns.first_match(_KINDS, path)
         found[kind] = found.get(kind, 0) + held(leaf)
+    found["frozen parameters"] = held(state.frozen)
     found["average"] = held(state.averaging)
     found["model state and guard"] = held((state.model_state, state.guard, state.step))
     found["batch"] = held(batch)

@@ -73,6 +73,8 @@ def show_takeover(taken: takeover.Takeover, workdir: Path) -> None:
     if taken.path is None or jax.process_index() != 0:
         return
     first = f"taken over with all their state: {taken.whole} of {len(jax.tree.leaves(taken.spec.params))} parameters"
+    frozen = len(jax.tree.leaves(taken.spec.frozen))
+    first += f", and {frozen} frozen ones" if frozen else ""
     _keep(workdir / layout.RESTORED, "\n".join([f"from {taken.path}", first, *taken.lines]))
     more = len(taken.lines) - _CONSOLE_ROWS
     rest = [f"({more} more lines in {layout.RESTORED})"] if more > 0 else []
@@ -88,6 +90,11 @@ def _keep(path: Path, text: str) -> None:
 
 def memory_line(state: TrainState) -> str:
     """Return `on each device: parameters 2.9 MB, optimizer state 11.2 MB` for ShapeDtypeStructs with shardings."""
-    parts = {"parameters": state.params, "optimizer state": state.opt_state, "average": state.averaging}
+    parts = {
+        "parameters": state.params,
+        "frozen parameters": state.frozen,
+        "optimizer state": state.opt_state,
+        "average": state.averaging,
+    }
     sizes = {name: meshes.bytes_on_device(part) for name, part in parts.items()}
     return "on each device: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items() if size)

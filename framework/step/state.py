@@ -15,6 +15,8 @@ from ..sharding import meshes, placement
 from ..task import BatchSpec, Task
 from . import averaging, guard
 
+FROZEN = "frozen"  # the collection of parameters that nothing changes
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +27,10 @@ class TrainState:
       step: int32 scalar, number of steps taken, including skipped steps; also the index of the next batch.
       params: parameters of the model. With `ema_decay` they are the average of the trained parameters.
       opt_state: state of the optimizer.
-      model_state: collections of the task other than "params".
+      model_state: collections of the task other than "params" and "frozen".
       guard: counters of the guard.
       averaging: with `ema_decay`, the trained variables and the weight of the average; else None.
+      frozen: parameters that no step changes; None if the task has none.
     """
 
     step: Any
@@ -36,16 +39,27 @@ class TrainState:
     model_state: Any
     guard: Any
     averaging: Any = None
+    frozen: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Parameters and model state as one dict, as the task takes them."""
+        """All variables as one dict, as the task takes them."""
+        return {**self.changing, **self.fixed}
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """The variables that no step changes."""
+        return {} if self.frozen is None else {FROZEN: self.frozen}
+
+    @property
+    def changing(self) -> dict[str, Any]:
+        """Parameters and model state."""
         return {"params": self.params, **self.model_state}
 
     @property
     def trained(self) -> dict[str, Any]:
-        """The variables that the optimizer trains: the iterate, or without an average the variables."""
-        return self.averaging.iterate if self.averaging else self.variables
+        """The variables that the optimizer trains: the iterate, or without an average those that change."""
+        return self.averaging.iterate if self.averaging else self.changing
 
 
 def abstract_variables(task: Task, batch_spec: BatchSpec) -> dict[str, Any]:
@@ -71,6 +85,7 @@ def abstract_state(
     """
     variables = _with_shardings(variables, placement.shardings(variables, placements, mesh))
     replicated = meshes.replicated(mesh)
+    frozen = variables.pop(FROZEN, None)
     weight = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
     averages = averaging.Averaging(dict(variables), weight) if ema_decay else None
     params = variables.pop("params")
@@ -82,6 +97,7 @@ def abstract_state(
         model_state=variables,
         guard=jax.tree.map(lambda leaf: leaf.update(sharding=replicated), jax.eval_shape(guard.initial)),
         averaging=averages,
+        frozen=frozen,
     )
 
 
@@ -101,6 +117,7 @@ def make_initial(
     def initial() -> dict[str, Any]:
         # Steps fold in 0, 1, 2, ... and never reach this number.
         variables = dict(task.init(jax.random.fold_in(jax.random.key(seed), 2**32 - 1), batch_spec))
+        frozen = variables.pop(FROZEN, None)
         # Copied, because the step donates the variables and the iterate.
         iterate = jax.tree.map(jnp.copy, variables)
         params = variables.pop("params")
@@ -111,6 +128,7 @@ def make_initial(
             model_state=variables,
             guard=guard.initial(),
             averaging=averaging.Averaging(iterate, jnp.zeros(())) if abstract.averaging else None,
+            frozen=frozen,
         )
         return chosen(state)
 

@@ -59,7 +59,7 @@ def make_train_step(
         before = dict(state.trained)
         params = before.pop("params")
         gradients, model_state, sums = _whole_batch_gradients(
-            task, params, before, _cut(batch, microbatches, mesh), key, params_shardings
+            task, params, state.fixed, before, _cut(batch, microbatches, mesh), key, params_shardings
         )
         model_state = settled(task, model_state)
         metrics = {name: total / weight for name, (total, weight) in sums.items()}
@@ -83,7 +83,7 @@ def make_train_step(
             return jax.tree.map(functools.partial(jnp.where, accepted), new, old)
 
         iterate = {"params": optax.apply_updates(params, updates), **model_state}
-        new, averages = averaging.advance(state.variables, state.averaging, iterate, ema_decay)
+        new, averages = averaging.advance(state.changing, state.averaging, iterate, ema_decay)
         clipped = (metrics["gradient_norm"] > gradient_clip) if gradient_clip else False
         state = TrainState(
             step=state.step + 1,
@@ -92,6 +92,7 @@ def make_train_step(
             model_state=guarded(new, state.model_state),
             guard=guard.updated(state.guard, accepted, clipped),
             averaging=guarded(averages, state.averaging),
+            frozen=state.frozen,
         )
         metrics |= {
             "skipped": state.guard.skipped,
@@ -181,7 +182,13 @@ def _cut(batch: Batch, microbatches: int, mesh: Mesh) -> Batch:
 
 
 def _whole_batch_gradients(
-    task: Task, params: Any, first: dict[str, Any], microbatches: Batch, key: jax.Array, layout: Any
+    task: Task,
+    params: Any,
+    fixed: dict[str, Any],
+    first: dict[str, Any],
+    microbatches: Batch,
+    key: jax.Array,
+    layout: Any,
 ) -> tuple[Any, dict[str, Any], Metrics]:
     """Return the gradient of sum(totals) / sum(weights) over the micro-batches, the last model state, metric sums.
 
@@ -201,9 +208,9 @@ def _whole_batch_gradients(
     if first or not several or {*replicas} - {*meshes.REPLICA_AXES} or any(map(any, jax.tree.leaves(specs))):
         replicas = ()
 
-    def on_replica(params: Any, microbatches: Batch, key: jax.Array) -> tuple[Any, Metrics]:
+    def on_replica(params: Any, fixed: Any, microbatches: Batch, key: jax.Array) -> tuple[Any, Metrics]:
         key = jax.random.fold_in(key, jax.lax.axis_index(replicas))
-        gradients, _, sums = _summed_gradients(task, params, first, microbatches, key, specs)
+        gradients, _, sums = _summed_gradients(task, params, fixed, first, microbatches, key, specs)
         return jax.lax.psum((gradients, sums), replicas)
 
     if replicas:
@@ -211,19 +218,25 @@ def _whole_batch_gradients(
             on_replica,
             mesh=mesh,
             axis_names={*replicas},
-            in_specs=(PartitionSpec(), PartitionSpec(None, replicas), PartitionSpec()),
+            in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(None, replicas), PartitionSpec()),
             out_specs=PartitionSpec(),
             check_vma=False,
-        )(params, microbatches, key)
+        )(params, fixed, microbatches, key)
         model_state = first
     else:
-        gradients, model_state, sums = _summed_gradients(task, params, first, microbatches, key, layout)
+        gradients, model_state, sums = _summed_gradients(task, params, fixed, first, microbatches, key, layout)
     weight = sums["loss"][1]
     return jax.tree.map(lambda leaf: leaf / weight, gradients), model_state, sums
 
 
 def _summed_gradients(
-    task: Task, params: Any, first: dict[str, Any], microbatches: Batch, key: jax.Array, layout: Any
+    task: Task,
+    params: Any,
+    fixed: dict[str, Any],
+    first: dict[str, Any],
+    microbatches: Batch,
+    key: jax.Array,
+    layout: Any,
 ) -> tuple[Any, dict[str, Any], Metrics]:
     """Return the sums of weight x gradient over the micro-batches, the last model state, metric sums.
 
@@ -231,7 +244,7 @@ def _summed_gradients(
     """
 
     def loss(params, model_state, batch, key):
-        return task.loss({"params": params, **model_state}, batch, key=key, train=True)
+        return task.loss({"params": params, **fixed, **model_state}, batch, key=key, train=True)
 
     def lay_out(gradients):
         return jax.tree.map(jax.lax.with_sharding_constraint, gradients, layout)

@@ -289,13 +289,17 @@ def config(task: Knobs, model_type: str) -> dict[str, Any]:
 def tensors(task: Knobs, model_type: str) -> dict[str, Tensors]:
     """Return the path of each parameter of a task -> its tensors in a folder of a family."""
     family = FAMILIES[model_type]
-    axes = {"V": "vocab_size", "E": "embed_dim", "H": "heads", "K": "kv_heads", "D": "head_dim", "L": "layers"}
-    sizes = {axis: task[knob] for axis, knob in axes.items()} | {"M": task["mlp_dim"], "X": task["experts"]}
     return {
-        path: Tensors.parse(text, sizes, family.norm_offset if path.endswith("norm/scale") else 0.0)
+        path: Tensors.parse(text, sizes(task), family.norm_offset if path.endswith("norm/scale") else 0.0)
         for path, text in family.tensors.items()
         if path != "head" or not task["tied_head"]
     }
+
+
+def sizes(task: Mapping[str, Any]) -> dict[str, int]:
+    """Return the size of each axis of the tables."""
+    axes = {"V": "vocab_size", "E": "embed_dim", "H": "heads", "K": "kv_heads", "D": "head_dim", "L": "layers"}
+    return {axis: task[knob] for axis, knob in axes.items()} | {"M": task["mlp_dim"], "X": task["experts"]}
 
 
 def unused(name: str) -> bool:

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from ..decoder.options import DecoderOptions
-from . import families
+from . import families, peft
 from .families import Config, Knobs
 from .tensors import Tensors
 
@@ -20,6 +20,23 @@ def tensors(config: Config, given: Knobs) -> dict[str, Tensors]:
     if unlike := families.differences(needed, given):
         raise ValueError(f"its model needs {_told(unlike)}")
     return families.tensors(needed, config["model_type"])
+
+
+def adapter_tensors(config: Config, adapter: Config, given: Knobs) -> dict[str, Tensors]:
+    """Return path of each parameter of adapters -> its tensors in a PEFT folder, for a task with these knobs.
+
+    Args:
+      config: config.json of the base.
+      adapter: adapter_config.json.
+      given: the knobs.
+
+    Raises:
+      ValueError: the adapters of the folder are not this task's.
+    """
+    needed = peft.knobs(adapter, config["model_type"])
+    if any({*_listed(value)} != {*_listed(given[knob])} for knob, value in needed.items()):
+        raise ValueError(f"its adapter needs {', '.join(f'task.{knob}={value!r}' for knob, value in needed.items())}")
+    return peft.tensors(given, config["model_type"])
 
 
 def config(given: Knobs, model_type: str = "") -> dict[str, Any]:
@@ -42,6 +59,10 @@ def config(given: Knobs, model_type: str = "") -> dict[str, Any]:
 
 def _needed(config: Config) -> Knobs:
     return dataclasses.asdict(DecoderOptions(**families.knobs(config)))
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _told(unlike: dict[str, tuple[Any, Any]]) -> str:

@@ -2577,6 +2577,58 @@ CHATS = (
     ),
 )
 
+_ADAPTERS, _FROZEN = "tests/models/test_lora.py", "tests/framework/step/test_frozen.py"
+ADAPTERS = (
+    Mutant(
+        "lora-without-its-scale",
+        "models/lora.py",
+        "return y + self.scale * jnp.tensordot(",
+        "return y + jnp.tensordot(",
+        "Adapters that are exported or merged have another size than in training.",
+        (f"{_ADAPTERS}::test_a_merged_model_computes_the_same",),
+    ),
+    Mutant(
+        "lora-with-rounded-norms",
+        "models/lora.py",
+        "return value if path[-1] in exact else",
+        "return value if False else",
+        "The norms and routers of a frozen base are rounded to bfloat16.",
+        (f"{_ADAPTERS}::test_a_frozen_base_is_held_in_the_compute_dtype",),
+    ),
+    Mutant(
+        "lora-with-all-flops",
+        "models/lm.py",
+        "(4 if self.adapters else 6)",
+        "6",
+        "MFU of a run with adapters counts gradients that nothing computes.",
+        (f"{_ADAPTERS}::test_flops_match_the_traced_matmuls",),
+    ),
+    Mutant(
+        "lora-on-a-random-base",
+        "framework/setup.py",
+        "    _refuse_random_frozen(taken)\n",
+        "",
+        "Adapters are trained for days on a base of random numbers.",
+        (f"{_FROZEN}::test_a_random_base_is_refused",),
+    ),
+    Mutant(
+        "frozen-averaged",
+        "framework/step/state.py",
+        "    frozen = variables.pop(FROZEN, None)\n    weight",
+        "    frozen = variables.get(FROZEN, None)\n    weight",
+        "With ema_decay a second copy of the frozen parameters takes memory, and is averaged.",
+        (f"{_FROZEN}::test_a_run_with_adapters",),
+    ),
+    Mutant(
+        "peft-with-another-alpha",
+        "models/hf/matching.py",
+        "if any({*_listed(value)} != {*_listed(given[knob])} for knob, value in needed.items()):",
+        "if False:",
+        "A run that starts from an adapter multiplies it by another number, and its loss is high.",
+        (f"{_FOLDERS}::test_an_adapter_of_other_knobs_is_refused",),
+    ),
+)
+
 DOCS = (
     Mutant(
         "public-name-without-its-errors",
@@ -2615,5 +2667,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *BENCHMARKS,
     *EXCHANGE,
     *CHATS,
+    *ADAPTERS,
     *DOCS,
 )

@@ -1,6 +1,7 @@
 """Folders as Hugging Face has them, made with NumPy."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -143,7 +144,7 @@ def test_memory_is_bounded_by_a_tensor_and_by_a_saved_shard(tmp_path):
     [path] = store.checkpoints(tmp_path / "w")
     tracemalloc.start()
     content = task.folder_config()
-    export.export_folder(path, tmp_path / "out", task.folder_tensors(content), content, {}, "bfloat16", 10**9)
+    export.export_folder(path, tmp_path / "out", task.folder_tensors(content), {}, "bfloat16", 10**9)
     shard = max(x.addressable_shards[0].data.nbytes for x in params.values())
     assert tracemalloc.get_traced_memory()[1] < 1.3 * shard + 2e5
     tracemalloc.stop()
@@ -173,7 +174,7 @@ def test_what_a_folder_may_have_beside_its_parameters(tmp_path):
     """Fault: a published folder with a copy of its tied head is refused."""
     config = CONFIG | {"tie_word_embeddings": True}
     values = random_tensors(np.float32, config) | {"lm_head.weight": np.zeros((20, 8), np.float32)}
-    assert Folder.open(write(tmp_path / "f", values, config), task_of(config)).tensors.keys() >= {"embedding"}
+    assert Folder.open(write(tmp_path / "f", values, config), task_of(config)).tensors.keys() >= {"params/embedding"}
 
 
 def test_init_from_takes_a_folder_of_the_same_model_only(tmp_path):
@@ -186,6 +187,65 @@ def test_init_from_takes_a_folder_of_the_same_model_only(tmp_path):
     other = LMTask(**LMTask.knobs_of_folder(CONFIG) | {"rope_theta": 5e5})
     with pytest.raises(UserError, match=re.escape("task.rope_theta=10000.0 (now 500000.0)")):
         Folder.open(tmp_path / "f", other)
+
+
+def write_adapter(path, **fields):
+    """Write an adapter of PEFT beside the folder `f`; return its tensors."""
+    path.mkdir()
+    content = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["o_proj", "q_proj"], "bias": "none"}
+    content |= {"base_model_name_or_path": "../f", "lora_dropout": 0.1, "layers_to_transform": None} | fields
+    (path / "adapter_config.json").write_text(json.dumps(content))
+    shapes = {f"{layer}.lora_A.weight": (2, 8) for layer in ("q_proj", "o_proj")}
+    shapes |= {name.replace("_A", "_B"): shape[::-1] for name, shape in shapes.items()}
+    rng, prefix = np.random.default_rng(1), "base_model.model.model.layers.{}.self_attn."
+    names = {f"{prefix.format(layer)}{name}": shape for name, shape in shapes.items() for layer in range(3)}
+    values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in names.items()}
+    safetensors.numpy.save_file(values, path / "adapter_model.safetensors")
+    return values
+
+
+def test_an_adapter_that_is_imported_and_exported_is_the_same(tmp_path):
+    """Faults: A and B change places; a factor is of another layer; what is merged is not the sum."""
+    base, values = random_tensors(np.float32, CONFIG), write_adapter(tmp_path / "a")
+    write(tmp_path / "f", base)
+    assert ran("import", tmp_path / "a", f"--workdir={tmp_path / 'w'}") == (0, "")
+    assert ran("export", tmp_path / "w", tmp_path / "out", "--format=peft", "--base=b") == (0, "")
+    content = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert content["base_model_name_or_path"] == "b"
+    written = loaded(tmp_path / "out")
+    assert written.keys() == values.keys()
+    for name, value in values.items():
+        np.testing.assert_array_equal(written[name], value)
+    assert ran("export", tmp_path / "w", tmp_path / "merged", "--format=hf") == (0, "")
+    for name, value in loaded(tmp_path / "merged").items():
+        a, b = (f"base_model.model.{name.removesuffix('weight')}lora_{x}.weight" for x in "AB")
+        added = 3 * values[b] @ values[a] if a in values else 0
+        np.testing.assert_allclose(value, base[name] + added, atol=1e-5)
+
+
+def test_an_adapter_of_other_knobs_is_refused(tmp_path):
+    """Faults: a run starts from an adapter of another scale; a field that no knob expresses is ignored."""
+    write(tmp_path / "f")
+    write_adapter(tmp_path / "a")
+    options = {"lora_rank": 2, "lora_targets": ("query", "out")}
+    task = LMTask(**LMTask.knobs_of_folder(CONFIG) | options, lora_alpha=6.0)
+    assert len(Folder.open(tmp_path / "a", task).arrays()) == 16
+    with pytest.raises(UserError, match=r"its adapter needs task\.lora_rank=2, task\.lora_alpha=6\.0"):
+        Folder.open(tmp_path / "a", dataclasses.replace(task, lora_alpha=5.0))
+    for number, (fields, why) in enumerate(
+        [
+            ({"use_dora": True}, "use_dora=True: is not known here"),
+            ({"bias": "all"}, "bias='all': must be one of ('none',)"),
+            ({"target_modules": "all-linear"}, "target_modules='all-linear': must be a list of q_proj, k_proj"),
+            ({"base_model_name_or_path": "meta/x"}, "'meta/x': must be a folder with a model"),
+        ]
+    ):
+        write_adapter(tmp_path / str(number), **fields)
+        code, err = ran("import", tmp_path / str(number), f"--workdir={tmp_path / 'w'}")
+        assert code == 2 and why in err and err.count("\n") == 1
+    assert ran("import", tmp_path / "f", f"--workdir={tmp_path / 'w'}") == (0, "")
+    code, err = ran("export", tmp_path / "w", tmp_path / "out", "--format=peft")
+    assert code == 2 and "has no adapters" in err
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, (1 << 40).to_bytes(8, "little") + b"{}"])

@@ -41,6 +41,7 @@ KNOBS = {
         "qkv_bias": True,
         "tied_head": False,
     },
+    "adapters": {"lora_rank": 3, "layer_pattern": ("local", "global"), "attention_window": 4},
     "experts": {"experts": 4, "dense_layers": 1, "balance_rate": 1e-3, "router": "sigmoid", "remat": "full"},
 }
 

@@ -1,4 +1,4 @@
-"""Compare folders with the models of `transformers`; needs the packages of `tests/compared.txt`."""
+"""Compare folders with the models of `transformers` and `peft`; needs the packages of `tests/compared.txt`."""
 
 import contextlib
 import functools
@@ -212,3 +212,66 @@ def test_ten_steps_of_adamw_have_the_losses_of_pytorch(tmp_path):
     torch_model.cache_clear()
     assert losses[0] - losses[-1] > 0.3
     np.testing.assert_allclose(history(tmp_path / "w", "train/loss"), losses, atol=1e-3)
+
+
+TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
+OURS = ("query", "value", "out", "down")
+
+
+def logits_with(base, adapter):
+    import peft
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model(torch.tensor(batch()["tokens"][:, :-1], dtype=torch.int64)).logits.numpy()
+
+
+def base_of(tmp_path, family):
+    torch_model(family).save_pretrained(tmp_path / family)
+    return tmp_path / family
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_on_a_mesh_and_exported(tmp_path):
+    """Faults: the base of an adapter changes or is another's; an exported adapter, or its sum with the base, has other
+    logits in `peft` or `transformers`."""
+    folder = base_of(tmp_path, "gemma3_text")
+    sizes = {"mesh.fsdp": 2, "mesh.tensor": 2}
+    config = config_of(folder, **{"duration": "3 steps", "evaluation.batches": 1, **sizes})
+    config.optimizer = base.component(base.ADAMW)
+    config.task.lora_rank, config.task.lora_alpha, config.task.lora_targets = 4, 12.0, OURS
+    train(config, tmp_path / "w")
+    got = our_logits(tmp_path / "w")
+    assert np.abs(got - their_logits(folder)).max() > 0.01
+    ran("export", tmp_path / "w", tmp_path / "adapter", "--format=peft")
+    content = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (content["base_model_name_or_path"], sorted(content["target_modules"])) == (str(folder), sorted(TARGETS))
+    np.testing.assert_allclose(logits_with(folder, tmp_path / "adapter"), got, atol=1e-4)
+    ran("export", tmp_path / "w", tmp_path / "merged", "--format=hf")
+    np.testing.assert_allclose(their_logits(tmp_path / "merged"), got, atol=1e-4)
+    ran("import", tmp_path / "adapter", f"--workdir={tmp_path / 'again'}")
+    np.testing.assert_allclose(our_logits(tmp_path / "again"), got, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_adapters_of_peft_are_imported(tmp_path):
+    """Faults: an adapter is transposed, or scaled by another number."""
+    import peft
+    import torch
+
+    folder = base_of(tmp_path, "qwen3")
+    torch.manual_seed(0)
+    options = {"r": 4, "lora_alpha": 6, "use_rslora": True, "init_lora_weights": False, "target_modules": TARGETS}
+    model = peft.get_peft_model(torch_model("qwen3"), peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    model.save_pretrained(tmp_path / "adapter")
+    torch_model.cache_clear()
+    content = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    content["base_model_name_or_path"] = "../qwen3"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(content))
+    ran("import", tmp_path / "adapter", f"--workdir={tmp_path / 'w'}")
+    want = logits_with(folder, tmp_path / "adapter")
+    assert np.abs(want - their_logits(folder)).max() > 0.01
+    np.testing.assert_allclose(our_logits(tmp_path / "w"), want, atol=1e-4)

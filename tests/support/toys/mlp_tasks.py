@@ -1,5 +1,6 @@
-"""One small network with batch norm and dropout, in NNX and in Linen, and data to train it."""
+"""One small network with batch norm and dropout, in NNX and, also with adapters, in Linen, and data to train it."""
 
+import contextlib
 import dataclasses
 
 import flax.linen as nn
@@ -9,6 +10,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+from shampax.models import lora
+from shampax.models.linen_task import LinenTask
 from shampax.models.nnx_task import NNXTask
 
 INPUTS, CLASSES = 6, 4
@@ -66,6 +69,28 @@ def linen_loss(width, variables, batch, train):
     logits, state = LinenNet(width).apply(variables, batch["points"], train, mutable=["batch_stats"])
     metrics = measures(logits, batch)
     return metrics["loss"][0] / metrics["loss"][1], (state, metrics)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinenNetTask(LinenTask):
+    rank: int = 0  # of adapters
+
+    @property
+    def adapters(self):
+        return lora.Adapters(self.rank, 3.0, ("hidden_0", "hidden_1"))
+
+    def boxed(self, key):
+        with self.adapters.attached() if self.rank else contextlib.nullcontext():
+            variables = LinenNet(8).init(key, jnp.zeros((1, INPUTS)), False)
+        return self.adapters.split(variables, jnp.float32, ()) if self.rank else variables
+
+    def loss(self, variables, batch, *, key, train):
+        with self.adapters.attached() if self.rank else contextlib.nullcontext():
+            inside = {"params": lora.joined(variables), "batch_stats": variables["batch_stats"]}
+            return linen_loss(8, inside, batch, train)
+
+    def flops(self, batch_spec):
+        return 1.0
 
 
 class Points:
