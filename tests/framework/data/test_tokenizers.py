@@ -230,7 +230,7 @@ def test_a_model_without_the_package_is_one_line(tmp_path, monkeypatch):
     """Fault: a traceback."""
     monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
     (tmp_path / "a.model").write_bytes(b"model")
-    with pytest.raises(UserError, match="needs the package sentencepiece"):
+    with pytest.raises(UserError, match="needs sentencepiece"):
         load_tokenizer(tmp_path / "a.model", 600)
     monkeypatch.undo()
     with pytest.raises(UserError, match="is not a SentencePiece model"):
