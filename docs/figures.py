@@ -1,8 +1,8 @@
-"""Draw the figures that explain: the life of a step and of a block, Shampoo in a valley, the owners of blocks, rates.
+"""Draw the figures that explain: the lives of a step and of a block, a valley, owners of blocks, rates, workloads.
 
     python docs/figures.py [--png] [FOLDER]
 
-Writes step.svg, block.svg, valley.svg, owners.svg and rates.svg to FOLDER, by default docs/images.
+Writes step.svg, block.svg, valley.svg, owners.svg, rates.svg and workloads.svg to FOLDER, by default docs/images.
 """
 
 import argparse
@@ -226,6 +226,25 @@ def rates() -> Figure:
     return figure
 
 
+def workloads() -> Figure:
+    """Draw the shares of the baseline's steps in the table of results/workloads.md, a point for each seed."""
+    page = (Path(__file__).parent / "results" / "workloads.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]+ steps \| ([\d %,]+)", page, re.MULTILINE)
+    figure = Figure(figsize=(9.6, 2.4), layout="constrained")
+    panel = figure.subplots()
+    for row, (_, baseline, shares) in enumerate(reversed(rows)):
+        panel.barh(row, 100, height=0.5, color=OTHER)
+        points = [int(each) for each in re.findall(r"\d+", shares)]
+        panel.plot(points, [row] * len(points), "o", color=ORDER)
+        panel.text(101, row, baseline, va="center")
+    panel.set_yticks(range(len(rows)), [workload for workload, _, _ in reversed(rows)])
+    panel.set_xlim(0, 128)
+    panel.set_xticks(range(0, 101, 20))
+    panel.set_xlabel("steps until the baseline's final value, % of the baseline's")
+    panel.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width * 0.72, height * 0.72))
     axes = figure.add_axes((0, 0, 1, 1))
@@ -248,7 +267,7 @@ def write(folder: Path, kind: str = "svg") -> list[Path]:
     """Write all figures and return their paths."""
     written = []
     with mpl.rc_context(STYLE):
-        for draw in (step, block, valley, owners, rates):
+        for draw in (step, block, valley, owners, rates, workloads):
             path = folder / f"{draw.__name__}.{kind}"
             metadata = {"Date": None, "Creator": None} if kind == "svg" else {}
             draw().savefig(path, metadata=metadata, dpi=110, facecolor="white")
