@@ -25,7 +25,7 @@ from ..framework.base.json_files import read_object
 from ..framework.config import components
 from ..framework.data import pipeline
 from ..framework.reporting import curves
-from ..framework.reporting.runs import Run
+from ..framework.reporting.runs import Run, measured
 from ..framework.step.evaluation import evaluate
 from ..framework.step.schedule import make_schedule
 from ..framework.task import settled
@@ -247,7 +247,7 @@ def read(folder: Path) -> list[Outcome]:
         ]
         result = {name.removeprefix("heldout/"): value for name, value in last.items()}
         result |= {"steps": content["steps"], "stopped": content["stopped"]}
-        run = Run(path=path, points=tuple(points), config=content["settings"], result=result, notes=())
+        run = Run(path=path, points=measured(points), config=content["settings"], result=result)
         outcomes.append(Outcome(trial, run, result))
     return outcomes
 

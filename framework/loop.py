@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
@@ -22,7 +22,6 @@ from .reporting.metrics import MetricsWriter
 from .reporting.progress import Clock, Speedometer
 from .reporting.watchdog import Watchdog
 from .setup import Blueprint
-from .step.scalars import Scalars
 from .step.state import TrainState
 
 
@@ -105,6 +104,7 @@ class Run:
             (self.service, self.saver),
             start=record,
             period=Period(self.blueprint.in_steps(request.config.log.every)),
+            by_layer=optimizer.by_layer(self.blueprint.program.tx, self.blueprint.program.abstract.params),
             **pace,
         )
 
@@ -151,7 +151,7 @@ class Run:
             skipped=self.journal.skipped,
         )
 
-    def _take_step(self) -> tuple[Scalars, ...]:
+    def _take_step(self) -> tuple[Any, ...]:
         """Dispatch one step and return its metrics; () if the optimizer's service has failed."""
         self.watch.at("host roots", self.step)
         try:
@@ -172,7 +172,7 @@ class Run:
             self.state, metrics = self.steps["train"](self.state, batch)
         self.service.take(self.state.opt_state)
         self.step += 1
-        return (metrics, self.steps["diagnose"](self.state.opt_state)) if self.journal.due(self.step) else (metrics,)
+        return (metrics, *self.steps["diagnose"](self.state.opt_state)) if self.journal.due(self.step) else (metrics,)
 
     def evaluated(self, values: Mapping[str, float]) -> None:
         """Record and report the held-out metrics of this step."""

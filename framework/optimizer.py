@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -161,6 +162,25 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -
 def diagnostics(state: Any) -> dict[str, jax.Array]:
     """Return scalars about an optimizer's state (refreshes, failures, residuals), by name."""
     return _joined({path: part.layout.diagnostics(part) for path, part in _parts(state).items()})
+
+
+def by_block(state: Any) -> dict[str, dict[str, jax.Array]]:
+    """Return path of a part of the state -> arrays about its blocks."""
+    return {path: part.layout.diagnostics_by_block(part) for path, part in _parts(state).items()}
+
+
+def by_layer(
+    tx: optax.GradientTransformation, params: Any
+) -> Callable[[Mapping[str, Any]], tuple[list[str], dict[str, np.ndarray]]]:
+    """Return the function from `by_block` on the host to names of layers and metric -> [layers]."""
+    known = layouts(tx, params)
+
+    def gathered(found: Mapping[str, Any]) -> tuple[list[str], dict[str, np.ndarray]]:
+        tables = [known[path].diagnostics_by_layer(part) for path, part in found.items()]
+        names = [name for table in tables for name in table[0]]
+        return names, {key: np.concatenate([table[1][key] for table in tables]) for key in tables[0][1]}
+
+    return gathered
 
 
 def treatments(tx: optax.GradientTransformation, params: Any) -> dict[str, str]:

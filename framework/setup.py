@@ -220,6 +220,7 @@ def claim(blueprint: Blueprint) -> None:
     ownership.claim(workdir, blueprint.request.config)
     origin.set_aside(workdir, blueprint.start)
     treatments = optimizer.treatments(program.tx, program.abstract.params)
+    startup.note_start(workdir, blueprint.request.mesh, step=blueprint.record.step, total_steps=blueprint.total_steps)
     rows = startup.parameter_rows(program.abstract.params, program.placements, treatments)
     startup.show_parameters(rows, workdir)
     console.say(startup.memory_line(program.abstract))

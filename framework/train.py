@@ -81,7 +81,7 @@ def finish(run: Run) -> dict[str, Any]:
 def _result(run: Run, ended: str | None) -> dict[str, Any]:
     blueprint, record, state = run.blueprint, run.record, run.state
     heldout = record.last.values if record.last else dict.fromkeys(blueprint.metrics)
-    diagnostics = run.steps["diagnose"](state.opt_state)
+    diagnostics, _ = run.steps["diagnose"](state.opt_state)
     early = str(run.stopped) if run.stopped and not run.at_end else None
     return {name: value for name, value in heldout.items() if name != "loss"} | {
         "steps": record.step,

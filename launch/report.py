@@ -1,20 +1,26 @@
-"""Draw training runs: `shampax report WORKDIR [WORKDIR ...] [--output=DIR]`.
+"""Draw training runs: `shampax report WORKDIR [WORKDIR ...] [--baseline=WORKDIR] [--watch] [--output=DIR]`.
 
 Writes a page, `index.html`, which needs no other file and no network. Runs whose configs are equal except for the seed
-are drawn as one curve, their mean, with their range as a band.
+are drawn as one curve, their mean, with their range as a band. With --watch it writes the page again while runs
+train, and a browser that shows it reads it again.
 
-Exit codes: 0; 2, invalid input.
+Exit codes: 0; 2, invalid input; 130, stopped by Ctrl-C.
 """
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..framework.base import paths
 from ..framework.base.errors import UserError
-from ..framework.reporting.page import page, state
-from ..framework.reporting.runs import read_run
+from ..framework.reporting.page import page
+from ..framework.reporting.runs import Run, read_run
+from ..framework.reporting.status import state
 from . import flags
+
+_REFRESH = 15  # seconds between two writes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,20 +37,38 @@ def _main(arguments: Sequence[str] | None) -> int:
         metavar="DIR",
         help="where to write (default: report/ in the workdir, or in the folder that all workdirs share)",
     )
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="WORKDIR",
+        help="run to compare the others with (default: the first without Shampoo, or else the first)",
+    )
+    parser.add_argument("--watch", action="store_true", help="write the page again until all runs have ended")
     options, _ = parser.parse(arguments)
     output = options.output or default_output(options.workdirs)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output}: a file. Name a folder.")
     # `runs/*` also names the folder of an earlier report.
-    runs = [read_run(path) for path in options.workdirs if path.resolve() != output.resolve()]
-    content = page(runs)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "index.html").write_text(content, encoding="utf-8")
+    workdirs = [path for path in options.workdirs if path.resolve() != output.resolve()]
+    runs = _write(workdirs, output, options.baseline, _REFRESH if options.watch else 0)
     for run in runs:
-        print(f"{run.path}: {state(run)}, {len(run.points)} measured steps")
+        print(f"{run.path}: {state(run).told}")
         print(*(f"note: {note}\n" for note in run.notes), sep="", end="")
-    print(f"Page (one file, opens in any browser): {output / 'index.html'}")
+    print(f"Page (one file, opens in any browser): {output / 'index.html'}", flush=True)
+    while options.watch and any(state(run).kind == "running" for run in runs):
+        time.sleep(_REFRESH)
+        runs = _write(workdirs, output, options.baseline, _REFRESH)
+    if options.watch:
+        _write(workdirs, output, options.baseline, 0)
     return 0
+
+
+def _write(workdirs: Sequence[Path], output: Path, baseline: Path | None, refresh: float) -> list[Run]:
+    runs = [read_run(path) for path in workdirs]
+    content = page(runs, baseline=baseline, reload_seconds=refresh)
+    output.mkdir(parents=True, exist_ok=True)
+    paths.write_text(output / "index.html", content)  # whole, for a browser that reads meanwhile
+    return runs
 
 
 def default_output(workdirs: Sequence[Path]) -> Path:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -17,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from . import diagonal
 from .checkpoint.inheritance import Inheritance
 from .checkpoint.manifest import describe
-from .diagnostics import diagnose
+from .diagnostics import by_block, by_layer, diagnose
 from .diagonal import Moments
 from .exchange import Owners
 from .host.in_flight import InFlight, in_flight_spec
@@ -156,6 +157,14 @@ class Layout:
     def diagnostics(self, state: "ShampooState") -> dict[str, jax.Array]:
         """Return scalars about a state by name; see the module `diagnostics`."""
         return diagnose(state, self.options)
+
+    def diagnostics_by_block(self, state: "ShampooState") -> dict[str, jax.Array]:
+        """Return arrays about the blocks of a state, for `diagnostics_by_layer`; see the module `diagnostics`."""
+        return by_block(state, self.options)
+
+    def diagnostics_by_layer(self, found: Mapping[str, np.ndarray]) -> tuple[list[str], dict[str, np.ndarray]]:
+        """Return names of layers, and metrics of each layer; see the module `diagnostics`."""
+        return by_layer(self.plan.buckets, found)
 
     def host_roots(self, events: list[Event] | None = None) -> HostRoots | None:
         """Return the service that computes roots on the host around the steps, or None unless refresh is "host".

@@ -46,7 +46,7 @@ def write_text(path: epath.Path | pathlib.Path, text: str) -> None:
         return
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w") as file:
+        with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())  # some file systems rename before they write

@@ -10,7 +10,9 @@ from .values import convert
 CONFIG = "config.json"  # the resolved config
 PARAMETERS = "parameters.txt"  # the table printed at start
 METRICS = "metrics.jsonl"  # one JSON object per line and measured step
+LAYERS = "layers.jsonl"  # one JSON object per step at which the layers were measured
 SAMPLES = "samples.jsonl"  # one JSON object per prompt and sampled step
+STARTS = "starts.jsonl"  # one JSON object per start: command, commit, date, machine, devices
 RESULT = "result.json"  # written when the run ends
 CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged"  # damaged checkpoints, moved out of the way

@@ -1,14 +1,18 @@
-"""Compare runs: group those that differ only in the seed, average their curves, and find when one reaches a value."""
+"""Compare runs: group those that differ only in the seed, average and thin curves, find when one reaches a value."""
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..config.overrides import flat
+from ..config.schema import MAY_CHANGE
 from .runs import Axis, Run
+
+# Knobs of data sets that change what is trained on, not what is held out.
+_TRAINED_ON = ("data.train_split", "data.max_records", "data.shard_size")
 
 
 class Group(NamedTuple):
@@ -64,6 +68,35 @@ def band(group: Group, key: str, axis: Axis) -> Band:
     grid = grid[(grid >= first) & (grid <= end)]
     values = np.stack([np.interp(grid, x, y) for x, y in finite])
     return Band(grid, values.mean(0), values.min(0), values.max(0))
+
+
+def thinned(band: Band, most: int) -> Band:
+    """Return a band of at most about `most` points: means of neighbours, and the range of all of them.
+
+    Neighbourhoods are even over the band, and finer at its beginning, where curves fall. Both ends stay as they are.
+    """
+    count = len(band.x)
+    if count <= most:
+        return band
+    starts = np.unique(
+        np.concatenate([np.linspace(0, count - 1, most * 3 // 4), np.geomspace(1, count - 1, most // 4)])
+    )
+    starts = np.unique(np.append(starts.astype(int), 1))
+    sizes = np.diff(np.append(starts, count))
+    x, mean = (np.add.reduceat(values, starts) / sizes for values in (band.x, band.mean))
+    return Band(x, mean, np.minimum.reduceat(band.low, starts), np.maximum.reduceat(band.high, starts))
+
+
+def same_targets(groups: Sequence[Group]) -> bool:
+    """Return whether the held-out losses of all groups are on the same targets: equal tasks, data and tokenizers."""
+    return len({json.dumps(_targets(group.runs[0].config), sort_keys=True) for group in groups}) == 1
+
+
+def _targets(config: Mapping[str, Any]) -> list[Any]:
+    knobs = dict(flat(dict(config)))
+    data = {name: value for name, value in knobs.items() if name.startswith("data.")}
+    kept = {name: value for name, value in data.items() if name not in (*MAY_CHANGE, *_TRAINED_ON)}
+    return [knobs.get("task.name"), kept]
 
 
 def reach(x: np.ndarray, y: np.ndarray, target: float) -> float | None:

@@ -1,9 +1,11 @@
 """Report the measurements of a run to the console and to the workdir."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from ..base.durations import Period
@@ -26,6 +28,9 @@ class Reporter(Protocol):
         ...
 
 
+_LAYERS_WRITTEN = 200  # at most, over a run: a table of all layers is longer than a line of metrics
+
+
 @dataclasses.dataclass
 class Journal:
     """Read the metrics of each step from the devices, record them, and report those that are due.
@@ -36,6 +41,7 @@ class Journal:
       reporters: parts of the run whose metrics and warnings are reported with those of a step.
       start: record that this process starts from.
       period: how often to report; the first and last step are always reported.
+      by_layer: makes names of layers, and metric -> [layers], of arrays about the optimizer's blocks.
       seconds_to_first_step: time from process start to the end of the first step.
       skipped: number of skipped steps in the whole run.
       most_consecutive_skips: largest number of consecutive skipped steps since the start.
@@ -50,6 +56,7 @@ class Journal:
     tokens_per_step: int
     total_steps: int
     period: Period
+    by_layer: Callable[[Mapping[str, Any]], tuple[Sequence[str], Mapping[str, Any]]]
     seconds_to_first_step: float | None = None
     skipped: int = dataclasses.field(init=False)
     most_consecutive_skips: int = 0
@@ -65,9 +72,21 @@ class Journal:
         """Return whether a step is reported."""
         return step == 1 or step == self.total_steps or self.period.due(step)
 
-    def step_done(self, step: int, *measured: Scalars) -> None:
-        """Wait for a step, record it, and report it if due. Call it once per step, in order."""
-        numbers = {name: _number(value) for each in measured for name, value in each.items()}
+    def step_done(
+        self, step: int, metrics: Scalars, diagnostics: Mapping[str, Any] | None = None, layers: Any = None
+    ) -> None:
+        """Wait for a step, record it, and report it if due. Call it once per step, in order.
+
+        Args:
+          step: its number.
+          metrics: of the step.
+          diagnostics: of the optimizer, for reported steps.
+          layers: arrays about the optimizer's blocks, for `by_layer`.
+        """
+        if layers and self.writer and self._layers_due(step):
+            self.writer.layers(step, *self.by_layer(jax.device_get(layers)))
+        both = (metrics, diagnostics or {})
+        numbers = {name: _number(value) for each in both for name, value in each.items()}
         seconds = self.clock.seconds
         consecutive_skips = int(numbers.pop("consecutive_skips"))
         self.skipped = int(numbers["skipped"])
@@ -115,6 +134,10 @@ class Journal:
         """Wait until everything is written."""
         if self.writer:
             self.writer.close()
+
+    def _layers_due(self, step: int) -> bool:
+        every = math.ceil(self.total_steps / _LAYERS_WRITTEN / max(1, self.period.steps)) * self.period.steps
+        return step in (1, self.total_steps) or Period(every).due(step)
 
     def _write(self, step: int, seconds: float, values: dict[str, Any], *, reported: bool = False) -> None:
         if self.writer:

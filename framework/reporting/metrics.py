@@ -30,7 +30,8 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, *, after_step: int, evaluated: bool):
         """Drop the lines after `after_step`, its samples and, unless `evaluated`, its evaluation: they are repeated."""
-        self._path, self._samples = workdir / layout.METRICS, workdir / layout.SAMPLES
+        self._path, self._samples, self._layers = (workdir / x for x in (layout.METRICS, layout.SAMPLES, layout.LAYERS))
+        self._layer_names: Sequence[str] = ()
         # The import of TensorBoard takes up to seconds; in a thread it delays no step.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorboard")
         self._events: Any = None
@@ -38,6 +39,7 @@ class MetricsWriter:
         self._lines: list[str] = []  # of metrics.jsonl, not yet written
         self._keep(self._path, lambda line: _stays(parse_point(line), after_step, evaluated))
         self._keep(self._samples, lambda line: _step(line) < after_step)
+        self._keep(self._layers, lambda line: _step(line) <= after_step)
 
     def write(
         self, *, step: int, seconds: float, tokens: int, values: Mapping[str, float], reported: bool = True
@@ -63,6 +65,17 @@ class MetricsWriter:
         """Append the continuations of prompts after `step`, objects with "prompt" and "text"."""
         self._append(self._samples, [json.dumps({"step": step, **each}) for each in samples])
         self._thread.submit(self._write_events, step, lambda value: _texts(value, samples))
+
+    def layers(self, step: int, names: Sequence[str], values: Mapping[str, Any]) -> None:
+        """Append measurements of each layer after `step`: metric -> [layers], as null where a number is not finite."""
+        if not names:
+            return
+        line: dict[str, Any] = {"step": step}
+        if names != self._layer_names:  # the first time
+            self._layer_names = line["names"] = names
+        for name, each in values.items():
+            line[name] = [float(f"{value:.4g}") if math.isfinite(value) else None for value in each]
+        self._append(self._layers, [json.dumps(line)])
 
     def _append(self, path: Path, lines: Sequence[str]) -> None:
         if not lines:

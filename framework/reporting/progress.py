@@ -10,6 +10,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from ..sharding import chips
+from .status import short
 
 _IMPORTED = time.monotonic()
 _SHOWN_WAIT = 0.05  # of the time; laying a batch over the devices takes less
@@ -118,7 +119,7 @@ def progress_line(step: int, total_steps: int, values: Mapping[str, float], rema
     speed = {name.removeprefix("throughput/"): each for name, each in values.items() if name.startswith("throughput/")}
     if speed:
         unit = "tokens" if "tokens_per_second" in speed else "examples"
-        parts += [f"{speed['steps_per_second']:.3g} steps/s", f"{_short(speed[f'{unit}_per_second'])} {unit}/s"]
+        parts += [f"{speed['steps_per_second']:.3g} steps/s", f"{short(speed[f'{unit}_per_second'])} {unit}/s"]
     if "mfu" in speed:
         parts.append(f"MFU {speed['mfu']:.1%}")
     if speed.get("input_wait", 0) >= _SHOWN_WAIT:
@@ -126,8 +127,3 @@ def progress_line(step: int, total_steps: int, values: Mapping[str, float], rema
     if remaining:
         parts.append(f"ETA {datetime.timedelta(seconds=round(remaining))}")
     return "  ".join(parts)
-
-
-def _short(number: float) -> str:
-    unit, factor = next((each for each in (("G", 1e9), ("M", 1e6), ("k", 1e3)) if number >= each[1]), ("", 1.0))
-    return f"{number / factor:.3g}{unit}"

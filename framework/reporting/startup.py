@@ -1,13 +1,24 @@
 """Show the parameters, memory and restored state of a run at its start."""
 
+import datetime
+import json
 import math
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from ...optimizers.plan import patterns
+from ..base import paths
 from ..base import workdir as layout
 from ..checkpoint import takeover
 from ..checkpoint.inspect import aligned
@@ -66,6 +77,46 @@ def show_parameters(rows: Sequence[Row], workdir: Path) -> None:
     rest = [row.count for i, row in enumerate(rows) if i not in large]
     more = [Row(f"({len(rest)} more in {layout.PARAMETERS})", count=sum(rest))] if rest else []
     say(table([*(rows[i] for i in sorted(large)), *more]))
+
+
+def note_start(workdir: Path, mesh: Mesh, *, step: int, total_steps: int) -> None:
+    """Append when, where and how this process starts to `starts.jsonl`."""
+    if jax.process_index() != 0:
+        return
+    kinds = sorted({device.device_kind for device in mesh.devices.flat})
+    start = {
+        "started": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}",
+        "command": shlex.join([*_program(), *sys.argv[1:]]),
+        "folder": str(Path.cwd()),
+        "commit": _commit(Path.cwd()) or _commit(Path(__file__).parent) or "not in a git repository",
+        "machine": f"{socket.gethostname()}, {os.cpu_count()} cores",
+        "devices": f"{mesh.size} x {', '.join(kinds)}",
+        "processes": jax.process_count(),
+        "mesh": ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device",
+        "versions": f"Python {platform.python_version()}, JAX {jax.__version__}, Flax {metadata.version('flax')}",
+        "from_step": step,
+        "total_steps": total_steps,
+    }
+    path = workdir / layout.STARTS
+    try:
+        before = path.read_text() if path.exists() else ""
+        paths.write_text(path, f"{before}{json.dumps(start)}\n")
+    except OSError as error:
+        say(f"warning: {path} could not be written ({error.strerror})")
+
+
+def _program() -> list[str]:
+    name = Path(sys.argv[0]).name
+    return ["python", "-m", __name__.partition(".")[0]] if name == "__main__.py" else [name]
+
+
+def _commit(folder: Path) -> str:
+    """Return the abbreviated commit that is checked out, "-dirty" after it for changed files, "" without git."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--match="]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def show_takeover(taken: takeover.Takeover, workdir: Path) -> None:

@@ -110,11 +110,15 @@ def make_train_step(
 
 
 def make_diagnosis(abstract: TrainState, mesh: Mesh) -> jax.stages.Wrapped:
-    """Return the jitted `opt_state -> {"optimizer/<diagnostic>": scalar}`. Only reported steps run it."""
+    """Return the jitted `opt_state -> ({"optimizer/<diagnostic>": scalar}, arrays about its blocks)`.
 
-    def diagnose(opt_state: Any) -> Scalars:
+    Only reported steps run it.
+    """
+
+    def diagnose(opt_state: Any) -> tuple[Scalars, Any]:
         values = optimizer.diagnostics(opt_state)
-        return Scalars.pack({f"optimizer/{name}": value for name, value in values.items()})
+        scalars = Scalars.pack({f"optimizer/{name}": value for name, value in values.items()})
+        return scalars, optimizer.by_block(opt_state)
 
     return jax.jit(diagnose, in_shardings=(shardings(abstract.opt_state),), out_shardings=meshes.replicated(mesh))
 

@@ -21,6 +21,7 @@ from shampax.framework.checkpoint.record import Record
 from shampax.framework.distributed.signals import StopSignals
 from shampax.framework.loop import Run
 from shampax.framework.reporting import journal
+from shampax.framework.reporting.runs import LAYER_METRICS, read_run
 from shampax.framework.step.state import TrainState
 from shampax.framework.train import train
 from shampax.launch import train as launch_train
@@ -346,6 +347,11 @@ def test_shampoo_trains_and_reports_its_diagnostics(shampoo_runs):
     assert result["optimizer"] == "ShampooOptions"
     assert result["refreshes"] > 0
     assert "optimizer/refreshes" in lines(workdir)[0]
+    run = read_run(workdir)
+    assert run.layers is not None and set(run.layers.values) == set(LAYER_METRICS)
+    assert run.layers.steps[[0, -1]].tolist() == [1, result["steps"]]
+    np.testing.assert_array_less(0, run.layers.values["condition"][:, -1])
+    assert run.starts[-1]["total_steps"] == result["steps"]
     assert "shampoo" in (workdir / "parameters.txt").read_text()
     assert result["heldout_loss"] < 2.7
 
@@ -477,7 +483,7 @@ def test_the_host_runs_exactly_one_step_ahead():
         return TrainState(None, None, f"after {batch}", None, None), "metrics"
 
     def diagnose(opt_state):
-        return f"diagnosed {opt_state}"
+        return f"diagnosed {opt_state}", f"layers {opt_state}"
 
     class Service:
         def install(self, opt_state):
@@ -508,6 +514,6 @@ def test_the_host_runs_exactly_one_step_ahead():
     assert events == [
         *["install", "dispatch a", "take after a"],
         *["install", "dispatch b", "take after b", "read 5 ('metrics',)"],
-        *["install", "dispatch c", "take after c", "read 6 ('metrics', 'diagnosed after b')"],
+        *["install", "dispatch c", "take after c", "read 6 ('metrics', 'diagnosed after b', 'layers after b')"],
         *["read 7 ('metrics',)", "flush"],
     ]

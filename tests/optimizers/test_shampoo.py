@@ -550,6 +550,12 @@ def test_diagnostics_of_a_known_case(solver):
         "fallbacks": 0,
     }
     assert diagnostics == pytest.approx(wanted, rel=2e-3)
+    layout = run.states[-1].layout
+    names, layers = layout.diagnostics_by_layer(jax.device_get(layout.diagnostics_by_block(run.states[-1])))
+    assert names == ["w"]
+    assert {name: float(values[0]) for name, values in layers.items()} == pytest.approx(
+        {name: wanted[name] for name in layers}, rel=2e-3
+    )
     first = run.states[0].layout.diagnostics(run.states[0])
     assert first["refreshes"] == 1 and first[f"{bucket.name}/graft_ratio"] == 0
 

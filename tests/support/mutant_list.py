@@ -2656,6 +2656,84 @@ DOCS = (
     ),
 )
 
+REPORTS: tuple[Mutant, ...] = (
+    Mutant(
+        "killed-run-runs",
+        "framework/reporting/status.py",
+        "        except ProcessLookupError:\n            return False",
+        "        except ProcessLookupError:\n            return True",
+        "The report calls a killed run running, all weekend.",
+        ("tests/framework/reporting/test_status.py::test_states",),
+    ),
+    Mutant(
+        "ahead-seems-better",
+        "framework/reporting/status.py",
+        "difference, where, at = here - there,",
+        "difference, where, at = values[-1] - there,",
+        "A run that is further along seems better than its baseline.",
+        ("tests/framework/reporting/test_status.py::test_loss_against_the_baseline",),
+    ),
+    Mutant(
+        "other-tokenizers-compared",
+        "framework/reporting/curves.py",
+        'return [knobs.get("task.name"), kept]',
+        "return []",
+        "Losses per token of two tokenizers are compared.",
+        (
+            "tests/framework/reporting/test_curves.py::test_runs_on_other_data_or_tokenizers_have_other_targets",
+            "tests/framework/reporting/test_page.py::test_runs_on_other_data_compare_in_bits_per_byte_or_not_at_all",
+        ),
+    ),
+    Mutant(
+        "name-ends-the-script",
+        "framework/reporting/page.py",
+        '.replace("<", "\\\\u003c")',
+        "",
+        "A folder's name is run as a script in the browser.",
+        ("tests/framework/reporting/test_page.py::test_all_text_is_one_json_that_cannot_end_the_script",),
+    ),
+    Mutant(
+        "zeros-fill-the-report",
+        "framework/reporting/page.py",
+        "if len(values) == 1:",
+        "if len(values) == 0:",
+        "A healthy run shows a wall of flat lines.",
+        ("tests/framework/reporting/test_page.py::test_what_never_changes_is_folded_into_a_sentence",),
+    ),
+    Mutant(
+        "spikes-thinned-away",
+        "framework/reporting/curves.py",
+        "np.maximum.reduceat(band.high, starts)",
+        "band.high[starts]",
+        "A spike of a long run is not in its report.",
+        ("tests/framework/reporting/test_curves.py::test_a_long_band_is_thinned_to_means_within_its_range",),
+    ),
+    Mutant(
+        "watched-for-ever",
+        "launch/report.py",
+        "        _write(workdirs, output, options.baseline, 0)",
+        "        pass",
+        "A browser reads the page of a run that has ended again and again.",
+        ("tests/launch/test_report.py::test_watch_writes_again_until_the_run_has_ended",),
+    ),
+    Mutant(
+        "layers-of-others",
+        "optimizers/diagnostics.py",
+        "            first += view.stacked",
+        "            first += 1",
+        "The heat maps show a layer the values of another.",
+        ("tests/optimizers/test_diagnostics.py::test_layers_are_entries_of_the_first_stacked_axis",),
+    ),
+    Mutant(
+        "layers-twice-after-a-resume",
+        "framework/reporting/metrics.py",
+        "        self._keep(self._layers, lambda line: _step(line) <= after_step)\n",
+        "",
+        "After a resume, the heat maps have some steps twice.",
+        ("tests/framework/reporting/test_metrics.py::test_layers_are_named_once_and_dropped_on_resume",),
+    ),
+)
+
 MUTANTS: tuple[Mutant, ...] = (
     *OPTIMIZERS,
     *FRAMEWORK,
@@ -2669,4 +2747,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *CHATS,
     *ADAPTERS,
     *DOCS,
+    *REPORTS,
 )

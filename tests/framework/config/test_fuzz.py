@@ -298,7 +298,7 @@ def tables(path):
     groups = curves.groups([run, run])
     for key in run.keys():  # noqa: SIM118  (no mapping)
         run.curve(key, "tokens")
-    return page.results([run]), page.race(groups), curves.differences([run.config, CONFIG])
+    return page.contents([run]), page.race(groups), curves.differences([run.config, CONFIG])
 
 
 @fuzz

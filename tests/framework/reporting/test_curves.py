@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 
 from shampax.framework.reporting import curves
-from shampax.framework.reporting.runs import Run
+from shampax.framework.reporting.runs import Run, measured
 
 
 def make_run(path="run", *, config=None, **columns):
     names, values = list(columns), zip(*columns.values(), strict=True)
-    points = tuple({"tokens": 0} | dict(zip(names, row, strict=True)) for row in values)
-    return Run(pathlib.Path(path), points, config or {}, None, ())
+    points = [
+        {"step": i, "seconds": 0, "tokens": 0} | dict(zip(names, row, strict=True)) for i, row in enumerate(values)
+    ]
+    return Run(pathlib.Path(path), measured(points), config or {}, None)
 
 
 def make_group(*runs):
@@ -92,3 +94,28 @@ def test_reach_interpolates_to_the_first_crossing(target, expected):
 def test_differences_names_differing_keys():
     configs = [{"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}}]
     assert curves.differences(configs) == {"a.c": [2, 5], "d": [3, None]}
+
+
+def test_a_long_band_is_thinned_to_means_within_its_range():
+    """Faults: the page of a long run has a million points; a spike or the last value is lost."""
+    y = np.linspace(9, 1, 10_001)
+    y[5_000] = 50
+    line = curves.thinned(curves.Band(np.arange(10_001.0), y, y, y), 400)
+    assert len(line.x) <= 400 and np.all(np.diff(line.x) > 0)
+    assert (line.x[0], line.x[-1], line.mean[0], line.mean[-1]) == (0, 10_000, 9, 1)
+    assert line.high.max() == 50 and line.mean.max() < 10
+    assert np.sum(line.x < 100) > 20  # the beginning of the run on a logarithmic axis
+    short = curves.Band(*np.ones((4, 400)))
+    assert curves.thinned(short, 400) is short
+
+
+def test_runs_on_other_data_or_tokenizers_have_other_targets():
+    """Faults: losses per token of two tokenizers are compared; a copy of the data counts as other data."""
+
+    def same(**changed):
+        config = {"task": {"name": "lm"}, "data": {"source": "a", "vocab_size": 10, "workers": 1}}
+        other = {"task": {"name": "lm", "layers": 9}, "data": config["data"] | changed}
+        return curves.same_targets([make_group(make_run(config=each)) for each in (config, other)])
+
+    assert same() and same(workers=4) and same(data_dir="/elsewhere")
+    assert not same(source="b") and not same(vocab_size=20) and not same(tokenizer="own.json")

@@ -20,7 +20,8 @@ STEP = COUNTS | {"loss": 2.0, "learning_rate": 0.1}
 def journal_of(writer=None):
     pace = {"total_steps": 1000, "tokens_per_step": 64}
     speedometer = progress.Speedometer(meshes.make_mesh({"data": -1}), examples_per_step=4, flops_per_step=1.0, **pace)
-    return Journal(writer, speedometer, progress.Clock(0.0), (), start=Record(), period=Period(100), **pace)
+    more = {"start": Record(), "period": Period(100), "by_layer": dict, **pace}
+    return Journal(writer, speedometer, progress.Clock(0.0), (), **more)
 
 
 @pytest.fixture

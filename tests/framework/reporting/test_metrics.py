@@ -44,6 +44,19 @@ def test_resuming_drops_later_and_truncated_lines(tmp_path):
     assert path.read_text() == "".join(lines[:3])
 
 
+def test_layers_are_named_once_and_dropped_on_resume(tmp_path):
+    """Faults: the table doubles in length; after a resume it has steps twice."""
+    writer = MetricsWriter(tmp_path, after_step=0, evaluated=True)
+    for step in (1, 2, 3):
+        writer.layers(step, ["a", "b"], {"condition": [12345.678, float("nan")]})
+    writer.layers(4, [], {})
+    writer.close()
+    MetricsWriter(tmp_path, after_step=2, evaluated=True).close()
+    first, second = map(json.loads, (tmp_path / "layers.jsonl").read_text().splitlines())
+    assert first == {"step": 1, "names": ["a", "b"], "condition": [12350.0, None]}
+    assert second == {"step": 2, "condition": [12350.0, None]}
+
+
 def broken(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
 
@@ -77,7 +90,7 @@ def test_lines_are_written_again_after_a_full_disk(tmp_path, capsys):
     writer.close()
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: measurements are missing in metrics.jsonl (IsADirectoryError: ")
-    assert [point["step"] for point in read_run(tmp_path).points] == [4]
+    assert read_run(tmp_path).points.axes["step"] == [4]
 
 
 def test_a_run_that_cannot_write_its_reports_trains_to_its_end(tmp_path, monkeypatch, capsys):

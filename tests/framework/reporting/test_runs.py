@@ -33,14 +33,19 @@ def test_curve_of_a_key_never_measured_is_empty(tmp_path):
 def test_lines_of_one_step_are_one_point(tmp_path):
     write(tmp_path, [point(10, **{"train/loss": 2.0}), point(10, **{"heldout/loss": 3.0})])
     run = runs.read_run(tmp_path)
-    assert run.points == (point(10, **{"train/loss": 2.0, "heldout/loss": 3.0}),)
+    assert {axis: values.tolist() for axis, values in run.points.axes.items()} == {
+        "step": [10],
+        "seconds": [5],
+        "tokens": [1000],
+    }
+    assert (run.last("train/loss"), run.last("heldout/loss")) == (2, 3)
     assert run.keys() == ["heldout/loss", "train/loss"]
 
 
 def test_truncated_last_line_is_left_out_with_a_note(tmp_path):
     write(tmp_path, [point(1, a=1.0)], tail='{"step": 2, "a": 0.')
     run = runs.read_run(tmp_path)
-    assert run.points == (point(1, a=1.0),)
+    assert (run.steps, run.last("a")) == (1, 1)
     assert any("line 2" in note for note in run.notes)
 
 
@@ -73,3 +78,19 @@ def test_damaged_result_is_a_user_error(tmp_path):
     (tmp_path / workdir.RESULT).write_text("{")
     with pytest.raises(UserError, match=r"result\.json"):
         runs.read_run(tmp_path)
+
+
+def test_layers_are_read_until_their_table_changes(tmp_path):
+    """Faults: layers of another optimizer join the table; a damaged line ends the report."""
+    write(tmp_path, [point(1)])
+    metrics = {name: [1.0, None] for name in runs.LAYER_METRICS}
+    lines = [
+        {"step": 1, "names": ["other"], **{name: [5.0] for name in runs.LAYER_METRICS}},
+        {"step": 2, "names": ["a", "b"], **metrics},
+        {"step": 3, "names": 7, **metrics},
+        {"step": 4, **metrics, "condition": [1.0]},
+    ]
+    (tmp_path / workdir.LAYERS).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "na')
+    layers = runs.read_run(tmp_path).layers
+    assert layers.names == ("a", "b") and layers.steps.tolist() == [2, 3]
+    np.testing.assert_array_equal(layers.values["condition"], [[1, 1], [np.nan, np.nan]])
