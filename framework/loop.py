@@ -20,6 +20,8 @@ from .distributed.signals import StopSignals
 from .reporting.journal import Journal
 from .reporting.metrics import MetricsWriter
 from .reporting.progress import Clock, Speedometer
+from .reporting.trackers.choice import tracked
+from .reporting.trackers.relay import Relay
 from .reporting.watchdog import Watchdog
 from .setup import Blueprint
 from .step.state import TrainState
@@ -94,7 +96,9 @@ class Run:
         pace = {"total_steps": self.blueprint.total_steps, "tokens_per_step": self.blueprint.tokens_per_step}
         writer = None
         if jax.process_index() == 0:
-            writer = MetricsWriter(request.workdir, after_step=record.step, evaluated=record.evaluated)
+            told = tracked(request.workdir, request.config) if request.trackers else None
+            trackers = [Relay(name, section, told) for name, section in request.trackers.items() if told]
+            writer = MetricsWriter(request.workdir, trackers, after_step=record.step, evaluated=record.evaluated)
         flops = request.task.flops(self.blueprint.feed.batch_spec)
         examples = request.config.batch_size
         return Journal(
@@ -109,8 +113,10 @@ class Run:
         )
 
     def __enter__(self):
-        for each in (self._signals, *map(contextlib.closing, (self.journal, self.saver, self.service, self._batches))):
-            self._open.enter_context(each)
+        self._open.enter_context(self._signals)
+        self._open.callback(lambda: self.journal.close(complete=self.at_end))
+        for each in (self.saver, self.service, self._batches):
+            self._open.enter_context(contextlib.closing(each))
         self.state = dataclasses.replace(self.state, opt_state=self.service.start(self.state.opt_state))
         return self
 

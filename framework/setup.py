@@ -28,6 +28,7 @@ from .config.sets import Mixture, heldout_sets, mixture
 from .data.feed import Feed, no_epochs
 from .distributed import console
 from .reporting import profiling, startup
+from .reporting.trackers.choice import chosen
 from .reporting.watchdog import Watchdog
 from .sharding import global_batch, placement
 from .step import compilation_cache, compiler_options
@@ -53,6 +54,7 @@ class Request:
       options: of the optimizer.
       mesh: the devices.
       profile_steps: steps to profile.
+      trackers: by name, each as the section of a component.
     """
 
     config: Any
@@ -64,6 +66,7 @@ class Request:
     options: Any
     mesh: Mesh
     profile_steps: range
+    trackers: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +135,7 @@ def examine(config: Any, workdir: str | Path, devices: Sequence[Any] | None) -> 
     """
     Ranking.of(config.evaluation.best_metric, config.evaluation.best_mode)
     task, data, options = components.build_all(config)
-    profile_steps = profiling.parse(config.profile_steps)
+    profile_steps, trackers = profiling.parse(config.profile_steps), chosen(config)
     mesh = placement.mesh_of(config, devices)
     console.say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
     compiling = compiler_options.choose(config.compiler_options, mesh.devices.flat[0])
@@ -140,7 +143,7 @@ def examine(config: Any, workdir: str | Path, devices: Sequence[Any] | None) -> 
         compiler_options.compile_with(jax.jit(lambda: 0).lower(), compiling)
     console.say(f"compiler options: {' '.join(map('='.join, compiling.items())) or 'none'}")
     further = mixture(config), heldout_sets(config)
-    return Request(config, _absolute(workdir), task, data, *further, options, mesh, profile_steps)
+    return Request(config, _absolute(workdir), task, data, *further, options, mesh, profile_steps, trackers)
 
 
 @contextlib.contextmanager

@@ -5,10 +5,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("launch", "configs", "framework", "models", "optimizers", "benchmarks")
-# A config file is Python and names its components by import string, so these two modules run code of the user. The
-# package's __init__ and the command import by name, but only names of their own.
+# A config file is Python and names its components and trackers by import string, so these modules run code of the
+# user. The package's __init__ and the command import by name, but only names of their own.
+TRACKER = "framework/reporting/trackers/__main__.py"
 RUNS_CONFIG_FILES = {"framework/config/files.py"}
-IMPORTS_BY_NAME = RUNS_CONFIG_FILES | {"framework/config/components.py", "__init__.py", "launch/main.py"}
+IMPORTS_BY_NAME = RUNS_CONFIG_FILES | {"framework/config/components.py", "__init__.py", "launch/main.py", TRACKER}
 EXECUTING_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "code", "runpy"}
 EXECUTING_CALLS = {"eval", "exec", "compile", "__import__"}
 

@@ -19,6 +19,7 @@ DAMAGED = "damaged"  # damaged checkpoints, moved out of the way
 CHANGES = "changes"  # what later starts have changed in the config, a file for each, named by the time in UTC
 RESTORED = "restored.txt"  # what the newest start took over from a checkpoint, line by line
 STALLS = "stalls"  # stack traces of each process, written when nothing has moved for a while
+TRACKED = "tracked.txt"  # id of the run in experiment trackers
 LOCK = "lock"  # held by the run that uses the workdir
 CACHE = "data"  # tokenizer and packed examples
 

@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "sharding_rules",
     "microbatches",
     "log",
+    "trackers",
     "checkpoint",
     "compilation_cache",
     "compiler_options",
@@ -59,6 +60,7 @@ TYPES = {
     "evaluation.sets": tuple[str, ...],
     "samples.prompts": tuple[str, ...],
     "mixture": tuple[str, ...],
+    "trackers": tuple[str, ...],
 }
 
 # Sensible values of numbers. `check` bounds all other numbers by int32 and float32.
@@ -140,6 +142,7 @@ def get_config() -> Any:
     config.renamed = ()  # (old, new) parameter paths or prefixes, to load a checkpoint that uses other names
     config.log = ConfigDict()
     config.log.every = "10 steps"  # how often to report to the console; metrics.jsonl has every step
+    config.trackers = ("tensorboard",)  # tensorboard, wandb, mlflow, aim; an option is one more: "wandb.project=mine"
     config.watchdog = ConfigDict()
     config.watchdog.report_after = 300.0  # report a stalled process after this many seconds without progress; 0: never
     config.watchdog.end_after = 3600.0  # end the run (exit code 75) after this many seconds without progress; 0: never

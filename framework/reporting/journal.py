@@ -130,10 +130,10 @@ class Journal:
         if self.writer:
             self.writer.flush()
 
-    def close(self) -> None:
-        """Wait until everything is written."""
+    def close(self, *, complete: bool) -> None:
+        """Write everything, and let the trackers finish."""
         if self.writer:
-            self.writer.close()
+            self.writer.close(complete=complete)
 
     def _layers_due(self, step: int) -> bool:
         every = math.ceil(self.total_steps / _LAYERS_WRITTEN / max(1, self.period.steps)) * self.period.steps

@@ -1,16 +1,11 @@
-"""Write measurements and samples to the workdir: JSON lines for programs, TensorBoard events for browsers.
+"""Write measurements and samples to the workdir as JSON lines, and give them to the trackers.
 
-If the disk or TensorBoard fails, the run warns and continues without these files.
+If the disk or a tracker fails, the run warns and continues without it.
 """
 
-import contextlib
 import json
 import math
-import os
-import socket
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +14,21 @@ from ..base import workdir as layout
 from ..base.json_files import is_number, parse_object
 from ..distributed import console
 from .runs import parse_point
+from .trackers.relay import Relay
 
 
 class MetricsWriter:
-    """Write lines of `metrics.jsonl` and `samples.jsonl`, and the same as TensorBoard events.
+    """Write lines of `metrics.jsonl` and `samples.jsonl`, and send what is reported to trackers.
 
     One process of a run writes. When a run resumes, lines after its checkpoint are dropped, so that its history equals
     that of an uninterrupted run.
     """
 
-    def __init__(self, workdir: Path, *, after_step: int, evaluated: bool):
+    def __init__(self, workdir: Path, trackers: Sequence[Relay] = (), *, after_step: int, evaluated: bool):
         """Drop the lines after `after_step`, its samples and, unless `evaluated`, its evaluation: they are repeated."""
         self._path, self._samples, self._layers = (workdir / x for x in (layout.METRICS, layout.SAMPLES, layout.LAYERS))
         self._layer_names: Sequence[str] = ()
-        # The import of TensorBoard takes up to seconds; in a thread it delays no step.
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorboard")
-        self._events: Any = None
+        self._trackers = trackers
         self._warned: set[str] = set()  # the files that could not be written
         self._lines: list[str] = []  # of metrics.jsonl, not yet written
         self._keep(self._path, lambda line: _stays(parse_point(line), after_step, evaluated))
@@ -46,7 +40,7 @@ class MetricsWriter:
     ) -> None:
         """Append the measurements after `step`. A number that is not finite becomes null.
 
-        What is not `reported` is kept until `flush` or the next report, and is no event.
+        What is not `reported` is kept until `flush` or the next report, and trackers do not get it.
         """
         line = {"step": step, "seconds": round(seconds, 3), "tokens": tokens} | {
             name: value if math.isfinite(value) else None for name, value in values.items()
@@ -54,7 +48,7 @@ class MetricsWriter:
         self._lines.append(json.dumps(line))
         if reported:
             self.flush()
-            self._thread.submit(self._write_events, step, lambda value: _scalars(value, values))
+            self._send(step=step, values=dict(values))
 
     def flush(self) -> None:
         """Write the lines that are kept."""
@@ -64,7 +58,11 @@ class MetricsWriter:
     def samples(self, *, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Append the continuations of prompts after `step`, objects with "prompt" and "text"."""
         self._append(self._samples, [json.dumps({"step": step, **each}) for each in samples])
-        self._thread.submit(self._write_events, step, lambda value: _texts(value, samples))
+        self._send(step=step, texts=list(samples))
+
+    def _send(self, **message: Any) -> None:
+        for tracker in self._trackers:
+            tracker.send(**message)
 
     def layers(self, step: int, names: Sequence[str], values: Mapping[str, Any]) -> None:
         """Append measurements of each layer after `step`: metric -> [layers], as null where a number is not finite."""
@@ -97,55 +95,17 @@ class MetricsWriter:
         except OSError as error:
             self._warn(path.name, error)
 
-    def close(self) -> None:
-        """Wait until everything is written."""
+    def close(self, *, complete: bool) -> None:
+        """Write what is kept, and let the trackers finish; `complete` tells whether the run has taken all its steps."""
         self.flush()
-        self._thread.shutdown()
-        if self._events:
-            with contextlib.suppress(OSError):  # each event is flushed as it is written
-                self._events.close()
-
-    def _write_events(self, step: int, values: Callable[[Any], list[Any]]) -> None:
-        if "events" in self._warned:
-            return
-        try:
-            # clu's writer needs TensorFlow, which takes 1.3 GB on disk.
-            from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-            from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-            from tensorboard.summary.writer.record_writer import RecordWriter
-
-            if self._events is None:
-                name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-                self._events = (self._path.parent / name).open("wb")
-                first = Event(wall_time=time.time(), file_version="brain.Event:2")
-                RecordWriter(self._events).write(first.SerializeToString())
-            event = Event(wall_time=time.time(), step=step, summary=Summary(value=values(Summary.Value)))
-            RecordWriter(self._events).write(event.SerializeToString())
-            self._events.flush()
-        except Exception as error:  # an installed TensorFlow may be broken in any way
-            self._warn("events", error)
+        for tracker in self._trackers:
+            tracker.close(complete)
 
     def _warn(self, what: str, error: Exception) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            rest = "TensorBoard events are off" if what == "events" else f"measurements are missing in {what}"
-            console.say(f"warning: {rest} ({type(error).__name__}: {error}). Training continues.")
-
-
-def _scalars(value: Any, values: Mapping[str, float]) -> list[Any]:
-    return [value(tag=name, simple_value=number) for name, number in values.items()]
-
-
-def _texts(value: Any, samples: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Return values for TensorBoard's text plugin."""
-    return [
-        value(
-            tag=f"samples/{number}",
-            metadata={"plugin_data": {"plugin_name": "text"}},
-            tensor={"dtype": "DT_STRING", "string_val": [f"**{each['prompt']}**{each['text']}".encode()]},
-        )
-        for number, each in enumerate(samples)
-    ]
+            told = f"measurements are missing in {what} ({type(error).__name__}: {error})"
+            console.say(f"warning: {told}. Training continues.")
 
 
 def _step(line: str) -> float:

@@ -61,7 +61,7 @@ def test_every_step_is_recorded_and_written_at_reports_and_pauses(tmp_path):
         counts.append(len((tmp_path / "metrics.jsonl").read_text().splitlines()))
     journal.flush()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    journal.close()
+    journal.close(complete=False)
     assert counts == [1] * 99 + [100] * 3
     assert [line["step"] for line in lines] == [*range(1, 103)]
     assert {line["train/loss"] for line in lines} == {0.1}  # the shortest number with these 32 bits

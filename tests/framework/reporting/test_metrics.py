@@ -7,13 +7,17 @@ from toy_runs import make_config
 
 from shampax.framework.reporting.metrics import MetricsWriter
 from shampax.framework.reporting.runs import read_run
+from shampax.framework.reporting.trackers.relay import Relay
+from shampax.framework.reporting.trackers.tracker import TrackedRun
 from shampax.framework.train import train
 
 
-def write(workdir, step, values, after_step=0):
-    writer = MetricsWriter(workdir, after_step=after_step, evaluated=True)
+def write(workdir, step, values):
+    run = TrackedRun("1d", "run", str(workdir), {})
+    events = Relay("tensorboard", {"name": "shampax.framework.reporting.trackers.tensorboard:TensorBoard"}, run)
+    writer = MetricsWriter(workdir, [events], after_step=0, evaluated=True)
     writer.write(step=step, seconds=1.23456, tokens=10 * step, values=values)
-    writer.close()
+    writer.close(complete=True)
 
 
 def test_lines_and_events(tmp_path):
@@ -40,7 +44,7 @@ def test_resuming_drops_later_and_truncated_lines(tmp_path):
     lines = [f'{{"step": {step}, "seconds": 0.5, "tokens": 9, "a": {step}}}\n' for step in (1, 5, 5, 6)]
     damaged = b'[1]\n{"step": 1}\n{"step": "1"}\n\xff\n{"step": 4, "a"\n'
     path.write_bytes(lines[0].encode() + damaged + "".join(lines[1:]).encode() + b'{"step": 7, "a"')
-    MetricsWriter(tmp_path, after_step=5, evaluated=True).close()
+    MetricsWriter(tmp_path, after_step=5, evaluated=True).close(complete=True)
     assert path.read_text() == "".join(lines[:3])
 
 
@@ -50,31 +54,11 @@ def test_layers_are_named_once_and_dropped_on_resume(tmp_path):
     for step in (1, 2, 3):
         writer.layers(step, ["a", "b"], {"condition": [12345.678, float("nan")]})
     writer.layers(4, [], {})
-    writer.close()
-    MetricsWriter(tmp_path, after_step=2, evaluated=True).close()
+    writer.close(complete=True)
+    MetricsWriter(tmp_path, after_step=2, evaluated=True).close(complete=True)
     first, second = map(json.loads, (tmp_path / "layers.jsonl").read_text().splitlines())
     assert first == {"step": 1, "names": ["a", "b"], "condition": [12350.0, None]}
     assert second == {"step": 2, "condition": [12350.0, None]}
-
-
-def broken(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
-
-
-def test_broken_events_are_one_warning(tmp_path, monkeypatch, capsys):
-    """Faults: the run ends with an ImportError; a warning for each step; the lines stop too."""
-    broken(monkeypatch)
-    for step in (1, 2):
-        write(tmp_path, step, {"a": 1.0}, after_step=9)
-    writer = MetricsWriter(tmp_path, after_step=9, evaluated=True)
-    for step in (3, 4):
-        writer.write(step=step, seconds=1.0, tokens=step, values={"a": 1.0})
-    writer.close()
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
-    (*_, last) = warnings = capsys.readouterr().out.splitlines()
-    assert len(warnings) == 3  # one for each writer
-    assert last.startswith("warning: TensorBoard events are off (ModuleNotFoundError: ")
-    assert last.endswith("Training continues.")
 
 
 def test_lines_are_written_again_after_a_full_disk(tmp_path, capsys):
@@ -87,21 +71,22 @@ def test_lines_are_written_again_after_a_full_disk(tmp_path, capsys):
     path.rmdir()
     path.write_text('{"step": 3, "sec')
     writer.write(step=4, seconds=1.0, tokens=1, values={})
-    writer.close()
+    writer.close(complete=True)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: measurements are missing in metrics.jsonl (IsADirectoryError: ")
     assert read_run(tmp_path).points.axes["step"] == [4]
 
 
-def test_a_run_that_cannot_write_its_reports_trains_to_its_end(tmp_path, monkeypatch, capsys):
+def test_a_run_that_cannot_write_its_reports_trains_to_its_end(tmp_path, capfd):
     """Fault: everything is trained, then a traceback in place of result.json."""
-    broken(monkeypatch)
     for name in ("metrics.jsonl", "parameters.txt"):
         (tmp_path / name).mkdir()
-    result = train(make_config(duration="3 steps"), tmp_path, devices=jax.devices()[:1])
+    (tmp_path / "tracked.txt").mkdir()
+    broken = ("bad.name=trackers:Recorder", f"bad.path={tmp_path}")
+    result = train(make_config(duration="3 steps", trackers=broken), tmp_path, devices=jax.devices()[:1])
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert (result["steps"], result["stopped"]) == (3, None)
-    assert capsys.readouterr().out.count("warning: ") == 3
+    assert capfd.readouterr().out.count("warning: ") == 4
 
 
 def test_training_imports_neither_tensorflow_nor_flax_nor_plotly():

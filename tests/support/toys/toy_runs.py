@@ -27,6 +27,7 @@ def make_config(**changes):
     config.evaluation.every = "4 steps"
     config.checkpoint.every = "5 steps"
     config.log.every = "2 steps"
+    config.trackers = ()
     config.schedule.learning_rate = 0.02
     config.update_from_flattened_dict(changes)
     return config
