@@ -154,11 +154,10 @@ def _full(config: Any, options: dict[str, Any], **sizes: Any) -> None:
     # Keep what elementwise operations need, but for the largest; logits of a whole batch would take 17 GB per chip.
     common |= {"remat": "qkv context attention_out gate", "loss_chunks": 8}
     lm.select(config, source="tfds:c4/en:3.1.0", sequence_length=4_096, **(common | options | sizes))
-    config.optimizer = base.component(base.SHAMPOO, block_size=2_048, interval=50, weight_decay=0.1)
     config.duration = "160e9 tokens"
     config.batch_size = 1_024
     config.mesh.fsdp = 128
-    lm.large_run(config, learning_rate=3e-4, warmup="2_000 steps")
+    lm.large_run(config, block_size=2_048, learning_rate=3e-4, warmup="2_000 steps")
 
 
 def _small(config: Any, options: dict[str, Any], **sizes: Any) -> None:

@@ -136,8 +136,15 @@ def sample_moe(config: Any) -> None:
     config.mesh.expert = 2
 
 
-def large_run(config: Any, *, learning_rate: float, warmup: str) -> None:
-    """Set the schedule, and intervals for days."""
+def large_run(config: Any, *, block_size: int, learning_rate: float, warmup: str) -> None:
+    """Set the optimizer and its schedule, and intervals for days."""
+    config.optimizer = base.component(
+        base.SHAMPOO,
+        block_size=block_size,
+        interval=50,
+        weight_decay=0.1,
+        roots_dtype="bfloat16",  # as good as float32 on the samples (docs/results/memory.md)
+    )
     config.schedule.learning_rate = learning_rate
     config.schedule.warmup = warmup
     config.schedule.final_fraction = 0.1
@@ -162,11 +169,10 @@ def one_billion(config: Any) -> None:
         remat="best",
         z_loss=1e-4,
     )
-    config.optimizer = base.component(base.SHAMPOO, block_size=1_024, interval=50, weight_decay=0.1)
     config.duration = "25e9 tokens"
     config.batch_size = 512
     config.mesh.fsdp = 16
-    large_run(config, learning_rate=1e-3, warmup="1_000 steps")
+    large_run(config, block_size=1_024, learning_rate=1e-3, warmup="1_000 steps")
 
 
 def eight_billion(config: Any) -> None:
@@ -189,11 +195,10 @@ def eight_billion(config: Any) -> None:
         loss_chunks=8,  # the logits of a whole batch would take 17 GB per chip
         z_loss=1e-4,
     )
-    config.optimizer = base.component(base.SHAMPOO, block_size=2_048, interval=50, weight_decay=0.1)
     config.duration = "160e9 tokens"
     config.batch_size = 1_024
     config.mesh.fsdp = 128  # with a tensor axis, collectives of activations take half of the step
-    large_run(config, learning_rate=3e-4, warmup="2_000 steps")
+    large_run(config, block_size=2_048, learning_rate=3e-4, warmup="2_000 steps")
 
 
 def mixture(config: Any) -> None:
