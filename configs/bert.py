@@ -143,6 +143,7 @@ VARIANTS = {
     "paper": paper,
     "paper_512": paper_512,
 }
+BASELINES = {"sample": "sample_adamw"}
 get_config = base.of_variants(VARIANTS)
 
 

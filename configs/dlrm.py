@@ -131,4 +131,5 @@ def _criteo(config: Any, values: tuple[int, ...], **model: Any) -> None:
 
 
 VARIANTS = {"sample": sample, "sample_adagrad": sample_adagrad, "criteo_kaggle": criteo_kaggle, "paper": paper}
+BASELINES = {"sample": "sample_adagrad"}
 get_config = base.of_variants(VARIANTS)

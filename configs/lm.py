@@ -241,6 +241,7 @@ VARIANTS = {
     "moe": mixture,
     "long": long,
 }
+BASELINES = dict.fromkeys(("sample", "sample_host", "sample_kl_shampoo", "sample_soap", "sample_muon"), "sample_adamw")
 get_config = base.of_variants(VARIANTS)
 
 

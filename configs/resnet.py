@@ -115,6 +115,7 @@ def paper(config: Any) -> None:
 
 
 VARIANTS = {"sample": sample, "sample_sgd": sample_sgd, "resnet50": resnet50, "paper": paper}
+BASELINES = {"sample": "sample_sgd"}
 get_config = base.of_variants(VARIANTS)
 
 

@@ -140,6 +140,7 @@ def paper(config: Any) -> None:
 
 
 VARIANTS = {"sample": sample, "sample_adam": sample_adam, "base": transformer_base, "paper": paper}
+BASELINES = {"sample": "sample_adam"}
 get_config = base.of_variants(VARIANTS)
 
 

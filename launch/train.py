@@ -26,6 +26,7 @@ from typing import Any
 
 from ..configs import base
 from ..framework.base.errors import UserError
+from ..framework.config import files
 from ..framework.config.check import load
 from ..framework.distributed import cluster, sameness
 from ..framework.distributed.processes import Group
@@ -112,19 +113,41 @@ def _train(options: argparse.Namespace, overrides: Sequence[str], group: Group |
         raise UserError(
             f"--workdir={options.workdir}: cannot be used ({error}). Use another folder, or free some space."
         ) from error
-    _show_result(options.workdir, result)
+    _show_result(options, overrides, config, result)
     return 128 + signal.Signals[result["stopped"]] if result["stopped"] else 0
 
 
-def _show_result(workdir: str, result: dict[str, Any]) -> None:
+def _show_result(options: argparse.Namespace, overrides: Sequence[str], config: Any, result: dict[str, Any]) -> None:
     from ..framework.distributed.console import say
 
+    workdir = options.workdir
     say(f"\nResults: {workdir} (result.json, metrics.jsonl, config.json, checkpoints/, TensorBoard events)")
     if result["stopped"]:
         say(f"Stopped by {result['stopped']} after step {result['steps']}. Rerun the same command to resume.")
     else:
         python = os.path.relpath(sys.executable)
-        say(f"Draw it: {'python' if python.startswith('..') else python} -m shampax report {workdir}")
+        shampax = f"{'python' if python.startswith('..') else python} -m shampax"
+        say(f"Draw it: {shampax} report {workdir}")
+        if words := baseline(options.config, [*overrides, *options.change], config, workdir):
+            say(f"A baseline at a rate of its own: {shampax} {words}")
+
+
+def baseline(spec: str, changes: Sequence[str], config: Any, workdir: str) -> str:
+    """Return the verb and flags that train a fair baseline from scratch, "" for a run that is one.
+
+    It is the shipped one whose rate has been tuned, or else a sweep of AdamW's rate. Changes of the optimizer, of its
+    rate and of the checkpoint to resume are the run's own and stay out.
+    """
+    if config.optimizer.name.startswith(base.ADAMW.partition(":")[0]):
+        return ""
+    own = ("optimizer.", "schedule.learning_rate=", "resume_from=")
+    kept = [f"--config.{each}" for each in changes if "=" in each and not each.startswith(own)]
+    tuned = files.baseline_of(spec)
+    if tuned:
+        return shlex.join(["train", f"--config={tuned}", *kept, f"--workdir={workdir}_{tuned.partition(':')[2]}"])
+    rates = ["--over", "schedule.learning_rate=3e-4,1e-3,3e-3,1e-2"]
+    adamw = f"--config.optimizer.name={base.ADAMW}"
+    return shlex.join(["sweep", f"--config={spec}", *kept, adamw, f"--workdir={workdir}_adamw", *rates])
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:

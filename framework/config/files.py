@@ -1,8 +1,8 @@
 """Find and run config files; report errors in them with file and line.
 
 A config file is Python with a function `get_config`. FILE.py:VARIANT passes the variant's name to the function; a file
-with variants lists them in `VARIANTS`, a dict with their names as keys. With `TAKES_FOLDERS = True` a variant may also
-be another text, such as the path of a model.
+with variants lists them in `VARIANTS`, a dict with their names as keys. In a shipped file, `BASELINES` has the tuned
+baseline of a variant. With `TAKES_FOLDERS = True` a variant may also be another text, such as the path of a model.
 """
 
 import importlib
@@ -51,6 +51,17 @@ def run(spec: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: get_config returned {type(config).__name__}. Return base.get_config(), changed.")
     return config
+
+
+def baseline_of(spec: str) -> str | None:
+    """Return the shipped config that is the tuned baseline of another one, None if there is no such config."""
+    match = _FORM.fullmatch(spec)
+    name, variant = match.groups() if match else ("", None)
+    file = Path(name)
+    if file.stem not in shipped() or (file.suffix and file.parent.name != "configs"):
+        return None
+    found = getattr(module_of(file.stem), "BASELINES", {}).get(variant or "sample")
+    return f"{file.stem}:{found}" if found else None
 
 
 def shipped() -> list[str]:

@@ -16,7 +16,7 @@ from shampax.framework.base.errors import TrainingStopped, UserError
 from shampax.framework.config import files, overrides
 from shampax.framework.config.check import load, to_json
 from shampax.launch import knobs
-from shampax.launch.train import main
+from shampax.launch.train import baseline, main
 
 SAMPLE = "--config=shampax/configs/lm.py:sample"
 SHIPPED = [f"{name}:{each}" for name in files.shipped() for each in files.module_of(name).VARIANTS]
@@ -338,3 +338,34 @@ def test_every_knob_has_a_comment():
     for key, value in config.items():
         inner = [key] if key in declared else [f"{key}.{name}" for name in value]
         assert all(declared[name] for name in inner)
+
+
+@pytest.mark.parametrize(
+    ("spec", "changes", "expected"),
+    [
+        ("lm:sample", [], "train --config=lm:sample_adamw --workdir=runs/a_sample_adamw"),
+        (
+            "shampax/configs/lm.py:sample",
+            ["optimizer.ridge=1e-3", "schedule.learning_rate=0.1", "resume_from=runs/b", "duration=80 steps", "seed=3"],
+            "train --config=lm:sample_adamw '--config.duration=80 steps' --config.seed=3 --workdir=runs/a_sample_adamw",
+        ),
+        ("lm:sample_adamw", [], ""),
+        (
+            "lm:bytes",
+            ["seed=3"],
+            f"sweep --config=lm:bytes --config.seed=3 --config.optimizer.name={base.ADAMW} --workdir=runs/a_adamw "
+            "--over schedule.learning_rate=3e-4,1e-3,3e-3,1e-2",
+        ),
+    ],
+)
+def test_the_suggested_baseline_has_a_rate_of_its_own_and_starts_from_scratch(spec, changes, expected):
+    """Faults: AdamW is suggested at Shampoo's rate; the baseline of a resumed run goes on from Shampoo's checkpoint."""
+    assert baseline(spec, changes, load(spec), "runs/a") == expected
+
+
+def test_baselines_exist_and_have_rates_of_their_own():
+    for name in files.shipped():
+        for variant, other in getattr(files.module_of(name), "BASELINES", {}).items():
+            ours, theirs = files.run(f"{name}:{variant}"), files.run(f"{name}:{other}")
+            assert theirs.optimizer.name.startswith("shampax.optimizers.baselines:")
+            assert theirs.schedule.learning_rate != ours.schedule.learning_rate

@@ -2676,6 +2676,14 @@ DOCS = (
 
 REPORTS: tuple[Mutant, ...] = (
     Mutant(
+        "baseline-resumes-shampoo",
+        "launch/train.py",
+        '"schedule.learning_rate=", "resume_from=")',
+        '"schedule.learning_rate=")',
+        "The baseline of a resumed run starts from Shampoo's checkpoint.",
+        ("tests/launch/test_train_cli.py::test_the_suggested_baseline_has_a_rate_of_its_own_and_starts_from_scratch",),
+    ),
+    Mutant(
         "killed-run-runs",
         "framework/reporting/status.py",
         "        except ProcessLookupError:\n            return False",
