@@ -89,7 +89,9 @@ def page() -> str:
 def halves(message: str) -> tuple[str, str]:
     """Return the problem and the fix: the last sentence, which begins with a verb."""
     parts = re.split(r"(?<!e\.g)[.;:] (?=[A-Za-z`'{])", message)
-    return (message, "") if len(parts) == 1 else (message[: -len(parts[-1])].rstrip(" "), parts[-1])
+    if len(parts) == 1:
+        return message, "the line that quotes it says so"
+    return message[: -len(parts[-1])].rstrip(), parts[-1]
 
 
 def cell(text: str) -> str:

@@ -63,7 +63,8 @@ class NNXTask(abc.ABC):
         with nnx.use_eager_sharding(False):
             metrics = self.measure(module, batch, train=train)
         if "loss" not in metrics:
-            raise ValueError(f"{type(self).__name__}.measure returns {', '.join(metrics) or 'nothing'} and no 'loss'")
+            given = ", ".join(metrics) or "nothing"
+            raise ValueError(f"{type(self).__name__}.measure returns {given} and no 'loss'. Add it.")
         total, weight = metrics["loss"]
         left = dict(nnx.to_flat_state(nnx.state(module)))
         after = {path: (leaf, left[path].get_value()) for path, leaf in self._abstract()[1].items()}

@@ -99,8 +99,10 @@ def _find(path: str) -> Path:
     for candidate in (Path(path).expanduser(), _ROOT / inside if inside.startswith("configs/") else Path(path)):
         if candidate.is_file():
             return candidate.resolve()
-    close = did_you_mean(Path(path).name, [f"{name}.py" for name in shipped()])
-    raise UserError(f"no config file {path!r} in {Path.cwd()} or {_PACKAGE}/configs{close}")
+    names = [f"{name}.py" for name in shipped()]
+    raise UserError(
+        f"no config file {path!r} in {Path.cwd()} or {_PACKAGE}/configs{did_you_mean(Path(path).name, names)}"
+    )
 
 
 def _execute(file: Path) -> types.ModuleType:
