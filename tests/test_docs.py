@@ -105,6 +105,7 @@ def test_the_reference_has_every_public_name():
             for name, method in vars(each).items():
                 if inspect.isfunction(method) and not name.startswith("_"):
                     assert lacks(method, method.__doc__ or "") == [], f"{path}.{name}"
+    assert re.findall(r"^\| `(\w+)` \|", reference, re.MULTILINE) == list(main.VERBS)
     named = re.findall(r"^::: shampax\.([\w.]+)\.(\w+)$", reference, re.MULTILINE)
     assert all(hasattr(importlib.import_module(f"shampax.{module}"), name) for module, name in named)
 
