@@ -27,7 +27,7 @@ class Relay:
     Args:
       name: of the tracker, for warnings.
       section: the tracker as the section of a component.
-      run: what it is told of the run.
+      run: the run as trackers see it.
     """
 
     def __init__(self, name: str, section: Mapping[str, Any], run: TrackedRun):

@@ -9,7 +9,7 @@ HAS_WARNED = 3  # exit code of the process of a tracker that has printed the war
 
 @dataclasses.dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run.
+    """A run as its trackers see it.
 
     Attributes:
       id: kept in the workdir, so that a resumed run continues the same tracked run.
