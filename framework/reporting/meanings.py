@@ -49,7 +49,7 @@ _MEANINGS = {
     "condition": Meaning(
         "Condition",
         "Largest over smallest eigenvalue of the regularised statistics, the worst block of a layer.",
-        "Rises, then levels off below 1 / ridge. At that bound the ridge decides: the layer sees few directions.",
+        "Below 1 / ridge after the first steps. A layer that stays at this bound sees few directions.",
     ),
     "effective_rank": Meaning(
         "Effective rank",
@@ -59,7 +59,7 @@ _MEANINGS = {
     "staleness": Meaning(
         "Staleness",
         "Steps since the roots of a layer were computed, mean over its blocks.",
-        "About half of the interval plus the delay. A layer that only grows has its refreshes rejected.",
+        "A sawtooth up to the interval plus the delay. A layer that only grows has its refreshes rejected.",
     ),
     "graft_ratio": Meaning(
         "Graft ratio",

@@ -69,10 +69,11 @@ def contents(runs: Sequence[Run], baseline: Path | None = None) -> dict[str, Any
     grids = _Grids()
     panels, folded = _panels(groups, grids, compared)
     firsts = [group.runs[0] for group in groups]
+    labels = [group.label for group in groups]
     states = [status.state(run).kind for run in runs]
     return {
         "states": ", ".join(f"{states.count(kind)} {kind}" for kind in dict.fromkeys(states)),
-        "title": groups[0].label if len(groups) == 1 else f"{len(runs)} runs in {_shared(runs)}",
+        "title": ", ".join(labels) if len(labels) <= 3 else f"{len(runs)} runs in {_shared(runs)}",
         "written": f"{datetime.datetime.now():%d %B %Y, %H:%M}",
         "groups": [{"label": group.label, "runs": len(group.runs)} for group in groups],
         "runs": [_card(run, i, None if group is against else against, compared) for i, group, run in _each(groups)],

@@ -89,7 +89,7 @@ def wrong(run: Run) -> list[str]:
     if blocks := sum(diagnostics["fallbacks"]):
         told.append(f"{blocks:,.0f} blocks of the optimizer use the graft method: see Fallbacks, by layer.")
     if refused := sum(diagnostics["failures"]):
-        told.append(f"{refused:,.0f} refreshes of roots in a row were rejected: see Residual. Raise optimizer.ridge.")
+        told.append(f"Rejected refreshes of roots: {refused:,.0f} in a row. See Residual; raise optimizer.ridge.")
     waits = run.curve("throughput/input_wait", "step")[1][-5:]
     if len(waits) and np.nanmean(waits) > _SLOW_INPUT:
         waited = f"{np.nanmean(waits):.0%} of the time"

@@ -93,7 +93,14 @@ def test_what_is_wrong_is_told(tmp_path):
     run = made(tmp_path / "bad", (5.0, 4.0, 4.5), **keys)
     (run.path / workdir.STALLS).mkdir()
     told = status.wrong(run)
-    for expected in ("2 steps were skipped", "overfits", "4 blocks", "1 refreshes", "50% of the time", "stalls"):
+    for expected in (
+        "2 steps were skipped",
+        "overfits",
+        "4 blocks",
+        "refreshes of roots: 1 in a row",
+        "50% of the time",
+        "stalls",
+    ):
         assert sum(expected in line for line in told) == 1, (expected, told)
     assert "diverges" in status.wrong(made(tmp_path / "up", (4.0, 5.0, 6.0, 7.0, 8.0)))[0]
 
