@@ -17,7 +17,9 @@ from plotly.offline import get_plotlyjs
 from ..base import workdir
 from ..base.errors import UserError
 from ..base.json_files import is_number, parse_object
+from ..config.check import to_json
 from ..config.overrides import flat
+from ..config.schema import get_config
 from . import curves, meanings, status
 from .curves import Group
 from .runs import AXES, LAYER_METRICS, Axis, Layers, Run
@@ -76,7 +78,10 @@ def contents(runs: Sequence[Run], baseline: Path | None = None) -> dict[str, Any
         "title": ", ".join(labels) if len(labels) <= 3 else f"{len(runs)} runs in {_shared(runs)}",
         "written": f"{datetime.datetime.now():%d %B %Y, %H:%M}",
         "groups": [{"label": group.label, "runs": len(group.runs)} for group in groups],
-        "runs": [_card(run, i, None if group is against else against, compared) for i, group, run in _each(groups)],
+        "runs": [
+            _card(run, i, None if group is against else against, compared, len(groups))
+            for i, group, run in _each(groups)
+        ],
         "notes": notes,
         "race": race(groups, compared) if compared else race([]),
         "panels": panels,
@@ -211,9 +216,12 @@ def _baseline(groups: Sequence[Group], chosen: Path | None) -> Group | None:
     return plain[0] if plain and len(plain) < len(groups) else groups[0]
 
 
-def _card(run: Run, index: int, against: Group | None, compared: str | None) -> dict[str, Any]:
+def _card(run: Run, index: int, against: Group | None, compared: str | None, groups: int) -> dict[str, Any]:
     kind, told = status.state(run)
     total, key = status.total_steps(run), compared or HELDOUT
+    facts = status.facts(run, against.runs[0] if against and compared else None, key)
+    if groups == 1:
+        facts[0] = facts[0]._replace(note=facts[0].note or "no baseline in this report")
     return {
         "group": index,
         "name": run.path.resolve().name,
@@ -221,7 +229,7 @@ def _card(run: Run, index: int, against: Group | None, compared: str | None) -> 
         "told": told,
         "steps": run.steps,
         "total": total,
-        "facts": [fact._asdict() for fact in status.facts(run, against.runs[0] if against and compared else None, key)],
+        "facts": [fact._asdict() for fact in facts],
         "wrong": status.wrong(run),
     }
 
@@ -294,7 +302,7 @@ def _about(run: Run, index: int) -> dict[str, Any]:
         "name": run.path.resolve().name,
         "path": str(run.path.resolve()),
         "starts": [_start(each) for each in run.starts],
-        "config": [[name, _cell(value)] for name, value in flat(run.config)],
+        "config": _config(run.config),
         "changes": [[path.stem.partition(".")[0].replace("T", " "), _text(path).strip()] for path in changes],
         "result": [[name.replace("_", " "), _cell(value)] for name, value in (run.result or {}).items()],
         "parameters": _text(parameters),
@@ -305,6 +313,19 @@ def _about(run: Run, index: int) -> dict[str, Any]:
             if each.get("step") == samples[-1].get("step")
         ],
     }
+
+
+def _config(config: Mapping[str, Any]) -> Table:
+    """Return the knobs of a config, with a star where one of the trainer has another value than by default."""
+    defaults = dict(flat(json.loads(to_json(get_config()))))
+    changed = [
+        name in defaults and not name.endswith(".name") and defaults[name] != value
+        for name, value in flat(dict(config))
+    ]
+    return [
+        [f"{name} *" if star else name, _cell(value)]
+        for star, (name, value) in zip(changed, flat(dict(config)), strict=True)
+    ]
 
 
 def _start(start: Mapping[str, Any]) -> Table:

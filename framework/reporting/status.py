@@ -161,9 +161,9 @@ def _time(run: Run) -> Fact:
         return Fact("Trained for", span(run.result["seconds"]), note)
     if total is None or len(seconds) < 2:
         return Fact("Trained for", span(seconds[-1]), f"{run.steps:,} steps so far")
-    recent = slice(max(0, len(seconds) - 20), None)
-    steps = run.points.axes["step"][recent]
-    pace = (seconds[recent][-1] - seconds[recent][0]) / max(1, steps[-1] - steps[0])
+    steps = run.points.axes["step"]
+    since = max(0, min(len(steps) - 20, int(np.searchsorted(steps, 0.9 * steps[-1]))))  # the latest tenth
+    pace = (seconds[-1] - seconds[since]) / max(1, steps[-1] - steps[since])
     return Fact("Time left", span(pace * (total - run.steps)), f"of training, after {span(seconds[-1])}")
 
 

@@ -108,6 +108,14 @@ def test_knobs_of_another_component_are_not_differences():
     assert [row[0] for row in rows] == ["knob", "optimizer.beta1", "optimizer.name"]
 
 
+def test_the_config_tells_what_is_not_the_default():
+    config = {"batch_size": 32, "duration": "5 steps", "log": {"every": "10 steps"}, "task": {"name": "x"}}
+    found = page.contents([loss("run", config=config)])
+    knobs = [row[0] for row in found["about"][0]["config"]]
+    assert knobs == ["batch_size", "duration *", "log.every", "task.name"]
+    assert found["runs"][0]["facts"][0]["note"] == "no baseline in this report"
+
+
 def test_heat_maps_of_layers_and_else_of_buckets():
     """Faults: a layer has the values of another; maps of zeros; labels repeat what all have in common."""
     values = {
