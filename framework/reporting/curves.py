@@ -78,10 +78,9 @@ def thinned(band: Band, most: int) -> Band:
     count = len(band.x)
     if count <= most:
         return band
-    starts = np.unique(
-        np.concatenate([np.linspace(0, count - 1, most * 3 // 4), np.geomspace(1, count - 1, most // 4)])
-    )
-    starts = np.unique(np.append(starts.astype(int), 1))
+    even, fine = np.linspace(0, count - 1, most * 3 // 4), np.geomspace(1, count - 1, most // 4)
+    fine = fine[fine * (fine[1] - 1) < even[1]]  # as long as its neighbourhoods are the smaller ones
+    starts = np.unique(np.concatenate([[0], fine, even[even > fine[-1] + even[1]]]).astype(int))
     sizes = np.diff(np.append(starts, count))
     x, mean = (np.add.reduceat(values, starts) / sizes for values in (band.x, band.mean))
     return Band(x, mean, np.minimum.reduceat(band.low, starts), np.maximum.reduceat(band.high, starts))

@@ -84,9 +84,9 @@ def in_sight(tab):
 
 
 def test_ten_runs_of_100_000_steps_open_within_two_seconds(tab, address):
-    """Fault: points are not thinned, or all panels are drawn at once. The best of three: the machine may be busy."""
-    seconds = []
-    for _ in range(3):
+    """Fault: points are not thinned, or all panels are drawn at once. The best of five: the machine may be busy."""
+    seconds = [np.inf]
+    while min(seconds) >= 2 and len(seconds) <= 5:
         begun = time.monotonic()
         ready(tab, address)
         seconds.append(time.monotonic() - begun)
