@@ -99,6 +99,7 @@ def test_wheel_has_modules_samples_and_licences(wheel):
     assert {(ROOT / "LICENSE").read_bytes(), (ROOT / NOTICE).read_bytes()} <= texts
     modules = {str(path.relative_to(ROOT)) for source in SOURCES for path in (ROOT / source).rglob("*.py")}
     scripts = {str(path.relative_to(ROOT)) for path in (ROOT / "launch" / "clusters").iterdir() if path.is_file()}
+    scripts.add("framework/reporting/page.html")
     assert {f"shampax/{file}" for file in modules | scripts} <= names
     assert not [name for name in names if "tests/" in name or name.startswith("shampax/shampax")]
 
