@@ -33,8 +33,8 @@ long: continue 1b on books, in rows of 65,536 tokens, for a v5e slice of 256 chi
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 
   The four have not been trained yet. Run the command in every host of the slice, with a workdir that all hosts share
-  (docs/clusters.md). Prepare the data first with `shampax prepare`: a process tokenises about 0.4 M tokens a
-  second, and `data.max_records` limits how many.
+  (docs/clusters.md). Training starts when the first window of the data is made; process 0 makes the rest while it
+  runs, with `data.workers` processes that tokenise about 0.4 M tokens a second each (docs/data.md).
 """
 
 import functools
@@ -137,7 +137,7 @@ def sample_moe(config: Any) -> None:
 
 
 def large_run(config: Any, *, block_size: int, learning_rate: float, warmup: str) -> None:
-    """Set the optimizer and its schedule, and intervals for days."""
+    """Set the optimizer and its schedule, intervals for days, and data that are prepared while training runs."""
     config.optimizer = base.component(
         base.SHAMPOO,
         block_size=block_size,
@@ -145,6 +145,9 @@ def large_run(config: Any, *, block_size: int, learning_rate: float, warmup: str
         weight_decay=0.1,
         roots_dtype="bfloat16",  # as good as float32 on the samples (docs/results/memory.md)
     )
+    config.data.shard_size = 10_000  # documents of C4: 4.7 M tokens, 12 seconds of a core
+    config.data.shuffle_window = 32  # 150 M tokens
+    config.data.workers = 32
     config.schedule.learning_rate = learning_rate
     config.schedule.warmup = warmup
     config.schedule.final_fraction = 0.1
@@ -214,7 +217,7 @@ def long(config: Any) -> None:
     one_billion(config)
     config.data.source = "tfds:pg19:0.1.1"
     config.data.text_key = "book_text"
-    config.data.shard_size = 500  # books are long: about 200 MB of rows
+    config.data.shard_size = 50  # books are long: about 20 MB of rows
     config.data.sequence_length = 65_536
     config.task.rope_theta = 500_000.0  # as in Llama 3 (arXiv 2407.21783, section 3.2)
     config.task.attention_block = 128  # where no kernel fits

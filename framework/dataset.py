@@ -1,10 +1,11 @@
 """The contract between the trainer and a data set: write a frozen dataclass with the methods of `Data`.
 
 A config names it by import string, `config.data.name = "my_project.my_data:MyData"`; its fields are knobs. A data set
-may also have the methods `prepare_some`, `fingerprint`, `augment`, `decoder`, `codec`, `spec` and `beside`; the
+may also have `grows`, `ahead`, `prepare_some`, `fingerprint`, `augment`, `decoder`, `codec`, `spec` and `beside`; the
 functions of these names below call them, or return a default for a data set without them.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -83,6 +84,20 @@ def prepare(data: Data, cache: Path, examples: int = 0, seconds: float = 0) -> N
     """
     some = getattr(data, "prepare_some", None)
     some(cache, examples, seconds) if some else data.prepare(cache)
+
+
+def grows(data: Data) -> bool:
+    """Return whether training examples are made while training runs, so that it has no epochs."""
+    return getattr(data, "grows", False)
+
+
+def ahead(data: Data, cache: Path, examples: int) -> contextlib.AbstractContextManager[None]:
+    """Make the examples that `prepare_some` has left, in the background, until the context ends; nothing by default.
+
+    Call it in one process, after `data.prepare_some(cache, ...)`.
+    """
+    own = getattr(data, "ahead", None)
+    return own(cache, examples) if own else contextlib.nullcontext()
 
 
 def fingerprint(data: Data, cache: Path) -> str:

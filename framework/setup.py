@@ -184,7 +184,7 @@ def build(request: Request, compilers: Executor) -> Blueprint:
     if start.path is not None and start.kind == "resume":
         ownership.continued(start.path, config)
     feed = functools.cache(lambda: _feed(request))
-    of_epoch = no_epochs if request.mixture.sources else lambda: feed().examples
+    of_epoch = no_epochs if request.mixture.sources or dataset.grows(request.data) else lambda: feed().examples
     units = durations.Units(config.batch_size, of_epoch, request.data.tokens_per_example)
     total_steps = durations.to_steps(config.duration, units)
     in_steps = functools.partial(durations.to_steps, units=dataclasses.replace(units, total_steps=total_steps))

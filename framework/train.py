@@ -49,16 +49,17 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             total_steps=blueprint.total_steps,
         )
         setup.claim(blueprint)
-        state, seconds_reading = setup.start(blueprint, watch)
-        run = Run(blueprint, state, watch, still_ours)
-        del state
-        if blueprint.taken.path is not None:
-            run.saver.note_restored(blueprint.taken.path, seconds_reading)
-        with run, profile:
-            train_to_end(run, hooks.of(blueprint, profile))
-            watch.at("checkpoint", run.step)
-            with storage_faults("stop"):
-                run.saver.confirm()
+        with blueprint.feed.ahead():
+            state, seconds_reading = setup.start(blueprint, watch)
+            run = Run(blueprint, state, watch, still_ours)
+            del state
+            if blueprint.taken.path is not None:
+                run.saver.note_restored(blueprint.taken.path, seconds_reading)
+            with run, profile:
+                train_to_end(run, hooks.of(blueprint, profile))
+                watch.at("checkpoint", run.step)
+                with storage_faults("stop"):
+                    run.saver.confirm()
         return finish(run)
 
 

@@ -93,6 +93,8 @@ class Feed:
                 prepare(name, each)
         trained = {OWN: data} | {name: sets[name] for name in mixture.sources}
         source: dataset.Source = data.examples("train", cache)
+        self._made = [(each, needed.get(name, 0)) for name, each in trained.items()]
+        self._cache = cache
         fingerprints = [dataset.fingerprint(each, cache) for each in trained.values()]
         if mixture.sources:
             source = Mixed({name: each.examples("train", cache) for name, each in trained.items()}, stages)
@@ -110,6 +112,14 @@ class Feed:
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
             self._share.to_devices(self._train[0]),
         )
+
+    @contextlib.contextmanager
+    def ahead(self) -> Generator[None]:
+        """Make the training examples of later steps in the background, on process 0, until the context ends."""
+        with contextlib.ExitStack() as stack:
+            for data, examples in self._made if jax.process_index() == 0 else ():
+                stack.enter_context(dataset.ahead(data, self._cache, examples))
+            yield
 
     def train(self, number: int) -> Generator[Any]:
         """Yield training batches `number`, `number` + 1, ... without end. Close the iterator to end its workers."""
@@ -132,7 +142,8 @@ def length(config: Any, data: dataset.Data, mixture: Mixture) -> tuple[dict[str,
     Raises:
       UserError: the mixture or a duration is invalid.
     """
-    if durations.parse(config.duration, whole_run=True)[1] == "epochs" and not mixture.sources:
+    grows = dataset.grows(data)
+    if durations.parse(config.duration, whole_run=True)[1] == "epochs" and not mixture.sources and not grows:
         return {}, []
     units = durations.Units(config.batch_size, no_epochs, data.tokens_per_example)
     total = durations.to_steps(config.duration, units)
@@ -143,8 +154,11 @@ def length(config: Any, data: dataset.Data, mixture: Mixture) -> tuple[dict[str,
 
 
 def no_epochs() -> int:
-    """Raise UserError: a duration of a mixture is in epochs."""
-    raise UserError("config.mixture: a mixture has no epochs. Give durations in steps, examples or tokens.")
+    """Raise UserError: a duration is in epochs, of data that have none."""
+    raise UserError(
+        "config.mixture, config.data.shuffle_window: a mixture has no epochs, nor has data of which only a part exists "
+        "when training starts. Give durations in steps, examples or tokens."
+    )
 
 
 def _about(name: str, mixture: Mixture) -> contextlib.AbstractContextManager[None]:

@@ -25,6 +25,12 @@ def in_order(count: int, seed: int) -> Any:
     return grain.MapDataset.range(count).seed(seed).shuffle().repeat(None)
 
 
+def order_of(source: Source, seed: int) -> Any:
+    """Return the endless MapDataset of the indices of a source to train on: its own order, if it has one."""
+    own = getattr(source, "order", None)
+    return own(seed) if own else in_order(len(source), seed)
+
+
 class Mixed:
     """The examples of several sources, one after the other, and the order in which to train on them.
 
@@ -60,8 +66,13 @@ class Mixed:
     def order(self, seed: int) -> Any:
         """Return the endless MapDataset of the indices to train on."""
         seeds = (zlib.crc32(name.encode()) ^ seed for name in self._names)
-        orders = [in_order(len(source), own) for source, own in zip(self._sources, seeds, strict=True)]
+        orders = [order_of(source, own) for source, own in zip(self._sources, seeds, strict=True)]
         return grain.MapDataset.range(2**63 - 1).map(_Order(orders, self._starts, self._stages)).seed(seed)
+
+    def stop(self) -> None:
+        """End the waiting of all threads for rows."""
+        for source in self._sources:
+            getattr(source, "stop", bool)()
 
 
 class _Order:

@@ -23,7 +23,7 @@ from etils import epy
 
 from ..base.errors import UserError
 from ..dataset import Augment, Example, Source
-from .mixing import Mixed, in_order
+from .mixing import order_of
 from .preparing.workers import exit_with_parent
 
 with epy.lazy_imports():  # takes 0.2 s, while the steps are compiled
@@ -94,7 +94,7 @@ class Batches:
     ):
         if not len(source):
             raise UserError(f"the training split {source!r} has 0 examples. Give more data or shorter examples.")
-        order = source.order(seed) if isinstance(source, Mixed) else in_order(len(source), seed)
+        order = order_of(source, seed)
         if augment is not None:
             order = order.random_map(_with_random_state)
         self._batches, self._reading = _Batches(source, order, global_batch_size, rows, reading, augment), reading
@@ -191,6 +191,10 @@ class _Batches:
             examples = dict.fromkeys(range(len(self._rows)), zeros) | examples
         return {name: np.stack([examples[row][name] for row in range(len(self._rows))]) for name in examples[0]}
 
+    def stop(self) -> None:
+        """End the waiting of threads for rows that are still being made."""
+        getattr(self._source, "stop", bool)()
+
     def _read(self, piece: Sequence[tuple[int, int, Any]]) -> list[tuple[int, Example]]:
         """Return the examples of a piece by row."""
         indices = [index for index, _, _ in piece]
@@ -217,9 +221,12 @@ def _read_ahead(batches: _Batches, start: int, reading: Reading) -> Generator[Ex
         workers = grain.MultiprocessingOptions(num_workers=reading.workers)
         data = data.mp_prefetch(workers, worker_init_fn=_begin_worker)
     with contextlib.closing(iter(data)) as iterator:
-        for batch in iterator:
-            # Arrays of workers are in shared memory, which is freed with the last of these views.
-            yield {name: array.view(np.ndarray) for name, array in batch.items()}
+        try:
+            for batch in iterator:
+                # Arrays of workers are in shared memory, which is freed with the last of these views.
+                yield {name: array.view(np.ndarray) for name, array in batch.items()}
+        finally:
+            batches.stop()
 
 
 def _begin_worker(number: int, workers: int) -> None:

@@ -16,6 +16,7 @@ from ...dataset import Split
 from ..reading.malformed import Rejects
 
 NAME = "manifest.json"
+STARTED = "started.json"  # the manifest of the rows with which training can start
 Manifest = dict[str, Any]
 _KEYS = {"settings", "tokenizer", "splits", "shards", "ranges", "content", "stopped"}
 _SHOWN = 3
@@ -41,7 +42,7 @@ def read(folder: epath.Path, name: str = NAME) -> Manifest:
         content = parse_object((folder / name).read_text())
     except UnicodeDecodeError:
         content = None
-    if content is None or (name == NAME and not content.keys() >= _KEYS):
+    if content is None or (name in (NAME, STARTED) and not content.keys() >= _KEYS):
         raise UserError(f"{folder / name}: is corrupt. Delete {folder} and prepare again.")
     return content
 

@@ -7,14 +7,19 @@ preparation that was killed continues with the missing shards.
 
 import abc
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import itertools
+import math
+import multiprocessing
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from typing import Annotated, Any, ClassVar
 
 from etils import epath
@@ -27,10 +32,11 @@ from ..reading import shards, sources
 from ..reading.malformed import Rejects
 from . import manifests
 from .manifests import Manifest
+from .windows import FAILED, Windows
 from .workers import run_in_processes
 
-_ROWS = ".array_record"
 _TRAIN_PER_HELDOUT = 9  # rows of each, where preparing stops early
+_TRAIN_PER_HELDOUT_WINDOW = 4  # shards of the first window / held-out shards, where training starts early
 _BYTES_PER_SECOND, _BYTES_PER_TOKEN = 1.5e6, 4  # of text that one core makes rows of; about
 
 
@@ -52,6 +58,7 @@ class Preparable(abc.ABC):
 
     prepared: str = ""  # folder filled by launch.prepare, local or gs://; "" prepares in the workdir
     shard_size: Annotated[int, Within(2)] = 100_000  # source records per shard; shards of 0.1 to 1 GB work well
+    shuffle_window: Annotated[int, Within(0, 2**16)] = 0  # shards shuffled together; training needs the first; 0: all
     workers: Annotated[int, Within(1, 4096)] = 1  # processes that prepare in the workdir
     max_malformed: Annotated[int, Within(0)] = 0  # malformed records of a split that are skipped
 
@@ -92,7 +99,13 @@ class Preparable(abc.ABC):
         """Return the settings that determine the rows of a given source; JSON values."""
         others = {"prepared", "workers", "max_malformed", "data_dir", *self.reading_knobs}
         names = [field.name for field in dataclasses.fields(self) if field.name not in others]
-        return {"format": self.version} | {name: getattr(self, name) for name in names}
+        settings = {"format": self.version} | {name: getattr(self, name) for name in names}
+        return settings if self.shuffle_window else {k: v for k, v in settings.items() if k != "shuffle_window"}
+
+    @property
+    def grows(self) -> bool:
+        """Whether training starts before all rows are made."""
+        return self.shuffle_window > 0
 
     def prepare(self, cache: str | os.PathLike[str]) -> None:
         """Make the missing rows in `cache`; with `prepared`, check the existing ones.
@@ -109,13 +122,36 @@ class Preparable(abc.ABC):
     def prepare_some(self, cache: str | os.PathLike[str], examples: int, seconds: float) -> None:
         """Make rows as `prepare`, but stop after `examples` training rows, if it is not 0; existing ones are enough.
 
+        With `shuffle_window`, make the held-out rows and the first window; `ahead` makes the others.
+
         Raises:
           UserError: see `prepare`; the work takes longer than `seconds`, if it is not 0.
         """
         if self.prepared:
             self.report(self.manifest(cache)[1])
         else:
-            run(self, paths.of(cache), workers=self.workers, most=examples, seconds=seconds)
+            started = self.grows
+            run(self, paths.of(cache), workers=self.workers, most=examples, seconds=seconds, started=started)
+
+    @contextlib.contextmanager
+    def ahead(self, cache: str | os.PathLike[str], examples: int) -> Iterator[None]:
+        """With `shuffle_window`, make rows in the background, up to `examples`, until the context ends.
+
+        If it fails, whoever waits for a row raises its UserError.
+        """
+        if self.prepared or not self.grows:
+            yield
+            return
+        folder = _folder(self, paths.of(cache), self.open_source())
+        ended, end = multiprocessing.Pipe(duplex=False)
+        options: dict[str, Any] = {"workers": self.workers, "most": examples, "extend": True, "until": ended}
+        thread = threading.Thread(target=_run_or_tell, args=(folder, self, paths.of(cache), options), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            end.send(None)
+            thread.join()
 
     def manifest(self, cache: str | os.PathLike[str]) -> tuple[epath.Path, Manifest]:
         """Return the folder of the rows and its manifest.
@@ -126,11 +162,12 @@ class Preparable(abc.ABC):
         if self.prepared:
             return manifests.find(paths.of(self.prepared), self.settings())
         folder = _folder(self, paths.of(cache), self.open_source())
-        if not (folder / manifests.NAME).exists():
+        whole = (folder / manifests.NAME).exists()
+        if not whole and not (self.grows and (folder / manifests.STARTED).exists()):
             raise UserError(
                 f"{cache}: holds no rows of {self.settings()['source']} for these settings; call prepare first"
             )
-        return folder, manifests.read(folder)
+        return folder, manifests.read(folder, manifests.NAME if whole else manifests.STARTED)
 
     def identity(self, source: sources.Source) -> dict[str, Any]:
         """Return the settings and the source's fingerprint."""
@@ -140,11 +177,23 @@ class Preparable(abc.ABC):
         """Return random access to the rows of a split in the order of the source; raises as `manifest`."""
         folder, manifest = self.manifest(cache)
         files, decode = manifests.of_split(folder, manifest, split), self.row_decoder(split, folder, manifest)
+        if self.grows and split == "train":
+            wanted = 0 if self.prepared else manifests.read(folder, manifests.STARTED)["wanted"]
+            ended = self.prepared or not manifest["stopped"] or 0 < wanted <= sum(files.values())
+            making = not ended or bool(not self.prepared and manifests.missing(folder, manifest))
+            known = [] if making else [*files.values()]
+            return Windows(folder, decode, self.shuffle_window, known, making=making, wanted=wanted)
         return shards.ShardRows(files, decode, *manifest["ranges"][split])
 
     def fingerprint(self, cache: str | os.PathLike[str]) -> str:
-        """Return a hash of the rows of both splits, which copying or preparing again keeps; raises as `manifest`."""
-        return self.manifest(cache)[1]["content"]
+        """Return a hash of the rows of both splits, which copying or preparing again keeps; raises as `manifest`.
+
+        With `shuffle_window` it is one of the settings, the source and the tokenizer.
+        """
+        manifest = self.manifest(cache)[1]
+        if self.grows:
+            return manifests.digest([manifest["settings"], manifest["tokenizer"]["sha256"]])
+        return manifest["content"]
 
     def report(self, manifest: Manifest) -> None:
         """Print to stderr which records were skipped or dropped.
@@ -172,10 +221,13 @@ def run(
     most: int = 0,
     seconds: float = 0,
     extend: bool = False,
+    started: bool = False,
+    until: Connection | None = None,
 ) -> Manifest | None:
     """Make this process' missing shards, and the manifest once all shards exist.
 
-    With `most`, the rows are those of the first shards that hold so many training rows, for any number of workers.
+    With `most`, the rows are those of the first shards that hold so many training rows, for any number of workers; of
+    the first windows with `data.shuffle_window`.
 
     Args:
       data: the data set to prepare.
@@ -186,36 +238,42 @@ def run(
       most: training rows after which to stop, with a proportional part of the held-out rows; 0 makes all.
       seconds: refuse work that takes longer; 0 for any.
       extend: whether to add rows to fewer than `most` that were made before.
+      started: make the held-out rows and the first window only, and `manifests.STARTED`.
+      until: makes rows in the background until something can be received from this end of a pipe.
 
     Returns:
-      The manifest; None if shards of other processes are missing.
+      The manifest; None if shards of other processes are missing, or `until` has ended the work.
 
     Raises:
       UserError: see `Preparable.prepare`.
     """
     source = data.open_source()
-    folder = _folder(data, cache, source)
-    if (folder / manifests.NAME).exists():
-        manifest = manifests.read(folder)
+    folder, name = _folder(data, cache, source), manifests.STARTED if started else manifests.NAME
+    limits = _limits(data, source, most, started)
+    if started:
+        (folder / FAILED).unlink(missing_ok=True)
+    if (folder / name).exists():
+        manifest = manifests.read(folder, name)
         enough = not (extend and manifest["stopped"]) or 0 < most <= manifest["ranges"]["train"][1]
+        if started:
+            enough = most <= manifest["wanted"]
         if enough and not manifests.missing(folder, manifest):
             data.report(manifest)
             return manifest
-    _refuse_long(data, source, workers, most, seconds)
-    limits = _limits(source, most)
-    manifest = None
+    if not started:
+        _refuse_long(data, source, workers, most, seconds)
     try:
         tokenizer = data.make_tokenizer(cache, source)
         first, every = process * workers, processes * workers
         jobs = [(data, folder, tokenizer, limits, first + worker, every) for worker in range(workers)]
         # Workers estimate the rows of shards that others are making. If these turn out too few, they make more.
-        for _ in itertools.count():
-            if workers == 1:
+        while (manifest := _join(data, folder, tokenizer, source, limits, name, most)) is None:
+            if workers == 1 and until is None:
                 _make_shards(*jobs[0])
-            else:
-                run_in_processes(_make_shards, jobs)
-            manifest = _join(data, folder, tokenizer, source, limits)
-            if manifest is not None or processes > 1:
+            elif not run_in_processes(_make_shards, jobs, until):
+                break
+            if processes > 1:
+                manifest = _join(data, folder, tokenizer, source, limits, name, most)
                 break
     except OSError as error:
         raise UserError(
@@ -226,20 +284,56 @@ def run(
         for name, total in manifest["splits"].items():
             counted = ", ".join(f"{count:,} {noun}" for noun, count in total.items() if isinstance(count, int))
             print(f"prepared {name}: {counted}", file=sys.stderr, flush=True)
-        if manifest["stopped"]:
+        if started:
+            print("training can start; further rows are made while it runs", file=sys.stderr, flush=True)
+        elif manifest["stopped"]:
             print(f"stopped at {most:,} training rows, which is enough for the run", file=sys.stderr, flush=True)
         data.report(manifest)
     return manifest
 
 
-def _limits(source: sources.Source, most: int) -> dict[str, int]:
-    """Return the rows after which each stream may stop, by its name; none for sources that cannot be divided so."""
-    splits = [stream.split for stream in source.streams]
-    if not most or None in splits or len(set(splits)) < len(splits):
+def _run_or_tell(folder: epath.Path, data: Preparable, cache: epath.Path, options: dict[str, Any]) -> None:
+    """Run; if it fails, tell why in a file of the folder, which all processes of the run see, and on stderr."""
+    try:
+        run(data, cache, **options)
+    except Exception as error:
+        why = f"the rows of later steps cannot be made: {error}" if isinstance(error, UserError) else repr(error)
+        print(f"warning: {why}", file=sys.stderr, flush=True)
+        paths.write_text(folder / FAILED, why)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Limit:
+    """Where a stream may stop.
+
+    Attributes:
+      shards: before this shard.
+      rows: before a shard whose number is a multiple of `window`, once the shards before it have so many rows.
+      window: see `rows`.
+    """
+
+    shards: float = math.inf
+    rows: float = math.inf
+    window: int = 1
+
+
+def _limits(data: Preparable, source: sources.Source, most: int, started: bool) -> dict[str, _Limit]:
+    """Return where each stream may stop, by its name; nothing for sources that cannot be divided so.
+
+    The held-out rows that are made for windows do not depend on `most`, so that a longer run has the same.
+    """
+    splits, window = [stream.split for stream in source.streams], data.shuffle_window
+    divided = None not in splits and len(set(splits)) == len(splits)
+    if window and not divided:
+        raise UserError(f"data.shuffle_window={window}: the files of {type(data).__name__} are prepared whole. Use 0.")
+    if window:
+        train = _Limit(shards=window) if started else _Limit(rows=most or math.inf, window=window)
+        heldout = _Limit(shards=-(-window // _TRAIN_PER_HELDOUT_WINDOW))
+    elif most and divided:
+        train, heldout = _Limit(rows=most), _Limit(rows=most // _TRAIN_PER_HELDOUT + 1)
+    else:
         return {}
-    return {
-        stream.name: most if stream.split == "train" else most // _TRAIN_PER_HELDOUT + 1 for stream in source.streams
-    }
+    return {stream.name: train if stream.split == "train" else heldout for stream in source.streams}
 
 
 def _refuse_long(data: Preparable, source: sources.Source, workers: int, most: int, seconds: float) -> None:
@@ -257,7 +351,7 @@ def _refuse_long(data: Preparable, source: sources.Source, workers: int, most: i
 
 
 def _make_shards(
-    data: Preparable, folder: epath.Path, tokenizer: str, limits: dict[str, int], worker: int, workers: int
+    data: Preparable, folder: epath.Path, tokenizer: str, limits: dict[str, _Limit], worker: int, workers: int
 ) -> None:
     """Make the missing shards of a worker, one of `workers` in all processes, and print a line for each."""
     there, sha256 = _names(folder), _sha256(tokenizer)
@@ -265,28 +359,34 @@ def _make_shards(
         if stream.one_worker and first % workers != worker:
             continue
         count, began, known = 0, time.monotonic(), dict[int, int]()
+        limit = limits.get(stream.name, _Limit())
         for number, records in enumerate(stream.blocks()):
+            if number >= limit.shards:
+                break
             count = number + 1
             name = f"{stream.name}-{number:05}"
             owner = first if stream.one_worker else first + number
-            if owner % workers != worker or {f"{name}.json", f"{name}{_ROWS}"} <= there:
+            if owner % workers != worker or {f"{name}.json", f"{name}{shards.SUFFIX}"} <= there:
                 continue
-            if stream.name in limits and _rows_before(folder, stream.name, number, known) >= limits[stream.name]:
+            first_of_window = number - number % limit.window
+            if limit.rows < math.inf and _rows_before(folder, stream.name, first_of_window, known) >= limit.rows:
                 break
-            tally = Tally(data.max_malformed)
+            tally, begun = Tally(data.max_malformed), time.monotonic()
             rows = data.rows(stream, number, tally.rejects.sift(records), tokenizer, tally)
             note = {
-                "file": f"{name}{_ROWS}",
+                "file": f"{name}{shards.SUFFIX}",
                 "split": stream.split,
-                **shards.write(folder / f"{name}{_ROWS}", rows),
+                **shards.write(folder / f"{name}{shards.SUFFIX}", rows),
                 "tokenizer": sha256,
                 "counts": dict(tally.counts),
                 "dropped": dict(tally.dropped),
                 "malformed": tally.rejects.to_json(),
             }
             paths.write_text(folder / f"{name}.json", manifests.to_text(note))
-            of, seconds = f" of {stream.shards:05}" if stream.shards else "", time.monotonic() - began
-            print(f"shard {name}{of}: {note['rows']:,} rows, after {seconds:,.0f} s", file=sys.stderr, flush=True)
+            of, now = f" of {stream.shards:05}" if stream.shards else "", time.monotonic()
+            rate = f"{note['rows'] / max(now - begun, 1e-3):,.0f} rows/s per core"
+            line = f"shard {name}{of}: {note['rows']:,} rows, after {now - began:,.0f} s, {rate}"
+            print(line, file=sys.stderr, flush=True)
         else:
             paths.write_text(folder / f"{stream.name}.json", manifests.to_text({"shards": count}))
 
@@ -300,21 +400,27 @@ def _rows_before(folder: epath.Path, stream: str, number: int, known: dict[int, 
 
 
 def _join(
-    data: Preparable, folder: epath.Path, tokenizer: str, source: sources.Source, limits: dict[str, int]
+    data: Preparable,
+    folder: epath.Path,
+    tokenizer: str,
+    source: sources.Source,
+    limits: dict[str, _Limit],
+    manifest_name: str,
+    wanted: int,
 ) -> Manifest | None:
     """Write and return the manifest of all shards, or of the first that reach the limits; None if some are missing."""
     there = _names(folder)
     notes: list[dict[str, Any]] = []
     stopped = False
     for stream in source.streams:
-        whole, rows = f"{stream.name}.json" in there, 0
+        whole, rows, limit = f"{stream.name}.json" in there, 0, limits.get(stream.name, _Limit())
         count = manifests.read(folder, f"{stream.name}.json")["shards"] if whole else None
         for number in itertools.count() if count is None else range(count):
-            if stream.name in limits and rows >= limits[stream.name]:
-                stopped = True
+            if number >= limit.shards or (rows >= limit.rows and number % limit.window == 0):
+                stopped |= stream.split == "train" or limit.rows < math.inf
                 break
             name = f"{stream.name}-{number:05}"
-            if not {f"{name}.json", f"{name}{_ROWS}"} <= there:
+            if not {f"{name}.json", f"{name}{shards.SUFFIX}"} <= there:
                 return None
             notes.append(manifests.read(folder, f"{name}.json"))
             rows += notes[-1]["rows"]
@@ -334,13 +440,15 @@ def _join(
         "content": manifests.digest([sha256, content, ranges]),
         "stopped": stopped,
     }
+    if manifest_name == manifests.STARTED:
+        manifest["wanted"] = wanted
     for split, (start, stop) in ranges.items():
         if start == stop:
             raise UserError(
                 f"data.source={data.settings()['source']}: has no usable {data.noun} for the {split} split. "
                 "Give more, or set data.heldout_fraction."
             )
-    paths.write_text(folder / manifests.NAME, manifests.to_text(manifest))
+    paths.write_text(folder / manifest_name, manifests.to_text(manifest))
     for name in there:
         if name.endswith(".partial"):  # left by a killed process: every shard exists without it
             (folder / name).unlink(missing_ok=True)

@@ -3,29 +3,42 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 from ...base.errors import UserError
 
+_NICE = 10  # in the background, after what trains
 
-def run_in_processes(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]]) -> None:
-    """Run `work(*job)` for each job in a process of its own.
+
+def run_in_processes(
+    work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], until: Connection | None = None
+) -> bool:
+    """Run `work(*job)` for each job in a process of its own, and return whether all have finished.
+
+    With `until`, they run in the background, ignore the signals that end the run, and are killed when something can be
+    received from it.
 
     Raises:
       UserError, OSError: one of them failed; the others are terminated.
     """
     context: Any = multiprocessing.get_context("spawn")  # a fork of a process that has started JAX may hang
     errors = context.SimpleQueue()
-    processes = [context.Process(target=_child, args=(errors, work, job), daemon=True) for job in jobs]
+    background = until is not None
+    processes = [context.Process(target=_child, args=(errors, work, job, background), daemon=True) for job in jobs]
     try:
         for process in processes:
             process.start()
         running = {process.sentinel: process for process in processes}
         while running:
-            for sentinel in multiprocessing.connection.wait(list(running)):
+            ready = multiprocessing.connection.wait([*running, *([until] if until else [])])
+            if until in ready:
+                return False
+            for sentinel in ready:
                 process = running.pop(sentinel)
                 process.join()
                 if process.exitcode:
@@ -37,11 +50,16 @@ def run_in_processes(work: Callable[..., None], jobs: Sequence[tuple[Any, ...]])
     finally:
         for process in processes:
             if process.pid is not None:
-                process.terminate()
+                process.kill() if background else process.terminate()
                 process.join()
+    return True
 
 
-def _child(errors: Any, work: Callable[..., None], job: tuple[Any, ...]) -> None:
+def _child(errors: Any, work: Callable[..., None], job: tuple[Any, ...], background: bool) -> None:
+    if background:
+        os.nice(_NICE)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has one core
     threading.Thread(target=exit_with_parent, daemon=True).start()
     try:

@@ -4,6 +4,7 @@ import bz2
 import codecs
 import glob
 import gzip
+import hashlib
 import lzma
 import os
 import zlib
@@ -66,6 +67,11 @@ def find(knob: str, pattern: str, suffixes: Sequence[str]) -> list[epath.Path]:
     for path in found:
         once.setdefault(identity(path), path)
     return list(once.values())
+
+
+def mixed(found: Sequence[epath.Path]) -> list[epath.Path]:
+    """Return files in the order of a hash of their names, so that topics in folders or names mix."""
+    return sorted(found, key=lambda path: (hashlib.sha256(path.name.encode()).digest(), path))
 
 
 def suffix(path: epath.Path) -> str:

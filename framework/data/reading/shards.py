@@ -27,6 +27,7 @@ from ...dataset import Example
 
 Decode = Callable[[Sequence[bytes]], Sequence[Example]]
 
+SUFFIX = ".array_record"
 _GROUP_BYTES, _LEAST, _MOST = 10_240, 8, 64  # size of a group in bytes; bounds of its number of rows
 _OPEN = 512  # readers held open; each takes one of the process' file descriptors, often 1,024
 

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 from etils import epath
 
 from ...base.errors import UserError
@@ -153,7 +154,7 @@ def split_source(
     return dataclasses.replace(source, text_bytes=sum(map(files.text_bytes, found.values())))
 
 
-def tfds_source(tfds: TfdsSet, make: Callable[..., Any], size: int, limit: int) -> Source:
+def tfds_source(tfds: TfdsSet, make: Callable[..., Any], size: int, limit: int, mixed: bool = False) -> Source:
     """Return the records of a tfds set, of which a worker reads only its own blocks.
 
     Args:
@@ -161,6 +162,7 @@ def tfds_source(tfds: TfdsSet, make: Callable[..., Any], size: int, limit: int) 
       make: returns the record of the features' texts, in their order; texts of white space only are skipped.
       size: see `of_splits`.
       limit: see `of_splits`.
+      mixed: whether blocks come in a random order, always the same.
     """
 
     def records(split: Split, start: int, stop: int) -> Iterator[Any]:
@@ -178,7 +180,9 @@ def tfds_source(tfds: TfdsSet, make: Callable[..., Any], size: int, limit: int) 
     def stream(split: Split) -> Stream:
         count = len(tfds.source(split))
         end = min(count, limit or count)
-        starts = range(0, end, size)
+        starts: Sequence[int] = range(0, end, size)
+        if mixed:
+            starts = np.random.default_rng(0).permutation(starts).tolist()
         return Stream(
             split, split, lambda: (records(split, start, min(start + size, end)) for start in starts), len(starts)
         )

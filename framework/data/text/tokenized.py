@@ -87,11 +87,11 @@ class Tokenized(Preparable):
         if kind == "file" and paths.of(name).is_dir() and (known := saved.splits_of(paths.of(name))):
             return split_source(self._of_splits(name, known), self.read, *blocks)
         if kind == "file":
-            found = files.find("data.source", name, self.suffixes)
+            found = self._ordered(files.find("data.source", name, self.suffixes))
             return file_source(found, self.read, self.cut, self.text_of, self.heldout_fraction, *blocks)
         features = self.keys
         splits: dict[Split, str] = {"train": self.train_split, "heldout": self.heldout_split}
-        return tfds_source(TfdsSet(name, self.data_dir, features, splits), self.record, *blocks)
+        return tfds_source(TfdsSet(name, self.data_dir, features, splits), self.record, *blocks, mixed=self.grows)
 
     @property
     def keys(self) -> dict[str, str]:
@@ -110,9 +110,13 @@ class Tokenized(Preparable):
         if self.train_split == self.heldout_split:
             raise UserError(f"data.heldout_split={self.heldout_split!r}: is also data.train_split. Name another.")
         return {
-            split: files.find("data.source", os.path.join(glob.escape(folder), name), self.suffixes)
+            split: self._ordered(files.find("data.source", os.path.join(glob.escape(folder), name), self.suffixes))
             for split, name in wanted.items()
         }
+
+    def _ordered(self, found: list[epath.Path]) -> list[epath.Path]:
+        """Return files in the order in which to read them: training starts on the first."""
+        return files.mixed(found) if self.grows else found
 
     def settings(self) -> dict[str, Any]:
         """See `Preparable.settings`; with the hash of the tokenizer's file in place of its path."""

@@ -15,6 +15,7 @@ LM = (
     "data.source=sample:enwiki",
     "data.sequence_length=16",
     "data.max_records=2",
+    "data.workers=1",
     "schedule.warmup=1 steps",
     "batch_size=16",
     "evaluation.batches=1",

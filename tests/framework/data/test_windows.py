@@ -1,0 +1,170 @@
+import itertools
+import os
+import re
+import threading
+import zlib
+
+import pytest
+
+from shampax.framework.base import paths
+from shampax.framework.base.errors import UserError
+from shampax.framework.config import check, components, sets
+from shampax.framework.data import feed, mixing
+from shampax.framework.data.clicks import ClickData
+from shampax.framework.data.pipeline import Batches, Reading
+from shampax.framework.data.preparing import preparing, windows, workers
+from shampax.framework.data.text import TextData, tokenizer
+
+ROWS = 12
+
+
+def corpus(folder, files, **knobs):
+    """Write a corpus of 40 documents a file, and return its data set: windows of 4 shards of 10 documents."""
+    folder.mkdir()
+    for number in range(files):
+        texts = (f"Document {i} of file {number} has {'many ' * (i % 9)}words" for i in range(40))
+        (folder / f"{number:03}.txt").write_text("\f".join(texts))
+    path = folder.parent / "tokenizer.json"
+    if not path.exists():
+        path.write_text(tokenizer.train_tokenizer(iter(["many words of a document"]), 300).to_str())
+    small = {"sequence_length": 16, "vocab_size": 300, "shard_size": 10, "shuffle_window": 4, "tokenizer": str(path)}
+    return TextData(source=f"file:{folder}/*.txt", **(small | knobs))
+
+
+def made(data, cache, **options):
+    return preparing.run(data, paths.of(cache), workers=1, **options)
+
+
+def opened(data, cache, rows=range(ROWS), seed=3):
+    source = mixing.Mixed({"data": data.examples("train", cache)}, [(0, (1.0,))]) if rows == "mixed" else None
+    return Batches(
+        source or data.examples("train", cache),
+        seed=seed,
+        global_batch_size=ROWS,
+        rows=range(ROWS) if source else rows,
+        reading=Reading(2, 0, 2),
+    )
+
+
+def tokens(batches, numbers):
+    return [batches[number]["tokens"].tolist() for number in numbers]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A data set of 8 files, its cache with all rows, and its first 160 batches, of two epochs."""
+    place = tmp_path_factory.mktemp("windows")
+    data = corpus(place / "a", 8)
+    data.prepare_some(place / "cache", 1_000_000, 0)
+    made(data, place / "cache", most=1_000_000, extend=True)
+    return data, place / "cache", tokens(opened(data, place / "cache"), range(160))
+
+
+def test_any_share_from_any_step(whole):
+    """Faults: another number of processes, or a resumed run, trains on other rows; an epoch lacks rows or repeats some;
+    all epochs have one order; rows stay in the order of the documents."""
+    data, cache, batches = whole
+    for processes in (2, 4):
+        for number in (31, 2, 17):
+            parts = [opened(data, cache, range(ROWS)[share::processes])[number] for share in range(processes)]
+            for share, part in enumerate(parts):
+                assert part["tokens"].tolist() == batches[number][share::processes]
+    resumed = [batch["tokens"].tolist() for batch in itertools.islice(opened(data, cache).from_step(7), 5)]
+    assert resumed == batches[7:12]
+    rows = [str(row) for row in itertools.chain.from_iterable(batches)]
+    count = data.manifest(cache)[1]["ranges"]["train"][1]
+    assert count < len(rows) // 2
+    assert sorted(rows[:count]) == sorted(rows[count : 2 * count]) and rows[:count] != rows[count : 2 * count]
+    stored = data.examples("train", cache)
+    first = [str(stored[row]["tokens"].tolist()) for row in range(60)]
+    assert rows[:60] != first and tokens(opened(data, cache, seed=4), [0]) != batches[:1]
+    window = sum(shard["rows"] for shard in [s for s in data.manifest(cache)[1]["shards"] if s["split"] == "train"][:4])
+    every = [str(stored[row]["tokens"].tolist()) for row in range(window)]
+    assert sorted(rows[:window]) == sorted(every)
+
+
+def test_batches_need_only_the_shards_before_them(whole, tmp_path, monkeypatch, capfd):
+    """Faults: training waits for all shards, or does not wait, or does so silently; prepared rows and mixtures have
+    another order; a run that was killed while it made rows continues on others."""
+    data, cache, batches = whole
+    here = tmp_path / "cache"
+    data.prepare_some(here, 1_000_000, 0)
+    assert len(list(here.glob("rows-*/train-*.array_record"))) == 4
+    assert len(list(here.glob("rows-*/heldout-*.array_record"))) == 1
+    monkeypatch.setattr(windows, "_SAY", 0.1)
+    early = opened(data, here)
+    assert tokens(early, [0, 1]) == batches[:2]
+    assert data.fingerprint(here) == data.fingerprint(cache)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(tokens(early, [15])))
+    thread.start()
+    thread.join(0.8)
+    assert thread.is_alive()
+    assert re.search("process 0 waits for shard train-00004 of .*, which process 0 makes: 0 s", capfd.readouterr().err)
+    made(data, here, most=150, extend=True)  # killed after some shards: no manifest of all
+    (folder,) = here.glob("rows-*")
+    (folder / "manifest.json").unlink()
+    assert len(list(folder.glob("train-*.json"))) % 4 == 0
+    data.prepare_some(here, 1_000_000, 0)
+    late = opened(data, here)
+    made(data, here, most=1_000_000, extend=True)
+    thread.join()
+    assert found == [batches[15:16]] and tokens(late, range(20)) == batches[:20]
+    mixed = opened(data, here, "mixed", seed=zlib.crc32(b"data") ^ 3)
+    assert tokens(mixed, [0, 40, 15]) == [batches[number] for number in (0, 40, 15)]
+
+
+def test_a_failure_ends_the_run_with_one_error(whole, tmp_path, monkeypatch, capfd):
+    """Faults: processes wait for ever for rows that nobody makes; a rerun fails at once with the old error; workers of
+    the preparation survive the run; a thread that waits survives it."""
+    data, _, batches = whole
+    data.prepare_some(tmp_path, 1_000_000, 0)
+    dies = lambda work, jobs, until: workers.run_in_processes(os._exit, [(9,)])  # noqa: E731
+    monkeypatch.setattr(preparing, "run_in_processes", dies)
+    message = r"cannot be made: .* died with exit code 9"
+    with data.ahead(tmp_path, 1_000_000), pytest.raises(UserError, match=message):
+        opened(data, tmp_path)[20]
+    monkeypatch.undo()
+    assert capfd.readouterr().err.count("warning: the rows of later steps cannot be made") == 1
+    data.prepare_some(tmp_path, 1_000_000, 0)
+    reading = opened(data, tmp_path).from_step(2)
+    next(reading)
+    before = threading.active_count()
+    reading.close()
+    with data.ahead(tmp_path, 1_000_000):
+        assert tokens(opened(data, tmp_path), [20]) == batches[20:21]
+    assert threading.active_count() <= before
+
+
+@pytest.mark.parametrize("files", [8, 80])
+def test_what_is_read_before_the_first_step(tmp_path, files, monkeypatch):
+    """Fault: a larger corpus starts later."""
+    data, read = corpus(tmp_path / "a", files), []
+    encoded = TextData.rows
+
+    def rows(self, stream, number, records, *rest):
+        return encoded(self, stream, number, (read.append(record) or record for record in records), *rest)
+
+    monkeypatch.setattr(TextData, "rows", rows)
+    data.prepare_some(tmp_path / "cache", 1_000_000, 0)
+    opened(data, tmp_path / "cache")[0]
+    assert len(read) == 50
+
+
+def test_files_are_mixed(tmp_path):
+    """Fault: a corpus sorted by topic is trained on its first part only."""
+    data = corpus(tmp_path / "a", 30)
+    names = [next(iter(records)).split()[4] for records in data.open_source().streams[1].blocks()]
+    assert names != sorted(names) and {int(name) // 10 for name in names[:20]} == {0, 1, 2}
+
+
+def test_refusals(tmp_path):
+    """Faults: epochs of unknown length; files that cannot be divided are prepared whole without a word."""
+    (tmp_path / "day_0").write_text("")
+    (tmp_path / "day_1").write_text("")
+    clicks = ClickData(source=f"file:{tmp_path}/day_*", shuffle_window=4)
+    with pytest.raises(UserError, match="files of ClickData are prepared whole"):
+        clicks.prepare(tmp_path / "cache")
+    config = check.load("shampax/configs/lm.py:sample", ["data.shuffle_window=4", "duration=2 epochs"])
+    with pytest.raises(UserError, match="shuffle_window: a mixture has no epochs"):
+        feed.length(config, components.build(config.data), sets.mixture(config))
