@@ -16,9 +16,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from .attention import Pattern, attention
+from .biased import PATTERN, Attention, GeluMLP, dense, dropped, norm
 from .kernels import attention as kernels
 from .layout import gather_columns, shard_batch
 from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options
@@ -27,7 +26,6 @@ from .vocabulary import class_losses, look_up, real_tokens
 
 _TYPES = 2  # the first and the second text of a pair
 _EPSILON = 1e-12  # of the norms, as published
-_PATTERN = Pattern(causal=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +99,7 @@ class BertTask(LinenTask):
         rows, length = batch_spec["tokens"].shape
         shape = rows, length, self.heads, self.embed_dim // self.heads
         query = jax.ShapeDtypeStruct(shape, jnp.dtype(self.compute_dtype))
-        return kernels.choose(self.attention, query, length, self.heads, _PATTERN, drops=self.dropout > 0)
+        return kernels.choose(self.attention, query, length, self.heads, PATTERN, drops=self.dropout > 0)
 
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
@@ -191,7 +189,7 @@ class Embeddings(nn.Module):
         x_BxTxE = shard_batch(look_up(words_VxE, tokens_BxT, dtype))
         x_BxTxE += gather_columns(positions.astype(dtype))[: tokens_BxT.shape[1]]
         x_BxTxE += shard_batch(look_up(types, types_BxT, dtype))
-        return shard_batch(_dropped(_norm("norm", dtype)(x_BxTxE), self.dropout)), words_VxE.astype(dtype)
+        return shard_batch(dropped(norm("norm", dtype, _EPSILON)(x_BxTxE), self.dropout)), words_VxE.astype(dtype)
 
 
 class Block(nn.Module):
@@ -205,41 +203,9 @@ class Block(nn.Module):
         """Return the residual stream after this layer."""
         dtype = jnp.dtype(self.task.compute_dtype)
         mixed = Attention(self.task, self.dropout, name="attention")(x_BxTxE, real_BxT)
-        x_BxTxE = _norm("attention_norm", dtype)(x_BxTxE + _dropped(mixed, self.dropout))
+        x_BxTxE = norm("attention_norm", dtype, _EPSILON)(x_BxTxE + dropped(mixed, self.dropout))
         mlp = GeluMLP(self.task, name="mlp")(x_BxTxE)
-        return shard_batch(_norm("mlp_norm", dtype)(x_BxTxE + _dropped(mlp, self.dropout))), None
-
-
-class Attention(nn.Module):
-    """Attention to all real slots; kernels [E, H, D] three times and [H, D, E], with biases. Padding sees padding."""
-
-    task: BertTask
-    dropout: float
-
-    @nn.compact
-    def __call__(self, x_BxTxE: jax.Array, real_BxT: jax.Array) -> jax.Array:
-        """Return the update of the residual stream, [B, T, E]."""
-        task = self.task
-        heads = (task.heads, task.embed_dim // task.heads)
-        into = functools.partial(_dense, task, heads, ("embed",), ("heads", "kv"))
-        query, key, value = (into(name=name)(x_BxTxE) for name in ("query", "key", "value"))
-        drop = functools.partial(_dropped, rate=self.dropout) if self.dropout else None
-        mixed_BxTxHxD = attention(query, key, value, real_BxT, pattern=_PATTERN, kernel=task.attention, drop=drop)
-        out = _dense(task, task.embed_dim, ("heads", "kv"), ("embed",), name="out")
-        return checkpoint_name(out(mixed_BxTxHxD), "attention_out")
-
-
-class GeluMLP(nn.Module):
-    """gelu(x up) down: kernels [E, M] and [M, E], with biases."""
-
-    task: BertTask
-
-    @nn.compact
-    def __call__(self, x_BxTxE: jax.Array) -> jax.Array:
-        """Return the update of the residual stream, [B, T, E]."""
-        into = _dense(self.task, self.task.mlp_dim, ("embed",), ("mlp",), name="up")
-        hidden_BxTxM = checkpoint_name(into(x_BxTxE), "up")
-        return _dense(self.task, self.task.embed_dim, ("mlp",), ("embed",), name="down")(nn.gelu(hidden_BxTxM))
+        return shard_batch(norm("mlp_norm", dtype, _EPSILON)(x_BxTxE + dropped(mlp, self.dropout))), None
 
 
 class MaskedHead(nn.Module):
@@ -251,8 +217,8 @@ class MaskedHead(nn.Module):
     def __call__(self, x_BxPxE: jax.Array, words_VxE: jax.Array) -> jax.Array:
         """Return logits, float32 [B, P, V]."""
         task = self.task
-        hidden = nn.gelu(_dense(task, task.embed_dim, ("embed",), ("mlp",), name="dense")(x_BxPxE))
-        hidden_BxPxE = shard_batch(_norm("norm", jnp.dtype(task.compute_dtype))(hidden))
+        hidden = nn.gelu(dense(task, task.embed_dim, ("embed",), ("mlp",), name="dense")(x_BxPxE))
+        hidden_BxPxE = shard_batch(norm("norm", jnp.dtype(task.compute_dtype), _EPSILON)(hidden))
         bias_V = self.param("bias", partitioned(nn.initializers.zeros_init(), "vocab"), (task.vocab_size,))
         return jnp.einsum("bpe,ve->bpv", hidden_BxPxE, words_VxE, preferred_element_type=jnp.float32) + bias_V
 
@@ -266,8 +232,8 @@ class NextHead(nn.Module):
     def __call__(self, x_BxE: jax.Array) -> jax.Array:
         """Return logits, float32 [B, 2]; class 1 is "follows"."""
         task = self.task
-        pooled_BxE = shard_batch(jnp.tanh(_dense(task, task.embed_dim, ("embed",), (None,), name="pooler")(x_BxE)))
-        return _dense(task, 2, (None,), (None,), name="classes")(pooled_BxE).astype(jnp.float32)
+        pooled_BxE = shard_batch(jnp.tanh(dense(task, task.embed_dim, ("embed",), (None,), name="pooler")(x_BxE)))
+        return dense(task, 2, (None,), (None,), name="classes")(pooled_BxE).astype(jnp.float32)
 
 
 def _sinusoids(scale: float, key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
@@ -280,38 +246,3 @@ def _sinusoids(scale: float, key: jax.Array, shape: tuple[int, int], dtype: Any 
     places = jnp.arange(embed) // 2 * 2 / embed
     angles_TxE = jnp.arange(length)[:, None] * float(length) ** -places
     return (scale * 2**0.5 * jnp.where(jnp.arange(embed) % 2, jnp.cos(angles_TxE), jnp.sin(angles_TxE))).astype(dtype)
-
-
-def _dense(
-    task: BertTask,
-    features: int | tuple[int, ...],
-    inputs: tuple[str | None, ...],
-    outputs: tuple[str | None, ...],
-    *,
-    name: str,
-) -> nn.DenseGeneral:
-    """Return a dense layer from the last axes, named `inputs`, to axes named `outputs`."""
-    return nn.DenseGeneral(
-        features,
-        axis=tuple(range(-len(inputs), 0)),
-        dtype=jnp.dtype(task.compute_dtype),
-        kernel_init=partitioned(nn.initializers.truncated_normal(task.init_std), *inputs, *outputs),
-        bias_init=partitioned(nn.initializers.zeros_init(), *outputs),
-        name=name,
-    )
-
-
-def _dropped(x: jax.Array, rate: float) -> jax.Array:
-    """Apply dropout; a rate of 0 does nothing."""
-    return nn.Dropout(rate, deterministic=False)(x)
-
-
-def _norm(name: str, dtype: jnp.dtype) -> nn.LayerNorm:
-    return nn.LayerNorm(
-        epsilon=_EPSILON,
-        dtype=dtype,
-        use_fast_variance=False,  # mean of squares - square of mean would lose more precision than epsilon
-        scale_init=partitioned(nn.initializers.ones_init(), "norm"),
-        bias_init=partitioned(nn.initializers.zeros_init(), "norm"),
-        name=name,
-    )

@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from . import classification
 from .batch_norm import BatchNorm
 from .layout import shard_batch
 from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options
@@ -61,11 +62,7 @@ class ResNetTask(LinenTask):
             raise ValueError(f"task.stages={self.stages}: each needs at least 1 block, as in (3, 4, 6, 3)")
         if self.stem == "imagenet" and self.stem_stride != 1:
             raise ValueError(f"task.stem_stride={self.stem_stride}: applies to the small stem; leave it at 1")
-        if len(self.pixel_mean) != len(self.pixel_std) or not self.pixel_mean or min(self.pixel_std) <= 0:
-            raise ValueError(
-                f"task.pixel_mean={self.pixel_mean} and task.pixel_std={self.pixel_std}: give each channel a value; "
-                "the latter must be positive"
-            )
+        classification.check_pixels(self)
 
     def boxed(self, key: jax.Array) -> Any:
         """See `LinenTask.boxed`.
@@ -78,43 +75,17 @@ class ResNetTask(LinenTask):
 
     def check_batch(self, batch_spec: BatchSpec) -> None:
         """See `LinenTask.check_batch`."""
-        if "image" not in batch_spec:
-            raise ValueError(f"the batch has {sorted(batch_spec)} and no 'image'; a ResNet needs image data")
-        if batch_spec["image"].shape[3:] != (len(self.pixel_mean),):
-            raise ValueError(
-                f"task.pixel_mean={self.pixel_mean}: images of shape {batch_spec['image'].shape} do not have "
-                f"{len(self.pixel_mean)} channels; give it, and task.pixel_std, a value for each channel"
-            )
+        classification.check_images(self, batch_spec)
 
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
     ) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
-        """Return mean nats per unit of weight, the new batch statistics, and metrics as (total, weight).
-
-        metrics: "loss", in training with label smoothing (Szegedy et al. 2016, section 7); "accuracy", the share of
-        labels with the largest logit; "top5", with one of the five largest. Ties count against the label.
-        """
+        """Return mean nats per unit of weight, the new batch statistics, and metrics; see `classification.measured`."""
         del key  # nothing is random
-        weights_B = batch["weight"]
         logits_BxK, model_state = self.logits(variables, batch, train=train)
-        log_p_BxK = jax.nn.log_softmax(logits_BxK)
-        label_Bx1 = batch["label"][:, None]
-        nats_B = -jnp.take_along_axis(log_p_BxK, label_Bx1, axis=-1)[:, 0]
-        if train and self.label_smoothing:
-            nats_B = (1 - self.label_smoothing) * nats_B - self.label_smoothing * log_p_BxK.mean(axis=-1)
-        # Negated, so that a NaN logit does not rank its label first.
-        rank_B = (~(logits_BxK < jnp.take_along_axis(logits_BxK, label_Bx1, axis=-1))).sum(axis=-1)
-
-        def total(values_B: jax.Array) -> jax.Array:
-            return jnp.where(weights_B > 0, values_B * weights_B, 0).sum(dtype=jnp.float32)
-
-        weight = weights_B.sum(dtype=jnp.float32)
-        metrics = {
-            "loss": (total(nats_B), weight),
-            "accuracy": (total(rank_B <= 1), weight),
-            "top5": (total(rank_B <= 5), weight),
-        }
-        return total(nats_B) / jnp.where(weight > 0, weight, 1), (model_state, metrics)
+        nats_B = classification.nats(logits_BxK, batch["label"], self.label_smoothing if train else 0.0)
+        loss, metrics = classification.measured(nats_B, logits_BxK, batch)
+        return loss, (model_state, metrics)
 
     def logits(self, variables: dict[str, Any], batch: Batch, *, train: bool) -> tuple[jax.Array, dict[str, Any]]:
         """Return logits, float32 [B, K], and the batch statistics, updated in training."""
@@ -172,8 +143,7 @@ class ResNet(nn.Module):
         """Return logits."""
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
-        mean, std = jnp.array(task.pixel_mean), jnp.array(task.pixel_std)
-        x = ((image_BxHxWxC.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
+        x = classification.normalized(task, image_BxHxWxC, dtype)
 
         small = task.stem == "small"
         x = _conv(task, task.width, 3 if small else 7, task.stem_stride if small else 2, "stem")(x)

@@ -22,6 +22,7 @@ STACKS = ("layers", "encoder", "decoder", "stage2_rest")
         ("bert", "base"),
         ("translation", "base"),
         ("resnet", "resnet50"),
+        ("vit", "s16"),
     ],
 )
 def test_vectors_of_stacked_layers_are_diagonal(name, variant):

@@ -12,6 +12,7 @@ SMALL = {
     "dlrm": ((*shrunk.DLRM, shrunk.DLRM_ROWS), 4),
     "lm": (shrunk.LM, 16),
     "resnet": (shrunk.RESNET, 8),
+    "vit": (shrunk.VIT, 16),
     "bert": (shrunk.BERT, 16),
     "translation": (shrunk.TRANSLATION, 16),
 }

@@ -50,6 +50,10 @@ class ImageData:
     heldout_split: str = "validation"  # tfds split to evaluate on
     shift: Annotated[int, Within(0, _SAMPLE_SIDE - 1)] = 2  # most pixels by which the sample's images move each way
     flip: bool = True  # mirror half of the training images
+    rand_augment: Annotated[int, Within(0, 14)] = (
+        0  # random operations on each training image (RandAugment); 2 is usual
+    )
+    rand_magnitude: Annotated[float, Within(0, 10)] = 10  # strength of these operations, up to 10
     max_malformed: Annotated[int, Within(0)] = 0  # malformed images of a split that are skipped
 
     def __post_init__(self):
@@ -76,7 +80,7 @@ class ImageData:
         return _SampleImages(split, self.classes) if self.source == _SAMPLE else _TfdsImages(self._set(), split, self)
 
     def augment(self, example: Example, rng: np.random.Generator) -> Example:
-        """Return a random crop of a training image, or a shifted image of the sample; mirrored by chance."""
+        """Return a random crop of a training image, or a shifted image of the sample; see `flip` and `rand_augment`."""
         image = example["image"]
         if self.source == _SAMPLE:
             down, right = rng.integers(-self.shift, self.shift, size=2, endpoint=True).tolist()
@@ -86,6 +90,8 @@ class ImageData:
             image = pictures.resized(image, pictures.random_box(height, width, rng), self.image_size)
         if self.flip and rng.random() < 0.5:
             image = image[:, ::-1]
+        if self.rand_augment:
+            image = pictures.rand_augmented(image, self.rand_augment, self.rand_magnitude, rng)
         return example | {"image": np.ascontiguousarray(image)}
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:

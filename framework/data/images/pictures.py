@@ -1,13 +1,15 @@
-"""Decoding of image files, and the crops of training and evaluation.
+"""Decoding of image files, the crops of training and evaluation, and RandAugment.
 
 Pillow accepts many damaged files; here a file is either decoded whole or refused with a reason.
 """
 
 import io
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageEnhance, ImageFile, ImageOps
 
 FORMATS = ("JPEG", "PNG")  # Pillow's other parsers are not used
 MOST_PIXELS = 2**26  # per image: a small file may decode to gigabytes. ImageNet's largest has 2**24.5
@@ -86,6 +88,55 @@ def shifted(image: np.ndarray, down: int, right: int) -> np.ndarray:
     margin = max(abs(down), abs(right))
     padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)))
     return padded[margin - down :, margin - right :][:height, :width]
+
+
+def rand_augmented(image: np.ndarray, operations: int, magnitude: float, rng: np.random.Generator) -> np.ndarray:
+    """Apply random operations one after the other: RandAugment (Cubuk et al. 2020, arXiv 1909.13719).
+
+    The operations and their strengths are those of the paper, of which `magnitude` takes a tenth for each unit; those
+    with two directions take either. What moves into the image is black.
+
+    Args:
+      image: uint8 [H, W, C], grey or RGB.
+      operations: number of operations.
+      magnitude: 0 to 10.
+      rng: of the choice and the direction.
+    """
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    for _ in range(operations):
+        operation = _OPERATIONS[int(rng.integers(len(_OPERATIONS)))]
+        picture = operation(picture, float(rng.choice((-1, 1))) * magnitude / _MOST_MAGNITUDE)
+    return np.asarray(picture).reshape(image.shape)
+
+
+def _moved(picture: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
+    """Return the picture whose pixel (x, y) is that at (a x + b y + c, d x + e y + f) of the given one."""
+    return picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+
+
+def _enhanced(kind: Any) -> Callable[[Image.Image, float], Image.Image]:
+    return lambda picture, strength: kind(picture).enhance(1 + 0.9 * strength)
+
+
+_MOST_MAGNITUDE = 10
+# Operations on (picture, strength from -1 to 1). The strongest turn by 30 degrees, shear by 0.3, shift by 0.45 of a
+# side, keep 4 bits of a pixel or invert all pixels, and change colours by a factor of 0.1 or 1.9.
+_OPERATIONS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
+    lambda picture, _: picture,
+    lambda picture, _: ImageOps.autocontrast(picture),
+    lambda picture, _: ImageOps.equalize(picture),
+    lambda picture, strength: picture.rotate(30 * strength, Image.Resampling.BILINEAR),
+    lambda picture, strength: ImageOps.solarize(picture, round(256 * (1 - abs(strength)))),
+    lambda picture, strength: ImageOps.posterize(picture, 8 - round(4 * abs(strength))),
+    _enhanced(ImageEnhance.Color),
+    _enhanced(ImageEnhance.Contrast),
+    _enhanced(ImageEnhance.Brightness),
+    _enhanced(ImageEnhance.Sharpness),
+    lambda picture, strength: _moved(picture, (1, 0.3 * strength, 0, 0, 1, 0)),
+    lambda picture, strength: _moved(picture, (1, 0, 0, 0.3 * strength, 1, 0)),
+    lambda picture, strength: _moved(picture, (1, 0, 0.45 * strength * picture.width, 0, 1, 0)),
+    lambda picture, strength: _moved(picture, (1, 0, 0, 0, 1, 0.45 * strength * picture.height)),
+)
 
 
 def _centred(height: int, width: int, wide: float, high: float) -> tuple[float, float, float, float]:

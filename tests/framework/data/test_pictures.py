@@ -135,3 +135,31 @@ def test_shifts_fill_with_zeros(down, right):
             inside = 0 <= row - down < 8 and 0 <= column - right < 9
             expected = image[row - down, column - right] if inside else np.zeros(3)
             np.testing.assert_array_equal(moved[row, column], expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rand_augment_applies_all_its_operations(channels, monkeypatch):
+    """Faults: an operation fails, or changes shape or type, for grey or coloured images; it takes one direction only;
+    strength 0 changes an image."""
+    image = photo(3, 40, 30)[..., :channels]
+    for number, operation in enumerate(pictures._OPERATIONS):
+        monkeypatch.setattr(pictures, "_OPERATIONS", (operation,))
+        made = [pictures.rand_augmented(image, 1, 10, np.random.default_rng(seed)) for seed in range(6)]
+        still = pictures.rand_augmented(image, 1, 0, np.random.default_rng(0))
+        assert {(x.shape, x.dtype) for x in made} == {(image.shape, image.dtype)}
+        kinds = len({x.tobytes() for x in made})
+        if number in (1, 2):  # stretches the histogram
+            assert kinds == 1 and made[0].max() > 250
+            continue
+        np.testing.assert_array_equal(still, image)
+        if number in (0, 4, 5):  # have no direction
+            assert kinds == 1 and (number == 0) == np.array_equal(made[0], image)
+        else:
+            assert kinds == (1 if number == 6 and channels == 1 else 2)  # colours of grey
+
+
+def test_rand_augment_is_a_function_of_its_generator():
+    """Faults: operations are drawn once; their order does not depend on the seed."""
+    image = photo(3, 40, 30)
+    first, again = ([pictures.rand_augmented(image, 2, 9, np.random.default_rng(n)) for n in range(20)] for _ in "ab")
+    assert all(map(np.array_equal, first, again)) and len({x.tobytes() for x in first}) > 15

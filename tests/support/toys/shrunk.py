@@ -33,6 +33,18 @@ RESNET = (
     "checkpoint.keep_best=0",
     "log.every=1 steps",
 )
+VIT = (
+    "task.layers=2",
+    "task.embed_dim=16",
+    "task.heads=2",
+    "task.mlp_dim=16",
+    "batch_size=16",
+    "schedule.warmup=1 steps",
+    "evaluation.batches=2",
+    "checkpoint.every=0 steps",
+    "checkpoint.keep_best=0",
+    "log.every=1 steps",
+)
 # All kernels have one shape and, with one head, biases are vectors.
 BERT = (
     "task.layers=1",
