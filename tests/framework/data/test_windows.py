@@ -121,9 +121,14 @@ def test_a_failure_ends_the_run_with_one_error(whole, tmp_path, monkeypatch, cap
     data.prepare_some(tmp_path, 1_000_000, 0)
     dies = lambda work, jobs, until: workers.run_in_processes(os._exit, [(9,)])  # noqa: E731
     monkeypatch.setattr(preparing, "run_in_processes", dies)
+    waiting = data.examples("train", tmp_path)
+    gives_up = threading.Timer(10, waiting.stop)
+    gives_up.start()
     message = r"cannot be made: .* died with exit code 9"
     with data.ahead(tmp_path, 1_000_000), pytest.raises(UserError, match=message):
-        opened(data, tmp_path)[20]
+        Batches(waiting, seed=3, global_batch_size=ROWS, rows=range(ROWS))[20]
+    gives_up.cancel()
+    gives_up.join()
     monkeypatch.undo()
     assert capfd.readouterr().err.count("warning: the rows of later steps cannot be made") == 1
     data.prepare_some(tmp_path, 1_000_000, 0)
