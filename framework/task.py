@@ -1,8 +1,8 @@
 """The contract between the trainer and a model: write a frozen dataclass with the methods of `Task`.
 
 A config names it by import string, `config.task.name = "my_project.my_model:MyTask"`; its fields are knobs. The trainer
-knows nothing else of a model. A task may also have the methods of `Judge`, `Generating`, `Settling`, `Exchanged`,
-`Noted` and `Costed`.
+knows nothing else of a model. A task may also have the methods of `Judge`, `Generating`, `Scoring`, `Settling`,
+`Exchanged`, `Noted` and `Costed`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -119,6 +119,19 @@ class Generating(Protocol):
         """Read one more token of each row, `tokens` int32 [B]. Return the logits of the next one, and the cache.
 
         `variables` are as returned by `init`. The cache is donated, and must keep its shapes.
+        """
+        ...
+
+
+class Scoring(Protocol):
+    """Optional method of a task that rates texts; pure and traceable."""
+
+    def scores(self, variables: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Return the log-probability of each target, float32 [B, T], and whether it is the most probable token.
+
+        Args:
+          variables: as returned by `init`.
+          batch: int32 arrays [B, T + 1]: tokens, segments (0 is padding) and positions.
         """
         ...
 

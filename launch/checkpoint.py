@@ -145,7 +145,7 @@ def _export_folder(path: Path, options: argparse.Namespace) -> int:
 
 
 def _base(init_from: str) -> str:
-    """Return the Hugging Face folder that a run started from, "" if there is none."""
+    """Return the Hugging Face folder that a run started from, "" for other runs."""
     from ..framework.base import model_folder
 
     path = Path(init_from).expanduser()

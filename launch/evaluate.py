@@ -3,15 +3,18 @@
 Prints the held-out metrics of the run's data, by the name "heldout", and of the sets of `evaluation.sets`. With
 overrides of `config.data`, such as --config.data.source='file:/path/*.txt', it evaluates the held-out part of these
 data instead, with the tokenizer of the run. Other overrides change how it evaluates: `evaluation.batches`,
-`batch_size`, `mesh`. A run in progress is not disturbed; rows that its data folder lacks are added there.
+`batch_size`, `mesh`. A run in progress is not disturbed; rows that its data folder lacks are added there. A Hugging
+Face folder has no data: it needs --config.data.source, and its rows are prepared in every call.
 
 Exit codes: 0; 2, invalid input.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,17 +33,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str] | None) -> int:
     parser = flags.Parser("evaluate", __doc__, knobs=True)
     flag = parser.add_argument
-    flag("--workdir", type=Path, required=True, metavar="PATH", help="workdir of a run, or WORKDIR/checkpoints/STEP")
+    flag("--workdir", type=Path, required=True, metavar="PATH", help="workdir, checkpoint or Hugging Face folder")
     flag("--use", choices=("best", "newest"), default="best", help="which checkpoint of a workdir")
     flag("--sets", default="", metavar="NAME,...", help="sets to evaluate; by default all")
     flag("--json", action="store_true", help="print an object of JSON")
+    flag("--harness", default="", metavar="TASK,...", help="run tasks of lm-evaluation-harness instead (extra lm-eval)")
+    flag("--harness_tasks", type=Path, metavar="FOLDER", help="folder with further tasks, whose code is executed")
+    flag("--shots", type=int, metavar="N", help="examples before each question of a task")
+    flag("--limit", type=int, metavar="N", help="questions of each task")
     flag("--trust", action="store_true", help="import models and data sets from outside shampax that the workdir names")
     options, overrides = parser.parse(arguments)
-    result = _evaluated(options, overrides)
+    if options.harness:
+        try:
+            from . import harness
+        except ModuleNotFoundError as error:
+            raise UserError(f"--harness needs {error.name}. Run pip install 'shampax[lm-eval]'.") from error
+        print(harness.run(options, overrides))
+        return 0
+    with contextlib.ExitStack() as end:
+        result = _evaluated(options, overrides, end)
     if options.json:
         print(json.dumps(result, indent=2))
         return 0
-    print(f"{result['checkpoint']}, step {result['step']}")
+    print(result["checkpoint"] if result["step"] is None else f"{result['checkpoint']}, step {result['step']}")
     for name, values in result["sets"].items():
         ordered = sorted(values.items(), key=lambda item: (item[0] != "loss", item[0]))
         print(f"{name}: {', '.join(f'{key} {value:{_form(value)}}' for key, value in ordered)}")
@@ -51,14 +66,15 @@ def _form(value: float) -> str:
     return ",d" if isinstance(value, int) else ",.4f"
 
 
-def _evaluated(options: argparse.Namespace, changes: Sequence[str]) -> dict[str, Any]:
+def _evaluated(options: argparse.Namespace, changes: Sequence[str], end: contextlib.ExitStack) -> dict[str, Any]:
     # Imported after the flags are parsed, so that --help does not wait for JAX and Orbax.
     import jax
 
     from ..framework import dataset
     from ..framework.base import workdir as layout
+    from ..framework.base.model_folder import is_folder
     from ..framework.checkpoint import restore, store
-    from ..framework.config import components
+    from ..framework.config import components, overrides
     from ..framework.config.schema import get_config
     from ..framework.config.sets import heldout_sets
     from ..framework.data.feed import Heldout
@@ -70,10 +86,22 @@ def _evaluated(options: argparse.Namespace, changes: Sequence[str]) -> dict[str,
     from ..framework.task import judge_of
     from . import trained
 
-    workdir, checkpoint = trained.locate(options.workdir, options.use)
     mesh_here = [f"mesh.{axis}={size}" for axis, size in get_config().mesh.items()]
-    others = [each for each in changes if not each.startswith("data.")]
-    config = restore.config(workdir, [*mesh_here, "slices=0", *others], trusted=options.trust)
+    others = [*mesh_here, "slices=0", *(each for each in changes if not each.startswith("data."))]
+    folder, step = is_folder(options.workdir.expanduser()), None
+    if folder:
+        workdir = checkpoint = options.workdir.expanduser()
+        config, cache = trained.config_of_folder(workdir), Path(end.enter_context(tempfile.TemporaryDirectory()))
+        overrides.apply(config, others)
+        if not any(each.startswith("data.source=") for each in changes) or not config.data.tokenizer:
+            raise UserError(
+                f"--workdir={workdir}: a Hugging Face folder needs its tokenizer and --config.data.source=SOURCE, of "
+                "which the held-out part is evaluated. Add what is missing."
+            )
+    else:
+        workdir, checkpoint = trained.locate(options.workdir, options.use)
+        config, cache = restore.config(workdir, others, trusted=options.trust), workdir / layout.CACHE
+        step = store.record(checkpoint).step
     given = [each.replace("data.", f"{_GIVEN}.", 1) for each in changes if each.startswith("data.")]
     config.evaluation.sets = (*config.evaluation.sets, *given)
     sets = {_OWN: components.fitting("data", components.build(config.data)), **heldout_sets(config)}
@@ -82,7 +110,7 @@ def _evaluated(options: argparse.Namespace, changes: Sequence[str]) -> dict[str,
         if name not in sets:
             raise UserError(f"--sets={options.sets}: there is no set {name!r}. Choose from {', '.join(sets)}.")
     task = trained.adapted(components.fitting("task", components.build(config.task)))
-    mesh, cache, training = placement.mesh_of(config, None), workdir / layout.CACHE, sets[_OWN]
+    mesh, training = placement.mesh_of(config, None), sets[_OWN]
     with jax.set_mesh(mesh), trained.compiled_before(workdir):
         share, heldout = Share(config.batch_size, mesh), {}
         for name in wanted:
@@ -106,7 +134,7 @@ def _evaluated(options: argparse.Namespace, changes: Sequence[str]) -> dict[str,
             if "bits_per_byte" in values:  # the loss is in nats per token
                 values["perplexity"] = math.exp(values["loss"])
             measured[name] = values | {"examples": each.examples}
-    return {"checkpoint": str(checkpoint), "step": store.record(checkpoint).step, "sets": measured}
+    return {"checkpoint": str(checkpoint), "step": step, "sets": measured}
 
 
 if __name__ == "__main__":

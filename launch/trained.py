@@ -20,6 +20,7 @@ from ..framework.step import compilation_cache
 from ..models.lm import LMTask
 
 LM, TEXT = "shampax.models.lm:LMTask", "shampax.framework.data.text:TextData"
+CHAT = "shampax.framework.data.text.chat:ChatData"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from .hf import families, matching, peft
 from .hf.tensors import Tensors
 from .kernels import attention as kernels
 from .linen_task import Batch, BatchSpec, LinenTask, Metrics, check_options
-from .vocabulary import real_targets, real_tokens, token_logits, token_losses
+from .vocabulary import real_targets, real_tokens, token_logits, token_losses, token_scores
 
 # Last names of parameters that are used in float32; all others are cast to the compute dtype.
 _EXACT = ("bias", "router", "scale", "sinks")
@@ -142,6 +142,11 @@ class LMTask(DecoderOptions, LinenTask):
             routers_state = variables["routers"]
             state = {"routers": routers_state | {"load": routers_state["load"] + routing["assigned"]}}
         return objective / jnp.maximum(targets, 1), (state, metrics)
+
+    def scores(self, variables: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """See `Scoring.scores`."""
+        x_BxTxE, head_VxE, _ = self._apply(variables, batch)
+        return token_scores(x_BxTxE, head_VxE, batch["tokens"][:, 1:], self.logit_soft_cap)
 
     def logits(self, variables: dict[str, Any], batch: Batch) -> tuple[jax.Array, moe.Routing | None]:
         """Return predictions for the inputs `tokens[:, :-1]`, float32 [B, T, V], and the sums of `moe.route`."""

@@ -4,6 +4,7 @@ Shapes in names: B batch, T slots of a row, E embed, V vocab, C chunks of the vo
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from .layout import FSDP_AXIS, SEQUENCE_AXIS, TENSOR_AXIS, axis_size, batch_axes, gather_columns, parts, shard_batch
 
+_SLOTS = 128  # whose logits `token_scores` holds at once
 _NEVER = float(jnp.finfo(jnp.float32).min)  # logit of a token that does not exist; finite, so that no gradient is NaN
 
 
@@ -92,6 +94,29 @@ def token_logits(x_BxTxE: jax.Array, head_VxE: jax.Array, soft_cap: float = 0.0)
     """Return the float32 logits x [B, T, V], or with a soft cap above 0 soft_cap * tanh(x / soft_cap)."""
     logits = jnp.einsum("bte,ve->btv", x_BxTxE, head_VxE, preferred_element_type=jnp.float32)
     return soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
+
+
+def token_scores(
+    x_BxTxE: jax.Array, head_VxE: jax.Array, targets_BxT: jax.Array, soft_cap: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """Return the log-probability of each target, float32 [B, T], and whether no logit is larger.
+
+    The logits of a group of slots after the other are computed.
+    """
+    rows, length = targets_BxT.shape
+    size = math.gcd(length, _SLOTS)
+
+    def of_slots(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits = token_logits(part[0], head_VxE, soft_cap)
+        chosen = jnp.take_along_axis(logits, part[1][..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1), chosen >= logits.max(axis=-1)
+
+    def cut(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x.reshape(rows, length // size, size, *x.shape[2:]), 0, 1)
+
+    found = lax.map(of_slots, (cut(x_BxTxE), cut(targets_BxT)))
+    nats, best = (jnp.swapaxes(x, 0, 1).reshape(rows, length) for x in found)
+    return nats, best
 
 
 def token_losses(

@@ -16,7 +16,7 @@ from ..step import compiler_options, refusals
 from ..task import Generating
 from .sampling import Sampling, draw
 
-_SHORTEST = 32  # slots of a row; sizes are this times a power of two, so that few are compiled
+SHORTEST = 32  # slots of a row; sizes are this times a power of two, so that few are compiled
 
 
 @dataclasses.dataclass
@@ -72,9 +72,9 @@ class Generator:
           most: number of tokens of each continuation.
         """
         parts = math.prod(self._mesh.shape[axis] for axis in meshes.batch_axes(self._mesh))
-        rows = parts * _power_of_two(-(-len(prompts) // parts))
-        length = _SHORTEST * _power_of_two(-(-max(map(len, prompts)) // _SHORTEST))
-        slots = _SHORTEST * _power_of_two(-(-(length + most) // _SHORTEST))
+        rows = parts * power_of_two(-(-len(prompts) // parts))
+        length = SHORTEST * power_of_two(-(-max(map(len, prompts)) // SHORTEST))
+        slots = SHORTEST * power_of_two(-(-(length + most) // SHORTEST))
         tokens, real = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
         salts = np.zeros(rows, np.uint32)
         for row, prompt in enumerate(prompts):
@@ -129,5 +129,6 @@ class Generator:
         return self._compiled[size]
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
+    """Return the least power of two that is at least a number."""
     return 1 << (number - 1).bit_length()

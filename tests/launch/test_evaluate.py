@@ -1,12 +1,15 @@
 import json
 import math
+import sys
 
 import pytest
 from small_lm import train_small
 from toy_runs import make_config, two
 
+import shampax.launch
 from shampax.framework.checkpoint import restore
 from shampax.framework.train import train
+from shampax.launch import checkpoint
 from shampax.launch.evaluate import main
 
 
@@ -90,3 +93,28 @@ def test_a_language_model_is_evaluated_on_other_text(tmp_path, capsys):
     other = json.loads(out)["sets"]["given"]
     assert other["loss"] != own["loss"] and 0 < other["bits_per_byte"] < 9, err
     assert [*(tmp_path / "run" / "data").glob("tokenizer-*.json")] == tokenizers
+
+
+def test_a_folder(tmp_path, capsys):
+    """Faults: a folder is evaluated with other weights, or its missing data end in a traceback."""
+    workdir, folder = tmp_path / "w", tmp_path / "f"
+    train_small(workdir)
+    assert checkpoint.main(["export", str(workdir), str(folder), "--format=hf"]) == 0
+    given = "--json", "--config.data.source=sample:enwiki", "--config.data.max_records=2", "--config.batch_size=8"
+    given = *given, "--config.data.sequence_length=32"
+    capsys.readouterr()
+    found = [json.loads(ran(capsys, f"--workdir={path}", *given)[1]) for path in (workdir, folder)]
+    ours, theirs = (each["sets"]["given"] for each in found)
+    assert found[1]["step"] is None and theirs["examples"] == ours["examples"] > 0
+    assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+    code, _, err = ran(capsys, f"--workdir={folder}")
+    assert code == 2 and "needs its tokenizer and --config.data.source=SOURCE" in err[-1]
+
+
+def test_a_missing_harness_is_one_line(monkeypatch, capsys):
+    """Fault: without the extra the verb ends in a traceback."""
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "shampax.launch.harness", raising=False)
+    monkeypatch.delattr(shampax.launch, "harness", raising=False)
+    code, _, err = ran(capsys, "--workdir=w", "--harness=hellaswag")
+    assert code == 2 and err[-1].endswith("--harness needs lm_eval. Run pip install 'shampax[lm-eval]'.")

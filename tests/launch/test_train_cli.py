@@ -306,6 +306,8 @@ def test_help_of_every_verb(optimize):
         import importlib, os, pkgutil, sys
         import shampax.launch
         for module in pkgutil.iter_modules(shampax.launch.__path__):
+            if module.name == "harness":  # needs an extra
+                continue
             verb = importlib.import_module(f"shampax.launch.{module.name}")
             if not hasattr(verb, "main"):
                 continue

@@ -2686,6 +2686,22 @@ CHATS = (
 _ADAPTERS, _FROZEN = "tests/models/test_lora.py", "tests/framework/step/test_frozen.py"
 ADAPTERS = (
     Mutant(
+        "score-one-token-late",
+        "framework/generation/scoring.py",
+        "counted[row, len(text) - 1 : end - 1] = True",
+        "counted[row, len(text) : end] = True",
+        "Results of lm-evaluation-harness are those of other tokens.",
+        ("tests/framework/generation/test_scoring.py::test_scores_in_batches_on_a_mesh",),
+    ),
+    Mutant(
+        "score-of-another-row",
+        "framework/generation/scoring.py",
+        "found[number] = Score(",
+        "found[start + row] = Score(",
+        "Each question of a task gets the score of another one.",
+        ("tests/framework/generation/test_scoring.py::test_scores_in_batches_on_a_mesh",),
+    ),
+    Mutant(
         "lora-without-its-scale",
         "models/lora.py",
         "return y + self.scale * jnp.tensordot(",

@@ -51,6 +51,21 @@ def test_bytes_match_the_compiler(found):
     assert found.bytes["roots"] == pytest.approx(of_sides(lambda r: r * r), rel=0.05)
 
 
+def test_frozen_parameters_cost_only_themselves():
+    """Faults: the plan of adapters has gradients, momentum or statistics for their base."""
+    config = make_config(**{"optimizer.block_size": 8})
+    config.task = base.component("mlp_tasks:LinenNetTask", rank=2)
+    config.data = base.component("mlp_tasks:PointsData")
+    bytes_of = make_plan(config, jax.devices()[:1]).bytes
+    adapters, base_of = 4 * 2 * (6 + 8 + 8 + 8), 4 * (6 * 8 + 8 + 8 * 8 + 8 + 2 * 8 + 8 * 4 + 4)
+    assert (bytes_of["parameters"], bytes_of["gradients"], bytes_of["frozen parameters"]) == (
+        adapters,
+        adapters,
+        base_of,
+    )
+    assert bytes_of["momentum"] <= 2 * adapters
+
+
 def test_treatments_and_buckets(found):
     """Faults: parameters are listed with another treatment; padding leaves out empty slots."""
     assert found.parameters == {"diagonal": (1, 16 * 32), "shampoo": (2, 32 * 64 + 64 * 16)}

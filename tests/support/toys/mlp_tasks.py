@@ -116,6 +116,10 @@ class PointsData:
     def tokens_per_example(self):
         return 1
 
+    def spec(self):
+        shapes = {"points": ((INPUTS,), np.float32), "labels": ((), np.int32), "weights": ((), np.float32)}
+        return {name: jax.ShapeDtypeStruct(*each) for name, each in shapes.items()}
+
     def prepare(self, cache):
         cache.mkdir(parents=True, exist_ok=True)
 
