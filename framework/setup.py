@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh
 
 from . import dataset, optimizer
@@ -190,12 +189,29 @@ def build(request: Request, compilers: Executor) -> Blueprint:
     in_steps = functools.partial(durations.to_steps, units=dataclasses.replace(units, total_steps=total_steps))
     example = dataset.spec(request.data)
     batch_spec = global_batch.spec(example, config.batch_size, mesh) if example else feed().batch_spec
-    if record.step > total_steps:
-        late = f"{start.path} is at step {record.step}, past config.duration={total_steps} steps"
-        raise UserError(f"{late}. Increase config.duration.")
+    begin = ownership.schedule_begin(start, record.step, config)
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.schedule.begin = begin
+    request = dataclasses.replace(request, config=config)
+    phase = in_steps(begin)
+    if record.step > total_steps or (phase == record.step == total_steps):
+        late = f"{start.path} is at step {record.step}, and config.duration={total_steps} steps counts from step 0"
+        longer = f"--config.duration='{record.step + total_steps} steps'"
+        raise UserError(f"{late}. Increase it, for example {longer}.")
+    if phase and start.kind == "resume":
+        console.say(f"warm-up and decay begin at step {phase} and end at step {total_steps} (config.schedule.begin)")
 
     began = takeover.optimizer_began(start, record, config.optimizer.name)
-    schedule = _schedule(config.schedule, total_steps, in_steps)
+    of_phase = dataclasses.replace(units, total_steps=max(0, total_steps - phase))
+    schedule = make_schedule(
+        config.schedule.learning_rate,
+        warmup_steps=durations.to_steps(config.schedule.warmup, of_phase),
+        total_steps=total_steps,
+        decay=config.schedule.decay,
+        final_fraction=config.schedule.final_fraction,
+        begin_step=phase,
+    )
     options = takeover.continuing(start, request.options, config.optimizer.name)
     program = Program(config, request.task, options, mesh, batch_spec, schedule, began=began)
     metrics = of_sets(program.metrics(), request.sets)
@@ -257,17 +273,6 @@ def _feed(request: Request) -> Feed:
 
 def _absolute(workdir: str | Path) -> Path:
     return Path(workdir).expanduser().absolute()
-
-
-def _schedule(section: Any, total_steps: int, in_steps: Callable[[str], int]) -> optax.Schedule:
-    return make_schedule(
-        section.learning_rate,
-        warmup_steps=in_steps(section.warmup),
-        total_steps=total_steps,
-        decay=section.decay,
-        final_fraction=section.final_fraction,
-        begin_step=in_steps(section.begin),
-    )
 
 
 def _with_data(record: Record, fingerprint: str, start: origin.Origin, changeable: Sequence[str]) -> Record:

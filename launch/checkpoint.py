@@ -92,6 +92,15 @@ def _import(options: argparse.Namespace) -> int:
     return 0
 
 
+def _average(options: argparse.Namespace) -> int:
+    from ..framework.checkpoint import average
+
+    checkpoints = average.newest(options.paths, options.last)
+    path, count = average.run(checkpoints, options.workdir)
+    _say(f"{path}: {count:,} parameters, the mean of {len(checkpoints)} checkpoints:", *map(str, checkpoints))
+    return 0
+
+
 def _export(options: argparse.Namespace) -> int:
     from ..framework.checkpoint.export import export
 
@@ -216,6 +225,10 @@ def _parser() -> argparse.ArgumentParser:
     verb("diff", _diff, "compare two checkpoints by arrays and blocks", a="a PATH", b="another PATH")
 
     flag = verb("import", _import, "make a workdir of a Hugging Face folder", folder="the folder")
+    flag("--workdir", help="a new workdir", type=lambda text: Path(text).expanduser(), required=True, metavar="DIR")
+
+    flag = verb("average", _average, "make a workdir of the mean of the parameters of checkpoints", paths="a PATH")
+    flag("--last", help="of a workdir, average the newest N checkpoints", type=int, default=1, metavar="N")
     flag("--workdir", help="a new workdir", type=lambda text: Path(text).expanduser(), required=True, metavar="DIR")
 
     told = "write the parameters as safetensors: a file, or a Hugging Face folder"

@@ -1,6 +1,7 @@
-"""Make a workdir with a checkpoint of a Hugging Face folder, which `init_from` and other commands read."""
+"""Make a workdir with a checkpoint of parameters from elsewhere, which `init_from` and other commands read."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,6 @@ def run(source: Path, workdir: Path, task: Any, config: Any) -> tuple[Path, int]
       UserError: the folder cannot be read, or the workdir has a checkpoint or cannot be written.
     """
     folder = Folder.open(source, task)
-    if found := store.checkpoints(workdir):
-        raise UserError(f"--workdir={workdir}: has the checkpoint {found[-1]}. Give a new one.")
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     replicated = meshes.replicated(mesh)
     specs = {
@@ -45,8 +44,20 @@ def run(source: Path, workdir: Path, task: Any, config: Any) -> tuple[Path, int]
         for name, array in folder.arrays().items()
     }
     manifest = takeover.describe(optax.identity(), "", nested(specs)["params"], mesh.shape)
+    path = write(workdir, config, lambda: nested(folder.read(specs)), manifest)
+    return path, sum(math.prod(spec.shape) for spec in specs.values())
+
+
+def write(workdir: Path, config: Any, variables: Callable[[], dict[str, Any]], manifest: dict[str, Any]) -> Path:
+    """Write variables as the checkpoint of step 0 of a new workdir, and return the checkpoint.
+
+    Raises:
+      UserError: the workdir has a checkpoint or cannot be written.
+    """
+    if found := store.checkpoints(workdir):
+        raise UserError(f"--workdir={workdir}: has the checkpoint {found[-1]}. Give a new one.")
     with ownership.hold(workdir):
-        state = {"step": jnp.zeros((), jnp.int32), **nested(folder.read(specs))}
+        state = {"step": jnp.zeros((), jnp.int32), **variables()}
         ownership.claim(workdir, config)
         saver = Checkpoints(workdir, keep_last=1, keep_best=0, ranking=Ranking())
         try:
@@ -56,7 +67,7 @@ def run(source: Path, workdir: Path, task: Any, config: Any) -> tuple[Path, int]
             raise UserError(str(error)) from error
         finally:
             saver.close()
-    return store.checkpoints(workdir)[0], sum(math.prod(spec.shape) for spec in specs.values())
+    return store.checkpoints(workdir)[0]
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ..base.errors import UserError
 from ..base.json_files import parse_object
 from ..config import check as config_lib
 from ..distributed import agreement, console
+from .origin import Origin
 
 
 def finished(workdir: Path, config: Any) -> dict[str, Any] | None:
@@ -59,6 +60,32 @@ def continued(checkpoint: Path, config: Any) -> None:
     with contextlib.suppress(OSError):  # it may be a copy without a config
         if jax.process_index() == 0:
             _compare_microbatches(parse_object(path.read_text(errors="replace")) or {}, config)
+
+
+def schedule_begin(start: Origin, step: int, config: Any) -> str:
+    """Return where the schedule begins: a duration from the start of the run.
+
+    A run that continues another workdir's run warms up again if its schedule is another one. Once a run has begun, its
+    workdir's config keeps the decision.
+
+    Args:
+      start: the checkpoint that the run starts from.
+      step: of the checkpoint.
+      config: of this run; only `schedule.begin="auto"` is decided here.
+    """
+    if config.schedule.begin != "auto":
+        return config.schedule.begin
+    if start.path is None or start.kind == "init":
+        return "0 steps"
+    path = start.path.absolute().parents[1] / layout.CONFIG
+    stored = agreement.first(lambda: (parse_object(path.read_text(errors="replace")) if path.exists() else None) or {})
+    before = stored.get("schedule")
+    if not isinstance(before, dict):  # a copy of a checkpoint without a config
+        return "0 steps"
+    began = before.pop("begin", "0 steps")
+    now = {key: value for key, value in config.schedule.to_dict().items() if key != "begin"}
+    changed = start.kind == "resume" and before != now
+    return f"{step} steps" if changed else str(began)
 
 
 def _compare_microbatches(stored: dict[str, Any], config: Any) -> None:

@@ -76,6 +76,9 @@ def check(config: ConfigDict) -> None:
         if isinstance(default, str) and durations.is_duration(default):
             with overrides.about(key):
                 durations.parse(value, whole_run=key == "duration")
+        if key == "schedule.begin" and value != "auto":
+            with overrides.about(key):
+                durations.parse(value)
         _check_numbers(key, value, BOUNDS.get(key))
         if key == "evaluation.batches" and value == 0:
             raise UserError(f"config.{key}=0: no batch to evaluate. Use -1 for all batches, or at least 1.")
@@ -107,6 +110,8 @@ def differences(stored: dict[str, Any], config: Any, ignored: Sequence[str]) -> 
     old = {key: value for key, value in default.items() if key in new} | old
     # A component of another class has other fields; its name alone is the difference.
     switched = [key.removesuffix("name") for key in old if key.endswith(".name") and old[key] != new.get(key, old[key])]
+    if new.get("schedule.begin") == "auto":  # the earlier start has decided
+        new["schedule.begin"] = old.get("schedule.begin", "auto")
     lines = []
     for key in sorted(old | new):
         if any(key == prefix or key.startswith(f"{prefix}.") for prefix in ignored):

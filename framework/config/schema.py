@@ -113,7 +113,7 @@ def get_config() -> Any:
     config.schedule.warmup = "10%"  # length of the linear warm-up
     config.schedule.decay = "cosine"  # decay after the warm-up: cosine, linear, quadratic, constant or rsqrt
     config.schedule.final_fraction = 0.0  # learning rate at the end, as a fraction of the peak; rsqrt ignores it
-    config.schedule.begin = "0 steps"  # step at which the schedule starts; set it to warm up again in a second phase
+    config.schedule.begin = "auto"  # step at which it starts; auto: at resume_from's step if the schedule has changed
     config.ema_decay = 0.0  # evaluate and export an exponential moving average of the parameters; 0 disables
     config.gradient_clip = 0.0  # clip gradients to this global norm; 0 disables
     config.guard = ConfigDict()

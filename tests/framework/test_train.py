@@ -17,6 +17,7 @@ from toy_runs import ADAMW, SHAMPOO, arrays, lines, make_config, saved, two
 from shampax.configs import base
 from shampax.framework import hooks
 from shampax.framework.base.errors import TrainingStopped, UserError
+from shampax.framework.checkpoint import origin, ownership
 from shampax.framework.checkpoint.record import Record
 from shampax.framework.distributed.signals import StopSignals
 from shampax.framework.loop import Run
@@ -303,8 +304,27 @@ def test_resume_from_continues_and_init_from_restarts(uninterrupted, tmp_path, c
     assert first["train/loss"] < lines(whole)[0]["train/loss"] - 0.2
 
     shorter = make_config(duration="11 steps", resume_from=str(whole))
-    with pytest.raises(UserError, match=r"is at step 12, past config.duration=11 steps. Increase config.duration."):
+    with pytest.raises(UserError, match=r"is at step 12, and config.duration=11 .* --config.duration='23 steps'"):
         train(shorter, tmp_path / "short", devices=two())
+
+
+def test_another_schedule_from_a_checkpoint_warms_up_again(uninterrupted, tmp_path):
+    """Faults: training goes on at the end of a decay, with almost no rate; the next start of the workdir forgets it."""
+    whole, _, _ = uninterrupted
+    assert json.loads((whole / "config.json").read_text())["schedule"]["begin"] == "0 steps"
+    knobs = {"schedule.learning_rate": 0.03, "schedule.warmup": "50%", "resume_from": str(whole)}
+    with pytest.raises(UserError, match=r"is at step 12, and .*, for example --config.duration='24 steps'"):
+        train(make_config(**knobs), tmp_path / "none", devices=two())
+    config = make_config(duration="18 steps", **knobs)
+    train(config, tmp_path / "run", devices=two())
+    assert config.schedule.begin == "auto"  # the caller's config may start further runs
+    rates = [line["train/learning_rate"] for line in lines(tmp_path / "run") if "train/loss" in line]
+    assert rates[:4] == pytest.approx([0.0075, 0.015, 0.0225, 0.03])  # the warm-up is half of the six steps
+    assert rates[3] > rates[4] > rates[5] > 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["schedule"]["begin"] == "12 steps"
+    assert train(config, tmp_path / "run", devices=two())["steps"] == 18  # complete, and no other config
+    request = ownership.schedule_begin(origin.Origin("own", tmp_path / "run/checkpoints/18"), 18, config)
+    assert request == "12 steps"
 
 
 def test_too_many_skips_stop_the_run_with_a_checkpoint(tmp_path):

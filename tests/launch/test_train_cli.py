@@ -258,7 +258,7 @@ def test_help_shows_every_knob_with_its_comment(arguments, capsys):
     assert {"--config.schedule.learning_rate", "--config.mesh.fsdp", "--config.task.name"} <= set(shown)
     assert ("--config.optimizer.interval" in shown) == (SAMPLE in arguments)
     assert shown["--config.batch_size"].startswith("* --config.batch_size=77 ") == ("-h" in arguments)
-    assert shown["--config.schedule.begin"].split("  ", 2)[1] == "--config.schedule.begin='0 steps'"
+    assert shown["--config.samples.every"].split("  ", 2)[1] == "--config.samples.every='0 steps'"
 
 
 @pytest.mark.parametrize("columns", [20, 80, 200])

@@ -1388,6 +1388,22 @@ FRAMEWORK = (
         ("tests/launch/test_environment.py::test_a_wrong_fusion_of_xla_is_right_after_importing_the_command_line",),
     ),
     Mutant(
+        "another-rate-in-the-tail-of-a-decay",
+        "framework/checkpoint/ownership.py",
+        '    return f"{step} steps" if changed else str(began)',
+        "    return str(began)",
+        "A run with another rate continues at the end of the old decay, and learns almost nothing.",
+        ("tests/framework/test_train.py::test_another_schedule_from_a_checkpoint_warms_up_again",),
+    ),
+    Mutant(
+        "a-sum-of-checkpoints",
+        "framework/checkpoint/average.py",
+        "(total / np.float32(len(checkpoints)))",
+        "total",
+        "The average of checkpoints is their sum, a useless model.",
+        ("tests/framework/checkpoint/test_average.py::test_the_mean_of_the_newest_checkpoints",),
+    ),
+    Mutant(
         "only-reported-steps-are-recorded",
         "framework/reporting/journal.py",
         "            self._write(step, seconds, values)\n            return",

@@ -269,7 +269,7 @@ def test_overrides_have_the_types_of_their_knobs(file):
     assert config.duration == "90"
     assert config.schedule.to_dict() == {
         "learning_rate": 3.0,
-        "begin": "0 steps",
+        "begin": "auto",
         "warmup": "2 epochs",
         "decay": "cosine",
         "final_fraction": 0.0,
