@@ -1,55 +1,130 @@
-"""Run the commands of docs/recipes.md, with fewer steps."""
+"""Paste the commands of docs/recipes.md into a terminal, with fewer steps, as someone does who reads the page."""
 
 import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
+import pexpect
 import pytest
 
-PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
-COMMANDS = "".join(re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)).replace("\\\n", "").splitlines()
-# Of a twentieth of the steps, in one layer; the text is one that a user could have.
-SMALL = ["--config.task.layers=1", "--config.evaluation.batches=1", "--config.data.max_records=20"]
-SMALL += ["--config.checkpoint.every=5 steps", "--config.optimizer.early_intervals=()"]
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "recipes.md").read_text()
+RECIPES = {
+    title: [line for block in re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+            for line in block.replace("\\\n", "").splitlines()]
+    for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
+}  # fmt: skip
+# A twentieth of the steps, in one layer.
+SMALL = ("task.layers=1", "evaluation.batches=1", "data.max_records=20", "checkpoint.every=5 steps", "trackers=()")
+PROMPT = "READY>"
 
 
-def shorter(word):
-    return re.sub(r"(\d+) steps", lambda match: f"{int(match[1]) // 20} steps", word)
+class Terminal:
+    """A shell in a terminal, in a folder with the files that a user could have."""
+
+    def __init__(self, folder):
+        command = folder / "bin" / "shampax"
+        command.parent.mkdir()
+        command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m shampax "$@"\n')
+        command.chmod(0o755)
+        environ = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}",
+            "PS1": PROMPT,
+        }
+        environ.pop("JAX_NUM_CPU_DEVICES", None)
+        options = {"cwd": folder, "env": environ, "encoding": "utf-8", "timeout": 300, "dimensions": (50, 200)}
+        self.folder, self.pasted = folder, {"A first run, and a longer one"}
+        self._shell = pexpect.spawn("bash", ["--norc", "--noprofile", "--noediting"], **options)
+        self._shell.expect_exact(PROMPT)
+        self.run("stty -echo")
+
+    def run(self, command, stop_at=None):
+        """Return the output of a command, and its exit code; press Ctrl-C when `stop_at` appears."""
+        self._shell.sendline(command)
+        shown = ""
+        if stop_at:
+            self._shell.expect(stop_at)
+            shown = self._shell.before
+            self._shell.sendintr()
+        self._shell.expect_exact(PROMPT)
+        shown += self._shell.before
+        self._shell.sendline("echo code $?")
+        self._shell.expect(r"code (\d+)\r")
+        code = int(self._shell.match[1])
+        self._shell.expect_exact(PROMPT)
+        return shown, code
+
+    def paste(self, title):
+        """Run the commands of a recipe, shrunk, and return the output of the last."""
+        self.pasted.add(title)
+        shown = ""
+        for command in RECIPES[title]:
+            shown, code = self.run(shrunk(command))
+            assert code == 0, (command, shown[-3000:])
+        return shown
+
+    def result(self, name):
+        return json.loads((self.folder / "runs" / name / "result.json").read_text())
+
+
+def shrunk(command):
+    shorter = re.sub(r"(\d+) steps", lambda match: f"{int(match[1]) // 20} steps", command)
+    words = shlex.split(shorter)
+    if words[1] == "train":
+        own = "examples/config.py" in command
+        words += [f"--config.{knob}" for knob in SMALL if not own]
+        if "LionOptions" not in command and not own:
+            words.append("--config.optimizer.early_intervals=()")
+        if "duration" not in command:
+            words.append("--config.duration=10 steps")
+    if words[1] == "sweep":
+        words = [word for word in words if not word.startswith("seed=")]
+        words += [f"--config.{knob}" for knob in (*SMALL, "duration=4 steps", "optimizer.early_intervals=()")]
+    return shlex.join(words)
 
 
 @pytest.mark.slow
-def test_every_recipe_works(tmp_path):
+def test_every_errand_needs_what_its_recipe_says(tmp_path):
     """Faults: a flag of the page is refused; a longer run starts over; a branch changes its origin."""
     (tmp_path / "texts").mkdir()
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     for number in range(12):
         (tmp_path / "texts" / f"{number}.txt").write_text(f"Text {number} is short. " * 40)
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    environ.pop("JAX_NUM_CPU_DEVICES", None)
-    for command in COMMANDS:
-        name, verb, *words = map(shorter, shlex.split(command))
-        assert name == "shampax"
-        if verb == "sweep":  # tests/launch/test_sweep.py trains one
-            continue
-        if verb == "train":
-            first = [] if any("duration" in word for word in words) else ["--config.duration=15 steps"]
-            words += [*SMALL, *first]
-        done = subprocess.run(
-            [sys.executable, "-m", "shampax", verb, *words],
-            cwd=tmp_path,
-            env=environ,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-2000:])
-        if "lm:bytes" in command and verb == "train":
-            assert ("resuming from" in done.stdout) == ("--change" in command), command
-    runs = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/result.json")}
-    assert {name: run["steps"] for name, run in runs.items()} == {"first": 25, "cooler": 25, "tuned": 5}
+    terminal = Terminal(tmp_path)
+
+    first, longer = RECIPES["A first run, and a longer one"]
+    shown, code = terminal.run(shrunk(first), stop_at=r"step +1/10 ")
+    assert code == 130, shown
+    shown, code = terminal.run(shrunk(first))
+    assert code == 0 and "resuming from" in shown, shown
+    shown, code = terminal.run(shrunk(longer))
+    assert code == 0 and "resuming from" in shown, shown
+    assert terminal.result("first")["steps"] == 20
+
+    shown = terminal.paste("Another learning rate from a checkpoint")
+    assert "warm-up and decay begin at step 20 and end at step 25" in shown
+    assert [terminal.result(name)["steps"] for name in ("first", "cooler")] == [20, 25]
+    terminal.paste("Your own text")
+    assert terminal.result("texts")["steps"] == 10
+    terminal.paste("Your own model")
+    assert terminal.result("own_model")["accuracy"] > 0
+    terminal.paste("Your own optimizer")
+    assert terminal.result("own_optimizer")["optimizer"] == "LionOptions"
+    terminal.paste("Fine-tuning")
+    assert terminal.result("tuned")["steps"] == 5
+    terminal.paste("Comparing runs")
+    assert (tmp_path / "runs/report/index.html").exists()
+    shown = terminal.paste("A sweep")
+    assert "learning_rate" in shown and len([*(tmp_path / "runs/rates").glob("*/result.json")]) == 2
+    assert "the mean of 2 checkpoints" in terminal.paste("The mean of several checkpoints")
+    assert "decode" in terminal.paste("Text from a model")
+    assert "resuming from" in terminal.paste("Another mesh")
+    assert (terminal.result("first")["steps"], terminal.result("first")["devices"]) == (25, 2)
     assert len(list((tmp_path / "runs/first/changes").iterdir())) == 2
-    assert (tmp_path / "runs/report/index.html").exists() and (tmp_path / "weights.safetensors").exists()
+    terminal.paste("The weights")
+    assert (tmp_path / "weights.safetensors").exists()
+    assert terminal.pasted == {*RECIPES}
