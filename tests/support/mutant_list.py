@@ -1057,6 +1057,14 @@ FRAMEWORK = (
         ("tests/framework/data/test_windows.py::test_files_are_mixed",),
     ),
     Mutant(
+        "tfds-set-in-order-of-topics",
+        "framework/data/reading/sources.py",
+        "        if mixed:\n",
+        "        if mixed and not starts:\n",
+        "A sorted tfds set is trained on its first part only.",
+        ("tests/framework/data/test_windows.py::test_blocks_of_a_tfds_set_are_mixed",),
+    ),
+    Mutant(
         "processes-wait-for-days",
         "framework/data/preparing/preparing.py",
         "if not 0 < seconds < expected:",

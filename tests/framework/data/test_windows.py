@@ -13,6 +13,7 @@ from shampax.framework.data import feed, mixing
 from shampax.framework.data.clicks import ClickData
 from shampax.framework.data.pipeline import Batches, Reading
 from shampax.framework.data.preparing import preparing, windows, workers
+from shampax.framework.data.reading import sources
 from shampax.framework.data.text import TextData, tokenizer
 
 ROWS = 12
@@ -161,6 +162,37 @@ def test_files_are_mixed(tmp_path):
     data = corpus(tmp_path / "a", 30)
     names = [next(iter(records)).split()[4] for records in data.open_source().streams[1].blocks()]
     assert names != sorted(names) and {int(name) // 10 for name in names[:20]} == {0, 1, 2}
+
+
+class Numbered:
+    """A tfds set of texts that are their own index; `read` has those that were read."""
+
+    features, fingerprint, text_bytes = ("text",), "", 0
+
+    def __init__(self, count):
+        self.count, self.read = count, []
+
+    def source(self, split):
+        return range(self.count)
+
+    def stream(self, split, start, stop):
+        for index in range(start, stop):
+            self.read.append(index)
+            yield str(index), {"text": str(index).encode()}
+
+
+def test_blocks_of_a_tfds_set_are_mixed():
+    """Faults: a sorted set is trained on its first part only; a block is lost; reading a shard reads those before."""
+    found = Numbered(1_003)
+    stream = sources.tfds_source(found, str, 10, 0, mixed=True).streams[1]
+    blocks = list(stream.blocks())
+    assert len(blocks) == stream.shards == 101 and not found.read
+    tenth = [int(record) for record in blocks[10]]
+    assert found.read == tenth and len(tenth) in (3, 10)
+    every = [int(record) for block in (*blocks[:10], *blocks[11:]) for record in block] + tenth
+    assert sorted(every) == list(range(1_003)) and {record // 335 for record in every[:300]} == {0, 1, 2}
+    again = sources.tfds_source(Numbered(1_003), str, 10, 0, mixed=True).streams[1]
+    assert [int(record) for record in list(again.blocks())[10]] == tenth
 
 
 def test_refusals(tmp_path):
