@@ -196,7 +196,9 @@ def test_blocks_of_a_tfds_set_are_mixed():
 
 
 def test_refusals(tmp_path):
-    """Faults: epochs of unknown length; files that cannot be divided are prepared whole without a word."""
+    """Faults: epochs of unknown length; files that cannot be divided are prepared whole without a word; rows that were
+    prepared before there were windows do not fit any more."""
+    assert "shuffle_window" not in TextData().settings() and "shuffle_window" in TextData(shuffle_window=2).settings()
     (tmp_path / "day_0").write_text("")
     (tmp_path / "day_1").write_text("")
     clicks = ClickData(source=f"file:{tmp_path}/day_*", shuffle_window=4)
