@@ -20,7 +20,7 @@ from ..preparing.preparing import Tally
 from ..reading import fields, shards
 from ..reading.malformed import Malformed
 from ..reading.sources import Stream
-from . import packing, templates
+from . import markers, packing, templates
 from .templates import ROLES, TEMPLATES, Message
 from .text import TextData
 from .tokenizer import Tokenizer, refusing, train_tokenizer
@@ -137,7 +137,9 @@ class ChatData(TextData):
         """See `dataset.codec`; a text becomes the message of a user, up to the answer."""
         tokenizer = self.load_tokenizer(cache)
         path = self.tokenizer_file if self.tokenizer else paths.of(cache) / "tokenizer.json"
-        template, ids = templates.choose(self.template, tokenizer, self._markers(path))
+        template, ids = templates.choose(
+            self.template, tokenizer, markers.find(path, tokenizer, self.begin_token, self.end_token)
+        )
 
         def encoded(text: str) -> list[int]:
             pieces = template.pieces([Message("user", text), Message("assistant", "")])

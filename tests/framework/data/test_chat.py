@@ -121,3 +121,11 @@ def test_the_sample_is_read():
     train, heldout = ([*data.sample(split)] for split in ("train", "heldout"))
     assert (len(train), len(heldout)) == (900, 100)
     assert train[0] == (Message("user", "Please compute 49 + 97."), Message("assistant", "49 + 97 = 146"))
+
+
+def test_texts_of_a_run_that_trained_its_tokenizer(tmp_path):
+    """Fault: such a model cannot continue a text."""
+    data = ChatData(vocab_size=257, sequence_length=128, max_records=5)
+    data.prepare(tmp_path)
+    codec = data.codec(tmp_path)
+    assert codec.decode(codec.encode("2 + 3?")) == "2 + 3?"
