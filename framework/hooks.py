@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import dataset
-from .base import workdir as layout
-from .base.durations import Period
+from .base.durations import Countdown, Period
 from .data.feed import Heldout
 from .dataset import Codec
 from .distributed import agreement, console
@@ -30,26 +29,34 @@ def of(blueprint: Blueprint, profile: Profile) -> tuple[Hook, ...]:
 
 
 class Save:
-    """Save a checkpoint every period, at the best evaluation, at the end and when the run stops."""
+    """Save a checkpoint every period, some minutes after the last, at the best evaluation, at the end, at a stop."""
 
     def __init__(self, blueprint: Blueprint):
         section = blueprint.request.config.checkpoint
         self._period, self._on_error = Period(blueprint.in_steps(section.every)), section.on_error
         self._keeps_best = bool(section.keep_best)
         self._saved: int | None = None
+        self._clock = Countdown(60 * section.every_minutes)
+        self._clock.start(blueprint.record.step)
 
     def next(self, step: int) -> int:
-        """Return the step of the next regular checkpoint."""
-        return self._period.next(step)
+        """Return the step of the next regular checkpoint, or one at which to look at the clock."""
+        if not self._clock.seconds:
+            return self._period.next(step)
+        return min(self._period.next(step), agreement.first(lambda: self._clock.next(step)))
 
     def due(self, run: Run) -> bool:
         """Return whether this step has to be saved and is not."""
         improved = self._keeps_best and run.record.evaluated and run.record.best == run.record.last
-        return self._saved != run.step and bool(run.at_end or run.stopped or improved or self._period.due(run.step))
+        if self._saved == run.step:
+            return False
+        late = bool(self._clock.seconds) and agreement.first(lambda: self._clock.over)
+        return bool(run.at_end or run.stopped or improved or late or self._period.due(run.step))
 
     def __call__(self, run: Run) -> None:
         """Save in the background."""
         self._saved = run.step
+        self._clock.start(run.step)
         run.watch.at("checkpoint", run.step)
         state = dataclasses.replace(run.state, opt_state=run.service.with_in_flight(run.state.opt_state))
         with storage_faults(self._on_error):
@@ -157,7 +164,7 @@ class Sample:
     def _model(self) -> tuple[Codec, list[list[int]], Generator]:
         """The codec, the tokens of the prompts, and what continues them; compiled when it is first used."""
         request = self._blueprint.request
-        codec = dataset.codec(request.data, request.workdir / layout.CACHE)
+        codec = dataset.codec(request.data, request.cache)
         assert codec is not None  # `setup.build` has refused other data
         return codec, [*map(codec.encode, self._section.prompts)], Generator(request.task, request.mesh, Sampling())
 

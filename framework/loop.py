@@ -86,6 +86,7 @@ class Run:
             keep_every=blueprint.in_steps(config.checkpoint.keep_every),
             ranking=blueprint.ranking,
             still_ours=still_ours,
+            before_commit=lambda: self.journal.settle(),
         )
         self.journal = self._journal()
         self._batches = blueprint.feed.train(start.step)

@@ -6,10 +6,10 @@ Nothing is written before `claim`, except prepared data in the workdir's cache.
 import contextlib
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from . import dataset, optimizer
 from .base import durations, paths
 from .base import workdir as layout
-from .base.errors import UserError
+from .base.errors import UserError, told
+from .base.paths import Path
 from .checkpoint import origin, ownership, store, takeover
 from .checkpoint.record import Ranking, Record
 from .config import components
@@ -67,6 +68,11 @@ class Request:
     profile_steps: range
     trackers: Mapping[str, Any]
 
+    @property
+    def cache(self) -> Any:
+        """The folder of prepared data."""
+        return layout.cache(self.workdir)
+
 
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
@@ -110,23 +116,30 @@ class Blueprint:
         return self.request.config.batch_size * self.request.data.tokens_per_example
 
 
-def completed(config: Any, workdir: str | Path) -> dict[str, Any] | None:
+def completed(config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Return the result of a workdir whose run is complete, None for others.
 
     Raises:
       UserError: the config is invalid, or the workdir belongs to another config.
     """
     check(config)
-    place = _absolute(workdir)
     paths.refuse_unusable("--workdir", workdir)
+    place = paths.of(workdir)
     paths.refuse_unusable("--workdir", place)
-    result = ownership.finished(place, config)
+    try:
+        result = ownership.finished(place, config)
+    except paths.errors() as error:
+        if paths.is_local(place):
+            raise
+        raise UserError(
+            f"--workdir={workdir}: cannot be reached ({told(error):.200}). Check the bucket's name and your access."
+        ) from error
     if result is not None:
         console.say(f"{place} is complete after {result['steps']} steps: nothing left to train")
     return result
 
 
-def examine(config: Any, workdir: str | Path, devices: Sequence[Any] | None) -> Request:
+def examine(config: Any, workdir: str | os.PathLike[str], devices: Sequence[Any] | None) -> Request:
     """Build the components and the mesh of a config.
 
     Raises:
@@ -142,7 +155,7 @@ def examine(config: Any, workdir: str | Path, devices: Sequence[Any] | None) -> 
         compiler_options.compile_with(jax.jit(lambda: 0).lower(), compiling)
     console.say(f"compiler options: {' '.join(map('='.join, compiling.items())) or 'none'}")
     further = mixture(config), heldout_sets(config)
-    return Request(config, _absolute(workdir), task, data, *further, options, mesh, profile_steps, trackers)
+    return Request(config, paths.of(workdir), task, data, *further, options, mesh, profile_steps, trackers)
 
 
 @contextlib.contextmanager
@@ -158,7 +171,7 @@ def surroundings(request: Request) -> Iterator[tuple[Watchdog, Callable[[], None
     config, workdir = request.config, request.workdir
     with (
         compilation_cache.kept(workdir, config.compilation_cache),
-        ownership.hold(workdir) as still_ours,
+        ownership.hold(workdir, config.processes.death_seconds) as still_ours,
         jax.set_mesh(request.mesh),
         Watchdog(workdir, **config.watchdog) as watch,
         contextlib.ExitStack() as end,
@@ -267,12 +280,7 @@ def start(blueprint: Blueprint, watch: Watchdog) -> tuple[TrainState, float]:
 
 
 def _feed(request: Request) -> Feed:
-    cache = request.workdir / layout.CACHE
-    return Feed(request.data, request.mixture, request.sets, cache, request.mesh, request.config)
-
-
-def _absolute(workdir: str | Path) -> Path:
-    return Path(workdir).expanduser().absolute()
+    return Feed(request.data, request.mixture, request.sets, request.cache, request.mesh, request.config)
 
 
 def _with_data(record: Record, fingerprint: str, start: origin.Origin, changeable: Sequence[str]) -> Record:

@@ -1,8 +1,8 @@
 """Train a model from a config in a workdir: the story of a run, from top to bottom."""
 
 import math
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from .loop import Run, storage_faults, train_to_end
 from .reporting.profiling import Profile
 
 
-def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = None) -> dict[str, Any]:
+def train(config: Any, workdir: str | os.PathLike[str], *, devices: Sequence[Any] | None = None) -> dict[str, Any]:
     """Train as `config` says, in `workdir`. The same call resumes a run, or returns the result of a complete one.
 
     On the first SIGINT or SIGTERM it finishes its step, saves a checkpoint and returns.
@@ -48,6 +48,7 @@ def train(config: Any, workdir: str | Path, *, devices: Sequence[Any] | None = N
             begin=blueprint.record.step,
             total_steps=blueprint.total_steps,
         )
+        still_ours()
         setup.claim(blueprint)
         with blueprint.feed.ahead():
             state, seconds_reading = setup.start(blueprint, watch)

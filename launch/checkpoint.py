@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..framework.base.errors import UserError, printable
+from ..framework.base import paths
+from ..framework.base.errors import UserError, printable, told
 from . import environment, flags
 
 LM = "shampax.models.lm:LMTask"
@@ -85,7 +86,8 @@ def _import(options: argparse.Namespace) -> int:
     from ..framework.config import components
     from . import trained
 
-    folder, config = options.folder, trained.config_of_folder(options.folder)
+    folder = Path(options.folder)
+    config = trained.config_of_folder(folder)
     config.optimizer = base.component(base.ADAMW)
     path, count = imports.run(folder, options.workdir, components.build(config.task), config)
     _say(f"{path}: {count:,} parameters, from {folder}")
@@ -107,12 +109,12 @@ def _export(options: argparse.Namespace) -> int:
     path = _locate(options.path)
     if options.format != "flax":
         return _export_folder(path, options)
-    count, size = export(path, options.target, model_state=options.model_state, force=options.force)
+    count, size = export(path, Path(options.target), model_state=options.model_state, force=options.force)
     _say(f"{options.target}: {count} arrays, {size:,} bytes, from {path}")
     return 0
 
 
-def _export_folder(path: Path, options: argparse.Namespace) -> int:
+def _export_folder(path: paths.Path, options: argparse.Namespace) -> int:
     from ..framework.base import model_folder
     from ..framework.base import workdir as layout
     from ..framework.base.json_files import read_object
@@ -120,11 +122,11 @@ def _export_folder(path: Path, options: argparse.Namespace) -> int:
 
     if options.force or options.model_state:
         raise UserError(f"--format={options.format}: takes neither --force nor --model_state. Give a new folder.")
-    workdir = path.absolute().parents[1]
+    workdir = paths.of(path).parent.parent
     task = restore.component(workdir, "task", [LM])
     content = read_object(workdir / layout.CONFIG) or {}
     data = content.get("data") or {}
-    trained = [*(workdir / layout.CACHE).glob("tokenizer-*.json")]
+    trained = [each for each in paths.listed(workdir / layout.CACHE) if each.match("tokenizer-*.json")]
     found = options.tokenizer or data.get("tokenizer") or (trained[0] if len(trained) == 1 else None)
     words = export.tokenizer_of(Path(found)) if found else export.Words({}, {})
     try:
@@ -143,11 +145,11 @@ def _export_folder(path: Path, options: argparse.Namespace) -> int:
         config |= {"max_position_embeddings": data.get("sequence_length")} | words.fields
         written = {model_folder.CONFIG: config | {"torch_dtype": options.dtype}}
         stem, size = "model", int(options.file_gigabytes * 1e9)
-    texts = {name: json.dumps(told, indent=2, sort_keys=True) for name, told in written.items()}
+    texts = {name: json.dumps(each, indent=2, sort_keys=True) for name, each in written.items()}
     files = {**words.files, **{name: f"{text}\n".encode() for name, text in texts.items()}}
     merged = task.merged if adapter and not peft else None
     count, size = export.export_folder(
-        path, options.target, tensors, files, options.dtype, size, stem=stem, merged=merged
+        path, Path(options.target), tensors, files, options.dtype, size, stem=stem, merged=merged
     )
     _say(f"{options.target}: {count} tensors, {size:,} bytes, from {path}")
     return 0
@@ -162,7 +164,7 @@ def _base(init_from: str) -> str:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    from ..framework.checkpoint import ownership, saving, store, verify
+    from ..framework.checkpoint import ownership, saving, shelf, store, verify
 
     if options.keep_last < 1 or options.keep_best < 0:
         raise UserError(f"--keep_last={options.keep_last} --keep_best={options.keep_best}: at least 1 and 0.")
@@ -177,14 +179,14 @@ def _prune(options: argparse.Namespace) -> int:
             size = verify.size(path)
             try:
                 if not options.dry_run:
-                    saving.delete(path)
-            except OSError as error:
-                raise UserError(f"{path} cannot be deleted ({error.strerror}). Fix it and retry.") from error
+                    shelf.delete(path)
+            except paths.errors() as error:
+                raise UserError(f"{path} cannot be deleted ({told(error)}). Fix it and retry.") from error
             _say(f"{path}: {would}deleted, {size:,} bytes")
     return 0
 
 
-def _locate(given: Path) -> Path:
+def _locate(given: paths.Path) -> paths.Path:
     from ..framework.checkpoint import store
 
     path, damaged = store.locate(given)
@@ -206,13 +208,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    def verb(name: str, work: Callable[[argparse.Namespace], int], told: str, **paths: str) -> Callable[..., Any]:
-        made = verbs.add_parser(name, help=told, description=f"{told[0].upper()}{told[1:]}.", epilog=parser.epilog)
+    def verb(name: str, work: Callable[[argparse.Namespace], int], about: str, **named: str) -> Callable[..., Any]:
+        made = verbs.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=parser.epilog)
         made.set_defaults(verb=work)
-        for path, words in paths.items():
+        for path, words in named.items():
             many: Any = {"nargs": "+"} if path == "paths" else {}
             metavar = path.upper().rstrip("S")
-            made.add_argument(path, type=lambda text: Path(text).expanduser(), metavar=metavar, help=words, **many)
+            made.add_argument(path, type=paths.given, metavar=metavar, help=words, **many)
         return made.add_argument
 
     verb("list", _list, "list the checkpoints of a workdir", workdir="a workdir")
@@ -225,16 +227,16 @@ def _parser() -> argparse.ArgumentParser:
     verb("diff", _diff, "compare two checkpoints by arrays and blocks", a="a PATH", b="another PATH")
 
     flag = verb("import", _import, "make a workdir of a Hugging Face folder", folder="the folder")
-    flag("--workdir", help="a new workdir", type=lambda text: Path(text).expanduser(), required=True, metavar="DIR")
+    flag("--workdir", help="a new workdir", type=paths.given, required=True, metavar="DIR")
 
     flag = verb("average", _average, "make a workdir of the mean of the parameters of checkpoints", paths="a PATH")
     flag("--last", help="of a workdir, average the newest N checkpoints", type=int, default=1, metavar="N")
-    flag("--workdir", help="a new workdir", type=lambda text: Path(text).expanduser(), required=True, metavar="DIR")
+    flag("--workdir", help="a new workdir", type=paths.given, required=True, metavar="DIR")
 
-    told = "write the parameters as safetensors: a file, or a Hugging Face folder"
-    flag = verb("export", _export, told, path="a PATH", target="the file or folder")
-    told = "flax: a file, arrays as in training; hf: a folder, with adapters merged; peft: a folder with the adapters"
-    flag("--format", help=told, choices=("flax", "hf", "peft"), default="flax")
+    about = "write the parameters as safetensors: a file, or a Hugging Face folder"
+    flag = verb("export", _export, about, path="a PATH", target="the file or folder")
+    about = "flax: a file, arrays as in training; hf: a folder, with adapters merged; peft: a folder with the adapters"
+    flag("--format", help=about, choices=("flax", "hf", "peft"), default="flax")
     flag("--family", help="hf, peft: model_type, by default one that fits", default="", metavar="NAME")
     flag("--base", help="peft: the model of the adapters, by default init_from if it is a folder", default="")
     flag("--dtype", help="hf, peft: type of the tensors", choices=("float32", "bfloat16", "float16"), default="float32")

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..framework.base import paths
 from ..framework.base.errors import UserError
 from . import flags
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str] | None) -> int:
     parser = flags.Parser("evaluate", __doc__, knobs=True)
     flag = parser.add_argument
-    flag("--workdir", type=Path, required=True, metavar="PATH", help="workdir, checkpoint or Hugging Face folder")
+    flag("--workdir", type=paths.given, required=True, metavar="PATH", help="workdir, checkpoint, Hugging Face folder")
     flag("--use", choices=("best", "newest"), default="best", help="which checkpoint of a workdir")
     flag("--sets", default="", metavar="NAME,...", help="sets to evaluate; by default all")
     flag("--json", action="store_true", help="print an object of JSON")
@@ -88,9 +89,9 @@ def _evaluated(options: argparse.Namespace, changes: Sequence[str], end: context
 
     mesh_here = [f"mesh.{axis}={size}" for axis, size in get_config().mesh.items()]
     others = [*mesh_here, "slices=0", *(each for each in changes if not each.startswith("data."))]
-    folder, step = is_folder(options.workdir.expanduser()), None
+    folder, step = is_folder(options.workdir), None
     if folder:
-        workdir = checkpoint = options.workdir.expanduser()
+        workdir = checkpoint = Path(options.workdir)
         config, cache = trained.config_of_folder(workdir), Path(end.enter_context(tempfile.TemporaryDirectory()))
         overrides.apply(config, others)
         if not any(each.startswith("data.source=") for each in changes) or not config.data.tokenizer:
@@ -100,7 +101,7 @@ def _evaluated(options: argparse.Namespace, changes: Sequence[str], end: context
             )
     else:
         workdir, checkpoint = trained.locate(options.workdir, options.use)
-        config, cache = restore.config(workdir, others, trusted=options.trust), workdir / layout.CACHE
+        config, cache = restore.config(workdir, others, trusted=options.trust), layout.cache(workdir)
         step = store.record(checkpoint).step
     given = [each.replace("data.", f"{_GIVEN}.", 1) for each in changes if each.startswith("data.")]
     config.evaluation.sets = (*config.evaluation.sets, *given)

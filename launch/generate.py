@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..framework.base import paths
 from ..framework.base.errors import UserError, printable
 from . import flags
 
@@ -37,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str] | None) -> int:
     parser = flags.Parser("generate", __doc__)
     flag = parser.add_argument
-    flag("--workdir", type=Path, required=True, metavar="PATH", help="workdir, checkpoint or Hugging Face folder")
+    flag(
+        "--workdir", type=paths.given, required=True, metavar="PATH", help="workdir, checkpoint or Hugging Face folder"
+    )
     flag("--use", choices=("best", "newest"), default="best", help="which checkpoint of a workdir")
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads standard input")

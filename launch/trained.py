@@ -10,7 +10,7 @@ from typing import Any
 
 from ..configs import base
 from ..framework import dataset
-from ..framework.base import model_folder
+from ..framework.base import model_folder, paths
 from ..framework.base import workdir as layout
 from ..framework.base.errors import UserError, printable
 from ..framework.checkpoint import restore, store
@@ -35,8 +35,8 @@ class Trained:
       mesh: all devices of this machine.
     """
 
-    workdir: Path
-    checkpoint: Path
+    workdir: paths.Path
+    checkpoint: paths.Path
     task: Any
     data: Any
     mesh: Any
@@ -49,7 +49,7 @@ class Trained:
         """
         if self.checkpoint == self.workdir and not self.data.tokenizer:
             raise UserError(f"{self.workdir} has no tokenizer.json or tokenizer.model. Copy the model's into it.")
-        found = dataset.codec(self.data, self.workdir / layout.CACHE)
+        found = dataset.codec(self.data, layout.cache(self.workdir))
         if found is None:
             raise UserError(f"{self.workdir}: its data are not text. Give the workdir of a language model.")
         return found
@@ -63,7 +63,7 @@ class Trained:
             return restore.variables(self.checkpoint, self.task, spec, base.get_config().sharding_rules, self.mesh)
 
 
-def find(path: Path, use: str, mesh: str, tasks: Sequence[str], data: Sequence[str]) -> Trained:
+def find(path: paths.Path, use: str, mesh: str, tasks: Sequence[str], data: Sequence[str]) -> Trained:
     """Return the model of a workdir, of one of its checkpoints, or of a Hugging Face folder.
 
     Args:
@@ -77,8 +77,8 @@ def find(path: Path, use: str, mesh: str, tasks: Sequence[str], data: Sequence[s
       UserError: there is no such model, or the mesh does not fit the devices.
     """
     devices = make_mesh(mesh)
-    if model_folder.is_folder(path.expanduser()):
-        path, config = path.expanduser(), config_of_folder(path.expanduser())
+    if model_folder.is_folder(path):
+        config = config_of_folder(Path(path))
         return Trained(path, path, components.build(config.task), components.build(config.data), devices)
     workdir, checkpoint = locate(path, use)
     task = adapted(restore.component(workdir, "task", tasks))
@@ -104,17 +104,16 @@ def config_of_folder(folder: Path) -> Any:
     return config
 
 
-def locate(path: Path, use: str) -> tuple[Path, Path]:
+def locate(path: paths.Path, use: str) -> tuple[paths.Path, paths.Path]:
     """Return a workdir and an intact checkpoint of it, given one of both; "best" or "newest" chooses from a workdir.
 
     Raises:
       UserError: the path is neither, or no checkpoint is intact.
     """
-    path = path.expanduser()
     checkpoint, damaged = store.locate(path, best=use == "best")
     for each, why in damaged:
         warn(f"checkpoint {each} is damaged ({why}); using {checkpoint}")
-    return path.absolute().parent.parent if store.is_checkpoint(path) else path, checkpoint
+    return paths.of(path).parent.parent if store.is_checkpoint(path) else path, checkpoint
 
 
 def adapted(task: Any) -> Any:
@@ -122,11 +121,11 @@ def adapted(task: Any) -> Any:
     return dataclasses.replace(task, attention="auto") if hasattr(task, "attention") else task
 
 
-def compiled_before(workdir: Path) -> contextlib.AbstractContextManager[None]:
+def compiled_before(workdir: paths.Path) -> contextlib.AbstractContextManager[None]:
     """Use and keep compiled programs beside the workdir, where that can be written."""
-    if not os.access(workdir.absolute().parent, os.W_OK):
+    if paths.is_local(workdir) and not os.access(paths.of(workdir).parent, os.W_OK):
         return contextlib.nullcontext()
-    return compilation_cache.kept(workdir.absolute(), base.get_config().compilation_cache)
+    return compilation_cache.kept(paths.of(workdir), base.get_config().compilation_cache)
 
 
 def make_mesh(text: str) -> Any:

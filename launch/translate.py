@@ -13,9 +13,9 @@ import io
 import itertools
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from ..framework.base import paths
 from ..framework.base.errors import UserError
 from . import flags
 
@@ -32,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     parser = flags.Parser("translate", __doc__)
-    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="workdir of a translation run")
+    parser.add_argument(
+        "--workdir", type=paths.given, required=True, metavar="DIR", help="workdir of a translation run"
+    )
     parser.add_argument("--use", choices=("best", "newest"), default="best", help="which of its checkpoints")
     parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="sentences per batch (64)")
     parser.add_argument("--beam_size", type=int, metavar="K", help="replaces that of the run")

@@ -5,6 +5,7 @@ import fractions
 import math
 import re
 import sys
+import time
 from collections.abc import Callable
 
 from .errors import UserError
@@ -105,3 +106,30 @@ class Period:
     def next(self, step: int) -> int:
         """Return the first step later than `step` after which the action happens."""
         return (step // self.steps + 1) * self.steps if self.steps > 0 else sys.maxsize
+
+
+class Countdown:
+    """Seconds since a step, and a guess of the step at which they are over.
+
+    Args:
+      seconds: how many; 0 never ends.
+    """
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._began, self._step = time.monotonic(), 0
+
+    def start(self, step: int) -> None:
+        """Begin to count, after this step."""
+        self._began, self._step = time.monotonic(), step
+
+    @property
+    def over(self) -> bool:
+        """Whether the seconds are over."""
+        return 0 < self.seconds <= time.monotonic() - self._began
+
+    def next(self, step: int) -> int:
+        """Return a step to look again: half of the way at the pace since the beginning, because the pace may change."""
+        passed = time.monotonic() - self._began
+        left = (self.seconds - passed) / 2
+        return step + max(1, int(left * (step - self._step) / passed) if passed > 0 else 1)

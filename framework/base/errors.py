@@ -26,6 +26,11 @@ def first_line(error: BaseException) -> str:
     return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
 
 
+def told(error: Exception) -> str:
+    """Return why a file could not be used: the system's words, or the first line of another error."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
 def printable(line: str) -> str:
     """Escape control characters: text from a file or another process must not control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

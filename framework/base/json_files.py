@@ -1,15 +1,16 @@
 """Read JSON files that a run has written, or that a user may have damaged."""
 
 import json
-import pathlib
 from typing import Any
 
-from .errors import UserError
+from . import paths
+from .errors import UserError, told
+from .paths import Path
 
 _DEEPEST = 32  # levels of nesting; our files have far fewer, and readers that recurse can walk through so many
 
 
-def read_object(path: pathlib.Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> dict[str, Any] | None:
     """Return the object in a JSON file, or None if the file does not exist.
 
     Raises:
@@ -18,9 +19,9 @@ def read_object(path: pathlib.Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = parse_object(path.read_text(errors="replace"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
+        content = parse_object(paths.read_text(path))
+    except paths.errors() as error:
+        raise UserError(f"{path} cannot be read ({told(error)}). Check its permissions.") from error
     if content is None:
         raise UserError(f"{path} is not a JSON object. Restore it or use another workdir.")
     return content

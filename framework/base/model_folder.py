@@ -3,11 +3,11 @@
 A folder holds a model, or an adapter of PEFT, which names the folder of its base.
 """
 
-from pathlib import Path
 from typing import Any
 
 from .errors import UserError
 from .json_files import parse_object, read_object
+from .paths import Path, read_text
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
@@ -16,9 +16,7 @@ ADAPTER = "adapter_config.json"
 def is_folder(path: Path) -> bool:
     """Return whether a path is a Hugging Face folder and not a workdir, which has a `config.json`, too."""
     file = path / CONFIG
-    return is_adapter(path) or (
-        file.is_file() and "model_type" in (parse_object(file.read_text(errors="replace")) or {})
-    )
+    return is_adapter(path) or (file.is_file() and "model_type" in (parse_object(read_text(file)) or {}))
 
 
 def is_adapter(path: Path) -> bool:

@@ -3,8 +3,10 @@
 import pathlib
 from typing import Any
 
+from . import paths
 from .errors import UserError
 from .json_files import read_object
+from .paths import Path
 from .values import convert
 
 CONFIG = "config.json"  # the resolved config
@@ -30,7 +32,13 @@ _RESULT_TYPES: dict[str, Any] = dict.fromkeys(("steps", "seconds", "tokens"), fl
 }
 
 
-def read_result(path: pathlib.Path) -> dict[str, Any] | None:
+def cache(workdir: Path) -> Any:
+    """Return the folder of prepared data. Data sets of users expect a `pathlib.Path`, unless it is in a bucket."""
+    place = workdir / CACHE
+    return pathlib.Path(place) if paths.is_local(place) else place
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
     """Return the result of a workdir's run, or None if the run has not ended.
 
     Raises:

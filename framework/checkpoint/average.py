@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from ..base import paths
 from ..base import workdir as layout
 from ..base.errors import UserError
 from ..base.json_files import read_object
+from ..base.paths import Path
 from ..sharding import meshes
 from . import imports, store, takeover
 from .store import FROZEN, MODEL, PARAMS
@@ -74,12 +74,13 @@ def run(checkpoints: Sequence[Path], workdir: Path) -> tuple[Path, int]:
         for name, array in store.arrays(checkpoints[-1]).items()
         if name in shapes[0]
     }
-    origin = checkpoints[-1].absolute().parents[1]
+    origin = paths.of(checkpoints[-1]).parent.parent
     config = ConfigDict(read_object(origin / layout.CONFIG) or {})  # nothing that it names is imported
     manifest = takeover.describe(optax.identity(), "", imports.nested(specs)[PARAMS.strip("/")], mesh.shape)
     path = imports.write(workdir, config, variables, manifest)
-    for tokenizer in (origin / layout.CACHE).glob("tokenizer-*.json"):
-        paths.write_text(workdir / layout.CACHE / tokenizer.name, tokenizer.read_text())
+    for tokenizer in paths.listed(origin / layout.CACHE):
+        if tokenizer.match("tokenizer-*.json"):
+            paths.write_text(workdir / layout.CACHE / tokenizer.name, tokenizer.read_text())
     return path, sum(map(math.prod, shapes[0].values()))
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from ..base import paths
 from ..base.errors import UserError
 from ..base.json_files import parse_object
 from ..base.model_folder import is_folder, read_config
@@ -42,7 +43,7 @@ _OF_TOKENS = ("bos_token_id", "eos_token_id", "max_position_embeddings", "pad_to
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def export(checkpoint: Path, target: Path, *, model_state: bool, force: bool) -> tuple[int, int]:
+def export(checkpoint: paths.Path, target: Path, *, model_state: bool, force: bool) -> tuple[int, int]:
     """Write the parameters to a file and return its number of arrays and bytes. A reader sees all of it or nothing.
 
     Keys are paths joined by dots: `decoder.layers.attention.query.kernel`. Arrays have the shapes and dtypes of
@@ -75,7 +76,7 @@ def export(checkpoint: Path, target: Path, *, model_state: bool, force: bool) ->
 
 
 def export_folder(
-    checkpoint: Path,
+    checkpoint: paths.Path,
     target: Path,
     tensors: Mapping[str, Tensors],
     files: Mapping[str, bytes],
@@ -208,7 +209,7 @@ def write(file: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) 
 
 
 def _fill(
-    checkpoint: Path,
+    checkpoint: paths.Path,
     name: str,
     parts: Sequence[Part],
     added: float = 0.0,

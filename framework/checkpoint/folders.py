@@ -19,6 +19,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ..base import paths
 from ..base.errors import UserError
 from ..base.model_folder import CONFIG, base_of, read_adapter, read_config
 from ..task import Tensors
@@ -62,12 +63,13 @@ class Folder:
     stored: Mapping[str, Stored]
 
     @classmethod
-    def open(cls, path: Path, task: Any) -> "Folder":
+    def open(cls, path: paths.Path, task: Any) -> "Folder":
         """Compare a folder with a task. Only `config.json` and the files' headers are read.
 
         Raises:
           UserError: the task has no such folders, or its parameters are not the folder's tensors.
         """
+        path = Path(path)
         config, adapter = read_config(path), read_adapter(path)
         if not hasattr(task, "folder_tensors"):
             raise UserError(f"{path}: {type(task).__name__} reads no Hugging Face folders. Give a workdir.")

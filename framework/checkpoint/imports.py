@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from ..base.errors import UserError
+from ..base.paths import Path
 from ..sharding import meshes
 from . import ownership, store, takeover
 from .folders import Folder

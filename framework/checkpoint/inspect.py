@@ -5,13 +5,14 @@ import datetime
 import math
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from ...optimizers.checkpoint.manifest import SavedBlocks
+from ..base import paths
 from ..base import workdir as layout
 from ..base.errors import UserError
-from . import store, verify
+from ..base.paths import Path
+from . import shelf, store, verify
 from .record import Evaluation, Record
 from .store import OPTIMIZER, Array
 
@@ -85,9 +86,7 @@ def listing(workdir: Path) -> str:
         notes += [] if verify.read(path).complete else ["not all checksums"]
         value = ranking.value(ranks[path]) if path in ranks else None
         rows.append((path.name, *_saved(path), _number(value), ", ".join(notes)))
-    rows += [
-        (f"{path.parent.name}/{path.name}", *_saved(path), "-", "") for path in (workdir / layout.DAMAGED).glob("*")
-    ]
+    rows += [(f"{layout.DAMAGED}/{path.name}", *_saved(path), "-", "") for path in shelf.damaged(workdir)]
     return aligned(rows)
 
 
@@ -176,7 +175,7 @@ def _shape(shape: Sequence[int]) -> str:
 def _saved(path: Path) -> tuple[str, str]:
     """Return when a checkpoint was committed and its size, "-" if a run has deleted it meanwhile."""
     try:
-        seconds, size = (path / "_CHECKPOINT_METADATA").stat().st_mtime, verify.size(path)
-    except OSError:
+        seconds, size = paths.modified(path / "_CHECKPOINT_METADATA"), verify.size(path)
+    except paths.errors():
         return "-", "-"
     return datetime.datetime.fromtimestamp(seconds).isoformat(" ", "seconds"), f"{size / 1e6:,.1f} MB"

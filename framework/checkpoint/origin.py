@@ -4,19 +4,18 @@ Directories are listed by process 0 alone: the listing of another process may be
 """
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Literal
 
 import jax
 
 from ..base import paths
 from ..base import workdir as layout
-from ..base.errors import UserError
+from ..base.errors import UserError, told
 from ..base.model_folder import is_folder
+from ..base.paths import Path
 from ..distributed import agreement, console
-from . import store, verify
+from . import shelf, store, verify
 from .record import Record
 
 
@@ -75,23 +74,23 @@ def find(workdir: Path, *, resume_from: str, init_from: str) -> Origin:
 
 
 def set_aside(workdir: Path, origin: Origin) -> None:
-    """Move the damaged checkpoints of `workdir` into its folder `damaged`, until their steps are saved again."""
+    """Set the damaged checkpoints of `workdir` aside, until their steps are saved again."""
     if jax.process_index() != 0:
         return
-    for path in (path for path, _ in origin.damaged if path.parent.parent == workdir):
-        place = workdir / layout.DAMAGED / path.name
-        shutil.rmtree(place, ignore_errors=True)
+    for path, why in origin.damaged:
+        if path.parent.parent != workdir:
+            continue
         try:
-            place.parent.mkdir(exist_ok=True)
-            path.rename(place)
-        except OSError as error:
-            console.say(f"warning: {path} cannot be moved to {place.parent} ({error.strerror}). It is left alone.")
+            shelf.set_aside(path, why)
+        except paths.errors() as error:
+            place = workdir / layout.DAMAGED
+            console.say(f"warning: {path} cannot be moved to {place} ({told(error)}). It is left alone.")
 
 
 def _named(kind: Literal["resume", "init"], text: str) -> Origin:
     paths.refuse_unusable(f"config.{kind}_from", text)
-    path = Path(text).expanduser().absolute()
-    if kind == "init" and agreement.first(lambda: is_folder(path)):
+    path = paths.of(text)
+    if kind == "init" and paths.is_local(path) and agreement.first(lambda: is_folder(path)):
         return Origin(kind, path)
     listing = (lambda: [path]) if store.is_checkpoint(path) else lambda: store.checkpoints(path)
     found = _newest(kind, f"{kind}_from {text}", listing)
@@ -111,5 +110,5 @@ def _newest(kind: Literal["own", "resume", "init"], place: str, listing: Callabl
     names = agreement.first(lambda: list(map(str, listing())))
     if not names:
         return None
-    path, damaged = store.first_intact(place, map(Path, reversed(names)), faults)
+    path, damaged = store.first_intact(place, map(paths.of, reversed(names)), faults)
     return Origin(kind, path, tuple(damaged))

@@ -4,21 +4,25 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
+import re
 import socket
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from ..base import paths
 from ..base import workdir as layout
-from ..base.errors import UserError
+from ..base.errors import UserError, told
 from ..base.json_files import parse_object
+from ..base.paths import Path
 from ..config import check as config_lib
 from ..distributed import agreement, console
 from .origin import Origin
@@ -38,7 +42,7 @@ def finished(workdir: Path, config: Any) -> dict[str, Any] | None:
         path = workdir / layout.CONFIG
         if not path.exists():
             return None
-        stored = parse_object(path.read_text(errors="replace"))
+        stored = parse_object(paths.read_text(path))
         if stored is None:  # after a power loss
             console.say(f"warning: {path} is not a JSON object. It is written again, from this config.")
             return None
@@ -56,10 +60,10 @@ def finished(workdir: Path, config: Any) -> dict[str, Any] | None:
 
 def continued(checkpoint: Path, config: Any) -> None:
     """Warn if the next steps differ from those of the run of another workdir that wrote a checkpoint."""
-    path = checkpoint.absolute().parents[1] / layout.CONFIG
-    with contextlib.suppress(OSError):  # it may be a copy without a config
+    path = paths.of(checkpoint).parent.parent / layout.CONFIG
+    with contextlib.suppress(*paths.errors()):  # it may be a copy without a config
         if jax.process_index() == 0:
-            _compare_microbatches(parse_object(path.read_text(errors="replace")) or {}, config)
+            _compare_microbatches(parse_object(paths.read_text(path)) or {}, config)
 
 
 def schedule_begin(start: Origin, step: int, config: Any) -> str:
@@ -97,11 +101,15 @@ def _compare_microbatches(stored: dict[str, Any], config: Any) -> None:
 
 
 @contextlib.contextmanager
-def hold(workdir: Path) -> Iterator[Callable[[], None]]:
+def hold(workdir: Path, silence: float = 60.0) -> Iterator[Callable[[], None]]:
     """Hold a workdir for this run while entered; a workdir that is empty afterwards is removed.
 
     Process 0 locks a file, and the lock ends with the process. Where the file system has no locks, a second run takes
-    over the workdir, and the first one stops at its next save.
+    over the workdir, and the first one stops at its next save. A bucket has none: see `_owned`.
+
+    Args:
+      workdir: the workdir.
+      silence: seconds without a sign of life after which other runs take over a workdir in a bucket.
 
     Yields:
       A check that every process calls. It raises UserError if another run has taken over the workdir.
@@ -111,22 +119,102 @@ def hold(workdir: Path) -> Iterator[Callable[[], None]]:
     """
     run = f"process {os.getpid()} on {socket.gethostname()}, run {uuid.uuid4().hex[:12]}"
     with contextlib.ExitStack() as stack:
-        agreement.first(lambda: stack.enter_context(lock(workdir, run)))
+        agreement.first(lambda: stack.enter_context(lock(workdir, run, silence)))
         yield lambda: agreement.first(lambda: _check(workdir, run))
 
 
-@contextlib.contextmanager
-def lock(workdir: Path, run: str = "") -> Iterator[None]:
+def lock(workdir: Path, run: str = "", silence: float = 60.0) -> contextlib.AbstractContextManager[None]:
     """Lock a workdir in this process while entered, and write `run` into the file if it is given.
 
     Raises:
       UserError: another process holds the lock, or the workdir cannot be made.
     """
+    return (
+        _locked(workdir, run) if paths.is_local(workdir) else _owned(workdir / layout.LOCK, run or "a command", silence)
+    )
+
+
+@contextlib.contextmanager
+def _owned(path: Path, run: str, silence: float) -> Iterator[None]:
+    """Own the object `path` while entered.
+
+    It holds `run` and a number that grows several times in `silence` seconds. Whoever finds the object waits for the
+    number to grow, as long as the object says, before taking over. Two runs that start at once may both get here: the
+    one whose name is not in the object stops at its next check.
+
+    Raises:
+      UserError: another run owns it.
+    """
+    over = threading.Event()
+    try:
+        _refuse_living(path)
+        path.write_text(_sign(run, 0, silence))
+    except paths.errors() as error:
+        raise UserError(f"workdir {path.parent} cannot be used ({told(error)}); give another --workdir") from error
+
+    def live() -> None:
+        for number in itertools.count(1):
+            if over.wait(silence / 6):
+                return
+            with contextlib.suppress(*paths.errors()):  # tried again
+                if _holder(path) != run:
+                    return
+                path.write_text(_sign(run, number, silence))
+
+    thread = threading.Thread(target=live, daemon=True, name="owner of the workdir")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        with contextlib.suppress(*paths.errors()):
+            if _holder(path) == run:
+                path.unlink(missing_ok=True)
+
+
+def _sign(run: str, number: int, silence: float) -> str:
+    return f"{run}\nsign of life {number}; gone after {silence:g} s without another\n"
+
+
+def _refuse_living(path: Path) -> None:
+    """Wait until the run that owns an object has ended or been silent for as long as it says.
+
+    Raises:
+      UserError: it lives.
+    """
+    if not (found := _content(path)):
+        return
+    match = re.search(r"gone after ([0-9.e+]+) s", found)
+    seconds = float(match[1]) if match else 60.0
+    holder = _holder(path)
+    console.say(f"{path.parent} was in use by {holder}; waiting up to {seconds:.0f} s for a sign of life")
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(min(1.0, seconds / 10))
+        now = _content(path)
+        if not now:
+            return
+        if now != found:
+            raise UserError(
+                f"workdir {path.parent} is in use by {holder}; wait for its end, stop it, or use another --workdir"
+            )
+
+
+def _content(path: Path) -> str:
+    try:
+        return paths.read_text(path)
+    except FileNotFoundError:
+        return ""
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path, run: str) -> Iterator[None]:
     made = not workdir.exists()
     path = workdir / layout.LOCK
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = open(path, "a+")  # noqa: SIM115  closed below
     except OSError as error:
         raise UserError(f"workdir {workdir} cannot be used ({error.strerror}); give another --workdir") from error
     with file:
@@ -166,9 +254,9 @@ def _check(workdir: Path, run: str) -> None:
 
 def _holder(path: Path) -> str:
     try:
-        return path.read_text().strip() or "another process"
-    except OSError as error:
-        return f"another process ({path}: {error.strerror})"
+        return paths.read_text(path).strip().partition("\n")[0] or "another process"
+    except paths.errors() as error:
+        return f"another process ({path}: {told(error)})"
 
 
 def claim(workdir: Path, config: Any) -> None:
@@ -179,7 +267,7 @@ def claim(workdir: Path, config: Any) -> None:
     if jax.process_index() != 0:
         return
     path = workdir / layout.CONFIG
-    stored = parse_object(path.read_text(errors="replace")) if path.exists() else None
+    stored = parse_object(paths.read_text(path)) if path.exists() else None
     if stored and (changed := config_lib.differences(stored, config, ("may_change",))):
         now = datetime.datetime.now(datetime.UTC)
         lines = "".join(f"{line}\n" for line in changed)

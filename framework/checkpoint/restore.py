@@ -4,7 +4,6 @@ The optimizer's state is not read, and the mesh may differ from that of the run.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from ..base import workdir as layout
 from ..base.errors import UserError
 from ..base.json_files import read_object
 from ..base.model_folder import is_folder
+from ..base.paths import Path
 from ..config import check, components, overrides, schema
 from ..sharding import placement
 from ..step.state import abstract_variables

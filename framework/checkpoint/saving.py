@@ -4,28 +4,32 @@ import contextlib
 import dataclasses
 import functools
 import os
-import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
+from ..base import paths
 from ..base import workdir as layout
-from ..base.errors import UserError, first_line
+from ..base.errors import UserError, first_line, told
+from ..base.paths import Path
 from ..distributed import agreement
 from ..distributed.barrier import Barriers
-from . import store, verify, workarounds
+from . import shelf, store, verify, workarounds
 from .record import Ranking, Record
 
-DELETED = "deleted"  # folder among the checkpoints, into which those to be deleted are renamed
-# Orbax and TensorStore wrap the errors of the file system in their own.
-_STORAGE_ERRORS = (OSError, ValueError, RuntimeError, UserError)
+_IN_FLIGHT = 0.1  # of a process' share of a state, encoded in memory while it is written
+
+
+def _storage_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of a save: Orbax and TensorStore wrap those of the file system in their own."""
+    return *paths.errors(), ValueError, RuntimeError, UserError
 
 
 class SaveError(Exception):
@@ -59,6 +63,7 @@ class Checkpoints:
       keep_last, keep_best, keep_every: see `kept`.
       ranking: orders checkpoints from best to worst.
       still_ours: raises UserError in all processes if another run has taken over the workdir.
+      before_commit: called in the background before a checkpoint or its evaluation is written.
     """
 
     def __init__(
@@ -70,11 +75,12 @@ class Checkpoints:
         keep_every: int = 0,
         ranking: Ranking,
         still_ours: Callable[[], None] = lambda: None,
+        before_commit: Callable[[], None] = lambda: None,
     ):
         """Remove what interrupted saves and deletions have left behind."""
         workarounds.apply()
-        self._workdir, self._directory = workdir, (workdir / layout.CHECKPOINTS).absolute()
-        self._ranking, self._still_ours = ranking, still_ours
+        self._workdir, self._directory = workdir, paths.of(workdir) / layout.CHECKPOINTS
+        self._ranking, self._still_ours, self._before_commit = ranking, still_ours, before_commit
         self._first = jax.process_index() == 0
         saved = agreement.first(
             lambda: [(int(path.name), rank) for path, rank in store.ranks(workdir, ranking).items()]
@@ -91,12 +97,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints", initializer=_give_way)
         self._ending: Future[None] | None = None  # of the save in progress
         self._barriers = Barriers()
-        self._writer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(),
-            async_options=ocp.AsyncOptions(
-                barrier_sync_fn=lambda *, key, timeout_ms: self._barriers.wait(timeout_ms / 1000)
-            ),
-        )
+        self._writer: ocp.AsyncCheckpointer | None = None  # from the first save on
         self._remove_partial()
 
     def save(self, state: Any, record: Record, manifest: dict[str, Any]) -> None:
@@ -152,7 +153,8 @@ class Checkpoints:
         """Wait for the save in progress, without a report of its failure; see `confirm`."""
         self._outcome(self._finish)
         self._thread.shutdown()
-        self._outcome(self._writer.close)
+        if self._writer:
+            self._outcome(self._writer.close)
 
     def _begin(self, state: Any, record: Record, manifest: dict[str, Any], begun: float) -> str:
         """Begin a save; with several processes returns why it failed in any of them."""
@@ -164,39 +166,65 @@ class Checkpoints:
         }
         self._step = record.step
         path = self._directory / str(record.step)
-        beginning = self._thread.submit(self._start, path, ocp.args.Composite(**items))
+        self._writer = writer = self._writer or self._opened(state)
+        beginning = self._thread.submit(self._start, writer, path, ocp.args.Composite(**items))
         failure = "" if alone else _any(self._outcome(beginning.result))
         if failure:
-            self._outcome(self._writer.wait_until_finished)  # what the others have begun, which fails, too
+            self._outcome(writer.wait_until_finished)  # what the others have begun, which fails, too
             self._remove_partial()
-        self._ending = None if failure else self._thread.submit(self._end, beginning, path, begun)
+        self._ending = None if failure else self._thread.submit(self._end, writer, beginning, path, begun)
         return failure
 
-    def _start(self, path: Path, items: ocp.args.Composite) -> None:
+    def _opened(self, state: Any) -> ocp.AsyncCheckpointer:
+        """Return the writer of checkpoints of this state.
+
+        It writes as much at a time as a tenth of this process' share. Without a limit, all would be in memory twice:
+        copied from the devices, and encoded.
+        """
+        sizes = [x.data.nbytes for leaf in jax.tree.leaves(state) for x in leaf.addressable_shards if not x.replica_id]
+        limit = max(_IN_FLIGHT * sum(sizes), max(sizes, default=0) + 1, 1 << 20)
+        handler = ocp.CompositeCheckpointHandler(
+            **{
+                store.STATE: ocp.PyTreeCheckpointHandler(save_concurrent_gb=limit / 1e9),  # pyright: ignore
+                store.RECORD: ocp.JsonCheckpointHandler(),
+                store.MANIFEST: ocp.JsonCheckpointHandler(),
+            }
+        )
+        meet = ocp.AsyncOptions(barrier_sync_fn=lambda *, key, timeout_ms: self._barriers.wait(timeout_ms / 1000))
+        return ocp.AsyncCheckpointer(handler, async_options=meet)
+
+    def _start(self, writer: ocp.AsyncCheckpointer, path: Path, items: ocp.args.Composite) -> None:
         """Begin to write; if it fails in one process, it fails in all."""
         if jax.process_count() == 1:
-            self._writer.save(path, args=items, force=True)
+            self._before(path)
+            writer.save(path, args=items, force=True)
             return
         self._barriers.begin()
         with self._failing_together(), workarounds.meeting_by(self._barriers.wait):
-            self._writer.save(path, args=items, force=True)
+            self._before(path)
+            writer.save(path, args=items, force=True)
+
+    def _before(self, path: Path) -> None:
+        if self._first:
+            self._before_commit()
+            shelf.make_room(path)
 
     @contextlib.contextmanager
     def _failing_together(self) -> Iterator[None]:
         """Let other processes fail at once, which wait for this one, if it fails."""
         try:
             yield
-        except _STORAGE_ERRORS as error:
+        except _storage_errors() as error:
             if jax.process_count() > 1:
                 self._barriers.fail(first_line(error))
                 workarounds.release()
             raise
 
-    def _end(self, beginning: Future[Any], path: Path, begun: float) -> None:
+    def _end(self, writer: ocp.AsyncCheckpointer, beginning: Future[Any], path: Path, begun: float) -> None:
         """Wait in the background until a save is committed, check it, write its checksums, delete others."""
         beginning.result()
         with self._failing_together():
-            self._writer.wait_until_finished()
+            writer.wait_until_finished()
         self._metrics["checkpoint/seconds"] = time.perf_counter() - begun
         if self._first:
             store.arrays(path)  # a checkpoint counts once its index can be read back
@@ -224,7 +252,7 @@ class Checkpoints:
         failure, self._failure = self._failure, ""
         try:
             action()
-        except _STORAGE_ERRORS as error:
+        except _storage_errors() as error:
             newest = f"the newest one is of step {max(self._there)}" if self._there else "there is no earlier one"
             step = f"the checkpoint of step {self._step}"
             failure = f"{step} could not be saved in {self._directory} ({first_line(error)}); {newest}"
@@ -233,8 +261,8 @@ class Checkpoints:
     def _remove_partial(self) -> None:
         """Remove what interrupted saves and deletions have left."""
         if self._first:
-            for path in (*self._directory.glob("*.orbax-checkpoint-tmp"), self._directory / DELETED):
-                shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(*paths.errors()):
+                shelf.remove_partial(self._workdir)
 
     def _prune(self) -> None:
         """Delete the checkpoints that are not kept, damaged ones of steps that are saved again, and partial ones.
@@ -244,42 +272,30 @@ class Checkpoints:
         self._remove_partial()
         for step in sorted(self._there - self._kept(self._there)):
             self._delete(step)
-        for path in (self._workdir / layout.DAMAGED).glob("*") if self._first else ():
-            if path.name.isdecimal() and int(path.name) <= self._step:
-                shutil.rmtree(path, ignore_errors=True)
+        if self._first:
+            with contextlib.suppress(*paths.errors()):
+                shelf.remove_damaged(self._workdir, self._step)
 
     def _delete(self, step: int) -> None:
         path = self._directory / str(step)
         try:
             if self._first:
-                delete(path)
+                shelf.delete(path)
             self._there.discard(step)
-        except OSError as error:
+        except paths.errors() as error:
             if step not in self._undeletable:
                 self._undeletable.add(step)
-                reason = f"checkpoint {path} cannot be deleted ({error.strerror})"
+                reason = f"checkpoint {path} cannot be deleted ({told(error)})"
                 self._warnings.append(f"warning: {reason}. It is tried again after each save.")
 
     def _write_evaluation(self, record: Record) -> None:
         path = self._directory / str(record.step)
         try:
             if record.step in self._there:
+                self._before_commit()
                 store.write_evaluation(path, record)
-        except OSError as error:
+        except paths.errors() as error:
             self._failure = f"the evaluation of step {record.step} could not be saved in {path} ({error})"
-
-
-def delete(path: Path) -> None:
-    """Delete a checkpoint, if it is still there: it disappears at once, its files as far as possible.
-
-    Raises:
-      OSError: it is still there.
-    """
-    trash = path.parent / DELETED
-    trash.mkdir(exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):  # somebody else has deleted it
-        path.rename(trash / f"{path.name}-{time.time_ns()}")
-    shutil.rmtree(trash, ignore_errors=True)
 
 
 def pruning(workdir: Path, *, keep_last: int, keep_best: int) -> dict[Path, str]:
@@ -318,9 +334,27 @@ def _give_way() -> None:
 
 
 def _copied(state: Any) -> Any:
-    """Copy a state to the host's memory and wait for it, so that the state may be donated."""
+    """Copy a state to the host's memory, without replicas, and wait for it, so that the state may be donated."""
+    state = jax.tree.map(_without_replicas, state)
     shardings = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), state)
     return jax.block_until_ready(jax.device_put(state, shardings, may_alias=False))
+
+
+def _without_replicas(array: jax.Array) -> jax.Array:
+    """Return the same array on the first devices that hold all of it."""
+    sharding = array.sharding
+    if not isinstance(sharding, NamedSharding):
+        return array
+    used = {name for part in sharding.spec for name in (part if isinstance(part, tuple) else (part,))}
+    names = tuple(name for name in sharding.mesh.axis_names if name in used)
+    devices: Any = sharding.mesh.devices
+    devices = devices[tuple(slice(None) if name in used else 0 for name in sharding.mesh.axis_names)]
+    if names:
+        sharding = NamedSharding(Mesh(devices, names), sharding.spec)
+    else:
+        sharding = SingleDeviceSharding(devices)
+    shards = {shard.device: shard.data for shard in array.addressable_shards}
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, [shards[x] for x in sharding.device_set])
 
 
 def _any(failure: str) -> str:

@@ -1,8 +1,8 @@
 """Find and read the checkpoints of a workdir.
 
-A checkpoint is a directory named by its step. Orbax writes it under a temporary name and renames it once it is
-complete. It holds the arrays (`state`), what the host knew (`record`), a description of the arrays (`manifest`), the
-checksums of these files, and once its step has been evaluated `evaluation.json`.
+A checkpoint is a directory named by its step, which `shelf` lists. It holds the arrays (`state`), what the host knew
+(`record`), a description of the arrays (`manifest`), the checksums of these files, and once its step has been evaluated
+`evaluation.json`.
 """
 
 import contextlib
@@ -12,22 +12,22 @@ import json
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-from etils import epath
 
 from ...optimizers.plan import patterns
 from ..base import paths
 from ..base import workdir as layout
 from ..base.errors import UserError, first_line
 from ..base.json_files import read_object
-from . import verify
+from ..base.paths import Path
+from . import verify, workarounds
 from .record import Ranking, Record
+from .shelf import checkpoints
 
 STATE, RECORD, MANIFEST = "state", "record", "manifest"
 FORMAT = 1  # of the manifest
@@ -53,17 +53,9 @@ class Array:
         return f"{np.dtype(self.dtype).name}[{','.join(map(str, self.shape))}]"
 
 
-def checkpoints(workdir: Path) -> list[Path]:
-    """Return the committed checkpoints of a workdir, oldest first."""
-    directory = workdir / layout.CHECKPOINTS
-    if not directory.is_dir():
-        return []
-    return sorted((path for path in directory.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
-
-
 def is_checkpoint(path: Path) -> bool:
     """Return whether a path is a checkpoint and not a workdir, which may have a number for its name, too."""
-    named = path.name.isdecimal() and path.absolute().parent.name in (layout.CHECKPOINTS, layout.DAMAGED)
+    named = path.name.isdecimal() and paths.of(path).parent.name in (layout.CHECKPOINTS, layout.DAMAGED)
     return path.is_dir() and (named or (path / MANIFEST).is_dir())
 
 
@@ -245,7 +237,7 @@ def read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
         items = jax.tree.unflatten(structure, [0 if name in wanted else ocp.PLACEHOLDER for name in names])
         args = ocp.args.PyTreeRestore(items, restore_args=jax.tree.unflatten(structure, map(restore_args, names)))
         # The handler has no barriers of its own, so processes may read different arrays.
-        restored = ocp.PyTreeCheckpointHandler().restore(epath.Path(path.absolute() / STATE), args=args)
+        restored = ocp.PyTreeCheckpointHandler().restore(paths.of(path) / STATE, args=args)
     return {name: value for name, value in by_name(restored).items() if name in wanted}
 
 
@@ -258,7 +250,8 @@ def parts(path: Path, name: str) -> Iterator[tuple[tuple[slice, ...], np.ndarray
     with _readable(path):
         saved = by_name(_tree(path))[name]
         # Orbax reads whole arrays only.
-        store = {"driver": "ocdbt", "base": f"file://{path.absolute() / STATE}/", "path": f"{saved.name}/"}
+        base = workarounds.kvstore(f"{paths.of(path) / STATE}/")
+        store = {"driver": "ocdbt", "base": base, "path": f"{saved.name}/"}
         opened = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
         sizes: Any = opened.chunk_layout.read_chunk.shape or opened.shape
         for starts in itertools.product(*(range(0, n, size) for n, size in zip(opened.shape, sizes, strict=True))):
@@ -274,6 +267,7 @@ def by_name(tree: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
+    workarounds.reach_buckets()
     try:
         yield
     except Exception as error:  # damaged metadata raise any of a dozen errors in Orbax, TensorStore and NumPy
@@ -282,7 +276,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _tree(path: Path) -> Any:
-    return ocp.PyTreeCheckpointHandler().metadata(epath.Path(path.absolute() / STATE)).tree
+    return ocp.PyTreeCheckpointHandler().metadata(paths.of(path) / STATE).tree
 
 
 def _json(path: Path, item: str) -> dict[str, Any]:

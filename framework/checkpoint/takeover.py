@@ -9,7 +9,6 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from ...optimizers.checkpoint.inheritance import Fresh, Kept, Made, Source, plac
 from .. import optimizer
 from ..base.errors import UserError
 from ..base.model_folder import is_folder
+from ..base.paths import Path
 from ..step.state import TrainState
 from . import store
 from .folders import Folder

@@ -9,11 +9,12 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from ..base import paths
+from ..base.errors import told
+from ..base.paths import Path
 
 EVALUATION = "evaluation.json"  # written after the checkpoint, and not covered by its checksums
 
@@ -21,6 +22,7 @@ _SUMS = re.compile(r"SHA256SUMS-(\d+)-of-(\d+)")
 _ADDED = re.compile(rf"{re.escape(EVALUATION)}|\..*\.partial")  # and what an interrupted write has left
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)")
 _OF_PROCESS = re.compile(r"(?:ocdbt\.)?process_(\d+)")  # folders and files that Orbax names after their writer
+_READ_BYTES = 1 << 22
 _THREADS = 4  # hashing releases Python's lock, and storage serves several readers faster than one
 
 
@@ -56,13 +58,13 @@ def read(directory: Path) -> Sums:
     """Read the checksums of a checkpoint and compare the list of its files, not their content."""
     digests: dict[str, str] = {}
     processes: dict[int, int] = {}
-    for path in sorted(directory.glob("SHA256SUMS-*")):
+    for path in paths.listed(directory):
         if not (match := _SUMS.fullmatch(path.name)):
             continue
         try:
-            text = path.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            return Sums({}, [f"{path.name} cannot be read ({error.strerror})"], complete=True)
+            text = paths.read_text(path)
+        except paths.errors() as error:
+            return Sums({}, [f"{path.name} cannot be read ({told(error)})"], complete=True)
         lines = list(map(_LINE.fullmatch, text.splitlines()))
         if not all(lines) or (text and not text.endswith("\n")):
             return Sums({}, [f"{path.name} has a line that is not a checksum"], complete=True)
@@ -85,23 +87,27 @@ def mismatches(directory: Path, digests: Mapping[str, str]) -> list[str]:
 
 def size(directory: Path) -> int:
     """Return the bytes of a checkpoint's files, without its checksums."""
-    return sum((directory / name).stat().st_size for name in _files(directory))
+    found = paths.files(directory)
+    return sum(found[name] for name in _listed(found))
 
 
 def _verdict(path: Path, digest: str) -> str:
-    if not path.is_file():
+    if paths.is_local(path) and not os.path.isfile(path):
         return "is not a file"  # opening a pipe or a device may block
     try:
         return "" if _digest(path) == digest else "does not have its checksum"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
+    except paths.errors() as error:
+        return f"cannot be read ({told(error)})"
 
 
 def _digest(path: Path, *, synced: bool = False) -> str:
     with path.open("rb") as file:
-        if synced:
+        if synced and paths.is_local(path):
             os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while part := file.read(_READ_BYTES):
+            digest.update(part)
+        return digest.hexdigest()
 
 
 def _writer(name: str, processes: int) -> int:
@@ -112,5 +118,8 @@ def _writer(name: str, processes: int) -> int:
 
 def _files(directory: Path) -> list[str]:
     """Return the sorted relative paths of all files that have checksums."""
-    names = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()]
-    return sorted(name for name in names if not (_SUMS.fullmatch(name) or _ADDED.fullmatch(name)))
+    return _listed(paths.files(directory))
+
+
+def _listed(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not (_SUMS.fullmatch(name) or _ADDED.fullmatch(name))]

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import ctypes
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,8 @@ _SECONDS = 300  # that a process waits for the others, where Orbax does not say
 
 
 def apply() -> None:
-    """Hide what they print beside the errors that they raise, and stop their leak of memory."""
+    """Hide what they print beside the errors that they raise, and stop their leak of memory; see `reach_buckets`."""
+    reach_buckets()
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_of_others)
     sys.unraisablehook = _unraisable
@@ -24,6 +26,33 @@ def apply() -> None:
         from orbax.checkpoint._src.serialization import tensorstore_utils
 
         tensorstore_utils.get_tensorstore_raw_bytes = lambda direction=None: 0  # for Orbax's log alone
+
+
+def reach_buckets() -> None:
+    """Let Orbax keep arrays in s3:// as it does in gs://. Without this, it takes s3:// for a relative path."""
+    with contextlib.suppress(ImportError):
+        from orbax.checkpoint._src.path import gcs_utils
+        from orbax.checkpoint._src.serialization import tensorstore_utils
+
+        gcs_utils._GCS_PATH_PREFIX = ("gs://", "s3://")  # pyright: ignore[reportAttributeAccessIssue]
+        gcs_utils.get_kvstore_for_gcs = kvstore
+        tensorstore_utils._use_gcs_driver = lambda directory: "://" in directory
+        tensorstore_utils._normalize_path = lambda path: os.path.normpath(path).replace(":/", "://")
+
+
+def kvstore(path: str) -> dict[str, Any]:
+    """Return TensorStore's spec of a folder in a bucket or, with a leading /, of this machine."""
+    scheme, _, place = path.rpartition("://")
+    if not scheme:
+        return {"driver": "file", "path": path}
+    bucket, _, inside = place.partition("/")
+    if scheme == "gs":
+        return {"driver": os.environ.get("TENSORSTORE_GCS_BACKEND", "gcs"), "bucket": bucket, "path": inside}
+    # TensorStore does not take these from the environment.
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    found = {key: value for key, value in (("endpoint", endpoint), ("aws_region", region)) if value}
+    return {"driver": "s3", "bucket": bucket, "path": inside, **found}
 
 
 @contextlib.contextmanager

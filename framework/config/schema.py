@@ -72,6 +72,7 @@ BOUNDS = {
     "gradient_clip": Within(0),
     "schedule.learning_rate": Within(0),
     "evaluation.batches": Within(-1),
+    "checkpoint.every_minutes": Within(0),
     "checkpoint.keep_last": Within(1),
     "checkpoint.keep_best": Within(0),
     "guard.max_consecutive_skips": Within(1),
@@ -133,6 +134,7 @@ def get_config() -> Any:
     config.samples.tokens = 40  # tokens of each continuation
     config.checkpoint = ConfigDict()
     config.checkpoint.every = "10%"  # how often to save; a signal and the last step always save
+    config.checkpoint.every_minutes = 0.0  # also save so many minutes after the last save; 0: only every `every`
     config.checkpoint.keep_last = 2  # number of latest checkpoints to keep
     config.checkpoint.keep_best = 1  # number of best checkpoints to keep in addition
     config.checkpoint.keep_every = "0 steps"  # keep the first checkpoint of every such period for good

@@ -130,6 +130,11 @@ class Journal:
         if self.writer:
             self.writer.flush()
 
+    def settle(self) -> None:
+        """Wait until what was recorded is where a resumed run finds it."""
+        if self.writer:
+            self.writer.settle()
+
     def close(self, *, complete: bool) -> None:
         """Write everything, and let the trackers finish."""
         if self.writer:

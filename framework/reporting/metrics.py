@@ -1,17 +1,19 @@
 """Write measurements and samples to the workdir as JSON lines, and give them to the trackers.
 
-If the disk or a tracker fails, the run warns and continues without it.
+In a bucket these files consist of parts. If the disk or a tracker fails, the run warns and continues without it.
 """
 
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..base import paths
 from ..base import workdir as layout
 from ..base.json_files import is_number, parse_object
+from ..base.parts import Parts, keep
+from ..base.paths import Path
 from ..distributed import console
 from .runs import parse_point
 from .trackers.relay import Relay
@@ -29,6 +31,9 @@ class MetricsWriter:
         self._path, self._samples, self._layers = (workdir / x for x in (layout.METRICS, layout.SAMPLES, layout.LAYERS))
         self._layer_names: Sequence[str] = ()
         self._trackers = trackers
+        self._local = paths.is_local(workdir)
+        self._parts: dict[str, Parts] = {}  # in a bucket, by the name of the file
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parts")
         self._warned: set[str] = set()  # the files that could not be written
         self._lines: list[str] = []  # of metrics.jsonl, not yet written
         self._keep(self._path, lambda line: _stays(parse_point(line), after_step, evaluated))
@@ -75,8 +80,16 @@ class MetricsWriter:
             line[name] = [float(f"{value:.4g}") if math.isfinite(value) else None for value in each]
         self._append(self._layers, [json.dumps(line)])
 
+    def settle(self) -> None:
+        """Wait until what was written before is in the bucket."""
+        if not self._local:
+            self._thread.submit(self._write_parts).result()
+
     def _append(self, path: Path, lines: Sequence[str]) -> None:
         if not lines:
+            return
+        if not self._local:
+            self._thread.submit(self._append_part, path, "".join(f"{line}\n" for line in lines).encode())
             return
         try:
             with path.open("a") as file:
@@ -85,19 +98,33 @@ class MetricsWriter:
         except OSError as error:
             self._warn(path.name, error)
 
+    def _append_part(self, path: Path, content: bytes) -> None:
+        try:
+            if path.name not in self._parts:
+                self._parts[path.name] = Parts(path)
+            self._parts[path.name].append(content)
+        except paths.errors() as error:  # kept, and written with what follows
+            self._warn(path.name, error)
+
+    def _write_parts(self) -> None:
+        for name, each in self._parts.items():
+            try:
+                each.flush()
+            except paths.errors() as error:
+                self._warn(name, error)
+
     def _keep(self, path: Path, stays: Callable[[str], bool]) -> None:
         """Drop the other lines of a file."""
-        if not path.exists():
-            return
         try:
-            lines = path.read_text(errors="replace").splitlines()
-            paths.write_text(path, "".join(line + "\n" for line in lines if stays(line)))
-        except OSError as error:
+            keep(path, stays)
+        except paths.errors() as error:
             self._warn(path.name, error)
 
     def close(self, *, complete: bool) -> None:
         """Write what is kept, and let the trackers finish; `complete` tells whether the run has taken all its steps."""
         self.flush()
+        self.settle()
+        self._thread.shutdown()
         for tracker in self._trackers:
             tracker.close(complete)
 

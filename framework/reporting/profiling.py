@@ -1,13 +1,17 @@
 """Profile some steps of a run for TensorBoard, on process 0."""
 
+import os
 import re
+import shutil
 import sys
-from pathlib import Path
+import tempfile
 from typing import Any
 
 import jax
 
+from ..base import paths
 from ..base.errors import UserError
+from ..base.paths import Path
 from ..distributed import console
 from .watchdog import Watchdog
 
@@ -57,6 +61,7 @@ class Profile:
         self._workdir, self._watch = workdir, watch
         self._pauses = [left[0] - 1, left[-1]] if left else []  # those still to come
         self._running = False
+        self._folder = os.fspath(workdir)  # for a workdir in a bucket another one, from which the files are copied
 
     def next(self, step: int) -> int:
         """Return the first step after `step` at which training must pause to begin or end the trace."""
@@ -77,7 +82,9 @@ class Profile:
                 options = jax.profiler.ProfileOptions()
                 options.python_tracer_level = 0  # tracing every Python call takes 19 to 42 MB for three steps
                 self._watch.at("profile", run.step)
-                jax.profiler.start_trace(self._workdir, profiler_options=options)
+                if not paths.is_local(self._workdir):
+                    self._folder = tempfile.mkdtemp()
+                jax.profiler.start_trace(self._folder, profiler_options=options)
 
     def __enter__(self):
         return self
@@ -92,7 +99,14 @@ class Profile:
         if jax.process_index() == 0:
             try:
                 jax.profiler.stop_trace()
-            except RuntimeError as error:  # as JAX reports a full disk or a folder that cannot be made
+                if self._folder != os.fspath(self._workdir):
+                    for name in paths.files(paths.of(self._folder)):
+                        (self._workdir / name).write_bytes((paths.of(self._folder) / name).read_bytes())
+                    shutil.rmtree(self._folder, ignore_errors=True)
+            except (
+                RuntimeError,
+                *paths.errors(),
+            ) as error:  # as JAX reports a full disk or a folder that cannot be made
                 console.say(f"warning: the profile could not be written ({error}). Training continues.")
                 return
             console.say(f"profile written: tensorboard --logdir={self._workdir} (the Profile tab needs xprof)")

@@ -2,7 +2,6 @@
 
 import array
 import dataclasses
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +10,8 @@ import numpy as np
 from ..base import workdir
 from ..base.errors import UserError
 from ..base.json_files import is_number, parse_object, read_object
+from ..base.parts import parts
+from ..base.paths import Path
 
 Axis = Literal["step", "seconds", "tokens"]
 AXES: tuple[Axis, ...] = ("step", "seconds", "tokens")
@@ -58,7 +59,7 @@ class Run:
       layers: measurements of each layer, None if the run has none.
     """
 
-    path: pathlib.Path
+    path: Any
     points: Points
     config: dict[str, Any]
     result: dict[str, Any] | None
@@ -88,7 +89,7 @@ class Run:
         return float(values[-1]) if len(values) and np.isfinite(values[-1]) else None
 
 
-def read_run(path: pathlib.Path) -> Run:
+def read_run(path: Path) -> Run:
     """Read a workdir whose run may still be going on. Lines of one step are one point.
 
     Raises:
@@ -97,7 +98,7 @@ def read_run(path: pathlib.Path) -> Run:
     if not path.is_dir():
         raise UserError(f"{path} is not a directory. Give the --workdir of a training run.")
     metrics = path / workdir.METRICS
-    if not metrics.is_file():
+    if not parts(metrics):
         raise UserError(f"{path} has no {workdir.METRICS}. Give the --workdir of a run that has logged a step.")
     notes: list[str] = []
     points = measured(_parsed(metrics, notes))
@@ -142,7 +143,7 @@ def parse_point(line: str) -> dict[str, Any] | None:
     return point
 
 
-def _parsed(path: pathlib.Path, notes: list[str]) -> Iterable[dict[str, Any]]:
+def _parsed(path: Path, notes: list[str]) -> Iterable[dict[str, Any]]:
     for number, line in enumerate(_lines(path), start=1):
         point = parse_point(line)
         if point is None:
@@ -151,13 +152,14 @@ def _parsed(path: pathlib.Path, notes: list[str]) -> Iterable[dict[str, Any]]:
             yield point
 
 
-def _lines(path: pathlib.Path) -> Iterable[str]:
-    if path.is_file():
-        with path.open(errors="replace") as file:
-            yield from file
+def _lines(path: Path) -> Iterable[str]:
+    for part in parts(path):
+        with part.open("rb") as file:
+            for line in file:
+                yield bytes(line).decode(errors="replace")
 
 
-def _layers(path: pathlib.Path) -> Layers | None:
+def _layers(path: Path) -> Layers | None:
     """Read the lines {"step": ..., "names": [...], metric: [a value or null of each layer]}; names only if changed."""
     names: tuple[str, ...] = ()
     steps, rows = [], []

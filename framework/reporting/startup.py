@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,8 @@ from jax.sharding import Mesh
 from ...optimizers.plan import patterns
 from ..base import paths
 from ..base import workdir as layout
+from ..base.errors import told
+from ..base.paths import Path
 from ..checkpoint import takeover
 from ..checkpoint.inspect import aligned
 from ..distributed.console import say
@@ -87,8 +88,8 @@ def note_start(workdir: Path, mesh: Mesh, *, step: int, total_steps: int) -> Non
     start = {
         "started": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}",
         "command": shlex.join([*_program(), *sys.argv[1:]]),
-        "folder": str(Path.cwd()),
-        "commit": _commit(Path.cwd()) or _commit(Path(__file__).parent) or "not in a git repository",
+        "folder": os.getcwd(),
+        "commit": _commit(os.getcwd()) or _commit(os.path.dirname(__file__)) or "not in a git repository",
         "machine": f"{socket.gethostname()}, {os.cpu_count()} cores",
         "devices": f"{mesh.size} x {', '.join(kinds)}",
         "processes": jax.process_count(),
@@ -99,20 +100,20 @@ def note_start(workdir: Path, mesh: Mesh, *, step: int, total_steps: int) -> Non
     }
     path = workdir / layout.STARTS
     try:
-        before = path.read_text() if path.exists() else ""
+        before = paths.read_text(path) if path.exists() else ""
         paths.write_text(path, f"{before}{json.dumps(start)}\n")
-    except OSError as error:
-        say(f"warning: {path} could not be written ({error.strerror})")
+    except paths.errors() as error:
+        say(f"warning: {path} could not be written ({told(error)})")
 
 
 def _program() -> list[str]:
-    name = Path(sys.argv[0]).name
+    name = os.path.basename(sys.argv[0])
     return ["python", "-m", __name__.partition(".")[0]] if name == "__main__.py" else [name]
 
 
-def _commit(folder: Path) -> str:
+def _commit(folder: str) -> str:
     """Return the abbreviated commit that is checked out, "-dirty" after it for changed files, "" without git."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--match="]
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12", "--match="]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
@@ -135,8 +136,8 @@ def show_takeover(taken: takeover.Takeover, workdir: Path) -> None:
 def _keep(path: Path, text: str) -> None:
     try:
         path.write_text(f"{text}\n")
-    except OSError as error:
-        say(f"warning: {path} could not be written ({error.strerror})")
+    except paths.errors() as error:
+        say(f"warning: {path} could not be written ({told(error)})")
 
 
 def memory_line(state: TrainState) -> str:

@@ -8,14 +8,17 @@ import datetime
 import faulthandler
 import math
 import sys
+import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
+from ..base import paths
 from ..base import workdir as layout
+from ..base.errors import told
+from ..base.paths import Path
 from ..distributed import processes
 
 _LOOKING_SECONDS = 1.0  # between looks, at most
@@ -87,13 +90,15 @@ class Watchdog:
     def _report(self, line: str) -> None:
         _say(f"{line}; stacks of all threads: {self._path}")  # before the write, which may hang too
         try:
-            self._path.parent.mkdir(exist_ok=True)
-            with self._path.open("w") as file:
-                file.write(f"{datetime.datetime.now().isoformat(timespec='seconds')} {_process()}{line}\n\n")
-                file.flush()
+            with tempfile.TemporaryFile("w+") as file:  # faulthandler writes to files of the system only
                 faulthandler.dump_traceback(file, all_threads=True)
-        except OSError as error:
-            _say(f"cannot write {self._path}: {error.strerror}")
+                file.seek(0)
+                stacks = file.read()
+            now = datetime.datetime.now().isoformat(timespec="seconds")
+            self._path.parent.mkdir(exist_ok=True)
+            self._path.write_text(f"{now} {_process()}{line}\n\n{stacks}")
+        except paths.errors() as error:
+            _say(f"cannot write {self._path}: {told(error)}")
 
 
 def _process() -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from ..base import paths
 from ..distributed import console
 
 FOLDER = "compilation_cache"
@@ -15,7 +16,7 @@ BESIDE = "beside"  # the workdir
 
 
 @contextlib.contextmanager
-def kept(workdir: Path, options: Any) -> Iterator[None]:
+def kept(workdir: paths.Path, options: Any) -> Iterator[None]:
     """Keep compiled programs while entered, unless a cache is set already, disabled, or cannot be used.
 
     Args:
@@ -26,7 +27,8 @@ def kept(workdir: Path, options: Any) -> Iterator[None]:
     if not options.folder or given["jax_compilation_cache_dir"] or not given["jax_enable_compilation_cache"]:
         yield
         return
-    folder = workdir.parent / FOLDER if options.folder == BESIDE else Path(options.folder).expanduser().absolute()
+    beside = workdir.parent if paths.is_local(workdir) else paths.cache_folder()
+    folder = Path(beside / FOLDER if options.folder == BESIDE else paths.of(options.folder))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:

@@ -13,6 +13,7 @@ import itertools
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ class ShardRows:
             ) from None
 
     def _open(self, shard: int) -> ArrayRecordReader:
-        reader = ArrayRecordReader(self._shards[shard], "readahead_buffer_size:0")
+        reader = ArrayRecordReader(_here(self._shards[shard]), "readahead_buffer_size:0")
         found, expected = reader.num_records(), self._counts[shard]
         if found != expected:
             raise UserError(f"{self._shards[shard]}: has {found} rows, its manifest says {expected}. {_REBUILD}")
@@ -155,3 +156,22 @@ class ShardRows:
 
 
 _REBUILD = "Delete it and rerun shampax prepare, or the run, to rebuild it."
+
+
+def _here(path: str) -> str:
+    """Return a file as this machine has it: ArrayRecord reads no buckets. A copy is kept, named by path and state."""
+    if paths.is_local(path):
+        return path
+    there = epath.Path(path)
+    state = f"{path} {there.stat().length} {paths.modified(there)}"
+    copy = Path(paths.cache_folder() / "rows" / f"{hashlib.sha256(state.encode()).hexdigest()[:24]}-{there.name}")
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        partial = copy.with_name(f".{copy.name}.{os.getpid()}.{threading.get_ident()}.partial")
+        try:
+            with there.open("rb") as source, partial.open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+            partial.replace(copy)
+        finally:
+            partial.unlink(missing_ok=True)
+    return str(copy)

@@ -2,14 +2,14 @@
 
 import json
 import uuid
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from ...base import paths
 from ...base import workdir as layout
-from ...base.errors import UserError, did_you_mean
+from ...base.errors import UserError, did_you_mean, told
+from ...base.paths import Path
 from ...config import components, overrides
 from ...config.check import to_json
 from ...distributed import console
@@ -53,11 +53,11 @@ def tracked(workdir: Path, config: Any) -> TrackedRun:
     """Return what trackers are told of a run. Its id is drawn once, and kept in the workdir."""
     path = workdir / layout.TRACKED
     try:
-        id = path.read_text().strip() if path.exists() else ""
+        id = paths.read_text(path).strip() if path.exists() else ""
         if not id:
             id = uuid.uuid4().hex[:12]
             paths.write_text(path, f"{id}\n")
-    except OSError as error:
+    except paths.errors() as error:
         id = uuid.uuid4().hex[:12]
-        console.say(f"warning: {path}: {error.strerror}. When this run resumes, trackers will show another run.")
+        console.say(f"warning: {path}: {told(error)}. When this run resumes, trackers will show another run.")
     return TrackedRun(id, workdir.name, str(workdir), json.loads(to_json(config)))

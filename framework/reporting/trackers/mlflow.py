@@ -32,7 +32,8 @@ class MLflow:
 
         uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:
-            uri = (Path(run.workdir).parent / "mlruns").as_uri()
+            beside = Path.cwd() if "://" in run.workdir else Path(run.workdir).parent
+            uri = (beside / "mlruns").as_uri()
             os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # a data base would need further packages
         client = MlflowClient(uri)
         name = self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME", "shampax")

@@ -41,7 +41,7 @@ class Wandb:
                 name=run.name,
                 resume="allow",
                 config=run.config,
-                dir=os.environ.get("WANDB_DIR", run.workdir),
+                dir=os.environ.get("WANDB_DIR", None if "://" in run.workdir else run.workdir),
                 settings=wandb.Settings(console="off", x_stats_pid=os.getppid()),
             )
         )
