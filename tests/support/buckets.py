@@ -2,9 +2,13 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 
 from processes import free_port
+
+# gcsfs asks Google itself for the kind of a bucket, unless this is set before it is imported.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 
 @contextlib.contextmanager
@@ -33,7 +37,6 @@ def google(bucket: str) -> Iterator[dict[str, str]]:
             "STORAGE_EMULATOR_HOST": address,  # gcsfs and google-cloud-storage
             "TENSORSTORE_GCS_HTTP_URL": address,
             "GOOGLE_CLOUD_PROJECT": "emulated",
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks Google itself for the kind of the bucket
             "FSSPEC_GS": '{"use_listings_cache": false, "token": "anon"}',
         }
     finally:

@@ -773,8 +773,8 @@ FRAMEWORK = (
     Mutant(
         "oldest-checkpoint-restored",
         "framework/checkpoint/origin.py",
-        "map(Path, reversed(names))",
-        "map(Path, names)",
+        "map(paths.of, reversed(names))",
+        "map(paths.of, names)",
         "A run resumes from its oldest checkpoint and loses the work since.",
         ("tests/framework/checkpoint/test_origin.py::test_order_is_own_checkpoint_resume_from_init_from_scratch",),
     ),
@@ -1438,16 +1438,16 @@ FRAMEWORK = (
     Mutant(
         "events-of-another-step",
         "framework/reporting/trackers/tensorboard.py",
-        "self._write(step=step,",
-        "self._write(step=0,",
+        "encoded(step=step, summary",
+        "encoded(step=0, summary",
         "TensorBoard shows every measurement at step 0.",
         ("tests/framework/reporting/test_metrics.py::test_lines_and_events",),
     ),
     Mutant(
         "full-disk-ends-the-run",
         "framework/reporting/metrics.py",
-        "        except OSError as error:\n            self._warn(path.name, error)\n\n    def _keep",
-        "        except KeyError as error:\n            self._warn(path.name, error)\n\n    def _keep",
+        "        except OSError as error:\n            self._warn(path.name, error)\n\n    def _append_part",
+        "        except KeyError as error:\n            self._warn(path.name, error)\n\n    def _append_part",
         "A full disk ends a run of days at its next log line, before its checkpoint.",
         ("tests/framework/reporting/test_metrics.py::test_lines_are_written_again_after_a_full_disk",),
     ),
@@ -2888,6 +2888,59 @@ REPORTS: tuple[Mutant, ...] = (
     ),
 )
 
+BUCKETS = (
+    Mutant(
+        "uncommitted-in-a-bucket-counts",
+        "framework/checkpoint/shelf.py",
+        "return paths.is_local(path) or (path / COMMITTED).exists()",
+        "return True",
+        "A run in a bucket resumes from a checkpoint that a kill has cut short.",
+        (
+            "tests/framework/checkpoint/test_buckets.py::test_a_flipped_or_lost_object_is_found_and_its_step_saved_again",
+        ),
+    ),
+    Mutant(
+        "owner-gives-no-sign-of-life",
+        "framework/checkpoint/ownership.py",
+        "path.write_text(_sign(run, number, silence))",
+        "path.write_text(_sign(run, 0, silence))",
+        "Two runs train in one workdir in a bucket.",
+        ("tests/framework/checkpoint/test_buckets.py::test_a_living_owner_is_refused_and_a_silent_one_replaced",),
+    ),
+    Mutant(
+        "parts-overwrite-those-of-an-earlier-start",
+        "framework/base/parts.py",
+        "self._next = 1 + max((_number(path, each) for each in parts(path)), default=-1)",
+        "self._next = 0",
+        "After a resume in a bucket the metrics before it are gone.",
+        ("tests/framework/checkpoint/test_buckets.py::test_lines_in_parts_are_joined_and_cut",),
+    ),
+    Mutant(
+        "replicas-copied-to-the-host",
+        "framework/checkpoint/saving.py",
+        "state = jax.tree.map(_without_replicas, state)",
+        "state = jax.tree.map(lambda x: x, state)",
+        "A save of a state that is replicated on eight devices takes eight times its size in host memory.",
+        ("tests/framework/checkpoint/test_saving.py::test_a_save_copies_no_replicas",),
+    ),
+    Mutant(
+        "all-of-a-state-encoded-at-once",
+        "framework/checkpoint/saving.py",
+        "save_concurrent_gb=limit / 1e9",
+        "save_concurrent_gb=None and limit",
+        "A save takes twice the size of the state in host memory, and the run is killed for it.",
+        ("tests/framework/checkpoint/test_saving.py::test_host_memory_of_a_save",),
+    ),
+    Mutant(
+        "the-clock-saves-nothing",
+        "framework/base/durations.py",
+        "return 0 < self.seconds <= time.monotonic() - self._began",
+        "return False",
+        "checkpoint.every_minutes saves nothing.",
+        ("tests/framework/base/test_durations.py::test_countdown",),
+    ),
+)
+
 MUTANTS: tuple[Mutant, ...] = (
     *OPTIMIZERS,
     *FRAMEWORK,
@@ -2902,4 +2955,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *ADAPTERS,
     *DOCS,
     *REPORTS,
+    *BUCKETS,
 )

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shampax.framework.base.durations import UNITS, Units, to_steps
+from shampax.framework.base import durations
+from shampax.framework.base.durations import UNITS, Countdown, Units, to_steps
 from shampax.framework.base.errors import UserError
 
 RUN = Units(batch_size=16, examples_per_epoch=lambda: 1_000, tokens_per_example=128, total_steps=333)
@@ -112,3 +113,16 @@ def test_any_text_is_a_duration_or_a_user_error(text):
     except UserError:
         return
     assert steps >= 0
+
+
+def test_countdown(monkeypatch):
+    """Faults: no save by the clock; after a resume at a late step the clock is not looked at for the whole run."""
+    now = [100.0]
+    monkeypatch.setattr(durations.time, "monotonic", lambda: now[0])
+    countdown = Countdown(60)
+    countdown.start(1000)
+    now[0] += 10
+    assert not countdown.over and countdown.next(1010) == 1010 + 25  # half of 50 s, at a step a second
+    now[0] += 50
+    assert countdown.over and countdown.next(1060) == 1061
+    assert not Countdown(0).over

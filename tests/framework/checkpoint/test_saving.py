@@ -18,6 +18,7 @@ from processes import run_together
 from toy_states import like, make_state, save, saver
 
 from shampax.framework.base.errors import UserError
+from shampax.framework.checkpoint import saving as saving_module
 from shampax.framework.checkpoint import store, verify
 from shampax.framework.checkpoint.record import Ranking, Record
 from shampax.framework.checkpoint.saving import SaveError, kept
@@ -353,6 +354,39 @@ def test_saves_leave_no_memory(tmp_path):
             counts.append(sys.getallocatedblocks())
     saving.close()
     assert counts[1] - counts[0] < 15 * 100
+
+
+def test_a_save_copies_no_replicas():
+    """Fault: a state that is replicated on eight devices takes eight times its size in host memory."""
+    state = make_state({"data": 2, "fsdp": 4}, P("fsdp"))
+    copied = saving_module._copied(state)
+    for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(copied), strict=True):
+        assert sum(shard.data.nbytes for shard in after.addressable_shards) == before.nbytes
+        np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a period")
+def test_host_memory_of_a_save(tmp_path):
+    """Fault: a save holds all of the state twice: copied from the devices, and encoded."""
+    draw = np.random.default_rng(0)
+    state = {str(i): jax.device_put(draw.random((1 << 13, 1 << 8), np.float32)) for i in range(32)}
+    size, saving = sum(leaf.nbytes for leaf in state.values()), saver(tmp_path, keep_last=1)
+    for step in (1, 2):  # the first one starts threads, too
+        before = memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        saving.save(state, Record(step=step), {})
+        saving.confirm()
+        ratio = (memory("VmHWM") - before) / size
+    saving.close()
+    print(f"host memory of a save: {ratio:.2f} times the {size / 1e6:.0f} MB of the state")
+    assert ratio <= 1.2
+
+
+def memory(name):
+    """Return a number of bytes that Linux tells of this process."""
+    [line] = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
 
 
 TOGETHER = """
