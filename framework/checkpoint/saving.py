@@ -24,7 +24,7 @@ from ..distributed.barrier import Barriers
 from . import shelf, store, verify, workarounds
 from .record import Ranking, Record
 
-_IN_FLIGHT = 0.1  # of a process' share of a state, encoded in memory while it is written
+_IN_FLIGHT = 0.05  # of a process' share of a state, encoded in memory while it is written
 
 
 def _storage_errors() -> tuple[type[Exception], ...]:
@@ -178,7 +178,7 @@ class Checkpoints:
     def _opened(self, state: Any) -> ocp.AsyncCheckpointer:
         """Return the writer of checkpoints of this state.
 
-        It writes as much at a time as a tenth of this process' share. Without a limit, all would be in memory twice:
+        It writes as much at a time as a twentieth of this process' share. Without a limit, all would be in memory twice:
         copied from the devices, and encoded.
         """
         sizes = [x.data.nbytes for leaf in jax.tree.leaves(state) for x in leaf.addressable_shards if not x.replica_id]
