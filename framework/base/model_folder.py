@@ -3,6 +3,7 @@
 A folder holds a model, or an adapter of PEFT, which names the folder of its base.
 """
 
+import pathlib
 from typing import Any
 
 from .errors import UserError
@@ -24,16 +25,16 @@ def is_adapter(path: Path) -> bool:
     return (path / ADAPTER).is_file()
 
 
-def base_of(path: Path) -> Path:
+def base_of(path: Path) -> pathlib.Path:
     """Return the folder of the base of an adapter; that of a model is itself.
 
     Raises:
       UserError: there is no such folder.
     """
     if not is_adapter(path):
-        return path
+        return pathlib.Path(path)
     named = str(read_adapter(path).get("base_model_name_or_path") or "")
-    base = (path / Path(named).expanduser()).resolve()
+    base = (pathlib.Path(path) / pathlib.Path(named).expanduser()).resolve()
     if not named or is_adapter(base) or not is_folder(base):
         raise UserError(
             f"{path / ADAPTER}: base_model_name_or_path={named!r}: must be a folder with a model. Set it to the folder "

@@ -178,11 +178,13 @@ class Checkpoints:
     def _opened(self, state: Any) -> ocp.AsyncCheckpointer:
         """Return the writer of checkpoints of this state.
 
-        It writes as much at a time as a twentieth of this process' share. Without a limit, all would be in memory twice:
-        copied from the devices, and encoded.
+        It writes as much at a time as a twentieth of this process' share. Without a limit, all would be in memory
+        twice: copied from the devices, and encoded.
         """
-        sizes = [x.data.nbytes for leaf in jax.tree.leaves(state) for x in leaf.addressable_shards if not x.replica_id]
-        limit = max(_IN_FLIGHT * sum(sizes), max(sizes, default=0) + 1, 1 << 20)
+        share = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / jax.process_count()
+        # Of an array with replicas any process may write a whole shard.
+        largest = max(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
+        limit = max(_IN_FLIGHT * share, largest + 1, 1 << 20)
         handler = ocp.CompositeCheckpointHandler(
             **{
                 store.STATE: ocp.PyTreeCheckpointHandler(save_concurrent_gb=limit / 1e9),  # pyright: ignore
