@@ -103,10 +103,7 @@ class Profile:
                     for name in paths.files(paths.of(self._folder)):
                         (self._workdir / name).write_bytes((paths.of(self._folder) / name).read_bytes())
                     shutil.rmtree(self._folder, ignore_errors=True)
-            except (
-                RuntimeError,
-                *paths.errors(),
-            ) as error:  # as JAX reports a full disk or a folder that cannot be made
+            except (RuntimeError, *paths.errors()) as error:  # JAX raises the former for a full disk
                 console.say(f"warning: the profile could not be written ({error}). Training continues.")
                 return
             console.say(f"profile written: tensorboard --logdir={self._workdir} (the Profile tab needs xprof)")
