@@ -352,9 +352,9 @@ def _without_replicas(array: jax.Array) -> jax.Array:
     devices: Any = sharding.mesh.devices
     devices = devices[tuple(slice(None) if name in used else 0 for name in sharding.mesh.axis_names)]
     if names:
-        sharding = NamedSharding(Mesh(devices, names), sharding.spec)
+        sharding = NamedSharding(Mesh(devices, names), sharding.spec, memory_kind=sharding.memory_kind)
     else:
-        sharding = SingleDeviceSharding(devices)
+        sharding = SingleDeviceSharding(devices, memory_kind=sharding.memory_kind)
     shards = {shard.device: shard.data for shard in array.addressable_shards}
     return jax.make_array_from_single_device_arrays(array.shape, sharding, [shards[x] for x in sharding.device_set])
 

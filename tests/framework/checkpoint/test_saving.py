@@ -14,9 +14,11 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import AsyncCheckpointer
 from processes import run_together
 from toy_states import like, make_state, save, saver
 
+from shampax.framework.base import paths
 from shampax.framework.base.errors import UserError
 from shampax.framework.checkpoint import saving as saving_module
 from shampax.framework.checkpoint import store, verify
@@ -140,13 +142,13 @@ def test_a_saved_step_is_not_saved_again(tmp_path):
 def test_a_save_starts_in_the_background(tmp_path, monkeypatch):
     """Fault: the loop waits for Orbax's preparations, which on a cluster are requests to a bucket."""
     saving, proceed = saver(tmp_path), threading.Event()
-    begin = saving._writer.save
+    begin = AsyncCheckpointer.save
 
     def slow(*arguments, **options):
         assert proceed.wait(30)
         return begin(*arguments, **options)
 
-    monkeypatch.setattr(saving._writer, "save", slow)
+    monkeypatch.setattr(AsyncCheckpointer, "save", slow)
     saving.save(make_state({"data": 8}, P()), Record(step=1), {})
     assert saving.complaint() is None
     assert steps(tmp_path) == []
@@ -217,11 +219,11 @@ def test_a_background_failure_is_raised_at_the_next_save(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     saving = saver(tmp_path)
-    begin = saving._writer.save
-    monkeypatch.setattr(saving._writer, "save", full)
+    begin = AsyncCheckpointer.save
+    monkeypatch.setattr(AsyncCheckpointer, "save", full)
     saving.save(state, Record(step=1), {})
     futures.wait([saving._ending], timeout=30)
-    monkeypatch.setattr(saving._writer, "save", begin)
+    monkeypatch.setattr(AsyncCheckpointer, "save", begin)
     with pytest.raises(SaveError, match=r"step 1 could not be saved .*No space left on device.*there is no earlier"):
         saving.save(state, Record(step=2), {})
     saving.confirm()
@@ -236,7 +238,7 @@ def test_a_save_that_cannot_start_is_reported(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving._writer, "save", denied)
+        patch.setattr(AsyncCheckpointer, "save", denied)
         saving.save(make_state({"data": 8}, P()), Record(step=1), {})
         with pytest.raises(SaveError, match=r"step 1 could not be saved .*Permission denied"):
             saving.confirm()
@@ -251,14 +253,15 @@ def test_a_checkpoint_that_cannot_be_deleted_is_one_warning_and_tried_again(tmp_
     state = make_state({"data": 8}, P())
     save(tmp_path, state, {1: None})
     with monkeypatch.context() as patch:
-        rename = Path.rename
+        kind = type(paths.of(tmp_path))
+        rename = kind.rename
 
         def refuse(self, target):
             if self.name == "1":
                 raise OSError(errno.EBUSY, "Device or resource busy")
             return rename(self, target)
 
-        patch.setattr(Path, "rename", refuse)
+        patch.setattr(kind, "rename", refuse)
         saving = saver(tmp_path, keep_last=1, keep_best=0)
         complaints = []
         for step in (2, 3):
