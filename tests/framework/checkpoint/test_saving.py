@@ -373,7 +373,7 @@ def test_a_save_copies_no_replicas():
 def test_host_memory_of_a_save(tmp_path):
     """Fault: a save holds all of the state twice: copied from the devices, and encoded."""
     draw = np.random.default_rng(0)
-    state = {str(i): jax.device_put(draw.random((1 << 13, 1 << 8), np.float32)) for i in range(32)}
+    state = {str(i): jax.device_put(draw.random((1 << 13, 1 << 8), np.float32)) for i in range(64)}
     size, saving = sum(leaf.nbytes for leaf in state.values()), saver(tmp_path, keep_last=1)
     for step in (1, 2):  # the first one starts threads, too
         before = memory("VmRSS")
