@@ -81,8 +81,8 @@ def schedule_begin(start: Origin, step: int, config: Any) -> str:
         return config.schedule.begin
     if start.path is None or start.kind == "init":
         return "0 steps"
-    path = start.path.absolute().parents[1] / layout.CONFIG
-    stored = agreement.first(lambda: (parse_object(path.read_text(errors="replace")) if path.exists() else None) or {})
+    path = paths.of(start.path).parent.parent / layout.CONFIG
+    stored = agreement.first(lambda: (parse_object(paths.read_text(path)) if path.exists() else None) or {})
     before = stored.get("schedule")
     if not isinstance(before, dict):  # a copy of a checkpoint without a config
         return "0 steps"
