@@ -112,7 +112,7 @@ lint: $(TOOLS)
 
 # Strict: a link, an anchor or a name of the API that does not exist is an error.
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(if $(ARGS),$(ARGS),build --strict)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(if $(ARGS),$(ARGS),build --strict)
 
 format: $(TOOLS)
 	$(BIN)/ruff check --fix .

@@ -55,7 +55,6 @@ def test_a_run_writes_all_its_files(uninterrupted):
     assert heldout[12] == result["heldout_loss"]
     assert all(line["tokens"] == line["step"] * 64 for line in history)
     assert {"train/gradient_norm", "train/update_norm", "train/learning_rate", "train/skipped"} < set(history[0])
-    assert list(workdir.glob("events.out.tfevents.*"))
     assert json.loads((workdir / "config.json").read_text())["batch_size"] == 8
     assert "hidden/kernel" in (workdir / "parameters.txt").read_text()
 

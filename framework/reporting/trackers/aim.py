@@ -26,7 +26,7 @@ class Aim:
         repo = self.repo or Repo.default_repo_path()
         # Aim draws hashes of its own, and attributes can be searched only after Aim's server has indexed them.
         told = f"shampax run {run.id}"
-        earlier = Repo.from_path(repo).structured_db.runs() if Repo.exists(repo) else ()
+        earlier = Repo.from_path(repo).structured_db.runs() if Repo.exists(repo) else ()  # pyright: ignore
         known = next((each.hash for each in earlier if each.description == told), None)
         session = Run(
             known,
