@@ -41,7 +41,7 @@ def holder(process, machine=None):
         ({}, None, 0, "complete"),
         ({"stopped": "SIGTERM"}, None, 0, "stopped"),
         ({"stopped": "20 consecutive steps were skipped"}, None, 0, "failed"),
-        (None, holder(os.getpid()), 90_000, "running"),
+        pytest.param(None, holder(os.getpid()), 90_000, "running", id="a living process"),
         (None, holder(2**22 + 1), 0, "failed"),
         (None, holder(1, "elsewhere"), 0, "running"),
         (None, holder(1, "elsewhere"), 90_000, "failed"),
