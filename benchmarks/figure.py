@@ -18,7 +18,7 @@ def loss_figure(tasks: Mapping[str, Sequence[Group]]) -> Figure:
     Marks where each group reaches the last loss of the worst one, as a share of that one's run. A group has one colour
     in all panels. `tasks` has the groups by title.
     """
-    columns = min(3, len(tasks))
+    columns = 2 if len(tasks) == 4 else min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(6 * columns, 0.5 + 4.4 * rows), layout="constrained", dpi=110)
     panels: Sequence[Axes] = np.ravel(figure.subplots(rows, columns, squeeze=False)).tolist()
