@@ -30,7 +30,7 @@ def samples(workdir):
 def run(tmp_path_factory):
     """Train a complete run with samples on two devices."""
     workdir = tmp_path_factory.mktemp("samples") / "run"
-    train(speaking(), workdir, devices=two())
+    train(speaking(trackers=("tensorboard",)), workdir, devices=two())
     return workdir
 
 
