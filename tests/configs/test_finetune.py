@@ -45,7 +45,7 @@ def ran(function, *arguments):
 @pytest.mark.slow
 def test_the_recipe_from_bytes_to_an_exported_folder_that_is_tuned_again(tmp_path):
     """Faults: a command of docs/finetuning.md fails; answers are not learned; an exported folder cannot be tuned."""
-    few = ["--config.duration=30 steps", "--config.checkpoint.every=0 steps"]
+    few = ["--config.duration=30 steps", "--config.checkpoint.every=0 steps", "--config.evaluation.batches=2"]
     ran(main, "--config=lm:bytes", f"--workdir={tmp_path / 'bytes'}", *few, "--config.data.max_records=5")
     start = f"--config.init_from={tmp_path / 'bytes'}"
     ran(main, "--config=finetune:sample", start, f"--workdir={tmp_path / 'sums'}", *few)
