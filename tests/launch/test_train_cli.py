@@ -195,7 +195,8 @@ sys.exit(train.main(sys.argv[1:]))
 def test_a_user_without_a_home_trains(tmp_path):
     """Fault: a library asks for the user's home or name, which a number in a container does not have."""
     (tmp_path / "config.py").write_text(
-        "import toy_runs\ndef get_config():\n    return toy_runs.make_config(duration='2 steps', trackers=('tensorboard',))\n"
+        "import toy_runs\ndef get_config():\n"
+        "    return toy_runs.make_config(duration='2 steps', trackers=('tensorboard',))\n"
     )
     variables = {key: value for key, value in os.environ.items() if key not in ("HOME", "USER", "LOGNAME", "LNAME")}
     command = [
