@@ -132,7 +132,7 @@ def test_every_page_has_a_place_in_the_site():
 
 
 def test_the_first_screen_of_the_readme_is_short():
-    """Fault: a reader has to scroll to learn what it is, what it costs and how to begin."""
+    """Fault: what shampax is, what it costs and how to begin do not fit on one screen."""
     first = (ROOT / "README.md").read_text().partition("\n## ")[0]
     assert first.count("\n") <= 60
     assert "make train" in first and "optimizers_loss.png" in first

@@ -308,7 +308,7 @@ def test_resume_from_continues_and_init_from_restarts(uninterrupted, tmp_path, c
 
 
 def test_another_schedule_from_a_checkpoint_warms_up_again(uninterrupted, tmp_path):
-    """Faults: training goes on at the end of a decay, with almost no rate; the next start of the workdir forgets it."""
+    """Faults: the rate stays near 0, as at the end of the first decay; the next start of the workdir has no warm-up."""
     whole, _, _ = uninterrupted
     assert json.loads((whole / "config.json").read_text())["schedule"]["begin"] == "0 steps"
     knobs = {"schedule.learning_rate": 0.03, "schedule.warmup": "50%", "resume_from": str(whole)}

@@ -362,7 +362,7 @@ def test_every_knob_has_a_comment():
     ],
 )
 def test_the_suggested_baseline_has_a_rate_of_its_own_and_starts_from_scratch(spec, changes, expected):
-    """Faults: AdamW is suggested at Shampoo's rate; the baseline of a resumed run goes on from Shampoo's checkpoint."""
+    """Faults: AdamW is suggested at Shampoo's rate; the baseline of a resumed run resumes from Shampoo's checkpoint."""
     assert baseline(spec, changes, load(spec), "runs/a") == expected
 
 

@@ -12,7 +12,7 @@ from shampax.framework.reporting.trackers.tracker import TrackedRun
 
 @dataclasses.dataclass(frozen=True)
 class Recorder:
-    """Append what it is told to a file, as lines of JSON, until it fails at `fails_at`, if that is a call."""
+    """Append each call to a file, as a line of JSON; fail at the call `fails_at`, in the way that `how` names."""
 
     path: str
     fails_at: str = ""

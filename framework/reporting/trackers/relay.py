@@ -51,7 +51,7 @@ class Relay:
             self._give_up(f"it lags {_MOST_PENDING >> 20} MiB behind")
 
     def close(self, complete: bool) -> None:
-        """Wait for the tracker to finish, for a limited time. That of a run that has to stop may go on by itself."""
+        """Wait for the tracker to finish, for a limited time. After a stopped run it may continue without the run."""
         if self._process is None or self._off:
             return
         deadline = time.monotonic() + LAST_SECONDS[complete]

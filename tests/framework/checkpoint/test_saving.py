@@ -377,7 +377,7 @@ def test_host_memory_of_a_save(tmp_path):
     size, saving = sum(leaf.nbytes for leaf in state.values()), saver(tmp_path, keep_last=1)
     for step in (1, 2):  # the first one starts threads, too
         before = memory("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         saving.save(state, Record(step=step), {})
         saving.confirm()
         ratio = (memory("VmHWM") - before) / size

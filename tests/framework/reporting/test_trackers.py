@@ -154,7 +154,7 @@ def test_a_run_outlives_its_trackers_and_a_resumed_one_continues_them(tmp_path, 
 def test_wandb_mlflow_and_aim_receive_a_run_of_the_sample(tmp_path):
     """Faults: an option of a package has changed; a step is missing; the resumed run is another one or starts over."""
     names = ["tensorboard", "wandb", "wandb.mode=offline", "mlflow"]
-    with_aim = importlib.util.find_spec("aim") is not None  # there is none for Python 3.13
+    with_aim = importlib.util.find_spec("aim") is not None  # it has no wheel for Python 3.13
     names += ["aim", f"aim.repo={tmp_path}"] if with_aim else []
     workdir, small = tmp_path / "run", ["log.every=2 steps", "trackers=" + ",".join(names), "samples.every=2 steps"]
     command = [sys.executable, "-m", "shampax", "train", "--config=lm:sample", f"--workdir={workdir}"]
