@@ -3,6 +3,7 @@ import importlib
 import inspect
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import jax
@@ -47,7 +48,7 @@ def test_links_and_files_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_name_configs_and_knobs_that_exist(page, monkeypatch):
-    """Fault: a knob or a variant has been renamed, and a page still shows the old command."""
+    """Faults: a knob or a variant has been renamed, or a value is refused, and a page still shows the old command."""
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(ROOT)
     text = page.read_text().replace("\\\n", "")
@@ -56,11 +57,14 @@ def test_commands_name_configs_and_knobs_that_exist(page, monkeypatch):
         known = dict(overrides.flat(configured(spec)))
         for key in keys - {"KEY"}:
             assert key in known, f"{spec}: {key}"
+        set_to = re.findall(r"""--config\.([\w.]+=(?:'[^']*'|"[^"]*"|[^\s`]+))""", flags)
+        values = [shlex.split(each)[0] for each in set_to if not re.search(r"=[A-Z]+$", each)]  # rate=RATE
+        assert configured(spec, *values)
 
 
 @functools.cache
-def configured(spec):
-    return check.load(spec)
+def configured(spec, *changes):
+    return check.load(spec, changes)
 
 
 def public():
