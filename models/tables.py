@@ -27,6 +27,7 @@ BATCH_AXES = ("data", "fsdp")  # those of them that shard the batch
 _BITS = 11
 _STRIPS = 2**_BITS  # the number of rows is rounded up to a multiple, so that any usual number of devices divides it
 _DEVIATIONS = 4  # places of a message beyond the mean, in standard deviations of rows that are dealt at random
+_SMALL = 2**20  # bytes of an array that is cheaper to gather than to look up by messages
 
 
 def total_rows(sizes: Sequence[int]) -> int:
@@ -68,9 +69,9 @@ def _mirrored(strip: jax.Array) -> jax.Array:
 def look_up(table_RxD: jax.Array, rows_BxS: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Return rows of the array, [B, S, D] in `dtype`, with the batch sharded over the mesh of the context.
 
-    The rows must be sharded over all of `ROW_AXES`. Without a mesh, or if the axes do not divide them or the batch, it
-    is an ordinary lookup. Both give the same rows bitwise; gradients differ by rounding, because they are summed on the
-    device of the examples first.
+    The rows must be sharded over all of `ROW_AXES`. Without a mesh, for an array of at most a megabyte, or if the axes
+    do not divide the rows or the batch, it is an ordinary lookup, for which XLA gathers the array. Both give the same
+    rows bitwise; gradients differ by rounding, because they are summed on the device of the examples first.
     """
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in mesh.manual_axes}
@@ -78,7 +79,8 @@ def look_up(table_RxD: jax.Array, rows_BxS: jax.Array, dtype: jnp.dtype) -> jax.
     # Each slice holds the whole table and looks up its own part of the batch.
     batch = tuple(axis for axis in (SLICE_AXIS, *BATCH_AXES) if axis in sizes)
     parts, batch_parts = (math.prod(sizes[axis] for axis in axes) for axes in (shared, batch))
-    if parts == 1 or table_RxD.shape[0] % parts or rows_BxS.shape[0] % batch_parts:
+    small = table_RxD.size * table_RxD.dtype.itemsize <= _SMALL
+    if parts == 1 or small or table_RxD.shape[0] % parts or rows_BxS.shape[0] % batch_parts:
         return table_RxD[rows_BxS].astype(dtype)
     found: jax.Array = _exchanged(table_RxD, rows_BxS, jnp.dtype(dtype), _Exchange(shared, batch, parts))
     return found

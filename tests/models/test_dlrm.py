@@ -220,6 +220,7 @@ def test_data_of_another_kind_are_refused():
 AXES = ("slice", "data", "fsdp", "tensor")
 MESHES = {"2x2x2": (1, 2, 2, 2), "8x1x1": (1, 8, 1, 1), "1x1x8": (1, 1, 1, 8), "2x1x1": (1, 2, 1, 1)}
 SLICES = (2, 2, 1, 2)
+LARGE = (3, 50, 70_000, 11)  # of more than a megabyte with this width
 WIDTH = 4
 
 
@@ -239,10 +240,10 @@ def gradients_of_lookup(table, rows, weights):
     return found, gradient
 
 
-def looked_up(shape, rows, width=WIDTH):
+def looked_up(shape, rows, sizes=LARGE, width=WIDTH):
     """Return (result on the mesh, result on one device, the compiled program)."""
     mesh, random = mesh_of(shape), np.random.default_rng(5)
-    table = random.normal(size=(tables.total_rows(SIZES), width)).astype(np.float32)
+    table = random.normal(size=(tables.total_rows(sizes), width)).astype(np.float32)
     weights = random.integers(-8, 9, (*rows.shape, width)).astype(np.float32)  # any order of sums has the same bits
     wanted = jax.jit(gradients_of_lookup)(*map(jnp.asarray, (table, rows, weights)))
     divided, batch = NamedSharding(mesh, PartitionSpec(AXES[1:])), NamedSharding(mesh, PartitionSpec(AXES[:3]))
@@ -252,8 +253,8 @@ def looked_up(shape, rows, width=WIDTH):
         return step(*placed), wanted, step.as_text()
 
 
-def rows_of(examples):
-    rows = np.array(tables.row_numbers(jnp.asarray(clicks(examples)["categories"]), SIZES))
+def rows_of(examples, sizes=LARGE):
+    rows = np.array(tables.row_numbers(jnp.asarray(clicks(examples)["categories"]), sizes))
     rows[1] = rows[0]  # looked up twice, by one device
     rows[-1] = rows[0]  # and by another one
     return rows
@@ -281,7 +282,14 @@ def test_tables_are_not_gathered(lookup):
     moved = collectives.find(text)
     assert moved
     assert max(collective.bytes for collective in moved) <= found.size * 4
-    assert f"[{tables.total_rows(SIZES)},{WIDTH}]" not in text
+    assert f"[{tables.total_rows(LARGE)},{WIDTH}]" not in text
+
+
+def test_small_tables_are_gathered():
+    """Fault: lookups in a small array take three all-to-alls, and sorting, instead of a gather."""
+    *results, text = looked_up((1, 8, 1, 1), rows_of(64, SIZES), SIZES)
+    assert_the_same(results)
+    assert "all-to-all" not in {found.kind for found in collectives.find(text)}
 
 
 def test_slices_look_up_their_own_examples():
@@ -314,10 +322,12 @@ def test_traffic_falls_with_the_number_of_devices():
 
 def test_a_step_on_a_mesh_gives_the_same(variables):
     """Fault: the sharded lookup differs inside the model, under jit and autodiff."""
-    mesh, batch = mesh_of((1, 2, 2, 2)), clicks()
+    mesh, batch, task = mesh_of((1, 2, 2, 2)), clicks(), dataclasses.replace(TASK, rows=LARGE)
+    table = tables.initial_tables(jax.random.key(1), LARGE, WIDTH)
+    variables = {"params": variables["params"] | {"embedding": table}}
 
     def step(variables, batch):
-        return jax.value_and_grad(lambda v: TASK.loss(v, batch, key=jax.random.key(0), train=True)[0])(variables)
+        return jax.value_and_grad(lambda v: task.loss(v, batch, key=jax.random.key(0), train=True)[0])(variables)
 
     loss, gradient = jax.jit(step)(variables, batch)
     with jax.set_mesh(mesh):

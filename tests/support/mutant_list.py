@@ -1598,10 +1598,15 @@ FRAMEWORK = (
         "return lax.psum(gradient_rxD, slices) if slices else gradient_rxD",
         "return gradient_rxD",
         "Each slice trains tables of its own on its own examples.",
-        (
-            "tests/models/test_dlrm.py::test_slices_look_up_their_own_examples",
-            "tests/configs/test_two_slices.py::test_samples_train_on_two_slices_as_on_one",
-        ),
+        ("tests/models/test_dlrm.py::test_slices_look_up_their_own_examples",),
+    ),
+    Mutant(
+        "small-tables-looked-up",
+        "models/tables.py",
+        "if parts == 1 or small or table_RxD",
+        "if parts == 1 or table_RxD",
+        "A step of a small model takes a fifth longer.",
+        ("tests/models/test_dlrm.py::test_small_tables_are_gathered",),
     ),
     Mutant(
         "lookups-dropped",
