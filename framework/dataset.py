@@ -91,13 +91,14 @@ def grows(data: Data) -> bool:
     return getattr(data, "grows", False)
 
 
-def ahead(data: Data, cache: Path, examples: int) -> contextlib.AbstractContextManager[None]:
+def ahead(data: Data, cache: Path, examples: int) -> contextlib.AbstractContextManager[Callable[[], str]]:
     """Make the examples that `prepare_some` has left, in the background, until the context ends; nothing by default.
 
-    Call it in one process, after `data.prepare_some(cache, ...)`.
+    Call it in one process, after `data.prepare_some(cache, ...)`. The context gives a function that returns why no
+    further examples are made, "" while they are or if all exist.
     """
     own = getattr(data, "ahead", None)
-    return own(cache, examples) if own else contextlib.nullcontext()
+    return own(cache, examples) if own else contextlib.nullcontext(str)
 
 
 def fingerprint(data: Data, cache: Path) -> str:

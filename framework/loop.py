@@ -13,9 +13,9 @@ import jax
 
 from . import optimizer
 from .base.durations import Period
-from .base.errors import TrainingStopped
+from .base.errors import TrainingStopped, UserError
 from .checkpoint.saving import Checkpoints, SaveError
-from .distributed import console
+from .distributed import agreement, console
 from .distributed.signals import StopSignals
 from .reporting.journal import Journal
 from .reporting.metrics import MetricsWriter
@@ -25,6 +25,8 @@ from .reporting.trackers.relay import Relay
 from .reporting.watchdog import Watchdog
 from .setup import Blueprint
 from .step.state import TrainState
+
+_LOOKING_SECONDS = 0.2  # between looks for rows that are being made
 
 
 class Hook(Protocol):
@@ -63,7 +65,8 @@ class Run:
       state: the train state.
       record: what the host knows beside the state.
       step: number of steps taken.
-      stopped: why the run stops early: a signal, a fault of the optimizer's service, a decision of the guard; or None.
+      stopped: why the run stops early: a signal, a fault of the optimizer's service, a decision of the guard, rows that
+        cannot be made; or None.
       saver: saves checkpoints.
       service: what the optimizer does on the host.
       journal: reports metrics.
@@ -75,7 +78,8 @@ class Run:
         self.blueprint, self.state, self.record, self.watch = blueprint, state, start, watch
         self.steps = blueprint.steps
         self.step = start.step
-        self.stopped: str | optimizer.ServiceError | None = None
+        self.stopped: str | optimizer.ServiceError | UserError | None = None
+        self._made = 0  # batches that exist, at least
         self._clock = Clock(start.seconds)
         self._signals = StopSignals()
         self.service = optimizer.service(blueprint.program.tx, blueprint.program.abstract.params)
@@ -159,7 +163,7 @@ class Run:
         )
 
     def _take_step(self) -> tuple[Any, ...]:
-        """Dispatch one step and return its metrics; () if the optimizer's service has failed."""
+        """Dispatch one step and return its metrics; () if the run has to stop before it."""
         self.watch.at("host roots", self.step)
         try:
             self.state = dataclasses.replace(self.state, opt_state=self.service.install(self.state.opt_state))
@@ -172,6 +176,8 @@ class Run:
             return ()
         self.watch.at("data", self.step)
         begun = time.monotonic()
+        if not self._rows_exist():
+            return ()
         batch = next(self._batches)
         self.journal.speedometer.waited_for_input(time.monotonic() - begun)
         self.watch.at("step", self.step)
@@ -180,6 +186,18 @@ class Run:
         self.service.take(self.state.opt_state)
         self.step += 1
         return (metrics, *self.steps["diagnose"](self.state.opt_state)) if self.journal.due(self.step) else (metrics,)
+
+    def _rows_exist(self) -> bool:
+        """Wait until the rows of the next step are made; return False if the run stops instead.
+
+        Process 0 makes rows and looks for all, so that all processes wait, and end, together.
+        """
+        while self._made <= self.step and not self.stopped:
+            self._made, failure = agreement.first(lambda: self.blueprint.feed.made(self.step))
+            if self._made <= self.step:
+                self.stopped = UserError(failure) if failure else self.signal()
+                time.sleep(_LOOKING_SECONDS)
+        return not self.stopped
 
     def evaluated(self, values: Mapping[str, float]) -> None:
         """Record and report the held-out metrics of this step."""

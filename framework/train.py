@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from . import hooks, optimizer, setup
+from . import hooks, setup
 from .base import cpu_backend
 from .base.errors import TrainingStopped
 from .checkpoint import ownership
@@ -68,14 +68,14 @@ def finish(run: Run) -> dict[str, Any]:
     """Write result.json and return its content.
 
     Raises:
-      TrainingStopped: the guard or the optimizer's service has ended the run.
+      TrainingStopped: the guard, the optimizer's service or a lack of rows has ended the run.
     """
     workdir, ended = run.blueprint.request.workdir, run.trouble()
     result = ownership.finish(workdir, _result(run, ended))
     saved = f"a checkpoint of step {run.step} is saved in {workdir}"
     if ended:
         raise TrainingStopped(f"{ended}; {saved}")
-    if isinstance(run.stopped, optimizer.ServiceError):
+    if isinstance(run.stopped, Exception):
         raise TrainingStopped(f"{run.stopped}; {saved}") from run.stopped
     return result
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..config import overrides
 from ..config.sets import OWN, Mixture
 from ..distributed import agreement
 from ..sharding.global_batch import Share
-from .mixing import Mixed, totals
+from .mixing import Mixed, made, totals
 from .pipeline import Batches, HeldoutBatches, Reading
 from .preparing import manifests
 
@@ -101,6 +101,8 @@ class Feed:
         self._share = Share(config.batch_size, mesh)
         self.reading = Reading.choose(source, **config.input)
         rows = {"global_batch_size": config.batch_size, "rows": self._share.rows, "reading": self.reading}
+        self._source, self._batch_size = source, config.batch_size
+        self._failures: list[Callable[[], str]] = []
         self._train = Batches(source, seed=config.seed, augment=dataset.augment(data), **rows)
         self.examples = len(source)
         self.fingerprint = manifests.digest(fingerprints) if mixture.sources else fingerprints[0]
@@ -118,8 +120,18 @@ class Feed:
         """Make the training examples of later steps in the background, on process 0, until the context ends."""
         with contextlib.ExitStack() as stack:
             for data, examples in self._made if jax.process_index() == 0 else ():
-                stack.enter_context(dataset.ahead(data, self._cache, examples))
+                self._failures.append(stack.enter_context(dataset.ahead(data, self._cache, examples)))
             yield
+
+    def made(self, number: int) -> tuple[int, str]:
+        """Return how many training batches exist, as far as batch `number` needs it, on process 0.
+
+        Returns:
+          The number, and why batch `number` will not exist, "" if it does or is being made.
+        """
+        failure = "".join(told() for told in self._failures)  # first: shards may come until then
+        batches = made(self._source, (number + 1) * self._batch_size - 1) // self._batch_size
+        return batches, failure if batches <= number else ""
 
     def train(self, number: int) -> Generator[Any]:
         """Yield training batches `number`, `number` + 1, ... without end. Close the iterator to end its workers."""

@@ -6,6 +6,7 @@ an order of its own, epoch after epoch; a new stage changes the weights and cont
 
 import bisect
 import itertools
+import operator
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from etils import epy
 
 from ..dataset import Example, Source
+from .preparing.windows import ENDLESS
 
 with epy.lazy_imports():
     import grain
@@ -29,6 +31,12 @@ def order_of(source: Source, seed: int) -> Any:
     """Return the endless MapDataset of the indices of a source to train on: its own order, if it has one."""
     own = getattr(source, "order", None)
     return own(seed) if own else in_order(len(source), seed)
+
+
+def made(source: Source, position: int) -> int:
+    """Return how many examples of the order of a source exist, as far as example `position` needs it."""
+    own = getattr(source, "made", None)
+    return own(position) if own else ENDLESS
 
 
 class Mixed:
@@ -68,6 +76,14 @@ class Mixed:
         seeds = (zlib.crc32(name.encode()) ^ seed for name in self._names)
         orders = [order_of(source, own) for source, own in zip(self._sources, seeds, strict=True)]
         return grain.MapDataset.range(2**63 - 1).map(_Order(orders, self._starts, self._stages)).seed(seed)
+
+    def made(self, position: int) -> int:
+        """Return how many examples of the order can be read without waiting; see `Windows.made`."""
+        used = totals(self._stages, position + 1)
+        found = [made(source, max(0, own - 1)) for source, own in zip(self._sources, used, strict=True)]
+        return bisect.bisect_left(
+            range(ENDLESS), True, key=lambda n: any(map(operator.gt, totals(self._stages, n + 1), found))
+        )
 
     def stop(self) -> None:
         """End the waiting of all threads for rows."""

@@ -526,7 +526,7 @@ def test_the_host_runs_exactly_one_step_ahead():
     run.steps = {"train": step, "diagnose": diagnose}
     run.state, run.step, run.record, run.stopped = TrainState(None, None, None, None, None), 4, Record(), None
     run.service, run.journal, run.watch = Service(), Log(), Watch()
-    run._batches, run._clock = iter("abc"), Clock()
+    run._batches, run._clock, run._made = iter("abc"), Clock(), 99
     run.signal = lambda: None
     run.advance(7)
     assert phases == [(phase, step) for step in (4, 5, 6) for phase in ("host roots", "data", "step")]

@@ -18,7 +18,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Annotated, Any, ClassVar
 
@@ -32,7 +32,7 @@ from ..reading import shards, sources
 from ..reading.malformed import Rejects
 from . import manifests
 from .manifests import Manifest
-from .windows import FAILED, Windows
+from .windows import Windows
 from .workers import run_in_processes
 
 _TRAIN_PER_HELDOUT = 9  # rows of each, where preparing stops early
@@ -134,21 +134,23 @@ class Preparable(abc.ABC):
             run(self, paths.of(cache), workers=self.workers, most=examples, seconds=seconds, started=started)
 
     @contextlib.contextmanager
-    def ahead(self, cache: str | os.PathLike[str], examples: int) -> Iterator[None]:
+    def ahead(self, cache: str | os.PathLike[str], examples: int) -> Iterator[Callable[[], str]]:
         """With `shuffle_window`, make rows in the background, up to `examples`, until the context ends.
 
-        If it fails, whoever waits for a row raises its UserError.
+        Yields:
+          A function that returns why no further rows are made, "" while they are or if all exist.
         """
+        failures: list[str] = []
         if self.prepared or not self.grows:
-            yield
+            yield lambda: ""
             return
-        folder = _folder(self, paths.of(cache), self.open_source())
         ended, end = multiprocessing.Pipe(duplex=False)
         options: dict[str, Any] = {"workers": self.workers, "most": examples, "extend": True, "until": ended}
-        thread = threading.Thread(target=_run_or_tell, args=(folder, self, paths.of(cache), options), daemon=True)
+        arguments = (failures, self, paths.of(cache), options)
+        thread = threading.Thread(target=_run_or_tell, args=arguments, daemon=True)
         thread.start()
         try:
-            yield
+            yield lambda: "".join(failures)
         finally:
             end.send(None)
             thread.join()
@@ -250,8 +252,6 @@ def run(
     source = data.open_source()
     folder, name = _folder(data, cache, source), manifests.STARTED if started else manifests.NAME
     limits = _limits(data, source, most, started)
-    if started:
-        (folder / FAILED).unlink(missing_ok=True)
     if (folder / name).exists():
         manifest = manifests.read(folder, name)
         enough = not (extend and manifest["stopped"]) or 0 < most <= manifest["ranges"]["train"][1]
@@ -270,7 +270,7 @@ def run(
         while (manifest := _join(data, folder, tokenizer, source, limits, name, most)) is None:
             if workers == 1 and until is None:
                 _make_shards(*jobs[0])
-            elif not run_in_processes(_make_shards, jobs, until):
+            elif not run_in_processes(_make_shards, jobs, folder, until):
                 break
             if processes > 1:
                 manifest = _join(data, folder, tokenizer, source, limits, name, most)
@@ -292,14 +292,14 @@ def run(
     return manifest
 
 
-def _run_or_tell(folder: epath.Path, data: Preparable, cache: epath.Path, options: dict[str, Any]) -> None:
-    """Run; if it fails, tell why in a file of the folder, which all processes of the run see, and on stderr."""
+def _run_or_tell(failures: list[str], data: Preparable, cache: epath.Path, options: dict[str, Any]) -> None:
+    """Run; if it fails, add why to `failures` and write it on stderr."""
     try:
         run(data, cache, **options)
     except Exception as error:
-        why = f"the rows of later steps cannot be made: {error}" if isinstance(error, UserError) else repr(error)
-        print(f"warning: {why}", file=sys.stderr, flush=True)
-        paths.write_text(folder / FAILED, why)
+        told = str(error) if isinstance(error, UserError) else repr(error)
+        failures.append(f"the rows of later steps cannot be made: {told}")
+        print(f"warning: {failures[0]}", file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)

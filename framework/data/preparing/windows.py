@@ -27,12 +27,12 @@ from . import manifests
 with epy.lazy_imports():
     import grain
 
-FAILED = "failed.txt"  # why the process that makes shards has ended
 _BITS = 32  # an index is the number of a window and, in so many bits, a row of it
 _LEN = 2**56
 _OPEN = 4  # windows held open; threads read from two or three
 _READERS = 32
 _LOOK, _SAY = 0.2, 10.0  # seconds between looks for a shard, and until the first message
+ENDLESS = 2**62  # number of the examples of an order that only knows shards
 
 
 class Windows:
@@ -69,6 +69,8 @@ class Windows:
         self._windows: list[list[int]] = []  # rows of the shards of each
         self._ends = [0]  # rows of all windows before
         self._whole = False
+        self._missing: int | None = None  # the shard that is waited for
+        self._since, self._due, self._looked = 0.0, 0.0, -math.inf  # since when, when to say so, last look for it
         self._lock, self._stopped = threading.Lock(), threading.Event()
         self._rows = functools.lru_cache(_OPEN)(self._open)
 
@@ -97,6 +99,13 @@ class Windows:
         """Return the endless MapDataset of the indices to train on."""
         return grain.MapDataset.range(2**63 - 1).map(functools.partial(self._index, seed)).seed(seed)
 
+    def made(self, position: int) -> int:
+        """Return how many examples of the order can be read without waiting, as far as example `position` needs it."""
+        with self._lock:
+            while not self._whole and position >= self._ends[-1] and self._extend():
+                pass
+        return ENDLESS if self._whole else self._ends[-1]
+
     def stop(self) -> None:
         """End the waiting of all threads for shards."""
         self._stopped.set()
@@ -109,51 +118,50 @@ class Windows:
         return window << _BITS | own[place - self._ends[window]]
 
     def _extend_until(self, enough: Callable[[], bool]) -> None:
+        """Wait for windows until there are enough, or all.
+
+        Raises:
+          UserError: `stop` was called.
+        """
         while not self._whole and not enough():
             with self._lock:
-                if not self._whole and not enough():
-                    self._extend()
+                while not self._whole and not enough() and self._extend():
+                    pass
+            if not self._whole and not enough() and self._stopped.wait(_LOOK):
+                raise UserError(f"{self._folder}: reading has ended before shard {_name(self._missing or 0)} existed")
 
-    def _extend(self) -> None:
+    def _extend(self) -> bool:
+        """Add the next window, or note the end, and return True; False if shards of the window do not exist yet."""
         first = len(self._windows) * self._size
-        if self._ends[-1] >= self._wanted:
-            rows = []
-        else:
-            rows = self._known[first : first + self._size]
-            if self._making and len(rows) < self._size:
-                rows = self._wait(first)
+        rows = self._known[first : first + self._size] if self._ends[-1] < self._wanted else []
+        if self._making and len(rows) < self._size and self._ends[-1] < self._wanted:
+            if time.monotonic() < self._looked + _LOOK:  # another thread has
+                return False
+            rows = self._found(first)
+            if first + len(rows) < min(first + self._size, self._end()):
+                self._say_missing(first + len(rows))
+                return False
         if rows:
             self._windows.append(rows)
             self._ends.append(self._ends[-1] + sum(rows))
         self._whole = len(rows) < self._size
+        return True
 
-    def _wait(self, first: int) -> list[int]:
-        """Return the rows of the shards of a window; fewer than a window's at the end of the source.
-
-        Raises:
-          UserError: the shards are not made any more.
-        """
-        began, due = time.monotonic(), _SAY
+    def _found(self, first: int) -> list[int]:
+        """Return the rows of the shards of a window up to the first that does not exist."""
         with ThreadPoolExecutor(_READERS) as pool:
-            while True:
-                found = list(pool.map(self._note, range(first, first + self._size)))
-                rows = list[int]()
-                for count in found:
-                    if count is None:
-                        break
-                    rows.append(count)
-                there = first + len(rows)
-                if len(rows) == self._size or there >= self._end():
-                    return rows
-                if (self._folder / FAILED).exists():
-                    raise UserError((self._folder / FAILED).read_text())
-                seconds = time.monotonic() - began
-                if seconds >= due:
-                    due *= 2
-                    who = f"process {self._process} waits for shard {_name(there)} of {self._folder}"
-                    print(f"{who}, which process 0 makes: {seconds:.0f} s", file=sys.stderr, flush=True)
-                if self._stopped.wait(_LOOK):
-                    raise UserError(f"{self._folder}: reading has ended before shard {_name(there)} existed")
+            counts = [*pool.map(self._note, range(first, first + self._size)), None]
+        return [count for count in counts[: counts.index(None)] if count is not None]
+
+    def _say_missing(self, number: int) -> None:
+        """Say from time to time which shard is waited for."""
+        self._looked = now = time.monotonic()
+        if number != self._missing:
+            self._missing, self._since, self._due = number, now, _SAY
+        if now - self._since >= self._due:
+            self._due *= 2
+            who = f"process {self._process} waits for shard {_name(number)} of {self._folder}"
+            print(f"{who}, which process 0 makes: {now - self._since:.0f} s", file=sys.stderr, flush=True)
 
     def _note(self, number: int) -> int | None:
         """Return the rows of a shard, None if it does not exist."""

@@ -11,14 +11,15 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ...base.errors import UserError
+from ...base.paths import Path
 
 _NICE = 10  # in the background, after what trains
 
 
 def run_in_processes(
-    work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], until: Connection | None = None
+    work: Callable[..., None], jobs: Sequence[tuple[Any, ...]], folder: Path, until: Connection | None = None
 ) -> bool:
-    """Run `work(*job)` for each job in a process of its own, and return whether all have finished.
+    """Run `work(*job)` for each job, which fill a folder, in processes of their own; return whether all have finished.
 
     With `until`, they run in the background, ignore the signals that end the run, and are killed when something can be
     received from it.
@@ -43,8 +44,8 @@ def run_in_processes(
                 process.join()
                 if process.exitcode:
                     died = (
-                        f"a worker of the preparation died with exit code {process.exitcode}, perhaps for lack of "
-                        "memory. Use fewer workers and rerun the command; it continues with the missing shards."
+                        f"{folder}: a worker that prepares it died with exit code {process.exitcode}, perhaps for lack "
+                        "of memory. Use fewer workers and rerun the command; it continues with the missing shards."
                     )
                     raise UserError(died) if errors.empty() else errors.get()
     finally:

@@ -143,6 +143,23 @@ def test_sources_of_a_run(sources, tmp_path):
     assert opened(sources, tmp_path / "cache")[0].fingerprint != feed.fingerprint
 
 
+def test_a_run_waits_for_the_rows_of_all_sources(sources, tmp_path, monkeypatch):
+    """Faults: a process reads, and no signal ends it, while one source lacks rows; a failure ends the run early."""
+    first, second = Numbers(0, 170), Numbers(1, 10**6)
+    second.made = lambda position: asked.append(position) or 100
+    asked = []
+    grows = Mixed({"a": first, "b": second}, [(0, (1, 3)), (100, (1, 1))])
+    order = trained(grows, 30).reshape(-1, 2)[:, 0]
+    assert grows.made(111) == np.flatnonzero(order == 1)[100]
+    assert asked == [np.count_nonzero(order[:112]) - 1]
+    feed = opened(sources, tmp_path / "cache")[0]
+    assert feed.made(10**6)[0] > 10**6
+    monkeypatch.setattr(feed, "_source", grows)
+    monkeypatch.setattr(feed, "_failures", [lambda: "a full disk", str])
+    batches = grows.made(0) // 8
+    assert [feed.made(number) for number in (batches - 1, batches)] == [(batches, ""), (batches, "a full disk")]
+
+
 def losses(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}

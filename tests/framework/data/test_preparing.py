@@ -203,9 +203,11 @@ def test_the_printed_command_trains_on_the_rows(sources, tmp_path, capsys):
     assert len(more.examples("heldout", "")) > len(data.examples("heldout", ""))
 
 
-def test_a_worker_that_fails_or_dies_is_one_line():
+def test_a_worker_that_fails_or_dies_is_one_line(tmp_path):
     """Faults: a preparation waits for a worker that was killed; it hides why another one failed."""
     with pytest.raises(UserError, match="'none' matches no file"):
-        workers.run_in_processes(files.find, [("data.source", __file__, (".py",)), ("data.source", "none", ("",))])
+        workers.run_in_processes(
+            files.find, [("data.source", __file__, (".py",)), ("data.source", "none", ("",))], tmp_path
+        )
     with pytest.raises(UserError, match="died with exit code 3"):
-        workers.run_in_processes(os._exit, [(0,), (3,)])
+        workers.run_in_processes(os._exit, [(0,), (3,)], tmp_path)

@@ -1,7 +1,9 @@
 import itertools
 import os
 import re
+import signal
 import threading
+import time
 import zlib
 
 import pytest
@@ -13,7 +15,7 @@ from shampax.framework.data import feed, mixing
 from shampax.framework.data.clicks import ClickData
 from shampax.framework.data.pipeline import Batches, Reading
 from shampax.framework.data.preparing import preparing, windows, workers
-from shampax.framework.data.reading import sources
+from shampax.framework.data.reading import files, sources
 from shampax.framework.data.text import TextData, tokenizer
 
 ROWS = 12
@@ -116,23 +118,33 @@ def test_batches_need_only_the_shards_before_them(whole, tmp_path, monkeypatch, 
 
 
 def test_a_failure_ends_the_run_with_one_error(whole, tmp_path, monkeypatch, capfd):
-    """Faults: processes wait for ever for rows that nobody makes; a rerun fails at once with the old error; workers of
+    """Faults: a run waits for ever for rows that nobody makes; the error does not name the file or the fix; workers of
     the preparation survive the run; a thread that waits survives it."""
     data, _, batches = whole
     data.prepare_some(tmp_path, 1_000_000, 0)
-    dies = lambda work, jobs, until: workers.run_in_processes(os._exit, [(9,)])  # noqa: E731
-    monkeypatch.setattr(preparing, "run_in_processes", dies)
     waiting = data.examples("train", tmp_path)
-    gives_up = threading.Timer(10, waiting.stop)
-    gives_up.start()
-    message = r"cannot be made: .* died with exit code 9"
-    with data.ahead(tmp_path, 1_000_000), pytest.raises(UserError, match=message):
-        Batches(waiting, seed=3, global_batch_size=ROWS, rows=range(ROWS))[20]
-    gives_up.cancel()
-    gives_up.join()
+
+    def failure(work):
+        """Return why no rows are made, where `work` takes the place of the processes that make them."""
+        monkeypatch.setattr(preparing, "run_in_processes", lambda *arguments: work(arguments[-1]))
+        end = time.monotonic() + 60
+        with data.ahead(tmp_path, 1_000_000) as told:
+            while not told() and time.monotonic() < end:
+                time.sleep(0.01)
+            assert waiting.made(10**6) < 10**6
+            return told()
+
+    (folder,) = tmp_path.glob("rows-*")
+    why = "the rows of later steps cannot be made: "
+    killed = [(signal.SIGKILL,)]
+    told = failure(lambda until: workers.run_in_processes(signal.raise_signal, killed, folder, until))
+    assert re.fullmatch(rf"{why}{folder}: .* died with exit code -9, .* Use fewer workers .*", told)
+    told = failure(lambda until: next(files.pieces(folder / "none.txt", b"\n", 9)))
+    assert re.fullmatch(rf"{why}data file {folder}/none.txt: cannot be read .*\. Replace or remove it\.", told)
+    told = failure(lambda until: os.write(os.open("/dev/full", os.O_WRONLY), b"a"))
+    assert re.fullmatch(rf"{why}{folder}: cannot be written \(No space left.*\. Free disk space .*", told)
     monkeypatch.undo()
-    assert capfd.readouterr().err.count("warning: the rows of later steps cannot be made") == 1
-    data.prepare_some(tmp_path, 1_000_000, 0)
+    assert capfd.readouterr().err.count("warning: the rows of later steps cannot be made") == 3
     reading = opened(data, tmp_path).from_step(2)
     next(reading)
     before = threading.active_count()
