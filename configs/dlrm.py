@@ -122,7 +122,7 @@ def _flights(config: Any) -> None:
 def _criteo(config: Any, values: tuple[int, ...], **model: Any) -> None:
     # Published tables have a row per value. Ours hash, so small tables are larger, to make collisions rare.
     rows = tuple(8 * count if count < 1_000_000 else count for count in values)
-    config.task = base.component("shampax.models.dlrm:DLRMTask", rows=rows, **model)
+    config.task = base.component("shampax.models.dlrm:DLRMTask", rows=rows, sparse_updates=True, **model)
     config.data = base.component("shampax.framework.data.clicks:ClickData", source="file:")
     config.optimizer = base.component(
         base.SHAMPOO, **base.WITHOUT_ORTHOGONALIZING, treatments=TREATMENTS, rate_rules=RATE_RULES

@@ -188,6 +188,35 @@ def treatments(tx: optax.GradientTransformation, params: Any) -> dict[str, str]:
     return {path: text for layout in layouts(tx, params).values() for path, text in layout.plan.treatments.items()}
 
 
+def refuse_dense(tx: optax.GradientTransformation, params: Any, path: str) -> None:
+    """Raise ValueError unless the gradient of a row of a parameter changes nothing but this row and its own state."""
+    abstract = jax.eval_shape(tx.init, params)
+    shape = dict(zip(patterns.paths(params), jax.tree.leaves(params), strict=True))[path].shape
+    others = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=_has_layout)[0]
+    mirrors = [leaf for _, leaf in others if not _has_layout(leaf) and leaf.shape == shape]
+    if mirrors or [part.layout.is_sparse(path) for part in _parts(abstract).values()].count(True) != 1:
+        raise ValueError(
+            f"config.optimizer: the task updates only some rows of {path!r} in a step, which needs row-wise AdaGrad "
+            "without weight decay. Treat it as 'rows', with decay_rules that leave it out, or switch off the task's "
+            "sparse updates."
+        )
+
+
+def row_states(state: Any) -> dict[str, jax.Array]:
+    """Return path of a table -> numbers that the state keeps for its rows, one for each."""
+    return {path: x for part in _parts(state).values() for path, x in part.layout.row_sums(part).items()}
+
+
+def with_row_states(state: Any, numbers: Mapping[str, jax.Array]) -> Any:
+    """Return the state for tables with other rows, for which it keeps `numbers`."""
+
+    def part(_: str, part: Any) -> Any:
+        own = part.layout.row_sums(part).keys() & numbers.keys()
+        return part.layout.with_row_sums(part, {path: numbers[path] for path in own}) if own else part
+
+    return _map_parts(part, state)
+
+
 def saved_spec(abstract: Any, params: Any) -> Any:
     """Return the optimizer's state in checkpoints: ShapeDtypeStructs with shardings."""
     return _map_parts(lambda path, part: part.layout.saved_spec(params), abstract)

@@ -2,7 +2,7 @@
 
 A config names it by import string, `config.task.name = "my_project.my_model:MyTask"`; its fields are knobs. The trainer
 knows nothing else of a model. A task may also have the methods of `Judge`, `Generating`, `Scoring`, `Settling`,
-`Exchanged`, `Noted` and `Costed`.
+`Sparse`, `Exchanged`, `Noted` and `Costed`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -144,6 +144,34 @@ class Settling(Protocol):
         ...
 
 
+class Sparse(Protocol):
+    """Optional methods of a task with tables of which a step reads and changes only the rows that its batch uses.
+
+    The step takes these rows out of the tables and of the optimizer's state, runs as for small tables and puts them
+    back. The optimizer must treat the tables by rows, so that the gradient of a row changes nothing else.
+
+    Attributes:
+      sparse: paths of the tables, parameters [rows, ...]; () updates all tables as other parameters.
+    """
+
+    sparse: tuple[str, ...]
+
+    def used_rows(
+        self, batch: Batch, axes: Mapping[str, Sequence[str]]
+    ) -> tuple[dict[str, jax.Array], Batch, jax.Array]:
+        """Return the rows that a batch uses, the batch for tables of these rows, and how full they are; traceable.
+
+        Rows are int32 [n] by path of the table, each row once, and the table's number of rows where there is none. Of
+        devices that share a table, the part of each of them has rows of its own part of the table. The loss then gets
+        tables [n, ...] in their order. If the last result is above 1, rows are missing, and the step is skipped.
+
+        Args:
+          batch: arrays [B, ...] of all devices.
+          axes: path of a table -> mesh axes that share its rows.
+        """
+        ...
+
+
 class Tensors(Protocol):
     """The tensors of a Hugging Face folder that hold a parameter.
 
@@ -237,6 +265,11 @@ class Noted(Protocol):
     def notes(self, batch_spec: BatchSpec) -> tuple[str, ...]:
         """Return lines about a global batch on the mesh in the context (`jax.set_mesh`)."""
         ...
+
+
+def sparse_of(task: Any) -> Sparse | None:
+    """Return the task if it has tables of which a step changes some rows, else None."""
+    return task if getattr(task, "sparse", ()) else None
 
 
 def settled(task: Any, model_state: dict[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class DLRMTask:
     normalize_integers: bool = False  # normalise log integers by running statistics; not published, helps small data
     dropout: float = 0.0  # dropout rate of the top MLP's hidden units
     compute_dtype: str = "float32"  # of activations and matmuls; "bfloat16" on accelerators
+    sparse_updates: bool = False  # a step touches only rows that its batch uses; for tables larger than a batch
 
     def __post_init__(self):
         check_options(self, fractions="dropout")
@@ -87,7 +88,7 @@ class DLRMTask:
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Return log odds of a click, float32 [B], and the statistics; with a key, both as in training."""
-        inputs = batch["integers"], batch["categories"]
+        inputs = batch["integers"], batch["categories"], batch.get("place")
         if key is None:
             logits: Any = DLRM(self).apply(variables, *inputs, train=False)
             return logits, {name: tree for name, tree in variables.items() if name != "params"}
@@ -95,6 +96,19 @@ class DLRMTask:
             variables, *inputs, train=True, rngs={"dropout": key}, mutable=["statistics"]
         )
         return logits, dict(state)
+
+    @property
+    def sparse(self) -> tuple[str, ...]:
+        """See `framework.task.Sparse`."""
+        return ("embedding",) if self.sparse_updates else ()
+
+    def used_rows(
+        self, batch: Batch, axes: Mapping[str, Sequence[str]]
+    ) -> tuple[dict[str, jax.Array], Batch, jax.Array]:
+        """See `framework.task.Sparse.used_rows`."""
+        rows_BxF = tables.row_numbers(batch["categories"], self.rows)
+        used = tables.used(rows_BxF, tables.total_rows(self.rows), axes["embedding"])
+        return {"embedding": used.rows}, {**batch, "place": used.place}, used.filled
 
     judged_metrics: ClassVar[tuple[str, ...]] = ("auc", "log_loss", "calibration")
 
@@ -140,11 +154,17 @@ class DLRM(nn.Module):
     task: DLRMTask
 
     @nn.compact
-    def __call__(self, integers_BxI: jax.Array, categories_BxF: jax.Array, *, train: bool) -> jax.Array:
-        """Return log odds, float32."""
+    def __call__(
+        self, integers_BxI: jax.Array, categories_BxF: jax.Array, place_BxF: jax.Array | None = None, *, train: bool
+    ) -> jax.Array:
+        """Return log odds, float32; with `place`, which says where the rows of the categories are, of fewer rows."""
         task, dtype = self.task, jnp.dtype(self.task.compute_dtype)
-        table = self.param("embedding", functools.partial(tables.initial_tables, sizes=task.rows, width=task.embed_dim))
-        embedded_BxFxD = tables.look_up(table, tables.row_numbers(categories_BxF, task.rows), dtype)
+        if place_BxF is None:
+            made = functools.partial(tables.initial_tables, sizes=task.rows, width=task.embed_dim)
+            table, place_BxF = self.param("embedding", made), tables.row_numbers(categories_BxF, task.rows)
+        else:  # `param` would refuse the number of rows
+            table = self.get_variable("params", "embedding")
+        embedded_BxFxD = tables.look_up(table, place_BxF, dtype)
         x, present = logarithms(integers_BxI), integers_BxI != MISSING
         if task.normalize_integers:
             x = Normalized(name="normalized")(x, present, train=train)

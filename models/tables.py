@@ -5,7 +5,7 @@ owners, another returns the rows; gradients of rows take the first way. Lookups,
 number of devices.
 
 Shapes: R rows of all tables, D their width, B batch, S lookups of an example, P devices that share the rows, N lookups
-of a device, C places of a message to one device.
+of a device, C places of a message to one device, U room for the rows in use on a device.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ BATCH_AXES = ("data", "fsdp")  # those of them that shard the batch
 _BITS = 11
 _STRIPS = 2**_BITS  # the number of rows is rounded up to a multiple, so that any usual number of devices divides it
 _DEVIATIONS = 4  # places of a message beyond the mean, in standard deviations of rows that are dealt at random
+_ROOM_DEVIATIONS = 8  # the same of U, beyond which a step is refused: of hashed rows, one in 10^12 or rarer
 _SMALL = 2**20  # bytes of an array that is cheaper to gather than to look up by messages
 
 
@@ -73,17 +74,94 @@ def look_up(table_RxD: jax.Array, rows_BxS: jax.Array, dtype: jnp.dtype) -> jax.
     do not divide the rows or the batch, it is an ordinary lookup, for which XLA gathers the array. Both give the same
     rows bitwise; gradients differ by rounding, because they are summed on the device of the examples first.
     """
+    exchange = _exchange_of(table_RxD.shape[0], rows_BxS.shape[0])
+    if exchange is None or table_RxD.size * table_RxD.dtype.itemsize <= _SMALL:
+        return table_RxD[rows_BxS].astype(dtype)
+    found: jax.Array = _exchanged(table_RxD, rows_BxS, jnp.dtype(dtype), exchange)
+    return found
+
+
+class Used(NamedTuple):
+    """The rows of the array that a batch looks up.
+
+    Attributes:
+      rows: int32 [P U], each row once; part p has rows of part p of the array. R where there is none.
+      place: int32 [B, S], place of the row of each lookup in `rows`.
+      filled: float32, rows on the device that has most of them / U; above 1 some are missing.
+    """
+
+    rows: jax.Array
+    place: jax.Array
+    filled: jax.Array
+
+
+def used(rows_BxS: jax.Array, total: int, axes: Sequence[str]) -> Used:
+    """Return the rows that a batch looks up, of an array of `total` rows sharded over `axes`, those of `look_up`.
+
+    U is the mean for different rows that are dealt at random, and eight standard deviations. Equal rows leave room.
+
+    Raises:
+      ValueError: the axes are others.
+    """
+    exchange = _exchange_of(total, rows_BxS.shape[0])
+    shared = exchange.shared if exchange else ()
+    if shared != tuple(axes):
+        raise ValueError(
+            f"config.sharding_rules: the rows of tables are sharded over {tuple(axes)}, but sparse updates need "
+            f"{shared} here. Use ('rows', {ROW_AXES}), and a number of devices that divides {_STRIPS}."
+        )
+    if exchange is None:
+        distinct = _distinct(rows_BxS.ravel(), total, 1)
+        return Used(distinct.rows[:total], distinct.place.reshape(rows_BxS.shape), jnp.float32(0))
+    room = min(total // exchange.owners, exchange.places(rows_BxS.size, _ROOM_DEVIATIONS))
+
+    def local(rows_bxS: jax.Array) -> tuple[jax.Array, ...]:
+        rows_N = exchange.own(rows_bxS.ravel(), total)
+        lookups, places = len(rows_N), exchange.places(len(rows_N))
+        distinct_N, place_N, _, bounds = _distinct(rows_N, total, exchange.owners)
+        rounds = -(-lax.pmax(jnp.diff(bounds).max(), exchange.everyone) // places)
+
+        def ask(number: jax.Array, done: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            asked, used_U, count = done
+            ask_PxC = distinct_N.at[_sent(bounds, number, places, lookups)].get(mode="fill", fill_value=total)
+            asked_PxC = exchange.swap(ask_PxC)
+            every = lax.all_gather(asked_PxC, exchange.slices) if exchange.slices else asked_PxC
+            ordered, place = _ranked(jnp.concatenate([used_U, every.ravel()]))
+            used_U = jnp.full_like(used_U, total).at[place].set(ordered, mode="drop")
+            # The last of the different numbers may stand for none.
+            return asked.at[number].set(asked_PxC), used_U, jnp.maximum(count, place[-1] + (ordered[-1] < total))
+
+        def answer(number: jax.Array, found_N: jax.Array) -> jax.Array:
+            there_PxC = (
+                jnp.searchsorted(used_U, asked[number]).astype(jnp.int32) + lax.axis_index(exchange.shared) * room
+            )
+            return found_N.at[_sent(bounds, number, places, lookups)].set(exchange.swap(there_PxC), mode="drop")
+
+        asked = jnp.zeros((-(-lookups // places), exchange.owners, places), jnp.int32)
+        start = asked, jnp.full(room, total, jnp.int32), jnp.int32(0)
+        asked, used_U, count = lax.fori_loop(0, rounds, ask, start)
+        place_N = lax.fori_loop(0, rounds, answer, jnp.zeros_like(rows_N))[place_N]
+        if exchange.copies:
+            place_N = lax.all_gather(place_N, exchange.copies, tiled=True)
+        filled = lax.pmax(count, exchange.everyone) / room
+        return used_U, place_N[: rows_bxS.size].reshape(rows_bxS.shape), filled
+
+    batch = P(exchange.batch or None)
+    out = P(exchange.shared), batch, P()
+    return Used(*jax.shard_map(local, in_specs=batch, out_specs=out, check_vma=False)(rows_BxS))
+
+
+def _exchange_of(total: int, examples: int) -> "_Exchange | None":
+    """Return how the devices of the mesh of the context look up rows of each other; None if they do not."""
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in mesh.manual_axes}
     shared = tuple(axis for axis in ROW_AXES if axis in sizes)
     # Each slice holds the whole table and looks up its own part of the batch.
     batch = tuple(axis for axis in (SLICE_AXIS, *BATCH_AXES) if axis in sizes)
     parts, batch_parts = (math.prod(sizes[axis] for axis in axes) for axes in (shared, batch))
-    small = table_RxD.size * table_RxD.dtype.itemsize <= _SMALL
-    if parts == 1 or small or table_RxD.shape[0] % parts or rows_BxS.shape[0] % batch_parts:
-        return table_RxD[rows_BxS].astype(dtype)
-    found: jax.Array = _exchanged(table_RxD, rows_BxS, jnp.dtype(dtype), _Exchange(shared, batch, parts))
-    return found
+    if parts == 1 or total % parts or examples % batch_parts:
+        return None
+    return _Exchange(shared, batch, parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +184,16 @@ class _Exchange:
         return tuple(axis for axis in self.shared if axis not in self.batch)
 
     @property
+    def slices(self) -> tuple[str, ...]:
+        """Return the axes whose devices have the same rows."""
+        return tuple(axis for axis in self.batch if axis not in self.shared)
+
+    @property
+    def everyone(self) -> tuple[str, ...]:
+        """Return all axes."""
+        return (*self.slices, *self.shared)
+
+    @property
     def everywhere(self) -> P:
         """Return the spec of an array of which each device has its own part."""
         return P((*self.batch, *self.copies))
@@ -117,14 +205,46 @@ class _Exchange:
         padded = jnp.pad(x_Mx, [(0, part * count - x_Mx.shape[0])] + [(0, 0)] * (x_Mx.ndim - 1), constant_values=fill)
         return lax.dynamic_slice_in_dim(padded, lax.axis_index(self.copies) * part, part) if self.copies else padded
 
-    def places(self, lookups: int) -> int:
+    def places(self, lookups: int, deviations: int = _DEVIATIONS) -> int:
         """Return C. A device with more rows for one owner needs further rounds."""
         mean = lookups / self.owners
-        return min(lookups, math.ceil(mean + _DEVIATIONS * math.sqrt(mean)))
+        return min(lookups, math.ceil(mean + deviations * math.sqrt(mean)))
 
     def swap(self, x_PxCx: jax.Array) -> jax.Array:
         """Send part p to device p; return the parts from all devices."""
         return lax.all_to_all(x_PxCx, self.shared, 0, 0)
+
+
+class _Distinct(NamedTuple):
+    """The distinct rows that a device looks up.
+
+    Attributes:
+      rows: int32 [N], in increasing order, then R.
+      place: int32 [N], number of the distinct row of each lookup.
+      firsts: int32 [P + 1], first row of each owner, and the end of the last one's.
+      bounds: int32 [P + 1], number of the first distinct row of each owner, and the end of the last one's.
+    """
+
+    rows: jax.Array
+    place: jax.Array
+    firsts: jax.Array
+    bounds: jax.Array
+
+
+def _distinct(rows_N: jax.Array, total: int, owners: int) -> _Distinct:
+    sorted_N, number_N = _ranked(rows_N)
+    distinct_N = jnp.full_like(rows_N, total).at[number_N].set(sorted_N)
+    firsts = total // owners * jnp.arange(owners + 1, dtype=jnp.int32)
+    bounds, place_N = (jnp.searchsorted(distinct_N, wanted).astype(jnp.int32) for wanted in (firsts, rows_N))
+    return _Distinct(distinct_N, place_N, firsts, bounds)
+
+
+def _ranked(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return rows in increasing order, and the number of different ones before each."""
+    # On CPUs XLA sorts one array six times faster than keys with their places.
+    ordered = lax.sort(rows, is_stable=False)
+    new = jnp.concatenate([jnp.zeros(1, bool), ordered[1:] != ordered[:-1]])
+    return ordered, jnp.cumsum(new, dtype=jnp.int32)
 
 
 class _Requests(NamedTuple):
@@ -166,12 +286,7 @@ def _forward(
         size = len(own_rxD)
         rows_N = exchange.own(rows_bxS.ravel(), total)
         lookups, places = len(rows_N), exchange.places(len(rows_N))
-        # On CPUs XLA sorts one array six times faster than keys with their places.
-        sorted_N = lax.sort(rows_N, is_stable=False)
-        new_N = jnp.concatenate([jnp.zeros(1, bool), sorted_N[1:] != sorted_N[:-1]])
-        distinct_N = jnp.full_like(rows_N, total).at[jnp.cumsum(new_N, dtype=jnp.int32)].set(sorted_N)
-        firsts = size * jnp.arange(exchange.owners + 1, dtype=jnp.int32)
-        bounds, place_N = (jnp.searchsorted(distinct_N, wanted).astype(jnp.int32) for wanted in (firsts, rows_N))
+        distinct_N, place_N, firsts, bounds = _distinct(rows_N, total, exchange.owners)
         rounds = -(-lax.pmax(jnp.diff(bounds).max(), exchange.shared) // places)
 
         def turn(number: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -215,8 +330,7 @@ def _backward(
             return gradient_rxD.at[requests.asked[number]].add(received_PxCxD, mode="drop")
 
         gradient_rxD = lax.fori_loop(0, requests.rounds[0], turn, jnp.zeros_like(like_rxD))
-        slices = tuple(axis for axis in exchange.batch if axis == SLICE_AXIS)
-        return lax.psum(gradient_rxD, slices) if slices else gradient_rxD
+        return lax.psum(gradient_rxD, exchange.slices) if exchange.slices else gradient_rxD
 
     gradient = jax.shard_map(
         local,

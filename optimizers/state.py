@@ -133,6 +133,32 @@ class Layout:
         buckets = jax.tree.map(lambda _: by_block, state.buckets)
         return ShampooState(replicated, replicated, buckets, moments, self)
 
+    def is_sparse(self, path: str) -> bool:
+        """Return whether the gradient of a row of a parameter changes nothing but this row and its sum."""
+        leaf = next((leaf for leaf in self.plan.diagonal.values() if leaf.path == path), None)
+        decays = self.options.weight_decay and patterns.first_match(self.options.decay_rules, path)
+        return leaf is not None and leaf.by_row and not decays
+
+    def row_sums(self, state: "ShampooState") -> dict[str, Any]:
+        """Return path -> sums of the rows of each parameter under row-wise treatment."""
+        leaves = [leaf for leaf in self.plan.diagonal.values() if leaf.by_row]
+        return {leaf.path: state.diagonal[patterns.state_key(leaf.path)].second_moment for leaf in leaves}
+
+    def with_row_sums(self, state: "ShampooState", sums: Mapping[str, jax.Array]) -> "ShampooState":
+        """Return the state for parameters with other rows, whose sums are given by path."""
+        moments = dict(state.diagonal)
+        for path, sum_R in sums.items():
+            key = patterns.state_key(path)
+            moments[key] = moments[key]._replace(second_moment=sum_R)
+        parameters = tuple(
+            each._replace(shape=(len(sums[each.path]), *each.shape[1:])) if each.path in sums else each
+            for each in self.parameters
+        )
+        layout = dataclasses.replace(self, parameters=parameters)
+        if self in _HOSTED:
+            layout.expect_host_roots()
+        return dataclasses.replace(state, diagonal=moments, layout=layout)
+
     def saved_spec(self, params: Any) -> "ShampooState":
         """Return ShapeDtypeStructs with shardings for the state in checkpoints, including roots in flight."""
         return jax.tree.map(

@@ -23,7 +23,7 @@ from ..config.check import check
 from ..sharding import chips, global_batch, meshes, placement
 from ..step.compiler_options import compile_with
 from ..step.program import Program
-from ..task import kernel_cost_of, square_flops_of
+from ..task import kernel_cost_of, sparse_of, square_flops_of
 from . import cost
 
 PROGRAMS = ("train", "evaluate", "predict")
@@ -163,7 +163,7 @@ def make_plan(config: Any, devices: Sequence[Any], *, compiles: Collection[str] 
             device_kind=kind,
             parameters=_by_treatment(state.params, optimizer.treatments(tx, state.params)),
             blocks=_block_table(tx, state.params),
-            bytes=_bytes_by_kind(state, batch),
+            bytes=_bytes_by_kind(state, batch, getattr(sparse_of(task), "sparse", ())),
             model_flops=task.flops(batch) / mesh.size,
             square_flops=square and square / mesh.size,
             peak_flops=chips.peak_flops(kind),
@@ -198,9 +198,10 @@ def _block_table(tx: Any, params: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def _bytes_by_kind(state: Any, batch: Any) -> dict[str, int]:
+def _bytes_by_kind(state: Any, batch: Any, sparse: Collection[str]) -> dict[str, int]:
     held = meshes.bytes_on_device
-    found = {"parameters": held(state.params), "gradients": held(state.params)}
+    params = zip(patterns.paths(state.params), jax.tree.leaves(state.params), strict=True)
+    found = {"parameters": held(state.params), "gradients": held([x for path, x in params if path not in sparse])}
     for path, leaf in zip(patterns.paths(state.opt_state), jax.tree.leaves(state.opt_state), strict=True):
         kind = patterns.first_match(_KINDS, path)
         found[kind] = found.get(kind, 0) + held(leaf)

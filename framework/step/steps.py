@@ -11,8 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ...optimizers.linalg.scaling import all_finite, largest
 from .. import optimizer
 from ..sharding import meshes
-from ..task import Batch, Judge, Metrics, Task, settled
+from ..task import Batch, Judge, Metrics, Task, settled, sparse_of
 from . import averaging, guard
+from .rows import on_used_rows
 from .scalars import Scalars
 from .state import TrainState, shardings
 
@@ -51,10 +52,20 @@ def make_train_step(
     Metrics are float32 scalars (counts int32) in one array, replicated: those of the task (total / weight),
     `gradient_norm` (before clipping), `update_norm`, `learning_rate` and the guard's `skipped`, `consecutive_skips`,
     `clipped`.
-    """
-    params_shardings = shardings(abstract.params)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
+    Raises:
+      ValueError: the optimizer or an average changes all rows of a table of which the task updates some.
+    """
+    params_shardings, with_tables = shardings(abstract.params), sparse_of(task)
+    for path in with_tables.sparse if with_tables else ():
+        optimizer.refuse_dense(tx, abstract.params, path)
+    if with_tables and ema_decay:
+        raise ValueError(
+            f"config.ema_decay={ema_decay}: an average changes all rows of {with_tables.sparse[0]!r} in a step, and "
+            "the task updates only some. Use 0, or switch off the task's sparse updates."
+        )
+
+    def train_step(state: TrainState, batch: Batch, usable: jax.Array | bool = True) -> tuple[TrainState, Scalars]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         before = dict(state.trained)
         params = before.pop("params")
@@ -67,7 +78,7 @@ def make_train_step(
         metrics["gradient_norm"] = global_norm(gradients)
 
         # Loss and finiteness are reductions over global arrays, so that all devices decide alike.
-        accepted = all_finite(gradients) & jnp.isfinite(metrics["loss"])
+        accepted = all_finite(gradients) & jnp.isfinite(metrics["loss"]) & usable
         if gradient_clip:
             scale = gradient_clip / jnp.maximum(metrics["gradient_norm"], gradient_clip)
             gradients = jax.tree.map(lambda leaf: leaf * scale, gradients)
@@ -102,7 +113,7 @@ def make_train_step(
         return state, Scalars.pack(metrics)
 
     return jax.jit(
-        train_step,
+        on_used_rows(train_step, with_tables, abstract) if with_tables else train_step,
         in_shardings=(shardings(abstract), meshes.batch_sharding(mesh)),
         out_shardings=(shardings(abstract), meshes.replicated(mesh)),
         donate_argnums=0,

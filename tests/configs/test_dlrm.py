@@ -52,7 +52,8 @@ def test_every_variant_trains_through_the_command_line(variant, criteo, tmp_path
 
 def sample():
     changes = (*TINY, *SHAMPOO, ROWS, "duration=6 steps", "schedule.decay=constant")
-    config = load("shampax/configs/dlrm.py:sample", changes)
+    sparse = "task.sparse_updates=True", "optimizer.weight_decay=0.0"
+    config = load("shampax/configs/dlrm.py:sample", (*changes, *sparse))
     config.mesh.update({"fsdp": 2, "tensor": 2})
     return config
 

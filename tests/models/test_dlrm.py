@@ -292,6 +292,23 @@ def test_small_tables_are_gathered():
     assert "all-to-all" not in {found.kind for found in collectives.find(text)}
 
 
+@pytest.mark.parametrize("shape", [*MESHES.values(), SLICES, (1, 1, 1, 1)], ids=[*MESHES, "slices", "one"])
+def test_used_rows(shape):
+    """Faults: a row is missing, twice, or on another device than its owner; a lookup has the place of another row; rows
+    of the other slice, or beyond the first message, are missing."""
+    total, owners = tables.total_rows(LARGE), np.prod(shape[1:])
+    axes = tuple(axis for axis, size in zip(AXES[1:], shape[1:], strict=True) if size > 1)
+    of_one_device = np.resize(np.arange(32), (64, 4))
+    with jax.set_mesh(mesh_of(shape)):
+        find = jax.jit(lambda rows: tables.used(rows, total, axes))
+        for rows in (rows_of(64), of_one_device):
+            used, place, filled = map(np.asarray, find(rows))
+            np.testing.assert_array_equal(used[place], rows)
+            assert sorted(used[used < total]) == np.unique(rows).tolist() and filled < 1
+            for number, part in enumerate(used.reshape(owners, -1)):
+                assert (part[part < total] // (total // owners) == number).all()
+
+
 def test_slices_look_up_their_own_examples():
     """Faults: rows travel between slices; the gradient of the examples of a slice is lost."""
     (*results, text) = looked_up(SLICES, rows_of(64))

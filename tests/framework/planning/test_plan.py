@@ -6,6 +6,7 @@ import pytest
 
 from shampax.configs import base
 from shampax.framework.base.errors import UserError
+from shampax.framework.config.check import load
 from shampax.framework.planning import tables
 from shampax.framework.planning.plan import PROGRAMS, Compiled, Plan, make_plan
 from shampax.optimizers.linalg.symmetric import packed_shape
@@ -64,6 +65,13 @@ def test_frozen_parameters_cost_only_themselves():
         base_of,
     )
     assert bytes_of["momentum"] <= 2 * adapters
+
+
+def test_sparse_tables_have_no_gradient():
+    """Fault: the plan has a gradient of all rows of tables of which a step updates some."""
+    config = load("shampax/configs/dlrm.py:criteo_kaggle", ())
+    bytes_of = make_plan(config, jax.devices()[:4]).bytes
+    assert bytes_of["gradients"] < 0.01 * bytes_of["parameters"]
 
 
 def test_treatments_and_buckets(found):
