@@ -20,7 +20,7 @@ from .preparing.manifests import Manifest
 from .preparing.preparing import Preparable, Tally
 from .reading import files, shards, tsv
 from .reading.malformed import Malformed
-from .reading.sources import Blocks, Source, Stream, blocks_of, of_splits
+from .reading.sources import Blocks, Cursor, Source, Stream, blocks_of, of_splits
 
 INTEGERS, CATEGORIES = 13, 26
 MISSING = -(2**31)  # an empty integer field; an empty category is 0
@@ -120,7 +120,7 @@ class ClickData(Preparable):
         """See `Preparable.row_decoder`."""
         return lambda contents: examples(np.frombuffer(b"".join(contents), ROW))
 
-    def _blocks(self, path: epath.Path) -> Blocks:
+    def _blocks(self, path: epath.Path, cursor: Cursor | None = None) -> Blocks:
         return (parse(path, lines) for lines in blocks_of(tsv.lines(path), self.shard_size))
 
 

@@ -1057,6 +1057,22 @@ FRAMEWORK = (
         ("tests/framework/test_waiting.py::test_a_run_that_waits_for_rows_ends_at_once_with_a_checkpoint",),
     ),
     Mutant(
+        "resumed-preparation-reads-everything-again",
+        "framework/data/preparing/preparing.py",
+        "return sources.Cursor(number + 1, place) if place else sources.Cursor()",
+        "return sources.Cursor()",
+        "A killed run on a large corpus spends hours reading what its finished shards hold.",
+        ("tests/framework/data/test_windows.py::test_finished_shards_are_not_read_again",),
+    ),
+    Mutant(
+        "place-inside-a-file-forgotten",
+        "framework/data/reading/sources.py",
+        "if number > first or count > known:",
+        "if number > first or count >= 0:",
+        "Rows made after a resume repeat documents, and the run trains on others than an undisturbed one.",
+        ("tests/framework/data/test_windows.py::test_finished_shards_are_not_read_again",),
+    ),
+    Mutant(
         "files-in-order-of-topics",
         "framework/data/text/tokenized.py",
         "return files.mixed(found) if self.grows else found",

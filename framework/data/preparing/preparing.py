@@ -9,6 +9,7 @@ import abc
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -18,7 +19,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from multiprocessing.connection import Connection
 from typing import Annotated, Any, ClassVar
 
@@ -358,25 +359,29 @@ def _make_shards(
     for first, stream in enumerate(data.open_source().streams):
         if stream.one_worker and first % workers != worker:
             continue
-        count, began, known = 0, time.monotonic(), dict[int, int]()
+        own = functools.partial(_is_own, first, stream.one_worker, worker, workers)
+        cursor = _after_finished(folder, stream.name, there, own)
+        count, began, known = cursor.block, time.monotonic(), dict[int, int]()
         limit = limits.get(stream.name, _Limit())
-        for number, records in enumerate(stream.blocks()):
+        for number, records in enumerate(stream.blocks(cursor), start=count):
             if number >= limit.shards:
                 break
             count = number + 1
-            name = f"{stream.name}-{number:05}"
-            owner = first if stream.one_worker else first + number
-            if owner % workers != worker or {f"{name}.json", f"{name}{shards.SUFFIX}"} <= there:
+            name = _name(stream.name, number)
+            if not own(number) or _is_there(name, there):
                 continue
             first_of_window = number - number % limit.window
             if limit.rows < math.inf and _rows_before(folder, stream.name, first_of_window, known) >= limit.rows:
                 break
             tally, begun = Tally(data.max_malformed), time.monotonic()
             rows = data.rows(stream, number, tally.rejects.sift(records), tokenizer, tally)
+            written = shards.write(folder / f"{name}{shards.SUFFIX}", rows)
+            collections.deque(records, maxlen=0)  # so that the cursor is at the end of the block
             note = {
                 "file": f"{name}{shards.SUFFIX}",
                 "split": stream.split,
-                **shards.write(folder / f"{name}{shards.SUFFIX}", rows),
+                **written,
+                "end": cursor.place,
                 "tokenizer": sha256,
                 "counts": dict(tally.counts),
                 "dropped": dict(tally.dropped),
@@ -391,11 +396,36 @@ def _make_shards(
             paths.write_text(folder / f"{stream.name}.json", manifests.to_text({"shards": count}))
 
 
+def _is_own(first: int, one_worker: bool, worker: int, workers: int, number: int) -> bool:
+    """Return whether a worker makes a shard of the stream whose first shard is that of worker `first`."""
+    return (first if one_worker else first + number) % workers == worker
+
+
+def _is_there(name: str, there: Collection[str]) -> bool:
+    return f"{name}.json" in there and f"{name}{shards.SUFFIX}" in there
+
+
+def _after_finished(
+    folder: epath.Path, stream: str, there: Collection[str], own: Callable[[int], bool]
+) -> sources.Cursor:
+    """Return where a worker begins to read: after the last finished shard before the first that it has to make."""
+    missing = next(n for n in itertools.count() if own(n) and not _is_there(_name(stream, n), there))
+    for number in range(missing - 1, -1, -1):
+        if _is_there(_name(stream, number), there):
+            place = manifests.read(folder, f"{_name(stream, number)}.json").get("end")
+            return sources.Cursor(number + 1, place) if place else sources.Cursor()
+    return sources.Cursor()
+
+
+def _name(stream: str, number: int) -> str:
+    return f"{stream}-{number:05}"
+
+
 def _rows_before(folder: epath.Path, stream: str, number: int, known: dict[int, int]) -> float:
     """Return about how many rows the shards before `number` have; `known` keeps those that exist."""
     for each in range(number):
-        if each not in known and (folder / f"{stream}-{each:05}.json").exists():
-            known[each] = manifests.read(folder, f"{stream}-{each:05}.json")["rows"]
+        if each not in known and (folder / f"{_name(stream, each)}.json").exists():
+            known[each] = manifests.read(folder, f"{_name(stream, each)}.json")["rows"]
     return sum(known.values()) * number / max(len(known), 1)
 
 
@@ -419,8 +449,8 @@ def _join(
             if number >= limit.shards or (rows >= limit.rows and number % limit.window == 0):
                 stopped |= stream.split == "train" or limit.rows < math.inf
                 break
-            name = f"{stream.name}-{number:05}"
-            if not {f"{name}.json", f"{name}{shards.SUFFIX}"} <= there:
+            name = _name(stream.name, number)
+            if not _is_there(name, there):
                 return None
             notes.append(manifests.read(folder, f"{name}.json"))
             rows += notes[-1]["rows"]

@@ -26,6 +26,19 @@ _LEAST, _FEW = 10, 100  # records of files: the least allowed, and a number from
 _LARGEST_PART = 1 << 20  # bytes
 
 
+@dataclasses.dataclass
+class Cursor:
+    """Where in a stream its reader is.
+
+    Attributes:
+      block: number of the block that is read first.
+      place: numbers of a file and of the record in it after which to read on; None from the beginning.
+    """
+
+    block: int = 0
+    place: Sequence[int] | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Stream:
     """A sequence of records, malformed ones included.
@@ -33,14 +46,15 @@ class Stream:
     Attributes:
       name: prefix of the names of its shards.
       split: split of its records; None if they belong to both.
-      blocks: returns an iterator over blocks; unread records of a block are skipped.
+      blocks: returns an iterator over the blocks from a cursor on, by default all; unread records of a block are
+        skipped. Where records come from files, the cursor's place follows.
       shards: number of its blocks, if it is known before they are read.
       one_worker: whether one worker makes all its shards, because skipping records costs as much as making rows.
     """
 
     name: str
     split: Split | None
-    blocks: Callable[[], Blocks]
+    blocks: Callable[..., Blocks]
     shards: int | None = None
     one_worker: bool = False
 
@@ -76,11 +90,28 @@ def of_splits(fingerprint: str, records: Callable[[Split], Iterator[Any]], size:
       size: records of a block.
       limit: maximum number of records of a split; 0 for all.
     """
+    return _following(fingerprint, lambda split, cursor: records(split), size, limit)
 
-    def blocks(split: Split) -> Blocks:
-        return blocks_of(itertools.islice(records(split), limit or None), size)
+
+def _following(fingerprint: str, records: Callable[[Split, Cursor], Iterator[Any]], size: int, limit: int) -> Source:
+    """Return the source of records that are read in order, from a cursor on; see `of_splits`."""
+
+    def blocks(split: Split, cursor: Cursor | None = None) -> Blocks:
+        cursor = cursor or Cursor()
+        left = max(0, limit - cursor.block * size) if limit else None
+        return blocks_of(itertools.islice(records(split, cursor), left), size)
 
     return Source(fingerprint, [Stream(split, split, functools.partial(blocks, split)) for split in reversed(SPLITS)])
+
+
+def _in_order(found: Sequence[epath.Path], read: Callable[[epath.Path], Iterator[T]], cursor: Cursor) -> Iterator[T]:
+    """Yield the records of files from a cursor on, which follows. Files before its place are not opened."""
+    first, known = cursor.place or (0, 0)
+    for number in range(first, len(found)):
+        for count, record in enumerate(read(found[number]), start=1):
+            if number > first or count > known:
+                cursor.place = [number, count]
+                yield record
 
 
 def file_source(
@@ -110,23 +141,23 @@ def file_source(
       UserError: a file cannot be read, or there are too few records.
     """
 
-    def every() -> Iterator[T | Malformed]:
-        return itertools.chain.from_iterable(cut(path, part) if part else read(path) for path in found)
+    def every(cursor: Cursor) -> Iterator[T | Malformed]:
+        return _in_order(found, lambda path: cut(path, part) if part else read(path), cursor)
 
     part = 0
-    if len(list(itertools.islice(every(), _LEAST))) < _LEAST:
+    if len(list(itertools.islice(every(Cursor()), _LEAST))) < _LEAST:
         part = min(max(sum(path.stat().length for path in found) // _FEW, _FEW), _LARGEST_PART)
 
     def hashed(record: T) -> int:
         return int.from_bytes(hashlib.blake2b(text(record).encode(), digest_size=8).digest())
 
-    def records(split: Split) -> Iterator[T | Malformed]:
-        for record in every():
+    def records(split: Split, cursor: Cursor) -> Iterator[T | Malformed]:
+        for record in every(cursor):
             held_out = not isinstance(record, Malformed) and hashed(record) < bound
             if held_out == (split == "heldout"):
                 yield record
 
-    first = list(itertools.islice(every(), _FEW))
+    first = list(itertools.islice(every(Cursor()), _FEW))
     hashes = sorted({hashed(record) for record in first if not isinstance(record, Malformed)})
     if len(first) == _FEW:
         bound = heldout_fraction * 2**64
@@ -138,7 +169,7 @@ def file_source(
             f"splits need at least {_LEAST}. Give more."
         )
     fingerprint = hashlib.sha256(repr(files.stats(found)).encode()).hexdigest()
-    return dataclasses.replace(of_splits(fingerprint, records, size, limit), text_bytes=files.text_bytes(found))
+    return dataclasses.replace(_following(fingerprint, records, size, limit), text_bytes=files.text_bytes(found))
 
 
 def split_source(
@@ -146,11 +177,11 @@ def split_source(
 ) -> Source:
     """Return the records of the files of each split, in order; see `file_source` and `of_splits`."""
 
-    def records(split: Split) -> Iterator[Any]:
-        return itertools.chain.from_iterable(map(read, found[split]))
+    def records(split: Split, cursor: Cursor) -> Iterator[Any]:
+        return _in_order(found[split], read, cursor)
 
     stats = {split: files.stats(paths) for split, paths in found.items()}
-    source = of_splits(hashlib.sha256(repr(stats).encode()).hexdigest(), records, size, limit)
+    source = _following(hashlib.sha256(repr(stats).encode()).hexdigest(), records, size, limit)
     return dataclasses.replace(source, text_bytes=sum(map(files.text_bytes, found.values())))
 
 
@@ -183,9 +214,11 @@ def tfds_source(tfds: TfdsSet, make: Callable[..., Any], size: int, limit: int, 
         starts: Sequence[int] = range(0, end, size)
         if mixed:
             starts = np.random.default_rng(0).permutation(starts).tolist()
-        return Stream(
-            split, split, lambda: (records(split, start, min(start + size, end)) for start in starts), len(starts)
-        )
+
+        def blocks(cursor: Cursor | None = None) -> Blocks:
+            return (records(split, start, min(start + size, end)) for start in starts)
+
+        return Stream(split, split, blocks, len(starts))
 
     return Source(tfds.fingerprint, [stream(split) for split in reversed(SPLITS)], tfds.text_bytes)
 

@@ -1,6 +1,7 @@
 import itertools
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -152,6 +153,48 @@ def test_a_failure_ends_the_run_with_one_error(whole, tmp_path, monkeypatch, cap
     with data.ahead(tmp_path, 1_000_000):
         assert tokens(opened(data, tmp_path), [20]) == batches[20:21]
     assert threading.active_count() <= before
+
+
+@pytest.mark.parametrize("worker", [None, 0, 1])
+def test_finished_shards_are_not_read_again(whole, tmp_path, monkeypatch, worker):
+    """Faults: a resumed run reads the corpus from its beginning; it skips records, or has some twice; a worker begins
+    after shards that it has to make."""
+    data, cache, _ = whole
+    (folder,) = cache.glob("rows-*")
+    here = tmp_path / folder.name
+    shutil.copytree(folder, here)
+    numbers = (13, 18, 19) if worker is None else (19 - worker,)  # the first shard of all is a held-out one
+    lost = [path for number in numbers for path in here.glob(f"train-{number:05}.*")]
+    (here / "manifest.json").unlink()
+    for path in lost:
+        path.unlink()
+    read, texts = TextData.read, []
+    monkeypatch.setattr(TextData, "read", lambda self, path: (texts.append(text) or text for text in read(self, path)))
+    data.open_source()
+    opening = len(texts)
+    texts.clear()
+    if worker is None:
+        made(data, tmp_path, most=1_000_000, extend=True)
+    else:
+        limits = preparing._limits(data, data.open_source(), 1_000_000, False)
+        preparing._make_shards(data, here, data.tokenizer, limits, worker, 2)
+    for path in lost:
+        assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
+    documents = len(texts) - 2 * opening  # the source is opened twice
+    print(f"from shard {numbers[0]} of 29 on: {documents} of 320 documents are read")
+    assert documents < 320 - 10 * numbers[0] + 2 * 40  # a tenth is held out; a file is read from its beginning
+
+
+def test_blocks_from_any_place(tmp_path):
+    """Faults: after a resume `max_records` counts from there on; a block begins one record early or late."""
+    stream = corpus(tmp_path / "a", 5, max_records=155).open_source().streams[1]
+    every = [list(block) for block in stream.blocks()]
+    assert [len(block) for block in every] == 15 * [10] + [5]
+    for number in (1, 7, 15, 16):
+        cursor = sources.Cursor()
+        for block in itertools.islice(stream.blocks(cursor), number):
+            list(block)
+        assert [list(block) for block in stream.blocks(sources.Cursor(number, cursor.place))] == every[number:]
 
 
 @pytest.mark.parametrize("files", [8, 80])
