@@ -39,7 +39,8 @@ class Codec:
 class Source(Protocol):
     """Random access to examples of fixed shapes, without a batch dimension; several threads read at once.
 
-    A source may also have `__getitems__(indices) -> examples`, for rows that one call reads faster than several; and
+    A source may also have `__getitems__(indices) -> examples`, for rows that one call reads faster than several;
+    `stacked(indices) -> {name: [indices, ...]}`, for those that are faster read into arrays, or `stacked = None`; and
     `in_workers = True`, if examples take much Python and the source is small when pickled, so that worker processes
     read large data sets by default.
     """

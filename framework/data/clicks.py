@@ -15,23 +15,15 @@ from etils import epath
 from ..base.bounds import Within
 from ..dataset import Example, Split
 from . import samples
+from .click_lines import INTEGERS, packed, parse, row_type
 from .preparing import manifests
 from .preparing.manifests import Manifest
 from .preparing.preparing import Preparable, Tally
 from .reading import files, shards, tsv
-from .reading.malformed import Malformed
 from .reading.sources import Blocks, Cursor, Source, Stream, blocks_of, of_splits
-
-INTEGERS, CATEGORIES = 13, 26
-MISSING = -(2**31)  # an empty integer field; an empty category is 0
-ROW = np.dtype([("label", "u1"), ("integers", "<i4", INTEGERS), ("categories", "<u4", CATEGORIES)])
-
-Fields = tuple[int, Sequence[int | None], Sequence[int]]  # label, integers, 32-bit hashes of categories
 
 FLIGHTS = "nycflights-30000.tsv.xz"
 _SUFFIXES = (".txt", ".tsv", "")
-_HEX = re.compile(r"[0-9a-fA-F]{1,8}")
-_INT = re.compile(r"-?[0-9]{1,19}")
 _FLIGHT_FIELDS = (
     *("carrier", "flight", "tailnum", "origin", "dest", "month", "day", "hour", "weekday", "manufacturer", "model"),
     *("engine", "type", "plane year", "engines", "tz", "dst"),
@@ -60,21 +52,29 @@ class ClickData(Preparable):
     heldout_files: str = ""  # glob of the files with held-out rows, "day_23*"; "" holds out heldout_fraction of all
     heldout_fraction: Annotated[float, Within(1e-9, 0.999)] = 1 / 7  # from the end; a day of Kaggle's week
     shard_size: Annotated[int, Within(2)] = 1_000_000  # rows of a file in a shard, 157 MB
+    most_values: Annotated[int, Within(1, 255)] = 1  # of a category, separated by commas; above 1, fields are multi-hot
 
     def __post_init__(self):
         super().__post_init__()
         kind, _, name = self.source.partition(":")
         if self.source != "sample:flights" and (kind != "file" or not name):
             raise ValueError(f"data.source={self.source!r}: write 'sample:flights' or 'file:/path/day_*'")
+        if self.most_values > 1 and kind == "sample":
+            raise ValueError(f"data.most_values={self.most_values}: {self.source} has one value in a field; use 1")
         if self.heldout_files and kind == "sample":
             raise ValueError(
                 f"data.heldout_files={self.heldout_files!r}: {self.source} holds out November and December; leave it "
                 "empty"
             )
 
+    def settings(self) -> dict[str, Any]:
+        """See `Preparable.settings`."""
+        settings = super().settings()
+        return settings if self.most_values > 1 else {k: v for k, v in settings.items() if k != "most_values"}
+
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return shapes and types of an example."""
-        (of_zeros,) = examples(np.zeros(1, ROW))
+        (of_zeros,) = examples(np.zeros(1, row_type(self.most_values)))
         return {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in of_zeros.items()}
 
     def open_source(self) -> Source:
@@ -105,9 +105,9 @@ class ClickData(Preparable):
         self, stream: Stream, number: int, records: Iterator[Any], tokenizer: str, tally: Tally
     ) -> Iterator[bytes]:
         """See `Preparable.rows`."""
-        for fields in records:
-            tally.counts["clicks"] += fields[0]
-            yield packed(fields)
+        for row in records:
+            tally.counts["clicks"] += row[0]  # the label
+            yield row
 
     def span(self, split: Split, rows: int) -> tuple[int, int]:
         """See `Preparable.span`."""
@@ -118,47 +118,21 @@ class ClickData(Preparable):
 
     def row_decoder(self, split: Split, folder: epath.Path, manifest: Manifest) -> shards.Decode:
         """See `Preparable.row_decoder`."""
-        return lambda contents: examples(np.frombuffer(b"".join(contents), ROW))
+        return decoder(self.most_values)
 
     def _blocks(self, path: epath.Path, cursor: Cursor | None = None) -> Blocks:
-        return (parse(path, lines) for lines in blocks_of(tsv.lines(path), self.shard_size))
+        return (parse(path, lines, self.most_values) for lines in blocks_of(tsv.lines(path), self.shard_size))
 
 
-def parse(path: epath.Path, lines: tsv.Lines) -> Iterator[Fields | Malformed]:
-    """Yield the rows of lines of a Criteo click log: label, I1..I13, C1..C26, separated by tabs, without a header.
-
-    Integers may be negative; all fields but the label may be empty. Categories are hashes by Criteo, up to eight
-    hexadecimal digits.
-    """
-    for number, line in lines:
-        fields = tsv.parse(line, 1 + INTEGERS + CATEGORIES)
-        row = fields if isinstance(fields, str) else _fields(fields)
-        yield Malformed(f"{path}, row {number}", row) if isinstance(row, str) else row
-
-
-def _fields(fields: list[str]) -> Fields | str:
-    """Return the fields of a row, or the reason why it is malformed."""
-    label, integers, categories = fields[0], fields[1 : 1 + INTEGERS], fields[1 + INTEGERS :]
-    if label not in ("0", "1"):
-        return f"label {label[:40]!r} is neither 0 nor 1" if label else "column 1 is empty"
-    for number, text in enumerate(integers, start=2):
-        if text and not (_INT.fullmatch(text) and -(2**63) <= int(text) < 2**63):
-            return f"column {number} is not a 64-bit integer: {text[:40]!r}"
-    for number, text in enumerate(categories, start=2 + INTEGERS):
-        if text and not _HEX.fullmatch(text):
-            return f"column {number} is not a 32-bit hexadecimal number: {text[:40]!r}"
-    return int(label), [int(x) if x else None for x in integers], [int(x, 16) if x else 0 for x in categories]
-
-
-def flights(split: Split) -> Iterator[Fields]:
-    """Yield the vendored flights of a split; those of November and December are held out."""
+def flights(split: Split) -> Iterator[bytes]:
+    """Yield the rows of the vendored flights of a split; those of November and December are held out."""
     for line in samples.read(FLIGHTS).decode().splitlines():
         label, *fields = line.split("\t")
         integers, texts = fields[:INTEGERS], dict(zip(_FLIGHT_FIELDS, fields[INTEGERS:], strict=True))
         if (texts["month"] in _HELD_OUT_MONTHS) == (split == "heldout"):
             crosses = ("\t".join(pair) if all(pair := (texts[a], texts[b])) else "" for a, b in _CROSSES)
-            hashes = [_hashed(text) for text in (*texts.values(), *crosses)]
-            yield int(label), [int(x) if x else None for x in integers], hashes
+            hashes = [[_hashed(text)] for text in (*texts.values(), *crosses)]
+            yield packed((int(label), [int(x) if x else None for x in integers], hashes))
 
 
 def _hashed(text: str) -> int:
@@ -171,26 +145,32 @@ def _numbered(path: epath.Path) -> list[str]:
     return [text.zfill(20) if text.isdecimal() else text for text in re.split("([0-9]+)", str(path))]
 
 
-def packed(fields: Fields) -> bytes:
-    """Return the bytes of a row; integers are clipped to 32 bits."""
-    label, integers, categories = fields
-    row = np.empty((), ROW)
-    row["label"] = label
-    row["integers"] = [MISSING if x is None else min(max(x, MISSING + 1), 2**31 - 1) for x in integers]
-    row["categories"] = categories
-    return row.tobytes()
-
-
 def examples(rows: np.ndarray) -> list[Example]:
-    """Return the examples of rows of type `ROW`.
+    """Return the examples of rows of a `row_type`."""
+    return shards.rows_of(columns(rows))
+
+
+def columns(rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the arrays [rows, ...] of rows of a `row_type`.
 
     label: 1 for a click. weight: 1; padding examples have 0. integers: counts, which may be negative; `MISSING` for an
-    empty field. categories: 32-bit hashes, which a model maps to the rows of its tables.
+    empty field. categories: 32-bit hashes, which a model maps to the rows of its tables. values: how many of them a
+    category has, if it may have several.
     """
-    columns = {
+    values = {"values": rows["values"].astype(np.int32)} if "values" in (rows.dtype.names or ()) else {}
+    return {
         "label": rows["label"].astype(np.int32),
         "weight": np.ones(len(rows), np.float32),
         "integers": rows["integers"].astype(np.int32),
         "categories": rows["categories"].astype(np.uint32),
+        **values,
     }
-    return shards.rows_of(columns)
+
+
+def decoder(most_values: int) -> shards.Columns:
+    """Return the decoder of rows whose categories have up to `most_values` values."""
+    return shards.Columns(functools.partial(_columns_of, row_type=row_type(most_values)))
+
+
+def _columns_of(contents: Sequence[bytes], row_type: np.dtype) -> dict[str, np.ndarray]:
+    return columns(np.frombuffer(b"".join(contents), row_type))

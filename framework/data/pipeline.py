@@ -184,6 +184,14 @@ class _Batches:
         size = max(_PIECE, -(-len(wanted) // self._threads))
         pieces = [wanted[first : first + size] for first in range(0, len(wanted), size)]
         read = _pool(self._threads).map if len(pieces) > 1 else map
+        stacked = None if self._augment else getattr(self._source, "stacked", None)
+        if stacked and wanted:
+            arrays = list(read(lambda piece: stacked([index for index, _, _ in piece]), pieces))
+            places = [row for _, row, _ in wanted]
+            batch = {name: np.zeros((len(self._rows), *x.shape[1:]), x.dtype) for name, x in arrays[0].items()}
+            for name, array in batch.items():
+                array[places] = np.concatenate([each[name] for each in arrays])
+            return batch
         examples = dict(itertools.chain.from_iterable(read(self._read, pieces)))
         if len(examples) < len(self._rows):
             like = next(iter(examples.values()), None) or self._source[0]

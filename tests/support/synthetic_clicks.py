@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from shampax.framework.data import clicks
-from shampax.framework.data.clicks import CATEGORIES, INTEGERS
+from shampax.framework.data.click_lines import CATEGORIES, INTEGERS, MISSING, row_type
 from shampax.framework.dataset import Split
 
 _HIDDEN = 4  # length of the teacher's vectors
@@ -96,5 +96,5 @@ class TaughtClicks:
         logit += (vectors * np.roll(vectors, 1, axis=0)).sum()
         chance = 1 / (1 + math.exp(-self._data.signal * logit))
         label = random.random() < chance
-        row = np.array([(label, np.where(empty, clicks.MISSING, integers), self._hashes[every, values])], clicks.ROW)
+        row = np.array([(label, np.where(empty, MISSING, integers), self._hashes[every, values])], row_type(1))
         return clicks.examples(row)[0], chance

@@ -87,6 +87,21 @@ def rows_of(columns: Mapping[str, np.ndarray]) -> list[Example]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
+class Columns:
+    """A decoder of rows that makes arrays of many examples at once.
+
+    Args:
+      arrays: returns the arrays [rows, ...] of rows, by name.
+    """
+
+    def __init__(self, arrays: Callable[[Sequence[bytes]], dict[str, np.ndarray]]):
+        self.arrays = arrays
+
+    def __call__(self, contents: Sequence[bytes]) -> list[Example]:
+        """Return the examples of rows."""
+        return rows_of(self.arrays(contents))
+
+
 class ShardRows:
     """Random access to rows `start` to `stop` of concatenated shards.
 
@@ -125,6 +140,15 @@ class ShardRows:
         Raises:
           UserError: a shard cannot be read, or has another number of rows than its manifest says.
         """
+        return self._decode(self._contents(indices))
+
+    @property
+    def stacked(self) -> Callable[[Sequence[int]], dict[str, np.ndarray]] | None:
+        """Return the function from indices to arrays of their examples, or None; it raises as `__getitems__`."""
+        decode = self._decode
+        return (lambda indices: decode.arrays(self._contents(indices))) if isinstance(decode, Columns) else None
+
+    def _contents(self, indices: Sequence[int]) -> list[bytes]:
         wanted = collections.defaultdict[int, list[int]](list)  # places in `contents` by shard
         rows, contents = [], [b""] * len(indices)
         for number, index in enumerate(indices):
@@ -135,7 +159,7 @@ class ShardRows:
         for shard, numbers in wanted.items():
             for number, content in zip(numbers, self._read(shard, [rows[number] for number in numbers]), strict=True):
                 contents[number] = content
-        return self._decode(contents)
+        return contents
 
     def _read(self, shard: int, rows: list[int]) -> list[bytes]:
         try:

@@ -1,5 +1,6 @@
 """Test click logs: irregular rows in Criteo's files, the flights, and synthetic clicks."""
 
+import functools
 import gzip
 import json
 import re
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 from synthetic_clicks import SyntheticClicks
 
+from shampax.benchmarks.input import OneByOne
 from shampax.framework.base.errors import UserError
-from shampax.framework.data import clicks
-from shampax.framework.data.clicks import MISSING, ClickData
-from shampax.framework.data.pipeline import Batches
+from shampax.framework.data import click_lines, clicks
+from shampax.framework.data.click_lines import MISSING
+from shampax.framework.data.clicks import ClickData
+from shampax.framework.data.pipeline import Batches, HeldoutBatches
 from shampax.framework.data.reading import tsv
+from shampax.framework.data.reading.malformed import Malformed
 
 
 def line(label=0, integers=None, categories=None):
@@ -109,6 +113,72 @@ def test_malformed_rows_are_named_or_skipped(tmp_path, cache, capsys, bad, reaso
     assert place in capsys.readouterr().err, "said once and never again"
     with pytest.raises(UserError, match=re.escape(place)):
         prepared(cache, source=f"file:{path}")
+
+
+IRREGULAR = [
+    line(1, {1: "", 2: "-3", 3: "99999999999", 4: "-99999999999", 5: "-", 6: "007"}),
+    line(1, {1: "-0", 2: "999999999", 3: "-999999999", 4: "1000000000"}, {1: "", 2: "ffffffff", 3: "A", 26: ""}),
+    line(0, {}, {1: "a,b"}),
+    line(0, {}, {1: "a,b,FFFFFFFF", 2: "", 3: "0", 26: "1,1"}),
+    line(0, {}, {1: "a,b,c,d"}),
+    line(0, {}, {1: "a,,c"}),
+    line(0, {}, {26: ",a"}),
+    line(0, {}, {26: "123456789"}),
+    line(0, {3: "1,2"}),
+    line("0,1"),
+    line(2),
+    line(""),
+    line(" 1"),
+    line() + "\t",
+    "\t".join(line().split("\t")[:39]),
+    "",
+    "\t" * 39,
+    "1" + "\t" * 39,
+    line(0, {1: "٣"}),
+    line(0, {1: "1\r"}),
+    line(0, {1: "\0"}),
+]
+
+
+@pytest.mark.parametrize("most_values", [1, 3])
+def test_blocks_of_lines_give_the_rows_of_their_lines(most_values):
+    """Faults: an irregular line is guessed, or changes its neighbours; an empty field is 0; values of a field have
+    other places; a block that is not the first has other rows."""
+    texts = [each for bad in IRREGULAR for each in (line(1, {2: "5"}), bad)] * 120
+    lines = [(text + ("\r\n" if number % 3 else "\n")).encode() for number, text in enumerate(texts)]
+    lines[7], lines[-1] = None, line().encode()
+    assert len(lines) > click_lines._BLOCK
+    found = click_lines.parse("log", enumerate(lines, start=1), most_values)
+    found = [str(each).partition(": ")[2] if isinstance(each, Malformed) else each for each in found]
+    assert found == [click_lines.parse_line(each, most_values) for each in lines]
+    _, regular = click_lines.parse_regular([(text + "\n").encode() for text in texts[::2]], most_values)
+    assert regular.all()
+
+
+def test_fields_with_several_values(tmp_path, cache):
+    """Faults: zeros that fill a field count as values; rows of another number of values are taken from the cache."""
+    path = write(tmp_path / "train.txt", [line(0, {}, {1: "a,b", 2: "", 3: "0"}), *numbered(13)])
+    data = prepared(cache, source=f"file:{path}", most_values=3)
+    first = data.examples("train", cache)[0]
+    assert first["values"].tolist() == [2, 0, *[1] * 24]
+    assert first["categories"][:3].tolist() == [[10, 11, 0], [0, 0, 0], [0, 0, 0]]
+    found = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in first.items()}
+    assert found == data.spec()
+    with pytest.raises(UserError, match=r"column 15 has 2 values, more than data.most_values=1"):
+        prepared(cache, source=f"file:{path}")
+
+
+def test_batches_of_arrays_are_those_of_examples(tmp_path, cache):
+    """Faults: rows of a batch are in the order of the files; padding of the last batch has a weight."""
+    data = prepared(cache, source=f"file:{write(tmp_path / 'a', numbered(70))}")
+    for split, make in (("train", functools.partial(Batches, seed=3)), ("heldout", HeldoutBatches)):
+        rows = data.examples(split, cache)
+        assert rows.stacked is not None
+        single = OneByOne(rows)
+        mine, others = (make(each, global_batch_size=8, rows=(5, 2, 3, 7)) for each in (rows, single))
+        for step in (0, 1):
+            jax.tree.map(np.testing.assert_array_equal, mine[step], others[step])
+    assert mine[1]["weight"].tolist() == [0, 0, 0, 0]
 
 
 def test_malformed_rows_of_all_files_count_together(tmp_path, cache):
@@ -209,7 +279,7 @@ def test_damage_is_detected(tmp_path, cache):
 
 
 def parsed(path):
-    return clicks.parse(path, tsv.lines(path))
+    return (np.frombuffer(row, click_lines.row_type(1))[0] for row in click_lines.parse(path, tsv.lines(path)))
 
 
 def test_random_access_equals_the_stream_for_any_number_of_processes(tmp_path, cache):
@@ -218,7 +288,7 @@ def test_random_access_equals_the_stream_for_any_number_of_processes(tmp_path, c
         write(tmp_path / f"day_{day}", numbered(7 + day, 100 * day))
     data = prepared(cache, source=f"file:{tmp_path}/day_*", heldout_fraction=0.25)
     rows = data.examples("train", cache)
-    streamed = [row[1][0] for day in range(3) for row in parsed(tmp_path / f"day_{day}")]
+    streamed = [row["integers"][0] for day in range(3) for row in parsed(tmp_path / f"day_{day}")]
     assert numbers(data, "train", cache) + numbers(data, "heldout", cache) == streamed
     assert [int(rows[i]["integers"][0]) for i in (17, 3, 9)] == [streamed[i] for i in (17, 3, 9)]
     with pytest.raises(IndexError):
@@ -274,5 +344,6 @@ def test_synthetic_clicks_are_a_function_of_their_index(cache):
 
 def test_integers_at_the_ends_of_their_range():
     """Fault: the smallest 32-bit integer, which marks a missing one, is not treated as missing."""
-    row = np.frombuffer(clicks.packed((1, [-(2**31), None, *[2**63 - 1] * 11], [0] * 26)), clicks.ROW)[0]
+    packed = click_lines.packed((1, [-(2**31), None, *[2**63 - 1] * 11], [[0]] * 26))
+    row = np.frombuffer(packed, click_lines.row_type(1))[0]
     assert row["integers"][:3].tolist() == [MISSING + 1, MISSING, 2**31 - 1]
