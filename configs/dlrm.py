@@ -32,9 +32,9 @@ from typing import Any
 from . import base
 
 ADAGRAD = "shampax.optimizers.baselines:AdaGradOptions"
-TREATMENTS = ((r"embedding", "rows"), (r".*", "shampoo"))
+TREATMENTS = ((r"embedding.*", "rows"), (r".*", "shampoo"))
 SHARDING_RULES = (("rows", ("data", "fsdp", "tensor")),)  # the MLPs are replicated
-RATE_RULES = ((r"embedding", 10.0), (r".*", 1.0))
+RATE_RULES = ((r"embedding.*", 10.0), (r".*", 1.0))
 
 
 def sample(config: Any) -> None:
@@ -48,7 +48,7 @@ def sample(config: Any) -> None:
         treatments=TREATMENTS,
         rate_rules=RATE_RULES,
         weight_decay=1.0,  # shrinks rows that are rare, or occur only in the held-out months
-        decay_rules=((r"embedding", True), (r".*", False)),
+        decay_rules=((r"embedding.*", True), (r".*", False)),
     )
     config.schedule.learning_rate = 1e-2
 

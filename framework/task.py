@@ -158,7 +158,7 @@ class Sparse(Protocol):
 
     def used_rows(
         self, batch: Batch, axes: Mapping[str, Sequence[str]]
-    ) -> tuple[dict[str, jax.Array], Batch, jax.Array]:
+    ) -> tuple[dict[str, jax.Array], dict[str, Any], jax.Array]:
         """Return the rows that a batch uses, the batch for tables of these rows, and how full they are; traceable.
 
         Rows are int32 [n] by path of the table, each row once, and the table's number of rows where there is none. Of

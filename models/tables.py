@@ -36,16 +36,17 @@ def total_rows(sizes: Sequence[int]) -> int:
     return math.ceil(sum(sizes) / _STRIPS) * _STRIPS
 
 
-def row_numbers(categories_BxS: jax.Array, sizes: Sequence[int]) -> jax.Array:
-    """Return the rows int32 [B, S] of categories' 32-bit hashes: each hash modulo the size of its table.
+def row_numbers(categories_BxFx: jax.Array, sizes: Sequence[int]) -> jax.Array:
+    """Return the rows, int32 shaped like the categories' 32-bit hashes: each hash modulo the size of its table.
 
     Neighbouring rows of a table are far apart in the array, so that every device owns a part of each table: small
     tables are looked up most.
     """
-    starts = np.cumsum([0, *sizes[:-1]], dtype=np.int64).astype(np.int32)
-    within_BxS = categories_BxS.astype(jnp.uint32) % np.asarray(sizes, np.uint32)
-    number_BxS = within_BxS.astype(jnp.int32) + starts
-    return number_BxS // _STRIPS + _mirrored(number_BxS % _STRIPS) * (total_rows(sizes) // _STRIPS)
+    of_table = (len(sizes), *[1] * (categories_BxFx.ndim - 2))
+    starts = np.cumsum([0, *sizes[:-1]], dtype=np.int64).astype(np.int32).reshape(of_table)
+    within_BxFx = categories_BxFx.astype(jnp.uint32) % np.asarray(sizes, np.uint32).reshape(of_table)
+    number_BxFx = within_BxFx.astype(jnp.int32) + starts
+    return number_BxFx // _STRIPS + _mirrored(number_BxFx % _STRIPS) * (total_rows(sizes) // _STRIPS)
 
 
 def initial_tables(key: jax.Array, sizes: Sequence[int], width: int) -> jax.Array:
@@ -69,6 +70,8 @@ def _mirrored(strip: jax.Array) -> jax.Array:
 
 def look_up(table_RxD: jax.Array, rows_BxS: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Return rows of the array, [B, S, D] in `dtype`, with the batch sharded over the mesh of the context.
+
+    Row R stands for none: it is not sent, and the caller must not use what is found, nor give it a gradient.
 
     The rows must be sharded over all of `ROW_AXES`. Without a mesh, for an array of at most a megabyte, or if the axes
     do not divide the rows or the batch, it is an ordinary lookup, for which XLA gathers the array. Both give the same
@@ -98,6 +101,8 @@ class Used(NamedTuple):
 def used(rows_BxS: jax.Array, total: int, axes: Sequence[str]) -> Used:
     """Return the rows that a batch looks up, of an array of `total` rows sharded over `axes`, those of `look_up`.
 
+    Row R stands for none, and so does the place P U.
+
     U is the mean for different rows that are dealt at random, and eight standard deviations. Equal rows leave room.
 
     Raises:
@@ -112,7 +117,9 @@ def used(rows_BxS: jax.Array, total: int, axes: Sequence[str]) -> Used:
         )
     if exchange is None:
         distinct = _distinct(rows_BxS.ravel(), total, 1)
-        return Used(distinct.rows[:total], distinct.place.reshape(rows_BxS.shape), jnp.float32(0))
+        rows = distinct.rows[:total]
+        place_BxS = jnp.where(rows_BxS < total, distinct.place.reshape(rows_BxS.shape), len(rows))
+        return Used(rows, place_BxS, jnp.float32(0))
     room = min(total // exchange.owners, exchange.places(rows_BxS.size, _ROOM_DEVIATIONS))
 
     def local(rows_bxS: jax.Array) -> tuple[jax.Array, ...]:
@@ -140,7 +147,8 @@ def used(rows_BxS: jax.Array, total: int, axes: Sequence[str]) -> Used:
         asked = jnp.zeros((-(-lookups // places), exchange.owners, places), jnp.int32)
         start = asked, jnp.full(room, total, jnp.int32), jnp.int32(0)
         asked, used_U, count = lax.fori_loop(0, rounds, ask, start)
-        place_N = lax.fori_loop(0, rounds, answer, jnp.zeros_like(rows_N))[place_N]
+        none_N = jnp.full_like(rows_N, room * exchange.owners)
+        place_N = lax.fori_loop(0, rounds, answer, none_N)[place_N]
         if exchange.copies:
             place_N = lax.all_gather(place_N, exchange.copies, tiled=True)
         filled = lax.pmax(count, exchange.everyone) / room

@@ -19,15 +19,22 @@ SHAMPOO = ("optimizer.block_size=4",)
 
 @pytest.fixture(scope="module")
 def criteo(tmp_path_factory):
-    """Write two files in Criteo's format; return the overrides that read them."""
-    random, folder = np.random.default_rng(0), tmp_path_factory.mktemp("criteo")
-    for day in (0, 1):
-        with (folder / f"day_{day}").open("w") as file:
-            for _ in range(60):
-                integers = [str(x) if x >= -2 else "" for x in random.integers(-5, 500, 13)]
-                categories = [f"{x:08x}" if x % 9 else "" for x in random.integers(0, 2**32, 26)]
-                file.write("\t".join([str(random.integers(2)), *integers, *categories]) + "\n")
-    return f"data.source=file:{folder}/day_*", "data.heldout_files=day_1"
+    """Return the function that writes two files in Criteo's format, with several values of a category or one, and
+    returns the overrides that read them."""
+
+    def write(several):
+        random, folder = np.random.default_rng(0), tmp_path_factory.mktemp("criteo")
+        for day in (0, 1):
+            with (folder / f"day_{day}").open("w") as file:
+                for _ in range(60):
+                    integers = [str(x) if x >= -2 else "" for x in random.integers(-5, 500, 13)]
+                    categories = [f"{x:08x}" if x % 9 else "" for x in random.integers(0, 2**32, 26)]
+                    if several:
+                        categories = [f"{text},{number}" if text else "" for number, text in enumerate(categories)]
+                    file.write("\t".join([str(random.integers(2)), *integers, *categories]) + "\n")
+        return f"data.source=file:{folder}/day_*", "data.heldout_files=day_1"
+
+    return write
 
 
 @pytest.mark.parametrize(
@@ -38,7 +45,10 @@ def test_every_variant_trains_through_the_command_line(variant, criteo, tmp_path
     """Fault: a shipped config does not build, compile, train, report, or read Criteo's files."""
     changes = [*TINY, ROWS, "duration=3 steps", *(() if variant == "sample_adagrad" else SHAMPOO)]
     if not variant.startswith("sample"):
-        changes += [*criteo, "data.workers=1"]  # the terabyte config starts 24 processes
+        changes += [*criteo(variant == "paper"), "data.workers=1"]  # the terabyte config starts 24 processes
+    if variant == "paper":
+        several = f"task.rows={(4, *(20,) * 25)}", "task.width_power=0.5", "data.most_values=2", "task.pooling=mean"
+        changes += several
     arguments = [f"--config=shampax/configs/dlrm.py:{variant}", f"--workdir={tmp_path / 'run'}"]
     assert main([*arguments, *(f"--config.{change}" for change in changes)]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())

@@ -46,15 +46,20 @@ def loss_of(variables, batch, key, task=TASK, *, train=False):
     return task.loss(variables, batch, key=key, train=train)
 
 
-def row_numbers(categories):
+def row_numbers(categories, sizes=SIZES):
     """Return the rows of categories: those of all tables are numbered, and number n is row reversed(n % 2^11), in bits,
     of the strips that n // 2^11 counts."""
-    numbers = np.cumsum([0, *SIZES[:-1]]) + categories.astype(np.int64) % SIZES
+    numbers = np.cumsum([0, *sizes[:-1]]) + categories.astype(np.int64) % sizes
     strips = np.vectorize(lambda number: int(f"{number % 2048:011b}"[::-1], 2))(numbers)
-    return strips * (tables.total_rows(SIZES) // 2048) + numbers // 2048
+    return strips * (tables.total_rows(sizes) // 2048) + numbers // 2048
 
 
-def reference_logits(params, batch):
+def reference_vectors(params, batch, example):
+    """Look up the vectors of the categories of an example."""
+    return list(params["embedding"][row_numbers(batch["categories"])[example]])
+
+
+def reference_logits(params, batch, vectors_of=reference_vectors):
     """Compute the model in float64, one example after the other."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
@@ -63,11 +68,10 @@ def reference_logits(params, batch):
             x = np.maximum(x @ layers[f"layer_{number}"]["kernel"] + layers[f"layer_{number}"]["bias"], 0)
         return x
 
-    logits, rows_BxF = [], row_numbers(batch["categories"])
-    for integers, rows in zip(batch["integers"], rows_BxF, strict=True):
+    logits = []
+    for example, integers in enumerate(batch["integers"]):
         known = [params["missing"][i] if x == MISSING else np.log(1 + max(int(x), 0)) for i, x in enumerate(integers)]
-        vectors = [mlp(params["bottom"], np.array(known))]
-        vectors += list(params["embedding"][rows])
+        vectors = [mlp(params["bottom"], np.array(known)), *vectors_of(params, batch, example)]
         pairs = [vectors[i] @ vectors[j] for i in range(len(vectors)) for j in range(i)]
         hidden = mlp(params["top"], np.concatenate([vectors[0], pairs]))
         logits.append(float((hidden @ params["logit"]["kernel"] + params["logit"]["bias"])[0]))
@@ -81,6 +85,61 @@ def test_agrees_with_numpy_in_float64(variables):
     assert (batch["categories"] >= 2**31).any() and (batch["integers"] == MISSING).any()
     logits, _ = jax.jit(TASK.logits)(variables, batch)
     np.testing.assert_allclose(logits, reference_logits(variables["params"], batch), rtol=1e-4, atol=1e-5)
+
+
+def bags(batch, most=3):
+    """Return the batch with up to `most` values of each category, and other numbers after the last of them."""
+    random = np.random.default_rng(9)
+    shape = batch["categories"].shape
+    values = random.integers(0, most + 1, shape).astype(np.int32)
+    return {**batch, "values": values, "categories": random.integers(0, 2**32, (*shape, most), dtype=np.uint32)}
+
+
+@pytest.mark.parametrize("pooling", ["sum", "mean"])
+def test_multi_hot_categories_and_narrow_tables(pooling):
+    """Faults: the vector of a category is that of another; padding counts as a value, or gets a gradient; a category
+    without values is not a number; the rule of the widths has another base."""
+    sizes = (3, 50, 60, 11)
+    task = dataclasses.replace(TASK, rows=sizes, embed_dim=8, bottom=(8, 8), width_power=0.5, pooling=pooling)
+    assert task.widths == (8, 2, 2, 4)
+    batch = bags(clicks())
+    variables = jax.jit(lambda: task.init(jax.random.key(0), spec_of(batch)))()
+    names, fields = ("embedding", "embedding_2", "embedding_2", "embedding_4"), ((0,), (1, 2), (1, 2), (3,))
+
+    def vectors_of(params, batch, example):
+        found = []
+        for field, (name, own) in enumerate(zip(names, fields, strict=True)):
+            count = batch["values"][example, field]
+            categories = np.zeros((count, len(own)), np.uint32)
+            categories[:, own.index(field)] = batch["categories"][example, field, :count]
+            rows = row_numbers(categories, [sizes[each] for each in own])[:, own.index(field)] if count else []
+            vector = params[name][rows].sum(axis=0) / (max(count, 1) if pooling == "mean" else 1)
+            found.append(vector @ params[f"projection_{field}"] if f"projection_{field}" in params else vector)
+        return found
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def measured(params, batch):
+        logits, _ = task.logits({"params": params}, batch)
+        return jnp.sum(jnp.sin(logits)), logits
+
+    (_, logits), gradient = measured(variables["params"], batch)
+    wanted = reference_logits(variables["params"], batch, vectors_of)
+    np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-5)
+    real = np.arange(3) < batch["values"][..., None]
+    cleaned = batch | {"categories": np.where(real, batch["categories"], 0)}
+    (_, again), others = measured(variables["params"], cleaned)
+    jax.tree.map(np.testing.assert_array_equal, (logits, gradient), (again, others))
+    axes = task.logical_axes(variables)["params"]
+    assert {name for name in axes if axes[name] == ("rows", None)} == set(names)
+
+
+def test_padding_is_not_looked_up():
+    """Fault: numbers after the last value of a category are looked up, and their rows sent."""
+    batch = bags(clicks())
+    (array,) = TASK.arrays.values()
+    rows = array.lookups(jnp.asarray(batch["categories"]), jnp.asarray(batch["values"]))
+    assert np.sum(np.asarray(rows) < tables.total_rows(SIZES)) == batch["values"].sum()
 
 
 def test_interactions_are_the_lower_triangle():
@@ -199,6 +258,8 @@ def test_every_device_owns_a_part_of_small_tables():
         ({"rows": (2**30, 2**30)}, "task.rows: 2,147,483,648 rows in total; at most 2,147,481,600"),
         ({"dropout": 1.0}, "task.dropout=1.0"),
         ({"compute_dtype": "float16"}, "task.compute_dtype='float16'"),
+        ({"width_power": -0.5}, "task.width_power=-0.5"),
+        ({"pooling": "max"}, "task.pooling='max'"),
     ],
 )
 def test_invalid_fields_are_refused(fields, error):
@@ -234,6 +295,7 @@ def gradients_of_lookup(table, rows, weights):
 
     def weighted(table):
         found = tables.look_up(table, rows, jnp.dtype(jnp.float32))
+        found = jnp.where(rows[..., None] < len(table), found, 0)
         return (found * weights).sum(), found
 
     (_, found), gradient = jax.value_and_grad(weighted, has_aux=True)(table)
@@ -257,6 +319,7 @@ def rows_of(examples, sizes=LARGE):
     rows = np.array(tables.row_numbers(jnp.asarray(clicks(examples)["categories"]), sizes))
     rows[1] = rows[0]  # looked up twice, by one device
     rows[-1] = rows[0]  # and by another one
+    rows[3::7, 1:3] = tables.total_rows(sizes)  # none
     return rows
 
 
@@ -303,8 +366,8 @@ def test_used_rows(shape):
         find = jax.jit(lambda rows: tables.used(rows, total, axes))
         for rows in (rows_of(64), of_one_device):
             used, place, filled = map(np.asarray, find(rows))
-            np.testing.assert_array_equal(used[place], rows)
-            assert sorted(used[used < total]) == np.unique(rows).tolist() and filled < 1
+            np.testing.assert_array_equal(np.append(used, total)[place], rows)
+            assert sorted(used[used < total]) == np.unique(rows[rows < total]).tolist() and filled < 1
             for number, part in enumerate(used.reshape(owners, -1)):
                 assert (part[part < total] // (total // owners) == number).all()
 
