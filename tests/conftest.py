@@ -21,6 +21,7 @@ MANY_MAPS = 20_000
 QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     QUICK.append("--xla_cpu_use_fusion_emitters=false")  # the older code generators compile in half the time
+    QUICK.append("--xla_cpu_parallel_codegen_split_count=1")  # cutting programs for more threads costs an eighth
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")

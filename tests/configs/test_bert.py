@@ -64,14 +64,14 @@ def test_a_second_phase_continues_with_longer_rows(first_phase, tmp_path, capfd)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [name for name in bert.VARIANTS if name != "sample"])
+# paper_512 has the task and the optimizer of paper.
+@pytest.mark.parametrize("variant", [name for name in bert.VARIANTS if name not in ("sample", "paper_512")])
 def test_other_variants_train(variant, tmp_path):
-    """Fault: a shipped config does not compile or train."""
-    changes = ["duration=1 steps", "schedule.warmup=0 steps", "microbatches=2"]
-    if variant == "paper_512":
-        changes += ["schedule.begin=0 steps", "resume_from="]
-    result = train(shrunk(variant, *changes), tmp_path, devices=jax.devices()[:1])
-    assert result["steps"] == 1
+    """Faults: a shipped config does not compile or train; the model does not compile for two slices."""
+    slices = 2 if variant == "paper" else 1
+    changes = ["duration=1 steps", "schedule.warmup=0 steps", "microbatches=2", f"slices={slices}"]
+    result = train(shrunk(variant, *changes), tmp_path, devices=jax.devices()[:slices])
+    assert (result["steps"], result["devices"]) == (1, slices)
     assert np.isfinite(result["heldout_loss"])
 
 

@@ -46,7 +46,8 @@ def commanded(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "variant",
-    [pytest.param(name, marks=() if name == "sample" else pytest.mark.slow) for name in lm.VARIANTS],
+    # `mixture` trains sample_moe.
+    [pytest.param(v, marks=() if v == "sample" else pytest.mark.slow) for v in lm.VARIANTS if v != "sample_moe"],
 )
 def test_every_variant_trains_through_the_command_line(variant, commanded):
     """Faults: a shipped config does not build, compile, train or report; a large one waits until all its data are
@@ -76,51 +77,47 @@ def config_of(variant, *changes):
     return load(f"shampax/configs/lm.py:{variant}", [*SMALL, *SHAMPOO, "evaluation.every=0 steps", *changes])
 
 
-@pytest.mark.parametrize(
-    ("devices", "mesh"),
-    [
-        pytest.param(2, {}, marks=pytest.mark.slow),
-        pytest.param(4, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
-        (8, {"fsdp": 2, "tensor": 2}),
-    ],
-)
-def test_every_mesh_gives_the_same_run(on_one_device, commanded, tmp_path, devices, mesh):
+def test_a_mesh_of_three_axes_gives_the_same_run(on_one_device, commanded):
     """Fault: a loss, an update or a refresh depends on the sharding."""
-    if devices == 8:
-        workdir, _ = commanded("sample")
-    else:
-        workdir, config = tmp_path, config_of("sample", TWELVE_STEPS)
-        config.mesh.update(mesh)
-        train(config, workdir, devices=jax.devices()[:devices])
-    losses = history(workdir, "train/loss")
+    losses = history(commanded("sample")[0], "train/loss")
     assert len(losses) == 12
     np.testing.assert_allclose(losses, history(on_one_device, "train/loss"), rtol=1e-4)
 
 
+def train_mixture(workdir, devices, **mesh):
+    """Train the sample with experts for four steps, with a checkpoint every second step."""
+    changes = ("duration=4 steps", "task.balance_rate=0.1", "task.attention_block=8", "microbatches=2")
+    config = config_of("sample_moe", *changes, "checkpoint.every=2 steps")
+    config.mesh.update(mesh)
+    return train(config, workdir, devices=jax.devices()[:devices])
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """Train with experts and positions split between four devices; return the workdir."""
+    workdir = tmp_path_factory.mktemp("mixture") / "four"
+    result = train_mixture(workdir, 4, expert=2, sequence=2)
+    assert (result["steps"], result["skipped_steps"]) == (4, 0) and result["refreshes"] > 0
+    return workdir
+
+
 @pytest.mark.slow
-def test_sharded_experts_and_positions_train_as_on_one_device(tmp_path):
+def test_sharded_experts_and_positions_train_as_on_one_device(mixture, tmp_path):
     """Faults: an expert gets the statistics of another; owners ignore an axis of the mesh."""
-    on = {"one": (1, {"expert": 1}), "four": (4, {"expert": 2, "sequence": 2})}
-    for name, (devices, mesh) in on.items():
-        config = config_of("sample_moe", "duration=5 steps", "task.attention_block=8")
-        config.mesh.update(mesh)
-        train(config, tmp_path / name, devices=jax.devices()[:devices])
-    table = (tmp_path / "four" / "parameters.txt").read_text()
+    train_mixture(tmp_path, 1, expert=1)
+    table = (mixture / "parameters.txt").read_text()
     gate = next(line.split() for line in table.splitlines() if line.startswith("layers/moe/gate"))
     assert gate[1:3] == ["2x4x16x32", "-,expert"] and gate[3].startswith("shampoo")
     for key in ("train/loss", "train/update_norm"):
-        one, four = (history(tmp_path / name, key) for name in on)
-        np.testing.assert_allclose(four, one, rtol=1e-3, err_msg=key)
+        np.testing.assert_allclose(history(mixture, key), history(tmp_path, key), rtol=1e-3, err_msg=key)
 
 
 @pytest.mark.slow
-def test_a_resumed_mixture_continues_bit_for_bit(tmp_path):
+def test_a_resumed_mixture_continues_bit_for_bit(mixture, tmp_path):
     """Fault: the biases of routers are not saved, or begin at 0 again."""
-    changes = ("duration=4 steps", "task.balance_rate=0.1", "microbatches=2", "checkpoint.every=2 steps")
-    train(config_of("sample_moe", *changes), tmp_path / "whole", devices=jax.devices()[:4])
-    resumed = cut_short(tmp_path / "whole", tmp_path / "resumed", 2)
-    train(config_of("sample_moe", *changes), resumed, devices=jax.devices()[:4])
-    whole, resumed = (history(tmp_path / name, "train/loss") for name in ("whole", "resumed"))
+    resumed = cut_short(mixture, tmp_path / "resumed", 2)
+    train_mixture(resumed, 4, expert=2, sequence=2)
+    whole, resumed = (history(workdir, "train/loss") for workdir in (mixture, resumed))
     assert len(whole) == 4
     np.testing.assert_array_equal(resumed, whole)
 

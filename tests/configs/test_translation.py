@@ -83,8 +83,9 @@ def wmt14(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["base", "paper"])
 def test_wmt14_config_trains(variant, wmt14, tmp_path, capsys):
-    """Fault: a shipped config for real data cannot find, read, compile or train on them."""
-    result = run(tmp_path, f"data.data_dir={wmt14}", "duration=3 steps", variant=variant)
+    """Faults: a shipped config for real data cannot find, read, compile or train on them, or not on two slices."""
+    slices = {"base": 1, "paper": 2}[variant]
+    result = run(tmp_path, f"data.data_dir={wmt14}", "duration=3 steps", f"slices={slices}", variant=variant)
     assert (result["steps"], result["devices"], result["skipped_steps"]) == (3, 2, 0)
     assert np.isfinite(result["heldout_loss"]) and 0 <= result["bleu"] <= 100
     assert "sacrebleu nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:" in capsys.readouterr().out

@@ -20,6 +20,16 @@ PAGE = (ROOT / "docs" / "new_model.md").read_text()
 SHELL = "".join(re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)).replace("\\\n", "")
 COMMANDS = [shlex.split(line) for line in SHELL.splitlines()]
 
+RUN = """
+import json, sys
+from shampax.launch.main import main
+for words in json.loads(sys.argv[1]):
+    code = main(words[1:])
+    print("END")
+    if code:
+        sys.exit(code)
+"""
+
 sys.path.append(str(ROOT))  # the user's current folder
 
 
@@ -60,21 +70,20 @@ def test_every_example_has_a_command_and_is_listed(file):
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
-    """Run the page's commands. Return the folder and (command, output) in order."""
+    """Run the page's commands, all but the plan in one process. Return the folder and (command, output) in order."""
     folder = tmp_path_factory.mktemp("new_model")
     shutil.copytree(EXAMPLES, folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     environment = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
     environment["PYTHONPATH"] = str(ROOT.parent) if ROOT.name == "shampax" else ""
+    plan, *others = COMMANDS
+    assert plan[1] == "plan" and {command[0] for command in COMMANDS} == {"shampax"}
     printed = []
-    for command in COMMANDS:
-        assert command[0] in ("python", "shampax")
-        words = command[1:] if command[0] == "python" else ["-m", *command]
-        done = subprocess.run(
-            [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-3000:])
-        printed.append((" ".join(command), done.stdout))
-    return folder, printed
+    for commands in ([plan], others):
+        words = [sys.executable, "-c", RUN, json.dumps(commands)]
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-3000:])
+        printed += done.stdout.split("END")[:-1]
+    return folder, [(" ".join(command), out) for command, out in zip(COMMANDS, printed, strict=True)]
 
 
 @pytest.mark.slow

@@ -81,23 +81,39 @@ def test_without_a_compiler_the_rest_is_planned():
     assert "unknown whether it fits" in out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ((f"{LM}sample", "--topology=v5e-16"), "--topology=v5e-16: no such TPU slice"),
-        ((f"{LM}sample", "--gpu=8xh1000"), "--gpu=8xh1000: no such GPUs"),
-        ((f"{LM}sample", "--topolgy=v5e:2x2"), "unrecognized arguments: --topolgy=v5e:2x2"),
-        ((f"{LM}samle",), "Did you mean 'sample'"),
-        ((f"{LM}sample", "--devices=1000000000"), "1000000000 devices: must be at least 1 and at most 16384"),
-        ((f"{LM}sample", "--config.mesh.data=2147483647"), "2147483647 devices: must be at least 1 and at most 16384"),
-        ((f"{LM}sample", "--devices=-1"), "-1 devices: must be at least 1"),
-        ((f"{LM}sample", "--devices=3"), "batch_size=16: must be divisible by 3 data shards"),
-    ],
-)
-def test_errors_are_one_line(arguments, words):
+REFUSED = [
+    ((f"{LM}sample", "--topology=v5e-16"), "--topology=v5e-16: no such TPU slice"),
+    ((f"{LM}sample", "--gpu=8xh1000"), "--gpu=8xh1000: no such GPUs"),
+    ((f"{LM}sample", "--topolgy=v5e:2x2"), "unrecognized arguments: --topolgy=v5e:2x2"),
+    ((f"{LM}samle",), "Did you mean 'sample'"),
+    ((f"{LM}sample", "--devices=1000000000"), "1000000000 devices: must be at least 1 and at most 16384"),
+    ((f"{LM}sample", "--config.mesh.data=2147483647"), "2147483647 devices: must be at least 1 and at most 16384"),
+    ((f"{LM}sample", "--devices=-1"), "-1 devices: must be at least 1"),
+    ((f"{LM}sample", "--devices=3"), "batch_size=16: must be divisible by 3 data shards"),
+]
+# Runs the command with each of several lists of arguments.
+EACH = """
+import contextlib, io, json, sys
+from shampax.launch.plan import main
+for arguments in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def refused():
+    """Run all commands of REFUSED in one process; return exit code, standard output and standard error of each."""
+    command = [sys.executable, "-c", EACH, json.dumps([arguments for arguments, _ in REFUSED])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)), ids=[words for _, words in REFUSED])
+def test_errors_are_one_line(refused, number):
     """Faults: a traceback; a plan for something that was not requested."""
-    code, out, err = plan(*arguments)
-    assert code == 2
-    assert out == ""
+    (code, out, err), (_, words) = refused[number], REFUSED[number]
+    assert (code, out, err.count("\n")) == (2, "", 1)
     assert words in err
-    assert err.count("\n") == 1

@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -13,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from shampax.configs import base
 from shampax.launch import sweep
 
 CONFIG = "--config=lm:bytes"
@@ -239,17 +237,3 @@ def test_a_signal_while_a_trial_starts_stops_this_trial_too(trainer, capsys, mon
     monkeypatch.setenv("PAUSE", "5")
     code, _, _ = ran([CONFIG, f"--workdir={trainer}", "--over", "schedule.learning_rate=0.1,0.2"], capsys)
     assert code == 143 and max(evaluations(trainer).values(), default=0) < 8
-
-
-@pytest.mark.slow
-def test_a_sweep_of_real_runs(tmp_path):
-    """Faults: the verb's flags are not those of `train`; data are prepared for each trial; a run cannot be read."""
-    command = [sys.executable, "-m", "shampax", "sweep", CONFIG, f"--workdir={tmp_path}"]
-    command += ["--config.duration=4 steps", "--config.evaluation.batches=1", "--config.task.layers=1", "--over"]
-    command += ["schedule.learning_rate=1e-9,1e-2", "--config.batch_size=8", "--config.optimizer.name=" + base.ADAMW]
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, (done.stdout, done.stderr)
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("1e-")]
-    assert [(row[0], row[3]) for row in rows] == [("1e-2", "complete"), ("1e-9", "complete")]
-    assert (tmp_path / "data").is_dir() and not [*tmp_path.glob("*/data")]

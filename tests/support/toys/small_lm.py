@@ -16,5 +16,6 @@ def train_small(workdir, *changes):
     config.task = base.component(TASK, vocab_size=257, **SIZES)
     config.data = base.component(DATA, vocab_size=257, sequence_length=32, max_records=2)
     config.optimizer = base.component("shampax.optimizers.baselines:AdamWOptions")
-    overrides.apply(config.lock(), ["duration=4 steps", "batch_size=8", "checkpoint.every=2 steps", *changes])
+    fixed = ["duration=4 steps", "batch_size=8", "checkpoint.every=2 steps", "evaluation.every=2 steps"]
+    overrides.apply(config.lock(), [*fixed, "evaluation.batches=8", *changes])
     return train(config, workdir, devices=jax.devices()[:2])
