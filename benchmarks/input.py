@@ -1,5 +1,6 @@
-"""Measure how many rows of tokens, images and clicks a second are read into batches, from a fast and from a slow disk;
-and with --corpora how fast one core reads documents of each format, and makes rows of them.
+"""Measure how many rows of tokens, images and clicks a second are read into batches, from a fast and from a slow disk,
+and of tokens how many one core reads in windows and mixtures; with --corpora how fast one core reads documents of each
+format, and makes rows of them.
 
     python -m shampax.benchmarks.input
 
@@ -33,7 +34,9 @@ from PIL import Image
 
 from ..framework.data import click_lines, clicks
 from ..framework.data.images import ImageData, pictures
+from ..framework.data.mixing import Mixed
 from ..framework.data.pipeline import Batches, Reading
+from ..framework.data.preparing.windows import Windows
 from ..framework.data.reading import shards
 from ..framework.data.text import TextData, packing
 from ..framework.dataset import Augment, Example
@@ -220,6 +223,34 @@ def rate(kind: Kind, source: Any, reading: Reading, seconds: float) -> float:
     return round(kind.batch * count / elapsed, 1)
 
 
+def per_core(seconds: float) -> dict[str, float]:
+    """Return how many rows of tokens one core reads in a second of CPU time: all shuffled, in windows, and mixed."""
+    kind, found = KINDS["tokens"], dict[str, float]()
+    with tempfile.TemporaryDirectory() as place:
+        files = write(kind, Path(place))
+        for number, path in enumerate([*files]):
+            path.rename(path.with_name(f"train-{number:05}.array_record"))
+        counts = [*files.values()]
+        renamed = {epath.Path(place) / f"train-{n:05}.array_record": count for n, count in enumerate(counts)}
+        rows = shards.ShardRows(renamed, kind.decode, 0, sum(counts))
+        windows = Windows(epath.Path(place), kind.decode, 4, counts, making=False, wanted=0, process=0)
+        ways = {
+            "shuffled": rows,
+            "windows of 4 shards": windows,
+            "3 sources in windows": Mixed(dict.fromkeys("abc", windows), [(0, (5.0, 3.0, 1.0))]),
+        }
+        for way, source in ways.items():
+            batches = Batches(source, seed=0, global_batch_size=kind.batch, rows=range(kind.batch))
+            batches[0]
+            begun, count = time.process_time(), 0
+            while not count or time.process_time() < begun + seconds:
+                count += 1
+                batches[count]
+            found[way] = round(kind.batch * count / (time.process_time() - begun), 1)
+            print(f"tokens, {way}: {found[way]} rows/s per core", file=sys.stderr, flush=True)
+    return found
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Measure all kinds. Return the result as JSON."""
     knobs = {"threads": options.threads, "workers": options.workers, "ahead": options.ahead}
@@ -241,7 +272,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     found = rate(kind, source, reading, options.seconds)
                     result.setdefault(f"{name}, rows/s", {}).setdefault(disk, {})[way] = found
                     print(f"{name}, {disk}, {way}: {found} rows/s", file=sys.stderr, flush=True)
-    return result
+    return result | ({"tokens, rows/s per core": per_core(options.seconds)} if "tokens" in options.kinds else {})
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -4,6 +4,12 @@ from shampax.benchmarks import input as reading
 from shampax.framework.data.pipeline import Reading
 
 
+def test_rows_per_core():
+    """Fault: windows or mixtures are not measured, or measured on rows that are not read."""
+    found = reading.per_core(0.0)
+    assert [*found] == ["shuffled", "windows of 4 shards", "3 sources in windows"] and min(found.values()) > 0
+
+
 def test_a_slow_disk_costs_one_wait_for_many_rows(tmp_path, monkeypatch):
     """Faults: batches are read row by row; the emulated disk is not waited for, or the two sides read alike."""
     read, calls, slept = reading._Slow.read, [], []

@@ -1025,6 +1025,14 @@ FRAMEWORK = (
         ("tests/framework/data/test_windows.py::test_any_share_from_any_step",),
     ),
     Mutant(
+        "order-depends-on-what-exists",
+        "framework/data/preparing/windows.py",
+        "self._ends[window], seed, epoch, window)",
+        "self._ends[window], seed, epoch + self._whole, window)",
+        "A run resumed when all rows exist trains on other batches than one that made them on the way.",
+        ("tests/framework/data/test_windows.py::test_batches_while_rows_are_made",),
+    ),
+    Mutant(
         "incomplete-window-is-the-end",
         "framework/data/preparing/windows.py",
         "if first + len(rows) < min(first + self._size, self._end()):",

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import os
 import re
@@ -85,6 +86,49 @@ def test_any_share_from_any_step(whole):
     window = sum(shard["rows"] for shard in [s for s in data.manifest(cache)[1]["shards"] if s["split"] == "train"][:4])
     every = [str(stored[row]["tokens"].tolist()) for row in range(window)]
     assert sorted(rows[:window]) == sorted(every)
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_batches_while_rows_are_made(tmp_path, size):
+    """Faults: while rows are made, another number of processes, a resume at another step, or another order in which
+    sources are made, gives a mixture other batches."""
+    # Few long windows: grain shuffles less than 1,000 rows slowly.
+    both = [corpus(tmp_path / name, 4, shuffle_window=size, sequence_length=4, shard_size=40) for name in "ab"]
+    (tmp_path / "b" / "000.txt").write_text("a document of b\f" * 90)
+
+    def prepared(cache, most):
+        for data in both:
+            data.prepare_some(cache, 10**6, 0)
+            made(data, cache, most=most, extend=True)
+        return cache
+
+    def reading(cache, processes, share, step):
+        """Yield the batches of a share from a step on, as a process that has just started."""
+        sources = {name: data.examples("train", cache) for name, data in zip("ab", both, strict=True)}
+        mixed = mixing.Mixed(sources, [(0, (3.0, 1.0)), (100, (1.0, 1.0))])
+        rows = range(share, ROWS, processes)
+        batches = Batches(mixed, seed=5, global_batch_size=ROWS, rows=rows, reading=Reading(2, 0, 2)).from_step(step)
+        return contextlib.closing(batch["tokens"].tolist() for batch in batches)
+
+    def taken(batches, count):
+        return [*itertools.islice(batches, count)]
+
+    with reading(prepared(tmp_path / "whole", 10**6), 1, 0, 0) as batches:
+        whole = taken(batches, 160)
+    begun, rows, here = time.process_time(), 0, prepared(tmp_path / "here", 1)
+    shares = ((1, 0), (2, 0), (2, 1), (4, 0), (4, 3))
+    for step, most in ((0, 100), (74, 500), (76, 520), (83, 550), (155, 10**6)):
+        with contextlib.ExitStack() as stack:
+            readers = [stack.enter_context(reading(here, *share, step)) for share in shares]
+            maker = threading.Thread(target=prepared, args=(here, most))
+            maker.start()
+            found = [taken(reader, 4) for reader in readers]
+            maker.join()
+        for (processes, share), batches in zip(shares, found, strict=True):
+            assert batches == [batch[share::processes] for batch in whole[step : step + 4]]
+        rows += sum(len(batch) for batches in found for batch in batches)
+    rate = rows / (time.process_time() - begun)
+    print(f"windows of {size}: {rate:,.0f} rows/s per core, made and read by 5 readers from 5 steps")
 
 
 def test_batches_need_only_the_shards_before_them(whole, tmp_path, monkeypatch, capfd):
