@@ -357,7 +357,9 @@ def test_small_tables_are_gathered():
     assert "all-to-all" not in {found.kind for found in collectives.find(text)}
 
 
-@pytest.mark.parametrize("shape", [*MESHES.values(), SLICES, (1, 1, 1, 1)], ids=[*MESHES, "slices", "one"])
+@pytest.mark.parametrize(
+    "shape", [MESHES["2x2x2"], MESHES["1x1x8"], SLICES, (1, 1, 1, 1)], ids=["2x2x2", "1x1x8", "slices", "one"]
+)
 def test_used_rows(shape):
     """Faults: a row is missing, twice, or on another device than its owner; a lookup has the place of another row; rows
     of the other slice, or beyond the first message, are missing."""
