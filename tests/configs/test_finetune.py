@@ -45,10 +45,13 @@ def ran(function, *arguments):
 @pytest.mark.slow
 def test_the_recipe_from_bytes_to_an_exported_folder_that_is_tuned_again(tmp_path):
     """Faults: a command of docs/finetuning.md fails; answers are not learned; an exported folder cannot be tuned."""
-    few = ["--config.duration=30 steps", "--config.checkpoint.every=0 steps", "--config.evaluation.batches=2"]
-    ran(main, "--config=lm:bytes", f"--workdir={tmp_path / 'bytes'}", *few, "--config.data.max_records=5")
+    few = ["--config.checkpoint.every=0 steps", "--config.evaluation.every=0 steps", "--config.evaluation.batches=1"]
+    short = ["--config.duration=3 steps", "--config.data.max_records=2"]
+    ran(main, "--config=lm:bytes", f"--workdir={tmp_path / 'bytes'}", *few, *short)
     start = f"--config.init_from={tmp_path / 'bytes'}"
-    ran(main, "--config=finetune:sample", start, f"--workdir={tmp_path / 'sums'}", *few)
+    small = ["--config.batch_size=8", "--config.data.sequence_length=128"]
+    sums = ["--config=finetune:sample", f"--workdir={tmp_path / 'sums'}", "--config.duration=30 steps"]
+    ran(main, *sums, start, *few, *small)
     losses = history(tmp_path / "sums", "train/loss")
     assert losses[-1] < 0.7 * losses[0]
     ran(checkpoint.main, "export", tmp_path / "sums", tmp_path / "out", "--format=hf")
@@ -58,8 +61,8 @@ def test_the_recipe_from_bytes_to_an_exported_folder_that_is_tuned_again(tmp_pat
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    tuned = [f"--config=finetune:{tmp_path / 'out'}", f"--workdir={tmp_path / 'again'}", "--config.batch_size=8"]
-    ran(main, *tuned, "--config.duration=2 steps", "--config.data.sequence_length=256")
+    tuned = [f"--config=finetune:{tmp_path / 'out'}", f"--workdir={tmp_path / 'again'}"]
+    ran(main, *tuned, *few, *small, "--config.duration=2 steps")
     np.testing.assert_allclose(history(tmp_path / "again", "train/loss")[0], losses[-1], atol=0.3)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     task = LMTask(**LMTask.knobs_of_folder(config))

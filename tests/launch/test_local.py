@@ -218,7 +218,7 @@ SMALL_LM = (
     "optimizer.block_size=16",
     "optimizer.interval=3",
     "batch_size=16",
-    "duration=20 steps",
+    "duration=8 steps",
     "evaluation.every=0 steps",
     "evaluation.batches=1",
     "checkpoint.every=0 steps",
@@ -237,7 +237,7 @@ def test_two_processes_of_two_devices_train_as_one_of_four(tmp_path):
         assert code == 0, err
         assert re.search(r"^\[0\] mesh: .*data 4", out, re.MULTILINE)
     train(load(sample, SMALL_LM), tmp_path / "alone", devices=jax.devices()[:4])
-    assert len(history(tmp_path / "2", "train/loss")) == 20
+    assert len(history(tmp_path / "2", "train/loss")) == 8
     assert history(tmp_path / "2", "train/loss") == history(tmp_path / "1", "train/loss")
     np.testing.assert_allclose(
         history(tmp_path / "2", "train/loss"), history(tmp_path / "alone", "train/loss"), rtol=1e-6

@@ -9,7 +9,7 @@ import time
 import jax
 import pytest
 import shrunk
-from toy_runs import make_config
+from toy_runs import ADAMW, make_config
 from trackers import recorded, wandb_points
 
 from shampax.configs import base
@@ -156,10 +156,11 @@ def test_wandb_mlflow_and_aim_receive_a_run_of_the_sample(tmp_path):
     names = ["tensorboard", "wandb", "wandb.mode=offline", "mlflow"]
     with_aim = importlib.util.find_spec("aim") is not None  # it has no wheel for Python 3.13
     names += ["aim", f"aim.repo={tmp_path}"] if with_aim else []
-    workdir, small = tmp_path / "run", ["log.every=2 steps", "trackers=" + ",".join(names), "samples.every=2 steps"]
+    small = ["log.every=2 steps", "evaluation.every=2 steps", "samples.every=2 steps", "trackers=" + ",".join(names)]
+    workdir, small = tmp_path / "run", [*small, f"optimizer.name={ADAMW}"]
     command = [sys.executable, "-m", "shampax", "train", "--config=lm:sample", f"--workdir={workdir}"]
     command += [f"--config.{knob}" for knob in (*shrunk.LM, *small)]
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_NUM_CPU_DEVICES": "1"}
     for duration in ("4 steps", "6 steps"):
         words = ["--change", f"duration={duration}"] if workdir.exists() else [f"--config.duration={duration}"]
         done = subprocess.run(

@@ -567,7 +567,7 @@ def train(state, first, keep=()):
             service._solved(launch)
         return updates, digest.hexdigest(), kept, service.report().solves
 
-steps = (1, 2, 3, 4, 6, 7, 9, 12, 13, 17)
+steps = (2, 4, 7, 9, 13)
 updates, digest, kept, solves = train(init(params), 0, steps)
 like = tx.layout(params).saved_spec(params)
 resumed = [train(back(kept[t], like), t)[1] == digest for t in steps]
@@ -583,7 +583,7 @@ def test_two_processes_solve_their_own_blocks_and_resume_bitwise(tmp_path):
     run_together(PROCESSES, processes=2, devices=4, arguments=[str(tmp_path)])
     run_together(PROCESSES, processes=1, devices=8, arguments=[str(tmp_path)])
     *together, alone = (np.load(tmp_path / f"{name}.npz") for name in ("2-0", "2-1", "1-0"))
-    assert all(result["resumed"].all() and len(result["resumed"]) == 10 for result in (*together, alone))
+    assert all(result["resumed"].all() and len(result["resumed"]) == 5 for result in (*together, alone))
     assert sum(result["solves"] for result in together) == alone["solves"]
     assert 0.3 < together[0]["solves"] / alone["solves"] < 0.7
     for k in SHARDED_SHAPES:

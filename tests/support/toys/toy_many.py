@@ -23,7 +23,7 @@ def get_config():
     config.duration = "80 steps"
     config.batch_size = 8
     config.evaluation.every = "20 steps"
-    config.checkpoint.every = "5 steps"
+    config.checkpoint.every = "10 steps"
     config.log.every = "2 steps"
     config.processes.death_seconds = 5.0
     if fault() == "stale":
