@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 
+from ..framework.base import paths
 from ..framework.base import workdir as layout
 from ..framework.base.errors import UserError, printable
 from ..framework.config.check import load
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(given: list[str]) -> int:
     parser = flags.Parser("sweep", __doc__)
     parser.add_argument("--config", required=True, metavar="FILE.py[:VARIANT]")
-    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--workdir", type=_folder, required=True, metavar="DIR")
     parser.add_argument("--over", nargs="+", action="extend", required=True, metavar="KEY=VALUE,VALUE")
     parser.add_argument("--random", type=int, default=0, metavar="N", help="train N random combinations")
     parser.add_argument("--halving", default="", metavar="I,J", help="drop the worse half at these evaluations")
@@ -138,6 +139,15 @@ def _main(given: list[str]) -> int:
     if code <= 1:
         _tell(trials, command, options)
     return code
+
+
+def _folder(text: str) -> Path:
+    if not paths.is_local(text):
+        raise UserError(
+            f"--workdir={text}: a sweep writes the output of its trials beside them, which a bucket cannot hold. Use a "
+            "folder."
+        )
+    return Path(text)
 
 
 def _rungs(text: str) -> list[int]:

@@ -6,17 +6,19 @@ This module gathers what the page shows as JSON; `page.html` has the layout, the
 import datetime
 import json
 import os
+import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from plotly.offline import get_plotlyjs
 
-from ..base import workdir
+from ..base import parts, paths, workdir
 from ..base.errors import UserError
 from ..base.json_files import is_number, parse_object
+from ..base.paths import Path
+from ..checkpoint import shelf
 from ..config.check import to_json
 from ..config.overrides import flat
 from ..config.schema import get_config
@@ -56,7 +58,7 @@ def page(runs: Sequence[Run], *, baseline: Path | None = None, reload_seconds: f
       UserError: the baseline is not among the runs.
     """
     data = contents(runs, baseline) | {"reload": reload_seconds}
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    template = pathlib.Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     # "</script>" in a name must not end the script; "<" occurs in strings only.
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     before, between, after = re.split("{{data}}|{{plotly}}", template)
@@ -207,7 +209,7 @@ def _comparison(groups: Sequence[Group]) -> tuple[str | None, list[str]]:
 def _baseline(groups: Sequence[Group], chosen: Path | None) -> Group | None:
     if chosen is not None:
         for group in groups:
-            if any(run.path.resolve() == chosen.resolve() for run in group.runs):
+            if any(paths.of(run.path) == paths.of(chosen) for run in group.runs):
                 return group
         raise UserError(f"--baseline={chosen}: must be among the workdirs. Add it.")
     if len(groups) < 2:
@@ -224,7 +226,7 @@ def _card(run: Run, index: int, against: Group | None, compared: str | None, gro
         facts[0] = facts[0]._replace(note=facts[0].note or "no baseline in this report")
     return {
         "group": index,
-        "name": run.path.resolve().name,
+        "name": paths.of(run.path).name,
         "state": kind,
         "told": told,
         "steps": run.steps,
@@ -295,18 +297,18 @@ def _differences(groups: Sequence[Group]) -> Table:
 def _about(run: Run, index: int) -> dict[str, Any]:
     """Return what a run was: its starts, config, changes, result, parameters, checkpoints and samples."""
     parameters = run.path / workdir.PARAMETERS
-    samples = [each for each in map(parse_object, _text(run.path / workdir.SAMPLES).splitlines()) if each]
-    changes = sorted((run.path / workdir.CHANGES).glob("*.txt"))
+    samples = [each for each in map(parse_object, parts.lines(run.path / workdir.SAMPLES)) if each]
+    changes = [path for path in paths.listed(run.path / workdir.CHANGES) if path.suffix == ".txt"]
     return {
         "group": index,
-        "name": run.path.resolve().name,
-        "path": str(run.path.resolve()),
+        "name": paths.of(run.path).name,
+        "path": str(paths.of(run.path)),
         "starts": [_start(each) for each in run.starts],
         "config": _config(run.config),
         "changes": [[path.stem.partition(".")[0].replace("T", " "), _text(path).strip()] for path in changes],
         "result": [[name.replace("_", " "), _cell(value)] for name, value in (run.result or {}).items()],
         "parameters": _text(parameters),
-        "checkpoints": _checkpoints(run.path / workdir.CHECKPOINTS),
+        "checkpoints": _checkpoints(run.path),
         "samples": [
             [f"{each.get('prompt', '')}", f"{each.get('text', '')}"]
             for each in samples
@@ -332,11 +334,12 @@ def _start(start: Mapping[str, Any]) -> Table:
     return [[name.replace("_", " "), _cell(value)] for name, value in start.items()]
 
 
-def _checkpoints(folder: Path) -> Table:
+def _checkpoints(place: Path) -> Table:
     rows = [["step", "saved", "size"]]
-    for path in sorted((each for each in folder.glob("*") if each.name.isdigit()), key=lambda each: int(each.name)):
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        saved = datetime.datetime.fromtimestamp(path.stat().st_mtime)
+    for path in shelf.checkpoints(place):
+        size = sum(paths.files(path).values())
+        written = path if paths.is_local(path) else path / shelf.COMMITTED
+        saved = datetime.datetime.fromtimestamp(paths.modified(written))
         rows.append([f"{int(path.name):,}", f"{saved:%Y-%m-%d %H:%M}", f"{status.short(size)}B"])
     return rows if len(rows) > 1 else []
 
@@ -351,11 +354,13 @@ def _counts_examples(runs: Sequence[Run]) -> bool:
 
 
 def _shared(runs: Sequence[Run]) -> str:
-    return Path(os.path.commonpath([run.path.resolve().parent for run in runs])).name or "/"
+    parents = {os.fspath(paths.of(run.path).parent) for run in runs}
+    places = {path.partition("://")[0] if "://" in path else "" for path in parents}
+    return os.path.basename(os.path.commonpath(parents)) or "/" if len(places) == 1 else "several places"
 
 
 def _text(path: Path) -> str:
-    return path.read_text(errors="replace") if path.is_file() else ""
+    return paths.read_text(path) if path.exists() else ""
 
 
 def _short(values: np.ndarray, digits: int = 5) -> list[Any]:

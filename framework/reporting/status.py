@@ -9,8 +9,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ..base import workdir
+from ..base import paths, workdir
 from ..base.json_files import is_number
+from ..base.parts import parts
 from . import curves
 from .runs import Run
 
@@ -43,7 +44,7 @@ def state(run: Run) -> State:
         if not stopped:
             return State("complete", f"complete after {steps}")
         return State("stopped" if stopped.startswith("SIG") else "failed", f"stopped after {steps}: {stopped}")
-    written = (run.path / workdir.METRICS).stat().st_mtime
+    written = max(map(paths.modified, parts(run.path / workdir.METRICS)))
     total = total_steps(run)
     done = f"{run.steps:,} {'' if total is None else f'of {total:,} '}steps"
     last = f"{done}, measured at {datetime.datetime.fromtimestamp(written):%Y-%m-%d %H:%M}"
@@ -136,7 +137,7 @@ def _loss(run: Run, baseline: Run | None, key: str) -> Fact:
     value = "not finite" if not np.isfinite(values[-1]) else f"{values[-1]:.4f}"
     if baseline is None:
         return Fact(label, value)
-    name, (_, ends) = baseline.path.resolve().name, baseline.curve(key, "step")
+    name, (_, ends) = paths.of(baseline.path).name, baseline.curve(key, "step")
     at = curves.reach(steps, values, ends[-1]) if len(ends) and np.isfinite(ends[-1]) else None
     if run.result is not None and baseline.result is not None and len(ends):
         difference, where = values[-1] - ends[-1], ""
@@ -174,7 +175,7 @@ def _of_buckets(run: Run, end: str) -> list[str]:
 def _alive(run: Run, written: float) -> bool:
     """Return whether the process that holds the workdir lives; from another machine, whether it has written lately."""
     lock = run.path / workdir.LOCK
-    match = _HOLDER.match(lock.read_text(errors="replace")) if lock.is_file() else None
+    match = _HOLDER.match(paths.read_text(lock)) if lock.exists() else None
     if match and match[2] == socket.gethostname():
         try:
             os.kill(int(match[1]), 0)

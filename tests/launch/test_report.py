@@ -2,10 +2,12 @@ import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs
 
-from shampax.framework.base import workdir
+from shampax.framework.base import paths, workdir
+from shampax.framework.reporting import runs
 from shampax.launch import report
 
 
@@ -131,6 +133,24 @@ def test_watch_writes_again_until_the_run_has_ended(tmp_path, monkeypatch):
         ("running", True),
         ("complete", False),
     ]
+
+
+def test_watching_reads_only_what_is_new(tmp_path):
+    """Faults: a page over a long run reads gigabytes every 15 s; lines that a resumed run has dropped stay; a line that
+    is being written is lost or counted as damaged for ever."""
+    path = write(tmp_path / "run", finished=False)
+    metrics, reader = path / workdir.METRICS, runs.Reader(path)
+    old = metrics.read_text().splitlines(keepends=True)
+    assert reader.read().steps == 60 and reader.bytes_read == metrics.stat().st_size
+    later = [old[-1].replace('"step": 60', f'"step": {step}') for step in (70, 80)]
+    for text, steps, notes in ((later[0] + later[1][:30], 70, 1), (later[1][30:], 80, 0), ("", 80, 0)):
+        with metrics.open("a") as file:
+            file.write(text)
+        run = reader.read()
+        assert (run.steps, len(run.notes), reader.bytes_read) == (steps, notes, len(text))
+    np.testing.assert_equal(run.points, runs.read_run(path).points)
+    paths.write_text(metrics, "".join([*old[:3], *later, *later]))  # as a run that resumes
+    np.testing.assert_equal(reader.read().points, runs.read_run(path).points)
 
 
 def test_default_output_is_in_the_workdir_or_the_common_folder(tmp_path):

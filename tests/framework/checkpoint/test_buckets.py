@@ -1,17 +1,16 @@
 """Workdirs in buckets, against emulators on loopback."""
 
 import json
-import os
-import subprocess
 import sys
 import threading
-from pathlib import Path
+import time
 
 import buckets
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import LIMIT, Job
 from toy_runs import make_config
 
 from shampax.framework.base import parts, paths
@@ -19,10 +18,10 @@ from shampax.framework.base.errors import UserError
 from shampax.framework.checkpoint import origin, ownership, shelf, store
 from shampax.framework.checkpoint.record import Ranking, Record
 from shampax.framework.checkpoint.saving import Checkpoints
-from shampax.framework.reporting.runs import read_run
+from shampax.framework.config import check
+from shampax.framework.reporting.runs import LAYER_METRICS, Reader, read_run
 from shampax.framework.train import train
-
-TOYS = Path(__file__).parents[2] / "support" / "toys"
+from shampax.launch import report, sweep
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +126,32 @@ def test_lines_in_parts_are_joined_and_cut(bucket, monkeypatch):
     assert [json.loads(line)["step"] for line in parts.lines(path)] == list(range(7))
 
 
+def test_a_run_in_a_bucket_is_reported_from_all_parts(bucket, tmp_path, monkeypatch, capsys):
+    """Faults: a report fails or shows one part; watching reads full parts again; a sweep fails halfway."""
+    monkeypatch.setattr(parts, "_FULL", 150)
+    workdir, layers = bucket / "reported", {name: [1.0, 2.0] for name in LAYER_METRICS}
+    metrics, table = parts.Parts(workdir / "metrics.jsonl"), parts.Parts(workdir / "layers.jsonl")
+    (workdir / "starts.jsonl").write_text('{"total_steps": 8}\n')
+    (workdir / "config.json").write_text('{"optimizer": {"name": "Shampoo"}}')
+    reader = Reader(workdir)
+    for step in range(1, 7):
+        axes = {"step": step, "seconds": step * 0.5, "tokens": step * 100}
+        metrics.append(json.dumps(axes | {"train/loss": 6 - step / 10}).encode() + b"\n")
+        table.append(json.dumps({"step": step, "names": ["a", "b"]} | layers).encode() + b"\n")
+        for file in (metrics, table):
+            file.flush()
+        assert reader.read().steps == step
+    assert len(parts.parts(workdir / "metrics.jsonl")) > 1 and 0 < reader.bytes_read < 250
+    np.testing.assert_equal(reader.read().points, read_run(workdir).points)
+    assert report.main([f"{workdir}", f"--output={tmp_path}"]) == 0
+    assert f"{workdir}: running: 6 of 8 steps" in capsys.readouterr().out
+    page = json.loads((tmp_path / "index.html").read_text().split('id="data">')[1].split("</script>")[0])
+    assert page["about"][0]["path"] == str(workdir) and page["runs"][0]["facts"][0]["value"] == "5.4000"
+    assert page["layers"] and page["about"][0]["starts"] == [[["total steps", "8"]]]
+    words = ["--config=lm:bytes", f"--workdir={workdir}", "--over", "seed=0,1"]
+    assert sweep.main(words) == 2 and "which a bucket cannot hold. Use a folder." in capsys.readouterr().err
+
+
 def test_what_is_missing_is_said_in_one_line(monkeypatch):
     """Faults: a bucket without its library ends in a traceback; unknown schemes are taken for folders."""
     monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None)
@@ -136,20 +161,14 @@ def test_what_is_missing_is_said_in_one_line(monkeypatch):
         paths.given("azure://here/run")
 
 
-KILLED = """
-import os, signal, sys, threading, time
-import jax
+SLOW = """
+from shampax.configs import base
 from toy_runs import make_config
-from shampax.framework.base import paths
-from shampax.framework.train import train
 
-def kill():
-    while not any(name.startswith("6/commit") for name in paths.files(paths.of(sys.argv[1]) / "checkpoints")):
-        time.sleep(0.1)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-threading.Thread(target=kill, daemon=True).start()
-train(make_config(**eval(sys.argv[2])), sys.argv[1], devices=jax.devices()[:1])
+def get_config():
+    config = make_config(**{knobs})
+    config.data = base.component("toy_many:ManyData", row_seconds={seconds})
+    return config
 """
 KNOBS = {
     "duration": "12 steps",
@@ -169,27 +188,42 @@ def arrays_of(path):
     return {name: array.tobytes() for name, array in store.read(path, dict.fromkeys(store.arrays(path))).items()}
 
 
+def wait_for(workdir, name):
+    """Wait until a checkpoint has an object that begins with `name`."""
+    end = time.monotonic() + LIMIT
+    while not any(found.startswith(name) for found in paths.files(workdir / "checkpoints")):
+        assert time.monotonic() < end
+        time.sleep(0.3)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("scheme", "emulated"), [("gs", buckets.google), ("s3", buckets.amazon)])
-def test_a_run_in_a_bucket_is_killed_and_resumed_bitwise(scheme, emulated, tmp_path, monkeypatch, capsys):
-    """Faults: a resumed run in a bucket differs from one on a disk; other checkpoints are kept; metrics are lost."""
+@pytest.mark.parametrize(("scheme", "emulated", "processes"), [("gs", buckets.google, 2), ("s3", buckets.amazon, 1)])
+def test_a_run_in_a_bucket_is_killed_and_resumed_bitwise(scheme, emulated, processes, tmp_path, monkeypatch):
+    """Faults: a resumed run in a bucket differs from one on a disk; the processes of a run write each other's parts, or
+    survive one of them; another run is let in; other checkpoints are kept; metrics are lost."""
     for name in {"gs": ("gcsfs", "gcp_storage_emulator"), "s3": ("s3fs", "moto", "flask_cors")}[scheme]:
         pytest.importorskip(name)
-    train(make_config(**KNOBS), tmp_path / "whole", devices=jax.devices()[:1])
+    train(make_config(**KNOBS), tmp_path / "whole", devices=jax.devices()[:processes])
+    (tmp_path / "slow.py").write_text(SLOW.format(knobs=KNOBS, seconds=0.1 * processes))
     with emulated("other") as variables:
-        for name, value in variables.items():
+        for name, value in (variables | {"JAX_PROCESS_ID": "0"}).items():
             monkeypatch.setenv(name, value)
         forget_file_systems()
-        path = os.pathsep.join([str(TOYS), str(TOYS.parent), *sys.path])
-        command = [sys.executable, "-c", KILLED, f"{scheme}://other/run", repr(KNOBS)]
-        environment = os.environ | {"PYTHONPATH": path}
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert ended.returncode == -9, ended.stderr[-2000:]
         workdir = paths.of(f"{scheme}://other/run")
+        command = [sys.executable, "-m", "shampax.launch.train", f"--config={tmp_path}/slow.py", f"--workdir={workdir}"]
+        with Job(command, processes=processes, devices=1) as job:
+            wait_for(workdir, "2/commit")
+            with pytest.raises(UserError, match=r"run is in use by process \d+ on "):
+                train(check.load(f"{tmp_path}/slow.py"), workdir, devices=jax.devices()[:1])
+            wait_for(workdir, "6/commit")
+            job.processes[-1].kill()
+            ended = job.wait()
+        assert [each.code for each in ended] == [75, -9][-processes:], ended
         assert not (workdir / "result.json").exists() and store.checkpoints(workdir)
-        capsys.readouterr()
-        train(make_config(**KNOBS), workdir, devices=jax.devices()[:1])
-        assert f"resuming from {workdir}/checkpoints/" in capsys.readouterr().out
+        with Job(command, processes=processes, devices=1) as job:
+            ended = job.wait()
+        assert [each.code for each in ended] == [0] * processes, ended
+        assert f"resuming from {workdir}/checkpoints/" in ended[0].out
         both = [read_run(place) for place in (tmp_path / "whole", workdir)]
         kept = [[path.name for path in store.checkpoints(run.path)] for run in both]
         assert kept[0] == kept[1] and {"6", "12"} <= {*kept[0]}
