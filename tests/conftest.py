@@ -33,6 +33,7 @@ os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 cpu_backend.avoid_wrong_fusions()
+gc.set_threshold(50_000, 20, 20)  # by default, looking for cycles takes a sixth of tracing and lowering
 
 
 def pytest_configure(config):

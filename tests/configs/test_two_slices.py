@@ -10,7 +10,6 @@ from shampax.framework.train import train
 # name -> (overrides, block size). Tests of other models train one of their variants on two slices.
 SMALL = {
     "dlrm": ((*shrunk.DLRM, shrunk.DLRM_ROWS, "task.sparse_updates=True", "optimizer.weight_decay=0.0"), 4),
-    "lm": (shrunk.LM, 16),
     "resnet": (shrunk.RESNET, 8),
 }
 CHANGES = (

@@ -28,6 +28,7 @@ def make_config():
     config.optimizer = base.component("shampax.optimizers.baselines:AdamWOptions")
     config.duration, config.batch_size, config.schedule.learning_rate = "4 steps", 8, 0.01
     config.evaluation.every = config.checkpoint.every = "2 steps"
+    config.evaluation.batches = 1
     return config
 
 

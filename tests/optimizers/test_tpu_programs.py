@@ -25,6 +25,8 @@ pytestmark = pytest.mark.slow
 
 OPTIONS = ShampooOptions(block_size=128, interval=20, early_intervals=(), solver="newton")
 SHAPES = {"up": (1024, 4096), "down": (4096, 1024)}
+# Compile in a third of the time; all blocks are whole on every mesh.
+FEW = {"up": (1024, 1024), "down": (1024, 1024)}
 
 
 @functools.cache
@@ -51,9 +53,9 @@ def test_tpu_traffic_beyond_the_baseline(layout):
     """Fault: the TPU compiler joins, gathers or permutes blocks although that of CPUs does not."""
     topology, axes, specs = LAYOUTS[layout]
     mesh = slice_of(topology, **axes)
-    text = programs.lower_shampoo(SHAPES, mesh, specs, OPTIONS).lowered.compile().as_text()
+    text = programs.lower_shampoo(FEW, mesh, specs, OPTIONS).lowered.compile().as_text()
     found = collectives.find(text)
-    whole = sum(4 * math.prod(shape) for shape in SHAPES.values())
+    whole = sum(4 * math.prod(shape) for shape in FEW.values())
     part = whole / mesh.size
     assert [c.kind for c in found].count("all-to-all") == 2
     assert programs.total(found, "all-to-all") <= 2.5 * part

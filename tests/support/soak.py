@@ -33,21 +33,21 @@ STEPS = 90
 HERE = Path(__file__).resolve().parent
 # Import path of the processes: the package, this folder and the toy tasks.
 SEARCHED = [str(HERE), str(HERE / "toys"), *sys.path]
-CONFIG = f"""
+CONFIG = """
 from shampax.configs import base
 
-OPTIMIZERS = {{
+OPTIMIZERS = {
     "adamw": base.component(base.ADAMW),
     "staggered": base.component(base.SHAMPOO, block_size=8, interval=4, early_intervals=()),
     "host": base.component(base.SHAMPOO, block_size=8, interval=4, refresh="host", delay=2),
-}}
+}
 
 def get_config(arg):
     config = base.get_config()
     config.task = base.component("toy:ToyTask", nan_steps=(7, 40))
     config.data = base.component("slow_toy:SlowData")
     config.optimizer = OPTIMIZERS[arg]
-    config.duration = "{STEPS} steps"
+    config.duration = "STEPS steps"
     config.batch_size = 8
     config.evaluation.every = "20 steps"
     config.checkpoint.every = "3 steps"
@@ -183,7 +183,7 @@ def losses(workdir: Path) -> list:
 def soak(place: Path, *, kills: int, terms: int, seed: int = 0, at_once: int = 2, each=(2, 3, 4, 5)) -> dict:
     """Make the runs in a directory and return their outcomes; a run is killed one of `each` times."""
     config = place / "soak_config.py"
-    config.write_text(CONFIG)
+    config.write_text(CONFIG.replace("STEPS", str(STEPS)))
     kind_of = {number: KINDS[number % len(KINDS)] for number in range(max(kills, terms))}
     undisturbed = {}
 

@@ -172,10 +172,10 @@ def get_config():
 """
 KNOBS = {
     "duration": "12 steps",
-    "checkpoint.every": "2 steps",
+    "checkpoint.every": "3 steps",
     "checkpoint.keep_last": 1,
     "checkpoint.keep_every": "6 steps",
-    "evaluation.every": "4 steps",
+    "evaluation.every": "6 steps",
     "evaluation.best_metric": "accuracy",
     "processes.death_seconds": 5.0,
     "log.every": "1 steps",

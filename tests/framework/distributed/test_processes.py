@@ -52,9 +52,17 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_repeatedly_stopped_and_killed_run_ends_as_an_undisturbed_one(whole, tmp_path):
-    """Faults: a signal stops only one process, or another step; a survivor hangs or has another exit code; a process
-    whose directory listing is old resumes from an older checkpoint."""
+def test_a_failing_stopped_and_killed_run_ends_as_an_undisturbed_one(whole, tmp_path):
+    """Faults: a step is evaluated before it is saved, and all steps since the last save are lost; the other process
+    waits in a collective of the evaluation; a signal stops only one process, or another step; a survivor hangs or has
+    another exit code; a process whose directory listing is old resumes from an older checkpoint."""
+    with training(tmp_path, "heldout 1") as job:
+        ended = job.wait()
+    assert [each.code for each in ended] == [2, 2]
+    message = "error: a held-out row is damaged\n"
+    assert [each.err for each in ended] == [f"process 1: {message}", message]
+    assert saved(tmp_path)[-1] == 20
+
     for number, index in ((signal.SIGTERM, 1), (signal.SIGINT, 0)):
         ended = signalled(tmp_path, number, index)
         assert [each.code for each in ended] == [128 + number] * 2
@@ -94,22 +102,6 @@ def test_a_signal_during_an_evaluation_stops_the_run_within_a_batch(tmp_path):
     assert max(each.seconds for each in ended) < 6
     assert json.loads((tmp_path / "result.json").read_text())["steps"] == saved(tmp_path)[-1] == 20
     assert not any("heldout/loss" in line for line in lines(tmp_path))
-
-
-@pytest.mark.slow
-def test_a_failing_evaluation_of_one_process_loses_no_steps(whole, tmp_path):
-    """Faults: a step is evaluated before it is saved, and all steps since the last save are lost; the other process
-    waits in a collective of the evaluation; the resumed run is another one."""
-    with training(tmp_path, "heldout 1") as job:
-        ended = job.wait()
-    assert [each.code for each in ended] == [2, 2]
-    message = "error: a held-out row is damaged\n"
-    assert [each.err for each in ended] == [f"process 1: {message}", message]
-    assert saved(tmp_path)[-1] == 20
-    with training(tmp_path, "") as job:
-        assert [each.code for each in job.wait()] == [0, 0]
-    assert lines(tmp_path) == lines(whole)
-    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path, 80), arrays(whole, 80))
 
 
 @pytest.mark.parametrize(

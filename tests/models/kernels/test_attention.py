@@ -133,8 +133,6 @@ def test_sinks(kernel, block, monkeypatch):
         pytest.param(BENT, "data x fsdp x tensor", "bfloat16", marks=pytest.mark.slow),
         pytest.param(TWO_WAYS, "data x fsdp x tensor", "float32", marks=pytest.mark.slow),
         pytest.param(CAUSAL, "data x sequence x tensor", "float32", marks=pytest.mark.slow),
-        pytest.param(CAUSAL, "data x sequence x tensor", "bfloat16", marks=pytest.mark.slow),
-        pytest.param(BENT, "data x sequence x tensor", "float32", marks=pytest.mark.slow),
         pytest.param(TWO_WAYS, "data x sequence x tensor", "float32", marks=pytest.mark.slow),
     ],
 )
