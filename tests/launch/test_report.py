@@ -149,7 +149,7 @@ def test_watching_reads_only_what_is_new(tmp_path):
         run = reader.read()
         assert (run.steps, len(run.notes), reader.bytes_read) == (steps, notes, len(text))
     np.testing.assert_equal(run.points, runs.read_run(path).points)
-    paths.write_text(metrics, "".join([*old[:3], *later, *later]))  # as a run that resumes
+    paths.write_text(metrics, "".join([*old[:3], *(3 * later)]))  # as a run that resumes
     np.testing.assert_equal(reader.read().points, runs.read_run(path).points)
 
 
