@@ -65,14 +65,14 @@ def sample(config: Any) -> None:
     config.optimizer = base.component(
         base.SHAMPOO,
         block_size=128,
-        **base.WITHOUT_ORTHOGONALIZING,
         early_intervals=((20, 1),),
+        beta1=0.8,
         weight_decay=0.3,
         rate_rules=EMBEDDING_RATES,
     )
     config.duration = "1_000 steps"
     config.batch_size = 96
-    config.schedule.learning_rate = 4e-3
+    config.schedule.learning_rate = 8e-3
     config.schedule.warmup = "50 steps"
     config.simulated_devices = 2
 

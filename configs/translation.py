@@ -57,14 +57,13 @@ def sample(config: Any) -> None:
     config.optimizer = base.component(
         base.SHAMPOO,
         block_size=128,
-        **base.WITHOUT_ORTHOGONALIZING,
         early_intervals=((30, 1),),  # a tenth of this short run
         beta1=0.8,  # as in lm.py, a short run gains from a shorter memory
         rate_rules=base.EMBEDDING_RATE,
     )
     config.duration = "300 steps"
     config.batch_size = 24  # rows of about 2.5 pairs
-    config.schedule.learning_rate = 6e-3
+    config.schedule.learning_rate = 1e-2
     config.evaluation.every = "20%"
     config.simulated_devices = 2
 

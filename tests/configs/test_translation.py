@@ -54,9 +54,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit(whole, tmp_path):
 def test_golden_steps(whole):
     """Fault: an unintended change of initialisation, data, dropout, model, loss or optimizer."""
     golden = {
-        "train/loss": [5.99876, 5.79786, 5.41769],
-        "train/gradient_norm": [0.30568, 0.67701, 0.35984],
-        "train/update_norm": [0.98417, 1.27951, 1.26065],
+        "train/loss": [5.99876, 5.72383, 5.19674],
+        "train/gradient_norm": [0.30568, 0.89702, 0.29083],
+        "train/update_norm": [1.64028, 2.32112, 1.82273],
     }
     for key, values in golden.items():
         np.testing.assert_allclose(history(whole[0], key)[:5:2], values, rtol=2e-3, err_msg=key)
