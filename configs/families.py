@@ -5,8 +5,7 @@ qwen3_8b: Qwen 3 8B (arXiv 2505.09388, table 1).
 gemma3_4b: Gemma 3 4B, its text model (arXiv 2503.19786, section 2 and table 1).
 olmo2_7b: OLMo 2 7B (arXiv 2501.00656, section 2).
 mixtral_8x7b: Mixtral 8x7B (arXiv 2401.04088, table 1).
-deepseek_v3_like: DeepSeek-V3's experts (arXiv 2412.19437, section 4.2), with grouped-query attention of 128 heads and 8
-  key-value heads in place of its multi-head latent attention, and no limit on the groups of experts that a token uses.
+deepseek_v3: DeepSeek-V3 (arXiv 2412.19437, section 4.2), without the module that predicts a further token.
 
     shampax train --config=families:qwen3_8b --workdir=/mnt/runs/qwen3_8b \
         --config.data.tokenizer=/mnt/tokenizers/qwen3.json --config.data.data_dir=gs://BUCKET/tensorflow_datasets
@@ -46,11 +45,13 @@ OLMO2 = {"norms": "post", "qk_norm": "all", "rope_theta": 500_000.0, "z_loss": 1
 MIXTRAL = {"norm_epsilon": 1e-5, "rope_theta": 1e6, "experts": 8, "experts_per_token": 2, "tied_head": False}
 DEEPSEEK_V3 = {
     "router": "sigmoid",
+    "router_bias": True,
     "router_scale": 2.5,
     "router_z_loss": 0.0,
     "balance_rate": 1e-3,
     "balance_loss": 1e-4,
     "shared_experts": 1,
+    "rope_scaling": "yarn factor=40 original=4096 mscale=1 mscale_all_dim=1",
     "tied_head": False,
 }
 
@@ -99,9 +100,11 @@ def mixtral_8x7b(config: Any) -> None:
     config.mesh.fsdp = 32
 
 
-def deepseek_v3_like(config: Any) -> None:
-    """Train DeepSeek-V3's experts with grouped-query attention; a token uses 8 of 256 experts and a shared one."""
-    own = {"dense_layers": 3, "experts": 256, "experts_per_token": 8, "expert_dim": 2_048}
+def deepseek_v3(config: Any) -> None:
+    """Train the shape of DeepSeek-V3; a token uses 8 of 256 experts, of 4 of 8 groups, and a shared one."""
+    own = {"kv_heads": 128, "latent_dim": 512, "query_latent_dim": 1_536, "rope_dim": 64}
+    own |= {"dense_layers": 3, "experts": 256, "experts_per_token": 8, "expert_dim": 2_048}
+    own |= {"router_groups": 8, "groups_per_token": 4, "remat": "latents context attention_out gate"}
     _full(config, DEEPSEEK_V3 | own, vocab_size=129_280, layers=61, embed_dim=7_168, heads=128, mlp_dim=18_432)
     config.mesh.expert = 64
     config.mesh.fsdp = 32
@@ -134,14 +137,16 @@ def mixtral_small(config: Any) -> None:
 
 
 def deepseek_v3_small(config: Any) -> None:
-    """Train a small DeepSeek-V3-like model on the Wikipedia sample; a token uses 2 of 8 experts and a shared one."""
-    _small(config, DEEPSEEK_V3, dense_layers=1, experts=8, experts_per_token=2, expert_dim=64)
+    """Train a small DeepSeek-V3 on the Wikipedia sample; a token uses 2 of 8 experts, of 2 of 4 groups, and another."""
+    own = {"kv_heads": 4, "latent_dim": 32, "query_latent_dim": 48, "rope_dim": 8}
+    own |= {"dense_layers": 1, "experts": 8, "experts_per_token": 2, "expert_dim": 64}
+    _small(config, DEEPSEEK_V3 | own, router_groups=4, groups_per_token=2)
 
 
 VARIANTS = {
     change.__name__: change
     for change in (
-        *(llama3_1b, llama3_8b, llama3_70b, qwen3_8b, gemma3_4b, olmo2_7b, mixtral_8x7b, deepseek_v3_like),
+        *(llama3_1b, llama3_8b, llama3_70b, qwen3_8b, gemma3_4b, olmo2_7b, mixtral_8x7b, deepseek_v3),
         *(llama3_small, qwen3_small, gemma3_small, olmo2_small, mixtral_small, deepseek_v3_small),
     )
 }

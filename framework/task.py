@@ -225,8 +225,17 @@ class Exchanged(Protocol):
         """
         ...
 
-    def folder_may_have(self, name: str) -> bool:
-        """Return whether a folder may have a tensor that holds no parameter."""
+    def folder_state(self, config: Mapping[str, Any]) -> Mapping[str, Tensors]:
+        """Return path of each array of the model state that a folder with this config.json holds -> its tensors."""
+        ...
+
+    def folder_may_have(self, name: str, config: Mapping[str, Any]) -> bool:
+        """Return whether a folder may have a tensor that holds neither a parameter nor model state.
+
+        Args:
+          name: of the tensor.
+          config: config.json of the folder.
+        """
         ...
 
     def adapter_tensors(self, config: Mapping[str, Any], adapter: Mapping[str, Any]) -> Mapping[str, Tensors]:

@@ -148,9 +148,8 @@ def _export_folder(path: paths.Path, options: argparse.Namespace) -> int:
     texts = {name: json.dumps(each, indent=2, sort_keys=True) for name, each in written.items()}
     files = {**words.files, **{name: f"{text}\n".encode() for name, text in texts.items()}}
     merged = task.merged if adapter and not peft else None
-    count, size = export.export_folder(
-        path, Path(options.target), tensors, files, options.dtype, size, stem=stem, merged=merged
-    )
+    others = {"state": {} if peft else task.folder_state(config), "stem": stem, "merged": merged}
+    count, size = export.export_folder(path, Path(options.target), tensors, files, options.dtype, size, **others)
     _say(f"{options.target}: {count} tensors, {size:,} bytes, from {path}")
     return 0
 

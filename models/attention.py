@@ -1,6 +1,7 @@
 """Attention over packed rows: grouped queries, whole or by blocks, sharded along `sequence` or not.
 
-Shapes in names: B batch, T queries, S keys, H query heads, K key-value heads, G = H / K, D head_dim.
+Shapes in names: B batch, T queries, S keys, H query heads, K key-value heads, G = H / K, D head_dim, V width
+of a value.
 """
 
 import functools
@@ -51,7 +52,7 @@ def attention(
     sinks: jax.Array | None = None,
     drop: Drop | None = None,
 ) -> jax.Array:
-    """Return softmax(scale q k) v inside segments: query [B, T, H, D], key and value [B, S, K, D].
+    """Return softmax(scale q k) v inside segments: query [B, T, H, D], key [B, S, K, D], value [B, S, K, V].
 
     If the mesh in the context shards the positions, each device keeps its part of the queries and gathers all keys and
     values along `sequence` (Llama 3's context parallelism, arXiv 2407.21783, section 3.3.2). With grouped queries these
@@ -79,7 +80,7 @@ def attention(
     key_segments = segments if key_segments is None else key_segments
     _, keys, kv_heads, _ = key.shape
     shape = jax.ShapeDtypeStruct(query.shape, query.dtype)
-    asked = {"drops": drop is not None, "sinks": sinks is not None}
+    asked = {"drops": drop is not None, "sinks": sinks is not None, "value_dim": value.shape[-1]}
     chosen = kernels.choose(kernel, shape, keys, kv_heads, pattern, **asked).kernel
     if chosen == "splash":
         return kernels.splash(query, key, value, segments, key_segments, pattern, sinks=sinks, zigzag=zigzag)
@@ -200,7 +201,7 @@ def _attend_by_blocks(
     starts = start + jnp.arange(0, length, block)
     blocks = (starts, _cut(query, block), _cut(segments, block, fill=-1))
     mixed = lax.map(lambda cut: jax.checkpoint(attend_from_block, prevent_cse=False)(*cut), blocks)
-    return jnp.moveaxis(mixed, 0, 1).reshape(query.shape[0], -1, *query.shape[2:])[:, :length]
+    return jnp.moveaxis(mixed, 0, 1).reshape(query.shape[0], -1, *mixed.shape[3:])[:, :length]
 
 
 def _cut(x: jax.Array, block: int, fill: int = 0) -> jax.Array:
@@ -221,7 +222,7 @@ def attend(
     *,
     drop: Drop | None = None,
 ) -> jax.Array:
-    """Return softmax(scale q k) v: query [B, T, H, D], keys and values [B, S, K, D], visible bool [B, T, S].
+    """Return softmax(scale q k) v: query [B, T, H, D], keys [B, S, K, D], values [B, S, K, V], visible bool [B, T, S].
 
     Keys and values may come in several parts, [B, S1, K, D], [B, S2, K, D], ... Query head h reads key-value head
     h // (H / K). Scores and softmax are float32, the result has the query's dtype. A query without visible keys gets
@@ -249,4 +250,4 @@ def attend(
     ends = np.cumsum([value.shape[1] for value in values])
     parts = zip(jnp.split(weights, ends[:-1], axis=-1), values, strict=True)
     mixed = (jnp.einsum("bkgts,bskd->btkgd", weights, value) for weights, value in parts)
-    return functools.reduce(jnp.add, mixed).reshape(query.shape)
+    return functools.reduce(jnp.add, mixed).reshape(batch, length, heads, -1)

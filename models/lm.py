@@ -57,10 +57,11 @@ class LMTask(DecoderOptions, LinenTask):
             variables = Transformer(dataclasses.replace(self, attention="xla")).init(key, row, row, row)
         if self.adapters:
             variables = self.adapters.split(dict(variables), jnp.dtype(self.compute_dtype), _EXACT)
-        if not self._has_biases:
+        if not self.has_router_biases:
             return variables
         zeros_LxX = jnp.zeros((self.routed_blocks, self.experts))
-        return {**variables, "routers": {"bias": zeros_LxX, "load": zeros_LxX}}
+        names = ("bias", "load") if self.balance_rate else ("bias",)
+        return {**variables, "routers": dict.fromkeys(names, zeros_LxX)}
 
     @property
     def adapters(self) -> lora.Adapters | None:
@@ -70,13 +71,9 @@ class LMTask(DecoderOptions, LinenTask):
     def _adapted(self) -> contextlib.AbstractContextManager[None]:
         return self.adapters.attached() if self.adapters else contextlib.nullcontext()
 
-    @property
-    def _has_biases(self) -> bool:
-        return self.experts > 0 and self.balance_rate > 0
-
     def settle(self, model_state: dict[str, Any]) -> dict[str, Any]:
         """Move the routers' biases by the load of the experts in all micro-batches, and reset the load."""
-        if not self._has_biases:
+        if "load" not in model_state.get("routers", ()):
             return model_state
         bias, load = model_state["routers"]["bias"], model_state["routers"]["load"]
         return {"routers": {"bias": moe.leveled(bias, load, self.balance_rate), "load": jnp.zeros_like(load)}}
@@ -95,17 +92,17 @@ class LMTask(DecoderOptions, LinenTask):
     def _kernel(self, batch_spec: BatchSpec) -> kernels.Choice:
         # Local and global layers have the same one: no kernel depends on the window.
         rows, length = batch_spec["tokens"].shape
-        query = jax.ShapeDtypeStruct((rows, length - 1, self.heads, self.head_dim), jnp.dtype(self.compute_dtype))
-        pattern = self.pattern(self.kinds[0])
-        return kernels.choose(self.attention, query, length - 1, self.kv_heads, pattern, sinks=self.attention_sinks)
+        query = jax.ShapeDtypeStruct((rows, length - 1, self.heads, self.score_width), jnp.dtype(self.compute_dtype))
+        asked = {"sinks": self.attention_sinks, "value_dim": self.value_width}
+        return kernels.choose(self.attention, query, length - 1, self.kv_heads, self.pattern(self.kinds[0]), **asked)
 
     def loss(
         self, variables: dict[str, Any], batch: Batch, *, key: jax.Array, train: bool
     ) -> tuple[jax.Array, tuple[dict[str, Any], Metrics]]:
         """Return mean nats per real target (0 for an empty batch), model state, and metrics as (total, weight).
 
-        With `balance_rate` the state has of each router the bias [X] and, while micro-batches of a step are added, the
-        load of the experts.
+        The state has of each router with a bias the bias [X] and, with `balance_rate`, the load of the experts while
+        micro-batches of a step are added.
 
         metrics: "loss", nats over targets, in training plus z_loss and the routers' losses; "bits_per_byte", bits
         over the bytes of the original text of the targets (ends of documents cost bits and have no bytes); "accuracy";
@@ -138,7 +135,7 @@ class LMTask(DecoderOptions, LinenTask):
         if train:
             metrics["real_tokens"] = real_tokens(batch["segments"][:, 1:])
         state = {name: value for name, value in variables.items() if name not in ("params", "frozen")}
-        if train and self._has_biases and routing is not None:
+        if train and self.experts and self.balance_rate and routing is not None:
             routers_state = variables["routers"]
             state = {"routers": routers_state | {"load": routers_state["load"] + routing["assigned"]}}
         return objective / jnp.maximum(targets, 1), (state, metrics)
@@ -158,7 +155,7 @@ class LMTask(DecoderOptions, LinenTask):
         return self._transformer(variables, *inputs)[:3]
 
     def _transformer(self, variables: dict[str, Any], *inputs: Any, cache: Cache | None = None) -> Any:
-        bias_LxX = variables["routers"]["bias"] if self._has_biases else None
+        bias_LxX = variables["routers"]["bias"] if self.has_router_biases else None
         # A kernel that was named for the rows of training need not fit prompts.
         task = self if cache is None else dataclasses.replace(self, attention="auto")
         with self._adapted():
@@ -236,12 +233,16 @@ class LMTask(DecoderOptions, LinenTask):
         """
         return matching.config(dataclasses.asdict(self), model_type)
 
-    def folder_may_have(self, name: str) -> bool:
-        """Return whether a folder may have a tensor that holds no parameter."""
-        return families.unused(name)
+    def folder_state(self, config: Mapping[str, Any]) -> dict[str, Tensors]:
+        """Return path of each array of the model state -> its tensors in a folder with this config.json."""
+        return families.state(dataclasses.asdict(self), config["model_type"])
+
+    def folder_may_have(self, name: str, config: Mapping[str, Any]) -> bool:
+        """Return whether a folder with this config.json may have a tensor that holds no parameter."""
+        return families.unused(name, config)
 
     def flops(self, batch_spec: BatchSpec) -> float:
-        """Return the training FLOPs of one batch: 6 N tokens + 12 S H D tokens + 6 E V tokens.
+        """Return the training FLOPs of one batch: 6 N tokens + 12 S H D tokens + 6 E V tokens, D of keys and values.
 
         N counts the parameters of the blocks' matmuls, of experts those that a token uses. S sums over the layers the
         mean number of positions that a token sees, as if a row were one document: (T + 1) / 2 without a window.
@@ -258,14 +259,25 @@ class LMTask(DecoderOptions, LinenTask):
     def _flops(self, batch_spec: BatchSpec, seen: float) -> float:
         rows, length = batch_spec["tokens"].shape
         sequence = length - 1
-        attention = 2 * self.embed_dim * self.head_dim * (self.heads + self.kv_heads)
         used = self.experts_per_token + self.shared_experts
         widths = (self.layers - self.routed_blocks) * self.mlp_dim + self.routed_blocks * used * self.expert_width
-        blocks = self.layers * attention + self.embed_dim * (3 * widths + self.routed_blocks * self.experts)
+        blocks = self.layers * self._attention_weights + self.embed_dim * (
+            3 * widths + self.routed_blocks * self.experts
+        )
         # Kernels that are frozen have no gradient: a third of the work of their products.
         per_token = (4 if self.adapters else 6) * (blocks + self.embed_dim * self.vocab_size)
-        per_token += 12 * seen * self.heads * self.head_dim
+        per_token += 6 * seen * self.heads * (self.score_width + self.value_width)
         if self.adapters:
             trained = jax.eval_shape(lambda: self.boxed(jax.random.key(0))["params"])
             per_token += 6 * sum(leaf.size for leaf in jax.tree.leaves(trained))
         return float(per_token * rows * sequence)
+
+    @property
+    def _attention_weights(self) -> int:
+        """Number of weights of the matmuls of a layer's attention, apart from those of scores and values."""
+        if not self.latent_dim:
+            return 2 * self.embed_dim * self.head_dim * (self.heads + self.kv_heads)
+        inputs = self.query_latent_dim or self.embed_dim
+        down = self.embed_dim * (self.query_latent_dim + self.latent_dim + self.rope_dim)
+        up = inputs * self.score_width + self.latent_dim * (self.head_dim + self.value_width)
+        return down + self.heads * (up + self.value_width * self.embed_dim)

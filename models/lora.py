@@ -44,16 +44,19 @@ class Adapters:
         return self.alpha / self.rank
 
     def attached(self) -> contextlib.AbstractContextManager[None]:
-        """Add the adapters to all modules that are called in this context."""
+        """Add the adapters to all modules that are called in this context, and to kernels that `matrix` returns."""
         return nn.intercept_methods(self._call)
 
     def _call(self, call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         y, layer = call(*args, **kwargs), context.module
-        dense = isinstance(layer, nn.Dense | nn.DenseGeneral) and context.method_name == "__call__"
+        dense = isinstance(layer, nn.Dense | nn.DenseGeneral) and context.method_name in ("__call__", "matrix")
         if not dense or layer.name not in self.targets:
             return y
-        [x] = args
         scope: Any = layer.scope
+        if context.method_name == "matrix":
+            a, b = promote_dtype(*(scope.get_variable("params", name) for name in (A, B)), dtype=layer.dtype)
+            return y + self.scale * jnp.tensordot(a, b, 1)
+        [x] = args
         boxed = scope.get_variable("params", "kernel")  # with the names of its axes in `init`, without them in `apply`
         kernel = nn.unbox(boxed)
         features = layer.features if isinstance(layer.features, tuple) else (layer.features,)

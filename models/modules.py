@@ -11,15 +11,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from .attention import Pattern, attention
+from .attention import Earlier, KeysValues, Pattern, attend_with_cache, attention
 from .rotary import Rotation, rotate
 
 EMBEDDING_STD = 0.02
 # Values of a block that a policy can keep, as `checkpoint_name` calls them: queries, keys and values after rotation;
 # attention's mean of the values; its product with the output kernel; the products of the MLP or of experts with their
-# first kernels; the tokens of the experts of a device; where they are normed, queries and keys before
-# that, and the output of the MLP or the experts.
-KEPT = ("qkv", "context", "attention_out", "gate", "up", "routed", "qk", "mlp_out")
+# first kernels; the tokens of the experts of a device; where they are normed, queries and keys, or their latents,
+# before that, and the output of the MLP or the experts.
+KEPT = ("qkv", "context", "attention_out", "gate", "up", "routed", "qk", "latents", "mlp_out")
 GATES = {"silu": nn.silu, "gelu": nn.gelu}  # activations of gates; GELU in its tanh form
 QK_NORMS = ("", "head", "all")
 _HOST = "host:"  # before a name: keep the value in the host's memory
@@ -142,14 +142,14 @@ class Attention(nn.Module):
         """Return the rotated queries, [B, T, H, D]."""
         return rotate(_normed(self.query(x_BxTxE), self.query_norm), rotation)
 
-    def keys_values(self, x_BxSxE: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
+    def keys_values(self, x_BxSxE: jax.Array, rotation: Rotation) -> KeysValues:
         """Return rotated keys, and values, [B, S, K, D] each."""
         return rotate(_normed(self.key(x_BxSxE), self.key_norm), rotation), self.value(x_BxSxE)
 
     def __call__(
         self,
         x_BxTxE: jax.Array,
-        keys_values: tuple[jax.Array, jax.Array],
+        keys_values: KeysValues,
         segments: tuple[jax.Array, jax.Array],
         rotation: Rotation,
         *,
@@ -159,6 +159,37 @@ class Attention(nn.Module):
         """Return the update of the residual stream, [B, T, E]; `segments` are those of the queries and of the keys."""
         query, pattern = self.queries(x_BxTxE, rotation), Pattern(causal)
         return self.project(attention(query, *keys_values, *segments, pattern, kernel=kernel))
+
+    def kept(self, x_BxSxE: jax.Array, rotation: Rotation) -> KeysValues:
+        """Return what a cache keeps of each token: `keys_values`."""
+        return self.keys_values(x_BxSxE, rotation)
+
+    def attend(
+        self,
+        query: jax.Array,
+        kept: KeysValues,
+        segments: jax.Array,
+        pattern: Pattern,
+        earlier: Earlier | None = None,
+        cached: KeysValues | None = None,
+        **run: Any,
+    ) -> jax.Array:
+        """Return the means of values, [B, T, H, D], for causal rows in the order of `layout.zigzag`.
+
+        With a cache, whose slots are the earlier ones of these rows, the rows are in natural order.
+
+        Args:
+          query: of `queries`.
+          kept: of the same tokens.
+          segments: int32 [B, T].
+          pattern: keys of its segment that a query sees.
+          earlier: the slots of the cache.
+          cached: what the cache has kept of their tokens.
+          **run: `block` and `kernel` of `attention`, for rows without a cache.
+        """
+        if earlier is None or cached is None:
+            return attention(query, *kept, segments, pattern=pattern, sinks=self.sinks, zigzag=True, **run)
+        return attend_with_cache(query, kept, cached, segments, earlier, pattern, self.sinks)
 
     def project(self, mixed_BxTxHxD: jax.Array) -> jax.Array:
         """Return the update of the residual stream, [B, T, E]."""

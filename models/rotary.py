@@ -17,6 +17,8 @@ _SCALINGS: dict[str, dict[str, float | None]] = {
         "beta_fast": 32.0,
         "beta_slow": 1.0,
         "attention_factor": 0.0,
+        "mscale": 0.0,
+        "mscale_all_dim": 0.0,
         "truncate": 1.0,
     },
 }
@@ -29,8 +31,9 @@ def parse_scaling(text: str) -> tuple[str, dict[str, float]]:
     "llama3" stretches those longer than original / low and keeps those shorter than original / high (Llama 3.1, public
     code of its model). "yarn" (arXiv 2309.00071, sections 3.2 to 3.4) stretches those of fewer than `beta_slow` turns
     in `original` positions and keeps those of more than `beta_fast`. Between these bounds both interpolate. YaRN
-    multiplies queries and keys by `attention_factor`, by default 0.1 ln(factor) + 1. Its bounds are rounded outwards
-    to whole dimensions unless `truncate` is 0 (gpt-oss).
+    multiplies queries and keys by `attention_factor`, by default 0.1 ln(factor) + 1 or, with `mscale` and
+    `mscale_all_dim`, (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1); see `score_factor`. Its bounds
+    are rounded outwards to whole dimensions unless `truncate` is 0 (gpt-oss).
 
     Raises:
       ValueError: the text is no such scaling.
@@ -76,9 +79,29 @@ def rotary_angles(
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if kind == "yarn":
-        attention_factor = numbers["attention_factor"] or 0.1 * math.log(numbers["factor"]) + 1
+        attention_factor = numbers["attention_factor"] or _attention_factor(numbers)
         return attention_factor * cos, attention_factor * sin
     return cos, sin
+
+
+def score_factor(scaling: str) -> float:
+    """Return the factor of latent attention's scores, 1 but for YaRN: (0.1 mscale_all_dim ln(factor) + 1)^2.
+
+    It is that of DeepSeek-V2 and V3 (public code of their models), of whose queries and keys only a part is rotated and
+    thereby multiplied by `attention_factor`.
+    """
+    kind, numbers = parse_scaling(scaling)
+    return _growth(numbers["factor"], numbers["mscale_all_dim"]) ** 2 if kind == "yarn" else 1.0
+
+
+def _attention_factor(numbers: dict[str, float]) -> float:
+    if numbers["mscale"] and numbers["mscale_all_dim"]:
+        return _growth(numbers["factor"], numbers["mscale"]) / _growth(numbers["factor"], numbers["mscale_all_dim"])
+    return _growth(numbers["factor"], 1.0)
+
+
+def _growth(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1
 
 
 def _shrinkage(kind: str, numbers: dict[str, float], rotated: int, theta: float) -> np.ndarray:

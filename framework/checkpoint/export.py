@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from ..task import Tensors
 from . import store
 from .store import FROZEN, MODEL, PARAMS, Array
 
-Part = tuple[tuple[int, ...], np.ndarray]  # an index of the leading axes of an array, and where its values go
+Target = tuple[tuple[int, ...], np.ndarray]  # an index of the leading axes of an array, and where its values go
 Merge = Callable[..., np.ndarray]
 _INDEX = "model.safetensors.index.json"
 # Files of a folder that belong to its tokenizer or to generation, and fields of its config.json that do.
@@ -69,8 +69,9 @@ def export(checkpoint: paths.Path, target: Path, *, model_state: bool, force: bo
     metadata = {"format": "flax", "step": str(store.record(checkpoint).step), "source": str(checkpoint)}
     with _complete(target) as partial:
         maps = write(partial, {key: arrays[name] for key, name in keys.items()}, metadata)
+        parts = store.parts(checkpoint)
         for key, name in keys.items():
-            _fill(checkpoint, name, [((), maps[key])])
+            _fill(parts(name), [((), maps[key])])
         size = partial.stat().st_size
     return len(keys), size
 
@@ -83,6 +84,7 @@ def export_folder(
     dtype: str,
     shard_size: int,
     *,
+    state: Mapping[str, Tensors],
     stem: str = "model",
     merged: Merge | None = None,
 ) -> tuple[int, int]:
@@ -95,6 +97,7 @@ def export_folder(
       files: other files of the folder, by name.
       dtype: one of `DTYPES`.
       shard_size: largest number of bytes of a file with several tensors.
+      state: path of each array of the model state that the folder holds, float32 -> its tensors.
       stem: beginning of the names of the files with tensors.
       merged: if given, the frozen parameters are written, with what this function (path, place, part, read) adds to a
         part of them; `read` returns a trained parameter.
@@ -110,7 +113,11 @@ def export_folder(
     if {path: x.shape for path, x in saved.items()} != wanted:
         unlike = sorted(path for path in {*saved, *wanted} if path not in wanted or saved.get(path) != wanted[path])
         raise UserError(f"checkpoint {checkpoint} has other parameters than the model: {', '.join(unlike[:5])}.")
+    for path, each in state.items():
+        if (saved_state := there.get(f"{MODEL}{path}")) is None or saved_state.shape != each.parameter:
+            raise UserError(f"checkpoint {checkpoint} has {path} as {saved_state or 'nothing'}: not that of the model.")
     arrays = {name: Array(each.shape, jnp.dtype(dtype)) for each in tensors.values() for _, name in each.names()}
+    arrays |= {name: Array(each.shape, jnp.dtype(jnp.float32)) for each in state.values() for _, name in each.names()}
 
     @functools.lru_cache(2)
     def read(path: str) -> np.ndarray:
@@ -128,10 +135,12 @@ def export_folder(
             places = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": sum(x.bytes for x in arrays.values())}, "weight_map": places}
             (partial / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        parts = store.parts(checkpoint)
         for path, each in tensors.items():
-            views = [(index, each.view(maps[name])) for index, name in each.names()]
             added = functools.partial(merged, path, read=read) if merged else None
-            _fill(checkpoint, f"{prefix}{path}", views, each.added, added)
+            _fill(parts(f"{prefix}{path}"), _views(each, maps), each.added, added)
+        for path, each in state.items():
+            _fill(parts(f"{MODEL}{path}"), _views(each, maps), each.added)
     return len(arrays), sum(x.bytes for x in arrays.values())
 
 
@@ -208,17 +217,20 @@ def write(file: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str]) 
     }
 
 
+def _views(tensors: Tensors, maps: Mapping[str, np.ndarray]) -> list[Target]:
+    return [(index, tensors.view(maps[name])) for index, name in tensors.names()]
+
+
 def _fill(
-    checkpoint: paths.Path,
-    name: str,
-    parts: Sequence[Part],
+    parts: Iterable[store.Part],
+    targets: Sequence[Target],
     added: float = 0.0,
     merged: Callable[[tuple[slice, ...], np.ndarray], np.ndarray] | None = None,
 ) -> None:
-    """Copy an array of a checkpoint, as `merged` changes it, to its parts, less the number that was added to them."""
-    for place, saved in store.parts(checkpoint, name):
+    """Copy the parts of an array, as `merged` changes it, to its targets, less the number that was added to them."""
+    for place, saved in parts:
         values = merged(place, saved) if merged else saved
-        for index, view in parts:
+        for index, view in targets:
             leading, others = place[: len(index)], place[len(index) :]
             if all(each.start <= i < each.stop for i, each in zip(index, leading, strict=True)):
                 piece = values[tuple(i - each.start for i, each in zip(index, leading, strict=True))]

@@ -23,7 +23,7 @@ from ..base import paths
 from ..base.errors import UserError
 from ..base.model_folder import CONFIG, base_of, read_adapter, read_config
 from ..task import Tensors
-from .store import FROZEN, PARAMS, Array
+from .store import FROZEN, MODEL, PARAMS, Array
 
 TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 _FEW = 5  # names shown in an error
@@ -50,11 +50,11 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A Hugging Face folder whose tensors are the parameters of a task.
+    """A Hugging Face folder whose tensors are the parameters of a task, and its model state.
 
     Attributes:
       path: the folder.
-      tensors: path of a parameter in a train state -> its tensors. Those of the base of an adapter are frozen.
+      tensors: path of an array in a train state -> its tensors. Those of the base of an adapter are frozen.
       stored: name of a tensor -> where it is.
     """
 
@@ -79,13 +79,14 @@ class Folder:
             if adapter:
                 trained = task.adapter_tensors(config, adapter)
                 tensors |= {f"{PARAMS}{name}": each for name, each in trained.items()}
+            tensors |= {f"{MODEL}{name}": each for name, each in task.folder_state(config).items()}
         except ValueError as error:
             raise UserError(f"{path}: {error}.") from error
         stored = _headers(base_of(path)) | (_headers(path) if adapter else {})
         wanted = {name: each.shape for each in tensors.values() for _, name in each.names()}
         if missing := [name for name in wanted if name not in stored]:
             raise UserError(f"{path} lacks {_shown(missing)}. Get the complete folder.")
-        if others := [name for name in stored if name not in wanted and not task.folder_may_have(name)]:
+        if others := [name for name in stored if name not in wanted and not task.folder_may_have(name, config)]:
             raise UserError(f"{path} has {_shown(others)}, which the model does not have. Use another folder.")
         for name, shape in wanted.items():
             if stored[name].array.shape != shape:
@@ -94,14 +95,14 @@ class Folder:
         return cls(path, tensors, stored)
 
     def arrays(self) -> dict[str, Array]:
-        """Return path of each parameter in a train state -> its shape, and the dtype of its first tensor."""
+        """Return path of each array in a train state -> its shape, and the dtype of its first tensor."""
         return {
             path: Array(each.parameter, self.stored[next(iter(each.names()))[1]].array.dtype)
             for path, each in self.tensors.items()
         }
 
     def read(self, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Read parameters, in the dtypes wanted.
+        """Read arrays, in the dtypes wanted.
 
         Args:
           wanted: path in a train state -> ShapeDtypeStruct with a sharding.

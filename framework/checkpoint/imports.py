@@ -20,7 +20,7 @@ from .saving import Checkpoints, SaveError
 
 
 def run(source: Path, workdir: Path, task: Any, config: Any) -> tuple[Path, int]:
-    """Write the parameters of a folder, float32, as the checkpoint of step 0 of a new workdir.
+    """Write parameters and model state of a folder, float32, as the checkpoint of step 0 of a new workdir.
 
     The memory of the host holds all parameters twice. `init_from` of a folder needs no such memory.
 
@@ -45,7 +45,7 @@ def run(source: Path, workdir: Path, task: Any, config: Any) -> tuple[Path, int]
     }
     manifest = takeover.describe(optax.identity(), "", nested(specs)["params"], mesh.shape)
     path = write(workdir, config, lambda: nested(folder.read(specs)), manifest)
-    return path, sum(math.prod(spec.shape) for spec in specs.values())
+    return path, sum(math.prod(spec.shape) for name, spec in specs.items() if not name.startswith(store.MODEL))
 
 
 def write(workdir: Path, config: Any, variables: Callable[[], dict[str, Any]], manifest: dict[str, Any]) -> Path:

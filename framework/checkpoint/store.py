@@ -35,6 +35,7 @@ FORMAT = 1  # of the manifest
 PARAMS, FROZEN, MODEL, OPTIMIZER, AVERAGING = "params/", "frozen/", "model_state/", "opt_state/", "averaging/"
 
 Damaged = list[tuple[Path, str]]  # checkpoints, each with its first fault
+Part = tuple[tuple[slice, ...], np.ndarray]  # a part of an array: its place, and the values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,23 +242,30 @@ def read(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in by_name(restored).items() if name in wanted}
 
 
-def parts(path: Path, name: str) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-    """Yield an array in the parts in which it was saved, the shards of the devices, each with its place in the array.
+def parts(path: Path) -> Callable[[str], Iterator[Part]]:
+    """Return a function that yields an array in the parts in which it was saved, the shards of the devices.
+
+    The metadata of the checkpoint are read once.
 
     Raises:
-      UserError: the array cannot be read.
+      UserError: the checkpoint cannot be read; when the function is called, the array cannot be read.
     """
     with _readable(path):
-        saved = by_name(_tree(path))[name]
+        saved = by_name(_tree(path))
         # Orbax reads whole arrays only.
         base = workarounds.kvstore(f"{paths.of(path) / STATE}/")
-        store = {"driver": "ocdbt", "base": base, "path": f"{saved.name}/"}
-        opened = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
-        sizes: Any = opened.chunk_layout.read_chunk.shape or opened.shape
-        for starts in itertools.product(*(range(0, n, size) for n, size in zip(opened.shape, sizes, strict=True))):
-            ends = map(min, opened.shape, map(operator.add, starts, sizes))
-            place = tuple(map(slice, starts, ends))
-            yield place, np.asarray(opened[place].read().result())
+
+    def of_array(name: str) -> Iterator[Part]:
+        with _readable(path):
+            store = {"driver": "ocdbt", "base": base, "path": f"{saved[name].name}/"}
+            opened = tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
+            sizes: Any = opened.chunk_layout.read_chunk.shape or opened.shape
+            for starts in itertools.product(*(range(0, n, size) for n, size in zip(opened.shape, sizes, strict=True))):
+                ends = map(min, opened.shape, map(operator.add, starts, sizes))
+                place = tuple(map(slice, starts, ends))
+                yield place, np.asarray(opened[place].read().result())
+
+    return of_array
 
 
 def by_name(tree: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The cache of keys and values with which texts are continued: from prompts, and token by token.
+"""The cache of keys and values, or of their latents, with which texts are continued: from prompts, and token by token.
 
 Shapes in names: B batch, T slots of the prompts, S slots of the cache, K key-value heads, D head_dim.
 """
@@ -12,14 +12,15 @@ from ..attention import KeysValues
 from ..layout import TENSOR_AXIS, shard_batch
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array]  # tokens, segments and positions
-Layers = dict[str, KeysValues]
+Kept = KeysValues | jax.Array  # what attention keeps of each token: keys and values, or latents as of one head
+Layers = dict[str, Kept]
 
 
 class Cache(NamedTuple):
     """The slots of a batch of rows whose continuation is generated.
 
     Attributes:
-      layers: rotated keys and values, each [L, B, S, K, D], by the name of the stack of layers.
+      layers: rotated keys and values, or latents, each [L, B, S, K, D], by the name of the stack of layers.
       segments: int32 [B, S], 1 for tokens, 0 for padding and empty slots.
       positions: int32 [B], number of tokens of each row; a row without tokens is ignored.
       filled: int32 scalar, number of slots that are no longer empty, the same for all rows.

@@ -29,6 +29,26 @@ _MULTIPLE = 32  # of the rows that a device sends to another in a round, so that
 _LATER_ROOM = 0.5  # of rounds after the first
 
 
+class Router(NamedTuple):
+    """Options of the choice of experts.
+
+    Attributes:
+      scores: one of `ROUTERS`.
+      per_token: number of experts that each token is sent to.
+      normed: whether the weights of several experts are scaled to a sum of 1.
+      scale: factor of the weights.
+      groups: number of groups of experts.
+      groups_per_token: number of groups that a token may use.
+    """
+
+    scores: str
+    per_token: int
+    normed: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    groups_per_token: int = 1
+
+
 class Experts(NamedTuple):
     """The kernels of gated MLPs, gate and up [X, E, M], down [X, M, E], or their specs."""
 
@@ -38,22 +58,23 @@ class Experts(NamedTuple):
 
 
 def route(
-    logits: jax.Array, real: jax.Array, bias_X: jax.Array | None, router: str, per_token: int, scale: float
+    logits: jax.Array, real: jax.Array, bias_X: jax.Array | None, router: Router
 ) -> tuple[jax.Array, jax.Array, Routing]:
     """Return the experts of each token and the weights of their outputs.
 
     The scores of a token are the softmax of its logits (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961) or their
     sigmoids (DeepSeek-V3, arXiv 2412.19437, equations 12 to 16). The experts with the highest scores are chosen; a bias
     changes the choice only. The weights are the scores, with several experts per token scaled to a sum of 1, and then
-    multiplied by `scale`. The weight of one expert stays its score, so that the router learns.
+    multiplied by the router's scale. The weight of one expert stays its score, so that the router learns.
+
+    With several groups a token uses only experts of those groups whose two highest biased scores have the largest sums
+    (DeepSeek-V3, section 2.1.2), so that it travels to few nodes.
 
     Args:
       logits: float32 [..., X].
       real: bool [...]; padding is sent nowhere.
       bias_X: float32, or None.
-      router: one of `ROUTERS`.
-      per_token: number of experts that each token is sent to.
-      scale: factor of the weights.
+      router: the options.
 
     Returns:
       (chosen, weights, routing): int32 and float32 [..., C], X for padding; and sums over real tokens: `assigned` [X],
@@ -61,11 +82,12 @@ def route(
       (ST-MoE, arXiv 2202.08906, equation 5).
     """
     experts = logits.shape[-1]
-    scores = jax.nn.softmax(logits, axis=-1) if router == "softmax" else jax.nn.sigmoid(logits)
-    _, chosen = lax.top_k(lax.stop_gradient(scores) + (0 if bias_X is None else bias_X), per_token)
+    scores = jax.nn.softmax(logits, axis=-1) if router.scores == "softmax" else jax.nn.sigmoid(logits)
+    biased = lax.stop_gradient(scores) + (0 if bias_X is None else bias_X)
+    _, chosen = lax.top_k(_within_groups(biased, router) if router.groups > 1 else biased, router.per_token)
     is_chosen = chosen[..., None] == jnp.arange(experts)
     weights = jnp.where(is_chosen, scores[..., None, :], 0).sum(axis=-1)
-    if per_token > 1:
+    if router.normed and router.per_token > 1:
         weights /= jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-20)  # sigmoids may all be 0
     everywhere = tuple(range(real.ndim))
     probabilities = scores / jnp.maximum(scores.sum(axis=-1, keepdims=True), 1e-20)
@@ -74,7 +96,16 @@ def route(
         "probability": jnp.where(real[..., None], probabilities, 0).sum(axis=everywhere),
         "router_z": jnp.where(real, jnp.square(jax.nn.logsumexp(logits, axis=-1)), 0).sum(),
     }
-    return jnp.where(real[..., None], chosen, experts), scale * weights, routing
+    return jnp.where(real[..., None], chosen, experts), router.scale * weights, routing
+
+
+def _within_groups(biased: jax.Array, router: Router) -> jax.Array:
+    """Return biased scores [..., X], -inf outside the groups that a token may use."""
+    grouped = biased.reshape(*biased.shape[:-1], router.groups, -1)
+    of_groups = lax.top_k(grouped, 2)[0].sum(axis=-1)
+    _, best = lax.top_k(of_groups, router.groups_per_token)
+    allowed = (best[..., None] == jnp.arange(router.groups)).any(axis=-2)
+    return jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(biased.shape)
 
 
 def leveled(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:
@@ -117,12 +148,10 @@ class RoutedMLP(nn.Module):
     """
 
     experts: int
-    per_token: int  # experts that each token is sent to
     width: int  # hidden width of an expert
     shared_width: int  # hidden width of the MLP of every token; 0 for none
     gate: str  # activation of the gates, one of `modules.GATES`
-    router: str  # one of `ROUTERS`
-    scale: float  # factor of the weights of the experts
+    router: Router
     room: float  # as in `apply_experts`
     writers: int  # parts of all layers that write into the residual stream, for the initialisation
     dtype: jnp.dtype
@@ -136,7 +165,7 @@ class RoutedMLP(nn.Module):
         router_ExX = self.param("router", fan_in(1.0, "embed", None), (embed, self.experts))
         # float32, because bfloat16 rounding would change the choice of experts (Switch, section 2.4).
         logits = jnp.einsum("bte,ex->btx", x_BxTxE.astype(jnp.float32), router_ExX)
-        chosen, weights, routing = route(logits, real_BxT, bias_X, self.router, self.per_token, self.scale)
+        chosen, weights, routing = route(logits, real_BxT, bias_X, self.router)
 
         def kernel(name: str, scale: float, inputs: str, outputs: str) -> jax.Array:
             sizes = {"embed": embed, "mlp": self.width}

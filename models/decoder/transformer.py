@@ -1,6 +1,7 @@
 """The decoder-only Transformer as Flax modules, for whole rows and, with a cache, for the next tokens of a text.
 
-RMSNorm before each part (or after it), rotary positions, a gated MLP, grouped-query attention, a scan over the layers.
+RMSNorm before each part (or after it), rotary positions, a gated MLP, attention with grouped queries or latent keys and
+values, a scan over the layers.
 Shapes in names and comments: B batch, T sequence, E embed, H query heads, K key-value heads, G = H / K, D head_dim,
 M mlp, V vocab.
 
@@ -14,19 +15,21 @@ with what the layers add, so that a model with a tied head does not begin by rep
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ..attention import Earlier, KeysValues, attend_with_cache, attention
+from ..attention import Earlier
 from ..layout import SEQUENCE_AXIS, natural, shard_batch, zigzag
 from ..modules import EMBEDDING_STD, MLP, Attention, partitioned, rms_norm, run_pattern
 from ..rotary import Rotation, rotary_angles
 from ..vocabulary import look_up
 from . import moe
-from .cache import Cache
+from .cache import Cache, Kept
+from .latents import LatentAttention
 from .options import KINDS, DecoderOptions
 
 
@@ -43,10 +46,11 @@ class Transformer(nn.Module):
         positions_BxT: jax.Array,
         bias_LxX: jax.Array | None = None,
         cache: Cache | None = None,
-    ) -> tuple[jax.Array, jax.Array, moe.Routing | None, dict[str, KeysValues | None]]:
+    ) -> tuple[jax.Array, jax.Array, moe.Routing | None, dict[str, Kept | None]]:
         """Return [B, T, E], the head [V, E] and, with experts, the sums [layers, ...] of `moe.route`.
 
-        With a cache, whose slots precede those of the tokens, also keys and values [layers, B, T, K, D] of each stack.
+        With a cache, whose slots precede those of the tokens, also what attention keeps of them in each stack, such as
+        keys and values [layers, B, T, K, D].
         """
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
@@ -64,7 +68,8 @@ class Transformer(nn.Module):
         def rotation(kind: str) -> Rotation:
             own = kind == "local" and task.local_rope_theta > 0
             theta, scaling = (task.local_rope_theta, "") if own else (task.rope_theta, task.rope_scaling)
-            return rotary_angles(positions_BxT, task.head_dim, theta, scaling, task.rope_fraction)
+            width = task.rope_dim or task.head_dim
+            return rotary_angles(positions_BxT, width, theta, scaling, task.rope_fraction)
 
         rotations = {kind: rotation(kind) for kind in KINDS if kind in task.kinds}
 
@@ -104,12 +109,12 @@ class Block(nn.Module):
         rotations: dict[str, Rotation],
         earlier: Earlier | None = None,
         bias_X: jax.Array | None = None,
-        cached: KeysValues | None = None,
-    ) -> tuple[jax.Array, tuple[moe.Routing | None, KeysValues | None]]:
+        cached: Kept | None = None,
+    ) -> tuple[jax.Array, tuple[moe.Routing | None, Kept | None]]:
         """Return the residual stream after this layer, and the sums of its router if it has experts.
 
-        With `earlier` also keys and values of these slots, for the cache, which has those of the earlier slots if there
-        are any.
+        With `earlier` also what attention keeps of these slots, for the cache, which has that of the earlier slots if
+        there are any.
         """
         task = self.task
         dtype = jnp.dtype(task.compute_dtype)
@@ -117,17 +122,17 @@ class Block(nn.Module):
         norm = functools.partial(rms_norm, dtype=dtype, epsilon=task.norm_epsilon)
         before, after = task.norms in ("pre", "sandwich"), task.norms in ("post", "sandwich")
 
-        sizes = (task.heads, task.kv_heads, task.head_dim, task.embed_dim)
-        knobs = task.qkv_bias, task.qk_norm, task.norm_epsilon, task.attention_sinks
-        layer = Attention(*sizes, writers, dtype, *knobs, name="attention")
+        if task.latent_dim:
+            layer: Any = LatentAttention(task, writers, dtype, name="attention")
+        else:
+            sizes = (task.heads, task.kv_heads, task.head_dim, task.embed_dim)
+            knobs = task.qkv_bias, task.qk_norm, task.norm_epsilon, task.attention_sinks
+            layer = Attention(*sizes, writers, dtype, *knobs, name="attention")
         rotation, pattern = rotations[self.kind], task.pattern(self.kind)
         normed_BxTxE = norm("attention_norm")(x_BxTxE) if before else x_BxTxE
-        query, (key, value) = layer.queries(normed_BxTxE, rotation), layer.keys_values(normed_BxTxE, rotation)
-        if earlier is None or cached is None:
-            run = {"pattern": pattern, "block": task.attention_block, "kernel": task.attention, "sinks": layer.sinks}
-            mixed = attention(query, key, value, segments_BxT, **run, zigzag=True)
-        else:
-            mixed = attend_with_cache(query, (key, value), cached, segments_BxT, earlier, pattern, layer.sinks)
+        query, kept = layer.queries(normed_BxTxE, rotation), layer.kept(normed_BxTxE, rotation)
+        run = {"block": task.attention_block, "kernel": task.attention}
+        mixed = layer.attend(query, kept, segments_BxT, pattern, earlier, cached, **run)
         added_BxTxE = layer.project(mixed)
         x_BxTxE += norm("attention_post_norm")(added_BxTxE) if after else added_BxTxE
 
@@ -135,12 +140,10 @@ class Block(nn.Module):
         if self.routed:
             mlp = moe.RoutedMLP(
                 task.experts,
-                task.experts_per_token,
                 task.expert_width,
                 task.shared_experts * task.expert_width,
                 task.activation,
-                task.router,
-                task.router_scale,
+                task.expert_router,
                 task.expert_room,
                 writers,
                 dtype,
@@ -152,5 +155,5 @@ class Block(nn.Module):
             added_BxTxE, routing = mlp(normed_BxTxE), None
         if after:
             added_BxTxE = norm("mlp_post_norm")(checkpoint_name(added_BxTxE, "mlp_out"))
-        kept = None if earlier is None else (natural(key), natural(value))
+        kept = None if earlier is None else jax.tree.map(natural, kept)
         return shard_batch(x_BxTxE + added_BxTxE, SEQUENCE_AXIS), (routing, kept)

@@ -45,16 +45,20 @@ def config(given: Knobs, model_type: str = "") -> dict[str, Any]:
     Raises:
       ValueError: no family has all these knobs.
     """
-    nearest = (math.inf, "")
+    others: list[tuple[float, str]] = []
     if model_type not in ("", *families.FAMILIES):
         raise ValueError(f"--family={model_type}: use one of {', '.join(families.FAMILIES)}")
     for name in (model_type,) if model_type else families.FAMILIES:
         found = families.config(given, name)
-        unlike = families.differences(_needed(found), given)
+        try:
+            unlike = families.differences(_needed(found), given)
+        except ValueError as error:
+            others.append((math.inf, f"{name}: {error}"))  # sizes that this family cannot have
+            continue
         if not unlike:
             return found
-        nearest = min(nearest, (len(unlike), f"{name}: {_told(unlike)}"))
-    raise ValueError(f"no family of Hugging Face models has these knobs; the nearest would be {nearest[1]}")
+        others.append((len(unlike), f"{name}: {_told(unlike)}"))
+    raise ValueError(f"no family of Hugging Face models has these knobs; the nearest would be {min(others)[1]}")
 
 
 def _needed(config: Config) -> Knobs:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from .. import lora
-from .families import FAMILIES, Config, Knobs, sizes
+from .families import FAMILIES, Config, Knobs, stacks
 from .tensors import Tensors
 
 _PREFIX = "base_model.model."  # of the names of tensors
@@ -67,8 +67,8 @@ def config(task: Knobs, model_type: str) -> dict[str, Any]:
 
 def tensors(task: Knobs, model_type: str) -> dict[str, Tensors]:
     """Return the path of each parameter of adapters -> its tensors, given all knobs of the task."""
-    found, axes = {}, sizes(task) | {"R": task["lora_rank"]}
-    for path, text in FAMILIES[model_type].tensors.items():
+    found = {}
+    for path, (text, axes, first) in stacks(task, model_type).items():
         layer, _, last = path.rpartition("/")
         if last == "kernel" and layer.rpartition("/")[2] in task["lora_targets"]:
             name, _, order = text.partition(".weight: ")
@@ -79,7 +79,8 @@ def tensors(task: Knobs, model_type: str) -> dict[str, Tensors]:
             )
             a, b = f"lora_A.weight: R {inputs} -> {into} R", f"lora_B.weight: {outputs} R -> R {out}"
             for parameter, described in ((lora.A, a), (lora.B, b)):
-                found[f"{layer}/{parameter}"] = Tensors.parse(f"{_PREFIX}{name}.{described}", axes)
+                ranked = axes | {"R": task["lora_rank"]}
+                found[f"{layer}/{parameter}"] = Tensors.parse(f"{_PREFIX}{name}.{described}", ranked, first=first)
     return found
 
 

@@ -23,10 +23,12 @@ _FIELDS = {
         "beta_fast": "beta_fast",
         "beta_slow": "beta_slow",
         "attention_factor": "attention_factor",
+        "mscale": "mscale",
+        "mscale_all_dim": "mscale_all_dim",
         "truncate": "truncate",
     },
 }
-_OPTIONAL = ("beta_fast", "beta_slow", "attention_factor", "truncate")
+_OPTIONAL = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
 
 
 def from_config(config: Mapping[str, Any]) -> dict[str, Any]:

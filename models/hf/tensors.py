@@ -22,6 +22,7 @@ class Tensors:
       order: axes of the split tensor in the order of the parameter.
       shape: shape of a tensor.
       added: number to add to the values of a tensor.
+      first: number in a name for index 0 of the first axis; a stack may begin at a later layer.
     """
 
     name: str
@@ -30,9 +31,10 @@ class Tensors:
     order: tuple[int, ...]
     shape: tuple[int, ...]
     added: float = 0.0
+    first: int = 0
 
     @classmethod
-    def parse(cls, text: str, sizes: Mapping[str, int], added: float = 0.0) -> "Tensors":
+    def parse(cls, text: str, sizes: Mapping[str, int], added: float = 0.0, first: int = 0) -> "Tensors":
         """Return the tensors that a text describes.
 
         Args:
@@ -40,6 +42,7 @@ class Tensors:
             of the parameter after the stacked ones; without an arrow they are the same.
           sizes: axis -> size.
           added: as the attribute.
+          first: as the attribute.
         """
         name, _, axes = text.partition(": ")
         stored, _, wanted = axes.partition(" -> ")
@@ -52,12 +55,13 @@ class Tensors:
             order=tuple(split.index(axis) for axis in (wanted or " ".join(split)).split()),
             shape=tuple(math.prod(sizes[axis] for axis in joined.split("*")) for joined in stored.split()),
             added=added,
+            first=first,
         )
 
     def names(self) -> Iterator[tuple[tuple[int, ...], str]]:
         """Yield each index of the leading axes, and the name of its tensor."""
         for index in itertools.product(*map(range, self.stacked)):
-            yield index, self.name.format(*index)
+            yield index, self.name.format(*(number + self.first * (at == 0) for at, number in enumerate(index)))
 
     def view(self, tensor: Any) -> Any:
         """Return a NumPy array of the shape of a tensor in the layout of the parameter, without copying it."""

@@ -1,7 +1,7 @@
 """Attention kernels: which one fits, JAX's splash attention for TPUs, and cuDNN's for GPUs.
 
 Both compute what `attention.attend` computes, without storing the scores. Shapes in names: B batch, T queries, S keys,
-H query heads, K key-value heads, D head_dim.
+H query heads, K key-value heads, D head_dim. Values may have another width than keys.
 """
 
 import math
@@ -71,6 +71,7 @@ def choose(
     *,
     drops: bool = False,
     sinks: bool = False,
+    value_dim: int = 0,
 ) -> Choice:
     """Return the kernel for attention on the mesh in the context.
 
@@ -82,6 +83,7 @@ def choose(
       pattern: of the keys that are seen.
       drops: whether weights are dropped.
       sinks: whether the softmax has sinks.
+      value_dim: width of a value; 0 for D.
 
     Raises:
       ValueError: the kernel that was named does not fit.
@@ -98,7 +100,9 @@ def choose(
     elif sinks and wanted == "cudnn":
         obstacle = "it has no sinks, and task.attention_sinks=True"
     elif wanted == "splash":
-        obstacle = _splash_obstacle(device, query, keys)
+        obstacle = _splash_obstacle(device, query, keys, value_dim)
+    elif value_dim not in (0, query.shape[-1]):
+        obstacle = f"its values have the width of its keys, and these have {value_dim} and {query.shape[-1]}"
     else:
         obstacle = _cudnn_obstacle(device, query, keys, kv_heads, pattern)
     if not obstacle:
@@ -108,7 +112,9 @@ def choose(
     raise ValueError(f"task.attention={kernel!r}: {obstacle}. Use 'auto' or 'xla'")
 
 
-def _splash_obstacle(device: jax.sharding.AbstractDevice | None, query: jax.ShapeDtypeStruct, keys: int) -> str:
+def _splash_obstacle(
+    device: jax.sharding.AbstractDevice | None, query: jax.ShapeDtypeStruct, keys: int, value_dim: int
+) -> str:
     """Return why splash attention does not fit, "" if it does."""
     if device is None or device.platform not in ("tpu", "cpu"):  # on CPUs it is interpreted, for tests
         return f"it needs a TPU and has platform {device.platform if device else 'none'}"
@@ -116,7 +122,8 @@ def _splash_obstacle(device: jax.sharding.AbstractDevice | None, query: jax.Shap
     for length in (query.shape[1], keys):
         if length % (parts * _LANES):
             return f"rows of {length} positions on {parts} devices must be multiples of {parts * _LANES}"
-    return f"head_dim={query.shape[3]} must be a multiple of 64" if query.shape[3] % 64 else ""
+    widths = [width for width in (query.shape[3], value_dim) if width % 64]
+    return f"head_dim={widths[0]} must be a multiple of 64" if widths else ""
 
 
 def _cudnn_obstacle(

@@ -74,7 +74,9 @@ def cost(
 
     arrays = [each for each in operands if each.dtype in _TYPES and len(each.shape) >= 3]
     if found := re.search(r"splash_m[hq]a_(fwd|dq|dkv)", name):
-        (*rows, length, width), (*_, keys, _) = query, _ = arrays[0].shape, arrays[1].shape
+        query, (*_, keys, _), (*_, of_values) = (each.shape for each in arrays[:3])
+        *rows, length, of_keys = query
+        width = (of_keys + of_values) / 2  # about half of the products, and of what is read, have either width
         # The fused pass returns one gradient of the queries for each block of keys.
         fused = any(len(each.shape) == len(query) + 1 for each in results)
         products = _PRODUCTS[found[1] + "_fused" * fused]

@@ -12,6 +12,15 @@ from shampax.framework.sharding import placement
 from shampax.models.lm import LMTask
 
 SMALL = LMTask(vocab_size=64, layers=2, embed_dim=32, heads=4, kv_heads=2, head_dim=8, mlp_dim=48)
+# Multi-head latent attention in which all widths differ, with the scaled rotation of DeepSeek-V3.
+LATENTS = {
+    "kv_heads": 4,
+    "latent_dim": 10,
+    "query_latent_dim": 12,
+    "rope_dim": 4,
+    "value_dim": 6,
+    "rope_scaling": "yarn factor=4 original=8 mscale=1 mscale_all_dim=0.5",
+}
 SEGMENTS = [[1] * 4 + [2] * 7 + [3] * 5 + [0], [1] * 17, [1] * 9 + [0] * 8, [1] + [2] * 16]
 
 

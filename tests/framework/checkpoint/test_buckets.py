@@ -80,7 +80,7 @@ def test_a_flipped_or_lost_object_is_found_and_its_step_saved_again(bucket):
     assert saved(workdir, 2) == [1, 2] and shelf.damaged(workdir) == []
     assert store.faults(lost) == [] and not paths.files(workdir / "checkpoints" / "11")
     assert next(iter(store.read(lost, {"params/w": None}).values()))[0] == 2
-    assert [part.tolist() for _, part in store.parts(lost, "params/w")] == [list(np.arange(1024.0) + 2)]
+    assert [part.tolist() for _, part in store.parts(lost)("params/w")] == [list(np.arange(1024.0) + 2)]
     shelf.delete(lost)
     assert store.checkpoints(workdir) == [flipped] and not paths.files(lost)
 

@@ -35,6 +35,21 @@ CONFIG = {
     "num_key_value_heads": 2,
     "vocab_size": 20,
 }
+MIXTRAL = CONFIG | {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
+DEEPSEEK = {name: value for name, value in CONFIG.items() if name != "num_key_value_heads"} | {
+    "model_type": "deepseek_v3",
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 3,
+    "moe_intermediate_size": 5,
+    "n_group": 1,
+    "n_routed_experts": 3,
+    "num_experts_per_tok": 2,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 2,
+    "qk_rope_head_dim": 2,
+    "topk_group": 1,
+    "v_head_dim": 3,
+}
 QUERY, UP = "model.layers.{}.self_attn.q_proj.weight", "params/layers/mlp/up/kernel"
 
 
@@ -43,9 +58,14 @@ def task_of(config):
 
 
 def random_tensors(dtype, config):
-    rng = np.random.default_rng(0)
-    shapes = {name: each.shape for each in task_of(config).folder_tensors(config).values() for _, name in each.names()}
-    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+    rng, task = np.random.default_rng(0), task_of(config)
+    parts = (task.folder_tensors(config), dtype), (task.folder_state(config), np.float32)
+    return {
+        name: rng.standard_normal(each.shape).astype(kind)
+        for part, kind in parts
+        for each in part.values()
+        for _, name in each.names()
+    }
 
 
 def write(path, values=None, config=CONFIG, dtype=np.float32):
@@ -95,16 +115,21 @@ def test_a_parameter_on_a_mesh(tmp_path, dtype):
         np.testing.assert_array_equal(read, np.stack(want))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_a_folder_that_is_imported_and_exported_is_the_same(tmp_path, dtype):
-    """Faults: a layer or an expert is written to another's place; the tokenizer or its ids are left behind."""
-    config = CONFIG | {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 1, "eos_token_id": 7}
+@pytest.mark.parametrize(
+    ("dtype", "config"),
+    [("float32", MIXTRAL), ("float16", MIXTRAL), ("bfloat16", DEEPSEEK)],
+    ids=["float32", "float16", "bfloat16"],
+)
+def test_a_folder_that_is_imported_and_exported_is_the_same(tmp_path, dtype, config):
+    """Faults: a layer or an expert is written to another's place; biases of routers are lost, or rounded like weights;
+    the tokenizer or its ids are left behind."""
+    config = config | {"eos_token_id": 7}
     values = random_tensors(jnp.dtype(dtype), config)
     write(tmp_path / "f", values, config)
     (tmp_path / "f" / "tokenizer.json").write_text("{}")
     (tmp_path / "f" / "chat_template.jinja").write_text("{{ messages }}")
     assert ran("import", tmp_path / "f", f"--workdir={tmp_path / 'w'}") == (0, "")
-    flags = ["--format=hf", f"--dtype={dtype}", "--file_gigabytes=3e-6"]
+    flags = ["--format=hf", f"--dtype={dtype}", "--file_gigabytes=2e-6"]
     assert ran("export", tmp_path / "w", tmp_path / "out", *flags) == (0, "")
     written = loaded(tmp_path / "out")
     assert written.keys() == values.keys()
@@ -144,7 +169,7 @@ def test_memory_is_bounded_by_a_tensor_and_by_a_saved_shard(tmp_path):
     [path] = store.checkpoints(tmp_path / "w")
     tracemalloc.start()
     content = task.folder_config()
-    export.export_folder(path, tmp_path / "out", task.folder_tensors(content), {}, "bfloat16", 10**9)
+    export.export_folder(path, tmp_path / "out", task.folder_tensors(content), {}, "bfloat16", 10**9, state={})
     shard = max(x.addressable_shards[0].data.nbytes for x in params.values())
     assert tracemalloc.get_traced_memory()[1] < 1.3 * shard + 2e5
     tracemalloc.stop()
@@ -171,7 +196,13 @@ def test_a_folder_of_another_model_is_refused_before_anything_is_read(tmp_path, 
 
 
 def test_what_a_folder_may_have_beside_its_parameters(tmp_path):
-    """Fault: a published folder with a copy of its tied head is refused."""
+    """Faults: a published folder with a copy of its tied head, or with a module that predicts a further token, is
+    refused; a layer of the model is taken for such a module."""
+    values = random_tensors(np.float32, DEEPSEEK) | {"model.layers.3.eh_proj.weight": np.zeros(2, np.float32)}
+    assert Folder.open(write(tmp_path / "d", values, DEEPSEEK), task_of(DEEPSEEK))
+    shorter = DEEPSEEK | {"num_hidden_layers": 2}
+    with pytest.raises(UserError, match=r"has model.layers.3.eh_proj.weight, which the model does not have"):
+        Folder.open(write(tmp_path / "s", values, shorter), task_of(shorter))
     config = CONFIG | {"tie_word_embeddings": True}
     values = random_tensors(np.float32, config) | {"lm_head.weight": np.zeros((20, 8), np.float32)}
     assert Folder.open(write(tmp_path / "f", values, config), task_of(config)).tensors.keys() >= {"params/embedding"}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from lm_cases import SMALL, SPECS, assert_close, batch_of, logits_of, variables_of
+from lm_cases import LATENTS, SMALL, SPECS, assert_close, batch_of, logits_of, variables_of
 from traced import quick_jit
 
 from shampax.framework.sharding import placement
@@ -43,6 +43,9 @@ KNOBS = {
     },
     "adapters": {"lora_rank": 3, "layer_pattern": ("local", "global"), "attention_window": 4},
     "experts": {"experts": 4, "dense_layers": 1, "balance_rate": 1e-3, "router": "sigmoid", "remat": "full"},
+    "latents": LATENTS | {"lora_rank": 3, "lora_targets": ("query_up", "latent_down", "latent_up")},
+    "latents and windows": LATENTS
+    | {"query_latent_dim": 0, "layer_pattern": ("local", "global"), "attention_window": 4, "attention_sinks": True},
 }
 
 
@@ -101,13 +104,13 @@ def test_a_cache_changes_nothing(knobs, side):
     assert np.isfinite(found).all()
 
 
-@pytest.mark.parametrize("knobs", ["plain", pytest.param("experts", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("knobs", ["plain", *(pytest.param(x, marks=pytest.mark.slow) for x in ("latents", "experts"))])
 def test_a_mesh_changes_nothing(knobs):
-    """Faults: rows or heads are mixed up on a mesh; the cache is replicated."""
+    """Faults: rows or heads are mixed up on a mesh; the cache is replicated; it has keys of each head, not latents."""
     sizes, names = (
-        ((2, 2, 2, 1), ("data", "fsdp", "tensor", "expert"))
-        if knobs == "plain"
-        else ((2, 2, 2), ("data", "expert", "tensor"))
+        ((2, 2, 2), ("data", "expert", "tensor"))
+        if knobs == "experts"
+        else ((2, 2, 2, 1), ("data", "fsdp", "tensor", "expert"))
     )
     task = dataclasses.replace(SMALL, **KNOBS[knobs])
     mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes))
@@ -121,5 +124,7 @@ def test_a_mesh_changes_nothing(knobs):
         _, cache = prefill(task, sharded, *padded(tokens, "right"), SLOTS)
     filled = np.array(LENGTHS) > 0
     assert_close(found[:, filled], whole(task, variables, tokens)[:, filled], 1e-5)
-    key = cache.layers["layers"][0]
-    assert key.sharding.shard_shape(key.shape) == (len(key), 2, SLOTS, 1, 8)
+    key = jax.tree.leaves(cache.layers["layers"])[0]
+    width = task.latent_dim + task.rope_dim if task.latent_dim else task.head_dim
+    assert key.sharding.shard_shape(key.shape) == (len(key), 2, SLOTS, 1, width)
+    assert len(jax.tree.leaves(cache.layers["layers"])) == (1 if task.latent_dim else 2)

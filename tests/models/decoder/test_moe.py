@@ -36,26 +36,38 @@ def mesh_of(**sizes):
 
 
 @pytest.mark.parametrize(
-    ("router", "per_token", "biased"),
-    [("softmax", 1, False), ("softmax", 3, True), ("sigmoid", 1, True), ("sigmoid", 2, False)],
+    ("router", "biased"),
+    [
+        (moe.Router("softmax", 1, scale=2.5), False),
+        (moe.Router("softmax", 3, scale=2.5), True),
+        (moe.Router("sigmoid", 1, scale=2.5), True),
+        (moe.Router("sigmoid", 2, scale=2.5), False),
+        (moe.Router("sigmoid", 3, scale=2.5, groups=3, groups_per_token=2), True),
+        (moe.Router("softmax", 2, normed=False, groups=2, groups_per_token=1), False),
+    ],
 )
-def test_routing_against_a_loop(router, per_token, biased):
-    """Faults: the bias changes a weight, or not the choice; padding is sent or counted; weights of another choice."""
-    random = np.random.default_rng(per_token)
-    logits = random.normal(size=(3, 12, 5)).astype(np.float32)
+def test_routing_against_a_loop(router, biased):
+    """Faults: the bias changes a weight, or not the choice; padding is sent or counted; weights of another choice; an
+    expert of another group is chosen; groups are ranked by their best expert, or without the bias."""
+    random = np.random.default_rng(router.per_token)
+    experts = 6
+    logits = random.normal(size=(3, 12, experts)).astype(np.float32)
     real = random.random((3, 12)) < 0.8
-    bias = np.array([0.0, 0.3, -0.3, 0.0, 0.1], np.float32) if biased else None
-    scale = 2.5
-    route = quick_jit(moe.route, static_argnums=(3, 4, 5))
-    chosen, weights, routing = route(logits, real, bias, router, per_token, scale)
+    bias = np.array([0.0, 0.3, -0.3, 0.0, 0.1, 0.0], np.float32) if biased else None
+    chosen, weights, routing = quick_jit(moe.route, static_argnums=3)(logits, real, bias, router)
     exponents = np.exp(logits)
-    scores = exponents / exponents.sum(-1, keepdims=True) if router == "softmax" else exponents / (1 + exponents)
-    assigned, probability = np.zeros(5), np.zeros(5)
+    softmax = router.scores == "softmax"
+    scores = exponents / exponents.sum(-1, keepdims=True) if softmax else exponents / (1 + exponents)
+    assigned, probability = np.zeros(experts), np.zeros(experts)
     for place in np.ndindex(real.shape):
-        order = np.argsort(-(scores[place] + (bias if biased else 0)), kind="stable")[:per_token]
-        expected = scores[place][order] / (scores[place][order].sum() if per_token > 1 else 1)
-        np.testing.assert_allclose(weights[place], scale * expected, rtol=1e-5)
-        np.testing.assert_array_equal(chosen[place], order if real[place] else [5] * per_token)
+        ranks = scores[place] + (bias if biased else 0)
+        groups = ranks.reshape(router.groups, -1)
+        best = np.argsort(-np.sort(groups, axis=1)[:, -2:].sum(axis=1), kind="stable")[: router.groups_per_token]
+        allowed = np.isin(np.arange(experts) // groups.shape[1], best)
+        order = np.argsort(np.where(allowed, -ranks, np.inf), kind="stable")[: router.per_token]
+        whole = scores[place][order].sum() if router.normed and router.per_token > 1 else 1
+        np.testing.assert_allclose(weights[place], router.scale * scores[place][order] / whole, rtol=1e-5)
+        np.testing.assert_array_equal(chosen[place], order if real[place] else [experts] * router.per_token)
         if real[place]:
             assigned[order] += 1
             probability += scores[place] / scores[place].sum()
@@ -66,7 +78,7 @@ def test_routing_against_a_loop(router, per_token, biased):
 def test_scores_of_zero_give_finite_weights():
     """Fault: a token whose sigmoids are all 0 makes the loss NaN."""
     logits = np.full((1, 4), -200, np.float32)
-    _, weights, routing = moe.route(logits, np.ones(1, bool), None, "sigmoid", 2, 1.0)
+    _, weights, routing = moe.route(logits, np.ones(1, bool), None, moe.Router("sigmoid", 2))
     assert np.isfinite(weights).all() and np.isfinite(routing["probability"]).all()
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from lm_cases import (
+    LATENTS,
     SMALL,
     assert_close,
     batch_of,
@@ -43,8 +44,14 @@ KNOBS = {
         "rope_scaling": "linear factor=8",
         "qk_norm": "head",
     },
+    "deepseek": LATENTS | {"norm_epsilon": 1e-2},  # not that of the latents
+    "latents, with all else": LATENTS
+    | {"query_latent_dim": 0, "value_dim": 0, "layer_pattern": ("local", "global"), "attention_window": 3}
+    | {"local_rope_theta": 100.0, "rope_scaling": "", "attention_sinks": True, "attention_soft_cap": 0.5},
     "gpt-oss": {"layer_pattern": ("local", "global"), "attention_window": 3, "attention_sinks": True},
 }
+PATTERN_ON_MESH = KNOBS["gemma 3"] | {"layers": 2, "norms": "sandwich", "attention_sinks": True}
+PATTERN_ON_MESH |= {"qk_norm": "all", "qkv_bias": True}
 PATTERN = dataclasses.replace(SMALL, **KNOBS["gemma 3"], norms="sandwich", attention_sinks=True)
 
 
@@ -129,9 +136,13 @@ def test_local_layers_compute_only_their_window():
     assert max(eqn.outvars[0].aval.size for eqn in matmuls(alone, batch)) < 1024 * 1024
 
 
-def test_a_pattern_on_a_mesh():
-    """Faults: norms of all heads, or sinks, are computed of a device's heads; the stack is gathered."""
-    task = dataclasses.replace(PATTERN, layers=2, qk_norm="all", qkv_bias=True)
+@pytest.mark.parametrize(
+    "knobs", [PATTERN_ON_MESH, pytest.param(LATENTS, marks=pytest.mark.slow)], ids=["all", "latents"]
+)
+def test_attention_on_a_mesh(knobs):
+    """Faults: norms of all heads, or sinks, are computed of a device's heads; the stack is gathered; latents are cut
+    like heads."""
+    task = dataclasses.replace(SMALL, **knobs)
     batch, variables = batch_of(), variables_of(task)
     step, shardings, by_batch = lower_on_mesh(task, (2, 2, 2), batch)
     sharded = step(jax.device_put(variables, shardings), jax.device_put(batch, by_batch))
@@ -144,9 +155,21 @@ def test_a_pattern_on_a_mesh():
         ({"layer_pattern": ("local", "full")}, r"layer_pattern=\('local', 'full'\): use any of local, global, or \(\)"),
         ({"layer_pattern": ("local", "global")}, "task.attention_window=0: local layers of task.layer_pattern need"),
         ({"local_rope_theta": 1e4}, "task.local_rope_theta=10000.0: task.layer_pattern has no local layers"),
+        ({"value_dim": 4}, r"task.value_dim=4: only latent attention has it. Set task.latent_dim"),
+        (LATENTS | {"rope_dim": 3}, "task.rope_dim=3: must be even and at least 2"),
+        (LATENTS | {"kv_heads": 2}, "task.kv_heads=2: must be task.heads=4"),
+        (LATENTS | {"qk_norm": "head"}, "task.qk_norm='head': must be '' with task.latent_dim"),
+        ({"experts": 6, "router_groups": 4}, "task.router_groups=4: must split task.experts=6 into equal groups"),
+        ({"experts": 8, "router_groups": 8}, "task.router_groups=8: must split task.experts=8 into equal groups"),
+        ({"experts": 8, "groups_per_token": 2}, "task.groups_per_token=2: must be at most task.router_groups=1"),
+        (
+            {"experts": 8, "router_groups": 4, "experts_per_token": 3},
+            "task.experts_per_token=3: must be at most the 2 experts of task.groups_per_token=1",
+        ),
     ],
 )
-def test_patterns_are_checked(fields, message):
-    """Fault: layers are all global though the user named local ones."""
+def test_options_are_checked_together(fields, message):
+    """Faults: layers are all global though the user named local ones; an option does nothing; a token is sent to an
+    expert outside its groups."""
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **fields)

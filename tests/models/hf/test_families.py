@@ -1,8 +1,13 @@
 import dataclasses
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
+from shampax.configs import families as presets
+from shampax.framework.config import components
 from shampax.models.hf import families
 from shampax.models.hf.tensors import Tensors
 from shampax.models.lm import LMTask
@@ -76,6 +81,12 @@ def test_a_config_that_is_written_is_read_again(model_type):
         ({"hidden_size": None}, "hidden_size=None: must be a whole number"),
         ({"attention_bias": True}, "attention_bias=True: can only be False"),
         ({"attn_sinks": 4}, "attn_sinks=4: is not known here"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "weights must not be quantized"),
+        (
+            {"model_type": "deepseek_v3", "num_experts_per_tok": 1},
+            "num_experts_per_tok=1: an expert with a weight of 1",
+        ),
+        ({"model_type": "deepseek_v3", "rope_interleave": False}, "rope_interleave=False: can only be True"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 1.0}}, "mscale"),
     ],
@@ -84,6 +95,49 @@ def test_what_cannot_be_expressed_is_refused_by_name(changes, told):
     """Fault: a field that changes the logits is ignored."""
     with pytest.raises(ValueError, match=told):
         families.knobs(LLAMA | changes)
+
+
+def test_a_published_config_of_deepseek_v3():
+    """Faults: the preset is another model than the published folder; a trained one has no family."""
+    fields = {
+        "model_type": "deepseek_v3",
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "rope_theta": 10000,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+    }
+    task = components.build(presets.get_config("deepseek_v3").task)
+    abstract = traverse_util.flatten_dict(jax.eval_shape(lambda: nn.unbox(task.boxed(jax.random.key(0)))), sep="/")
+    kept = {path.removeprefix("params/"): x.shape for path, x in abstract.items() if not path.endswith("/load")}
+    tensors = task.folder_tensors(fields) | task.folder_state(fields)
+    assert {path: each.parameter for path, each in tensors.items()} == kept
+    written = task.folder_config()
+    assert written["model_type"] == "deepseek_v3" and written["topk_method"] == "noaux_tc"
+
+
+def test_layers_with_experts_begin_behind_the_dense_ones():
+    """Faults: the stack of layers with experts has tensors of the first layers; so have its routers' biases."""
+    sizes = dict.fromkeys(families._SIZES, 8) | {"num_attention_heads": 2, "num_hidden_layers": 5}
+    fields = {"model_type": "deepseek_v3", **sizes, "first_k_dense_replace": 2}
+    task = LMTask(**families.knobs(fields))
+    names = {path: next(x.names())[1] for path, x in (task.folder_tensors(fields) | task.folder_state(fields)).items()}
+    assert names["layers/moe/router"] == "model.layers.2.mlp.gate.weight"
+    assert names["routers/bias"] == "model.layers.2.mlp.gate.e_score_correction_bias"
+    assert names["layers/attention/out/kernel"] == "model.layers.2.self_attn.o_proj.weight"
+    assert names["dense_layers/attention/out/kernel"] == "model.layers.0.self_attn.o_proj.weight"
+    assert "layers/mlp/up/kernel" not in names and "dense_layers/moe/router" not in names
 
 
 def test_a_task_without_a_family_is_refused_with_the_knob():

@@ -45,6 +45,24 @@ FAMILIES = {
     "olmo2": {},
     "gemma3_text": {"sliding_window": 9, "query_pre_attn_scalar": 16, "num_hidden_layers": 8},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True},
+    "deepseek_v3": {
+        "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
+        "rms_norm_eps": 1e-2,  # not that of the latents' norms
+        "head_dim": None,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_group": 4,
+        "topk_group": 2,
+    },
 }
 
 
@@ -54,7 +72,8 @@ def torch_model(family):
     import torch
     import transformers
 
-    config = transformers.AutoConfig.for_model(family, **SIZES | FAMILIES[family])
+    fields = {name: value for name, value in (SIZES | FAMILIES[family]).items() if value is not None}
+    config = transformers.AutoConfig.for_model(family, **fields)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -64,6 +83,9 @@ def torch_model(family):
                 tensor += torch.randint(-100, 100, tensor.shape) / 256
             else:
                 tensor *= 4
+        for name, tensor in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                tensor += torch.randn(tensor.shape)
     return model.eval()
 
 
@@ -139,10 +161,11 @@ def test_an_imported_model_has_the_logits_of_transformers_and_is_exported_bitwis
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", ["llama", "gemma3_text", "mixtral"], indirect=True)
+@pytest.mark.parametrize("folder", ["llama", "gemma3_text", "mixtral", "deepseek_v3"], indirect=True)
 def test_a_fine_tuned_model_is_exported(folder, tmp_path):
     """Faults: `init_from` reads other values on a mesh; the export has the values from before training."""
     config = config_of(folder, **{"duration": "2 steps", "mesh.fsdp": 4, "evaluation.batches": 1})
+    config.optimizer = base.component(base.ADAMW)
     train(config, tmp_path / "w")
     ran("export", tmp_path / "w", tmp_path / "out", "--format=hf")
     got, before = our_logits(tmp_path / "w"), their_logits(folder)
@@ -151,12 +174,12 @@ def test_a_fine_tuned_model_is_exported(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_greedy_tokens_are_those_of_transformers(tmp_path):
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_greedy_tokens_are_those_of_transformers(family, tmp_path):
     """Faults: a folder is read onto a mesh wrongly; positions of generated tokens are shifted."""
     import torch
 
-    path = tmp_path / "llama"
-    torch_model("llama").save_pretrained(path)
+    path = base_of(tmp_path, family)
     config = trained.config_of_folder(path)
     config.mesh.data, config.mesh.tensor = 4, 2
     task, mesh = components.build(config.task), meshes.make_mesh(config.mesh)
@@ -167,7 +190,7 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path):
     for prompt, tokens in zip(prompts, found, strict=True):
         given = torch.tensor([prompt])
         options = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        theirs = torch_model("llama").generate(given, attention_mask=torch.ones_like(given), **options)
+        theirs = torch_model(family).generate(given, attention_mask=torch.ones_like(given), **options)
         assert theirs[0, len(prompt) :].tolist() == tokens.tolist()
 
 

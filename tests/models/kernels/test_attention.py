@@ -31,19 +31,20 @@ def abstract_mesh(platform, kind, **sizes):
 
 
 @functools.cache
-def inputs(length=256, head_dim=64):
+def inputs(length=256, value_dim=64):
     """Return queries, keys, values, weights of the result, and segments; 4 heads share 2 key-value heads."""
     random = np.random.default_rng(0)
-    arrays = [random.normal(size=(4, length, heads, head_dim)).astype(np.float32) for heads in (4, 2, 2, 4)]
+    shapes = [(4, length, heads, width) for heads, width in ((4, 64), (2, 64), (2, value_dim), (4, value_dim))]
+    arrays = [random.normal(size=shape).astype(np.float32) for shape in shapes]
     segments = np.sort(random.integers(1, 5, (4, length)), axis=1).astype(np.int32)
     segments[:, -40:] = 0
     return (*arrays, segments)
 
 
 @functools.cache
-def known(pattern, length=256, sinks=None):
+def known(pattern, length=256, sinks=None, value_dim=64):
     """Return the result and the gradients of its weighted sum for queries, keys, values and sinks, in float64."""
-    *arrays, weights, segments = (x.astype(np.float64) for x in inputs(length))
+    *arrays, weights, segments = (x.astype(np.float64) for x in inputs(length, value_dim))
     query, key, value = arrays[0], *(np.repeat(x, 2, axis=2) for x in arrays[1:])
     slots, scale = np.arange(length), pattern.scale or query.shape[-1] ** -0.5
     distance = slots[:, None] - slots
@@ -66,9 +67,9 @@ def known(pattern, length=256, sinks=None):
     return [np.einsum("bhts,bshd->bthd", by_score, key), *of_keys, *lost, mixed]
 
 
-def assert_is_known(pattern, mesh, *, dtype="float32", length=256, sinks=None, **knobs):
+def assert_is_known(pattern, mesh, *, dtype="float32", length=256, sinks=None, value_dim=64, **knobs):
     """Compare with `known` the result of attention, and the gradients of its weighted sum, on a mesh."""
-    *arrays, weights, segments = inputs(length)
+    *arrays, weights, segments = inputs(length, value_dim)
 
     def total(*arrays):
         inputs = (layout.zigzag(jnp.asarray(x)) for x in (*arrays[:3], segments))
@@ -81,7 +82,7 @@ def assert_is_known(pattern, mesh, *, dtype="float32", length=256, sinks=None, *
         arrays = [jax.device_put(jnp.asarray(x, dtype), rows) for x in arrays]
         arrays += [jax.device_put(jnp.array(sinks), NamedSharding(mesh, P()))] if sinks else []
         found = quick_jit(jax.grad(total, argnums=tuple(range(len(arrays))), has_aux=True))(*arrays)
-    for x, y in zip(known(pattern, length, sinks), jax.tree.leaves(found), strict=True):
+    for x, y in zip(known(pattern, length, sinks, value_dim), jax.tree.leaves(found), strict=True):
         assert np.linalg.norm(x - np.asarray(y, np.float64)) < TOLERANCES[dtype] * np.linalg.norm(x)
 
 
@@ -143,6 +144,15 @@ def test_splash_attention(pattern, sizes, dtype, monkeypatch):
     assert_is_known(pattern, mesh_of(**MESHES[sizes]), dtype=dtype, length=length, kernel="splash")
 
 
+@pytest.mark.parametrize(
+    ("kernel", "sizes"),
+    [("xla", "data x sequence x tensor"), pytest.param("splash", "data x fsdp x tensor", marks=pytest.mark.slow)],
+)
+def test_values_of_another_width(kernel, sizes):
+    """Faults: the result is cut like the queries; the scale comes from the width of values."""
+    assert_is_known(CAUSAL, mesh_of(**MESHES[sizes]), value_dim=128, kernel=kernel, block=32)
+
+
 def test_splash_attention_of_one_replica(monkeypatch):
     """Fault: gradients that are added up by each replica, inside a `shard_map`, cannot use the kernel."""
     whole = attention
@@ -192,6 +202,9 @@ CHOICES = [
     ("auto", H100, {}, (2048, 128, "bfloat16", CAPPED), "xla", "it has no soft cap of scores, and soft_cap=50"),
     ("auto", H100, {}, (2048, 128, "bfloat16", CAUSAL, False, True), "xla", "it has no sinks"),
     ("auto", V5E, {}, (2048, 128, "bfloat16", CAUSAL, False, True), "splash", "it fits platform tpu"),
+    ("auto", V5E, {}, (2048, 128, "bfloat16", CAUSAL, False, False, 96), "xla", "head_dim=96 must be a multiple"),
+    ("auto", V5E, {}, (2048, 192, "bfloat16", CAUSAL, False, False, 128), "splash", "it fits platform tpu"),
+    ("auto", H100, {}, (2048, 128, "bfloat16", CAUSAL, False, False, 64), "xla", "have 64 and 128"),
     ("auto", H100, {}, (2048, 128, "float32"), "xla", "task.compute_dtype=float32 must be bfloat16"),
     ("auto", H100, {}, (2048, 256, "bfloat16"), "xla", "head_dim=256 must be a multiple of 8"),
     ("auto", H100, {}, (2040, 128, "bfloat16"), "xla", "must be multiples of 64"),
@@ -201,9 +214,9 @@ CHOICES = [
 ]
 
 
-def choose(kernel, length, head_dim, dtype, pattern=CAUSAL, drops=False, sinks=False):
+def choose(kernel, length, head_dim, dtype, pattern=CAUSAL, drops=False, sinks=False, value_dim=0):
     query = jax.ShapeDtypeStruct((4, length, 4, head_dim), jnp.dtype(dtype))
-    return kernels.choose(kernel, query, length, 2, pattern, drops=drops, sinks=sinks)
+    return kernels.choose(kernel, query, length, 2, pattern, drops=drops, sinks=sinks, value_dim=value_dim)
 
 
 @pytest.mark.parametrize(("kernel", "device", "sizes", "shape", "chosen", "why"), CHOICES)

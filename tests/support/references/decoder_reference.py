@@ -56,8 +56,13 @@ def _attention(task, number, parameters, x, segments, positions):
             found = _norm(found.reshape(len(x), -1), whole, task).reshape(found.shape)
         return _rotated(task, kind, found, positions)
 
-    query, key, value = heads("query"), heads("key"), heads("value")
-    scale = task.attention_scale or task.head_dim**-0.5
+    if task.latent_dim:
+        query, key, value = _of_latents(task, kind, parameters, x, positions)
+        scale = task.attention_scale or (task.head_dim + task.rope_dim) ** -0.5
+        scale *= _growth(task, "mscale_all_dim") ** 2
+    else:
+        query, key, value = heads("query"), heads("key"), heads("value")
+        scale = task.attention_scale or task.head_dim**-0.5
     out = np.zeros_like(x)
     for t in range(len(x)):
         seen = [s for s in range(t + 1) if segments[s] == segments[t]]
@@ -72,6 +77,46 @@ def _attention(task, number, parameters, x, segments, positions):
             weights /= weights.sum() + (np.exp(parameters["sinks"][head]) if task.attention_sinks else 0)
             out[t] += (weights @ value[seen, group]) @ parameters["out"]["kernel"][head]
     return out
+
+
+def _of_latents(task, kind, parameters, x, positions):
+    """Return queries, keys and values of a row, [T, H, ...], by equations 37 to 47 of arXiv 2405.04434."""
+
+    def normed(latent, name):
+        return latent / np.sqrt(np.mean(latent**2, axis=-1, keepdims=True) + 1e-6) * parameters[name]["scale"]
+
+    def rotated(heads):
+        # Neighbouring dimensions are a complex number, which turns by the angle.
+        numbers = heads[..., ::2] + 1j * heads[..., 1::2]
+        theta = task.local_rope_theta if kind == "local" and task.local_rope_theta else task.rope_theta
+        frequencies = theta ** (-np.arange(0, task.rope_dim, 2) / task.rope_dim)
+        if task.rope_scaling:
+            frequencies = frequencies * _YARN[task.rope_scaling]
+            numbers = numbers * _growth(task, "mscale") / _growth(task, "mscale_all_dim")
+        numbers = numbers * np.exp(1j * positions[:, None, None] * frequencies)
+        return np.concatenate([numbers.real, numbers.imag], axis=-1)
+
+    if task.query_latent_dim:
+        latent, up = normed(x @ parameters["query_down"]["kernel"], "query_norm"), parameters["query_up"]
+    else:
+        latent, up = x, parameters["query"]
+    query = np.einsum("tq,qhd->thd", latent, up["kernel"])
+    whole, turned = np.split(query, [task.head_dim], axis=-1)
+    latent, shared = np.split(x @ parameters["latent_down"]["kernel"], [task.latent_dim], axis=-1)
+    heads = np.einsum("tr,rhd->thd", normed(latent, "latent_norm"), parameters["latent_up"]["kernel"])
+    key, value = np.split(heads, [task.head_dim], axis=-1)
+    shared = np.repeat(rotated(shared[:, None]), task.heads, axis=1)
+    return np.concatenate([whole, rotated(turned)], axis=-1), np.concatenate([key, shared], axis=-1), value
+
+
+# Factors of the frequencies of 4 rotated dimensions with theta = 1e4: the first wavelength, 2 pi, has 1.3 turns in 8
+# positions, between 1 (stretched) and 32 (kept); bounds are whole dimensions, so that it is kept.
+_YARN = {"yarn factor=4 original=8 mscale=1 mscale_all_dim=0.5": np.array([1, 1 / 4])}
+
+
+def _growth(task, name):
+    numbers = dict(each.split("=") for each in task.rope_scaling.split()[1:])
+    return 0.1 * float(numbers.get(name, 0)) * math.log(float(numbers.get("factor", 1))) + 1
 
 
 def _rotated(task, layer_kind, x, positions):
