@@ -101,7 +101,7 @@ def test_a_folder(tmp_path, capsys):
     train_small(workdir)
     assert checkpoint.main(["export", str(workdir), str(folder), "--format=hf"]) == 0
     given = "--json", "--config.data.source=sample:enwiki", "--config.data.max_records=2", "--config.batch_size=8"
-    given = *given, "--config.data.sequence_length=32"
+    given = *given, "--config.data.sequence_length=32", "--config.evaluation.batches=8"
     capsys.readouterr()
     found = [json.loads(ran(capsys, f"--workdir={path}", *given)[1]) for path in (workdir, folder)]
     ours, theirs = (each["sets"]["given"] for each in found)
