@@ -161,7 +161,7 @@ class Sparse(Protocol):
     ) -> tuple[dict[str, jax.Array], dict[str, Any], jax.Array]:
         """Return the rows that a batch uses, the batch for tables of these rows, and how full they are; traceable.
 
-        Rows are int32 [n] by path of the table, each row once, and the table's number of rows where there is none. Of
+        The rows of a table are int32 [n], each row once; places that are left over hold the table's number of rows. Of
         devices that share a table, the part of each of them has rows of its own part of the table. The loss then gets
         tables [n, ...] in their order. If the last result is above 1, rows are missing, and the step is skipped.
 

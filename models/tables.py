@@ -88,7 +88,7 @@ class Used(NamedTuple):
     """The rows of the array that a batch looks up.
 
     Attributes:
-      rows: int32 [P U], each row once; part p has rows of part p of the array. R where there is none.
+      rows: int32 [P U], each row once; part p has rows of part p of the array. Places that are left over hold R.
       place: int32 [B, S], place of the row of each lookup in `rows`.
       filled: float32, rows on the device that has most of them / U; above 1 some are missing.
     """

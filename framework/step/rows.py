@@ -70,7 +70,7 @@ def _axes(sharding: NamedSharding) -> tuple[str, ...]:
 
 
 def _taken(x_Rx: jax.Array, rows_n: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """Return some rows of an array, zeros where there is none."""
+    """Return the rows of an array with these numbers, and zeros for a number beyond its end."""
 
     def local(own: jax.Array, rows: jax.Array, first: jax.Array | int = 0) -> jax.Array:
         return own.at[rows - first].get(mode="fill", fill_value=0)

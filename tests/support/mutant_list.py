@@ -1093,7 +1093,7 @@ FRAMEWORK = (
         "framework/data/reading/sources.py",
         "if number > first or count > known:",
         "if number > first or count >= 0:",
-        "Rows made after a resume repeat documents, and the run trains on others than an undisturbed one.",
+        "Rows made after a resume repeat documents, and the run trains on other rows than one without a resume.",
         ("tests/framework/data/test_windows.py::test_finished_shards_are_not_read_again",),
     ),
     Mutant(
